@@ -148,7 +148,7 @@ SETTINGS = [
 def test_predicted_equals_the_allocator(stage, precision, ranks, zero):
     distributed.shutdown()
     loss = {"weights": {"global": 1.0}}  # without a teacher
-    config = load_preset("tiny", {"student": STUDENT, "optim": {"ema_decay": DECAY}, "loss": loss})
+    config = load_preset("tiny", {"student": {"layers": 1}, "optim": {"ema_decay": DECAY}, "loss": loss})
     json = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, **ds_json(stage, precision, 1, **zero)}
     predicted = predict(config, copy.deepcopy(json), ranks, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, json, ranks)

@@ -121,7 +121,8 @@ def test_frozen_parameters_stay_and_all_others_move_with_their_rates(stage, chec
     ],
 )
 def test_predicted_with_frozen_layers_and_rates_equals_the_allocator(stage, checkpointing, ranks):
-    config = load_preset("tiny", {**FROZEN, **RATES})
+    loss = {"weights": {"global": 1.0}}  # without a teacher
+    config = load_preset("tiny", {**FROZEN, **RATES, "loss": loss})
     json = ds_json(stage, checkpointing)
     predicted = predict(config, json, ranks, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, json, ranks)

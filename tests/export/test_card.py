@@ -7,12 +7,16 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModel
 
 from ds_cmli.checkpoint.save import FOLDER
+from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.config.schema import Config
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.export import card
 from ds_cmli.export.card import MEASURES, licences
+from ds_cmli.export.folder import example
 from tests.conftest import clean_environment
 from tests.export.conftest import export, make_run
 
@@ -59,6 +63,22 @@ def test_its_code_runs_without_the_package_and_onnx_gives_the_same(measured, tmp
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tensor([") == 2
+
+
+@torch.no_grad()
+def test_towers_as_onnx_give_the_trained_features_for_any_number_of_texts(measured):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    folder, _ = measured
+    assert {path.name for path in (folder / "onnx").glob("*.onnx")} == {"image.onnx", "text.onnx", "scores.onnx"}
+    model = AutoModel.from_pretrained(folder)
+    _, ids, mask = example(model)
+    session = onnxruntime.InferenceSession(folder / "onnx" / "text.onnx")
+    ids, mask = ids[[0, 1, 0], :9], mask[[0, 1, 0], :9]
+    cls, tokens, valid = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    assert torch.equal(torch.from_numpy(valid), model.token_mask(ids, mask))
+    wanted = model.get_text_features(ids, mask)
+    torch.testing.assert_close(torch.from_numpy(cls), l2_normalize(wanted.pooler_output), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(tokens), l2_normalize(wanted.last_hidden_state), atol=1e-5, rtol=0)
 
 
 def test_its_numbers_are_measured_on_what_is_exported(measured):

@@ -395,6 +395,7 @@ def test_the_trial_of_an_optimizer_is_not_the_training(tmp_path):
 def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""
     options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]
+    options += ["--set", "student.layers=1", "--set", "teacher.block=0"]
     options += ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
     trainer = str(ROOT / "ds_cmli" / "train.py")
     world = () if ranks == 1 else ("--world-size", "2")
@@ -402,7 +403,8 @@ def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     done = fits(*asked, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["totals"]
-    config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}})
+    one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
+    config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}, **one_block})
     ds_json = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     expected = predict(config, ds_json, ranks, gpu="A100 80GB").report.totals
     assert found["reserved"] == expected["reserved"] and found["device"] == expected["device"]

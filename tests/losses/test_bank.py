@@ -271,8 +271,14 @@ BANK = ["--set", "loss.bank=30"]
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param({}, marks=pytest.mark.soak),
-        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+        *(
+            pytest.param(content, marks=pytest.mark.soak)
+            for content in (
+                {},
+                {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+            )
+        ),
     ],
 )
 def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811

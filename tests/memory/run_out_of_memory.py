@@ -22,7 +22,7 @@ from ds_cmli.faults.watchdog import Watchdog  # noqa: E402
 from ds_cmli.memory import out_of_memory  # noqa: E402
 from ds_cmli.memory.inputs import longest_batch  # noqa: E402
 
-OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
+OVERRIDES = {"optim": {"micro_batch": 384}, "student": {"shared_blocks": 4}}
 
 
 def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str, advice: str) -> None:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT, clean_environment, rank_environments
 from tests.processes import Program
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
-ROOM = 450  # MB: between what the setting needs with activation checkpointing and without
+ROOM = 220  # MB: between what the setting needs with activation checkpointing and without
 
 
 def run(

@@ -14,7 +14,8 @@ from tests.conftest import run
         ("3", "3", "ring", "document"),
         # Also in test_predict.py, of shares of ranks, and the bank of real ones in tests/losses/test_bank.py.
         pytest.param("2", "2", "gather", "contrast", marks=pytest.mark.soak),
-        ("2", "3", "gather", "queue"),
+        pytest.param("2", "3", "gather", "queue", marks=pytest.mark.soak),
+        ("2", "2", "gather", "queue"),
         ("2", "2", "gather", "aspect"),
     ],
 )

@@ -168,7 +168,11 @@ def arguments_of(settings=SETTINGS, steps=6):
     "content",
     [
         {"activation_checkpointing": {}},
-        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+        pytest.param(
+            {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+            marks=pytest.mark.soak,
+        ),
     ],
 )
 def test_interrupted_as_if_never_and_used(content, source, tmp_path):

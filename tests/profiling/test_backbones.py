@@ -9,10 +9,11 @@ from tests.conftest import ROOT
 
 CASES = [
     ("image", "resnet18", 3, True, "fp32"),
-    ("text", "t5", 3, True, "bf16"),
+    ("text", "t5", 2, True, "bf16"),
     ("text", "clip", 0, False, "fp32"),
 ]
 SOAK = [
+    ("text", "t5", 3, True, "bf16"),
     ("image", "vit_base_patch16_siglip_224", 2, True, "fp32"),
     ("image", "swin_tiny_patch4_window7_224", 1, False, "bf16"),
     ("image", "swinv2_tiny_window8_256", 3, False, "bf16"),
