@@ -351,7 +351,7 @@ def test_the_command_sweeps():
 
 
 def test_fit():
-    config, ds_config = preset(losses=("global",)), ds_json(0, "fp32")
+    config, ds_config = preset(losses=("global",)), ds_json()
     room = predict(config, search.with_batch(ds_config, 100), 2).report.totals["device"]
     told: list[str] = []
     found = search.fit(config, ds_config, 2, room, tell=told.append)
