@@ -13,6 +13,11 @@ from unittest import mock
 
 import pytest
 
+from ds_cmli.common import hardware
+
+# A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
+# refuses to fork it. Engines take the function from here, when they are first imported.
+hardware.keep_freed_memory = lambda: None
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # More would be processes that import torch before they compile anything.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
