@@ -75,9 +75,10 @@ class Cut:
         left_out, pairs = limit.new_zeros(()), torch.zeros_like(limit, dtype=torch.int64)
         for rows in _blocks(grads[0]):
             i2t, t2i = grads[0][rows], grads[1][rows]
-            low = i2t.abs() < _threshold(_of_rows(i2t), len(i2t), limit, G)[:, None]
-            low &= t2i.abs() < columns
-            left_out += i2t.abs().add_(t2i.abs()).masked_fill_(~low, 0.0).sum()
+            of_rows, of_columns = i2t.abs(), t2i.abs()
+            low = of_rows < _threshold(_of_rows(of_rows), len(i2t), limit, G)[:, None]
+            low &= of_columns < columns
+            left_out += of_rows.add_(of_columns).masked_fill_(~low, 0.0).sum()
             pairs += low.sum()
             i2t.masked_fill_(low, 0.0)
             t2i.masked_fill_(low, 0.0)
@@ -136,8 +137,9 @@ def _below(grad: Tensor, top: Tensor) -> Tensor:
     return size.mul_(size < top)  # twice as fast as to fill
 
 
-def _of_rows(grad: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda top: _below(grad, top[:, None]).sum(1)
+def _of_rows(size: Tensor) -> Callable[[Tensor], Tensor]:
+    """The sums of each row's values below sizes; given absolute values, which are taken once."""
+    return lambda top: (size * (size < top[:, None])).sum(1)
 
 
 def _threshold(below: Callable[[Tensor], Tensor], rows: int, limit: Tensor, number: int) -> Tensor:
