@@ -75,10 +75,10 @@ class Cut:
         left_out, pairs = limit.new_zeros(()), torch.zeros_like(limit, dtype=torch.int64)
         for rows in _blocks(grads[0]):
             i2t, t2i = grads[0][rows], grads[1][rows]
-            of_rows, of_columns = i2t.abs(), t2i.abs()
-            low = of_rows < _threshold(_of_rows(of_rows), len(i2t), limit, G)[:, None]
+            size, of_columns = i2t.abs(), t2i.abs()
+            low = size < _threshold(_of_rows(size), len(i2t), limit, G)[:, None]
             low &= of_columns < columns
-            left_out += of_rows.add_(of_columns).masked_fill_(~low, 0.0).sum()
+            left_out += size.add_(of_columns).masked_fill_(~low, 0.0).sum()
             pairs += low.sum()
             i2t.masked_fill_(low, 0.0)
             t2i.masked_fill_(low, 0.0)
@@ -92,7 +92,7 @@ class Cut:
         def below(top: Tensor) -> Tensor:
             total = torch.zeros_like(top)
             for rows in _blocks(grad):
-                total += _below(grad[rows], top).sum(0)
+                total += _below(grad[rows].abs(), top).sum(0)
             if collectives.world_size(self.group) > 1:
                 dist.all_reduce(total, group=self.group)  # collective, G numbers
             return total
@@ -131,15 +131,13 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _below(grad: Tensor, top: Tensor) -> Tensor:
-    """The absolute values below `top`, and 0 for the others; NaN for what is not finite."""
-    size = grad.abs()
-    return size.mul_(size < top)  # twice as fast as to fill
+def _below(size: Tensor, top: Tensor) -> Tensor:
+    """Absolute values below `top`, and 0 for the others; NaN for what is not finite."""
+    return size * (size < top)  # twice as fast as to fill
 
 
 def _of_rows(size: Tensor) -> Callable[[Tensor], Tensor]:
-    """The sums of each row's values below sizes; given absolute values, which are taken once."""
-    return lambda top: (size * (size < top[:, None])).sum(1)
+    return lambda top: _below(size, top[:, None]).sum(1)
 
 
 def _threshold(below: Callable[[Tensor], Tensor], rows: int, limit: Tensor, number: int) -> Tensor:

@@ -243,9 +243,9 @@ class Objective(nn.Module):
                 if selection is None:
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
-        there = features.patch_mask
+        present_patches = features.patch_mask
         return PairFeatures(
-            image_cls, text_cls, patches, tokens, mask, batch.pair_id, there, selection
+            image_cls, text_cls, patches, tokens, mask, batch.pair_id, present_patches, selection
         )
 
     def banks(self) -> dict[str, Bank]:
