@@ -24,7 +24,7 @@ from ds_cmli.checkpoint.train_state import (
     redistribute,
 )
 from ds_cmli.checkpoint.weights import load_averages, load_banks, load_frozen, load_module, parts
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
@@ -245,7 +245,7 @@ def load(
     except UserError as error:
         problem = str(error)
     except Exception as error:  # a foreign file, whose checksum fits: it may hold anything
-        reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
+        reason = refused_code(error) or first_line(error)
         problem = (
             f"{point.path}: rank-{distributed.rank()}.pt is no state of a rank: {reason}: "
             "--resume another one"

@@ -22,7 +22,7 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from ds_cmli.checkpoint.files import no_code
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
@@ -111,7 +111,7 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
         )
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         remove(converted)
-        return (str(error) or type(error).__name__).splitlines()[0]
+        return first_line(error)
     finally:
         shutil.rmtree(plain)
     return None

@@ -26,6 +26,7 @@ from ds_cmli.checkpoint.weights import (
     parts,
 )
 from ds_cmli.common import tensor_file
+from ds_cmli.common.errors import first_line
 from ds_cmli.common.patches import patched
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
@@ -90,7 +91,7 @@ def write(
                 writer.files[AVERAGE] = write_weights(writing / AVERAGE, moving)
         except OSError as error:
             writer.error = error
-    problem = None if writer.error is None else str(writer.error).splitlines()[0]
+    problem = None if writer.error is None else first_line(writer.error)
     mine = (this_node(), writer.files, problem, isinstance(writer.error, NotFinite))
     nodes, entries, problems, bad_ones = zip(
         *distributed.gather_objects(mine),  # collective

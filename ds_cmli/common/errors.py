@@ -15,6 +15,11 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type's name where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, known: Iterable[object]) -> str:
     """Hint at what an unknown name may mean: `did you mean 'x'?`, or else all known names."""
     import difflib

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
@@ -106,8 +106,7 @@ def connecting(backend: str, limit: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{_line(backend, 'failed')} ({reason})") from error
+        raise UserError(f"{_line(backend, 'failed')} ({first_line(error)})") from error
     finally:
         timer.cancel()
 

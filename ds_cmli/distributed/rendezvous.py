@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 import psutil
 import torch.distributed as dist
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.distributed.launchers import is_slurm_step, means_every_machine, slurm_ports, this_node
 
 ANSWER = 5.0  # seconds to wait for a store's answer
@@ -148,7 +148,7 @@ def _hold(place: Place) -> dist.Store:
         except dist.DistError as error:
             if "in use" in str(error):
                 continue
-            line = str(error).splitlines()[0]
+            line = first_line(error)
             raise UserError(f"no store for the ranks at {place.host}:{port}: {line}") from None
         if place.fixed not in (None, port):
             _tell_failure(store, place)

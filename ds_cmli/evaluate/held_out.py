@@ -157,8 +157,3 @@ class View(Dataset[Read]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.read(self.numbers[index])
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

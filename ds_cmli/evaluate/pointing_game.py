@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
@@ -30,7 +30,7 @@ from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import usual_view
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, embed_share
-from ds_cmli.evaluate.held_out import HeldOut, first_line
+from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.report import Metrics
 from ds_cmli.losses.functions import match_patches
 

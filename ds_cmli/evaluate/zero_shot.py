@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.bad import Bad, told
@@ -34,7 +34,7 @@ from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts, image_embeddings
-from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View, first_line
+from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View
 from ds_cmli.evaluate.report import Metrics
 from ds_cmli.evaluate.retrieval import expected_hits, kinds
 

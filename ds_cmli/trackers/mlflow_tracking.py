@@ -12,7 +12,7 @@ from mlflow.exceptions import MlflowException
 from numpy import ndarray
 
 from ds_cmli import trackers
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 
 LONGEST = 500  # characters; MLflow limits the length of a setting's value
 
@@ -35,13 +35,11 @@ class MLflow:
                 return
             run = mlflow.start_run(run_name=folder.resolve().name)
             trackers.kept_id(folder / "mlflow", run.info.run_id)
-            mlflow.log_params(
-                {name: str(value)[:LONGEST] for name, value in trackers.settings(folder).items()}
-            )
+            settings = trackers.settings(folder).items()
+            mlflow.log_params({name: str(value)[:LONGEST] for name, value in settings})
         except (OSError, ImportError, MlflowException) as error:
-            line = str(error).strip().split("\n")[0]
             raise UserError(
-                f"run.report_to has 'mlflow', which cannot be opened: {line}: "
+                f"run.report_to has 'mlflow', which cannot be opened: {first_line(error)}: "
                 "see MLFLOW_TRACKING_URI"
             ) from None
 
@@ -50,6 +48,8 @@ class MLflow:
         mlflow.log_metrics(values, step=step, synchronous=False)
 
     def picture(self, step: int, name: str, image: ndarray) -> None:
+        # For a picture a store of files is read whole, and the numbers' files may still be empty.
+        mlflow.flush_async_logging()
         # Pictures are few, and MLflow's threads for them may make one folder at once and lose one.
         mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=True)
 

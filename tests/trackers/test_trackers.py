@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -34,7 +35,15 @@ def write(folder, name, steps, first_step=0):
 def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_path, monkeypatch, capfd):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient
+    from mlflow.store.tracking import file_store
 
+    def slow(path, content):
+        """A disk on which a file is there before what it holds."""
+        with open(path, "a") as file:
+            time.sleep(0.3)
+            file.write(content)
+
+    monkeypatch.setattr(file_store, "append_to", slow)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     folder = tmp_path / "run"
