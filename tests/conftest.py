@@ -120,6 +120,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: numbers.get(place(item.nodeid), len(numbers)))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """What a test builds is released at its end; what its fixtures build is theirs."""
+    if "deepspeed" not in sys.modules:
+        return (yield)
+    from tests.engines import released
+
+    with released():
+        return (yield)
+
+
 def pytest_collection_finish():
     """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
     gc.collect()

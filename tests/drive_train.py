@@ -16,7 +16,6 @@ from unittest import mock
 from ds_cmli import train
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed import process_group
 from ds_cmli.faults import preemption
 
 
@@ -30,28 +29,9 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     """
     from ds_cmli.engine import TrainEngine
     from ds_cmli.run import Run
+    from tests.engines import released
 
-    shutdown = process_group.shutdown
-    end_step, one_step, make = Run.end_step, TrainEngine.step, TrainEngine.__init__
-    engines: list[TrainEngine] = []
-
-    def made(engine, /, *arguments, **more):
-        engines.append(engine)
-        make(engine, *arguments, **more)
-
-    def end_group():
-        # The hooks of a DeepSpeed engine keep it, its group's threads and their stacks until it is destroyed; with
-        # ZeRO-3 what lies on its parameters does so even then.
-        for engine in engines:
-            if hasattr(engine, "engine"):
-                optimizer = engine.engine.optimizer
-                offload = getattr(optimizer, "parameter_offload", optimizer)
-                engine.engine.destroy()
-                for part in (*engine.objective.parameters(), offload, optimizer, engine.engine):
-                    vars(part).clear()
-        engines.clear()
-        shutdown()
-        gc.collect()
+    end_step, one_step = Run.end_step, TrainEngine.step
 
     def ended(run, found):
         end_step(run, found)
@@ -71,19 +51,19 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Run, "end_step", ended))
         stack.enter_context(mock.patch.object(TrainEngine, "step", step))
-        stack.enter_context(mock.patch.object(TrainEngine, "__init__", made))
-        stack.enter_context(mock.patch.object(process_group, "shutdown", end_group))
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)
         try:
             # Without the watchdog, which ends the process of a training that has failed.
-            return train.command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
+            with released():
+                return train.command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
         except UserError as error:
             if not mistakes:
                 raise
             print(f"error: {error}", flush=True)
             return 2
         finally:
+            gc.collect()
             preemption._received.clear()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
