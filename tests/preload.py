@@ -20,6 +20,7 @@ from deepspeed.runtime.zero.muon import muon_optimizer  # noqa: E402, F401
 from PIL import Image  # noqa: E402
 
 Image.init()  # the formats of pictures
-inspect.getmodule(gc)  # a table of all modules, for those who ask where a function is from
+# A table of all modules, for those who ask where a function is from; a code of no file looks through all.
+inspect.getmodule(compile("", "<none>", "exec"))
 del sys.modules["mlflow"]
 gc.freeze()  # and what is forked shares it

@@ -41,7 +41,7 @@ def silence() -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # A sixth of a start would be spent on looking for garbage among a million imported objects.
-    if not gc.get_freeze_count():  # the first time
+    if "deepspeed" not in sys.modules:
         gc.set_threshold(100_000)
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
