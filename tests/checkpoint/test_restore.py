@@ -92,7 +92,7 @@ KINDS = {
         "zero_optimization": {"stage": 1},
         "scheduler": {
             "type": "WarmupLR",
-            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 9},
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 6},
         },
     },
     "without zero": {},
@@ -107,10 +107,11 @@ MORE = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_three_places_as_if_never(kind, source, tmp_path):
-    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind])]
+    arguments = [*TINY, "--steps", "8", "--log-every", "2", "--eval-every", "3", *source]
+    arguments += json_file(tmp_path / "ds.json", KINDS[kind])
     arguments += [word for setting in MORE.get(kind, ()) for word in ("--set", setting)]
     assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 5, 11])
+    interrupt(arguments, tmp_path / "broken", [1, 3, 7])
     assert_same(tmp_path / "straight", tmp_path / "broken")
     evaluations = 3 * (2 if kind in MORE else 1)  # of the weights, and of their average
     assert len(metrics(tmp_path / "broken")) == 4 + evaluations
@@ -146,9 +147,8 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
 
 
 def test_two_ranks_interrupted_as_if_never(source, tmp_path):
-    arguments = ["7" if word == "12" else word for word in TINY]  # steps
-    arguments += [*source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--micro-batch", "4", "--workers", "1"]
-    arguments += ["--set", "optim.ema_decay=0.9", *AUGMENTED]
+    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--steps", "5", "--workers", "1"]
+    arguments += ["--micro-batch", "4", "--set", "optim.ema_decay=0.9", *AUGMENTED]
     broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
     tasks = [
         {"arguments": [*arguments, "--output-dir", str(tmp_path / "straight")]},
@@ -161,7 +161,8 @@ def test_two_ranks_interrupted_as_if_never(source, tmp_path):
 
 
 STAGES = {"zero 2": {"zero_optimization": {"stage": 2}}, "zero 3": {"zero_optimization": {"stage": 3}}}
-BATCH, BREAK, STEPS = 12, 3, 7  # pairs a step, steps before the change, steps in all: the epoch of 65 has 5
+BATCH, EPOCH = 12, 3  # pairs a step; steps of an epoch of 41 pairs
+BREAK, STEPS = 2, 5  # steps before the change, steps in all
 
 
 # (ZeRO stage, ranks before and after): each change, and each stage both ways; the others in the soak test.
@@ -177,8 +178,9 @@ def changed(tmp_path_factory):
 
 def change_ranks(folder: Path, changes: tuple[tuple[str, str], ...]) -> Path:
     """Runs of one global batch in fp32: straight on two ranks, and broken by a change to another number of ranks."""
-    common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=68)]
-    common += ["--set", "run.eval_batch=3", "--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
+    common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=44)]
+    common += ["--set", "run.eval_batch=3", "--set", "run.match_maps=0"]
+    common += ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
 
     def task(world_size, stage, name, stop):
         run = str(folder / f"{stage}-{name}")
@@ -221,21 +223,21 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, changes,
     assert max((a - weights[1][name]).abs().max() for name, a in weights[0].items()) < 1e-3
     assert not list((broken / "checkpoint").glob("*.writing"))
 
-    # Each sample of the first epoch once, but for the 5 of 65 that its last incomplete batch would have had.
+    # Each sample of the first epoch once, but for the 5 of 41 that its last incomplete batch would have had.
     samples = samples_of_epoch(folder, f"{stage}-{change}")
-    assert len(samples) == len(set(samples)) == 60
-    assert sorted(samples) == sorted(permutation(65, 0, 0)[:60].tolist())
+    assert len(samples) == len(set(samples)) == EPOCH * BATCH
+    assert sorted(samples) == sorted(permutation(41, 0, 0)[: EPOCH * BATCH].tolist())
 
 
 def samples_of_epoch(folder: Path, name: str) -> list[int]:
-    """Everything trained on in the first five steps, before and after the change of ranks."""
+    """Everything trained on in the first epoch, before and after the change of ranks."""
     before, after = int(name[-6]), int(name[-1])
     out = []
     for rank in range(max(before, after)):
         lines = [json.loads(line) for line in (folder / f"{name}.seen.{rank}").read_text().splitlines()]
         first = BREAK if rank < before else 0  # how many of the lines are from before
         out += [i for line in lines[:first] for i in line]
-        out += [i for line in lines[first : first + 5 - BREAK] for i in line] if rank < after else []
+        out += [i for line in lines[first : first + EPOCH - BREAK] for i in line] if rank < after else []
     return out
 
 
@@ -539,7 +541,9 @@ def test_a_rank_whose_data_fail_ends_all_with_the_same_line(tmp_path):
 
 
 def test_deterministic_runs_repeat_their_bits(source, tmp_path):
-    arguments = [*TINY, *source, "--deterministic", "--output-dir"]
+    # PyTorch fills what is made empty then, and a bucket has 2 GB if it is not told its size.
+    config = json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}})
+    arguments = [*TINY, *source, *config, "--deterministic", "--output-dir"]
     try:
         assert [drive([*arguments, str(tmp_path / name)]) for name in "ab"] == [0, 0]
         assert torch.are_deterministic_algorithms_enabled()
