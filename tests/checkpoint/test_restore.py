@@ -34,7 +34,7 @@ from tests.processes import Program
 
 pytestmark = pytest.mark.usefixtures("alone")
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
-TINY += ["--set", "student.dropout=0.2", "--set", "run.match_maps=1"]
+TINY += ["--set", "student.dropout=0.2", "--set", "run.match_maps=1", "--set", "teacher.block=0"]
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 
@@ -179,7 +179,7 @@ def changed(tmp_path_factory):
 def change_ranks(folder: Path, changes: tuple[tuple[str, str], ...]) -> Path:
     """Runs of one global batch in fp32: straight on two ranks, and broken by a change to another number of ranks."""
     common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=44)]
-    common += ["--set", "run.eval_batch=3", "--set", "run.match_maps=0"]
+    common += ["--set", "run.eval_batch=3", "--set", "run.match_maps=0", "--set", "teacher.block=0"]
     common += ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
 
     def task(world_size, stage, name, stop):

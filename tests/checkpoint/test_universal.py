@@ -40,7 +40,8 @@ class Setting:
         self.rank, self.ranks, self.device = distributed.rank(), distributed.world_size(), device
         self.micro_batch = GLOBAL // self.ranks
         optim = {"warmup_share": 0.0, "micro_batch": self.micro_batch, "ema_decay": 0.9}
-        self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **overrides})
+        one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
+        self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **one_block, **overrides})
         self.data = build_data(self.config.data, 0)
         loader = iter(rank_batches(self.data.train, self.data, self.micro_batch, self.rank, self.ranks))
         self.batches = [next(loader) for _ in range(4)]

@@ -18,9 +18,10 @@ from tests.checkpoint.test_restore import assert_same, ranks
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT
 from tests.drive_train import drive
+from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-STEPS, BATCH, STOP = 4, 8, 2
+STEPS, BATCH, STOP = 3, 8, 2
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
 
@@ -39,7 +40,7 @@ def tasks(tmp_path, cells, world_size: int) -> list[dict]:
         file.write_text(json.dumps(content(stage, precision)))
         given = ["--preset", "tiny", "--steps", str(STEPS), "--log-every", "1", "--data", str(tmp_path / "pairs")]
         given += ["--deepspeed_config", str(file), "--micro-batch", str(BATCH // world_size), "--lr", "1e-3"]
-        given += ["--set", "optim.ema_decay=0.9"]
+        given += ["--set", "optim.ema_decay=0.9", "--set", "run.match_maps=0", *ONE_BLOCK]
         broken = [*given, "--output-dir", str(tmp_path / f"{name}-broken")]
         out.append({"arguments": [*given, "--output-dir", str(tmp_path / name)]})
         out += [{"arguments": broken, "stop_at": STOP}, {"arguments": broken}]

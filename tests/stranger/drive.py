@@ -26,7 +26,7 @@ from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 
 STEPS = 3
-ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # a prediction takes a second for each
+ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # of each encoder: half of a step
 SCENES = 20  # of each split: what is found in them is not looked at here
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
