@@ -40,7 +40,7 @@ def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_pa
     def slow(path, content):
         """A disk on which a file is there before what it holds."""
         with open(path, "a") as file:
-            time.sleep(0.3)
+            time.sleep(0.1)
             file.write(content)
 
     monkeypatch.setattr(file_store, "append_to", slow)
