@@ -82,8 +82,9 @@ def embedded(train_engine, batch):
 def check(rank, ranks, layouts):
     """One line for each layout whose average is not as it should be."""
     os.environ["LOCAL_RANK"] = str(rank)
+    optim = {"ema_decay": DECAY, "warmup_share": 0.0, "lr": 0.01}
     config, vocab_size = without_weights(
-        load_preset("tiny", {"student": STUDENT, "optim": {"ema_decay": DECAY, "warmup_share": 0.0, "lr": 0.01}})
+        load_preset("tiny", {"student": STUDENT, "teacher": {"block": 0}, "optim": optim})
     )
     wrong = []
     for layout in layouts:

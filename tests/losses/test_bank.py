@@ -265,6 +265,7 @@ def test_two_ranks_train_as_one(of_one_and_of_two, stage):
 
 ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--set", "teacher.average_blocks=2"]
 ARGUMENTS += ["--losses", "cmli,token_contrast,cls_contrast", "--set", 'loss.start={"cls_contrast": 4}']
+ARGUMENTS += ["--set", "student.layers=1"]
 BANK = ["--set", "loss.bank=30"]
 
 

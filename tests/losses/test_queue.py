@@ -243,7 +243,7 @@ def test_two_ranks_train_as_one(of_one_and_of_two, stage):
 
 
 ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--losses", "global,cmli"]
-ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12"]
+ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12", "--set", "student.layers=1"]
 
 
 # That a bank goes on in another layout and on two ranks: test_bank.py.

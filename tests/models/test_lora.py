@@ -17,11 +17,12 @@ from ds_cmli.models.lora import merged
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.drive_train import drive as train
 from tests.metrics_file import metrics
-from tests.stranger.drive import STEPS, drive
+from tests.stranger.drive import ONE_BLOCK, STEPS, drive
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install 'ds-cmli[test]'")
 LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 SETTING = ["--set", 'student.lora={"image": ["qkv", "mlp.fc1"], "text": ["query"]}', "--set", "student.lora_rank=4"]
+SOME = ["--preset", "tiny", "--set", "run.match_maps=0", *ONE_BLOCK, *SETTING]
 
 
 def built(lora, **more):
@@ -94,8 +95,8 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
     ids=["without ZeRO", "ZeRO-3 in bf16"],
 )
 def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F811
-    arguments = ["--preset", "tiny", "--steps", "5", "--set", "run.match_maps=0", "--set", "optim.ema_decay=0.9"]
-    arguments += [*SETTING, *source, *json_file(tmp_path / "ds.json", content)]
+    arguments = [*SOME, "--steps", "5", "--set", "optim.ema_decay=0.9"]
+    arguments += [*source, *json_file(tmp_path / "ds.json", content)]
     assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
     interrupt(arguments, tmp_path / "broken", [1, 4])
     assert_same(tmp_path / "straight", tmp_path / "broken")
@@ -104,8 +105,8 @@ def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F81
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.soak), 3])
 def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):  # noqa: F811
     """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
-    arguments = ["--preset", "tiny", "--steps", "6", "--save-every", "2", "--set", "run.match_maps=0"]
-    arguments += [*SETTING, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})]
+    arguments = [*SOME, "--steps", "6", "--save-every", "2"]
+    arguments += [*source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})]
     assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
     broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
     assert train(broken, stop_at=4) == 85
@@ -130,7 +131,7 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
 
 def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
-    arguments = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", *SETTING, *source]
+    arguments = [*SOME, "--steps", "8", *source]
     arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     assert train([*arguments, *straight]) == 0
     assert train([*arguments, *broken], stop_at=4) == 85
