@@ -59,7 +59,7 @@ def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
     ds_config.write_text('{"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}')
     arguments = ["--preset", "tiny", "--steps", str(steps), "--log-every", "2", "--save-every", "3",
                  "--deepspeed_config", str(ds_config), "--micro-batch", "2",
-                 "--set", "student.dropout=0.1", "--set", "data.image_size=28",
+                 "--set", "student.dropout=0.1", "--set", "data.image_size=28", "--set", "run.match_maps=0",
                  "--data", pairs(tmp_path / "pairs", count=63), "--output-dir"]  # fmt: skip
     assert Ranks(tmp_path, world_size, [*arguments, str(tmp_path / "straight")]).wait() == [0] * world_size
     run = tmp_path / "killed"

@@ -149,7 +149,8 @@ def test_samples_of_a_skipped_step():
 @pytest.fixture
 def arguments(alone, tmp_path):
     data = pairs(tmp_path / "pairs", count=63)
-    return ["--preset", "tiny", "--steps", "10", "--data", data, "--output-dir", str(tmp_path / "run")]
+    given = ["--preset", "tiny", "--steps", "10", "--set", "run.match_maps=0"]
+    return [*given, "--data", data, "--output-dir", str(tmp_path / "run")]
 
 
 def bad_steps(monkeypatch, numbers):

@@ -25,7 +25,8 @@ def _at_stages(rank: int, world: int, stages: tuple[int, ...], sections: dict[st
 
 def _three_steps(rank: int, world: int, stage: int, sections: dict[str, dict]) -> Found:
     optim = {**sections.get("optim", {}), "micro_batch": 8 // world}
-    config = load_preset("tiny", {**sections, "optim": optim})
+    one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
+    config = load_preset("tiny", {**one_block, **sections, "optim": optim})
     data = build_data(config.data, 0)
     ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": stage}}).filled(config.optim, world, 3)
     train_engine = engine.build(config, ds_config, data.vocab_size, 3, torch.device("cpu"))
