@@ -31,6 +31,7 @@ from tests.conftest import ROOT, free_port, rank_environments, set_one_process
 from tests.drive_train import drive
 from tests.metrics_file import metrics
 from tests.processes import Program
+from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
@@ -178,8 +179,8 @@ def changed(tmp_path_factory):
 
 def change_ranks(folder: Path, changes: tuple[tuple[str, str], ...]) -> Path:
     """Runs of one global batch in fp32: straight on two ranks, and broken by a change to another number of ranks."""
-    common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=44)]
-    common += ["--set", "run.eval_batch=3", "--set", "run.match_maps=0", "--set", "teacher.block=0"]
+    common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=43)]
+    common += ["--set", "run.eval_batch=3", "--set", "run.match_maps=0", *ONE_BLOCK]
     common += ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
 
     def task(world_size, stage, name, stop):
