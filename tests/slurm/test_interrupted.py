@@ -118,7 +118,7 @@ def same(run: Path, other: Path) -> None:
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("steps, kinds", [(16, QUICK), pytest.param(40, KINDS, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("steps, kinds", [(24, QUICK), pytest.param(40, KINDS, marks=pytest.mark.soak)])
 def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, options, steps, kinds):
     asked = [*options, "--steps", str(steps)]
     reference = straight(tmp_path / "straight", asked)
