@@ -119,10 +119,6 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
     def emptied(accelerator: object) -> None:
         tracker.record_emptied_cache()
 
-    def to_host(tensor: Tensor) -> Tensor:
-        with tracker.paused():
-            return tensor.clone()
-
     def flattened(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(
             optimizer: object,
@@ -144,6 +140,6 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
         patched("deepspeed: free memory", lambda _: lambda self, *index: free()),
         patched("deepspeed: flattened parameters", flattened),
         patched("deepspeed: emptied cache", lambda _: emptied),
-        patched("torch: copy to the host", lambda _: to_host),
+        patched("torch: copy to the host", lambda _: lambda x: HostMemory(tracker).to_host(x)),
     ):
         yield

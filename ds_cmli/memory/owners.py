@@ -4,9 +4,9 @@ Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) and it
 ZeRO keep tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ds_cmli.engine import TrainEngine
 
@@ -40,14 +40,11 @@ OFFLOADED = (
 )
 
 
-def owners(train_engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
-    """Yield (category, tensor) for every live tensor; the first category of a storage is right."""
-    for category, value in _held(train_engine):
-        for tensor in _tensors(value):
-            yield category, tensor
+def owners(train_engine: TrainEngine) -> Iterator[tuple[str, Sequence[object]]]:
+    """Yield (category, what is held), with every live tensor, in nestings of lists and the like.
 
-
-def _held(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
+    The first category of a storage is right.
+    """
     engine, teacher = train_engine.engine, train_engine.teacher
     module, optimizer, inner = engine.module, engine.optimizer, engine.basic_optimizer
     if teacher is not None:
@@ -65,9 +62,9 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
         master = gradients = states = averages = HOST
     # Without master weights the optimizer holds the module's own parameters, yielded above.
     groups = [group["params"] for group in inner.param_groups]
-    updated = list(_tensors([groups, _attributes(optimizer, MASTER)]))
+    updated = tree_leaves([groups, _attributes(optimizer, MASTER)])
     yield master, updated
-    yield gradients, [p.grad for p in updated]
+    yield gradients, [getattr(p, "grad", None) for p in updated]
     if train_engine.ema is not None:
         yield averages, train_engine.ema.averages
     yield states, list(inner.state.values())
@@ -82,14 +79,3 @@ def _attributes(optimizer: object, names: tuple[str, ...]) -> list[object]:
 
 def is_offloaded(optimizer: object) -> bool:
     return any(_attributes(optimizer, ("cpu_offload", "offload_optimizer")))
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in a value: a tensor, or any nesting of lists, tuples and dictionaries."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)

@@ -237,34 +237,22 @@ def _record(
         for number in range(steps):
             as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
-            _step(here, train_engine, number, options, answers, tracker)
+            of_step = texts and texts[number * accumulation : (number + 1) * accumulation]
+            # In training on a GPU batches wait on the host, and each is copied to the device when
+            # its turn comes.
+            with tracker.paused() if here.cuda else tracker.scope("data"):
+                batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
+            with ExitStack() as stack:
+                if here.cuda:
+                    stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
+                watched = stack.enter_context(options.watch(train_engine, number))
+                if texts is None:
+                    traffic = watched if isinstance(watched, Traffic) else Traffic()
+                    repeated = Repeated(tracker, accumulation, traffic)
+                    stack.enter_context(probe.subscribed(repeated))
+                train_engine.step(batches)
+            del batches  # before the next ones are made
     return tracker.events(host=not here.cuda), sizes
-
-
-def _step(
-    here: _Resolved,
-    train_engine: engine.TrainEngine,
-    number: int,
-    options: Options,
-    answers: Answers,
-    tracker: Tracker,
-) -> None:
-    accumulation, of_step = here.json.accumulation, options.texts
-    if of_step is not None:
-        of_step = of_step[number * accumulation : (number + 1) * accumulation]
-    # In training on a GPU batches wait on the host, and each is copied to the device when its turn
-    # comes.
-    with tracker.paused() if here.cuda else tracker.scope("data"):
-        batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
-    with ExitStack() as stack:
-        if here.cuda:
-            stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
-        watched = stack.enter_context(options.watch(train_engine, number))
-        if options.texts is None:
-            traffic = watched if isinstance(watched, Traffic) else Traffic()
-            repeated = Repeated(tracker, accumulation, traffic)
-            stack.enter_context(probe.subscribed(repeated))
-        train_engine.step(batches)
 
 
 def _own_parameters(module: nn.Module) -> int:

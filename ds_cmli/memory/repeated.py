@@ -190,11 +190,9 @@ class _Repeated:
 
     def _run(self, args: tuple) -> Any:
         tracker = self.tracker
-        arguments: dict[int, int] = {}  # block -> index of the tensor
+        arguments: dict[int | None, int] = {}  # block -> index of the tensor
         for index, tensor in enumerate(_own_tensors(args)):
-            block = tracker.block_of(tensor)
-            if block is not None:
-                arguments[block] = index
+            arguments[tracker.block_of(tensor)] = index
         first, segment, start = len(tracker.blocks), tracker.segment, len(tracker.log)
         moved = deepcopy(self.traffic.counts)
         result = self.function(*args)
@@ -230,7 +228,6 @@ class _Repeated:
         """Log the last run's events with new blocks; returns tensors like its result."""
         tracker, run = self.tracker, self.runs[-1]
         given = _own_tensors(args)
-        blocks = list(map(tracker.block_of, given))
         first, segment = len(tracker.blocks), tracker.segment
         tracker.blocks += tracker.blocks[run.first : run.first + run.blocks]
         for event in run.done.events:
@@ -240,17 +237,12 @@ class _Repeated:
                 model = tracker.blocks[block]
                 tracker.blocks[block] = replace(model, phase=event.phase, segment=at, ended=None)
             else:
-                found = {
-                    Origin.THIS_CALL: first + index,
-                    Origin.LAST_CALL: self.first + index,
-                    Origin.ARGUMENT: blocks[index] if origin is Origin.ARGUMENT else None,
-                }[origin]
-                assert found is not None
-                block = found
-                tracker.blocks[block].ended = segment + event.segment
                 if origin is Origin.ARGUMENT:
                     # The tensor is freed below, where its end must not be recorded again.
-                    tracker.live.pop(given[index].untyped_storage()._cdata, None)
+                    block = tracker.live.pop(given[index].untyped_storage()._cdata).block
+                else:
+                    block = index + {Origin.THIS_CALL: first, Origin.LAST_CALL: self.first}[origin]
+                tracker.blocks[block].ended = segment + event.segment
             tracker.log.append(Change(block, event.bytes, event.phase))
         tracker.segment = segment + run.done.segments
         self.traffic.add(run.done.moved)
@@ -307,12 +299,7 @@ def _map(value: object, function: Callable, kind: type = Tensor) -> Any:
 
 def _tensors(value: object) -> list[Tensor]:
     found: list[Tensor] = []
-
-    def add(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    _map(value, add)
+    _map(value, found.append)
     return found
 
 

@@ -76,10 +76,8 @@ def sweep(
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
         rank = likeliest(changed.stage, ranks)
-        yield (
-            values,
-            predict(config, changed, ranks, rank=rank, gpu=gpu, options=Options(tell=tell)),
-        )
+        options = Options(tell=tell)
+        yield values, predict(config, changed, ranks, rank=rank, gpu=gpu, options=options)
 
 
 def predict_largest(

@@ -65,9 +65,6 @@ class _Phases(Probe):
         if self.now != "forward":
             self.begin("forward")
 
-    def after_student(self, *_: object) -> None:
-        self.begin("loss")
-
 
 @contextmanager
 def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
@@ -78,7 +75,7 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
     with ExitStack() as stack:
         stack.enter_context(probe.subscribed(reported))
         stack.callback(student.register_forward_pre_hook(reported.before_student).remove)
-        stack.callback(student.register_forward_hook(reported.after_student).remove)
+        stack.callback(student.register_forward_hook(lambda *_: reported.begin("loss")).remove)
         yield
 
 
@@ -195,8 +192,8 @@ class Tracker(Recorder, Probe):
 
     def claim_owned(self, train_engine: TrainEngine) -> None:
         """Claim what the models, the engine and its optimizer hold at this moment."""
-        for category, tensor in owners(train_engine):
-            self.claim(category, [tensor])
+        for category, held in owners(train_engine):
+            self.claim(category, tree_leaves(held))
 
     def enter(self, phase: str) -> None:
         if not (self.phase == "forward" and phase == "loss"):
@@ -266,9 +263,8 @@ class Tracker(Recorder, Probe):
     def _category(self, block: Allocation) -> str:
         if block.category is not None:
             return block.category
-        if block.phase in ("forward", "loss") or block.recomputed:
-            if block.ended == block.segment:
-                return "temporaries"
+        temporary = block.ended == block.segment
+        if (block.phase in ("forward", "loss") or block.recomputed) and not temporary:
             return "activations student"
         if block.phase == "init" and (block.ended is None or block.ended > self.last_of_init):
             return "ZeRO buckets"  # what the engine allocates once and keeps
