@@ -58,7 +58,7 @@ class Change(NamedTuple):
 class OwnBlocks:
     """The blocks that an operator holds inside, recorded from one stage to the next."""
 
-    def __init__(self, recorder: "Recorder", category: str, op: str):
+    def __init__(self, recorder: "Recorder", category: str, op: OpOverload):
         self.recorder, self.category, self.op = recorder, category, op
         self.held: list[tuple[int, int]] = []  # each block and its bytes
 
@@ -121,7 +121,7 @@ class Recorder(TorchDispatchMode):
         category, inside = "", Inside()
         if self.recording:
             category, inside = self._inside(func, args, kwargs)
-        own = OwnBlocks(self, category, str(func))
+        own = OwnBlocks(self, category, func)
         for stage in inside.before:
             own.enter(stage)
         out = func(*args, **(kwargs or {}))
@@ -157,21 +157,21 @@ class Recorder(TorchDispatchMode):
             results = results[::-1]
         for tensor in results:
             if isinstance(tensor, Tensor):
-                self._see(tensor, category, str(func))
+                self._see(tensor, category, func)
 
     def see(self, tensor: Tensor, op: str) -> None:
         """Record a tensor that no operator has returned."""
         if self.recording:
             self._see(tensor, None, op)
 
-    def _see(self, tensor: Tensor, category: str | None, op: str = "") -> None:
+    def _see(self, tensor: Tensor, category: str | None, op: OpOverload | str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         self._see_storage(tensor.untyped_storage(), category, op)
 
     def _see_storage(
-        self, storage: torch.UntypedStorage, category: str | None, op: str = ""
+        self, storage: torch.UntypedStorage, category: str | None, op: OpOverload | str = ""
     ) -> None:
         known, size = self.live.get(storage._cdata), storage.nbytes()
         if known is not None:
@@ -212,12 +212,11 @@ class Recorder(TorchDispatchMode):
         if self.gpu is not None and self.recording:
             self._begin(0, "temporaries", "empty_cache")
 
-    def _begin(self, size: int, category: str | None, op: str) -> int:
+    def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
         block, self.in_place_of = len(self.blocks), -1
-        allocation = Allocation(
-            op, self.phase, self.segment, self.recomputing, self.stream, category
+        self.blocks.append(
+            Allocation(str(op), self.phase, self.segment, self.recomputing, self.stream, category)
         )
-        self.blocks.append(allocation)
         self.log.append(Change(block, size, self.phase))
         return block
 

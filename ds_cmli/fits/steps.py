@@ -129,7 +129,7 @@ class StepRecorder(Recorder):
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
             self.copied.update(range(first, len(self.blocks)))
 
-    def _begin(self, size: int, category: str | None, op: str) -> int:
+    def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
         for ended, bytes_of_it in self.awaited.over():
             super()._end(ended, bytes_of_it)
         self.lines.append(lines.current())

@@ -8,16 +8,22 @@ ranks, whose collectives move nothing.
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    _BypassDispatchCache,
+    _DispatchCacheKey,
+    in_kernel_invocation_manager,
+)
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.common.patches import environment as replaced_environment
@@ -26,14 +32,15 @@ from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.fits.kernels import CudaOperators
 
+aten = torch.ops.aten
 Another = Callable[[Tensor], Callable[[], None]]
 # More tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their
 # size.
 MANY = 8
 
 
-class Answers(TorchDispatchMode):
-    """Gives a value whenever the program reads one from a tensor without data."""
+class Answers(FakeTensorMode):
+    """Makes tensors without data, and gives a value whenever the program reads one from them."""
 
     # While models are built, numbers are rates and bounds of their parts, all of which are off at
     # 0.
@@ -51,17 +58,47 @@ class Answers(TorchDispatchMode):
         self.phase = phase
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
                 if self.phase == "models":
                     return self.WHILE_BUILDING
                 return self.LATER
             return getattr(args[0], "fake_truth_value", self.INTEGER)
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.all.default:
+        if func.namespace == "c10d":  # its results are the tensors that it is given
+            with in_kernel_invocation_manager(self):
+                return func(*args, **kwargs)
+        if func is aten._unsafe_view.default:  # whose results are never kept for another call
+            func = aten.view.default
+        out = self.dispatch(func, types, args, kwargs)
+        if func is aten.all.default:
             # All gradients are finite, and all texts of a batch are full if `full` says so.
             out.fake_truth_value = self.phase in ("init", "optimizer") or self.full
         return out
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, so that the method above needs no guard
+
+    # PyTorch keeps the sizes of an operator's results for later calls with such arguments. The two
+    # methods below are its own without what never occurs here, such as symbols in sizes, which
+    # takes a quarter of a prediction's time. PyTorch keeps no result of which the second one makes
+    # a tensor with other dispatch keys.
+
+    def _cache_key(self, state, func, args, kwargs):
+        key: list[object] = [func, torch.get_default_dtype()]
+        _describe((args, *kwargs.items()), key)
+        return _DispatchCacheKey(tuple(key))
+
+    def _get_output_tensor_from_cache_entry(self, state, entry, key, func, args):
+        form = entry.metadata
+        if form is None:  # no tensor, or one that is changed in place
+            return super()._get_output_tensor_from_cache_entry(state, entry, key, func, args)
+        meta = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
+        if entry.view_idx is not None:
+            storage = args[entry.view_idx].untyped_storage()
+            meta.set_(storage, form.storage_offset, form.shape, form.stride)
+        return FakeTensor(self, meta, form.device)
 
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:
@@ -74,6 +111,23 @@ class Answers(TorchDispatchMode):
         with unmasked:
             yield
         self.full = False
+
+
+def _describe(values: Iterable[object], key: list[object]) -> None:
+    """Add all that an operator's results depend on to `key`."""
+    for value in values:
+        if isinstance(value, FakeTensor):
+            if value.constant is not None:  # so may the result have one
+                raise _BypassDispatchCache("constant attribute")
+            keys = torch._C._dispatch_keys(value).raw_repr()  # device, layout and the like
+            key += value.dtype, value.shape, value.stride(), value.storage_offset(), keys
+        elif isinstance(value, list | tuple):
+            key.append(len(value))
+            _describe(value, key)
+        elif isinstance(value, Tensor):
+            raise _BypassDispatchCache("non-fake tensor")
+        else:
+            key += type(value), value  # 1, 1.0 and True are equal
 
 
 class SharesOfRanks(TorchFunctionMode):
@@ -151,14 +205,11 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
 
         return run
 
-    def scattering(function: Callable) -> Callable:
-        # Its only empty tensors fill up each rank's share of each gradient.
-        return within(function, another)
-
     with (
         patched("deepspeed: gathered parameters", within),
         patched("deepspeed: gathered together", within),
-        patched("deepspeed: scattered gradients", scattering),
+        # Its only empty tensors fill up each rank's share of each gradient.
+        patched("deepspeed: scattered gradients", partial(within, another=another)),
     ):
         yield
 
@@ -287,8 +338,7 @@ def fake_world(
     with process_group(world_size, rank), ExitStack() as stack:
         # Ranks exchange some values about themselves. Here the values of all ranks are those of
         # this rank.
-        answers = Answers()
-
+        answers = Answers(allow_non_fake_inputs=True)
         stack.enter_context(probe.subscribed(_EqualRanks(answers, world_size)))
 
         def compared(values: list[int]) -> None:
@@ -300,14 +350,12 @@ def fake_world(
 
         stack.enter_context(patched("deepspeed: ranks compared", lambda _: compared))
         stack.enter_context(patched("deepspeed: rank 0 copied", lambda _: copied))
-        generator = torch.get_rng_state()
-        stack.callback(torch.set_rng_state, generator)
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
         stack.enter_context(patched("torch: module conversion", lambda _: _apply))
         stack.enter_context(
             patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60)
         )
         stack.enter_context(shares_made_once(another))
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)
         if gpu is not None:
             stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))

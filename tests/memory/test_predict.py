@@ -154,14 +154,24 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     ds_config = ds_json(3)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
     operators = []
-    dispatch = Answers.__torch_dispatch__
-    monkeypatch.setattr(Answers, "__torch_dispatch__", lambda *args: (operators.append(1), dispatch(*args))[1])
+    see = Tracker._see_results
+    monkeypatch.setattr(Tracker, "_see_results", lambda *args: (operators.append(1), see(*args))[1])
     config = preset(batch=2, losses=("global",))
     once = predict(config, ds_config, 12).events
     few = len(operators)
     monkeypatch.setattr("ds_cmli.memory.fake.shares_made_once", lambda another: nullcontext())
     assert once == predict(config, ds_config, 12).events
     assert few < 0.75 * (len(operators) - few)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", [2, 3])
+def test_results_that_are_known_are_those_of_their_operators(stage, monkeypatch):
+    """PyTorch runs each operator all the same, and compares what it returns."""
+    monkeypatch.setattr("torch._dynamo.config.fake_tensor_cache_crosscheck_enabled", True)
+    hits = Answers.cache_hits
+    predict(preset(batch=2), ds_json(stage), 2)
+    assert Answers.cache_hits > hits + 1000
 
 
 def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_both(monkeypatch):
