@@ -81,9 +81,8 @@ class Answers(FakeTensorMode):
         return False  # nothing is compiled, so that the method above needs no guard
 
     # PyTorch keeps the sizes of an operator's results for later calls with such arguments. The two
-    # methods below are its own without what never occurs here, such as symbols in sizes, which
-    # takes a quarter of a prediction's time. PyTorch keeps no result of which the second one makes
-    # a tensor with other dispatch keys.
+    # methods below do what its own do but for what never occurs here, such as symbols in sizes,
+    # which takes a quarter of a prediction's time.
 
     def _cache_key(self, state, func, args, kwargs):
         key: list[object] = [func, torch.get_default_dtype()]
@@ -92,7 +91,8 @@ class Answers(FakeTensorMode):
 
     def _get_output_tensor_from_cache_entry(self, state, entry, key, func, args):
         form = entry.metadata
-        if form is None:  # no tensor, or one that is changed in place
+        # No tensor, one that is changed in place, or one whose numbers are read as others.
+        if form is None or form.is_conj or form.is_neg:
             return super()._get_output_tensor_from_cache_entry(state, entry, key, func, args)
         meta = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
         if entry.view_idx is not None:

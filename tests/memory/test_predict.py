@@ -164,6 +164,18 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     assert few < 0.75 * (len(operators) - few)
 
 
+def test_results_that_are_known_are_views_and_conjugates_again():
+    with Answers():
+        x = torch.ones(4, 6, dtype=torch.complex64)
+        for _ in range(2):
+            assert x.conj().is_conj() and x.conj().imag.is_neg() and not x.is_conj()
+            view = x[1:, 2:].t()
+            assert view.shape == (4, 3) and view.stride() == (1, 6) and view.storage_offset() == 8
+            assert view.untyped_storage()._cdata == x.untyped_storage()._cdata
+            assert (x + 1).untyped_storage()._cdata != x.untyped_storage()._cdata
+            assert (x[0] + 1.0).dtype == torch.complex64 and (x[0].real + 1).dtype == torch.float32
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
 def test_results_that_are_known_are_those_of_their_operators(stage, monkeypatch):
