@@ -178,11 +178,11 @@ def test_results_that_are_known_are_views_and_conjugates_again():
 
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", [2, 3])
-def test_results_that_are_known_are_those_of_their_operators(stage, monkeypatch):
+def test_results_that_are_known_are_those_of_their_operators(stage):
     """PyTorch runs each operator all the same, and compares what it returns."""
-    monkeypatch.setattr("torch._dynamo.config.fake_tensor_cache_crosscheck_enabled", True)
     hits = Answers.cache_hits
-    predict(preset(batch=2), ds_json(stage), 2)
+    with torch._dynamo.config.patch(fake_tensor_cache_crosscheck_enabled=True):
+        predict(preset(batch=2), ds_json(stage), 2)
     assert Answers.cache_hits > hits + 1000
 
 
