@@ -42,5 +42,5 @@ def released() -> Iterator[None]:
         yield
     while built:
         engine = built.pop()
-        if vars(engine):  # a test may have released it
+        if vars(engine):  # one inside may have ended it
             release(engine)

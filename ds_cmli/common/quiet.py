@@ -40,7 +40,8 @@ def silence() -> None:
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # A sixth of a start would be spent on looking for garbage among a million imported objects.
+    # A sixth of a start would be spent on looking for garbage among a million imported objects. A
+    # process forked with them has no such start.
     if "deepspeed" not in sys.modules:
         gc.set_threshold(100_000)
     warnings.filterwarnings("ignore")

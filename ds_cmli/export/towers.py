@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.export.modeling import CMLIModel
 from ds_cmli.models.student import Student
@@ -168,7 +168,7 @@ def _write_part(
             _difference(part.module, inputs, file), _difference(part.module, fewer, file)
         )
     except Exception as error:
-        said = COLOURS.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
+        said = COLOURS.sub("", first_line(error))
         raise UserError(f"{file.name} cannot be exported: {said[:200]}; give --no-onnx") from None
     if not most <= part.tolerance:
         raise UserError(

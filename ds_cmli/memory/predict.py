@@ -224,34 +224,34 @@ def _record(
     """
     options.tell("building the models and DeepSpeed's engine")
     models = host_memory.recorded_from_the_engine_on(tracker, here.json, here.cuda, answers.enter)
-    device = torch.device("cpu")
     train_engine = engine.build(
-        here.config, here.json, here.vocab_size, TOTAL_STEPS, device, models=models
+        here.config, here.json, here.vocab_size, TOTAL_STEPS, torch.device("cpu"), models=models
     )
     sizes = list(map(_own_parameters, train_engine.objective.modules()))
     if options.scores is not None:
         train_engine.objective.score = options.scores  # type: ignore[assignment]
     accumulation, texts = here.json.accumulation, options.texts
     steps = 2 if texts is None else len(texts) // accumulation
+
+    def step(number: int) -> None:
+        of_step = texts and texts[number * accumulation : (number + 1) * accumulation]
+        # On a GPU batches wait on the host, and each is copied to the device when its turn comes.
+        with tracker.paused() if here.cuda else tracker.scope("data"):
+            batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
+        with ExitStack() as stack:
+            if here.cuda:
+                stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
+            watched = stack.enter_context(options.watch(train_engine, number))
+            if texts is None:
+                traffic = watched if isinstance(watched, Traffic) else Traffic()
+                stack.enter_context(probe.subscribed(Repeated(tracker, accumulation, traffic)))
+            train_engine.step(batches)
+
     with phases(train_engine, answers.enter), tracker.attach(train_engine):
         for number in range(steps):
             as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
-            of_step = texts and texts[number * accumulation : (number + 1) * accumulation]
-            # In training on a GPU batches wait on the host, and each is copied to the device when
-            # its turn comes.
-            with tracker.paused() if here.cuda else tracker.scope("data"):
-                batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
-            with ExitStack() as stack:
-                if here.cuda:
-                    stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
-                watched = stack.enter_context(options.watch(train_engine, number))
-                if texts is None:
-                    traffic = watched if isinstance(watched, Traffic) else Traffic()
-                    repeated = Repeated(tracker, accumulation, traffic)
-                    stack.enter_context(probe.subscribed(repeated))
-                train_engine.step(batches)
-            del batches  # before the next ones are made
+            step(number)
     return tracker.events(host=not here.cuda), sizes
 
 
