@@ -9,7 +9,6 @@ asks for.
 import gzip
 import io
 import itertools
-import json
 import pickle
 import re
 import reprlib
@@ -21,6 +20,7 @@ from ds_cmli.allocator.beginning import LIVE
 from ds_cmli.allocator.blocks import Block, Event, Segment
 from ds_cmli.allocator.state import Record, Snapshot
 from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.json_text import parse
 
 ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
 SEGMENT: dict[str, type] = {
@@ -136,7 +136,7 @@ def read(path: str | Path) -> Snapshot:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
         plain = data[:1] in (b"{", b"[") or data[:1].isspace()
-        content = json.loads(data) if plain else _PlainUnpickler(io.BytesIO(data)).load()
+        content = parse(data, dict) if plain else _PlainUnpickler(io.BytesIO(data)).load()
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything

@@ -22,6 +22,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from ds_cmli.common.json_text import parse
 from ds_cmli.common.patches import environment
 from ds_cmli.models.weights import not_finite
 
@@ -110,12 +111,12 @@ def read_checksums(folder: Path) -> dict[str, Entry]:
     try:
         former = folder / FORMER_NAME
         text = (former if former.is_file() else folder / CHECKSUMS).read_text()
-        entries = json.loads(text.partition("\n")[2])
+        entries = parse(text.partition("\n")[2], dict)
     except FileNotFoundError:
         raise ValueError(f"{CHECKSUMS} is missing") from None
     except (OSError, ValueError):
         raise ValueError(f"{CHECKSUMS} cannot be read") from None
-    if not isinstance(entries, dict) or _text(entries) != text:
+    if _text(entries) != text:
         raise ValueError(f"{CHECKSUMS} does not match its own checksum")
     return entries
 

@@ -32,6 +32,7 @@ from typing import NoReturn, TypedDict, cast
 from ds_cmli.checkpoint import files
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.distributed import process_group as distributed
 
 NAME = "run.lock"
@@ -264,9 +265,7 @@ def _job(token: str) -> list[str | None]:
 def _parsed(content: str) -> Holder | None:
     """The holder that a lock file describes; None if the file is incomplete or damaged."""
     with contextlib.suppress(ValueError):
-        holder = json.loads(content)
-        if isinstance(holder, dict):
-            return cast(Holder, holder)
+        return cast(Holder, parse(content, dict))
     return None
 
 

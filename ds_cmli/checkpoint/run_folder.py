@@ -1,7 +1,6 @@
 """The folder of a run: its name, its creation, and an earlier run in it."""
 
 import itertools
-import json
 import os
 import uuid
 from contextlib import suppress
@@ -15,6 +14,7 @@ from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
@@ -116,7 +116,7 @@ def requeued(resume: str, folder: Path) -> str:
     if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
         return resume
     try:
-        job = json.loads((folder / "config.json").read_text()).get("slurm_job")
+        job = parse((folder / "config.json").read_bytes(), dict).get("slurm_job")
     except (OSError, ValueError):
         return resume
     same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")
@@ -202,7 +202,7 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
         try:
-            values = json.loads(text)
+            values = parse(text, dict)
             again = not state.evaluated and any(name.startswith("eval/") for name in values)
             if values["step"] <= state.step and not (again and values["step"] == state.step):
                 kept.append(text + b"\n")

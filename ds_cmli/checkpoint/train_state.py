@@ -1,6 +1,5 @@
 """The state of a run beside the engine's, in a checkpoint, and for other numbers of ranks."""
 
-import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
@@ -117,8 +117,8 @@ class TrainState:
 def read_shared(path: Path) -> TrainState:
     """Read the shared part of a verified checkpoint; `UserError` on fields of another version."""
     try:
-        values = dict(json.loads((path / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        values = parse((path / STATE).read_bytes(), dict)
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path / STATE} is no state of a run ({error}): --resume another one"
         ) from None

@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from ds_cmli.common.json_text import parse
+
 KEY = "sha256"
 ZEROS = b"0" * 64
 LONGEST_HEADER = 100_000_000  # bytes, as the library's own limit
@@ -44,7 +46,7 @@ def damage(path: Path) -> str | None:
         text = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
         try:
             # Other programs' files have other numbers of values.
-            first, second = json.loads(text)["__metadata__"].values()
+            first, second = parse(text, dict)["__metadata__"].values()
             # Any name, because the name may be what is damaged.
             told = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
 from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, Optimizer, optimizer_name
 from ds_cmli.config.schema import OptimConfig
-from ds_cmli.config.validation import check, parse_json
+from ds_cmli.config.validation import check
 
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
 
@@ -349,11 +350,8 @@ def _read(path: Path) -> JsonObject:
         if not path.is_file():
             beside = sorted(file.name for file in path.parent.glob("*.json"))
             raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
-        content = parse_json(path.read_text(encoding="utf-8-sig"))
+        return parse(path.read_bytes(), dict, finite=True)
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}") from None
-    except ValueError as error:  # invalid JSON, invalid UTF-8, or a number with too many digits
+    except ValueError as error:
         raise UserError(f"not valid JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"holds a {type(content).__name__}, give a JSON object {{...}}")
-    return content

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compares_tokens
 from ds_cmli.config.validation import (
     MOST,
@@ -20,7 +21,6 @@ from ds_cmli.config.validation import (
     check,
     check_sizes,
     choice,
-    parse_json,
     shown,
 )
 
@@ -428,9 +428,8 @@ def load_config(path: Path, setting: str) -> Config:
     if not path.is_file():
         raise UserError(f"{place}: no config.json there; give a run's output folder")
     try:
-        content = parse_json(path.read_text())
-        holds = isinstance(content, dict) and isinstance(content.get("config"), dict)
-        check(holds, path.name, content, "no run's")
+        content = parse(path.read_bytes(), dict, finite=True)
+        check(isinstance(content.get("config"), dict), path.name, content, "no run's")
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
@@ -475,7 +474,7 @@ def parse_settings(settings: tuple[str, ...]) -> Sections:
                 f"--set is {setting!r}: write SECTION.SETTING=VALUE, for instance student.layers=4"
             )
         try:
-            value = parse_json(text)
+            value = parse(text, object, finite=True)
         except ValueError as error:
             if text[:1] in ("{", "["):
                 raise UserError(f"--set {path} is {shown(text)}: not valid JSON: {error}") from None

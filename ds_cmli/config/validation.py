@@ -1,14 +1,13 @@
 """Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
-import json
-import math
 from collections.abc import Collection, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
 from pydantic_core import core_schema
 
 from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.json_text import parse
 
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
@@ -171,35 +170,15 @@ def _range(node: Node, error: str) -> list[str]:
     return []
 
 
-def parse_json(text: str) -> Json:
-    """Parse strict JSON: no duplicate keys, no NaN or infinity, nothing too much for Python.
+def parse_as(text: str | bytes, kind: type[Section]) -> Section:
+    """Parse JSON of a given shape: `kind` is a type that pydantic knows, such as a `TypedDict`.
 
     Raises:
-        ValueError: one line that says what is wrong.
+        ValueError: with one line that says what is wrong.
     """
     try:
-        return json.loads(
-            text, object_pairs_hook=_no_duplicates, parse_constant=_not_finite, parse_float=_finite
-        )
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    out: dict[str, Json] = {}
-    for key, value in pairs:
-        if key in out:
-            raise ValueError(f"has {key!r} twice: keep one")
-        out[key] = value
-    return out
-
-
-def _not_finite(text: str) -> NoReturn:
-    raise ValueError(f"has the number {text}: give a finite one")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        _not_finite(text[:SHOWN])
-    return value
+        return TypeAdapter(kind).validate_python(parse(text, object), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    raise ValueError(f"{where or 'it'} is {shown(first['input'])}: {first['msg'].lower()}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.distributed.process_group import CollectiveFlags
 
 Bad = tuple[str, str]  # file name, reason
@@ -99,9 +100,9 @@ def _line(found: tuple[str, ...]) -> str:
 def _parsed(line: str) -> tuple[str, str, str] | None:
     """The sample of a line; None if the line is damaged."""
     try:
-        values = json.loads(line)
+        values = parse(line, dict)
         return str(values["name"]), str(values["reason"]), str(values["when"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError):
         return None
 
 

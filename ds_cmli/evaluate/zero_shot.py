@@ -8,7 +8,6 @@ Shapes: B pictures of a batch, C classes, T prompt templates, N patches, M text 
 size, D embedding dimension; K kinds of scores (global, cmli, combined).
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
@@ -24,6 +23,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.bad import Bad, told
@@ -130,7 +130,9 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         return [folder.replace("_", " ") for folder in folders]
     try:
         text = Path(file).read_text(encoding="utf-8")
-        names = json.loads(text) if file.endswith(".json") else text.splitlines()
+        names: object = text.splitlines()
+        if file.endswith(".json"):
+            names = parse(text, object)
     except (OSError, ValueError) as error:
         raise UserError(f"--class-names is {file!r}, which cannot be read: {error}") from None
     if isinstance(names, dict):
@@ -138,7 +140,9 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         if missing:
             raise UserError(f"--class-names is {file!r}: it has no name for {missing[0]!r}")
         return [names[folder] for folder in folders]
-    names = list(filter(str.strip, map(str, names)))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'--class-names is {file!r}: give {{"folder": "name"}}, or a list of names')
+    names = list(filter(str.strip, names))
     if len(names) != len(folders):
         raise UserError(
             f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes"

@@ -3,7 +3,6 @@
 The results are measured on the run's held-out pairs by the exported weights themselves.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ds_cmli.common import documents
 from ds_cmli.common.cli import say
 from ds_cmli.common.documents import markdown_table
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.assets import ASSETS, image_asset
@@ -173,10 +173,9 @@ def recorded(source: Source) -> Results | None:
 def _parsed(line: str) -> dict[str, Any]:
     """A line of `metrics.jsonl`; nothing of a torn one."""
     try:
-        values = json.loads(line)
+        return parse(line, dict)
     except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def write_card(

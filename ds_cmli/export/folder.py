@@ -17,10 +17,10 @@ from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config import registry
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
-from ds_cmli.config.validation import parse_json
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.export.bundle import bundle
 from ds_cmli.export.configuration import CMLIConfig
@@ -263,10 +263,10 @@ def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
 
 def is_exported(folder: Path) -> bool:
     try:
-        content = parse_json((folder / "config.json").read_text())
+        content = parse((folder / "config.json").read_bytes(), dict)
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and content.get("model_type") == "ds_cmli"
+    return content.get("model_type") == "ds_cmli"
 
 
 def load_exported(folder: Path) -> tuple[Config, Objective]:

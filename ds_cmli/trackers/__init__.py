@@ -10,6 +10,8 @@ from typing import Protocol
 
 from numpy import ndarray
 
+from ds_cmli.common.json_text import parse
+
 MATCH_MAPS = "match-maps/"  # the first part of the name of each match map's picture
 Value = bool | int | float | str
 SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
@@ -74,14 +76,14 @@ def configuration(folder: Path) -> str:
     parts = []
     for name in ("config.json", "memory.json"):
         if (folder / name).is_file():
-            text = json.dumps(json.loads((folder / name).read_text()), indent=2)
+            text = json.dumps(parse((folder / name).read_bytes(), dict), indent=2)
             parts.append(f"## {name}\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
     return "\n\n".join(parts)
 
 
 def settings(folder: Path) -> dict[str, Value]:
     """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
-    content = json.loads((folder / "config.json").read_text())
+    content = parse((folder / "config.json").read_bytes(), dict)
     sections = content["config"]
     out: dict[str, Value] = {
         f"{section}.{name}": value

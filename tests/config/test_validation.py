@@ -9,7 +9,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.options import WHAT, resolve_config
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, load_config, parse_losses, parse_settings
-from ds_cmli.config.validation import parse_json
 
 SETTINGS = {
     f"{section.name}.{field.name}": field
@@ -189,18 +188,6 @@ def test_settings_that_only_another_model_or_source_reads(capsys):
     assert capsys.readouterr().out.count("has no effect") == 2
     resolve_config("tiny", ("student.text_model=roberta", "data.max_bad_share=0.5"), options(data="folder"))
     assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"a": 1, "a": 2}', "'a' twice"), ('{"a": NaN}', "NaN"), ('{"a": -Infinity}', "-Infinity"),
-        ('{"a": 1e999}', "1e999"), ("[" * 3000, "nested"), ("9" * 5000, "4300"), ("{", "Expecting"),
-    ],
-)  # fmt: skip
-def test_json_that_cannot_be_meant(text, words):
-    with pytest.raises(ValueError, match=words):
-        parse_json(text)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
 from ds_cmli.data.sources.base import Parts
-from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder, loads
+from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # Karpathy's names; "restval", the rest of COCO's validation set, is usually trained on.
 PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
@@ -72,13 +73,11 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
 
 def _read(path: Path, notices: list[str]) -> list[Row]:
     try:
-        content = loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        content = parse(path.read_bytes(), dict)
+    except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): {EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    if not isinstance(content, dict):
-        content = {}
     images, annotations = content.get("images"), content.get("annotations", [])
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise UserError(f"{path} has not what it takes: {EXPECTED}")

@@ -9,11 +9,12 @@ from itertools import islice
 from pathlib import Path
 
 from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.pictures import inside
 from ds_cmli.data.sources.base import Parts
 from ds_cmli.data.sources.find import accepted
-from ds_cmli.data.sources.listed import Listed, loads
+from ds_cmli.data.sources.listed import Listed
 from ds_cmli.data.sources.tables import Table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -226,14 +227,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
             if not line.strip():
                 continue
             try:
-                values = loads(line)
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", None) or str(error)
+                yield number, parse(line, dict)
+            except ValueError as error:
                 raise UserError(
-                    f"{path} line {number} is no JSON ({reason}): write one object a line"
+                    f"{path} line {number} is no JSON ({error}): write one object a line"
                 ) from None
-            if not isinstance(values, dict):
-                raise UserError(
-                    f"{path} line {number} is {type(values).__name__}: write one JSON object a line"
-                )
-            yield number, values

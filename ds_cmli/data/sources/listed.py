@@ -5,14 +5,12 @@ All of them are rows of a picture's file and a caption.
 
 import hashlib
 import itertools
-import json
 import os
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY
 from ds_cmli.data.pictures import most_bytes, read_file
-from ds_cmli.data.sources.base import Source, first_twice
+from ds_cmli.data.sources.base import Source
 
 LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
 MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
@@ -213,19 +211,3 @@ def image_folder(
         f"{listed} names the image {files[0]!r}, which is not in {looked}: give its folder by "
         "--image-root"
     )
-
-
-def loads(text: str | bytes) -> Any:
-    """Parse JSON; a key that an object has twice is a `ValueError` too.
-
-    The former value would be lost without a word.
-    """
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {first_twice(keys)!r} twice in one object")
-    return values

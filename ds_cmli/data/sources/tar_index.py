@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypedDict
+from typing import BinaryIO, NamedTuple, TypedDict, cast
 
 import numpy as np
 
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.data.bad import EMPTY, Bad
 
 VERSION = 1
@@ -105,7 +106,7 @@ def _state(shard: Path) -> list[int]:
 def _read(path: Path) -> Index:
     """Read the table of an index; an empty table if there is no usable index."""
     with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
-        table = json.loads(path.read_text())
+        table = cast(Index, parse(path.read_bytes(), dict))
         rows = np.load(path.parent / table["rows"], mmap_mode="r")
         if table["version"] == VERSION and rows.dtype == ROW and len(rows) == table["count"]:
             return table

@@ -1,7 +1,6 @@
 """WebDataset tars, as img2dataset writes them, read in place: nothing is unpacked or copied."""
 
 import hashlib
-import json
 import os
 import tarfile
 from bisect import bisect_right
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
@@ -108,13 +108,11 @@ class Tars(Source):
         if not row["json"]:
             raise Refused(f"no .json, and data.caption_key is {self.caption_key!r}")
         try:
-            values = json.loads(self._bytes(shard, row, "json"))
-        except (ValueError, RecursionError):
-            raise Refused("its .json is no JSON") from None
+            values = parse(self._bytes(shard, row, "json"), dict)
+        except ValueError as error:
+            raise Refused(f"its .json is no JSON ({error})") from None
         keys = (self.caption_key,) if self.caption_key else CAPTION_KEYS
-        texts = None
-        if isinstance(values, dict):
-            texts = next((values[key] for key in keys if values.get(key)), None)
+        texts = next((values[key] for key in keys if values.get(key)), None)
         if isinstance(texts, str):
             texts = [texts]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):

@@ -78,11 +78,11 @@ ONE = '{"images": [{"filename": %s, "split": "val", "sentences": [{"raw": %s}]}]
     ("content", "said"),
     [
         ("{", "is no JSON"),
-        ("[]", "has not what it takes: expected are"),
+        ("[]", "is no JSON (a list where an object is needed): expected are"),
         ('{"images": {}}', "has not what it takes: expected are"),
         ('{"images": []}', "has no caption"),
         ('{"info": 1}', "has not what it takes: expected are"),
-        ('{"images": [], "images": []}', "is no JSON (the key 'images' twice in one object)"),
+        ('{"images": [], "images": []}', "is no JSON (has 'images' twice: keep one)"),
         (ODD, "1.png (its split is 'odd', none of train, restval, val, test)"),
         (ONE % ('"../1.png"', '"x"'), "image 0 ('../1.png' is no path inside a folder)"),
         (ONE % ('"1.png"', "3"), "1.png (its 'raw' is int)"),

@@ -114,7 +114,7 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
         ),
         ("{}", "line 2 has no column 'file_name' (found: none)"),
         ('{"file_name": "a.png", "text": ', "line 2 is no JSON"),
-        ('["a.png", "x"]', "line 2 is list"),
+        ('["a.png", "x"]', "line 2 is no JSON (a list where an object is needed)"),
         ('{"file_name": "../a.png", "text": "x"}', "file_name '../a.png': give a path inside"),
         ('{"file_name": "b/../../a.png", "text": "x"}', "give a path inside"),
         ('{"file_name": "/etc/a.png", "text": "x"}', "give a path inside"),
@@ -276,7 +276,7 @@ def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
         (
             "metadata.jsonl",
             '{"file_name": "a.png", "text": "x", "text": "y"}',
-            "line 1 is no JSON (the key 'text' twice",
+            "line 1 is no JSON (has 'text' twice",
         ),
         ("metadata.jsonl", "[" * 100_000, "line 1 is no JSON"),
         ("metadata.jsonl", '{"file_name": ' + "1" * 5000 + "}", "line 1 is no JSON"),

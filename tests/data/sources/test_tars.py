@@ -98,7 +98,7 @@ def test_captions_that_cannot_be_read_are_bad_samples_with_a_stand_in(tmp_path):
     assert [shown(s) for s in samples] == [*range(4), 7, 7, 7, *range(7, 40)]
     assert [s.bad for s in samples[4:7]] == [
         ("a.tar/000004.png", "its .txt is no UTF-8"), ("a.tar/000005.png", "empty caption"),
-        ("a.tar/000006.png", "its .json is no JSON"),
+        ("a.tar/000006.png", "its .json is no JSON (Expecting value: line 1 column 13 (char 12))"),
     ]  # fmt: skip
 
 
