@@ -88,7 +88,7 @@ def ablate(path: Path, options: Options) -> int:
     out = options.out or Path("runs") / f"ablate-{path.stem}{'-tuning' * options.tuning}"
     file = options.csv or path.with_suffix(".csv")
     runs = plan.runs()
-    missing = records.missing(plan, runs, records.merge(file, out))
+    missing = records.missing(plan, runs, records.merge(plan, file, out))
     failures: list[str] | None = []
     if not options.report:
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are done")
@@ -125,8 +125,8 @@ def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> lis
     from profiling.ablation.runs import train_all
 
     def done(run: "Run", folder: Path) -> None:
-        records.record(run, folder, plan.measured)
-        records.merge(file, out)
+        records.record(plan, run, folder)
+        records.merge(plan, file, out)
 
     afterwards = [endpoint for endpoint in plan.measured if endpoint in AFTERWARDS]
     return train_all(runs, out, afterwards, done)
@@ -142,14 +142,16 @@ def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Opti
         compare,
         contrasts_table,
         power_table,
+        runs_table,
         secondary_table,
+        split_tables,
     )
 
-    found = records.merge(file, out)
+    found = records.merge(plan, file, out)
     compared = compare(plan, found)
-    tables = [arms_table(plan, found, plan.endpoints)]
+    tables = [runs_table(plan, found), arms_table(plan, found, plan.endpoints)]
     if compared:
-        tables.append(contrasts_table(compared))
+        tables += [contrasts_table(compared), *split_tables(plan, found, compared)]
     if plan.secondary:
         tables.append(arms_table(plan, found, plan.secondary))
         tables.append(secondary_table(plan, found))

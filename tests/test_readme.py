@@ -87,6 +87,8 @@ ELSEWHERE = {
     "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/ablation/test_ablate.py: a plan of `tiny`",
     "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
     "docs/pictures/learning.png": "tests/profiling/ablation/test_report.py",
+    "python profiling/ablate.py docs/learning/cut.toml --report --markdown docs/learning/cut.md":
+        "tests/profiling/ablation/test_registered.py: its tables without intervals",
     "python profiling/ablate.py docs/learning/cut.toml --report --curve cut/kept kept.png":
         "tests/profiling/ablation/test_ablate.py",
     "python profiling/gpu_check.py": "tests/gpu/test_harness.py: what it runs; whole it needs a GPU",

@@ -16,7 +16,8 @@ FAR = 5  # times the median difference
 def draw_differences(compared: Sequence[Compared], path: str) -> None:
     """Draw each contrast that has runs: seeds as dots, the mean with its 95% interval.
 
-    Where one difference is far larger than the others, the scale is logarithmic beyond these.
+    Planned contrasts have a colour, exploratory ones are grey. Where one difference is far larger
+    than the others, the scale is logarithmic beyond these.
     """
     pyplot = plots.matplotlib("--plot")
     compared = [one for one in compared if one.by_seed]
@@ -24,7 +25,7 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     height = 1.2 + (0.6 if endpoints > 1 else 0.4) * len(compared)
     figure, axis = pyplot.subplots(figsize=(figures.WIDTH, height), layout="constrained")
     for row, one in enumerate(compared):
-        colour, _ = plots.line(row)
+        colour = plots.ACCENT if one.contrast.planned else plots.SOFT
         dots = list(one.by_seed.values())
         axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.4, markersize=4)
         if one.contrast.equivalence is not None:
@@ -40,12 +41,16 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     axis.set_yticks(range(len(compared)), labels)
     axis.tick_params(axis="y", labelsize=8)
     sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
+    what = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
+    if any(one.contrast.equivalence is not None for one in compared):
+        what += "; dotted: margin of equivalence"
     if sizes and sizes[-1] > FAR * sizes[len(sizes) // 2]:
-        axis.set_xscale("symlog", linthresh=2 * sizes[len(sizes) // 2], linscale=3)
+        end = 2 * sizes[len(sizes) // 2]
+        axis.set_xscale("symlog", linthresh=end, linscale=3)
         axis.xaxis.set_major_formatter(figures.plain)
+        axis.set_xlabel(f"logarithmic beyond ±{end:.2g}")
     axis.invert_yaxis()
     axis.grid(axis="x")
-    what = "paired by seed (dots); mean and 95% interval; dotted: margin of equivalence"
     named = f"Differences in {compared[0].endpoint}" if endpoints == 1 else "Differences"
     figures.titled(figure, named, what)
     figure.savefig(path, dpi=figures.DPI)

@@ -137,6 +137,7 @@ class Plan:
     endpoints: list[str]
     contrasts: list[Contrast]
     secondary: list[str] = field(default_factory=list)
+    file: Path | None = None
 
     @property
     def measured(self) -> list[str]:
@@ -169,7 +170,7 @@ def load(path: Path, tuning: bool = False) -> Plan:
     register()
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _plan(values, tuning, path.parent)
+        return replace(_plan(values, tuning, path.parent), file=path)
     except (UserError, ValueError) as error:
         raise UserError(f"PLAN is {str(path)!r}: {error}") from None
 

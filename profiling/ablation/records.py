@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.report.runs import read
+from profiling.ablation import registered
 from profiling.ablation.plan import Plan, Run
 from profiling.ablation.runs import seconds_of
 from profiling.scripts import processor
@@ -22,17 +23,17 @@ FILE = "ablation.csv"  # in a run's folder
 MEASURED = "endpoints.json"  # there too: what profiling/ablation/endpoints.py has measured
 PEAK = "memory/peak_memory_bytes"  # in a run's TensorBoard
 HITS = 6  # recalls, at 1, 5 and 10 both ways, that a scene's digit counts
-BESIDE = ["revision", "seconds", "peak_memory_bytes", "cpu", "settings"]
+BESIDE = ["revision", "seconds", "peak_memory_bytes", "cpu", "settings", *registered.COLUMNS]
 
 Record = dict[str, str]  # a cell by column
 Records = dict[tuple[str, int], Record]  # by arm and seed
 
 
-def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
+def record(plan: Plan, run: Run, folder: Path) -> None:
     """Write the line of a run that has ended. Raises `UserError` if it lacks an endpoint."""
     found = read(folder).last("eval/") | _afterwards(folder)
     line = {"arm": run.arm, "seed": str(run.seed)}
-    for endpoint in endpoints:
+    for endpoint in plan.measured:
         if endpoint not in found:
             raise UserError(f"endpoints has {endpoint!r}, which run {folder} has not measured: "
                             f"{nearest(endpoint, found)}")  # fmt: skip
@@ -47,7 +48,7 @@ def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
         "cpu": processor(),
         "settings": run.described(),
     }
-    write(folder / FILE, [line])
+    write(folder / FILE, [registered.fill(plan, line)])
 
 
 def _afterwards(folder: Path) -> dict[str, float | str]:
@@ -72,12 +73,16 @@ def peak_memory(folder: Path) -> str:
     return f"{max(event.value for event in events.Scalars(PEAK)):.0f}"
 
 
-def merge(file: Path, out: Path) -> Records:
-    """Add the lines of all runs' folders in `out` to the CSV file, and return all of them."""
+def merge(plan: Plan, file: Path, out: Path) -> Records:
+    """Add the lines of all runs' folders in `out` to the CSV file, and return all of them.
+
+    Each says whether the plan had the run at its revision.
+    """
     before = load(file)
     found = dict(before)
     for line in sorted(out.glob(f"*/{FILE}")):
         found |= load(line)
+    found = {key: registered.fill(plan, line) for key, line in found.items()}
     if found != before:
         write(file, [found[key] for key in sorted(found)])
     return found
