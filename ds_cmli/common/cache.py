@@ -1,13 +1,16 @@
 """The folder in which files stay from one run to the next."""
 
+import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock
 
 from ds_cmli.common.errors import UserError
+
+DIGEST_BYTES = 32
 
 
 def cache_folder() -> Path:
@@ -33,3 +36,28 @@ def locked(folder: Path, name: str, what: str) -> Iterator[None]:
             f"{what} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
             "free some space there, or set DS_CMLI_CACHE to another folder"
         ) from None
+
+
+def seal(path: Path) -> None:
+    """Append the digest of a file's content, by which `is_sealed` finds later damage."""
+    with open(path, "r+b") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(_digest(path, file.tell()))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file can be read and is as it was sealed."""
+    with suppress(OSError), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END) - DIGEST_BYTES
+        return size >= 0 and file.seek(size) == size and file.read() == _digest(path, size)
+    return False
+
+
+def _digest(path: Path, size: int) -> bytes:
+    """The digest of a file's first `size` bytes."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    with open(path, "rb") as file:
+        while block := file.read(min(size, 2**20)):
+            digest.update(block)
+            size -= len(block)
+    return digest.digest()

@@ -9,12 +9,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ds_cmli.common.cache import cache_folder, locked
+from ds_cmli.common.cache import cache_folder, is_sealed, locked, seal
 from ds_cmli.common.errors import UserError
 
 
 def library(source: Path, options: Sequence[str], also: str = "") -> Path:
-    """The shared library of a file, compiled with these options if it is not in the cache.
+    """The shared library of a file, compiled with these options if it is not whole in the cache.
 
     It may include the headers of its folder.
 
@@ -28,9 +28,9 @@ def library(source: Path, options: Sequence[str], also: str = "") -> Path:
     text = "\n".join([*map(Path.read_text, sources), *options, also])
     folder = cache_folder() / "native"
     built = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
-    if not built.exists():
+    if not is_sealed(built):
         with locked(folder, ".lock", f"the library of {source.name}"):
-            if not built.exists():
+            if not is_sealed(built):
                 _compile(source, options, built)
     return built
 
@@ -50,4 +50,5 @@ def _compile(source: Path, options: Sequence[str], built: Path) -> None:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise UserError(f"{named} cannot compile {source}: {(errors or ['?'])[0]}")
+        seal(out)  # what follows the sections of a library is not loaded
         out.replace(built)

@@ -240,6 +240,9 @@ def source_line(name: str, parts: Sequence[tuple[str, Source]], share: float | N
         held.append(f"{len(left_out):,} left out, the first: {', '.join(told(left_out))}")
     else:
         held.append("none left out")
+    not_read = dict.fromkeys(chain.from_iterable(part.not_read() for _, part in parts))
+    if not_read:
+        held.append(f"not read: {'; '.join(not_read)}")
     return f"data: {name}: {', '.join(held)}"
 
 

@@ -4,15 +4,16 @@ n pictures.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.bad import EMPTY, Bad, Refused
+from ds_cmli.data.bad import EMPTY, Bad, Refused, printable
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
+MOST_NAMED = 10  # columns that are not read
 
 
 class Source(ABC):
@@ -68,6 +69,10 @@ class Source(ABC):
 
         For instance the number of pictures and the names and sizes of files.
         """
+
+    def not_read(self) -> list[str]:
+        """What its files hold beside pictures and captions, in a few words each, to be printed."""
+        return []
 
     def key(self, index: int) -> bytes:
         """An identifier of the picture in this source, the same on all nodes.
@@ -130,6 +135,9 @@ class Part(Source):
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
+    def not_read(self) -> list[str]:
+        return self.source.not_read()
+
     def key(self, index: int) -> bytes:
         return self.source.key(int(self.indices[index]))
 
@@ -184,9 +192,27 @@ def first_twice(names: Sequence[str]) -> str | None:
     return next((name for name in names if names.count(name) > 1), None)
 
 
+def unused(what: str, names: Iterable[str], used: Sequence[str]) -> list[str]:
+    """For `Source.not_read`, the columns or keys that are not used; [] if all are."""
+    others = [printable(name) for name in names if name not in used]
+    if len(others) > MOST_NAMED:
+        others = [*others[:MOST_NAMED], f"{len(others) - MOST_NAMED} more"]
+    return [f"{what} {', '.join(others)}"] if others else []
+
+
+def check_unicode(text: str) -> None:
+    """Raise `Refused` if a text holds half of a surrogate pair, as JSON can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"no Unicode ({error.reason})") from None
+
+
 def usable(captions: list[str]) -> list[str]:
-    """The captions that are not blank; raises `Refused` if all are."""
+    """The captions that are not blank; raises `Refused` if all are, or one is no Unicode."""
     found = list(filter(str.strip, captions))
     if not found:
         raise Refused(EMPTY)
+    for caption in found:
+        check_unicode(caption)
     return found

@@ -10,7 +10,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
-from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.base import Parts, check_unicode
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # Karpathy's names; "restval", the rest of COCO's validation set, is usually trained on.
@@ -145,7 +145,7 @@ def _row(split: str, file: str, holder: object, key: str) -> Row:
     caption: str | None = None
     try:
         caption = _value(holder, key, str | None)
-        _check_unicode(caption or "")
+        check_unicode(caption or "")
     except Refused as error:
         return Row(split, file, reason=str(error))
     if not caption or not caption.strip():
@@ -169,13 +169,5 @@ def _file(name: str) -> str:
     """The name of an image's file; raises `Refused` if it is none inside a folder."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise Refused(f"{name!r} is no path inside a folder")
-    _check_unicode(name)
+    check_unicode(name)
     return name
-
-
-def _check_unicode(text: str) -> None:
-    """Raise `Refused` if a text holds half of a surrogate pair, as JSON can."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise Refused(f"no Unicode ({error.reason})") from None

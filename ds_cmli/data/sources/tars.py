@@ -6,6 +6,7 @@ import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import accumulate, groupby
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, numbered, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, unused, usable
 from ds_cmli.data.sources.find import part_of
-from ds_cmli.data.sources.tar_index import BLOCK, index
+from ds_cmli.data.sources.tar_index import add_not_read, index
+from ds_cmli.data.sources.tar_members import BLOCK, NotRead
 
 # Keys that are searched in a sample's .json if it has no .txt.
 CAPTION_KEYS = ("caption", "captions", "text")
@@ -66,12 +68,18 @@ class Tars(Source):
         self.rows: list[tuple[Path, int]] = []
         self.bad: list[Bad] = []
         counts: list[int] = []
+        members: NotRead = {}
         for _, group in groupby(shards, key=lambda shard: shard.parent):
             indexed = index(list(group))
             for first, count in indexed.spans:
                 self.rows.append((indexed.rows, first))
                 counts.append(count)
             self.bad += indexed.bad
+            add_not_read(members, indexed.not_read)
+        self.members_not_read = [
+            f"{count:,} members ({kind}), the first {first}"
+            for kind, (count, first) in members.items()
+        ]
         self.starts = [0, *accumulate(counts)]
         self._reset()
 
@@ -105,19 +113,37 @@ class Tars(Source):
                 return usable([self._bytes(shard, row, "text").decode().strip()])
             except UnicodeDecodeError:
                 raise Refused("its .txt is no UTF-8") from None
-        if not row["json"]:
-            raise Refused(f"no .json, and data.caption_key is {self.caption_key!r}")
-        try:
-            values = parse(self._bytes(shard, row, "json"), dict)
-        except ValueError as error:
-            raise Refused(f"its .json is no JSON ({error})") from None
-        keys = (self.caption_key,) if self.caption_key else CAPTION_KEYS
-        texts = next((values[key] for key in keys if values.get(key)), None)
+        values = self._json(shard, row)
+        texts = next((values[key] for key in self._keys if values.get(key)), None)
         if isinstance(texts, str):
             texts = [texts]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise Refused(f"its .json has no text under {' or '.join(keys)}")
+            raise Refused(f"its .json has no text under {' or '.join(self._keys)}")
         return usable(texts)
+
+    @property
+    def _keys(self) -> tuple[str, ...]:
+        return (self.caption_key,) if self.caption_key else CAPTION_KEYS
+
+    def _json(self, shard: int, row: np.void) -> dict[str, object]:
+        """The object in a sample's .json."""
+        if not row["json"]:
+            raise Refused(f"no .json, and data.caption_key is {self.caption_key!r}")
+        try:
+            return parse(self._bytes(shard, row, "json"), dict)
+        except ValueError as error:
+            raise Refused(f"its .json is no JSON ({error})") from None
+
+    def not_read(self) -> list[str]:
+        """Members that no sample takes, and keys of the first sample's .json if that is read."""
+        lines = list(self.members_not_read)
+        _, row = self._row(0)
+        if self.caption_key or not row["text"]:
+            with suppress(Refused, OSError):  # it is a bad sample, and reported as that
+                values = self._json(0, row)
+                used = next((key for key in self._keys if values.get(key)), "")
+                lines += unused("the keys of .json", values, (used,))
+        return lines
 
     def caption_sizes(self, index: int) -> list[int]:
         _, row = self._row(index)

@@ -1,6 +1,9 @@
+import io
 import json
 import os
 import pickle
+import random
+import shutil
 import tarfile
 
 import numpy as np
@@ -11,7 +14,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources import tar_index
 from ds_cmli.data.sources.base import Part
-from ds_cmli.data.sources.tar_index import scan
+from ds_cmli.data.sources.tar_members import scan
 from ds_cmli.data.sources.tars import MOST_OPEN, Tars
 from tests.data.sources.samples import build, members, picture, shown, tar
 
@@ -102,6 +105,66 @@ def test_captions_that_cannot_be_read_are_bad_samples_with_a_stand_in(tmp_path):
     ]  # fmt: skip
 
 
+def archive_of(path, *entries):
+    """A shard of (name, type, content or target) entries."""
+    with tarfile.open(path, "w") as archive:
+        for name, kind, content in entries:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            if kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+                info.linkname, content = content, b""
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+def test_hard_links_are_read_and_every_other_member_is_counted_and_named(tmp_path):
+    file, link, symlink, pipe = tarfile.REGTYPE, tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE
+    shard = archive_of(
+        tmp_path / "a.tar",
+        ("folder.jpg", tarfile.DIRTYPE, b""),
+        ("a.png", file, picture(1)), ("a.txt", file, b"red apple"), ("a.json", symlink, "x.json"),
+        ("b.png", link, "a.png"), ("b.txt", link, "a.txt"), ("c.PNG", link, "b.png"), ("c.txt", file, b"a pear"),
+        ("d.png", symlink, "a.png"), ("d.txt", file, b"d"), ("e.png", link, "none.png"), ("e.txt", file, b"e"),
+        ("f.png", file, picture(1)), ("f.txt", pipe, b""), ("g.1.png", file, picture(1)), ("g.1.txt", file, b"g"),
+        ("h.cls", file, b"7"), ("README", file, b"x"), ("._a.png", file, b"x"), ("i.cls", symlink, "h.cls"),
+    )  # fmt: skip
+    source = tars(shard)
+    assert [source.captions(k) for k in range(len(source))] == [["red apple"], ["red apple"], ["a pear"]]
+    assert {source.image(k) for k in range(3)} == {picture(1)}
+    assert source.bad == [
+        ("a.tar/d", "no image but a symlink"),
+        ("a.tar/e", "no image but a hard link to no file before it"),
+        ("a.tar/f", "no caption (.txt or .json) but a member of the tar type '6'"),
+    ]
+    for _ in range(2):  # when it is indexed, and from the index
+        (line,) = build(shard, max_bad_share=1.0).summary
+        assert line.endswith(
+            "(no caption (.txt or .json) but a member of the tar type '6'), not read: 3 members (a name with a dot in "
+            "its stem), the first a.tar/g.1.png; 2 members (a file of another ending), the first a.tar/h.cls; "
+            "2 members (a symlink), the first a.tar/i.cls"
+        )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b'{"caption": "a", "caption": "b"}', "its .json is no JSON (has 'caption' twice: keep one)"),
+        (b'{"caption": "red \\ud800 apple"}', "no Unicode (surrogates not allowed)"),
+        (b'{"caption": ' + b"9" * 5000 + b"}", "its .json is no JSON (has a number of 5000 digits)"),
+        (b"[" * 100_000, "its .json is no JSON (nested too deeply)"),
+        (b'{"caption": ["caption", 1]}', "its .json has no text under"),
+    ],
+)
+def test_a_json_that_is_not_to_be_read_is_a_bad_sample(tmp_path, content, reason):
+    some = [m for m in members(range(40)) if not m[0].endswith("txt")]
+    some[1] = (some[1][0], content)
+    data = build(tar(tmp_path / "a.tar", some), val_source=str(tar(tmp_path / "v" / "v.tar", members([9]))))
+    name, found = data.train[0].bad
+    assert name == "a.tar/000000.png" and found.startswith(reason)
+    assert "not read: the keys of .json url" in build(tar(tmp_path / "b.tar", some[2:])).summary[0]
+
+
 def header_of(shard, name):
     with tarfile.open(shard) as archive:
         return archive.getmember(name).offset
@@ -113,7 +176,7 @@ def test_a_damaged_header_in_the_middle_is_no_end(tmp_path):
     with open(shard, "r+b") as file:
         file.seek(start + 148)
         file.write(b"xxxxxx")  # the checksum
-    rows, bad = scan(shard)
+    rows, bad, _ = scan(shard)
     assert len(rows) == 49
     assert bad[0] == ("a.tar", f"damaged between the bytes {start:,} and {start + 1024:,}")
     assert bad[1:] == [("a.tar/000020", "no image")]
@@ -125,7 +188,7 @@ def test_a_hole_of_zeros_is_told(tmp_path):
     with open(shard, "r+b") as file:
         file.seek(start)
         file.write(bytes(30 * 1024))
-    rows, bad = scan(shard)
+    rows, bad, _ = scan(shard)
     assert len(rows) == 40
     assert bad[0] == ("a.tar", f"damaged between the bytes {start:,} and {start + 30 * 1024:,}")
 
@@ -141,7 +204,7 @@ def test_a_hole_of_zeros_is_told(tmp_path):
 def test_a_truncated_shard_is_told(tmp_path, keep, samples, told):
     shard = tar(tmp_path / "a.tar", members(range(10)))
     os.truncate(shard, keep(shard))
-    rows, bad = scan(shard)
+    rows, bad, _ = scan(shard)
     assert len(rows) == samples
     assert any(told in reason for name, reason in bad if name == "a.tar")
 
@@ -150,7 +213,7 @@ def test_joined_archives_and_extended_headers_are_whole(tmp_path):
     one, two = tar(tmp_path / "1.tar", members(range(5))), tar(tmp_path / "2.tar", members(range(5, 9)))
     joined = tmp_path / "a.tar"
     joined.write_bytes(one.read_bytes() + two.read_bytes())
-    rows, bad = scan(joined)
+    rows, bad, _ = scan(joined)
     assert (len(rows), bad) == (9, [])
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(joined, "w", format=form, pax_headers={"comment": "of all"}) as archive:
@@ -158,7 +221,7 @@ def test_joined_archives_and_extended_headers_are_whole(tmp_path):
                 for end in ("png", "txt"):
                     (tmp_path / "x").write_bytes(picture(k))
                     archive.add(tmp_path / "x", f"{'long' * 40}{k}.{end}")
-        rows, bad = scan(joined)
+        rows, bad, _ = scan(joined)
         assert (len(rows), bad) == (3, [])
 
 
@@ -206,6 +269,37 @@ def test_the_index_is_kept_and_remade_for_what_has_changed(tmp_path, monkeypatch
     assert len(tars(*shards)) == 23 and len(scanned) == 8
 
 
+def test_a_damaged_index_is_made_again(tmp_path):
+    shard = tar(tmp_path / "a.tar", members(range(12)))
+    before = [read(tars(shard), k) for k in range(12)]
+    chance = random.Random(0)
+    for case in range(60):
+        path = next((tmp_path / "cache" / "tar-index").glob(("*.json", "*.npy")[case % 2]))
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content[: chance.randrange(len(content))] if case % 5 == 0 else content)
+        source = tars(shard)
+        assert [read(source, k) for k in range(len(source))] == before
+
+
+def test_another_shard_with_the_name_size_and_time_of_the_first_is_indexed(tmp_path):
+    shard = tar(tmp_path / "a.tar", members(range(12)))
+    times = shard.stat().st_atime_ns, shard.stat().st_mtime_ns
+    assert tars(shard).captions(3) == ["red apple 3"]
+    tar(shard, [*members(range(6)), *list(members(range(6, 12)))[::-1]])
+    os.utime(shard, ns=times)
+    assert [tars(shard).captions(k) for k in (5, 6)] == [["red apple 5"], ["red apple 11"]]
+
+
+def test_a_copy_of_a_shard_is_not_indexed_again(tmp_path, monkeypatch):
+    shard = tar(tmp_path / "a.tar", members(range(12)))
+    tars(shard)
+    monkeypatch.setattr(tar_index, "scan", None)
+    shutil.copy2(shard, tmp_path / "copy")
+    os.replace(tmp_path / "copy", shard)
+    assert tars(shard).captions(3) == ["red apple 3"]
+
+
 def test_an_index_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "file"))
@@ -251,7 +345,7 @@ def test_a_header_with_a_size_that_cannot_be_is_told(tmp_path, size, kind):
     content[start + 148 : start + 156] = b"        "
     content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
     shard.write_bytes(content)
-    rows, bad = scan(shard)
+    rows, bad, _ = scan(shard)
     assert len(rows) == (9 if size < 0 or kind not in (b"0", b"S") else 7)
     assert [name for name, _ in bad if name.startswith("a.tar/000007")]
 
