@@ -66,7 +66,6 @@ LONGEST_FIRST = (
     "tests/profiling/test_scale.py",
     "tests/test_rehearse.py",
     "tests/checkpoint/test_kill.py",
-    "tests/export/test_announcement.py",
     "tests/data/test_assets.py",
     "tests/cmli/test_sparse_backward.py",
     "tests/faults/test_restarts.py",

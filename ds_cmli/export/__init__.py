@@ -2,7 +2,7 @@
 
 An exported model is loaded so:
 
-    import ds_cmli  # registers the model; without this import, pass trust_remote_code=True
+    import ds_cmli.export  # registers the model; without this import, pass trust_remote_code=True
     from transformers import AutoModel, AutoProcessor
     model, processor = AutoModel.from_pretrained(DIR), AutoProcessor.from_pretrained(DIR)
 """

@@ -12,17 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from ds_cmli import models
 from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config import registry
-from ds_cmli.config.registry import LOSSES, over_pairs
+from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
-from ds_cmli.export.bundle import bundle
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.modeling import CMLIModel, build_student
 from ds_cmli.export.processing import CMLIProcessor
@@ -33,42 +31,17 @@ from ds_cmli.models.transformers_model import UNDECLARED, without_effect
 WEIGHTS = "model.safetensors"
 CHECKSUMS = "SHA256SUMS"  # in the format of the command sha256sum
 DEMO = "demo"  # `DataConfig.source` of the demo
-CODE = {
-    "ds_cmli.export.configuration": "configuration_ds_cmli",
-    "ds_cmli.export.modeling": "modeling_ds_cmli",
-    "ds_cmli.export.processing": "processing_ds_cmli",
-}
+# transformers loads a model's code from a file of its folder, and names the packages that this file
+# imports where they are not installed.
+CODE = '''"""Loads this model by transformers' auto classes: needs `pip install ds-cmli`."""
+
+from ds_cmli.export import CMLIConfig, CMLIModel, CMLIProcessor
+'''
 AUTO_MAP = {
-    "AutoConfig": "configuration_ds_cmli.CMLIConfig",
+    "AutoConfig": "modeling_ds_cmli.CMLIConfig",
     "AutoModel": "modeling_ds_cmli.CMLIModel",
-    "AutoProcessor": "processing_ds_cmli.CMLIProcessor",
+    "AutoProcessor": "modeling_ds_cmli.CMLIProcessor",
 }
-# Replaces `models`, which finds a backbone's file by the name in the registry.
-BACKBONES = '''"""The two backbones of this model."""
-
-from {image.__module__} import {image.__name__}
-from {text.__module__} import {text.__name__}
-
-IMAGE, TEXT = {image.__name__}, {text.__name__}
-
-
-def build(backbone, name, request):
-    return backbone(request)
-'''
-# Replaces `config.registry`.
-PAIR_LOSSES = '''"""The losses over pairs of this model."""
-
-from typing import NamedTuple
-
-
-class LossEntry(NamedTuple):
-    scores: str  # that it compares, "global" or "cmli"
-    kind: str  # "contrastive" or "sigmoid", "" for another function, which is not exported
-
-
-LOSSES = {{
-{lines}}}
-'''
 
 
 @dataclass
@@ -141,8 +114,7 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     processor = CMLIProcessor(trained.tokenizer, data.image_size, data.context_length, words.pad_id)
     processor.auto_map = AUTO_MAP  # type: ignore[attr-defined]
     processor.save_pretrained(folder)
-    for name, code in code_of(objective).items():
-        (folder / name).write_text(code, encoding="utf-8")
+    (folder / "modeling_ds_cmli.py").write_text(CODE)
     model = CMLIModel.from_pretrained(folder)
     check_same(objective, model)
     return model
@@ -201,19 +173,6 @@ def _sizes(config: PreTrainedConfig) -> dict[str, object]:
         if found[name] != usual.get(name) and without_effect(kind, name) is None:
             out[name] = found[name]
     return out
-
-
-def code_of(objective: Objective) -> dict[str, str]:
-    """The code that runs the model without this package: file name -> content."""
-    backbones = BACKBONES.format(
-        image=type(objective.student.image), text=type(objective.student.text)
-    )
-    lines = ""
-    for name in objective.losses:
-        entry = LOSSES[name]
-        lines += f'    "{name}": LossEntry("{entry.scores}", "{entry.kind}"),\n'
-    replaced = {models.__name__: backbones, registry.__name__: PAIR_LOSSES.format(lines=lines)}
-    return bundle(CODE, replaced)
 
 
 def write_checksums(folder: Path) -> None:

@@ -235,11 +235,7 @@ class CMLIModel(PreTrainedModel):
             processor: None for the one that is stored beside the model's weights.
         """
         if processor is None:
-            # If this file was itself loaded from the folder, the user trusts the folder's code.
-            trusted = type(self).__module__.startswith("transformers_modules.")
-            processor = CMLIProcessor.from_pretrained(
-                str(self.name_or_path), trust_remote_code=trusted
-            )
+            processor = CMLIProcessor.from_pretrained(str(self.name_or_path))
         inputs = processor(images=image, text=text).to(self.device)
         of_image = self.get_image_features(inputs["pixel_values"])
         ids, mask = inputs["input_ids"], inputs["attention_mask"]

@@ -1,4 +1,4 @@
-"""An exported model is the trained one, to the bit: with this package, without it, and read back by it."""
+"""An exported model is the trained one, to the bit: loaded by transformers, and read back by this package."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.common.errors import UserError
@@ -106,42 +106,57 @@ def test_the_package_reads_it_back(trained, exported, pictures):
         assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in names)
 
 
-ALONE = """
+LOADED = """
 import sys
-for name in ("ds_cmli", "deepspeed", "pydantic", "click"):
-    sys.modules[name] = None  # as if it were not installed
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
-folder, given, found = sys.argv[1:]
+folder, inputs_file, outputs_file = sys.argv[1:]
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-inputs = load_file(given)
+inputs = load_file(inputs_file)
 with torch.no_grad():
     out = model(**inputs)
-again = processor(text=%r)
-assert torch.equal(again["input_ids"], inputs["input_ids"])
+assert torch.equal(processor(text=%r)["input_ids"], inputs["input_ids"])
 match = model.match(inputs["pixel_values"][0].permute(1, 2, 0).numpy(), "two dogs")
-save_file({"similarity": match.similarity, **{k: out[k].contiguous() for k in out}}, found)
+save_file({"similarity": match.similarity, **{k: out[k].contiguous() for k in out}}, outputs_file)
+"""
+MISSING = """
+import sys
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name == "ds_cmli":
+            raise ModuleNotFoundError("No module named 'ds_cmli'", name=name)
+sys.meta_path.insert(0, NotInstalled())
+from transformers import AutoModel
+AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)
 """
 
 
-def test_without_the_package_it_is_the_same(model, exported, inputs, tmp_path):
-    from safetensors.torch import save_file
-
-    given, found = tmp_path / "given.safetensors", tmp_path / "found.safetensors"
-    save_file(dict(inputs), given)
-    command = [sys.executable, "-c", ALONE % (TEXTS,), str(exported), str(given), str(found)]
+def run_code(code, tmp_path, *arguments):
     env = clean_environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def test_transformers_loads_it_by_the_code_in_its_folder(model, exported, inputs, tmp_path):
+    inputs_file, outputs_file = tmp_path / "inputs.safetensors", tmp_path / "outputs.safetensors"
+    save_file(dict(inputs), inputs_file)
+    done = run_code(LOADED % (TEXTS,), tmp_path, exported, inputs_file, outputs_file)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         wanted = model(**inputs)
-    alone = load_file(found)
+    outputs = load_file(outputs_file)
     # Threads differ, which must not matter in what one thread computes.
     for name in ("image_embeds", "text_embeds", "patch_embeds", "token_embeds"):
-        torch.testing.assert_close(alone[name], wanted[name], atol=1e-6, rtol=0)
-    assert alone["similarity"].shape[0] == 3  # two, dog, ##s
+        torch.testing.assert_close(outputs[name], wanted[name], atol=1e-6, rtol=0)
+    assert outputs["similarity"].shape[0] == 3  # two, dog, ##s
+
+
+def test_without_the_package_the_error_names_it(exported, tmp_path):
+    done = run_code(MISSING, tmp_path, exported)
+    assert done.returncode == 1
+    assert "ds_cmli" in done.stderr and "pip install ds_cmli" in done.stderr
 
 
 @torch.no_grad()
