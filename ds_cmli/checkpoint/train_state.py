@@ -3,18 +3,45 @@
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Annotated, Any, cast, get_type_hints
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
+from ds_cmli.config.schema import Count, Number
+from ds_cmli.config.validation import check_kind
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
 STATE = "state.json"
+
+
+Position = Annotated[int, Field(ge=0, lt=2**63)]
+Nothing = Annotated[dict[str, object], Field(max_length=0)]
+
+
+class SamplerState(TypedDict):
+    epoch: Number
+    position: Position
+    length: Position
+    seed: Number
+    window: NotRequired[Position]
+    global_batch: NotRequired[Number]
+
+
+class Best(TypedDict):
+    """The best result; earlier versions wrote no `pairs` and `chance`."""
+
+    metric: str
+    value: float
+    step: Number
+    pairs: NotRequired[Number]
+    chance: NotRequired[float]
 
 
 class Generators(TypedDict, total=False):
@@ -50,19 +77,19 @@ class TrainState:
     """
 
     # The same on every rank: `state.json` of a checkpoint.
-    step: int = 0  # optimizer steps done, skipped ones included; also TensorBoard's step
+    step: Number = 0  # optimizer steps done, skipped ones included; also TensorBoard's step
     sampler: dict[str, int] = field(default_factory=dict)  # epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
     # `{"metric", "value", "step", "pairs", "chance"}`
     best: dict[str, Any] = field(default_factory=dict)
-    worse_in_row: int = 0  # evaluations since the best one
+    worse_in_row: Number = 0  # evaluations since the best one
     # How many of the last steps in a row were skipped for values that were not finite.
-    skipped_in_row: int = 0
+    skipped_in_row: Number = 0
     # Lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs.
-    metrics_lines: int = 0
-    world_size: int = 1
-    train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
-    accumulation: int = 1
+    metrics_lines: Number = 0
+    world_size: Count = 1
+    train_batch_size: Number = 0  # pairs of an optimizer step, over all ranks
+    accumulation: Count = 1
     # The number of ranks has changed, so micro-batches are not those of the settings.
     rebatched: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
@@ -130,6 +157,13 @@ def read_shared(path: Path) -> TrainState:
             f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on "
             "with the version that wrote it, named in the run's config.json"
         )
+    try:
+        kinds = get_type_hints(TrainState, include_extras=True)
+        kinds |= {"sampler": SamplerState | Nothing, "best": Best | Nothing}
+        for name in ("step", "sampler", "config", *values):
+            check_kind(name, values.get(name), kinds[name])
+    except ValueError as error:
+        raise UserError(f"{path / STATE} is damaged: {error}: --resume another one") from None
     return TrainState(**values)
 
 

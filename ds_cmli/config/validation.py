@@ -7,7 +7,6 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, Va
 from pydantic_core import core_schema
 
 from ds_cmli.common.errors import UserError, nearest
-from ds_cmli.common.json_text import parse
 
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
@@ -170,15 +169,16 @@ def _range(node: Node, error: str) -> list[str]:
     return []
 
 
-def parse_as(text: str | bytes, kind: type[Section]) -> Section:
-    """Parse JSON of a given shape: `kind` is a type that pydantic knows, such as a `TypedDict`.
+def check_kind(name: str, value: object, kind: type[object]) -> None:
+    """Raise a one-line `ValueError` for a value that is not of `kind`, a type that pydantic knows.
 
-    Raises:
-        ValueError: with one line that says what is wrong.
+    Nothing is converted.
     """
     try:
-        return TypeAdapter(kind).validate_python(parse(text, object), strict=True)
+        TypeAdapter(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    raise ValueError(f"{where or 'it'} is {shown(first['input'])}: {first['msg'].lower()}")
+        where = ".".join(map(str, (name, *first["loc"])))
+        if first["type"] == "missing":
+            raise ValueError(f"{where} is missing") from None
+        raise ValueError(f"{where} is {shown(first['input'])}: {first['msg']}") from None

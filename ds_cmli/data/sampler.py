@@ -217,9 +217,9 @@ class GlobalBatchSampler:
                 seed differs, or, within an epoch, what is grouped by length.
         """
         for name, here in (("length", self.length), ("seed", self.seed)):
-            if state[name] != here:
+            if state.get(name) != here:
                 raise UserError(
-                    f"the run to resume has a training set's {name} of {state[name]}, this one "
+                    f"the run to resume has a training set's {name} of {state.get(name)}, this one "
                     f"{here}: resume with the same data and --seed"
                 )
         former = state.get("window", 0), state.get("global_batch", self.global_batch)
