@@ -214,8 +214,8 @@ def accelerate_estimate(trained: int, precision: str) -> int:
 
 
 def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, dict[str, float]]:
-    """Of each estimator: settings, median and maximum of the relative error's size, share too
-    low, and P(OOM).
+    """Of each estimator: settings, median and maximum of the relative error's size, how many
+    estimates are exact, the share that is too low, and P(OOM).
     """
     out = {}
     for name in names:
@@ -227,7 +227,8 @@ def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, 
             "settings": len(errors),
             "median_relative_error": statistics.median(sizes),
             "maximum_relative_error": max(sizes),
-            "exact": sum(row.estimates.get(name) == row.measured for row in found),
+            "exact": sizes.count(0),
+            "too_low": sum(error < 0 for error in errors) / len(errors),
             "p_oom": sum(row.fails[name] for row in found if name in row.fails) / len(errors),
         }
     return out
@@ -269,11 +270,11 @@ def command(first: int | None, saved: str | None, plot: str | None, json_file: s
         errors = "  ".join(f"{name} {error:+8.2%}" for name, error in row.errors().items())
         click.echo(f"{row.measured:13,} B  {errors}  {row.name}")
     table = summary(found)
-    click.echo(f"\n{'':18} settings   median error   maximum error   P(OOM)")
+    click.echo(f"\n{'':18} settings   median error   maximum error   too low   P(OOM)")
     for name, values in table.items():
         click.echo(
             f"{name:18} {values['settings']:8}   {values['median_relative_error']:12.4%}"
-            f"   {values['maximum_relative_error']:13.4%}   {values['p_oom']:6.1%}"
+            f"   {values['maximum_relative_error']:13.4%}   {values['too_low']:7.1%}   {values['p_oom']:6.1%}"
         )
     if json_file is not None:
         content = {"rows": [vars(row) for row in found], "summary": table}

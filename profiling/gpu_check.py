@@ -4,7 +4,8 @@ What only a GPU can show, in ten minutes, the most valuable first: a prediction 
 measurement, the all-pairs op against fp64, the demo in fp16 stopped and gone on with, two GPUs where
 there are two, every setting of tests/gpu/settings.py, the document's estimates, the clock. It runs
 `pytest -m gpu` and writes each figure beside its bar as soon as it is there, so that a run that is
-cut off keeps what it has. `--beside` adds the figures of earlier ones, as of a CPU
+cut off keeps what it has. What a test may take is counted in the CPU's time, so that a machine that others use too is slow
+and no more. `--beside` adds the figures of earlier ones, as of a CPU
 (DS_CMLI_GPU_TESTS_DEVICE=cpu) or of a null GPU, and lists what differs. Exit code: 1 where a bar is
 missed, 2 without a GPU.
 """
@@ -54,6 +55,7 @@ class Tables:
         self.device, self.end, self.beside = device, end, beside
         self.json_path, self.markdown_path = json_path, markdown_path
         self.rows: list[dict[str, Any]] = []
+        self.start = time.monotonic()
         self.skipped: dict[str, str] = {}  # test -> why
         self.selected = self.done = 0
 
@@ -92,8 +94,13 @@ class Tables:
                 }
             )
         self.rows += [{"test": test, **figure} for figure in figures]
+        click.echo(f"\n{self.count()} after {time.monotonic() - self.start:.0f} s: {test}")
         _replace(self.json_path, json.dumps({**self.heading(), "rows": self.rows}, indent=2) + "\n")
         _replace(self.markdown_path, self.markdown())
+
+    def count(self) -> str:
+        tests = f"{self.done} of {self.selected} tests, {len(self.rows)} figures"
+        return f"{tests}, {len(self.missed)} missed their bar"
 
     def heading(self) -> dict[str, Any]:
         return {
@@ -107,8 +114,7 @@ class Tables:
 
     def markdown(self) -> str:
         lines = [f"# Checked on {self.device}, {date.today()}, PyTorch {torch.__version__}", ""]
-        count = f"{self.done} of {self.selected} tests, {len(self.rows)} figures"
-        lines += [f"{count}, {len(self.missed)} missed their bar.", ""]
+        lines += [f"{self.count()}.", ""]
         for test, reason in self.skipped.items():
             lines.append(f"- {test}: {reason}")
         for earlier in self.beside:

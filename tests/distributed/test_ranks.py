@@ -1,13 +1,13 @@
 """Two ranks against one process with twice the micro-batch, in fp32; with `-m soak` by the real `deepspeed` command."""
 
 import os
-import subprocess
 import sys
 
 import pytest
 import torch
 
 from tests.conftest import ROOT, clean_environment, free_port, rank_environments
+from tests.gpu import limits
 from tests.processes import Program
 
 STEPS = 3
@@ -31,7 +31,7 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
         source,
     ]
     if launcher:
-        done = subprocess.run([*launcher, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = limits.run([*launcher, *command], 300, env, ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
         return torch.load(file)
     output = tmp_path / "output"

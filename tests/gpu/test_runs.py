@@ -18,6 +18,7 @@ from ds_cmli.faults import preemption
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.distributed.test_ranks import gradients
+from tests.gpu import limits
 from tests.gpu.figures import Figure, judge
 from tests.metrics_file import metrics
 
@@ -55,12 +56,14 @@ def started(data: Data, folder: Path) -> subprocess.Popen:
 
 def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    codes = [started(data, whole).wait(200)]
+    codes = [limits.wait(started(data, whole), 200)]
     run, lines = started(data, stopped), stopped / "metrics.jsonl"
+    limit = limits.Limit(run.pid, 200)
     while run.poll() is None and (not lines.exists() or lines.read_text().count('{"step": ') < STEPS // 5):
+        assert not (reason := limit.exceeded()), reason
         time.sleep(0.02)
     run.send_signal(signal.SIGTERM)
-    codes += [run.wait(60), started(data, stopped).wait(200)]
+    codes += [limits.wait(run, 60), limits.wait(started(data, stopped), 200)]
     assert codes == [0, preemption.EXIT_CODE, 0], (codes, (tmp_path / "output").read_text()[-2000:])
     found, expected = metrics(stopped), metrics(whole)
     weights = [folder / "student.safetensors" for folder in (stopped, whole)]

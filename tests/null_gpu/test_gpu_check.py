@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT
+from tests.gpu import limits
 
 pytestmark = [pytest.mark.null_gpu, pytest.mark.soak]
 COMMAND = [sys.executable, str(ROOT / "profiling" / "gpu_check.py"), "--json", "found.json", "--markdown", "found.md"]
@@ -18,8 +19,8 @@ COMMAND = [sys.executable, str(ROOT / "profiling" / "gpu_check.py"), "--json", "
 def test_killed_it_keeps_what_it_has(null_gpu, tmp_path):
     command, env = [*COMMAND, "--only", "test_two_gpus or paper"], null_gpu("3090", count=2)
     run = subprocess.Popen(command, env=env, cwd=tmp_path, process_group=0)
-    found, end = tmp_path / "found.json", time.monotonic() + 300
-    while not found.exists() and run.poll() is None and time.monotonic() < end:
+    found, limit = tmp_path / "found.json", limits.Limit(run.pid, 300)
+    while not found.exists() and run.poll() is None and not limit.exceeded():
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGKILL)
     content = json.loads(found.read_text())

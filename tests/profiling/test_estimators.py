@@ -45,9 +45,10 @@ def test_errors_and_failures_are_counted():
     found = summary(rows)
     assert found[OURS] == {
         "settings": 3, "median_relative_error": 0.0, "maximum_relative_error": pytest.approx(0.01), "exact": 2,
-        "p_oom": pytest.approx(1 / 3),
+        "too_low": pytest.approx(1 / 3), "p_oom": pytest.approx(1 / 3),
     }  # fmt: skip
     assert found[RULE]["median_relative_error"] == pytest.approx(0.5) and found[RULE]["p_oom"] == pytest.approx(2 / 3)
+    assert found[RULE]["too_low"] == pytest.approx(2 / 3) and found[DEEPSPEED]["too_low"] == 0
     assert found[DEEPSPEED]["settings"] == 1 and found[DEEPSPEED]["maximum_relative_error"] == pytest.approx(2)
 
 
