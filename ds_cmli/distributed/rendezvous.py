@@ -29,7 +29,6 @@ STRANGER = 20.0
 FAILED, TOKEN = "ds_cmli/failed", "ds_cmli/token"
 COME, ALL = "ds_cmli/come", "ds_cmli/all"
 SHARED = "ds_cmli/store"  # a key of torchrun's store: where rank 0's store is, and its token
-FOLLOW = 120.0  # seconds in which rank 0 of ranks that torchrun starts again is to be there
 
 
 class Place(NamedTuple):
@@ -111,29 +110,41 @@ def _beside_the_agents(place: Place, start: timedelta, stop: Callable[[], None])
     have come.
     """
     host, port = place.host, int(os.environ["MASTER_PORT"])
-    me, end = f"rank {place.rank} of {place.ranks}", time.monotonic() + FOLLOW
+    me, seconds = f"rank {place.rank} of {place.ranks}", start.total_seconds()
+    end = time.monotonic() + seconds
     try:
+        while not _open(host, port):
+            stop()
+            if time.monotonic() > end:
+                raise UserError(f"{me} did not reach the launcher at {host}:{port}")
+            time.sleep(0.3)
         agents = dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
         if place.rank == 0:
             # The connection tells the address at which others reach this node.
             with socket.create_connection((host, port)) as way:
                 here = way.getsockname()[0]
-            here = host if here.startswith("127.") or here == "::1" else here
+            if here.startswith("127.") or here == "::1":
+                here = host
             store = _listen(here, 0, place.ranks)
             token = uuid.uuid4().hex
             store.set(TOKEN, token)
             agents.set(SHARED, f"{here} {store.port} {token}")
             return store
         while time.monotonic() < end:
-            here, at, token = agents.get(SHARED).decode().split()
-            reached = _ask(here, int(at), token)
-            if reached is not None and not reached.check([ALL]):
-                return reached
             stop()
+            if agents.check([SHARED]):
+                here, at, token = agents.get(SHARED).decode().split()
+                # Where nothing listens any more, PyTorch would print the frames of its C++ code.
+                if _open(here, int(at)) and (reached := _ask(here, int(at), token)):
+                    return reached
             time.sleep(0.3)
     except (dist.DistError, OSError) as error:
-        raise UserError(f"{me} does not reach the launcher at {host}:{port}: {error}") from None
-    raise UserError(f"{me} does not reach rank 0 at {here}:{at}")
+        line = first_line(error)
+        raise UserError(f"{me} does not reach the launcher at {host}:{port}: {line}") from None
+    _nobody(
+        place.rank,
+        f"{me} met no rank 0 within {seconds:g} s: see why it did not start or has ended",
+    )
 
 
 def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:
@@ -210,7 +221,7 @@ def _nobody(rank: int, message: str) -> NoReturn:
 
 
 def _ask(host: str, port: int, token: str) -> dist.Store | None:
-    """The store at this address if its token is this run's.
+    """The store at this address if its token is this run's and not all ranks have come.
 
     A thread asks, as another program may never answer.
     """
@@ -222,7 +233,7 @@ def _ask(host: str, port: int, token: str) -> dist.Store | None:
             store = dist.TCPStore(
                 host, port, is_master=False, timeout=answer, wait_for_workers=False
             )
-            if store.get(TOKEN).decode() == token:
+            if store.get(TOKEN).decode() == token and not store.check([ALL]):
                 answered.append(store)
         except (dist.DistError, UnicodeDecodeError):
             pass

@@ -13,13 +13,13 @@ plain `python` started has no such launcher. Without a launcher nobody ends the 
 import atexit
 import multiprocessing.util
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
 
 EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
 SIGNALS = (
@@ -34,18 +34,8 @@ SIGNALS = (
 WHO_GOES_ON = "DS_CMLI_GOES_ON"
 # Seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher.
 SAME_PRESS = 1.0
-# Only the command `deepspeed` starts this module.
-STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"
-PROGRAMS = (  # launchers
-    "torchrun",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate",
-    "deepspeed",
-    "ds",
-    "deepspeed.launcher.runner",
-    STARTED_BY_DEEPSPEED,
-)
+# A variable that torchrun, and one that `deepspeed`, sets for its ranks.
+OF_TORCHRUN, OF_DEEPSPEED = "TORCHELASTIC_RUN_ID", "CROSS_RANK"
 # Like process 1, these become the parent of a process whose parent has ended.
 REAPERS = ("systemd", "slurmstepd")
 INTERVAL = 0.5  # seconds between two looks for the launcher
@@ -128,53 +118,42 @@ def stop() -> None:
 
 def watch_launcher(gone: Callable[[], None]) -> None:
     """Call `gone` once, from a thread, when the launcher has ended; never if there is none."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys():
+    if OF_TORCHRUN in os.environ or {OF_DEEPSPEED, "LOCAL_SIZE"} <= os.environ.keys():
         threading.Thread(target=_watch, args=(gone,), daemon=True).start()
 
 
 def _watch(gone: Callable[[], None]) -> None:
-    found = _ancestors()
-    while not found.orphan and all(_parent(child) == parent for child, parent in found.links):
+    links = _links()
+    while links is not None and all(_parent(child) == parent for child, parent in links):
         time.sleep(INTERVAL)
     gone()
 
 
-class Ancestors(NamedTuple):
-    links: list[tuple[int, int]]  # (process, parent) from this rank up to its launcher
-    orphan: bool  # whether the launcher has already ended
-    ending: bool  # whether one of these processes seems to be ending at this moment
+def _links() -> list[tuple[int, int]] | None:
+    """(process, parent) from this rank up to its launcher; None if the launcher has ended.
 
-
-def _ancestors() -> Ancestors:
-    """Look for the launcher, again while one of the processes is ending.
-
-    A process that is ending is still a parent, but its command line can no longer be read.
+    The launcher is known by what it lacks: a script between it and a rank was started with the
+    rank's variables, and the launcher without them. Whoever started it may end before it does.
     """
-    found = _walk()
-    for _ in range(100):
-        if not found.ending:
-            break
-        time.sleep(0.02)
-        found = _walk()
-    return found
-
-
-def _walk() -> Ancestors:
     links: list[tuple[int, int]] = []
-    known = 0  # number of links up to the highest launcher that was recognised
-    program, pid, ending = "", os.getpid(), False
-    while pid > 1 and len(links) < 16 and not _reaped(pid):
-        links.append((pid, _parent(pid)))
-        pid = links[-1][1]
-        name = _program(pid)
-        ending = ending or name is None
-        if name in PROGRAMS:
-            known, program = len(links), name
-    if not known:  # the launcher has ended, or its name is not in PROGRAMS
-        return Ancestors(links[:1], _orphaned(pid), ending)
-    top = links[known - 1][1]
-    orphan = program == STARTED_BY_DEEPSPEED and _orphaned(top)
-    return Ancestors(links[:known], orphan, ending)
+    child, started_by_another = os.getpid(), OF_DEEPSPEED in os.environ
+    while not _reaped(child):
+        links.append((child, _parent(child)))
+        child = links[-1][1]
+        if not _is_of_a_rank(child):
+            if not started_by_another:
+                return links
+            started_by_another = False
+    return None if _orphaned(child) else links
+
+
+def _is_of_a_rank(pid: int) -> bool:
+    """Whether a process was started with the variables of a rank."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:  # it has ended, or belongs to another user
+        return False
+    return re.search(f"(^|\0)({OF_TORCHRUN}|{OF_DEEPSPEED})=".encode(), environment) is not None
 
 
 def _orphaned(pid: int) -> bool:
@@ -203,32 +182,9 @@ def _parent(pid: int) -> int:
 def _stat(pid: int) -> tuple[str, int]:
     """Name and parent of a process; an empty name and 0 if it has ended."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return "", 0
     end = text.rindex(")")  # the name may hold brackets and spaces
     state, parent = text[end + 2 :].split()[:2]
     return text[text.index("(") + 1 : end], 0 if state in "ZX" else int(parent)
-
-
-def _program(pid: int) -> str | None:
-    """The module or script that a Python process runs; None if it is ending or has ended."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:8]
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    except OSError:
-        return ""
-    if words == [""]:
-        return None
-    while len(words) > 1:  # passes the interpreter and its options
-        if words[0] == "-m":
-            return words[1]
-        if not (os.path.basename(words[0]).startswith("python") or words[0].startswith("-")):
-            break
-        words = words[1:]
-    path = words[0].removesuffix(".py").split("/")
-    for name in PROGRAMS:
-        if path[-1:] == [name] or path[-3:] == name.split("."):
-            return name
-    return ""
