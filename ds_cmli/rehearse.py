@@ -17,7 +17,7 @@ from ds_cmli.data.loaders import train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.memory import out_of_memory, predict_subprocess
-from ds_cmli.memory.inputs import UNCOMPILED, likeliest
+from ds_cmli.memory.inputs import UNCOMPILED
 from ds_cmli.memory.report import Report, show
 from ds_cmli.prepare import Prepared, next_batch
 
@@ -73,8 +73,7 @@ def _try_models(ready: Prepared) -> None:
     targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
     with predict_subprocess.Predictor(SECONDS) as predictor:
         for target in targets:
-            rank = likeliest(deepspeed.stage, ranks)
-            predictor.send(predict_subprocess.Request(config, deepspeed, ranks, target, rank))
+            predictor.send(predict_subprocess.Request(config, deepspeed, ranks, target, None))
         engine.build_models(config, data.vocab_size, special=data.special)
         _show([predictor.receive() for _ in targets], device)
 

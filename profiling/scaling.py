@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_cmli.cmli.token_keep import kept
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
-from ds_cmli.memory.inputs import likeliest
-from ds_cmli.memory.predict import Options, predict
+from ds_cmli.memory.predict import Options
+from ds_cmli.memory.search import predict_largest
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,12 @@ def step_cost(
         if step == 0:
             train_engine.timer = StepTimer()  # makes the engine count the FLOPs of its products
             engines.append(train_engine)
+            traffic.counts.clear()  # of the rank that was predicted before
             return nullcontext()
         return traffic.counting()
 
-    rank = likeliest(DeepSpeedConfig.of(ds_config).stage, ranks)
-    report = predict(
-        config, ds_config, ranks, target=target, gpu=gpu, rank=rank, options=Options(watch=watch)
+    report = predict_largest(
+        config, ds_config, ranks, target=target, gpu=gpu, options=Options(watch=watch)
     ).report
     train_engine = engines.pop()
     accumulation = train_engine.accumulation

@@ -8,16 +8,29 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.cmli.inputs import check_shapes
 
+SHORTEST = 1e-12  # length of a row that has a direction, as in `F.normalize`
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 
 
 def upcast(x: Tensor) -> Tensor:
     """Cast to fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def unit_rows(x: Tensor) -> Tensor:
+    """Unit length over the last dimension, in fp32 (fp64 for fp64), as by `F.normalize`.
+
+    A row of zeros, or shorter than `SHORTEST`, has no direction: it gives zeros, and its gradient
+    is 0, where that of `F.normalize` is divided by `SHORTEST`.
+    """
+    x = upcast(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / F.threshold(length, SHORTEST, math.inf)
 
 
 def temperature_scale(logit_scale: Tensor) -> Tensor:

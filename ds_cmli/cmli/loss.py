@@ -13,12 +13,11 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
+from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, unit_rows
 from ds_cmli.cmli.cut import Cut, as_loss, check_cut
 from ds_cmli.cmli.inputs import DTYPES, accepted, boolean, check_pairs
 from ds_cmli.cmli.ring import DEFAULT_SCORER, Scorer, ring_scores
@@ -27,9 +26,8 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `C
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Unit length over the last dimension, computed in fp32 (fp64 for fp64) and returned in x's
-    dtype."""
-    return F.normalize(upcast(x), dim=-1).to(x.dtype)
+    """`unit_rows`, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
+    return unit_rows(x).to(x.dtype)
 
 
 def score_global_batch(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import check_tile, own_pairs, temperature_scale, upcast
+from ds_cmli.cmli.contrastive import check_tile, own_pairs, temperature_scale, unit_rows, upcast
 from ds_cmli.cmli.inputs import check_shapes, full_precision
 
 
@@ -84,8 +84,8 @@ def patch_similarities(tokens: Tensor, patches: Tensor) -> Tensor:
     """
     check_shapes(tokens=(tokens, "B M D"), patches=(patches, "B N D"))
     with torch.no_grad(), full_precision(tokens.device):
-        tokens = F.normalize(upcast(tokens), dim=-1)
-        patches = F.normalize(upcast(patches), dim=-1)
+        tokens = unit_rows(tokens)
+        patches = unit_rows(patches)
         return tokens @ patches.transpose(1, 2)
 
 
@@ -274,7 +274,7 @@ def sparc_loss(patches: Tensor, tokens: Tensor, token_mask: Tensor, logit_scale:
         patches = upcast(patches)
         tokens = upcast(tokens).masked_fill(~token_mask[:, :, None], 0.0)
         groups = alignment_weights(patches, tokens) @ patches  # (5), [B, M, D]
-        cosines = F.normalize(groups, dim=-1) @ F.normalize(tokens, dim=-1).transpose(1, 2)
+        cosines = unit_rows(groups) @ unit_rows(tokens).transpose(1, 2)
         logits = temperature_scale(logit_scale) * cosines  # [B, M, M], groups against tokens
     # A position that is not valid is compared with itself alone, which is finite and gives 0.
     compared = token_mask[:, :, None] & token_mask[:, None, :]

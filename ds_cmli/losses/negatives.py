@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.contrastive import unit_rows
 from ds_cmli.cmli.inputs import full_precision
 
 
@@ -46,7 +46,7 @@ class Compared:
             for group in self.candidates:
                 for start in range(0, len(group.features), size):
                     place = slice(start, start + size)
-                    unit = F.normalize(upcast(group.features[place]), dim=1).to(queries.dtype)
+                    unit = unit_rows(group.features[place]).to(queries.dtype)
                     logits = queries @ unit.t()
                     excluded = self.query_ids[:, None] == group.ids[place]  # [Q, T] or [Q, T, I]
                     if excluded.dim() == 3:
@@ -111,8 +111,8 @@ def contrast_loss(queries: Tensor, targets: Tensor, scale: Tensor, compared: Com
         [Q] fp32 (fp64), 0 for a query without negatives.
     """
     with full_precision(queries.device):
-        scaled = F.normalize(upcast(queries), dim=1) * scale
-        own = (scaled * F.normalize(upcast(targets), dim=1)).sum(1)
+        scaled = unit_rows(queries) * scale
+        own = (scaled * unit_rows(targets)).sum(1)
     others = log_sum_exp(scaled, compared)
     # Above its threshold softplus is rounded; by default that is 20.
     return F.softplus(others - own, threshold=60)

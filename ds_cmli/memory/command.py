@@ -144,10 +144,14 @@ def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObje
         print(fit_sentence(fitted, room))
         print(meant(asked.fit, room, fitted_gpu or "", gpu, ranks))
     elif gpu == CPU:
-        prediction = search.predict_largest(config, ds_config, ranks, target="cpu", tell=tell)
+        prediction = search.predict_largest(
+            config, ds_config, ranks, target="cpu", options=search.Options(tell=tell)
+        )
         tell("")
     else:
-        prediction = search.predict_largest(config, ds_config, ranks, gpu=gpu, tell=tell)
+        prediction = search.predict_largest(
+            config, ds_config, ranks, gpu=gpu, options=search.Options(tell=tell)
+        )
         tell("")
         print(sentence(prediction.report, gpu))
     show(prediction.report)

@@ -183,21 +183,3 @@ class StepBatches(list[Batch]):
                 yield batch
         # Gradient caching then computes the losses over all micro-batches.
         self._set_lengths(self.texts)
-
-
-def candidates(stage: int, world_size: int) -> list[int]:
-    """The ranks of which one needs the most memory, the likeliest first.
-
-    With ZeRO-1 and 2 each rank keeps the reduced gradients of its own share of the parameters from
-    the moment in which backward computes them. The last rank has the parameters that come last,
-    whose gradients are computed first, while most activations are still stored. With the other
-    stages all ranks need the same, and rank 0 stands for all.
-    """
-    if stage in (1, 2):
-        return list(dict.fromkeys([world_size - 1, 0, world_size // 2]))
-    return [0]
-
-
-def likeliest(stage: int, world_size: int) -> int:
-    """The rank that needs the most, where predicting several would take too long."""
-    return candidates(stage, world_size)[0]

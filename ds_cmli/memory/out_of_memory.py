@@ -28,7 +28,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import measure, predict_subprocess
 from ds_cmli.memory.changes import Change, Shortage, Step
-from ds_cmli.memory.inputs import likeliest
 from ds_cmli.memory.predict_subprocess import Answer
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
@@ -190,9 +189,8 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
     with predict_subprocess.Predictor(ADVICE_SECONDS) as predictor:
 
         def ask(config: Config, ds_config: DeepSpeedConfig, snapshot: str = "") -> Answer:
-            rank = likeliest(ds_config.stage, step.world_size)
             request = predict_subprocess.Request(
-                config, ds_config, step.world_size, target, rank, snapshot=snapshot
+                config, ds_config, step.world_size, target, None, snapshot=snapshot
             )
             return predictor.ask(request)
 

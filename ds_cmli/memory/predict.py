@@ -32,6 +32,7 @@ from ds_cmli.memory import host_memory, inputs
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
+from ds_cmli.memory.shares import Shares, followed
 from ds_cmli.memory.tracker import Tracker, phases
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
@@ -45,6 +46,7 @@ class Prediction:
     # Of the student and its losses, frozen ones included, undivided by ZeRO.
     parameters: int
     largest_module: int  # the most parameters that one module has itself, without its submodules
+    shares: Shares  # what differs in the events of the other ranks
 
 
 def silent(line: str) -> None:
@@ -104,7 +106,7 @@ def predict(
             `cmli_backend="auto"` means triton if it is installed here; what an offloaded optimizer
             keeps on the host is not counted. "cpu": as this CPU would train, with torch's number of
             threads; only the requested bytes have a meaning there.
-        rank: which of the ranks it is; `search.predict_largest` finds the one that needs the most.
+        rank: which of the ranks it is; `predict_largest` finds the one that needs the most.
 
     Without `options.texts`, each text fills all positions, except the first one of a batch, which
     is one token shorter. This is the most that a batch can need: text encoders leave out the
@@ -142,12 +144,13 @@ def predict(
         host_memory.flattened_where_there_is_room(tracker, free),
         host_memory.overlapping(tracker) if here.cuda and _overlaps(here.json) else nullcontext(),
     ):
-        events, sizes = _record(here, options, answers, tracker)
+        events, sizes, shares = _record(here, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
 
     setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.cuda else "CPU"}
     if not here.cuda:
-        return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
+        report = summarise(events, setting, "predicted")
+        return Prediction(report, events, sum(sizes), max(sizes), shares)
     workspace = hardware.DETERMINISTIC_CUBLAS if fixed else None
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
     events = with_cublas(events, card.cublas_bytes(workspace))
@@ -155,7 +158,7 @@ def predict(
     report.totals["allocated"] = replayed.allocated_peak
     report.totals["reserved"] = replayed.reserved_peak
     report.totals["device"] = gpus.device_bytes(replayed.reserved_peak, gpu, world_size)
-    return Prediction(report, events, sum(sizes), max(sizes))
+    return Prediction(report, events, sum(sizes), max(sizes), shares)
 
 
 def _overlaps(json: DeepSpeedConfig) -> bool:
@@ -217,8 +220,9 @@ def _setting(here: _Resolved) -> JsonObject:
 
 def _record(
     here: _Resolved, options: Options, answers: Answers, tracker: Tracker
-) -> tuple[list[Event], list[int]]:
-    """Run the steps on tensors without data. Returns the events, and each module's parameters.
+) -> tuple[list[Event], list[int], Shares]:
+    """Run the steps on tensors without data. Returns the events, each module's parameters, and what
+    differs by rank.
 
     The engine ends with this function, while the tracker is still entered.
     """
@@ -247,12 +251,17 @@ def _record(
                 stack.enter_context(probe.subscribed(Repeated(tracker, accumulation, traffic)))
             train_engine.step(batches)
 
-    with phases(train_engine, answers.enter), tracker.attach(train_engine):
+    optimizer = train_engine.engine.optimizer
+    with (
+        phases(train_engine, answers.enter),
+        followed(tracker, optimizer, here.rank) as shares,
+        tracker.attach(train_engine),
+    ):
         for number in range(steps):
             as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
             step(number)
-    return tracker.events(host=not here.cuda), sizes
+    return tracker.events(host=not here.cuda), sizes, shares
 
 
 def _own_parameters(module: nn.Module) -> int:

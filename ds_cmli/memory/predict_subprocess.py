@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Request:
     ds_config: Section  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
-    rank: int = 0
+    rank: int | None = 0  # None: the one that needs the most
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
@@ -115,16 +116,16 @@ class Predictor:
 def answer(request: JsonObject) -> Answer:
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
+    from ds_cmli.memory.search import predict_largest
 
     try:
-        config = Config.from_dict(request["config"])
-        prediction = predict(
+        config, rank = Config.from_dict(request["config"]), request["rank"]
+        prediction = (predict_largest if rank is None else partial(predict, rank=rank))(
             config,
             request["ds_config"],
             request["world_size"],
             gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
-            rank=request["rank"],
             options=Options(texts=request["texts"]),
         )
         if request["snapshot"]:

@@ -1,7 +1,10 @@
 """Questions that take several predictions: a grid of settings, the largest batch that fits."""
 
+import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -13,12 +16,24 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.memory.changes import Change, Shortage, Step
-from ds_cmli.memory.inputs import candidates, likeliest
-from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Options, Prediction, predict, silent
+from ds_cmli.memory.predict import (
+    DEFAULT_GPU,
+    PLAIN,
+    TOTAL_STEPS,
+    Options,
+    Prediction,
+    predict,
+    silent,
+)
+from ds_cmli.memory.shares import requested_peak
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
-FIRST_BATCHES = (16, 128)  # micro-batches that are predicted before others are estimated
+UNKNOWN = 2**63  # more than any rank needs
+SECOND_BATCH = 128  # that is tried: far enough from 1 for a line through both
+REPLAYED = 8  # ranks whose events go through the allocator's model: those that request the most
+MOST_RANKS = 3  # that are predicted
+MOST_GROWTH = 64  # from one micro-batch to the next that is tried
 
 
 def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
@@ -75,28 +90,61 @@ def sweep(
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
-        rank = likeliest(changed.stage, ranks)
         options = Options(tell=tell)
-        yield values, predict(config, changed, ranks, rank=rank, gpu=gpu, options=options)
+        yield values, predict_largest(config, changed, ranks, gpu=gpu, options=options)
 
 
 def predict_largest(
     config: Config,
     ds_config: Section,
     world_size: int,
+    *,
     target: str = "cuda",
     gpu: str = DEFAULT_GPU,
-    tell: Callable[[str], None] = silent,
+    first: int | None = None,
+    options: Options = PLAIN,
 ) -> Prediction:
-    """Predict the rank that needs the most. Arguments as in `predict`."""
-    options = Options(tell=tell)
-    ranks = candidates(DeepSpeedConfig.of(ds_config).stage, world_size)
-    found = (
-        predict(config, ds_config, world_size, rank=rank, target=target, gpu=gpu, options=options)
-        for rank in ranks
-    )
+    """Predict the rank that needs the most: on the device, or for a CPU of requested bytes.
+
+    The events of one predicted rank show what each other one needs: only a rank that needs more is
+    predicted too. Arguments as in `predict`.
+
+    Args:
+        first: the rank to begin with. None: the last one, whose parameters' gradients are computed
+            first, while most activations are still stored.
+    """
     total = "requested" if target == "cpu" else "device"
-    return max(found, key=lambda prediction: prediction.report.totals[total])
+    rank = first
+    if rank is None:
+        rank = world_size - 1 if DeepSpeedConfig.of(ds_config).stage in (1, 2) else 0
+    predictions: dict[int, Prediction] = {}
+    while True:
+        predictions[rank] = predict(
+            config, ds_config, world_size, target=target, gpu=gpu, rank=rank, options=options
+        )
+        most = max(predictions.values(), key=lambda each: each.report.totals[total])
+        others = _of_other_ranks(predictions[rank], total, gpu, world_size)
+        rank = max(others.keys() - predictions, key=others.__getitem__, default=rank)
+        if len(predictions) == MOST_RANKS or others.get(rank, 0) <= most.report.totals[total]:
+            return most
+
+
+def _of_other_ranks(
+    prediction: Prediction, total: str, gpu: str, world_size: int
+) -> dict[int, int]:
+    """The totals of those ranks that request the most, by the events of the predicted one."""
+    shares = prediction.shares
+    if shares.elements and not any(shares.elements[shares.rank].values()):
+        return {0: UNKNOWN}  # of a rank without any parameter nothing follows
+    events, sizes = {}, {}
+    for rank in shares.kinds():
+        events[rank] = shares.events(prediction.events, rank)
+        sizes[rank] = requested_peak(events[rank])
+    if total == "requested":
+        return sizes
+    most = sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]
+    reserved = ((rank, replay(events[rank]).reserved_peak) for rank in most)
+    return {rank: gpus.device_bytes(size, gpu, world_size) for rank, size in reserved}
 
 
 @dataclass
@@ -118,67 +166,71 @@ def largest(
 ) -> int:
     """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none.
 
-    `needs` must grow with n.
-
-    `needs` is nearly linear in n, so the next n to try comes from the line through the nearest two
-    that were tried. If `needs` is expensive, `estimate` is a cheap approximation of it: the next n
-    is then the largest that fits by the estimate, or the one after that.
+    `needs` must grow with n. It is nearly linear, so the next n to try comes from the line or the
+    parabola through the nearest that were tried. If `needs` is expensive, `estimate` is a cheap
+    approximation of it, also for n that were not tried, once two were.
     """
-    low, low_needs = 1, needs(1)
-    if low_needs > room:
+    known = {1: needs(1)}
+    if known[1] > room:
         return 0
-    high, high_needs = most + 1, 0
-    if estimate is None:
-        high, high_needs = 2, needs(2)
-        while high_needs <= room:
-            if high == most:
-                return most
-            guess = high + (room - high_needs) * (high - low) // max(high_needs - low_needs, 1)
-            low, low_needs = high, high_needs
-            high = min(max(2 * high, min(guess + 1, 64 * high)), most)
-            high_needs = needs(high)
-    turn = 0
+    low, high, guess, beside = 1, most + 1, SECOND_BATCH, False
     while high - low > 1:
-        # `needs` may jump in between, where neither line nor estimate helps: now and then bisect.
-        bisect = turn % 3 == 2
-        if estimate is not None:
-            bisect = turn > 5 and turn % 2 == 1
-        if bisect:
-            guess = (low + high) // 2
-        elif estimate is not None:
-            guess = largest(estimate, room, most)
-            guess += guess == low  # `low` is known to fit: try the next one
-        else:
-            guess = low + (room - low_needs) * (high - low) // (high_needs - low_needs)
-            guess += turn % 3
         guess = min(max(guess, low + 1), high - 1)
-        turn += 1
-        guess_needs = needs(guess)
-        if guess_needs <= room:
-            low, low_needs = guess, guess_needs
+        known[guess] = needs(guess)
+        if known[guess] <= room:
+            low = guess
         else:
-            high, high_needs = guess, guess_needs
+            high = guess
+        # `needs` may jump in between, where no curve helps: now and then bisect.
+        if (beside and estimate is None) or (len(known) > 8 and len(known) % 2):
+            guess, beside = (low + high) // 2, False
+            continue
+        if estimate is not None:
+            guess = largest(estimate, room, most)
+        else:
+            # A line without an end that does not fit, as a parabola may turn back.
+            points = sorted(known, key=lambda n: abs(n - guess))[: 3 if high <= most else 2]
+            ns = range(low + 1, min(high, MOST_GROWTH * low))
+            guess = low + bisect_right(ns, room, key=partial(_curve, known, points))
+        beside = not low + 1 < guess < high - 1
     return low
+
+
+def _curve(known: dict[int, int], points: list[int], n: int) -> float:
+    """The polynomial through the points, at n."""
+    return sum(weight * known[point] for point, weight in _weights(points, n).items())
+
+
+def _weights(points: list[int], n: int) -> dict[int, float]:
+    """The weights with which values at `points` add up to their polynomial's value at n."""
+    weights = {}
+    for point in points:
+        others = (other for other in points if other != point)
+        weights[point] = math.prod((n - other) / (point - other) for other in others)
+    return weights
 
 
 def estimated_bytes(
     known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int
 ) -> int:
-    """Estimate the bytes on the device for a micro-batch that was not predicted.
+    """Estimate the bytes on the device for a micro-batch from at least two predictions.
 
-    Each event's bytes follow a polynomial through the nearest three predictions (or fewer) with the
-    same number of events; these events are replayed in the allocator's model.
+    Each event's bytes follow a polynomial through the nearest two or three predictions with the
+    same number of events; these events are replayed in the allocator's model. If the nearest has no
+    such other, the requested bytes of the nearest two give a line.
     """
     nearest = sorted(known, key=lambda n: (abs(n - micro_batch), n))
-    base = known[nearest[0]].events
-    points = [n for n in nearest if len(known[n].events) == len(base)][:3]
-    sizes = np.zeros(len(base))
-    for n in points:
-        weight = np.prod([(micro_batch - other) / (n - other) for other in points if other != n])
-        each = np.fromiter((abs(event.bytes) for event in known[n].events), dtype=np.float64)
-        sizes += weight * each
+    base = known[nearest[0]]
+    points = [n for n in nearest if len(known[n].events) == len(base.events)][:3]
+    if len(points) < 2:
+        requested = {n: known[n].report.totals["requested"] for n in nearest[:2]}
+        more = _curve(requested, nearest[:2], micro_batch) - requested[nearest[0]]
+        return base.report.totals["device"] + int(more)
+    sizes = np.zeros(len(base.events))
+    for n, weight in _weights(points, micro_batch).items():
+        sizes += weight * np.fromiter((abs(event.bytes) for event in known[n].events), np.float64)
     events = []
-    for event, size in zip(base, np.rint(sizes), strict=True):
+    for event, size in zip(base.events, np.rint(sizes), strict=True):
         events.append(replace(event, bytes=max(int(size), 1) * int(np.sign(event.bytes))))
     return gpus.device_bytes(replay(events).reserved_peak, gpu, world_size)
 
@@ -194,6 +246,7 @@ class Fitting:
     tell: Callable[[str], None]
     predictions: dict[int, Prediction] = field(default_factory=dict)  # by micro-batch
     sizes: dict[str, int] = field(default_factory=dict)  # of the changes that were tried
+    rank: int | None = None  # of the last prediction: it is likely to need the most again
 
     def needs(self, micro_batch: int) -> int:
         if micro_batch not in self.predictions:
@@ -202,26 +255,24 @@ class Fitting:
             )
         return self.predictions[micro_batch].report.totals["device"]
 
+    def estimate(self, micro_batch: int) -> int:
+        return estimated_bytes(self.predictions, micro_batch, self.gpu, self.world_size)
+
     def needs_with(self, change: Change) -> int:
         if change.what not in self.sizes:
             found = self._predicted(change.what, change.config, change.ds_config)
             self.sizes[change.what] = found.report.totals["device"]
         return self.sizes[change.what]
 
-    def estimate(self, micro_batch: int) -> int:
-        for first in FIRST_BATCHES:
-            self.needs(first)
-        return estimated_bytes(self.predictions, micro_batch, self.gpu, self.world_size)
-
     def _predicted(self, what: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
         def tell(line: str) -> None:
             self.tell(f"{what}: {line}")
 
-        rank = likeliest(ds_config.stage, self.world_size)
         options = Options(tell=tell)
-        prediction = predict(
-            config, ds_config, self.world_size, gpu=self.gpu, rank=rank, options=options
+        prediction = predict_largest(
+            config, ds_config, self.world_size, gpu=self.gpu, first=self.rank, options=options
         )
+        self.rank = prediction.report.setting["rank"]
         tell(f"{prediction.report.totals['device']:,} B on the device")
         return prediction
 

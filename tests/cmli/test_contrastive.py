@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale
+from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, unit_rows
 
 F64 = torch.float64
 
@@ -71,3 +72,30 @@ def test_temperature_is_clamped_straight_through():
 
 def test_temperature_is_computed_in_fp32():
     assert temperature_scale(torch.tensor([2.5], dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, F64])
+def test_unit_rows_have_the_bits_of_normalize_but_for_rows_without_a_direction(dtype):
+    torch.manual_seed(0)
+    x = (torch.randn(50, 7, 33) * 10.0 ** torch.randint(-4, 5, (50, 7, 1))).to(dtype)
+    x[3, 2], x[4, :, 5] = 0.0, 0.0
+    weight = torch.randn(50, 7, 33, dtype=F64)
+    outputs, gradients = [], []
+    for normalize in (unit_rows, lambda x: F.normalize(x if dtype is F64 else x.float(), dim=-1)):
+        given = x.clone().requires_grad_()
+        outputs.append(normalize(given))
+        (outputs[-1] * weight.to(outputs[-1].dtype)).sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*outputs)
+    assert (
+        gradients[0][3, 2].eq(0).all() and not gradients[1][3, 2].isfinite().logical_and(gradients[1][3, 2] < 1).all()
+    )
+    gradients[1][3, 2] = 0.0
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1e-13])
+def test_a_row_without_a_direction_learns_nothing(length):
+    x = torch.full((2, 4), length).requires_grad_()
+    unit_rows(x).sum().backward()
+    assert x.grad.eq(0).all()

@@ -118,6 +118,18 @@ def test_scaled_gradients_in_fp16():
     assert_close(image.grad.float() / 2**10, expected.float(), atol=2e-4, rtol=2e-3)
 
 
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+@pytest.mark.parametrize("cut", [0.0, 1e-3])
+def test_a_valid_position_of_zeros_learns_nothing(exchange, cut):
+    torch.manual_seed(0)
+    image, text, mask = torch.randn(6, 5, 8), torch.randn(6, 4, 8), torch.ones(6, 4, dtype=torch.bool)
+    image[2, 3], text[4, 1] = 0.0, 0.0
+    image.requires_grad_(), text.requires_grad_()
+    CMLILoss(exchange=exchange, cut=cut)(image, text, mask).backward()
+    assert image.grad[2, 3].eq(0).all() and text.grad[4, 1].eq(0).all()
+    assert 0 < image.grad.abs().max() < 10 and 0 < text.grad.abs().max() < 10
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_under_activation_checkpointing(use_reentrant):
     loss = CMLILoss()

@@ -100,3 +100,11 @@ def test_memory_is_that_of_the_limit():
     small, large = (allocator_peak(lambda b=b: step(b)) for b in (2**20, 2**23))
     assert small < 2**20 + 5 * queries.nbytes + 100_000 and large < 2**23 + 5 * queries.nbytes + 100_000
     print(f"peak {small:,} B at a limit of 1 MiB, {large:,} B at 8 MiB")
+
+
+def test_a_query_of_zeros_learns_nothing():
+    queries, targets, candidates, entries = given(torch.float32)
+    queries[1] = 0.0
+    queries.requires_grad_()
+    contrast_loss(queries, targets, torch.tensor([10.0]), compared(candidates, entries)).sum().backward()
+    assert queries.grad[1].eq(0).all() and queries.grad.abs().max() < 100

@@ -108,6 +108,15 @@ def test_tokens_and_patches_learn_to_find_each_other():
     assert loss < before / 10 and given[2] > SCALE  # the temperature falls, too
 
 
+def test_a_token_of_zeros_learns_nothing():
+    torch.manual_seed(0)
+    patches, tokens = torch.randn(2, 5, 8), torch.randn(2, 4, 8)
+    tokens[1, 2] = 0.0
+    tokens.requires_grad_()
+    sparc_loss(patches, tokens, torch.ones(2, 4, dtype=torch.bool), torch.zeros(1)).backward()
+    assert tokens.grad.isfinite().all() and tokens.grad.abs().max() < 10
+
+
 def test_features_of_16_bits_are_compared_in_fp32():
     patches, tokens, mask = inputs(torch.bfloat16)
     found = sparc_loss(patches, tokens, mask, SCALE)

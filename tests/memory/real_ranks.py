@@ -27,8 +27,8 @@ from ds_cmli.common.cli import leave  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
-from ds_cmli.memory.inputs import likeliest  # noqa: E402
-from ds_cmli.memory.predict import Options, predict  # noqa: E402
+from ds_cmli.memory.predict import Options  # noqa: E402
+from ds_cmli.memory.search import predict_largest  # noqa: E402
 from profiling.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 
@@ -91,10 +91,13 @@ def pairwise(axes: dict[str, list]) -> list[tuple]:
 
 
 def measured(world_size: int, *each) -> tuple[dict[str, int], dict] | str:
-    """The peak of each phase of one of real ranks, and the counts of what it moves; or the line that refuses it."""
+    """The peak of each phase of that real rank which needs the most, and the counts of what it moves; or the line that
+    refuses it."""
     port = free_port()
     ranks = [_forked(_measure, rank, world_size, port, *each) for rank in range(world_size)]
-    return ranks[likeliest(each[1], world_size)].get()
+    results = [rank.get() for rank in ranks]
+    refused = [result for result in results if isinstance(result, str)]
+    return refused[0] if refused else max(results, key=lambda result: max(result[0].values()))
 
 
 def predicted(world_size: int, *each) -> tuple[dict[str, int], dict] | str:
@@ -130,10 +133,13 @@ def _measure(rank: int, world_size: int, port: int, *each) -> tuple[dict[str, in
 
 def _predict(world_size: int, *each) -> tuple[dict[str, int], dict]:
     traffic = Traffic()
-    watch = lambda train_engine, step: traffic.counting() if step else nullcontext()  # noqa: E731
-    rank = likeliest(each[1], world_size)
-    report = predict(*setting(*each), world_size, target="cpu", rank=rank, options=Options(watch=watch)).report
-    return report.phases, traffic.counts
+
+    def watch(train_engine, step):
+        traffic.counts.clear()  # of the rank that was predicted before
+        return traffic.counting() if step else nullcontext()
+
+    prediction = predict_largest(*setting(*each), world_size, target="cpu", options=Options(watch=watch))
+    return prediction.report.phases, traffic.counts
 
 
 def main() -> int:

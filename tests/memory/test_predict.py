@@ -392,9 +392,10 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
     def bytes_of(config, ds_config, world_size, **options):
         size = 100 if ds_config.stage < 3 else 13
         size -= 5 * ("offload_optimizer" in ds_config.zero)
-        return SimpleNamespace(report=SimpleNamespace(totals={"device": context + size}), events=[])
+        totals = {"device": context + size, "requested": size}
+        return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(search, "predict", bytes_of)
+    monkeypatch.setattr(search, "predict_largest", bytes_of)
     one = search.fit(config, ds_config, 2, context + 13)
     assert [what for what, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
     several = search.fit(config, ds_config, 2, context + 10)
@@ -412,10 +413,10 @@ def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
 
     def bytes_of(config, ds_config, world_size, **options):
         size = 10**9 * ds_config.micro_batch // (2 if ds_config.checkpointing else 1)
-        return SimpleNamespace(report=SimpleNamespace(totals={"device": context + size}), events=[])
+        totals = {"device": context + size, "requested": size}
+        return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(search, "predict", bytes_of)
-    monkeypatch.setattr(search, "estimated_bytes", lambda known, n, gpu, world_size: context + 10**9 * n)
+    monkeypatch.setattr(search, "predict_largest", bytes_of)
     found = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
     assert (found.micro_batch, found.asked) == (5, 8)
     assert found.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
