@@ -138,12 +138,13 @@ def held_out(
         UserError: there is no such split or pair, or a pair cannot be used.
     """
     from ds_cmli.data.aspect import unpacked
-    from ds_cmli.data.load import build_data
+    from ds_cmli.data.load import build_eval_data
+    from ds_cmli.data.opening import to_evaluate
     from ds_cmli.evaluate.held_out import HeldOut
 
     if source is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
-    data = build_data(config.data, config.run.seed)
+        config = dataclasses.replace(config, data=to_evaluate(config.data, source))
+    data = build_eval_data(config.data, config.run.seed, None)
     if not data.evals:
         raise UserError(f"--data is {config.data.source!r}: it has no held-out part")
     split = split or next(iter(data.evals))

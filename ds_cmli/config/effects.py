@@ -43,6 +43,7 @@ IDLE = {
     "data.scenes": Idle(
         lambda config: config.data.source != "demo", "only the demo's pictures make scenes"
     ),
+    "data.held_out": _DEMO,
     "data.max_bad_share": _DEMO,
     "data.max_pixels": _DEMO,
     "data.follow_symlinks": _DEMO,

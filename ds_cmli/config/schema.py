@@ -126,6 +126,8 @@ class DataConfig:
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
     # The part of a source that evaluation uses.
     val_split: Literal["validation", "test"] = "validation"
+    # Of a source without a validation part: below 1 a share of its pictures, else how many.
+    held_out: Annotated[float, Field(gt=0, description="null: 5%, at most 1,000")] | None = None
     # Only for sources that have these; "": found automatically.
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image
@@ -157,6 +159,9 @@ class DataConfig:
     follow_symlinks: bool = False  # whether symlinks may lead to files outside the folder
 
     def __post_init__(self) -> None:
+        count = self.held_out or 0.0
+        need = "give a share below 1, or a whole number of pictures"
+        check(count < 1 or count.is_integer(), "data.held_out", self.held_out, need)
         several = self.group_by_length != 1
         need = "one batch has none to exchange pairs with: give 2 or more, 0 for off"
         check(several, "data.group_by_length", self.group_by_length, need)

@@ -11,7 +11,14 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import check
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
-from ds_cmli.data.opening import oddities, open_all, open_sources, settings_of_some, source_line
+from ds_cmli.data.opening import (
+    oddities,
+    open_all,
+    open_sources,
+    open_validation,
+    settings_of_some,
+    source_line,
+)
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
 from ds_cmli.data.sampler import Draw, Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
@@ -69,16 +76,19 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         return _demo(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
+    purpose = "to evaluate on"
     if split == "all":
         sources, notices = open_all(config)
     else:  # what training evaluates on
-        opened = open_sources(config)
+        opened = open_validation(config)
         sources, notices = opened.validation, opened.of_files
+        if opened.held_out:
+            purpose = "held out of training to evaluate on"
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     return EvalData(
         evals={split or _split(config): EvalPairs(sources, tokenizer, config)},
         tokenizer=tokenizer,
-        summary=[source_line(source.where, [("to evaluate on", source)]) for source in sources],
+        summary=[source_line(source.where, [(purpose, source)]) for source in sources],
         notices=[*notices, *oddities(sources, tokenizer, config.tokenizer)],
     )
 

@@ -4,10 +4,12 @@ It decides which parts are trained on and which are held out, and makes the line
 told of the data before a run.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -59,6 +61,8 @@ def open_sources(config: DataConfig) -> Opened:
     if config.follow_symlinks and "follow_symlinks" not in read:
         kinds = " and ".join(sorted(opened.kinds))
         opened.notices.append(f"data.follow_symlinks has no effect: {kinds} holds its pictures")
+    if config.held_out is not None and not opened.held_out:
+        opened.notices.append("data.held_out has no effect: validation has data of its own")
     opened.train, lines = kept_apart(opened.train, opened.held_out)
     for part in (*opened.train, *opened.validation):
         if not len(part):
@@ -67,6 +71,12 @@ def open_sources(config: DataConfig) -> Opened:
     opened.notices = [*opened.of_files, *opened.notices, *lines]
     opened.mixture = Mixture(list(map(len, opened.train)), weights)
     _describe(opened, names, weights, config)
+    refuse_not_read(config, read)
+    return opened
+
+
+def refuse_not_read(config: DataConfig, read: set[str]) -> None:
+    """Raise `UserError` for one of `settings_of_some` that the opened sources do not read."""
     for setting in settings_of_some():
         value = getattr(config, setting)
         if value and setting not in read:
@@ -75,13 +85,34 @@ def open_sources(config: DataConfig) -> Opened:
                 f"data.{setting} is {value!r}: no source here reads it, only "
                 f"{' and '.join(readers)}"
             )
-    return opened
 
 
 def settings_of_some() -> list[str]:
     """The settings of `DataConfig` that say where pictures and captions stand in some sources."""
     read = {setting for entry in SOURCES.values() for setting in entry.settings}
     return [f.name for f in fields(DataConfig) if f.name in read - {"follow_symlinks"}]
+
+
+def to_evaluate(config: DataConfig, name: str) -> DataConfig:
+    """A run's configuration to evaluate on the source `name`, which `--data` gives.
+
+    Of a source that the run has held a share out of, that share is evaluated; other data is, as
+    `val_source`, evaluated whole or in its validation part. The run's settings of its own data do
+    not apply to other data.
+    """
+    trained_on = list(map(_place, weighted(config.source)[0]))
+    if config.val_source or _place(name) not in trained_on:
+        if _place(name) not in (*trained_on, _place(config.val_source)):
+            empty: dict[str, Any] = dict.fromkeys(settings_of_some(), "")
+            config = replace(config, **empty)
+        config = replace(config, val_source="" if name == "demo" else name, held_out=None)
+    if name == "demo":
+        config = replace(config, aspect_patch=0)  # its scenes are square
+    return replace(config, source=name)
+
+
+def _place(name: str) -> str:
+    return os.path.realpath(os.path.expanduser(name))
 
 
 def _open_part(name: str, config: DataConfig, opened: Opened) -> None:
@@ -96,7 +127,7 @@ def _open_part(name: str, config: DataConfig, opened: Opened) -> None:
             opened.notices.append(f"the {split} part of {name} is not used")
     if not config.val_source:
         if validation is None:
-            train, validation = hold_out(train)
+            train, validation = hold_out(train, config.held_out)
             opened.held_out.append(validation)
         opened.validation.append(validation)
     opened.train.append(train)
@@ -109,7 +140,8 @@ def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> No
     try:
         kind, parts = open_source(name, config)
     except UserError as error:
-        raise UserError(str(error).replace("data.source is", "data.val_source is", 1)) from None
+        setting = "data.source is" if name == config.source else "data.val_source is"
+        raise UserError(str(error).replace("data.source is", setting, 1)) from None
     opened.kinds.add(kind)
     if name not in names:
         opened.of_files += parts.notices
@@ -119,7 +151,11 @@ def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> No
     elif config.val_split == "test":
         line = f"data.val_split has no effect: {name} has no parts and is used whole"
         opened.notices.append(line)
-    opened.validation = [validation or parts.train]
+    used = validation or parts.train
+    for split, part in (("training", parts.train), ("validation", parts.validation)):
+        if part is not None and part is not used and name not in names:
+            opened.of_files.append(f"the {split} part of {name} is not evaluated")
+    opened.validation = [used]
 
 
 def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
@@ -167,16 +203,33 @@ def _describe(
         opened.fingerprint[names[0]]["evaluated_on"] = validation.fingerprint()
 
 
+def open_validation(config: DataConfig) -> Opened:
+    """Open what training evaluates on, without the training data where it is not a share of that.
+
+    Raises `UserError` as `open_sources`.
+    """
+    if not config.val_source:
+        return open_sources(config)
+    opened = Opened()
+    _open_val_source(config, [], opened)
+    if config.source == config.val_source:
+        refuse_not_read(config, set(SOURCES[next(iter(opened.kinds))].settings))
+    return opened
+
+
 def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
     """Open all parts of all sources of `data.source`; also returns lines about their files."""
     found: dict[Source, None] = {}  # no duplicates: without a training part another stands for it
     notices: list[str] = []
+    read: set[str] = set()
     for name in weighted(config.source)[0]:
-        _, parts = open_source(name, config)
+        kind, parts = open_source(name, config)
+        read |= set(SOURCES[kind].settings)
         for part in (parts.train, parts.validation, parts.test):
             if part is not None:
                 found[part] = None
         notices += parts.notices
+    refuse_not_read(config, read)
     return list(found), notices
 
 

@@ -68,7 +68,8 @@ class Asked:
 @retrieval(
     "--data",
     "source",
-    help="As in training: 'demo', a folder, tars, COCO's JSON, ...  [the run's own]",
+    help="As in training: 'demo', a folder, tars, COCO's JSON, ...; data without a validation part "
+    "is taken whole.  [the run's own]",
 )
 @retrieval("--image-root", help="Folder of the images that a list names, and those of --boxes.")
 @retrieval(
@@ -165,18 +166,14 @@ def _option(name: str) -> str:
 
 def _take_data(config: "Config", asked: Asked) -> None:
     """Put the data that was asked for in the place of the run's own."""
-    from ds_cmli.data.opening import settings_of_some
+    from ds_cmli.data.opening import to_evaluate
 
-    given: dict[str, Any] = {}
-    if asked.source and asked.source != config.data.source:
-        # The run's settings of its own data do not apply to other data.
-        given = dict.fromkeys(["val_source", *settings_of_some()], "")
-        given["source"] = asked.source
-        if asked.source == "demo":
-            given["aspect_patch"] = 0  # its scenes are square
+    if asked.source:
+        config.data = to_evaluate(config.data, asked.source)
+        if asked.split is not None:  # it names a part, or the share that training would hold out
+            config.data = dataclasses.replace(config.data, val_source="")
     if asked.image_root:
-        given["image_root"] = asked.image_root
-    config.data = dataclasses.replace(config.data, **given)
+        config.data = dataclasses.replace(config.data, image_root=asked.image_root)
 
 
 def _retrieval(config: "Config", asked: Asked) -> Metrics:

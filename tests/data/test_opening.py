@@ -1,7 +1,12 @@
+import os
 import shutil
 
 import pytest
 
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.load import build_eval_data
+from ds_cmli.data.opening import to_evaluate
 from tests.data.sources.samples import build, members, picture, tar
 from tests.data.sources.test_coco import coco
 from tests.data.sources.test_folder import rows, user_error, write
@@ -202,3 +207,70 @@ def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
     held = pictures(build(first))[1]
     second = csv(tmp_path, "b.csv", [int(path.stem) for path in held][:2])
     assert f"{second} has no picture left" in user_error(build, [str(first), str(second)])
+
+
+def evaluated(run, name, split=None):
+    """The pictures that `evaluate --data NAME` takes of a run with these settings, and its lines."""
+    data = to_evaluate(DataConfig(image_size=8, tokenizer="builtin", **run), str(name))
+    data.val_source = "" if split else data.val_source
+    found = build_eval_data(data, 0, split)
+    (pairs,) = found.evals.values()
+    return len(pairs.pictures), [*found.summary, *found.notices]
+
+
+def of_kind(kind, folder):
+    """80 pictures in a source of a kind."""
+    if kind == "csv":
+        return csv(folder, "a.csv", range(80))
+    if kind == "tar":
+        return tar(folder / "a.tar", members(range(80)))
+    if kind == "coco":
+        return coco(folder, count=80)
+    write(folder, rows(80))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["csv", "tar", "coco", "folder"])
+def test_data_given_to_an_evaluation_is_evaluated_whole_unless_a_share_is_asked_for(tmp_path, kind):
+    new = of_kind(kind, tmp_path / "new")
+    other = of_kind("csv", tmp_path / "other")
+    run = {"source": str(other), "caption_key": "title", "held_out": 0.5}
+    count, (line,) = evaluated(run, new)
+    assert count == 80 and f"80 pictures with {200 if kind == 'coco' else 80} captions to evaluate on" in line
+    assert evaluated(run, new, "val")[0] == 4 and evaluated(run, new, "all")[0] == 80
+    # Of the run's own data it is what training has held out, however the name is written.
+    own = {"source": [str(new), str(other)]}
+    for name in (new, f"{new.parent}/./{new.name}", os.path.relpath(new)):
+        count, (line,) = evaluated(own, name)
+        assert count == 4 and "held out of training to evaluate on" in line
+    assert evaluated({"source": str(other), "val_source": str(new)}, new)[0] == 80
+    assert evaluated({"source": str(new), "val_source": str(other)}, new)[0] == 80
+
+
+def test_what_is_not_evaluated_of_data_with_parts_is_told(tmp_path):
+    for part, count in (("train", 12), ("validation", 7)):
+        write(tmp_path / "new" / part, rows(count))
+    count, (_, line) = evaluated({"source": "demo"}, tmp_path / "new")
+    assert count == 7 and line == f"the training part of {tmp_path / 'new'} is not evaluated"
+    need = "data.image_root is '/': no source here reads it"
+    for split in (None, "all"):
+        data = to_evaluate(DataConfig(image_size=8, tokenizer="builtin"), str(tmp_path / "new"))
+        data.image_root, data.val_source = "/", "" if split else data.val_source
+        with pytest.raises(UserError, match=need):
+            build_eval_data(data, 0, split)
+
+
+@pytest.mark.parametrize(("held_out", "count"), [(None, 5), (0.2, 20), (0.001, 1), (1, 1), (30, 30), (99, 99)])
+def test_the_held_out_share_is_a_setting(tmp_path, held_out, count):
+    name = csv(tmp_path, "a.csv", range(100))
+    data = build(name, held_out=held_out)
+    assert (len(data.train), len(data.evals["val"])) == (100 - count, count)
+
+
+def test_a_held_out_share_that_cannot_be_is_refused_or_told(tmp_path):
+    name = csv(tmp_path, "a.csv", range(10))
+    for held_out in (10, 11, 0.96):
+        assert "leaves none of the 10 pictures of" in user_error(lambda share=held_out: build(name, held_out=share))
+    assert "data.held_out is 1.5" in user_error(lambda: build(name, held_out=1.5))
+    (line, _) = build(name, val_source=str(name), held_out=3).notices
+    assert line == "data.held_out has no effect: validation has data of its own"

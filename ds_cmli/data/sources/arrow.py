@@ -17,9 +17,9 @@ from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.pictures import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, numbered, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, unused, usable
 from ds_cmli.data.sources.find import SPLITS, part_of
-from ds_cmli.data.sources.tables import find_columns
+from ds_cmli.data.sources.tables import CAPTION_KEYS, find_columns
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -152,7 +152,16 @@ class Arrow(Source):
         features = dataset.features
         images = [name for name, feature in features.items() if _holds_image(feature)]
         captions = [name for name, feature in features.items() if _holds_text(feature)]
+        types = {field.name: str(field.type) for field in dataset.data.schema}
+        named = [name for name in features if name.lower() in CAPTION_KEYS]
+        # A column by the name of captions that holds none: another text is not taken in its place.
+        meant = [config.caption_key] if config.caption_key else named
+        by_key = config.image_key and f"data.image_key is {config.image_key!r}, and "
+        _check_types(by_key + where, "the bytes of images", images, [config.image_key], types)
+        by_key = config.caption_key and f"data.caption_key is {config.caption_key!r}, and "
+        _check_types(by_key + where, "texts or lists of texts", captions, meant, types)
         self.image_column, self.caption_column = find_columns(where, images, captions, config)
+        self.unused = unused("the columns", features, (self.image_column, self.caption_column))
         if isinstance(features[self.image_column], datasets.Image):
             dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.images = dataset.select_columns([self.image_column]).with_format(None)
@@ -177,6 +186,9 @@ class Arrow(Source):
     def name(self, index: int) -> str:
         return f"row {index} of {self.where}"
 
+    def not_read(self) -> list[str]:
+        return self.unused
+
     def fingerprint(self) -> dict[str, object]:
         return {"pictures": len(self), "files": self.sizes}
 
@@ -199,6 +211,18 @@ class Arrow(Source):
             column = column.take(self.texts._indices.column(0))
         lengths = map(_lengths, column.chunks)
         return np.concatenate([np.zeros((2, 0), np.int64), *lengths], axis=1)
+
+
+def _check_types(
+    where: str, what: str, possible: list[str], meant: list[str], types: dict[str, str]
+) -> None:
+    """Raise `UserError` if no column, or none of those that are `meant`, can hold `what`."""
+    candidates = [name for name in meant if name in types] or list(types)
+    if not {*candidates} & {*possible}:
+        shown = ", ".join(f"{name} ({types[name]})" for name in candidates)
+        raise UserError(
+            f"{where} has no column of {what}, but {shown}: store one so, or name another"
+        )
 
 
 def _holds_image(feature: object) -> bool:

@@ -165,13 +165,14 @@ class Parts:
     notices: list[str] = field(default_factory=list)  # lines to print for the user before the run
 
 
-def hold_out(source: Source) -> tuple[Source, Source]:
+def hold_out(source: Source, wanted: float | None = None) -> tuple[Source, Source]:
     """Split a source into a training part and a held-out part, which are returned in this order.
 
-    The held-out part is `HELD_OUT_SHARE` of the pictures, at least 1 and at most `HELD_OUT_MOST`.
+    Args:
+        wanted: as `data.held_out`; at least one picture is held out.
 
     Raises:
-        UserError: the source has fewer than two pictures.
+        UserError: the source has fewer than two pictures, or none would be left.
     """
     if len(source) < 2:
         raise UserError(
@@ -179,6 +180,13 @@ def hold_out(source: Source) -> tuple[Source, Source]:
             "without): give at least 2, as one is held out for validation"
         )
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
+    if wanted is not None:
+        count = max(1, round(wanted * len(source) if wanted < 1 else wanted))
+    if count >= len(source):
+        raise UserError(
+            f"data.held_out is {wanted:g}, which leaves none of the {len(source)} pictures of "
+            f"{source.where} to train on: give less"
+        )
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.argpartition(source.priorities(), count - 1)[:count]] = True
     kept = Part(source, np.flatnonzero(~chosen).astype(np.uint32), source.bad)

@@ -10,11 +10,18 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
-from ds_cmli.data.sources.base import Parts, check_unicode
+from ds_cmli.data.sources.base import Parts, check_unicode, unused
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # Karpathy's names; "restval", the rest of COCO's validation set, is usually trained on.
 PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+# The keys of both formats: those that are read, and those that say nothing of pictures or captions.
+KNOWN = (
+    *("images", "annotations", "filename", "filepath", "split", "sentences", "raw"),
+    *("file_name", "id", "image_id", "caption", "dataset", "info", "licenses", "license", "type"),
+    *("coco_url", "flickr_url", "date_captured", "height", "width", "url"),
+    *("imgid", "sentid", "sentids", "cocoid", "tokens"),
+)
 EXPECTED = (
     'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s '
     '{"images", "annotations"}'
@@ -43,7 +50,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         )
     path = files[0]
     notices: list[str] = []
-    rows = _read(path, notices)
+    rows, not_read = _read(path, notices)
     usable = [row.file for row in rows if not row.reason]
     if not usable:
         first = ", ".join(told([(row.file, row.reason) for row in rows]))
@@ -57,6 +64,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     for row in rows:
         if row.split not in parts:
             parts[row.split] = Listed(f"{name} ({row.split})", folder, folder, config)
+            parts[row.split].unused = not_read
         part = parts[row.split]
         if row.reason:
             part.bad.append((row.file, row.reason))
@@ -71,7 +79,8 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     return Parts(train, found.get("validation"), found.get("test"), notices)
 
 
-def _read(path: Path, notices: list[str]) -> list[Row]:
+def _read(path: Path, notices: list[str]) -> tuple[list[Row], list[str]]:
+    """The rows, and the keys that are not read."""
     try:
         content = parse(path.read_bytes(), dict)
     except ValueError as error:
@@ -81,9 +90,20 @@ def _read(path: Path, notices: list[str]) -> list[Row]:
     images, annotations = content.get("images"), content.get("annotations", [])
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise UserError(f"{path} has not what it takes: {EXPECTED}")
+    keys = dict(content)
+    for item in (*images, *annotations):
+        keys.update(_object(item))
+        sentences = _object(item).get("sentences")
+        for sentence in sentences if isinstance(sentences, list) else ():
+            keys.update(_object(sentence))
+    rows = _karpathy(images)
     if "annotations" in content:
-        return list(_annotated(images, annotations, path, notices))
-    return list(_karpathy(images))
+        rows = _annotated(images, annotations, path, notices)
+    return list(rows), unused("the keys", keys, KNOWN)
+
+
+def _object(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
 
 
 def _karpathy(images: list[object]) -> Iterator[Row]:

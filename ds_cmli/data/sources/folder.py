@@ -12,7 +12,7 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.pictures import inside
-from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.base import Parts, unused
 from ds_cmli.data.sources.find import accepted
 from ds_cmli.data.sources.listed import Listed
 from ds_cmli.data.sources.tables import Table
@@ -163,9 +163,11 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
     Lines for the user are appended to `notices`. Raises `UserError` as `load_folder` does.
     """
     rows = Listed(str(path), path.parent, root, config)
+    columns: dict[str, object] = {}
     try:
         for line, values in _csv(path, notices) if path.suffix == ".csv" else _json_lines(path):
             file = _file(path, line, values)
+            columns.update(values)
             try:
                 for text in _texts(values["text"], path, line):
                     rows.add(file, text)
@@ -177,6 +179,7 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    rows.unused = unused("the columns", columns, COLUMNS)
     return rows
 
 

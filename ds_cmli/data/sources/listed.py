@@ -16,8 +16,8 @@ import numpy as np
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import EMPTY
-from ds_cmli.data.pictures import most_bytes, read_file
+from ds_cmli.data.bad import EMPTY, Refused
+from ds_cmli.data.pictures import inside, most_bytes, read_file
 from ds_cmli.data.sources.base import Source
 
 LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
@@ -68,6 +68,7 @@ class Listed(Source):
         self.follow_symlinks = config.follow_symlinks
         self.bad = []
         self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
+        self.unused: list[str] = []  # what `not_read` returns
 
     def add(self, file: str, text: str | None) -> None:
         """Append a row. All rows must be added before the source is read.
@@ -98,7 +99,16 @@ class Listed(Source):
         return len(self.groups[1]) - 1
 
     def image(self, index: int) -> bytes:
-        return read_file(self._path(index), self.root, self.most_bytes, self.follow_symlinks)
+        path, name = self._path(index), self.name(index)
+        outside = os.path.isabs(name) or name.startswith(os.pardir + os.sep)
+        if outside and not self.follow_symlinks and not inside(path, self.root):
+            raise Refused(
+                f"a path out of {self.root}: give one in it, or data.follow_symlinks=true allows it"
+            )
+        return read_file(path, self.root, self.most_bytes, self.follow_symlinks)
+
+    def not_read(self) -> list[str]:
+        return self.unused
 
     def captions(self, index: int) -> list[str]:
         rows, starts = self.groups

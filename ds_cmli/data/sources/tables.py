@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources.base import Parts, first_twice
+from ds_cmli.data.sources.base import Parts, first_twice, unused
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # In the message of the csv module for a field of more than `csv.field_size_limit()` characters.
@@ -48,6 +48,12 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
             with open(file, encoding="utf-8-sig", newline="") as lines:
                 table = Table(lines, file, config.separator.replace("\\t", "\t"))
                 keys = find_columns(str(file), table.columns, table.columns, config)
+                if keys[0] == keys[1]:
+                    raise UserError(
+                        f"{file} has image and caption in one column, {keys[0]!r}, where "
+                        f"{table.separator!r} separates columns: give another separator by "
+                        "data.separator (--csv-separator), or two columns"
+                    )
                 image, caption = (table.columns.index(key) for key in keys)
                 rows = table.rows(image)
                 first = list(islice(rows, LOOKED_AT))
@@ -64,6 +70,8 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
                         )
                     assert source is not None
                     source.add(cells[image], cells[caption])
+                if source is not None:
+                    source.unused += unused("the columns", table.columns, keys)
                 notices += table.notices()
         except UnicodeError as error:
             raise UserError(f"{file} cannot be read ({error}): save it as UTF-8 text") from None

@@ -86,6 +86,17 @@ def test_rows_without_an_image_or_a_caption_are_bad_samples(tmp_path):
             "has caption and text: say which one is meant by data.caption_key (--csv-caption-key)",
         ),
         ({}, {"image_key": "caption"}, "is 'caption', and"),
+        (
+            {"caption": "words", "captions": [{"raw": "x"}] * 4},
+            {},
+            "no column of texts or lists of texts, but captions (st",
+        ),
+        ({"n": [1] * 4}, {"caption_key": "n"}, "(train) has no column of texts or lists of texts, but n (int64)"),
+        (
+            {"caption": "words", "text": [1] * 4},
+            {},
+            "(train) has no column of texts or lists of texts, but text (int64)",
+        ),
         ({"image": "pic", "caption": "words"}, {}, None),
     ],
 )
@@ -143,3 +154,10 @@ def test_files_that_two_sources_share_are_held_out_of_both(tmp_path):
     train, held = ([shown(pairs[k]) for k in range(len(pairs))] for pairs in (data.train, data.evals["val"]))
     assert not set(train) & set(held) and len(set(train) | set(held)) == 60
     assert any("in another source too" in line for line in data.notices)
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    path = parquet(tmp_path / "x.parquet", range(4), wrong=["x"] * 4, negatives=[["x"]] * 4)
+    for name in (path, tmp_path / "saved"):
+        table(range(4), wrong=["x"] * 4, negatives=[["x"]] * 4).save_to_disk(str(tmp_path / "saved"))
+        assert build(name, caption_key="caption").summary[0].endswith(", not read: the columns wrong, negatives")

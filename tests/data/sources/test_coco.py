@@ -148,3 +148,17 @@ def test_a_list_whose_first_pictures_are_missing_is_still_found(tmp_path):
     path = coco(tmp_path)
     (tmp_path / "train2017" / "000000000000.png").unlink()
     assert build(path, val_source=str(path)).train.pictures.sources[0].folder == tmp_path / "train2017"
+
+
+def test_keys_that_are_not_read_are_named(tmp_path):
+    path = karpathy(tmp_path)
+    content = json.loads(path.read_text())
+    content["images"][1] |= {"imgid": 7, "negatives": ["x"]}
+    content["images"][2]["sentences"][1]["wrong"] = "\ud800"
+    path.write_text(json.dumps({**content, "more": 1}))
+    assert build(path).summary[0].endswith(", none left out, not read: the keys more, negatives, wrong")
+    path = coco(tmp_path)
+    content = json.loads(path.read_text())
+    content["annotations"][1] |= {"segmentation": [], "id": 3}
+    path.write_text(json.dumps(content))
+    assert build(path).summary[0].endswith(", none left out, not read: the keys segmentation")

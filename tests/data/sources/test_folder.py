@@ -305,3 +305,18 @@ def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
     write(tmp_path, rows(400, "\u4e2d"))
     (line,) = build(tmp_path).notices
     assert line.startswith("20 of 20 captions looked at")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_columns_that_are_not_read_are_named(tmp_path, name):
+    write(tmp_path, rows(4))
+    if name == "metadata.csv":
+        (tmp_path / "metadata.jsonl").unlink()
+        (tmp_path / name).write_text(
+            "file_name,text,wrong,negatives\n" + "".join(f"00{k}.png,a,b,c\n" for k in range(4))
+        )
+    else:
+        some = [{**row, "wrong": 1} for row in rows(4)]
+        some[2]["negatives"] = ["a"]
+        write(tmp_path, some)
+    assert build(tmp_path).summary[0].endswith(", none left out, not read: the columns wrong, negatives")

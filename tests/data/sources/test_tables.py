@@ -1,6 +1,7 @@
 import pytest
 
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources.folder import load_folder
 from ds_cmli.data.sources.tables import load_csv
 from tests.data.sources.samples import build, picture, shown
@@ -150,6 +151,9 @@ def test_columns_and_separator_may_be_given(tmp_path):
         ("filepath,title\n0.png,\n", "which has no row with a caption"),
         ("filepath,title\nnowhere.png,x\n", "names the image 'nowhere.png', which is not in"),
         ("filepath,title\n,x\n", "line 2 has the image ''"),
+        ("filepath;title\n0.png;x\n", "in one column, 'filepath;title', where ',' separates columns: give another sep"),
+        ("filepath|title\n0.png|a, b\n", "in one column, 'filepath|title', where ',' separates columns"),
+        ("filepath\n0.png\n", "in one column, 'filepath', where ',' separates columns"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, text, said):
@@ -176,4 +180,35 @@ def test_a_path_out_of_the_images_folder_is_a_bad_sample(tmp_path):
     with open(path, "a") as file:
         file.write("../secret.png\tx\n")
     data = build(path, val_source=str(path), max_bad_share=0.5)
-    assert data.train[4].bad[0] == "../secret.png" and "symlink out of the data folder" in data.train[4].bad[1]
+    assert data.train[4].bad[0] == "../secret.png" and data.train[4].bad[1].startswith("a path out of ")
+
+
+def test_a_path_out_of_the_folder_is_not_called_a_symlink(tmp_path):
+    for folder in ("out", "in"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "0.png").write_bytes(picture(3))
+    (tmp_path / "in" / "link.png").symlink_to("../out/0.png")
+    outside = ["../out/0.png", str(tmp_path / "out" / "0.png"), "link.png"]
+    path = write_csv(tmp_path / "in", "filepath,title\n" + "".join(f"{file},a\n" for file in ["0.png", *outside]))
+    source = train(path)
+    reasons = []
+    for index in range(1, 4):
+        with pytest.raises(Refused) as error:
+            source.image(index)
+        reasons.append(str(error.value))
+    allowed = "data.follow_symlinks=true allows it"
+    assert reasons[:2] == [f"a path out of {tmp_path / 'in'}: give one in it, or {allowed}"] * 2
+    assert reasons[2] == f"a symlink out of the data folder: {allowed}"
+    source = train(path, follow_symlinks=True)
+    assert {source.image(index) for index in range(4)} == {picture(3)}
+
+
+def test_columns_that_are_not_read_are_named(tmp_path):
+    (tmp_path / "1.png").write_bytes(picture(1))
+    (tmp_path / "2.png").write_bytes(picture(2))
+    text = "filepath,title,wrong,negatives\n1.png,red apple,a,b\n2.png,pear,c,d\n"
+    (line,) = build(write_csv(tmp_path, text)).summary
+    assert line.endswith(", none left out, not read: the columns wrong, negatives")
+    many = ",".join(f"c{k}" for k in range(14))
+    text = f"filepath,title,{many}\n1.png,red apple{',x' * 14}\n2.png,pear{',x' * 14}\n"
+    assert build(write_csv(tmp_path, text)).summary[0].endswith("c7, c8, c9, 4 more")
