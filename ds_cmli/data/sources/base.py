@@ -201,11 +201,13 @@ def first_twice(names: Sequence[str]) -> str | None:
 
 
 def unused(what: str, names: Iterable[str], used: Sequence[str]) -> list[str]:
-    """For `Source.not_read`, the columns or keys that are not used; [] if all are."""
+    """The columns or keys that are not used, as `Source.not_read` names them; [] if all are."""
     others = [printable(name) for name in names if name not in used]
     if len(others) > MOST_NAMED:
         others = [*others[:MOST_NAMED], f"{len(others) - MOST_NAMED} more"]
-    return [f"{what} {', '.join(others)}"] if others else []
+    if not others:
+        return []
+    return [f"{what} {', '.join(others)}"]
 
 
 def check_unicode(text: str) -> None:

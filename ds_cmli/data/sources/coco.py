@@ -94,8 +94,9 @@ def _read(path: Path, notices: list[str]) -> tuple[list[Row], list[str]]:
     for item in (*images, *annotations):
         keys.update(_object(item))
         sentences = _object(item).get("sentences")
-        for sentence in sentences if isinstance(sentences, list) else ():
-            keys.update(_object(sentence))
+        if isinstance(sentences, list):
+            for sentence in sentences:
+                keys.update(_object(sentence))
     rows = _karpathy(images)
     if "annotations" in content:
         rows = _annotated(images, annotations, path, notices)
@@ -103,7 +104,9 @@ def _read(path: Path, notices: list[str]) -> tuple[list[Row], list[str]]:
 
 
 def _object(value: object) -> dict[str, object]:
-    return value if isinstance(value, dict) else {}
+    if isinstance(value, dict):
+        return value
+    return {}
 
 
 def _karpathy(images: list[object]) -> Iterator[Row]:

@@ -56,7 +56,7 @@ def scan(path: Path) -> tuple[np.ndarray, list[Bad], NotRead]:
     with open(path, "rb") as file:
         for member in _members(file, path):
             if isinstance(member, str):
-                bad.append((path.name, member))
+                bad.append((printable(path.name), member))
                 continue
             if member.isdir():
                 continue
@@ -75,14 +75,17 @@ def scan(path: Path) -> tuple[np.ndarray, list[Bad], NotRead]:
     rows = np.zeros(len(samples), dtype=ROW)
     good = 0
     for name, sample in samples:
-        whole = {
-            field: content for field, content in sample.items() if not isinstance(content, str)
-        }
-        kinds = [content for content in sample.values() if isinstance(content, str)]
+        whole: dict[str, Content] = {}
+        kinds: list[str] = []
+        for field, content in sample.items():
+            if isinstance(content, str):
+                kinds.append(content)
+            else:
+                whole[field] = content
         reason = _defect(whole, end)
         if reason:
             reason = " but ".join([reason, *kinds])
-            bad.append((f"{path.name}/{printable(name)}", reason))
+            bad.append((printable(f"{path.name}/{name}"), reason))
             continue
         for kind in kinds:
             _count(not_read, kind, f"{path.name}/{name}")
@@ -155,7 +158,7 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
     try:
         if first[257:262] != b"ustar" and not _is_header(first):
             raise tarfile.ReadError
-        archive = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, encoding="utf-8")  # noqa: SIM115
+        archive = tarfile.TarFile(fileobj=file, ignore_zeros=True, encoding="utf-8")
     except tarfile.TarError:
         raise UserError(f"{path} is no tar archive: fetch it again, or leave it out") from None
     expected, member = 0, _next(archive, end)

@@ -68,18 +68,14 @@ class Tars(Source):
         self.rows: list[tuple[Path, int]] = []
         self.bad: list[Bad] = []
         counts: list[int] = []
-        members: NotRead = {}
+        self.members_not_read: NotRead = {}
         for _, group in groupby(shards, key=lambda shard: shard.parent):
             indexed = index(list(group))
             for first, count in indexed.spans:
                 self.rows.append((indexed.rows, first))
                 counts.append(count)
             self.bad += indexed.bad
-            add_not_read(members, indexed.not_read)
-        self.members_not_read = [
-            f"{count:,} members ({kind}), the first {first}"
-            for kind, (count, first) in members.items()
-        ]
+            add_not_read(self.members_not_read, indexed.not_read)
         self.starts = [0, *accumulate(counts)]
         self._reset()
 
@@ -136,7 +132,9 @@ class Tars(Source):
 
     def not_read(self) -> list[str]:
         """Members that no sample takes, and keys of the first sample's .json if that is read."""
-        lines = list(self.members_not_read)
+        lines = []
+        for kind, (count, first) in self.members_not_read.items():
+            lines.append(f"{count:,} members ({kind}), the first {first}")
         _, row = self._row(0)
         if self.caption_key or not row["text"]:
             with suppress(Refused, OSError):  # it is a bad sample, and reported as that
