@@ -68,7 +68,7 @@ class Endpoints:
             for k in RECALLS:
                 hits += rank < k
         digits = "".join(map(str, hits.tolist()))
-        return Retrieval(hits.double().mean().item() / records.HITS, digits)
+        return Retrieval(hits.sum().item() / (records.HITS * len(hits)), digits)
 
     def linked(self, kind: str) -> tuple[float, float]:
         """How often a picture prefers its own caption, and a caption its own picture."""
