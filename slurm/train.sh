@@ -13,9 +13,16 @@
 #SBATCH --signal=TERM@90
 set -uo pipefail
 
-PREEMPTED=85 # exit code of train.py: saved, to be continued
+PREEMPTED=85 # exit code of train.py and ablate.py: saved, to be continued
 
+ablation= # whether slurm/ablate.sh has read this file
+((${#BASH_SOURCE[@]} == 1)) || ablation=yes
+usage="slurm/train.sh [options]" program=ds_cmli/train.py
+[[ -z $ablation ]] || usage="slurm/ablate.sh PLAN.toml [options]" program=profiling/ablate.py
 node=${SLURMD_NODENAME:-$(hostname)}
+# The last task of an array has the array's own number, by which Slurm would requeue all of its tasks.
+job=${SLURM_JOB_ID:-}
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 die() {
     echo "error: $*" >&2
     exit 2
@@ -24,7 +31,7 @@ die() {
 # --- signals: Slurm sends most of them to the tasks. Those that only this shell gets are passed on to the tasks, as USR1
 # because srun would obey a TERM itself and kill them.
 step=
-signalled=0
+signalled=${signalled:-0}
 pass_on() {
     signalled=1
     [[ -n $step ]] || return
@@ -33,24 +40,30 @@ pass_on() {
 }
 for name in TERM USR1 USR2 INT QUIT HUP; do trap "pass_on $name" "$name"; done
 # --- where things are
-[[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] slurm/train.sh [options]"
-for program in srun scontrol; do
-    command -v "$program" >/dev/null || die "node $node: no $program on PATH"
+[[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] $usage"
+for needed in srun scontrol; do
+    command -v "$needed" >/dev/null || die "node $node: no $needed on PATH"
 done
 ((${SLURM_HET_SIZE:-1} == 1)) ||
     die "this is a heterogeneous job (\" : \" among sbatch's options), of which only the first part would train:" \
         "ask for all nodes as one, for instance with --nodes=2 --ntasks=3"
-job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^.* $1=\([^ ]*\).*/\1/p" | head -n 1; }
-# An option of sbatch behind the script's name would be one of train.py. `--profile` and `--help` are of both.
+# Only from lines that hold no text of the user's, as that of the job's name does.
+job_field() {
+    scontrol show job "$job" | sed -En "/^ *(JobState|Requeue|PreemptEligibleTime)=/s/^(.* )?$1=([^ ]*).*/\2/p" |
+        head -n 1
+}
+[[ -z $ablation || ${1:--} != -* ]] || die "the plan comes first: $usage"
+# An option of sbatch behind the script's name would be one of the program. Some are of both.
 theirs=$(sbatch --help 2>/dev/null)
 for word in "$@"; do
     case $word in
     --profile | --profile=* | --help | -h | --) ;;
+    --out | --out=* | --power | --power=*) ;;
     --* | -[A-Za-z]*)
         name=${word%%=*}
         [[ $name == --* ]] || name=${name:0:2}
         ! grep -qE -- "^ *(-[A-Za-z], )?$name" <<<"$theirs" ||
-            die "$word is an option of sbatch: sbatch options go before the script: sbatch $word ... slurm/train.sh"
+            die "$word is an option of sbatch: sbatch options go before the script: sbatch $word ... ${usage%% *}"
         ;;
     esac
 done
@@ -62,20 +75,20 @@ if [[ -n ${DS_CMLI_SETUP:-} ]]; then
     set -u
 fi
 # sbatch runs a copy from its spool folder, so Slurm is asked for the original's path, which its arguments may follow.
-given=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
+given=$(scontrol show job "$job" | sed -n 's/^ *Command=//p' | head -n 1)
 script=$given
 while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
 for project in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." "$(dirname "$(readlink -f "$script")")/.." \
     "${SLURM_SUBMIT_DIR:-.}"; do
-    [[ -f $project/ds_cmli/train.py ]] && break
+    [[ -f $project/$program ]] && break
 done
-if [[ ! -f $project/ds_cmli/train.py ]]; then
+if [[ ! -f $project/$program ]]; then
     [[ $given != "(null)" ]] ||
-        die "the script was read from standard input, which does not say where the project is: sbatch slurm/train.sh," \
+        die "the script was read from standard input, which does not say where the project is: sbatch ${usage%% *}," \
             "or submit from the project's folder and not from ${SLURM_SUBMIT_DIR:-.}"
     [[ -f $script ]] ||
         die "node $node: there is no $given here: the project must be visible from all nodes"
-    die "no ds_cmli/train.py beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit slurm/train.sh from the project's folder"
+    die "no $program beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit ${usage%% *} from the project's folder"
 fi
 project=$(cd "$project" && pwd)
 
@@ -101,52 +114,62 @@ if [[ " ${extra[*]-}" != *" --container"* ]]; then # otherwise the program is in
 fi
 
 # --- the run's folder is named after the job, so that a requeued job finds what it has saved
-name=$SLURM_JOB_ID
-[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-run=
+run= share=()
 for ((i = 0; i < ${#options[@]}; i++)); do
-    case ${options[i]} in
-    --output-dir) run=${options[i + 1]:-} ;;
-    --output-dir=*) run=${options[i]#*=} ;;
+    case ${ablation:+ablation }${options[i]} in
+    "ablation --tuning") tuning=-tuning ;;
+    --output-dir | "ablation --out") run=${options[i + 1]:-} ;;
+    --output-dir=* | "ablation --out="*) run=${options[i]#*=} ;;
     esac
 done
-if [[ -z $run ]]; then
-    run=runs/slurm-$name
+if [[ -n $ablation ]]; then # its runs have a folder each in this one
+    plan=${1##*/}
+    run=${run:-runs/ablate-${plan%.*}${tuning:-}}
+    # The task's share of the runs, whatever numbers the array begins with and counts by.
+    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] ||
+        share=(--task $(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
+            --tasks "$SLURM_ARRAY_TASK_COUNT")
+elif [[ -z $run ]]; then
+    run=runs/slurm-$job
     options=(--output-dir "$run" ${options[@]+"${options[@]}"})
 fi
 # What to type where the job is not requeued.
-[[ -f $script ]] || script=$project/slurm/train.sh
+[[ -f $script ]] || script=$project/${usage%% *}
 go_on="to go on, in $PWD: sbatch [sbatch options]$(printf ' %q' "$script" "${options[@]}")"
-saved_step() {
-    local latest=
-    [[ -f $run/checkpoint/latest ]] && latest=$(tr -dc 0-9 <"$run/checkpoint/latest")
-    echo $((10#0$latest))
+saved_steps() {
+    local latest sum=0
+    for latest in "$run"/checkpoint/latest "$run"/*/checkpoint/latest; do
+        [[ ! -f $latest ]] || sum=$((sum + 10#0$(tr -dc 0-9 <"$latest")))
+    done
+    echo "$sum"
 }
-first_step=$(saved_step)
+first_step=$(saved_steps)
 # Starts that gain no step are counted: a run that is always stopped before its first step would be requeued for ever.
 most=${DS_CMLI_REQUEUE_MOST:-3}
 [[ $most =~ ^[1-9][0-9]*$ ]] || die "DS_CMLI_REQUEUE_MOST is '$most': give a number from 1 on"
 limit=$((${SLURM_JOB_END_TIME:-0} - ${SLURM_JOB_START_TIME:-0})) # seconds; 0 where Slurm does not tell
-lead=${SBATCH_SIGNAL:-$(grep -m 1 '^#SBATCH --signal=' "${BASH_SOURCE[0]}")}
-lead=${lead##*@} # Slurm does not tell what --signal on sbatch's command line has set
+lead=${SBATCH_SIGNAL:-$(grep -m 1 '^#SBATCH --signal=' "$0")}
+# Slurm does not tell what --signal on sbatch's command line has set. Without a time it is a minute.
+if [[ $lead =~ @([0-9]+)$ ]]; then lead=$((10#${BASH_REMATCH[1]})); else lead=60; fi
 ((limit <= 0 || 2 * lead <= limit)) ||
     echo "notice: the time limit is $limit s, and $lead s before it the run is told to stop (unless --signal says" \
         "otherwise): that is more than half of it; ask for a longer --time"
+file=$run/starts-without-a-step${ablation:+-${SLURM_ARRAY_TASK_ID:-}}
 count_start() {
-    local file=$run/starts-without-a-step starts=1
-    if (($(saved_step) > first_step)); then
+    (($(saved_steps) <= first_step)) || {
         rm -f "$file"
         return
-    fi
-    [[ -f $file ]] && starts=$(($(<"$file") + 1))
+    }
+    local starts=$((10#0$(cat "$file" 2>/dev/null | tr -dc 0-9) + 1))
+    # Where nothing can be written, so that no start gains anything, Slurm's own count takes its place.
+    { mkdir -p "$run" && echo "$starts" >"$file"; } || starts=$((${SLURM_RESTART_COUNT:-0} + 1))
     if ((starts >= most)); then
         rm -f "$file"
-        die "job $name: $starts starts in a row ended before they had gained a step: not requeued. Ask for a longer" \
-            "--time; DS_CMLI_REQUEUE_MOST sets how many such starts are allowed"
+        die "job $job: $starts starts in a row ended before they had gained a step: not requeued. If by the time limit," \
+            "ask for a longer --time; DS_CMLI_REQUEUE_MOST sets how many such starts are allowed"
     fi
-    echo "notice: told to stop after $SECONDS s of a time limit of $limit s, before a step was gained: $starts of $most"
-    mkdir -p "$run" && echo "$starts" >"$file"
+    echo "notice: ended after $SECONDS s of a time limit of $limit s, before a step was gained: $starts of $most"
 }
 
 # --- environment variables of the tasks, unless they are set: a crash prints a traceback, each node has its own cache
@@ -168,10 +191,15 @@ each() { # "3,1(x2)", as Slurm writes what each node has, to "3 1 1 "
     done
 }
 gpus=${SLURM_GPUS_ON_NODE:-0}
-if ((gpus > 0)); then
+if [[ -n $ablation ]]; then
+    ((SLURM_NNODES == 1)) || die "a task of an ablation trains on one node, and has $SLURM_NNODES: leave out --nodes"
+    ((gpus < 2)) || echo "notice: a task of an ablation trains on one GPU, and has $gpus"
+    tasks=1
+    on_nodes=1
+elif ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
     # Lines "Nodes=n[1-2] ... GRES=gpu:a100:2(IDX:0,3),gpu:h100:1(IDX:2)", one for nodes that have the same.
-    numbers=$(scontrol show job -d "$SLURM_JOB_ID" | awk -F "GRES=" '/^ *Nodes=/ {
+    numbers=$(scontrol show job -d "$job" | awk -F "GRES=" '/^ *Nodes=/ {
         sum = 0
         for (i = split($2, gres, ","); i > 0; i--)
             if (gres[i] ~ /^gpu/) { sub(/[(].*/, "", gres[i]); sub(/.*:/, "", gres[i]); sum += gres[i] }
@@ -203,10 +231,10 @@ unset SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_GPU SLURM_CPUS_P
 common=(--nodes="$SLURM_NNODES" --gpu-bind=none --export=ALL)
 ((gpus == 0)) || common+=(--gpus-per-node="$gpus")
 # In blocks, so that neighbouring ranks get neighbouring cores, as neighbouring GPUs belong to one socket.
-share=(--cpus-per-task="$cpus" --distribution=block:block)
+cores=(--cpus-per-task="$cpus" --distribution=block:block)
 if ((cpus == 0)); then
     echo "notice: the $per_node tasks of a node have no CPU each: ask for more with --cpus-per-gpu or --cpus-per-task"
-    share=(--overcommit)
+    cores=(--overcommit)
 fi
 
 # Run a Slurm step to its end, and set `code` to its exit code.
@@ -225,19 +253,30 @@ finish() {
     step=
 }
 
+silent= # a node of the job that does not answer
+look_for_silent_node() {
+    local answer
+    ((SLURM_NNODES > 1)) && [[ -z $silent && $(job_field JobState) == RUNNING ]] || return
+    answer=$(timeout 120 srun "${common[@]}" --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true 2>&1) ||
+        silent=$(grep -m 1 -o 'node [^ :]*' <<<"$answer" || echo "a node")
+}
+
 # DS_CMLI_SNAPSHOT=1: all starts of the job run the code as it was at the first start.
 if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
     copy=$(realpath -m "$run/code")
     if [[ ! -d $copy ]]; then
-        rm -rf "$copy.new"
-        mkdir -p "$copy.new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$copy.new" || die "no snapshot in $copy"
+        new=$copy.$job # tasks of an array may share the run's folder
+        rm -rf "$new"
+        mkdir -p "$new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} ${ablation:+"$project/profiling"} "$new" ||
+            die "no snapshot in $copy"
         PYTHONPATH=$project srun "${common[@]}" --nodes=1 --ntasks=1 ${extra[@]+"${extra[@]}"} "${python[@]}" -c \
-            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$copy.new/REVISION"
-        mv "$copy.new" "$copy"
+            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$new/REVISION"
+        mv -T "$new" "$copy" 2>/dev/null || rm -rf "$new" # another task has been faster
     fi
     project=$copy
-    export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
 fi
+# Python's environment may have the package of another checkout installed.
+export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 
 # --- where the tasks meet: on the first node, where rank 0 runs. It is asked for here, as containers have no scontrol.
 if [[ -z ${MASTER_ADDR:-} ]]; then
@@ -259,56 +298,63 @@ finish "${one_each[@]}" bash -c "$project_here" "$project/slurm/check.py" "${pyt
 if ((code == 0 && !signalled)); then
     where=$SLURM_JOB_NODELIST
     [[ $on_nodes != *,* ]] || where+=": $on_nodes"
-    echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($where)," \
-        "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
+    echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($where)," \
+        "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node; code of $project"
     output=()
-    if [[ ${DS_CMLI_RANK_OUTPUT:-0} == 1 ]]; then
+    if [[ ${DS_CMLI_RANK_OUTPUT:-0} == 1 && -z $ablation ]]; then
         mkdir -p "$run" || die "cannot write to $run"
         output=(--output="$run/rank-%t.out" --open-mode=append)
-        echo "job $name: the output of each rank is in $run/rank-N.out"
+        echo "job $job: the output of each rank is in $run/rank-N.out"
     fi
-    finish "${share[@]}" ${output[@]+"${output[@]}"} --ntasks="$tasks" --ntasks-per-node="$per_node" \
+    finish "${cores[@]}" ${output[@]+"${output[@]}"} --ntasks="$tasks" --ntasks-per-node="$per_node" \
         --kill-on-bad-exit=0 --wait=300 ${extra[@]+"${extra[@]}"} \
-        "${python[@]}" "$project/ds_cmli/train.py" "${options[@]}"
+        "${python[@]}" "$project/$program" "${options[@]}" ${share[@]+"${share[@]}"}
 elif ((code == 0)); then
     code=$PREEMPTED # the signal came before the run began
 elif ((code <= 128)); then
-    die "not started: see the lines above"
+    look_for_silent_node
+    [[ -n $silent ]] || die "not started: see the lines above"
 fi
 
 # --- requeue the job if it was preempted, or has lost a node. A run that a signal killed while it was starting has lost
 # nothing; one that srun killed, as --full tells it to, goes on from its last checkpoint.
 why=
-case $code in
-0 | 2) ;;
-"$PREEMPTED" | $((128 + 10)) | $((128 + 12)) | $((128 + 15))) why="preempted (exit code $code)" ;;
-*)
-    if ((signalled)); then
-        why="told to stop, and ended before it had saved (exit code $code)"
-    elif [[ $(job_field JobState) == RUNNING ]] && ((SLURM_NNODES > 1)) &&
-        ! timeout 120 srun "${common[@]}" --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true; then
-        why="a node does not answer (exit code $code)" # srun has named it
-    fi
-    ;;
-esac
+if ((code == 0 || code == 2)) && [[ -z $silent ]]; then
+    rm -f "$file"
+    # Slurm itself would start a job that ends in the grace time of its preemption once more.
+    [[ $(job_field PreemptTime) =~ ^(None)?$ ]] || scontrol update jobid="$job" requeue=0
+elif ((code == PREEMPTED || code == 128 + 10 || code == 128 + 12 || code == 128 + 15)); then
+    why="preempted (exit code $code)"
+elif ((signalled)); then
+    why="told to stop, and ended before it had saved (exit code $code)"
+else
+    look_for_silent_node
+    [[ -z $silent ]] || why="$silent does not answer (exit code $code)"
+    # 253 and 125: Slurm's number of a task that had no memory left, as a signal.
+    [[ -n $why || ! $code =~ ^(137|253|125)$ ]] ||
+        echo "error: a task was killed (exit code $code), as happens where a node's or the job's memory does not" \
+            "suffice: ask for more with --mem or --mem-per-gpu" >&2
+fi
+failed=$(job_field FailedNode)
+[[ -z $why || -z $failed ]] || why="node $failed has failed (exit code $code)"
 if [[ -n $why ]]; then
     state=$(job_field JobState)
-    echo "job $name: $why, the job's state is $state"
+    echo "job $job: $why, the job's state is $state"
     if [[ $(job_field BatchFlag) == 0 ]]; then
-        echo "job $name: started within salloc, and so not requeued: start it again to go on"
+        echo "job $job: started within salloc, and so not requeued: start it again to go on"
     elif ((10#0$(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
-        echo "job $name: requeued by Slurm"
+        echo "job $job: requeued by Slurm"
     # A job in another state was cancelled. The exception is a time limit without a signal before it.
     elif [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
         trap '' TERM
         count_start
-        if refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
-            echo "job $name: requeued"
+        if refusal=$(scontrol requeue "$job" 2>&1); then
+            echo "job $job: requeued"
         else
-            echo "job $name: not requeued ($refusal): $go_on"
+            echo "job $job: not requeued ($refusal): $go_on"
         fi
     else
-        echo "job $name: cancelled: $go_on"
+        echo "job $job: cancelled: $go_on"
     fi
 fi
 exit "$code"

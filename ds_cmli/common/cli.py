@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -109,6 +110,7 @@ def run_command(command: click.Command, prints_results: bool = True) -> NoReturn
 
 def exit_code(command: click.Command) -> int:
     try:
+        refuse_another_checkout()
         refuse_twice(command, sys.argv[1:])
         return command.main(standalone_mode=False) or 0
     except UserError as error:
@@ -121,6 +123,21 @@ def exit_code(command: click.Command) -> int:
         return _report(f"{error.strerror}: {error.filename!r}")
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _report("interrupted")
+
+
+def refuse_another_checkout() -> None:
+    """Raise `UserError` if the script that was started lies in another checkout than this package.
+
+    Python then has the package of one installed, and was given the path of a script of the other.
+    """
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__).resolve()
+    package = Path(__file__).resolve().parents[1]
+    for folder in script.parents[:2]:
+        if folder != package and (folder / "common" / "cli.py").is_file():
+            raise UserError(
+                f"{script} would run the package of another checkout, {package.parent}: set "
+                f"PYTHONPATH={folder.parent}, or pip install -e {folder.parent}"
+            )
 
 
 def refuse_twice(command: click.Command, arguments: list[str]) -> None:

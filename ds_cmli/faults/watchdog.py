@@ -319,7 +319,7 @@ class Watchdog:
             if ranks[8:]:
                 names.append("...")
             if self._is_first(ranks):
-                line = f"error: rank {', '.join(names)} {what}; last step {step}: the job ends"
+                line = f"error: rank {', '.join(names)} {what}; last step {step}: all ranks end"
                 with suppress(OSError):  # the terminal or pipe is closed
                     print(line, file=sys.stderr, flush=True)
             self._leave()

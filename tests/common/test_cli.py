@@ -24,6 +24,23 @@ def test_json_stands_alone_on_stdout(capsys):
     assert capsys.readouterr().out == "a table\n"
 
 
+@pytest.mark.parametrize("name", ["train.py", "evaluate/__main__.py"])
+def test_a_script_of_another_checkout_than_the_package(name, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "ds_cmli" / name
+    for file in (script, tmp_path / "ds_cmli" / "common" / "cli.py"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    command = click.command()(lambda: click.echo("runs"))
+    monkeypatch.setattr("sys.argv", [name])
+    for path, code in ((ROOT / "ds_cmli" / name, 0), (script, 2)):
+        monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+        assert exit_code(command) == code
+    captured = capsys.readouterr()
+    assert captured.out == "runs\n"
+    line = f"error: {script} would run the package of another checkout, {ROOT}: set PYTHONPATH={tmp_path}, or "
+    assert captured.err == f"{line}pip install -e {tmp_path}\n"
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [

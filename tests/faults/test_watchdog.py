@@ -85,7 +85,7 @@ def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
     assert len(said) == 1, output
     assert said[0].startswith(f"error: rank {victim} on node node-{victim} {words}"), said
     last = 1 if fate.endswith("first step") else 5
-    assert said[0].endswith(f"; last step {last}: the job ends")
+    assert said[0].endswith(f"; last step {last}: all ranks end")
     # The rank that fails tells where; nobody else adds a traceback to it.
     assert output.count("Traceback") == (1 if fate == "raises" else 0), output
 

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, as root: one controller and two nodes, daemons in the foreground as child processes."""
+"""A real Slurm on this machine, as root: a controller and three nodes, daemons in the foreground as child processes."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.conftest import free_port
 
-NODES = ("n1", "n2")
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client"
 
@@ -67,7 +67,7 @@ class Cluster:
         self.nodes: dict[str, subprocess.Popen] = {}  # the last slurmd of each
 
     def start(self) -> None:
-        """Write the configuration, start the daemons and wait until both nodes are idle."""
+        """Write the configuration, start the daemons and wait until all nodes are idle."""
         missing = [program for program in PROGRAMS if shutil.which(program) is None]
         if missing:
             raise NoSlurm(f"{missing[0]} is not installed: {INSTALL}")
@@ -85,7 +85,7 @@ class Cluster:
             done = subprocess.run(["mknod", "-m", "666", device, "c", "1", "3"], capture_output=True, text=True)
             if done.returncode:
                 raise NoSlurm(f"no device files can be made here: {done.stderr.strip()}")
-        gres = f"AutoDetect=off\nNodeName=n[1-2] Name=gpu File={self.folder}/dev/nvidia[0-1]\n"
+        gres = f"AutoDetect=off\nNodeName=n[1-3] Name=gpu File={self.folder}/dev/nvidia[0-1]\n"
         (self.folder / "gres.conf").write_text(gres)
         key = self.folder / "slurm.key"
         key.write_bytes(os.urandom(1024))

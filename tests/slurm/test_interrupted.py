@@ -19,7 +19,7 @@ from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, rank_environments
 from tests.metrics_file import metrics
 from tests.processes import Program, python
-from tests.slurm.cluster import Cluster, poll
+from tests.slurm.cluster import NODES, Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
 # Two ranks, on two nodes. The micro-batch makes a step long enough to be interrupted somewhere before the end.
@@ -35,13 +35,25 @@ def user_signal_to_the_shell(cluster: Cluster, job: str, folder: Path) -> None:
     cluster.command("scancel", "--batch", "--signal=USR2", job)
 
 
+def sent(*options: str) -> Callable[[Cluster, str, Path], None]:
+    """The end of the start by `scancel OPTIONS`, which the script requeues."""
+
+    def send(cluster: Cluster, job: str, folder: Path) -> None:
+        before = cluster.job(job)["Restarts"]
+        cluster.command("scancel", *options, job)
+        poll(lambda: cluster.job(job)["Restarts"] != before, 60, lambda: f"{options}: {log(folder, job)}")
+
+    send.__name__ = " ".join(options)
+    return send
+
+
 def requeue(cluster: Cluster, job: str, folder: Path) -> None:
     cluster.command("scontrol", "requeue", job)
 
 
 def preempt(cluster: Cluster, job: str, folder: Path) -> None:
     """A job of the partition above wants all nodes."""
-    wants = ("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    wants = ("--partition=high", f"--nodes={len(NODES)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     other = cluster.submit(*wants)
     assert cluster.wait(other)["JobState"] == "COMPLETED"
 
@@ -73,6 +85,8 @@ KINDS: list[Callable[[Cluster, str, Path], None]] = [
     *(time_limit, term, requeue, preempt, node_down, user_signal_to_the_shell)
 ]
 QUICK = [preempt, node_down]
+NAMES = ("TERM", "INT", "HUP", "QUIT", "USR1", "USR2")
+SIGNALS = [sent(*to, f"--signal={name}") for to in ((), ("--batch",), ("--full",)) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -81,19 +95,25 @@ def options(tmp_path_factory) -> list[str]:
     return [*TINY, "--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=600)]
 
 
-def straight(folder: Path, options: list[str]) -> list[Program]:
+def straight(folder: Path, options: list[str], ranks: int = 2) -> list[Program]:
     """The ranks of the same run without interruption, started."""
     command = [str(ROOT / "ds_cmli" / "train.py"), *options, "--output-dir", str(folder)]
-    return [Program(command, env, ROOT, folder.with_suffix(".log")) for env in rank_environments(2)]
+    return [Program(command, env, ROOT, folder.with_suffix(".log")) for env in rank_environments(ranks)]
 
 
 def interrupted(
-    cluster: Cluster, folder: Path, options: list[str], kinds: list[Callable], seed: int
+    cluster: Cluster, folder: Path, options: list[str], kinds: list[Callable], seed: int, *asked: str
 ) -> tuple[Path, str]:
-    """A job that meets `kinds`, each at a random step; its folder and its log."""
+    """A job that meets `kinds`, each at a random step; its folder and its log.
+
+    Args:
+        asked: options of sbatch; of an array the last task meets them.
+    """
     dice, steps = random.Random(seed), int(options[-1])
-    asked = ("--nodes=2", "--time=60", "--signal=TERM@90")
+    asked = (*(asked or ("--nodes=2",)), "--time=60", "--signal=TERM@90")
     job = submit(cluster, folder, asked, *options, python=python())
+    if asked[0].startswith("--array=0-"):
+        job += f"_{asked[0].removeprefix('--array=0-')}"
     run = folder / "runs" / f"slurm-{job}"
     stops = [0]
     for kind in kinds:
@@ -129,6 +149,33 @@ def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, opti
     same(run, tmp_path / "straight")
     assert text.count("start ") >= len(kinds) + 1
     assert "Traceback" not in text
+
+
+@pytest.mark.soak
+def test_every_signal_to_a_job_on_three_nodes(cluster, tmp_path, options):
+    asked = [*options, "--steps", "120"]
+    reference = straight(tmp_path / "straight", asked, ranks=3)
+    run, text = interrupted(cluster, tmp_path, asked, [*KINDS, *SIGNALS], 1, "--nodes=3")
+    assert [rank.wait(600) for rank in reference] == [0] * 3
+    same(run, tmp_path / "straight")
+    assert "Traceback" not in text
+
+
+@pytest.mark.soak
+def test_every_signal_to_the_last_task_of_an_array(cluster, tmp_path, options):
+    """Its number is the array's, by which Slurm would requeue the others, one of which has ended and one not."""
+    asked = [*options, "--steps", "120"]
+    reference = straight(tmp_path / "straight", [*options, "--seed", "2", "--steps", "120"], ranks=1)
+    kinds = [time_limit, term, requeue, user_signal_to_the_shell, *SIGNALS]
+    run, text = interrupted(cluster, tmp_path, [*options, "--seed", "%a", "--steps", "120"], kinds, 2, "--array=0-2")
+    assert reference[0].wait(600) == 0
+    same(run, tmp_path / "straight")
+    assert "Traceback" not in text
+    array = run.name.removeprefix("slurm-").removesuffix("_2")
+    for task in (0, 1):
+        finish(cluster, tmp_path, f"{array}_{task}", timeout=600)
+        assert cluster.job(f"{array}_{task}")["Restarts"] == "0"
+        assert steps_done(run.with_name(f"slurm-{array}_{task}")) == int(asked[-1])
 
 
 @pytest.mark.soak

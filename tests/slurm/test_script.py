@@ -16,21 +16,6 @@ from tests.slurm.cluster import poll
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 
-@pytest.fixture
-def stand_in(tmp_path):
-    def make(train: str, check: str = "exit 0", name: str = "stand-in") -> str:
-        file = tmp_path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(
-            "#!/bin/bash\nscript=$1; shift; run=$2\n"
-            f"case $script in\n*check.py) {check} ;;\n*train.py) {train} ;;\nesac\n"
-        )
-        file.chmod(0o755)
-        return str(file)
-
-    return make
-
-
 def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in):
     here = f"{tmp_path}/checking-$SLURM_JOB_ID"
     python = stand_in("echo trained", f"[[ -e {here} ]] && exit 0; touch {here}; exec sleep 60")
@@ -132,7 +117,7 @@ def test_a_job_whose_node_does_not_answer_is_requeued(cluster, tmp_path, stand_i
     finally:
         cluster.start_node("n2")
     text = finish(cluster, tmp_path, job, timeout=90)
-    assert f"job {job}: a node does not answer (exit code" in text and "on node n2" in text, text
+    assert f"job {job}: node n2 does not answer (exit code" in text and "Task launch" not in text, text
 
 
 def test_options_of_srun_a_setup_and_a_container(cluster, tmp_path, stand_in):
