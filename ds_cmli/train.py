@@ -168,6 +168,8 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     )
     run.bad.gather(run.flags)  # collective: what was left out at load is in its file at once
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
+    if save_due or not state.evaluated:
+        preemption.begin()
     try:
         while True:
             # The evaluation of a step comes before its checkpoint, which holds the result.

@@ -7,7 +7,7 @@ from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, read_shared
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Plan
 
@@ -43,7 +43,7 @@ def _made_by(folder: Path) -> str:
     path = folder / "config.json"
     date = datetime.fromtimestamp(path.stat().st_mtime)
     try:
-        content = parse(path.read_bytes(), dict)
+        content = read(path, dict)
         preset, revision = content["config"]["run"]["preset"], content.get("revision")
     except (OSError, ValueError, KeyError, TypeError):
         return f"{folder}: a run whose config.json cannot be read"

@@ -34,6 +34,7 @@ from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults import preemption
 
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches
@@ -75,6 +76,8 @@ def held(folder: Path) -> Iterator[None]:
     )  # collective
     if error is not None:
         raise UserError(error)
+    if distributed.is_main():
+        preemption.before_leaving.append(lock.give_back)
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import parse, read
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
@@ -116,7 +116,7 @@ def requeued(resume: str, folder: Path) -> str:
     if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
         return resume
     try:
-        job = parse((folder / "config.json").read_bytes(), dict).get("slurm_job")
+        job = read(folder / "config.json", dict).get("slurm_job")
     except (OSError, ValueError):
         return resume
     same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")

@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.config.schema import Count, Number
 from ds_cmli.config.validation import check_kind
 from ds_cmli.data.bad import Bad, BadSamples
@@ -144,7 +144,7 @@ class TrainState:
 def read_shared(path: Path) -> TrainState:
     """Read the shared part of a verified checkpoint; `UserError` on fields of another version."""
     try:
-        values = parse((path / STATE).read_bytes(), dict)
+        values = read(path / STATE, dict)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path / STATE} is no state of a run ({error}): --resume another one"

@@ -1,6 +1,9 @@
 """The one exception that a user is meant to read: one line without traceback, exit code 2."""
 
+import os
+import stat
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -10,7 +13,7 @@ class UserError(Exception):
     """
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """An error's message, or its type's name where it has none, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -29,3 +32,21 @@ def nearest(name: str, known: Iterable[object]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names)}"
+
+
+def check_regular(setting: str, *paths: Path) -> None:
+    """Raise `UserError` for a FIFO, a socket or a device, and for one in a folder that is given.
+
+    To open it could wait for ever, and to read it need not end. What is not there is no error.
+    """
+    for path in paths:
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            mode = file.stat().st_mode if file.exists() else stat.S_IFREG
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise UserError(f"{setting}: {os.fspath(file)!r} is no file, but {_kind(mode)}")
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a named pipe"
+    return "a socket" if stat.S_ISSOCK(mode) else "a device"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 Kind = TypeVar("Kind")
@@ -34,6 +35,16 @@ def parse(text: str | bytes, kind: type[Kind], finite: bool = False) -> Kind:
         name = KINDS.get(type(value), "a number" if value is not None else "null")
         raise ValueError(f"{name} where {KINDS[kind]} is needed")
     return value
+
+
+def read(path: Path, kind: type[Kind], finite: bool = False) -> Kind:
+    """Parse a file as `parse` does; raises `OSError` too, and `ValueError` for a pipe or a device.
+
+    These could block for ever, or have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("no regular file")
+    return parse(path.read_bytes(), kind, finite)
 
 
 def _check_depth(value: object) -> None:

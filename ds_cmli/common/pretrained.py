@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 
 from ds_cmli.common.patches import environment, patched
 
@@ -35,6 +36,7 @@ def loading(hub: bool) -> Iterator[None]:
         yield
 
 
+@cache
 def _answers(url: str) -> bool:
     from huggingface_hub import get_session
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
@@ -350,7 +350,7 @@ def _read(path: Path) -> JsonObject:
         if not path.is_file():
             beside = sorted(file.name for file in path.parent.glob("*.json"))
             raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
-        return parse(path.read_bytes(), dict, finite=True)
+        return read(path, dict, finite=True)
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}") from None
     except ValueError as error:

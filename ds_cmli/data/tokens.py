@@ -7,10 +7,11 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config.validation import shown
 from ds_cmli.data import assets
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ WORDS = Path(__file__).with_name("words.txt")
 # as one of blanks, loses any.
 MOST_CHARACTERS = 65_536
 CHARACTERS_A_POSITION = 64
+MOST_IDS = 10**7  # tokenizers fill the gaps between ids; the largest vocabularies have 10^6
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -69,12 +71,18 @@ class CaptionTokenizer:
                 f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one "
                 "that has"
             )
+        self.name = tokenizer.name_or_path
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+        if self.vocab_size > MOST_IDS:
+            raise UserError(
+                f"data.tokenizer is {self.name!r}, whose ids go up to {self.vocab_size - 1:,} for "
+                f"{len(tokenizer):,} tokens: choose one that numbers its tokens without gaps"
+            )
         # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
         self.positions, self.most_characters = positions, most_characters(positions)
-        self.vocab_size = len(tokenizer)
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
         # "[SEP]" written out in a caption becomes the special token but is not in the special
@@ -94,15 +102,26 @@ class CaptionTokenizer:
         return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
-        encoding = self.backend.encode(text[: self.most_characters])
+        encoding = self._encoded(text)
         tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         valid = [not added and token not in self.special_ids for token, added in tokens]
         return Tokens(encoding.ids, valid, [end for _, end in encoding.offsets], text)
 
+    def _encoded(self, text: str) -> Encoding:
+        try:
+            return self.backend.encode(text[: self.most_characters])
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which is no `Exception`
+                raise
+            raise UserError(
+                f"data.tokenizer is {self.name!r}, which cannot split {shown(text)} "
+                f"({one_line(error)}): choose another one"
+            ) from None
+
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each position: the first, and the one after the last."""
         out = []
-        for start, end in self.backend.encode(text[: self.most_characters]).offsets:
+        for start, end in self._encoded(text).offsets:
             piece = text[start:end]  # some tokenizers count the blank before a word to its token
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
@@ -155,6 +174,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     path = assets.minilm() if name == "demo" else Path(name).expanduser()
     local = path.exists()
+    check_regular(f"data.tokenizer is {name!r}", path)
     try:
         with loading(hub=not local):
             return AutoTokenizer.from_pretrained(

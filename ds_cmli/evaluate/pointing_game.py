@@ -25,7 +25,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
 from ds_cmli.data.pairs import black
-from ds_cmli.data.pictures import shown
+from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import usual_view
 from ds_cmli.distributed import process_group as distributed
@@ -163,6 +163,7 @@ class Entities(Dataset):
         """
         self.tokenizer = tokenizer
         self.config, self.size = config, config.image_size
+        self.most_bytes = most_bytes(config.max_pixels)
         root = Path(folder).expanduser()
         listed = root / f"{split}.txt"
         if not (root / "Annotations").is_dir() or not (root / "Sentences").is_dir():
@@ -209,7 +210,7 @@ class Entities(Dataset):
         image, grid, reason = black(self.size), None, None
         if picture:
             try:
-                image, grid = shown(caption.file.read_bytes(), self.config)
+                image, grid = shown(read_file(caption.file, "", self.most_bytes, True), self.config)
             except FileNotFoundError:
                 reason = "no such file"
             except Exception as error:  # decoders raise nearly any exception for damaged files

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.errors import UserError, check_regular, first_line
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import patch_mask
@@ -104,6 +104,9 @@ class ClassPictures:
         if number == FILLER:
             return Picture(black(self.size), FILLER)
         try:
+            # Readers of archives give names that are no paths here.
+            path = self.reader.filename(number, absolute=True) or f"picture {number}"
+            check_regular("a picture", Path(str(path)))
             file, target = self.reader[number]
             with file:
                 image, grid = shown(file.read(), self.config)
@@ -254,6 +257,10 @@ def classify(
     lost: list[Bad] = []
     for of_rank in distributed.gather_objects(broken):  # collective
         lost += of_rank.values()
+    if not out["pictures"]:
+        raise UserError(
+            f"--zero-shot: no picture can be read, for instance {', '.join(told(lost))}"
+        )
     if lost:
         out |= {"left_out": len(lost), "left_out_first": told(lost)}
     shown = counts > 0

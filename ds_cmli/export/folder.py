@@ -16,7 +16,7 @@ from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.config import registry
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
@@ -222,7 +222,7 @@ def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
 
 def is_exported(folder: Path) -> bool:
     try:
-        content = parse((folder / "config.json").read_bytes(), dict)
+        content = read(folder / "config.json", dict)
     except (OSError, ValueError):
         return False
     return content.get("model_type") == "ds_cmli"

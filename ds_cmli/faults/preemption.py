@@ -1,5 +1,8 @@
 """A signal only sets a flag: the step is finished, all ranks save, and the exit code is 85.
 
+Before the first step there is nothing to save: a start that a signal has not ended by then is
+ended `START_SECONDS` later by a thread, whatever the main thread waits for.
+
 TERM, USR1, USR2, INT, QUIT and HUP all have this effect, since schedulers differ in what they send,
 and so has the end of the launcher. A second INT ends the process at once. This module imports
 nothing heavy: a signal that arrives before `install` kills the process, so `install` is called
@@ -21,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from ds_cmli.common.cli import say
+
 EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
 SIGNALS = (
     signal.SIGTERM,
@@ -34,6 +39,7 @@ SIGNALS = (
 WHO_GOES_ON = "DS_CMLI_GOES_ON"
 # Seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher.
 SAME_PRESS = 1.0
+START_SECONDS = 3.0  # in which a start that was signalled may end by itself
 # A variable that torchrun, and one that `deepspeed`, sets for its ranks.
 OF_TORCHRUN, OF_DEEPSPEED = "TORCHELASTIC_RUN_ID", "CROSS_RANK"
 # Like process 1, these become the parent of a process whose parent has ended.
@@ -41,6 +47,8 @@ REAPERS = ("systemd", "slurmstepd")
 INTERVAL = 0.5  # seconds between two looks for the launcher
 
 _received: list[str] = []
+_training = threading.Event()
+before_leaving: list[Callable[[], None]] = []  # called where a start is ended
 
 
 class Preempted(Exception):
@@ -62,8 +70,8 @@ def install() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
-    watch_launcher(lambda: _received.append("the end of its launcher"))
+    threading.Thread(target=_read_signals, args=(reader,), daemon=True).start()
+    watch_launcher(lambda: ask("the end of its launcher"))
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     # Registered after multiprocessing's own exit function and so called before it: that one would
     # wait for ever for data loading processes that ignore TERM.
@@ -89,10 +97,45 @@ def _note(number: int, frame: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
 
 
-def _stop_at_second_int(reader: int) -> None:
+def ask(reason: str, seconds: float = START_SECONDS) -> None:
+    """Ask the run to end, from any thread, as a signal does; a start has `seconds` for it."""
+    _received.append(reason)
+    timer = threading.Timer(seconds, end_start)
+    timer.daemon = True
+    timer.start()
+
+
+def begin() -> None:
+    """Leave the end to the training loop from now on: it saves what it has."""
+    _training.set()
+
+
+def end_start() -> None:
+    """End the process where it was asked to end before training; otherwise return."""
+    if _training.is_set() or not _received:
+        return
+
+    def leave() -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+        for call in before_leaving:
+            call()
+        say(f"stopped before step 1 by {requested()}{to_go_on('start again')}")
+
+    # A file system or a terminal that does not answer must not delay the end; ranks wait for each
+    # other's.
+    thread = threading.Thread(target=leave, daemon=True)
+    thread.start()
+    thread.join(1.0 if os.environ.get("WORLD_SIZE", "1") == "1" else 12.0)
+    os._exit(EXIT_CODE)
+
+
+def _read_signals(reader: int) -> None:
     first: float | None = None
     while True:
         for number in os.read(reader, 64):
+            if not _training.is_set() and number in SIGNALS:
+                ask(signal.Signals(number).name)
             if number == signal.SIGINT:
                 now = time.monotonic()
                 first = first or now

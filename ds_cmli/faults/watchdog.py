@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from ds_cmli.faults import preemption
+
 EXIT_CODE = 1
 # Factor on the time limit while models are built, kernels compiled or a checkpoint written.
 SLOW = 10
@@ -142,11 +144,14 @@ class Watchdog:
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
             threading.Thread(target=self._silence_loop, daemon=True).start()
+            preemption.before_leaving.append(self._leave_together)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self.timeout:
             return
+        if error is not None:  # of a rank that was signalled before the first step, it may be
+            preemption.end_start()
         asked = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
         if asked or self.world_size == 1:  # a single rank prints its own error
             self.mine.done = True
@@ -209,6 +214,8 @@ class Watchdog:
         self.mine.alive += 1
         self.mine.waiting, self.mine.where = _position(self.main)
         self.store.set(str(self.rank), json.dumps(asdict(self.mine)))
+        if self.store.check(["signalled"]) and not preemption.requested():
+            preemption.ask("a signal to another rank", seconds=0)
         if self.store.check(["reporter"]):
             if self.mine.failed:
                 self.reported = True
@@ -302,6 +309,14 @@ class Watchdog:
         time.sleep(2 * self.interval + 1)
 
     # --- the end
+
+    def _leave_together(self) -> None:
+        """Let all ranks end by a signal to this one before the first step."""
+        with suppress(RuntimeError):  # the store's process has ended
+            self.store.add("signalled", 1)
+            end = time.monotonic() + 2 * self.interval
+            while self.store.add("signalled", 0) < self.world_size and time.monotonic() < end:
+                time.sleep(0.05)
 
     def _wait(self, seconds: float, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + seconds

@@ -17,7 +17,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
 FILE, VERSION = "index.json", 1
@@ -48,7 +48,7 @@ class Index:
         self.folder = Path(folder)
         where = f"the index is {str(folder)!r}"
         try:
-            content = parse((self.folder / FILE).read_bytes(), dict)
+            content = read(self.folder / FILE, dict)
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
             self.model_path: str = str(content["model"])

@@ -38,6 +38,7 @@ from ds_cmli.models.weights import (
     weights_file,
 )
 
+OF_HUB = ("hf-hub:", "hf_hub:")  # the prefixes of models whose description is on the hub
 WEIGHTS_SAY = "the setting of the weights says it"
 NOT_USED = "head, pooling and final norm are not used"
 FIXED = "class token, colours and the grid of patches are fixed"
@@ -91,7 +92,7 @@ class Created:
 
 @lru_cache
 def _sketch(model: str, overrides: str) -> Any:
-    with torch.device("meta"):
+    with torch.device("meta"), loading(hub=model.startswith(OF_HUB)):
         return timm.create_model(model, **json.loads(overrides))
 
 
@@ -122,7 +123,10 @@ def create(request: ImageRequest, sized: bool = True) -> Created:
     options = {"pretrained": given is not None, "num_classes": 0, **request.overrides}
     build = partial(timm.create_model, request.model, **options)
     try:
-        with loading(hub=weights == "hub"), _watched(file, given):
+        with (
+            loading(hub=weights == "hub" or request.model.startswith(OF_HUB)),
+            _watched(file, given),
+        ):
             try:
                 model = _built(partial(build, img_size=request.image_size) if sized else build)
             except TypeError as error:

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.errors import UserError, check_regular, nearest
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, TextRequest
 from ds_cmli.models.weights import Shape, account, check_finite, check_room, count, say
@@ -125,7 +125,9 @@ def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
     """The class of the model's configuration; None if unknown, in which case `create` says why."""
-    if not Path(request.weights).is_dir():
+    if Path(request.weights).is_dir():
+        check_regular(f"{request.source.setting} is {request.weights!r}", Path(request.weights))
+    else:
         try:
             return CONFIG_MAPPING[family(request.model)]  # the name is enough, the hub is not asked
         except UserError:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common import tensor_file
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, check_regular
 
 # Finds the number of the block in a key of timm's and transformers' models.
 BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
@@ -43,6 +43,7 @@ def weights_file(source: Source, needed: str) -> str:
         UserError: there is none, with what is `needed`, or it does not agree with its checksum.
     """
     path = Path(source.weights)
+    check_regular(f"{source.setting} is {source.weights!r}", path)
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         found = found or sorted(path.glob("*.safetensors"))

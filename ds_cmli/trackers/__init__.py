@@ -10,7 +10,7 @@ from typing import Protocol
 
 from numpy import ndarray
 
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 
 MATCH_MAPS = "match-maps/"  # the first part of the name of each match map's picture
 Value = bool | int | float | str
@@ -76,14 +76,14 @@ def configuration(folder: Path) -> str:
     parts = []
     for name in ("config.json", "memory.json"):
         if (folder / name).is_file():
-            text = json.dumps(parse((folder / name).read_bytes(), dict), indent=2)
+            text = json.dumps(read(folder / name, dict), indent=2)
             parts.append(f"## {name}\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
     return "\n\n".join(parts)
 
 
 def settings(folder: Path) -> dict[str, Value]:
     """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
-    content = parse((folder / "config.json").read_bytes(), dict)
+    content = read(folder / "config.json", dict)
     sections = content["config"]
     out: dict[str, Value] = {
         f"{section}.{name}": value

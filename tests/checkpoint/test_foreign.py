@@ -73,7 +73,7 @@ def test_a_state_of_wrong_values_is_refused_in_one_line(run, tmp_path):
         assert "\n" not in str(refused.value) and len(str(refused.value)) < 400
     for name in ("step", "sampler", "config"):
         (tmp_path / "state.json").write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        with pytest.raises(UserError, match=f"state.json is damaged: {name} is None"):
+        with pytest.raises(UserError, match=f"state.json is damaged: {name}.* is None"):
             read_shared(tmp_path)
     (tmp_path / "state.json").write_text(json.dumps(content))
     assert read_shared(tmp_path).step == 4

@@ -1,3 +1,4 @@
+import json
 import time
 
 import pytest
@@ -87,3 +88,42 @@ def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(builtin):
     assert tell_cut([text, "red"], 12) == line
     assert tell_cut(["red " * 16_384], 12) is None
     assert most_characters(65_536) == 64 * 65_536
+
+
+def changed_tokenizer(folder, change):
+    builtin_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_ids_with_gaps_of_millions_are_one_line(every, tmp_path):
+    def change(content):
+        vocabulary = content["model"]["vocab"]
+        content["model"]["vocab"] = {k: v + 10**9 * (every or k == "dog") for k, v in vocabulary.items()}
+
+    with pytest.raises(UserError, match=r"whose ids go up to 1,000,\d{3},\d{3} for 1,\d{3} tokens: choose"):
+        load_tokenizer(changed_tokenizer(tmp_path, change), 16)
+
+
+def test_ids_with_few_gaps_are_below_the_size(tmp_path):
+    def change(content):
+        content["model"]["vocab"]["dog"] = 5000
+
+    tokenizer = load_tokenizer(changed_tokenizer(tmp_path, change), 16)
+    assert max(tokenizer("a dog").input_ids) == 5000 < tokenizer.vocab_size == 5001
+
+
+def test_a_regular_expression_that_explodes_is_one_line(tmp_path, capfd):
+    def change(content):
+        content["pre_tokenizer"] = {
+            "type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False,
+        }  # fmt: skip
+
+    tokenizer = load_tokenizer(changed_tokenizer(tmp_path, change), 16)
+    assert tokenizer("dog").input_ids
+    for read in (tokenizer, tokenizer.spans, tokenizer.mostly_unknown):
+        with pytest.raises(UserError, match=r"cannot split 'aaaa.*' \(5001 characters\) \(Onig.*\): choose another"):
+            read("a" * 4998 + "!")

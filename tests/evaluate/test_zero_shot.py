@@ -1,5 +1,7 @@
 import io
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +134,10 @@ def test_a_hugging_face_data_set_with_labels(tmp_path, monkeypatch, broken):
         ("names.txt", "bird\n", "with 1 names: there are 2 classes"),
         ("names.json", json.dumps({"blue_bird": "bird"}), "it has no name for 'red_car'"),
         ("names.json", "{", "cannot be read"),
+        ("names.json", "7", "a list of names"),
+        ("names.json", "[1, 2]", "a list of names"),
+        ("names.json", '{"blue_bird": "a", "red_car": 3}', "it has no name for 'red_car'"),
+        ("names.json", "[" * 10_000, "nested too deeply"),
         ("templates.txt", "a photo\n", "with the line 'a photo': write {} once"),
         ("templates.txt", "\n", "with the line ''"),
     ],
@@ -145,6 +151,28 @@ def test_mistakes_in_names_and_templates_are_one_line(tmp_path, name, content, w
         else:
             class_names(["blue_bird", "red_car"], str(file))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pictures_none_of_which_can_be_read_are_one_line(tmp_path):
+    for folder in ("red", "blue"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(b"no picture")
+        os.mkfifo(tmp_path / folder / "b.png")  # to open it would block
+    pictures = ClassPictures(str(tmp_path), DataConfig(image_size=8))
+    reasons = {picture.bad[1] for picture in map(pictures.pictures(range(4)).__getitem__, range(4))}
+    assert any("named pipe" in reason for reason in reasons) and len(reasons) > 1
+    texts = Texts(
+        torch.arange(2), torch.ones(2, 1), torch.ones(2, 1), torch.zeros(2, dtype=torch.long), torch.ones(2).long()
+    )
+    broken = [replace(pictures.pictures([n])[0], image=torch.full((3, 2, 2), n, dtype=torch.uint8)) for n in range(4)]
+    given = Given(np.ones((4, 1), np.float32), np.ones((4, 1, 1), np.float32))
+    with pytest.raises(UserError, match=r"--zero-shot: no picture can be read, for instance .*a\.png"):
+        classify(
+            given,
+            [collate_pictures(broken)],
+            Classifier(texts, 1, {"global": 1.0}),
+            EmbedSettings(2, torch.device("cpu")),
+        )
 
 
 def test_what_is_no_folder_of_classes_is_one_line(tmp_path):

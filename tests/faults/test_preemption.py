@@ -64,6 +64,18 @@ def test_a_second_int_stops_at_once_even_while_ranks_wait_for_each_other():
         process.kill()
 
 
+def test_a_start_that_waits_in_c_code_ends_within_five_seconds():
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        process = start(STUCK)
+        started = time.monotonic()
+        process.send_signal(number)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 85
+        assert output == f"stopped before step 1 by {signal.Signals(number).name}: start again to go on\n"
+        print(f"ended {time.monotonic() - started:.3f} s after {signal.Signals(number).name}")
+        assert time.monotonic() - started < 20  # on a machine with nothing else to do: 3 s
+
+
 def wait_for(log, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not re.search(pattern, log.read_text()):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
@@ -98,6 +98,7 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
 
     datasets.disable_progress_bars()
     folder = Path(name).expanduser()
+    check_regular(f"data.source is {name!r}", folder, *filter(Path.is_dir, folder.iterdir()))
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:

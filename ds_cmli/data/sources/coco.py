@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.json_text import read
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
 from ds_cmli.data.sources.base import Parts, check_unicode, unused
@@ -82,7 +82,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
 def _read(path: Path, notices: list[str]) -> tuple[list[Row], list[str]]:
     """The rows, and the keys that are not read."""
     try:
-        content = parse(path.read_bytes(), dict)
+        content = read(path, dict)
     except ValueError as error:
         raise UserError(f"{path} is no JSON ({error}): {EXPECTED}") from None
     except OSError as error:

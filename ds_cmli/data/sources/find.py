@@ -9,13 +9,13 @@ from importlib import import_module
 from itertools import filterfalse
 from pathlib import Path
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.config.registry import SOURCES, SourceEntry, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources.base import Parts, first_twice
 
 BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
+RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 WILDCARD = re.compile(r"[*?\[]")
 MOST_FILES = 100_000
 # Names of the parts of a data set.
@@ -116,7 +116,9 @@ def recognise(name: str) -> tuple[str, list[Path]]:
                     f"{accepted()}"
                 )
             found = {}
-    return next(iter(found.items()), ("folder", []))
+    kind, files = next(iter(found.items()), ("folder", []))
+    check_regular(f"data.source is {name!r}", *files)
+    return kind, files
 
 
 def _in_folder(folder: Path) -> dict[str, list[Path]]:
@@ -128,8 +130,9 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
     if found:
         return found
     inside: list[Path] = []
-    with suppress(OSError):  # a folder without permission is reported when it is opened
-        inside = sorted(folder.iterdir())
+    # A folder without permission is reported when it is opened.
+    with suppress(OSError), os.scandir(folder) as entries:
+        inside = sorted(map(Path, filterfalse(os.DirEntry.is_dir, entries)))
     found = _by_suffix(inside, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
     for kind, files in list(found.items()):
         companion = SOURCES[kind].companion
@@ -192,6 +195,19 @@ def part_of(file: Path) -> str | None:
 
 
 def _braces(pattern: str) -> list[str]:
+    """The names that a pattern stands for; raises `UserError` for too many."""
+    names, expanded = list[str](), [pattern]
+    while names != expanded:
+        names, expanded = expanded, []
+        for name in names:
+            expanded += _with_first_brace(name)
+            if len(expanded) > MOST_FILES:
+                raise UserError(f"data.source is {pattern!r}: more than {MOST_FILES:,} files")
+    return names
+
+
+def _with_first_brace(pattern: str) -> list[str]:
+    """The names that a pattern becomes by its first brace without another inside."""
     found = BRACES.search(pattern)
     if found is None:
         return [pattern]
@@ -200,11 +216,8 @@ def _braces(pattern: str) -> list[str]:
     if span:
         first, last = int(span[1]), int(span[2])
         if abs(last - first) >= MOST_FILES:
-            raise UserError(f"data.source is {pattern!r}: more than {MOST_FILES:,} files")
+            return [pattern] * (MOST_FILES + 1)
         step = 1 if last >= first else -1
         width = len(span[1]) if span[1].startswith("0") else 0
         parts = [str(number).zfill(width) for number in range(first, last + step, step)]
-    names: list[str] = []
-    for part in parts:
-        names += _braces(pattern[: found.start()] + part + pattern[found.end() :])
-    return names
+    return [pattern[: found.start()] + part + pattern[found.end() :] for part in parts]
