@@ -109,8 +109,8 @@ def test_braces_name_a_limited_number_of_files():
     for pattern in ("{0..9999}{0..9999}.tar", "{0..99999999}.tar", "{a,b}" * 60 + ".tar", "{0..9}" * 10 + ".csv"):
         with pytest.raises(UserError, match=f"more than {MOST_FILES:,} files"):
             expand(pattern)
-    with pytest.raises(UserError, match="100000 of 100000 files do not exist"):
-        expand("/nowhere/{00000..99999}.tar")
+    with pytest.raises(UserError, match="10000 of 10000 files do not exist"):
+        expand("/nowhere/{0000..9999}.tar")
     with pytest.raises(UserError, match="1 of 1 files do not exist"):
         expand("/nowhere/{" + "9" * 5000 + "..1}.tar")
     with pytest.raises(UserError, match=r"6 of 6 files do not exist, the first '/nowhere/a2.tar'"):
