@@ -32,7 +32,7 @@ STEPS = 20
 def options(tmp_path_factory) -> list[str]:
     data = pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
     given = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", "8", "--log-every", "1", "--save-every", "3"]
-    given += ["--set", "run.watchdog=10", "--set", "data.image_size=28", "--set", "run.match_maps=0"]
+    given += ["--set", "data.image_size=28", "--set", "run.match_maps=0"]
     return [*given, "--data", data, "--output-dir"]
 
 
