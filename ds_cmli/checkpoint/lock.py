@@ -27,12 +27,15 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn, TypedDict, cast
+from typing import NoReturn, cast
+
+from typing_extensions import TypedDict
 
 from ds_cmli.checkpoint import files
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
+from ds_cmli.config.validation import check_kind
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 
@@ -268,7 +271,9 @@ def _job(token: str) -> list[str | None]:
 def _parsed(content: str) -> Holder | None:
     """The holder that a lock file describes; None if the file is incomplete or damaged."""
     with contextlib.suppress(ValueError):
-        return cast(Holder, parse(content, dict))
+        holder = parse(content, dict)
+        check_kind("it", holder, Holder)
+        return cast(Holder, holder)
     return None
 
 

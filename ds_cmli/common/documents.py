@@ -35,7 +35,8 @@ def write_page(
     environment = Environment(loader=folders, autoescape=select_autoescape(["jinja"]))
     text = environment.get_template(template).render(values)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        # Names of files and texts of JSON may hold halves of surrogate pairs.
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"{setting} is {str(path)!r}: cannot write it: {error.strerror}") from None
 

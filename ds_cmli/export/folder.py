@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import tensor_file
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import read
 from ds_cmli.config import registry
 from ds_cmli.config.registry import over_pairs
@@ -240,9 +240,9 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
         given = {**exported.settings, "data": data, "loss": {"weights": dict(exported.losses)}}
         config = Config.from_dict(given)
         student = build_student(exported)
-    except (OSError, LookupError, ValueError, UserError) as error:
+    except Exception as error:  # a file of others may hold anything
         raise UserError(
-            f"{str(folder)!r}: its config.json is damaged, or of another version: {error}"
+            f"{str(folder)!r}: its config.json is damaged, or of another version: {one_line(error)}"
         ) from None
     objective = Objective(student, config.loss)
     load_weights(folder, objective, WEIGHTS, "the model")

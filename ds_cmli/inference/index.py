@@ -18,6 +18,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
+from ds_cmli.config.validation import check_kind
 from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
 FILE, VERSION = "index.json", 1
@@ -52,15 +53,18 @@ class Index:
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
             self.model_path: str = str(content["model"])
+            check_kind("names", content["names"], list[str])
             self.names: list[str] = content["names"]
             self.weights: str | None = content.get("weights")  # None: an earlier version's
             self.cls = np.load(self.folder / "cls.npy", mmap_mode="r")  # [I, H]
             self.patches = np.load(self.folder / "patches.npy", mmap_mode="r")  # [I, N, D]
             if not len(self.names) == len(self.cls) == len(self.patches):
                 raise ValueError("its parts differ in length")
+            if (self.cls.ndim, self.patches.ndim) != (2, 3):
+                raise ValueError("its parts have other dimensions")
         except FileNotFoundError:
             raise UserError(f"{where}: none is there; make one with --build PICTURES") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             raise UserError(f"{where}, which cannot be read ({error}): build it anew") from None
 
     @classmethod

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ds_cmli.report.runs import RunFiles, mean
+from ds_cmli.report.runs import RunFiles, mean, measured_on
 
 # Split, score and metric of a column.
 RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")
@@ -19,6 +19,7 @@ class Cell:
     text: str = ""
     value: float | None = None
     best: bool = False
+    pairs: tuple[str, str] = ("", "")  # what identifies those on which it is measured
 
     def __str__(self) -> str:
         return self.text
@@ -41,6 +42,13 @@ def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
     for name, values in found.items():
         cells = [_cell(name, values.get(number, [])) for number in range(len(grouped))]
         out[name.removeprefix("eval/")] = cells
+    data = [measured_on(group[0]) for group in grouped]
+    for name, cells in out.items():
+        recall = RECALL.fullmatch(name)
+        split = recall[1] if recall else name.rpartition("/")[0]
+        counts = out.get(f"{split}/pairs", [Cell()] * len(cells))
+        for cell, count, source in zip(cells, counts, data, strict=True):
+            cell.pairs = (count.text, source)
     return out
 
 
@@ -93,9 +101,12 @@ def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str])
 
 
 def mark_best(cells: Sequence[Cell]) -> None:
-    """Mark the cells with the highest value, all that print it alike, unless only one has one."""
+    """Mark the cells with the highest value, all that print it alike, unless only one has one.
+
+    None is the best of values that were measured on different pairs.
+    """
     known = [cell for cell in cells if cell.value is not None]
-    if len(known) > 1:
+    if len(known) > 1 and len({cell.pairs for cell in known}) == 1:
         most = max(map(_printed, known))
         for cell in known:
             cell.best = _printed(cell) == most

@@ -8,14 +8,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from ds_cmli.common import json_text
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import load_config
 from ds_cmli.config.settings import flatten
+from ds_cmli.config.validation import MOST, check_kind, shown
 
 # Former endings of column names, which runs of earlier versions have written, and the present ones.
 FORMER = {"/pointing": "/pointing_game"}
 # Settings that may differ between the runs of a group.
 NOT_A_SETTING = ("run.seed", "run.output_dir")
+# Settings of the data that change nothing about which pairs are held out.
+SAME_PAIRS = (
+    "image_size",
+    "aspect_patch",
+    "context_length",
+    "tokenizer",
+    "workers",
+    "prefetch",
+    "group_by_length",
+    "augmentation",
+    "max_bad_share",
+)
+LARGEST = 1e39  # above every number of fp32
+
+
+class Figures(TypedDict, total=False):
+    categories: dict[str, int]
+    totals: dict[str, int]
+
+
+class Memory(TypedDict, total=False):
+    """What the report takes of memory.json, in bytes."""
+
+    prediction: Figures | None
+    measurement: Figures | None
 
 
 @dataclass
@@ -67,27 +96,47 @@ def read(folder: str | Path, name: str = "") -> RunFiles:
     folder = Path(folder)
     run = f"RUN is {str(folder)!r}"
     config = load_config(folder / "config.json", "RUN").to_dict()
-    content = json.loads((folder / "config.json").read_text())
+    content = json_text.read(folder / "config.json", dict)
     settings = flatten({**config, "deepspeed": content.get("deepspeed", {})})
     metrics = []
     path = folder / "metrics.jsonl"
     try:
-        for line in path.read_bytes().splitlines():
-            values = json.loads(line)
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                metrics.append({_column(name): value for name, value in values.items()})
+        # After the last line break there is nothing, or a line that is being written.
+        lines = path.read_bytes().split(b"\n")[:-1]
+        for number, line in enumerate(lines, 1):
+            values = json_text.parse(line, dict)
+            _check(values, number)
+            metrics.append({_column(name): value for name, value in values.items()})
     except FileNotFoundError:
         raise UserError(
             f"{run}: it has no metrics.jsonl; give a run that has taken a step"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: its metrics.jsonl cannot be read: {error}") from None
-    return RunFiles(folder, name or folder.resolve().name, settings, metrics, _memory(folder))
+    name = printable(name or folder.resolve().name)
+    return RunFiles(folder, name, settings, metrics, _memory(folder))
+
+
+def _check(values: dict[str, object], line: int) -> None:
+    """Raise `ValueError` for a line without its step, or with a number beyond those of fp32."""
+    step = values.get("step")
+    if not isinstance(step, int) or not 0 <= step <= MOST:
+        raise ValueError(f"line {line} has the step {shown(step)}")
+    for name, value in values.items():
+        if isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
+            raise ValueError(f"line {line} has {shown(name)} = {shown(value)}")
+
+
+def printable(text: str) -> str:
+    """The text with halves of surrogate pairs, of JSON or of names of files, written out."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _memory(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / "memory.json").read_bytes())
+        content = json_text.read(folder / "memory.json", dict)
+        check_kind("it", content, Memory)
+        return content
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -100,8 +149,8 @@ def _column(name: str) -> str:
     """The present name of a column."""
     for former, present in FORMER.items():
         if name.startswith("eval/") and name.endswith(former):
-            return name.removesuffix(former) + present
-    return name
+            name = name.removesuffix(former) + present
+    return printable(name)
 
 
 def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
@@ -122,6 +171,14 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
             settings.pop(name, None)
         out.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     return list(out.values())
+
+
+def measured_on(run: RunFiles) -> str:
+    """What says, next to their number, which pairs a run is measured on."""
+    data = {key: run.settings[key] for key in run.settings if key.startswith("data.")}
+    for name in SAME_PAIRS:
+        data.pop(f"data.{name}", None)
+    return json.dumps(data, sort_keys=True, default=str)
 
 
 def group_name(group: Sequence[RunFiles]) -> str:

@@ -5,6 +5,7 @@ settings and results are the same in all.
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -75,7 +76,7 @@ def configuration(folder: Path) -> str:
     """The run's `config.json` and, if there is one, its `memory.json`, as Markdown."""
     parts = []
     for name in ("config.json", "memory.json"):
-        if (folder / name).is_file():
+        with suppress(OSError, ValueError):  # memory.json may be missing, or an earlier start's
             text = json.dumps(read(folder / name, dict), indent=2)
             parts.append(f"## {name}\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
     return "\n\n".join(parts)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 
 import pytest
@@ -160,3 +161,60 @@ def test_columns_of_earlier_versions_are_known_by_their_new_names(tmp_path):
     with open(tmp_path / "old" / "metrics.jsonl", "a") as file:
         file.write(json.dumps({"step": 3, "eval/seen/pointing": 0.75}) + "\n")
     assert read(folder).curve("eval/seen/pointing_game") == ([3], [0.75])
+
+
+def test_none_is_the_best_of_runs_that_were_measured_on_different_pairs(tmp_path):
+    same = [run(tmp_path / "a", 0, 0.5), run(tmp_path / "b", 0, 0.75, data={"workers": 1})]
+    assert "<b>0.750</b>" in page(tmp_path, *same)
+    other_data = run(tmp_path / "c", 0, 0.75, data={"val_source": "elsewhere"})
+    assert "<b>0." not in page(tmp_path, same[0], other_data)
+    other_count = run(tmp_path / "d", 0, 0.75, optim={"lr": 2e-3})
+    file = tmp_path / "d" / "metrics.jsonl"
+    file.write_text(file.read_text().replace("300", "4"))
+    assert "<b>0." not in page(tmp_path, same[0], other_count)
+
+
+DEEP, LONG = "[" * 10_000 + "]" * 10_000, "9" * 400
+
+
+@pytest.mark.parametrize("line", [
+    DEEP, '{"step": 3, "loss": ' + DEEP + "}", '{"step": 3, "loss": ' + LONG + "}", '{"step": 3, "loss": 1e300}',
+    '{"step": -5}', '{"step": "3"}', '{"step": null}', '{"step": [3]}', '{"loss": 1.0}', '{"step": 1e3}', "3", '"a"',
+    "{", '{"step": 3, "step": 4}', '{"step": 1' + "0" * 200 + "}", b"\xff\xfe", b'{"step": 3, "\xed\xa0\x80": 1}',
+])  # fmt: skip
+def test_a_damaged_line_of_metrics_is_one_line(line, tmp_path):
+    path = run(tmp_path / "a", 0, 0.5)
+    with open(tmp_path / "a" / "metrics.jsonl", "ab") as file:
+        file.write((line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(UserError, match=r"its metrics.jsonl cannot be read: ") as error:
+        read(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("content", [
+    DEEP, "3", '"a"', '{"prediction": 3}', '{"prediction": {"totals": [1]}}',
+    '{"measurement": {"categories": {"a": "b"}}}',
+    '{"measurement": {"categories": {"a": ' + LONG + "}}}", '{"prediction": {"totals": {"a": null}}}', b"\xff\xfe",
+])  # fmt: skip
+def test_other_memory_is_one_line(content, tmp_path):
+    path = run(tmp_path / "a", 0, 0.5)
+    (tmp_path / "a" / "memory.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"its memory.json cannot be read: .*; remove the file") as error:
+        read(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_halves_of_surrogate_pairs_and_a_line_that_is_being_written(tmp_path):
+    path = str(tmp_path / "b\udce9")
+    os.rename(run(tmp_path / "a", 0, 0.5), path)
+    columns = {
+        "step": 2,
+        "loss/\ud800": 1.0,
+        "eval/seen\udfff/cmli/i2t_r1": 0.25,
+        "rest": "\ud834",
+        "eval/seen/names": ["\udce9"],
+    }
+    with open(f"{path}/metrics.jsonl", "a") as file:
+        file.write(json.dumps(columns) + "\n" + json.dumps(columns | {"loss/\ud800": 2.0}) + '\n{"step": 3, "lo')
+    text = page(tmp_path, path)
+    assert r"\ud800" in text and r"seen\udfff" in text and "0.250" in text and r"\udce9" in text
