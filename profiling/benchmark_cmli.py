@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 from ds_cmli.common import quiet
 
@@ -34,6 +35,7 @@ import torch
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common import plots
 from ds_cmli.common.cli import run_command
+from ds_cmli.memory import cpu_events
 from profiling import baselines, figures
 from profiling.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
 
@@ -100,14 +102,9 @@ def compare(
     ]
 
 
-def resident(field: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-
 def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int:  # noqa: E741
-    """Extra memory of one forward and backward beyond inputs and their gradients; call it in a
-    fresh process.
+    """Bytes that the allocator gives out at the peak of one forward and backward, beyond inputs and
+    their gradients; call it in a fresh process.
     """
     scores = CONTENDERS[name][0]
     # Libraries load and start their threads.
@@ -119,11 +116,10 @@ def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -
         torch.cuda.reset_peak_memory_stats()
         problem.step(scores)
         return torch.cuda.max_memory_allocated() - before - gradients
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")  # the high-water mark starts from here
-    before = resident("VmRSS")
-    problem.step(scores)
-    return resident("VmHWM") - before - gradients
+    inputs, found = (problem.image, problem.text), list[tuple[torch.Tensor, torch.Tensor]]()
+    forward = cpu_events.sizes(lambda: found.append(scores(*inputs, problem.mask)))
+    backward = cpu_events.sizes(lambda: torch.autograd.grad(found.pop(), inputs, problem.grads))
+    return max(*accumulate(forward), max(accumulate(backward, initial=sum(forward))) - gradients)
 
 
 def peak_in_own_process(

@@ -2,8 +2,9 @@
 
 The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to
 compute the same thing really stores, predicted and measured to the byte, and the whole training
-step. On a GPU where there is one, otherwise on the CPU; what does not fit stays predicted, and what
-takes minutes is measured with fewer pairs. What fits a GPU is asked of `profiling/predict.py`.
+step. On a GPU where there is one, otherwise on the CPU. Each way is measured at the document's own
+setting; in forward alone, or with fewer pairs, only if memory or three minutes do not suffice, which
+the first lines say. What fits a GPU is asked of `profiling/predict.py`.
 """
 
 import sys
@@ -164,7 +165,8 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         charts.bars(rows, folder / drawn[-1])
     if ours is not None:
         drawn.append("timeline-document.png")
-        title = "A training step at the document's sizes, predicted without a GPU: rank 0"
+        rank = ours.report.setting["rank"]
+        title = f"A training step at the document's sizes, predicted without a GPU: rank {rank}"
         charts.timeline(ours.events, title, folder / drawn[-1])
     if step is not None:
         drawn.append(f"timeline-{step.preset}.png")

@@ -101,15 +101,20 @@ class Probe:
         return self.below.on_gpu(device)
 
     def to_host(self, x: Tensor) -> Tensor:
-        """Move a tensor to the host. CPU-GPU sync."""
-        if self.below is None:
-            return x.to("cpu")
-        return self.below.to_host(x)
+        """Move a tensor to the host: from a GPU into pinned memory, which nothing waits for.
+
+        So only the GPU's current stream may read it, by `to_device`.
+        """
+        if self.below is not None:
+            return self.below.to_host(x)
+        if x.device.type == "cpu":
+            return x
+        return x.new_empty(x.shape, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
 
     def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
-        """Overwrite a tensor on the host by one of the device. CPU-GPU sync."""
+        """Overwrite a tensor that `to_host` has moved by one of the device, as it moves."""
         if self.below is None:
-            x.copy_(value)
+            x.copy_(value, non_blocking=True)
         else:
             self.below.overwrite_on_host(x, value)
 

@@ -38,7 +38,7 @@ class PairFeatures:
     on_host: bool = False  # whether all of them wait in the memory of the host
 
     def to_host(self) -> "PairFeatures":
-        """Move everything to the host. CPU-GPU sync."""
+        """Move everything to the host, as `probe.to_host` does."""
         return replace(self._mapped(probe.to_host), on_host=True)
 
     def on(self, device: torch.device) -> "PairFeatures":
@@ -57,7 +57,7 @@ class PairFeatures:
 
     def fetch(self, x: Tensor, device: torch.device) -> Tensor:
         """One of these tensors on the device: a copy if they are on the host of a GPU."""
-        return probe.to_device(x, device) if self.on_host else x
+        return probe.to_device(x, device, non_blocking=True) if self.on_host else x
 
     def copied(self) -> "PairFeatures":
         """These features without the memory around them; class tokens are views of sequences."""
@@ -78,7 +78,7 @@ class PairFeatures:
     def set_gradient(self, name: str, grad: Tensor, device: torch.device) -> None:
         """Replace a feature by its gradient, given that of the normalised feature.
 
-        `grad` may have more positions. CPU-GPU sync if the features are on the host.
+        `grad` may have more positions.
         """
         place = getattr(self, name)
         x = self.fetch(place, device).detach().requires_grad_()

@@ -196,9 +196,9 @@ def largest(
     return low
 
 
-def _curve(known: dict[int, int], points: list[int], n: int) -> float:
+def _curve(known: dict[int, int], points: list[int], n: int) -> int:
     """The polynomial through the points, at n."""
-    return sum(weight * known[point] for point, weight in _weights(points, n).items())
+    return round(sum(weight * known[point] for point, weight in _weights(points, n).items()))
 
 
 def _weights(points: list[int], n: int) -> dict[int, float]:
@@ -225,7 +225,7 @@ def estimated_bytes(
     if len(points) < 2:
         requested = {n: known[n].report.totals["requested"] for n in nearest[:2]}
         more = _curve(requested, nearest[:2], micro_batch) - requested[nearest[0]]
-        return base.report.totals["device"] + int(more)
+        return base.report.totals["device"] + more
     sizes = np.zeros(len(base.events))
     for n, weight in _weights(points, micro_batch).items():
         sizes += weight * np.fromiter((abs(event.bytes) for event in known[n].events), np.float64)

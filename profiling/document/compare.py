@@ -1,8 +1,9 @@
 """Compares the source document's claims with what is really stored, predicted and measured.
 
 E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`.
-E4 is about a whole training step (`steps.py`). Each measurement runs in a separate process; what
-does not fit is only predicted, and on a CPU what takes minutes is measured with fewer pairs.
+E4 is about a whole training step (`steps.py`). Each measurement runs in a separate process, at the
+setting of the claim: forward alone if memory or time suffice for no more, and with fewer pairs only
+if they do not suffice for that.
 
 Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding
 dimension.
@@ -31,8 +32,8 @@ from profiling.document.own_process import tell_from_process
 GB = 10**9
 MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may use the machine too
 SPARE_BYTES = 2 * GB  # left for the system and for the process itself
-MOST_SECONDS = 120.0  # limit for one measurement
-ALL_SECONDS = 600.0  # limit for all measurements together
+MOST_SECONDS = 180.0  # limit for one measurement
+ALL_SECONDS = 900.0  # limit for all measurements together
 # What the processes import: with encoders' libraries, which are otherwise imported when the first
 # model is built.
 PRELOADED = [
@@ -41,9 +42,7 @@ PRELOADED = [
     "timm",
     "transformers.models.bert.modeling_bert",
 ]
-FEW_PAIRS = (
-    32  # per rank: with the document's 256, a CPU computes the scores of all pairs (E2) for minutes
-)
+FEW_PAIRS = 32  # per rank, at the most, after a measurement that took too long
 
 
 @dataclass
@@ -70,15 +69,14 @@ class Row:
         ""  # the device, and the passes that the peak covers; or why it was not measured
     )
     verdict: str = ""
-    equal: bool | None = (
-        None  # whether the largest allocation that was measured is the predicted one
-    )
-    # Of E4, and of what was measured with fewer pairs.
-    extra: dict[str, Any] = field(default_factory=dict)
+    # Whether the largest allocation that was measured, and the peak, are the predicted ones.
+    equal: tuple[bool, bool] | None = None
+    less: str = ""  # what was measured in place of the whole: fewer pairs, or forward alone
+    extra: dict[str, Any] = field(default_factory=dict)  # of E4, and of fewer pairs
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
-        del values["equal"]
+        del values["equal"], values["less"]
         return {**values, **values.pop("extra")}
 
 
@@ -90,15 +88,19 @@ def backend(s: Setting, device: str) -> str:
     return "chunked"
 
 
+def ways(s: Setting, device: str) -> dict[tuple[str, str], Implementation]:
+    """The implementations with the backend that the op chooses on `device`."""
+    return implementations.implementations(s, backend(s, device), device)
+
+
 def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     """The rows of the claims in `ids`: predicted, but not measured yet."""
     every, out = claims(s), []
-    for (id, name), implementation in implementations.implementations(
-        s, backend(s, device)
-    ).items():
+    for (id, name), implementation in ways(s, device).items():
         if id in ids:
             claim, allocations = every[id], implementations.predict(implementation)
-            row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, claim.stored[name])
+            stored = implementation.inside or claim.stored[name]
+            row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, stored)
             row.predicted_bytes, row.predicted_peak_bytes = allocations.largest, allocations.peak
             row.verdict = f"{claim.arithmetic}; {claim.verdict}"
             out.append(row)
@@ -110,48 +112,57 @@ def measure(
 ) -> None:
     """Measure those of `rows` for which memory and time suffice, and fill in their results."""
     end = time.monotonic() + ALL_SECONDS
-    for row in sorted(
-        rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")
-    ):
+    order = ("E1", "E3", "E2", "E5")
+    for row in sorted(rows, key=lambda r: (order.index(r.id), r.implementation != "ours")):
         say(row)
-        tried = affordable_setting(row, s, device)
-        implementation = implementations.implementations(tried, backend(tried, device))[
-            row.id, row.implementation
-        ]
-        passes, why_not = affordable(implementation, device)
-        if passes and row.id == "E5":
-            passes = "forward"  # this claim is about the size of one tensor
-        left = min(MOST_SECONDS, end - time.monotonic())
-        if passes and left < 1:
-            passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
-        allocations = measure_in_subprocess(row, tried, device, passes, left) if passes else None
+        _measure(row, s, device, end)
+
+
+def _measure(row: Row, s: Setting, device: str, end: float) -> None:
+    tried: Setting | None = s
+    allocations, why_not = None, ""
+    while tried is not None and allocations is None:
+        implementation = ways(tried, device)[row.id, row.implementation]
+        passes, reason = affordable(implementation, device)
+        most = tried.B // 2
+        if passes:
+            if row.id == "E5":
+                passes = "forward"  # this claim is about the size of one tensor
+            left = min(MOST_SECONDS, end - time.monotonic())
+            if left < 1:
+                why_not = why_not or f"the {ALL_SECONDS:.0f} s for measuring were spent"
+                break
+            allocations = measure_in_subprocess(row, tried, device, passes, left)
+            reason, most = f"ended, or took more than {left:.0f} s", min(most, FEW_PAIRS)
+        why_not = why_not or reason
         if allocations is None:
-            row.measured_on = f"not measured: {why_not or f'ended, or took more than {left:.0f} s'}"
-            continue
-        row.measured_on = f"{device_name(device)}, {allocations.passes}"
-        if tried == s:
-            row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
-            row.equal = row.measured_bytes == row.predicted_bytes
-        else:
-            there = implementations.predict(implementation).largest
-            row.equal = allocations.largest == there
-            row.measured_on += (
-                f", with B={tried.B}: {allocations.largest:,} B, predicted {there:,} B"
-            )
-            row.extra = {"measured_B": tried.B, "measured_there_bytes": allocations.largest}
-            row.extra |= {
-                "predicted_there_bytes": there,
-                "measured_there_peak_bytes": allocations.peak,
-            }
-
-
-def affordable_setting(row: Row, s: Setting, device: str) -> Setting:
-    """The setting in which a row is measured:
-
-    `s`, or with fewer pairs where a CPU would compute for minutes.
-    """
-    all_pairs = "E2" in (row.id, row.implementation[:2])
-    return replace(s, B=min(s.B, FEW_PAIRS)) if all_pairs and device == "cpu" else s
+            tried = replace(tried, B=most) if most else None
+    if allocations is None or tried is None:
+        row.measured_on = f"not measured: {why_not}"
+        return
+    expected, less = implementations.predict(implementation), []
+    if allocations.passes != expected.passes:
+        expected = implementations.predict(implementation, backward=False)
+        less += ["forward alone"] * (row.id != "E5")
+    row.measured_on = f"{device_name(device)}, {allocations.passes}"
+    row.equal = allocations.largest == expected.largest, allocations.peak == expected.peak
+    if tried == s:
+        row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
+        row.predicted_peak_bytes = expected.peak
+    else:
+        less.insert(0, f"{tried.B} pairs a rank")
+        row.measured_on += (
+            f", with B={tried.B} ({why_not}): {allocations.largest:,} B, predicted "
+            f"{expected.largest:,} B"
+        )
+        row.extra = {
+            "measured_B": tried.B,
+            "measured_there_bytes": allocations.largest,
+            "predicted_there_bytes": expected.largest,
+            "measured_there_peak_bytes": allocations.peak,
+            "predicted_there_peak_bytes": expected.peak,
+        }
+    row.less = ", ".join(less)
 
 
 def affordable(implementation: Implementation, device: str) -> tuple[str, str]:

@@ -22,7 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.chunked.kernels import suited
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES
 from ds_cmli.losses import functions as losses
@@ -92,21 +94,25 @@ def _logit_scale(device: str) -> Tensor:
 class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
     forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
-    # Bytes of the largest tensor inside an operator whose allocations the tracker does not see.
+    # Bytes of the largest tensor of an operator whose allocations the tracker does not see; 0: of
+    # none.
     inside: int = 0
+    device: str = "cpu"  # type of the device whose operators are predicted
 
 
-def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
+def implementations(
+    s: Setting, backend: str = "auto", device: str = "cpu"
+) -> dict[tuple[str, str], Implementation]:
     """(claim's id, name) -> the implementation in the setting `s`.
 
     The names are the keys of `Claim.stored`.
 
-    `backend`: the backend of the all-pairs op.
+    `backend`: the backend of the all-pairs op, on `device`.
     """
     kept = s.M - SPECIAL_TOKENS
-    inside = _op_largest(s, backend)
+    inside = _op_largest(s, backend, device)
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
-    return {
+    found = {
         ("E1", "broadcast"): Implementation(
             partial(global_inputs, s.G, s),
             partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y)),
@@ -137,15 +143,18 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
             partial(match_inputs, kept, s), materialised_match
         ),
     }
+    return {key: replace(each, device=device) for key, each in found.items()}
 
 
-def _op_largest(s: Setting, backend: str) -> int:
-    """Bytes of the largest tensor inside the all-pairs op's forward, of fp32.
+def _op_largest(s: Setting, backend: str, device: str) -> int:
+    """Bytes of the largest tensor of the all-pairs op's forward, of fp32.
 
-    The kernels' are the tokens' best similarities in each block of patches.
+    It is that of the argmax indices or the scores, or one inside: of a GPU's kernels the tokens'
+    best similarities in each block of patches.
     """
     if backend != "triton":
-        return cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32)
+        compiled = suited(device, torch.float32)
+        return cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32, compiled=compiled)
     from ds_cmli.cmli.triton.backend import Sizes, partial_chunk  # needs triton
     from ds_cmli.cmli.triton.tiles import device_limits, forward_tiles
 
@@ -223,9 +232,9 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
-        tracker = Tracker(
-            text_lengths=[inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
-        )
+        lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
+        gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
+        tracker = Tracker(text_lengths=lengths, gpu=gpu)
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:

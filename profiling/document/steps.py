@@ -24,6 +24,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
+from ds_cmli.memory.search import predict_largest
 from profiling.baselines import broadcast_scores, materialised_scores
 from profiling.document.compare import Row, free_bytes, processes
 from profiling.document.estimates import Setting, claims, deepspeed_model_states, zero_model_states
@@ -118,7 +119,7 @@ def document_rows(
                 claim.document_bytes,
                 None,
                 None,
-                measured_on=f"predicted for {gpu}, rank 0 of {s.P}",
+                measured_on=f"predicted for {gpu}",
             )
             rows.append(row)
             say(row)
@@ -128,7 +129,7 @@ def document_rows(
                 row.verdict = f"not predicted: {error}"
                 continue
             prediction = pool.submit(
-                predict,
+                predict_largest,
                 config,
                 document_json(variant.checkpointing),
                 s.P,
@@ -139,6 +140,7 @@ def document_rows(
                 ours = prediction
             report = prediction.report
             needed = report.totals["device"]
+            row.measured_on += f", rank {report.setting['rank']} of {s.P}, which needs the most"
             row.predicted_bytes, row.predicted_peak_bytes = (
                 total - needed,
                 report.totals["requested"],

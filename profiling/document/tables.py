@@ -37,13 +37,21 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
 def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None) -> list[str]:
     """What was measured and predicted, in one sentence each."""
     out = []
-    measured = [row for row in rows if row.equal is not None]
-    equal = sum(bool(row.equal) for row in measured)
-    if measured:
-        where = measured[0].measured_on.split(",")[0]
+    equal = [row.equal for row in rows if row.equal is not None]
+    if equal:
+        where = next(row.measured_on.split(",")[0] for row in rows if row.equal is not None)
+        largest, peaks = map(sum, zip(*equal, strict=True))
         out.append(
-            f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones."
+            f"Measured by the {where}: {largest} of {len(equal)} largest allocations and {peaks} of "
+            f"{len(equal)} peaks equal the predicted ones."
         )
+        less = [
+            f"{row.id} {row.implementation} ({row.less or 'not at all'})"
+            for row in rows
+            if row.less or row.equal is None
+        ]
+        if less:
+            out.append(f"Measured with less than the setting: {', '.join(less)}.")
     elif rows:
         out.append("Nothing was measured here: the tables give the reasons.")
     if document:
@@ -58,7 +66,11 @@ def remember_step(step: WholeStep) -> str:
     if step.measured is None:
         return f"not measured: {step.not_measured}."
     measured = step.measured["totals"]["requested"]
-    return f"measured {measured:,} B, predicted {predicted:,} B ({predicted / measured - 1:+.3%})."
+    pairs = f"with {step.pairs} of its {step.all_pairs} pairs a rank " * (
+        step.pairs < step.all_pairs
+    )
+    off = f"{predicted / measured - 1:+.3%}"
+    return f"{pairs}measured {measured:,} B, predicted {predicted:,} B ({off})."
 
 
 def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
@@ -77,7 +89,7 @@ def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
          row.measured_on]
         for row in rows
     ]  # fmt: skip
-    peak_note = "Peak: the most held above what was live before, over the passes named (predicted: forward and backward)."
+    peak_note = "Peak: the most held above what was live before, over the passes named; predicted for the same, or where nothing was measured, for forward and backward."
     return [
         Table("E1, E2, E3, E5: what is stored",
               ["", "document B", "true B", "predicted B", "measured B"], sizes, notes),

@@ -6,7 +6,9 @@ import sys
 import pytest
 
 from ds_cmli.cmli.chunked import kernels
-from profiling.benchmark_cmli import breakdown
+from ds_cmli.cmli.peak_memory import cmli_peak_bytes
+from profiling.baselines import DTYPES, D, M, N
+from profiling.benchmark_cmli import breakdown, own_peak
 from tests.conftest import run
 
 
@@ -24,6 +26,14 @@ def test_benchmark_writes_what_it_measures(tmp_path):
         assert timed[contender]["floor_s"] > 0
     # Peers that are not installed are rows that say so.
     assert {"flash-maxsim", "late-interaction-kernels"} <= {row["name"] for row in rows}
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_extra_memory_is_what_the_op_is_known_to_take(dtype):
+    I, J = 6, 8  # noqa: E741
+    known = cmli_peak_bytes(I, J, N, M, D, DTYPES[dtype], text_lengths=[62] * J).extra
+    found = own_peak("chunked", "full", dtype, I, J, "cpu")
+    assert 0 <= known - found <= 2 * 4 * I * J  # in backward the gradients of the scores are given
 
 
 def test_the_step_beside_a_plain_loop():

@@ -7,6 +7,7 @@ import pytest
 from ds_cmli.allocator.blocks import Event
 from profiling import replay
 from profiling.document import charts, compare, steps, tables
+from profiling.document import implementations as allocations
 from profiling.document.compare import Row
 from profiling.document.estimates import Setting, claims
 from profiling.document.implementations import implementations
@@ -42,6 +43,64 @@ def test_no_time_left_is_said(monkeypatch):
     compare.measure(rows, SMALL, "cpu")
     assert {row.measured_bytes for row in rows} == {None}
     assert {row.measured_on for row in rows} == {"not measured: the 0 s for measuring were spent"}
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(kernels, monkeypatch):
+    """With its compiled kernels, and without a compiler; each way at the setting's own batch."""
+    s = Setting(B=24, P=2, N=49, M=16, H=32, D=64)
+    if not kernels:
+        monkeypatch.setattr("ds_cmli.cmli.chunked.kernels.load", lambda: None)
+    rows = [row for row in compare.predicted_rows(s, {"E2"}, "cpu") if row.implementation in ("ours", "materialised")]
+    # In this process, as one of its own would find the compiler again.
+    monkeypatch.setattr(compare, "measure_in_subprocess", lambda row, s, device, passes, left: measured(row, s, passes))
+    compare.measure(rows, s, "cpu")
+    for row in rows:
+        assert row.measured_bytes == row.predicted_bytes == row.corrected_bytes, row
+        assert row.measured_peak_bytes == row.predicted_peak_bytes and row.equal == (True, True) and not row.less
+    first = tables.sentences_found(rows, [], None)
+    assert first == [
+        "Measured by the CPU allocator: 2 of 2 largest allocations and 2 of 2 peaks equal the predicted ones."
+    ]
+
+
+def measured(row, s, passes):
+    for small in implementations(allocations.SMALL).values():  # workspaces that libraries take once
+        allocations.run(small, "cpu", backward=True)
+    return allocations.run(implementations(s)[row.id, row.implementation], "cpu", passes != "forward")
+
+
+def test_less_than_the_setting_is_said_in_the_first_lines(monkeypatch):
+    s = Setting(B=24, P=2, N=9, M=7, H=32, D=16)
+    rows = compare.predicted_rows(s, {"E2"}, "cpu")
+    monkeypatch.setattr(compare, "measure_in_subprocess", lambda row, s, device, passes, left: measured(row, s, passes))
+    monkeypatch.setattr(compare, "free_bytes", lambda device: 3_100_000)
+    compare.measure(rows, s, "cpu")
+    by_name = {row.implementation: row for row in rows}
+    assert {name: row.less for name, row in by_name.items()} == {
+        "broadcast": "12 pairs a rank, forward alone",
+        "materialised": "",
+        "ours": "",
+        "materialised, all": "",
+    }
+    assert "with B=12 (needs " in by_name["broadcast"].measured_on and by_name["broadcast"].measured_bytes is None
+    assert all(row.equal == (True, True) for row in rows)
+    assert tables.sentences_found(rows, [], None)[1] == (
+        "Measured with less than the setting: E2 broadcast (12 pairs a rank, forward alone)."
+    )
+
+
+def test_after_too_long_a_measurement_fewer_pairs_are_tried(monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        compare,
+        "measure_in_subprocess",
+        lambda row, s, device, passes, left: (tried.append(s.B), measured(row, s, passes) if s.B < 16 else None)[1],
+    )
+    s = Setting(B=100, P=2, N=9, M=7, H=32, D=16)
+    (row,) = (row for row in compare.predicted_rows(s, {"E3"}, "cpu") if row.implementation == "ours")
+    compare.measure([row], s, "cpu")
+    assert tried == [100, 32, 16, 8] and row.less == "8 pairs a rank"
 
 
 def test_what_does_not_fit_is_not_run(monkeypatch):
