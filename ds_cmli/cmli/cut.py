@@ -69,7 +69,7 @@ class Cut:
         own = own_pairs(grads[0], first)
         of_own = [g[own] for g in grads]
         for g in grads:
-            g[own] = 0.0
+            g.index_put_(own, g.new_zeros(()))  # a number would come from the host: a CPU-GPU sync
         images = R * collectives.world_size(self.group)
         columns = _threshold(self._of_columns(grads[1]), G, limit, images)  # collective
         left_out, pairs = limit.new_zeros(()), torch.zeros_like(limit, dtype=torch.int64)

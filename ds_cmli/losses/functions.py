@@ -45,7 +45,8 @@ def sigmoid_loss(
     check_tile(first, scores=scores, positives=positives)
     logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [R, T]
     sign = torch.full_like(logits, -1.0)
-    sign[own_pairs(logits, first or 0)] = 1.0
+    # A number would come from the host: a CPU-GPU sync.
+    sign.index_put_(own_pairs(logits, first or 0), sign.new_ones(()))
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
     return -F.logsigmoid(sign * logits).sum(1).mean()

@@ -234,7 +234,9 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
         lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
-        tracker = Tracker(text_lengths=lengths, gpu=gpu)
+        # Libraries' workspaces are asked by running operators, for which the other ways are too large.
+        asked = implementation.device == "cpu" and bool(implementation.inside)
+        tracker = Tracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:

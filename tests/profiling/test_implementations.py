@@ -1,5 +1,6 @@
 """What is compared computes the same thing, and its predicted allocations are the allocator's."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -97,8 +98,9 @@ def test_predicted_is_what_the_allocator_reports(warm, by_operators, key):
         assert predicted == allocations.run(implementation, "cpu", backward=True)
 
 
-def test_forward_alone():
-    implementation = implementations(SMALL)["E2", "materialised"]
+@pytest.mark.parametrize("name", ["materialised", "ours"])
+def test_forward_alone(warm, name):
+    implementation = implementations(replace(SMALL, B=64))["E2", name]
     both = allocations.run(implementation, "cpu", backward=True)
     forward = allocations.run(implementation, "cpu", backward=False)
     assert (forward.passes, both.passes) == ("forward", "forward and backward")
