@@ -54,6 +54,14 @@ def started(data: Data, folder: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=clean_environment(), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
 
 
+def compared(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl; on a null GPU without ranks, which follow from scores that no kernel has computed."""
+    lines = metrics(run)
+    if "NULLGPU" in os.environ:
+        lines = [{name: line[name] for name in line if not name.startswith("eval/")} for line in lines]
+    return lines
+
+
 def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     codes = [limits.wait(started(data, whole), 200)]
@@ -65,7 +73,7 @@ def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     run.send_signal(signal.SIGTERM)
     codes += [limits.wait(run, 60), limits.wait(started(data, stopped), 200)]
     assert codes == [0, preemption.EXIT_CODE, 0], (codes, (tmp_path / "output").read_text()[-2000:])
-    found, expected = metrics(stopped), metrics(whole)
+    found, expected = compared(stopped), compared(whole)
     weights = [folder / "student.safetensors" for folder in (stopped, whole)]
     different = len(found) != len(expected) or sum(a != b for a, b in zip(found, expected, strict=False))
     last = next(line for line in reversed(expected) if "loss" in line)
