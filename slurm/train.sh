@@ -31,7 +31,7 @@ die() {
 # --- signals: Slurm sends most of them to the tasks. Those that only this shell gets are passed on to the tasks, as USR1
 # because srun would obey a TERM itself and kill them.
 step=
-signalled=${signalled:-0}
+[[ -n $ablation ]] || signalled=0
 pass_on() {
     signalled=1
     [[ -n $step ]] || return
@@ -115,7 +115,7 @@ fi
 
 # --- the run's folder is named after the job, so that a requeued job finds what it has saved
 options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-run= share=()
+run= tuning= share=()
 for ((i = 0; i < ${#options[@]}; i++)); do
     case ${ablation:+ablation }${options[i]} in
     "ablation --tuning") tuning=-tuning ;;
@@ -125,7 +125,7 @@ for ((i = 0; i < ${#options[@]}; i++)); do
 done
 if [[ -n $ablation ]]; then # its runs have a folder each in this one
     plan=${1##*/}
-    run=${run:-runs/ablate-${plan%.*}${tuning:-}}
+    run=${run:-runs/ablate-${plan%.*}$tuning}
     # The task's share of the runs, whatever numbers the array begins with and counts by.
     [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] ||
         share=(--task $(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
@@ -157,10 +157,7 @@ if [[ $lead =~ @([0-9]+)$ ]]; then lead=$((10#${BASH_REMATCH[1]})); else lead=60
         "otherwise): that is more than half of it; ask for a longer --time"
 file=$run/starts-without-a-step${ablation:+-${SLURM_ARRAY_TASK_ID:-}}
 count_start() {
-    (($(saved_steps) <= first_step)) || {
-        rm -f "$file"
-        return
-    }
+    (($(saved_steps) > first_step)) && rm -f "$file" && return
     local starts=$((10#0$(cat "$file" 2>/dev/null | tr -dc 0-9) + 1))
     # Where nothing can be written, so that no start gains anything, Slurm's own count takes its place.
     { mkdir -p "$run" && echo "$starts" >"$file"; } || starts=$((${SLURM_RESTART_COUNT:-0} + 1))
