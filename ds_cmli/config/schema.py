@@ -17,6 +17,7 @@ from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compare
 from ds_cmli.config.validation import (
     MOST,
     NameOf,
+    NotRegistered,
     build,
     check,
     check_sizes,
@@ -438,6 +439,8 @@ def load_config(path: Path, setting: str) -> Config:
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
+    except NotRegistered as error:
+        raise UserError(f"{place}: {error}; or import the package that registers it") from None
     except (UserError, ValueError) as error:
         raise UserError(
             f"{place}: its config.json is damaged, or of another version: {error}"

@@ -55,6 +55,10 @@ def shown(value: object) -> str:
     return f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
 
 
+class NotRegistered(UserError):
+    """A name that no table has; a package that was not imported may register it."""
+
+
 class NameOf:
     """Restricts a text to the names of a table, to which names may be added at any time."""
 
@@ -74,7 +78,7 @@ class NameOf:
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
     ) -> Node:
-        return {"type": "string", "enum": [*self.more, *self.table]}
+        return {"type": "string", "enum": [*self.more, *self.table], "registered": True}
 
 
 def build(section: type[Section], name: str, values: object, written: Mapping[str, str]) -> Section:
@@ -107,6 +111,8 @@ def build(section: type[Section], name: str, values: object, written: Mapping[st
     setting = written.get(f"{name}.{key}", f"{name}.{key}")
     setting = (" " if setting.startswith("--") else ".").join([setting, *map(str, inner)])
     if isinstance(given, str) and "enum" in node:
+        if "registered" in node:
+            raise NotRegistered(f"{setting} is {shown(given)}: {nearest(given, node['enum'])}")
         choice(setting, given, node["enum"])
     raise UserError(f"{setting} is {shown(given)}: give {_accepted(node, first['type'])}")
 

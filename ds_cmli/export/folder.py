@@ -20,6 +20,7 @@ from ds_cmli.common.json_text import read
 from ds_cmli.config import registry
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
+from ds_cmli.config.validation import NotRegistered
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.modeling import CMLIModel, build_student
@@ -240,6 +241,9 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
         given = {**exported.settings, "data": data, "loss": {"weights": dict(exported.losses)}}
         config = Config.from_dict(given)
         student = build_student(exported)
+    except NotRegistered as error:
+        place = f"{str(folder)!r}: its config.json has"
+        raise UserError(f"{place} {error}; or import the package that registers it") from None
     except Exception as error:  # a file of others may hold anything
         raise UserError(
             f"{str(folder)!r}: its config.json is damaged, or of another version: {one_line(error)}"

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerFast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.export.modeling import CMLIModel
@@ -162,6 +163,7 @@ def _write_part(
 ) -> str:
     """Write one file, compare it on both inputs, and return a line for the user."""
     file = folder / f"{part.name}.onnx"
+    say(f"writing {folder.name}/{file.name}, which can take a minute")
     try:
         _export(part, inputs, file)
         most = np.maximum(

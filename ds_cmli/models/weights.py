@@ -15,6 +15,8 @@ from ds_cmli.common.errors import UserError, check_regular
 
 # Finds the number of the block in a key of timm's and transformers' models.
 BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
+# Finds a key of an image encoder of transformers, whose layout is not timm's.
+TRANSFORMERS_VISION = re.compile(r"(?:^|\.)(?:patch_embeddings?|embedder)\.")
 FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names in a folder of weights
 Shape = tuple[int, ...]
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers and Slurm see it
@@ -125,6 +127,8 @@ def account(
         do = "give weights in the layout of the model"
         if prefix := _prefix(wanted, unused):
             do = f"remove {prefix!r} from its keys"
+        elif any(map(TRANSFORMERS_VISION.search, unused)):
+            do = "they are transformers' names: give the weights that timm has of this model"
         raise source.error(
             f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): {do}"
         )

@@ -210,3 +210,19 @@ def test_a_config_that_cannot_be_read(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"config": TINY.to_dict()}))
     assert load_config(tmp_path / "run" / "config.json", "--checkpoint") == TINY
+
+
+@pytest.mark.parametrize(
+    ("section", "setting", "value"),
+    [
+        ("loss", "weights", {"of_a_package": 1.0}), ("student", "image_backbone", "of_a_package"),
+        ("student", "text_backbone", "of_a_package"), ("run", "report_to", ["of_a_package"]),
+    ],
+)  # fmt: skip
+def test_a_name_that_a_package_would_register_is_no_damage(section, setting, value, tmp_path):
+    content = TINY.to_dict()
+    content[section] = {**content[section], setting: value}
+    (tmp_path / "config.json").write_text(json.dumps({"config": content}))
+    line = refused(load_config, tmp_path / "config.json", "--checkpoint")
+    assert f"{section}.{setting}" in line and "of_a_package" in line and "damaged" not in line
+    assert line.endswith("; or import the package that registers it")

@@ -90,6 +90,18 @@ def test_keys_none_of_which_fits_are_refused(tower, partial, state, load):
     assert "weights_partial" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", [
+    "embeddings.patch_embeddings.projection.weight", "vision_model.embeddings.patch_embedding.weight",
+    "vit.embeddings.patch_embeddings.projection.bias", "resnet.embedder.embedder.convolution.weight",
+])  # fmt: skip
+def test_weights_in_the_layout_of_transformers_are_told(key, load):
+    for tower in ("image", "teacher"):
+        with pytest.raises(UserError, match=r"none of its keys .*: they are transformers' names: give the weights"):
+            UserError, match=r"none of its keys .*: they are transformers' names: give the weights that"
+        ):
+            load(tower, {key: torch.ones(1), "encoder.layer.0.attention.attention.query.weight": torch.ones(2)})
+
+
 @pytest.mark.parametrize("tower", EVERY)
 def test_weights_without_any_block_are_not_proposed_to_be_completed(tower, state, load):
     table = {key: value for key, value in state[tower].items() if value.ndim == 1 or "embed" in key}
