@@ -119,7 +119,7 @@ def prepare(
     Returns:
         None if the run is finished already, which is said.
     """
-    from ds_cmli.checkpoint import restore, run_folder
+    from ds_cmli.checkpoint import local_files, restore, run_folder
     from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
@@ -131,9 +131,22 @@ def prepare(
     point = restore.find(resume, folder)  # collective
     batch = restore.rebatch(point, asked)
     plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
-    state = restore.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
-    finished = state.step >= plan.total_steps and state.evaluated
-    if finished or state.out_of_patience(config.run.patience):
+    with place.watchdog.slow(together=True):  # large files on a slow disk
+        local = local_files.noted(config)  # collective
+    state = restore.state_of(
+        point, config, plan.deepspeed, with_changes, say, data.fingerprint, local
+    )
+    finished = state.step == plan.total_steps and state.evaluated
+    finished = finished or state.out_of_patience(config.run.patience)
+    own = point is None or (point.is_of(folder) and not point.changed)
+    if state.step > plan.total_steps or (finished and not own):
+        assert point is not None, "a fresh start has steps to take"
+        raise UserError(
+            f"{point.path} is of a run that has ended, and this start has {plan.total_steps} steps "
+            f"in all, {state.step} of them done: nothing would be trained: give more --steps, or "
+            "start without --resume"
+        )
+    if finished:
         say(
             f"the run in {folder} is finished, {state.step} steps: "
             "give another --output-dir to start a new one"

@@ -131,6 +131,9 @@ def build_and_train(ready: Prepared) -> int:
             ready.start.resume, ready.point, folder, config, plan.deepspeed
         )  # collective
         say(counts_line(engine.objective, engine.teacher))
+        if ready.point is not None and ready.point.changed:
+            rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1
+            say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
         with watchdog.slow(together=True):  # a tracker may ask its server
             writer = open_writer(
                 folder, plan.total_steps, state.step, config.run.report_to

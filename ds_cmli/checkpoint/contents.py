@@ -6,6 +6,7 @@ from pathlib import Path
 from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, read_shared
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
 from ds_cmli.distributed import process_group as distributed
@@ -44,6 +45,7 @@ def _made_by(folder: Path) -> str:
     date = datetime.fromtimestamp(path.stat().st_mtime)
     try:
         content = read(path, dict)
+        checksums.verify(content)
         preset, revision = content["config"]["run"]["preset"], content.get("revision")
     except (OSError, ValueError, KeyError, TypeError):
         return f"{folder}: a run whose config.json cannot be read"

@@ -57,6 +57,12 @@ class ResumePoint:
     # Whether this start partitions weights and optimizer states differently than the checkpoint.
     resharded: bool = False
 
+    changed: bool = False  # whether this start has other settings, by --resume-with-changes
+
+    def is_of(self, folder: Path) -> bool:
+        """Whether it is a checkpoint of the run in `folder`, or of the one that this replaces."""
+        return folder.resolve() in self.path.resolve().parents
+
     @property
     def same_ranks(self) -> bool:
         return self.ranks == distributed.world_size()
@@ -169,16 +175,18 @@ def state_of(
     with_changes: bool,
     say: Callable[[str], None],
     fingerprint: Mapping[str, object] | None = None,
+    local: Mapping[str, object] | None = None,
 ) -> TrainState:
     """The state to continue from, or a fresh one, with the settings and the batch of this start.
 
     Args:
         fingerprint: `Data.fingerprint`, which is compared like the settings.
+        local: `local_files.noted`, compared likewise.
 
     Raises:
         UserError: the run to resume had other settings, which are listed, without `with_changes`.
     """
-    now = settings.compared(config, ds_config, fingerprint or {})
+    now = settings.compared(config, ds_config, fingerprint, local)
     if point is None:
         state = TrainState()
     else:
@@ -207,6 +215,7 @@ def _compare(
             f"{'; '.join(changed)}. Give the old ones, another --output-dir, or "
             "--resume-with-changes"
         )
+    point.changed = bool(changed)
     changes = f" with changes: {'; '.join(changed)}" if changed else ""
     say(f"resuming from {point.path}{changes}")
     point.resharded = _is_resharded(point, now)

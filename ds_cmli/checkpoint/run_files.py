@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `config.json` of a running run, which are written again where they are gone.
+"""`metrics.jsonl`, its checksums and `config.json`, which a run writes again where they are gone.
 
 Only rank 0 uses this. The checkpoints of a folder that is gone come back with the next one, see
 `checkpoints.Checkpoints`.
@@ -9,17 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.checkpoint import files, lock
-from ds_cmli.checkpoint.run_folder import METRICS
+from ds_cmli.checkpoint.run_folder import CHECKSUMS, METRICS
+from ds_cmli.common import checksums
 
 CONFIG = "config.json"
 
 
 class RunFiles:
     def __init__(self, folder: Path):
-        """`folder`: the run's, in which both files are up to date."""
+        """`folder`: the run's, in which the files are up to date."""
         self.folder = folder
         self.handle: int | None = None  # of the folder itself, which also a renamed folder keeps
-        self.contents = {name: bytearray(_read(folder / name)) for name in (METRICS, CONFIG)}
+        names = (METRICS, CHECKSUMS, CONFIG)
+        self.contents = {name: bytearray(_read(folder / name)) for name in names}
         self.waiting = b""  # lines that could not be written yet
         self._open()
 
@@ -40,21 +42,26 @@ class RunFiles:
         self.waiting += lines
         lock.check(self.folder)
         told = self._mend()
-        with open(self.folder / METRICS, "ab", buffering=0) as file:
+        # First the checksums: a line without one has been written by another program.
+        self._append(CHECKSUMS, checksums.of_lines(self.waiting), to_disk)
+        self._append(METRICS, self.waiting, to_disk)
+        self.waiting = b""
+        return told
+
+    def _append(self, name: str, lines: bytes, to_disk: bool) -> None:
+        with open(self.folder / name, "ab", buffering=0) as file:
             # Now the file cannot be one that a later holder of the lock has made.
             lock.check(self.folder)
             end = file.tell()
             try:
-                if file.write(self.waiting) != len(self.waiting):
+                if file.write(lines) != len(lines):
                     raise OSError("no space left on device")
             except OSError:
                 file.truncate(end)
                 raise
             if to_disk:
                 os.fsync(file.fileno())
-        self.contents[METRICS] += self.waiting
-        self.waiting = b""
-        return told
+        self.contents[name] += lines
 
     def _mend(self) -> list[str]:
         """Write again what is missing in the folder. Raises OSError."""

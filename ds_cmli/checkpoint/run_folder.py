@@ -11,7 +11,7 @@ from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.restore import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
-from ds_cmli.common import provenance
+from ds_cmli.common import checksums, provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse, read
@@ -23,9 +23,16 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
 METRICS = "metrics.jsonl"
+CHECKSUMS = METRICS + checksums.LINES
 DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
-OF_A_RUN = (METRICS, BAD_FILE, "config.json", *TRACKERS)  # each tracker has a folder of its name
+OF_A_RUN = (
+    METRICS,
+    CHECKSUMS,
+    BAD_FILE,
+    "config.json",
+    *TRACKERS,
+)  # each tracker has a folder of its name
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -116,9 +123,13 @@ def requeued(resume: str, folder: Path) -> str:
     if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
         return resume
     try:
-        job = read(folder / "config.json", dict).get("slurm_job")
-    except (OSError, ValueError):
+        config = read(folder / "config.json", dict)
+        checksums.verify(config)
+    except OSError:
         return resume
+    except ValueError:  # whose checkpoints these are is not known, and going on loses none of them
+        return "auto"
+    job = config.get("slurm_job")
     same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")
     return "auto" if same_job else resume
 
@@ -190,7 +201,8 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     """Remove the lines after the step from which a run resumes, and an incomplete last line.
 
     Unless `state.evaluated`, the evaluation of that step is removed too, since it will be done
-    again. Damaged lines are moved to another file.
+    again. Damaged lines, and those that do not agree with their checksums, are moved to another
+    file.
 
     Args:
         expected: the number of lines up to that step; 0 if not known.
@@ -199,24 +211,37 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
         Lines that tell the user of damaged and of missing lines.
     """
     kept, damaged = [], []
+    altered: list[str] = []  # the numbers of the lines that can be read, but are other ones
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
+    lines.pop()  # after the last line break there is nothing, or an incomplete line
+    changed = set(checksums.changed(lines, path))
+    for number, text in enumerate(lines, 1):
         try:
             values = parse(text, dict)
             again = not state.evaluated and any(name.startswith("eval/") for name in values)
-            if values["step"] <= state.step and not (again and values["step"] == state.step):
-                kept.append(text + b"\n")
+            stays = values["step"] <= state.step and not (again and values["step"] == state.step)
         except (ValueError, KeyError, TypeError):
             damaged.append(text + b"\n")
+            continue
+        if number in changed:
+            damaged.append(text + b"\n")
+            altered.append(str(number))
+        elif stays:
+            kept.append(text + b"\n")
+    aside = path.with_name(DAMAGED)
     if damaged:
-        with open(path.with_name(DAMAGED), "ab") as file:
+        with open(aside, "ab") as file:
             file.writelines(damaged)
+    files.publish(path.with_name(CHECKSUMS), checksums.of_lines(b"".join(kept)))
     files.publish(path, b"".join(kept))
     told = []
-    if damaged:
+    if len(damaged) > len(altered):
+        count = len(damaged) - len(altered)
+        told.append(f"warning: {count} lines of {path} cannot be read: kept in {aside}")
+    if altered:
         told.append(
-            f"warning: {len(damaged)} lines of {path} cannot be read: kept in "
-            f"{path.with_name(DAMAGED)}"
+            f"warning: {path}: line {', '.join(altered)} does not agree with its checksum in "
+            f"{CHECKSUMS}: kept in {aside}"
         )
     missing = expected - len(kept) - len(damaged)
     if missing > 0:

@@ -51,10 +51,14 @@ class Saved:
     bytes: int = 0
     error: str | None = None
     not_finite: bool = False  # the error is that a tensor has NaN or inf
+    before: str | None = None  # the checkpoint before
 
     def line(self, step: int) -> str:
         if self.error is not None:
-            return f"warning: no checkpoint at step {step}, the one before stays: {self.error}"
+            kept = "there is none before"
+            if self.before is not None:
+                kept = "the one before stays"
+            return f"warning: no checkpoint at step {step}, {kept}: {self.error}"
         return f"checkpoint {self.name}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
 
 
@@ -125,7 +129,7 @@ def save(
     refusal = distributed.broadcast_object(refusal)
     every = sum(entry["bytes"] for entry in written.files.values())
     size = 0 if refusal else every - written.linked
-    return Saved(name, time.monotonic() - started, size, refusal, written.not_finite)
+    return Saved(name, time.monotonic() - started, size, refusal, written.not_finite, before)
 
 
 def save_student(folder: Path, engine: TrainEngine) -> bool:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from ds_cmli.common import checksums
+
 PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
@@ -63,4 +65,4 @@ def write(path: Path, config: Mapping[str, object], ds_config: Mapping[str, obje
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(checksums.sealed(content), indent=2) + "\n")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse, read
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compares_tokens
@@ -436,6 +437,7 @@ def load_config(path: Path, setting: str) -> Config:
     try:
         content = read(path, dict, finite=True)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
+        checksums.verify(content)
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None

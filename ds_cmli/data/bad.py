@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+from ds_cmli.common.checksums import sealed, verify
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
@@ -29,9 +30,9 @@ class Refused(ValueError):
 class BadFile:
     """`bad.jsonl` in a run's folder: each sample that was skipped, once, and why.
 
-    Lines are `{"name", "reason", "when"}`; `when` is "load", "training" or "evaluation". A resumed
-    run adds what it had not met before. Where the file cannot be written, lines wait in memory and
-    the user is told once.
+    Lines are `{"name", "reason", "when", "sha256"}`; `when` is "load", "training" or "evaluation".
+    A resumed run adds what it had not met before. Where the file cannot be written, lines wait in
+    memory and the user is told once.
     """
 
     def __init__(self, path: Path, at_load: Iterable[Bad]):
@@ -94,13 +95,14 @@ class BadFile:
 
 
 def _line(found: tuple[str, ...]) -> str:
-    return json.dumps(dict(zip(("name", "reason", "when"), found, strict=True))) + "\n"
+    return json.dumps(sealed(dict(zip(("name", "reason", "when"), found, strict=True)))) + "\n"
 
 
 def _parsed(line: str) -> tuple[str, str, str] | None:
     """The sample of a line; None if the line is damaged."""
     try:
         values = parse(line, dict)
+        verify(values)
         return str(values["name"]), str(values["reason"]), str(values["when"])
     except (ValueError, KeyError):
         return None

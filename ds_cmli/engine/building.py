@@ -32,6 +32,7 @@ from ds_cmli.engine.parameter_groups import (
     tagged_for_muon,
 )
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
+from ds_cmli.engine.starting import start_lines
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective, Queue
@@ -82,7 +83,8 @@ def build_models(
         add_adapters(student, config.student)
     freeze(objective, config)
     if pretrained:
-        for line in rates_without_effect(objective, config.optim):
+        lines = start_lines(config, objective, teacher)
+        for line in (*lines, *rates_without_effect(objective, config.optim)):
             say(line, objective)
     return objective, teacher
 

@@ -22,6 +22,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 
 CHUNK = 2**22  # elements that are swapped at a time
@@ -61,27 +62,27 @@ class EMA:
     def as_master_weights(self) -> Iterator[None]:
         """Inside, the tensors of the master weights hold the averages, and the other way round."""
         self._exchange()
-        yield
-        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
 
     @contextmanager
     def as_weights(self) -> Iterator[None]:
         """Inside, forward passes use the averages. Collective.
 
-        An error on one rank alone ends the run, so the weights are not put back then; `Preempted`
-        is raised on all ranks together, and they are.
+        After an error the master weights are put back, too. The weights that forward passes use are
+        computed from them together with all ranks, which is done after `Preempted`, raised on all
+        of them; another error may be of one rank alone and ends a run of several.
         """
-        self._exchange()
-        refresh_weights(self.engine)  # collective
         try:
-            yield
-        except preemption.Preempted:
-            self._put_back()  # collective
+            with self.as_master_weights():
+                refresh_weights(self.engine)  # collective
+                yield
+        except BaseException as error:
+            if isinstance(error, preemption.Preempted) or distributed.world_size() == 1:
+                refresh_weights(self.engine)  # collective
             raise
-        self._put_back()  # collective
-
-    def _put_back(self) -> None:
-        self._exchange()
         refresh_weights(self.engine)  # collective
 
     @torch.no_grad()

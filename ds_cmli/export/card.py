@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ds_cmli.checkpoint.save import FOLDER, latest, step_of
-from ds_cmli.common import documents
+from ds_cmli.common import checksums, documents
 from ds_cmli.common.cli import say
 from ds_cmli.common.documents import markdown_table
 from ds_cmli.common.errors import UserError
@@ -152,10 +152,12 @@ def recorded(source: Source) -> Results | None:
     file = source.run / "metrics.jsonl"
     last: dict[str, dict[str, Any]] = {}
     step = 0
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    changed = checksums.changed(lines, file)
+    for number, line in enumerate(lines, 1):
         values = _parsed(line)
         for column, value in values.items():
-            if not column.startswith("eval/"):
+            if number in changed or not column.startswith("eval/"):
                 continue
             _, split, name = column.split("/", 2)
             if split.endswith("_ema") == source.ema:
@@ -170,7 +172,7 @@ def recorded(source: Source) -> Results | None:
     return Results(last, how)
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any]:
     """A line of `metrics.jsonl`; nothing of a torn one."""
     try:
         return parse(line, dict)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ds_cmli.allocator import gpus
+from ds_cmli.common.checksums import sealed
 from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject
@@ -180,7 +181,7 @@ def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) ->
     else:
         content["prediction_failed"] = answer.failed
     try:
-        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+        (folder / FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
     except OSError as error:  # the training goes on
         say(f"warning: {folder / FILE} cannot be written: {error.strerror}")
 

@@ -120,6 +120,7 @@ class ImageBackbone(nn.Module):
     prefix: int
     mean: Iterable[float]
     std: Iterable[float]
+    depth: int | None = None  # how many blocks the model has, before it was cut; None: unknown
     # The pixels of a patch, if `forward` takes the grids of pictures of any aspect too; 0: it does
     # not.
     aspect_patch = 0
@@ -163,6 +164,7 @@ class TextBackbone(nn.Module):
 
     width: int
     most_positions: int | None
+    depth: int | None = None  # as of an image encoder
     padded: bool | None = None  # whether a text of the batch is padded; None: unknown
 
     @classmethod

@@ -48,7 +48,8 @@ class TimmNaFlex(ImageBackbone):
         height, width = self.patch = model.embeds.patch_size
         self.aspect_patch = height if height == width else 0
         timm_model.check_image_size(request, (height, width))
-        last = timm_model.last_block(request, len(model.blocks), "block")
+        self.depth = len(model.blocks)
+        last = timm_model.last_block(request, self.depth, "block")
         need = "a NaFlexViT gives the features of one block: leave it out"
         check(request.average == 1, "teacher.average_blocks", request.average, need)
         timm_model.cut(model, last)

@@ -43,7 +43,7 @@ class TimmTokens(ImageBackbone):
         ratio = getattr(model.patch_embed, "feat_ratio", None)
         if ratio is not None:
             timm_model.check_image_size(request, tuple(ratio(as_scalar=False)))
-        depth = len(model.blocks)
+        depth = self.depth = len(model.blocks)
         last = timm_model.last_block(request, depth, "block")
         norm, pool = model.norm, None
         need = f"{request.model!r} has {last + 1} up to teacher.block: give fewer"
@@ -51,6 +51,7 @@ class TimmTokens(ImageBackbone):
         # The model's own pooling is trained on the last block's output.
         if last == depth - 1 and request.average == 1:
             pool = getattr(model, "attn_pool", None)
+        self.own_pooling = model.global_pool
         timm_model.cut(model, last)
         self.has_class_token = getattr(model, "cls_token", None) is not None
         self.pools = pool is not None and not self.has_class_token

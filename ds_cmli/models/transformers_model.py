@@ -139,8 +139,11 @@ def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
         return None
 
 
-def create(request: TextRequest) -> PreTrainedModel:
-    """Create the model, cut to its first layers, on the CPU in fp32; raises `UserError`."""
+def create(request: TextRequest) -> tuple[PreTrainedModel, int | None]:
+    """Create the model, cut to its first layers, on the CPU in fp32; raises `UserError`.
+
+    Also returns how many layers it had; None: it has no plain stack of them.
+    """
     source, weights = request.source, request.weights
     if weights not in ("random", "hub") and not Path(weights).exists():
         raise source.error(
@@ -150,6 +153,7 @@ def create(request: TextRequest) -> PreTrainedModel:
     try:
         with loading(hub=weights == "hub"):
             config = _configured(request)
+            depth = getattr(config, "num_hidden_layers", None)
             kept = _sized(request, config)
             model: Any = _build(request, config)
     except UserError:
@@ -166,7 +170,7 @@ def create(request: TextRequest) -> PreTrainedModel:
         )
     if kept is None:
         say(f"{request.name} has no plain stack of layers: it is kept whole", model)
-    return model.train()  # `from_pretrained` returns it in eval mode, without dropout
+    return model.train(), depth  # `from_pretrained` returns it in eval mode, without dropout
 
 
 def _is_file(request: TextRequest) -> bool:

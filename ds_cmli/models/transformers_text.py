@@ -42,7 +42,7 @@ class Transformer(TextBackbone):
 
     def __init__(self, request: TextRequest):
         super().__init__()
-        self.model = create(request)
+        self.model, self.depth = create(request)
         # The key-value cache is for generation: here it would waste memory, twice under activation
         # checkpointing.
         self.model.config.use_cache = False

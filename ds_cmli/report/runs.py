@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import TypedDict
 
-from ds_cmli.common import json_text
+from ds_cmli.common import checksums, json_text
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import load_config
 from ds_cmli.config.settings import flatten
@@ -113,6 +113,11 @@ def read(folder: str | Path, name: str = "") -> RunFiles:
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{run}: its metrics.jsonl cannot be read: {error}") from None
+    if changed := checksums.changed(lines, path):
+        raise UserError(
+            f"{run}: line {', '.join(map(str, changed))} of its metrics.jsonl does not agree with "
+            f"its checksum in metrics.jsonl{checksums.LINES}: remove the line"
+        )
     name = printable(name or folder.resolve().name)
     return RunFiles(folder, name, settings, metrics, _memory(folder))
 
@@ -135,6 +140,7 @@ def printable(text: str) -> str:
 def _memory(folder: Path) -> dict[str, Any] | None:
     try:
         content = json_text.read(folder / "memory.json", dict)
+        checksums.verify(content)
         check_kind("it", content, Memory)
         return content
     except FileNotFoundError:

@@ -163,7 +163,9 @@ def test_a_folder_that_cannot_be_written_costs_warnings_and_the_exit_code(
         finally:
             undo[0]()
     printed = capfd.readouterr()
-    assert "warning: no checkpoint at step 6, the one before stays: " in printed.out
+    # Where `checkpoint` is a file now, there is none before.
+    kept = "the one before stays" if strike in (read_only, full_disk) else "there is none before"
+    assert f"warning: no checkpoint at step 6, {kept}: " in printed.out
     assert "error: the last checkpoint could not be written (" in printed.out
     assert "Traceback" not in printed.err
     assert f"step {STEPS}/{STEPS}" in printed.out  # it has trained on
@@ -176,6 +178,14 @@ def test_a_folder_that_cannot_be_written_costs_warnings_and_the_exit_code(
     assert are_there == (strike is not read_only)
     for name in STUDENTS:
         assert (kept[name] == (tmp_path / "run" / name).read_bytes()) == are_there
+
+
+def test_a_first_checkpoint_without_room_has_none_before_it(arguments, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert drive([*arguments, str(tmp_path / "run"), "--steps", "1"], mistakes=True) == 2
+    out = capfd.readouterr().out
+    assert "warning: no checkpoint at step 1, there is none before: it needs about " in out
+    assert "the one before" not in out
 
 
 @pytest.mark.parametrize("strike, had", [(remove_parts("metrics.jsonl"), 0), (cut, 0)])

@@ -466,6 +466,28 @@ def test_damaged_lines_of_metrics_are_kept_and_told(copied, source, capfd):
     assert (copied / "metrics.damaged.jsonl").read_text() == '{"step": 1, "lo\n[1]\n\x00\x00\n'
 
 
+def test_lines_of_metrics_that_were_changed_are_kept_and_told(copied, source, capfd):
+    file = copied / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    other = lines[0].replace('"loss":', '"lors":')
+    file.write_text("".join([other, *lines[1:]]))
+    assert drive([*TINY, *source, "--output-dir", str(copied)], stop_at=5) == 85
+    line = f"warning: {file}: line 1 does not agree with its checksum in metrics.jsonl.crc32: kept in "
+    assert line + str(copied / "metrics.damaged.jsonl") in capfd.readouterr().out
+    assert other not in file.read_text()
+    assert (copied / "metrics.damaged.jsonl").read_text() == other
+    assert drive([*TINY, *source, "--output-dir", str(copied)], stop_at=6) == 85
+    assert "does not agree" not in capfd.readouterr().out
+
+
+def test_a_run_without_checksums_of_its_lines_gets_them(copied, source, capfd):
+    sums = copied / "metrics.jsonl.crc32"
+    before, _ = sums.read_bytes(), sums.unlink()
+    assert drive([*TINY, *source, "--output-dir", str(copied)], stop_at=5) == 85
+    assert "warning" not in capfd.readouterr().out
+    assert sums.read_bytes().startswith(before) and len(sums.read_bytes()) == 9 * len(metrics(copied))
+
+
 def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch, capfd):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -502,6 +524,26 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_pa
         path.unlink()
     with pytest.raises(UserError, match=r"state.json cannot be read.*there is no other"):
         drive([*arguments, str(copied)])
+
+
+@pytest.mark.parametrize("ds_json", [{}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}])
+def test_an_evaluation_of_averages_that_fails_saves_the_weights(ds_json, source, tmp_path, monkeypatch):
+    """Started again, the run is as one that was never broken off."""
+    arguments = [*TINY, "--steps", "6", *source, "--set", "optim.ema_decay=0.9", *json_file(tmp_path / "ds", ds_json)]
+    assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    splits = Run._evaluate_splits
+
+    def fails(run, suffix, counts):
+        if suffix:
+            raise UserError("a data loading process was killed")
+        splits(run, suffix, counts)
+
+    broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_evaluate_splits", fails)
+        assert drive(broken, mistakes=True) == 2
+    assert drive(broken) == 0
+    assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
 def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeypatch):

@@ -44,6 +44,35 @@ def test_by_hand():
     assert module.weight.item() == 0.0
 
 
+@pytest.mark.parametrize("error", [UserError("one rank's data"), RuntimeError(), KeyboardInterrupt(), MemoryError()])
+def test_the_weights_are_put_back_after_any_error(error):
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    for inside in (ema.as_weights, ema.as_master_weights):
+        module.weight.data.fill_(2.0)
+        with pytest.raises(type(error)), inside():
+            assert module.weight.item() == 1.0
+            raise error
+        assert (module.weight.item(), ema.averages[0].item()) == (2.0, 1.0)
+
+
+def test_an_error_of_one_of_several_ranks_puts_its_master_weights_back_without_a_collective(monkeypatch):
+    refreshed = []
+    monkeypatch.setattr("ds_cmli.engine.ema.refresh_weights", refreshed.append)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    module = nn.Linear(1, 1, bias=False)
+    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    before = module.weight.item()
+    ema.averages[0].fill_(7.0)
+    for error, refreshes in ((UserError("one rank's data"), 1), (Preempted(), 2)):
+        refreshed.clear()
+        with pytest.raises(type(error)), ema.as_weights():
+            assert module.weight.item() == 7.0
+            raise error
+        assert len(refreshed) == refreshes and module.weight.item() == before
+
+
 def ds_json(stage, precision, accumulation=1, **zero):
     return {
         "gradient_accumulation_steps": accumulation,
@@ -103,10 +132,11 @@ def check(rank, ranks, layouts):
             wrong.append(f"{layout}: nothing has moved")
         before, batch = used_weights(train_engine), some_batch(config, 0)
         features = embedded(train_engine, batch)
-        with pytest.raises(Preempted), train_engine.ema.as_weights():
+        error = Preempted if ranks > 1 or layout[2] == 2 else UserError
+        with pytest.raises(error), train_engine.ema.as_weights():
             assert not any(map(torch.equal, features, embedded(train_engine, batch)))
             inside = weights_of(train_engine)
-            raise Preempted
+            raise error("in an evaluation")
         if not all(torch.equal(inside[n], averages[n]) for n in inside):
             wrong.append(f"{layout}: an evaluation has other weights")
         if not all(map(torch.equal, before, used_weights(train_engine))):

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.settings import flatten
@@ -145,6 +146,20 @@ def test_the_last_match_maps_of_tensorboard_are_on_the_page(tmp_path):
                             (tmp_path / "page.html").read_text())  # fmt: skip
     assert picture[1] == "seen/0, step 10"
     assert Image.open(io.BytesIO(base64.b64decode(picture[0]))).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_run_whose_files_were_changed_is_refused(tmp_path):
+    path = run(tmp_path / "a", 0, 0.5)
+    config, lines = tmp_path / "a" / "config.json", tmp_path / "a" / "metrics.jsonl"
+    config.write_text(json.dumps(checksums.sealed(json.loads(config.read_text()))))
+    lines.with_name("metrics.jsonl.crc32").write_bytes(checksums.of_lines(lines.read_bytes()))
+    read(path)
+    lines.write_text(lines.read_text().replace("3.5", "3.4"))
+    with pytest.raises(UserError, match=r"line 1 of its metrics.jsonl does not agree with its checksum"):
+        read(path)
+    config.write_text(config.read_text().replace('"context_length": 32', '"context_length": 33'))
+    with pytest.raises(UserError, match=r"its config.json is damaged.* does not agree with its checksum"):
+        read(path)
 
 
 def test_what_is_no_run_is_told(tmp_path):

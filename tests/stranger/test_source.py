@@ -43,7 +43,7 @@ def test_it_trains_is_evaluated_and_goes_on_as_if_never_stopped(tmp_path, pictur
     assert drive(broken) == 0
     assert_same(tmp_path / "straight", tmp_path / "broken")
     (bad,) = (tmp_path / "broken" / "bad.jsonl").read_text().splitlines()
-    assert json.loads(bad) == {"name": "_.png", "reason": "empty caption", "when": "load"}
+    assert json.loads(bad).items() >= {"name": "_.png", "reason": "empty caption", "when": "load"}.items()
     given = ["--checkpoint", str(tmp_path / "broken"), "--split", "all", "--json", str(tmp_path / "x.json")]
     done = CliRunner().invoke(evaluate, given)
     assert done.exception is None and f"{pictures} is read as x" in done.output

@@ -17,7 +17,7 @@ from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.pictures import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, numbered, unused, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, sampled, unused, usable
 from ds_cmli.data.sources.find import SPLITS, part_of
 from ds_cmli.data.sources.tables import CAPTION_KEYS, find_columns
 
@@ -44,11 +44,11 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
     if "train" not in splits:
         splits = {"train": files}
     datasets = _copied(name, splits)
-    sizes = {file.name: file.stat().st_size for file in files}
+    stored_as = noted({file.name: file for file in files})
     parts = {}
     for split, dataset in datasets.items():
         stored = list(map(_stored, splits[split]))
-        parts[split] = Arrow(f"{name} ({split})", dataset, sizes, stored, config)
+        parts[split] = Arrow(f"{name} ({split})", dataset, stored_as, stored, config)
     notices = []
     others = [file.name for file in files if part_of(file) is None]
     if others and len(others) < len(files):
@@ -111,12 +111,12 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(
             f"data.source is {name!r}, which has the splits {', '.join(splits)}: name one 'train'"
         )
-    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}
+    stored_as = noted({str(f.relative_to(folder)): f for f in sorted(folder.rglob("*.arrow"))})
     parts = {}
     for part, split in used.items():
         rows = splits[split]
         stored = [(str(folder.resolve() / part), len(rows))]
-        parts[part] = Arrow(f"{name} ({part})", rows, sizes, stored, config)
+        parts[part] = Arrow(f"{name} ({part})", rows, stored_as, stored, config)
     known = f"known are {', '.join(SPLITS)}"
     notices = [
         f"the split {split!r} of {name} is not used: {known}"
@@ -124,6 +124,12 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
         if split not in used.values()
     ]
     return Parts(parts["train"], parts.get("validation"), parts.get("test"), notices)
+
+
+def noted(files: dict[str, Path]) -> dict[str, object]:
+    """What a fingerprint says of files by name: their sizes, and a digest of their content."""
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    return {"files": sizes, "sampled": sampled(list(files.values()))}
 
 
 def _stored(file: Path) -> tuple[str, int]:
@@ -142,13 +148,13 @@ class Arrow(Source):
         self,
         where: str,
         dataset: "Dataset",
-        sizes: dict[str, int],
+        stored_as: dict[str, object],
         stored: Stored,
         config: DataConfig,
     ):
         import datasets
 
-        self.where, self.sizes, self.stored, self.bad = where, sizes, stored, []
+        self.where, self.stored_as, self.stored, self.bad = where, stored_as, stored, []
         self.most_bytes = most_bytes(config.max_pixels)
         features = dataset.features
         images = [name for name, feature in features.items() if _holds_image(feature)]
@@ -191,7 +197,7 @@ class Arrow(Source):
         return self.unused
 
     def fingerprint(self) -> dict[str, object]:
-        return {"pictures": len(self), "files": self.sizes}
+        return {"pictures": len(self), **self.stored_as}
 
     def identities(self) -> np.ndarray:
         return np.concatenate(list(starmap(numbered, self.stored)))

@@ -3,9 +3,12 @@
 n pictures.
 """
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.bad import EMPTY, Bad, Refused, printable
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
+BLOCKS, BLOCK_BYTES = 256, 2**18  # of large data, what is compared when a run resumes
 MOST_NAMED = 10  # columns that are not read
 
 
@@ -193,6 +197,19 @@ def hold_out(source: Source, wanted: float | None = None) -> tuple[Source, Sourc
     # Bad samples are reported once.
     held_out = Part(source, np.flatnonzero(chosen).astype(np.uint32), [])
     return kept, held_out
+
+
+def sampled(paths: Sequence[Path]) -> str:
+    """A digest of the content of files; of more than 64 MiB in all, or many, of spread blocks."""
+    paths = paths[:: -(-len(paths) // BLOCKS) or 1]
+    step = max(BLOCK_BYTES, sum(map(os.path.getsize, paths)) // BLOCKS)
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            for start in range(0, os.path.getsize(path), step):
+                file.seek(start)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def first_twice(names: Sequence[str]) -> str | None:

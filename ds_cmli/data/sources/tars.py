@@ -17,7 +17,7 @@ from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, numbered, unused, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, sampled, unused, usable
 from ds_cmli.data.sources.find import part_of
 from ds_cmli.data.sources.tar_index import add_not_read, index
 from ds_cmli.data.sources.tar_members import BLOCK, NotRead
@@ -170,7 +170,12 @@ class Tars(Source):
         members = hashlib.blake2b(digest_size=8)
         for rows in self._shard_rows():
             members.update(rows.tobytes())
-        return {"pictures": len(self), "files": sizes, "members": members.hexdigest()}
+        return {
+            "pictures": len(self),
+            "files": sizes,
+            "members": members.hexdigest(),
+            "sampled": sampled(self.shards),
+        }
 
     def identities(self) -> np.ndarray:
         places, counts = map(os.path.realpath, self.shards), np.diff(self.starts)
