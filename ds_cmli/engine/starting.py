@@ -52,7 +52,7 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
         )
     yield from _frozen_at_random(student, objective)
     if teacher is not None and config.teacher.weights == "random":
-        yield "warning: teacher.weights is 'random': the student learns features of no meaning"
+        yield "teacher.weights is 'random': the student learns features of no meaning"
 
 
 def _between(setting: str, width: int, students: int) -> str:

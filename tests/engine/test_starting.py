@@ -138,7 +138,7 @@ def test_blocks_that_the_weights_lack_are_no_layers_to_freeze(lines, weights, tm
 
 def test_a_random_teacher_is_a_warning_where_a_loss_has_it(lines, weights):
     values = own(weights) | {"teacher": {"weights": "random"}}
-    line = "warning: teacher.weights is 'random': the student learns features of no meaning"
+    line = "teacher.weights is 'random': the student learns features of no meaning"
     assert lines(**values) == [line]
     assert lines(**values, loss={"weights": {"global": 1.0}}) == []
     wide = {"weights": "random", "overrides": {**VIT, "embed_dim": 48}}
