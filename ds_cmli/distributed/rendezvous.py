@@ -112,13 +112,16 @@ def _beside_the_agents(place: Place, start: timedelta, stop: Callable[[], None])
     host, port = place.host, int(os.environ["MASTER_PORT"])
     me, seconds = f"rank {place.rank} of {place.ranks}", start.total_seconds()
     end = time.monotonic() + seconds
+    agents = None
+    while agents is None:
+        stop()
+        if time.monotonic() > end:
+            raise UserError(f"{me} did not reach the launcher at {host}:{port}")
+        time.sleep(0.05)
+        if _open(host, port):
+            agents = _ask(host, port, None)
+    agents.set_timeout(start)
     try:
-        while not _open(host, port):
-            stop()
-            if time.monotonic() > end:
-                raise UserError(f"{me} did not reach the launcher at {host}:{port}")
-            time.sleep(0.3)
-        agents = dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
         if place.rank == 0:
             # The connection tells the address at which others reach this node.
             with socket.create_connection((host, port)) as way:
@@ -220,8 +223,8 @@ def _nobody(rank: int, message: str) -> NoReturn:
     raise UserError(message)
 
 
-def _ask(host: str, port: int, token: str) -> dist.Store | None:
-    """The store at this address if its token is this run's and not all ranks have come.
+def _ask(host: str, port: int, token: str | None) -> dist.Store | None:
+    """The store at this address if its token is this run's, or None, and not all ranks have come.
 
     A thread asks, as another program may never answer.
     """
@@ -233,14 +236,15 @@ def _ask(host: str, port: int, token: str) -> dist.Store | None:
             store = dist.TCPStore(
                 host, port, is_master=False, timeout=answer, wait_for_workers=False
             )
-            if store.get(TOKEN).decode() == token and not store.check([ALL]):
+            own = token is None or store.get(TOKEN).decode() == token
+            if own and not store.check([ALL]):
                 answered.append(store)
         except (dist.DistError, UnicodeDecodeError):
             pass
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(ANSWER + 1)
+    thread.join(1.2 * ANSWER)
     return next(iter(answered), None)
 
 
