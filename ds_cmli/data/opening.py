@@ -16,7 +16,7 @@ import numpy as np
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import Bad, told
+from ds_cmli.data.bad import Bad, printable, told
 from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.sources.base import Part, Parts, Source, hold_out
 from ds_cmli.data.sources.find import open_source, weighted
@@ -100,6 +100,8 @@ def to_evaluate(config: DataConfig, name: str) -> DataConfig:
     `val_source`, evaluated whole or in its validation part. The run's settings of its own data do
     not apply to other data.
     """
+    if printable(name) != name:
+        raise UserError(f"--data is {name!r}, which is no Unicode: rename it")
     trained_on = list(map(_place, weighted(config.source)[0]))
     if config.val_source or _place(name) not in trained_on:
         if _place(name) not in (*trained_on, _place(config.val_source)):

@@ -173,7 +173,7 @@ class TrainPairs(Dataset):
         """The bytes of the caption that a draw gets; 0 of one that is replaced."""
         try:
             sizes = self.pictures.caption_sizes(draw.sample)
-        except Refused:
+        except (ValueError, OSError):
             return 0
         return sizes[choice(len(sizes), self.seed, draw.turn, draw.sample)]
 

@@ -26,6 +26,7 @@ from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.aspect import grid_at, laid_out, patch_mask
+from ds_cmli.data.bad import printable
 from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
@@ -203,6 +204,8 @@ class Model:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"a text is {type(text).__name__} {text!r}: give a string")
+            if printable(text) != text:
+                raise UserError(f"a text is {text!r}, which is no Unicode: give whole characters")
         if line := tell_cut(texts, self.tokenizer.positions):
             warnings.warn(line, stacklevel=2)
         nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)

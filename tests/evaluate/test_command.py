@@ -108,6 +108,7 @@ def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
     ("arguments", "words"),
     [
         (["--data", ""], "--data is empty: give a value, or leave it out"),
+        (["--data", "red\udcff"], r"--data is 'red\udcff', which is no Unicode: rename it"),
         (["--zero-shot", ""], "--zero-shot is empty"),
         (["--fold-size", "0"], "--fold-size is 0: give at least 1"),
         (["--zero-shot", ".", "--fold-size", "5"], "--fold-size has no effect beside --zero-shot"),

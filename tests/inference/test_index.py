@@ -1,6 +1,8 @@
 """Search over an index on disk finds what the scores of all pairs say."""
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -120,3 +122,18 @@ def test_an_index_of_other_weights_is_told(model, index, pictures, run_without_g
     del content["weights"]  # as earlier versions wrote it
     (tmp_path / "index.json").write_text(json.dumps(content))
     assert len(Index(tmp_path).search(model, TEXTS)) == 2
+
+
+def test_names_and_texts_that_are_no_unicode(model, pictures, run, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))[:3]):
+        shutil.copy(file, folder / os.fsdecode(b"red\xff%d.png" % number))
+    arguments = [str(tmp_path / "index"), "--build", str(folder), "--model", str(run), "a red car"]
+    done = CliRunner().invoke(command, [*arguments, "--page", str(tmp_path / "page.html"), "--json"])
+    assert done.exception is None
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "red\\udcff0.png" in page and page.count("data:image/jpeg") == 3
+    for text in ("\udcff", ["a red car", "half \ud83d"]):
+        with pytest.raises(UserError, match=r"a text is '.*\\ud.*', which is no Unicode: give whole characters"):
+            model.embed_texts(text)

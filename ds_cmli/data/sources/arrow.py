@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from filelock import FileLock
 
+from ds_cmli.common.cache import is_sealed, seal
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.common.pretrained import reason
@@ -22,9 +24,10 @@ from ds_cmli.data.sources.find import SPLITS, part_of
 from ds_cmli.data.sources.tables import CAPTION_KEYS, find_columns
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetBuilder
     from pyarrow import Array
 
+MOST_CHECKED = 10**10  # bytes of a copy that every start reads once for damage, at about 1 GB/s
 Stored = list[tuple[str, int]]  # where rows are stored and how many, in their order
 
 
@@ -60,7 +63,7 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
 
 
 def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
-    """Copy parquet files into Arrow files, unless that was done before, and open these."""
+    """Copy parquet files into Arrow files, unless whole ones are there, and open these."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -68,16 +71,10 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
     try:
         builder = datasets.load_dataset_builder("parquet", data_files=data_files)
         cache = Path(builder.cache_dir)
-        if not cache.exists():
-            size = sum(file.stat().st_size for file in chain.from_iterable(splits.values()))
-            home = next(filter(Path.exists, cache.parents))
-            if shutil.disk_usage(home).free < size:
-                raise UserError(
-                    f"data.source is {name!r}: {home} has no room for its copy of about "
-                    f"{size / 1e9:.2f} GB: set HF_DATASETS_CACHE to another folder"
-                )
-            say(f"copying {name} into Arrow files, once: about {size / 1e9:.2f} GB in {cache}")
-        builder.download_and_prepare()  # it takes a lock: one process copies, the others wait
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cache}.ds-cmli.lock"):  # one process copies, the others wait
+            if not _is_copied(cache):
+                _copy(name, builder, list(chain.from_iterable(splits.values())))
         return {split: builder.as_dataset(split=split) for split in splits}
     except (UserError, KeyboardInterrupt):
         raise
@@ -87,6 +84,29 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
             f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet "
             "files"
         ) from None
+
+
+def _copy(name: str, builder: "DatasetBuilder", files: list[Path]) -> None:
+    cache = Path(builder.cache_dir)
+    shutil.rmtree(cache, ignore_errors=True)
+    size = sum(file.stat().st_size for file in files)
+    if shutil.disk_usage(cache.parent).free < size:
+        raise UserError(
+            f"data.source is {name!r}: {cache.parent} has no room for its copy of about "
+            f"{size / 1e9:.2f} GB: set HF_DATASETS_CACHE to another folder"
+        )
+    say(f"copying {name} into Arrow files, once: about {size / 1e9:.2f} GB in {cache}")
+    builder.download_and_prepare()
+    for file in cache.glob("*.arrow"):
+        seal(file)  # a reader of Arrow's streams stops before it
+
+
+def _is_copied(cache: Path) -> bool:
+    """Whether a copy is there and, up to `MOST_CHECKED` bytes, none of its files is damaged."""
+    files = list(cache.glob("*.arrow"))
+    if sum(file.stat().st_size for file in files) > MOST_CHECKED:
+        return True
+    return bool(files) and all(map(is_sealed, files))
 
 
 def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -135,7 +155,8 @@ def noted(files: dict[str, Path]) -> dict[str, object]:
 def _stored(file: Path) -> tuple[str, int]:
     import pyarrow.parquet
 
-    return str(file.resolve()), pyarrow.parquet.read_metadata(file).num_rows
+    with open(file, "rb") as content:  # pyarrow opens no name that is not Unicode
+        return str(file.resolve()), pyarrow.parquet.read_metadata(content).num_rows
 
 
 class Arrow(Source):

@@ -1,3 +1,4 @@
+import os
 import sys
 
 import pytest
@@ -161,3 +162,27 @@ def test_columns_that_are_not_read_are_named(tmp_path):
     for name in (path, tmp_path / "saved"):
         table(range(4), wrong=["x"] * 4, negatives=[["x"]] * 4).save_to_disk(str(tmp_path / "saved"))
         assert build(name, caption_key="caption").summary[0].endswith(", not read: the columns wrong, negatives")
+
+
+def test_a_damaged_copy_is_made_again_and_a_text_that_is_no_unicode_is_a_bad_sample(tmp_path, capsys):
+    pa = pytest.importorskip("pyarrow")
+    texts = pa.array(["red", "apple", "pear"] * 10)
+    content = bytearray(texts.buffers()[2])
+    content[3] = 0xFF  # of the second text
+    broken = pa.Array.from_buffers(pa.string(), 30, [None, texts.buffers()[1], pa.py_buffer(content)])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with open(folder / os.fsdecode(b"x\xff.parquet"), "wb") as file:
+        pa.parquet.write_table(pa.table({"image": [picture(k) for k in range(30)], "caption": broken}), file)
+    for flip in (None, 1200, -40, None):
+        copies = list((tmp_path / "cache").rglob("*.arrow"))
+        if flip:
+            whole = bytearray(copies[0].read_bytes())
+            whole[flip] ^= 16
+            copies[0].write_bytes(whole)
+        data = build(folder, group_by_length=2, held_out=1)
+        bad = [data.train[k].bad for k in range(29)]
+        assert sum(item is not None and "can't decode byte 0xff" in item[1] for item in bad) == 1
+        lengths = [data.text_length(Draw(k, 0)) for k in range(29)]
+        assert lengths[:2] == [3, 0] and shown(data.train[0]) == 0
+    assert capsys.readouterr().out.count("into Arrow files") == 3
