@@ -1,11 +1,10 @@
 """Questions that take several predictions: a grid of settings, the largest batch that fits."""
 
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 
@@ -142,9 +141,11 @@ def _of_other_ranks(
         sizes[rank] = requested_peak(events[rank])
     if total == "requested":
         return sizes
-    most = sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]
-    reserved = ((rank, replay(events[rank]).reserved_peak) for rank in most)
-    return {rank: gpus.device_bytes(size, gpu, world_size) for rank, size in reserved}
+    on_device = {}
+    for rank in sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]:
+        reserved = replay(events[rank]).reserved_peak
+        on_device[rank] = gpus.device_bytes(reserved, gpu, world_size)
+    return on_device
 
 
 @dataclass
@@ -203,10 +204,9 @@ def _curve(known: dict[int, int], points: list[int], n: int) -> int:
 
 def _weights(points: list[int], n: int) -> dict[int, float]:
     """The weights with which values at `points` add up to their polynomial's value at n."""
-    weights = {}
-    for point in points:
-        others = (other for other in points if other != point)
-        weights[point] = math.prod((n - other) / (point - other) for other in others)
+    weights = dict.fromkeys(points, 1.0)
+    for point, other in permutations(points, 2):
+        weights[point] *= (n - other) / (point - other)
     return weights
 
 

@@ -137,7 +137,7 @@ def _noting_reductions(
 
     def run(tensor: Tensor, dtype: torch.dtype) -> None:
         bucket = list(optimizer.ipg_buckets[dtype].params)
-        parameters = {parameter for _, _, parameter in bucket}
+        parameters = set(map(itemgetter(2), bucket))
         if not shares.first or reduced & parameters:
             shares.first.append({})
             reduced.clear()
