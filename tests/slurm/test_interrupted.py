@@ -125,7 +125,7 @@ def interrupted(
         kind(cluster, job, folder)
         cluster.wait(job, "PENDING", "RUNNING")
         stops.append(steps_done(run))
-    text = finish(cluster, folder, job, timeout=240)
+    text = finish(cluster, folder, job, timeout=900)
     assert int(cluster.job(job)["Restarts"]) >= len(kinds)
     print(f"stopped at steps {stops[1:]} by {[kind.__name__ for kind in kinds]}")
     assert stops[-1] < steps, "the last interruption came too late to matter"
