@@ -77,14 +77,13 @@ def whole(features: list[PairFeatures]) -> tuple[Tensor, Tensor, Tensor]:
     """Patches [B, N, D], tokens [B, M, D] and their mask [B, M] of all micro-batches."""
     longest = max(each.token_mask.shape[1] for each in features)
 
-    def padded(x: Tensor | None) -> Tensor:
-        assert x is not None
+    def padded(x: Tensor) -> Tensor:
         out = x.new_zeros(len(x), longest, *x.shape[2:])
         out[:, : x.shape[1]] = x
         return out
 
-    image = torch.cat([each.patches for each in features if each.patches is not None])
-    text = torch.cat([padded(each.tokens) for each in features])
+    image = torch.cat([each.features["patches"] for each in features])
+    text = torch.cat([padded(each.features["tokens"]) for each in features])
     return image, text, torch.cat([padded(each.token_mask) for each in features])
 
 

@@ -43,7 +43,6 @@ from ds_cmli.data.load import Data, build_data
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.objective import Whole
 from ds_cmli.models.blocks import checkpoint_blocks
 from profiling.scripts import compare
 
@@ -75,7 +74,7 @@ def plain(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.
         batch = batch.to(device)
         targets = teacher(batch.image) if teacher is not None else None
         with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
-            loss, _ = objective(Whole(batch, targets))
+            loss, _ = objective.whole(batch, targets)
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(objective.parameters(), ds_config["gradient_clipping"])

@@ -4,15 +4,15 @@ B pairs, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_cmli.common.probe import probe
+from ds_cmli.common.trees import tree_map
 from ds_cmli.data.aspect import Grid
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
@@ -57,17 +57,10 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
-            return self._map(lambda tensor: probe.to_device(tensor, device, non_blocking))
+            return tree_map(self, lambda tensor: probe.to_device(tensor, device, non_blocking))
 
     def pin_memory(self) -> "Batch":
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        values: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            values[field.name] = function(value) if isinstance(value, Tensor) else value
-        return Batch(**values)
+        return tree_map(self, Tensor.pin_memory)
 
 
 class Collate:

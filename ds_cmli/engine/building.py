@@ -5,6 +5,7 @@ Here alone they are put together: training, profiling and prediction all begin h
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +22,8 @@ from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
+from ds_cmli.engine.gradient_caching import CachingEngine, keep_orders_apart
 from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
@@ -174,12 +175,14 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    caching = compares_all(config, ds_config)
-    if caching and ds_config.stage == 3:
-        gradient_caching.keep_orders_apart(engine, objective)
-        for parameter in objective.pair_parameters():
-            deepspeed.zero.register_external_parameter(objective, parameter)
-    return TrainEngine(
+    engine_type: Callable[..., TrainEngine] = TrainEngine
+    if compares_all(config, ds_config):
+        engine_type = partial(CachingEngine, cache_on_host=config.optim.cache_on_host)
+        if ds_config.stage == 3:
+            keep_orders_apart(engine, objective)
+            for parameter in objective.pair_parameters():
+                deepspeed.zero.register_external_parameter(objective, parameter)
+    return engine_type(
         engine=engine,
         objective=objective,
         teacher=teacher,
@@ -188,8 +191,6 @@ def build(
         names=names,
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,
-        caching=caching,
-        cache_on_host=config.optim.cache_on_host,
         reduce_once=config.optim.reduce_once,
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
         compiled=compiled,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses.objective import Losses, Objective, Whole
+from ds_cmli.losses.objective import Losses, Objective
 from ds_cmli.models.teacher import Targets, Teacher
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainEngine:
+    # Whether losses over pairs take their negatives from all micro-batches of a step.
+    caching: ClassVar[bool] = False
     engine: "DeepSpeedEngine"  # around the objective
     objective: Objective
     teacher: Teacher | None
@@ -39,8 +40,6 @@ class TrainEngine:
     names: list[list[str]]  # the parameters' names, in the order of the optimizer's groups
     lr_factor: float = 1.0  # the factor of the first group's learning rate
     accumulation: int = 1  # micro-batches per step
-    caching: bool = False  # gradient caching: negatives from all micro-batches of a step
-    cache_on_host: bool = False  # gradient caching keeps the features on the host
     reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
     timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
     # FLOPs of a micro-batch, by the padded length of its texts
@@ -76,8 +75,6 @@ class TrainEngine:
         heartbeat: Callable[[], None],
     ) -> list[MicroBatchLosses]:
         """Run forward and backward, and `update` after each micro-batch. Collectives."""
-        if self.caching:
-            return gradient_caching.backward(self, micro_batches, update, heartbeat)
         found = []
         for batch in micro_batches:
             found.append(probe.alike(self._backward, batch))  # collectives
@@ -99,7 +96,9 @@ class TrainEngine:
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         index, batch = batch.index, batch.to(self.device, non_blocking=True)
         # Collectives: text features, column statistics.
-        total, each = self.forward(batch, lambda targets: self.engine(Whole(batch, targets)))
+        total, each = self.forward(
+            batch, lambda targets: self.engine(Objective.whole, batch, targets)
+        )
         self.go_backward(total)  # collectives: text gradients, gradient buckets
         ignored, cut = self.objective.ignored / len(index), self.objective.cut
         found = None if cut is None else cut.found

@@ -1,60 +1,43 @@
 """The losses over the pairs of a whole step, from cached features: gradient caching.
 
-The method is that of Gao et al. (2021).
+The method is that of Gao et al. (2021), with the pairs in tiles, so that neither scores nor argmax
+indices of all pairs are held at once:
 
-The features of all micro-batches are cached without their autograd graph. Each loss is computed
-over the pairs of all micro-batches of all ranks, and the gradient of each feature replaces the
-feature in the cache. The pairs are processed in tiles, so that neither scores nor argmax indices of
-all pairs are held at once. The scores of each tile are computed twice: first for the sums over rows
-and columns, then with their gradient.
+1. The engine computes the features of all micro-batches without a graph.
+2. The normalised texts of all ranks are gathered, or pass round a ring.
+3. First pass: the scores of each tile are added to log(sum(exp)) of their rows and columns. Then
+   the columns are combined over ranks.
+4. Second pass: the scores of each tile are computed again, and the gradients of the losses with
+   respect to the tile's features are added up, those of texts over ranks too.
+5. The gradient of each feature replaces it in the cache. The engine computes the features of each
+   micro-batch again, and goes backward from there.
 
-Where pairs are left out (`cmli.cut`), the CMLI scores of all of this rank's pairs are kept (fp32, 8
-bytes a pair). The losses are differentiated from them, and only the pairs whose gradients are left
-are computed a second time.
+Where pairs are left out (`cmli.cut`), the first pass keeps the CMLI scores of all of this rank's
+pairs (fp32, 8 bytes a pair). The losses are differentiated from them, and only the pairs whose
+gradients are left are computed a second time.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M
-text positions, H student width, D embedding dimension.
+Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, R = K * B images of this rank.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ds_cmli.cmli import collectives
+from ds_cmli.cmli import collectives, ring
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import Sides, Wanted
 from ds_cmli.cmli.op import cmli_gradients
-from ds_cmli.cmli.ring import ReturnedGradient, Score, Scorer
+from ds_cmli.common.probe import probe
+from ds_cmli.common.trees import tree_map
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from ds_cmli.losses.tile_statistics import TileStatistics
-from ds_cmli.losses.tiles import LARGER, FeatureGradients, Images, Stored, TextChunk, Texts, Tile
-
-
-@dataclass(frozen=True)
-class PairLosses:
-    """The losses that compare pairs, and how they are computed."""
-
-    losses: Mapping[str, Loss]  # by name
-    weights: Mapping[str, float]  # of these losses, and perhaps of others
-    score: Score  # a `Scorer`, or `cmli_scores` with its options
-    argmax_bytes: int  # limit for the argmax indices of a tile, which has at least one text
-    keep_duplicates: bool = False  # whether pairs of one picture or caption are negatives
-    cut: Cut | None = None  # leaves out pairs
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for loss in self.losses.values() for p in loss.parameters()]
-
-    def of(self, tile: Tile, share: float) -> dict[str, Tensor]:
-        """Each loss of a tile, whose images are a `share` of this rank's."""
-        return {name: loss(tile) * share for name, loss in self.losses.items()}
-
-    def weighted(self, each: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([self.weights[name] * loss for name, loss in each.items()]).sum()
+from ds_cmli.losses.tiles import LARGER, Side, Tile, TileStatistics
 
 
 @dataclass
@@ -62,200 +45,215 @@ class PairGradients:
     """The losses over the pairs of a step, and the gradients of their parameters."""
 
     total: Tensor  # the weighted sum of the losses of this rank's pairs, a scalar in fp32 (fp64)
-    each: dict[str, Tensor]  # each loss by name
+    losses: dict[str, Tensor]  # each loss by name
     parameters: list[Tensor | None]  # the gradients, in the order of these losses' parameters
     ignored: Tensor  # how many texts of other pairs are no negatives of this rank's images
-    cut: Tensor | None = None  # `Cut.found`, where pairs are left out
+    cut: Tensor | None  # `Cut.found`, where pairs are left out
 
 
-def pair_gradients(pairs: PairLosses, step: CachedStep) -> PairGradients:
-    """Compute the losses over all pairs of the step, and replace the features by their gradients.
+@dataclass
+class PairLosses:
+    """The losses over the pairs of a step, from the features of its micro-batches. Collective."""
 
-    Collective.
-    """
-    texts = step.gather_texts(pairs.score)  # collective
-    stored = None
-    if pairs.cut is not None and texts.tokens is not None:
-        dtype = collectives.accumulated(texts.tokens.dtype)
-        both = texts.tokens.new_zeros(2, len(step), len(texts.pair_id), dtype=dtype)
-        stored = Stored(both[0], both[1])
-    statistics = first_pass(pairs, step, texts, stored)  # collective
-    return second_pass(pairs, step, texts, statistics, stored)  # collective
+    step: CachedStep
+    losses: Mapping[str, Loss]  # those that compare pairs, by name
+    weights: Mapping[str, float]  # of these losses, and perhaps of others
+    score: ring.Score  # a `Scorer`, or `cmli_scores` with its options
+    argmax_bytes: int  # limit for the argmax indices of a tile, which has at least one text
+    keep_duplicates: bool = False  # whether pairs of one picture or caption are negatives
+    cut: Cut | None = None  # leaves out pairs
 
+    def __post_init__(self) -> None:
+        # Collective. `own_tokens`: of this rank's texts, if tokens pass round a ring.
+        self.texts, self.own_tokens = self.step.gather_texts(self.score)
+        self.statistics = TileStatistics(len(self.step), len(self.texts))
+        self.kept: Tensor | None = None  # s_i2t and s_t2i where pairs are left out, [2, R, G]
+        if self.cut is not None:
+            tokens = (self.own_tokens or self.texts).features["tokens"]
+            dtype = collectives.accumulated(tokens.dtype)
+            self.kept = tokens.new_zeros(2, len(self.step), len(self.texts), dtype=dtype)
 
-def first_pass(
-    pairs: PairLosses, step: CachedStep, texts: Texts, stored: Stored | None = None
-) -> TileStatistics:
-    """Compute log(sum(exp)) of each row and column over all pairs. Collective."""
-    statistics = TileStatistics(len(step), len(texts.pair_id))
+    def gradients(self) -> PairGradients:
+        """Compute the losses, and replace the features by their gradients. Collective."""
+        self._first_pass()  # collective
+        # What is added up from here on.
+        self.values: dict[str, Tensor] = {}  # of the losses
+        self.parameters = [p for loss in self.losses.values() for p in loss.parameters()]
+        self.of_parameters: list[Tensor | None] = [None] * len(self.parameters)
+        self.ignored = torch.zeros((), dtype=torch.int64, device=self.step.device)
+        self.texts = self.texts.with_zero_gradients()
+        if self.own_tokens is not None:
+            self.own_tokens = self.own_tokens.with_zero_gradients()
+        left_out = None
+        if self.cut is not None:
+            self._leave_out(self.cut)  # collective
+            left_out = self.cut.found
+        self._second_pass()  # collective
+        total = self._weighted(self.values)
+        return PairGradients(total, self.values, self.of_parameters, self.ignored, left_out)
 
-    def add(images: Images, chunk: TextChunk, part: slice) -> None:
-        tile = Tile(images, texts, chunk, part, pairs.score, pairs.keep_duplicates)
-        tile.collect_into(statistics, stored)
-        each = pairs.of(tile, len(images.pair_id) / len(step))
-        statistics.end_tile(step.scale * pairs.weighted(each))
+    def _first_pass(self) -> None:
+        """Compute log(sum(exp)) of each row and column over all pairs. Collective."""
+        for _, images in self.step.image_blocks():
+            for texts in self._chunks(differentiated=False):  # collective
+                self._over_tiles(self._collect, images, texts, self.argmax_bytes, LARGER)
+            if not self.statistics.sums and self.kept is None:  # no loss uses them
+                break
+        self.statistics.merge()  # collective
 
-    for _, images in step.image_blocks():
-        for chunk in texts.chunks():  # collective
-            for part in step.parts(images, chunk, pairs.argmax_bytes, LARGER):
-                add(images, chunk, part)
-        if not statistics.sums and stored is None:  # no loss uses them
-            break
-    statistics.merge()  # collective
-    return statistics
+    def _collect(self, images: Side, texts: Side) -> None:
+        """Add a tile to log(sum(exp)), and keep its scores where pairs are left out."""
+        tile = self._tile(images, texts, images.features | texts.features)
+        self.statistics.end_tile(self.step.scale * self._weighted(self._values(tile)))
+        if self.kept is not None:
+            for kept, scores in zip(self._kept_of(images, texts), tile.cmli_scores, strict=True):
+                kept.copy_(scores)
 
-
-def second_pass(
-    pairs: PairLosses,
-    step: CachedStep,
-    texts: Texts,
-    statistics: TileStatistics,
-    stored: Stored | None = None,
-) -> PairGradients:
-    """Compute the losses with their gradients, which replace the features. Collective."""
-    sums = _Sums(pairs, step, texts, statistics)
-    if stored is not None:
-        sums.leave_out(stored)  # collective
-    for features, images in step.image_blocks():
-        sums.add_images(features, images)  # collective
-    if sums.text_cls is not None:
-        step.back_to_texts("text_cls", collectives.sum_to_owner(sums.text_cls))  # collective
-    if sums.tokens is not None:
-        own = sums.tokens
-        if not texts.go_round:  # what has passed round a ring has been summed on its way
-            own = collectives.sum_to_owner(sums.tokens)  # collective
-        step.back_to_texts("tokens", own)
-    total, found = pairs.weighted(sums.each), None if pairs.cut is None else pairs.cut.found
-    return PairGradients(total, sums.each, sums.parameters, sums.ignored, found)
-
-
-class _Sums:
-    """Adds up the losses and gradients of the second pass."""
-
-    def __init__(
-        self, pairs: PairLosses, step: CachedStep, texts: Texts, statistics: TileStatistics
-    ):
-        self.pairs, self.step, self.texts, self.statistics = pairs, step, texts, statistics
-        self.of_pairs = pairs.parameters()
-        self.each: dict[str, Tensor] = {}
-        self.parameters: list[Tensor | None] = [None] * len(self.of_pairs)
-        self.ignored = torch.zeros((), dtype=torch.int64, device=step.device)
-        self.text_cls, self.tokens = _zeros(texts.cls), _zeros(texts.tokens)
-        self.stored: Stored | None = None  # the gradients of the scores, where pairs are left out
-
-    def leave_out(self, stored: Stored) -> None:
+    def _leave_out(self, cut: Cut) -> None:
         """Differentiate the losses from the kept scores, which their cut gradients replace.
 
         Class tokens of images are replaced by their gradients too. Collective.
         """
-        assert self.pairs.cut is not None
-        units = stored.i2t.new_zeros(2)
-        for features, images in self.step.image_blocks():
-            image_cls = _zeros(images.cls)
-            sums = FeatureGradients(image_cls, None, self.text_cls, None)
-            of_cls = replace(images, patches=None)
-            for chunk in self.texts.chunks_of_scores():
-                for part in self.step.parts(of_cls, chunk, self.pairs.argmax_bytes // 8):
-                    tile = self._tile(of_cls, chunk, part)
-                    known = tile.differentiate_known(self.statistics, stored)
-                    *grads, units = self._add_losses(tile, sums, known)
-                    stored.replace(*tile.place, grads)
-            units[1] *= len(self.step) / len(images.pair_id)  # the losses of a tile are a share
-            if image_cls is not None:
-                features.set_gradient("image_cls", image_cls, self.step.device)
+        assert self.kept is not None, "only token scores are cut"
+        all_texts, count = self.texts.without("tokens"), len(self.own_tokens or self.texts)
+        units = self.kept.new_zeros(2)
+        function = partial(self._replace_kept, units)
+        for micro_batch, block in self.step.image_blocks():
+            images = block.without("patches").with_zero_gradients()
+            for start in probe.turns(range(0, len(all_texts), count)):
+                texts = all_texts.part(slice(start, start + count))
+                self._over_tiles(function, images, texts, self.argmax_bytes // 8)
+            units[1] *= len(self.step) / len(images)  # the losses of a tile are a share
+            for name, grad in images.gradients.items():
+                self.step.set_gradient(micro_batch, name, grad)
         first = distributed.rank() * len(self.step)
-        self.pairs.cut.leave_out((stored.i2t, stored.t2i), units, first)  # collective
-        self.stored = stored
+        cut.leave_out((self.kept[0], self.kept[1]), units, first)  # collective
 
-    def add_images(self, features: PairFeatures, images: Images) -> None:
+    def _replace_kept(self, units: Tensor, images: Side, texts: Side) -> None:
+        """Replace a tile's kept scores by their gradients, and `units` by that of the cut's."""
+        i2t, t2i = self._kept_of(images, texts)
+        scores = {"s_i2t": i2t, "s_t2i": t2i, "units": torch.zeros_like(units)}
+        grads = self._differentiate(images, texts, scores)
+        i2t.copy_(grads["s_i2t"])
+        t2i.copy_(grads["s_t2i"])
+        units.copy_(grads["units"])
+
+    def _second_pass(self) -> None:
+        """Compute the losses with their gradients, which replace the features. Collective."""
+        for micro_batch, images in self.step.image_blocks():
+            self._add_images(micro_batch, images)  # collective
+        for name, grad in self.texts.gradients.items():
+            self.step.set_text_gradients(name, collectives.sum_to_owner(grad))  # collective
+        if self.own_tokens is not None:  # what has passed round a ring has been summed on its way
+            self.step.set_text_gradients("tokens", self.own_tokens.gradients["tokens"])
+
+    def _add_images(self, micro_batch: PairFeatures, images: Side) -> None:
         """Add the pairs of a micro-batch's images with all texts, and replace its image features.
 
         Collective.
         """
-        image_cls, patches = _zeros(images.cls), _zeros(images.patches)
-        sums = FeatureGradients(image_cls, patches, self.text_cls, self.tokens)
-        if self.stored is not None:  # the gradients of class tokens are known
-            image_cls = None
-            sums = replace(sums, image_cls=None, text_cls=None)
-        returned = self._add_chunks(images, sums)  # collective
-        if self.texts.go_round and self.tokens is not None:
-            self.tokens += returned.sum()
-        if image_cls is not None:
-            features.set_gradient("image_cls", image_cls, self.step.device)
-        if patches is not None:
-            features.set_gradient("patches", patches, self.step.device)
+        function: Callable[[Side, Side], object] = self._differentiate
+        larger = 1
+        if self.kept is not None:  # the gradients of class tokens are known
+            images, function, larger = images.without("image_cls"), self._add_kept, LARGER
+        images = images.with_zero_gradients()
+        for texts in self._chunks(differentiated=True):  # collective
+            self._over_tiles(function, images, texts, self.argmax_bytes, larger)
+        for name, grad in images.gradients.items():
+            self.step.set_gradient(micro_batch, name, grad)
 
-    def _add_chunks(self, images: Images, sums: FeatureGradients) -> ReturnedGradient:
-        returned = ReturnedGradient(None)
-        for chunk in self.texts.chunks():  # collective
-            if self.texts.go_round:
-                returned.add(chunk.owner, self._of_chunk(images, chunk, sums))  # collective
-            else:
-                self._add_tiles(images, chunk, sums)
-        return returned
-
-    def _of_chunk(self, images: Images, chunk: TextChunk, sums: FeatureGradients) -> Tensor:
-        """Add the pairs of a chunk in a ring, and return the gradient of its tokens."""
-        tokens = _zeros(chunk.tokens)
-        assert tokens is not None
-        self._add_tiles(images, chunk, replace(sums, tokens=tokens))
-        return tokens
-
-    def _add_tiles(self, images: Images, chunk: TextChunk, sums: FeatureGradients) -> None:
-        larger = 1 if self.stored is None else LARGER
-        for part in self.step.parts(images, chunk, self.pairs.argmax_bytes, larger):
-            tile = self._tile(images, chunk, part)
-            if self.stored is not None:
-                self._add_kept(tile, sums, self.stored)
-                continue
-            tile.differentiate(self.statistics)
-            self._add_losses(tile, sums)
-
-    def _tile(self, images: Images, chunk: TextChunk, part: slice) -> Tile:
-        return Tile(images, self.texts, chunk, part, self.pairs.score, self.pairs.keep_duplicates)
-
-    def _add_kept(self, tile: Tile, sums: FeatureGradients, stored: Stored) -> None:
-        """Add the gradients of the tile's patches and tokens, given those of its scores."""
-        score = self.pairs.score
-        assert isinstance(score, Scorer) and tile.patches is not None and tile.tokens is not None
-        grads = cmli_gradients(
-            stored.of(*tile.place),
-            Sides(tile.patches, tile.tokens, tile.token_mask, tile.images.patch_mask),
-            Wanted(True, True),
-            backend=score.backend,
-            scratch_bytes=score.scratch_bytes,
-        )
-        for place, grad in zip(tile.places(sums), grads, strict=False):
-            place += grad
-
-    def _add_losses(
-        self, tile: Tile, sums: FeatureGradients, known: Sequence[Tensor] = ()
-    ) -> tuple[Tensor, ...]:
-        """Add the tile's losses and gradients; returns the gradients of further leaves, `known`."""
-        each = self.pairs.of(tile, len(tile.images.pair_id) / len(self.step))
-        leaves = tile.leaves()
-        grads = torch.autograd.grad(
-            self.step.scale * self.pairs.weighted(each),
-            [*leaves, *known, *self.of_pairs],
-            allow_unused=True,
-        )
-        for place, grad in zip(tile.places(sums), grads, strict=False):
+    def _differentiate(
+        self, images: Side, texts: Side, scores: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """Add a tile's losses and their gradients; returns the gradients, also of kept `scores`."""
+        tensors = {**images.features, **texts.features, **scores}
+        leaves = tree_map(tensors, lambda x: x.detach().requires_grad_())
+        tile = self._tile(images, texts, leaves)
+        values = self._values(tile)
+        loss = self.step.scale * self._weighted(values)
+        grads = torch.autograd.grad(loss, [*leaves.values(), *self.parameters], allow_unused=True)
+        of_leaves = dict(zip(leaves, grads, strict=False))
+        for name, total in (images.gradients | texts.gradients).items():
+            if of_leaves[name] is not None:
+                total += of_leaves[name]
+        for n, grad in enumerate(grads[len(leaves) :]):
             if grad is not None:
-                place += grad
-        of_known, of_parameters = grads[len(leaves) :], grads[len(leaves) + len(known) :]
-        for n, grad in enumerate(of_parameters):
-            if grad is not None:
-                before, now = self.parameters[n], upcast(grad) / self.step.scale
-                self.parameters[n] = now if before is None else before + now
-        for name, loss in each.items():
-            self.each[name] = loss.detach() + self.each.get(name, 0)
+                before, now = self.of_parameters[n], upcast(grad) / self.step.scale
+                self.of_parameters[n] = now if before is None else before + now
+        for name, value in values.items():
+            self.values[name] = value.detach() + self.values.get(name, 0)
         if tile.duplicates is not None:
             self.ignored += tile.duplicates.sum()
-        return of_known[: len(known)]
+        return of_leaves
 
+    def _add_kept(self, images: Side, texts: Side) -> None:
+        """Add the gradients of a tile's patches and tokens, given those of its scores."""
+        assert isinstance(self.score, ring.Scorer) and texts.mask is not None
+        patches, tokens = images.features["patches"], texts.features["tokens"]
+        of_patches, of_tokens = cmli_gradients(
+            self._kept_of(images, texts),
+            Sides(patches, tokens, texts.mask, images.mask),
+            Wanted(True, True),
+            backend=self.score.backend,
+            scratch_bytes=self.score.scratch_bytes,
+        )
+        images.gradients["patches"] += of_patches
+        texts.gradients["tokens"] += of_tokens
 
-def _zeros(x: Tensor | None) -> Tensor | None:
-    """Where gradients of `x` are added up: in fp32 (fp64 for fp64)."""
-    if x is None:
-        return None
-    return torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
+    def _kept_of(self, images: Side, texts: Side) -> tuple[Tensor, Tensor]:
+        """A tile's kept scores, or their gradients: views."""
+        assert self.kept is not None
+        i2t, t2i = self.kept[:, images.place, texts.place]
+        return i2t, t2i
+
+    def _chunks(self, differentiated: bool) -> Iterator[Side]:
+        """Yields the texts of each rank in turn if tokens pass round a ring; otherwise all texts.
+
+        The tokens' gradients that are added to a chunk, if `differentiated`, travel with it to its
+        owner. Collective.
+        """
+        own = self.own_tokens
+        if own is None:
+            yield self.texts
+            return
+        returned = ring.ReturnedGradient(None)
+        tokens, mask = own.features["tokens"], own.mask
+        assert mask is not None
+        for chunk in ring.chunks(tokens, mask, None):  # collective
+            texts = self.texts.part(slice(chunk.owner * len(own), (chunk.owner + 1) * len(own)))
+            texts.features["tokens"], texts.mask = chunk.text, chunk.mask
+            if differentiated:
+                texts.gradients["tokens"] = torch.zeros_like(own.gradients["tokens"])
+            yield texts
+            if differentiated:
+                returned.add(chunk.owner, texts.gradients.pop("tokens"))  # collective
+        if differentiated:
+            own.gradients["tokens"] += returned.sum()
+
+    def _over_tiles(
+        self,
+        function: Callable[[Side, Side], object],
+        images: Side,
+        texts: Side,
+        limit: int,
+        larger: int = 1,
+    ) -> None:
+        """Call `function` with each tile of a chunk, whose indices or scores fit into `limit`."""
+        positions = 0 if texts.mask is None else texts.mask.shape[1]
+        size = images.texts_of_a_tile(positions, limit, larger)
+        for start in probe.turns(range(0, len(texts), size)):
+            function(images, texts.part(slice(start, start + size)))
+            self.step.heartbeat()
+
+    def _tile(self, images: Side, texts: Side, tensors: dict[str, Tensor]) -> Tile:
+        own_texts = distributed.rank() * len(self.step)
+        options = self.statistics, self.score, self.keep_duplicates
+        return Tile(images, texts, tensors, own_texts, *options)
+
+    def _values(self, tile: Tile) -> dict[str, Tensor]:
+        """Each loss of a tile: its share of the mean over this rank's images."""
+        share = len(tile.images) / len(self.step)
+        return {name: loss(tile) * share for name, loss in self.losses.items()}
+
+    def _weighted(self, values: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * x for name, x in values.items()]).sum()

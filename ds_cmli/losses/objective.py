@@ -1,9 +1,9 @@
 """The module that DeepSpeed's engine trains: the student and the chosen losses."""
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +14,21 @@ from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
 from ds_cmli.common.probe import probe
+from ds_cmli.common.trees import tree_map
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.bank import Bank, PairQueue, TokenQueue
 from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
-from ds_cmli.losses.cached import PairGradients, PairLosses, pair_gradients
+from ds_cmli.losses.cached import PairGradients, PairLosses
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
 # The weighted sum, a scalar in fp32; each loss by name, detached.
 Losses = tuple[Tensor, dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Embed:
-    """Compute a micro-batch's features for gradient caching. Used under `no_grad`."""
-
-    batch: Batch
-
-    def run(self, objective: "Objective") -> PairFeatures:
-        return objective.embed(self.batch)
-
-
-@dataclass(frozen=True)
-class Compare:
-    """Compute the losses over the pairs of all micro-batches of a step. Collective."""
-
-    step: CachedStep
-
-    def run(self, objective: "Objective") -> PairGradients:
-        return objective.compare(self.step)
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Compute all losses of a micro-batch, with its own negatives. Collective."""
-
-    batch: Batch
-    targets: Targets | None  # the teacher's features; None if no loss needs them
-
-    def run(self, objective: "Objective") -> Losses:
-        return objective.whole(self.batch, self.targets)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Compute a micro-batch again whose losses over pairs are known from `Compare`."""
-
-    batch: Batch
-    targets: Targets | None
-    gradients: PairFeatures  # of the micro-batch's features, times `factor`
-    pairs: PairGradients
-    factor: float
-    accumulation: int  # micro-batches in the step, over which the engine averages gradients
-
-    def run(self, objective: "Objective") -> Losses:
-        return objective.replay(self)
-
-
-Request = Whole | Embed | Compare | Replay
+Result = TypeVar("Result")
 
 
 class Queue(NamedTuple):
@@ -136,38 +89,47 @@ class Objective(nn.Module):
             config.cmli_gather_bytes,
         )
 
-    def forward(self, request: Request) -> Losses | PairFeatures | PairGradients:
-        """Run a whole micro-batch, or one of the parts of gradient caching.
+    def forward(self, part: Callable[..., Result], *arguments: object) -> Result:
+        """Run `part`, one of `whole`, `embed`, `compare` and `replay`, as a function of this class.
 
         All go through `forward` because under ZeRO-3 parameters are gathered only inside the
         engine's forward pass.
         """
-        return request.run(self)
+        return part(self, *arguments)
 
     def whole(self, batch: Batch, targets: Targets | None) -> Losses:
-        """This rank's mean losses. Their means over ranks are those of the global batch.
+        """This rank's mean losses of a micro-batch, with its own negatives.
 
-        Collective.
+        Their means over ranks are those of the global batch. Collective.
+
+        Args:
+            targets: the teacher's features; None if no loss needs them.
         """
         features = self._features(batch)
         with probe.losses():
             inputs = self._inputs(features, batch, targets)
-            each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
-        same = vars(inputs).get("duplicates")
-        if same is not None:  # a loss has compared pairs
-            self.ignored.copy_(same.sum())
+            values = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
+        if self._over_pairs() and inputs.duplicates is not None:
+            self.ignored.copy_(inputs.duplicates.sum())
         weights = self.config.weights_at(self.step)
-        weighted = [weight * each[name] for name, weight in weights.items()]
-        return torch.stack(weighted).sum(), {name: loss.detach() for name, loss in each.items()}
+        weighted = [weight * values[name] for name, weight in weights.items()]
+        return torch.stack(weighted).sum(), tree_map(values, Tensor.detach)
+
+    # The parts of a step with gradient caching.
 
     def embed(self, batch: Batch) -> PairFeatures:
         """The features of a micro-batch. Under no_grad: no graph and no activation checkpoints."""
-        return self._pair_features(self._features(batch), batch).copied()
+        cached = self._pair_features(self._features(batch), batch)
+        for name, x in cached.features.items():
+            # A class token is a view of its sequence, whose memory would be kept.
+            if x.untyped_storage().nbytes() > x.nbytes:
+                cached.features[name] = x.clone()
+        return cached
 
     @torch.enable_grad()
     def compare(self, step: CachedStep) -> PairGradients:
         """The losses over the pairs of all micro-batches. Collective."""
-        pairs = PairLosses(
+        arguments = (
             self._over_pairs(),
             self.config.weights_at(self.step),
             self.score,
@@ -177,30 +139,36 @@ class Objective(nn.Module):
         )
         # Full precision of the scores, and of their gradients too.
         with probe.losses(), full_precision(step.device):
-            found = pair_gradients(pairs, step)  # collective
-        self.ignored.copy_(found.ignored)
-        return found
+            return PairLosses(step, *arguments).gradients()  # collectives
 
-    def replay(self, known: Replay) -> Losses:
-        """Compute what `whole` does, of a micro-batch whose losses over pairs are known."""
-        features, weights = self._features(known.batch), self.config.weights_at(self.step)
-        inputs = self._inputs(features, known.batch, known.targets)
-        each = {n: self.losses[n](inputs) for n in weights if not LOSSES[n].scores}
-        of_pairs = self._pair_features(features, known.batch, known.gradients.selection)
-        terms = [weights[name] * loss for name, loss in each.items()]
-        for name in ("image_cls", "text_cls", "patches", "tokens"):
-            gradient = getattr(known.gradients, name)
-            if gradient is not None:
-                factor = known.accumulation / known.factor
-                terms.append(_KnownGradient.apply(getattr(of_pairs, name), gradient, factor))
+    def replay(
+        self,
+        batch: Batch,
+        targets: Targets | None,
+        cached: PairFeatures,
+        pairs: PairGradients,
+        factor: float,
+    ) -> Losses:
+        """Compute what `whole` does, of a micro-batch whose losses over pairs are known.
+
+        Args:
+            cached: the gradients of its features, which are to be multiplied by `factor`.
+        """
+        features, weights = self._features(batch), self.config.weights_at(self.step)
+        inputs = self._inputs(features, batch, targets)
+        values = {n: self.losses[n](inputs) for n in weights if not LOSSES[n].scores}
+        again = self._pair_features(features, batch, cached.selection)
+        terms = [weights[name] * value for name, value in values.items()]
+        for name, gradient in cached.features.items():
+            terms.append(_KnownGradient.apply(again.features[name], gradient, factor))
         # Every micro-batch adds the whole gradient of the losses' parameters, which the average
         # over them then keeps.
-        for p, gradient in zip(self.pair_parameters(), known.pairs.parameters, strict=True):
-            if gradient is not None:
-                terms.append(_KnownGradient.apply(p, gradient, 1.0))
-        total = torch.stack(terms).sum() + known.pairs.total
-        found = {name: loss.detach() for name, loss in each.items()} | known.pairs.each
-        return total, {name: found[name] for name in weights}
+        for p, of_p in zip(self.pair_parameters(), pairs.parameters, strict=True):
+            if of_p is not None:
+                terms.append(_KnownGradient.apply(p, of_p, 1.0))
+        total = torch.stack(terms).sum() + pairs.total
+        values = tree_map(values, Tensor.detach) | pairs.losses
+        return total, {name: values[name] for name in weights}
 
     def _over_pairs(self) -> dict[str, Loss]:
         chosen: dict[str, Loss] = {}
@@ -232,10 +200,10 @@ class Objective(nn.Module):
     ) -> PairFeatures:
         """The `PairFeatures` of a batch; `selection`: the one that was made for it before."""
         kinds = {LOSSES[name].scores for name in self.config.weights}
-        image_cls = text_cls = patches = tokens = None
-        if "global" in kinds:
-            image_cls, text_cls = features.image_cls, features.text_cls
+        compared: dict[str, Tensor] = {}
         mask, share = batch.token_mask, self.config.cmli_token_keep
+        if "global" in kinds:
+            compared |= {"image_cls": features.image_cls, "text_cls": features.text_cls}
         if "cmli" in kinds:
             patches = self.student.projection(features.patches)
             tokens = self.student.projection(features.tokens)
@@ -243,10 +211,8 @@ class Objective(nn.Module):
                 if selection is None:
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
-        present_patches = features.patch_mask
-        return PairFeatures(
-            image_cls, text_cls, patches, tokens, mask, batch.pair_id, present_patches, selection
-        )
+            compared |= {"patches": patches, "tokens": tokens}
+        return PairFeatures(compared, mask, batch.pair_id, features.patch_mask, selection)
 
     def banks(self) -> dict[str, Bank]:
         """The banks of earlier features, by the name of their loss."""

@@ -1,94 +1,73 @@
-"""The pairs of a step with gradient caching, tile by tile.
+"""A tile: the pairs of some images and some texts of a step with gradient caching.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, a tile of B images and T texts,
-N patches, M text positions, H student width, D embedding dimension.
+Shapes: a tile of R images and T texts, N patches, M text positions, H student width, D embedding
+dimension.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from itertools import count
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.cmli import ring
+from ds_cmli.cmli import collectives
 from ds_cmli.cmli.inputs import index_dtype
 from ds_cmli.cmli.ring import Score
 from ds_cmli.common.probe import probe
+from ds_cmli.common.trees import tree_map
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
-from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
 # A tile that saves no indices, or that leaves some of its pairs out, has so many times the pairs.
 LARGER = 8
 # Fewest pairs of a tile of token scores on a CPU, if the batch has as many: below, most of a tile's
 # cost is to start it.
 LEAST_PAIRS = 4096
-
-
-def present(*tensors: Tensor | None) -> list[Tensor]:
-    return [x for x in tensors if x is not None]
-
-
-def _rows(x: Tensor | None, part: slice) -> Tensor | None:
-    return None if x is None else x[part]
-
-
-class TextChunk(NamedTuple):
-    """Texts whose pairs are processed together: all of them, or those of one rank in a ring."""
-
-    owner: int  # the rank
-    tokens: Tensor | None  # [.., M, D]; None if no loss compares tokens
-    mask: Tensor  # bool [.., M]
+ROWS, COLUMNS = 1, 0  # the dimension of a tile's logits over which each of them is reduced
 
 
 @dataclass
-class Texts:
-    """All G texts, normalised; ordered by rank, and for each rank by micro-batch.
+class Side:
+    """Normalised features of some images or texts, and where their gradients are added up.
 
-    With the ring exchange (`go_round`), `tokens` and `token_mask` are those of this rank's K * B
-    texts only.
+    The names of an image's are "image_cls", [H] fp32 (fp64), and "patches", [N, D]; of a text's
+    "text_cls" and "tokens", [M, D]. Only those are there that a loss compares.
     """
 
-    pair_id: Tensor  # int64 [G, 2]
-    token_mask: Tensor  # bool [G, M]
-    cls: Tensor | None  # [G, H] fp32 (fp64)
-    tokens: Tensor | None  # [G, M, D]
-    go_round: bool
+    first: int  # place of the first among this rank's images, or among the texts of all ranks
+    pair_id: Tensor  # int64 [.., 2]
+    features: dict[str, Tensor]
+    mask: Tensor | None  # bool [.., N] or [.., M], True = valid; None: all patches are
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
-    def chunks(self) -> Iterator[TextChunk]:
-        """Yields the chunk of each rank in turn in a ring, otherwise all texts as one.
-
-        Collective.
-        """
-        if self.go_round:
-            assert self.tokens is not None
-            for chunk in ring.chunks(self.tokens, self.token_mask, None):  # collective
-                yield TextChunk(*chunk)
-        else:
-            yield TextChunk(0, self.tokens, self.token_mask)
-
-    def chunks_of_scores(self) -> Iterator[TextChunk]:
-        """Yields the chunks where scores are known, and nothing has to be exchanged."""
-        owners = range(len(self.pair_id) // len(self.token_mask))
-        for owner in probe.turns(owners):
-            yield TextChunk(owner, None, self.token_mask)
-
-
-@dataclass
-class Images:
-    """The B images of a micro-batch, normalised."""
-
-    first: int  # place of the first one among this rank's images
-    pair_id: Tensor  # int64 [B, 2]
-    cls: Tensor | None  # [B, H] fp32 (fp64)
-    patches: Tensor | None  # [B, N, D]
-    patch_mask: Tensor | None = None  # bool [B, N]; None: all
+    def __len__(self) -> int:
+        return len(self.pair_id)
 
     @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + len(self.pair_id))
+    def place(self) -> slice:
+        return slice(self.first, self.first + len(self))
+
+    def part(self, part: slice) -> "Side":
+        """Some of these images or texts: views."""
+        return replace(tree_map(self, lambda x: x[part]), first=self.first + part.start)
+
+    def without(self, name: str) -> "Side":
+        """The same without one kind of features."""
+        other = replace(self, features=dict(self.features), gradients=dict(self.gradients))
+        other.features.pop(name, None)
+        other.gradients.pop(name, None)
+        return other
+
+    def with_zero_gradients(self) -> "Side":
+        """The same with gradients of 0, in fp32 (fp64 for fp64)."""
+
+        def zeros(x: Tensor) -> Tensor:
+            return torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
+
+        return replace(self, gradients=tree_map(self.features, zeros))
 
     def texts_of_a_tile(self, positions: int, byte_limit: int, larger: int = 1) -> int:
         """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
@@ -97,139 +76,134 @@ class Images:
         micro-batch, so it takes no more memory, except that it has `larger` times `LEAST_PAIRS`. A
         GPU computes a tile of that size in less time than it takes to launch its kernels.
         """
-        B = len(self.pair_id)
-        if self.patches is None:
-            return max(1, byte_limit // (4 * B))
-        N, M = self.patches.shape[1], positions
-        indices = B * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
+        R, M = len(self), positions
+        if "patches" not in self.features:
+            return max(1, byte_limit // (4 * R))
+        N = self.features["patches"].shape[1]
+        indices = R * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
         if probe.on_gpu(self.pair_id.device):
             return max(1, byte_limit // indices)
-        return max(1, min(max(B, larger * LEAST_PAIRS // B), byte_limit // indices))
+        return max(1, min(max(R, larger * LEAST_PAIRS // R), byte_limit // indices))
 
 
-@dataclass(frozen=True)
-class FeatureGradients:
-    """Where the gradients of features are added up; None for what no loss compares."""
+@dataclass
+class _Sum:
+    """One log(sum(exp)) for each of this rank's images or for each text of all ranks."""
 
-    image_cls: Tensor | None  # [B, H], of the images of a micro-batch
-    patches: Tensor | None  # [B, N, D]
-    text_cls: Tensor | None  # [G, H], of all texts
-    tokens: Tensor | None  # [.., M, D], of the texts of a chunk
+    dim: int
+    lse: Tensor
+    gradient: Tensor  # of the losses of all tiles with respect to `lse`
 
 
-@dataclass(frozen=True)
-class Stored:
-    """The CMLI scores of this rank's R images and all G texts, [R, G] each; then their gradients.
+class TileStatistics:
+    """log(sum(exp)) of each row and column over all tiles and ranks, with the losses' gradients.
 
-    They are kept where pairs are left out: which ones is known only from all scores.
+    They may be requested any number of times per tile; the n-th request must be for the same scores
+    in every tile.
     """
 
-    i2t: Tensor
-    t2i: Tensor
+    def __init__(self, images: int, texts: int) -> None:
+        self.sizes = {ROWS: images, COLUMNS: texts}  # this rank's images, all ranks' texts
+        self.sums: list[_Sum] = []
+        self.merged = False  # whether the first pass has ended
 
-    def of(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        return self.i2t[rows, columns], self.t2i[rows, columns]
+    def begin_tile(self, rows: slice, columns: slice) -> None:
+        self.places = {ROWS: rows, COLUMNS: columns}
+        self.requests = count()
+        self.leaves: list[Tensor] = []  # those returned for this tile in the first pass
 
-    def replace(self, rows: slice, columns: slice, values: Sequence[Tensor]) -> None:
-        for place, value in zip(self.of(rows, columns), values, strict=True):
-            place.copy_(value)
+    def logsumexp(self, logits: Tensor, dim: int) -> Tensor:
+        """log(sum(exp)) over all tiles, [R, T] -> [R] or [T], with the gradient for this tile.
 
-
-class Tile(PairInputs):
-    """B images and T texts: the texts `part` of a chunk of `texts`."""
-
-    logsumexp: Callable[[Tensor, int], Tensor]  # given logits and the dimension
-    stored: Stored | None = None  # where the first pass keeps the scores
-    known: tuple[Tensor, Tensor] | None = None  # the scores, where they were kept
-    units: Tensor | None = None
-
-    def __init__(
-        self,
-        images: Images,
-        texts: Texts,
-        chunk: TextChunk,
-        part: slice,
-        score: Score,
-        keep_duplicates: bool,
-    ):
-        self.images, self.part = images, part
-        self.score, self.keep_duplicates = score, keep_duplicates
-        before = chunk.owner * len(chunk.mask)
-        self.columns = slice(before + part.start, before + part.stop)
-        self.pair_ids = images.pair_id, texts.pair_id[self.columns]
-        self.image_cls, self.patches = images.cls, images.patches
-        self.text_cls = _rows(texts.cls, self.columns)
-        self.tokens = _rows(chunk.tokens, part)
-        self.token_mask = chunk.mask[part]
-        per_rank = len(texts.pair_id) // distributed.world_size()
-        self.of_this_rank = distributed.rank() * per_rank
-
-    def collect_into(self, statistics: TileStatistics, stored: Stored | None) -> None:
-        """Let the losses add this tile to the sums over rows and columns, and keep its scores."""
-        self.stored = stored
-        statistics.begin_tile(self.images.rows, self.columns)
-        self.logsumexp = statistics.collect
-
-    def differentiate(self, statistics: TileStatistics) -> None:
-        """Make the tile's features leaves of a graph, and take the complete sums."""
-        for name in ("image_cls", "patches", "text_cls", "tokens"):
-            x = getattr(self, name)
-            if x is not None:
-                setattr(self, name, x.detach().requires_grad_())
-        statistics.begin_tile(self.images.rows, self.columns)
-        self.logsumexp = statistics.known
-
-    def differentiate_known(self, statistics: TileStatistics, stored: Stored) -> list[Tensor]:
-        """Do so with the kept scores in the place of patches and tokens.
-
-        Returns these leaves of the graph: both scores [R, T], and the units of a cut.
+        The first pass adds the tile, and returns zeros, with which `end_tile` finds gradients.
         """
-        self.patches = self.tokens = None
-        self.differentiate(statistics)
-        s_i2t, s_t2i = (x.detach().requires_grad_() for x in stored.of(*self.place))
-        self.known, self.units = (s_i2t, s_t2i), s_i2t.new_zeros(2, requires_grad=True)
-        return [s_i2t, s_t2i, self.units]
+        n, place = next(self.requests), self.places[dim]
+        if self.merged:
+            known = self.sums[n].lse[place], self.sums[n].gradient[place]
+            return _KnownLogSumExp.apply(logits, *known, dim)  # type: ignore[no-untyped-call]
+        if n == len(self.sums):
+            lse = logits.new_full((self.sizes[dim],), -torch.inf)
+            self.sums.append(_Sum(dim, lse, torch.zeros_like(lse)))
+        part = self.sums[n].lse[place]
+        part.copy_(torch.logaddexp(part, logits.detach().logsumexp(dim)))
+        self.leaves.append(torch.zeros_like(part, requires_grad=True))
+        return self.leaves[n]
 
-    @property
-    def place(self) -> tuple[slice, slice]:
-        """The tile's rows and columns, among this rank's images and the texts of all ranks."""
-        return self.images.rows, self.columns
+    def end_tile(self, loss: Tensor) -> None:
+        """End a tile of the first pass: add the gradients of its weighted and scaled loss."""
+        if self.leaves:
+            for total, grad in zip(self.sums, torch.autograd.grad(loss, self.leaves), strict=True):
+                total.gradient[self.places[total.dim]] += grad
 
-    def leaves(self) -> list[Tensor]:
-        return present(self.image_cls, self.patches, self.text_cls, self.tokens)
+    def merge(self) -> None:
+        """End the first pass: combine the columns of all ranks. Collective."""
+        self.merged = True
+        for total in self.sums:
+            if total.dim == COLUMNS and distributed.world_size() > 1:
+                total.lse = collectives.logsumexp_over_ranks(total.lse)  # collective
+                dist.all_reduce(total.gradient)  # collective; each rank's loss may use every column
 
-    def places(self, sums: FeatureGradients) -> list[Tensor]:
-        """What belongs to each of `leaves()` in these sums."""
-        of_texts = _rows(sums.text_cls, self.columns), _rows(sums.tokens, self.part)
-        return present(sums.image_cls, sums.patches, *of_texts)
+
+class _KnownLogSumExp(torch.autograd.Function):
+    """Returns `lse`; its backward uses `grad`, the gradient of the losses of all tiles."""
+
+    @staticmethod
+    def forward(ctx, logits, lse, grad, dim):
+        ctx.save_for_backward(logits, lse, grad)
+        ctx.dim = dim
+        return lse.clone()
+
+    @staticmethod
+    def backward(ctx, tile_grad):
+        logits, lse, grad = ctx.saved_tensors
+        lse, grad = lse.unsqueeze(ctx.dim), grad.unsqueeze(ctx.dim)
+        return (logits - lse).exp_().mul_(grad), None, None, None
+
+
+@dataclass
+class Tile(PairInputs):
+    """What the losses compute a tile from, given the tensors that they are to be differentiated by.
+
+    These are the features of both sides, and "s_i2t" and "s_t2i", [R, T], instead of patches and
+    tokens if the scores are known; "units" then is what `cmli.cut` differentiates by.
+    """
+
+    images: Side
+    texts: Side
+    tensors: dict[str, Tensor]
+    own_texts: int  # place of this rank's first text among those of all ranks
+    statistics: TileStatistics
+    score: Score
+    keep_duplicates: bool
+
+    def __post_init__(self) -> None:
+        self.units = self.tensors.get("units")
+        self.statistics.begin_tile(self.images.place, self.texts.place)
 
     @property
     def first(self) -> int:
-        return self.of_this_rank + self.images.first - self.columns.start
+        return self.own_texts + self.images.first - self.texts.first
 
     @cached_property
     def duplicates(self) -> Tensor | None:
         if self.keep_duplicates:
             return None
-        return duplicates(*self.pair_ids, self.first)
+        return duplicates(self.images.pair_id, self.texts.pair_id, self.first)
 
     @cached_property
     def global_scores(self) -> Tensor:
-        assert self.image_cls is not None and self.text_cls is not None
-        return self.image_cls @ self.text_cls.t()
+        return self.tensors["image_cls"] @ self.tensors["text_cls"].t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        if self.known is not None:
-            return self.known
-        probe.texts_from(self.columns.start)
-        scores = self.score(self.patches, self.tokens, self.token_mask, self.images.patch_mask)
-        if self.stored is not None:
-            self.stored.replace(*self.place, scores)
-        return scores
+        if "s_i2t" in self.tensors:
+            return self.tensors["s_i2t"], self.tensors["s_t2i"]
+        probe.texts_from(self.texts.first)
+        patches, tokens = self.tensors["patches"], self.tensors["tokens"]
+        return self.score(patches, tokens, self.texts.mask, self.images.mask)
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
-        return self.logsumexp(logits, ROWS)
+        return self.statistics.logsumexp(logits, ROWS)
 
     def column_logsumexp(self, logits: Tensor) -> Tensor:
-        return self.logsumexp(logits, COLUMNS)
+        return self.statistics.logsumexp(logits, COLUMNS)

@@ -23,7 +23,7 @@ from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.losses.objective import Embed, Request, Whole
+from ds_cmli.losses.objective import Objective
 from ds_cmli.memory import cpu_events, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -135,11 +135,11 @@ class Measurement:
         tracked = summarise(self.tracker.events(host=not cuda), setting, "")
         return combined(tracked, self.totals, setting, f"measured: {name}")
 
-    def _note_texts(self, module: nn.Module, inputs: tuple[Request]) -> None:
-        request = inputs[0]
-        if isinstance(request, Whole | Embed):  # with gradient caching each batch counts once
+    def _note_texts(self, module: nn.Module, inputs: tuple) -> None:
+        part, batch = inputs[:2]
+        if part in (Objective.whole, Objective.embed):  # with gradient caching each batch once
             # The positions that the texts are padded to, and each text's valid tokens.
-            mask = request.batch.token_mask
+            mask = batch.token_mask
             self.texts.append((mask.shape[1], mask.sum(1).tolist()))  # CPU-GPU sync
 
     @contextmanager

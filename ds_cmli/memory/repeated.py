@@ -14,7 +14,7 @@ exchanges texts, and the tiles of pairs in which losses are computed from cached
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ds_cmli.common.probe import Item, Probe, Result
+from ds_cmli.common.trees import tensors, tree_map
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine.gradient_caching import CachedBatch
@@ -215,9 +216,9 @@ class _Repeated:
             at = allocation.segment if size > 0 else allocation.ended
             assert at is not None
             events.append(_Event(ref(block), size, phase, at - segment))
-        outputs = [ref(tracker.block_of(tensor)) for tensor in _tensors(result)]
+        outputs = [ref(tracker.block_of(tensor)) for tensor in tensors(result)]
         with tracker.paused():
-            form = _map(result, _Form.of)
+            form = tree_map(result, _Form.of)
         done = _Done(events, tracker.segment - segment, outputs, self.traffic.since(moved))
         run = _Run(first, last - first, segment, len(tracker.log), done, form)
         self.runs = [*self.runs[-1:], run]
@@ -269,7 +270,7 @@ class _Repeated:
             return form.view(made[index])
 
         with self.tracker.paused(), torch.no_grad():
-            return _map(run.result, like, _Form)
+            return tree_map(run.result, like, _Form)
 
     def _hand_on(self) -> None:
         """Let the last run's tensors stand for the last copy's blocks, which a run will free."""
@@ -283,26 +284,6 @@ class _Repeated:
                 tracker.follow(storage, self.first + index, live.bytes)
 
 
-def _map(value: object, function: Callable, kind: type = Tensor) -> Any:
-    """`value` with each instance of `kind` in it replaced by `function` of it."""
-    if isinstance(value, kind):
-        return function(value)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(each, function, kind) for each in value)
-    if isinstance(value, dict):
-        return {key: _map(each, function, kind) for key, each in value.items()}
-    if is_dataclass(value) and not isinstance(value, type):
-        values = {each.name: getattr(value, each.name) for each in fields(value)}
-        return type(value)(**_map(values, function, kind))
-    return value
-
-
-def _tensors(value: object) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(value, found.append)
-    return found
-
-
 def _own_tensors(args: tuple) -> list[Tensor]:
     """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
-    return _tensors([each for each in args if isinstance(each, Batch | CachedBatch)])
+    return tensors([each for each in args if isinstance(each, Batch | CachedBatch)])

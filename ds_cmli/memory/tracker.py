@@ -21,6 +21,7 @@ from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
+from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.losses.pair_features import PairFeatures
@@ -246,8 +247,9 @@ class Tracker(Recorder, Probe):
         """Follow it as `attach` does; each batch that the objective gets is claimed as "data"."""
 
         def claim_batch(module: nn.Module, inputs: tuple) -> None:
-            if hasattr(inputs[0], "batch"):
-                self.claim("data", vars(inputs[0].batch).values())
+            for batch in inputs:
+                if isinstance(batch, Batch):
+                    self.claim("data", vars(batch).values())
 
         hook = train_engine.objective.register_forward_pre_hook(claim_batch)
         try:

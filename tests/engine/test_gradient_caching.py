@@ -1,16 +1,15 @@
 """Several micro-batches with gradient caching against the same pairs as one micro-batch."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from ds_cmli import engine
+from ds_cmli.common.trees import tree_map
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching
+from ds_cmli.engine.gradient_caching import CachingEngine
 from ds_cmli.losses.base import Features, LossInputs
 from tests.batches import rank_batches
 from tests.conftest import spawn
@@ -135,15 +134,20 @@ def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
 def pieces_of(batch, number):
     """A batch cut into micro-batches."""
     size = len(batch.index) // number
-    return [batch._map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
+    return [tree_map(batch, lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32, cut=0.0):
+class WithoutDeepSpeed(CachingEngine):
+    def go_backward(self, total):
+        (total / self.accumulation).backward()
+
+
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32, cut=0.0, weights=WEIGHTS):
     """Loss and gradients of `pairs` in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
-    loss = {"weights": WEIGHTS, "cmli_exchange": exchange, "cmli_cut": cut}
+    loss = {"weights": weights, "cmli_exchange": exchange, "cmli_cut": cut}
     config = load_preset("tiny", {"loss": loss, "student": {"dropout": dropout}})
     data = build_data(config.data, 0)
     objective, teacher = engine.build_models(config, data.vocab_size)
@@ -161,18 +165,15 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
         targets = teacher(whole.image)
         modules = objective.student, objective.width_head, objective.score
         inputs = LossInputs(joined, whole, targets, *modules, cut=objective.cut)
-        total = sum(weight * objective.losses[name](inputs) for name, weight in WEIGHTS.items())
+        total = sum(weight * objective.losses[name](inputs) for name, weight in weights.items())
         total.backward()
     else:
-        train_engine = SimpleNamespace(
-            engine=objective, device=torch.device("cpu"), teacher=teacher, cache_on_host=False, scale=1.0,
-            accumulation=number, go_backward=lambda loss: (loss / number).backward(), mark=lambda phase: None,
-            forward=lambda batch, student: student(teacher(batch.image)),
-        )  # fmt: skip
-        found = gradient_caching.backward(train_engine, batches, lambda: None, lambda: None)
+        device = torch.device("cpu")
+        train_engine = WithoutDeepSpeed(objective, objective, teacher, device, torch.float64, [], accumulation=number)
+        found = train_engine._losses_and_gradients(batches, lambda: None, lambda: None)
         total = torch.stack([losses.total for losses in found]).mean()
     after = torch.rand(1).item()
-    gradients = {n: p.grad for n, p in objective.named_parameters()}
+    gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
         distributed.mean_over_ranks(gradient)
     left_out = None if objective.cut is None else distributed.mean_over_ranks(objective.cut.found)
@@ -201,6 +202,17 @@ def test_two_ranks_of_two_micro_batches_in_fp64(cut):
         exact = in_fp64(0, 1, 1, kept=True)
         assert exact[0] == one[0] and 1e-6 < largest_difference(one[1], exact[1]) < 0.3
         assert 0.03 < one[3][0] < 1 and one[3][1] > 0
+
+
+def without_tokens(rank, world_size, number, kept=False):
+    return in_fp64(rank, world_size, number, kept=kept, weights={"global": 1.0, "cls_kd": 0.5})
+
+
+def test_two_ranks_without_a_loss_over_tokens():
+    one = without_tokens(0, 1, 1, kept=True)
+    for loss, gradients, _, _ in spawn(without_tokens, 2, 2):
+        assert loss == pytest.approx(one[0], rel=1e-12)
+        assert largest_difference(gradients, one[1]) < 1e-9
 
 
 def test_dropout_of_the_second_pass_is_that_of_the_first():

@@ -14,7 +14,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Sample
 from ds_cmli.data.tokens import builtin_tokenizer
 from ds_cmli.inference import Model
-from ds_cmli.losses.objective import Whole
 from tests.conftest import clean_environment
 from tests.export.conftest import TEXTS, export, make_run
 
@@ -65,7 +64,7 @@ def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch
     assert not torch.allclose(out.logits_per_text, out.logits_per_image.t())
     found = model.cmli_scores(out.patch_embeds, out.token_embeds, out.token_mask)
     torch.testing.assert_close(found, tuple(scores["cmli"]))
-    torch.testing.assert_close(out.loss, trained.objective(Whole(batch, None))[0])
+    torch.testing.assert_close(out.loss, trained.objective.whole(batch, None)[0])
     alone = model(inputs["input_ids"][:1, :8], inputs["pixel_values"], inputs["attention_mask"][:1, :8])
     assert inputs["input_ids"].shape[1] > 8  # the padding that the longest text gives the others
     torch.testing.assert_close(alone.logits_per_text, out.logits_per_text[:1], atol=1e-4, rtol=1e-5)

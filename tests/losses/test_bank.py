@@ -16,7 +16,6 @@ from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import Bank
 from ds_cmli.losses.distillation import TokenContrast
-from ds_cmli.losses.objective import Whole
 from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
@@ -229,7 +228,7 @@ def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
     train_engine = engine.build(config, ds_config, data.vocab_size, 3, device)
     train_engine.step([next(loader)])
     batch, objective = next(loader), train_engine.objective
-    total, _ = objective(Whole(batch, train_engine.teacher(batch.image)))
+    total, _ = objective.whole(batch, train_engine.teacher(batch.image))
     parameters = [p for p in objective.student.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total, parameters, allow_unused=True)
     found, update = [], train_engine.engine._take_model_step

@@ -11,10 +11,10 @@ import torch
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common.probe import Probe
 from ds_cmli.config.presets import load_preset
-from ds_cmli.losses.cached import PairLosses, pair_gradients
+from ds_cmli.losses.cached import PairLosses
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from ds_cmli.losses.tiles import LEAST_PAIRS, Images
+from ds_cmli.losses.tiles import LEAST_PAIRS, Side
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student
 
@@ -33,7 +33,7 @@ def objective():
 
 
 def features(objective):
-    """Equal at each call, as `pair_gradients` overwrites them."""
+    """Equal at each call, as `PairLosses.gradients` overwrites them."""
     torch.manual_seed(1)
     H = objective.student.width
     randn = partial(torch.randn, dtype=torch.float64)
@@ -41,7 +41,8 @@ def features(objective):
     for k in range(K):
         mask = torch.arange(M) < torch.randint(2, M + 1, (B, 1))
         pair_id = torch.arange(k * B, (k + 1) * B)[:, None].expand(B, 2)
-        out.append(PairFeatures(randn(B, H), randn(B, H), randn(B, N, D), randn(B, M, D), mask, pair_id))
+        shapes = {"image_cls": (B, H), "text_cls": (B, H), "patches": (B, N, D), "tokens": (B, M, D)}
+        out.append(PairFeatures({name: randn(*shape) for name, shape in shapes.items()}, mask, pair_id))
     return out
 
 
@@ -49,14 +50,14 @@ def features(objective):
 def test_only_the_features_are_kept(device, objective):
     batch = longest_batch(load_preset("tiny", {}), B)
     found = objective.embed(batch)
-    shapes = {name: tuple(x.shape) for name, x in vars(found).items() if isinstance(x, torch.Tensor)}
+    shapes = {name: tuple(x.shape) for name, x in found.features.items()}
     H = objective.student.width
     assert shapes["image_cls"] == shapes["text_cls"] == (B, H) and shapes["patches"] == (B, N, D)
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.tensors())
 
 
 def computed(objective, argmax_bytes, weights=None):
-    """What `pair_gradients` gives with this budget, the cached gradients, and the texts of each call of the op."""
+    """What `PairLosses` gives with this budget, the cached gradients, and the texts of each call of the op."""
     texts, cached = [], features(objective)
 
     def score(patches, tokens, mask, patch_mask):
@@ -66,8 +67,8 @@ def computed(objective, argmax_bytes, weights=None):
 
     weights = weights or objective.config.weights
     losses = {name: objective.losses[name] for name in weights}
-    pairs = PairLosses(losses, weights, score, argmax_bytes)
-    found = pair_gradients(pairs, CachedStep(cached, torch.device("cpu")))
+    step = CachedStep(cached, torch.device("cpu"))
+    found = PairLosses(step, losses, weights, score, argmax_bytes).gradients()
     return found, [x for each in cached for x in each.tensors()], texts
 
 
@@ -78,8 +79,8 @@ def test_argmax_indices_of_a_tile_stay_within_the_budget(device, objective, budg
     assert max(texts) == T and (budget >= T * ROW or T == 1)
     assert sum(texts) == 2 * G * K  # each tile once for the sums, and once with its gradient
     torch.testing.assert_close(found.total, whole.total, rtol=1e-12, atol=0)
-    for name in whole.each:
-        torch.testing.assert_close(found.each[name], whole.each[name], rtol=1e-12, atol=0)
+    for name in whole.losses:
+        torch.testing.assert_close(found.losses[name], whole.losses[name], rtol=1e-12, atol=0)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
     for ours, theirs in zip(found.parameters, whole.parameters, strict=True):
@@ -102,7 +103,8 @@ def test_sums_that_no_loss_uses_are_not_computed(device, objective):
 
 
 def test_on_a_gpu_bytes_alone_bound_a_tile(monkeypatch):
-    images = Images(0, torch.zeros(4, 2, dtype=torch.int64), None, torch.zeros(4, 10, 8))  # 4 images of 10 patches
+    patches = torch.zeros(4, 10, 8)  # of 4 images
+    images = Side(0, torch.zeros(4, 2, dtype=torch.int64), {"patches": patches}, None)
     pair = 10 + 6  # bytes of the argmax indices of a pair with 6 text positions
     assert images.texts_of_a_tile(6, 10**9) == LEAST_PAIRS // 4
     monkeypatch.setattr(Probe, "on_gpu", lambda self, device: True)

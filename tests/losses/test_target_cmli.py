@@ -11,7 +11,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.distillation import TargetText
 from ds_cmli.losses.functions import choose_patches, chosen_features, patch_similarities, target_text_loss
-from ds_cmli.losses.objective import Objective, Whole
+from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 from tests.stranger.drive import STEPS, drive
@@ -71,7 +71,7 @@ def test_the_parts_are_those_of_the_whole(match, target):
     found = []
     for weights in ({"target_cmli": 1.0}, {"target_image": 0.5, "target_text": 0.5}):
         student.zero_grad()
-        total, each = objective(student, weights, match=match, target=target)(Whole(batch, targets))
+        total, each = objective(student, weights, match=match, target=target).whole(batch, targets)
         total.backward()
         found.append((total.item(), student.text_out.weight.grad.clone(), each))
     assert found[0][0] == found[1][0] == (found[1][2]["target_image"] + found[1][2]["target_text"]).item() / 2

@@ -21,7 +21,6 @@ from ds_cmli.data.aspect import laid_out, patch_mask
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.inference import Model
-from ds_cmli.losses.objective import Whole
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.backbone import ImageRequest
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks
@@ -107,7 +106,7 @@ def built(**more):
 def test_losses_are_those_of_the_patches_that_there_are(match):
     objective, teacher, batch = built(loss={"weights": WEIGHTS, "match": match})
     targets = teacher(batch.image, batch.grid)
-    _, each = objective(Whole(batch, targets))
+    _, each = objective.whole(batch, targets)
     features = objective._features(batch)
     project, counts = objective.student.projection, [h * w for h, w in GRIDS]
     tokens = F.normalize(project(features.tokens), dim=-1)
@@ -137,7 +136,7 @@ def test_no_gradient_depends_on_the_other_cells():
         there = patch_mask(batch.grid, 9).view(4, 1, 3, 1, 3, 1)
         batch.image = torch.where(there, cells, torch.full_like(cells, fill)).reshape(4, 3, 42, 42)
         objective.zero_grad()
-        objective(Whole(batch, teacher(batch.image, batch.grid)))[0].backward()
+        objective.whole(batch, teacher(batch.image, batch.grid))[0].backward()
         found.append({name: p.grad for name, p in objective.named_parameters()})
     for name, grad in found[0].items():
         assert_close(grad, found[1][name], rtol=1e-4, atol=1e-6, msg=name)

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.objective import Objective, Whole
+from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import PixelNorm
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets, Teacher
@@ -136,7 +136,7 @@ def test_other_teacher_width_goes_through_one_linear_head(student):
     image, ids, mask = inputs()
     masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
     batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, **masks})
-    total, each = objective(Whole(batch, targets))
+    total, each = objective.whole(batch, targets)
     total.backward()
     assert objective.width_head.weight.grad.abs().sum() > 0
     assert set(each) == {"target_cmli", "cls_kd"}
@@ -150,7 +150,7 @@ def test_target_cmli_alone_never_trains_g(student, match):
     image, ids, mask = inputs()
     masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
     batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, **masks})
-    total, _ = objective(Whole(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32))))
+    total, _ = objective.whole(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
     total.backward()
     assert student.projection.weight.grad is None
     assert student.image_out.weight.grad.abs().sum() > 0

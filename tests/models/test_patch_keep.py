@@ -11,7 +11,6 @@ from ds_cmli import engine
 from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.losses.objective import Embed
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
@@ -70,7 +69,7 @@ def test_the_encoder_sees_the_kept_patches_alone_and_all_in_evaluation():
     inputs = objective._inputs(features, batch, targets)
     expected = torch.stack([row[kept] for row, kept in zip(targets.patches, places, strict=True)])
     assert torch.equal(inputs.teacher.patches, expected) and torch.equal(inputs.teacher.cls, targets.cls)
-    assert objective(Embed(batch)).patches.shape[1] == 8
+    assert objective.embed(batch).features["patches"].shape[1] == 8
     objective.eval()
     assert objective._features(batch).patches.shape[1] == student.encode_image(batch.image)[1].shape[1] == 16
 

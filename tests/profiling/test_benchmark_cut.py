@@ -13,10 +13,10 @@ def test_a_timed_step_leaves_the_features_as_they_were():
 
     def compare(step):
         for features in step.features:
-            features.set_gradient("patches", torch.ones(2, 3, 4), step.device)
+            step.set_gradient(features, "patches", torch.ones(2, 3, 4))
 
     patches = torch.randn(2, 3, 4)
     ids, mask = torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)
-    features = PairFeatures(None, None, patches.clone(), torch.randn(2, 5, 4), mask, ids, None)
+    features = PairFeatures({"patches": patches.clone(), "tokens": torch.randn(2, 5, 4)}, mask, ids)
     cached_step(SimpleNamespace(compare=compare, cut=None), [features])()
-    assert torch.equal(features.patches, patches)
+    assert torch.equal(features.features["patches"], patches)

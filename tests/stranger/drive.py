@@ -19,7 +19,6 @@ from ds_cmli.data.batch import Sample
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command as export
 from ds_cmli.inference import Model
-from ds_cmli.losses.objective import Whole
 from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
 from tests.drive_train import drive as train
@@ -63,7 +62,7 @@ def compare(run: Path, exported: Path) -> None:
     torch.testing.assert_close(out.logits_per_image, scores["combined"].i2t)
     torch.testing.assert_close(out.logits_per_text, scores["combined"].t2i.t())
     samples = [Sample(trained.read(pictures[i]), trained.tokenizer(texts[i]), i, i) for i in range(3)]
-    torch.testing.assert_close(out.loss, trained.objective(Whole(trained.collate(samples), None))[0])
+    torch.testing.assert_close(out.loss, trained.objective.whole(trained.collate(samples), None)[0])
 
 
 def check_memory(run: Path) -> None:
