@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command
+from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 
 GB = 10**9
@@ -70,10 +70,11 @@ SHOWN = 8  # holders of memory that are named
 def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: bool | None,
             max_split_size_mb: int | None, roundup_power2_divisions: int | None,
             garbage_collection_threshold: float | None, compare_settings: bool, plot: str | None,
-            as_json: bool) -> None:  # fmt: skip
+            as_json: bool) -> int:  # fmt: skip
     """Replay a recorded history of CUDA's allocator through its model, from wherever it begins.
 
-    Of two snapshots also what holds more and what holds less memory at the second one's peak.
+    Of two snapshots also what holds more and what holds less memory at the second one's peak. The
+    exit code is 3 where a history does not fit in --limit.
     """
     from ds_cmli.allocator import gpus
     from ds_cmli.common.plots import check_picture
@@ -122,6 +123,10 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     if len(files) == 2 and not as_json:
         for first, second in zip(*files, strict=False):
             print("\n".join(difference(first["holders"], second["holders"])))
+    asked = [
+        device["values"].get("what_if", {"fits": True}) for devices in files for device in devices
+    ]
+    return 0 if all(answer["fits"] for answer in asked) else DOES_NOT_FIT
 
 
 def one(

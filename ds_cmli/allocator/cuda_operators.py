@@ -50,8 +50,7 @@ def inside(
         grad, query, key, _, out = args[:5]
         return cuda_attention.flash_backward(grad, query, key, out, limits, deterministic)
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
-        grad, query, key = args[:3]
-        return cuda_attention.efficient_backward(grad, query, key, limits, deterministic)
+        return cuda_attention.efficient_backward(args, limits, deterministic)
     if func in OTHERS:
         return OTHERS[func](args, limits)
     return NOTHING
@@ -264,6 +263,9 @@ OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._fused_rms_norm.default: cuda_layouts.layer_norm,
     aten._fused_rms_norm_backward.default: cuda_layouts.layer_norm_backward,
+    aten._scaled_dot_product_flash_attention.default: cuda_attention.flash_forward,
+    aten._scaled_dot_product_efficient_attention.default: cuda_attention.efficient_forward,
+    aten._safe_softmax.default: cuda_attention.safe_softmax,
     aten._softmax.default: cuda_layouts.softmax,
     aten._log_softmax.default: cuda_layouts.softmax,
     aten._softmax_backward_data.default: cuda_layouts.softmax_backward,

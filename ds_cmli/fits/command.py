@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 import click
 
 from ds_cmli.common import plots
-from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
+from ds_cmli.common.cli import (
+    DOES_NOT_FIT,
+    GroupedCommand,
+    check_writable,
+    option,
+    run_command,
+)
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits import largest
 
@@ -113,7 +119,7 @@ def command(
     answer = null_gpu.answer(null_gpu.NullGpu(rooms[0], steps, world), program, files["snapshot"])
     answer.show(_name(program))
     _write(files["json_path"], answer.to_dict())
-    return 0
+    return 0 if answer.fits else DOES_NOT_FIT
 
 
 def _name(program: Sequence[str]) -> str:
@@ -157,7 +163,7 @@ def _without_data(
 
         title = f"{_name(program)} on {rooms[0]}"
         picture.draw(files["plot"], answered.events, answered.answers[0], rooms[0], title)
-    return 0
+    return 0 if answered.fits else DOES_NOT_FIT
 
 
 def _largest(gpu: str | None, limit: str | None, more: list[str], program: tuple[str, ...]) -> int:
@@ -168,8 +174,9 @@ def _largest(gpu: str | None, limit: str | None, more: list[str], program: tuple
     device = ["--gpu", gpu] if gpu else ["--limit", str(limit)]
     attempt = partial(largest.in_process_of_its_own, [*device, *more], program)
     number, tried = largest.largest(attempt)
-    print(largest.sentence(number, tried, room, program))
-    return 0
+    waited_for = tried[number].waited_for if number else ()
+    print(largest.sentence(number, tried, room, program) + report.not_counted(waited_for))
+    return 0 if number and not waited_for else DOES_NOT_FIT
 
 
 def main() -> None:

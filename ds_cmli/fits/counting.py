@@ -7,7 +7,6 @@ JSON; the snapshot may be "".
 
 import json
 import sys
-from collections import Counter
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -16,23 +15,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ds_cmli.common.cli import guard_streams, leave
 from ds_cmli.fits import script
+from ds_cmli.fits.progress import Progress
 
 KINDS = ("requested", "allocated", "reserved")
-
-
-class Steps:
-    """Counts the steps of each optimizer, and ends the program when all have done theirs."""
-
-    def __init__(self, steps: int):
-        self.steps, self.done = steps, Counter[int]()
-
-    def after(self, optimizer: Optimizer, *_: object) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(parameter.grad is None for parameter in parameters):
-            return  # the trial of a schedule, say: nothing has been trained
-        self.done[id(parameters[0])] += 1  # a wrapper of an optimizer has its parameters
-        if min(self.done.values()) >= self.steps:
-            raise script.StepsDone
 
 
 def mixed_releases() -> str:
@@ -47,8 +32,16 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
 
     Returns the program's exit code, 1 where the device had too little memory.
     """
-    counter, full = Steps(steps), False
-    register_optimizer_step_post_hook(counter.after)
+    progress, full = Progress(steps), False
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            progress.backward += 1  # else this is the trial of a schedule, say
+        if progress.ends_after_step(optimizer):
+            raise script.StepsDone
+
+    register_optimizer_step_post_hook(after)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has none
     if snapshot:
         torch.cuda.memory._record_memory_history()
     try:
@@ -60,7 +53,8 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
         return code
     stats = torch.cuda.memory_stats()
     counted: dict[str, object] = {kind: stats.get(f"{kind}_bytes.all.peak", 0) for kind in KINDS}
-    counted["steps"] = min(counter.done.values(), default=0)
+    counted["steps"] = min(progress.done.values(), default=0)
+    counted |= {"over": progress.over, "waited_for": progress.waited_for}
     counted["written"] = script.written()
     counted["full"] = full or stats.get("num_ooms", 0) > 0
     if snapshot:

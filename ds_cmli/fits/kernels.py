@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
-from ds_cmli.allocator import cuda_attention
+from ds_cmli.allocator import attention_choice
+from ds_cmli.allocator.attention_choice import Attention
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import NOTHING, Inside
 from ds_cmli.common.patches import patched
@@ -36,10 +37,11 @@ class CudaOperators:
 
     Args:
         device: the type of device that tensors of the GPU have here.
+        note: takes a line about what is counted as something else.
     """
 
-    def __init__(self, gpu: Limits, device: str):
-        self.gpu, self.device = gpu, device
+    def __init__(self, gpu: Limits, device: str, note: Callable[[str], object] = str):
+        self.gpu, self.device, self.note = gpu, device, note
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -69,10 +71,13 @@ class CudaOperators:
         if torch.is_autocast_enabled(self.device):  # which casts for the operator as a whole
             # From the last argument on, as C++ calls functions.
             attn_mask, value, key, query = map(self._cast, (attn_mask, value, key, query))
-        kernel = cuda_attention.chosen(query, attn_mask is not None, self.gpu)
-        if kernel == cuda_attention.EFFICIENT and query.shape[1] != key.shape[1]:
-            kernel = cuda_attention.MATH  # the other has no groups of heads
-        if kernel == cuda_attention.FLASH:
+        grouped = gqa.get("enable_gqa", False)
+        call = Attention(query, key, value, attn_mask, dropout_p, is_causal, grouped)
+        kernel = attention_choice.chosen(call, self.gpu)
+        if kernel == attention_choice.CUDNN:
+            self.note("cuDNN's attention is counted as PyTorch's own, its workspaces are unknown")
+            kernel = attention_choice.without_cudnn(call, self.gpu)
+        if kernel == attention_choice.FLASH:
             width = query.shape[-1]
             if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
                 scale = width**-0.5 if scale is None else scale
@@ -84,7 +89,7 @@ class CudaOperators:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
             attn_mask = torch.where(attn_mask, attended, left_out)
-        if kernel == cuda_attention.MATH:
+        if kernel == attention_choice.MATH:
             return torch.ops.aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale, **gqa
             )[0]

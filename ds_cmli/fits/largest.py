@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ds_cmli.common.cli import DOES_NOT_FIT
 from ds_cmli.common.errors import UserError
 
 PLACE = "{}"
@@ -20,6 +21,7 @@ class Tried(NamedTuple):
 
     fits: bool
     device: int  # bytes
+    waited_for: Sequence[str] = ()  # optimizers that have done no step
 
 
 def check(program: Sequence[str], named: bool) -> None:
@@ -64,11 +66,12 @@ def in_process_of_its_own(options: Sequence[str], program: Sequence[str], number
         path = Path(folder) / "answer.json"
         command = [sys.executable, "-c", COMMAND, *options, "--json", str(path), "--", *given]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not path.exists():
+        if done.returncode not in (0, DOES_NOT_FIT) or not path.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"with {number} the program ends with code {done.returncode}: {last}")
         answer = json.loads(path.read_text())
-    return Tried(all(answer["fits"].values()), answer["totals"]["device"])
+    fits = all(answer["fits"].values())
+    return Tried(fits, answer["totals"]["device"], answer["waited_for"])
 
 
 def sentence(number: int, tried: dict[int, Tried], room: object, program: Sequence[str]) -> str:

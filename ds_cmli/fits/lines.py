@@ -9,9 +9,9 @@ from types import FrameType
 
 # Folders of libraries: what lies elsewhere is the user's own.
 LIBRARIES = tuple(
-    os.path.realpath(sysconfig.get_path(name)) + os.sep
-    for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")
 )
+INSTALLED = {"site-packages", "dist-packages"}  # this environment's, the user's or another's
 OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
 
@@ -20,7 +20,7 @@ def is_users(filename: str) -> bool:
     if filename.startswith("<"):
         return False
     path = os.path.realpath(filename)
-    return not path.startswith((OURS, *LIBRARIES))
+    return not path.startswith((OURS, *LIBRARIES)) and INSTALLED.isdisjoint(path.split(os.sep))
 
 
 def current() -> str:

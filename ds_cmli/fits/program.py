@@ -172,7 +172,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
         kernels.leave_out_tritons(stack, _left_out(ran, "a kernel of Triton did not run"))
-        stack.enter_context(CudaOperators(gpu.limits, "cuda").chosen())
+        stack.enter_context(CudaOperators(gpu.limits, "cuda", recorder.inexact.add).chosen())
         yield
 
 

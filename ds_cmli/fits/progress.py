@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from torch.optim.optimizer import Optimizer
 
 PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
+MORE = 16  # steps of one optimizer beyond those asked for, in which the others can do one
 
 
 class Progress:
-    """Counts until `asked` steps of each optimizer are done."""
+    """Counts until `asked` steps of each optimizer are done, or one has done MORE than those."""
 
     def __init__(self, asked: int):
         self.asked, self.done = asked, Counter[int]()
         self.backward = -1  # autograd's number of the last backward pass
         self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
         self.passes, self.passed = 0, -1  # backward passes before a forward one, the last's number
+        self.over = False  # whether the program need not go on
+        self.waited_for: list[str] = []  # optimizers that have done no step until then
 
     @property
     def steps(self) -> int:
@@ -30,7 +33,8 @@ class Progress:
         if self.backward == self.passed:
             return False
         self.passes, self.passed = self.passes + 1, self.backward
-        return self.passes == PASSES and not any(_optimizers())
+        self.over = self.passes == PASSES and not any(_optimizers())
+        return self.over
 
     def ends_after_step(self, optimizer: Optimizer) -> bool:
         """Whether all steps are done with this one."""
@@ -39,12 +43,20 @@ class Progress:
             return False  # the trial of a schedule, say: nothing has been trained
         self.stepped_after[key] = self.backward
         self.done[key] += 1
-        return min(self.done.values()) >= self.asked
+        last = max(self.done.values()) >= self.asked + MORE
+        if not last and min(self.done.values()) < self.asked:
+            return False
+        without = sorted(self._without_a_step())
+        self.over = last or not without
+        self.waited_for = without if self.over else []
+        return self.over
 
-    def lacks_an_optimizer(self) -> bool:
-        """Whether an optimizer has not done a step, so that its states are missing."""
-        keys = map(_first_parameter, _optimizers())  # a wrapper of an optimizer has its parameters
-        return any(key is not None and key not in self.done for key in keys)
+    def _without_a_step(self) -> Iterator[str]:
+        """Yield the optimizers that have done no step, so that their states are missing."""
+        for optimizer in _optimizers():
+            key = _first_parameter(optimizer)  # a wrapper of an optimizer has its parameters
+            if key is not None and key not in self.done:
+                yield type(optimizer).__name__
 
 
 def _optimizers() -> Iterator[Optimizer]:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator import cuda_operators
+from ds_cmli.allocator import attention_choice, cuda_operators
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside, Stage
 
@@ -146,7 +146,8 @@ class Recorder(TorchDispatchMode):
         """The category of what an operator holds beyond its results, and its blocks."""
         if self.gpu is None:
             return "temporaries", Inside()
-        inside = cuda_operators.inside(func, args, kwargs, self.gpu, self.deterministic)
+        fixed = self.deterministic or attention_choice.deterministic()
+        inside = cuda_operators.inside(func, args, kwargs, self.gpu, fixed)
         return "temporaries", inside
 
     def _see_results(

@@ -1,7 +1,8 @@
 """Says in one sentence whether a program fits, and shows what takes the memory."""
 
+import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from ds_cmli.allocator import gpus
@@ -58,7 +59,22 @@ def verdict(room: Room, needed: int, fits: bool) -> str:
     return f"do not fit on {room}: they take {_gb(needed)}"
 
 
-def ended_early(done: int, asked: int) -> str:
+def not_counted(waited_for: Sequence[str]) -> str:
+    """What an answer says of optimizers that had done no step when the program ended."""
+    if not waited_for:
+        return ""
+    waiting = " and ".join(waited_for)
+    return f", but {waiting} did no step, and what that takes is not counted: give more --steps"
+
+
+def ended(over: bool, done: int, asked: int) -> str:
+    """What the steps that were counted are of the program's own.
+
+    Args:
+        over: whether the program was ended after them.
+    """
+    if over:
+        return "\nnot counted: what the program does after these steps, such as an evaluation"
     return f"\nthe program ended after {done} of {asked} optimizer steps" if done < asked else ""
 
 
@@ -85,15 +101,23 @@ class Report:
     answers: list[Answer]
     events: list[Event]
     world: World
+    waited_for: list[str]  # optimizers that have done no step
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
-        steps = recorder.progress.steps
+        progress = recorder.progress
+        steps = progress.steps
         card = gpus.find(rooms[0].gpu)
-        events = with_cublas(recorder.events(), card.cublas_bytes(), recorder.given)
+        workspaces = card.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        events = with_cublas(recorder.events(), workspaces, recorder.given)
         check_training(steps, any(event.bytes for event in events))
         answers = [answer(events, recorder.lines, room, world.size or 1) for room in rooms]
-        return cls(steps, rooms, answers, events, world)
+        return cls(steps, rooms, answers, events, world, progress.waited_for)
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device is known to have enough memory."""
+        return any(each.fits for each in self.answers) and not self.waited_for
 
     @property
     def margin(self) -> int:
@@ -111,12 +135,13 @@ class Report:
             zipped = zip(self.rooms, self.answers, strict=True)
             fitting = [room.gpu for room, each in zipped if each.fits]
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
-            return f"{said} need {_gb(first.totals['device'])} {where}; {largest}"
+            needed = _gb(first.totals["device"])
+            return f"{said} need {needed} {where}{not_counted(self.waited_for)}; {largest}"
         told = verdict(room, first.totals["device"], first.fits)
         free = room.bytes - first.totals["device"]
         if first.fits and free < self.margin:
             told += f", less than the margin of {_gb(self.margin)}"
-        return f"{said} {told}; {largest}"
+        return f"{said} {told}{not_counted(self.waited_for)}; {largest}"
 
     def show(self) -> None:
         """Print the sizes at the peak."""
@@ -142,14 +167,13 @@ class Report:
         for room, each in zip(self.rooms, self.answers, strict=True):
             devices[str(room)] = each.fits
         answered = {**asdict(self.answers[0]), "margin": self.margin, "fits": devices}
-        return {"steps": self.steps, **answered}
+        return {"steps": self.steps, **answered, "waited_for": self.waited_for}
 
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     """Yield what the program asked for and did not get, a line each."""
-    early = ended_early(recorder.progress.steps, recorder.progress.asked)
-    if early:
-        yield early
+    progress = recorder.progress
+    yield from filter(None, (ended(progress.over, progress.steps, progress.asked),))
     if values.read:
         what = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
         yield f"\nstand-ins {what}: {_places(values.read)}"
@@ -157,7 +181,7 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
     if values.by_cpu:
         yield f"as large as on a CPU, what they hold inside unknown: {_places(values.by_cpu)}"
-    if not recorder.progress.done:
+    if not progress.done:
         yield (
             "no optimizer of torch.optim did a step: each backward pass is taken for one, and "
             "what an optimizer keeps is counted among others and activations"

@@ -217,11 +217,6 @@ class StepRecorder(Recorder):
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         self.outer, self.in_step = "forward", False
         if self.progress.ends_after_step(optimizer):
-            if self.progress.lacks_an_optimizer():
-                self.inexact.add(
-                    "an optimizer has done no step yet, and what its step takes is not counted: "
-                    "give more --steps"
-                )
             raise StepsDone
 
     def _category(self, number: int, block: Allocation) -> str:

@@ -5,6 +5,7 @@ downloads nothing. It takes the options of train.py.
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import click
 
 from ds_cmli.allocator import gpus
 from ds_cmli.common import quiet
-from ds_cmli.common.cli import GroupedCommand, option, run_command
+from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject
@@ -78,8 +79,11 @@ CPU = "cpu"
     "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
 )
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> None:
-    """Predict the memory of a training step by category and phase, and on the device."""
+def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
+    """Predict the memory of a training step by category and phase, and on the device.
+
+    The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
+    """
     asked = Asked(**{name: options.pop(name) for name in Asked.__annotations__})
     config = resolve_config(preset, settings, options)
     asked.check()
@@ -97,12 +101,14 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     if asked.sweep:
         axes = search.parse_axes(asked.sweep, micro_batch, asked.world_size)
         content: object = grid(config, ds_config, asked, axes)
+        fits = True  # each point for itself, which the table tells
     else:
-        content = single(config, ds_config, asked)
+        content, fits = single(config, ds_config, asked)
     if asked.json_path:
         path = Path(asked.json_path)
         text = json.dumps(content, indent=2) + "\n"
         write(asked.json_path, "--json", lambda: path.write_text(text))
+    return 0 if fits else DOES_NOT_FIT
 
 
 @dataclass
@@ -130,8 +136,11 @@ class Asked:
             )
 
 
-def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObject:
-    """Predict one setting, or find the largest micro-batch that fits. Returns the report."""
+def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> tuple[JsonObject, bool]:
+    """Predict one setting, or find the largest micro-batch that fits.
+
+    Returns the report, and False where what was asked about does not fit.
+    """
     from ds_cmli.memory import search
 
     ranks, gpu, fitted = asked.world_size, asked.gpu or search.DEFAULT_GPU, None
@@ -162,7 +171,11 @@ def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObje
 
         path = asked.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
-    return prediction.report.to_dict()
+    report = prediction.report
+    if fitted is not None:
+        return report.to_dict(), fitted.micro_batch > 0
+    most = gpus.find(gpu).total.bytes if asked.gpu not in (None, CPU) else math.inf
+    return report.to_dict(), report.totals["device"] <= most
 
 
 def grid(

@@ -1,6 +1,6 @@
 // The cards and their properties: what cudaGetDeviceProperties and the attributes report. Capability, SMs, threads and blocks
 // an SM and shared memory are those of the CUDA C++ Programming Guide (technical specifications per compute capability) and
-// of NVIDIA's data sheets; memory is what torch reports as total on such a card.
+// of NVIDIA's data sheets; memory is that of the package's gpus.json.
 #include "null_gpu.h"
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,12 +12,14 @@
 static const Card cards[] = {
   // key, name, capability, SMs, threads and blocks an SM, memory, shared memory an SM and a block, L2
   {"t4", "Tesla T4", 7, 5, 40, 1024, 16, 15636692992u, KIB(64), KIB(64), MIB(4)},
-  {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 2048, 32, 85097971712u, KIB(164), KIB(163), MIB(40)},
+  {"a10g", "NVIDIA A10G", 8, 6, 80, 1536, 16, 23686283264u, KIB(100), KIB(99), MIB(6)},
   {"3090", "NVIDIA GeForce RTX 3090", 8, 6, 82, 1536, 16, 25425870848u, KIB(100), KIB(99), MIB(6)},
   {"4090", "NVIDIA GeForce RTX 4090", 8, 9, 128, 1536, 24, 25372393472u, KIB(100), KIB(99), MIB(72)},
-  {"h100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 2048, 32, 85045149696u, KIB(228), KIB(227), MIB(50)},
-  {"b200", "NVIDIA B200", 10, 0, 148, 2048, 32, MIB(182640), KIB(228), KIB(227), MIB(126)},
-  {"5090", "NVIDIA GeForce RTX 5090", 12, 0, 170, 1536, 24, 33679998976u, KIB(100), KIB(99), MIB(96)},
+  {"5090", "NVIDIA GeForce RTX 5090", 12, 0, 170, 1536, 24, 33671872512u, KIB(100), KIB(99), MIB(96)},
+  {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 2048, 32, 84975550464u, KIB(164), KIB(163), MIB(40)},
+  {"h100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 2048, 32, 84932558848u, KIB(228), KIB(227), MIB(50)},
+  {"h200", "NVIDIA H200", 9, 0, 132, 2048, 32, 150108897280u, KIB(228), KIB(227), MIB(50)},
+  {"b200", "NVIDIA B200", 10, 0, 148, 2048, 32, 191501434880u, KIB(228), KIB(227), MIB(126)},
 };
 
 // The one that $NULLGPU names, with $NULLGPU_MEMORY bytes if that is set.
