@@ -5,7 +5,6 @@ allocator handed out for it, "reserved" what it took from the device, "device" a
 occupies there.
 """
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,32 +17,35 @@ from ds_cmli.fits.kernels import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
 PRODUCTS = frozenset(map(str, MATRICES))
+Place = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 
 def with_cublas(
-    events: list[Event], workspaces: int, given: Mapping[str, int] = MappingProxyType({})
+    events: list[Event], workspaces: int, given: Mapping[Place, int] = MappingProxyType({})
 ) -> list[Event]:
     """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
-    The thread of the forward pass and that of backward each take a workspace at their first matrix
-    product, once its result has been allocated, and keep it.
+    The program's thread and that of backward each take a workspace for a stream at their first
+    matrix product there, once its result has been allocated, and keep it.
 
     Args:
-        given: by phase, how many events precede its first product into a tensor that it was given.
+        given: how many events precede a place's first product into a tensor that it was given.
     """
-    out, missing = [], ["forward", "backward"]
+    out: list[Event] = []
+    taken = set[Place]()
 
-    def take(phase: str) -> None:
-        missing.remove(phase)
-        block = -1 - len(missing)
-        out.append(Event(block, workspaces // 2, "temporaries", phase, "cuBLAS"))
+    def take(place: Place, phase: str) -> None:
+        taken.add(place)
+        block, size = -len(taken), workspaces // 2
+        out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))
 
     for number, event in enumerate(events):
-        for phase in [each for each in missing if number >= given.get(each, math.inf)]:
-            take(phase)
+        for place in [each for each in given if number >= given[each] and each not in taken]:
+            take(place, "backward" if place[0] else "forward")
         out.append(event)
-        if event.phase in missing and event.bytes > 0 and event.op in PRODUCTS:
-            take(event.phase)
+        place = event.phase == "backward", event.stream
+        if place not in taken and event.bytes > 0 and event.op in PRODUCTS:
+            take(place, event.phase)
     return out
 
 

@@ -19,9 +19,11 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
             part._apply(function)
     for parameter in self._parameters.values():
         if parameter is not None:
+            gradient = parameter.grad  # which a converted parameter has no more
             _convert(parameter, function)
-            if parameter.grad is not None:
-                _convert(parameter.grad, function)
+            if gradient is not None:
+                _convert(gradient, function)
+                parameter.grad = gradient
     for name, buffer in self._buffers.items():
         if buffer is not None:
             self._buffers[name] = function(buffer)

@@ -62,7 +62,8 @@ class StepRecorder(Recorder):
         self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
         self.tried: set[tuple[object, ...]] = set()  # convolutions, with cudnn.benchmark
         self.awaited = Awaited()
-        self.given: dict[str, int] = {}  # the log's length at a phase's first product of INTO_GIVEN
+        # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
+        self.given: dict[tuple[bool, int], int] = {}
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
@@ -120,7 +121,7 @@ class StepRecorder(Recorder):
         if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
         if func in kernels.INTO_GIVEN:
-            self.given.setdefault(self.phase, len(self.log))
+            self.given.setdefault((self.phase == "backward", self.stream), len(self.log))
         if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
             key = func, *map(_described, tree_leaves(args))
             if key not in self.tried:  # cuDNN tries its algorithms, and PyTorch empties the cache

@@ -5,8 +5,9 @@
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_cmli.allocator import cuda_attention, gpus
+from ds_cmli.allocator import attention_choice, gpus
 from ds_cmli.allocator.cuda_operators import inside
 from ds_cmli.allocator.inside import Inside
 
@@ -98,25 +99,75 @@ def test_a_gradient_of_another_layout_is_copied():
 )
 def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
     x = heads(*shape, dtype=dtype)
-    found = held(aten._scaled_dot_product_efficient_attention_backward.default, x, x, x, gpu=gpu)
+    found = held(aten._scaled_dot_product_efficient_attention_backward.default, x, x, x, x, *[None] * 5, 0.0, gpu=gpu)
     assert found == Inside(((),), tuple(blocks))
 
 
+FITTING, OTHERS = (8, 12, 197, 64), (8, 12, 50, 64)
+MASK = empty(8, 1, 1, 197)
+
+
 @pytest.mark.parametrize(
-    "gpu, dtype, masked, kernel",
+    "gpu, dtype, query, key, other, kernel",
     [
-        (A100, bf16, False, "flash"),
-        (A100, bf16, True, "efficient"),
-        (H100, fp16, False, "flash"),
-        (A100, fp32, False, "efficient"),
-        (T4, fp16, False, "efficient"),
-        (T4, bf16, False, "math"),
-        (T4, bf16, True, "math"),
-        (T4, fp32, True, "efficient"),
+        (A100, bf16, FITTING, FITTING, {}, "flash"),
+        (A100, bf16, FITTING, FITTING, {"mask": MASK}, "efficient"),
+        (A100, bf16, FITTING, FITTING, {"mask": MASK.expand(8, 1, 197, 197).mT}, "math"),
+        (A100, fp32, FITTING, FITTING, {}, "efficient"),
+        (A100, fp32, (8, 12, 197, 62), (8, 12, 197, 62), {}, "math"),
+        (A100, fp16, (8, 12, 197, 12), (8, 12, 197, 12), {"mask": MASK}, "math"),
+        (A100, fp16, (8, 12, 197, 264), (8, 12, 197, 264), {}, "efficient"),
+        (A100, fp16, (96, 197, 64), (96, 197, 64), {}, "math"),
+        (A100, fp16, FITTING, (1, 12, 197, 64), {}, "math"),
+        (A100, fp16, FITTING, OTHERS, {}, "flash"),
+        (A100, fp16, FITTING, OTHERS, {"causal": True}, "efficient"),
+        (A100, fp16, FITTING, (8, 4, 197, 64), {}, "math"),
+        (A100, fp16, FITTING, (8, 4, 197, 64), {"grouped": True}, "flash"),
+        (A100, fp32, FITTING, (8, 4, 197, 64), {"grouped": True}, "math"),
+        (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 197, 32)}, "efficient"),
+        (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 64, 197).mT}, "math"),
+        (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 197, 64, dtype=fp32)}, "math"),
+        (H100, fp16, FITTING, FITTING, {}, "cuDNN"),
+        (H100, fp16, FITTING, FITTING, {"dropout": 0.1}, "flash"),
+        (RTX_3090, fp16, (8, 12, 197, 208), (8, 12, 197, 208), {}, "efficient"),
+        (T4, fp16, FITTING, FITTING, {}, "efficient"),
+        (T4, bf16, FITTING, FITTING, {}, "math"),
+        (T4, bf16, FITTING, FITTING, {"mask": MASK}, "math"),
+        (T4, fp32, FITTING, FITTING, {"mask": MASK}, "efficient"),
     ],
 )
-def test_which_attention_a_gpu_chooses(gpu, dtype, masked, kernel):
-    assert cuda_attention.chosen(empty(8, 12, 197, 64, dtype=dtype), masked, gpu) == kernel
+def test_which_attention_a_gpu_chooses(gpu, dtype, query, key, other, kernel):
+    """`python -m tests.null_gpu.compare_attention` compares some ten thousand calls with PyTorch's own choice."""
+    inputs = [empty(*shape, dtype=dtype).requires_grad_() for shape in (query, key, key)]
+    other = {"value": inputs[2], **other}
+    call = attention_choice.Attention(*inputs[:2], **other)
+    assert attention_choice.chosen(call, gpu) == kernel
+
+
+def test_a_program_s_switches_choose_its_attention():
+    call = attention_choice.Attention(*[empty(*FITTING)] * 3)
+    with sdpa_kernel([SDPBackend.MATH]):
+        assert attention_choice.chosen(call, A100) == "math"
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+        assert attention_choice.chosen(call, H100) == "efficient"
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), pytest.raises(RuntimeError, match="No available kernel"):
+        attention_choice.chosen(call, T4)
+
+
+def test_what_attention_s_forward_holds():
+    """Blocks of 64 queries that fill no GPU share the keys: 2 parts of 8 heads of 256 rows, 128 features each."""
+    few = empty(2, 4, 256, 128)
+    assert held(aten._scaled_dot_product_flash_attention.default, few, few, few) == Inside(
+        after=((2 * 2048 * 4, 2 * 2048 * 128 * 4),)
+    )
+    many = empty(64, 16, 256, 128)
+    assert held(aten._scaled_dot_product_flash_attention.default, many, many, many) == Inside()
+    wide = empty(2, 4, 256, 160)
+    efficient = aten._scaled_dot_product_efficient_attention.default
+    assert held(efficient, wide, wide, wide) == Inside(after=((2048 * 160 * 4,),))
+    assert held(efficient, few, few, few) == Inside()
+    scores = empty(8, 256, 256, dtype=fp32)
+    assert held(aten._safe_softmax.default, scores, -1) == Inside(after=((8 * 256 * 256, 8 * 256, 4),))
 
 
 def test_the_embedding_s_backward():

@@ -122,6 +122,8 @@ def test_the_command_answers(tmp_path):
     assert json.loads(run("--limit", "40MiB", "--json").output)["what_if"]["fits"] is True
     assert "it does not fit in 1,000 B: allocation 1 of 31,457,280 B fails" in run("--limit", "1000").output
     assert "the smallest GPU that it fits on" in run().output
+    for limit, code in ((["--limit", "1000"], 3), (["--limit", "1GB"], 0), ([], 0)):
+        assert command.main([str(path), *limit], standalone_mode=False) == code
     for wrong in (["--limit", "much"], ["--garbage-collection-threshold", "0.5"], ["--roundup-power2-divisions", "3"]):
         failed = run(*wrong)
         assert isinstance(failed.exception, UserError) and wrong[0] in str(failed.exception)

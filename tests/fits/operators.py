@@ -28,7 +28,19 @@ def attention_of_groups(x: torch.Tensor) -> torch.Tensor:
         return F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
 
 
+def attention_of_three_dimensions(x: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(x, x, x)
+
+
+def attention_of_few_blocks(x: torch.Tensor) -> torch.Tensor:
+    """8 blocks of 64 queries, which share the keys."""
+    query = x[:1].to(torch.bfloat16).unflatten(-1, (4, 256)).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, query, query)
+
+
 functions = {
+    "attention of three dimensions": (attention_of_three_dimensions, rows),
+    "attention of few blocks": (attention_of_few_blocks, rows),
     "index_select": (lambda x: x.index_select(0, places), rows),
     "index": (lambda x: x[places], rows),
     "index by a mask": (lambda x: x[places > 3], rows),

@@ -15,8 +15,14 @@ def test_where_cublas_takes_its_workspaces():
         Event(3, 10, "gradients", "backward", PRODUCT),
     ]
     forward, backward = (
-        Event(-block, 50, "temporaries", phase, "cuBLAS") for block, phase in ((2, "forward"), (1, "backward"))
+        Event(-block, 50, "temporaries", phase, "cuBLAS") for block, phase in ((1, "forward"), (2, "backward"))
     )
     assert with_cublas(events, 100) == [*events[:2], forward, *events[2:], backward]
     # Backward's first product is written into block 2, before that is freed.
-    assert with_cublas(events, 100, {"backward": 3}) == [*events[:2], forward, events[2], backward, *events[3:]]
+    assert with_cublas(events, 100, {(True, 0): 3}) == [*events[:2], forward, events[2], backward, *events[3:]]
+    # A closure's passes run in an optimizer's step; a side stream has a workspace of its own.
+    events = [Event(0, 10, "other", "optimizer", PRODUCT), Event(1, 10, "other", "forward", PRODUCT, 7)]
+    of_step = Event(-1, 50, "temporaries", "optimizer", "cuBLAS")
+    assert with_cublas(events, 100) == [
+        events[0], of_step, events[1], Event(-2, 50, "temporaries", "forward", "cuBLAS", 7)
+    ]  # fmt: skip

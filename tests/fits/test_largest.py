@@ -56,6 +56,8 @@ def test_a_program_is_run_with_each(tmp_path):
     assert done.returncode == 0, done.stderr
     said = "the argument 1 is the largest that fits on 1.20 GB: it takes 1.10 GB; 2 would take 1.70 GB"
     assert done.stdout == f"{said}\n"
+    done = fits("--fit", "--limit", "0.9GB", "--", program, "{}", cwd=tmp_path)
+    assert (done.returncode, done.stdout.startswith("not even the argument 1 fits")) == (3, True)
     text = "raise ValueError('mine')"
     done = fits("--fit", "--gpu", "T4", "--", script(tmp_path, text), "{}", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (2, "error: with 1 the program ends with code 1: ValueError: mine\n")

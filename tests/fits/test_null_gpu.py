@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.fits.test_fits import LOOP, OPERATORS, RANKS, fits, fresh, script
+from tests.fits.test_fits import ADVERSARIAL, LOOP, OPERATORS, RANKS, fits, fresh, script
 
 pytestmark = pytest.mark.null_gpu
 DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
@@ -46,7 +46,7 @@ def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
     """Beside a context of 471,859,200 B, 480 MB leave less than a segment of 20 MiB."""
     limit = ("--limit", "480MB", "--json", "out.json", "--snapshot", "out.pickle")
     done = fits("--engine", "null", *limit, "--", script(tmp_path, TRAINED), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 3, done.stderr
     answer = json.loads((tmp_path / "out.json").read_text())
     printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(printed) == 2  # of the second run: the first one ended before
@@ -83,6 +83,58 @@ def test_packages_for_another_torch_are_refused(null_gpu, tmp_path):
     assert done.stderr.startswith(
         "error: --engine null needs packages for one release of torch, and finds 2.12.0 and 2.13"
     )
+
+
+ATTENTION = str(Path(OPERATORS).with_name("attention.py"))
+CARDS = ("T4", "A100 80GB", "RTX 3090", "RTX 5090")  # others have cuDNN's attention
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("card", CARDS)
+def test_attention_holds_as_much_at_most(card, null_gpu, tmp_path):
+    """Each of 64 calls in three types, forward and backward; two numbers on the host count as the device's."""
+    printed = []
+    for engine in ("fake", "null"):
+        done = fits(
+            "--engine", engine, "--gpu", card, "--", str(Path(OPERATORS).with_name("attention.py")), cwd=tmp_path
+        )
+        printed += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    without_data, counted = printed
+    assert len(counted) == 3 * 64
+    low = {
+        name: (told, counted[name]) for name, told in without_data.items() if any(map(int.__lt__, told, counted[name]))
+    }
+    assert not low
+    equal = sum(taken == pytest.approx(counted[name], abs=24) for name, taken in without_data.items())
+    print(f"{card}: {equal} of {len(counted)} equal within 24 B, the others above")
+
+
+WARMED_UP = """
+import torch
+layers = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024) for _ in range(6)]).cuda()
+optimizer = torch.optim.AdamW(layers.parameters(), 1e-3, capturable=True)
+x, side = torch.randn(256, 1024, device="cuda"), torch.cuda.Stream()
+side.wait_stream(torch.cuda.current_stream())
+with torch.cuda.stream(side):
+    for step in range(3):
+        optimizer.zero_grad()
+        layers(x).square().mean().backward()
+        optimizer.step()
+"""
+
+
+def test_cublas_takes_its_workspaces_on_the_stream_of_a_warm_up(null_gpu, tmp_path):
+    """Before a CUDA graph is captured: they lie in that stream's segments."""
+    program = script(tmp_path, WARMED_UP)
+    without_data, counted = (told(tmp_path, "--engine", each, "--", program) for each in ("fake", "null"))
+    assert without_data == counted
+
+
+def test_an_optimizer_that_has_not_stepped_is_no_fit(null_gpu, tmp_path):
+    done = fits("--engine", "null", *DEVICE, "--", script(tmp_path, ADVERSARIAL), "100", cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "18 steps of program.py fit on" in done.stdout and "but SGD did no step, and what that takes" in done.stdout
+    assert json.loads((tmp_path / "out.json").read_text())["waited_for"] == ["SGD"]
 
 
 def test_operators_hold_as_much_at_most(null_gpu, tmp_path):

@@ -447,6 +447,32 @@ def test_the_answer_comes_first():
     )
 
 
+@pytest.mark.parametrize(
+    "gpu, fit, micro_batch, device, fits",
+    [
+        ("T4", None, 0, 10**9, True),
+        ("T4", None, 0, 10**11, False),
+        (None, None, 0, 10**11, True),  # no GPU was asked about
+        (None, "24GB", 8, 10**9, True),
+        (None, "24GB", 0, 10**11, False),
+    ],
+)
+def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, device, fits):
+    from ds_cmli.memory import command, search
+
+    setting = {"micro_batch": 1, "zero_stage": 2, "world_size": 1}
+    report = SimpleNamespace(totals={"device": device}, setting=setting, to_dict=dict)
+    found = SimpleNamespace(report=report)
+    fitted = SimpleNamespace(
+        micro_batch=micro_batch, tried={1: device, 8: device}, changes=[], asked=1, prediction=found
+    )
+    monkeypatch.setattr(search, "predict_largest", lambda *_, **__: found)
+    monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
+    monkeypatch.setattr(command, "show", lambda _: None)
+    asked = command.Asked(1, None, gpu, (), fit, None, None)
+    assert command.single(None, None, asked)[1] == fits
+
+
 def test_two_sizes_never_read_alike():
     from ds_cmli.memory.command import fit_sentence
 
