@@ -20,7 +20,7 @@ def environment(folder: Path, card: str = "a100", count: int = 1) -> dict[str, s
 
     Args:
         folder: as `build` returns it.
-        card: one of 3090, 4090, a100, h100, b200, 5090 and t4.
+        card: one of t4, a10g, 3090, 4090, 5090, a100, h100, h200 and b200.
         count: the number of them.
     """
     lib = str(library(folder).parent)
