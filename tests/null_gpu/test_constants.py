@@ -9,7 +9,7 @@ from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
 ASKED = """
-import json, torch
+import json, os, torch
 of = torch.cuda.get_device_properties(0)
 held = lambda: torch.cuda.memory_stats()["requested_bytes.all.current"]
 x = torch.empty(64, 64, device="cuda", requires_grad=True)
@@ -20,7 +20,8 @@ gradient, before = torch.empty_like(forward), held()
 forward.backward(gradient)
 workspaces += held() - before - x.grad.nbytes
 kinds = (of.multi_processor_count, of.max_threads_per_multi_processor, of.shared_memory_per_block_optin)
-print(json.dumps([of.name, [of.major, of.minor], *kinds, of.total_memory, workspaces]))
+print(json.dumps([of.name, [of.major, of.minor], *kinds, of.total_memory, workspaces]), flush=True)
+os._exit(0)  # before the thread of backward ends, which can abort a busy process
 """
 ALL = [pytest.param(name, marks=[] if "5090" in name else pytest.mark.soak) for name in gpus.all_gpus()]
 
