@@ -164,6 +164,8 @@ def test_members_of_every_type(tmp_path):
     counts: Counter = Counter()
     for form, kind, name in cases:
         for role in ("png", "txt", "cls"):
+            if kind in (b"K", b"L", b"x", b"g", b"X") and (len(name) > 99 or not name.isascii()):
+                continue  # the header of the long name is then of the member after this one
             try:
                 with_member(tmp_path / "a.tar", form, kind, role, name)
             except ValueError:  # a name that is too long for the format

@@ -4,6 +4,7 @@ It reads from memory-mapped Arrow files. Parquet does not allow fast random acce
 groups are about 100 MB: it is copied into Arrow files once.
 """
 
+import os
 import shutil
 from itertools import chain, starmap
 from pathlib import Path
@@ -89,7 +90,7 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
 def _copy(name: str, builder: "DatasetBuilder", files: list[Path]) -> None:
     cache = Path(builder.cache_dir)
     shutil.rmtree(cache, ignore_errors=True)
-    size = sum(file.stat().st_size for file in files)
+    size = sum(map(os.path.getsize, files))
     if shutil.disk_usage(cache.parent).free < size:
         raise UserError(
             f"data.source is {name!r}: {cache.parent} has no room for its copy of about "
@@ -104,7 +105,7 @@ def _copy(name: str, builder: "DatasetBuilder", files: list[Path]) -> None:
 def _is_copied(cache: Path) -> bool:
     """Whether a copy is there and, up to `MOST_CHECKED` bytes, none of its files is damaged."""
     files = list(cache.glob("*.arrow"))
-    if sum(file.stat().st_size for file in files) > MOST_CHECKED:
+    if sum(map(os.path.getsize, files)) > MOST_CHECKED:
         return True
     return bool(files) and all(map(is_sealed, files))
 
@@ -180,7 +181,8 @@ class Arrow(Source):
         features = dataset.features
         images = [name for name, feature in features.items() if _holds_image(feature)]
         captions = [name for name, feature in features.items() if _holds_text(feature)]
-        types = {field.name: str(field.type) for field in dataset.data.schema}
+        schema = dataset.data.schema
+        types = dict(zip(schema.names, map(str, schema.types), strict=True))
         named = [name for name in features if name.lower() in CAPTION_KEYS]
         # A column by the name of captions that holds none: another text is not taken in its place.
         meant = [config.caption_key] if config.caption_key else named
@@ -245,7 +247,7 @@ def _check_types(
     where: str, what: str, possible: list[str], meant: list[str], types: dict[str, str]
 ) -> None:
     """Raise `UserError` if no column, or none of those that are `meant`, can hold `what`."""
-    candidates = [name for name in meant if name in types] or list(types)
+    candidates = list(filter(types.__contains__, meant)) or list(types)
     if not {*candidates} & {*possible}:
         shown = ", ".join(f"{name} ({types[name]})" for name in candidates)
         raise UserError(

@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import filterfalse
 from pathlib import Path
 
 import numpy as np
@@ -219,7 +220,7 @@ def first_twice(names: Sequence[str]) -> str | None:
 
 def unused(what: str, names: Iterable[str], used: Sequence[str]) -> list[str]:
     """The columns or keys that are not used, as `Source.not_read` names them; [] if all are."""
-    others = [printable(name) for name in names if name not in used]
+    others = list(map(printable, filterfalse(used.__contains__, names)))
     if len(others) > MOST_NAMED:
         others = [*others[:MOST_NAMED], f"{len(others) - MOST_NAMED} more"]
     if not others:

@@ -126,9 +126,7 @@ def _headers(shard: Path, rows: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open(shard, "rb") as file:
         for start in (
-            np.stack([rows[field] for field in ("image", "text", "json")], axis=1)
-            .reshape(-1)
-            .tolist()
+            np.stack([rows["image"], rows["text"], rows["json"]], axis=1).reshape(-1).tolist()
         ):
             if start:
                 digest.update(os.pread(file.fileno(), BLOCK, start - BLOCK))
