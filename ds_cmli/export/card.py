@@ -3,6 +3,7 @@
 The results are measured on the run's held-out pairs by the exported weights themselves.
 """
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ OF_SPLITS = {
     "val": "the validation part of the data, or the share of it that training held out.",
     "test": "the test part of the data.",
 }
+EVALUATED = re.compile(r"eval/([^/]+)/(.+)")  # the columns of an evaluation
 POINTING = "the share of caption tokens whose best patch lies in the picture that they name."
 
 
@@ -157,9 +159,11 @@ def recorded(source: Source) -> Results | None:
     for number, line in enumerate(lines, 1):
         values = _parsed(line)
         for column, value in values.items():
-            if number in changed or not column.startswith("eval/"):
+            evaluated = EVALUATED.fullmatch(column)
+            numeric = isinstance(value, int | float)
+            if number in changed or not evaluated or not numeric:
                 continue
-            _, split, name = column.split("/", 2)
+            split, name = evaluated.groups()
             if split.endswith("_ema") == source.ema:
                 last.setdefault(split.removesuffix("_ema"), {})[name] = value
                 step = values.get("step", step)
