@@ -15,12 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import program, script
-from ds_cmli.fits.counting import Steps
+from ds_cmli.fits.counting import end_after_steps
+from ds_cmli.fits.progress import Progress
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.streams import Streams
 from ds_cmli.fits.values import Values
@@ -47,7 +47,7 @@ def on_cpu(value: object) -> object:
 def counted(steps: int, command: list[str]) -> dict[str, int]:
     """The peaks below torch, and what libraries other than libc10 had then."""
     library = ctypes.CDLL(None)
-    register_optimizer_step_post_hook(Steps(steps).after)
+    end_after_steps(Progress(steps))
     if library.counting_begins():
         raise SystemExit("libc10 is not loaded")
     with OnCpu(), patched("torch: loading processes", lambda _: program.InThisProcess):

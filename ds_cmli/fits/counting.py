@@ -27,12 +27,8 @@ def mixed_releases() -> str:
     return " and ".join(sorted(versions)) if len(releases) > 1 else ""
 
 
-def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
-    """Run the program and write what the allocator has counted.
-
-    Returns the program's exit code, 1 where the device had too little memory.
-    """
-    progress, full = Progress(steps), False
+def end_after_steps(progress: Progress) -> None:
+    """End the program when its optimizers have done their steps."""
 
     def after(optimizer: Optimizer, *_: object) -> None:
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
@@ -41,6 +37,15 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
             raise script.StepsDone
 
     register_optimizer_step_post_hook(after)
+
+
+def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
+    """Run the program and write what the allocator has counted.
+
+    Returns the program's exit code, 1 where the device had too little memory.
+    """
+    progress, full = Progress(steps), False
+    end_after_steps(progress)
     torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has none
     if snapshot:
         torch.cuda.memory._record_memory_history()
