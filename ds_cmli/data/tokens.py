@@ -111,7 +111,8 @@ class CaptionTokenizer:
         try:
             return self.backend.encode(text[: self.most_characters])
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of Rust, which is no `Exception`
+            panic = type(error).__name__ == "PanicException"  # of Rust, which is no `Exception`
+            if not panic and not isinstance(error, Exception):
                 raise
             raise UserError(
                 f"data.tokenizer is {self.name!r}, which cannot split {shown(text)} "
@@ -160,7 +161,15 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     Raises:
         UserError: the tokenizer cannot be loaded, is not fast, or can neither pad nor end a text.
     """
-    return CaptionTokenizer(pretrained_tokenizer(name), positions)
+    tokenizer = pretrained_tokenizer(name)
+    try:
+        return CaptionTokenizer(tokenizer, positions)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files can hold anything
+        raise UserError(
+            f"data.tokenizer is {name!r}, which cannot be used ({reason(error)}): choose another one"
+        ) from None
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
