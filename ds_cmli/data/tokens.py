@@ -168,7 +168,7 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
         raise
     except Exception as error:  # damaged files can hold anything
         raise UserError(
-            f"data.tokenizer is {name!r}, which cannot be used ({reason(error)}): choose another one"
+            f"data.tokenizer is {name!r}, which cannot be used ({reason(error)}): choose another"
         ) from None
 
 
