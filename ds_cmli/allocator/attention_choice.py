@@ -85,12 +85,17 @@ def _flash(call: Attention, limits: Limits) -> bool:
 
 def _efficient(call: Attention, limits: Limits) -> bool:
     ampere = limits.capability >= (8, 0)
-    half = call.query.dtype in HALF
-    multiple = 8 if half else 4 if ampere else 1
+    multiple = 1
+    if call.query.dtype in HALF:
+        multiple = 8
+    elif ampere:
+        multiple = 4
     width, of_values = call.query.shape[-1], call.value.shape[-1]
     if not width or not of_values or width % multiple or of_values % multiple:
         return False
-    types = (torch.float16, torch.float32, *((torch.bfloat16,) if ampere else ()))
+    types = [torch.float16, torch.float32]
+    if ampere:
+        types.append(torch.bfloat16)
     if ampere and any(x.storage_offset() % multiple and x.numel() for x in call.inputs):
         return False
     same = call.key.shape[-1] == width

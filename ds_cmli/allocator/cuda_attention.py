@@ -25,7 +25,12 @@ def flash_forward(args: tuple, limits: Limits) -> Inside:
     if len(args) > 3 and args[3] > 0:
         return Inside(after=((16,),))  # the state of the random numbers; no parts
     batch, heads, rows, width = query.shape
-    keys = math.ceil(key.shape[2] / (256 if width <= 64 else 128 if width <= 128 else 64))
+    block = 64  # keys
+    if width <= 64:
+        block = 256
+    elif width <= 128:
+        block = 128
+    keys = math.ceil(key.shape[2] / block)
     blocks, places = batch * heads * math.ceil(rows / 64), 2 * limits.multiprocessors
     parts = 1 if blocks >= 0.8 * places else _parts(blocks, places, keys)
     if parts == 1:

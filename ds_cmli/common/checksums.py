@@ -30,6 +30,15 @@ def verify(content: Mapping[str, object]) -> None:
         )
 
 
+def of_file(path: Path) -> str:
+    """The SHA-256 of a file, which is read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def of_lines(lines: bytes) -> bytes:
     """The checksums of whole lines, one a line."""
     return b"".join(map(_of_line, lines.split(b"\n")[:-1]))

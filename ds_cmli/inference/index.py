@@ -4,6 +4,7 @@ Shapes: I images, J texts, N image patches, H hidden size, D embedding dimension
 """
 
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ from tqdm import tqdm
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
 from ds_cmli.config.validation import check_kind
 from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
 FILE, VERSION = "index.json", 1
+SUMS = "sums.npy"  # the checksum of each picture's patches, which may be too many to read whole
 EXACT = 2000  # up to this number of images, all of them are scored by CMLI
 CANDIDATES = 200  # in a larger index, as many of the best by global score are scored by CMLI
 AT_A_TIME = 512  # number of images whose patches are read from disk at a time
@@ -50,6 +53,7 @@ class Index:
         where = f"the index is {str(folder)!r}"
         try:
             content = read(self.folder / FILE, dict)
+            checksums.verify(content)
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
             self.model_path: str = str(content["model"])
@@ -62,6 +66,12 @@ class Index:
                 raise ValueError("its parts differ in length")
             if (self.cls.ndim, self.patches.ndim) != (2, 3):
                 raise ValueError("its parts have other dimensions")
+            self.sums: np.ndarray | None = None  # of each picture's patches, [I]
+            if "files" in content:  # not in an earlier version's
+                for name, digest in content["files"].items():
+                    if checksums.of_file(self.folder / name) != digest:
+                        raise ValueError(f"{name} does not agree with its checksum")
+                self.sums = np.load(self.folder / SUMS)
         except FileNotFoundError:
             raise UserError(f"{where}: none is there; make one with --build PICTURES") from None
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
@@ -121,7 +131,8 @@ class Index:
         arrays.close()
         content = {"version": VERSION, "model": str(model_path), "names": names}
         content["weights"] = model.digest
-        (folder / FILE).write_text(json.dumps(content))
+        content["files"] = {name: checksums.of_file(folder / name) for name in ("cls.npy", SUMS)}
+        (folder / FILE).write_text(json.dumps(checksums.sealed(content)))
         return cls(folder), refused
 
     def __len__(self) -> int:
@@ -137,7 +148,13 @@ class Index:
         tokens, mask = texts.tokens[j : j + 1], texts.token_mask[j : j + 1]
         out = []
         for part in numbers.split(AT_A_TIME):
-            patches = torch.from_numpy(self.patches[part.numpy()]).to(tokens.dtype)
+            stored = self.patches[part.numpy()]
+            if self.sums is not None and (_sums(stored) != self.sums[part.numpy()]).any():
+                raise UserError(
+                    f"the index is {str(self.folder)!r}, whose patches.npy does not agree with its "
+                    "checksums: build it anew"
+                )
+            patches = torch.from_numpy(stored).to(tokens.dtype)
             out.append(cmli_scores(patches, tokens, mask)[1][:, 0])
         return torch.cat(out)
 
@@ -207,6 +224,7 @@ class _Arrays:
         """`most`: the number of pictures, if all of them can be read."""
         self.folder, self.most, self.length = folder, most, 0
         self.arrays: dict[str, np.memmap] = {}
+        self.sums: list[np.ndarray] = []
 
     def append(self, cls: Tensor, patches: Tensor) -> None:
         """[B, H], [B, N, D]: the embeddings of the next pictures."""
@@ -217,6 +235,7 @@ class _Arrays:
                     self.folder / name, "w+", np.float16, shape
                 )
             self.arrays[name][self.length : self.length + len(values)] = values.half().numpy()
+        self.sums.append(_sums(patches.half().numpy()))
         self.length += len(cls)
 
     def close(self) -> None:
@@ -225,6 +244,12 @@ class _Arrays:
             if self.length < self.most:  # some pictures were left out
                 np.save(self.folder / f"short-{name}", array[: self.length])
                 (self.folder / f"short-{name}").replace(self.folder / name)
+        np.save(self.folder / SUMS, np.concatenate(self.sums))
+
+
+def _sums(rows: np.ndarray) -> np.ndarray:
+    """The checksum of each of some rows, [I, ...] -> uint32 [I]."""
+    return np.fromiter(map(zlib.crc32, map(np.ascontiguousarray, rows)), np.uint32, len(rows))
 
 
 def topk(

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -115,12 +115,15 @@ class Predictor:
 
 def answer(request: JsonObject) -> Answer:
     from ds_cmli.memory.inputs import NotPredictable
-    from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
     from ds_cmli.memory.search import predict_largest
 
     try:
         config, rank = Config.from_dict(request["config"]), request["rank"]
-        prediction = (predict_largest if rank is None else partial(predict, rank=rank))(
+        prediction_of: Callable[..., Prediction] = predict_largest
+        if rank is not None:
+            prediction_of = partial(predict, rank=rank)
+        prediction = prediction_of(
             config,
             request["ds_config"],
             request["world_size"],

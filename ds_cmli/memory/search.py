@@ -115,7 +115,9 @@ def predict_largest(
     total = "requested" if target == "cpu" else "device"
     rank = first
     if rank is None:
-        rank = world_size - 1 if DeepSpeedConfig.of(ds_config).stage in (1, 2) else 0
+        rank = 0
+        if DeepSpeedConfig.of(ds_config).stage in (1, 2):
+            rank = world_size - 1
     predictions: dict[int, Prediction] = {}
     while True:
         predictions[rank] = predict(

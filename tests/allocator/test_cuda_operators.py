@@ -103,6 +103,15 @@ def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
     assert found == Inside(((),), tuple(blocks))
 
 
+@pytest.fixture(autouse=True)
+def cudnn_attention():
+    """As a process begins; a training turns it off for the rest of its process."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 FITTING, OTHERS = (8, 12, 197, 64), (8, 12, 50, 64)
 MASK = empty(8, 1, 1, 197)
 

@@ -119,7 +119,8 @@ def test_an_index_of_other_weights_is_told(model, index, pictures, run_without_g
     with pytest.raises(UserError, match="was built by another model"):
         other.search(model, TEXTS)
     content = json.loads((tmp_path / "index.json").read_text())
-    del content["weights"]  # as earlier versions wrote it
+    for key in ("weights", "files", "sha256"):  # as earlier versions wrote it
+        del content[key]
     (tmp_path / "index.json").write_text(json.dumps(content))
     assert len(Index(tmp_path).search(model, TEXTS)) == 2
 
@@ -137,3 +138,16 @@ def test_names_and_texts_that_are_no_unicode(model, pictures, run, tmp_path):
     for text in ("\udcff", ["a red car", "half \ud83d"]):
         with pytest.raises(UserError, match=r"a text is '.*\\ud.*', which is no Unicode: give whole characters"):
             model.embed_texts(text)
+
+
+def test_a_flipped_byte_of_any_file_is_refused(model, index, tmp_path):
+    names = ("index.json", "cls.npy", "patches.npy", "sums.npy")
+    for name in names:
+        for place in (0.2, 0.5, 0.9):
+            folder = tmp_path / f"{name} {place}"
+            shutil.copytree(index.folder, folder)
+            content = bytearray((folder / name).read_bytes())
+            content[int(place * len(content))] ^= 1
+            (folder / name).write_bytes(content)
+            with pytest.raises(UserError, match="build it anew"):
+                Index(folder).search(model, TEXTS)

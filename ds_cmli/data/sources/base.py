@@ -186,7 +186,10 @@ def hold_out(source: Source, wanted: float | None = None) -> tuple[Source, Sourc
         )
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
     if wanted is not None:
-        count = max(1, round(wanted * len(source) if wanted < 1 else wanted))
+        pictures = wanted
+        if wanted < 1:
+            pictures = wanted * len(source)
+        count = max(1, round(pictures))
     if count >= len(source):
         raise UserError(
             f"data.held_out is {wanted:g}, which leaves none of the {len(source)} pictures of "
