@@ -99,7 +99,8 @@ def test_a_setting_is_named_as_it_was_given():
 )  # fmt: skip
 def test_rates_of_a_frozen_encoder(student, optim, lines, capsys):
     engine.build_models(load_preset("tiny", {"student": student, "optim": optim, "loss": {"weights": {"cmli": 1}}}), 64)
-    assert capsys.readouterr().out.splitlines() == lines
+    printed = capsys.readouterr().out.splitlines()
+    assert [line for line in printed if not line.startswith("warning: ")] == lines  # of its random matrices
 
 
 def test_the_part_of_a_source_without_parts(tmp_path):

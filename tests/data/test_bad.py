@@ -46,7 +46,8 @@ LOAD = [("1.png", "empty caption"), ("1.png", "empty caption")]
 
 
 def read(path):
-    return [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
+    """Sample, reason and phase of each line."""
+    return [tuple(json.loads(line).values())[:3] for line in path.read_text().splitlines()]
 
 
 def samples(path, at_load=()):
