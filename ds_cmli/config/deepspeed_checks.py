@@ -248,11 +248,14 @@ def _orthogonalizing(content: Section) -> None:
             f"zero_optimization.reduce_scatter is true: {kind} needs whole gradients at stage 3: "
             "give false, or leave it out"
         )
-    half = content.get("bf16", {}).get("enabled") in (True, "auto")
-    if stage == 1 and half and content.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+    in_fp32 = content.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+    halves = [
+        name for name in ("bf16", "fp16") if content.get(name, {}).get("enabled") in (True, "auto")
+    ]
+    if in_fp32 and ((stage == 1 and "bf16" in halves) or (stage == 2 and halves)):
         raise UserError(
-            f"data_types.grad_accum_dtype is 'fp32': with it DeepSpeed does not orthogonalize "
-            f"{kind}'s updates in bf16 at stage 1: leave it out, or take stage 2"
+            "data_types.grad_accum_dtype is 'fp32': with it DeepSpeed does not orthogonalize "
+            f"{kind}'s updates in bf16 at stage 1, and ends some ranks at stage 2: leave it out"
         )
 
 

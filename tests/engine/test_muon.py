@@ -161,6 +161,14 @@ def test_hidden_matrices_alone_are_its():
             "data_types.grad_accum_dtype is 'fp32': with it DeepSpeed does not orthogonalize Muon",
         ),
         (
+            {
+                "zero_optimization": {"stage": 2},
+                "fp16": {"enabled": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            },
+            "data_types.grad_accum_dtype is 'fp32': with it DeepSpeed does not orthogonalize Muon",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
             "optimizer.type is 'Muon': its states cannot be offloaded here: leave out",
         ),
