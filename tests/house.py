@@ -18,7 +18,7 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 42_475),
+    "lines of the package": (20_000, 42_474),
     "files of the package": (140, 247),
     "lines of memory/": (3_300, 3_866),
     "files of memory/": (20, 19),
@@ -26,7 +26,7 @@ LIMITS = {
     "own functions patched by name": (0, 0),
     "signatures with Any": (60, 51),
     "lines over 100 columns": (0, 0),
-    "comprehensions in 1,000 lines of code": (20, 19.0),
+    "comprehensions in 1,000 lines of code": (20, 19.1),
     "comprehensions inside another": (0, 0),
     "conditional expressions in 1,000 lines of code": (14, 13.3),
     "functions of more than 7 parameters": (0, 1),
