@@ -120,9 +120,9 @@ def answer(request: JsonObject) -> Answer:
 
     try:
         config, rank = Config.from_dict(request["config"]), request["rank"]
-        prediction_of: Callable[..., Prediction] = predict_largest
-        if rank is not None:
-            prediction_of = partial(predict, rank=rank)
+        prediction_of: Callable[..., Prediction] = partial(predict, rank=rank)
+        if rank is None:  # from one record, as answers are waited for
+            prediction_of = partial(predict_largest, first=request["world_size"] - 1)
         prediction = prediction_of(
             config,
             request["ds_config"],

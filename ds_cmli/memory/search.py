@@ -31,7 +31,7 @@ LARGEST_BATCH = 2**16
 UNKNOWN = 2**63  # more than any rank needs
 SECOND_BATCH = 128  # that is tried: far enough from 1 for a line through both
 REPLAYED = 8  # ranks whose events go through the allocator's model: those that request the most
-MOST_RANKS = 3  # that are predicted
+MOST_RANKS = 5  # that are predicted
 MOST_GROWTH = 64  # from one micro-batch to the next that is tried
 
 
@@ -90,7 +90,8 @@ def sweep(
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
         options = Options(tell=tell)
-        yield values, predict_largest(config, changed, ranks, gpu=gpu, options=options)
+        last = ranks - 1
+        yield values, predict_largest(config, changed, ranks, gpu=gpu, first=last, options=options)
 
 
 def predict_largest(
@@ -109,25 +110,26 @@ def predict_largest(
     predicted too. Arguments as in `predict`.
 
     Args:
-        first: the rank to begin with. None: the last one, whose parameters' gradients are computed
-            first, while most activations are still stored.
+        first: the rank to begin with. None: with ZeRO-1 and 2 the last one, whose parameters'
+            gradients are computed first, while most activations are still stored, then the first
+            and the middle one, as not all that differs by rank follows from another's events.
     """
     total = "requested" if target == "cpu" else "device"
-    rank = first
-    if rank is None:
-        rank = 0
-        if DeepSpeedConfig.of(ds_config).stage in (1, 2):
-            rank = world_size - 1
+    ranks = [first or 0]
+    if first is None and DeepSpeedConfig.of(ds_config).stage in (1, 2):
+        ranks = list(dict.fromkeys([world_size - 1, 0, world_size // 2]))
     predictions: dict[int, Prediction] = {}
     while True:
-        predictions[rank] = predict(
-            config, ds_config, world_size, target=target, gpu=gpu, rank=rank, options=options
-        )
+        for rank in ranks:
+            predictions[rank] = predict(
+                config, ds_config, world_size, target=target, gpu=gpu, rank=rank, options=options
+            )
         most = max(predictions.values(), key=lambda each: each.report.totals[total])
-        others = _of_other_ranks(predictions[rank], total, gpu, world_size)
-        rank = max(others.keys() - predictions, key=others.__getitem__, default=rank)
-        if len(predictions) == MOST_RANKS or others.get(rank, 0) <= most.report.totals[total]:
+        others = _of_other_ranks(most, total, gpu, world_size)
+        rank = max(others.keys() - predictions, key=others.__getitem__, default=-1)
+        if len(predictions) >= MOST_RANKS or others.get(rank, 0) <= most.report.totals[total]:
             return most
+        ranks = [rank]
 
 
 def _of_other_ranks(
