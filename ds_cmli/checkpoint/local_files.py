@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ds_cmli.checkpoint.files import describe
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
@@ -85,5 +85,5 @@ def _digest(path: Path, names: re.Pattern[str]) -> object:
         return found
     with suppress(OSError):  # the library that loads it tells why
         if os.path.isfile(path):  # a FIFO would never end
-            return describe(path)["sha256"][:16]
+            return checksums.of_file(path)[:16]
     return None

@@ -18,6 +18,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def printable(text: str) -> str:
+    r"""The text with what is no Unicode, as in names of files and in JSON, written as \udcff."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type's name where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -193,8 +193,3 @@ class BadSamples:
 def told(bad: list[Bad]) -> list[str]:
     """The first few bad samples as text: `["2.png (no such file)", ...]`."""
     return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]
-
-
-def printable(name: str) -> str:
-    r"""The name with what is no Unicode, such as bytes of another encoding, written as \udcff."""
-    return name.encode(errors="backslashreplace").decode()

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, printable
 from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import Bad, printable, told
+from ds_cmli.data.bad import Bad, told
 from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.sources.base import Part, Parts, Source, hold_out
 from ds_cmli.data.sources.find import open_source, weighted

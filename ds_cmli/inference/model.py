@@ -22,11 +22,10 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
-from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.aspect import grid_at, laid_out, patch_mask
-from ds_cmli.data.bad import printable
 from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut

@@ -11,7 +11,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from ds_cmli.common import checksums, json_text
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, printable
 from ds_cmli.config.schema import load_config
 from ds_cmli.config.settings import flatten
 from ds_cmli.config.validation import MOST, check_kind, shown
@@ -130,11 +130,6 @@ def _check(values: dict[str, object], line: int) -> None:
     for name, value in values.items():
         if isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
             raise ValueError(f"line {line} has {shown(name)} = {shown(value)}")
-
-
-def printable(text: str) -> str:
-    """The text with halves of surrogate pairs, of JSON or of names of files, written out."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def _memory(folder: Path) -> dict[str, Any] | None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.data.bad import EMPTY, Bad, Refused, printable
+from ds_cmli.common.errors import UserError, printable
+from ds_cmli.data.bad import EMPTY, Bad, Refused
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 BLOCKS, BLOCK_BYTES = 256, 2**18  # of large data, what is compared when a run resumes

@@ -13,8 +13,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.data.bad import EMPTY, Bad, printable
+from ds_cmli.common.errors import UserError, printable
+from ds_cmli.data.bad import EMPTY, Bad
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FIELDS = {**dict.fromkeys(IMAGES, "image"), "txt": "text", "json": "json"}
