@@ -26,13 +26,8 @@ METRICS = "metrics.jsonl"
 CHECKSUMS = METRICS + checksums.LINES
 DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
-OF_A_RUN = (
-    METRICS,
-    CHECKSUMS,
-    BAD_FILE,
-    "config.json",
-    *TRACKERS,
-)  # each tracker has a folder of its name
+# Each tracker has a folder of its name.
+OF_A_RUN = (METRICS, CHECKSUMS, BAD_FILE, "config.json", *TRACKERS)
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:

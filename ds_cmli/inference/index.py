@@ -235,8 +235,9 @@ class _Arrays:
                     self.folder / name, "w+", np.float16, shape
                 )
             self.arrays[name][self.length : self.length + len(values)] = values.half().numpy()
-        self.sums.append(_sums(patches.half().numpy()))
-        self.length += len(cls)
+        end = self.length + len(cls)
+        self.sums.append(_sums(self.arrays["patches.npy"][self.length : end]))
+        self.length = end
 
     def close(self) -> None:
         for name, array in self.arrays.items():

@@ -36,9 +36,8 @@ RECORD = 10_240  # bytes: an archive is padded to a multiple
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd")  # first bytes
 
 Content = tuple[int, int]  # offset in the shard and size in bytes
-Members = dict[
-    str, Content | str
-]  # by field: where it is, or the kind of a member that is not read
+# By field: where it is, or the kind of a member that is not read.
+Members = dict[str, Content | str]
 NotRead = dict[str, tuple[int, str]]  # by kind of member: how many, and the first one's name
 
 
