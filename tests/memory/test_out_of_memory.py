@@ -56,8 +56,11 @@ def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     assert table[-1][0] == "predicted peak" and sum(n for _, n in table[:-1]) == table[-1][1] > ROOM * 2**20
     assert [n for _, n in table[:-1]] == sorted((n for _, n in table[:-1]), reverse=True)
     assert "  the largest: activations student" in lines
-    (fit, *_) = [line for line in lines if line.startswith(f"  would fit in {ROOM * 2**20:,} B")]
-    assert '"activation_checkpointing": {} in the DeepSpeed JSON' in fit
+    fit = re.search(r"^  would fit in ([\d,]+) B by prediction: (.*)$", done.stderr, re.MULTILINE)
+    assert fit, done.stderr
+    # Threads of the libraries may allocate between the limit and the training's start.
+    assert 0.98 * ROOM * 2**20 < int(fit[1].replace(",", "")) <= ROOM * 2**20
+    assert '"activation_checkpointing": {} in the DeepSpeed JSON' in fit[2]
     (written,) = tmp_path.glob("out_of_memory-*.txt")
     assert written.read_text() == done.stderr
     snapshot = pickle.loads((tmp_path / "out_of_memory-rank0.pickle").read_bytes())
