@@ -67,10 +67,7 @@ class Prepared:
 
 
 def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
-    """Check what would otherwise be refused only after imports that take seconds.
-
-    Raises `UserError`.
-    """
+    """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
     check_trackers(config.run.report_to)
     check_restarts(config.run.output_dir, start.resume)

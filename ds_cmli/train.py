@@ -51,6 +51,9 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
         profiles,
     )
     config = resolve_config(preset, settings, options)
+    where = config.run.output_dir or "a new folder in runs"
+    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
+    quiet.silence()
     asked = DeepSpeedConfig.load(deepspeed_config)
     tell_beside_json(config, asked, int(os.environ["WORLD_SIZE"]), settings, options)
     return train(config, asked, start)
@@ -61,11 +64,8 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
 
     It is `preemption.EXIT_CODE` where the run is to be started again.
     """
-    # --- configuration: on every rank, before the processes meet and before slow imports
+    # --- configuration: on every rank, before the processes meet
     check_early(config, asked, start)
-    where = config.run.output_dir or "a new folder in runs"
-    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
-    quiet.silence()
     if config.run.deterministic:
         hardware.enforce_determinism()
     data, mistake = load_data(config, asked)

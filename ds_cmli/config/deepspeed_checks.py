@@ -1,8 +1,8 @@
-"""Checks of a DeepSpeed JSON: `light` needs no library, `deep` asks DeepSpeed's own models."""
+"""Checks of a DeepSpeed JSON: by DeepSpeed's own models, strictly, and for what they let pass."""
 
 import importlib.util
 from collections.abc import Mapping
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pydantic
 
@@ -16,114 +16,77 @@ from ds_cmli.config.validation import shown
 _IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
 
 
-def light(content: Section) -> None:
-    """Raise `UserError` for the first key that is unknown or idle, or value that is wrong."""
-    for name, value in content.items():
-        # A nested section has its place in the outer one.
-        if name in keys.SECTIONS and name and "." not in name:
-            _section(name, value)
-        else:
-            _value("", name, value, keys.SECTIONS[""])
+def checked(content: Section) -> JsonObject:
+    """The content with whole numbers, such as 5e7, as integers, which schedulers need.
+
+    Raises `UserError` for the first key that is unknown or idle, or value that is wrong. Imports
+    DeepSpeed.
+    """
+    out = _section("", content)
     if "optimizer" in content:
         name = optimizer_name(content["optimizer"].get("type"))
-        _typed("optimizer", content["optimizer"], name, optimizers.OPTIMIZERS)
+        _typed("optimizer", out["optimizer"], name, optimizers.OPTIMIZERS)
     if "scheduler" in content:
         name = content["scheduler"].get("type")
-        _typed("scheduler", content["scheduler"], name, optimizers.SCHEDULERS)
+        _typed("scheduler", out["scheduler"], name, optimizers.SCHEDULERS)
     _precisions(content)
     _zero(content)
     _optimizer_with_zero(content)
     _orthogonalizing(content)
     _outputs(content)
-
-
-def whole_numbers(content: Section, section: str = "") -> JsonObject:
-    """The checked content with whole numbers, such as 5e7, as integers, which schedulers need."""
-    known = keys.SECTIONS.get(section, {})
-    if section in ("optimizer.params", "scheduler.params"):
-        known = optimizers.PARAMETERS
-    out = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            value = whole_numbers(value, _dotted(section, key))
-        elif isinstance(value, float) and value.is_integer() and _counts(known.get(key)):
-            value = int(value)
-        out[key] = value
+    for section, model in keys.models().items():
+        if section in content:
+            _by_model(section, model, content[section])
     return out
 
 
-def _dotted(section: str, key: str) -> str:
-    return f"{section}.{key}" if section else key
-
-
-def _counts(kind: Kind | None) -> bool:
-    """Whether values of a kind are whole numbers."""
-    return kind is not None and kind(2.0) is None and kind(2.5) is not None
-
-
-def _section(name: str, value: object) -> None:
-    value = _mapping(name, value)
-    known = keys.SECTIONS[name]
-    for key, item in value.items():
-        nested = f"{name}.{key}"
-        if nested in keys.SECTIONS:
-            if item is not None or not nested.startswith("zero_optimization.offload"):
-                _section(nested, item)
-        elif not (name in ("optimizer", "scheduler") and key == "params"):
-            _value(name, key, item, known)
-    if value and "enabled" in known and "enabled" not in value and name != "timers.throughput":
+def _section(name: str, content: Section) -> JsonObject:
+    """The checked content of a section; "" is the top level."""
+    known = keys.sections()[name]
+    out = {}
+    for key, value in content.items():
+        where = f"{name}.{key}".lstrip(".")
+        nullable = where.startswith("zero_optimization.offload")
+        if key not in known:
+            _unknown(name, key, known)
+        if where in keys.sections() and not (value is None and nullable):
+            out[key] = _section(where, _value(where, value, dict))
+        else:
+            out[key] = _value(where, value, known[key])
+    if content and "enabled" in known and "enabled" not in content and name != "timers.throughput":
         raise UserError(
             f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or '
             "remove it"
         )
+    return out
 
 
-def _value(section: str, key: str, value: object, known: Mapping[str, Kind]) -> None:
-    where = _dotted(section, key)
-    if key not in known:
-        _unknown(section, key, known)
-    need = known[key](value)
-    if value == "auto" and need is not None:
-        if where in keys.AUTO:
-            return
-        raise UserError(f'{where} is "auto", which is not filled for this key: {need}')
-    if need is not None:
-        raise UserError(f"{where} is {shown(value)}: {need}")
-
-
-def _unknown(section: str, key: str, known: Mapping[str, Kind]) -> NoReturn:
-    """Say what may be meant by a key that a section does not have."""
-    names = set(known)
-    for name in keys.SECTIONS:
-        outer, _, inner = name.rpartition(".")
-        if outer == section and inner:
-            names.add(inner)
-    if section in ("optimizer", "scheduler"):
-        names.add("params")
-    place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
-    if not key.strip():
-        raise UserError(f"{place}: a key without a name: remove it")
-    if key.partition(".")[0] in names and "." in key:
-        raise UserError(f"{place}: a JSON has no dotted keys: write {_nested(key)}")
-    raise UserError(f"{place}: {nearest(key, names)}")
-
-
-def _nested(path: str) -> str:
-    """`_nested("a.b")` -> '"a": {"b": ...}'."""
-    outer, dot, inner = path.partition(".")
-    if dot:
-        return f'"{outer}": {{{_nested(inner)}}}'
-    return f'"{outer}": ...'
-
-
-def _mapping(section: str, value: object) -> JsonObject:
-    if not isinstance(value, dict):
-        raise UserError(f"{section} is {shown(value)}: give a JSON object {{...}}")
+def _value(where: str, value: object, kind: Kind) -> Any:
+    """The value, or the integer that it is; raises `UserError` if it is not of `kind`."""
+    try:
+        valid = pydantic.TypeAdapter(kind).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        if value == "auto" and where in keys.AUTO:
+            return value
+        need = error.errors()[0]["msg"].removeprefix("Value error, ")
+        if value == "auto":
+            need = f"it is not filled for this key: {need}"
+        raise UserError(f"{where} is {shown(value)}: {need}") from None
+    if isinstance(value, float) and isinstance(valid, int):
+        return valid
     return value
 
 
+def _unknown(section: str, key: str, known: Mapping[str, Kind]) -> NoReturn:
+    place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
+    outer, _, inner = key.partition(".")
+    if inner and outer in known:
+        raise UserError(f'{place}: a JSON has no dotted keys: write "{outer}": {{"{inner}": ...}}')
+    raise UserError(f"{place}: {nearest(key, known)}")
+
+
 def _typed(
-    section: str, value: Section, name: object, table: Mapping[str, Optimizer | Scheduler]
+    section: str, value: JsonObject, name: object, table: Mapping[str, Optimizer | Scheduler]
 ) -> None:
     """Check the type of the optimizer or scheduler, and its parameters."""
     entry = table.get(name) if isinstance(name, str) else None
@@ -134,7 +97,7 @@ def _typed(
     if entry.why_not:
         kind = value["type"]
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {entry.why_not}")
-    given = _mapping(f"{section}.params", value.get("params", {}))
+    given = value.get("params", {})
     known = {name: optimizers.PARAMETERS.get(name, optimizers.PARAMETER) for name in entry.takes}
     known |= entry.kinds
     for key, item in given.items():
@@ -142,7 +105,9 @@ def _typed(
             raise UserError(
                 f"optimizer.params.max_grad_norm is {shown(item)}: give gradient_clipping instead"
             )
-        _value(f"{section}.params", key, item, known)
+        if key not in known:
+            _unknown(f"{section}.params", key, known)
+        given[key] = _value(f"{section}.params.{key}", item, known[key])
     missing = [name for name in entry.required if name not in given]
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
@@ -278,32 +243,16 @@ def _outputs(content: Section) -> None:
         )
 
 
-def deep(content: Section) -> None:
-    """Raise `UserError` for a value that DeepSpeed's own models refuse; imports DeepSpeed."""
-    from deepspeed.comm.config import CommsLoggerConfig
-    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    models = {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "fp16": DeepSpeedFP16Config,
-        "bf16": DeepSpeedBF16Config,
-        "tensorboard": TensorBoardConfig,
-        "wandb": WandbConfig,
-        "csv_monitor": CSVConfig,
-        "comet": CometConfig,
-        "comms_logger": CommsLoggerConfig,
-    }
-    for section, model in models.items():
-        try:
-            model(**content.get(section, {}))
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join([section, *map(str, first["loc"])])
-            if first["loc"]:  # without a location, the input is the whole section
-                where += f" is {shown(first.get('input'))}"
-            message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            raise UserError(f"{where}: DeepSpeed says: {message}") from None
-        except (AssertionError, TypeError, ValueError) as error:
-            raise UserError(f"{section}: DeepSpeed says: {error}") from None
+def _by_model(section: str, model: type[pydantic.BaseModel], content: JsonObject) -> None:
+    """Raise `UserError` for values that DeepSpeed's own model refuses."""
+    try:
+        model(**content)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([section, *map(str, first["loc"])])
+        if first["loc"]:  # without a location, the input is the whole section
+            where += f" is {shown(first.get('input'))}"
+        message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        raise UserError(f"{where}: DeepSpeed says: {message}") from None
+    except (AssertionError, TypeError) as error:
+        raise UserError(f"{section}: DeepSpeed says: {error}") from None

@@ -34,8 +34,8 @@ class Batch(NamedTuple):
 class DeepSpeedConfig(Mapping):
     """A read-only mapping of the JSON's top level, with derived values as properties.
 
-    `load` or `of` checks the JSON without importing DeepSpeed or PyTorch, `on` decides what depends
-    on the device, and `filled` replaces all remaining "auto" values. Each returns a new object.
+    `load` or `of` checks the JSON, `on` decides what depends on the device, and `filled` replaces
+    all remaining "auto" values. Each returns a new object.
     """
 
     content: Section
@@ -71,8 +71,7 @@ class DeepSpeedConfig(Mapping):
         """Check the content of such a file. Raises `UserError`."""
         if isinstance(content, cls):
             return content
-        checks.light(content)
-        return cls(checks.whole_numbers(content), without_effect(content))
+        return cls(checks.checked(content), without_effect(content))
 
     def replaced(
         self, zero_optimization: JsonObject | None = None, **settings: Any
@@ -310,7 +309,7 @@ def _replace_fp16(out: JsonObject, device: str, bf16: bool) -> str:
     """Replace fp16 in `out` on a device that lacks it, and return a line about it."""
     idle = []
     for key, value in out.pop("fp16").items():
-        if key != "enabled" and value != keys.FP16_DEFAULTS[key]:
+        if key != "enabled" and value != keys.models()["fp16"].model_fields[key].default:
             idle.append(f"fp16.{key} {value}")
     line = f"fp16 is slow or missing on this device ({device}): training in "
     if bf16:

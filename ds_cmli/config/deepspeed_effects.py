@@ -100,11 +100,10 @@ def without_effect(content: Section) -> tuple[str, ...]:
 
 def _stage(zero: Section) -> Iterator[str]:
     stage = zero.get("stage", 0)
-    read_elsewhere: set[str] = set()
+    idle = sorted(key for key in zero if stage < 3 and key.startswith("stage3_"))
     for stages, names in keys.STAGES.items():
         if stage not in stages:
-            read_elsewhere |= names
-    idle = sorted(read_elsewhere & zero.keys())
+            idle = sorted({*idle, *zero.keys() & names.split()})
     if idle:
         yield f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}"
     for what in ("offload_optimizer", "offload_param"):

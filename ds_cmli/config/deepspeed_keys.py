@@ -1,25 +1,17 @@
 """The keys that a DeepSpeed JSON may have here: kinds of values, use by ZeRO stage, and "auto".
 
-DeepSpeed ignores keys that it does not know, and reads `1` or "true" differently from key to key.
-These tables are strict, and need neither DeepSpeed nor PyTorch; tests compare them with what both
-really accept.
+DeepSpeed's own models name the keys of most sections and the kinds of their values. The table adds
+the sections without a model, what has no effect here or is refused, and narrower kinds.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import Annotated, Any
 
-from ds_cmli.config.json_values import (
-    Kind,
-    boolean,
-    either,
-    integer,
-    no_effect,
-    number,
-    one_of,
-    optional,
-    refused,
-    text,
-    texts,
-)
+import pydantic
+
+from ds_cmli.common import quiet
+from ds_cmli.config.json_values import Kind, integer, no_effect, number, one_of, refused
 
 
 def _each(kind: Kind, names: str) -> dict[str, Kind]:
@@ -32,18 +24,17 @@ def _old_zero(what: str) -> Kind:
     return refused(need, None, False)
 
 
-PRECISION = one_of("fp32", "fp16", "bf16")
+_PRECISION = one_of("fp32", "fp16", "bf16")
 _HALF = ("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "torch.bfloat16")
-AUTOCAST = one_of(*_HALF, "fp32", "float32", "float", "torch.float32")
 # Not "nvme", because states swapped to NVMe are in no checkpoint.
-OFFLOAD_DEVICE = one_of("none", "cpu")
+_OFFLOAD_DEVICE = one_of("none", "cpu")
 _NVME = "it is for NVMe"
 _NO_EXPERTS = "the models have no experts"
 _OUR_CHECKPOINTS = "checkpoints are written by this project"
-_TAGS = one_of("Ignore", "IGNORE", "Warn", "WARN", "Fail", "FAIL")
 
-# The sections and their keys; "" is the top level. A nested section is named with a dot.
-SECTIONS: dict[str, dict[str, Kind]] = {
+# The sections with keys beside those of DeepSpeed's model, or of another kind; "" is the top level.
+# A nested section is named with a dot.
+_ADDED: dict[str, dict[str, Kind]] = {
     "": {
         "train_batch_size": integer(1),
         "train_micro_batch_size_per_gpu": integer(1),
@@ -52,14 +43,14 @@ SECTIONS: dict[str, dict[str, Kind]] = {
             "training takes DeepSpeed's accumulation: remove it", True
         ),
         "gradient_clipping": number(0),
-        "prescale_gradients": boolean,
+        "prescale_gradients": bool,
         "gradient_predivide_factor": number(0, above=True),
         "gradient_allreduce_op": one_of("mean", "sum"),
-        "communication_data_type": optional(PRECISION),
+        "communication_data_type": _PRECISION | None,
         "seq_parallel_communication_data_type": no_effect("there is no sequence parallelism", None),
         "disable_allgather": no_effect("DeepSpeed reads it nowhere"),
-        "steps_per_print": optional(integer(1)),
-        "log_level": optional(one_of("debug", "info", "warning", "error", "critical")),
+        "steps_per_print": integer(1) | None,
+        "log_level": one_of(None, "debug", "info", "warning", "error", "critical"),
         "dataloader_drop_last": refused(
             "the last batch that is not full is always dropped: remove it", True
         ),
@@ -75,11 +66,10 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "aio": no_effect("nothing is offloaded to NVMe", {}),
     }
     | _each(no_effect(_NO_EXPERTS), "expert_parallel use_data_before_expert_parallelism")
-    | _each(boolean, "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
-    | _each(boolean, "wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
+    | _each(bool, "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
+    | _each(bool, "wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
     "zero_optimization": {
         "stage": one_of(0, 1, 2, 3),
-        "overlap_comm": optional(boolean),
         "stage3_model_persistence_threshold": integer(most=2**63 - 1),
         "pipeline_loading_checkpoint": refused(
             "checkpoints are read by this project: remove it", False
@@ -100,24 +90,11 @@ SECTIONS: dict[str, dict[str, Kind]] = {
             "an old name: give stage3_gather_16bit_weights_on_model_save", False
         ),
     }
-    | _each(boolean, "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce")
-    | _each(boolean, "allgather_partitions load_from_fp32_weights ignore_unused_parameters")
-    | _each(boolean, "round_robin_gradients parameter_alignment compute_grad_norm")
-    | _each(boolean, "stage3_gather_16bit_weights_on_model_save stage3_allgather_sequential")
-    | _each(boolean, "stage3_use_all_reduce_for_fetch_params zero_quantized_weights")
-    | _each(boolean, "zero_quantized_nontrainable_weights zero_quantized_gradients")
-    | _each(boolean, "memory_efficient_linear override_module_apply log_trace_cache_warnings")
-    | _each(boolean, "enable_sanity_checks")
-    | _each(integer(1), "reduce_bucket_size allgather_bucket_size sub_group_size")
-    | _each(integer(1), "zero_hpz_partition_size")
-    | _each(integer(), "stage3_prefetch_bucket_size stage3_param_persistence_threshold")
-    | _each(integer(), "stage3_max_live_parameters stage3_max_reuse_distance")
-    | _each(integer(), "stage3_module_granularity_threshold"),
-    "zero_optimization.offload_param": {"device": OFFLOAD_DEVICE, "pin_memory": boolean}
+    | _each(integer(1), "allgather_bucket_size sub_group_size zero_hpz_partition_size"),
+    "zero_optimization.offload_param": {"device": _OFFLOAD_DEVICE}
     | _each(no_effect(_NVME, None), "nvme_path buffer_count buffer_size max_in_cpu"),
     "zero_optimization.offload_optimizer": {
-        "device": OFFLOAD_DEVICE,
-        "pin_memory": boolean,
+        "device": _OFFLOAD_DEVICE,
         "ratio": one_of(1, 1.0),
         "super_offload": refused("it is not supported here: remove it", False),
         "cpuadam_cores_perc": no_effect("it is for super_offload"),
@@ -125,19 +102,16 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     | _each(no_effect(_NVME, None), "nvme_path buffer_count")
     | _each(no_effect(_NVME), "pipeline_read pipeline_write fast_init"),
     "fp16": {"loss_scale": number(0), "initial_scale_power": integer(0, 100)}
-    | _each(integer(1), "loss_scale_window hysteresis min_loss_scale")
-    | _each(boolean, "enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads"),
+    | _each(integer(1), "loss_scale_window hysteresis min_loss_scale"),
     "bf16": {
         "check_grad_overflow": refused(
             "a step that is not finite would spoil the weights: remove it", True
         )
-    }
-    | _each(boolean, "enabled immediate_grad_update bf16_master_weights_and_grads")
-    | _each(boolean, "bf16_optimizer_states"),
+    },
     "torch_autocast": {
-        "enabled": boolean,
-        "dtype": AUTOCAST,
-        "lower_precision_safe_modules": texts,
+        "enabled": bool,
+        "dtype": one_of(*_HALF, "fp32", "float32", "float", "torch.float32"),
+        "lower_precision_safe_modules": list[str],
     },
     "activation_checkpointing": {
         "contiguous_memory_optimization": refused(
@@ -145,53 +119,79 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         ),
         "number_checkpoints": no_effect("it is for contiguous_memory_optimization", None),
     }
-    | _each(boolean, "partition_activations cpu_checkpointing profile")
-    | _each(boolean, "synchronize_checkpoint_boundary"),
-    "data_types": {"keep_in_fp32_modules": either(texts, one_of("auto"))}
-    | _each(optional(PRECISION), "grad_accum_dtype param_dtype buffer_dtype"),
+    | _each(bool, "partition_activations cpu_checkpointing profile")
+    | _each(bool, "synchronize_checkpoint_boundary"),
+    "data_types": {"keep_in_fp32_modules": list[str] | one_of("auto")}
+    | _each(_PRECISION | None, "grad_accum_dtype param_dtype buffer_dtype"),
     "checkpoint": {
-        "tag_validation": _TAGS,
+        "tag_validation": one_of("Ignore", "IGNORE", "Warn", "WARN", "Fail", "FAIL"),
         "load_universal": refused("resuming decides it: remove it", False),
         "use_node_local_storage": refused("all nodes share a run's folder: remove it", False),
     }
     | _each(no_effect(_OUR_CHECKPOINTS), "parallel_write checkpoint_serialization writer"),
-    "comms_logger": {"prof_ops": texts} | _each(boolean, "enabled prof_all verbose debug"),
+    "comms_logger": {"prof_ops": list[str]},
     "flops_profiler": {
         "recompute_fwd_factor": number(0),
         "module_depth": integer(-1),
-        "output_file": optional(text),
+        "output_file": str | None,
     }
-    | _each(boolean, "enabled detailed")
+    | _each(bool, "enabled detailed")
     | _each(integer(1), "profile_step top_modules"),
-    "tensorboard": {"enabled": boolean, "output_path": text, "job_name": text},
-    "csv_monitor": {"enabled": boolean, "output_path": text, "job_name": text},
-    "wandb": {"enabled": boolean, "group": optional(text), "team": optional(text), "project": text},
     "comet": {
-        "enabled": boolean,
         "samples_log_interval": integer(1),
-        "online": optional(boolean),
-        "mode": optional(one_of("get", "create", "get_or_create")),
-    }
-    | _each(optional(text), "project workspace api_key experiment_name experiment_key"),
-    "timers": {},
-    "timers.throughput": {"enabled": boolean, "synchronized": boolean},
+        "mode": one_of(None, "get", "create", "get_or_create"),
+    },
+    "timers": {"throughput": dict},
     "optimizer": {
         "legacy_fusion": no_effect("it is for fused optimizers that are not used"),
-        "type": text,
+        "type": str,
+        "params": dict,
     },
-    "scheduler": {"type": text},
+    "scheduler": {"type": str, "params": dict},
 }
-# DeepSpeed's defaults of the section fp16, without "enabled".
-FP16_DEFAULTS = {
-    "auto_cast": False,
-    "loss_scale": 0,
-    "initial_scale_power": 16,
-    "loss_scale_window": 1000,
-    "hysteresis": 2,
-    "consecutive_hysteresis": False,
-    "min_loss_scale": 1,
-    "fp16_master_weights_and_grads": False,
-}
+
+
+@cache
+def models() -> dict[str, type[pydantic.BaseModel]]:
+    """DeepSpeed's own models by section; imports DeepSpeed."""
+    with quiet.without_trackers():
+        from deepspeed.comm.config import CommsLoggerConfig
+        from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+        from deepspeed.runtime.zero import config, offload_config
+        from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    return {
+        "zero_optimization": config.DeepSpeedZeroConfig,
+        "zero_optimization.offload_param": offload_config.DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization.offload_optimizer": offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "csv_monitor": CSVConfig,
+        "comet": CometConfig,
+        "comms_logger": CommsLoggerConfig,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+    }
+
+
+@cache
+def sections() -> dict[str, dict[str, Kind]]:
+    """The sections, their keys and the kinds of these; "" is the top level."""
+    out: dict[str, dict[str, Kind]] = {}
+    for section in [*_ADDED, *models()]:
+        out[section] = {}
+    for section, model in models().items():
+        for name, field in model.model_fields.items():
+            kind: Any = integer() if field.annotation is int else field.annotation
+            out[section][field.alias or name] = Annotated[(kind, pydantic.Field(), *field.metadata)]
+    for section, kinds in _ADDED.items():
+        out[section] |= kinds
+    out[""] |= {section: dict for section in out if section and "." not in section}
+    return out
+
+
 # The package that a section needs if it is enabled.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -217,29 +217,16 @@ AUTO = {
     "scheduler.params.warmup_max_lr",
     "scheduler.params.warmup_num_steps",
     "scheduler.params.total_num_steps",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.stage3_prefetch_bucket_size",
-    "zero_optimization.stage3_param_persistence_threshold",
+    *(f"zero_optimization.{key}" for key in WIDTHS),
 }
-_FIRST_STAGES = (
-    "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions allgather_bucket_size "
-    "round_robin_gradients parameter_alignment compute_grad_norm ignore_unused_parameters"
-)
-_LAST_STAGE = (
-    "sub_group_size memory_efficient_linear override_module_apply log_trace_cache_warnings "
-    "enable_sanity_checks"
-)
 # Keys of zero_optimization that only some stages read; at others a line says that they are idle.
-STAGES: dict[tuple[int, ...], set[str]] = {
-    (1, 2, 3): {
-        "contiguous_gradients",
-        "reduce_bucket_size",
-        "overlap_comm",
-        "load_from_fp32_weights",
-    },
-    (1, 2): set(_FIRST_STAGES.split()),
-    (3,): {key for key in SECTIONS["zero_optimization"] if key.startswith("stage3_")}
-    | set(_LAST_STAGE.split()),
+STAGES = {
+    (1, 2, 3): "contiguous_gradients reduce_bucket_size overlap_comm load_from_fp32_weights",
+    (1, 2): "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
+    "allgather_bucket_size round_robin_gradients parameter_alignment compute_grad_norm "
+    "ignore_unused_parameters",
+    (3,): "sub_group_size memory_efficient_linear override_module_apply log_trace_cache_warnings "
+    "enable_sanity_checks",  # and all keys that begin with stage3_
 }
 # Keys of zero_optimization that are refused below stage 3.
 STAGE3_ONLY = (

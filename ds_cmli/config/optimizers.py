@@ -9,16 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from ds_cmli.config.json_values import (
-    Kind,
-    boolean,
-    either,
-    integer,
-    number,
-    numbers,
-    one_of,
-    optional,
-)
+from ds_cmli.config.json_values import Kind, integer, number, numbers, one_of, refused
 
 
 @dataclass(frozen=True)
@@ -59,13 +50,11 @@ _ADAM = ("lr", "betas", "eps", "weight_decay", "capturable", *_TORCH)
 _OWN = ("bias_correction", "set_grad_none", "fp32_optimizer_states")
 
 
-def _adamw_mode(value: object) -> str | None:
-    if value is not False:
-        return boolean(value)
-    return (
-        "AdamW decays the weights whatever it says: remove it, or give the type Adam, which then "
-        "adds the decay to the gradients"
-    )
+_ADAMW_MODE = refused(
+    "AdamW decays the weights whatever it says: remove it, or give the type Adam, which then adds "
+    "the decay to the gradients",
+    True,
+)
 
 
 def _adam(kinds: Mapping[str, Kind]) -> Optimizer:
@@ -84,7 +73,7 @@ OPTIMIZERS = {
     "Adadelta": Optimizer(("lr", "rho", "eps", "weight_decay", "capturable", *_TORCH)),
     "Adafactor": Optimizer(
         ("lr", "beta2_decay", "eps", "d", "weight_decay", "foreach", "maximize"),
-        {"eps": either(numbers(2, number(0)))},
+        {"eps": numbers(2, number(0))},
     ),
     "Adagrad": Optimizer(
         ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "fused", *_TORCH),
@@ -92,7 +81,7 @@ OPTIMIZERS = {
         one_group=True,
     ),
     "Adam": _adam({}),
-    "AdamW": _adam({"adam_w_mode": _adamw_mode}),
+    "AdamW": _adam({"adam_w_mode": _ADAMW_MODE}),
     "Adamax": Optimizer(_ADAM),
     "ASGD": Optimizer(("lr", "lambd", "alpha", "t0", "weight_decay", "capturable", *_TORCH)),
     "Lamb": Optimizer(
@@ -227,22 +216,22 @@ SCHEDULERS = {
 }
 
 _positive, _not_negative = number(0, above=True), number(0)
-_rates = either(_not_negative, numbers(None, _not_negative))
+_rates = _not_negative | numbers(None, _not_negative)
 _BY_KIND = {
     "lr": _positive,
     "betas": numbers(2, number(0, 1)),
     "etas step_sizes": numbers(2, _positive),
     "eps weight_decay momentum lr_decay initial_accumulator_value": _not_negative,
-    "amsgrad maximize capturable torch_adam adam_w_mode bias_correction set_grad_none": boolean,
-    "fp32_optimizer_states eps_inside_sqrt decoupled_weight_decay centered nesterov": boolean,
-    "three_phase cycle_momentum lr_range_test_staircase": boolean,
+    "amsgrad maximize capturable torch_adam adam_w_mode bias_correction set_grad_none": bool,
+    "fp32_optimizer_states eps_inside_sqrt decoupled_weight_decay centered nesterov": bool,
+    "three_phase cycle_momentum lr_range_test_staircase": bool,
     "differentiable": one_of(False),
-    "foreach fused": optional(boolean),
-    "cycle_first_stair_count cycle_second_stair_count decay_step_size": optional(integer()),
+    "foreach fused": bool | None,
+    "cycle_first_stair_count cycle_second_stair_count decay_step_size": integer() | None,
     "lr_range_test_step_size cycle_first_step_size warmup_num_steps total_num_steps": integer(1),
     "total_iters T_max T_0 T_mult step_size_up step_size epochs steps_per_epoch": integer(1),
     "total_steps": integer(1),
-    "cycle_second_step_size step_size_down": optional(integer(1)),
+    "cycle_second_step_size step_size_down": integer(1) | None,
     "milestones": numbers(None, integer(1)),
     "warmup_type": one_of("log", "linear"),
     "mode": one_of("triangular", "triangular2", "exp_range"),

@@ -15,7 +15,7 @@ from ds_cmli.cmli.backends import why_no_kernels
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast
-from ds_cmli.config import deepspeed_checks, schedule
+from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config
@@ -35,8 +35,8 @@ NO_GPU = "there is no GPU"
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The JSON as this device can run it: its precision is decided.
 
-    Raises `UserError` for what DeepSpeed refuses, or if DS_ACCELERATOR names a device that PyTorch
-    does not train on.
+    Raises `UserError` if DS_ACCELERATOR names a device that PyTorch does not train on, or for what
+    the device does not have.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -57,7 +57,6 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
             f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: "
             "training on the CPU"
         )
-    deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()
     # CPUs that have fp16 at all run this step two to three times slower in fp16 than in bf16. GPUs

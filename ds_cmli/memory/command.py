@@ -87,6 +87,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     asked = Asked(**{name: options.pop(name) for name in Asked.__annotations__})
     config = resolve_config(preset, settings, options)
     asked.check()
+    quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     tell_beside_json(config, ds_config, asked.world_size, settings, options)
     if asked.checkpointing == "on":
@@ -95,7 +96,6 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     elif asked.checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
     micro_batch = ds_config.batch(config.optim.micro_batch, asked.world_size)[1]
-    quiet.silence()
     from ds_cmli.memory import search
 
     if asked.sweep:

@@ -31,8 +31,9 @@ from unittest import mock
 
 from PIL import Image
 
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_checks, json_values, optimizers
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config import json_values, optimizers
 from ds_cmli.config.options import PLACES
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LOSSES, Config
@@ -160,12 +161,12 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
         content["zero_optimization"] = {"stage": draw.choice([0, 1, 2, 3])}
         return f"zero_optimization = {content['zero_optimization']}"
     if kind == "key":
-        section = draw.choice([s for s in keys.SECTIONS if s and "." not in s] + [""] * 3)
+        section = draw.choice([s for s in keys.sections() if s and "." not in s] + [""] * 3)
         at = content if not section else content.setdefault(section, {})
         if not isinstance(at, dict):
             at = content[section] = {}
-        new = draw.choice([*keys.SECTIONS[section]] or ["enabled"])
-        if draw.random() < 0.5 and "enabled" in keys.SECTIONS[section]:
+        new = draw.choice([*keys.sections()[section]] or ["enabled"])
+        if draw.random() < 0.5 and "enabled" in keys.sections()[section]:
             at["enabled"] = True
         at[new] = draw.choice(VALUES)
         return f"{section}.{new} = {at[new]!r:.40}"
@@ -188,9 +189,12 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
 
 def _valid(draw: random.Random, kind: json_values.Kind, where: str, folder: Path) -> Any:
     """A value that this kind allows, or None, which may be one, too."""
-    if kind is json_values.text:
+    if kind in (str, str | None):
         return str(folder / "logs")
-    values = [v for v in POOL if kind(v) is None or (v == "auto" and where in keys.AUTO)]
+    values = []
+    for value in POOL:
+        with contextlib.suppress(UserError):
+            values.append(deepspeed_checks._value(where, value, kind))
     return draw.choice(values or [None])
 
 
@@ -234,15 +238,15 @@ def change_json_validly(draw: random.Random, content: dict[str, Any], folder: Pa
         if kind == "optimizer" and not table[new].zero_tested:
             content["zero_allow_untested_optimizer"] = True
         return f"{kind} = {content[kind]}"
-    places = [(s, k) for s, known in keys.SECTIONS.items() for k in known if s not in ("optimizer", "scheduler")]
+    places = [(s, k) for s, known in keys.sections().items() for k in known if s not in ("optimizer", "scheduler")]
     section, key = draw.choice(places)
     at = content
     for part in section.split(".") if section else ():
         at = at.setdefault(part, {})
-    if "enabled" in keys.SECTIONS[section]:
+    if "enabled" in keys.sections()[section]:
         at["enabled"] = True
     where = f"{section}.{key}".lstrip(".")
-    at[key] = _valid(draw, keys.SECTIONS[section][key], where, folder)
+    at[key] = _valid(draw, keys.sections()[section][key], where, folder)
     return f"{where} = {at[key]!r:.40}"
 
 
@@ -303,7 +307,8 @@ def change_options(draw: random.Random, folder: Path) -> list[str]:
 def _explicit(content: dict[str, Any]) -> dict[str, Any]:
     """With DeepSpeed's defaults of fp16, which ask for nothing where they are given."""
     fp16 = content.get("fp16")
-    return content | {"fp16": keys.FP16_DEFAULTS | fp16} if isinstance(fp16, dict) else content
+    defaults = keys.models()["fp16"]().model_dump(exclude={"enabled"})
+    return content | {"fp16": defaults | fp16} if isinstance(fp16, dict) else content
 
 
 def _is_the_presets(option: str) -> bool:

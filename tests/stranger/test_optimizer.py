@@ -76,7 +76,7 @@ def test_it_trains_and_resumes(tmp_path, stage):
 def test_its_parameters_are_filled_and_checked():
     filled = DeepSpeedConfig.of(content(0)).filled(load_preset("tiny", {}).optim, 1, STEPS)
     assert filled.optimizer_params == {"lr": 1e-3, "weight_decay": 0.05}
-    with pytest.raises(UserError, match=r"^optimizer.params.inertia is 1: give a finite number of at least 0 and bel"):
+    with pytest.raises(UserError, match=r"^optimizer.params.inertia is 1: Input should be less than 1"):
         DeepSpeedConfig.of(content(0, inertia=1))
     with pytest.raises(UserError, match=r"key of optimizer.params is 'betas': did you mean 'inertia'\?"):
         DeepSpeedConfig.of(content(0, betas=[0.5, 0.9]))
