@@ -1,21 +1,40 @@
-"""Every command and every piece of Python in README and docs: run here, or listed with the test that runs it.
+"""Every command and every piece of Python in README, docs and slurm/README: run here, or listed with its test.
 
-A command that is new or changed fails here until it is entered in one of the two tables.
+A command that is new or changed fails here until it is entered in one of the tables.
 """
 
+import contextlib
+import os
 import re
 import runpy
 import shlex
+import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from docs import settings
+from ds_cmli import train
+from ds_cmli.cmli.contrastive import MAX_SCALE
 from ds_cmli.common import cli
-from tests.conftest import ROOT
+from ds_cmli.config.schema import Config
+from ds_cmli.data import assets, scenes
+from ds_cmli.data.sources import base
+from ds_cmli.faults import preemption
+from ds_cmli.inference import index
+from ds_cmli.losses import over_pairs, sparc
+from ds_cmli.memory import out_of_memory
+from profiling.ablation import endpoints
+from tests.conftest import ROOT, clean_environment, free_port
+from tests.prose import complaints
 from tests.run_folder import write_run
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*DOCS, ROOT / "slurm" / "README.md"]
+DEFAULTS = Config()
 
 # Run as they stand, in a folder with a run in the sizes of `tiny` and a folder of pictures.
 HERE = [
@@ -27,77 +46,132 @@ HERE = [
 ]
 SCRIPTS = {"ds-cmli-search": "ds_cmli.inference.search"}
 
+# The same in processes of their own, with the mark `slow`.
+SLOW = [
+    "python -m ds_cmli.export RUN DIR",
+    "python profiling/predict.py --preset paper --world-size 2",
+    "python profiling/predict.py --preset paper --world-size 2 --fit 24GB",
+    "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3",
+    'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8',
+    "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
+    "docs/pictures/learning.png",
+    "python profiling/ablate.py docs/learning/cut.toml --report --markdown docs/learning/cut.md",
+]
+
+# Trainings that are started as they stand, with the mark `slow`, and stopped in their first steps.
+STARTED = [
+    "deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json",
+    "deepspeed ds_cmli/train.py --data pictures --output-dir runs/mine",
+    "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json",
+    "torchrun --nproc_per_node 2 ds_cmli/train.py",
+    "python ds_cmli/train.py --deepspeed_config ds_configs/zero2_muon.json",
+    "python ds_cmli/train.py --losses global,cmli=0.5",
+    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096,tokens:256",
+    "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5",
+    "python ds_cmli/train.py --profile-memory 2",
+    "python ds_cmli/train.py --profile 5:8",
+    'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'',
+    "python ds_cmli/train.py --data pictures --set data.aspect_patch=14 --set 'student.image_overrides="
+    '{"use_naflex": true}\' --set \'teacher.overrides={"use_naflex": true}\'',
+]
+
 # Run by another test with smaller models or other data, or by none, with the reason.
 ELSEWHERE = {
-    "python3 -m venv .venv && . .venv/bin/activate && pip install -e .": ".ci/run: CI's own environment",
+    "git clone https://github.com/OWNER/ds-cmli && cd ds-cmli": "pyproject.toml: OWNER is to be filled in",
+    "python3 -m venv .venv && . .venv/bin/activate": ".ci/run: CI's own environment",
+    "pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu": ".ci/run: needs a network",
+    "pip install -e .": ".ci/run: CI's own command, with the tests' packages",
     "pip install -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
-    "deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py: four steps of `tiny`",
-    "python ds_cmli/train.py --deepspeed_config ds_configs/zero2_muon.json": "tests/engine/test_muon.py: `tiny`",
-    'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'':
-        "tests/models/test_lora.py: `tiny`",
-    "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
-    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096,tokens:256":
-        "tests/losses/test_queue.py",
-    "python ds_cmli/train.py --data pictures --set data.aspect_patch=14 --set 'student.image_overrides="
-    "{\"use_naflex\": true}' --set 'teacher.overrides={\"use_naflex\": true}'":
-        "tests/models/test_any_aspect.py: `tiny`",
-    "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
-    "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
+    "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
+    "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
+    "python profiling/roofline.py --gpu a100 --peers": "tests/profiling/test_roofline.py: a few kernels",
+    "python profiling/benchmark_cmli.py": "tests/profiling/test_benchmark.py: `tiny`",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
-    "--output-dir runs/cmli": "tests/faults/test_restarts.py: two ranks of `tiny`",
-    "DS_CMLI_JOB=cmli torchrun --nnodes 1:4 --nproc_per_node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id cmli "
-    "--rdzv-endpoint NODE:29400 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json --output-dir runs/cmli":
+    "--output-dir runs/cmli":
+        "tests/faults/test_restarts.py: two ranks of `tiny`",
+    "DS_CMLI_JOB=cmli torchrun --nnodes 1:4 --nproc_per_node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id "
+    "cmli --rdzv-endpoint NODE:29400 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json --output-dir "
+    "runs/cmli":
         "tests/faults/test_restarts.py: two nodes of one rank",
-    "python ds_cmli/train.py --profile-memory 2": "tests/memory/test_measure.py",
-    "python ds_cmli/train.py --profile 5:8": "tests/memory/test_profiler.py",
     "deepspeed ds_cmli/train.py --data 'shards/{00000..00999}.tar'": "tests/data/sources/test_tars.py: few shards",
-    "deepspeed ds_cmli/train.py --data 'cc12m/{00000..01242}.tar::0.7' --data coco/dataset_coco.json::0.3 --val-data "
-    "coco/dataset_coco.json": "tests/data/sources/test_registry.py: a mixture of small sources",
+    "deepspeed ds_cmli/train.py --data 'cc12m/{00000..01242}.tar::0.7' --data coco/dataset_coco.json::0.3 "
+    "--val-data coco/dataset_coco.json":
+        "tests/data/sources/test_registry.py: a mixture of small sources",
     "deepspeed ds_cmli/train.py --preset paper --set student.image_model=convnext_tiny --set "
-    "student.text_model=roberta-base --set data.tokenizer=roberta-base": "tests/models/test_encoders.py: small ones",
+    "student.text_model=roberta-base --set data.tokenizer=roberta-base":
+        "tests/models/test_encoders.py: small ones",
     "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sh --preset paper": "tests/slurm/test_layouts.py",
     "python -m ds_cmli.evaluate --checkpoint runs/demo-... --data demo": "tests/test_train.py: a run of `tiny`",
     "python -m ds_cmli.evaluate --checkpoint RUN --data coco/dataset_coco.json --split test --fold-size 1000":
         "tests/evaluate/test_command.py: small JSON",
     "python -m ds_cmli.evaluate --checkpoint RUN --zero-shot imagenet/val --class-names names.txt --templates "
-    "prompts.txt": "tests/evaluate/test_command.py: few classes",
-    "python -m ds_cmli.evaluate --checkpoint RUN --boxes Flickr30kEntities --image-root flickr30k-images --split test":
+    "prompts.txt":
+        "tests/evaluate/test_command.py: few classes",
+    "python -m ds_cmli.evaluate --checkpoint RUN --boxes Flickr30kEntities --image-root flickr30k-images "
+    "--split test":
         "tests/evaluate/test_command.py: few boxes",
-    "python -m ds_cmli.export RUN DIR": "tests/export/conftest.py: every test beside it",
-    'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8': "tests/fits/test_fits.py: a smaller loop",
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
-    "python profiling/predict.py --preset paper --world-size 2": "tests/memory/test_predict.py: small models",
-    "python profiling/predict.py --preset paper --world-size 2 --fit 24GB": "tests/memory/test_predict.py",
-    "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
-        "tests/memory/test_predict.py",
     "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",
     "python profiling/compare_estimates.py": "tests/profiling/test_compare.py: small sizes",
     "python profiling/estimators.py --plot estimators.png": "tests/profiling/test_estimators.py: the first settings",
     "python profiling/benchmark_search.py --model RUN": "tests/profiling/test_benchmark_search.py: 80 pictures",
     "python profiling/benchmark_lengths.py --preset ablation": "tests/profiling/test_benchmark.py: `tiny`",
     "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",
-    "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
         "tests/profiling/ablation/test_ablate.py: `tiny`",
     "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/ablation/test_ablate.py: a plan of `tiny`",
-    "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
-    "docs/pictures/learning.png": "tests/profiling/ablation/test_report.py",
-    "python profiling/ablate.py docs/learning/cut.toml --report --markdown docs/learning/cut.md":
-        "tests/profiling/ablation/test_registered.py: its tables without intervals",
     "python profiling/ablate.py docs/learning/cut.toml --report --curve cut/kept kept.png":
         "tests/profiling/ablation/test_ablate.py",
     "python profiling/gpu_check.py": "tests/gpu/test_harness.py: what it runs; whole it needs a GPU",
 }  # fmt: skip
 
+# Sentences with figures, and what the code has. A star in a sentence stands for the figure.
+CHANCE_600, CHANCE_300 = f"{16 / (3 * endpoints.SCENES):.3f}", f"{16 / (3 * scenes.EVAL_SCENES):.3f}"
+FETCHED = sum(assets.ASSETS[name].megabytes for name in ("pictures", "vit", "minilm"))
+(LEAD,) = re.findall(r"--signal=\S*TERM@(\d+)", (ROOT / "slurm" / "train.sh").read_text("utf-8"))
+CLAIMS = [
+    ("README.md", "downloads * MB of pictures and weights", FETCHED),
+    ("README.md", "chance * |\n| Target-CMLI", CHANCE_600),
+    ("docs/install.md", "The demo's assets, * MB", FETCHED),
+    ("docs/learning.md", "held-out concepts, chance *.", CHANCE_600),
+    ("docs/learning.md", "n scenes is 16/3n: * on", CHANCE_600),
+    ("docs/learning.md", f"{CHANCE_600} on 600, * on 300", CHANCE_300),
+    ("docs/train.md", "scores, chance *. Each caption", CHANCE_300),
+    ("docs/train.md", "0.42 on `unseen`, chance *.", f"{1 / scenes.EVAL_SCENES:.3f}"),
+    ("docs/train.md", "| training | * |", f"{scenes.TRAIN_SCENES:,}"),
+    ("docs/train.md", "held out | * new scenes", scenes.EVAL_SCENES),
+    ("docs/train.md", "or * of its images, at most 1,000", f"{base.HELD_OUT_SHARE:.0%}"),
+    ("docs/train.md", "images above * megapixels", DEFAULTS.data.max_pixels // 10**6),
+    ("docs/train.md", "More than * of the training set", f"{DEFAULTS.data.max_bad_share:.0%}"),
+    ("docs/train.md", "`--save-minutes` (*)", f"{DEFAULTS.run.save_minutes:.0f}"),
+    ("docs/train.md", "`--keep` (*) stay", DEFAULTS.run.keep),
+    ("docs/train.md", "ends with exit code *.", preemption.EXIT_CODE),
+    ("docs/train.md", "1/temperature is at most *.", f"{MAX_SCALE:.0f}"),
+    ("docs/train.md", "all pairs, InfoNCE | * |\n| `cmli`", DEFAULTS.loss.init_temperature),
+    ("docs/train.md", "tokens of all pairs, InfoNCE | * |", DEFAULTS.loss.cmli_init_temperature),
+    ("docs/train.md", "class tokens, SigLIP's sigmoid loss | * |", over_pairs.GlobalSigmoid.init_temperature),
+    ("docs/train.md", "tokens, SigLIP's sigmoid loss | * |\n| `target_cmli`", over_pairs.CMLISigmoid.init_temperature),
+    ("docs/train.md", "(SPARC, Bica et al., 2024) | * |", sparc.Sparc.init_temperature),
+    ("docs/clusters.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
+    ("docs/use.md", "| *, the default |", index.CANDIDATES),
+    ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/programs").glob("*.py")))),
+    ("docs/troubleshooting.md", "hangs: no progress for * s", f"{DEFAULTS.run.watchdog:.0f}"),
+    ("docs/troubleshooting.md", "`run.most_skipped` (*)", DEFAULTS.run.most_skipped),
+    ("docs/troubleshooting.md", "the advice took over * s", out_of_memory.ADVICE_SECONDS),
+    ("docs/method.md", "else -1; b starts at *", f"{over_pairs.GlobalSigmoid.init_bias:.0f}"),
+    ("docs/method.md", "averaged over (3) and (4); b starts at *", f"{over_pairs.CMLISigmoid.init_bias:.0f}"),
+    ("slurm/README.md", "| * s before the time limit", LEAD),
+]
+
 
 def blocks(language: str) -> list[str]:
     """Of all pages, the contents of the fenced blocks of a language; "": commands."""
-    every = [pair for page in PAGES for pair in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page.read_text("utf-8"))]
+    every = [pair for page in DOCS for pair in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page.read_text("utf-8"))]
     return [body for found, body in every if found == language]
 
 
@@ -107,14 +181,54 @@ def commands() -> set[str]:
 
 
 def test_every_command_is_run_or_has_its_reason():
-    assert commands() == {*HERE, *ELSEWHERE}
+    assert commands() == {*HERE, *SLOW, *STARTED, *ELSEWHERE}
     for reason in ELSEWHERE.values():
         assert (ROOT / reason.split(":")[0]).is_file(), reason
 
 
+def test_options_of_trainings_exist():
+    """Those of Slurm's page, too, which needs a cluster: each is one that the command has."""
+    page = (ROOT / "slurm" / "README.md").read_text("utf-8")
+    lines = [*commands(), *re.findall(r"sbatch [^`\n]*slurm/train\.sh[^`\n]*", page)]
+    assert len(lines) > 60
+    options = {"--help"} | {name for option in train.command.params for name in option.opts}
+    for line in lines:
+        found = re.search(r"(?:ds_cmli/train\.py|slurm/train\.sh)(.*)", line)
+        for word in re.findall(r"(?<=\s)--[\w-]+", found[1]) if found else ():
+            assert word in options, line
+
+
+def test_scripts_of_slurm_are_shell():
+    page = (ROOT / "slurm" / "README.md").read_text("utf-8")
+    for body in re.findall(r"(?ms)^```\n(.*?)^```", page):
+        script = body.replace("[sbatch options]", "").replace("[options of ds_cmli/train.py]", "")
+        done = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name, sentence, figure", CLAIMS)
+def test_figures_are_those_of_the_code(name, sentence, figure):
+    page = " ".join((ROOT / name).read_text("utf-8").split())
+    assert " ".join(sentence.replace("*", str(figure)).split()) in page
+
+
+def test_settings_are_up_to_date():
+    assert settings.PAGE.read_text("utf-8") == settings.page(), "python docs/settings.py writes it"
+    assert "|  |" not in settings.page(), "a setting without a comment"
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_sentences_and_paragraphs_are_short(page):
+    assert not complaints(page.read_text("utf-8"))
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) <= 700
+
+
 def test_links_lead_somewhere():
     """To a file of the repository, and to a heading in it."""
-    for page in [*PAGES, ROOT / "slurm" / "README.md", ROOT / "CONTRIBUTING.md"]:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "tests" / "null_gpu" / "README.md"]:
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
             name, _, anchor = target.partition("#")
             file = (page.parent / name).resolve() if name else page
@@ -126,18 +240,29 @@ def test_links_lead_somewhere():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Where the commands are run: RUN and PICTURES are there."""
+    """Where the commands are run: RUN, PICTURES and data are there."""
     import numpy as np
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("reader")
-    (folder / "RUN").mkdir()
+    for name in ("RUN", "PICTURES", "pictures"):
+        (folder / name).mkdir()
     write_run(folder / "RUN")
     (folder / "RUN" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.5, "loss/global": 2.0, "lr": 0.001}\n')
-    (folder / "PICTURES").mkdir()
+    rows = ["file_name,text"]
+    for i in range(160):
+        rows.append(f"{i}.jpg,picture number {i}")
+        Image.fromarray(np.full((30, 40, 3), i, np.uint8)).save(folder / "pictures" / f"{i}.jpg")
+    (folder / "pictures" / "metadata.csv").write_text("\n".join(rows))
     for i in range(3):
-        Image.fromarray(np.full((30, 40, 3), 80 * i, np.uint8)).save(folder / "PICTURES" / f"{i}.jpg")
-    (folder / "ds_cmli").symlink_to(ROOT / "ds_cmli")
+        shutil.copy(folder / "pictures" / f"{79 * i}.jpg", folder / "PICTURES")
+    (folder / "train_gpt.py").write_text(
+        "import torch\nmodel = torch.nn.Linear(8, 8).cuda()\noptimizer = torch.optim.AdamW(model.parameters())\n"
+        "for _ in range(3):\n    model(torch.ones(8, 8).cuda()).sum().backward()\n    optimizer.step()\n"
+    )
+    for name in ("ds_cmli", "ds_configs", "profiling"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     return folder
 
 
@@ -162,11 +287,62 @@ def test_a_command_as_it_stands(line, place, monkeypatch, capfd):
         assert Path(name).stat().st_size > 1000
 
 
+def environment() -> dict[str, str]:
+    """That of a shell with the environment of these tests activated."""
+    return clean_environment() | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", SLOW)
+def test_a_long_command_as_it_stands(line, place):
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=place, env=environment(), capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", STARTED)
+def test_a_training_as_it_stands(line, place):
+    """It begins to train; a signal to its ranks then stops it."""
+    env = environment() | {"MASTER_PORT": str(free_port())}
+    started = subprocess.Popen(
+        ["bash", "-c", f"exec {line}"], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert started.stdout is not None
+    printed = ""
+    for text in started.stdout:
+        printed += text
+        if text.startswith("parameters:"):
+            for pid in ranks_of(os.getpgid(started.pid)):
+                os.kill(pid, signal.SIGTERM)
+    started.wait(60)
+    assert "parameters:" in printed and "\nstopped " in printed, printed
+
+
+def ranks_of(group: int) -> list[int]:
+    """The processes of a group that run `train.py` themselves, and not a launcher of it."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError, ProcessLookupError):
+            words = (entry / "cmdline").read_text().split("\0")
+            script = next((word for word in words[1:] if not word.startswith("-")), "")
+            if os.getpgid(int(entry.name)) == group and script.endswith("ds_cmli/train.py"):
+                found.append(int(entry.name))
+    return found
+
+
 def test_python_of_inference(place, monkeypatch):
-    (code,) = [body for body in blocks("python") if "ds_cmli.inference" in body]
-    code = code.replace("runs/demo-20260101-000000", "RUN").replace("pictures/", "PICTURES/")
     monkeypatch.chdir(place)
-    exec(compile(code, "docs/using.md", "exec"), {})
+    found = [body for body in blocks("python") if "ds_cmli.inference" in body]
+    assert len(found) == 2  # README and docs/use.md
+    for code in found:
+        code = re.sub(r"runs/[\w-]+", "RUN", code)
+        exec(compile(code, "README", "exec"), {})
 
 
 def test_python_of_exported_models_is_named():
@@ -174,6 +350,6 @@ def test_python_of_exported_models_is_named():
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 6
+    assert len(blocks("python")) == 7
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
-    compile(code, "docs/using.md", "exec")
+    compile(code, "docs/use.md", "exec")

@@ -77,8 +77,8 @@ WHAT = (
     _data(
         "--data",
         "data.source",
-        f"'demo', or pairs as {source_kinds('or')} (see README). Repeat it, each with its share as "
-        "WHAT::0.7, to mix.  [preset]",
+        f"'demo', or pairs as {source_kinds('or')} (docs/train.md). Repeat it to mix, each with a "
+        "share as WHAT::0.7.  [preset]",
         multiple=True,
         metavar="WHAT",
     ),

@@ -63,12 +63,12 @@ class StudentConfig:
     # A name of the table in `registry.py`; auto: the first that supports the model.
     image_backbone: ImageBackbone = "auto"
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
-    image_weights: Name = "demo"
+    image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
     # Keyword arguments of timm.create_model.
     image_overrides: dict[str, Any] = Field(default_factory=dict)
-    text_backbone: TextBackbone = "auto"
+    text_backbone: TextBackbone = "auto"  # as for images
     text_model: Name = "bert"  # transformers name, or architecture
-    text_weights: Name = "demo"
+    text_weights: Name = "demo"  # as for images
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of transformers' config
     # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no
     # plain stack.
@@ -83,14 +83,14 @@ class StudentConfig:
     # How many first layers are frozen, together with the embeddings below them; with all layers,
     # the whole encoder is.
     freeze_image: Number = 0
-    freeze_text: Number = 0
+    freeze_text: Number = 0  # the same of the text encoder
     # LoRA (`models/lora.py`): the ends of the names of an encoder's layers that get adapters, such
     # as {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}; the rest of it is frozen.
     lora: dict[Literal["image", "text"], Annotated[list[Name], Field(min_length=1)]] = Field(
         default_factory=dict
     )
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    lora_alpha: Count = 16  # over the rank: the factor of the adapters
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
+    lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
 
     def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)
@@ -103,8 +103,8 @@ class TeacherConfig:
 
     backbone: ImageBackbone = "auto"  # as the student's
     model: Name = "vit_small_patch14_dinov2"  # timm name
-    weights: Name = "demo"
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    weights: Name = "demo"  # as the student's
+    overrides: dict[str, Any] = Field(default_factory=dict)  # as the student's
     # The features are the output of this block (or stage, for a model in stages), 0-based;
     # negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
@@ -130,7 +130,7 @@ class DataConfig:
     val_split: Literal["validation", "test"] = "validation"
     # Of a source without a validation part: below 1 a share of its pictures, else how many.
     held_out: Annotated[float, Field(gt=0, description="null: 5%, at most 1,000")] | None = None
-    # Only for sources that have these; "": found automatically.
+    # For sources that have these; "": found automatically:
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
@@ -181,6 +181,7 @@ class DataConfig:
 class LossConfig:
     """`losses/`, `cmli/`."""
 
+    # The losses that are trained, with their weights.
     weights: dict[Loss, Positive] = Field(
         default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
@@ -195,7 +196,7 @@ class LossConfig:
     # the `target_top` best; or the mean of all by the softmax, "attention", of their similarities
     # over `cmli_init_temperature`.
     target: Literal["best", "top", "attention"] = "best"
-    target_top: Count = 4
+    target_top: Count = 4  # how many matches `target` "top" averages
     # The number of teacher features of earlier micro-batches that each contrast with the teacher
     # keeps as further negatives.
     bank: Annotated[int, Field(ge=0, le=10**7, description="0: none")] = 0
@@ -205,12 +206,14 @@ class LossConfig:
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
     cmli_init_temperature: Temperature = 0.02
+    # Of the all-pairs scores: plain PyTorch and C++ ("chunked"), or kernels for GPUs ("triton").
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
-    cmli_recompute: bool = False
+    cmli_recompute: bool = False  # whether backward finds the argmax indices again
     # The share of patches and tokens, those that match best in their micro-batch, that the
     # all-pairs scores of training compare. This is FILIP's approximation, which keeps 0.25; below 1
     # the scores are not exact.
     cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
+    # The most scratch memory of the all-pairs scores.
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
     # The largest sum of softmax weights that each row and each column of the all-pairs scores may
     # leave out in backward, whose pairs are then not computed. Loss and temperature stay exact, and
@@ -220,7 +223,7 @@ class LossConfig:
     # "ring"; "auto" takes the ring if the gathered texts and their gradient would take more than
     # `cmli_gather_bytes`.
     cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
-    cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30
+    cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30  # see `cmli_exchange`
 
     def __post_init__(self) -> None:
         scores = not self.cmli_cut or compares_tokens(self.weights)
@@ -245,9 +248,12 @@ class LossConfig:
 class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
-    lr: Positive = 1e-4
-    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.98)  # a list in JSON
-    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # a smaller one is 0 in fp32
+    lr: Positive = 1e-4  # the learning rate after warmup
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (
+        0.9,
+        0.98,
+    )  # of Adam; a list
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # of Adam
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and
     # temperatures.
@@ -255,9 +261,9 @@ class OptimConfig:
     # The factor of the learning rate per encoder layer downwards.
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
-    grad_clip: Annotated[NotNegative, Field(description="0: off")] = 1.0
-    # The decay of an exponential moving average of the weights, which is evaluated and saved beside
-    # them; 0.999 looks back about 1,000 steps.
+    grad_clip: Annotated[NotNegative, Field(description="0: off")] = 1.0  # largest gradient norm
+    # The decay of an exponential moving average of the weights, which is evaluated and saved too;
+    # 0.999 looks back about 1,000 steps.
     ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
     micro_batch: Pairs = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
@@ -271,8 +277,8 @@ class OptimConfig:
     # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
     # rank then holds all gradients, in the model's precision.
     reduce_once: bool = False
-    steps: Count | None = 300
-    epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
+    steps: Count | None = 300  # optimizer steps; or else `epochs`
+    epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None  # or else `steps`
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -297,19 +303,20 @@ class OptimConfig:
 class RunConfig:
     """`train.py`."""
 
-    preset: Name = "demo"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    output_dir: Text = ""  # "": runs/<preset>-<date and time>
-    log_every: Count = 10  # steps
+    preset: Name = "demo"  # its name, for the record
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and scenes
+    output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
+    log_every: Count = 10  # steps from one logged step to the next
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
     eval_batch: Pairs = 50  # pairs per batch of an evaluation
     # The number of held-out pairs of each split, always the same ones, whose match maps evaluations
     # send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
-    # The trackers that get numbers and pictures, beside metrics.jsonl.
+    # The trackers that get numbers and pictures, as does metrics.jsonl.
     report_to: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
-    # Steps between checkpoints, and minutes since the last one after which the next is due.
+    # Steps between checkpoints.
     save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = 0
+    # Minutes since the last checkpoint after which the next is due.
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = (
         15.0
     )

@@ -221,7 +221,7 @@ def _fetch_locked(root: Path, names: list[str]) -> None:
         _install(root, asset)
         fetched.append(asset.licence)
     if fetched:
-        _say("licences of the demo assets just fetched (also in the README):", *fetched)
+        _say("licences of the demo assets just fetched (also in docs/install.md):", *fetched)
 
 
 def _install(root: Path, asset: Asset) -> None:
