@@ -20,6 +20,11 @@ DETERMINISTIC_CUBLAS = ":4096:8"  # the CUBLAS_WORKSPACE_CONFIG with which cuBLA
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+def onednn_limit() -> str:
+    """The instructions that oneDNN is limited to by the environment; "": it is not."""
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+
+
 def bf16_is_fast() -> bool:
     """Whether this processor has instructions for bf16 matrices, and oneDNN may use them.
 
@@ -28,8 +33,7 @@ def bf16_is_fast() -> bool:
     """
     import torch
 
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if limit in WITHOUT_BF16 or not torch.backends.mkldnn.is_available():
+    if onednn_limit() in WITHOUT_BF16 or not torch.backends.mkldnn.is_available():
         return False
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
@@ -39,6 +43,15 @@ def bf16_is_fast() -> bool:
         return True  # not Linux: oneDNN's answer is all there is
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
     return bool(BF16_FLAGS & set(next(lines, "").split()))
+
+
+def cpu_line() -> str:
+    """A line of what decides this processor's speed: its instructions, and the threads."""
+    import torch
+
+    instructions = onednn_limit() or torch.backends.cpu.get_cpu_capability()
+    bf16 = "with" if bf16_is_fast() else "without"
+    return f"device: cpu, {instructions} {bf16} bf16, {torch.get_num_threads()} threads"
 
 
 def keep_freed_memory() -> None:

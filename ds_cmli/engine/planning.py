@@ -14,7 +14,7 @@ import torch
 from ds_cmli.cmli.backends import why_no_kernels
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.hardware import bf16_is_fast
+from ds_cmli.common.hardware import bf16_is_fast, cpu_line
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
@@ -59,6 +59,8 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         )
     accelerator = get_accelerator()
     device = accelerator.device_name()
+    if device == "cpu":
+        say(cpu_line())
     # CPUs that have fp16 at all run this step two to three times slower in fp16 than in bf16. GPUs
     # before Ampere and CPUs without bf16 instructions emulate bf16 slowly.
     fp16 = device != "cpu" and accelerator.is_fp16_supported()
