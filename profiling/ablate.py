@@ -6,14 +6,12 @@ on where it was. A table has means, paired differences and their tests. Lines of
 run, count as done on every machine. docs/learning.md says what a plan holds.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__" and not __package__:  # run by its path
+    import by_path  # noqa: F401
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,7 +22,7 @@ from ds_cmli.common.plots import check_picture
 from ds_cmli.faults.preemption import EXIT_CODE
 
 if TYPE_CHECKING:
-    from profiling.ablation.plan import Plan, Run
+    from profiling.learning.plan import Plan, Run
 
 
 WIDTH = 180  # of the tables, in characters
@@ -76,14 +74,14 @@ def command(plan: Path, **options: Any) -> int:
 def ablate(path: Path, options: Options) -> int:
     """Train what is missing and report; returns the exit code."""
     check(options)
-    from profiling.ablation.plan import load
+    from profiling.learning.plan import load
 
     plan = load(path, options.tuning)
     if any(name.startswith("style/") for name in plan.measured) and find_spec("resvg_py") is None:
         raise UserError("the endpoint style/mean_recall needs resvg-py: pip install -e '.[ablate]'")
     if options.power is not None and not plan.contrasts:
         raise UserError(f"--power is {options.power}: the plan has no contrasts, leave it out")
-    from profiling.ablation import records
+    from profiling.learning import records
 
     out = options.out or Path("runs") / f"ablate-{path.stem}{'-tuning' * options.tuning}"
     file = options.csv or path.with_suffix(".csv")
@@ -120,9 +118,9 @@ def check(options: Options) -> None:
 
 def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> list[str] | None:
     """Train runs and write their lines; returns as `train_all`."""
-    from profiling.ablation import records
-    from profiling.ablation.plan import AFTERWARDS
-    from profiling.ablation.runs import train_all
+    from profiling.learning import records
+    from profiling.learning.plan import AFTERWARDS
+    from profiling.learning.runs import train_all
 
     def done(run: "Run", folder: Path) -> None:
         records.record(plan, run, folder)
@@ -136,8 +134,8 @@ def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Opti
     """Print the tables of the lines that are there, and write what was asked for."""
     from rich.console import Console
 
-    from profiling.ablation import pictures, records
-    from profiling.ablation.report import (
+    from profiling.learning import pictures, records
+    from profiling.learning.report import (
         arms_table,
         compare,
         contrasts_table,

@@ -7,13 +7,12 @@ setting; in forward alone, or with fewer pairs, only if memory or three minutes 
 the first lines say. What fits a GPU is asked of `profiling/predict.py`.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__" and not __package__:  # run by its path
+    import by_path  # noqa: F401
 
 import os
+import sys
+from pathlib import Path
 
 # Threads that wait for each other use up the CPU's time; nothing here needs more than one. Before
 # torch is imported.
@@ -76,7 +75,7 @@ def command(
     from rich.console import Console
 
     from ds_cmli.common import quiet
-    from profiling.document.estimates import Setting, claims, sentences
+    from profiling.memory.document.estimates import Setting, claims, sentences
 
     setting = Setting(**sizes)
     every = {id: claim for id, claim in claims(setting).items() if id in ids}
@@ -88,8 +87,8 @@ def command(
     quiet.silence()
     import torch
 
-    from profiling.document import compare, steps, tables
-    from profiling.tables import Table
+    from profiling.memory.document import compare, steps, tables
+    from profiling.scripts import Table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = compare.predicted_rows(setting, ids, device)
@@ -154,7 +153,7 @@ def parse_only(only: str | None) -> set[str]:
 def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
     """Draw what there is; the line that says what was drawn."""
     from ds_cmli.common import plots
-    from profiling.document import charts
+    from profiling.memory.document import charts
 
     if not plots.installed():
         return "no charts: matplotlib is not installed; pip install matplotlib"

@@ -10,17 +10,16 @@ and no more. `--beside` adds the figures of earlier ones, as of a CPU
 missed, 2 without a GPU.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__" and not __package__:  # run by its path
+    import by_path  # noqa: F401
 
 import json
 import math
 import os
+import sys
 import time
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import click

@@ -6,21 +6,20 @@ Record one anywhere: `torch.cuda.memory._record_memory_history()`, train,
 `torch.cuda.memory._dump_snapshot(path)`. Needs neither a GPU nor PyTorch.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__" and not __package__:  # run by its path
+    import by_path  # noqa: F401
 
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import click
 
 from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
+from profiling.scripts import picture, plain, readable, written
 
 GB = 10**9
 SHOWN = 8  # holders of memory that are named
@@ -141,7 +140,7 @@ def one(
     from ds_cmli.allocator import snapshot
     from ds_cmli.allocator.history import replay_history
     from ds_cmli.allocator.what_if import what_if
-    from profiling.holders import holders
+    from profiling.memory.holders import holders
 
     content = snapshot.read(path)
     out: list[dict[str, Any]] = []
@@ -346,11 +345,8 @@ def text(replayed: Any, settings_known: bool) -> str:
 def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event; fragmentation is between the two."""
     from ds_cmli.common import plots
-    from profiling import figures
-    from profiling.tables import readable
 
-    pyplot = plots.matplotlib("a chart")
-    figure, axis = pyplot.subplots(figsize=(figures.WIDTH, 4), layout="constrained")
+    figure, axis = picture(4)
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
     where = range(len(points))
     used, free = plots.LINES[3], plots.LINES[2]
@@ -358,7 +354,7 @@ def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     axis.fill_between(where, allocated, reserved, step="post", color=free, alpha=0.45)
     axis.plot(where, reserved, drawstyle="steps-post", color=free, linewidth=1.2)
     axis.set(xlabel="events of the allocator", xlim=(0, len(points)), ylim=(0, None))
-    axis.xaxis.set_major_formatter(figures.plain)
+    axis.xaxis.set_major_formatter(plain)
     axis.yaxis.set_major_formatter(lambda size, _: readable(round(size * GB)))
     axis.grid(axis="y")
     most = max(range(len(points)), key=lambda i: reserved[i], default=0)
@@ -369,9 +365,7 @@ def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
             axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
     idle = reserved[most] - allocated[most] if points else 0
     finding = f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
-    figures.titled(figure, finding if points else "No event", what)
-    figure.savefig(path, dpi=figures.DPI)
-    pyplot.close(figure)
+    written(figure, path, finding if points else "No event", what)
 
 
 def main() -> None:

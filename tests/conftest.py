@@ -52,7 +52,7 @@ LONGEST_FIRST = (
     "tests/checkpoint/test_removed.py",
     "tests/memory/test_out_of_memory.py",
     "tests/cmli/test_scores.py",
-    "tests/profiling/test_backbones.py",
+    "tests/profiling/memory/test_backbones.py",
     "tests/export/test_card.py",
     "tests/distributed/test_ranks.py",
     "tests/engine/test_parameter_groups.py",
@@ -62,15 +62,15 @@ LONGEST_FIRST = (
     "tests/losses/test_queue.py",
     "tests/models/test_blocks.py",
     "tests/data/test_loaders.py",
-    "tests/profiling/ablation/test_ablate.py",
-    "tests/profiling/test_scale.py",
+    "tests/profiling/learning/test_ablate.py",
+    "tests/profiling/speed/test_scale.py",
     "tests/test_rehearse.py",
     "tests/checkpoint/test_kill.py",
     "tests/data/test_assets.py",
     "tests/cmli/test_sparse_backward.py",
     "tests/faults/test_restarts.py",
     "tests/cmli/test_triton_compile.py",
-    "tests/profiling/test_compare.py",
+    "tests/profiling/memory/test_compare.py",
 )
 # Folders whose files run in one process: a machine can run only one Slurm, and the others' servers take 5 and 12 s.
 TOGETHER = ("tests/slurm", "tests/fits", "tests/null_gpu")
@@ -283,12 +283,13 @@ def clean_environment() -> dict[str, str]:
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (), script: str = "train.py", timeout: float = 300):
-    """Run a script of ds_cmli by its path, and return the finished process.
+    """Run a script of ds_cmli by its path, or a module by its name, and return the finished process.
 
     Args:
         launcher: the command in front of it, as a user writes it; none: the process is forked with libraries loaded.
     """
-    command = [*launcher, str(ROOT / "ds_cmli" / script), *arguments]
+    program = [str(ROOT / "ds_cmli" / script)] if script.endswith(".py") else ["-m", script]
+    command = [*launcher, *program, *arguments]
     if launcher:
         run = partial(subprocess.run, capture_output=True, text=True)
         return run(command, env=clean_environment(), cwd=ROOT, timeout=timeout)

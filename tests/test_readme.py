@@ -27,7 +27,7 @@ from ds_cmli.faults import preemption
 from ds_cmli.inference import index
 from ds_cmli.losses import over_pairs, sparc
 from ds_cmli.memory import out_of_memory
-from profiling.ablation import endpoints
+from profiling.learning import endpoints
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.prose import complaints
 from tests.run_folder import write_run
@@ -85,8 +85,8 @@ ELSEWHERE = {
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
-    "python profiling/roofline.py --gpu a100 --peers": "tests/profiling/test_roofline.py: a few kernels",
-    "python profiling/benchmark_cmli.py": "tests/profiling/test_benchmark.py: `tiny`",
+    "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
+    "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
@@ -117,16 +117,17 @@ ELSEWHERE = {
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
     "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",
-    "python profiling/compare_estimates.py": "tests/profiling/test_compare.py: small sizes",
-    "python profiling/estimators.py --plot estimators.png": "tests/profiling/test_estimators.py: the first settings",
-    "python profiling/benchmark_search.py --model RUN": "tests/profiling/test_benchmark_search.py: 80 pictures",
-    "python profiling/benchmark_lengths.py --preset ablation": "tests/profiling/test_benchmark.py: `tiny`",
-    "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",
+    "python profiling/compare_estimates.py": "tests/profiling/memory/test_compare.py: small sizes",
+    "python -m profiling.memory.estimators --plot estimators.png":
+        "tests/profiling/memory/test_estimators.py: the first settings",
+    "python -m profiling.speed.search --model RUN": "tests/profiling/speed/test_search.py: 80 pictures",
+    "python -m profiling.speed.lengths --preset ablation": "tests/profiling/speed/test_benchmark.py: `tiny`",
+    "python -m profiling.speed.step": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
-        "tests/profiling/ablation/test_ablate.py: `tiny`",
-    "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/ablation/test_ablate.py: a plan of `tiny`",
+        "tests/profiling/learning/test_ablate.py: `tiny`",
+    "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/learning/test_ablate.py: a plan of `tiny`",
     "python profiling/ablate.py docs/learning/cut.toml --report --curve cut/kept kept.png":
-        "tests/profiling/ablation/test_ablate.py",
+        "tests/profiling/learning/test_ablate.py",
     "python profiling/gpu_check.py": "tests/gpu/test_harness.py: what it runs; whole it needs a GPU",
 }  # fmt: skip
 
@@ -159,7 +160,7 @@ CLAIMS = [
     ("docs/train.md", "(SPARC, Bica et al., 2024) | * |", sparc.Sparc.init_temperature),
     ("docs/clusters.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
     ("docs/use.md", "| *, the default |", index.CANDIDATES),
-    ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/programs").glob("*.py")))),
+    ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/fits/programs").glob("*.py")))),
     ("docs/troubleshooting.md", "hangs: no progress for * s", f"{DEFAULTS.run.watchdog:.0f}"),
     ("docs/troubleshooting.md", "`run.most_skipped` (*)", DEFAULTS.run.most_skipped),
     ("docs/troubleshooting.md", "the advice took over * s", out_of_memory.ADVICE_SECONDS),

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from ds_cmli.cmli import CMLILoss
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.losses.functions import duplicates
-from profiling.certify import certified, random_tile
+from profiling.learning.certify import certified, random_tile
 from tests.conftest import spawn
 
 

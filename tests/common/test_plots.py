@@ -17,15 +17,18 @@ from tests.conftest import ROOT, clean_environment
 # Runs a script as where matplotlib is not installed.
 HIDDEN = (
     "import sys, runpy; sys.modules['matplotlib'] = None; del sys.argv[0]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
+    "runpy.run_module(sys.argv[0], run_name='__main__')"
 )
 
 
-@pytest.mark.parametrize("script, given", [("scale", []), ("estimators", []), ("replay", ["snapshot.json"])])
+@pytest.mark.parametrize(
+    "script, given", [("speed.scale", []), ("memory.estimators", []), ("replay", ["snapshot.json"])]
+)
 def test_a_picture_without_matplotlib_is_refused_before_the_work(script, given, tmp_path):
     (tmp_path / "snapshot.json").write_text("{}")
-    command = [sys.executable, "-c", HIDDEN, str(ROOT / "profiling" / f"{script}.py"), *given, "--plot", "picture.png"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", HIDDEN, f"profiling.{script}", *given, "--plot", "picture.png"]
+    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr == "error: --plot needs matplotlib: pip install matplotlib\n"
 

@@ -24,7 +24,7 @@ from ds_cmli.evaluate.embed import image_embeddings, text_embeddings
 from ds_cmli.faults.preemption import Preempted
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 from tests.conftest import spawn
 
 DECAY, STEPS, BATCH = 0.75, 2, 4

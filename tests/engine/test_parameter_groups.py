@@ -13,7 +13,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_groups
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each
 RATES = {"optim": {"lr": 1e-3, "layer_decay": 0.5, "lr_factors": {"text": 0.1}}}

@@ -19,7 +19,7 @@ from ds_cmli.allocator.history import replay_history  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.memory import measure, predict_subprocess  # noqa: E402
-from profiling import measure_cpu, measure_gpu  # noqa: E402
+from profiling.memory import measure_cpu, measure_gpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 LIMIT_S = 36_000  # for the prediction: `conftest.run_setting` limits both, by the CPU's time

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.op import cmli_scores
 from ds_cmli.cmli.reference import cmli_scores_reference
-from profiling.baselines import materialised_scores
+from profiling.speed.baselines import materialised_scores
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # I, J, N, M, D: the document's tile; odd sizes; sides above 256, whose argmax indices take 16 bits; a single pair.

@@ -12,7 +12,7 @@ quiet.silence()
 
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.memory.predict import Options, predict  # noqa: E402
-from profiling.measure_cpu import measure  # noqa: E402
+from profiling.memory.measure_cpu import measure  # noqa: E402
 
 BAR = 0.005
 ALL = ("global", "cmli", "target_cmli")

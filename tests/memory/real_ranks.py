@@ -29,7 +29,7 @@ from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
 from ds_cmli.memory.predict import Options  # noqa: E402
 from ds_cmli.memory.search import predict_largest  # noqa: E402
-from profiling.measure_cpu import counted_traffic, measure_phases  # noqa: E402
+from profiling.memory.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 
 BAR = 512

@@ -19,7 +19,7 @@ from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
-from profiling import measure_cpu
+from profiling.memory import measure_cpu
 
 pytestmark = pytest.mark.usefixtures("one_predictor")
 FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}

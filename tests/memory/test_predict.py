@@ -30,7 +30,7 @@ from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import Tracker
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 from tests.conftest import run
 
 ALL = ("global", "cmli", "target_cmli")

@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 from tests.checkpoint.test_restore import assert_same, ranks
 from tests.config.test_mistakes import pairs
 from tests.export.conftest import export, make_run

@@ -1,9 +1,9 @@
-"""Numbers as they are given, and the order in which functions are timed."""
+"""Numbers as they are given, the order in which functions are timed, and the ticks of pictures."""
 
 import pytest
 
 from ds_cmli.common.errors import UserError
-from profiling.scripts import compare, listed
+from profiling.scripts import compare, listed, percent, plain
 
 
 def test_numbers_as_they_are_given():
@@ -19,3 +19,10 @@ def test_functions_are_timed_in_turn():
     # Each reading of the clock is one later than the one before: every function takes 1.
     assert compare(functions, 3, lambda: next(now), warm_ups=1) == {"a": [1, 1, 1], "b": [1, 1, 1]}
     assert "".join(ran) == "abbaabba"
+
+
+def test_ticks_are_numbers_that_are_read():
+    assert [percent(value) for value in (0.000001, 0.001, 0.01, 0.1, 1, 10)] == [
+        "0.0001%", "0.1%", "1%", "10%", "100%", "1,000%"
+    ]  # fmt: skip
+    assert [plain(value) for value in (0.1, 20, 4096.0)] == ["0.1", "20", "4,096"]

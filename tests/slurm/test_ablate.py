@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from profiling.ablation import records
+from profiling.learning import records
 from tests.conftest import ROOT
 from tests.slurm.jobs import finish
 

@@ -20,7 +20,7 @@ from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command as export
 from ds_cmli.inference import Model
 from ds_cmli.memory.predict import Options, predict
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 

@@ -13,7 +13,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import number
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.predict import Options, predict
-from profiling.measure_cpu import measure
+from profiling.memory.measure_cpu import measure
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
 from tests.metrics_file import metrics

@@ -1,0 +1,222 @@
+#!/usr/bin/env python
+"""Runs the programs of `programs/` through `ds-cmli-memory fits`, and prints a table.
+
+Each is a few lines that start a public package as its users do, with random weights. With `--null`, each program that fits
+runs also on the null GPU of `tests/null_gpu`, and the table has the differences of `fits` from what PyTorch counted there in
+place of bytes allocated and reserved; a line below it sums them up, and `--totals` keeps them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[2]
+
+import click
+
+from ds_cmli.common.cli import run_command
+from profiling.scripts import processor
+
+PROGRAMS = Path(__file__).parent / "programs"
+KINDS = ("requested", "allocated", "reserved")
+GPU, CARD = "A100 80GB", "a100"  # the same one by its name in gpus.json, and on the null GPU
+RANKS = dict.fromkeys(
+    ("ddp_gpt2", "fsdp2_llama", "deepspeed_zero2", "deepspeed_zero3", "trainer_deepspeed"), 2
+)
+FITS = "import sys; sys.argv[0] = 'fits'; from ds_cmli.fits.command import main; main()"
+# Runs a program until each of its optimizers has done a number of steps, and prints what the allocator counted.
+COUNTED = """
+import collections, json, runpy, sys, torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+steps, sys.argv, done = int(sys.argv[1]), sys.argv[2:], collections.Counter()
+
+class Done(BaseException):
+    pass
+
+def after(optimizer, *_):
+    done[id(optimizer.param_groups[0]["params"][0])] += 1
+    if min(done.values()) >= steps:
+        raise Done
+
+register_optimizer_step_post_hook(after)
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except (Done, SystemExit):
+    pass
+stats = torch.cuda.memory_stats()
+kinds = ("requested", "allocated", "reserved")
+print("COUNTED" + json.dumps({kind: stats[f"{kind}_bytes.all.peak"] for kind in kinds}), flush=True)
+import os
+os._exit(0)
+"""
+
+
+@dataclass
+class Ended:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    error: str
+    seconds: float  # of the processor
+    wall: float  # seconds by the clock
+    host: int  # bytes, the most that were resident
+
+
+def run(command: list[str], env: dict[str, str], limit: int) -> Ended:
+    """Run a command until it ends, or is ended after `limit` seconds."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
+        process = subprocess.Popen(
+            command, env=env, stdout=out, stderr=error, cwd=tempfile.gettempdir()
+        )
+        began = time.monotonic()
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        while not ended:
+            if time.monotonic() - began > limit:
+                process.kill()
+            time.sleep(0.05)
+            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), error.seek(0)
+        return Ended(
+            process.returncode,
+            out.read(),
+            error.read(),
+            usage.ru_utime + usage.ru_stime,
+            time.monotonic() - began,
+            usage.ru_maxrss << 10,
+        )
+
+
+def fitted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
+    """What `fits` tells of a program: its totals, empty if there are none."""
+    ranks = ["--world-size", str(RANKS[name])] if name in RANKS else []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "answer.json"
+        options = ["--gpu", GPU, "--steps", str(steps), "--json", str(path), *ranks]
+        command = [sys.executable, "-c", FITS, *options, "--", str(PROGRAMS / f"{name}.py")]
+        path_of_packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        ended = run(command, os.environ | {"PYTHONPATH": path_of_packages}, limit)
+        return {} if ended.code else json.loads(path.read_text())["totals"], ended
+
+
+def counted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
+    """What PyTorch's allocator counts of a program on the null GPU, as its first rank."""
+    from tests.null_gpu.build import build
+    from tests.null_gpu.environment import environment
+
+    ranks = RANKS.get(name, 1)
+    command = [sys.executable, "-c", COUNTED, str(steps), str(PROGRAMS / f"{name}.py")]
+    envs = [environment(build(), CARD, ranks) for _ in range(ranks)]
+    if ranks > 1:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "WORLD_SIZE": str(ranks)}
+        envs = [
+            env | meeting | {"RANK": str(n), "LOCAL_RANK": str(n)} for n, env in enumerate(envs)
+        ]
+    with ThreadPoolExecutor(ranks) as threads:
+        first, *_ = threads.map(lambda env: run(command, env, limit), envs)
+    lines = [line for line in first.out.splitlines() if line.startswith("COUNTED")]
+    return json.loads(lines[-1].removeprefix("COUNTED")) if lines else {}, first
+
+
+@dataclass
+class Row:
+    """A program under `fits`, and what PyTorch counted of it, which is empty if it did not run."""
+
+    name: str
+    told: dict[str, int]
+    run: Ended  # under `fits`
+    found: dict[str, int]
+    mistake: str  # of the program that did not run
+
+    def off(self, kind: str) -> float:
+        return self.told[kind] / self.found[kind] - 1
+
+    def difference(self, kind: str) -> str:
+        return "equal" if self.told[kind] == self.found[kind] else f"{self.off(kind):+.2%}"
+
+    def line(self, null: bool) -> str:
+        if not self.told:
+            return f"| {self.name} | {self.mistake} |"
+        cells = [self.name, *(f"{self.told[kind]:,}" for kind in KINDS)]
+        if self.found:
+            cells[2:] = [self.difference(kind) for kind in KINDS]
+        elif null:
+            cells[2:] = [self.mistake, "", ""]
+        cells += [f"{self.run.seconds:.0f}", f"{self.run.wall:.0f}", f"{self.run.host / 1e9:.2f}"]
+        return f"| {' | '.join(cells)} |"
+
+
+def last_line(ended: Ended) -> str:
+    if not ended.code:
+        return ""
+    lines = [line for line in ended.error.splitlines() if line.strip()]
+    return f"exit code {ended.code}: {lines[-1][:300] if lines else 'no message'}"
+
+
+def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
+    told, ended = fitted(name, steps, limit)
+    found: dict[str, int] = {}
+    processes = [ended]
+    if null and told:
+        found, of_null = counted(name, steps, limit)
+        processes.append(of_null)
+    if output:
+        for each in processes:
+            print(each.out + each.error, file=sys.stderr)
+    return Row(name, told, ended, found, last_line(processes[-1]))
+
+
+def summary(rows: list[Row]) -> str:
+    """How far `fits` is off, of the rows that have been compared."""
+    requested = sorted(rows, key=lambda row: abs(row.off("requested")))
+    reserved = sorted(rows, key=lambda row: row.off("reserved"))
+    middle = median(abs(row.off("requested")) for row in rows)
+    most = max(rows, key=lambda row: row.run.seconds)
+    ends = [f"{row.off('reserved'):+.2%} ({row.name})" for row in (reserved[0], reserved[-1])]
+    return (
+        f"{len(rows)} programs; requested: {middle:.2%} off in the median, at most "
+        f"{abs(requested[-1].off('requested')):.2%} ({requested[-1].name}); reserved: from "
+        f"{' to '.join(ends)}; at most {most.run.seconds:.0f} CPU s ({most.name}) and "
+        f"{max(row.run.host for row in rows) / 1e9:.2f} GB of host memory"
+    )
+
+
+@click.command()
+@click.argument("names", nargs=-1)
+@click.option("--null", is_flag=True, help="Run each on the null GPU as well.")
+@click.option("--steps", default=2, show_default=True)
+@click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
+@click.option("--output", is_flag=True, help="Show what the programs print.")
+@click.option("--totals", type=click.Path(dir_okay=False), help="A file for fit_estimators.py.")
+def command(
+    names: tuple[str, ...], null: bool, steps: int, seconds: int, output: bool, totals: str | None
+) -> None:
+    """Run the programs of profiling/fits/programs, or those NAMES."""
+    print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, {steps} steps\n")
+    difference = "difference | " * null
+    print(f"| program | requested | {difference}allocated | reserved | CPU s | s | host GB |")
+    print("|---|---|---|---|---|---|---|" + "---|" * null)
+    compared = []
+    for name in names or sorted(path.stem for path in PROGRAMS.glob("*.py")):
+        done = row(name, steps, null, seconds, output)
+        print(done.line(null), flush=True)
+        if done.found:
+            compared.append(done)
+    if compared:
+        print(f"\n{summary(compared)}")
+    if totals:
+        by_name = {row.name: {"fits": row.told, "null": row.found} for row in compared}
+        Path(totals).write_text(json.dumps(by_name))
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,80 @@
+"""The pictures of an ablation: its differences, and a logged column of its runs over the steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_cmli.common import plots
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.report.runs import columns_of, read
+from profiling.learning.plan import Run
+from profiling.learning.report import Compared
+from profiling.scripts import picture, plain, written
+
+FAR = 5  # times the median difference
+
+
+def draw_differences(compared: Sequence[Compared], path: str) -> None:
+    """Draw each contrast that has runs: seeds as dots, the mean with its 95% interval.
+
+    Planned contrasts have a colour, exploratory ones are grey. Where one difference is far larger
+    than the others, the scale is logarithmic beyond these.
+    """
+    compared = [one for one in compared if one.by_seed]
+    endpoints = len({one.endpoint for one in compared})
+    height = 1.2 + (0.6 if endpoints > 1 else 0.4) * len(compared)
+    figure, axis = picture(height)
+    for row, one in enumerate(compared):
+        colour = plots.ACCENT if one.contrast.planned else plots.SOFT
+        dots = list(one.by_seed.values())
+        axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.4, markersize=4)
+        if one.contrast.equivalence is not None:
+            for end in (-one.contrast.equivalence, one.contrast.equivalence):
+                axis.plot([end, end], [row - 0.3, row + 0.3], ":", color=plots.SOFT)
+        if one.found is not None:
+            axis.plot(one.found.interval, [row + 0.2] * 2, color=colour, linewidth=2)
+            axis.plot(one.found.mean, row + 0.2, "D", color=colour, markersize=5)
+    axis.axvline(0, color=plots.SOFT, linewidth=0.8)
+    labels = [f"{one.contrast}\n{one.endpoint}" for one in compared]
+    if endpoints == 1:
+        labels = [str(one.contrast) for one in compared]
+    axis.set_yticks(range(len(compared)), labels)
+    axis.tick_params(axis="y", labelsize=8)
+    sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
+    what = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
+    if any(one.contrast.equivalence is not None for one in compared):
+        what += "; dotted: margin of equivalence"
+    if sizes and sizes[-1] > FAR * sizes[len(sizes) // 2]:
+        end = 2 * sizes[len(sizes) // 2]
+        axis.set_xscale("symlog", linthresh=end, linscale=3)
+        axis.xaxis.set_major_formatter(plain)
+        axis.set_xlabel(f"logarithmic beyond ±{end:.2g}")
+    axis.invert_yaxis()
+    axis.grid(axis="x")
+    named = f"Differences in {compared[0].endpoint}" if endpoints == 1 else "Differences"
+    written(figure, path, named, what)
+
+
+def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
+    """Draw a logged column over the steps, a line a run and a colour an arm.
+
+    Raises `UserError` if no run that lies in `out` has it.
+    """
+    files = {run.name: read(out / run.name) for run in runs if (out / run.name).is_dir()}
+    known = columns_of(list(files.values()))
+    if column not in known:
+        hint = nearest(column, known) if known else f"no run lies in {out}"
+        raise UserError(f"--curve is {column!r}, which no run has logged: {hint}")
+    figure, axis = picture(4)
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    named = set[str]()
+    for run in runs:
+        steps, values = files[run.name].curve(column) if run.name in files else ([], [])
+        if steps:
+            colour, dashes = plots.line(arms.index(run.arm))
+            label = None if run.arm in named else run.arm
+            named.add(run.arm)
+            axis.plot(steps, values, dashes, color=colour, alpha=0.7, label=label)
+    axis.set_xlabel("step")
+    axis.grid(axis="y")
+    axis.legend(frameon=False)
+    written(figure, path, column, "a line a run")

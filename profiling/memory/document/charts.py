@@ -1,0 +1,110 @@
+"""Pictures of the comparison (one bar per figure) and of memory over time. They need matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.allocator.blocks import Event
+from ds_cmli.common import plots
+from ds_cmli.memory.report import CATEGORIES, COLOURS
+from profiling.memory.document.compare import GB, Row
+from profiling.scripts import no_label, picture, plain, readable, written
+
+
+def bars(rows: Sequence[Row], path: Path) -> None:
+    """Draw the document's, the true and the measured bytes of each row on a logarithmic axis."""
+    kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
+    drawn = [
+        (row, kind, colour, getattr(row, name))
+        for row in rows
+        for (kind, name), colour in zip(kinds.items(), plots.LINES, strict=False)
+        if getattr(row, name)
+    ]
+    height = 0.24 * (len(drawn) + 0.5 * len(rows)) + 1
+    figure, axis = picture(height)
+    places: list[float] = []
+    for i, (row, _, _, _) in enumerate(drawn):
+        step = 0 if not i else 1 if row is drawn[i - 1][0] else 1.7
+        places.append((places[-1] if places else 0) + step)
+    sizes = [size for *_, size in drawn]
+    found = axis.barh(places, sizes, height=0.85, color=[colour for _, _, colour, _ in drawn])
+    labels = [f"{kind}: {readable(size)}" for _, kind, _, size in drawn]
+    axis.bar_label(found, labels, fontsize=8.5, padding=4)
+    pairs = zip(drawn[::-1], places[::-1], strict=True)
+    firsts = {f"{row.id} {row.implementation}": place for (row, *_), place in pairs}
+    axis.set_yticks(list(firsts.values()), list(firsts))
+    axis.set(xscale="log", xlim=(min(sizes) / 10, max(sizes) * 100))
+    axis.xaxis.set_major_formatter(lambda size, _: readable(round(size)))
+    axis.xaxis.set_minor_formatter(no_label)
+    axis.margins(y=0.01)
+    axis.invert_yaxis()
+    finding = "What the document estimates, what is stored, what was measured"
+    written(figure, path, finding, "the largest tensor")
+
+
+def timeline(events: Sequence[Event], what: str, path: Path) -> None:
+    """Draw the last step of a run's `events`, stacked by category, with its phases marked.
+
+    The x axis counts events, not seconds. The title says what holds most at the peak; beside the
+    stack stand the categories in its order, with their sizes there. `what`: of which step this is.
+    """
+    before, step = last_step(events)
+    points = maxima(before, step)
+    peak_at, peak = max(points, key=lambda point: sum(point[1].values()))
+    total, largest = sum(peak.values()), max(peak, key=peak.__getitem__)
+    used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
+    figure, (axis, beside) = picture(4.4, columns=2, width_ratios=(2, 1))
+    stacks = [[now[name] / GB for _, now in points] for name in used]
+    where = [i for i, _ in points]
+    axis.stackplot(where, stacks, step="post", colors=[COLOURS[name] for name in used])
+    top = total / GB
+    starts = [i for i in range(len(step)) if i == 0 or step[i].phase != step[i - 1].phase]
+    for start, end in zip(starts, [*starts[1:], len(step)], strict=True):
+        if start:
+            axis.axvline(start, color=plots.SOFT, linewidth=0.7)
+        if end - start > len(step) / 20:
+            place = ((start + end) / 2, top * 1.07)
+            axis.text(*place, step[start].phase, ha="center", size=8.5, color=plots.SOFT)
+    axis.plot(peak_at, top * 1.02, "v", color="black", markersize=5)
+    axis.set(xlim=(0, len(step)), ylim=(0, top * 1.14), xlabel="allocations and frees")
+    axis.yaxis.set_major_formatter(lambda size, _: f"{size:g} GB")
+    axis.xaxis.set_major_formatter(plain)
+    list_beside(beside, {name: peak[name] for name in used[::-1]})
+    finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
+    written(figure, path, finding, what)
+
+
+def list_beside(axis: Any, peak: dict[str, int]) -> None:
+    """Each category with its colour, in the order of the stack, and its size at the peak."""
+    axis.axis("off")
+    axis.set(xlim=(0, 1), ylim=(0, len(CATEGORIES)))
+    axis.text(
+        1, len(CATEGORIES), "▼ at the peak", size=8.5, va="center", ha="right", color=plots.SOFT
+    )
+    for line, (name, size) in enumerate(peak.items()):
+        place = len(CATEGORIES) - 1 - line
+        axis.text(0, place, "■", color=COLOURS[name], size=13, va="center")
+        axis.text(0.1, place, name, size=9, va="center")
+        axis.text(1, place, readable(size) if size else "0", size=9, va="center", ha="right")
+
+
+def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, dict[str, int]]]:
+    """The local maxima of a step: the numbers of their events, and the live bytes by category."""
+    live = dict.fromkeys(CATEGORIES, 0)
+    for event in before:
+        live[event.category] += event.bytes
+    points: list[tuple[int, dict[str, int]]] = []
+    for i, event in enumerate(step):
+        live[event.category] += event.bytes
+        if event.bytes > 0 and (i + 1 == len(step) or step[i + 1].bytes < 0):
+            points.append((i, dict(live)))
+    return points
+
+
+def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
+    """The events before the last step, and those from its forward pass up to the next step's."""
+    end = max((i for i, event in enumerate(events) if event.phase == "backward"), default=0)
+    starts = [i for i in range(1, end) if events[i].phase == "forward" != events[i - 1].phase]
+    start = starts[-1] if starts else 0
+    stop = next((i for i in range(end, len(events)) if events[i].phase == "forward"), len(events))
+    return events[:start], events[start:stop]

@@ -1,0 +1,269 @@
+"""The ways to compute what E1 to E3 and E5 are about, as code that runs and is measured.
+
+`broadcast` stores every product of every dot product, as the document counts. `materialised` stores
+one number per dot product, by a matrix product. `ours` is what this project trains with. One
+process stands for one rank: where a rank would gather the other ranks' texts, they are given as
+inputs. The other ranks' images are given too in the first two of E1, and in "broadcast" and
+"materialised, all" of E2.
+
+`run` measures an implementation. `predict` runs the same code on tensors without data.
+
+Shapes: B pairs per rank, P ranks, G = B * P, I images (B or G), N image patches, M text positions,
+H hidden size, D embedding dimension.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_cmli.allocator.gpus import Limits
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.chunked.kernels import suited
+from ds_cmli.cmli.contrastive import contrastive_loss
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES
+from ds_cmli.losses import functions as losses
+from ds_cmli.memory import cpu_events
+from ds_cmli.memory.tracker import Tracker
+from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting, cmli_op_largest
+from profiling.speed.baselines import broadcast_dots, broadcast_scores, materialised_scores
+
+SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
+
+
+def global_loss(
+    dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor
+) -> Tensor:
+    scores = dots(image, text)
+    return contrastive_loss(scores, scores, logit_scale, first=0)
+
+
+def cmli_loss(
+    scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
+) -> Tensor:
+    s_i2t, s_t2i = scores(image, text, token_mask)
+    return contrastive_loss(s_i2t, s_t2i, logit_scale, first=0)
+
+
+def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:
+    """[B, M, D], [B, N, D] -> the best patch of each token, int64 [B, M]. Stores [B, N, M, D]."""
+    return broadcast_dots(patches[:, :, None], tokens[:, None]).argmax(1)
+
+
+def materialised_match(tokens: Tensor, patches: Tensor) -> Tensor:
+    """The same as `broadcast_match`, but stores [B, N, M]."""
+    return (patches @ tokens.transpose(1, 2)).argmax(1)
+
+
+def unit_rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype)
+
+
+def global_inputs(images: int, s: Setting, device: str) -> tuple[Tensor, ...]:
+    rows = partial(unit_rows, dtype=torch.float32, device=device)
+    return rows(images, s.H).requires_grad_(), rows(s.G, s.H).requires_grad_(), _logit_scale(device)
+
+
+def cmli_inputs(images: int, tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
+    rows = partial(unit_rows, dtype=torch.float32, device=device)
+    image, text = rows(images, s.N, s.D).requires_grad_(), rows(s.G, tokens, s.D).requires_grad_()
+    return (
+        image,
+        text,
+        torch.ones(s.G, tokens, dtype=torch.bool, device=device),
+        _logit_scale(device),
+    )
+
+
+def match_inputs(tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
+    # They need no gradient, as none passes through an index.
+    rows = partial(unit_rows, dtype=torch.float16, device=device)
+    return rows(s.B, tokens, s.D), rows(s.B, s.N, s.D)
+
+
+def _logit_scale(device: str) -> Tensor:
+    return torch.zeros(1, device=device, requires_grad=True)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
+    forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
+    # Bytes of the largest tensor of an operator whose allocations the tracker does not see; 0: of
+    # none.
+    inside: int = 0
+    device: str = "cpu"  # type of the device whose operators are predicted
+
+
+def implementations(
+    s: Setting, backend: str = "auto", device: str = "cpu"
+) -> dict[tuple[str, str], Implementation]:
+    """(claim's id, name) -> the implementation in the setting `s`.
+
+    The names are the keys of `Claim.stored`.
+
+    `backend`: the backend of the all-pairs op, on `device`.
+    """
+    kept = s.M - SPECIAL_TOKENS
+    inside = _op_largest(s, backend, device)
+    blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
+    found = {
+        ("E1", "broadcast"): Implementation(
+            partial(global_inputs, s.G, s),
+            partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y)),
+        ),
+        ("E1", "materialised"): Implementation(
+            partial(global_inputs, s.G, s), partial(global_loss, _product)
+        ),
+        ("E1", "ours"): Implementation(
+            partial(global_inputs, s.B, s), partial(global_loss, _product)
+        ),
+        ("E2", "broadcast"): Implementation(blocks["all"], partial(cmli_loss, broadcast_scores)),
+        ("E2", "materialised"): Implementation(
+            blocks["row"], partial(cmli_loss, materialised_scores)
+        ),
+        ("E2", "ours"): Implementation(
+            blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), inside
+        ),
+        ("E2", "materialised, all"): Implementation(
+            blocks["all"], partial(cmli_loss, materialised_scores)
+        ),
+        ("E3", "broadcast"): Implementation(partial(match_inputs, s.M, s), broadcast_match),
+        ("E3", "materialised"): Implementation(partial(match_inputs, s.M, s), materialised_match),
+        ("E3", "ours"): Implementation(partial(match_inputs, s.M, s), losses.match_patches),
+        ("E5", f"E2 materialised, {kept} of {s.M}"): Implementation(
+            partial(cmli_inputs, s.B, kept, s), partial(cmli_loss, materialised_scores)
+        ),
+        ("E5", f"E3 materialised, {kept} of {s.M}"): Implementation(
+            partial(match_inputs, kept, s), materialised_match
+        ),
+    }
+    return {key: replace(each, device=device) for key, each in found.items()}
+
+
+def _op_largest(s: Setting, backend: str, device: str) -> int:
+    """Bytes of the largest tensor of the all-pairs op's forward, of fp32.
+
+    It is that of the argmax indices or the scores, or one inside: of a GPU's kernels the tokens'
+    best similarities in each block of patches.
+    """
+    if backend != "triton":
+        compiled = suited(device, torch.float32)
+        return cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32, compiled=compiled)
+    from ds_cmli.cmli.triton.backend import Sizes, partial_chunk  # needs triton
+    from ds_cmli.cmli.triton.tiles import device_limits, forward_tiles
+
+    limits = device_limits(torch.device("cuda"))
+    tiles = forward_tiles(s.N, s.M, s.D, torch.float32, *limits)
+    sizes = Sizes(s.B, s.G, s.N, s.M, s.D)
+    blocks, images, texts = partial_chunk(sizes, tiles, 4, DEFAULT_SCRATCH_BYTES)
+    return images * texts * blocks * s.M * 4 if blocks > 1 else 0
+
+
+def _product(image: Tensor, text: Tensor) -> Tensor:
+    return image @ text.t()
+
+
+@dataclass(frozen=True)
+class Allocations:
+    largest: int  # bytes of the largest single allocation of forward
+    peak: int  # the most bytes held at once above what was live before, over the passes that ran
+    passes: str  # "forward", or "forward and backward"
+
+
+def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocations:
+    """Summarise the bytes of allocations (positive) and frees (negative), in order.
+
+    `backward` None: it did not run.
+    """
+    forward = list(forward)
+    peak = max(accumulate([*forward, *(backward or ())]), default=0)
+    return Allocations(
+        max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None)
+    )
+
+
+def run(
+    implementation: Implementation,
+    device: str,
+    backward: bool,
+    say: Callable = lambda allocations: None,
+) -> Allocations:
+    """Measure forward as in training, and backward if it is asked for and there is a gradient.
+
+    `say` is called after each pass, as backward may run out of memory.
+    """
+    observe = cuda_sizes if device == "cuda" else cpu_events.sizes
+    inputs = implementation.inputs(device)
+    out: list[Tensor] = []
+    forward = observe(lambda: out.append(implementation.forward(*inputs)))
+    allocations = summarise(forward, None)
+    say(allocations)
+    if backward and out[0].requires_grad:
+        allocations = summarise(forward, observe(out.pop().backward))
+        say(allocations)
+    return allocations
+
+
+def cuda_sizes(call: Callable[[], object]) -> list[int]:
+    """The requested bytes of `call` in CUDA's allocator: allocations positive, frees negative."""
+    history = torch.cuda.memory
+    history._record_memory_history(context=None, stacks="python", max_entries=10**6)
+    call()
+    torch.cuda.synchronize()  # CPU-GPU sync
+    trace = history._snapshot()["device_traces"][torch.cuda.current_device()]
+    history._record_memory_history(enabled=None)
+    return trace_sizes(trace)
+
+
+def trace_sizes(trace: list[dict]) -> list[int]:
+    """The requested bytes of a history: allocations positive, frees negative."""
+    sign = {"alloc": 1, "free_requested": -1}
+    return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
+
+
+def predict(implementation: Implementation, backward: bool = True) -> Allocations:
+    """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
+    with FakeTensorMode():
+        inputs = implementation.inputs("cpu")
+        # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
+        lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
+        gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
+        # Libraries' workspaces are asked by running operators, for which the other ways are too large.
+        asked = implementation.device == "cpu" and bool(implementation.inside)
+        tracker = Tracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
+        tracker.claim("data", inputs)
+        known = len(tracker.log)
+        with tracker:
+            tracker.enter("forward")
+            out = implementation.forward(*inputs)
+            forward = len(tracker.log)
+            if backward and out.requires_grad:
+                tracker.enter("backward")
+                out.backward()
+        events = tracker.events()
+    first, rest = events[known:forward], events[forward:]
+    allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
+    if not any(event.op.startswith("ds_cmli") for event in first):
+        return allocations
+    # The tracker records the op's internal memory as one event. Its largest tensor is known by
+    # arithmetic instead.
+    ended = {event.block for event in first if event.bytes < 0}
+    largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
+    return replace(allocations, largest=max(largest, implementation.inside))
+
+
+def measured(
+    row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]
+) -> None:
+    """Measure one implementation alone: `say` gets its allocations after each of `passes`."""
+    # Libraries allocate their workspaces at their first use, which must not count for any
+    # implementation.
+    for small in implementations(SMALL).values():
+        run(small, device, backward=True)
+    run(implementations(s)[row, name], device, passes == "forward and backward", say)

@@ -1,0 +1,250 @@
+"""Compares the document's claim about a whole training step (E4) with the step itself.
+
+It is predicted in the document's setting for each way to compute the loss, and for one preset it is
+predicted and measured by category: on a CPU with few pairs, so that it takes seconds.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ds_cmli.allocator import gpus
+from ds_cmli.common import quiet
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import DEFAULT_JSON
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
+from ds_cmli.memory import predict_subprocess
+from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
+from ds_cmli.memory.report import gigabytes
+from ds_cmli.memory.search import predict_largest
+from profiling.memory.document.compare import Row, free_bytes, processes
+from profiling.memory.document.estimates import (
+    Setting,
+    claims,
+    zero_model_states,
+)
+from profiling.memory.document.own_process import tell_from_process
+from profiling.memory.estimators import deepspeed_estimate
+from profiling.speed.baselines import broadcast_scores, materialised_scores
+
+STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
+STEP_PAIRS = 4  # per rank, with which a CPU measures a preset's whole step
+
+ALL_LOSSES = ("global", "cmli", "target_cmli")
+# The losses of the step that leaves about 2 GB according to the document, before CMLI is added.
+BEFORE = ("global", "cls_kd")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the losses of the document's training step."""
+
+    name: str
+    losses: tuple[str, ...]
+    checkpointing: bool
+    scores: Callable | None = None  # in place of `cmli_scores`
+
+
+VARIANTS = (
+    Variant("without CMLI", BEFORE, False),
+    Variant("broadcast", ALL_LOSSES, False, broadcast_scores),
+    Variant("materialised", ALL_LOSSES, False, materialised_scores),
+    Variant("materialised", ALL_LOSSES, True, materialised_scores),
+    Variant("ours", ALL_LOSSES, False),
+    Variant("ours", ALL_LOSSES, True),
+)
+# Enough to answer the document; each takes seconds of CPU time.
+FIRST_VARIANTS = tuple(
+    v for v in VARIANTS if v.scores is not broadcast_scores and not v.checkpointing
+)
+
+
+def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
+    """The preset `paper` with the sizes of `s`.
+
+    Raises `UserError` if its models cannot have these sizes.
+    """
+    side, patch_size = math.isqrt(s.N), 16
+    if side * side != s.N:
+        raise UserError(
+            f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}"
+        )
+    if s.H % 64:
+        raise UserError(f"--H is {s.H}: the models' heads are 64 wide, give a multiple of 64")
+    heads = s.H // 64
+    image = {"embed_dim": s.H, "num_heads": heads}
+    text = {"hidden_size": s.H, "num_attention_heads": heads, "intermediate_size": 4 * s.H}
+    config = load_preset("paper", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
+    return replace(
+        config,
+        student=replace(
+            config.student,
+            embed_dim=s.D,
+            image_overrides=image,
+            text_overrides=text,
+            text_weights="random",
+        ),
+        teacher=replace(config.teacher, overrides=image),
+        data=replace(config.data, image_size=side * patch_size, context_length=s.M),
+        optim=replace(config.optim, micro_batch=s.B),
+    )
+
+
+def document_json(checkpointing: bool) -> DeepSpeedConfig:
+    """The DeepSpeed JSON that training uses by default, with fp16 and ZeRO-2."""
+    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
+    if not checkpointing:
+        ds_config = ds_config.replaced(activation_checkpointing=None)
+    return ds_config
+
+
+def document_rows(
+    s: Setting,
+    variants: Iterable[Variant] = VARIANTS,
+    gpu: str = DEFAULT_GPU,
+    say: Callable[[Row], None] = lambda row: None,
+) -> tuple[list[Row], Prediction | None]:
+    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours"."""
+    claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
+    rows, ours = [], None
+    with predicting() as pool:
+        for variant in variants:
+            name = variant.name + ", checkpointing" * variant.checkpointing
+            row = Row(
+                "E4",
+                name,
+                claim.document_bytes,
+                None,
+                None,
+                measured_on=f"predicted for {gpu}",
+            )
+            rows.append(row)
+            say(row)
+            try:
+                config = document_config(s, variant.losses)
+            except UserError as error:
+                row.verdict = f"not predicted: {error}"
+                continue
+            prediction = pool.submit(
+                predict_largest,
+                config,
+                document_json(variant.checkpointing),
+                s.P,
+                gpu=gpu,
+                options=Options(scores=variant.scores),
+            ).result()
+            if variant.name == "ours" and not variant.checkpointing:
+                ours = prediction
+            report = prediction.report
+            needed = report.totals["device"]
+            row.measured_on += f", rank {report.setting['rank']} of {s.P}, which needs the most"
+            row.predicted_bytes, row.predicted_peak_bytes = (
+                total - needed,
+                report.totals["requested"],
+            )
+            row.verdict = (
+                f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
+            )
+            row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
+    return rows, ours
+
+
+def describe(free: int) -> str:
+    size, _ = gigabytes(abs(free), 0, digits=1)
+    return f"{size} GB {'free' if free >= 0 else 'too much'}"
+
+
+@contextmanager
+def predicting() -> Iterator[ProcessPoolExecutor]:
+    """A pool of one process for predictions, which must see no GPU from its start on."""
+    context = processes("cuda" if torch.cuda.is_available() else "cpu")
+    with ProcessPoolExecutor(1, context, _without_gpu, (predict_subprocess.without_gpu(),)) as pool:
+        yield pool
+
+
+def _without_gpu(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    quiet.silence()
+
+
+@dataclass
+class WholeStep:
+    """The memory of one preset's first two steps, by category."""
+
+    preset: str
+    pairs: int  # per rank
+    all_pairs: int  # per rank, of the preset itself
+    world_size: int
+    device: str
+    prediction: Prediction
+    measured: dict[str, Any] | None  # from `Report.to_dict`
+    not_measured: str  # why `measured` is None
+    parameters: int  # number of trained parameters
+    zero: dict[str, int]  # category -> bytes by the formula of the ZeRO paper
+    deepspeed_bytes: int | None  # from DeepSpeed's estimator
+
+
+def whole_step(
+    preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS
+) -> WholeStep:
+    """Predict the step for `device`, and measure it in a process if memory and time allow."""
+    whole = load_preset(preset, {}).optim.micro_batch
+    pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
+    config, ds_config = (
+        load_preset(preset, {"optim": {"micro_batch": pairs}}),
+        DeepSpeedConfig.load(DEFAULT_JSON),
+    )
+    with predicting() as pool:
+        # The measurement uses a fake process group as well, whose collectives copy nothing.
+        submitted = pool.submit(
+            predict, config, ds_config, world_size, target=device, options=Options(backend="fake")
+        )
+        prediction = submitted.result()
+    needed, free = prediction.report.totals["requested"], free_bytes(device)
+    need, left = gigabytes(needed, free, digits=1)
+    measured, why_not = None, f"needs {need} GB, {left} GB are free"
+    if needed <= free:
+        told = tell_from_process(
+            processes(device), seconds, measured_step, config, world_size, device
+        )
+        measured, why_not = (
+            (told[-1], "") if told else (None, f"it failed, or took more than {seconds:.0f} s")
+        )
+    parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
+    zero = zero_model_states(parameters, world_size, stage)
+    estimate = None
+    if stage >= 2:
+        largest = prediction.largest_module
+        estimate = deepspeed_estimate(stage, parameters, largest, world_size)
+    return WholeStep(
+        preset,
+        pairs,
+        whole,
+        world_size,
+        device,
+        prediction,
+        measured,
+        why_not,
+        parameters,
+        zero,
+        estimate,
+    )
+
+
+def measured_step(
+    config: Config, world_size: int, device: str, say: Callable[[dict[str, Any]], object]
+) -> None:
+    from profiling.memory import measure_cpu, measure_gpu
+
+    quiet.silence()
+    measured = measure_gpu if device == "cuda" else measure_cpu
+    say(measured.measure(config, DeepSpeedConfig.load(DEFAULT_JSON), world_size).to_dict())

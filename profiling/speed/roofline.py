@@ -1,0 +1,125 @@
+"""python -m profiling.speed.roofline [--gpu a100] [--dtype bf16] [--lengths full] [--peers] [--json FILE]
+
+What the op's Triton kernels must take on a GPU that need not be here: FLOPs, bytes of DRAM and L2, and instructions
+counted in the compiled kernels, each against the GPU's rate; beside it the bare product and autograd on materialised
+similarities, the step when only a part of the pairs is kept and, with --peers, the kernels of installed packages. "By
+recompute" the forward saves no argmax indices, and those of the kept pairs are found again. The setting is one rank's
+block row of the source document, 256 images with 512 texts. All of it is computed, nothing measured.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ds_cmli.cmli.triton.backend import Sizes
+from ds_cmli.common.cli import run_command
+from profiling.speed import peers
+from profiling.speed.baselines import SETTINGS, text_lengths
+from profiling.speed.gpu_rates import EFFICIENCY, GPU, GPUS, Work, at_limits
+from profiling.speed.kernel_work import DTYPES, Kernels
+
+SIZES = Sizes(I=256, J=512, N=196, M=64, D=256)
+KEPT = (1.0, 0.3, 0.1, 0.03)
+
+
+def bare_product(sizes: Sizes, tokens: int) -> Work:
+    """The similarities alone, as a library would multiply them, none stored."""
+    return Work(
+        2 * sizes.I * sizes.N * tokens * sizes.D, 2 * sizes.D * (sizes.I * sizes.N + tokens), 0
+    )
+
+
+def materialised(sizes: Sizes) -> list[Work]:
+    """Autograd in 16 bits on stored similarities, padding included.
+
+    They are written by the product, and read twice by products of the backward; between these they pass 11 times: 2 to
+    mask them, 2 for the maxima; back, 2 to fill zeros for the maxima's gradients, 2 to scatter into them, 3 to add them.
+    """
+    positions = sizes.I * sizes.J * sizes.N * sizes.M
+    product = Work(2 * positions * sizes.D, 2 * positions, 0)
+    return [product, Work(0, 22 * positions, 0), product, product]
+
+
+def rows(
+    name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool
+) -> list[dict[str, Any]]:
+    """The table: a row for each part of a step."""
+    gpu, valid = GPUS[name], text_lengths(lengths, SIZES.J).tolist()
+    kernels = Kernels(gpu, dtype, SIZES, valid)
+    forward, scores = kernels.forward(), kernels.forward(indices=False)
+    parts = {
+        "bare product": [bare_product(SIZES, sum(valid))],
+        "materialised autograd": materialised(SIZES),
+        "forward": [forward],
+        "dense backward": [kernels.dense(True), kernels.dense(False)],
+        "sparse backward": [work for work in (kernels.sparse(True), kernels.sparse(False)) if work],
+    }
+    for kept in KEPT:
+        backward = kernels.backward(kept)
+        parts[f"step, {kept:.0%} of the pairs kept"] = [forward, *backward]
+        parts[f"by recompute, {kept:.0%} kept"] = [scores, kernels.forward(kept), *backward]
+    if with_peers:
+        parts |= peers.steps(gpu, dtype, SIZES, sum(valid))
+    return [row(part, phases, gpu, efficiency) for part, phases in parts.items()]
+
+
+def row(part: str, phases: list[Work], gpu: GPU, efficiency: float) -> dict[str, Any]:
+    """One part of a step, whose phases follow each other."""
+    flops, dram, l2, instructions = (sum(amounts) for amounts in zip(*phases, strict=True))
+    times = [work.times(gpu) for work in phases]
+    most = max(times, key=lambda limits: max(limits.values()))
+    least = at_limits(phases, gpu)
+    return {
+        "part": part,
+        "TFLOP": flops / 1e12,
+        "DRAM GB": dram / 1e9,
+        "L2 GB": l2 / 1e9,
+        "1e9 instructions": instructions / 1e9,
+        "ms at the limits": least,
+        "ms": least / efficiency,
+        "binds": max(most, key=lambda limit: most[limit]),
+    }
+
+
+@click.command(help=__doc__)
+@click.option("--gpu", "name", default="a100", show_default=True, type=click.Choice(list(GPUS)))
+@click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(DTYPES)))
+@click.option("--lengths", default="full", show_default=True, type=click.Choice(SETTINGS))
+@click.option(
+    "--efficiency",
+    default=EFFICIENCY,
+    show_default=True,
+    help="Share of the limits that is reached.",
+)
+@click.option(
+    "--peers", "with_peers", is_flag=True, help="With late-interaction-kernels and flash-maxsim."
+)
+@click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
+def command(
+    name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool, json_path: str | None
+) -> None:
+    found = rows(name, dtype, lengths, efficiency, with_peers)
+    click.echo(
+        f"computed, not measured: {name}, {dtype}, {SIZES.I} x {SIZES.J} pairs, {SIZES.N} patches, lengths: {lengths}"
+    )
+    numbers = [key for key in found[0] if key not in ("part", "binds")]
+    click.echo(f"{'':30}" + "".join(f"{key:>18}" for key in numbers) + "  what binds")
+    for row in found:
+        click.echo(
+            f"{row['part']:30}"
+            + "".join(f"{row[key]:18.3g}" for key in numbers)
+            + f"  {row['binds']}"
+        )
+    click.echo(f"ms: at {efficiency:.0%} of the limits, an assumption for every row alike")
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(found, indent=1))
+
+
+def main() -> None:
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
