@@ -33,7 +33,7 @@ class Progress:
         if self.backward == self.passed:
             return False
         self.passes, self.passed = self.passes + 1, self.backward
-        self.over = self.passes == PASSES and not any(_optimizers())
+        self.over = self.passes == PASSES and not _optimizers()
         return self.over
 
     def ends_after_step(self, optimizer: Optimizer) -> bool:
@@ -59,11 +59,13 @@ class Progress:
                 yield type(optimizer).__name__
 
 
-def _optimizers() -> Iterator[Optimizer]:
-    """Yield those of torch.optim that this process has."""
-    for each in gc.get_objects():
-        if issubclass(type(each), Optimizer):
-            yield each
+def _optimizers() -> list[Optimizer]:
+    """Return those of torch.optim that this process has.
+
+    A generator would be one of the objects that it goes through: such a cycle keeps all tensors
+    alive until Python's collector runs.
+    """
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer)]
 
 
 def _first_parameter(optimizer: Optimizer) -> int | None:

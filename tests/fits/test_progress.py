@@ -1,9 +1,12 @@
 """When a program's optimizers have done enough."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from ds_cmli.fits.progress import MORE, Progress
+from ds_cmli.fits.progress import MORE, PASSES, Progress
 
 
 def optimizer() -> torch.optim.Optimizer:
@@ -36,3 +39,18 @@ def test_a_step_without_a_backward_pass_does_not_count():
     assert [progress.ends_after_step(alone) for _ in range(3)] == [False] * 3
     progress.backward = 1
     assert progress.ends_after_step(alone) and not progress.waited_for
+
+
+def test_looking_for_optimizers_keeps_no_tensor():
+    progress, stepping, tensor = Progress(2), optimizer(), torch.ones(1)
+    ended = weakref.ref(tensor)
+    gc.disable()
+    try:
+        for number in range(PASSES):
+            progress.backward = number
+            assert not progress.ends_before_forward()
+        assert stepping.param_groups
+        del tensor
+        assert ended() is None
+    finally:
+        gc.enable()
