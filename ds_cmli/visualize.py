@@ -275,5 +275,9 @@ def write_figure(panel: Panel, path: str | Path) -> None:
         raise UserError(f"the picture is {str(path)!r}: cannot write it: {error}") from None
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,19 @@
 """A wheel is enough to train with: what the package reads beside its code is in it, and found there."""
 
+import inspect
+import pkgutil
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from tests.conftest import ROOT, clean_environment
 
@@ -43,3 +51,21 @@ def test_the_default_json_is_found_outside_a_checkout(installed, tmp_path):
     path, _, text = done.stdout.partition("\n")
     assert path == str(installed / "ds_cmli" / "config" / "ds_configs" / "zero2.json"), done.stderr
     assert text.strip() == (ROOT / "ds_configs" / "zero2.json").read_text().strip()
+
+
+def test_every_command_is_there():
+    """Those of docs/install.md; each is a function, without parameters, of the package."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    page = (ROOT / "docs" / "install.md").read_text()
+    assert set(scripts) == set(re.findall(r"`(ds-cmli-\w+)`", page))
+    for place in scripts.values():
+        assert not inspect.signature(pkgutil.resolve_name(place)).parameters
+
+
+def test_the_version_is_one():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    done = subprocess.run(
+        [sys.executable, "ds_cmli/train.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"ds-cmli, version {version}\n"

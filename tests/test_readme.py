@@ -279,6 +279,8 @@ def test_a_command_as_it_stands(line, place, monkeypatch, capfd):
     monkeypatch.setattr(sys, "path", [*sys.path])  # scripts change it
     monkeypatch.setattr(cli, "leave", sys.exit)  # commands end their process at once
     monkeypatch.setattr(sys, "argv", [path or program, *arguments])
+    for name in (module, f"{module}.__main__") if module else ():
+        monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of one that is imported
     with pytest.raises(SystemExit) as ended:
         if path:
             runpy.run_path(path, run_name="__main__")

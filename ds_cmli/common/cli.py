@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ds_cmli.common import provenance
 from ds_cmli.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,14 +93,15 @@ def check_writable(name: str) -> None:
 
 
 def run_command(command: click.Command, prints_results: bool = True) -> NoReturn:
-    """Run a click command and end the process with its exit code.
+    """Run a click command, which gets the option --version, and end the process with its exit code.
 
     Args:
         prints_results: what it prints is what it was started for, so that an output that is lost is
             an error.
     """
     guard_streams()
-    code = exit_code(command)
+    version = click.version_option(provenance.version(), prog_name="ds-cmli")
+    code = exit_code(version(command))
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     lost = lost_output()

@@ -105,6 +105,10 @@ def command(
         click.echo(f"pushed to {hub.push(target, push)}")
 
 
-if __name__ == "__main__":
+def main() -> None:
     quiet.silence()
     run_command(command)
+
+
+if __name__ == "__main__":
+    main()

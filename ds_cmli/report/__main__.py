@@ -135,5 +135,9 @@ def match_maps(folder: Path) -> dict[str, str]:
     return out
 
 
-if __name__ == "__main__":
+def main() -> None:
     run_command(command)
+
+
+if __name__ == "__main__":
+    main()
