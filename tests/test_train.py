@@ -149,7 +149,7 @@ def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
 def test_help_groups_options_and_shows_defaults():
     done = run("--help", timeout=5, launcher=(sys.executable,))
     assert done.returncode == 0
-    for words in ("What to train", "Length and batch", "--losses", "[default: demo]"):
+    for words in ("What to train", "Length and batch", "--losses", "[default: quick]"):
         assert words in done.stdout
 
 

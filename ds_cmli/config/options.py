@@ -48,7 +48,7 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _checkpoints = partial(_setting, "Checkpoints")
 WHAT = (
-    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.", default="demo", show_default=True),
+    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.", default="quick", show_default=True),
     _what(
         "--losses",
         "loss.weights",

@@ -303,7 +303,7 @@ class OptimConfig:
 class RunConfig:
     """`train.py`."""
 
-    preset: Name = "demo"  # its name, for the record
+    preset: Name = "quick"  # its name, for the record
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and scenes
     output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
     log_every: Count = 10  # steps from one logged step to the next
