@@ -92,8 +92,8 @@ def _typed(
     entry = table.get(name) if isinstance(name, str) else None
     if entry is None:
         kind = shown(value.get("type"))
-        here = [known for known, other in table.items() if not other.why_not]
-        raise UserError(f"{section}.type is {kind}: {nearest(kind, here)}")
+        usable = [known for known, other in table.items() if not other.why_not]
+        raise UserError(f"{section}.type is {kind}: {nearest(kind, usable)}")
     if entry.why_not:
         kind = value["type"]
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {entry.why_not}")

@@ -269,7 +269,7 @@ class DeepSpeedConfig(Mapping):
                     'first: "torch_adam": false in its params asks for it'
                 )
         for key in FILLED:
-            taken = key in entry.parameters and key not in entry.kinds
+            taken = key in entry.takes and key not in entry.kinds
             if taken and params.get(key, "auto") == "auto":
                 value = getattr(optim, key)
                 params[key] = list(value) if key == "betas" else value

@@ -182,13 +182,18 @@ def sections() -> dict[str, dict[str, Kind]]:
     out: dict[str, dict[str, Kind]] = {}
     for section in [*_ADDED, *models()]:
         out[section] = {}
+        if section and "." not in section:
+            out[""][section] = dict
     for section, model in models().items():
         for name, field in model.model_fields.items():
-            kind: Any = integer() if field.annotation is int else field.annotation
-            out[section][field.alias or name] = Annotated[(kind, pydantic.Field(), *field.metadata)]
+            kind: Any = field.annotation
+            if kind is int:
+                kind = integer()
+            for limit in field.metadata:
+                kind = Annotated[kind, limit]
+            out[section][field.alias or name] = kind
     for section, kinds in _ADDED.items():
         out[section] |= kinds
-    out[""] |= {section: dict for section in out if section and "." not in section}
     return out
 
 

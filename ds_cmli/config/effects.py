@@ -152,7 +152,7 @@ def _reduced_anyway(config: Config, step: Step) -> str | None:
 
 def _not_taken(name: str) -> WhyInStep:
     def why(config: Config, step: Step) -> str | None:
-        if name in step.ds_config.optimizer_entry.parameters:
+        if name in step.ds_config.optimizer_entry.takes:
             return None
         return f"the optimizer {step.ds_config.optimizer_type} has none"
 

@@ -14,7 +14,9 @@ LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 
 
 def _whole(value: object) -> object:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
 
 
 def integer(least: int = 0, most: int = 2**53) -> Kind:

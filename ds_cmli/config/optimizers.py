@@ -1,20 +1,21 @@
 """Every optimizer and learning rate schedule that a DeepSpeed JSON may name.
 
-An entry says all that the rest of the package asks about an optimizer or a schedule, so a new one
-of PyTorch or DeepSpeed is one entry. Nothing here imports either of the two; tests compare the
-entries with what both take.
+An entry says what the signatures in PyTorch and DeepSpeed do not, so a new one of theirs is one
+entry. Both are imported only when parameters are asked for.
 """
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from ds_cmli.config.json_values import Kind, integer, number, numbers, one_of, refused
 
 
 @dataclass(frozen=True)
 class Optimizer:
-    parameters: tuple[str, ...] = ()  # the keys that its "params" may have
+    name: str
+    parameters: tuple[str, ...] = ()  # the keys that its "params" may have; (): as PyTorch's takes
     # Parameters whose values differ from `PARAMETERS`; they are not filled from `OptimConfig`.
     kinds: Mapping[str, Kind] = field(default_factory=dict)
     # Of these parameters some only DeepSpeed's implementation takes, and some only PyTorch's. The
@@ -33,12 +34,35 @@ class Optimizer:
 
     @property
     def takes(self) -> tuple[str, ...]:
-        return self.parameters
+        if self.parameters or self.why_not:
+            return self.parameters
+        from torch import optim
+
+        return tuple(_signature(getattr(optim, self.name)))
 
     @property
     def chosen(self) -> bool:
         """Whether "torch_adam" chooses between PyTorch's and DeepSpeed's implementation."""
         return "torch_adam" in self.parameters
+
+
+# What is no setting of an optimizer or a schedule: objects, and the position in the schedule.
+_OBJECTS = {"params", "optimizer", "scale_fn", "last_epoch", "last_batch_iteration"}
+
+
+def _signature(kind: type) -> dict[str, inspect.Parameter]:
+    """The parameters of a class that a JSON may give, by name."""
+    out = dict(inspect.signature(kind).parameters)
+    for name in _OBJECTS:
+        out.pop(name, None)
+    return out
+
+
+Entry = TypeVar("Entry", Optimizer, "Scheduler")
+
+
+def _named(entries: Iterable[Entry]) -> dict[str, Entry]:
+    return {entry.name: entry for entry in entries}
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -57,8 +81,9 @@ _ADAMW_MODE = refused(
 )
 
 
-def _adam(kinds: Mapping[str, Kind]) -> Optimizer:
+def _adam(name: str, kinds: Mapping[str, Kind]) -> Optimizer:
     return Optimizer(
+        name,
         (*_ADAM, *_OWN, "amsgrad", "fused", "torch_adam", "adam_w_mode"),
         kinds,
         deepspeeds=_OWN,
@@ -68,61 +93,53 @@ def _adam(kinds: Mapping[str, Kind]) -> Optimizer:
     )
 
 
-_NO_MUP = Optimizer(any_case=True, why_not="the models have no muP shapes")
-OPTIMIZERS = {
-    "Adadelta": Optimizer(("lr", "rho", "eps", "weight_decay", "capturable", *_TORCH)),
-    "Adafactor": Optimizer(
-        ("lr", "beta2_decay", "eps", "d", "weight_decay", "foreach", "maximize"),
-        {"eps": numbers(2, number(0))},
-    ),
-    "Adagrad": Optimizer(
-        ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps", "fused", *_TORCH),
-        any_case=True,
-        one_group=True,
-    ),
-    "Adam": _adam({}),
-    "AdamW": _adam({"adam_w_mode": _ADAMW_MODE}),
-    "Adamax": Optimizer(_ADAM),
-    "ASGD": Optimizer(("lr", "lambd", "alpha", "t0", "weight_decay", "capturable", *_TORCH)),
-    "Lamb": Optimizer(
-        _names(
-            "lr bias_correction betas eps eps_inside_sqrt weight_decay max_coeff min_coeff amsgrad"
+_NO_MUP = "the models have no muP shapes"
+OPTIMIZERS = _named(
+    [
+        *map(Optimizer, _names("Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop SGD")),
+        Optimizer("Adafactor", kinds={"eps": numbers(2, number(0))}),
+        Optimizer("Adagrad", any_case=True, one_group=True),
+        _adam("Adam", {}),
+        _adam("AdamW", {"adam_w_mode": _ADAMW_MODE}),
+        Optimizer(
+            "Lamb",
+            _names(
+                "lr bias_correction betas eps eps_inside_sqrt weight_decay max_coeff min_coeff "
+                "amsgrad"
+            ),
+            any_case=True,
+            compiled=True,
         ),
-        any_case=True,
-        compiled=True,
-    ),
-    "Lion": Optimizer(
-        ("lr", "betas", "weight_decay", "set_grad_none", "fp32_optimizer_states"),
-        any_case=True,
-        compiled=True,
-        zero_tested=True,
-    ),
-    "NAdam": Optimizer((*_ADAM, "momentum_decay", "decoupled_weight_decay")),
-    "RAdam": Optimizer((*_ADAM, "decoupled_weight_decay")),
-    "RMSprop": Optimizer(
-        ("lr", "alpha", "eps", "weight_decay", "momentum", "centered", "capturable", *_TORCH)
-    ),
-    "Rprop": Optimizer(("lr", "etas", "step_sizes", "capturable", *_TORCH)),
-    "SGD": Optimizer(("lr", "momentum", "dampening", "weight_decay", "nesterov", "fused", *_TORCH)),
-    "LBFGS": Optimizer(any_case=True, why_not="it needs the loss several times a step"),
-    "SparseAdam": Optimizer(any_case=True, why_not="no gradient here is sparse"),
-    "Muon": Optimizer(
-        _names("lr muon_lr adam_lr momentum ns_method betas eps weight_decay foreach torch_adam"),
-        {
-            "muon_lr": number(0, above=True),
-            "adam_lr": number(0, above=True),
-            "momentum": number(0, 1),
-            "ns_method": one_of("gram", "standard"),
-            "torch_adam": one_of(True),
-        },
-        any_case=True,
-        zero_tested=True,
-        orthogonalizes=True,
-    ),
-    "MuAdam": _NO_MUP,
-    "MuAdamW": _NO_MUP,
-    "MuSGD": _NO_MUP,
-}
+        Optimizer(
+            "Lion",
+            _names("lr betas weight_decay set_grad_none fp32_optimizer_states"),
+            any_case=True,
+            compiled=True,
+            zero_tested=True,
+        ),
+        Optimizer("LBFGS", any_case=True, why_not="it needs the loss several times a step"),
+        Optimizer("SparseAdam", any_case=True, why_not="no gradient here is sparse"),
+        Optimizer(
+            "Muon",
+            _names(
+                "lr muon_lr adam_lr momentum ns_method betas eps weight_decay foreach torch_adam"
+            ),
+            {
+                "muon_lr": number(0, above=True),
+                "adam_lr": number(0, above=True),
+                "momentum": number(0, 1),
+                "ns_method": one_of("gram", "standard"),
+                "torch_adam": one_of(True),
+            },
+            any_case=True,
+            zero_tested=True,
+            orthogonalizes=True,
+        ),
+        Optimizer("MuAdam", any_case=True, why_not=_NO_MUP),
+        Optimizer("MuAdamW", any_case=True, why_not=_NO_MUP),
+        Optimizer("MuSGD", any_case=True, why_not=_NO_MUP),
+    ]
+)
 
 
 def optimizer_name(kind: object) -> str:
@@ -138,82 +155,60 @@ def optimizer_name(kind: object) -> str:
 
 @dataclass(frozen=True)
 class Scheduler:
-    parameters: tuple[str, ...] = ()
-    required: tuple[str, ...] = ()  # further parameters, which must be given
-    filled: tuple[str, ...] = ()  # further parameters, which are filled if they are missing
+    name: str
+    filled: tuple[str, ...] = ()  # parameters that are filled if they are missing
     # The parameter that says after how many steps the schedule ends; nothing is learned after it.
     end: str = ""
-    deepspeeds: bool = False  # whether DeepSpeed makes it; the others are PyTorch's
     kinds: Mapping[str, Kind] = field(default_factory=dict)  # as of an optimizer
     why_not: str = ""
 
     @property
+    def deepspeeds(self) -> bool:
+        """Whether DeepSpeed makes it; the others are PyTorch's."""
+        from deepspeed.runtime.lr_schedules import VALID_LR_SCHEDULES
+
+        return self.name in VALID_LR_SCHEDULES
+
+    def _parameters(self) -> dict[str, inspect.Parameter]:
+        if self.why_not:
+            return {}
+        from deepspeed.runtime import lr_schedules
+        from torch.optim import lr_scheduler
+
+        return _signature(getattr(lr_schedules if self.deepspeeds else lr_scheduler, self.name))
+
+    @property
     def takes(self) -> tuple[str, ...]:
-        return (*self.required, *self.filled, *self.parameters)
+        return tuple(self._parameters())
+
+    @property
+    def required(self) -> list[str]:
+        """Parameters that must be given."""
+        out = []
+        for name, parameter in self._parameters().items():
+            if parameter.default is parameter.empty and name not in self.filled:
+                out.append(name)
+        return out
 
 
 _WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
-_NO_FUNCTIONS = Scheduler(why_not="JSON has no functions")
-_NO_OBJECTS = Scheduler(why_not="JSON has no scheduler objects")
-SCHEDULERS = {
-    "LRRangeTest": Scheduler(
-        _names(
-            "lr_range_test_min_lr lr_range_test_step_size lr_range_test_step_rate "
-            "lr_range_test_staircase"
-        ),
-        deepspeeds=True,
-    ),
-    "OneCycle": Scheduler(
-        _names(
-            "decay_lr_rate cycle_first_step_size cycle_second_step_size "
-            "cycle_first_stair_count cycle_second_stair_count decay_step_size "
-            "cycle_momentum cycle_min_mom cycle_max_mom decay_mom_rate"
-        ),
-        required=("cycle_min_lr", "cycle_max_lr"),
-        deepspeeds=True,
-    ),
-    "WarmupLR": Scheduler(("warmup_type",), filled=_WARMUP, deepspeeds=True),
-    "WarmupDecayLR": Scheduler(
-        ("warmup_type",),
-        filled=("total_num_steps", *_WARMUP),
-        end="total_num_steps",
-        deepspeeds=True,
-    ),
-    "WarmupCosineLR": Scheduler(
-        ("warmup_min_ratio", "cos_min_ratio", "warmup_type"),
-        filled=("total_num_steps", "warmup_num_steps"),
-        end="total_num_steps",
-        deepspeeds=True,
-    ),
-    "ConstantLR": Scheduler(("factor", "total_iters")),
-    "CosineAnnealingLR": Scheduler(("eta_min",), required=("T_max",)),
-    "CosineAnnealingWarmRestarts": Scheduler(("T_mult", "eta_min"), required=("T_0",)),
-    "CyclicLR": Scheduler(
-        _names(
-            "step_size_up step_size_down mode gamma scale_mode cycle_momentum base_momentum "
-            "max_momentum"
-        ),
-        required=("base_lr", "max_lr"),
-    ),
-    "ExponentialLR": Scheduler(required=("gamma",)),
-    "LinearLR": Scheduler(("start_factor", "end_factor", "total_iters")),
-    "MultiStepLR": Scheduler(("gamma",), required=("milestones",)),
-    "OneCycleLR": Scheduler(
-        _names(
-            "total_steps epochs steps_per_epoch pct_start anneal_strategy cycle_momentum "
-            "base_momentum max_momentum div_factor final_div_factor three_phase"
-        ),
-        required=("max_lr",),
-        end="total_steps",
-    ),
-    "PolynomialLR": Scheduler(("power",), filled=("total_iters",), end="total_iters"),
-    "StepLR": Scheduler(("gamma",), required=("step_size",)),
-    "LambdaLR": _NO_FUNCTIONS,
-    "MultiplicativeLR": _NO_FUNCTIONS,
-    "SequentialLR": _NO_OBJECTS,
-    "ChainedScheduler": _NO_OBJECTS,
-    "ReduceLROnPlateau": Scheduler(why_not="there is no validation loss at each step"),
-}
+_NO_FUNCTIONS, _NO_OBJECTS = "JSON has no functions", "JSON has no scheduler objects"
+SCHEDULERS = _named(
+    [
+        *map(Scheduler, _names("LRRangeTest OneCycle CyclicLR ConstantLR LinearLR ExponentialLR")),
+        *map(Scheduler, _names("StepLR MultiStepLR CosineAnnealingLR CosineAnnealingWarmRestarts")),
+        Scheduler("WarmupLR", _WARMUP),
+        Scheduler("WarmupDecayLR", ("total_num_steps", *_WARMUP), "total_num_steps"),
+        Scheduler("WarmupCosineLR", ("total_num_steps", "warmup_num_steps"), "total_num_steps"),
+        Scheduler("OneCycleLR", end="total_steps"),
+        Scheduler("PolynomialLR", ("total_iters",), "total_iters"),
+        Scheduler("LambdaLR", why_not=_NO_FUNCTIONS),
+        Scheduler("MultiplicativeLR", why_not=_NO_FUNCTIONS),
+        Scheduler("SequentialLR", why_not=_NO_OBJECTS),
+        Scheduler("ChainedScheduler", why_not=_NO_OBJECTS),
+        Scheduler("ReduceLROnPlateau", why_not="there is no validation loss at each step"),
+    ]
+)
 
 _positive, _not_negative = number(0, above=True), number(0)
 _rates = _not_negative | numbers(None, _not_negative)

@@ -249,10 +249,10 @@ class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
     lr: Positive = 1e-4  # the learning rate after warmup
-    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (
-        0.9,
-        0.98,
-    )  # of Adam; a list
+    # Of Adam.
+    betas: Annotated[
+        tuple[BelowOne, BelowOne], Field(strict=False, description="a list of two")
+    ] = (0.9, 0.98)
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # of Adam
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and

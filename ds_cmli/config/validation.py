@@ -1,28 +1,18 @@
 """Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
-from pydantic_core import core_schema
+from pydantic_core import PydanticCustomError, core_schema
 
 from ds_cmli.common.errors import UserError, nearest
 
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
 SHOWN = 200  # the maximum number of characters of a value in a message
-TYPES = {
-    "integer": "int",
-    "number": "float",
-    "string": "str",
-    "boolean": "bool",
-    "object": "dict",
-    "array": "list",
-}
-Json = Any  # a value of JSON
-Node = dict[str, Json]  # a part of a JSON schema
+NOT_REGISTERED = "not_registered"  # pydantic's name of the error of `NameOf`
 Section = TypeVar("Section")
-OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
 
 def check(ok: bool, setting: str, value: object, need: str) -> None:
@@ -66,8 +56,9 @@ class NameOf:
         self.table, self.more = table, more
 
     def check(self, name: str) -> str:
-        if name not in self.table and name not in self.more:
-            raise ValueError(f"{name!r} is not in the table")  # `build` says it with the setting
+        known = [*self.more, *self.table]
+        if name not in known:
+            raise PydanticCustomError(NOT_REGISTERED, "{hint}", {"hint": nearest(name, known)})
         return name
 
     def __get_pydantic_core_schema__(
@@ -77,8 +68,8 @@ class NameOf:
 
     def __get_pydantic_json_schema__(
         self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
-    ) -> Node:
-        return {"type": "string", "enum": [*self.more, *self.table], "registered": True}
+    ) -> dict[str, object]:
+        return {"type": "string", "enum": [*self.more, *self.table]}
 
 
 def build(section: type[Section], name: str, values: object, written: Mapping[str, str]) -> Section:
@@ -91,88 +82,24 @@ def build(section: type[Section], name: str, values: object, written: Mapping[st
         UserError: for the first wrong name or value.
     """
     if not isinstance(values, dict):
-        raise UserError(f"{name} is {shown(values)}: give a value of type dict")
+        raise UserError(f"{name} is {shown(values)}: Input should be a valid dictionary")
     try:
         return section(**values)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-    key, *inner = first["loc"]
+        errors = error.errors(include_url=False)
+    key, kind = errors[0]["loc"][0], errors[0]["type"]
     fields = TypeAdapter(section).json_schema()["properties"]
-    if first["type"] == "unexpected_keyword_argument":
+    if kind == "unexpected_keyword_argument":
         choice(f"setting of {name}", key, fields)
-    node, given = fields[key], first["input"]
-    if "[key]" in inner:  # the key of a dict is wrong, and pydantic puts it in the location
-        node, given, inner = node["propertyNames"], inner[0], []
-    elif first["type"] == "missing" or "anyOf" in node:
-        # A list is too short, or pydantic's error is only about the first alternative.
-        given, inner = values[key], []
-    for part in inner:
-        node = _inside(node, part)
-    setting = written.get(f"{name}.{key}", f"{name}.{key}")
-    setting = (" " if setting.startswith("--") else ".").join([setting, *map(str, inner)])
-    if isinstance(given, str) and "enum" in node:
-        if "registered" in node:
-            raise NotRegistered(f"{setting} is {shown(given)}: {nearest(given, node['enum'])}")
-        choice(setting, given, node["enum"])
-    raise UserError(f"{setting} is {shown(given)}: give {_accepted(node, first['type'])}")
-
-
-def _inside(node: Node, part: int | str) -> Node:
-    """The schema of an item of a list or dict."""
-    if isinstance(part, str):
-        return node["additionalProperties"]
-    if "prefixItems" in node:
-        return node["prefixItems"][part]
-    return node["items"]
-
-
-def _accepted(node: Node, error: str) -> str:
-    """Say what a field accepts; only the range, if the value is merely out of range.
-
-    Args:
-        node: the field's JSON schema.
-        error: pydantic's name of what is wrong.
-    """
-    if "anyOf" in node:
-        options = [option for option in node["anyOf"] if option.get("type") != "null"]
-        return " or ".join(_accepted(option, error) for option in options)
-    if "enum" in node:
-        return f"one of {', '.join(map(str, node['enum']))}"
-    if "propertyNames" in node:
-        known = ", ".join(node["propertyNames"]["enum"])
-        one = error == "too_short"
-        if one:
-            return f"at least one of {known}"
-        return f"a value of type dict, of {known}"
-    if "prefixItems" in node:
-        return f"a list of {len(node['prefixItems'])}, each {_accepted(node['prefixItems'][0], '')}"
-    parts = []
-    if error == "finite_number":
-        parts.append("a finite number")
-    elif error not in OUT_OF_RANGE:
-        parts.append(f"a value of type {TYPES[node['type']]}")
-    if "maxLength" in node:
-        least = node.get("minLength", 0)
-        parts.append(f"{least} to {node['maxLength']} characters without NUL")
-    text = ", ".join(parts + _range(node, error))
-    if "description" in node:
-        return f"{text} ({node['description']})"
-    return text
-
-
-def _range(node: Node, error: str) -> list[str]:
-    """The range of a number, as a list of no text or one."""
-    most = ""
-    if "exclusiveMaximum" in node:
-        most = f"below {node['exclusiveMaximum']}"
-    elif node.get("maximum") not in (None, MOST) or error == "less_than_equal":
-        most = str(node["maximum"])  # the limit of counts is named only when it is exceeded
-    if "minimum" in node:
-        low = node["minimum"]
-        return [f"{low} to {most}" if most else f"at least {low}"]
-    if "exclusiveMinimum" in node:
-        return [f"more than 0 to {most}" if most else "more than 0"]
-    return []
+    needs: dict[str, None] = {}  # a setting of several types has an error for each of them
+    for problem in errors:
+        if problem["loc"][0] == key:
+            needs[problem["msg"]] = None
+    line = f"{written.get(f'{name}.{key}', f'{name}.{key}')} is {shown(values[key])}: "
+    line += " or: ".join(needs)
+    if "description" in fields[key]:
+        line += f" ({fields[key]['description']})"
+    raise (NotRegistered if kind == NOT_REGISTERED else UserError)(line)
 
 
 def check_kind(name: str, value: object, kind: type[object]) -> None:

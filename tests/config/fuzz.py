@@ -174,7 +174,7 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     if kind == "optimizer key" and isinstance(content.get("optimizer"), dict):
         optimizer = content["optimizer"]
         optimizer["params"] = dict(optimizer["params"]) if isinstance(optimizer.get("params"), dict) else {}
-        entry = optimizers.OPTIMIZERS.get(str(optimizer.get("type")), optimizers.Optimizer(("lr",)))
+        entry = optimizers.OPTIMIZERS.get(str(optimizer.get("type")), optimizers.Optimizer("", ("lr",)))
         new = draw.choice(entry.takes or ("lr",))
         optimizer["params"][new] = draw.choice(VALUES)
         return f"optimizer.params.{new} = {optimizer['params'][new]!r:.40}"

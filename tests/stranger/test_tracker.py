@@ -56,7 +56,7 @@ def test_a_run_writes_to_it_and_goes_on(tmp_path):
 
 
 def test_its_name_and_its_library_are_checked(monkeypatch):
-    with pytest.raises(UserError, match=r"run.report_to.0 is 'notebok': did you mean 'notebook'\?"):
+    with pytest.raises(UserError, match=r"run.report_to is \['notebok'\]: did you mean 'notebook'\?"):
         load_preset("tiny", {"run": {"report_to": ["notebok"]}})
     check_trackers(["notebook"])
     monkeypatch.setitem(registry.TRACKERS, "notebook", registry.TrackerEntry("x:Y", "not_installed_anywhere"))
