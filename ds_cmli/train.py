@@ -21,7 +21,7 @@ from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config, tell_beside_json
+from ds_cmli.config.options import OUTPUT, START, WHAT, add, print_without_effect, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
@@ -55,7 +55,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
     asked = DeepSpeedConfig.load(deepspeed_config)
-    tell_beside_json(config, asked, int(os.environ["WORLD_SIZE"]), settings, options)
+    print_without_effect(config, asked, int(os.environ["WORLD_SIZE"]), settings, options)
     return train(config, asked, start)
 
 

@@ -1,10 +1,11 @@
-"""Which settings have no effect beside others: two tables, and the lines about those given.
+"""Which settings have no effect beside others: a table, and the lines about those given.
 
 What only the models or the data decide is told where they are built, in
 `engine/parameter_groups.py` and `data/opening.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -19,73 +20,28 @@ class Step(NamedTuple):
 
     ds_config: DeepSpeedConfig
     ranks: int
-    accumulation: int
+    accumulation: int  # 0: not known, as the JSON's batch is none for so many ranks
 
 
-class Idle(NamedTuple):
-    """A setting has no effect `where` the configuration is so; `why` is formatted with it."""
-
-    where: Callable[[Config], bool]
-    why: str
+# Returns why a setting has no effect beside the others and the JSON, or None if it has.
+Why = Callable[[Config, Step], str | None]
 
 
-def _beyond(setting: str) -> Idle:
-    def where(config: Config) -> bool:
+def _where(idle: Callable[[Config], bool], why: str) -> Why:
+    """Idle where the configuration is so; `why` is formatted with it."""
+    return lambda config, step: why.format(config=config) if idle(config) else None
+
+
+def _beyond(setting: str) -> Why:
+    def idle(config: Config) -> bool:
         return config.optim.steps is not None and getattr(config.run, setting) > config.optim.steps
 
-    why = f"it is {{config.run.{setting}}}, and the run has {{config.optim.steps}} steps"
-    return Idle(where, why)
+    return _where(
+        idle, f"it is {{config.run.{setting}}}, and the run has {{config.optim.steps}} steps"
+    )
 
 
-_DEMO = Idle(lambda config: config.data.source == "demo", "the demo makes its own pictures")
-_NO_LORA = Idle(lambda config: not config.student.lora, "student.lora names no layers")
-IDLE = {
-    "data.scenes": Idle(
-        lambda config: config.data.source != "demo", "only the demo's pictures make scenes"
-    ),
-    "data.held_out": _DEMO,
-    "data.max_bad_share": _DEMO,
-    "data.max_pixels": _DEMO,
-    "data.follow_symlinks": _DEMO,
-    "data.val_split": _DEMO,
-    "data.prefetch": Idle(
-        lambda config: not config.data.workers, "there is no loading process (--workers)"
-    ),
-    "student.text_model": Idle(
-        lambda config: config.student.text_weights not in ("hub", "random"),
-        "student.text_weights {config.student.text_weights!r} says it",
-    ),
-    "student.weights_partial": Idle(
-        lambda c: c.student.image_weights == c.student.text_weights == "random",
-        "both encoders' weights are random",
-    ),
-    "student.lora_rank": _NO_LORA,
-    "student.lora_alpha": _NO_LORA,
-    "teacher.weights_partial": Idle(
-        lambda config: config.teacher.weights == "random", "teacher.weights is 'random'"
-    ),
-    "loss.target_top": Idle(
-        lambda config: config.loss.target != "top", "loss.target is {config.loss.target!r}"
-    ),
-    "loss.cmli_init_temperature": Idle(
-        lambda c: c.loss.target != "attention" and "cmli" not in c.loss.weights,
-        "loss.target is {config.loss.target!r}, and no loss is 'cmli'",
-    ),
-    "loss.cmli_gather_bytes": Idle(
-        lambda config: config.loss.cmli_exchange != "auto",
-        "loss.cmli_exchange is {config.loss.cmli_exchange!r}",
-    ),
-    "run.match_maps": Idle(
-        lambda config: not config.run.report_to,
-        "run.report_to names no tracker, which would show them",
-    ),
-    "run.log_every": _beyond("log_every"),
-    "run.eval_every": _beyond("eval_every"),
-    "run.save_every": _beyond("save_every"),
-}
-
-
-def _patience(config: Config) -> str | None:
+def _patience(config: Config, step: Step) -> str | None:
     steps, every, patience = config.optim.steps, config.run.eval_every, config.run.patience
     if steps is None or not patience:
         return None
@@ -95,28 +51,20 @@ def _patience(config: Config) -> str | None:
     return f"it is {patience}, and the run has {evaluations} evaluations"
 
 
-def _idle(setting: str, config: Config) -> str | None:
-    """Why a setting has no effect, or None if it may have."""
-    if setting == "run.patience":
-        return _patience(config)
-    idle = IDLE.get(setting)
-    if idle is None or not idle.where(config):
-        return None
-    return idle.why.format(config=config)
-
-
-# Each function returns why a setting has no effect beside the JSON, or None if it has.
-WhyInStep = Callable[[Config, Step], str | None]
-
-
 def _one_rank(config: Config, step: Step) -> str | None:
     if step.ranks == 1:
         return "there is one rank, which exchanges nothing"
     return None
 
 
+def _fixed_exchange(config: Config, step: Step) -> str | None:
+    if config.loss.cmli_exchange != "auto":
+        return f"loss.cmli_exchange is {config.loss.cmli_exchange!r}"
+    return _one_rank(config, step)
+
+
 def _one_micro_batch(config: Config, step: Step) -> str | None:
-    if step.accumulation > 1:
+    if step.accumulation != 1:
         return None
     return "a step is one micro-batch (gradient_accumulation_steps 1)"
 
@@ -138,7 +86,7 @@ def _no_cache(config: Config, step: Step) -> str | None:
 
 
 def _no_graph(config: Config, step: Step) -> str | None:
-    if _no_cache(config, step) is not None:
+    if not step.accumulation or _no_cache(config, step) is not None:
         return None
     return "gradient caching keeps no argmax indices that it could compute again"
 
@@ -150,7 +98,7 @@ def _reduced_anyway(config: Config, step: Step) -> str | None:
     return _one_micro_batch(config, step)
 
 
-def _not_taken(name: str) -> WhyInStep:
+def _not_taken(name: str) -> Why:
     def why(config: Config, step: Step) -> str | None:
         if name in step.ds_config.optimizer_entry.takes:
             return None
@@ -159,16 +107,57 @@ def _not_taken(name: str) -> WhyInStep:
     return why
 
 
-IN_STEP: dict[str, WhyInStep] = {
+_DEMO = _where(lambda config: config.data.source == "demo", "the demo makes its own pictures")
+_NO_LORA = _where(lambda config: not config.student.lora, "student.lora names no layers")
+IDLE: dict[str, Why] = {
+    "data.scenes": _where(
+        lambda config: config.data.source != "demo", "only the demo's pictures make scenes"
+    ),
+    "data.held_out": _DEMO,
+    "data.max_bad_share": _DEMO,
+    "data.max_pixels": _DEMO,
+    "data.follow_symlinks": _DEMO,
+    "data.val_split": _DEMO,
+    "data.prefetch": _where(
+        lambda config: not config.data.workers, "there is no loading process (--workers)"
+    ),
+    "student.text_model": _where(
+        lambda config: config.student.text_weights not in ("hub", "random"),
+        "student.text_weights {config.student.text_weights!r} says it",
+    ),
+    "student.weights_partial": _where(
+        lambda c: c.student.image_weights == c.student.text_weights == "random",
+        "both encoders' weights are random",
+    ),
+    "student.lora_rank": _NO_LORA,
+    "student.lora_alpha": _NO_LORA,
+    "teacher.weights_partial": _where(
+        lambda config: config.teacher.weights == "random", "teacher.weights is 'random'"
+    ),
+    "loss.target_top": _where(
+        lambda config: config.loss.target != "top", "loss.target is {config.loss.target!r}"
+    ),
+    "loss.cmli_init_temperature": _where(
+        lambda c: c.loss.target != "attention" and "cmli" not in c.loss.weights,
+        "loss.target is {config.loss.target!r}, and no loss is 'cmli'",
+    ),
+    "loss.cmli_recompute": _no_graph,
+    "loss.cmli_exchange": _one_rank,
+    "loss.cmli_gather_bytes": _fixed_exchange,
     "optim.negatives": _no_more_negatives,
     "optim.cache_on_host": _no_cache,
     "optim.reduce_once": _reduced_anyway,
-    "loss.cmli_recompute": _no_graph,
-    "loss.cmli_exchange": _one_rank,
-    "loss.cmli_gather_bytes": _one_rank,
     "optim.betas": _not_taken("betas"),
     "optim.eps": _not_taken("eps"),
     "optim.weight_decay": _not_taken("weight_decay"),
+    "run.match_maps": _where(
+        lambda config: not config.run.report_to,
+        "run.report_to names no tracker, which would show them",
+    ),
+    "run.log_every": _beyond("log_every"),
+    "run.eval_every": _beyond("eval_every"),
+    "run.save_every": _beyond("save_every"),
+    "run.patience": _patience,
 }
 
 
@@ -184,42 +173,22 @@ def read_by_losses() -> dict[str, list[str]]:
     return out
 
 
-def _unread(config: Config) -> dict[str, str]:
-    """The settings that none of the chosen losses reads, each with the first loss that would."""
-    out = {}
-    for setting, losses in read_by_losses().items():
-        if not config.loss.weights.keys() & set(losses):
-            out[setting] = losses[0]
-    return out
-
-
-def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
-    """A line for each setting that has no effect beside the other settings.
+def without_effect(
+    config: Config, ds_config: DeepSpeedConfig, ranks: int, given: Mapping[str, str]
+) -> Iterator[str]:
+    """A line for each setting without effect beside the others, the JSON and so many ranks.
 
     Args:
         given: the settings that were given, and how: `{"run.keep": "--keep"}`.
     """
-    unread = _unread(config)
+    accumulation = 0
+    with suppress(UserError):  # raised where the run needs it
+        accumulation = ds_config.batch(config.optim.micro_batch, ranks).accumulation
+    step = Step(ds_config, ranks, accumulation)
+    losses, readers = config.loss.weights, read_by_losses()
     for name in sorted(given):
-        why = _idle(name, config)
-        if name in unread:
-            why = f"the losses are {', '.join(config.loss.weights)}, without {unread[name]}"
-        if why is not None:
-            yield f"{given[name]} has no effect: {why}"
-
-
-def without_effect_in_step(
-    config: Config, ds_config: DeepSpeedConfig, ranks: int, given: Mapping[str, str]
-) -> Iterator[str]:
-    """A line for each further setting without effect beside the JSON and with this many ranks."""
-    try:
-        step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks).accumulation)
-    except UserError:  # told where the run needs it
-        return
-    unread = _unread(config)
-    for name in sorted(given.keys() & IN_STEP.keys() - unread.keys()):
-        if _idle(name, config) is not None:
-            continue  # told by `without_effect`
-        why = IN_STEP[name](config, step)
+        why = IDLE[name](config, step) if name in IDLE else None
+        if name in readers and not losses.keys() & {*readers[name]}:
+            why = f"the losses are {', '.join(losses)}, without {readers[name][0]}"
         if why is not None:
             yield f"{given[name]} has no effect: {why}"

@@ -214,8 +214,8 @@ def add(*options: Decorator) -> Decorator:
 def resolve_config(preset: str, settings: tuple[str, ...], options: Options) -> Config:
     """The preset's configuration, overridden by the options that were given.
 
-    Prints which settings have no effect. `options` are the values of `WHAT`, and of `OUTPUT` if the
-    command has it, without `preset`, `settings` and `deepspeed_config`.
+    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`,
+    `settings` and `deepspeed_config`.
 
     Raises:
         UserError: `Config.from_dict` refuses a setting, or one is given twice with other values.
@@ -242,30 +242,25 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: Options) -> 
         for section, key in RANDOM:
             _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
-    config = load_preset(preset, overrides, written)
-    say(*effects.without_effect(config, how_given(settings, options)))
-    return config
+    return load_preset(preset, overrides, written)
 
 
-def tell_beside_json(
+def print_without_effect(
     config: Config,
     ds_config: DeepSpeedConfig,
     ranks: int,
     settings: tuple[str, ...],
     options: Options,
 ) -> None:
-    """Print which settings of the command line the JSON overrules, or makes without effect."""
+    """Print which settings of the command line have no effect, or are overruled by the JSON."""
     optim: dict[str, tuple[str, Any]] = {}
     for key, value in parse_settings(settings).get("optim", {}).items():
         optim[key] = (f"--set optim.{key}", value)
     for key in ("lr", "micro_batch"):
         if options[key] is not None:
             optim[key] = (f"--{key.replace('_', '-')}", options[key])
-    given = how_given(settings, {**options, "preset": None})
-    say(
-        *overruled(ds_config, optim),
-        *effects.without_effect_in_step(config, ds_config, ranks, given),
-    )
+    given = how_given(settings, options)
+    say(*overruled(ds_config, optim), *effects.without_effect(config, ds_config, ranks, given))
 
 
 def how_given(settings: tuple[str, ...], options: Options) -> dict[str, str]:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.effects import IDLE, IN_STEP, read_by_losses
-from ds_cmli.config.options import how_given, resolve_config, tell_beside_json
+from ds_cmli.config.effects import IDLE, read_by_losses
+from ds_cmli.config.options import how_given, print_without_effect, resolve_config
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.load import build_data
@@ -61,7 +61,7 @@ ACCUMULATION = {"gradient_accumulation_steps": 2}
 def test_settings_beside_others(settings, given, json, ranks, line, capsys):
     settings, given = tuple(settings.split()), options(**given)
     config = resolve_config("tiny", settings, given)
-    tell_beside_json(config, DeepSpeedConfig.of(json), ranks, settings, given)
+    print_without_effect(config, DeepSpeedConfig.of(json), ranks, settings, given)
     said = capsys.readouterr().out.splitlines()
     assert said == [] if line is None else [line in text for text in said] == [True], said
 
@@ -72,7 +72,7 @@ def test_the_table_names_settings_that_exist():
         for section in dataclasses.fields(Config)
         for field in dataclasses.fields(section.default_factory)
     }
-    assert IDLE.keys() | IN_STEP.keys() | read_by_losses().keys() <= known
+    assert IDLE.keys() | read_by_losses().keys() <= known
 
 
 def test_a_setting_is_named_as_it_was_given():
