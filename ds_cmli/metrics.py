@@ -83,7 +83,7 @@ class Writer:
         """Where the time goes, if nothing has been printed for a while.
 
         Args:
-            step: the one that is being taken.
+            step: the step that is being taken.
             so_far: gives the seconds in each phase since the last logged step.
         """
         if time.monotonic() - self.said < ALIVE_SECONDS:

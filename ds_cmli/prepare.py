@@ -61,7 +61,7 @@ class Prepared:
     place: Place
     start: Start  # with the value of --resume that is followed, and the profiles that are left
     point: "ResumePoint | None"  # the checkpoint to resume from
-    state: "TrainState"  # what the next step depends on beside the engine
+    state: "TrainState"  # what the next step depends on besides the engine
     bad: "BadSamples"
     flags: "CollectiveFlags"  # what ranks decide together
 
@@ -74,7 +74,7 @@ def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
-            "what is measured is set beside the prediction, which is of the blocks as they are: "
+            "what is measured is compared with the prediction, which is of the blocks as they are: "
             "leave out one of the two"
         )
     if config.optim.steps is not None:
@@ -84,7 +84,7 @@ def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
 
 
 def load_data(config: Config, asked: DeepSpeedConfig) -> "tuple[Data | None, str | None]":
-    """Load the data. Returns it, or a mistake, which is told once the ranks have met.
+    """Load the data. Returns it, or a mistake, which is raised once the ranks have met.
 
     It may be on this node alone, where nobody would hear of it. A single rank raises it at once, as
     `UserError`.
@@ -114,9 +114,9 @@ def prepare(
         asked: the user's DeepSpeed JSON, as this device can run it.
 
     Returns:
-        None if the run is finished already, which is said.
+        None if the run is finished already; a line says so.
     """
-    from ds_cmli.checkpoint import contents, local_files, restore, run_folder
+    from ds_cmli.checkpoint import local_files, restore, run_folder
     from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
@@ -125,7 +125,7 @@ def prepare(
 
     folder, with_changes = place.folder, start.with_changes
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
-    point = contents.find(resume, folder)  # collective
+    point = restore.find(resume, folder)  # collective
     batch = restore.rebatch(point, asked)
     plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
     with place.watchdog.slow(together=True):  # large files on a slow disk

@@ -1,4 +1,4 @@
-"""The parts of a run, and what the training loop does with them beside its steps.
+"""The parts of a run, and what the training loop does with them between its steps.
 
 That is taking data, logging, evaluating and saving. All methods are called by all ranks together.
 """

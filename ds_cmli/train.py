@@ -38,8 +38,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI
     losses.
 
-    With no options it trains the preset "quick" to its end. On TERM, USR1, USR2, INT, QUIT or HUP it
-    saves and ends with exit code 85; started again in the same way, it goes on.
+    With no options it trains the preset "quick" to its end. On TERM, USR1, USR2, INT, QUIT or HUP
+    it saves and ends with exit code 85; started again in the same way, it resumes.
     """
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ds_cmli.config.schema import Config
     from ds_cmli.inference import Match, Model
 
-DEFAULT = 4  # pairs that are shown if none are asked for
+DEFAULT = 4  # pairs that are shown if none are given
 
 
 @dataclass
@@ -81,7 +81,7 @@ def command(**options: Any) -> None:
     if (asked.image is None) != (asked.text is None):
         raise UserError("--image and --text belong together: give both, or --pairs")
     if asked.image is not None and asked.pairs is not None:
-        raise UserError("--pairs has no effect beside --image: leave it out")
+        raise UserError("--pairs has no effect with --image: leave it out")
     numbers = None
     if asked.pairs is not None:
         numbers = list(map(_number, asked.pairs.split(",")))

@@ -50,7 +50,7 @@ class Options:
 @option("Runs", "--out", type=click.Path(path_type=Path), metavar="DIR",
         help="Holds a folder for each run.  [runs/ablate-<plan>, or ...-tuning]")  # fmt: skip
 @option("Runs", "--csv", type=click.Path(path_type=Path), metavar="FILE",
-        help="The runs, a line each.  [beside the plan]")  # fmt: skip
+        help="The runs, a line each.  [in the plan's folder]")  # fmt: skip
 @option(
     "Runs",
     "--tuning",
@@ -131,7 +131,7 @@ def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> lis
 
 
 def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Options) -> None:
-    """Print the tables of the lines that are there, and write what was asked for."""
+    """Print the tables of the lines that are there, and write the requested files."""
     from rich.console import Console
 
     from profiling.learning import pictures, records

@@ -1,10 +1,10 @@
 """python profiling/compare_estimates.py [--json FILE] [--markdown FILE]
 
-The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to
+The document's memory estimates E1 to E5 and the truth: its arithmetic computed, what each way to
 compute the same thing really stores, predicted and measured to the byte, and the whole training
 step. On a GPU where there is one, otherwise on the CPU. Each way is measured at the document's own
 setting; in forward alone, or with fewer pairs, only if memory or three minutes do not suffice, which
-the first lines say. What fits a GPU is asked of `profiling/predict.py`.
+the first lines say. `profiling/predict.py` checks what fits a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
@@ -59,7 +59,7 @@ def command(
     plot_folder: str,
     **sizes: int,
 ) -> None:
-    """Put the source document's memory estimates E1 to E5 beside what is predicted and what is
+    """Compare the source document's memory estimates E1 to E5 with what is predicted and what is
     measured.
 
     With no options: the document's setting, and the whole training step of the preset "demo".

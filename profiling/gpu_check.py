@@ -1,9 +1,9 @@
 """python profiling/gpu_check.py [--json FILE] [--markdown FILE] [--beside FILE ...]
 
-What only a GPU can show, in ten minutes, the most valuable first: a prediction beside a
+What only a GPU can show, in ten minutes, the most valuable first: a prediction and a
 measurement, the all-pairs op against fp64, the demo in fp16 stopped and gone on with, two GPUs where
 there are two, every setting of tests/gpu/settings.py, the document's estimates, the clock. It runs
-`pytest -m gpu` and writes each figure beside its bar as soon as it is there, so that a run that is
+`pytest -m gpu` and writes each figure with its bar as soon as it is there, so that a run that is
 cut off keeps what it has. What a test may take is counted in the CPU's time, so that a machine that others use too is slow
 and no more. `--beside` adds the figures of earlier ones, as of a CPU
 (DS_CMLI_GPU_TESTS_DEVICE=cpu) or of a null GPU, and lists what differs. Exit code: 1 where a bar is
@@ -30,7 +30,7 @@ from ds_cmli.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]  # as this script writes them
-DIFFERS = 0.005  # from which difference on a figure is said to differ
+DIFFERS = 0.005  # from which difference on a figure counts as different
 
 
 class Tables:
@@ -40,7 +40,7 @@ class Tables:
     Args:
         device: the name of the GPU.
         end: when the last test may begin, by the monotonic clock.
-        beside: what earlier runs have written.
+        earlier: what earlier runs have written.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Tables:
         end: float,
         json_path: Path,
         markdown_path: Path,
-        beside: tuple[Figures, ...] = (),
+        earlier: tuple[Figures, ...] = (),
     ):
-        self.device, self.end, self.beside = device, end, beside
+        self.device, self.end, self.earlier = device, end, earlier
         self.json_path, self.markdown_path = json_path, markdown_path
         self.rows: list[dict[str, Any]] = []
         self.start = time.monotonic()
@@ -116,7 +116,7 @@ class Tables:
         lines += [f"{self.count()}.", ""]
         for test, reason in self.skipped.items():
             lines.append(f"- {test}: {reason}")
-        for earlier in self.beside:
+        for earlier in self.earlier:
             differing, both = self._differing(earlier)
             head = f"## Beside {earlier['device']}, {earlier['date']}"
             lines += ["", head, "", f"{len(differing)} of {both} figures differ.", ""]
@@ -153,9 +153,9 @@ class Tables:
 
 
 def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text)
-    beside.replace(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
 
 
 def _number(value: float | None) -> str:
@@ -182,7 +182,9 @@ def _earlier(path: str) -> Figures:
     show_default=True,
     help="The figures as a page.",
 )
-@click.option("--beside", multiple=True, help="The --json of an earlier run, to compare with.")
+@click.option(
+    "--beside", "earlier", multiple=True, help="The --json of an earlier run, to compare with."
+)
 @click.option(
     "--only",
     default="",
@@ -196,7 +198,7 @@ def _earlier(path: str) -> Figures:
     help="Tests not begun by then are left out.",
 )
 def command(
-    json_path: str, markdown_path: str, beside: tuple[str, ...], only: str, minutes: float
+    json_path: str, markdown_path: str, earlier: tuple[str, ...], only: str, minutes: float
 ) -> None:
     device = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -211,7 +213,7 @@ def command(
     if "NULLGPU" in os.environ:
         name = f"a null GPU ({name})"
     end, paths = time.monotonic() + 60 * minutes, (Path(json_path), Path(markdown_path))
-    tables = Tables(name, end, *paths, tuple(map(_earlier, beside)))
+    tables = Tables(name, end, *paths, tuple(map(_earlier, earlier)))
     code = pytest.main(
         ["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")], plugins=[tables]
     )

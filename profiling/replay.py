@@ -93,7 +93,7 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
         room, gpu = gpus.parse_memory(limit, "--limit")
         if gpu:
             whole, room = room, gpus.find(gpu).usable
-            click.echo(f"--limit {limit!r}: of the {whole:,} B of a {gpu}, {room:,} B are left beside CUDA's context",
+            click.echo(f"--limit {limit!r}: of the {whole:,} B of a {gpu}, {room:,} B are left besides CUDA's context",
                        err=as_json)  # fmt: skip
     changes = {
         "expandable_segments": expandable_segments,
@@ -254,7 +254,7 @@ def difference(first: Any, second: Any) -> list[str]:
         name: sizes[1].get(name, 0) - sizes[0].get(name, 0) for name in {**sizes[0], **sizes[1]}
     }
     rows = sorted((item for item in change.items() if item[1]), key=lambda item: -abs(item[1]))
-    lines = [f"the second's peak beside the first's: {sum(change.values()):+,} B"]
+    lines = [f"the second's peak compared with the first's: {sum(change.values()):+,} B"]
     lines += [f"    {size:>+16,} B  {name}" for name, size in rows[:SHOWN]]
     if rows[SHOWN:]:
         lines.append(
@@ -310,7 +310,7 @@ def text(replayed: Any, settings_known: bool) -> str:
         f" {len(replayed.segments_replayed)} replayed",
     ]
     if replayed.ambiguous:
-        lines.append(f"  of {replayed.ambiguous} blocks from before, the exact size cannot be told")
+        lines.append(f"  of {replayed.ambiguous} blocks from before, the exact size is not known")
     if replayed.unknown:
         lines.append(f"  {replayed.unknown} frees belong to nothing that the replay holds")
     if not replayed.exact:
@@ -334,7 +334,7 @@ def text(replayed: Any, settings_known: bool) -> str:
         )
     if replayed.released_unknown:
         lines.append(
-            f"  of {replayed.released_unknown} released segments, the pool cannot be told: they count as the default"
+            f"  of {replayed.released_unknown} released segments, the pool is not known: they count as the default"
             " pool's wherever the requests allow it, so a what-if may reserve too little"
         )
     if replayed.out_of_memory:

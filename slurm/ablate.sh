@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 # Ninety seconds before the time limit the run in progress gets a signal that tells it to save.
 #SBATCH --signal=TERM@90
-# All the rest is that of train.sh. It is beside the original of this file, of which sbatch runs a copy.
+# All the rest is that of train.sh. It is next to the original of this file, of which sbatch runs a copy.
 set -uo pipefail
 signalled=0
 for name in TERM USR1 USR2 INT QUIT HUP; do trap 'signalled=1' "$name"; done
@@ -20,7 +20,7 @@ for folder in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" "$(dirname "$(re
     [[ -f $folder/train.sh ]] && break
 done
 if [[ ! -f $folder/train.sh ]]; then
-    echo "error: no train.sh beside $script or in ${SLURM_SUBMIT_DIR:-.}/slurm: submit slurm/ablate.sh from the project's" \
+    echo "error: no train.sh next to $script or in ${SLURM_SUBMIT_DIR:-.}/slurm: submit slurm/ablate.sh from the project's" \
         "folder, which must be visible from all nodes" >&2
     exit 2
 fi

@@ -30,7 +30,7 @@ def missing() -> list[str]:
     ]
     cache = os.environ.get("TRITON_CACHE_DIR")
     if cache:
-        # Compiled code is loaded from this folder. If all users may write beside it, it must belong
+        # Compiled code is loaded from this folder. If all users may write there, it must belong
         # to this user.
         try:
             os.makedirs(cache, mode=0o700, exist_ok=True)
@@ -66,7 +66,7 @@ def unreachable() -> list[str]:
 
     first_node = os.environ["SLURM_NODEID"] == "0"
     line = launchers.address_mistake(first_node)
-    # What is so on all nodes is told by the first.
+    # The first prints what is so on all nodes.
     everywhere = launchers.means_every_machine(os.environ["MASTER_ADDR"])
     return [] if line is None or (everywhere and not first_node) else [line]
 

@@ -74,7 +74,7 @@ if [[ -n ${DS_CMLI_SETUP:-} ]]; then
     eval "$DS_CMLI_SETUP" || die "node $node: DS_CMLI_SETUP failed: $DS_CMLI_SETUP"
     set -u
 fi
-# sbatch runs a copy from its spool folder, so Slurm is asked for the original's path, which its arguments may follow.
+# sbatch runs a copy from its spool folder, so Slurm gives the original's path, which its arguments may follow.
 given=$(scontrol show job "$job" | sed -n 's/^ *Command=//p' | head -n 1)
 script=$given
 while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
@@ -88,7 +88,7 @@ if [[ ! -f $project/$program ]]; then
             "or submit from the project's folder and not from ${SLURM_SUBMIT_DIR:-.}"
     [[ -f $script ]] ||
         die "node $node: there is no $given here: the project must be visible from all nodes"
-    die "no $program beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit ${usage%% *} from the project's folder"
+    die "no $program next to $script or in ${SLURM_SUBMIT_DIR:-.}: submit ${usage%% *} from the project's folder"
 fi
 project=$(cd "$project" && pwd)
 
@@ -153,7 +153,7 @@ lead=${SBATCH_SIGNAL:-$(grep -m 1 '^#SBATCH --signal=' "$0")}
 # Slurm does not tell what --signal on sbatch's command line has set. Without a time it is a minute.
 if [[ $lead =~ @([0-9]+)$ ]]; then lead=$((10#${BASH_REMATCH[1]})); else lead=60; fi
 ((limit <= 0 || 2 * lead <= limit)) ||
-    echo "notice: the time limit is $limit s, and $lead s before it the run is told to stop (unless --signal says" \
+    echo "notice: the time limit is $limit s, and $lead s before it the run gets its signal (unless --signal says" \
         "otherwise): that is more than half of it; ask for a longer --time"
 file=$run/starts-without-a-step${ablation:+-${SLURM_ARRAY_TASK_ID:-}}
 count_start() {
@@ -224,7 +224,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}"
 # srun would read these and divide GPUs and CPUs again. Every task must see all GPUs of its node, as NCCL needs it.
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND
 unset SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
-# ALL: the tasks get this script's environment even if sbatch was told to pass none to the script.
+# ALL: the tasks get this script's environment even if sbatch passes none to the script.
 common=(--nodes="$SLURM_NNODES" --gpu-bind=none --export=ALL)
 ((gpus == 0)) || common+=(--gpus-per-node="$gpus")
 # In blocks, so that neighbouring ranks get neighbouring cores, as neighbouring GPUs belong to one socket.
@@ -275,7 +275,7 @@ fi
 # Python's environment may have the package of another checkout installed.
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 
-# --- where the tasks meet: on the first node, where rank 0 runs. It is asked for here, as containers have no scontrol.
+# --- where the tasks meet: on the first node, where rank 0 runs. It is read here, as containers have no scontrol.
 if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # The resolver may not know the name that the node has in Slurm.

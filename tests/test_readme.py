@@ -51,7 +51,6 @@ SLOW = [
     "python -m ds_cmli.export RUN DIR",
     "python profiling/predict.py --preset paper --world-size 2",
     "python profiling/predict.py --preset paper --world-size 2 --fit 24GB",
-    "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3",
     'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8',
     "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
     "docs/pictures/learning.png",
@@ -116,6 +115,8 @@ ELSEWHERE = {
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
+    "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
+        "tests/memory/test_predict.py: small models",
     "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",
     "python profiling/compare_estimates.py": "tests/profiling/memory/test_compare.py: small sizes",
     "python -m profiling.memory.estimators --plot estimators.png":
@@ -218,7 +219,7 @@ def test_settings_are_up_to_date():
     assert "|  |" not in settings.page(), "a setting without a comment"
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_sentences_and_paragraphs_are_short(page):
     assert not complaints(page.read_text("utf-8"))
 

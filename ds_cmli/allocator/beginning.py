@@ -211,8 +211,8 @@ def _expandable(snapshot: Snapshot, device: int, actions: set[str]) -> bool:
         kinds.add(False)
     if len(kinds) > 1:
         raise UserError(
-            f"device {device} was recorded with expandable segments beside ordinary ones, which "
-            "the replay does not follow: which of them a request may take cannot be told"
+            f"device {device} was recorded with expandable segments and ordinary ones, which "
+            "the replay does not follow: which of them a request may take is not known"
         )
     return kinds == {True}
 

@@ -154,7 +154,7 @@ def _separated(now: list[KnownRange], found: KnownRange, address: int) -> bool:
 def _name_pools(ranges: list[KnownRange]) -> set[KnownRange]:
     """Decide whose the ranges are whose pool is not recorded. Returns those certain to be private.
 
-    At any time a pool has one range for each stream and class of sizes. So beside the default
+    At any time a pool has one range for each stream and class of sizes. So besides the default
     pool's, it is a private pool's; without, it counts as the default pool's.
     """
     certain: set[KnownRange] = set()

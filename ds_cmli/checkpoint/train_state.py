@@ -1,4 +1,4 @@
-"""The state of a run beside the engine's, in a checkpoint, and for other numbers of ranks."""
+"""The state of a run without the engine's, in a checkpoint, and for other numbers of ranks."""
 
 import random
 from dataclasses import dataclass, field

@@ -50,7 +50,7 @@ class Written:
 def write(
     folder: Path, writing: Path, train_engine: TrainEngine, state: TrainState, before: str | None
 ) -> Written:
-    """Write the files of a checkpoint, and `student.safetensors` beside the old one.
+    """Write the files of a checkpoint, and `student.safetensors` next to the old one.
 
     `before` names the checkpoint before, if there is one, whose frozen weights are linked to.
     Collective; a failure to write does not raise, as then one rank alone would leave.
@@ -112,7 +112,7 @@ def write_student(
     weights: Mapping[str, Tensor],
     averages: Mapping[str, Tensor] | None,
 ) -> None:
-    """Write the student's files beside the old ones."""
+    """Write the student's files next to the old ones."""
     scale = engine.objective.student.lora_scale
     write_weights(folder / (WEIGHTS + WRITING), merged(weights, scale))
     if averages is not None:

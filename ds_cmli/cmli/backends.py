@@ -88,7 +88,7 @@ def _why_they_fail(device: torch.device, dtype: torch.dtype, N: int, M: int, D: 
         *scores, arg_i2t, arg_t2i = kernels.forward(sides, DEFAULT_SCRATCH_BYTES, True)
         argmax, both = (arg_i2t, arg_t2i), Wanted(True, True)
         kernels.backward(sides, (scores[0], scores[1]), argmax, both, DEFAULT_SCRATCH_BYTES)
-        torch.cuda.synchronize(device)  # what fails while it runs is told here
+        torch.cuda.synchronize(device)  # raises what failed while it ran
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton's compiler, of ptxas, or of the launch
@@ -103,7 +103,7 @@ def backend_of(backend: str, image: Tensor, text: Tensor) -> ModuleType:
     scratch_bytes)`. "auto" is triton where it runs, otherwise chunked with a warning.
 
     Raises:
-        RuntimeError: triton is asked for, and does not run here.
+        RuntimeError: triton is requested, and does not run here.
     """
     from ds_cmli.cmli import chunked
 

@@ -221,7 +221,7 @@ def check_options(backend: str, scratch_bytes: int) -> None:
 
 
 def check_shapes(**tensors: tuple[Tensor, str]) -> None:
-    """Raise ValueError unless each tensor has the shape beside it.
+    """Raise ValueError unless each tensor has the shape next to it.
 
     `check_shapes(tokens=(x, "B M D"), mask=(y, "B M"))`: a letter is the same size everywhere.
     """

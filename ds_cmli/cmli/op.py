@@ -65,7 +65,7 @@ def cmli_scores(
 
     Raises:
         TypeError, ValueError: an argument does not fit; one line says which and how.
-        RuntimeError: the backend cannot run here, or a derivative is asked for that there is not:
+        RuntimeError: the backend cannot run here, or a derivative is requested that there is not:
             a second one, one in forward mode, or one under torch.func.
     """
     inputs = accepted(image, text, token_mask, image_mask, backend, scratch_bytes)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-DOES_NOT_FIT = 3  # exit code of a command that was asked whether something fits
+DOES_NOT_FIT = 3  # exit code of a command about what fits
 READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 

@@ -1,4 +1,4 @@
-"""What is asked and set of this machine: bf16, the host's allocator, reproducibility."""
+"""What is read and set of this machine: bf16, the host's allocator, reproducibility."""
 
 import ctypes
 import os

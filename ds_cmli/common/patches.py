@@ -95,7 +95,7 @@ PATCHES = {
     "huggingface_hub: offline": Patch(
         "huggingface_hub.constants",
         "HF_HUB_OFFLINE",
-        "A hub that does not answer is asked again and again, for up to a minute.",
+        "Requests to a hub that does not answer are repeated, for up to a minute.",
     ),
     "deepspeed: compiled operators": Patch(
         "deepspeed.ops",

@@ -30,7 +30,7 @@ LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
 DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
 ACCENT = COLOURS[0]
 ENDINGS = (".png", ".svg", ".pdf")  # of the formats of pictures
-SOFT = "#5f636b"  # of what stands beside the data: axes, notes
+SOFT = "#5f636b"  # of what surrounds the data: axes, notes
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": SOFT,

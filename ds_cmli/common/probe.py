@@ -24,13 +24,13 @@ Result = TypeVar("Result")
 
 
 class Probe:
-    """A subscriber. What it does not override goes on to the one that subscribed before it."""
+    """A subscriber. What it does not override goes on to the previous subscriber."""
 
     below: Probe | None = None
 
     @contextmanager
     def subscribed(self, subscriber: Probe) -> Iterator[None]:
-        """Inside, `subscriber` is told, before those that have subscribed earlier."""
+        """Inside, `subscriber` is called, before those that have subscribed earlier."""
         subscriber.below, self.below = self.below, subscriber
         try:
             yield

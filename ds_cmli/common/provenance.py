@@ -56,8 +56,7 @@ def versions() -> dict[str, str]:
     return result
 
 
-def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
-    """The content of a run's `config.json`."""
+def write(path: Path, config: Mapping[str, object], ds_config: Mapping[str, object]) -> None:
     content = {
         "config": config,
         "deepspeed": dict(ds_config),
@@ -66,4 +65,4 @@ def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    return (json.dumps(checksums.sealed(content), indent=2) + "\n").encode()
+    path.write_text(json.dumps(checksums.sealed(content), indent=2) + "\n")

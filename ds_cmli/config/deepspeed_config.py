@@ -1,7 +1,7 @@
 """The DeepSpeed JSON as an immutable object: loaded, checked, and with its "auto" values filled.
 
 Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto"
-means the same as in Hugging Face's integration. Derived values are asked here; only `raw` gives the
+means the same as in Hugging Face's integration. Derived values are read here; only `raw` gives the
 JSON itself, for `deepspeed.initialize`.
 """
 
@@ -347,8 +347,8 @@ def _fill_scheduler(scheduler: JsonObject, lr: float, optim: OptimConfig, total_
 def _read(path: Path) -> JsonObject:
     try:
         if not path.is_file():
-            beside = sorted(file.name for file in path.parent.glob("*.json"))
-            raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
+            files = sorted(file.name for file in path.parent.glob("*.json"))
+            raise UserError(f"no such file; the folder has: {', '.join(files) or 'nothing'}")
         return read(path, dict, finite=True)
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}") from None

@@ -1,4 +1,4 @@
-"""Lines about keys of a DeepSpeed JSON that are idle beside others, and settings that it overrules.
+"""Lines about keys of a DeepSpeed JSON without effect, and settings that it overrules.
 
 A key that never has an effect here is refused (`deepspeed_keys.py`).
 """
@@ -88,7 +88,7 @@ RATES = (
 
 
 def without_effect(content: Section) -> tuple[str, ...]:
-    """A line for each section with keys that have no effect beside the others."""
+    """A line for each section with keys that have no effect with the others."""
     return (
         *_stage(content.get("zero_optimization", {})),
         *_switched_off(content),

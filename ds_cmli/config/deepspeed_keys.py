@@ -32,8 +32,8 @@ _NVME = "it is for NVMe"
 _NO_EXPERTS = "the models have no experts"
 _OUR_CHECKPOINTS = "checkpoints are written by this project"
 
-# The sections with keys beside those of DeepSpeed's model, or of another kind; "" is the top level.
-# A nested section is named with a dot.
+# The sections with further keys than DeepSpeed's model has, or of another kind; "" is the top
+# level. A nested section is named with a dot.
 _ADDED: dict[str, dict[str, Kind]] = {
     "": {
         "train_batch_size": integer(1),

@@ -1,6 +1,6 @@
-"""Which settings have no effect beside others: a table, and the lines about those given.
+"""Which settings have no effect with others: a table, and the lines about those given.
 
-What only the models or the data decide is told where they are built, in
+What only the models or the data decide is printed where they are built, in
 `engine/parameter_groups.py` and `data/opening.py`.
 """
 
@@ -23,7 +23,7 @@ class Step(NamedTuple):
     accumulation: int  # 0: not known, as the JSON's batch is none for so many ranks
 
 
-# Returns why a setting has no effect beside the others and the JSON, or None if it has.
+# Returns why a setting has no effect with the others and the JSON, or None if it has.
 Why = Callable[[Config, Step], str | None]
 
 
@@ -176,7 +176,7 @@ def read_by_losses() -> dict[str, list[str]]:
 def without_effect(
     config: Config, ds_config: DeepSpeedConfig, ranks: int, given: Mapping[str, str]
 ) -> Iterator[str]:
-    """A line for each setting without effect beside the others, the JSON and so many ranks.
+    """A line for each setting without effect with the others, the JSON and so many ranks.
 
     Args:
         given: the settings that were given, and how: `{"run.keep": "--keep"}`.

@@ -1,7 +1,7 @@
 """Every optimizer and learning rate schedule that a DeepSpeed JSON may name.
 
 An entry says what the signatures in PyTorch and DeepSpeed do not, so a new one of theirs is one
-entry. Both are imported only when parameters are asked for.
+entry. Both are imported only when parameters are needed.
 """
 
 import inspect

@@ -88,7 +88,7 @@ WHAT = (
     _data(
         "--image-root",
         "data.image_root",
-        f"Folder of the images that a {source_kinds('or', 'image_root')} names.  [found beside it]",
+        f"Folder of the images that a {source_kinds('or', 'image_root')} names.  [its own]",
     ),
     _data("--csv-separator", "data.separator", "Between columns.  [found]"),
     _data(
@@ -132,7 +132,7 @@ OUTPUT = (
         "run.output_dir",
         "Where the run is written.  [runs/<preset>-<date and time>]",
     ),
-    _output("--log-every", "run.log_every", "Steps between two logged ones.  [preset]", type=int),
+    _output("--log-every", "run.log_every", "Log every so many steps.  [preset]", type=int),
     _output(
         "--eval-every",
         "run.eval_every",
@@ -185,7 +185,7 @@ START = (
         "--profile-memory",
         type=int,
         metavar="STEPS",
-        help="Measure the first steps' memory beside the predicted one, into memory.json.",
+        help="Measure the memory of the first steps, and predict it, into memory.json.",
     ),
     option(
         "DeepSpeed",

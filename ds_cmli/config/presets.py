@@ -1,4 +1,4 @@
-"""The presets `quick`, `demo`, `ablation`, `paper` and `tiny`, as changes of the defaults in `schema.py`."""
+"""The presets, as changes of the defaults in `schema.py`."""
 
 from collections.abc import Mapping
 

@@ -137,7 +137,7 @@ class SourceEntry:
     ends: tuple[str, ...] = ()  # suffixes of its files
     holds: tuple[str, ...] = ()  # its folder holds at least one of these files
     in_folder: bool = False  # whether a folder may be given instead of all such files in it
-    # The kind of the files of the same names, without pictures, that may lie beside its own.
+    # The kind of the files of the same names, without pictures, that may lie next to its own.
     companion: str = ""
     # The package that reads it, if it does not come with this one, and the extra that installs it.
     package: str = ""
@@ -162,7 +162,7 @@ SOURCES = {
         "tar shards",
         ends=(".tar",),
         in_folder=True,
-        companion="parquet",  # img2dataset writes one beside each tar
+        companion="parquet",  # img2dataset writes one next to each tar
         settings=("caption_key",),
     ),
     "parquet": SourceEntry(

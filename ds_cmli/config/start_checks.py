@@ -1,4 +1,4 @@
-"""Checks of what is beside a run at its start: trackers, files outside its folder, and wandb.
+"""Checks of what is outside of a run at its start: trackers, files outside its folder, and wandb.
 
 DeepSpeed opens those files when training has begun, and ends the run if it cannot.
 """

@@ -1,6 +1,6 @@
 """Demo assets: pinned packages, fetched from the user's package index into a cache at first use.
 
-An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into
+An asset is a folder of the cache. It is built in a temporary folder next to it and renamed into
 place, so it is either complete or absent. Every start compares its files with the sums below and
 fetches it again if one differs. Wheels are only unpacked as archives: none of their code is
 installed or run.

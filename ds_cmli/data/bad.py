@@ -32,7 +32,7 @@ class BadFile:
 
     Lines are `{"name", "reason", "when", "sha256"}`; `when` is "load", "training" or "evaluation".
     A resumed run adds what it had not met before. Where the file cannot be written, lines wait in
-    memory and the user is told once.
+    memory and a line is printed once.
     """
 
     def __init__(self, path: Path, at_load: Iterable[Bad]):

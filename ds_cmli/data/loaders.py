@@ -98,7 +98,7 @@ class Loader(DataLoader):
         super().__init__(
             dataset,
             pin_memory=torch.cuda.is_available(),
-            # A generator of its own: torch would draw the processes' seeds from the one that the
+            # A generator of its own: torch would draw the processes' seeds from that which the
             # model's dropout uses.
             generator=torch.Generator().manual_seed(seed),
             worker_init_fn=partial(_begin, self.writer, worker_init_fn),
@@ -179,7 +179,7 @@ def _allow_open_files() -> None:
 
 
 def _begin(writer: int, init: WorkerInit | None, worker: int) -> None:
-    """Begin a loading process: a batch that cannot be passed on ends it, and the training is told.
+    """Begin a loading process: a batch that cannot be passed on ends it, and the training too.
 
     The batch is passed on in a thread, whose error would otherwise be printed, and the batch
     dropped.

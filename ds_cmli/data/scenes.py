@@ -267,7 +267,7 @@ def shrunk(drawing: Image.Image, side: int) -> np.ndarray:
 def _member(character: str, members: set[str]) -> str:
     """Twemoji's file of an emoji, named by its code points.
 
-    U+FE0F only occurs beside U+200D, and not always then.
+    U+FE0F only occurs next to U+200D, and not always then.
     """
     points = [f"{ord(c):x}" for c in character]
     if "200d" not in points:

@@ -1,4 +1,4 @@
-"""Counts the calls and bytes of each kind of collective that a rank's process group is asked for.
+"""Counts the calls and bytes of each kind of collective that a rank's process group runs.
 
 It counts on real and on fake tensors alike, and on the CPU in backward passes too.
 """

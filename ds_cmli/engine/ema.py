@@ -30,7 +30,7 @@ IN_16_BIT = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_we
 
 
 def check_average(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
-    """Raise `UserError` if an average is asked for and DeepSpeed keeps no fp32 master weights."""
+    """Raise `UserError` if an average is requested and DeepSpeed keeps no fp32 master weights."""
     sections = DeepSpeedConfig.of(ds_config)
     for section, key in IN_16_BIT:
         if optim.ema_decay and (sections.get(section) or {}).get(key):

@@ -154,7 +154,7 @@ def _check(asked: Asked) -> None:
         mode, reads = "boxes", {"boxes", "image_root", "split"}
     for field in dataclasses.fields(asked)[4:]:
         if field.name not in reads and getattr(asked, field.name) is not None:
-            where = f"beside {_option(mode)}" if mode else "without --zero-shot"
+            where = f"with {_option(mode)}" if mode else "without --zero-shot"
             raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
     if asked.boxes and not asked.image_root:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
@@ -165,7 +165,7 @@ def _option(name: str) -> str:
 
 
 def _take_data(config: "Config", asked: Asked) -> None:
-    """Put the data that was asked for in the place of the run's own."""
+    """Put the requested data in the place of the run's own."""
     from ds_cmli.data.opening import to_evaluate
 
     if asked.source:

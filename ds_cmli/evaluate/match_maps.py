@@ -65,7 +65,7 @@ def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> np.ndarray:
 
 
 def _draw_block(out: Image.Image, top: int, image: Tensor, match: Match, columns: int) -> None:
-    """The picture, as large as four tiles, and the words beside and below it."""
+    """The picture, as large as four tiles, and the words next to and below it."""
     pen = ImageDraw.Draw(out)
     whole = Image.fromarray(image.permute(1, 2, 0).numpy())
     side = 2 * TILE + GAP
@@ -89,7 +89,7 @@ def _row(number: int) -> int:
 
 
 def _places(words: int, columns: int) -> list[tuple[int, int]]:
-    """The row and column of each word: two rows beside the picture, then rows of full width."""
+    """The row and column of each word: two rows next to the picture, then rows of full width."""
     beside = [(row, column + 2) for row in range(2) for column in range(columns)]
     whole = columns + 2
     return [*beside, *((2 + i // whole, i % whole) for i in range(words))][:words]

@@ -15,7 +15,7 @@ open_clip: not written. Its models are two towers that end in one vector each; b
 modalities, and patches and tokens to compare, have no place in open_clip_config.json.
 sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a \
 PyLate ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds \
-pictures beside texts under shared blocks, nor scores both ways. Their \
+pictures and texts under shared blocks, nor scores both ways. Their \
 indexes take the unit vectors of \
 get_text_features and get_image_features."""
 
@@ -23,7 +23,7 @@ get_text_features and get_image_features."""
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
-@click.option("--tokenizer", default=None, help="In place of the one that the run names.")
+@click.option("--tokenizer", default=None, help="In place of the run's.")
 @click.option(
     "--ema", is_flag=True, help="The averaged weights (optim.ema_decay), in place of the last ones."
 )

@@ -76,7 +76,7 @@ class Results:
         return markdown_table(["split", "scores", *MEASURES.values()], rows)
 
     def lines(self) -> list[str]:
-        """What stands beside the recalls, a line for each split."""
+        """What accompanies the recalls, a line for each split."""
         out = []
         for split, found in self.splits.items():
             size = [f"{found[name]} {name}" for name in ("pairs", "pictures") if name in found]

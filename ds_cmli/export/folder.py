@@ -58,7 +58,7 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
     """Load a run.
 
     Args:
-        tokenizer: used instead of the one that the run names; None: the run's.
+        tokenizer: used instead of the run's; None: the run's.
         ema: load the averaged weights (`optim.ema_decay`).
 
     Raises:

@@ -232,7 +232,7 @@ class CMLIModel(PreTrainedModel):
 
         Args:
             image: as `CMLIProcessor` takes it.
-            processor: None for the one that is stored beside the model's weights.
+            processor: None for that of the model's folder.
         """
         if processor is None:
             processor = CMLIProcessor.from_pretrained(str(self.name_or_path))

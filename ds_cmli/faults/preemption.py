@@ -111,7 +111,7 @@ def begin() -> None:
 
 
 def end_start() -> None:
-    """End the process where it was asked to end before training; otherwise return."""
+    """End the process where it was signalled to end before training; otherwise return."""
     if _training.is_set() or not _received:
         return
 
@@ -154,7 +154,7 @@ def to_go_on(how: str) -> str:
 
 
 def stop() -> None:
-    """Raise `Preempted` if this rank was asked to end. Other ranks are not consulted."""
+    """Raise `Preempted` if this rank was signalled to end. Other ranks are not consulted."""
     if _received:
         raise Preempted
 

@@ -340,7 +340,7 @@ class Watchdog:
             self._leave()
 
     def _is_first(self, blamed: list[int]) -> bool:
-        """Whether this rank is the one that prints."""
+        """Whether this rank prints for all."""
         me = str(self.rank)
         if not self.store_is_gone:
             with suppress(RuntimeError):  # the store's process has ended

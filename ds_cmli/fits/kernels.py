@@ -51,7 +51,7 @@ class CudaOperators:
             torch.library._scoped_library("aten", "IMPL") as registered,
         ):
             registered.impl("linear", _linear, "AutogradCUDA")
-            for name in WHOLE:  # tensors without data are answered before the kernel is asked
+            for name in WHOLE:  # tensors without data are answered before the kernel is called
                 registered.impl(name, torch.library.fallthrough_kernel, "CUDA")
             yield
 
@@ -116,7 +116,7 @@ class CudaOperators:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """PyTorch's aten/src/ATen/native/Linear.cpp, where, however, a subclass of a tensor, as those
-    without data are, keeps the product beside its sum with the bias."""
+    without data are, keeps the product in addition to its sum with the bias."""
     columns = weight.t()
     if bias is None:
         return torch.matmul(x, columns)

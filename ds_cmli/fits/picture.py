@@ -14,7 +14,7 @@ from ds_cmli.fits.answer import Answer, Room
 from ds_cmli.fits.steps import CATEGORIES
 
 SIZE = (9, 4.5)  # inches
-POINTS = 1500  # more cannot be told apart
+POINTS = 1500  # more cannot be distinguished
 
 
 def draw(path: str, events: list[Event], found: Answer, room: Room, title: str) -> None:

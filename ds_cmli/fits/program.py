@@ -65,7 +65,7 @@ def run(
 
     Args:
         command: a script and its arguments, or "-m", a module and its arguments.
-        gpu: the one that it finds; None: it runs on the CPU.
+        gpu: the GPU that it finds; None: it runs on the CPU.
 
     Raises:
         UserError: it does what tensors without data cannot do.

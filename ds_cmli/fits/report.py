@@ -17,12 +17,12 @@ from ds_cmli.fits.values import Values
 from ds_cmli.fits.world import World
 
 DEFAULT_GPU = "A100 80GB"  # whose operators are meant where none is named
-# Of reserved: what the model may be too low by, measured beside PyTorch's own (docs/fits.md).
+# Of reserved: what the model may be too low by, see docs/fits-accuracy.md.
 MARGIN = 0.02
 
 
 def rooms(gpu: str | None, limit: str | None) -> list[Room]:
-    """The devices that are asked about: one, or all that are listed.
+    """The devices in question: one, or all that are listed.
 
     Raises `UserError` for a GPU that is not listed, and for a limit that is no size.
     """
@@ -79,7 +79,7 @@ def ended(over: bool, done: int, asked: int) -> str:
 
 
 def show_totals(totals: dict[str, int], room: Room, world: World) -> None:
-    """Print peaks, and what the process occupies of the device beside torch's tensors."""
+    """Print peaks, and what the process occupies of the device besides torch's tensors."""
     print("\npeak of each, in bytes:")
     for name, size in totals.items():
         print(f"  {name:20} {size:>18,}")
@@ -94,7 +94,7 @@ def show_totals(totals: dict[str, int], room: Room, world: World) -> None:
 
 @dataclass
 class Report:
-    """The answers for each device that is asked about."""
+    """The answers for each device in question."""
 
     steps: int  # optimizer steps that were done
     rooms: list[Room]

@@ -14,7 +14,7 @@ _running = False
 
 
 class NotFollowed(BaseException):
-    """Ends a program whose memory would be told wrongly; no `Exception`, which programs catch."""
+    """Ends a program whose memory would be wrong; no `Exception`, which programs catch."""
 
 
 class StepsDone(BaseException):

@@ -1,4 +1,4 @@
-"""Values that are known of tensors without data, and what stands for those that are not.
+"""Known values of tensors without data, and stand-ins for unknown ones.
 
 A tensor remembers its values, or a truth value its likely one, as an attribute.
 """

@@ -19,6 +19,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import read
 from ds_cmli.config.validation import check_kind
 from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
@@ -51,7 +52,8 @@ class Index:
         self.folder = Path(folder)
         where = f"the index is {str(folder)!r}"
         try:
-            content = checksums.read(self.folder / FILE)
+            content = read(self.folder / FILE, dict)
+            checksums.verify(content)
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
             self.model_path: str = str(content["model"])
@@ -164,7 +166,7 @@ class Index:
         if sizes != expected or self.weights not in (None, model.digest):
             raise UserError(
                 f"the index {str(self.folder)!r} was built by another model, or by earlier weights "
-                "of this one: give the one that built it as --model, or build it anew"
+                "of this one: give the model that built it as --model, or build it anew"
             )
 
     def search(

@@ -98,7 +98,7 @@ class Model:
             path: a run's output folder, with `config.json` and `student.safetensors`, or a folder
                 that `python -m ds_cmli.export` has written.
             device: None means a GPU if there is one, and else the CPU.
-            tokenizer: used instead of the one that the run names, for instance if its path does not
+            tokenizer: used instead of the run's, for instance if its path does not
                 exist here.
 
         Raises:

@@ -125,7 +125,7 @@ def _check(asked: Asked) -> None:
 
 
 def _opened(asked: Asked) -> tuple["Index", "Model"]:
-    """The index, built first if that is asked for, and its model."""
+    """The index, built first if that is requested, and its model."""
     from ds_cmli.inference import Index, Model
 
     if asked.pictures is None:

@@ -103,7 +103,7 @@ def contrast_loss(queries: Tensor, targets: Tensor, scale: Tensor, compared: Com
 
     Args:
         queries: [Q, H], of any norm and any float dtype; they are compared by cosine similarity.
-        targets: [Q, H], without a gradient; they count beside the negatives.
+        targets: [Q, H], without a gradient; they count in addition to the negatives.
         scale: one element, 1/temperature.
         compared: the negatives, whose tensors must not change before the backward pass.
 

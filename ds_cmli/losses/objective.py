@@ -198,7 +198,7 @@ class Objective(nn.Module):
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None
     ) -> PairFeatures:
-        """The `PairFeatures` of a batch; `selection`: the one that was made for it before."""
+        """The `PairFeatures` of a batch; `selection`: that which was made for it before."""
         kinds = {LOSSES[name].scores for name in self.config.weights}
         compared: dict[str, Tensor] = {}
         mask, share = batch.token_mask, self.config.cmli_token_keep

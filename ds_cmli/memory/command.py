@@ -139,7 +139,7 @@ class Asked:
 def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> tuple[JsonObject, bool]:
     """Predict one setting, or find the largest micro-batch that fits.
 
-    Returns the report, and False where what was asked about does not fit.
+    Returns the report, and False where that does not fit.
     """
     from ds_cmli.memory import search
 

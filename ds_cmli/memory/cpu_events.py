@@ -17,7 +17,7 @@ from ds_cmli.common.patches import patched
 # Seconds to wait at most until gloo's thread has released a collective's tensors; microseconds
 # suffice.
 LONGEST_S = 1.0
-# Seconds to wait for gloo to release its internal copies, which have no count that could be asked:
+# Seconds to wait for gloo to release its internal copies, which have no count that could be read:
 # 5 ms did not suffice on a busy machine.
 COPY_S = 0.05
 MEMORY = "[memory]"  # the profiler's name of an allocation and of a free

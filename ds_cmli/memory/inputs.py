@@ -143,7 +143,7 @@ class StepBatches(list[Batch]):
     """A step's micro-batches; as each is taken, `answers` and `tracker` get its texts' lengths.
 
     Args:
-        texts: the texts of each micro-batch; None: the longest, of which nothing is told.
+        texts: the texts of each micro-batch; None: the longest, of which nothing is known.
     """
 
     def __init__(

@@ -106,7 +106,7 @@ def predict(
             `cmli_backend="auto"` means triton if it is installed here; what an offloaded optimizer
             keeps on the host is not counted. "cpu": as this CPU would train, with torch's number of
             threads; only the requested bytes have a meaning there.
-        rank: which of the ranks it is; `predict_largest` finds the one that needs the most.
+        rank: which of the ranks it is; `predict_largest` finds that which needs the most.
 
     Without `options.texts`, each text fills all positions, except the first one of a batch, which
     is one token shorter. This is the most that a batch can need: text encoders leave out the

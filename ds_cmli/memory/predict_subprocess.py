@@ -44,7 +44,7 @@ class Request:
     ds_config: Section  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
-    rank: int | None = 0  # None: the one that needs the most
+    rank: int | None = 0  # None: that which needs the most
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none

@@ -29,7 +29,7 @@ class Profiles:
         """The profiles that a run can still record after `done` steps; `say` gets the other ones.
 
         Raises:
-            UserError: no start of this run could record a profile, or both profiles are asked for.
+            UserError: no start of this run could record a profile, or both profiles are requested.
         """
         trace, memory = self.trace, self.memory
         if memory is not None and not 1 <= memory <= total_steps:

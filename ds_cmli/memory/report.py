@@ -32,7 +32,7 @@ CATEGORIES = (
     "data",
     "temporaries",
 )
-# In every chart and page; what lies beside each other in a stack differs most.
+# In every chart and page; neighbours in a stack differ most.
 _OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
 COLOURS = {name: plots.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 PHASES = ("init", "forward", "loss", "backward", "optimizer")

@@ -199,7 +199,7 @@ class Student(nn.Module):
         pooled = self.text.pool(y, mask)
         if torch.equal(pooled[0], pooled[2]):
             return (
-                "what stands for the text does not see its last token: give "
+                "the text's pooled position does not see its last token: give "
                 "student.text_backbone=causal"
             )
         return ""

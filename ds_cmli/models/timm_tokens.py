@@ -64,7 +64,7 @@ class TimmTokens(ImageBackbone):
             model.forward = partial(_mean_of_blocks, model, request.average)
         created.account()
         timm_model.tell(request, model, pooling)
-        # Tokens beside patches and class token.
+        # Tokens besides patches and class token.
         self.registers = model.num_prefix_tokens - self.has_class_token
         self.prefix = 1 + self.registers
         self.width, self.grid = model.embed_dim, tuple(model.patch_embed.grid_size)

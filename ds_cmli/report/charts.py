@@ -26,7 +26,7 @@ GROUPS = {  # title -> regular expression of its columns
 INK = "#010203"  # becomes the page's text colour, on light and on dark paper
 SIZE = (4.6, 2.7)  # inches
 LABEL = 9  # points
-# Characters of a name beside a line; of longer ones their numbers on the page stand there.
+# Characters of a name next to a line; of longer ones their numbers on the page stand there.
 LONGEST = 14
 
 
@@ -95,7 +95,7 @@ def named(column: str) -> tuple[str, str]:
 
 
 def chance(runs: Sequence[RunFiles], column: str) -> float | None:
-    """The result of guessing, where the runs have written it beside a recall."""
+    """The result of guessing, where the runs have written it with a recall."""
     found = RECALL.fullmatch(column)
     values = runs[0].curve(f"{found[1]}/{CHANCE}/{found[3]}")[1] if found else []
     return next(reversed(values), None)

@@ -134,7 +134,8 @@ def _check(values: dict[str, object], line: int) -> None:
 
 def _memory(folder: Path) -> dict[str, Any] | None:
     try:
-        content = checksums.read(folder / "memory.json")
+        content = json_text.read(folder / "memory.json", dict)
+        checksums.verify(content)
         check_kind("it", content, Memory)
         return content
     except FileNotFoundError:

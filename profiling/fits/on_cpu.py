@@ -27,7 +27,7 @@ from ds_cmli.fits.world import World
 
 
 class OnCpu(TorchFunctionMode):
-    """Puts on the CPU what is asked of device `cuda`."""
+    """Puts on the CPU what a program puts on device `cuda`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.cuda:

@@ -1,6 +1,6 @@
 """python -m profiling.learning.certify [--tiles 10000] [--run RUN]
 
-The true error of a gradient that `cmli.cut` cuts, beside its bound: on tiles of random features and, of a trained run,
+The true error of a gradient that `cmli.cut` cuts, and its bound: on tiles of random features and, of a trained run,
 on tiles of its training pairs' features at the scale it has learned.
 
 Shapes: B pairs, N patches, M text positions, D embedding dimension.
@@ -120,7 +120,7 @@ def report(kind: str, tiles: Iterable[CutTile]) -> int:
     return above
 
 
-@click.command(help="The error of cut gradients, in fp64, beside its bound.")
+@click.command(help="The error of cut gradients, in fp64, and its bound.")
 @click.option(
     "--tiles", type=click.IntRange(0), default=10_000, show_default=True, help="Of random features."
 )

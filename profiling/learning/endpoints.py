@@ -37,7 +37,7 @@ FEWER = 300  # of the other splits
 PAIRS = 150  # of linked scenes
 BATCH = 50
 PROBED = 2  # the probe is fitted to every second training concept
-RIDGE = 0.1  # of the probe, beside features of unit length
+RIDGE = 0.1  # of the probe, with features of unit length
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ MEASURES: dict[str, Callable[[Endpoints], Found]] = {
 
 
 def measure(run: Path, wanted: list[str]) -> Found:
-    """Measure the wanted endpoints, with what is measured beside them."""
+    """Measure the wanted endpoints, with what is measured along with them."""
     endpoints = Endpoints(run)
     out: Found = {}
     for name in dict.fromkeys(endpoint.partition("/")[0] for endpoint in wanted):

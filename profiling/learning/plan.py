@@ -41,7 +41,7 @@ FORM = (
     f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
     f"{', '.join(AFTERWARDS)}"
 )
-OF_AN_ARM = ("seeds", "grid", "deepspeed_config")  # beside its settings
+OF_AN_ARM = ("seeds", "grid", "deepspeed_config")  # in addition to its settings
 OF_THE_PLAN = {"preset": "preset", "seed": "seeds", "output_dir": "--out"}  # settings of `run`
 
 
@@ -147,7 +147,7 @@ class Plan:
         return self.arms[arm].seeds
 
     def runs(self) -> list[Run]:
-        """All runs, those of one seed beside each other, so that pairs are complete early."""
+        """All runs, those of one seed together, so that pairs are complete early."""
         out = []
         for arm in self.arms.values():
             settings = {

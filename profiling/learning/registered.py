@@ -49,7 +49,7 @@ def fill(plan: Plan, line: dict[str, str]) -> dict[str, str]:
 
 @cache
 def at(file: Path, revision: str) -> Registered | str:
-    """What a plan's file had at a revision; `NO_PLAN` or `UNKNOWN` where that cannot be said."""
+    """What a plan's file had at a revision; `NO_PLAN` or `UNKNOWN` where that is not known."""
     if not revision or _git(file, "cat-file", "-e", f"{revision}^{{commit}}") is None:
         return UNKNOWN
     text = _git(file, "show", f"{revision}:./{file.name}")
@@ -57,11 +57,11 @@ def at(file: Path, revision: str) -> Registered | str:
         return NO_PLAN
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # The JSONs that arms name lie beside the plan.
+        # The JSONs that arms name lie in the plan's folder.
         listed = _git(file, "ls-tree", "--name-only", revision, "./") or b""
-        for beside in listed.decode().split("\n"):
-            if beside.endswith(".json"):
-                (folder / beside).write_bytes(_git(file, "show", f"{revision}:./{beside}") or b"")
+        for config in listed.decode().split("\n"):
+            if config.endswith(".json"):
+                (folder / config).write_bytes(_git(file, "show", f"{revision}:./{config}") or b"")
         (folder / file.name).write_bytes(text)
         try:
             plan = load(folder / file.name)

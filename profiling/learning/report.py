@@ -158,7 +158,7 @@ def secondary_table(plan: Plan, found: Records) -> Table:
 
 
 def runs_table(plan: Plan, found: Records) -> Table:
-    """What is known of each arm's runs beside their endpoints."""
+    """What is known of each arm's runs in addition to their endpoints."""
     rows, not_in_plan = [], dict[str, list[str]]()
     for arm in plan.arms:
         lines = {seed: found[arm, seed] for seed in plan.seeds(arm) if (arm, seed) in found}
@@ -176,7 +176,7 @@ def runs_table(plan: Plan, found: Records) -> Table:
         rows.append([arm, f"{count} of {len(lines)}", cell, named])
     notes = [
         "in the plan: runs whose settings and seed the plan had at the revision that ran, by git",
-        "seconds: wall time, median (least to most), beside whatever else the machine did",
+        "seconds: wall time, median (least to most), whatever else the machine did",
     ]
     for verdict, runs in not_in_plan.items():
         notes.append(f"in the plan: {verdict}: {', '.join(runs)}")

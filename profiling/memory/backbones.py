@@ -1,7 +1,7 @@
 """python -m profiling.memory.backbones [NAME ...] [--stage 2] [--checkpointing] [--precision fp32]
 
 Backbones of all kinds with random weights in small sizes: each trains two steps on the demo's
-scenes, is evaluated, and its memory is predicted beside what PyTorch's allocator gives a real step,
+scenes, is evaluated, and its memory is predicted and compared with what PyTorch's allocator gives a real step,
 or it is refused in one line. Ends with exit code 1 where neither is so. Without names all are
 tried, in ten minutes or so.
 """

@@ -25,7 +25,7 @@ ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
 SMALLEST = 1e-6  # relative error at the left end of the picture
 ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
-TEXT_MODELS = ("roberta", "deberta-v2", "t5", "gpt2")  # beside bert
+TEXT_MODELS = ("roberta", "deberta-v2", "t5", "gpt2")  # in addition to bert
 OVERRIDES: dict[str, dict[str, Any]] = {  # of those whose configuration has other names than bert's
     "t5": {"d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 512, "d_kv": 32},
     "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},

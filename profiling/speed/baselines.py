@@ -1,4 +1,4 @@
-"""What `benchmark_cmli.py` measures the all-pairs scores beside; training never imports it.
+"""What `benchmark_cmli.py` compares the all-pairs scores with; training never imports it.
 
 Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and
 other implementations of the scores: `broadcast` stores every product of every dot product,

@@ -1,6 +1,6 @@
 """python -m profiling.speed.cmli [--json FILE] [--plot FILE]
 
-The all-pairs CMLI scores beside everything else that computes them, in one run: time of forward and
+The all-pairs CMLI scores and everything else that computes them, in one run: time of forward and
 of forward and backward, extra memory, where our own time goes, and how it grows. Peers come with
 `pip install -e '.[bench]'`; one that is missing or does not run here is a row that says so.
 

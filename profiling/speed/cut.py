@@ -1,11 +1,11 @@
 """python -m profiling.speed.cut RUN [--pairs 1024,2048] [--cuts 1e-4,1e-3] [--start] [--cpu] [--json]
 
-A step's losses over pairs with `loss.cmli_cut` beside the same without, on a trained run's features.
+A step's losses over pairs with `loss.cmli_cut` and without, on a trained run's features.
 
 Each row compares all pairs of G of the run's training pairs with gradient caching ("cached": the losses and
 the gradients of all features), and as one batch ("plain": forward and backward of the all-pairs loss
 alone). All are timed in turn in one process, by the wall, or by the processor (`--cpu`), where
-other work is on it. `--start` takes the student as it is before training. The kept share and the bound of docs/op.md stand beside.
+other work is on it. `--start` takes the student as it is before training. The kept share and the bound of docs/kernels.md are printed too.
 """
 
 import copy

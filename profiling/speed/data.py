@@ -1,6 +1,6 @@
 """python -m profiling.speed.data [--data ...] [--json]
 
-How fast pairs come, beside how fast pictures are decoded, and how long a training waits for them.
+How fast pairs come, compared with how fast pictures are decoded, and how long a training waits for them.
 
 Three tables: decoders on the same JPEGs; pairs per second and loading process, against decoding the
 same pictures and nothing else; the share of the trainer's steps spent waiting for the next batch.

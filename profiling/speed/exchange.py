@@ -1,6 +1,6 @@
 """python -m profiling.speed.exchange [--ranks 4] [--dtype bf16]
 
-Gathered texts beside texts that go round, in the all-pairs CMLI scores over real gloo ranks on this
+Gathered texts and texts that go round, in the all-pairs CMLI scores over real gloo ranks on this
 CPU: the most bytes that one forward and backward pass takes on rank 0 beyond its inputs, the bytes
 that it sends, and its time.
 

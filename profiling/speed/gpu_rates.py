@@ -33,7 +33,7 @@ def rates_of(name: str) -> GPU | None:
 
 
 class Work(NamedTuple):
-    """What kernels do that run beside each other."""
+    """What kernels do that run at the same time."""
 
     flops: float
     dram: float

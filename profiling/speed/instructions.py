@@ -1,7 +1,7 @@
 """Counts the instructions of the op's Triton kernels, compiled for GPUs that need not be here, in their machine code.
 
 An instruction counts as often as the loops around it turn; one behind a branch as if it were always reached, unless it
-is said to be rare.
+counts as rare.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """python -m profiling.speed.lengths [--preset ablation] [--json]
 
-The trainer's step on batches of captions of like length (data.group_by_length) beside that on
+The trainer's step on batches of captions of like length (data.group_by_length) compared with that on
 batches as they come, in one process, in turn.
 
 Both are whole windows of the same pairs of the preset's data, so the shares of short and long

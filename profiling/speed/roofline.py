@@ -1,7 +1,7 @@
 """python -m profiling.speed.roofline [--gpu a100] [--dtype bf16] [--lengths full] [--peers] [--json FILE]
 
 What the op's Triton kernels must take on a GPU that need not be here: FLOPs, bytes of DRAM and L2, and instructions
-counted in the compiled kernels, each against the GPU's rate; beside it the bare product and autograd on materialised
+counted in the compiled kernels, each against the GPU's rate; next to it the bare product and autograd on materialised
 similarities, the step when only a part of the pairs is kept and, with --peers, the kernels of installed packages. "By
 recompute" the forward saves no argmax indices, and those of the kept pairs are found again. The setting is one rank's
 block row of the source document, 256 images with 512 texts. All of it is computed, nothing measured.

@@ -4,7 +4,7 @@ What a step takes on many ranks: time, its parts, and memory, with texts gathere
 gradient caching or without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted
 from the trainer's own step; times follow from the rates given here (see profiling/speed/scaling.py), of
 which none was measured unless --measure is given. On a GPU of profiling/speed/gpu_rates.py the time of the
-all-pairs scores is computed from the op's kernels, compiled for it, and a step's beside it where
+all-pairs scores is computed from the op's kernels, compiled for it, and a step's next to it where
 `loss.cmli_cut` keeps 30, 10 or 3% of the pairs.
 """
 

@@ -26,7 +26,7 @@ SEED = 1  # of the scenes, which no training with the default seed has seen
 
 
 class Scenes(Sequence):
-    """Pictures drawn when they are asked for, uint8 [3, S, S]."""
+    """Pictures drawn when they are needed, uint8 [3, S, S]."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset

@@ -1,6 +1,6 @@
 """python -m profiling.speed.step [--json]
 
-The trainer's step beside a plain PyTorch loop over the same models and the same batches, in one
+The trainer's step and a plain PyTorch loop over the same models and the same batches, in one
 process, interleaved.
 
 The plain loop is what one writes without this project: fp32 weights, autocast to the trainer's

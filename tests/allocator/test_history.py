@@ -101,7 +101,7 @@ ORDINARY = {"address": 2**40, "total_size": 2 * M, "stream": 0, "blocks": [{"siz
         (
             "segment_map",
             {"segments": [ORDINARY]},
-            "device 0 was recorded with expandable segments beside ordinary ones",
+            "device 0 was recorded with expandable segments and ordinary ones",
         ),
         ("dance", {}, "device 0 has events .'dance'., which the replay does not know"),
         (

@@ -182,7 +182,7 @@ def test_two_snapshots_are_compared_by_what_holds_memory(tmp_path):
     first = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), stacks)
     second = snapshot_of(tmp_path, "b.json", (30 * M, 50 * M), stacks)
     assert CliRunner().invoke(command, [first, second]).output.splitlines()[-2:] == [
-        "the second's peak beside the first's: +10,485,760 B",
+        "the second's peak compared with the first's: +10,485,760 B",
         "         +10,485,760 B  me/model.py:12 attend",
     ]
 

@@ -96,7 +96,10 @@ MISTAKES = {
     "missing weights": (["--set", "teacher.weights=nowhere.pt"], "teacher.weights is 'nowhere.pt': no such file"),
     "weights of the wrong shape": (wrong_weights, "w.safetensors', the model 'vit_tiny_patch16_224': cannot"),
     "unknown tokenizer": (["--set", "data.tokenizer=/nowhere"], "data.tokenizer is '/nowhere'"),
-    "no JSON": (["--deepspeed_config", "ds_configs/zero9.json"], "no such file; beside it: zero1.json, zero2.json"),
+    "no JSON": (
+        ["--deepspeed_config", "ds_configs/zero9.json"],
+        "no such file; the folder has: zero1.json, zero2.json",
+    ),
     "broken JSON": (lambda p: json_file(p, '{"fp16": '), "not valid JSON"),
     "JSON twice": (lambda p: json_file(p, '{"fp16": {}, "fp16": {}}'), "has 'fp16' twice"),
     "typo in JSON": (lambda p: json_file(p, {"gradient_cliping": 1.0}), "did you mean 'gradient_clipping'?"),

@@ -111,7 +111,7 @@ def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
         (["--data", "red\udcff"], r"--data is 'red\udcff', which is no Unicode: rename it"),
         (["--zero-shot", ""], "--zero-shot is empty"),
         (["--fold-size", "0"], "--fold-size is 0: give at least 1"),
-        (["--zero-shot", ".", "--fold-size", "5"], "--fold-size has no effect beside --zero-shot"),
+        (["--zero-shot", ".", "--fold-size", "5"], "--fold-size has no effect with --zero-shot"),
         (["--templates", "x"], "--templates has no effect without --zero-shot"),
         (["--boxes", "."], "--boxes needs --image-root"),
         (["--boxes", ".", "--image-root", "."], "give Flickr30k Entities' folder, with Annotations/ and Sentences/"),

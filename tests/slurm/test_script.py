@@ -70,7 +70,7 @@ def test_a_job_that_gains_no_step_is_not_requeued_for_ever(cluster, tmp_path, st
     text = finish(cluster, tmp_path, job, state="FAILED", timeout=90)
     assert len(re.findall(r", start \d: ", text)) == 3 and text.count(": requeued\n") == 2
     assert re.search(r"error: job \d+: 3 starts in a row ended before they had gained a step: not requeued", text)
-    assert "notice: the time limit is 120 s, and 90 s before it the run is told to stop" in text
+    assert "notice: the time limit is 120 s, and 90 s before it the run gets its signal" in text
     assert text.count("before a step was gained: ") == 2
 
 

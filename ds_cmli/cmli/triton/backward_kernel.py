@@ -65,7 +65,7 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
         g = tl.reshape(g, [ROWS, STEP])
 
-        # The next step's indices are asked for before this one's products, which hide their
+        # The next step's indices are loaded before this one's products, which hide their
         # latency.
         here = tl.load(code + t + 1)
         p_won, q_won, p_share, q_share = _indices(

@@ -103,7 +103,7 @@ def sparse_features(D: int, dtype: torch.dtype) -> int:
 
 
 def gradient_bytes(p: tuple[int, int], q: tuple[int, int], wide: int, list_bytes: int) -> int:
-    """Bytes that `write_gradient` allocates beside tile lists, for scores of `wide` bytes."""
+    """Bytes that `write_gradient` allocates besides tile lists, for scores of `wide` bytes."""
     lists = Lists.of(p, q, list_bytes)
     pairs = p[0] * (q[0] * (4 + 2 * wide) + wide + 4) + 4
     return pairs if lists is None else pairs + lists.group * lists.sequence_bytes

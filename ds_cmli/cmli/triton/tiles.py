@@ -47,7 +47,7 @@ def forward_tiles(
     sm_89 and sm_120. 16-bit inputs: an image's block stays resident and 8 warps read it from shared
     memory, which leaves the registers to S and its maxima (ROWS=256, D=256: 131 KB and 80 to 231
     registers). sm_90 reads the texts from shared memory too, so it needs the tile in use and the
-    one in flight; earlier ones hold the tile in use in registers, where a tile of 64 beside 256
+    one in flight; earlier ones hold the tile in use in registers, where a tile of 64 by 256
     rows comes too close to the 255 there are. 99 KB of shared memory hold 128 rows. fp32 and fp64
     run on plain multiply-adds (fp64 on its tensor cores), limited by arithmetic: small tiles,
     features in turn.

@@ -76,7 +76,7 @@ class Source(ABC):
         """
 
     def not_read(self) -> list[str]:
-        """What its files hold beside pictures and captions, in a few words each, to be printed."""
+        """What its files hold besides pictures and captions, in a few words each, to be printed."""
         return []
 
     def key(self, index: int) -> bytes:

@@ -56,7 +56,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         first = ", ".join(told([(row.file, row.reason) for row in rows]))
         first = f" (the first: {first})" if rows else ""
         raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
-    # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside it.
+    # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ next to it.
     subset = re.sub(r"^captions_", "", path.stem)
     subfolders = (subset, f"images/{subset}")
     folder = image_folder(path, usable[:LOOKED_AT], config, subfolders)

@@ -130,7 +130,7 @@ def _not_used(
 def _metadata(folder: Path) -> Path | None:
     paths = [folder / name for name in METADATA if os.path.lexists(folder / name)]
     if len(paths) > 1:
-        raise UserError(f"{folder} has both {' and '.join(METADATA)}: keep the one that is meant")
+        raise UserError(f"{folder} has both {' and '.join(METADATA)}: keep one of them")
     if paths and not paths[0].is_file():
         raise UserError(
             f"{paths[0]} is no file that can be read: write one with a line for each image"
@@ -202,7 +202,7 @@ def _file(path: Path, line: int, values: dict[str, object]) -> str:
 def _texts(value: object, path: Path, line: int) -> list[str | None]:
     """The captions of a row: a text, nothing, or a list of texts.
 
-    Empty texts do not count beside others.
+    Empty texts do not count where there are others.
     """
     texts: list = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in texts):

@@ -204,7 +204,7 @@ def image_folder(
 
     Args:
         files: the first files that the list names.
-        subfolders: subfolders of these that are searched too, beside "images".
+        subfolders: subfolders of these that are searched too, besides "images".
 
     Raises:
         UserError: none of the folders holds one of the files.

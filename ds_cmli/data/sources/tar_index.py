@@ -109,7 +109,7 @@ def _fresh(path: Path, shards: list[Path]) -> Index | None:
 
 
 def _is_present(shard: Path, entry: Shard, rows: np.ndarray) -> bool:
-    """Whether a shard is the one that was indexed.
+    """Whether a shard is still as it was indexed.
 
     A copy of it has the time of its modification, and so can have another shard put in its place:
     the time of the last change of its inode tells them apart, or else the headers.

@@ -21,7 +21,7 @@ open(sys.argv[1] + "/vocab.txt", "w").write("\\n".join(words))
 BertTokenizer(sys.argv[1] + "/vocab.txt").save_pretrained(sys.argv[1])
 BertModel(BertConfig(vocab_size=len(words), num_hidden_layers=4)).save_pretrained(sys.argv[1])
 """
-with tempfile.TemporaryDirectory() as folder:  # a model of random weights, as no hub is asked
+with tempfile.TemporaryDirectory() as folder:  # a model of random weights, as no hub is used
     subprocess.run([sys.executable, "-c", MAKE, folder], check=True)
     encoder = Transformer(folder, max_seq_length=64)
 model = SentenceTransformer(modules=[encoder, Pooling(768)])

@@ -45,7 +45,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     """Draw the last step of a run's `events`, stacked by category, with its phases marked.
 
-    The x axis counts events, not seconds. The title says what holds most at the peak; beside the
+    The x axis counts events, not seconds. The title says what holds most at the peak; next to the
     stack stand the categories in its order, with their sizes there. `what`: of which step this is.
     """
     before, step = last_step(events)

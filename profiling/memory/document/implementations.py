@@ -194,7 +194,7 @@ def run(
     backward: bool,
     say: Callable = lambda allocations: None,
 ) -> Allocations:
-    """Measure forward as in training, and backward if it is asked for and there is a gradient.
+    """Measure forward as in training, and backward if it is requested and there is a gradient.
 
     `say` is called after each pass, as backward may run out of memory.
     """
@@ -234,7 +234,7 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
         lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
-        # Libraries' workspaces are asked by running operators, for which the other ways are too large.
+        # Libraries' workspaces are found by running operators, for which the other ways are too large.
         asked = implementation.device == "cpu" and bool(implementation.inside)
         tracker = Tracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
         tracker.claim("data", inputs)

@@ -218,7 +218,7 @@ def test_a_source_that_is_no_folder_is_told_what_it_is_and_what_is_accepted(tmp_
         (["./", "train/"], "has metadata.jsonl and train/metadata.jsonl: keep one"),
         (["./", "validation/"], "has metadata.jsonl and validation/metadata.jsonl: keep one"),
         (["train/", "validation/", "val/"], "has train/metadata.jsonl and validation/metadata.jsonl and val/metadata"),
-        (["./", "metadata.csv"], "has both metadata.jsonl and metadata.csv: keep the one that is meant"),
+        (["./", "metadata.csv"], "has both metadata.jsonl and metadata.csv: keep one of them"),
         (["train/", "train/metadata.csv"], "has both metadata.jsonl and metadata.csv"),
         (["train/", "val/", "val/metadata.csv"], "has both metadata.jsonl and metadata.csv"),
         (["metadata.jsonl/x"], "metadata.jsonl is no file that can be read"),
@@ -301,7 +301,7 @@ def test_captions_of_unknown_tokens_are_counted(tmp_path):
 
 
 def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.data.load.LOOKED_AT", 10)
+    monkeypatch.setattr("ds_cmli.data.opening.LOOKED_AT", 10)
     write(tmp_path, rows(400, "\u4e2d"))
     (line,) = build(tmp_path).notices
     assert line.startswith("20 of 20 captions looked at")
