@@ -116,7 +116,7 @@ def prepare(
     Returns:
         None if the run is finished already; a line says so.
     """
-    from ds_cmli.checkpoint import local_files, restore, run_folder
+    from ds_cmli.checkpoint import contents, local_files, restore, run_folder
     from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
@@ -125,7 +125,7 @@ def prepare(
 
     folder, with_changes = place.folder, start.with_changes
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
-    point = restore.find(resume, folder)  # collective
+    point = contents.find(resume, folder)  # collective
     batch = restore.rebatch(point, asked)
     plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
     with place.watchdog.slow(together=True):  # large files on a slow disk

@@ -3,8 +3,9 @@
 import time
 from pathlib import Path
 
+from ds_cmli.checkpoint.contents import FOLDER, latest
 from ds_cmli.checkpoint.files import CHECKSUMS
-from ds_cmli.checkpoint.save import BEST_WEIGHTS, FOLDER, Saved, latest, save, save_student
+from ds_cmli.checkpoint.save import BEST_WEIGHTS, Saved, save, save_student
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
 from ds_cmli.common.errors import UserError

@@ -22,13 +22,13 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
+from ds_cmli.common import checksums
 from ds_cmli.common.json_text import parse
 from ds_cmli.common.patches import environment
 from ds_cmli.models.weights import not_finite
 
 CHECKSUMS = "checksums.json"
 FORMER_NAME = "manifest.json"  # the name in older checkpoints
-READ_BYTES = 1 << 20
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -152,12 +152,7 @@ def entry_of(*pieces: bytes | memoryview) -> Entry:
 
 def describe(path: Path) -> Entry:
     """Read a file and return its entry. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": checksums.of_file(path)}
 
 
 class CheckpointWriter(TorchCheckpointEngine):

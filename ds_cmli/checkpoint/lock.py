@@ -5,8 +5,7 @@ server. On the same machine the operating system says whether the holder is aliv
 machine the file's age shows it, because the holder touches the file regularly.
 
 A stale lock is replaced, never removed first, because another start could create one in between.
-Only the process that has created the claim on it, a second file named after its content, may
-replace it.
+Starts that take it over take turns, by a lock of the operating system on a second file.
 
 A holder that only seemed to have ended, for instance one whose node is cut off from Slurm, must not
 write any more. It looks at the lock each second, and before each write to the folder (`check`), and
@@ -17,7 +16,6 @@ way, lines go to a file that the new holder has replaced, and a rename fails, as
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import socket
@@ -29,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, cast
 
+from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
 from ds_cmli.checkpoint import files
@@ -41,6 +40,7 @@ from ds_cmli.faults import preemption
 
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches
+TURN_SECONDS = 10.0  # in which another start has taken the lock
 LOOK_SECONDS = 1.0  # between two looks whether the lock is still this process's
 # Seconds in which a holder that may still run finds out that the lock has been taken over.
 HANDOVER = 5.0
@@ -119,22 +119,18 @@ class Lock:
 
     def take(self) -> str | None:
         """Take the lock. Returns None, or the error message if it cannot be taken."""
-        before = None
+        before: Holder | None = None
+        turn = self.path.with_name(f"{NAME}.turn")
         try:
-            while not self._make(self.path):
-                content, age = self._read(self.path)
-                before = _parsed(content or "") or before
-                if content is not None and self._lives(content, age):
-                    return self._line(content, age)
-                if content is not None and not self._replace(content):
-                    return (
-                        f"--output-dir is {str(self.folder)!r}: another start is just taking it "
-                        "over from one gone"
-                    )
-                if self._read(self.path)[0] == json.dumps(self.mine):
-                    break
+            with FileLock(turn, timeout=TURN_SECONDS):
+                refusal, before = self._take_over()
+                turn.unlink(missing_ok=True)
+        except Timeout:
+            refusal = "another start is just taking it over from one gone"
         except OSError as error:
-            return f"--output-dir is {str(self.folder)!r}: cannot lock it: {error.strerror}"
+            refusal = f"cannot lock it: {error.strerror}"
+        if refusal is not None:
+            return f"--output-dir is {str(self.folder)!r}: {refusal}"
         threading.Thread(target=self._watch, daemon=True).start()
         _held.append(self)
         if before is not None and self._may_still_run(before):
@@ -143,12 +139,28 @@ class Lock:
                 time.sleep(HANDOVER)
         return None
 
+    def _take_over(self) -> tuple[str | None, Holder | None]:
+        """Make the lock, or replace one whose holder is gone: the reason if not, and the holder."""
+        before = None
+        while not self._make():
+            content, age = self._read()
+            if content is not None and self._lives(content, age):
+                return self._line(content, age), None
+            before = _parsed(content or "") or before
+            if content is not None:
+                beside = self.path.with_name(f"{NAME}.{self.mine['token']}")
+                beside.write_text(json.dumps(self.mine))
+                os.replace(beside, self.path)
+            if self._read()[0] == json.dumps(self.mine):
+                break
+        return None, before
+
     def give_back(self) -> None:
         self.ended.set()
         if self in _held:
             _held.remove(self)
         with contextlib.suppress(OSError):
-            if self._read(self.path)[0] != json.dumps(self.mine):
+            if self._read()[0] != json.dumps(self.mine):
                 return
             if self.left_for is None:
                 self.path.unlink()
@@ -163,22 +175,22 @@ class Lock:
         if content and content != json.dumps(self.mine):
             self._leave(_parsed(content) or {})
 
-    def _make(self, path: Path) -> bool:
+    def _make(self) -> bool:
         try:
-            with open(path, "x") as file:
+            with open(self.path, "x") as file:
                 json.dump(self.mine, file)
         except FileExistsError:
             return False
         return True
 
-    def _read(self, path: Path) -> tuple[str | None, float]:
-        """The content of a lock file, or None, and its age in seconds by the file server."""
+    def _read(self) -> tuple[str | None, float]:
+        """The content of the lock file, or None, and its age in seconds by the file server."""
         probe = self.path.with_name(f"{NAME}.{self.mine['token']}")
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         try:
-            return path.read_text(errors="replace"), now - path.stat().st_mtime
+            return self.path.read_text(errors="replace"), now - self.path.stat().st_mtime
         except FileNotFoundError:
             return None, 0.0
 
@@ -199,37 +211,13 @@ class Lock:
             return True
         return holder.get("started") == _started(holder.get("pid"))
 
-    def _replace(self, stale: str) -> bool:
-        """Replace the stale lock by this process's own; False if another start is doing so."""
-        claims, claimed = [], stale
-        while True:
-            digest = hashlib.sha256(claimed.encode()).hexdigest()
-            claims.append(self.path.with_name(f"{NAME}.{digest[:16]}"))
-            if self._make(claims[-1]):
-                break
-            content, age = self._read(claims[-1])
-            if content is None:  # another start has just replaced the lock and removed its claim
-                return self._read(self.path)[0] != stale
-            if self._lives(content, age):
-                return False
-            claimed = content  # the process that made the claim has ended too: claim the claim
-        # Otherwise it was replaced before this claim was made.
-        if self._read(self.path)[0] == stale:
-            made = self.path.with_name(f"{NAME}.{self.mine['token']}")
-            self._make(made)
-            os.replace(made, self.path)
-        for claim in claims:
-            claim.unlink(missing_ok=True)
-        return True
-
     def _line(self, content: str, age: float) -> str:
         holder = _parsed(content)
         if holder is None:
-            return f"{self.path} cannot be read: another start is just making it, or remove it"
+            return f"its {NAME} cannot be read: another start is just making it, or remove it"
         line = (
-            f"--output-dir is {str(self.folder)!r}: in use since {holder.get('since')} by process "
-            f"{holder.get('pid')} on {holder.get('host')}: end that run, or give another "
-            "--output-dir"
+            f"in use since {holder.get('since')} by process {holder.get('pid')} on "
+            f"{holder.get('host')}: end that run, or give another --output-dir"
         )
         if holder.get("place") != self.mine["place"]:
             line += (
@@ -245,7 +233,7 @@ class Lock:
             # The folder was removed, and made again.
             if not (self.path.exists() or self.ended.is_set()):
                 with contextlib.suppress(OSError):
-                    self._make(self.path)
+                    self._make()
             if time.monotonic() - touched > TOUCH_SECONDS:
                 touched = time.monotonic()
                 with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Resuming a run: choose the checkpoint, check that it fits this start, and restore from it.
+"""Resuming a run: check that a checkpoint fits this start, and restore from it.
 
 Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and
 ours are loaded without running code from them.
@@ -6,21 +6,18 @@ ours are loaded without running code from them.
 
 import textwrap
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 
-from ds_cmli.checkpoint import files, universal
-from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint import universal
+from ds_cmli.checkpoint.contents import ResumePoint
 from ds_cmli.checkpoint.files import CheckpointWriter, no_code
 from ds_cmli.checkpoint.train_state import (
     OfRank,
     TrainState,
     read_of_rank,
-    read_shared,
     redistribute,
 )
 from ds_cmli.checkpoint.weights import load_averages, load_banks, load_frozen, load_module, parts
@@ -44,98 +41,6 @@ OF_FILES = (
     "deepspeed.data_types",
     "deepspeed.torch_auto",
 )
-
-
-@dataclass
-class ResumePoint:
-    """A verified checkpoint to resume from."""
-
-    path: Path
-    state: TrainState
-    ranks: int  # number of ranks that wrote it
-    lines: list[str]  # messages to the user about damaged checkpoints that were skipped
-    # Whether this start partitions weights and optimizer states differently than the checkpoint.
-    resharded: bool = False
-
-    changed: bool = False  # whether this start has other settings, by --resume-with-changes
-
-    def is_of(self, folder: Path) -> bool:
-        """Whether it is a checkpoint of the run in `folder`, or of the run that it replaces."""
-        return folder.resolve() in self.path.resolve().parents
-
-    @property
-    def same_ranks(self) -> bool:
-        return self.ranks == distributed.world_size()
-
-    @property
-    def batch_as_asked(self) -> bool:
-        """Whether the batch is split over ranks as this start's settings say."""
-        return self.same_ranks and not self.state.rebatched
-
-
-def find(resume: str, folder: Path) -> ResumePoint | None:
-    """The newest undamaged checkpoint, given `--resume` and the run's folder. Collective.
-
-    Returns:
-        None for a fresh start.
-
-    Raises:
-        UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
-    """
-    asked = _candidates(resume, folder) if distributed.is_main() else None
-    paths, error = distributed.broadcast_object(asked)  # collective
-    if error is not None:
-        raise UserError(error)
-    lines: list[str] = []
-    for path in paths:
-        damage = problem(path)  # collective
-        if damage is None:
-            state = read_shared(path)
-            return ResumePoint(path, state, state.world_size, lines)
-        lines.append(f"checkpoint {path} is damaged: {damage}; trying the one before")
-    if lines:
-        raise UserError(
-            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never "
-            "starts over"
-        )
-    return None
-
-
-def problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint; None if nothing is. Collective.
-
-    The ranks share this work: reading all files takes as long as loading them.
-    """
-    mine = files.problem(path, distributed.rank(), distributed.world_size())
-    return next(filter(None, distributed.gather_objects(mine)), None)  # collective
-
-
-def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
-    """The checkpoints in the order in which to try them, and what is wrong with `--resume`."""
-    if resume == "never":
-        return [], None
-    of_run = folder / checkpoint.FOLDER
-    known = _paths(of_run)
-    if resume == "auto":
-        # A run that started over and ended before its first checkpoint resumes from the run that it
-        # was to replace.
-        return known or _paths(folder / checkpoint.REPLACED / checkpoint.FOLDER), None
-    path = Path(resume).absolute()
-    if path.is_dir() and path.name in checkpoint.names(path.parent):
-        root, paths = path.parent, [path]
-    else:
-        root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
-        paths = _paths(root)
-    if known and root != of_run.absolute():
-        # This run was started from another run's checkpoint before, and has its own by now.
-        return known, None
-    if not paths:
-        return [], f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
-    return paths, None
-
-
-def _paths(root: Path) -> list[Path]:
-    return [root / name for name in checkpoint.candidates(root)]
 
 
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:

@@ -7,14 +7,14 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from ds_cmli.checkpoint import contents as checkpoint
 from ds_cmli.checkpoint import files
-from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint.restore import ResumePoint
+from ds_cmli.checkpoint.contents import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import checksums, provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse, read
+from ds_cmli.common.json_text import parse
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
@@ -118,8 +118,7 @@ def requeued(resume: str, folder: Path) -> str:
     if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
         return resume
     try:
-        config = read(folder / "config.json", dict)
-        checksums.verify(config)
+        config = checksums.read(folder / "config.json")
     except OSError:
         return resume
     except ValueError:  # whose checkpoints these are is not known, and going on loses none of them
@@ -177,9 +176,7 @@ def _settle(
                 files.publish(root / checkpoint.LATEST, name.encode())
     for line in _truncate(folder / METRICS, state, expected):
         say(line)
-    beside = folder / ("config.json" + checkpoint.WRITING)
-    provenance.write(beside, config.to_dict(), ds_config)
-    os.replace(beside, folder / "config.json")
+    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config))
 
 
 def _keep_former(path: Path) -> None:

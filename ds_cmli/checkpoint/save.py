@@ -10,7 +10,6 @@ later checkpoint of the same step.
 """
 
 import os
-import re
 import shutil
 import time
 from contextlib import suppress
@@ -18,6 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ds_cmli.checkpoint import files, lock
+from ds_cmli.checkpoint.contents import (
+    FOLDER,
+    LATEST,
+    REPLACED,
+    candidates,
+    latest,
+    names,
+    remove,
+    remove_incomplete,
+    step_of,
+)
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
@@ -31,9 +41,6 @@ from ds_cmli.checkpoint.write import WRITING, Written, write, write_student
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
-FOLDER = "checkpoint"
-LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
-REPLACED = "replaced"  # an earlier run while a run that starts over in its folder has no checkpoint
 BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
 # Upper bound: weights, fp32 copy and two moments, and the student's file.
 BYTES_PER_PARAMETER = 24
@@ -60,38 +67,6 @@ class Saved:
                 kept = "the one before stays"
             return f"warning: no checkpoint at step {step}, {kept}: {self.error}"
         return f"checkpoint {self.name}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
-
-
-def step_of(name: str) -> int:
-    """The step of a checkpoint, from its name."""
-    return int(name.removeprefix("step").partition(".")[0])
-
-
-def names(root: Path) -> list[str]:
-    """The checkpoints in `root`, oldest first."""
-    numbered = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
-        if match and path.is_dir():
-            numbered.append((int(match[1]), int(match[2] or 0), path.name))
-    return [name for *_, name in sorted(numbered)]
-
-
-def latest(root: Path) -> str | None:
-    """The checkpoint that `latest` names; None if none is published, or the file cannot be read."""
-    try:
-        name = (root / LATEST).read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if name in names(root) else None
-
-
-def candidates(root: Path) -> list[str]:
-    """The checkpoints to try: that of `latest` and older ones, newest first; or all."""
-    known, newest = names(root), latest(root)
-    if newest is not None:
-        known = known[: known.index(newest) + 1]
-    return known[::-1]
 
 
 def save(
@@ -233,16 +208,3 @@ def _publish_student(folder: Path) -> str:
         (folder / AVERAGE).unlink(missing_ok=True)
     files.sync_folder(folder)
     return evaluated
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Remove what a save that was interrupted has left in the run's folder."""
-    for path in (*folder.glob("*" + WRITING), *(folder / FOLDER).glob("*" + WRITING)):
-        remove(path)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

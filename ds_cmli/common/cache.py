@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 
 DIGEST_BYTES = 32
@@ -57,7 +58,5 @@ def _digest(path: Path, size: int) -> bytes:
     """The digest of a file's first `size` bytes."""
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     with open(path, "rb") as file:
-        while block := file.read(min(size, 2**20)):
-            digest.update(block)
-            size -= len(block)
+        checksums.feed(digest.update, file, size)
     return digest.digest()

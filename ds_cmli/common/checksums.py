@@ -5,13 +5,18 @@ They find damage, not forgery. What was written without them, by earlier version
 
 import hashlib
 import json
+import math
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+from ds_cmli.common import json_text
 
 KEY = "sha256"
+READ_BYTES = 1 << 20
 LINES = ".crc32"  # at the end of the name of the file with the checksum of each line
 
 
@@ -19,6 +24,13 @@ def sealed(content: Mapping[str, object]) -> dict[str, object]:
     """The object with its checksum."""
     text = json.dumps({**content, KEY: ""}, sort_keys=True)
     return {**content, KEY: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read(path: Path, finite: bool = False) -> dict:
+    """The JSON object in a file, as `json_text.read` returns it; ValueError as of `verify` too."""
+    content = json_text.read(path, dict, finite)
+    verify(content)
+    return content
 
 
 def verify(content: Mapping[str, object]) -> None:
@@ -31,12 +43,18 @@ def verify(content: Mapping[str, object]) -> None:
 
 
 def of_file(path: Path) -> str:
-    """The SHA-256 of a file, which is read in blocks."""
+    """The SHA-256 of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    with open(path, "rb", buffering=0) as file:
+        feed(digest.update, file)
     return digest.hexdigest()
+
+
+def feed(update: Callable[[bytes], object], file: IO[bytes], size: float = math.inf) -> None:
+    """Give a digest's `update` the rest of a file, or its next `size` bytes, in blocks."""
+    while block := file.read(int(min(size, READ_BYTES))):
+        update(block)
+        size -= len(block)
 
 
 def of_lines(lines: bytes) -> bytes:

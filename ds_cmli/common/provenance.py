@@ -56,7 +56,8 @@ def versions() -> dict[str, str]:
     return result
 
 
-def write(path: Path, config: Mapping[str, object], ds_config: Mapping[str, object]) -> None:
+def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
+    """The content of a run's `config.json`."""
     content = {
         "config": config,
         "deepspeed": dict(ds_config),
@@ -65,4 +66,4 @@ def write(path: Path, config: Mapping[str, object], ds_config: Mapping[str, obje
         "command": sys.argv,
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
-    path.write_text(json.dumps(checksums.sealed(content), indent=2) + "\n")
+    return (json.dumps(checksums.sealed(content), indent=2) + "\n").encode()

@@ -12,12 +12,12 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
+from ds_cmli.common import checksums
 from ds_cmli.common.json_text import parse
 
 KEY = "sha256"
 ZEROS = b"0" * 64
 LONGEST_HEADER = 100_000_000  # bytes, as the library's own limit
-READ_BYTES = 1 << 20
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
@@ -52,8 +52,7 @@ def damage(path: Path) -> str | None:
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
             return None  # the library tells what is wrong with a header
         digest = hashlib.sha256(size + text.replace(told, ZEROS, 1))
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
+        checksums.feed(digest.update, file)
     if digest.hexdigest().encode() == told:
         return None
     return "its content does not match the checksum in its header"

@@ -1,9 +1,11 @@
 """The data that a run trains and evaluates on, from the demo's scenes or the kinds of `sources`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
@@ -12,7 +14,6 @@ from ds_cmli.config.validation import check
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.opening import (
-    oddities,
     open_all,
     open_sources,
     open_validation,
@@ -22,7 +23,19 @@ from ds_cmli.data.opening import (
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
 from ds_cmli.data.sampler import Draw, Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
-from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
+from ds_cmli.data.sources.base import Source
+from ds_cmli.data.tokens import (
+    CaptionTokenizer,
+    SpecialTokens,
+    load_tokenizer,
+    most_characters,
+)
+
+# About as many samples per source are checked for unknown tokens, in half a second.
+LOOKED_AT = 5000
+# Characters of a caption that is named as long, or `A_POSITION` for each position if that is more.
+UNUSUAL = 1000
+A_POSITION = 16
 
 
 @dataclass(kw_only=True)
@@ -172,3 +185,60 @@ def _pairs(config: DataConfig, seed: int) -> Data:
 def _split(config: DataConfig) -> str:
     """The name of the split that training evaluates."""
     return "test" if config.val_split == "test" else "val"
+
+
+def oddities(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+    """Lines about captions that are very long, or that the tokenizer `name` does not know."""
+    long = [_long(source, tokenizer) for source in sources]
+    # Each line once, as a source may be both trained on and evaluated on.
+    return [*dict.fromkeys(filter(None, long)), *_unknown(sources, tokenizer, name)]
+
+
+def _long(source: Source, tokenizer: CaptionTokenizer) -> str:
+    """A line about the captions of more characters than usual; "" if there is none."""
+    limit = max(UNUSUAL, A_POSITION * tokenizer.positions)
+    sizes = source.caption_bytes()
+    candidates = np.flatnonzero(sizes > limit)
+    largest = candidates[np.argsort(-sizes[candidates], kind="stable")][:LOOKED_AT].tolist()
+    found = []
+    for index in largest:
+        lengths = map(len, _captions(source, index))
+        found += [(length, index) for length in lengths if length > limit]
+    if not found:
+        return ""
+    longest, index = max(found)
+    line = (
+        f"{len(found)} captions of {source.where} have more than {limit:,} characters, the longest "
+        f"{longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
+        f"{tokenizer.positions} tokens"
+    )
+    most = most_characters(tokenizer.positions)
+    return line + (f", and no character after the first {most:,}" if longest > most else "")
+
+
+def _unknown(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+    """A line about captions in a language that the tokenizer does not know.
+
+    Only some captions of large sources are read.
+    """
+    looked_at, found = 0, []
+    for source in sources:
+        for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
+            captions = _captions(source, index)
+            looked_at += len(captions)
+            unknown = sum(map(tokenizer.mostly_unknown, captions))
+            found += [(source, index)] * unknown
+    if not found:
+        return []
+    source, index = found[0]
+    return [
+        f"{len(found)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = "
+        f"{name!r} does not know, the first of {source.name(index)}: give a tokenizer of their "
+        "language"
+    ]
+
+
+def _captions(source: Source, index: int) -> list[str]:
+    with suppress(Exception):  # samples that cannot be read are reported when they are used
+        return source.captions(index)
+    return []

@@ -1,9 +1,9 @@
 """How the ranks of a run find each other: rank 0 holds a store, and the others know it by a token.
 
-Under Slurm the port is derived from job and step, and is only the first of several candidates: rank
-0 takes the first free one and the other ranks try them all. A port that the user or a launcher has
-set is the only one used. If it is taken, rank 0 opens a store at one of the further ports, through
-which the other ranks learn of the mistake. What network device gloo then uses is decided here, too.
+Rank 0 takes the first free one of a run's ports, and the other ranks ask at all of them: that which
+the user or a launcher has set, or under Slurm several, which follow from job and step. Under
+torchrun the launcher's own store holds where rank 0's is. What network device gloo then uses is
+decided here, too.
 """
 
 import os
@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from math import inf
 from typing import NamedTuple, NoReturn
 
 import psutil
@@ -24,19 +25,18 @@ from ds_cmli.distributed.launchers import is_slurm_step, means_every_machine, sl
 
 ANSWER = 5.0  # seconds to wait for a store's answer
 # Seconds for which another program may answer at the given port before that is an error.
-STRANGER = 20.0
-# The store's keys: why rank 0 has failed, its token, how many ranks have come, and that all have.
-FAILED, TOKEN = "ds_cmli/failed", "ds_cmli/token"
-COME, ALL = "ds_cmli/come", "ds_cmli/all"
-SHARED = "ds_cmli/store"  # a key of torchrun's store: where rank 0's store is, and its token
+STRANGER = 15.0
+# The store's keys: its token, how many ranks have come, and that all have.
+TOKEN, COME, ALL = "ds_cmli/token", "ds_cmli/come", "ds_cmli/all"
+SHARED = "ds_cmli/store"  # a key of torchrun's store: the `Address` of rank 0's
 
 
-class Place(NamedTuple):
+class Address(NamedTuple):
+    """Where a store is, and the token by which it is known; without one any store is right."""
+
     host: str
-    ports: list[int]  # at which the store may be
-    fixed: int | None  # the port that the user or a launcher has set
-    rank: int
-    ranks: int
+    port: int
+    token: str = ""
 
 
 def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
@@ -49,28 +49,28 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
     Raises:
         UserError: not all ranks have connected in time, or another program uses the port.
     """
-    env = os.environ
-    end = time.monotonic() + start.total_seconds()
-    ports, fixed = _ports()
-    ranks = int(env["WORLD_SIZE"])
-    place = Place(env["MASTER_ADDR"], ports, fixed, int(env["RANK"]), ranks)
+    env, end = os.environ, time.monotonic() + start.total_seconds()
+    rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+
+    def waits() -> bool:
+        stop()
+        return time.monotonic() < end
+
+    find = _of_ports
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = _beside_the_agents(place, start, stop)
-    elif place.rank == 0:
-        store = _hold(place)
-    else:
-        store = _find(place, start, stop)
+        find = _of_launcher
     try:
+        store = find(rank, waits)
+        at = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} within {start.total_seconds():g} s"
+        if store is None:
+            line = f"rank {rank} of {ranks} met no rank 0 at {at}"
+            _refuse(rank, f"{line}: see why it did not start or has ended")
         if store.add(COME, 1) == ranks:
             store.set(ALL, "")
         while not store.check([ALL]):
-            stop()
-            if time.monotonic() > end:
-                raise UserError(
-                    f"only {store.add(COME, 0)} of {ranks} ranks met at "
-                    f"{place.host}:{env['MASTER_PORT']} within {start.total_seconds():g} s: "
-                    "see why the others did not start"
-                )
+            if not waits():
+                line = f"only {store.add(COME, 0)} of {ranks} ranks met at {at}"
+                raise UserError(f"{line}: see why the others did not start")
             time.sleep(min(1.0, 0.05 + ranks / 1000))
     except dist.DistError:
         stop()  # this rank may have been signalled too, which explains the end better
@@ -78,15 +78,62 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
     return store
 
 
-def _ports() -> tuple[list[int], int | None]:
-    """The ports at which the store may be, and the port that was set for this run, or None."""
-    # If no other rank has to find the store, any free port will do.
-    if os.environ["WORLD_SIZE"] == "1":
-        return [0], 0
-    given = int(os.environ["MASTER_PORT"])
-    if is_slurm_step() and given == slurm_ports()[0]:
-        return slurm_ports(), None
-    return [given, *(12000 + (given + 2003 * i) % 20000 for i in range(4))], given
+def _refuse(rank: int, message: str) -> NoReturn:
+    if rank == 1:  # rank 0, which prints mistakes for all ranks, is missing
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise UserError(message)
+
+
+def _of_launcher(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
+    """Rank 0's store, whose address is passed through torchrun's; None: not found in time.
+
+    torchrun's own store ends with the launcher, and outlives the ranks that it starts again. It may
+    thus still hold the address of ranks before these. Their store is gone, or is one to which all
+    have come.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    agents = _find(lambda: [Address(host, port)], waits)
+    if agents is None:
+        me = f"rank {rank} of {os.environ['WORLD_SIZE']}"
+        raise UserError(f"{me} did not reach the launcher at {host}:{port}")
+    if rank == 0:
+        own, token = _own_address(host), uuid.uuid4().hex  # at which others reach this node
+        if own is None or _is_loopback(own):
+            own = host
+        store = _hold(own, [0], token)
+        agents.set(SHARED, f"{own} {store.port} {token}")
+        return store
+
+    def shared() -> list[Address]:
+        if not agents.check([SHARED]):
+            return []
+        name, number, token = agents.get(SHARED).decode().split()
+        return [Address(name, int(number), token)]
+
+    return _find(shared, waits)
+
+
+def _of_ports(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
+    """Rank 0's store, at a port that all ranks know; None: not found in time."""
+    env = os.environ
+    host, ports, token = env["MASTER_ADDR"], [int(env["MASTER_PORT"])], _token()
+    patience = STRANGER
+    if env["WORLD_SIZE"] == "1":  # no other rank has to find the store
+        ports = [0]
+    elif is_slurm_step() and ports[0] == slurm_ports()[0]:
+        ports, patience = slurm_ports(), inf
+    store: dist.TCPStore | None
+    if rank == 0:
+        store = _hold(host, ports, token)
+    else:
+        addresses = [Address(host, port, token) for port in ports]
+        store = _find(lambda: addresses, waits, patience)
+        if store is None and waits():
+            line = f"MASTER_PORT is {ports[0]}: another program answers there on {host}"
+            _refuse(rank, f"{line}; set it to a free one")
+    if store is not None:
+        env["MASTER_PORT"] = str(store.port)
+    return store
 
 
 def _token() -> str:
@@ -102,142 +149,69 @@ def _token() -> str:
     return token
 
 
-def _beside_the_agents(place: Place, start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """A store held by rank 0, whose address is passed through torchrun's store.
-
-    torchrun's own store ends with the launcher, and outlives the ranks that it starts again. It may
-    thus still hold the address of ranks before these. Their store is gone, or is one to which all
-    have come.
-    """
-    host, port = place.host, int(os.environ["MASTER_PORT"])
-    me, seconds = f"rank {place.rank} of {place.ranks}", start.total_seconds()
-    end = time.monotonic() + seconds
-    agents = None
-    while agents is None:
-        stop()
-        if time.monotonic() > end:
-            raise UserError(f"{me} did not reach the launcher at {host}:{port}")
-        time.sleep(0.05)
-        if _open(host, port):
-            agents = _ask(host, port, None)
-    agents.set_timeout(start)
-    try:
-        if place.rank == 0:
-            # The connection tells the address at which others reach this node.
-            with socket.create_connection((host, port)) as way:
-                here = way.getsockname()[0]
-            if here.startswith("127.") or here == "::1":
-                here = host
-            store = _listen(here, 0, place.ranks)
-            token = uuid.uuid4().hex
-            store.set(TOKEN, token)
-            agents.set(SHARED, f"{here} {store.port} {token}")
-            return store
-        while time.monotonic() < end:
-            stop()
-            if agents.check([SHARED]):
-                here, at, token = agents.get(SHARED).decode().split()
-                # Where nothing listens any more, PyTorch would print the frames of its C++ code.
-                if _open(here, int(at)) and (reached := _ask(here, int(at), token)):
-                    return reached
-            time.sleep(0.3)
-    except (dist.DistError, OSError) as error:
-        line = first_line(error)
-        raise UserError(f"{me} does not reach the launcher at {host}:{port}: {line}") from None
-    _nobody(
-        place.rank,
-        f"{me} met no rank 0 within {seconds:g} s: see why it did not start or has ended",
-    )
-
-
-def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:
-    return dist.TCPStore(host, port, ranks, is_master=True, wait_for_workers=False)
-
-
-def _hold(place: Place) -> dist.Store:
-    """Do rank 0's part of `meet`: open the store at the first free port."""
-    for port in place.ports:
+def _hold(host: str, ports: list[int], token: str) -> dist.TCPStore:
+    """Rank 0's store, at the first free one of the ports."""
+    for port in ports:
         try:
-            store = _listen(place.host, port, place.ranks)
+            store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
         except dist.DistError as error:
             if "in use" in str(error):
                 continue
             line = first_line(error)
-            raise UserError(f"no store for the ranks at {place.host}:{port}: {line}") from None
-        if place.fixed not in (None, port):
-            _tell_failure(store, place)
-        os.environ["MASTER_PORT"] = str(store.port)
-        store.set(TOKEN, _token())
+            raise UserError(f"no store for the ranks at {host}:{port}: {line}") from None
+        store.set(TOKEN, token)
         return store
-    ports = ", ".join(map(str, place.ports))
-    raise UserError(f"MASTER_PORT: all of {ports} are in use on this machine; set it to a free one")
+    tried = ", ".join(map(str, ports))
+    raise UserError(f"MASTER_PORT is {tried}: in use on this machine; set it to a free one")
 
 
-def _tell_failure(store: dist.Store, place: Place) -> NoReturn:
-    """Tell the other ranks, through a store at another port, that the given port is taken."""
-    line = f"MASTER_PORT is {place.fixed}: in use on this machine; set it to a free one"
-    store.set(FAILED, line)
-    store.set(TOKEN, _token())
-    end = time.monotonic() + STRANGER
-    while store.add(COME, 0) < place.ranks - 1 and time.monotonic() < end:
-        time.sleep(0.1)
-    raise UserError(line)
+def _find(
+    addresses: Callable[[], list[Address]], waits: Callable[[], bool], patience: float = inf
+) -> dist.TCPStore | None:
+    """The first store that is right; None: not in time, or not where others answer for `patience`.
 
-
-def _find(place: Place, start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """Do the other ranks' part of `meet`: find rank 0's store, where it answers."""
-    began = time.monotonic()
-    stranger = 0.0  # the time since which another program answers at the given port
-    while time.monotonic() - began < start.total_seconds():
-        for port in place.ports:
-            stop()
-            if not _open(place.host, port):
+    Args:
+        patience: in seconds.
+    """
+    answered: float | None = None
+    while waits():
+        for address in addresses():
+            # Where nothing listens, PyTorch would print the frames of its C++ code.
+            if not _listens(address):
                 continue
-            store = _ask(place.host, port, _token())
-            if store is None:
-                if port == place.fixed:
-                    stranger = stranger or time.monotonic()
-                continue
-            if store.check([FAILED]):
-                store.add(COME, 1)
-                raise UserError(store.get(FAILED).decode())
-            os.environ["MASTER_PORT"] = str(port)
-            return store
-        if stranger and time.monotonic() - stranger > STRANGER:
-            _nobody(
-                place.rank,
-                f"MASTER_PORT is {place.fixed}: another program answers there on {place.host}; set "
-                "it to a free one",
-            )
+            store = _ask(address)
+            if store is not None:
+                return store
+            answered = answered or time.monotonic()
+        if answered and time.monotonic() - answered > patience:
+            break
         time.sleep(0.3)
-    _nobody(
-        place.rank,
-        f"rank {place.rank} of {place.ranks} met no rank 0 at {place.host}:{place.ports[0]} within "
-        f"{start.total_seconds():g} s: see why it did not start or has ended",
-    )
+    return None
 
 
-def _nobody(rank: int, message: str) -> NoReturn:
-    if rank == 1:  # rank 0, which prints mistakes for all ranks, is missing
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    raise UserError(message)
+def _listens(address: Address) -> bool:
+    try:
+        socket.create_connection(address[:2], timeout=2).close()
+        return True
+    except OSError:
+        return False
 
 
-def _ask(host: str, port: int, token: str | None) -> dist.Store | None:
-    """The store at this address if its token is this run's, or None, and not all ranks have come.
+def _ask(address: Address) -> dist.TCPStore | None:
+    """The store at this address if its token is right and not all ranks have come to it, or None.
 
     A thread asks, as another program may never answer.
     """
-    answered: list[dist.Store] = []
+    answered: list[dist.TCPStore] = []
 
     def connect() -> None:
         try:
             answer = timedelta(seconds=ANSWER)
             store = dist.TCPStore(
-                host, port, is_master=False, timeout=answer, wait_for_workers=False
+                address.host, address.port, is_master=False, timeout=answer, wait_for_workers=False
             )
-            own = token is None or store.get(TOKEN).decode() == token
-            if own and not store.check([ALL]):
+            right = not address.token or store.get(TOKEN).decode() == address.token
+            if right and not store.check([ALL]):
                 answered.append(store)
         except (dist.DistError, UnicodeDecodeError):
             pass
@@ -246,14 +220,6 @@ def _ask(host: str, port: int, token: str | None) -> dist.Store | None:
     thread.start()
     thread.join(1.2 * ANSWER)
     return next(iter(answered), None)
-
-
-def _open(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-        return True
-    except OSError:
-        return False
 
 
 def choose_device_of_gloo(store: dist.Store) -> None:

@@ -19,7 +19,6 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import read
 from ds_cmli.config.validation import check_kind
 from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
@@ -52,8 +51,7 @@ class Index:
         self.folder = Path(folder)
         where = f"the index is {str(folder)!r}"
         try:
-            content = read(self.folder / FILE, dict)
-            checksums.verify(content)
+            content = checksums.read(self.folder / FILE)
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
             self.model_path: str = str(content["model"])

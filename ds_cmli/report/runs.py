@@ -134,8 +134,7 @@ def _check(values: dict[str, object], line: int) -> None:
 
 def _memory(folder: Path) -> dict[str, Any] | None:
     try:
-        content = json_text.read(folder / "memory.json", dict)
-        checksums.verify(content)
+        content = checksums.read(folder / "memory.json")
         check_kind("it", content, Memory)
         return content
     except FileNotFoundError:

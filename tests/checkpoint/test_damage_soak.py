@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_cmli.checkpoint import contents, restore, run_folder
+from ds_cmli.checkpoint import contents, run_folder
 from ds_cmli.checkpoint.save import BEST_WEIGHTS
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_weights
@@ -63,7 +63,7 @@ class Readers:
         return sorted(BadFile(run / BAD_FILE, [])._begin())
 
     def checkpoint(self, run):
-        point = restore.find("auto", run)
+        point = contents.find("auto", run)
         state = {**point.state.shared(), "path": point.path.name}
         averages = {name: x.sum().item() for name, x in load_file(point.path / AVERAGE).items()}
         rank = torch.load(point.path / "rank-0.pt", weights_only=True)["sums"].tolist()

@@ -1,6 +1,5 @@
 """One run a folder: who holds it, who is gone, and names that two starts cannot share."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ds_cmli.checkpoint import lock, run_folder, save
+from ds_cmli.checkpoint import contents, lock, run_folder, save
 from ds_cmli.checkpoint.lock import LEASE, NAME, Lock, _started
 from ds_cmli.common.errors import UserError
 from ds_cmli.metrics import Writer
@@ -165,7 +164,7 @@ def test_what_an_earlier_holder_was_writing_is_removed(tmp_path):
     for name in ("checkpoint/step2.writing", "checkpoint/step1"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "student.safetensors.writing").touch()
-    save.remove_incomplete(tmp_path)
+    contents.remove_incomplete(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint", "step1"]
 
 
@@ -191,12 +190,14 @@ def test_of_many_starts_at_a_stale_lock_one_gets_it(tmp_path):
 
 def test_who_died_while_taking_over_hinders_nobody(tmp_path):
     holder(tmp_path, started="1")
-    stale = (tmp_path / NAME).read_text()
-    claimed = stale
-    for _ in range(2):  # a claim on the lock, and one on that claim, both of processes that are gone
-        claim = tmp_path / f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"
-        claimed = json.dumps(Lock(tmp_path).mine | {"started": "1"})
-        claim.write_text(claimed)
+    child = os.fork()
+    if child == 0:
+        lock.os.replace = lambda *_: os._exit(1)
+        Lock(tmp_path).take()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+    for left in tmp_path.glob(f"{NAME}.*"):  # what it had written of its own lock
+        if left.suffix != ".turn":
+            left.unlink()
     with ThreadPoolExecutor(8) as pool:
         lines = list(pool.map(lambda _: Lock(tmp_path).take(), range(8)))
     assert lines.count(None) == 1

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_cmli.checkpoint import files, restore
+from ds_cmli.checkpoint import contents, files
 from ds_cmli.common import tensor_file
 from ds_cmli.run import Run
 from tests.config.test_mistakes import pairs
@@ -45,7 +45,7 @@ def assert_whole(folder: Path) -> None:
     assert json.loads((folder / "config.json").read_text())["config"]["run"]["preset"] == "tiny"
     for name in STUDENTS:
         assert tensor_file.damage(folder / name) is None
-    assert restore.find("auto", folder).state.step == STEPS
+    assert contents.find("auto", folder).state.step == STEPS
     assert files.problem(folder / "checkpoint" / f"step{STEPS}") is None
     assert list((folder / "tensorboard").glob("events*"))
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli.checkpoint import files, restore
+from ds_cmli.checkpoint import contents, files, restore
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
@@ -356,8 +356,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_path, monkeypatch, capfd):
-    from ds_cmli.checkpoint import save
-
     arguments = [*TINY, *source, "--output-dir", str(copied)]
 
     def killed(run):
@@ -367,17 +365,18 @@ def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_pat
         with monkeypatch.context() as patch, pytest.raises(Killed):
             patch.setattr(Run, "save", killed)
             drive([*arguments, "--resume", "never", "--save-every", "5"])
-        assert sorted(path.name for path in (copied / save.REPLACED / "checkpoint").glob("step*")) == ["step2", "step4"]
+        kept = copied / contents.REPLACED / "checkpoint"
+        assert sorted(path.name for path in kept.glob("step*")) == ["step2", "step4"]
         assert [line["step"] for line in metrics(copied)] == [3, 5]
     again = Path(shutil.copytree(copied, tmp_path / "again"))
     # Going on means going on with the run that was to be replaced.
     assert drive(arguments) == 0
-    assert f"resuming from {copied / save.REPLACED / 'checkpoint' / 'step4'}" in capfd.readouterr().out
+    assert f"resuming from {copied / contents.REPLACED / 'checkpoint' / 'step4'}" in capfd.readouterr().out
     assert [line["step"] for line in metrics(copied)] == [3, 5, 6, 9, 10, 12, 12]
-    assert not (copied / save.REPLACED).exists()
+    assert not (copied / contents.REPLACED).exists()
     # The first checkpoint of the new run ends the old one.
     assert drive([*arguments[:-1], str(again), "--resume", "never"], stop_at=1) == 85
-    assert not (again / save.REPLACED).exists()
+    assert not (again / contents.REPLACED).exists()
     assert [p.name for p in (again / "checkpoint").glob("step*")] == ["step1"]
 
 
@@ -404,7 +403,7 @@ def test_moving_a_run_aside_may_be_stopped_anywhere(stopped, tmp_path, monkeypat
             with contextlib.suppress(Killed, OSError):
                 run_folder._put_back(folder, folder / "replaced")
             monkeypatch.setattr(os, "replace", replace)
-            found, error = restore._candidates("auto", folder)
+            found, error = contents._candidates("auto", folder)
             assert error is None and [path.name for path in found] == ["step4", "step2"]
             if (folder / "replaced").is_dir():
                 run_folder._put_back(folder, folder / "replaced")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_cmli.checkpoint import files, restore
+from ds_cmli.checkpoint import contents, files
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, generators, read_of_rank, read_shared
 from ds_cmli.checkpoint.weights import full_weights
@@ -80,11 +80,11 @@ def test_each_file_damaged_is_found_and_the_one_before_used(run, damage):
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        found = restore.find("auto", run)
+        found = contents.find("auto", run)
         assert found.path.name == "step1", name
         assert len(found.lines) == 1 and "step2 is damaged" in found.lines[0] and name in found.lines[0]
         (newest / name).write_bytes(whole)
-    assert restore.find("auto", run).path.name == "step2"
+    assert contents.find("auto", run).path.name == "step2"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step9", b"\xff\xfe", b"../step2"])
@@ -93,14 +93,14 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     pointer.unlink()
     if content is not None:
         pointer.write_bytes(content)
-    assert restore.find("auto", run).path.name == "step2"
+    assert contents.find("auto", run).path.name == "step2"
 
 
 def test_what_was_never_published_does_not_count(run, train_engine):
     root = run / "checkpoint"
     shutil.copytree(root / "step2", root / "step3")  # killed before the pointer was replaced
     shutil.copytree(root / "step2", root / "step4.writing")
-    assert restore.find("auto", run).path.name == "step2"
+    assert contents.find("auto", run).path.name == "step2"
     assert save(run, train_engine, 3).name == "step3.1"
     assert published(run) == ("step3.1", ["step2", "step3.1"])
 
@@ -109,9 +109,9 @@ def test_all_damaged_is_a_mistake_to_be_told(run):
     for state in run.glob("checkpoint/*/state.json"):
         flip(state)
     with pytest.raises(UserError, match=r"step1 is damaged: state.json does not match its checksum; there is no other"):
-        restore.find("auto", run)
-    assert restore.find("never", run) is None
-    assert restore.find("auto", run / "elsewhere") is None
+        contents.find("auto", run)
+    assert contents.find("never", run) is None
+    assert contents.find("auto", run / "elsewhere") is None
 
 
 def assert_untouched(run, before):

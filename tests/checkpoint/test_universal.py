@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.checkpoint import restore
+from ds_cmli.checkpoint import contents, restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
 from ds_cmli.checkpoint.weights import full_averages
@@ -67,20 +67,20 @@ class Setting:
         state.capture(sampler, bad)
         assert checkpoint.save(folder, train_engine, state, 1).error is None
         if record:
-            found = {**contents(train_engine), "losses": self.losses(train_engine)}
+            found = {**whole(train_engine), "losses": self.losses(train_engine)}
             if distributed.is_main():
                 torch.save(found, folder / "record.pt")
 
     def read(self, folder: Path, layout: Layout, **more) -> dict[str, float]:
         """Largest differences between what was written and what is there after loading, and in the next losses."""
         train_engine, ds_config = self.build(layout, **more)
-        found = restore.find("auto", folder)
+        found = contents.find("auto", folder)
         assert found is not None
         state = restore.state_of(found, self.config, ds_config, True, lambda line: None)
         sampler, bad = self.parts()
         sampler.load_state_dict(state.sampler)
         restore.load(found, state, train_engine, bad, False)
-        record, here = torch.load(folder / "record.pt"), contents(train_engine)
+        record, here = torch.load(folder / "record.pt"), whole(train_engine)
         assert here["shared"] == record["shared"]
         if distributed.is_main():
             assert not (found.path.parent / "universal.writing").exists()
@@ -99,7 +99,7 @@ class Setting:
         return [distributed.mean_over_ranks(train_engine(batch)[0].clone()).item() for batch in self.batches[2:]]
 
 
-def contents(train_engine) -> dict:
+def whole(train_engine) -> dict:
     """Everything that an update depends on, whole, whatever the layout. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 

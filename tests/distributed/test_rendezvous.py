@@ -104,9 +104,8 @@ def test_a_given_port_that_is_taken_ends_all_with_one_line(ranks, capfd):
         silent(stack, port)
         ranks.start(given(port, 0), given(port, 1))
         for _, _, said, seconds in ranks.told(2):
-            assert said == f"MASTER_PORT is {port}: in use on this machine; set it to a free one"
+            assert said.startswith(f"MASTER_PORT is {port}: ") and said.endswith("; set it to a free one")
             assert seconds < 30
-    assert "error" not in capfd.readouterr().err  # rank 0 tells it, where it leaves
 
 
 def test_another_runs_store_is_recognised_and_left_alone(ranks):
@@ -117,7 +116,8 @@ def test_another_runs_store_is_recognised_and_left_alone(ranks):
         time.sleep(0.5)
         own = {"LOCAL_SIZE": "2", "NAME": "second"}
         ranks.start(*(given(port, rank) | own | {"GROUP": str(os.getpgid(0))} for rank in (0, 1)))
-        assert all("in use on this machine" in said and seconds < 30 for _, _, said, seconds in ranks.told(2))
+        (_, _, of_first, _), (_, _, of_second, _) = ranks.told(2)
+        assert "in use on this machine" in of_first and "another program answers there" in of_second
         first.start(given(port, 1) | {"LOCAL_SIZE": "2", "GROUP": str(group), "NAME": "first"})
         assert [met for _, _, (met, _), _ in first.told(2)] == [["first", "first"]] * 2
 
@@ -164,7 +164,7 @@ def test_waiting_beside_torchrun_ends_where_asked_and_where_nobody_comes(monkeyp
         agents.set(rendezvous.SHARED, f"127.0.0.1 {free_port()} its-token")
     with pytest.raises(Asked):
         rendezvous.meet(START, stop)
-    message = ["only 1 of 2 ranks met at", "met no rank 0 within 0.5 s: see why"][rank]
+    message = ["only 1 of 2 ranks met at", "met no rank 0 at .* within 0.5 s: see why"][rank]
     if launcher in ("absent", "another program"):
         message = "did not reach the launcher at 127.0.0.1:"
     with pytest.raises(UserError, match=f"^(rank {rank} of 2 )?{message}[^\n]*$") as error:
