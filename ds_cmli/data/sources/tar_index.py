@@ -1,14 +1,12 @@
 """The index of tar shards: built once, kept in the cache, and shared as a memory-mapped file.
 
-There is one index per folder. It holds the rows of all shards of that folder that were ever
-requested; a shard is indexed again if it has changed. Damage of the index is found by the digests
-of its files.
+There is one index per folder, a line of JSON and the rows of all shards of that folder that were
+ever requested; a shard is indexed again if it has changed. Damage is found by the file's digest.
 """
 
 import hashlib
 import json
 import os
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -20,8 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.sources.tar_members import BLOCK, ROW, NotRead, scan
 
-VERSION = 2
-KEPT_SECONDS = 7 * 86400  # how long the rows of a replaced index are kept
+VERSION = 3
 TELL_SECONDS = 30  # time between two lines of progress
 
 
@@ -37,17 +34,8 @@ class Shard(TypedDict):
     count: int  # its number of rows
 
 
-class Index(TypedDict):
-    """The JSON of an index."""
-
-    version: int
-    rows: str  # the file of the rows
-    shards: dict[str, Shard]
-
-
 class Indexed(NamedTuple):
-    rows: Path  # an .npy file of `ROW`
-    spans: list[tuple[int, int]]  # each shard's first row and number of rows in it
+    rows: list[np.ndarray]  # `ROW` [n] of each shard, memory-mapped
     bad: list[Bad]  # the samples that cannot be used
     not_read: NotRead
 
@@ -61,14 +49,17 @@ def index(shards: list[Path]) -> Indexed:
     folder = os.path.realpath(shards[0].parent)
     home = cache_folder() / "tar-index"
     name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:24]
-    table = _fresh(home / f"{name}.json", shards)
-    if table is None:
+    path = home / f"{name}.index"
+    entries, rows = _read(path)
+    if not _is_fresh(entries, rows, shards):
         with locked(home, f"{name}.lock", f"the index of {folder}"):
-            table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
-    found = Indexed(home / table["rows"], [], [], {})
+            if not _is_fresh(*_read(path), shards):
+                _make(path, shards)
+        entries, rows = _read(path)
+    found = Indexed([], [], {})
     for shard in shards:
-        entry = table["shards"][shard.name]
-        found.spans.append((entry["first"], entry["count"]))
+        entry = entries[shard.name]
+        found.rows.append(_own(entry, rows))
         found.bad.extend((file, reason) for file, reason in entry["bad"])  # JSON gives lists
         add_not_read(found.not_read, entry["not_read"])
     return found
@@ -88,24 +79,33 @@ def _status(shard: Path) -> os.stat_result:
         raise UserError(f"{shard} cannot be read ({error.strerror})") from None
 
 
-def _read(path: Path) -> tuple[Index, np.ndarray]:
-    """Read an index and its rows, `ROW` [n]; both are empty if one of the files is damaged."""
+def _read(path: Path) -> tuple[dict[str, Shard], np.ndarray]:
+    """Read an index and its rows, `ROW` [n]; both are empty if it is damaged."""
     if is_sealed(path):
-        table = json.loads(path.read_bytes()[:-DIGEST_BYTES])
-        rows = path.parent / table["rows"]
-        if table["version"] == VERSION and is_sealed(rows):
-            return table, np.load(rows, mmap_mode="r")
-    return Index(version=VERSION, rows="", shards={}), np.zeros(0, ROW)
+        with open(path, "rb") as file:
+            table = json.loads(file.readline())
+            start = file.tell()
+            count = (file.seek(0, os.SEEK_END) - DIGEST_BYTES - start) // ROW.itemsize
+            rows = np.zeros(0, ROW)
+            if count:
+                rows = np.memmap(file, ROW, "r", start, (count,))
+            if table["version"] == VERSION:
+                return table["shards"], rows
+    return {}, np.zeros(0, ROW)
 
 
-def _fresh(path: Path, shards: list[Path]) -> Index | None:
-    """The table if it holds the present state of all shards, else None."""
-    table, rows = _read(path)
+def _own(entry: Shard, rows: np.ndarray) -> np.ndarray:
+    """The rows of a shard."""
+    return rows[entry["first"] : entry["first"] + entry["count"]]
+
+
+def _is_fresh(entries: dict[str, Shard], rows: np.ndarray, shards: list[Path]) -> bool:
+    """Whether an index holds the present state of all shards."""
     for shard in shards:
-        entry = table["shards"].get(shard.name)
+        entry = entries.get(shard.name)
         if entry is None or not _is_present(shard, entry, rows):
-            return None
-    return table
+            return False
+    return True
 
 
 def _is_present(shard: Path, entry: Shard, rows: np.ndarray) -> bool:
@@ -117,8 +117,9 @@ def _is_present(shard: Path, entry: Shard, rows: np.ndarray) -> bool:
     status = _status(shard)
     if entry["state"] != [status.st_size, status.st_mtime_ns]:
         return False
-    own = rows[entry["first"] : entry["first"] + entry["count"]]
-    return entry["changed"] == status.st_ctime_ns or entry["headers"] == _headers(shard, own)
+    if entry["changed"] == status.st_ctime_ns:
+        return True
+    return entry["headers"] == _headers(shard, _own(entry, rows))
 
 
 def _headers(shard: Path, rows: np.ndarray) -> str:
@@ -133,17 +134,17 @@ def _headers(shard: Path, rows: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def _make(home: Path, name: str, shards: list[Path]) -> Index:
+def _make(index: Path, shards: list[Path]) -> None:
     """Scan new and changed shards and write the index; the old index is replaced atomically."""
-    old, before = _read(home / f"{name}.json")
+    old, before = _read(index)
     folder = shards[0].parent
     entries: dict[str, Shard] = {}
     parts: dict[str, np.ndarray] = {}
-    for shard, entry in old["shards"].items():
+    for shard, entry in old.items():
         path = folder / shard
         if path.is_file() and _is_present(path, entry, before):
             entries[shard] = entry
-            parts[shard] = before[entry["first"] : entry["first"] + entry["count"]]
+            parts[shard] = _own(entry, before)
     new = [shard for shard in shards if shard.name not in entries]
     size = sum(_status(shard).st_size for shard in new)
     # One rank does it.
@@ -174,16 +175,10 @@ def _make(home: Path, name: str, shards: list[Path]) -> Index:
     for shard, rows in parts.items():
         entries[shard]["first"] = count
         count += len(rows)
-    handle, file = tempfile.mkstemp(prefix=f"{name}-", suffix=".npy", dir=home)
-    with open(handle, "wb") as out:
-        np.save(out, np.concatenate(list(parts.values())))
-    seal(Path(file))
-    table = Index(version=VERSION, rows=Path(file).name, shards=entries)
-    temporary = home / f"{name}.tmp"
-    temporary.write_text(json.dumps(table))
+    temporary = index.with_suffix(".tmp")
+    with open(temporary, "wb") as out:
+        out.write(json.dumps({"version": VERSION, "shards": entries}).encode() + b"\n")
+        for rows in parts.values():
+            out.write(rows.tobytes())
     seal(temporary)
-    os.replace(temporary, home / f"{name}.json")
-    for former in home.glob(f"{name}-*.npy"):  # a process that just starts may still open one
-        if former.name != table["rows"] and time.time() - former.stat().st_mtime > KEPT_SECONDS:
-            former.unlink()
-    return table
+    os.replace(temporary, index)

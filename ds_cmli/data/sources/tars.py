@@ -5,7 +5,6 @@ import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -19,7 +18,7 @@ from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, sampled, unused, usable
 from ds_cmli.data.sources.find import part_of
-from ds_cmli.data.sources.tar_index import add_not_read, index
+from ds_cmli.data.sources.tar_index import Indexed, add_not_read, index
 from ds_cmli.data.sources.tar_members import BLOCK, NotRead
 
 # Keys that are searched in a sample's .json if it has no .txt.
@@ -63,36 +62,31 @@ class Tars(Source):
     def __init__(self, where: str, shards: list[Path], config: DataConfig):
         self.where, self.shards, self.caption_key = where, shards, config.caption_key
         self.most_bytes = most_bytes(config.max_pixels)
-        # The file of each shard's rows and its first row there; `starts` has its first sample in
-        # this source.
-        self.rows: list[tuple[Path, int]] = []
         self.bad: list[Bad] = []
-        counts: list[int] = []
         self.members_not_read: NotRead = {}
-        for _, group in groupby(shards, key=lambda shard: shard.parent):
-            indexed = index(list(group))
-            for first, count in indexed.spans:
-                self.rows.append((indexed.rows, first))
-                counts.append(count)
+        for indexed in self._index():
             self.bad += indexed.bad
             add_not_read(self.members_not_read, indexed.not_read)
-        self.starts = [0, *accumulate(counts)]
-        self._reset()
-
-    def _reset(self) -> None:
-        self._maps: dict[Path, np.ndarray] = {}
+        self.starts = [0, *accumulate(map(len, self.rows))]  # each shard's first sample
         # Shard -> file descriptor, in order of use.
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         """The state for another process, without memory maps and open files: it opens its own."""
-        state = dict(vars(self))
-        del state["_maps"], state["_open"]
-        return state
+        return {**vars(self), "rows": [], "_open": OrderedDict()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
-        self._reset()
+        self._index()
+
+    def _index(self) -> list[Indexed]:
+        """Map the rows of each shard; returns what else is indexed of each folder."""
+        folders = groupby(self.shards, key=lambda shard: shard.parent)
+        found = [index(list(shards)) for _, shards in folders]
+        self.rows: list[np.ndarray] = []
+        for indexed in found:
+            self.rows += indexed.rows
+        return found
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -168,7 +162,7 @@ class Tars(Source):
         sizes = {os.path.relpath(shard, base): shard.stat().st_size for shard in self.shards}
         # A shard is padded: its size often stays where the sizes of its members change.
         members = hashlib.blake2b(digest_size=8)
-        for rows in self._shard_rows():
+        for rows in self.rows:
             members.update(rows.tobytes())
         return {
             "pictures": len(self),
@@ -183,29 +177,21 @@ class Tars(Source):
 
     def caption_counts(self) -> np.ndarray | None:
         """One caption for each .txt; how many a .json holds is not known."""
-        if self.caption_key or not all((rows["text"] > 0).all() for rows in self._shard_rows()):
+        if self.caption_key or not all((rows["text"] > 0).all() for rows in self.rows):
             return None
         return np.ones(len(self), dtype=np.int64)
 
     def caption_bytes(self) -> np.ndarray:
         """The sizes of the .txt and .json: the latter hold the caption and more."""
         found = []
-        for rows in self._shard_rows():
+        for rows in self.rows:
             as_text = (rows["text"] > 0) & (not self.caption_key)
             found.append(np.where(as_text, rows["text_size"], rows["json_size"]).astype(np.int64))
         return np.concatenate(found)
 
-    def _shard_rows(self) -> Iterator[np.ndarray]:
-        counts = np.diff(self.starts).tolist()
-        for (file, first), count in zip(self.rows, counts, strict=True):
-            yield np.load(file, mmap_mode="r")[first : first + count]
-
     def _row(self, index: int) -> tuple[int, np.void]:
         shard = bisect_right(self.starts, index) - 1
-        file, first = self.rows[shard]
-        if file not in self._maps:
-            self._maps[file] = np.load(file, mmap_mode="r")
-        return shard, self._maps[file][first + index - self.starts[shard]]
+        return shard, self.rows[shard][index - self.starts[shard]]
 
     def _bytes(self, shard: int, row: np.void, field: str) -> bytes:
         size = int(row[f"{field}_size"])
