@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 _INHERITED = object()
@@ -18,21 +17,27 @@ _INHERITED = object()
 
 @dataclass(frozen=True)
 class Patch:
-    owner: str  # "module" or "module:Class"
-    attributes: str  # names, by blanks; those that the installed version has are replaced
+    owners: str  # "module" or "module:Class", by blanks
+    attributes: str  # names, by blanks; those that an owner has are replaced
     reason: str
     added: bool = False  # also where the installed version has them not
 
     def targets(self) -> list[tuple[object, str]]:
-        """The pairs (owner, attribute) that are there; raises `AttributeError` if none is."""
-        module, _, path = self.owner.partition(":")
-        owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
-        found: list[tuple[object, str]] = [
-            (owner, name) for name in self.attributes.split() if self.added or hasattr(owner, name)
-        ]
-        if not found:
-            raise AttributeError(f"{self.owner} has none of {self.attributes}")
-        return found
+        """The pairs (owner, attribute) to replace.
+
+        Raises `AttributeError` if an owner has none.
+        """
+        out: list[tuple[object, str]] = []
+        for place in self.owners.split():
+            module, _, name = place.partition(":")
+            owner = importlib.import_module(module)
+            if name:
+                owner = getattr(owner, name)
+            names = [name for name in self.attributes.split() if self.added or hasattr(owner, name)]
+            if not names:
+                raise AttributeError(f"{place} has none of {self.attributes}")
+            out += [(owner, name) for name in names]
+        return out
 
 
 ZERO = "deepspeed.runtime.zero"
@@ -75,6 +80,7 @@ set_rng_state_all initial_seed
 CUDA_MEMORY = """
 memory_stats mem_get_info empty_cache reset_peak_memory_stats reset_accumulated_memory_stats
 reset_max_memory_allocated reset_max_memory_cached set_per_process_memory_fraction
+_record_memory_history _dump_snapshot _snapshot
 """
 PATCHES = {
     "timm: loaded keys": Patch(
@@ -119,12 +125,9 @@ PATCHES = {
         "It takes class tokens and tables of position biases for matrices.",
     ),
     "deepspeed: compiled updates": Patch(
-        "deepspeed.runtime.zero.muon.original_muon",
+        f"{ZERO}.muon.original_muon {ZERO}.muon.muon_optimizer",
         "muon_update zeropower_via_newtonschulz5 zeropower_via_gram_newtonschulz",
         _COMPILES,
-    ),
-    "deepspeed: compiled updates without ZeRO": Patch(
-        "deepspeed.runtime.zero.muon.muon_optimizer", "muon_update", _COMPILES
     ),
     "deepspeed: ranks compared": Patch(
         f"{ZERO}.utils", "assert_lst_len_same_as_other_ranks", _READS_VALUES
@@ -144,11 +147,8 @@ PATCHES = {
         "flatten_dense_tensors_aligned",
         "It flattens on the host if the device has no room; in a prediction both have type cpu.",
     ),
-    "deepspeed: norms in stage_1_and_2": Patch(
-        f"{ZERO}.stage_1_and_2", "mask_nan_or_inf_with_val_inplace", _WAITS
-    ),
-    "deepspeed: norms in stage3": Patch(
-        f"{ZERO}.stage3", "mask_nan_or_inf_with_val_inplace", _WAITS
+    "deepspeed: norms": Patch(
+        f"{ZERO}.stage_1_and_2 {ZERO}.stage3", "mask_nan_or_inf_with_val_inplace", _WAITS
     ),
     "deepspeed: norm asked again": Patch(f"{ZERO}.stage_1_and_2", "is_invalid_grad_norm", _WAITS),
     "deepspeed: device has fp16": Patch(ACCELERATOR, "is_fp16_supported", _ASKS_HERE),
@@ -182,15 +182,13 @@ PATCHES = {
         "cpu",
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
-    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS + CUDA_RANDOM + CUDA_MEMORY, _NO_GPU),
-    "torch: GPU's random numbers": Patch("torch.cuda.random", CUDA_RANDOM, _NO_GPU),
+    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS, _NO_GPU),
+    "torch: GPU's random numbers": Patch("torch.cuda torch.cuda.random", CUDA_RANDOM, _NO_GPU),
     "torch: GPU's memory": Patch(
-        "torch.cuda.memory",
-        CUDA_MEMORY + "_record_memory_history _dump_snapshot _snapshot",
+        "torch.cuda torch.cuda.memory torch.accelerator torch.accelerator.memory",
+        CUDA_MEMORY,
         _NO_GPU,
     ),
-    "torch: accelerator": Patch("torch.accelerator", CUDA_MEMORY, _NO_GPU),
-    "torch: accelerator's memory": Patch("torch.accelerator.memory", CUDA_MEMORY, _NO_GPU),
     "torch: GPU's own functions": Patch(
         "torch._C",
         "_cuda_attach_out_of_memory_observer _cuda_getCurrentRawStream",
@@ -245,9 +243,8 @@ PATCHES = {
         "torch.distributed.distributed_c10d", "default_pg_nccl_timeout", _NO_GPU
     ),
     "torch: times of DDP": Patch("torch.distributed:Logger", "set_runtime_stats_and_log", _NO_GPU),
-    "torch: objects of ranks": Patch("torch.distributed", OBJECTS, _WAITS_FOR_RANKS),
-    "torch: objects of ranks, in their module": Patch(
-        "torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
+    "torch: objects of ranks": Patch(
+        "torch.distributed torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
     ),
     "torch: shapes of sharded results": Patch(
         "torch.distributed.tensor._sharding_prop:ShardingPropagator",
@@ -271,19 +268,15 @@ PATCHES = {
     "torch: device of a loaded tensor": Patch(
         "torch._utils", "_restore_device_fake_mode", "A dispatch mode does not see these tensors."
     ),
-    "torch: state of random numbers": Patch("torch", "set_rng_state", _NO_DATA),
-    "torch: state of random numbers, its home": Patch("torch.random", "set_rng_state", _NO_DATA),
+    "torch: state of random numbers": Patch("torch torch.random", "set_rng_state", _NO_DATA),
     "safetensors: loading": Patch(
         "safetensors.torch", "load_file", "It writes to tensors at their addresses."
     ),
     "safetensors: saving": Patch(
         "safetensors.torch", "save_file", "It reads tensors at their addresses."
     ),
-    "torch: types for all parameters at once in optimizers": Patch(
-        "torch.optim.optimizer", "_foreach_supported_types", _NO_DATA
-    ),
     "torch: types for all parameters at once": Patch(
-        "torch.utils._foreach_utils", "_foreach_supported_types", _NO_DATA
+        "torch.optim.optimizer torch.utils._foreach_utils", "_foreach_supported_types", _NO_DATA
     ),
     "torch: messages": Patch(
         "torch.distributed",

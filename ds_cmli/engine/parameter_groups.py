@@ -135,7 +135,6 @@ def tagged_for_muon(groups: list[JsonObject]) -> Iterator[None]:
             parameter.use_muon = id(parameter) in matrices  # type: ignore[attr-defined]
 
     uncompiled_for_good("deepspeed: compiled updates")
-    uncompiled_for_good("deepspeed: compiled updates without ZeRO")
     with patched("deepspeed: matrices for Muon", lambda _: tag):
         yield
 

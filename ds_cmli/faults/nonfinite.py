@@ -40,8 +40,7 @@ def attach(engine: "DeepSpeedEngine") -> None:
     """
     optimizer: Optimizer = engine.optimizer
     _clear_padding(engine)
-    for module in ("stage_1_and_2", "stage3"):
-        patch_for_good(f"deepspeed: norms in {module}", _mask_on_device)
+    patch_for_good("deepspeed: norms", _mask_on_device)
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones

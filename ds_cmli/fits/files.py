@@ -38,8 +38,7 @@ def without_values(left_out: Counter[str], recorder: Recorder) -> Iterator[None]
         stack.enter_context(patched("torch: device of a loaded tensor", recorded))
         stack.enter_context(patched("torch: saving", partial(_saving, left_out)))
         stack.enter_context(patched("torch: loading", _loading))
-        for name in ("torch: state of random numbers", "torch: state of random numbers, its home"):
-            stack.enter_context(patched(name, _setting))
+        stack.enter_context(patched("torch: state of random numbers", _setting))
         if find_spec("safetensors") is not None:
             write = partial(_saving_safetensors, left_out)
             stack.enter_context(patched("safetensors: saving", write))

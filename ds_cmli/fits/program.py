@@ -40,14 +40,7 @@ WITHOUT_DATA = (
     GuardOnDataDependentSymNode,
     UnsupportedOperatorException,
 )
-OF_GPU = (
-    "GPU",
-    "GPU's memory",
-    "GPU's random numbers",
-    "accelerator",
-    "accelerator's memory",
-    "GPU's own functions",
-)
+OF_GPU = ("GPU", "GPU's memory", "GPU's random numbers", "GPU's own functions")
 
 
 @dataclass
@@ -139,7 +132,6 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
         "torch: loading processes": lambda _: InThisProcess,
-        "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
     }
     with ExitStack() as stack:

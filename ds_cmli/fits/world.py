@@ -65,8 +65,7 @@ class World:
                 stack.enter_context(environment(self._variables(self.size)))
             for name, replacement in replacements.items():
                 stack.enter_context(patched(name, replacement))
-            for name in ("torch: objects of ranks", "torch: objects of ranks, in their module"):
-                stack.enter_context(patched_each(name, objects))
+            stack.enter_context(patched_each("torch: objects of ranks", objects))
             yield
             if dist.is_initialized():
                 dist.destroy_process_group()
