@@ -59,9 +59,9 @@ class Asked:
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option(
-    "--data", "source", default=None, help="As of a training.  [default: the first run's own]"
+    "--data", "source", default=None, help="Data as in training.  [default: the first run's]"
 )
-@click.option("--split", default=None, help="Which held-out part.  [default: the first]")
+@click.option("--split", default=None, help="Held-out part.  [default: the first]")
 @click.option(
     "--pairs",
     default=None,
@@ -69,12 +69,10 @@ class Asked:
     help="Numbers of pairs: each picture with its first caption, then each with its second.  "
     "[default: the first four]",
 )
-@click.option("--image", default=None, help="A picture's file instead of --pairs; needs --text.")
+@click.option("--image", default=None, help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", default=None, help="The text for --image.")
-@click.option("--output", default="match-maps.html", show_default=True, help="The page.")
-@click.option(
-    "--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder."
-)
+@click.option("--output", default="match-maps.html", show_default=True, help="HTML page to write.")
+@click.option("--pictures", default=None, metavar="FOLDER", help="Folder for a PNG of each pair.")
 def command(**options: Any) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
     asked = Asked(**options)

@@ -52,7 +52,7 @@ WHAT = (
     _what(
         "--losses",
         "loss.weights",
-        f"Of {', '.join(LOSSES)}; NAME or NAME=WEIGHT, by comma.  [preset]",
+        f"NAME or NAME=WEIGHT, by comma, of {', '.join(LOSSES)}.  [preset]",
     ),
     _what("--image-backbone", "student.image_backbone", _described(IMAGE)),
     _what("--text-backbone", "student.text_backbone", _described(TEXT)),
@@ -71,8 +71,7 @@ WHAT = (
         "settings",
         multiple=True,
         metavar="SECTION.SETTING=VALUE",
-        help="Any other setting, as --dry-run prints them; for instance student.layers=4. "
-        "Repeatable.",
+        help="Any setting of docs/settings.md, for instance student.layers=4. Repeatable.",
     ),
     _data(
         "--data",
@@ -83,27 +82,27 @@ WHAT = (
         metavar="WHAT",
     ),
     _data(
-        "--val-data", "data.val_source", "What to evaluate on.  [a part of --data]", metavar="WHAT"
+        "--val-data", "data.val_source", "Data to evaluate on.  [a part of --data]", metavar="WHAT"
     ),
     _data(
         "--image-root",
         "data.image_root",
-        f"Folder of the images that a {source_kinds('or', 'image_root')} names.  [its own]",
+        f"Folder of the images that a {source_kinds('or', 'image_root')} names.  [the list's]",
     ),
-    _data("--csv-separator", "data.separator", "Between columns.  [found]"),
+    _data("--csv-separator", "data.separator", "Separator of columns.  [detected]"),
     _data(
         "--csv-img-key",
         "data.image_key",
-        f"Column of the image, in {source_kinds('and', 'image_key')}.  [found]",
+        f"Column of the image, in {source_kinds('and', 'image_key')}.  [detected]",
     ),
     _data(
         "--csv-caption-key",
         "data.caption_key",
-        f"Column of the caption, in {source_kinds('and', 'caption_key')}.  [found]",
+        f"Column of the caption, in {source_kinds('and', 'caption_key')}.  [detected]",
     ),
     _data("--workers", "data.workers", "Data loading processes per rank.  [preset]", type=int),
-    _length("--steps", "optim.steps", "Optimizer steps.  [preset]", type=int),
-    _length("--epochs", "optim.epochs", "Instead of --steps.  [preset]", type=float),
+    _length("--steps", "optim.steps", "Number of optimizer steps.  [preset]", type=int),
+    _length("--epochs", "optim.epochs", "Epochs, instead of --steps.  [preset]", type=float),
     _length(
         "--micro-batch",
         "optim.micro_batch",
@@ -111,11 +110,11 @@ WHAT = (
         type=int,
     ),
     _length("--lr", "optim.lr", 'Learning rate, where the JSON says "auto".  [preset]', type=float),
-    _length("--seed", "run.seed", "Of weights, data order and scenes.  [0]", type=int),
+    _length("--seed", "run.seed", "Seed of weights, data order and scenes.  [0]", type=int),
     _length(
         "--deterministic",
         "run.deterministic",
-        "The same bits again on the same kind of device, for some of its speed.",
+        "Reproduce every bit on the same kind of device; slower on a GPU.",
         is_flag=True,
         default=None,
     ),
@@ -123,14 +122,14 @@ WHAT = (
         "DeepSpeed",
         "--deepspeed_config",
         default=str(DEFAULT_JSON),
-        help="The JSON.  [ds_configs/zero2.json]",
+        help="DeepSpeed's JSON.  [ds_configs/zero2.json]",
     ),
 )
 OUTPUT = (
     _output(
         "--output-dir",
         "run.output_dir",
-        "Where the run is written.  [runs/<preset>-<date and time>]",
+        "Folder of the run.  [runs/<preset>-<date and time>]",
     ),
     _output("--log-every", "run.log_every", "Log every so many steps.  [preset]", type=int),
     _output(
@@ -148,10 +147,10 @@ OUTPUT = (
     _checkpoints(
         "--save-minutes",
         "run.save_minutes",
-        "Minutes since the last one; 0: by steps alone.  [15]",
+        "Minutes between checkpoints; 0: by steps alone.  [15]",
         type=float,
     ),
-    _checkpoints("--keep", "run.keep", "Checkpoints that stay.  [2]", type=int),
+    _checkpoints("--keep", "run.keep", "Number of newest checkpoints to keep.  [2]", type=int),
 )
 START = (
     option(
@@ -160,19 +159,19 @@ START = (
         default="auto",
         show_default=True,
         metavar="auto|never|PATH",
-        help="auto: go on with the run that --output-dir holds. PATH: start from another one.",
+        help="auto: resume the run in --output-dir. never: start over. PATH: resume another run.",
     ),
     option(
         "Checkpoints",
         "--resume-with-changes",
         is_flag=True,
-        help="Also where settings differ from the run's.",
+        help="Resume even if settings differ from the run's.",
     ),
     option(
         "Checkpoints",
         "--resume-report",
         is_flag=True,
-        help="Say what --output-dir holds and how this start would go on, or why not, and stop.",
+        help="Print what --output-dir holds and how this start would resume it, or why not; stop.",
     ),
     option(
         "Profiling",

@@ -60,50 +60,50 @@ class Asked:
 @what(
     "--ema",
     is_flag=True,
-    help="Of the averaged weights (optim.ema_decay), in place of the last ones.",
+    help="Use the averaged weights (optim.ema_decay), not the last ones.",
 )
-@what("--batch-size", default=50, show_default=True, help="Pictures or captions a step.")
+@what("--batch-size", default=50, show_default=True, help="Pictures or captions per batch.")
 @what("--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @what("--json", "json_file", help="Write the metrics to this file too.")
 @retrieval(
     "--data",
     "source",
-    help="As in training: 'demo', a folder, tars, COCO's JSON, ...; data without a validation part "
-    "is taken whole.  [the run's own]",
+    help="Data as in training: 'demo', a folder, tars, COCO's JSON, ...; without a validation part "
+    "it is used whole.  [the run's own]",
 )
 @retrieval("--image-root", help="Folder of the images that a list names, and those of --boxes.")
 @retrieval(
     "--split",
     type=click.Choice(SPLITS),
-    help="Of --data and --boxes: what training holds out, the test part (Karpathy's), or all there "
-    "is.  [the run's]",
+    help="Part of --data and --boxes: val: what training holds out; test: Karpathy's test part; "
+    "all.  [the run's]",
 )
 @retrieval(
     "--fold-size",
     type=int,
     metavar="PICTURES",
-    help="Retrieval within folds of so many pictures too, averaged over them: 1000 for COCO 1k.",
+    help="Also average retrieval over folds of so many pictures: 1000 for COCO 1k.",
 )
 @zero_shot(
     "--zero-shot",
     metavar="FOLDER",
-    help="Instead: classify the pictures in a folder of class folders, a .tar of such, or "
+    help="Classify the pictures of a folder of class folders instead, of a .tar of such, or of "
     "hfds/NAME.",
 )
 @zero_shot(
     "--class-names",
     metavar="FILE",
-    help="A name a line in the order of the folders', or JSON {folder: name}.  [the folders' "
+    help="One name per line in the order of the folders, or JSON {folder: name}.  [the folders' "
     "names]",
 )
 @zero_shot(
-    "--templates", metavar="FILE", help="A prompt a line with {} for the name.  [seven of CLIP's]"
+    "--templates", metavar="FILE", help="Prompts with {} for the name, by line.  [seven of CLIP's]"
 )
 @option(
     "Pointing game",
     "--boxes",
     metavar="FOLDER",
-    help="Instead: pointing-game accuracy on Flickr30k Entities, a folder with Annotations/ and "
+    help="Play the pointing game on Flickr30k Entities instead, a folder with Annotations/ and "
     "Sentences/.",
 )
 def command(json_file: str | None, **options: Any) -> None:

@@ -23,20 +23,20 @@ get_text_features and get_image_features."""
 @click.command()
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
-@click.option("--tokenizer", default=None, help="In place of the run's.")
+@click.option("--tokenizer", default=None, help="Tokenizer to use instead of the run's.")
 @click.option(
-    "--ema", is_flag=True, help="The averaged weights (optim.ema_decay), in place of the last ones."
+    "--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay), not the last ones."
 )
 @click.option(
     "--onnx/--no-onnx",
     default=None,
-    help="Both towers as ONNX.  [default: where the extra 'export' is installed]",
+    help="Also write both towers as ONNX.  [default: where the extra 'export' is installed]",
 )
 @click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
-    help="Evaluate what was exported, for the card.",
+    help="Evaluate the exported model for its card.",
 )
 @click.option("--push", metavar="NAME", help="Upload DIR to the Hugging Face Hub as NAME.")
 def command(

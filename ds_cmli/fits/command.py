@@ -52,12 +52,12 @@ class ProgramCommand(GroupedCommand):
     context_settings={"help_option_names": ["-h", "--help"]},
     options_metavar="[OPTIONS] --",
 )
-@option("Device", "--gpu", help="A listed GPU.  [all are compared, with an A100's operators]")
+@option("Device", "--gpu", help="GPU by name.  [all are compared, with an A100's operators]")
 @option("Device", "--limit", metavar="SIZE", help="A device's memory: 24GB (10^9 bytes) or 22GiB.")
-@option("Program", "--steps", type=click.IntRange(1), default=2, show_default=True)
-@option("Program", "--fit", is_flag=True, help="Find the largest number at {} in its arguments.")
-@option("Program", "--world-size", type=click.IntRange(1), help="Ranks; it runs as one of them.")
-@option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True)
+@option("Program", "--steps", type=click.IntRange(1), default=2, show_default=True, help="To run.")
+@option("Program", "--fit", is_flag=True, help="Find the largest number that fits in place of {}.")
+@option("Program", "--world-size", type=click.IntRange(1), help="Number of ranks.  [no launcher]")
+@option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True, help="Its rank.")
 @option(
     "Program",
     "--engine",
@@ -66,9 +66,9 @@ class ProgramCommand(GroupedCommand):
     show_default=True,
     help="fake: tensors without data; null: the CUDA build of torch on the null GPU.",
 )
-@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
+@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="Figures in bytes.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-@option("Files", "--plot", type=click.Path(dir_okay=False), help="A picture: .png or .svg.")
+@option("Files", "--plot", type=click.Path(dir_okay=False), help="Picture: .png or .svg.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT|-m MODULE [ARGS]...")
 def command(
     gpu: str | None,
@@ -80,7 +80,7 @@ def command(
     program: tuple[str, ...],
     **named: str | None,
 ) -> int:
-    """Tell whether a PyTorch program's training fits on a GPU, without one."""
+    """Predict whether a PyTorch program's training fits on a GPU, without one."""
     if gpu and limit:
         raise UserError(f"--gpu is {gpu!r} and --limit {limit!r}: give one of them")
     if not program or program == ("-m",):

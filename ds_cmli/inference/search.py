@@ -54,22 +54,22 @@ class Asked:
     metavar="RUN",
     help="A run's folder.  [default: the index's own]",
 )
-@click.option("-k", "k", default=10, show_default=True, help="Results of each text.")
+@click.option("-k", "k", default=10, show_default=True, help="Number of results per text.")
 @click.option(
     "--candidates",
     default=None,
     type=int,
-    help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and "
+    help="How many of the best by global score CMLI orders.  [default: 200; all of up to 2000, and "
     "for a model without a global loss]",
 )
-@click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
+@click.option("--batch-size", default=32, show_default=True, help="Pictures per batch.")
 @click.option(
     "--page",
     default=None,
     metavar="FILE",
     help="Write the results with their pictures as an HTML page.",
 )
-@click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per text.")
 def command(**arguments: Any) -> None:
     """Search an index of pictures by text."""
     asked = Asked(**arguments)

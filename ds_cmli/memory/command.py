@@ -45,20 +45,20 @@ CPU = "cpu"
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Ranks.",
+    help="Number of ranks.",
 )
 @option(
     "Prediction",
     "--checkpointing",
     type=click.Choice(["on", "off"]),
-    help="Of activations.  [the JSON's]",
+    help="Activation checkpointing.  [the JSON's]",
 )
 @option(
     "Prediction",
     "--gpu",
     "--card",
     "gpu",
-    help="Whose context, workspace and NCCL buffers are added; cpu: predict a training on this "
+    help="GPU whose context, workspace and NCCL buffers are added; cpu: predict for this "
     "machine's CPU.  [RTX 3090 24GB]",
 )
 @option(
@@ -66,14 +66,14 @@ CPU = "cpu"
     "--sweep",
     multiple=True,
     metavar="AXES",
-    help="A grid over batch, world or stage, by comma, each with or without values: "
+    help="Predict a grid over batch, world and stage, each with or without values: "
     "batch=64,128,world,stage.",
 )
 @option(
     "Questions",
     "--fit",
     metavar="SIZE|GPU",
-    help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a GPU's name.",
+    help="Find the largest micro-batch that fits 24GB (10^9 bytes), 22GiB, or a GPU's name.",
 )
 @option(
     "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."

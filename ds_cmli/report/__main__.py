@@ -23,7 +23,7 @@ SHARES = ("time/", "mfu")  # columns that are shares
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
-@click.option("--output", default="report.html", show_default=True, help="The file to write.")
+@click.option("--output", default="report.html", show_default=True, help="HTML page to write.")
 def command(runs: tuple[str, ...], output: str) -> None:
     """Write one page about runs; those that differ by their seed alone count as one, with standard
     errors."""
