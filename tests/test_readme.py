@@ -3,17 +3,16 @@
 A command that is new or changed fails here until it is entered in one of the tables.
 """
 
-import contextlib
 import os
 import re
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from docs import settings
@@ -315,28 +314,27 @@ def test_a_training_as_it_stands(line, place):
     env = environment() | {"MASTER_PORT": str(free_port())}
     started = subprocess.Popen(
         ["bash", "-c", f"exec {line}"], cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
+        text=True,
     )  # fmt: skip
     assert started.stdout is not None
     printed = ""
     for text in started.stdout:
         printed += text
         if text.startswith("parameters:"):
-            for pid in ranks_of(os.getpgid(started.pid)):
-                os.kill(pid, signal.SIGTERM)
+            for rank in ranks_of(started.pid):
+                rank.terminate()
     started.wait(60)
     assert "parameters:" in printed and "\nstopped " in printed, printed
 
 
-def ranks_of(group: int) -> list[int]:
-    """The processes of a group that run `train.py` themselves, and not a launcher of it."""
+def ranks_of(launcher: int) -> list[psutil.Process]:
+    """The processes from a launcher down that run `train.py` themselves."""
     found = []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError, ProcessLookupError):
-            words = (entry / "cmdline").read_text().split("\0")
-            script = next((word for word in words[1:] if not word.startswith("-")), "")
-            if os.getpgid(int(entry.name)) == group and script.endswith("ds_cmli/train.py"):
-                found.append(int(entry.name))
+    process = psutil.Process(launcher)
+    for each in (process, *process.children(recursive=True)):
+        script = next((word for word in each.cmdline()[1:] if not word.startswith("-")), "")
+        if script.endswith("ds_cmli/train.py"):
+            found.append(each)
     return found
 
 
