@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.common import native
-from ds_cmli.common.cache import cache_folder
+from ds_cmli.common.cache import cache_folder, library
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
 from tests.data.sources.samples import build, members, picture, tar
@@ -106,7 +105,7 @@ def test_a_compiled_library(tmp_path, cache):
 
     def read():
         copy = tmp_path / f"{next(copies)}.so"  # the loader keeps a library that it has read
-        shutil.copy(native.library(source, ["-O1"]), copy)
+        shutil.copy(library(source, ["-O1"]), copy)
         return ctypes.CDLL(str(copy)).seven()
 
     campaign(lambda: list((cache / "native").glob("*.so")), read, CASES // 2)

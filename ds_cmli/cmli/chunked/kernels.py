@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.chunked.packed import ArgmaxIndices, PackedBatch
+from ds_cmli.common.cache import library
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.native import library
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 OPTIONS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fopenmp"]
