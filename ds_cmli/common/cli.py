@@ -2,12 +2,12 @@
 
 import atexit
 import contextlib
-import copy
 import errno
 import io
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -148,30 +148,19 @@ def refuse_twice(command: click.Command, arguments: list[str]) -> None:
 
     A flag may be repeated, and an option that is made for several values.
     """
-    once = [
-        p for p in command.params if isinstance(p, click.Option) and not (p.multiple or p.count)
-    ]
-    collecting = copy.copy(command)
-    collecting.params = [_collecting(p) if p in once else p for p in command.params]
     with click.Context(command, ignore_unknown_options=True, resilient_parsing=True) as context:
         try:
-            values, *_ = collecting.make_parser(context).parse_args(list(arguments))
+            _, _, order = command.make_parser(context).parse_args(list(arguments))
         except click.UsageError:
             return  # click reports it
-    for option in once:
-        name, given = option.opts[0], values.get(option.name, ())
-        if len(given) > 1 and not (option.is_flag and len({*given}) == 1):
-            if option.is_flag:
-                other = option.secondary_opts[0]
-                raise UserError(f"{name} and {other} contradict each other: keep one")
-            values_given = ", ".join(map(repr, given))
-            raise UserError(f"{name} is given {len(given)} times ({values_given}): keep one")
-
-
-def _collecting(option: click.Option) -> click.Option:
-    several = copy.copy(option)
-    several.multiple = True
-    return several
+    for option, times in Counter(order).items():
+        if times == 1 or not isinstance(option, click.Option) or option.multiple or option.count:
+            continue
+        if not option.is_flag:
+            raise UserError(f"{option.opts[0]} is given {times} times: keep one")
+        if {*option.opts} & {*arguments} and {*option.secondary_opts} & {*arguments}:
+            other = option.secondary_opts[0]
+            raise UserError(f"{option.opts[0]} and {other} contradict each other: keep one")
 
 
 def leave(code: int) -> NoReturn:

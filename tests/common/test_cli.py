@@ -44,9 +44,9 @@ def test_a_script_of_another_checkout_than_the_package(name, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("--steps 3 --steps 5", "--steps is given 2 times ('3', '5'): keep one"),
-        ("--steps=3 --steps 3", "--steps is given 2 times ('3', '3'): keep one"),
-        ("-k 1 --number=2 -k3", "-k is given 3 times ('1', '2', '3'): keep one"),
+        ("--steps 3 --steps 5", "--steps is given 2 times: keep one"),
+        ("--steps=3 --steps 3", "--steps is given 2 times: keep one"),
+        ("-k 1 --number=2 -k3", "-k is given 3 times: keep one"),
         ("--maps --no-maps", "--maps and --no-maps contradict each other: keep one"),
         ("--data a --data b --dry-run --dry-run --maps --maps", None),
         ("--data a -- --steps", None),

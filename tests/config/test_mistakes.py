@@ -120,7 +120,7 @@ MISTAKES = {
         lambda p: json_file(p, {"scheduler": {"type": "PolynomialLR", "params": {"total_iters": 5}}}),
         "PolynomialLR ends there; the run has 20 steps",
     ),
-    "option twice": (["--steps", "3", "--steps=5"], "--steps is given 2 times ('3', '5'): keep one"),
+    "option twice": (["--steps", "3", "--steps=5"], "--steps is given 2 times: keep one"),
     "no data folder": (["--data", "/nowhere"], "/nowhere"),
     "no metadata": (lambda p: ["--data", str(p)], "metadata.jsonl"),
     "missing caption column": (lambda p: ["--data", pairs(p / "d", column="captoin")], "captoin"),
