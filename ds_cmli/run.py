@@ -12,7 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.process_group import mean_over_ranks, world_size
 from ds_cmli.engine import TrainEngine
-from ds_cmli.engine.result import MicroBatchLosses, by_name
+from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate import report
 from ds_cmli.evaluate.embed import EmbedSettings, Share
 from ds_cmli.evaluate.match_maps import draw

@@ -29,7 +29,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.engine.result import columns
+from ds_cmli.engine.train_engine import columns
 from ds_cmli.models.weights import not_finite
 
 EMA_DECAY = "optim.ema_decay"

@@ -2,9 +2,12 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+JsonObject = dict[str, Any]
+Section = Mapping[str, Any]  # a part of a JSON that is only read
 Kind = TypeVar("Kind")
 DEEPEST = 100  # levels of lists and objects; at about 1,000 Python's recursion ends
 LONGEST = 300  # digits of an integer; one of 309 exceeds every float

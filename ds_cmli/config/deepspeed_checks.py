@@ -1,17 +1,17 @@
 """Checks of a DeepSpeed JSON: by DeepSpeed's own models, strictly, and for what they let pass."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import pydantic
 
 from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config import optimizers
-from ds_cmli.config.json_values import JsonObject, Kind, Section
 from ds_cmli.config.optimizers import Optimizer, Scheduler, optimizer_name
-from ds_cmli.config.validation import shown
+from ds_cmli.config.validation import Kind, shown
 
 _IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
 
@@ -77,7 +77,7 @@ def _value(where: str, value: object, kind: Kind) -> Any:
     return value
 
 
-def _unknown(section: str, key: str, known: Mapping[str, Kind]) -> NoReturn:
+def _unknown(section: str, key: str, known: Collection[str]) -> NoReturn:
     place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
     outer, _, inner = key.partition(".")
     if inner and outer in known:
@@ -98,16 +98,16 @@ def _typed(
         kind = value["type"]
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {entry.why_not}")
     given = value.get("params", {})
-    known = {name: optimizers.PARAMETERS.get(name, optimizers.PARAMETER) for name in entry.takes}
-    known |= entry.kinds
+    takes = entry.takes
     for key, item in given.items():
         if key == "max_grad_norm":
             raise UserError(
                 f"optimizer.params.max_grad_norm is {shown(item)}: give gradient_clipping instead"
             )
-        if key not in known:
-            _unknown(f"{section}.params", key, known)
-        given[key] = _value(f"{section}.params.{key}", item, known[key])
+        if key not in takes:
+            _unknown(f"{section}.params", key, takes)
+        kind = entry.kinds.get(key, optimizers.PARAMETERS.get(key, optimizers.PARAMETER))
+        given[key] = _value(f"{section}.params.{key}", item, kind)
     missing = [name for name in entry.required if name not in given]
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import read
+from ds_cmli.common.json_text import JsonObject, Section, read
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
-from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, Optimizer, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check

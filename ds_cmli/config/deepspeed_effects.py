@@ -6,8 +6,8 @@ A key that never has an effect here is refused (`deepspeed_keys.py`).
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ds_cmli.common.json_text import Section
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config.json_values import Section
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Parameters of the optimizer that are filled from `OptimConfig`.

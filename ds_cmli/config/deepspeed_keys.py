@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import pydantic
 
 from ds_cmli.common import quiet
-from ds_cmli.config.json_values import Kind, integer, no_effect, number, one_of, refused
+from ds_cmli.config.validation import Kind, integer, no_effect, number, one_of, refused
 
 
 def _each(kind: Kind, names: str) -> dict[str, Kind]:

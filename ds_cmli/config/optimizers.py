@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from ds_cmli.config.json_values import Kind, integer, number, numbers, one_of, refused
+from ds_cmli.config.validation import Kind, integer, number, numbers, one_of, refused
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import LARGEST, JsonObject, Section
 from ds_cmli.config.optimizers import SCHEDULERS
+from ds_cmli.config.validation import LARGEST
 
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = (

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 
-from ds_cmli.config.json_values import JsonObject, Section
+from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config.schema import FORMER, Config
 
 # Settings of output, logging, evaluation, checkpoints and loading: no training step depends on

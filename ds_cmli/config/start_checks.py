@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.json_values import Section
+from ds_cmli.common.json_text import Section
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.validation import shown
 

@@ -1,18 +1,29 @@
 """Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
+import json
 from collections.abc import Collection, Mapping
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError, core_schema
 
 from ds_cmli.common.errors import UserError, nearest
 
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
+LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 SHOWN = 200  # the maximum number of characters of a value in a message
 NOT_REGISTERED = "not_registered"  # pydantic's name of the error of `NameOf`
-Section = TypeVar("Section")
+Settings = TypeVar("Settings")  # a section of them
+Kind = Any  # a type that pydantic knows
 
 
 def check(ok: bool, setting: str, value: object, need: str) -> None:
@@ -72,7 +83,9 @@ class NameOf:
         return {"type": "string", "enum": [*self.more, *self.table]}
 
 
-def build(section: type[Section], name: str, values: object, written: Mapping[str, str]) -> Section:
+def build(
+    section: type[Settings], name: str, values: object, written: Mapping[str, str]
+) -> Settings:
     """Build `section(**values)`, a pydantic dataclass whose fields are the settings `name.FIELD`.
 
     Args:
@@ -115,3 +128,49 @@ def check_kind(name: str, value: object, kind: type[object]) -> None:
         if first["type"] == "missing":
             raise ValueError(f"{where} is missing") from None
         raise ValueError(f"{where} is {shown(first['input'])}: {first['msg']}") from None
+
+
+# Types of the values in a DeepSpeed JSON, which are checked strictly.
+
+
+def _whole(value: object) -> object:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def integer(least: int = 0, most: int = 2**53) -> Kind:
+    """A whole number, which may be written as 5e7."""
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_whole)]
+
+
+def number(least: float = -LARGEST, below: float = LARGEST, above: bool = False) -> Kind:
+    """A finite number of at least `least` (with `above`: greater) and below `below`."""
+    return Annotated[float, Field(gt=least if above else -LARGEST, ge=least, lt=below)]
+
+
+def numbers(count: int | None, each: Kind) -> Kind:
+    """A list of `count` numbers, or of some if it is None."""
+    return Annotated[list[each], Field(min_length=count or 1, max_length=count)]
+
+
+def one_of(*known: object) -> Kind:
+    one = "one of " if len(known) > 1 else ""
+    return refused(f"give {one}{', '.join(map(json.dumps, known))}", *known)
+
+
+def refused(why: str, *harmless: object) -> Kind:
+    """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
+
+    def check(value: object) -> object:
+        # 1 is not true, and 1.0 is not 1.
+        if not any(value == known and type(value) is type(known) for known in harmless):
+            raise ValueError(why)
+        return value
+
+    return Annotated[Any, PlainValidator(check)]
+
+
+def no_effect(why: str, *harmless: object) -> Kind:
+    harmless = harmless or (False, {}, {"enabled": False})
+    return refused(f"it has no effect here ({why}): remove it", *harmless)

@@ -14,10 +14,10 @@ from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens

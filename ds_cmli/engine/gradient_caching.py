@@ -18,8 +18,7 @@ from torch import Tensor
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
 from ds_cmli.data.batch import Batch
-from ds_cmli.engine.result import MicroBatchLosses
-from ds_cmli.engine.train_engine import TrainEngine
+from ds_cmli.engine.train_engine import MicroBatchLosses, TrainEngine
 from ds_cmli.losses.cached import PairGradients
 from ds_cmli.losses.objective import Losses, Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.patches import patched, uncompiled_for_good
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject
+from ds_cmli.config.deepspeed_effects import OWN_RATES, OWN_RATES_IF_GIVEN
 from ds_cmli.config.schema import Config, OptimConfig
 
 MUON_RATES = {"muon_lr", "adam_lr"}  # of Muon's matrices, and of all else
@@ -22,9 +23,6 @@ ENCODERS = ("image", "text")  # the parts that have layers, by the student's nam
 # Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
 # position embeddings and of position biases, class and other tokens.
 NO_MATRIX = ("bias", "pos", "token")
-# Schedulers that set the learning rate of every group to their own numbers, and so undo the groups'
-# different rates.
-ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "CyclicLR", "OneCycleLR")
 
 
 def part_of(name: str) -> str:
@@ -221,7 +219,7 @@ def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
         asked["optim.lr_factors"] = optim.lr_factors
     for name in MUON_RATES & json.optimizer_params.keys():
         asked[f"optimizer.params.{name}"] = json.optimizer_params[name]
-    if asked and kind in ONE_RATE:
+    if asked and kind in (*OWN_RATES, *OWN_RATES_IF_GIVEN):
         name = min(asked)
         raise UserError(
             f"{name} is {asked[name]!r} and scheduler.type is {kind!r}, which "

@@ -4,7 +4,7 @@ Training, profiling and prediction all use this one step.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.probe import probe
-from ds_cmli.config.registry import compares_tokens
+from ds_cmli.config.registry import LOSSES, compares_tokens
+from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Losses, Objective
@@ -26,6 +26,27 @@ from ds_cmli.models.teacher import Targets, Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
+
+
+# What `Cut.found` holds, in the log.
+CUT = ("cut/kept", "cut/bound")
+
+
+@dataclass
+class MicroBatchLosses:
+    """Losses of this rank's pairs in a micro-batch, fp32 scalars without a graph."""
+
+    index: Tensor  # int64 [B], the samples' indices in the training set
+    total: Tensor  # the weighted sum of the losses
+    each: dict[str, Tensor]  # each loss by name
+    # Number per pair of other pairs' texts that are no negatives: same picture or caption.
+    ignored: Tensor
+    cut: Tensor | None = None  # fp32 [2], `Cut.found`, with loss.cmli_cut
+
+    def stacked(self) -> Tensor:
+        """One tensor: the total, each loss, `ignored` and `cut`, in this order."""
+        losses = torch.stack([self.total, *self.each.values(), self.ignored])
+        return losses if self.cut is None else torch.cat([losses, self.cut])
 
 
 @dataclass
@@ -223,3 +244,26 @@ class TrainEngine:
             # Infinite if the scale was learned down to 0.
             out[f"temperature/{name}"] = 1 / scale if scale else math.inf
         return out
+
+
+def columns(config: LossConfig) -> int:
+    """The number of elements of `MicroBatchLosses.stacked`."""
+    return 2 + len(config.weights) + (len(CUT) if config.cmli_cut else 0)
+
+
+def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, float]:
+    """Means of `stacked` losses over `pairs` pairs, by their names in the log; {} for no pairs."""
+    if not pairs:
+        return {}
+    names = list(losses)
+    count = 1 + len(names)
+    ignored, left_out = means[count], means[count + 1 :]
+    named = ["loss", *map("loss/{}".format, names)]
+    values = dict(zip(named, means[:count], strict=True))
+    # Texts of the same picture or caption: a loss with one positive ignores them, one with several
+    # adds them as such.
+    several = {LOSSES[name].several for name in names if LOSSES[name].scores}
+    for each in several:
+        column = "added_positives" if each else "ignored_negatives"
+        values[column] = round(ignored * pairs)
+    return values | dict(zip(CUT, left_out, strict=False))

@@ -20,8 +20,8 @@ from ds_cmli.allocator import gpus
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.options import WHAT, add, print_without_effect, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.report import Report, gigabytes, show

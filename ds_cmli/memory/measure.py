@@ -18,8 +18,8 @@ from torch import nn
 from ds_cmli.allocator import gpus
 from ds_cmli.common.checksums import sealed
 from ds_cmli.common.cli import say
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine

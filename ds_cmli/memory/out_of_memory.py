@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog

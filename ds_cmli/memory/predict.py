@@ -22,9 +22,9 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.backends import why_not_on
 from ds_cmli.common import hardware
+from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.fits.answer import with_cublas

@@ -23,7 +23,7 @@ from ds_cmli.allocator.blocks import Settings
 from ds_cmli.allocator.expandable import ExpandableAllocator
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.json_values import JsonObject, Section
+from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import environment_without_rank
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
-from ds_cmli.config.json_values import JsonObject
+from ds_cmli.common.json_text import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -11,8 +11,8 @@ import numpy as np
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
+from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.memory.changes import Change, Shortage, Step
 from ds_cmli.memory.predict import (

@@ -6,8 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from ds_cmli import engine
+from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import Section
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights

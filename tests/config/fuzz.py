@@ -32,7 +32,7 @@ from unittest import mock
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_checks, json_values, optimizers
+from ds_cmli.config import deepspeed_checks, optimizers, validation
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.options import PLACES
 from ds_cmli.config.presets import load_preset
@@ -187,7 +187,7 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     return f"{kind} = {content[kind]}"
 
 
-def _valid(draw: random.Random, kind: json_values.Kind, where: str, folder: Path) -> Any:
+def _valid(draw: random.Random, kind: validation.Kind, where: str, folder: Path) -> Any:
     """A value that this kind allows, or None, which may be one, too."""
     if kind in (str, str | None):
         return str(folder / "logs")

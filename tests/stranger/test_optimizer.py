@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import number
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.validation import number
 from ds_cmli.memory.predict import Options, predict
 from profiling.memory.measure_cpu import measure
 from tests.config.test_mistakes import pairs
