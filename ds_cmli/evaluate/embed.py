@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ds_cmli.cmli.contrastive import upcast
-from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.data.aspect import Grid, grid_at, patch_mask
@@ -120,23 +118,6 @@ class Texts:
         return self.cls[rows], tokens, mask
 
 
-def image_embeddings(
-    student: "Student", images: Tensor, grid: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H], patches [B, N, D], of unit length.
-
-    `grid`: as `Student.forward` takes it.
-    """
-    cls, patches = student.encode_image(images, grid)
-    return upcast(l2_normalize(cls)), l2_normalize(student.projection(patches))
-
-
-def text_embeddings(student: "Student", batch: Batch) -> tuple[Tensor, Tensor]:
-    """Embed texts -> class tokens fp32 [B, H] and tokens [B, M, D], of unit length."""
-    cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
-    return upcast(l2_normalize(cls)), l2_normalize(student.projection(tokens))
-
-
 def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedSettings) -> Images:
     """Embed the pictures of a loader; fillers and broken pictures are encoded but left out.
 
@@ -147,7 +128,7 @@ def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedS
     for batch in loader:
         how.heartbeat()
         broken |= batch.broken
-        cls, features = image_embeddings(student, *batch.on(how.device))
+        cls, features = student.image_embeddings(*batch.on(how.device))
         usable = batch.usable()
         numbers.append(batch.number[usable])
         classes.append(cls.cpu()[usable])  # CPU-GPU sync
@@ -173,7 +154,8 @@ def embed_texts(
     numbers, classes, tokens, places, lengths, empty = [], [], [], [], [], []
     for batch in loader:
         how.heartbeat()
-        cls, features = text_embeddings(student, batch.to(how.device, non_blocking=True))
+        on_device = batch.to(how.device, non_blocking=True)
+        cls, features = student.text_embeddings(on_device.input_ids, on_device.attention_mask)
         length = batch.token_mask.sum(1)  # [B]
         kept = (batch.index >= 0) & (length > 0)
         empty += batch.index[(batch.index >= 0) & (length == 0)].tolist()

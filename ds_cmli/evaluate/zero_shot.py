@@ -33,7 +33,7 @@ from ds_cmli.data.pairs import black
 from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts, image_embeddings
+from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts
 from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View
 from ds_cmli.evaluate.report import Metrics
 from ds_cmli.evaluate.retrieval import expected_hits, kinds
@@ -244,7 +244,7 @@ def classify(
         how.heartbeat()
         broken |= batch.broken
         images, grid = batch.on(how.device)
-        cls, patches = image_embeddings(student, images, grid)
+        cls, patches = student.image_embeddings(images, grid)
         mask = patch_mask(grid, patches.shape[1])
         found = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
         usable = batch.usable()

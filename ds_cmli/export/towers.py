@@ -25,7 +25,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.cli import say
@@ -52,8 +51,7 @@ class ImageTower(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> [B, H], [B, N, D], both of unit length."""
-        cls, patches = self.student.encode_image(pixel_values)
-        return l2_normalize(cls), l2_normalize(self.student.projection(patches))
+        return self.student.image_embeddings(pixel_values)
 
 
 class TextTower(nn.Module):
@@ -63,11 +61,10 @@ class TextTower(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> [B, H], [B, M, D], both of unit length; bool [B, M]."""
-        cls, tokens = self.student.encode_text(input_ids, attention_mask)
         mask = attention_mask
         for special in self.special_ids:
             mask = mask & (input_ids != special)
-        return l2_normalize(cls), l2_normalize(self.student.projection(tokens)), mask
+        return *self.student.text_embeddings(input_ids, attention_mask), mask
 
 
 class Scores(nn.Module):

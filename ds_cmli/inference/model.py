@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
-from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
 from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
@@ -183,9 +182,9 @@ class Model:
             if grid is not None:
                 grids.append(grid)
                 grid = grid.to(self.device)
-            image_cls, features = self.student.encode_image(images, grid)  # [B, H], [B, N, H]
-            cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
-            patches.append(l2_normalize(self.student.projection(features)).cpu())
+            image_cls, features = self.student.image_embeddings(images, grid)
+            cls.append(image_cls.cpu())  # CPU-GPU sync
+            patches.append(features.cpu())
         names = [name_of(file, number) for number, file in enumerate(files)]
         found = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
         if grids:
@@ -215,9 +214,9 @@ class Model:
             part = slice(start, start + batch_size)
             ids = whole.input_ids[part].to(self.device)
             mask = whole.attention_mask[part].to(self.device)
-            text_cls, features = self.student.encode_text(ids, mask)  # [B, H], [B, M, H]
-            cls.append(l2_normalize(text_cls).cpu())  # CPU-GPU sync
-            tokens.append(l2_normalize(self.student.projection(features)).cpu())
+            text_cls, features = self.student.text_embeddings(ids, mask)
+            cls.append(text_cls.cpu())  # CPU-GPU sync
+            tokens.append(features.cpu())
         spans = [self.tokenizer.spans(text) for text in texts]
         return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
 

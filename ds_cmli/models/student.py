@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli import models
+from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import StudentConfig
@@ -257,6 +259,16 @@ class Student(nn.Module):
         for block in self.shared:
             y = block.text(y, attention_mask)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
+
+    def image_embeddings(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `encode_image`, but of unit length: class tokens in fp32 and patches [B, N, D]."""
+        cls, patches = self.encode_image(image, grid)
+        return upcast(l2_normalize(cls)), l2_normalize(self.projection(patches))
+
+    def text_embeddings(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode_text`, but of unit length: class tokens in fp32 and tokens [B, M, D]."""
+        cls, tokens = self.encode_text(input_ids, attention_mask)
+        return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
 
     def embed_image(
         self, image: Tensor, places: Tensor | None = None, grid: Tensor | None = None

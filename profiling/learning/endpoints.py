@@ -20,7 +20,7 @@ from torch import Tensor
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.data.scenes import EVAL_SEED, Pictures, Scenes
-from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share, image_embeddings
+from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.pointing_game import pictures_of_patches
 from ds_cmli.evaluate.retrieval import RECALLS, kinds
@@ -116,7 +116,7 @@ class Endpoints:
 
     def _class_tokens(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, S, S] -> [B, H] on the CPU."""
-        return image_embeddings(self.student, images.to(self.model.device))[0].cpu()
+        return self.student.image_embeddings(images.to(self.model.device))[0].cpu()
 
     @property
     def student(self):

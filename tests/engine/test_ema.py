@@ -20,7 +20,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.evaluate.embed import image_embeddings, text_embeddings
 from ds_cmli.faults.preemption import Preempted
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
@@ -103,7 +102,8 @@ def embedded(train_engine, batch):
     """Image and text features as an evaluation has them."""
     objective = train_engine.objective.eval()
     with torch.no_grad():
-        found = [*image_embeddings(objective.student, batch.image), *text_embeddings(objective.student, batch)]
+        student, texts = objective.student, (batch.input_ids, batch.attention_mask)
+        found = [*student.image_embeddings(batch.image), *student.text_embeddings(*texts)]
     objective.train()
     return found
 

@@ -11,6 +11,7 @@ from ds_cmli.data.sources.listed import Listed
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.models.student import Student
 from tests.conftest import spawn
 
 
@@ -72,6 +73,8 @@ def folder(path, captions=CAPTIONS):
 
 class Colours:
     """Stands in for the student: embeds a picture by its colour and a caption by the number of its picture."""
+
+    image_embeddings, text_embeddings = Student.image_embeddings, Student.text_embeddings
 
     def __init__(self, tokenizer, constant=False):
         self.digits = {tokenizer(f"square {k}").input_ids[2]: k for k in range(PICTURES)}

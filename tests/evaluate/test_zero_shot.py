@@ -14,6 +14,7 @@ from ds_cmli.data.loaders import batches
 from ds_cmli.evaluate.embed import EmbedSettings, Texts
 from ds_cmli.evaluate.held_out import Picture, collate_pictures
 from ds_cmli.evaluate.zero_shot import Classifier, ClassPictures, class_names, classify, prompt_templates
+from ds_cmli.models.student import Student
 
 
 def unit(x):
@@ -22,6 +23,8 @@ def unit(x):
 
 class Given:
     """Stands in for the student: a picture's first pixel is its number among embeddings that are given."""
+
+    image_embeddings = Student.image_embeddings
 
     def __init__(self, cls, patches):
         self.cls, self.patches = torch.tensor(cls), torch.tensor(patches)
