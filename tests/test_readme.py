@@ -3,6 +3,7 @@
 A command that is new or changed fails here until it is entered in one of the tables.
 """
 
+import ast
 import os
 import re
 import runpy
@@ -211,6 +212,21 @@ def test_scripts_of_slurm_are_shell():
 def test_figures_are_those_of_the_code(name, sentence, figure):
     page = " ".join((ROOT / name).read_text("utf-8").split())
     assert " ".join(sentence.replace("*", str(figure)).split()) in page
+
+
+def test_messages_of_troubleshooting_are_printed():
+    """The pieces between what varies (`...`, numbers, names in quotes) are in strings of the package."""
+    strings = []
+    for file in (ROOT / "ds_cmli").rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+        strings += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    missing = []
+    for message in re.findall(r"(?m)^\| `([^`]+)`", page):
+        for piece in re.split(r"\.\.\.|'[^']*'|\d+", message):
+            if len(piece.strip()) > 6 and not any(piece.strip() in string for string in strings):
+                missing.append(piece)
+    assert not missing
 
 
 def test_settings_are_up_to_date():
