@@ -195,6 +195,7 @@ def written(figure: "Figure", path: Path | str, finding: str, what: str = "") ->
     figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
     if what:
         figure.axes[0].set_title(what, size=9.5, weight="normal", color=plots.SOFT)
+    figure.set_layout_engine("constrained", w_pad=0.12)  # inches: no text touches the edge
     figure.savefig(path, dpi=200)
     plots.matplotlib("a picture").close(figure)
 

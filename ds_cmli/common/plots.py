@@ -30,9 +30,11 @@ LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
 DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
 ACCENT = COLOURS[0]
 ENDINGS = (".png", ".svg", ".pdf")  # of the formats of pictures
-SOFT = "#5f636b"  # of what surrounds the data: axes, notes
+SOFT = "#7a7f88"  # of text and axes, legible on light and on dark paper
 STYLE = {
     "font.size": 10,
+    "savefig.transparent": True,
+    "text.color": SOFT,
     "axes.edgecolor": SOFT,
     "axes.spines.top": False,
     "axes.spines.right": False,

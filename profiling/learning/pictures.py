@@ -16,10 +16,12 @@ FAR = 5  # times the median difference
 def draw_differences(compared: Sequence[Compared], path: str) -> None:
     """Draw each contrast that has runs: seeds as dots, the mean with its 95% interval.
 
-    Planned contrasts have a colour, exploratory ones are grey. Where one difference is far larger
+    Planned contrasts have a colour, exploratory ones are grey. Contrasts with a label are drawn
+    alone, if there are any. Where one difference is far larger
     than the others, the scale is logarithmic beyond these.
     """
-    compared = [one for one in compared if one.by_seed]
+    labelled = [one for one in compared if one.contrast.label]
+    compared = [one for one in labelled or compared if one.by_seed]
     endpoints = len({one.endpoint for one in compared})
     height = 1.2 + (0.6 if endpoints > 1 else 0.4) * len(compared)
     figure, axis = picture(height)
@@ -34,11 +36,11 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
             axis.plot(one.found.interval, [row + 0.2] * 2, color=colour, linewidth=2)
             axis.plot(one.found.mean, row + 0.2, "D", color=colour, markersize=5)
     axis.axvline(0, color=plots.SOFT, linewidth=0.8)
-    labels = [f"{one.contrast}\n{one.endpoint}" for one in compared]
-    if endpoints == 1:
-        labels = [str(one.contrast) for one in compared]
+    labels = [one.contrast.label or str(one.contrast) for one in compared]
+    if endpoints > 1:
+        labels = [f"{label}\n{one.endpoint}" for label, one in zip(labels, compared, strict=True)]
     axis.set_yticks(range(len(compared)), labels)
-    axis.tick_params(axis="y", labelsize=8)
+    axis.tick_params(axis="y", labelsize=8 if len(compared) > 12 else 10)
     sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
     what = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
     if any(one.contrast.equivalence is not None for one in compared):
@@ -50,8 +52,9 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
         axis.set_xlabel(f"logarithmic beyond ±{end:.2g}")
     axis.invert_yaxis()
     axis.grid(axis="x")
-    named = f"Differences in {compared[0].endpoint}" if endpoints == 1 else "Differences"
-    written(figure, path, named, what)
+    named = f" in {compared[0].endpoint}" if endpoints == 1 else ""
+    shown = sum(one.shown for one in compared)
+    written(figure, path, f"{shown} of {len(compared)} differences{named} are shown", what)
 
 
 def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
@@ -77,4 +80,4 @@ def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
     axis.set_xlabel("step")
     axis.grid(axis="y")
     axis.legend(frameon=False)
-    written(figure, path, column, "a line a run")
+    written(figure, path, f"{column} of each run, over its steps")

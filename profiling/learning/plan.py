@@ -54,6 +54,7 @@ class Contrast:
     planned: bool = False  # whether Holm's correction counts it
     # The margin within which the two are to be shown equivalent; null: the two are to differ.
     equivalence: Margin | None = None
+    label: str = ""  # its name in the picture, which has those with names alone if there are any
 
     def __str__(self) -> str:
         return f"{self.arm} - {self.against}"

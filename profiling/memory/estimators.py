@@ -304,7 +304,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     axis.set_yticks(
         range(len(table)), [f"{name} ({values['settings']:.0f})" for name, values in table.items()]
     )
-    axis.set(xscale="log", xlim=(SMALLEST / 300, 60), ylim=(len(table) - 0.5, -0.9))
+    axis.set(xscale="log", xlim=(SMALLEST / 2000, 300), ylim=(len(table) - 0.5, -0.9))
     axis.set_xticks([1e-6, 1e-4, 1e-2, 1])
     axis.xaxis.set_major_formatter(percent)
     axis.xaxis.set_minor_formatter(no_label)

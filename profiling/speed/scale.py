@@ -294,7 +294,7 @@ def finding(rows: list[dict[str, Any]], title: str) -> str:
         return title
     memory = at["ring"]["memory"] / at["gather"]["memory"]
     time = at["ring"]["seconds"]["step"] / at["gather"]["seconds"]["step"]
-    return f"On {ranks:,} ranks a ring takes {memory:.0%} of gathering's memory and {time:.0%} of its time"
+    return f"Computed: on {ranks:,} ranks a ring takes {memory:.0%} of gathering's memory and {time:.0%} of its time"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from ds_cmli.memory.report import CATEGORIES, COLOURS
 from profiling.memory.document.compare import GB, Row
 from profiling.scripts import no_label, picture, plain, readable, written
 
+CMLI = "CMLI op"  # of `CATEGORIES`
+
 
 def bars(rows: Sequence[Row], path: Path) -> None:
     """Draw the document's, the true and the measured bytes of each row on a logarithmic axis."""
@@ -45,8 +47,8 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     """Draw the last step of a run's `events`, stacked by category, with its phases marked.
 
-    The x axis counts events, not seconds. The title says what holds most at the peak; next to the
-    stack stand the categories in its order, with their sizes there. `what`: of which step this is.
+    The x axis counts events, not seconds. The title says what the all-pairs loss needs at the peak,
+    or what holds most there; next to the stack stand the categories in its order, with their sizes there. `what`: of which step this is.
     """
     before, step = last_step(events)
     points = maxima(before, step)
@@ -65,12 +67,14 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
         if end - start > len(step) / 20:
             place = ((start + end) / 2, top * 1.07)
             axis.text(*place, step[start].phase, ha="center", size=8.5, color=plots.SOFT)
-    axis.plot(peak_at, top * 1.02, "v", color="black", markersize=5)
+    axis.plot(peak_at, top * 1.02, "v", color=plots.SOFT, markersize=5)
     axis.set(xlim=(0, len(step)), ylim=(0, top * 1.14), xlabel="allocations and frees")
     axis.yaxis.set_major_formatter(lambda size, _: f"{size:g} GB")
     axis.xaxis.set_major_formatter(plain)
-    list_beside(beside, {name: peak[name] for name in used[::-1]})
+    list_beside(beside, {name: peak[name] for name in used[::-1] if peak[name]})
     finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
+    if peak[CMLI]:
+        finding = f"The CMLI loss needs {readable(peak[CMLI])} of {readable(total)}"
     written(figure, path, finding, what)
 
 
@@ -85,7 +89,7 @@ def list_beside(axis: Any, peak: dict[str, int]) -> None:
         place = len(CATEGORIES) - 1 - line
         axis.text(0, place, "■", color=COLOURS[name], size=13, va="center")
         axis.text(0.1, place, name, size=9, va="center")
-        axis.text(1, place, readable(size) if size else "0", size=9, va="center", ha="right")
+        axis.text(1, place, readable(size), size=9, va="center", ha="right")
 
 
 def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, dict[str, int]]]:

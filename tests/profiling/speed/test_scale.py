@@ -54,7 +54,7 @@ def test_the_picture_says_what_a_ring_costs_and_saves(tmp_path):
                 "seconds": {"step": seconds}, "memory": memory}  # fmt: skip
 
     rows = [made(1, "gather", 1, 5e9), made(8, "gather", 4, 8e9), made(8, "ring", 5, 6e9)]
-    assert finding(rows, "") == "On 8 ranks a ring takes 75% of gathering's memory and 125% of its time"
+    assert finding(rows, "") == "Computed: on 8 ranks a ring takes 75% of gathering's memory and 125% of its time"
     assert finding(rows[:1], "one rank") == "one rank"
     draw(rows, "", str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").stat().st_size > 1000
