@@ -80,6 +80,7 @@ def test_what_a_run_leaves(finished):
     assert "written to" in done.stdout and str(folder) in done.stdout
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     folder, _ = finished
     done = run(*TINY, "--output-dir", str(tmp_path / "again"), launcher=(sys.executable,))

@@ -90,6 +90,7 @@ def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
     assert writes >= moments.count("write") // 2
 
 
+@pytest.mark.slow
 def test_killed_at_two_moments(tmp_path):
     series(tmp_path, 1, ["any", "write"], seed=1)
 

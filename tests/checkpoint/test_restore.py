@@ -106,6 +106,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_three_places_as_if_never(kind, source, tmp_path):
     arguments = [*TINY, "--steps", "8", "--log-every", "2", "--eval-every", "3", *source]
@@ -147,6 +148,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_two_ranks_interrupted_as_if_never(source, tmp_path):
     arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--steps", "5", "--workers", "1"]
     arguments += ["--micro-batch", "4", "--set", "optim.ema_decay=0.9", *AUGMENTED]
@@ -208,6 +210,7 @@ CELLS = [(CHANGES, *change) for change in CHANGES]
 CELLS += [pytest.param(OTHERS, *change, marks=pytest.mark.soak) for change in OTHERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes, stage, change", CELLS)
 def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, changes, stage, change):
     folder = changed(changes)

@@ -171,6 +171,7 @@ def in_interpreter(*arguments):
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(interpreted, name):
     assert interpreted[name] is None

@@ -341,6 +341,7 @@ def found_by_the_interpreter(*arguments):
     return json.loads(result.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(interpreted, name):
     assert interpreted[name] is None

@@ -27,6 +27,7 @@ def test_a_processor_with_the_instructions_is_fast_with_or_without_a_limit_that_
     assert bf16_is_fast()
 
 
+@pytest.mark.slow
 def test_the_default_json_takes_fp32_under_avx2():
     code = (
         "from ds_cmli import engine; from ds_cmli.config.deepspeed_config import DeepSpeedConfig as D\n"

@@ -592,6 +592,7 @@ CHECKED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_installed_library_still_needs_the_patch(name):
     patch = PATCHES[name]

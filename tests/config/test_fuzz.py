@@ -2,10 +2,13 @@
 
 import sys
 
+import pytest
+
 from tests.config.fuzz import fuzz
 from tests.processes import python
 
 
+@pytest.mark.slow
 def test_random_mistakes_are_told_and_a_dry_run_ends_as_the_training_does(monkeypatch):
     monkeypatch.setattr(sys, "executable", python())
     figures, failures = fuzz(5, seed=1, each=2)

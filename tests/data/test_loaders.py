@@ -73,6 +73,7 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, words", [
     ("ulimit -n 64", "too many open files for --workers 2, ulimit -n is 64: raise it"),
     ("mount -t tmpfs -o size=64k tmpfs /dev/shm", "no shared memory for batches of --workers 2: /dev/shm has 0.0 of"),

@@ -36,6 +36,7 @@ def two_ranks(folder: Path, away: str = "", **more: str) -> tuple[list[int], lis
     return codes, [output.read_text() for output in outputs], environments[0]["MASTER_PORT"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_ends_the_others_with_one_line(tmp_path):
     codes, (said, _), port = two_ranks(tmp_path, away="1")
     assert codes == [2]

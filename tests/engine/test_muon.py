@@ -51,6 +51,7 @@ CELLS = [(stage, precision) for precision in ("fp32", "bf16") for stage in range
 QUICK = {1: [(0, "fp32"), (1, "bf16"), (3, "fp32")], 2: [(2, "fp32"), (3, "bf16")]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", [QUICK, pytest.param({1: CELLS, 2: CELLS}, marks=pytest.mark.soak)], ids=["", "all"])
 def test_interrupted_as_if_never_and_the_same_at_every_stage_and_on_two_ranks(tmp_path, cells):
     pairs(tmp_path / "pairs", count=63)
@@ -97,6 +98,7 @@ SOAKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage, precision, world_size, more",
     [

@@ -53,6 +53,7 @@ def measured(run, tmp_path_factory):
     return folder, found
 
 
+@pytest.mark.slow
 def test_its_code_runs_and_onnx_gives_the_same(measured, tmp_path):
     pytest.importorskip("onnxruntime")
     folder, _ = measured

@@ -108,6 +108,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
     log = tmp_path / "log"
     launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", "1"]

@@ -85,6 +85,7 @@ def soak(folder: Path, starts: int, seconds: float, growth: float) -> None:
     assert "Traceback" not in logs(folder)
 
 
+@pytest.mark.slow
 def test_signals_lose_no_step_short(tmp_path):
     soak(tmp_path, starts=2, seconds=5, growth=50)
 

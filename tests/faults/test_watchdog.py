@@ -73,6 +73,7 @@ def outcomes(tmp_path_factory):
         yield dict(zip(cases, pool.map(lambda case: two_ranks(folder, *case), cases), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fate, victim", STOPS)
 def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
     words, seconds = FATES[fate]

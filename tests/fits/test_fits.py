@@ -439,6 +439,7 @@ def test_the_trial_of_an_optimizer_is_not_the_training(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["categories"]["parameters"] == 4 * 1001 * 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""

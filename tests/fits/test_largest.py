@@ -43,6 +43,7 @@ def test_refusals():
             check(program, named)
 
 
+@pytest.mark.slow
 def test_a_program_is_run_with_each(tmp_path):
     """A weight of 200 MB times the number, its gradient, and that of the second pass, beside 0.47 GB of a context."""
     program = script(

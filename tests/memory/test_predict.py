@@ -149,6 +149,7 @@ def test_nothing_remains():
     assert train() == before
 
 
+@pytest.mark.slow
 def test_what_ranks_have_alike_is_made_once(monkeypatch):
     """The events of ZeRO-3 are those of its loops over all ranks, shares of unequal and of no size included."""
     ds_config = ds_json(3)
@@ -366,12 +367,14 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
     assert (tmp_path / "memory.pickle").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_the_command_sweeps():
     done = command("--sweep", "batch=4,8,stage=2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("B on the device\n") == 2 and "stage 2" in done.stdout
 
 
+@pytest.mark.slow
 def test_fit():
     config, ds_config = preset(losses=("global",)), ds_json()
     room = predict(config, search.with_batch(ds_config, 100), 2).report.totals["device"]

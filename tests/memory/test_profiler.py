@@ -106,6 +106,7 @@ def answer(port: int, route: str, **query):
         time.sleep(0.5)
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
     arguments = ("--preset", "tiny", "--steps", "3", "--profile", "2:3", "--output-dir", str(tmp_path))
     done = run(*arguments)

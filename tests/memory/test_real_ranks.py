@@ -5,6 +5,7 @@ import pytest
 from tests.conftest import run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ranks, stage, exchange, kind",
     [

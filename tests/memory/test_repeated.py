@@ -42,6 +42,7 @@ def predicted(setting, monkeypatch, *, whole):
     return found, traffic.counts, len(forwards)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

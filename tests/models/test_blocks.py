@@ -106,6 +106,7 @@ def losses(compile_, stage, checkpointing, weights):
 
 
 # The blocks: of the image encoder, of the text encoder, and the one that both share.
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "checkpointing", "numbers"), [(3, False, (0, 2)), (1, True, (1,))])
 def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, numbers):
     """Some blocks as torch.compile traces them, forward and backward, whose operators run as they are: Inductor takes

@@ -10,6 +10,8 @@ from profiling.learning import records
 from tests.conftest import ROOT
 from tests.slurm.jobs import finish
 
+pytestmark = pytest.mark.slurm
+
 SCRIPT = str(ROOT / "slurm" / "ablate.sh")
 PLAN = """\
 preset = "tiny"

@@ -11,6 +11,8 @@ from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import finish, log
 
+pytestmark = pytest.mark.slurm
+
 # script: the options of a run, and where its folder is set
 SCRIPTS = {"train.sh": ((), "--output-dir"), "ablate.sh": (("plan.toml",), "--out")}
 ONCE = "[[ $SLURM_RESTART_COUNT ]] && exit 0; {}"

@@ -22,6 +22,8 @@ from tests.processes import Program, python
 from tests.slurm.cluster import NODES, Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
+pytestmark = pytest.mark.slurm
+
 # Two ranks, on two nodes. The micro-batch makes a step long enough to be interrupted somewhere before the end.
 TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.eval_batch=100", "--set", "run.match_maps=0")
 SAVED_BY_SIGNAL = "preempted (exit code 85)"

@@ -12,6 +12,8 @@ from tests.metrics_file import metrics
 from tests.processes import Program, python
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
+pytestmark = pytest.mark.slurm
+
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
 # name: (sbatch options, nodes, ranks)
 RUNS = {

@@ -15,6 +15,8 @@ from tests.conftest import ROOT
 from tests.slurm.cluster import poll
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
+pytestmark = pytest.mark.slurm
+
 
 def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in):
     here = f"{tmp_path}/checking-$SLURM_JOB_ID"

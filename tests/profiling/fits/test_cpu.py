@@ -24,6 +24,7 @@ def peaks(tmp_path_factory):
     return fit_cpu.run("counted", folder / "program.py", 2, library), fit_cpu.run("fits", folder / "program.py", 2)
 
 
+@pytest.mark.slow
 def test_both_peaks_are_those_by_hand(peaks):
     """In the second backward pass: weight, momentum, both gradients, the input, the output and its gradient."""
     counted, recorded = peaks

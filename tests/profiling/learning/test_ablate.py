@@ -3,6 +3,8 @@
 import json
 import time
 
+import pytest
+
 from profiling.learning import records
 from tests.conftest import ROOT, clean_environment, run
 from tests.processes import Program
@@ -41,6 +43,7 @@ def waited_for(true, seconds: float = 240) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_killed_goes_on(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN.replace("[0, 1]", "[0]"))
     out, file = tmp_path / "out", tmp_path / "plan.csv"

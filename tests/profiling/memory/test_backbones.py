@@ -24,6 +24,7 @@ def backbones():
     return backbones
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "model", "stage", "checkpointing", "precision"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)],
