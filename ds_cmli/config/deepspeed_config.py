@@ -70,7 +70,7 @@ class DeepSpeedConfig(Mapping):
         """Check the content of such a file. Raises `UserError`."""
         if isinstance(content, cls):
             return content
-        return cls(checks.checked(content), without_effect(content))
+        return cls(checks.checked(content), tuple(without_effect(content)))
 
     def replaced(
         self, zero_optimization: JsonObject | None = None, **settings: Any

@@ -3,8 +3,8 @@
 A key that never has an effect here is refused (`deepspeed_keys.py`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from ds_cmli.common.json_text import Section
 from ds_cmli.config import deepspeed_keys as keys
@@ -14,64 +14,16 @@ BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_ac
 FILLED = ("lr", "betas", "eps", "weight_decay")
 
 
-class Idle(NamedTuple):
-    """The `names` of a section have no effect where its content is so; `why` says it in words."""
+Idle = tuple[str, Sequence[str], str]  # a section, keys of it that have no effect, and why
 
-    names: tuple[str, ...]
-    where: Callable[[Section], bool]
-    why: str
-
-
-def _no_cycle(params: Section) -> bool:
-    return params.get("cycle_momentum", True) is False
-
-
-_DYNAMIC = (
+# What only a dynamic loss scale reads.
+DYNAMIC = (
     "initial_scale_power",
     "loss_scale_window",
     "hysteresis",
     "consecutive_hysteresis",
     "min_loss_scale",
 )
-IDLE = {
-    "fp16": Idle(_DYNAMIC, lambda fp16: bool(fp16.get("loss_scale")), "loss_scale is fixed"),
-    "comms_logger": Idle(
-        ("prof_ops",), lambda logger: logger.get("prof_all", True), "prof_all logs every operation"
-    ),
-}
-_ENDS = Idle(("base_momentum", "max_momentum"), _no_cycle, "cycle_momentum is false")
-_CYCLE = ("cycle_min_mom", "cycle_max_mom", "decay_mom_rate")
-# Parameters, by the type of the optimizer or scheduler.
-PARAMETERS = {
-    "SGD": (
-        Idle(("dampening",), lambda params: not params.get("momentum"), "there is no momentum"),
-    ),
-    "CyclicLR": (
-        _ENDS,
-        Idle(
-            ("gamma",),
-            lambda params: params.get("mode", "triangular") != "exp_range",
-            "the mode is not exp_range",
-        ),
-        Idle(("scale_mode",), lambda params: True, "the mode decides it"),
-    ),
-    "OneCycle": (
-        Idle(_CYCLE, _no_cycle, "cycle_momentum is false"),
-        Idle(
-            ("decay_lr_rate", "decay_mom_rate"),
-            lambda params: not params.get("decay_step_size"),
-            "there is no decay_step_size",
-        ),
-    ),
-    "OneCycleLR": (
-        _ENDS,
-        Idle(
-            ("epochs", "steps_per_epoch"),
-            lambda params: "total_steps" in params,
-            "total_steps says it",
-        ),
-    ),
-}
 CYCLES = ("OneCycle", "CyclicLR", "OneCycleLR")  # schedulers that change the momentum too
 # Schedulers that set every rate themselves; the second ones only where the full rate is given.
 OWN_RATES = ("LRRangeTest", *CYCLES)
@@ -87,77 +39,73 @@ RATES = (
 )
 
 
-def without_effect(content: Section) -> tuple[str, ...]:
+def without_effect(content: Section) -> Iterator[str]:
     """A line for each section with keys that have no effect with the others."""
-    return (
-        *_stage(content.get("zero_optimization", {})),
-        *_switched_off(content),
-        *_beside_others(content),
-        *_rates(content),
-        *_least_warmup(content),
-    )
+    for place, names, why in (*_in_sections(content), *_in_parameters(content)):
+        section = content
+        for name in place.split("."):
+            section = section.get(name) or {}
+        given = [name for name in names if name in section]
+        if given:
+            yield f"{place}: no effect: {', '.join(given)}, as {why}"
+    scheduler, optimizer = (content.get(name, {}) for name in ("scheduler", "optimizer"))
+    params, kind = scheduler.get("params", {}), scheduler.get("type")
+    momenta = optimizer.get("params", {}).keys() & {"betas", "momentum"}
+    momenta = [name for name in sorted(momenta) if optimizer["params"][name] != "auto"]
+    if momenta and kind in CYCLES and params.get("cycle_momentum", True):
+        yield (
+            f"optimizer.params: {', '.join(momenta)}: the scheduler {kind} cycles the momentum "
+            "(cycle_momentum)"
+        )
+    if params.get("warmup_num_steps") == 1:
+        yield "scheduler.params.warmup_num_steps is 1: DeepSpeed takes 2 for it, its least"
 
 
-def _stage(zero: Section) -> Iterator[str]:
+def _in_sections(content: Section) -> Iterator[Idle]:
+    zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    idle = sorted(key for key in zero if stage < 3 and key.startswith("stage3_"))
+    read_elsewhere = [key for key in zero if key.startswith("stage3_") and stage < 3]
     for stages, names in keys.STAGES.items():
         if stage not in stages:
-            idle = sorted({*idle, *zero.keys() & names.split()})
-    if idle:
-        yield f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}"
+            read_elsewhere += names.split()
+    yield "zero_optimization", sorted(read_elsewhere), f"the stage is {stage}"
     for what in ("offload_optimizer", "offload_param"):
-        given = zero.get(what) or {}
-        if given.get("device", "none") == "none" and given.get("pin_memory"):
-            yield (
-                f"zero_optimization.{what}: no effect: pin_memory, as nothing is offloaded (device)"
-            )
-
-
-def _switched_off(content: Section) -> Iterator[str]:
+        offload = zero.get(what) or {}
+        if offload.get("device", "none") == "none" and offload.get("pin_memory"):
+            yield f"zero_optimization.{what}", ["pin_memory"], "nothing is offloaded (device)"
     for name, section in content.items():
-        if isinstance(section, dict) and section.get("enabled") is False and len(section) > 1:
-            idle = ", ".join(sorted(section.keys() - {"enabled"}))
-            yield f"{name}: no effect: {idle}, as enabled is false"
+        if isinstance(section, dict) and section.get("enabled") is False:
+            yield name, sorted(section.keys() - {"enabled"}), "enabled is false"
+    fp16, logger = content.get("fp16", {}), content.get("comms_logger", {})
+    if fp16.get("enabled") is not False and fp16.get("loss_scale"):
+        yield "fp16", DYNAMIC, "loss_scale is fixed"
+    if logger.get("enabled") is not False and logger.get("prof_all", True):
+        yield "comms_logger", ["prof_ops"], "prof_all logs every operation"
 
 
-def _beside_others(content: Section) -> Iterator[str]:
-    for name, idle in IDLE.items():
-        section = content.get(name, {})
-        if section.get("enabled") is not False:
-            yield from _line(name, idle, section)
-    for name in ("optimizer", "scheduler"):
-        typed = content.get(name, {})
-        for idle in PARAMETERS.get(typed.get("type"), ()):
-            yield from _line(f"{name}.params", idle, typed.get("params", {}))
-
-
-def _line(where: str, idle: Idle, section: Section) -> Iterator[str]:
-    given = [key for key in idle.names if key in section]
-    if given and idle.where(section):
-        yield f"{where}: no effect: {', '.join(given)}, as {idle.why}"
-
-
-def _rates(content: Section) -> Iterator[str]:
-    optimizer = content.get("optimizer", {}).get("params", {})
-    scheduler = content.get("scheduler", {})
+def _in_parameters(content: Section) -> Iterator[Idle]:
+    optimizer, scheduler = content.get("optimizer", {}), content.get("scheduler", {})
+    of_optimizer = optimizer.get("params", {})
+    if optimizer.get("type") == "SGD" and not of_optimizer.get("momentum"):
+        yield "optimizer.params", ["dampening"], "there is no momentum"
     kind, params = scheduler.get("type"), scheduler.get("params", {})
     sets = kind in OWN_RATES
     if kind in OWN_RATES_IF_GIVEN:
-        sets = params.get("warmup_max_lr", "auto") not in ("auto", optimizer.get("lr"))
-    if sets and optimizer.get("lr", "auto") != "auto":
-        yield f"optimizer.params: no effect: lr, as the scheduler {kind} sets the rates"
-    given = [key for key in ("betas", "momentum") if optimizer.get(key, "auto") != "auto"]
-    if given and kind in CYCLES and not _no_cycle(params):
-        yield (
-            f"optimizer.params: {', '.join(given)}: the scheduler {kind} cycles the momentum "
-            "(cycle_momentum)"
-        )
-
-
-def _least_warmup(content: Section) -> Iterator[str]:
-    if content.get("scheduler", {}).get("params", {}).get("warmup_num_steps") == 1:
-        yield "scheduler.params.warmup_num_steps is 1: DeepSpeed takes 2 for it, its least"
+        sets = params.get("warmup_max_lr", "auto") not in ("auto", of_optimizer.get("lr"))
+    if sets and of_optimizer.get("lr") != "auto":
+        yield "optimizer.params", ["lr"], f"the scheduler {kind} sets the rates"
+    place = "scheduler.params"
+    if kind in CYCLES and params.get("cycle_momentum", True) is False:
+        names = ["cycle_min_mom", "cycle_max_mom", "decay_mom_rate", "base_momentum"]
+        yield place, [*names, "max_momentum"], "cycle_momentum is false"
+    if kind == "CyclicLR":
+        if params.get("mode", "triangular") != "exp_range":
+            yield place, ["gamma"], "the mode is not exp_range"
+        yield place, ["scale_mode"], "the mode decides it"
+    if kind == "OneCycle" and not params.get("decay_step_size"):
+        yield place, ["decay_lr_rate", "decay_mom_rate"], "there is no decay_step_size"
+    if kind == "OneCycleLR" and "total_steps" in params:
+        yield place, ["epochs", "steps_per_epoch"], "total_steps says it"
 
 
 def beyond_the_run(scheduler: Section, total_steps: int) -> Iterator[str]:

@@ -8,6 +8,7 @@ import contextlib
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import Match, both_ways, match
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.config.registry import LOSSES
-from ds_cmli.data.tokens import SpecialTokens, most_characters
+from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.processing import CMLIProcessor
 from ds_cmli.losses.functions import sigmoid_loss
@@ -241,19 +242,8 @@ class CMLIModel(PreTrainedModel):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         valid = self.token_mask(ids, mask)[0]
         of_text = self.get_text_features(ids, mask)
-        most = processor.context_length
-        offsets = processor.tokenizer(
-            text[: most_characters(most)],
-            truncation=True,
-            max_length=most,
-            return_offsets_mapping=True,
-        )["offset_mapping"]
-        spans = []
-        for (start, end), own in zip(offsets, valid.tolist(), strict=False):
-            if own:
-                # Some tokenizers count the space before a word as part of it.
-                piece = text[start:end]
-                spans.append((start + len(piece) - len(piece.lstrip()), end))
+        words = CaptionTokenizer(processor.tokenizer, processor.context_length)
+        spans = list(compress(words.spans(text), valid.tolist()))
         tokens = l2_normalize(_both(of_text)[1][0][valid])  # [M, D]
         patches = l2_normalize(_both(of_image)[1][0])  # [N, D]
         return match(tokens, patches, text, spans, self.student.grid)  # CPU-GPU sync

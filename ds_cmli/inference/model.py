@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -239,8 +240,7 @@ class Model:
         """Match each word of a text with its best patch, and each patch with its best word."""
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         valid = texts.token_mask[0]
-        # The mask may be longer: texts are padded.
-        spans = [span for span, own in zip(texts.spans[0], valid.tolist(), strict=False) if own]
+        spans = list(compress(texts.spans[0], valid.tolist()))  # the mask is of the padded text
         grid = grid_at(0, images.grid, self.grid)
         patches = images.patches[0, : math.prod(grid)]
         return match(texts.tokens[0][valid], patches, text, spans, grid)

@@ -261,12 +261,12 @@ class Student(nn.Module):
         return self.split_text(y, attention_mask)
 
     def image_embeddings(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `encode_image`, but of unit length: class tokens in fp32 and patches [B, N, D]."""
+        """Encode images as class tokens in fp32 and patches [B, N, D], all of unit length."""
         cls, patches = self.encode_image(image, grid)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(patches))
 
     def text_embeddings(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encode_text`, but of unit length: class tokens in fp32 and tokens [B, M, D]."""
+        """Encode texts as class tokens in fp32 and tokens [B, M, D], all of unit length."""
         cls, tokens = self.encode_text(input_ids, attention_mask)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
 
