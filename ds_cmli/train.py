@@ -19,6 +19,7 @@ import click
 
 from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, print_without_effect, resolve_config
@@ -82,11 +83,10 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
     # --- processes
     hold_back_nccl(config.run.watchdog)
     try:
-        store = distributed.meet(stop=preemption.stop)  # collective
-    except preemption.Preempted:
-        signal, again = preemption.requested(), preemption.to_go_on("start again")
-        say(f"stopped before step 1 by {signal}{again}")
-        return preemption.EXIT_CODE
+        store = distributed.meet()  # collective
+    except UserError:
+        preemption.end_start()  # rank 0, which the others miss, may have ended by the same signal
+        raise
     try:
         with Watchdog(config.run.watchdog, store) as watchdog:
             device = distributed.connect(store)  # collective

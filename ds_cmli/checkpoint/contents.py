@@ -156,7 +156,7 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
 
 
 def _paths(root: Path) -> list[Path]:
-    return [root / name for name in candidates(root)]
+    return list(map(root.joinpath, candidates(root)))
 
 
 def held(folder: Path) -> list[str]:

@@ -5,7 +5,6 @@ Only rank 0 uses this. The checkpoints of a folder that is gone come back with t
 """
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.checkpoint import files, lock
@@ -19,18 +18,9 @@ class RunFiles:
     def __init__(self, folder: Path):
         """`folder`: the run's, in which the files are up to date."""
         self.folder = folder
-        self.handle: int | None = None  # of the folder itself, which also a renamed folder keeps
         names = (METRICS, CHECKSUMS, CONFIG)
         self.contents = {name: bytearray(_read(folder / name)) for name in names}
         self.waiting = b""  # lines that could not be written yet
-        self._open()
-
-    def _open(self) -> None:
-        if self.handle is not None:
-            os.close(self.handle)
-            self.handle = None
-        with suppress(OSError):
-            self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def append(self, lines: bytes = b"", to_disk: bool = False) -> list[str]:
         """Write lines, and those that wait; returns what to tell about files written again.
@@ -71,33 +61,11 @@ class RunFiles:
                 gone.append(name)
         if not gone:
             return []
-        if self._in_place():
-            told = (
-                f"warning: {' and '.join(gone)} in {self.folder}: removed or cut off meanwhile, "
-                "written again"
-            )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            told = f"warning: {self.folder}: {self._whereabouts()}, made again for this run"
-            self._open()
+        self.folder.mkdir(parents=True, exist_ok=True)
         for name in gone:
             files.publish(self.folder / name, bytes(self.contents[name]))
-        return [told]
-
-    def _in_place(self) -> bool:
-        try:
-            there = os.stat(self.folder)
-        except OSError:
-            return False
-        return self.handle is None or os.path.samestat(there, os.fstat(self.handle))
-
-    def _whereabouts(self) -> str:
-        if self.handle is not None:
-            with suppress(OSError):
-                path = os.readlink(f"/proc/self/fd/{self.handle}")
-                if os.path.isdir(path):
-                    return f"renamed to {path} meanwhile"
-        return "removed meanwhile"
+        place = f"{' and '.join(gone)} in {self.folder}"
+        return [f"warning: {place}: removed, renamed or cut off meanwhile, written again"]
 
 
 def _read(path: Path) -> bytes:

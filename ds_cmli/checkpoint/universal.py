@@ -12,14 +12,13 @@ import contextlib
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError, first_line
@@ -239,35 +238,24 @@ def _load_zero(engine: DeepSpeedEngine, converted: Path) -> None:
 def _load_without_zero(step: TrainEngine, converted: Path) -> None:
     optimizer = step.engine.optimizer
     parameters = dict(step.objective.named_parameters())
-    for several, master in _masters(step, parameters):
-        folders = [converted / "zero" / name for name in several]
-        with torch.no_grad():
-            master.copy_(_read_flat(folders, "fp32", master))
-            sizes = [parameters[name].numel() for name in several]
-            for name, part in zip(several, master.flatten().split(sizes), strict=True):
-                parameters[name].copy_(part.view_as(parameters[name]))
-        optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
+    for group, names in zip(optimizer.param_groups, step.names, strict=True):
+        members = [names]  # of FP16_Optimizer's one tensor
+        if len(group["params"]) == len(names):
+            members = [[name] for name in names]
+        for several, master in zip(members, group["params"], strict=True):
+            folders = [converted / "zero" / name for name in several]
+            with torch.no_grad():
+                master.copy_(_read_flat(folders, "fp32", master))
+                sizes = [parameters[name].numel() for name in several]
+                for name, part in zip(several, master.flatten().split(sizes), strict=True):
+                    parameters[name].copy_(part.view_as(parameters[name]))
+            optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
 
 
 def _read_flat(folders: list[Path], key: str, like: Tensor) -> Tensor:
     """The tensor `key` of the parameters with these folders, one behind the other, as `like`."""
     parts = [_load(folder / f"{key}.pt")["param"].flatten() for folder in folders]
     return torch.cat(parts).to(like).view_as(like)
-
-
-def _masters(
-    step: TrainEngine, parameters: dict[str, nn.Parameter]
-) -> Iterator[tuple[list[str], Tensor]]:
-    """The fp32 tensors of an optimizer without ZeRO, with the names of their parameters."""
-    optimizer = step.engine.optimizer
-    if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
-        yield from zip(step.names, optimizer.fp32_groups_flat, strict=True)
-        return
-    groups = getattr(optimizer, "fp32_groups", None)  # FP16_UnfusedOptimizer
-    for number, names in enumerate(step.names):
-        masters = [parameters[name] for name in names] if groups is None else groups[number]
-        for name, master in zip(names, masters, strict=True):
-            yield [name], master
 
 
 def remove(converted: Path) -> None:

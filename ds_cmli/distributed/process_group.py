@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.errors import UserError, first_line, one_line
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
@@ -35,14 +35,11 @@ def init() -> torch.device:
     return connect(meet())  # collectives
 
 
-def meet(
-    start: timedelta = timedelta(minutes=10), stop: Callable[[], None] = lambda: None
-) -> dist.Store:
+def meet(start: timedelta = timedelta(minutes=10)) -> dist.Store:
     """Wait for all ranks, and return the store that they share. Collective.
 
     Args:
         start: how long the ranks wait for each other.
-        stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
         UserError: not all ranks have started in time, or this rank alone on its node has no GPU.
@@ -51,7 +48,7 @@ def meet(
     _device()
     if dist.is_initialized():
         return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
-    return rendezvous.meet(start, stop)  # collective
+    return rendezvous.meet(start)  # collective
 
 
 def connect(
@@ -212,9 +209,10 @@ def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list
     return out
 
 
-def raise_together(mistake: str | None) -> None:
+def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) -> None:
     """Raise `UserError` on all ranks if any gives a message, with the first one's. Collective."""
-    nodes, mistakes = zip(*gather_objects((this_node(), mistake)), strict=True)  # collective
+    gathered = gather_objects((this_node(), mistake), group)  # collective
+    nodes, mistakes = zip(*gathered, strict=True)
     for rank, first in enumerate(mistakes):
         if first:
             raise UserError(first if all(mistakes) else f"{named(rank, nodes)}: {first}")
@@ -253,9 +251,9 @@ class CollectiveFlags:
         An unexpected error is raised on its own rank; elsewhere the first rank's message is, as a
         `UserError`.
         """
-        message = None if error is None else str(error) or type(error).__name__
-        nodes, messages = zip(*self.gather((this_node(), message)), strict=True)  # collective
-        if error is not None and not isinstance(error, UserError):
-            raise error
-        rank, first = next((r, m) for r, m in enumerate(messages) if m is not None)
-        raise UserError(first if world_size() == 1 else f"{named(rank, nodes)}: {first}")
+        try:  # collective, on the CPU
+            raise_together(None if error is None else one_line(error), self.group)
+        except UserError:
+            if error is None or isinstance(error, UserError):
+                raise
+            raise error from None

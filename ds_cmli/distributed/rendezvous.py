@@ -39,28 +39,22 @@ class Address(NamedTuple):
     token: str = ""
 
 
-def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
+def meet(start: timedelta) -> dist.Store:
     """The store that all ranks share, as soon as all of them have connected. Collective.
 
     Args:
         start: how long the ranks wait for each other.
-        stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
         UserError: not all ranks have connected in time, or another program uses the port.
     """
     env, end = os.environ, time.monotonic() + start.total_seconds()
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
-
-    def waits() -> bool:
-        stop()
-        return time.monotonic() < end
-
     find = _of_ports
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         find = _of_launcher
     try:
-        store = find(rank, waits)
+        store = find(rank, end)
         at = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} within {start.total_seconds():g} s"
         if store is None:
             line = f"rank {rank} of {ranks} met no rank 0 at {at}"
@@ -68,12 +62,11 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
         if store.add(COME, 1) == ranks:
             store.set(ALL, "")
         while not store.check([ALL]):
-            if not waits():
+            if time.monotonic() > end:
                 line = f"only {store.add(COME, 0)} of {ranks} ranks met at {at}"
                 raise UserError(f"{line}: see why the others did not start")
             time.sleep(min(1.0, 0.05 + ranks / 1000))
     except dist.DistError:
-        stop()  # this rank may have been signalled too, which explains the end better
         raise UserError("rank 0 has ended before all ranks had come: see what it says") from None
     return store
 
@@ -84,7 +77,7 @@ def _refuse(rank: int, message: str) -> NoReturn:
     raise UserError(message)
 
 
-def _of_launcher(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
+def _of_launcher(rank: int, end: float) -> dist.Store | None:
     """Rank 0's store, whose address is passed through torchrun's; None: not found in time.
 
     torchrun's own store ends with the launcher, and outlives the ranks that it starts again. It may
@@ -92,7 +85,7 @@ def _of_launcher(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
     have come.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agents = _find(lambda: [Address(host, port)], waits)
+    agents = _find(lambda: [Address(host, port)], end)
     if agents is None:
         me = f"rank {rank} of {os.environ['WORLD_SIZE']}"
         raise UserError(f"{me} did not reach the launcher at {host}:{port}")
@@ -110,10 +103,10 @@ def _of_launcher(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
         name, number, token = agents.get(SHARED).decode().split()
         return [Address(name, int(number), token)]
 
-    return _find(shared, waits)
+    return _find(shared, end)
 
 
-def _of_ports(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
+def _of_ports(rank: int, end: float) -> dist.Store | None:
     """Rank 0's store, at a port that all ranks know; None: not found in time."""
     env = os.environ
     host, ports, token = env["MASTER_ADDR"], [int(env["MASTER_PORT"])], _token()
@@ -127,8 +120,8 @@ def _of_ports(rank: int, waits: Callable[[], bool]) -> dist.Store | None:
         store = _hold(host, ports, token)
     else:
         addresses = [Address(host, port, token) for port in ports]
-        store = _find(lambda: addresses, waits, patience)
-        if store is None and waits():
+        store = _find(lambda: addresses, end, patience)
+        if store is None and time.monotonic() < end:
             line = f"MASTER_PORT is {ports[0]}: another program answers there on {host}"
             _refuse(rank, f"{line}; set it to a free one")
     if store is not None:
@@ -166,7 +159,7 @@ def _hold(host: str, ports: list[int], token: str) -> dist.TCPStore:
 
 
 def _find(
-    addresses: Callable[[], list[Address]], waits: Callable[[], bool], patience: float = inf
+    addresses: Callable[[], list[Address]], end: float, patience: float = inf
 ) -> dist.TCPStore | None:
     """The first store that is right; None: not in time, or not where others answer for `patience`.
 
@@ -174,7 +167,7 @@ def _find(
         patience: in seconds.
     """
     answered: float | None = None
-    while waits():
+    while time.monotonic() < end:
         for address in addresses():
             # Where nothing listens, PyTorch would print the frames of its C++ code.
             if not _listens(address):

@@ -153,12 +153,6 @@ def to_go_on(how: str) -> str:
     return "" if WHO_GOES_ON in os.environ else f": {how} to go on"
 
 
-def stop() -> None:
-    """Raise `Preempted` if this rank was signalled to end. Other ranks are not consulted."""
-    if _received:
-        raise Preempted
-
-
 def watch_launcher(gone: Callable[[], None]) -> None:
     """Call `gone` once, from a thread, when the launcher has ended; never if there is none."""
     if OF_TORCHRUN in os.environ or {OF_DEEPSPEED, "LOCAL_SIZE"} <= os.environ.keys():

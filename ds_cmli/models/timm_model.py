@@ -5,8 +5,6 @@ Shapes: B images, S image side in pixels.
 
 import inspect
 import json
-import re
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
@@ -151,23 +149,10 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _not_built(request: ImageRequest, error: Exception) -> UserError:
-    model, setting, text = repr(request.model), f"setting of {request.prefix}overrides", str(error)
-    fixed = re.search(r"got multiple values for keyword argument '(\w+)'", text)
-    if fixed and fixed[1] in request.overrides:
-        return UserError(f"{setting} is {fixed[1]!r}, which {model} fixes: leave it out")
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    if unknown and unknown[2] in request.overrides:
-        module = sys.modules[timm.models.model_entrypoint(request.model).__module__]
-        kind = getattr(module, unknown[1], timm.models.VisionTransformer)
-        known = inspect.signature(kind).parameters.keys() - DECIDED.keys()
-        return UserError(
-            f"{setting} is {unknown[2]!r}, which {model} does not take: "
-            f"{nearest(unknown[2], known)}"
-        )
-    return UserError(
-        f"{request.source.setting} is {request.weights!r}, the model {model}: cannot build it: "
-        f"{reason(error)}"
-    )
+    place = f"{request.source.setting} is {request.weights!r}, the model {request.model!r}"
+    if request.overrides:
+        place += f" with {request.prefix}overrides {dict(request.overrides)}"
+    return UserError(f"{place}: cannot build it: {reason(error)}")
 
 
 def _watched(file: str | None, given: Given | None) -> AbstractContextManager[None]:

@@ -73,17 +73,15 @@ def cut(folder):
         file.truncate(100)
 
 
+GONE = "in {}/run: removed, renamed or cut off meanwhile, written again"
 # what happens: (how, words of the one line about it)
 STRIKES = {
-    "renamed": (rename, "renamed to {}/renamed meanwhile, made again"),
-    "removed": (shutil.rmtree, "removed meanwhile, made again"),
-    "replaced": (replace, "renamed to {}/renamed meanwhile, made again"),
-    "metrics removed": (
-        remove_parts("metrics.jsonl"),
-        "metrics.jsonl in {}/run: removed or cut off meanwhile, written",
-    ),
-    "metrics cut off": (cut, "metrics.jsonl in {}/run: removed or cut off meanwhile, written again"),
-    "config removed": (remove_parts("config.json"), "config.json in {}/run: removed or cut off meanwhile, written"),
+    "renamed": (rename, GONE),
+    "removed": (shutil.rmtree, GONE),
+    "replaced": (replace, GONE),
+    "metrics removed": (remove_parts("metrics.jsonl"), f"metrics.jsonl {GONE}"),
+    "metrics cut off": (cut, f"metrics.jsonl {GONE}"),
+    "config removed": (remove_parts("config.json"), f"config.json {GONE}"),
     "checkpoints removed": (remove_parts("checkpoint"), "checkpoint/step3 is gone: a checkpoint is written anew"),
     "trackers removed": (remove_parts("tensorboard"), ""),
     "weights removed": (remove_parts("student.safetensors", "student_ema.safetensors"), ""),

@@ -40,7 +40,7 @@ def command():
         engine.on_this_device(DeepSpeedConfig.of({}))
     from ds_cmli.distributed import rendezvous
     print("MEETING", flush=True)
-    rendezvous.meet(timedelta(seconds=4), lambda: None)
+    rendezvous.meet(timedelta(seconds=4))
 
 leave(exit_code(command))
 """

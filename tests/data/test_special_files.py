@@ -59,7 +59,7 @@ def test_a_source_that_is_no_file(make, ending, tmp_path):
     name = tmp_path / f"a.{ending}"
     make(name)
     for source in (str(name), str(tmp_path), str(tmp_path / f"*.{ending}"), str(tmp_path / f"{{a,b}}.{ending}")):
-        words = r"named pipe|a device|a socket|do not exist|no folder|no metadata"
+        words = r"no regular file|do not exist|no folder|no metadata"
         with pytest.raises(UserError, match=words) as error:
             open_sources(DataConfig(source=source))
         assert "\n" not in str(error.value)
@@ -90,7 +90,7 @@ def test_weights_tokenizers_and_json_that_are_no_files(make, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         make(tmp_path / name)
         given = tmp_path / name.partition("/")[0]
-        with pytest.raises(UserError, match=r"student.image_weights is .*: .* is no file, but"):
+        with pytest.raises(UserError, match=r"student.image_weights is .*: .* is no regular file"):
             weights_file(Source("student.image_weights", str(given), False), "a file")
     builtin_tokenizer().save_pretrained(tmp_path / "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json", "another"):
@@ -98,7 +98,7 @@ def test_weights_tokenizers_and_json_that_are_no_files(make, tmp_path):
         shutil.copytree(tmp_path / "tokenizer", folder)
         (folder / name).unlink(missing_ok=True)
         make(folder / name)
-        with pytest.raises(UserError, match=f"data.tokenizer is .*{name}' is no file, but"):
+        with pytest.raises(UserError, match=f"data.tokenizer is .*{name}' is no regular file"):
             load_tokenizer(str(folder), 16)
     make(tmp_path / "config.json")
     with pytest.raises(ValueError, match="no regular file"):

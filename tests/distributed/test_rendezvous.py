@@ -26,7 +26,7 @@ def one_rank(env: dict[str, str], results, held) -> None:
         os.setpgid(0, int(env["GROUP"]))
     began = time.monotonic()
     try:
-        store = rendezvous.meet(START, lambda: None)
+        store = rendezvous.meet(START)
         store.set(f"name of {env['RANK']}", env.get("NAME", ""))
         met = [store.get(f"name of {rank}").decode() for rank in range(int(env["WORLD_SIZE"]))]
         results.put((env["RANK"], env.get("NAME", ""), (met, int(os.environ["MASTER_PORT"])), 0.0))
@@ -122,35 +122,17 @@ def test_another_runs_store_is_recognised_and_left_alone(ranks):
         assert [met for _, _, (met, _), _ in first.told(2)] == [["first", "first"]] * 2
 
 
-def test_waiting_ends_where_asked_and_where_nobody_comes(monkeypatch):
-    class Asked(Exception):
-        pass
-
-    def stop():
-        raise Asked
-
-    for rank in (0, 1):
-        for name, value in given(free_port(), rank).items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(Asked):
-            rendezvous.meet(START, stop)
-        with pytest.raises(UserError, match=["only 1 of 2 ranks met at", "rank 1 of 2 met no rank 0 at"][rank]):
-            rendezvous.meet(timedelta(seconds=0.5), lambda: None)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_waiting_ends_where_nobody_comes(monkeypatch, rank):
+    for name, value in given(free_port(), rank).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=["only 1 of 2 ranks met at", "rank 1 of 2 met no rank 0 at"][rank]):
+        rendezvous.meet(timedelta(seconds=0.5))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("launcher", ["absent", "silent about rank 0", "before's rank 0 has ended", "another program"])
-def test_waiting_beside_torchrun_ends_where_asked_and_where_nobody_comes(monkeypatch, capfd, rank, launcher):
-    class Asked(Exception):
-        pass
-
-    calls = []
-
-    def stop():
-        calls.append(None)
-        if len(calls) > 2:
-            raise Asked
-
+def test_waiting_beside_torchrun_ends_where_nobody_comes(monkeypatch, capfd, rank, launcher):
     monkeypatch.setattr(rendezvous, "ANSWER", 0.2)
     port = free_port()
     for name, value in (given(port, rank) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}).items():
@@ -162,13 +144,11 @@ def test_waiting_beside_torchrun_ends_where_asked_and_where_nobody_comes(monkeyp
         agents = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     if launcher == "before's rank 0 has ended":
         agents.set(rendezvous.SHARED, f"127.0.0.1 {free_port()} its-token")
-    with pytest.raises(Asked):
-        rendezvous.meet(START, stop)
     message = ["only 1 of 2 ranks met at", "met no rank 0 at .* within 0.5 s: see why"][rank]
     if launcher in ("absent", "another program"):
         message = "did not reach the launcher at 127.0.0.1:"
     with pytest.raises(UserError, match=f"^(rank {rank} of 2 )?{message}[^\n]*$") as error:
-        rendezvous.meet(timedelta(seconds=0.5), lambda: None)
+        rendezvous.meet(timedelta(seconds=0.5))
     lines = capfd.readouterr().err.splitlines()
     assert {*lines} <= {f"error: {error.value}"} or launcher == "another program"  # which PyTorch tells of
     stack.close()

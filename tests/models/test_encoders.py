@@ -196,7 +196,7 @@ def test_any_width_has_heads_that_divide_it(width):
 
 
 IMAGE = {
-    "dpeth": (3, "which .* does not take: did you mean 'depth'"),
+    "dpeth": (3, "cannot build it: .*unexpected keyword argument"),
     "img_size": (28, "data.image_size says it"),
     "num_classes": (10, "head, pooling and final norm are not used"),
     "drop_rate": (0.1, "head, pooling and final norm are not used"),

@@ -22,22 +22,6 @@ COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
 # The split names of other tools.
 OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")
-# Descriptions of other kinds of data files by their suffixes, for error messages.
-KINDS = {
-    ".tar": "a tar archive",
-    ".tar.gz": "a tar archive",
-    ".tgz": "a tar archive",
-    ".tar.bz2": "a tar archive",
-    ".tar.xz": "a tar archive",
-    ".tar.zst": "a tar archive",
-    ".zip": "a zip archive",
-    ".parquet": "a parquet file",
-    ".arrow": "an Arrow file, as save_to_disk writes it",
-    ".jsonl": "a JSON lines file",
-    ".json": "a JSON file",
-    ".csv": "a CSV file",
-    ".tsv": "a TSV file",
-}
 
 
 def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
@@ -55,7 +39,7 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
         if not root.is_dir():
             kind = "it does not exist"
             if root.exists():
-                kind = _kind(root.name) or "a file"
+                kind = "a file"
             raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
         return _load(root, config)
     # No permission, a name that is too long, an unknown home folder.
@@ -138,22 +122,12 @@ def _metadata(folder: Path) -> Path | None:
     return next(iter(paths), None)
 
 
-def _kind(name: str) -> str | None:
-    return next((kind for end, kind in KINDS.items() if name.lower().endswith(end)), None)
-
-
 def _contents(folder: Path) -> str:
     """Describe the content of a folder without metadata in a few words."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, 1000))
     if not names:
         return "it is empty"
-    if {"dataset_dict.json", "state.json"} & set(names):
-        return "it is one that save_to_disk wrote"
-    for name in names:
-        kind = _kind(name)
-        if kind:
-            return f"it holds {name}, {kind}"
     return f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 

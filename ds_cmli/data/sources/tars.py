@@ -81,12 +81,12 @@ class Tars(Source):
 
     def _index(self) -> list[Indexed]:
         """Map the rows of each shard; returns what else is indexed of each folder."""
-        folders = groupby(self.shards, key=lambda shard: shard.parent)
-        found = [index(list(shards)) for _, shards in folders]
         self.rows: list[np.ndarray] = []
-        for indexed in found:
-            self.rows += indexed.rows
-        return found
+        folders = []
+        for _, shards in groupby(self.shards, key=lambda shard: shard.parent):
+            folders.append(index(list(shards)))
+            self.rows += folders[-1].rows
+        return folders
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -177,13 +177,10 @@ def make(folder, *names):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["data.tar"], "it holds data.tar, a tar archive"),
-        (["0001.tar.gz"], "it holds 0001.tar.gz, a tar archive"),
-        (["data/train-0.parquet", "x.parquet"], "it holds x.parquet, a parquet file"),
-        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], "it is one that save_to_disk wrote"),
-        (["dataset_dict.json", "train/data-00000-of-00001.arrow"], "it is one that save_to_disk wrote"),
+        (["0001.tar.gz"], "it holds 0001.tar.gz"),
+        (["data/train-0.parquet", "x.parquet"], "it holds data, x.parquet"),
         (["1.jpg", "2.jpg", "3.jpg", "4.jpg"], "it holds 1.jpg, 2.jpg, 3.jpg ..."),
-        (["metadata.json"], "it holds metadata.json, a JSON file"),
+        (["metadata.json"], "it holds metadata.json"),
         (["validation/"], "it holds validation"),
     ],
 )
@@ -196,10 +193,7 @@ def test_a_folder_without_metadata_is_told_what_it_is_and_what_is_accepted(tmp_p
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("x.tar", "a tar archive"),
-        ("x.parquet", "a parquet file"),
-        ("x.zip", "a zip archive"),
-        ("metadata.jsonl", "a JSON lines file"),
+        ("x.zip", "a file"),
         ("x", "a file"),
         ("nowhere/", "it does not exist"),
         ("x" * 300, "File name too long"),
