@@ -8,7 +8,7 @@ from PIL import Image
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.effects import IDLE, read_by_losses
+from ds_cmli.config.effects import reasons
 from ds_cmli.config.options import how_given, print_without_effect, resolve_config
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
@@ -66,13 +66,19 @@ def test_settings_beside_others(settings, given, json, ranks, line, capsys):
     assert said == [] if line is None else [line in text for text in said] == [True], said
 
 
-def test_the_table_names_settings_that_exist():
+def test_reasons_are_of_settings_that_exist():
     known = {
         f"{section.name}.{field.name}"
         for section in dataclasses.fields(Config)
         for field in dataclasses.fields(section.default_factory)
     }
-    assert IDLE.keys() | read_by_losses().keys() <= known
+    ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9, "report_to": []}}
+    found: set[str] = set()
+    for preset, ranks, steps in (("tiny", 1, 1), ("tiny", 1, 2), ("demo", 2, 2), ("paper", 2, 1)):
+        for json in ({}, {"optimizer": {"type": "SGD"}}):
+            ds_config = DeepSpeedConfig.of({**json, "gradient_accumulation_steps": steps})
+            found |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
+    assert len(found) > 20 and found <= known
 
 
 def test_a_setting_is_named_as_it_was_given():
