@@ -164,8 +164,8 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         charts.bars(rows, folder / drawn[-1])
     if ours is not None:
         drawn.append("timeline-document.png")
-        rank = ours.report.setting["rank"]
-        title = f"A training step at the document's sizes, predicted without a GPU: rank {rank}"
+        of = ours.report.setting
+        title = f"Predicted: a step of {of['micro_batch']} pairs on each of {of['world_size']} GPUs, rank {of['rank']}"
         charts.timeline(ours.events, title, folder / drawn[-1])
     if step is not None:
         drawn.append(f"timeline-{step.preset}.png")
