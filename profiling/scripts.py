@@ -115,10 +115,12 @@ class Ended:
         return f"exit code {self.code}: {lines[-1][:300]}"
 
 
-def run(command: list[str], limit: float = float("inf"), **environment: str) -> Ended:
-    """Run a command until it ends, or is ended after `limit` seconds, with the project in Python's path."""
-    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": paths, **environment}
+def run(
+    command: list[str], limit: float = float("inf"), environment: Mapping[str, str] = os.environ
+) -> Ended:
+    """Run a command until it ends, or is ended after `limit` seconds; it finds the project's modules."""
+    paths = (environment.get("PYTHONPATH"), str(ROOT))
+    env = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
         folder, began = tempfile.gettempdir(), time.monotonic()
         process = subprocess.Popen(command, env=env, stdout=out, stderr=error, cwd=folder)

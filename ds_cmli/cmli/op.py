@@ -125,8 +125,7 @@ def _chosen(backend: str, image: Tensor) -> str:
     return "chunked" if backend == "auto" and image.device.type != "cuda" else backend
 
 
-@torch.library.custom_op("ds_cmli::cmli_forward", mutates_args=())
-def _forward(
+def _forward_inside(
     image: Tensor,
     text: Tensor,
     token_mask: Tensor,
@@ -141,8 +140,7 @@ def _forward(
         return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
 
 
-@torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
-def _backward(
+def _backward_inside(
     grad_i2t: Tensor,
     grad_t2i: Tensor,
     image: Tensor,
@@ -163,6 +161,15 @@ def _backward(
         return backend_of(backend, image, text).backward(
             sides, grads, argmax, wanted, scratch_bytes
         )
+
+
+_forward = torch.library.custom_op("ds_cmli::cmli_forward", _forward_inside, mutates_args=())
+_backward = torch.library.custom_op("ds_cmli::cmli_backward", _backward_inside, mutates_args=())
+# What the operators compute by others, for a mode that is to see what they hold.
+INSIDE = {
+    torch.ops.ds_cmli.cmli_forward.default: _forward_inside,
+    torch.ops.ds_cmli.cmli_backward.default: _backward_inside,
+}
 
 
 @_forward.register_fake

@@ -1,26 +1,22 @@
-"""What a call of `cmli_scores` allocates at its peak: an opaque operator hides its scratch memory
-from any tracing.
+"""What a call of `cmli_scores` allocates at its peak, which an opaque operator hides: its backend
+runs on tensors without data.
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_cmli.cmli.chunked.kernels import Scratch, suited
-from ds_cmli.cmli.chunked.packed import ChunkShape, joined, make_chunks
-from ds_cmli.cmli.chunked.tiling import (
-    RecomputePlan,
-    Widths,
-    backward_buffer_bytes,
-    forward_tile_bytes,
-    gather_tile_bytes,
-    load_bytes,
-    tile_sizes,
-)
-from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
+from ds_cmli.cmli.backends import backend_of
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, Sides, Wanted
+from ds_cmli.cmli.without_data import Assumed, assuming
+from ds_cmli.fits.recorder import Recorder
 
 
 class PeakBytes(NamedTuple):
@@ -73,10 +69,9 @@ def cmli_peak_bytes(
         limits: compute capability and shared memory of a block, in bytes, of the GPU that triton's
             tiles are for; None = the current one, or an A100 where there is none.
 
-    Equal to the allocator's count on a CPU where `text_lengths` are given. Not included is the
-    workspace that a library's matrix product takes for itself (oneDNN: about 65 KB a thread at
-    D=256), which shows only where a tile needs less than that after its product. On a GPU the
-    allocator rounds each buffer up to 512 bytes, and `sort` takes more.
+    Equal to the allocator's count on a CPU, but for what PyTorch's operators hold inside, which is
+    little beside a tile: products (oneDNN: about 65 KB a thread at D=256), and sorts. On a GPU the
+    allocator rounds each buffer up to 512 bytes.
 
     Raises:
         ValueError: a backend whose memory is not known, or lengths that are not one number for each
@@ -84,156 +79,44 @@ def cmli_peak_bytes(
     """
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
-    for name, lengths, number, most in (
-        ("text_lengths", text_lengths, J, M),
-        ("image_lengths", image_lengths, I, N),
+    lengths: list[int] = []
+    for name, given, number, most in (
+        ("text_lengths", text_lengths or [M] * J, J, M),
+        ("image_lengths", image_lengths or [], I, N),
     ):
-        if lengths is None:
-            continue
-        if len(lengths) != number or min(lengths) < 0 or max(lengths) > most:
+        if given and (len(given) != number or min(given) < 0 or max(given) > most):
             raise ValueError(f"{name} must hold {number} numbers from 0 to {most}")
-    width = Widths.of(dtype)
-    scores = 2 * I * J * width.wide
-    saved = 0 if recompute else I * J * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
-    gradients = (I * N + J * M) * D * width.narrow
-    if backend == "triton":
-        from ds_cmli.cmli.triton import Sizes, peak_bytes
-
-        sizes = Sizes(I, J, N, M, D)
-        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes, limits)
-    else:
-        text = _PackedSizes(J, M, text_lengths, True, D, width)
-        image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
-        tables = text.table_bytes() + image.table_bytes()
-        compiled = suited(device, dtype)
-        if compiled:
-            tiles = Scratch((N, M, D), width.wide, scratch_bytes, False).bytes()
-        else:
-            largest = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-            tiles = _forward_tiles(text, image, largest, (0, I), True, not recompute)
-        forward = scores + saved + tables + tiles
-        backward = _backward(text, image, dtype, recompute, scratch_bytes, compiled)
-        backward += gradients + tables
+        lengths += given
+    known = Assumed(lengths, text_lengths is None, device, limits)
+    with FakeTensorMode(), assuming(known):
+        mask = None if image_lengths is None else torch.empty(I, N, dtype=torch.bool)
+        features = torch.empty(I, N, D, dtype=dtype), torch.empty(J, M, D, dtype=dtype)
+        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask)
+        wide = torch.promote_types(dtype, torch.float32)
+        grads = torch.empty(I, J, dtype=wide), torch.empty(I, J, dtype=wide)
+        scores = 2 * grads[0].nbytes
+        of = backend_of(backend, *features)
+        forward, out = _peak(lambda: of.forward(sides, scratch_bytes, not recompute), sides)
+        argmax = out[2], out[3]
+        saved = argmax[0].nbytes + argmax[1].nbytes
+        wanted = Wanted(True, True)
+        backward, gradients = _peak(
+            lambda: of.backward(sides, grads, argmax, wanted, scratch_bytes),
+            (*sides, *grads, *argmax),
+        )
+        returned = gradients[0].nbytes + gradients[1].nbytes
     # When backward groups, the scores and their gradients are there as well.
-    extra = max(forward, 2 * scores + saved + backward - gradients)
-    return PeakBytes(forward, saved, backward, gradients, extra)
+    extra = max(forward, 2 * scores + saved + backward - returned)
+    return PeakBytes(forward, saved, backward, returned, extra)
 
 
-class _PackedSizes:
-    """The bytes of a `PackedBatch`, for lengths that are known or, where they are None, for any."""
-
-    def __init__(
-        self,
-        number: int,
-        longest: int,
-        lengths: Sequence[int] | None,
-        masked: bool,
-        D: int,
-        width: Widths,
-    ):
-        self.number, self.longest, self.masked = number, longest, masked
-        self.D, self.width = D, width
-        self.lengths = None if lengths is None else sorted(lengths)
-        self.rows = number * longest if lengths is None else sum(lengths)
-
-    def table_bytes(self) -> int:
-        return self.number * (8 + 8 + self.width.wide + 4) + self.masked * self.rows * 8
-
-    def size(self, first: int, stop: int) -> tuple[int, int]:
-        """Rows and sequences that are not empty."""
-        lengths = [n for n in (self.lengths or [])[first:stop] if n]
-        return sum(lengths), len(lengths)
-
-    def shapes(self, most: ChunkShape, first: int = 0, stop: int | None = None) -> set[ChunkShape]:
-        """The sizes of the chunks."""
-        if self.lengths is None:
-            rows, sequences = min(most.rows, self.rows), min(most.sequences, self.number)
-            return {ChunkShape(rows, sequences, most.longest)}
-        chunks = make_chunks(self.lengths, most, first, stop)
-        return {chunk.shape() for chunk in chunks} or {ChunkShape(0, 0, 0)}
-
-    def load_bytes(self, shapes: set[ChunkShape]) -> int:
-        return load_bytes(joined(shapes).rows, self.D, self.width, self.masked)
-
-
-def _forward_tiles(
-    text: _PackedSizes,
-    image: _PackedSizes,
-    most: tuple[ChunkShape, ChunkShape],
-    part: tuple[int, int],
-    with_scores: bool,
-    with_indices: bool,
-) -> int:
-    """Bytes of the forward tiles of all texts and the images [first, stop) = `part`."""
-    texts, images, width = text.shapes(most[0]), image.shapes(most[1], *part), text.width
-    tile = 0
-    for t in texts:
-        for i in images:
-            tile = max(tile, forward_tile_bytes(t, i, width, with_scores, with_indices))
-    distances = (text.rows + image.rows) * width.wide if with_indices else 0
-    return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
-
-
-def _backward(
-    text: _PackedSizes,
-    image: _PackedSizes,
-    dtype: torch.dtype,
-    recompute: bool,
-    scratch_bytes: int,
-    compiled: bool,
-) -> int:
-    """Bytes at the peak of the backward, without gradients and tables."""
-    I, J, D = image.number, text.number, text.D  # noqa: E741
-    N, M, width = image.longest, text.longest, text.width
-    plan = RecomputePlan(I, 1, scratch_bytes)
-    if recompute:
-        plan = RecomputePlan.of(I, N, J, text.rows, M, scratch_bytes)
-    scratch = Scratch((N, M, D), width.wide, plan.budget, True).bytes()
-    most_text, most_image = tile_sizes(N, M, D, dtype, plan.budget, backward=True)
-    forward_most = tile_sizes(N, M, D, dtype, plan.budget, backward=False)
-    texts = text.shapes(most_text)
-    peak = 0
-    # Parts of images of equal lengths need the same memory, but for the last, which may be smaller.
-    starts = list(range(0, I, plan.images))
-    if not image.masked:
-        starts = sorted({0, (plan.number - 1) * plan.images})
-    for first in starts:
-        stop = min(first + plan.images, I)
-        indices = 0
-        if recompute:
-            rows, sequences = image.size(first, stop)
-            indices = J * rows * index_dtype(M).itemsize
-            indices += text.rows * sequences * index_dtype(N).itemsize
-            if text.lengths is None and plan.number > 1:
-                indices = max(indices, plan.budget)  # shorter texts make larger parts
-        if compiled:
-            peak = max(peak, indices + scratch)
-            continue
-        images = image.shapes(most_image, first, stop)
-        if recompute:
-            tiles = _forward_tiles(text, image, forward_most, (first, stop), False, True)
-            peak = max(peak, indices + tiles)
-        of_image = _side_backward(image, text, images, texts)
-        of_text = _side_backward(text, image, texts, images)
-        peak = max(peak, indices + max(of_image, of_text))
-    if plan.number > 1 and width.narrow < width.wide:
-        peak += J * M * D * width.wide
-    return peak
-
-
-def _side_backward(
-    own: _PackedSizes,
-    other: _PackedSizes,
-    owns: set[ChunkShape],
-    others: set[ChunkShape],
-) -> int:
-    """Bytes at the peak of computing one side's gradient, when both are cut into these chunks."""
-    D, width = own.D, own.width
-    tile = 0
-    for o in owns:
-        for x in others:
-            tile = max(tile, gather_tile_bytes(o, x, D, width))
-    most, most_other = joined(owns), joined(others)
-    store = most.rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
-    buffers = backward_buffer_bytes(most, most_other, D, width)
-    return other.load_bytes(others) + buffers + max(tile, store)
+def _peak(
+    call: Callable[[], tuple[Tensor, ...]], arguments: Iterable[Tensor | None]
+) -> tuple[int, tuple[Tensor, ...]]:
+    """The most bytes that a call holds at once beyond its arguments, and what it returns."""
+    recorder = Recorder()
+    recorder.claim("arguments", arguments)
+    before = len(recorder.log)
+    with recorder:
+        out = call()
+    return max(accumulate(map(attrgetter("bytes"), recorder.log[before:]))), out

@@ -2,23 +2,26 @@
 
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were
 for shows only later (an activation is what outlives the forward pass), so `Tracker.events` decides
-the categories at the end. What an operator allocates and frees internally is not seen. It is added
-for the all-pairs operator and for collectives, where it is known, for the libraries of the CPU,
-where it is measured (`workspace.py`), and for a GPU's operators, where formulas give it
-(`allocator/cuda_operators.py`).
+the categories at the end. The all-pairs operator is seen by the operators of its backend. What
+others allocate and free internally is not seen. It is added for collectives, where it is known, for
+the libraries of the CPU, where it is measured (`workspace.py`), and for a GPU's operators, where
+formulas give it (`allocator/cuda_operators.py`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
+from ds_cmli.cmli.op import INSIDE
+from ds_cmli.cmli.without_data import Assumed, assuming, has_data
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.data.batch import Batch
@@ -26,7 +29,7 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
-from ds_cmli.memory.workspace import cmli_scratch_bytes, copied_bytes, workspace_bytes
+from ds_cmli.memory.workspace import copied_bytes, workspace_bytes
 
 # Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are
 # reduced.
@@ -41,6 +44,9 @@ GATHERS = (
     "allgather_into_tensor_coalesced_",
     "allgather_coalesced_",
 )
+CMLI = "CMLI op"  # the category
+# The place of the features and masks among the arguments of the all-pairs operators.
+FIRST_SIDE = dict(zip(INSIDE, (0, 2), strict=True))
 AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
 
 
@@ -86,8 +92,8 @@ class Tracker(Recorder, Probe):
     Args:
         device: the type of device whose memory is recorded.
         text_lengths: the number of valid tokens of each text, of all ranks or of this one (then the
-            same on all); used where the mask is fake, for the all-pairs operator's scratch memory.
-            None: the most that any lengths need.
+            same on all); used where the mask is fake, by the all-pairs operator. None: the most
+            that any lengths need.
         workspaces: also record what only a CPU holds: memory of libraries inside operators, and
             generator states.
         backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or
@@ -127,11 +133,35 @@ class Tracker(Recorder, Probe):
 
     # --- recording
 
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        inside = INSIDE.get(func)
+        if inside is None or not self.recording:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        TorchDispatchMode.__enter__(self)  # its own operators are recorded too
+        try:
+            with self.scope(CMLI), self._assumed(func, args):
+                return inside(*args)
+        finally:
+            TorchDispatchMode.__exit__(self, None, None, None)
+
+    def _assumed(self, func: OpOverload, args: tuple) -> AbstractContextManager[None]:
+        """What the all-pairs operator is to assume of tensors without data."""
+        image, text, token_mask, image_mask = args[FIRST_SIDE[func] :][:4]
+        if has_data(token_mask):
+            return nullcontext()
+        (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
+        lengths, first = self.text_lengths or [M], self.first_text
+        lengths = [lengths[(first + j) % len(lengths)] for j in range(J)]
+        if image_mask is not None:
+            lengths += [N] * I  # all patches are there
+        any_lengths, gpu = self.text_lengths is None, self.gpu
+        if gpu is None:
+            return assuming(Assumed(lengths, any_lengths, image.device.type))
+        return assuming(Assumed(lengths, any_lengths, "cuda", (gpu.capability, gpu.shared)))
+
     def _see_results(
         self, func: OpOverload, args: tuple, out: object, category: str | None = None
     ) -> None:
-        if func.namespace == "ds_cmli":
-            category = "CMLI op"
         super()._see_results(func, args, out, category)
         gathers = func.namespace == "c10d" and func._schema.name.split("::")[1] in GATHERS
         if gathers and self._scope is None:  # ZeRO-3 gathers a layer's parameters
@@ -141,15 +171,12 @@ class Tracker(Recorder, Probe):
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
     ) -> tuple[str, Inside]:
         """The category of what an operator holds beyond its results, and its blocks."""
-        if func.namespace == "ds_cmli":
-            texts = self.text_lengths, self.first_text
-            scratch = cmli_scratch_bytes(func, args, *texts, self.gpu)
-            return "CMLI op", Inside(after=((scratch,),))
+        category = CMLI if self._scope == CMLI else "temporaries"
         if func.namespace == "c10d":
-            return "temporaries", Inside(((copied_bytes(func, args, self.backend),),))
+            return category, Inside(((copied_bytes(func, args, self.backend),),))
         if self.gpu is None and self.workspaces:
-            return "temporaries", Inside(((workspace_bytes(func, args, kwargs),),))
-        return super()._inside(func, args, kwargs)
+            return category, Inside(((workspace_bytes(func, args, kwargs),),))
+        return category, super()._inside(func, args, kwargs)[1]
 
     # --- categories
 

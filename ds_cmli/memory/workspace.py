@@ -1,12 +1,10 @@
-"""The memory inside operators: workspaces of CPU libraries, scratch of CMLI, copies of gloo.
+"""The memory inside operators: workspaces of CPU libraries, copies of gloo.
 
 On a CPU, oneDNN's matrix products and convolutions copy operands into internal buffers, whose size
 depends on the processor, the shapes and the number of threads; no formula is published.
 Normalisations add up in one row for each thread, lookups make their indices contiguous, and
 operands of several dtypes are first cast to a common one. So this memory is measured: the single
 operator runs on zeros of these shapes, under the profiler, which reports the allocator's events.
-
-Shapes: I images, J texts, N patches, M text positions, D embedding dimension.
 """
 
 import functools
@@ -15,12 +13,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.memory import cpu_events
 
 aten = torch.ops.aten
@@ -45,9 +40,12 @@ LIBRARY_OPS = {
     aten.sum.default,
     aten.sum.dim_IntList,
     aten.logsumexp.default,
+    aten.sort.values_stable,
+    aten._embedding_bag.default,
+    aten._embedding_bag_forward_only.default,
 }
-# These operators cast while they copy, without a temporary.
-CASTS = {aten.copy_.default, aten._to_copy.default}
+# The first two cast while they copy, without a temporary; the last has numbers of repeats beside.
+CASTS = {aten.copy_.default, aten._to_copy.default, aten.repeat_interleave.self_Tensor}
 
 
 # The index of the argument that gloo makes a flat copy of, for each collective; all_reduce and
@@ -128,53 +126,3 @@ def copied_bytes(func: OpOverload, args: tuple, backend: str) -> int:
         return 0
     copied = tree_leaves(args[GLOO_COPIES[func]])
     return sum(tensor.nbytes for tensor in copied if isinstance(tensor, Tensor))
-
-
-def cmli_scratch_bytes(
-    func: OpOverload,
-    args: tuple,
-    text_lengths: list[int] | None,
-    first_text: int,
-    gpu: Limits | None = None,
-) -> int:
-    """Bytes that the operator `func` holds at its peak beyond what it returns.
-
-    CPU-GPU sync on real tensors.
-
-    Args:
-        args: those of the call.
-        text_lengths: the number of valid tokens of each text of all ranks, or of the first ones if
-            they repeat; used where the mask is fake. None: the most that any lengths need.
-        first_text: the place of the first text of `args` among those of all ranks.
-        gpu: that of a prediction; None: the current one.
-    """
-    forward = func is torch.ops.ds_cmli.cmli_forward.default
-    if forward:
-        image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax = args[:7]
-        recompute = not save_argmax
-    else:
-        image, text, token_mask, image_mask, argmax = args[2:7]
-        backend, scratch_bytes = args[8:10]
-        recompute = not argmax.numel()
-    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    lengths = image_lengths = None
-    fake = isinstance(token_mask, FakeTensor)
-    if not fake:
-        lengths = token_mask.sum(1).tolist()  # CPU-GPU sync
-    elif text_lengths:
-        lengths = [text_lengths[(first_text + j) % len(text_lengths)] for j in range(J)]
-    if image_mask is not None:  # of a fake one, all patches are there
-        image_lengths = [N] * I if fake else image_mask.sum(1).tolist()
-    peak = cmli_peak_bytes(
-        *(I, J, N, M, D, image.dtype),
-        backend=backend,
-        device=image.device.type if gpu is None else "cuda",
-        recompute=recompute,
-        scratch_bytes=scratch_bytes,
-        text_lengths=lengths,
-        image_lengths=image_lengths,
-        limits=None if gpu is None else (gpu.capability, gpu.shared),
-    )
-    if forward:
-        return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
-    return peak.backward - peak.gradients

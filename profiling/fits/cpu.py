@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Compares the recorder of `ds-cmli-memory fits` with what PyTorch's CPU allocator takes, counted below torch.
 
 Each program of `programs/` runs twice on the CPU: as it is under `cpu_allocations.c`, and on tensors without data.
@@ -12,18 +11,16 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
 import click
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
-from profiling.scripts import processor
+from profiling.scripts import processor, run
 
 PROGRAMS = Path(__file__).parent / "programs"
 SOURCE = Path(__file__).with_name("cpu_allocations.c")
 # Those that need neither a GPU's own functions nor packages outside the tests' environment, and end soon.
-NAMES = (
+NAMES = [
     "accelerate_loop",
     "bert_trainer",
     "dcgan",
@@ -38,7 +35,7 @@ NAMES = (
     "timm_ema",
     "vit_trainer",
     "wav2vec2_ctc",
-)
+]
 HEAD = ("program", "counted", "`fits`", "difference", "other libraries then", "their peak")
 
 
@@ -56,24 +53,21 @@ def built(folder: Path) -> Path:
     return library
 
 
-def run(mode: str, script: Path, steps: int, library: Path | None = None) -> dict[str, int]:
+def peaks(mode: str, script: Path, steps: int, library: Path | None = None) -> dict[str, int]:
     """The peaks of one program; raises `UserError` if it does not run."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     env |= {"LD_PRELOAD": str(library)} if library else {}
     command = [sys.executable, "-m", "profiling.fits.on_cpu", mode, str(steps), str(script)]
-    done = subprocess.run(
-        command, env=env, cwd=tempfile.gettempdir(), capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{mode}: exit code {done.returncode}: {last[:200]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    ended = run(command, environment=env)
+    if ended.code:
+        raise UserError(f"{mode}: {ended.mistake}")
+    return json.loads(ended.out.splitlines()[-1])
 
 
 def row(name: str, steps: int, library: Path) -> str:
     script = PROGRAMS / f"{name}.py"
     try:
-        counted, told = run("counted", script, steps, library), run("fits", script, steps)
+        counted, told = peaks("counted", script, steps, library), peaks("fits", script, steps)
     except UserError as error:
         return f"| {name} | {error} |"
     difference = f"{told['requested'] / counted['requested'] - 1:+.3%}"

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """How far estimates are off for the programs of `programs/`: `python -m profiling.fits.estimators`
 
 Beside what PyTorch's allocator reserves on the null GPU stand `ds-cmli-memory fits`, accelerate's
@@ -8,21 +7,18 @@ the estimate, so that a GPU of that size may be too small.
 """
 
 import json
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-
 import click
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits.report import MARGIN
-from profiling.fits.run_programs import FITS, GPU, PROGRAMS, RANKS, counted, fitted, run
+from profiling.fits.run_programs import GPU, PROGRAMS, RANKS, counted, fits, fitted
 from profiling.memory.estimators import RULE, Row, accelerate_estimate, deepspeed_estimate, summary
 from profiling.scripts import processor
 
@@ -33,15 +29,11 @@ Totals = dict[str, dict[str, int]]  # by "fits" and "null", as they tell them
 
 def parameters(name: str, limit: int) -> dict[str, int | str]:
     """What `parameters_of.py` writes of a program."""
-    ranks = ["--world-size", str(RANKS[name])] if name in RANKS else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "parameters.json"
-        program = [str(WRAPPER), str(path), str(PROGRAMS / f"{name}.py")]
-        command = [sys.executable, "-c", FITS, "--gpu", GPU, "--steps", "1", *ranks, "--", *program]
-        folders = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        ended = run(command, os.environ | {"PYTHONPATH": folders}, limit)
+        ended = fits(name, ["--steps", "1"], limit, (str(WRAPPER), str(path)))
         if ended.code:
-            raise UserError(f"{name} ends with code {ended.code}: {ended.error.strip()[-200:]}")
+            raise UserError(f"{name}: {ended.mistake}")
         return json.loads(path.read_text())
 
 
@@ -67,7 +59,7 @@ def measured(name: str, limit: int) -> Totals:
     told, _ = fitted(name, 2, limit)
     found, ended = counted(name, 2, limit)
     if not told or not found:
-        raise UserError(f"{name} has no figures: {ended.error.strip()[-200:]}")
+        raise UserError(f"{name} has no figures: {ended.mistake}")
     return {"fits": told, "null": found}
 
 

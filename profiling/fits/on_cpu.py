@@ -1,4 +1,4 @@
-"""Runs one program on the CPU, with or without data, and prints its peak: `on_cpu.py MODE STEPS SCRIPT`.
+"""Runs one program on the CPU, with or without data, and prints its peak: `python -m profiling.fits.on_cpu MODE STEPS SCRIPT`.
 
 What the program asks of device `cuda` it gets on the CPU. Its last line is JSON, in bytes. Mode "counted" runs it as it is
 under `cpu_allocations.c`; mode "fits" runs it as `ds-cmli-memory fits` does, but records the host's tensors.
@@ -9,9 +9,6 @@ import json
 import sys
 from contextlib import ExitStack
 from itertools import accumulate
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
 
 import torch
 from torch.overrides import TorchFunctionMode

@@ -1,4 +1,3 @@
-#!/usr/bin/env python
 """Runs the programs of `programs/` through `ds-cmli-memory fits`, and prints a table.
 
 Each is a few lines that start a public package as its users do, with random weights. With `--null`, each program that fits
@@ -7,8 +6,6 @@ place of bytes allocated and reserved; a line below it sums them up, and `--tota
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,12 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parents[2]
-
 import click
 
 from ds_cmli.common.cli import run_command
-from profiling.scripts import processor
+from profiling.scripts import Ended, processor, run
 
 PROGRAMS = Path(__file__).parent / "programs"
 KINDS = ("requested", "allocated", "reserved")
@@ -59,52 +54,19 @@ os._exit(0)
 """
 
 
-@dataclass
-class Ended:
-    """A process that has ended."""
-
-    code: int
-    out: str
-    error: str
-    seconds: float  # of the processor
-    wall: float  # seconds by the clock
-    host: int  # bytes, the most that were resident
-
-
-def run(command: list[str], env: dict[str, str], limit: int) -> Ended:
-    """Run a command until it ends, or is ended after `limit` seconds."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        process = subprocess.Popen(
-            command, env=env, stdout=out, stderr=error, cwd=tempfile.gettempdir()
-        )
-        began = time.monotonic()
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        while not ended:
-            if time.monotonic() - began > limit:
-                process.kill()
-            time.sleep(0.05)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), error.seek(0)
-        return Ended(
-            process.returncode,
-            out.read(),
-            error.read(),
-            usage.ru_utime + usage.ru_stime,
-            time.monotonic() - began,
-            usage.ru_maxrss << 10,
-        )
+def fits(name: str, options: list[str], limit: int, program: tuple[str, ...] = ()) -> Ended:
+    """Run `fits` on a program of `programs/`, as the rank that it has, behind what starts it."""
+    ranks = ["--world-size", str(RANKS[name])] if name in RANKS else []
+    script = [*program, str(PROGRAMS / f"{name}.py")]
+    command = [sys.executable, "-c", FITS, "--gpu", GPU, *options, *ranks, "--", *script]
+    return run(command, limit)
 
 
 def fitted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
     """What `fits` tells of a program: its totals, empty if there are none."""
-    ranks = ["--world-size", str(RANKS[name])] if name in RANKS else []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answer.json"
-        options = ["--gpu", GPU, "--steps", str(steps), "--json", str(path), *ranks]
-        command = [sys.executable, "-c", FITS, *options, "--", str(PROGRAMS / f"{name}.py")]
-        path_of_packages = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        ended = run(command, os.environ | {"PYTHONPATH": path_of_packages}, limit)
+        ended = fits(name, ["--steps", str(steps), "--json", str(path)], limit)
         return {} if ended.code else json.loads(path.read_text())["totals"], ended
 
 
@@ -122,7 +84,7 @@ def counted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
             env | meeting | {"RANK": str(n), "LOCAL_RANK": str(n)} for n, env in enumerate(envs)
         ]
     with ThreadPoolExecutor(ranks) as threads:
-        first, *_ = threads.map(lambda env: run(command, env, limit), envs)
+        first, *_ = threads.map(lambda env: run(command, limit, env), envs)
     lines = [line for line in first.out.splitlines() if line.startswith("COUNTED")]
     return json.loads(lines[-1].removeprefix("COUNTED")) if lines else {}, first
 
@@ -155,13 +117,6 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def last_line(ended: Ended) -> str:
-    if not ended.code:
-        return ""
-    lines = [line for line in ended.error.splitlines() if line.strip()]
-    return f"exit code {ended.code}: {lines[-1][:300] if lines else 'no message'}"
-
-
 def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
     told, ended = fitted(name, steps, limit)
     found: dict[str, int] = {}
@@ -172,7 +127,7 @@ def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
     if output:
         for each in processes:
             print(each.out + each.error, file=sys.stderr)
-    return Row(name, told, ended, found, last_line(processes[-1]))
+    return Row(name, told, ended, found, processes[-1].mistake)
 
 
 def summary(rows: list[Row]) -> str:

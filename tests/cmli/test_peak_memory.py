@@ -1,6 +1,7 @@
 """`cmli_peak_bytes` against the allocator, to the byte, and the memory the op promises not to exceed."""
 
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from ds_cmli.cmli import chunked, cmli_peak_bytes, cmli_scores
 from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.memory.tracker import Tracker
 from tests.cmli.helpers import allocator_peak, random_case, without_kernels
 
 # With the kernels that are compiled for a CPU, or with PyTorch's operators, as in 16 bits always.
@@ -21,8 +23,14 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def no_hidden_workspace(monkeypatch):
-    """torch.mm's product takes no memory of its own; oneDNN's takes some, which no formula covers."""
+    """torch.mm's product takes no memory of its own; oneDNN's takes some."""
     monkeypatch.setattr("ds_cmli.cmli.chunked.tiling.ONEDNN", False)
+
+
+@pytest.fixture
+def operators_measured(monkeypatch):
+    """What sorts and bags hold inside, as a prediction measures it."""
+    monkeypatch.setattr("ds_cmli.cmli.peak_memory.Recorder", partial(Tracker, workspaces=True))
 
 
 AXES = ([*SHAPES], ["all valid", "masked"], [2**19, 2**26], [False, True], WAYS)
@@ -35,7 +43,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("shape, lengths, scratch_bytes, recompute, way", CASES)
-def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, way):
+def test_equal_to_the_allocator(operators_measured, shape, lengths, scratch_bytes, recompute, way):
     dtype, compiled = way
     with nullcontext() if compiled else without_kernels():
         equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype)
@@ -93,7 +101,7 @@ def test_scratch_stays_within_the_budget(scratch_bytes, recompute):
     N, M, D = 196, 64, 256
     for G in (32, 128, 512):
         peak = cmli_peak_bytes(G, G, N, M, D, torch.bfloat16, recompute=recompute, scratch_bytes=scratch_bytes)
-        scores, tables, text_sum = 2 * G * G * 4, G * (48 + M * 12 + N * 4), G * M * D * 4 if recompute else 0
+        scores, tables, text_sum = 2 * G * G * 4, G * (48 + M * 12 + N * 12), G * M * D * 4 if recompute else 0
         argmax_of_one_image = G * (N + M) if recompute else 0
         room = scratch_bytes + max(0, argmax_of_one_image - scratch_bytes // 2)
         assert peak.forward - peak.saved - scores <= room + tables
@@ -135,4 +143,5 @@ def test_triton_s_tiles_are_those_of_the_gpu_that_is_named():
     chosen = {"backend": "triton", "scratch_bytes": 2**28}  # enough for all pairs at once
     peak = [cmli_peak_bytes(*setting, limits=limits, **chosen).forward for limits in (a100, rtx_3090)]
     # 99 KB hold 128 of 196 patches: partial results of two blocks of patches, for all pairs.
-    assert peak[1] - peak[0] == 256 * 512 * 2 * (4 + 64 * (4 + 2))
+    partial_results = 256 * 512 * 2 * (4 + 64 * (4 + 1))
+    assert partial_results <= peak[1] - peak[0] < partial_results + 2**12  # and lists of tiles

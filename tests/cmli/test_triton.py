@@ -19,6 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.cmli import cmli_peak_bytes
 from ds_cmli.cmli.inputs import Sides, Wanted
 
 CHECKS = {}
@@ -281,7 +282,7 @@ def only_kept_pairs_are_computed_again():
 
 @check
 def peak_bytes_are_true():
-    from ds_cmli.cmli.triton import Sizes, backward, forward, peak_bytes
+    from ds_cmli.cmli.triton import backward, forward
 
     cases = (
         ((4, 12, 30, 20, 64), torch.float16, 2**25),
@@ -295,20 +296,21 @@ def peak_bytes_are_true():
             *_, arg_i2t, arg_t2i = forward(sides, scratch, not recompute)
         with Allocated() as second:
             backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
-        stated = peak_bytes(Sizes(*sizes), dtype, recompute, scratch)
-        for x, y in zip((first.peak, second.peak), stated, strict=True):
-            assert x <= y <= 1.35 * x + 8192, (sizes, scratch, recompute, x, y)
+        options = {"recompute": recompute, "scratch_bytes": scratch, "image_lengths": [sizes[2]] * sizes[0]}
+        stated = cmli_peak_bytes(*sizes, dtype, backend="triton", **options)
+        found = first.peak, second.peak
+        assert found == (stated.forward, stated.backward), (sizes, scratch, recompute, found, stated)
 
 
 def test_peak_bytes_of_the_document_s_setting():
-    triton_backend = triton_backend_or_skip()
-    setting = (triton_backend.Sizes(256, 512, 196, 64, 256), torch.bfloat16)
-    gradients = (256 * 196 + 512 * 64) * 256 * 2
-    forward, backward = triton_backend.peak_bytes(*setting, False, 2**25, ((9, 0), 227 * 1024))
-    assert 256 * 512 * (196 + 64) < forward < 40e6
-    assert 2**24 * 0.9 < backward - gradients < 2**24 + 7e6  # lists of the sparse kernels
-    _, backward = triton_backend.peak_bytes(*setting, True, 2**25, ((9, 0), 227 * 1024))
-    assert 2**25 * 0.9 < backward - gradients < 2**25 + 9e6
+    triton_backend_or_skip()
+    setting = (256, 512, 196, 64, 256, torch.bfloat16)
+    options = {"backend": "triton", "scratch_bytes": 2**25, "limits": ((9, 0), 227 * 1024)}
+    peak = cmli_peak_bytes(*setting, **options)
+    assert 256 * 512 * (196 + 64) < peak.forward < 40e6
+    assert 2**24 * 0.9 < peak.backward - peak.gradients < 2**24 + 7e6  # lists of the sparse kernels
+    peak = cmli_peak_bytes(*setting, **options, recompute=True)
+    assert 2**25 * 0.9 < peak.backward - peak.gradients < 2**25 + 9e6
 
 
 def triton_backend_or_skip():

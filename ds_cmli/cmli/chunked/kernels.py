@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.chunked.packed import ArgmaxIndices, PackedBatch
+from ds_cmli.cmli.without_data import assumed, has_data
 from ds_cmli.common.cache import library
 from ds_cmli.common.errors import UserError
 
@@ -157,13 +158,14 @@ class Kernels:
 
     def __init__(self, texts: PackedBatch, images: PackedBatch, budget: int, grads: Both | None):
         self.texts, self.images = texts, images
+        self.has_data = has_data(texts.features)
         self.grads: Both | None = None
         self.kept: Both | None = None
         if grads is not None:
             self.grads = grads[0].to(texts.wide), grads[1].to(texts.wide)
-            if self._few(self.grads):
+            if self.has_data and self._few(self.grads):
                 self.kept = self.grads
-        self.sides, self.dtype = (Side.of(texts), Side.of(images)), texts.features.dtype
+        self.dtype = texts.features.dtype
         sizes = images.positions, texts.positions, texts.features.shape[1]
         self.sizes = Scratch(sizes, self.dtype.itemsize, budget, grads is not None)
         self.scratch = texts.features.new_empty(self.sizes.bytes(), dtype=torch.uint8)
@@ -178,11 +180,13 @@ class Kernels:
 
         In backward, where few pairs have a gradient, only of these.
         """
+        if not self.has_data:
+            return
         found = None if indices is None else Indices.of(indices, self.texts)
         matrices = *_matrices(scores), found, *_matrices(self.kept)
         self._call(
             "compare",
-            *self.sides,
+            *self._sides(),
             *self._ranges(part),
             *matrices,
             self.sizes.patches,
@@ -200,12 +204,14 @@ class Kernels:
 
         An empty tensor is not wanted.
         """
+        if not self.has_data:
+            return
         found, ranges = Indices.of(indices, self.texts), self._ranges(part)
-        pairs = _matrices(self.grads)
+        pairs, sides = _matrices(self.grads), self._sides()
         for of_image, into in ((False, d_text), (True, d_image)):
             # The side whose gradient it is comes first.
             turn = -1 if of_image else 1
-            own = *self.sides[::turn], *ranges[::turn], *pairs[::-turn]
+            own = *sides[::turn], *ranges[::turn], *pairs[::-turn]
             if into.numel():
                 entries = self.sizes.entries
                 self._call("gradient", of_image, *own, found, into.data_ptr(), entries)
@@ -214,6 +220,9 @@ class Kernels:
         function = getattr(load(), f"{name}_{str(self.dtype).removeprefix('torch.')}")
         with torch.profiler.record_function(f"cmli: {name}"):
             function(*arguments, self.scratch.data_ptr(), self.sizes.each, self.sizes.threads)
+
+    def _sides(self) -> tuple[Side, Side]:
+        return Side.of(self.texts), Side.of(self.images)
 
     def _ranges(self, part: tuple[int, int]) -> tuple[Range, Range]:
         everything = 0, len(self.texts.lengths)
@@ -233,7 +242,8 @@ def kernels_for(
     texts: PackedBatch, images: PackedBatch, budget: int, grads: Both | None = None
 ) -> Kernels | None:
     """The kernels of a call; None where they do not run."""
-    features = texts.features
-    if not suited(features.device.type, features.dtype):
+    features, known = texts.features, assumed()
+    device = features.device.type if known is None else known.device
+    if not suited(device, features.dtype):
         return None
     return Kernels(texts, images, budget, grads)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.inputs import Sides
+from ds_cmli.cmli.without_data import assumed
 
 
 class Group(NamedTuple):
@@ -70,9 +71,12 @@ def make_chunks(
     A chunk has at most the rows and sequences of `most`, but one sequence at least. Sequences of
     length 0 are in no chunk.
     """
-    chunks: list[Chunk] = []
+    known, chunks = assumed(), list[Chunk]()
     sequence, row = start, sum(lengths[:start])
     stop = len(lengths) if stop is None else stop
+    if known is not None and known.any_lengths:
+        number, height = min(most.sequences, stop - start), min(most.rows, sum(lengths[start:stop]))
+        return [Chunk(start, number, row, height, (Group(0, 0, 1, min(most.longest, height)),))]
     while sequence < stop and lengths[sequence] == 0:
         sequence += 1
     while sequence < stop:
@@ -90,6 +94,8 @@ def make_chunks(
             sequence += 1
         chunks.append(Chunk(first, sequence - first, row, height, tuple(groups)))
         row += height
+    if known is not None:  # those of equal sizes allocate the same
+        return list({chunk.shape(): chunk for chunk in chunks}.values())
     return chunks
 
 
@@ -202,6 +208,7 @@ def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
     counts = sides.token_mask.sum(1)
     if sides.image_mask is not None:
         counts = torch.cat([counts, sides.image_mask.sum(1)])
-    lengths = counts.tolist()  # CPU-GPU sync
+    known = assumed()
+    lengths = counts.tolist() if known is None else known.lengths  # CPU-GPU sync
     images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [N] * I)
     return images, PackedBatch(sides.text, sides.token_mask, lengths[:J])

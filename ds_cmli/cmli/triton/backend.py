@@ -17,18 +17,20 @@ from torch import Tensor
 
 from ds_cmli.cmli.inputs import Sides, Wanted, index_dtype
 from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel, suspect_kernel
-from ds_cmli.cmli.triton.gradient import OneSide, gradient_bytes, write_gradient
+from ds_cmli.cmli.triton.gradient import OneSide, write_gradient
 from ds_cmli.cmli.triton.tiles import (
     ForwardTiles,
     Sequences,
     Walk,
     device_limits,
     forward_tiles,
+    launcher,
     power_of_two,
     text_tiles,
     tiles_at_most,
     walk,
 )
+from ds_cmli.cmli.without_data import has_data
 
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
 HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32, and so give no NaN by themselves
@@ -175,68 +177,6 @@ class Sizes(NamedTuple):
     D: int
 
 
-def peak_bytes(
-    sizes: Sizes,
-    dtype: torch.dtype,
-    recompute: bool,
-    scratch_bytes: int,
-    limits: tuple[tuple[int, int], int] | None = None,
-) -> tuple[int, int]:
-    """Bytes that `forward` and `backward` hold at their peaks beyond their arguments.
-
-    Results are included, and the gradients of both inputs. Indices saved by the forward are an
-    argument of the backward.
-
-    Args:
-        limits: (compute capability, shared memory of a block); None: those of the current GPU, or
-            of an sm_80 where there is none.
-    """
-    I, J, N, M, D = sizes  # noqa: E741
-    acc = max(4, dtype.itemsize)
-    index = _pair_bytes(N, M)
-    tiles = forward_tiles(N, M, D, dtype, *(limits or device_limits(torch.device("cuda"))))
-    blocks, i_step, j_step = partial_chunk(sizes, tiles, acc, scratch_bytes)
-
-    def lists(sequences: int, length: int) -> int:
-        """The tile lists of a side."""
-        return sequences * 4 * (math.ceil(length / 16) + 4) + 64
-
-    def sides(images: int, texts: int) -> int:
-        """Masks and lengths."""
-        return images * (2 * N + 8) + texts * (2 * M + 8) + 4
-
-    def listed(images: int, texts: int) -> int:
-        """Which pairs are kept, and each image's list of their tiles."""
-        per_image = len(tiles.tokens) * (4 * math.ceil(texts / TEXTS_PER_PROGRAM) + 8)
-        return images * (texts * _listed_pair(M, tiles) + per_image)
-
-    def run(images: int, texts: int, save: bool) -> int:
-        partial = 0
-        if blocks > 1:
-            pairs = min(i_step, images) * min(j_step, texts)
-            partial = pairs * (_partial_pair(blocks, M, acc) - (not save) * 2 * blocks * M)
-        outputs = images * texts * (2 * acc + save * index)
-        return outputs + partial + sides(images, texts) + lists(texts, M)
-
-    gradients = (I * N + J * M) * D * dtype.itemsize
-    some_images, some_texts = I, J
-    if recompute:
-        pair_bytes = index + _listed_pair(M, tiles)
-        some_images, some_texts = _groups(I, J, pair_bytes, scratch_bytes // 2)
-    gradient = max(
-        gradient_bytes((some_images, N), (J, M), acc, scratch_bytes // 2),
-        gradient_bytes((some_texts, M), (I, N), acc, scratch_bytes // 2),
-    )
-    backward = gradients + 2 * I * J * acc + sides(I, J) + lists(I, N) + lists(J, M)
-    backward += gradient
-    if recompute:
-        backward += max(
-            run(some_images, J, True) + listed(some_images, J),
-            run(I, some_texts, True) + listed(I, some_texts),
-        )
-    return run(I, J, not recompute), backward
-
-
 def _launch_forward(
     launch: Launch,
     out: list[Tensor],
@@ -258,7 +198,7 @@ def _launch_forward(
         column_out = s_i2t.new_empty((I, blocks, J, M))
         column_arg = image.new_empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N))
     for width, tile in zip(tiles.tokens, walks, strict=True):
-        forward_kernel[(I * blocks, math.ceil(J / TEXTS_PER_PROGRAM))](
+        launcher(forward_kernel, (I * blocks, math.ceil(J / TEXTS_PER_PROGRAM)))(
             row_out, column_out, arg_i2t, column_arg, image, text, images.mask, texts.mask,
             images.counts, texts.counts, launch.suspect, tile.first, tile.code,
             s_i2t.stride(0), arg_i2t.stride(0), arg_t2i.stride(0), tile.code_stride,
@@ -268,7 +208,7 @@ def _launch_forward(
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if blocks > 1:
-        combine_kernel[(I * J,)](
+        launcher(combine_kernel, (I * J,))(
             s_i2t, s_t2i, arg_t2i, row_out, column_out, column_arg, texts.mask,
             images.counts, texts.counts, images.counts if kept is None else kept,
             s_i2t.stride(0), arg_t2i.stride(0), 0 if kept is None else kept.stride(0), J, M,
@@ -288,7 +228,8 @@ def _suspect(image: Tensor, text: Tensor) -> Tensor:
     """[1] int32: not 0 if products of the two may give a NaN."""
     found = torch.zeros(1, dtype=torch.int32, device=image.device)
     for x in (image, text):
-        suspect_kernel[(math.ceil(x.numel() / 8192),)](found, x, x.numel(), HUGE, WIDTH=8192)
+        programs = (math.ceil(x.numel() / 8192),)
+        launcher(suspect_kernel, programs)(found, x, x.numel(), HUGE, WIDTH=8192)
     return found
 
 
@@ -334,7 +275,7 @@ def _interpreted() -> bool:
 
 
 def _check_device(x: Tensor) -> None:
-    if x.device.type != "cuda" and not _interpreted():
+    if has_data(x) and x.device.type != "cuda" and not _interpreted():
         raise RuntimeError(
             f"backend='triton' runs on CUDA tensors, not on {x.device}: use backend='chunked'"
         )

@@ -18,6 +18,7 @@ from ds_cmli.cmli.triton.tiles import (
     Sequences,
     backward_tiles,
     device_limits,
+    launcher,
     power_of_two,
     row_tiles,
     source_steps,
@@ -75,7 +76,6 @@ class Lists(NamedTuple):
     tiles: int
     width: int  # positions that are sorted together
     group: int  # sequences of P at a time
-    sequence_bytes: int  # of one of these
 
     @classmethod
     def of(cls, p: tuple[int, int], q: tuple[int, int], list_bytes: int) -> "Lists | None":
@@ -94,19 +94,12 @@ class Lists(NamedTuple):
         tiles = max(2, power_of_two(p_length) // 16)
         width = max(16, min(power_of_two(q_length), LONGEST // tiles))
         one = 4 * (Q * q_length + SEGMENTS * tiles + tiles + 1)
-        return cls(bits, tiles, width, min(P, max(1, list_bytes // one)), one)
+        return cls(bits, tiles, width, min(P, max(1, list_bytes // one)))
 
 
 def sparse_features(D: int, dtype: torch.dtype) -> int:
     """Features that a program of the sparse gradient kernel owns."""
     return min(512 // dtype.itemsize, power_of_two(D))
-
-
-def gradient_bytes(p: tuple[int, int], q: tuple[int, int], wide: int, list_bytes: int) -> int:
-    """Bytes that `write_gradient` allocates besides tile lists, for scores of `wide` bytes."""
-    lists = Lists.of(p, q, list_bytes)
-    pairs = p[0] * (q[0] * (4 + 2 * wide) + wide + 4) + 4
-    return pairs if lists is None else pairs + lists.group * lists.sequence_bytes
 
 
 @triton.jit
@@ -177,7 +170,7 @@ class Pairs(NamedTuple):
             integers.new_zeros(1),
         )
         strides = p.grad.stride(p_axis), p.grad.stride(1 - p_axis)
-        pairs_kernel[(P.sequences,)](
+        launcher(pairs_kernel, (P.sequences,))(
             *pairs[:5], P.counts, Q.counts, p.grad, q.grad, *strides, Q.sequences, WIDTH=CHUNK
         )
         return pairs
@@ -198,7 +191,7 @@ def write_gradient(
     if lists is not None:
         inputs = (pairs.kept_count, P.ends, Q.ends, Q.counts, P.sequences, Q.sequences)
         amounts = costs(out.dtype, device_limits(out.device)[0])
-        choose_kernel[(1,)](pairs.sparse, *inputs, *amounts, CHUNK=CHUNK)
+        launcher(choose_kernel, (1,))(pairs.sparse, *inputs, *amounts, CHUNK=CHUNK)
         write_sparse(out, source, p, q, p_axis, lists, pairs)
     write_dense(out, source, p, q, p_axis, pairs)
 
@@ -232,12 +225,13 @@ def write_sparse(
         sorted_ = (counts, entries, starts, pairs.sparse, kept, kept_count, q_win, Q.mask)
         sizes = (q_win.stride(p_axis), q_win.stride(other), Q.sequences, Q.length, lists.bits)
         for fill in (False, True):
-            sort_kernel[(number, SEGMENTS)](*sorted_, *sizes, FILL=fill, MASKED=Q.masked, **sorting)
+            step = {"FILL": fill, "MASKED": Q.masked, **sorting}
+            launcher(sort_kernel, (number, SEGMENTS))(*sorted_, *sizes, **step)
         inputs = (pairs.sparse, P.mask[some], P.ends[some], scale, source, p_win)
         lengths = (Q.sequences, P.length, Q.length, lists.bits, blocks)
         strides = (p_win.stride(p_axis), p_win.stride(other))
         weights = (kept, kept_count, p_weight, q_weight, entries, starts)
-        sparse_gradient_kernel[(number * blocks, parts)](
+        launcher(sparse_gradient_kernel, (number * blocks, parts))(
             out[some], *inputs, *weights, *strides, *lengths, **adding
         )
 
@@ -253,7 +247,7 @@ def write_dense(
     other = 1 - p_axis
     two_terms = out.dtype == torch.bfloat16
     programs = math.ceil(rows.bound / (tiles.rows // 16)), math.ceil(out.shape[-1] / tiles.features)
-    gradient_kernel[programs](
+    launcher(gradient_kernel, programs)(
         out, pairs.sparse, P.mask, rows.code, rows.first, P.counts, pairs.scale, source, Q.mask,
         long.code, long.first, short.code, short.first, p.indices, q.indices, p.grad,
         pairs.q_weight, p.indices.stride(p_axis), p.indices.stride(other),

@@ -4,12 +4,15 @@ Shape legend: X sequences of a side (images or texts), L positions of each, D fe
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ds_cmli.cmli.without_data import assumed, has_data
 
 BLOCK = 256  # sequences whose tiles a program lists
 ENDLESS = 2**30  # longer than any sequence
@@ -110,7 +113,7 @@ class Sequences:
             self.mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
             self.counts = torch.empty(sequences, dtype=torch.int32, device=device)
             self.ends = torch.empty_like(self.counts)  # last valid position + 1
-            lengths_kernel[(sequences,)](
+            launcher(lengths_kernel, (sequences,))(
                 self.counts, self.ends, self.mask, length, WIDTH=power_of_two(length)
             )
 
@@ -227,7 +230,7 @@ def tile_list(
     code = side.ends.new_empty(X * most + 1)
     first = side.ends.new_empty(X + 1)
     sizes = (division.width, division.rest, division.above, division.upto, most)
-    list_kernel[(math.ceil(X / BLOCK),)](
+    launcher(list_kernel, (math.ceil(X / BLOCK),))(
         code, first, side.ends, X, slots, unit, after, *sizes, RESTS=division.rests, BLOCK=BLOCK
     )
     return TileList(code, first, slots, X * most)
@@ -283,7 +286,7 @@ def walk(tiles: TileList, group: int, kept: Tensor | None) -> Walk:
     first = tiles.first.new_empty(len(kept), groups + 1)
     sizes = (kept.stride(0), J, tiles.slots, group, tiles.bound)
     arguments = (code, first, kept, tiles.code, tiles.first, *sizes)
-    kept_tiles_kernel[(len(kept),)](*arguments, WIDTH=BLOCK)
+    launcher(kept_tiles_kernel, (len(kept),))(*arguments, WIDTH=BLOCK)
     return Walk(code, first, tiles.slots, tiles.bound + 1, groups + 1, 1, groups)
 
 
@@ -307,9 +310,22 @@ def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
     )
 
 
+def launcher(kernel: Callable, grid: tuple[int, ...]) -> Callable[..., None]:
+    """What starts a kernel; with tensors without data it starts nothing, and compiles nothing."""
+
+    def start(*arguments: object, **options: object) -> None:
+        if has_data(arguments[0]):
+            kernel[grid](*arguments, **options)  # type: ignore[index]
+
+    return start
+
+
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and bytes of shared memory of a block; an sm_80's where there is no
     GPU."""
+    known = assumed()
+    if known is not None and known.limits is not None:
+        return known.limits
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)

@@ -99,7 +99,7 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     for (id, name), implementation in ways(s, device).items():
         if id in ids:
             claim, allocations = every[id], implementations.predict(implementation)
-            stored = implementation.inside or claim.stored[name]
+            stored = allocations.largest if implementation.op else claim.stored[name]
             row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, stored)
             row.predicted_bytes, row.predicted_peak_bytes = allocations.largest, allocations.peak
             row.verdict = f"{claim.arithmetic}; {claim.verdict}"

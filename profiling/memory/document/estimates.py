@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cmli.cmli.chunked.kernels import Scratch
 from ds_cmli.cmli.chunked.packed import largest, make_chunks
 from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
 from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
@@ -250,21 +249,17 @@ def cmli_op_largest(
     D: int,
     dtype: torch.dtype,
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-    compiled: bool = False,
 ) -> int:
     """Bytes of the op's largest tensor in forward (backend "chunked", all tokens valid).
 
     It holds the argmax indices of all pairs, or their scores, or tiles of similarities, whose size
-    does not grow with the batch; in the kernels for a CPU (`compiled`) their threads' scratch.
+    does not grow with the batch.
     """
     wide = Widths.of(dtype).wide
-    if compiled:
-        tile = Scratch((N, M, D), wide, scratch_bytes, backward=False).bytes()
-    else:
-        most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-        texts = largest(make_chunks([M] * J, most_text))
-        images = largest(make_chunks([N] * I, most_image))
-        tile = texts.rows * images.rows * wide
+    most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
+    texts = largest(make_chunks([M] * J, most_text))
+    images = largest(make_chunks([N] * I, most_image))
+    tile = texts.rows * images.rows * wide
     each = max(N * index_dtype(M).itemsize, M * index_dtype(N).itemsize, wide)
     return max(tile, I * J * each)
 

@@ -24,13 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.chunked.kernels import suited
 from ds_cmli.cmli.contrastive import contrastive_loss
-from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES
 from ds_cmli.losses import functions as losses
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.tracker import Tracker
-from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting, cmli_op_largest
+from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
 from profiling.speed.baselines import broadcast_dots, broadcast_scores, materialised_scores
 
 SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
@@ -94,9 +92,7 @@ def _logit_scale(device: str) -> Tensor:
 class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
     forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
-    # Bytes of the largest tensor of an operator whose allocations the tracker does not see; 0: of
-    # none.
-    inside: int = 0
+    op: bool = False  # whether it runs the all-pairs operator
     device: str = "cpu"  # type of the device whose operators are predicted
 
 
@@ -110,7 +106,6 @@ def implementations(
     `backend`: the backend of the all-pairs op, on `device`.
     """
     kept = s.M - SPECIAL_TOKENS
-    inside = _op_largest(s, backend, device)
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
     found = {
         ("E1", "broadcast"): Implementation(
@@ -128,7 +123,7 @@ def implementations(
             blocks["row"], partial(cmli_loss, materialised_scores)
         ),
         ("E2", "ours"): Implementation(
-            blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), inside
+            blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), op=True
         ),
         ("E2", "materialised, all"): Implementation(
             blocks["all"], partial(cmli_loss, materialised_scores)
@@ -144,25 +139,6 @@ def implementations(
         ),
     }
     return {key: replace(each, device=device) for key, each in found.items()}
-
-
-def _op_largest(s: Setting, backend: str, device: str) -> int:
-    """Bytes of the largest tensor of the all-pairs op's forward, of fp32.
-
-    It is that of the argmax indices or the scores, or one inside: of a GPU's kernels the tokens'
-    best similarities in each block of patches.
-    """
-    if backend != "triton":
-        compiled = suited(device, torch.float32)
-        return cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32, compiled=compiled)
-    from ds_cmli.cmli.triton.backend import Sizes, partial_chunk  # needs triton
-    from ds_cmli.cmli.triton.tiles import device_limits, forward_tiles
-
-    limits = device_limits(torch.device("cuda"))
-    tiles = forward_tiles(s.N, s.M, s.D, torch.float32, *limits)
-    sizes = Sizes(s.B, s.G, s.N, s.M, s.D)
-    blocks, images, texts = partial_chunk(sizes, tiles, 4, DEFAULT_SCRATCH_BYTES)
-    return images * texts * blocks * s.M * 4 if blocks > 1 else 0
 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:
@@ -235,7 +211,7 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
         # Libraries' workspaces are found by running operators, for which the other ways are too large.
-        asked = implementation.device == "cpu" and bool(implementation.inside)
+        asked = implementation.device == "cpu" and implementation.op
         tracker = Tracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
         tracker.claim("data", inputs)
         known = len(tracker.log)
@@ -249,13 +225,7 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         events = tracker.events()
     first, rest = events[known:forward], events[forward:]
     allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
-    if not any(event.op.startswith("ds_cmli") for event in first):
-        return allocations
-    # The tracker records the op's internal memory as one event. Its largest tensor is known by
-    # arithmetic instead.
-    ended = {event.block for event in first if event.bytes < 0}
-    largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
-    return replace(allocations, largest=max(largest, implementation.inside))
+    return allocations
 
 
 def measured(

@@ -21,7 +21,7 @@ def peaks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("programs")
     (folder / "program.py").write_text(PROGRAM)
     library = fit_cpu.built(folder)
-    return fit_cpu.run("counted", folder / "program.py", 2, library), fit_cpu.run("fits", folder / "program.py", 2)
+    return fit_cpu.peaks("counted", folder / "program.py", 2, library), fit_cpu.peaks("fits", folder / "program.py", 2)
 
 
 @pytest.mark.slow
@@ -35,4 +35,4 @@ def test_both_peaks_are_those_by_hand(peaks):
 def test_a_program_that_fails_is_told_in_one_line(tmp_path):
     (tmp_path / "program.py").write_text("raise KeyError('mine')")
     with pytest.raises(fit_cpu.UserError, match=r"^fits: exit code 1: KeyError: 'mine'$"):
-        fit_cpu.run("fits", tmp_path / "program.py", 2)
+        fit_cpu.peaks("fits", tmp_path / "program.py", 2)
