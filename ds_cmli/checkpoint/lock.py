@@ -274,22 +274,8 @@ def _place() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int | None) -> str | None:
-    """The start time of a process, which tells it from a later one; None if it has ended.
-
-    The number may come from a damaged file, which may hold anything.
-    """
-    if not isinstance(pid, int | str):
-        return None
-    try:
-        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else rest[18]  # a zombie cannot write any more
-    except (OSError, ValueError, IndexError):
-        pass
-    if os.path.isdir("/proc/self"):
-        return None
-    try:
-        os.kill(int(pid), 0)
-    except (OSError, TypeError, ValueError):
-        return None
-    return "running"
+def _started(pid: object) -> str | None:
+    """The start time of a process, which tells it from a later one; None if it has ended."""
+    # A damaged file may hold anything. A zombie counts as ended: it cannot write any more.
+    found = preemption.status(pid) if isinstance(pid, int) else None
+    return None if found is None else found[1][19]

@@ -208,20 +208,22 @@ def _orphaned(pid: int) -> bool:
 
 def _reaped(pid: int) -> bool:
     parent = _parent(pid)
-    return parent <= 1 or _stat(parent)[0] in REAPERS
+    reaper = status(parent)
+    return parent <= 1 or (reaper is not None and reaper[0] in REAPERS)
 
 
 def _parent(pid: int) -> int:
     """The parent of a process; 0 if the process has ended."""
-    return _stat(pid)[1]
+    found = status(pid)
+    return 0 if found is None else int(found[1][1])
 
 
-def _stat(pid: int) -> tuple[str, int]:
-    """Name and parent of a process; an empty name and 0 if it has ended."""
+def status(pid: int) -> tuple[str, list[str]] | None:
+    """The name of a process and its other fields in /proc, from its state on; None if it ended."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
-        return "", 0
-    end = text.rindex(")")  # the name may hold brackets and spaces
-    state, parent = text[end + 2 :].split()[:2]
-    return text[text.index("(") + 1 : end], 0 if state in "ZX" else int(parent)
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(") ")  # it may hold brackets and spaces
+    fields = rest.split()
+    return None if fields[0] in "ZX" else (name, fields)

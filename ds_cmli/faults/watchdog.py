@@ -10,7 +10,6 @@ Each reader measures by its own clock how long another rank is silent, as nodes'
 
 import json
 import os
-import platform
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from ds_cmli.distributed.launchers import this_node
 from ds_cmli.faults import preemption
 
 EXIT_CODE = 1
@@ -89,7 +89,7 @@ class Watchdog:
         self.interval = _interval(timeout)
         self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.store = store
-        self.mine = Heartbeat(os.environ.get("SLURMD_NODENAME") or platform.node())
+        self.mine = Heartbeat(this_node())
         self.started = False
         self.heartbeats: list[Heartbeat | None] = [None] * self.world_size
         now = time.monotonic()
