@@ -44,7 +44,7 @@ LIBRARY_OPS = {
     aten._embedding_bag.default,
     aten._embedding_bag_forward_only.default,
 }
-# The first two cast while they copy, without a temporary; the last has numbers of repeats beside.
+# The first two cast while they copy, without a temporary; the last has numbers of repeats too.
 CASTS = {aten.copy_.default, aten._to_copy.default, aten.repeat_interleave.self_Tensor}
 
 
