@@ -70,7 +70,7 @@ def cmli_peak_bytes(
             tiles are for; None = the current one, or an A100 where there is none.
 
     Equal to the allocator's count on a CPU, but for what PyTorch's operators hold inside, which is
-    little compared with a tile: products (oneDNN: about 65 KB a thread at D=256), and sorts. On a GPU the
+    little next to a tile: products (oneDNN: about 65 KB a thread at D=256), and sorts. On a GPU the
     allocator rounds each buffer up to 512 bytes.
 
     Raises:
