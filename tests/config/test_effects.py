@@ -75,8 +75,8 @@ def test_reasons_are_of_settings_that_exist():
     ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9, "report_to": []}}
     found: set[str] = set()
     for preset, ranks, steps in (("tiny", 1, 1), ("tiny", 1, 2), ("demo", 2, 2), ("paper", 2, 1)):
-        for json in ({}, {"optimizer": {"type": "SGD"}}):
-            ds_config = DeepSpeedConfig.of({**json, "gradient_accumulation_steps": steps})
+        for more in ({}, {"optimizer": {"type": "SGD"}}):
+            ds_config = DeepSpeedConfig.of({**more, "gradient_accumulation_steps": steps})
             found |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
     assert len(found) > 20 and found <= known
 
