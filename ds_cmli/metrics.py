@@ -178,10 +178,10 @@ class Writer:
             except tracker.errors as error:
                 self._tell(error, "metrics" if name == "tensorboard" else name)
 
-    def _tell(self, error: Exception, what: str = "metrics") -> None:
-        if what not in self.told:
-            self.told.add(what)
-            self.say(f"warning: {what} cannot be written now: {error}")
+    def _tell(self, error: Exception, target: str = "metrics") -> None:
+        if target not in self.told:
+            self.told.add(target)
+            self.say(f"warning: {target} cannot be written now: {error}")
 
     def close(self) -> None:
         self.flush()

@@ -66,7 +66,7 @@ class Prepared:
     flags: "CollectiveFlags"  # what ranks decide together
 
 
-def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
+def check_early(config: Config, ds_config: DeepSpeedConfig, start: Start) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
     check_trackers(config.run.report_to)
@@ -80,10 +80,10 @@ def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
     if start.resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
-        asked.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
+        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
-def load_data(config: Config, asked: DeepSpeedConfig) -> "tuple[Data | None, str | None]":
+def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None, str | None]":
     """Load the data. Returns it, or a mistake, which is raised once the ranks have met.
 
     It may be on this node alone, where nobody would hear of it. A single rank raises it at once, as
@@ -94,7 +94,7 @@ def load_data(config: Config, asked: DeepSpeedConfig) -> "tuple[Data | None, str
 
     try:
         if os.environ["RANK"] == "0":
-            check_outputs(asked, config.run.report_to)
+            check_outputs(ds_config, config.run.report_to)
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
         say(*data.summary, *data.notices)
@@ -106,12 +106,12 @@ def load_data(config: Config, asked: DeepSpeedConfig) -> "tuple[Data | None, str
 
 
 def prepare(
-    config: Config, asked: DeepSpeedConfig, data: "Data", place: Place, start: Start
+    config: Config, ds_config: DeepSpeedConfig, data: "Data", place: Place, start: Start
 ) -> Prepared | None:
     """Find what there is to go on from, and plan the run. Collective.
 
     Args:
-        asked: the user's DeepSpeed JSON, as this device can run it.
+        ds_config: the user's DeepSpeed JSON, as this device can run it.
 
     Returns:
         None if the run is finished already; a line says so.
@@ -126,7 +126,7 @@ def prepare(
     folder, with_changes = place.folder, start.with_changes
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
     point = contents.find(resume, folder)  # collective
-    batch = restore.rebatch(point, asked)
+    batch = restore.rebatch(point, ds_config)
     plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
     with place.watchdog.slow(together=True):  # large files on a slow disk
         local = local_files.noted(config)  # collective

@@ -100,18 +100,18 @@ def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> Non
     Raises:
         UserError: the first steps would fail on this device.
     """
-    here, there = answers[0], answers[-1]
-    if here.fails:
-        raise UserError(here.failed)
-    if there.report is not None:
-        show(Report(**there.report))
-    if here.report is None:
-        say(f"the first steps were not tried: {here.failed}")
+    own, of_gpu = answers[0], answers[-1]
+    if own.fails:
+        raise UserError(own.failed)
+    if of_gpu.report is not None:
+        show(Report(**of_gpu.report))
+    if own.report is None:
+        say(f"the first steps were not tried: {own.failed}")
         return
-    if there.report is None:
-        say(f"no prediction for a GPU: {there.failed}")
+    if of_gpu.report is None:
+        say(f"no prediction for a GPU: {of_gpu.failed}")
     room = out_of_memory.room_of(device, out_of_memory.process_bytes())
-    needed = here.report["totals"]["allocated" if device.type == "cuda" else "requested"]
+    needed = own.report["totals"]["allocated" if device.type == "cuda" else "requested"]
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:
         raise UserError(

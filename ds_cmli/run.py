@@ -72,7 +72,7 @@ class Run:
         self.watchdog.heartbeat()
         self.writer.say_alive(self.state.step + 1, self.meter.timer.so_far)
 
-    def end_step(self, found: list[MicroBatchLosses]) -> None:
+    def end_step(self, step_losses: list[MicroBatchLosses]) -> None:
         """Count the step's losses, or the step as skipped on all ranks.
 
         It is skipped where loss or gradients were not finite on some rank. Collectives after a
@@ -82,15 +82,15 @@ class Run:
         self.writer.advance()
         samples: list[int] = []
         if self.engine.skipped:
-            window = [(losses.index, losses.total) for losses in found]
+            window = [(losses.index, losses.total) for losses in step_losses]
             can_lower = nonfinite.can_lower_scale(self.engine.engine.optimizer)
             samples = nonfinite.skipped_samples(window, can_lower, self.flags)  # collective
         else:
             state.skipped_in_row = 0
         if not samples:  # an overflow that only asked for a lower loss scale has finite losses
-            for losses in found:
+            for losses in step_losses:
                 state.sums += losses.stacked()
-            state.micro_batches += len(found)
+            state.micro_batches += len(step_losses)
             return
         state.skipped_in_row += 1
         self.writer.say(nonfinite.line(state.step, samples))
@@ -177,13 +177,15 @@ class Run:
                 maps, tokenizer = settings.match_maps, self.data.tokenizer
                 draw(self.writer, state.step, name, maps, tokenizer, share)  # collective
 
-            found = evaluate_split(
+            metrics = evaluate_split(
                 engine.objective, dataset, self.data, how, show=show
             )  # collectives
-            self.writer.log(state.step, {f"eval/{name}/{metric}": x for metric, x in found.items()})
-            self.writer.say(report.summary(name, found))
+            self.writer.log(
+                state.step, {f"eval/{name}/{metric}": x for metric, x in metrics.items()}
+            )
+            self.writer.say(report.summary(name, metrics))
             if counts:
-                state.best = report.best(state.best, name, found, state.step)
+                state.best = report.best(state.best, name, metrics, state.step)
 
     def poll(self) -> None:
         """Give a sign of life between two batches of an evaluation.

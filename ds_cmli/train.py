@@ -55,21 +55,21 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
-    asked = DeepSpeedConfig.load(deepspeed_config)
-    print_without_effect(config, asked, int(os.environ["WORLD_SIZE"]), settings, options)
-    return train(config, asked, start)
+    ds_config = DeepSpeedConfig.load(deepspeed_config)
+    print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), settings, options)
+    return train(config, ds_config, start)
 
 
-def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
+def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> int:
     """Train, and return the exit code: 0 at the end of the run.
 
     It is `preemption.EXIT_CODE` where the run is to be started again.
     """
     # --- configuration: on every rank, before the processes meet
-    check_early(config, asked, start)
+    check_early(config, ds_config, start)
     if config.run.deterministic:
         hardware.enforce_determinism()
-    data, mistake = load_data(config, asked)
+    data, mistake = load_data(config, ds_config)
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():
@@ -78,7 +78,7 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
     from ds_cmli.rehearse import rehearse
 
-    asked = on_this_device(asked)
+    ds_config = on_this_device(ds_config)
 
     # --- processes
     hold_back_nccl(config.run.watchdog)
@@ -97,7 +97,7 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
                 say(*contents.held(folder))  # collective
             with lock.held(folder):  # collective
                 place = Place(device, folder, watchdog)
-                ready = prepare(config, asked, data, place, start)  # collective
+                ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
                     return 0
                 if start.report:
@@ -120,11 +120,11 @@ def build_and_train(ready: Prepared) -> int:
 
     config, plan, data, state = ready.config, ready.plan, ready.data, ready.state
     device, folder, watchdog = ready.place.device, ready.place.folder, ready.place.watchdog
-    here, notice = with_backend(config, plan.deepspeed, device)  # collective
+    chosen, notice = with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
-    with out_of_memory.ending(here, plan.deepspeed, folder, device, watchdog):  # collective
+    with out_of_memory.ending(chosen, plan.deepspeed, folder, device, watchdog):  # collective
         engine = build(
-            here, plan.deepspeed, data.vocab_size, plan.total_steps, device, data.special
+            chosen, plan.deepspeed, data.vocab_size, plan.total_steps, device, data.special
         )
         restore.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
         run_folder.settle(
@@ -148,7 +148,7 @@ def build_and_train(ready: Prepared) -> int:
         profiles = ready.start.profiles
         with (
             probe.subscribed(parts.meter),
-            profiles.around(engine, here, plan.deepspeed, folder, state.step) as after_step,
+            profiles.around(engine, chosen, plan.deepspeed, folder, state.step) as after_step,
         ):
             return loop(parts, after_step)  # collective
 
@@ -185,9 +185,9 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
                 break
             micro_batches, by_the_clock = run.take_micro_batches(batches)  # collectives
             # Collectives: one optimizer step.
-            found = run.engine.step(micro_batches, run.sign_of_life)
+            losses = run.engine.step(micro_batches, run.sign_of_life)
             state.step += 1
-            run.end_step(found)  # collectives after a skipped step
+            run.end_step(losses)  # collectives after a skipped step
             after_step()
             due = run.due()
             if due.log:

@@ -75,39 +75,39 @@ class Asked:
 @click.option("--pictures", default=None, metavar="FOLDER", help="Folder for a PNG of each pair.")
 def command(**options: Any) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
-    asked = Asked(**options)
-    if (asked.image is None) != (asked.text is None):
+    chosen = Asked(**options)
+    if (chosen.image is None) != (chosen.text is None):
         raise UserError("--image and --text belong together: give both, or --pairs")
-    if asked.image is not None and asked.pairs is not None:
+    if chosen.image is not None and chosen.pairs is not None:
         raise UserError("--pairs has no effect with --image: leave it out")
     numbers = None
-    if asked.pairs is not None:
-        numbers = list(map(_number, asked.pairs.split(",")))
-    check_writable(asked.output)
+    if chosen.pairs is not None:
+        numbers = list(map(_number, chosen.pairs.split(",")))
+    check_writable(chosen.output)
 
     from ds_cmli.inference import Model
 
-    models = {_name(run, asked.runs): Model.load(run) for run in asked.runs}
+    models = {_name(run, chosen.runs): Model.load(run) for run in chosen.runs}
     first = next(iter(models.values()))
-    if asked.image is not None and asked.text is not None:
-        shown = [(Path(asked.image).name, first.read(asked.image), asked.text)]
+    if chosen.image is not None and chosen.text is not None:
+        shown = [(Path(chosen.image).name, first.read(chosen.image), chosen.text)]
     else:
-        shown = held_out(first.config, asked.source, asked.split, numbers)
+        shown = held_out(first.config, chosen.source, chosen.split, numbers)
     panels = [panel(models, title, pixels, caption) for title, pixels, caption in shown]
-    write_page(panels, asked.output)
+    write_page(panels, chosen.output)
     many = "s" if len(panels) > 1 else ""
-    click.echo(f"match maps of {len(panels)} pair{many}: {asked.output}")
-    if asked.pictures is not None:
-        folder = Path(asked.pictures)
+    click.echo(f"match maps of {len(panels)} pair{many}: {chosen.output}")
+    if chosen.pictures is not None:
+        folder = Path(chosen.pictures)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--pictures is {asked.pictures!r}: cannot make it: {error.strerror}"
+                f"--pictures is {chosen.pictures!r}: cannot make it: {error.strerror}"
             ) from None
         for number, one in enumerate(panels):
             write_figure(one, folder / f"match-{number}.png")
-        click.echo(f"pictures of them: {asked.pictures}")
+        click.echo(f"pictures of them: {chosen.pictures}")
 
 
 def _number(part: str) -> int:

@@ -26,8 +26,8 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def locked(folder: Path, name: str, what: str) -> Iterator[None]:
-    """Hold a lock while `what` is written to a folder of the cache, which is made.
+def locked(folder: Path, name: str, contents: str) -> Iterator[None]:
+    """Hold a lock while `contents` is written to a folder of the cache, which is made.
 
     One process does so, the others wait. Raises `UserError` if it cannot be written.
     """
@@ -37,8 +37,9 @@ def locked(folder: Path, name: str, what: str) -> Iterator[None]:
             yield
     # FileLock raises the latter on file systems without locks.
     except (OSError, NotImplementedError) as error:
+        why = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{what} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
+            f"{contents} cannot be written to {folder} ({why}): "
             "free some space there, or set DS_CMLI_CACHE to another folder"
         ) from None
 

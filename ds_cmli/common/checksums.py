@@ -76,11 +76,11 @@ def changed(lines: Sequence[bytes], file: Path) -> list[int]:
     with suppress(FileNotFoundError):
         content = file.with_name(file.name + LINES).read_bytes()
     sums = re.findall(rb"^[0-9a-f]{8}\n", content, re.MULTILINE)
-    found, place = [], 0
+    numbers, place = [], 0
     for number, line in enumerate(lines, 1):
         try:
             place = sums.index(_of_line(line), place) + 1
         except ValueError:
             if place < len(sums):
-                found.append(number)
-    return found
+                numbers.append(number)
+    return numbers

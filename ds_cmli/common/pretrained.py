@@ -53,8 +53,8 @@ def refused_code(error: Exception) -> str | None:
     if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
         return None
     named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
-    what = f"tensors ({named[1]})" if named else "tensors"
-    return f"it holds more than {what}, and code in pickles is never run"
+    accepted = f"tensors ({named[1]})" if named else "tensors"
+    return f"it holds more than {accepted}, and code in pickles is never run"
 
 
 def reason(error: Exception) -> str:

@@ -48,11 +48,11 @@ def damage(path: Path) -> str | None:
             # Other programs' files have other numbers of values.
             first, second = parse(text, dict)["__metadata__"].values()
             # Any name, because the name may be what is damaged.
-            told = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
+            stated = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
             return None  # the library tells what is wrong with a header
-        digest = hashlib.sha256(size + text.replace(told, ZEROS, 1))
+        digest = hashlib.sha256(size + text.replace(stated, ZEROS, 1))
         checksums.feed(digest.update, file)
-    if digest.hexdigest().encode() == told:
+    if digest.hexdigest().encode() == stated:
         return None
     return "its content does not match the checksum in its header"

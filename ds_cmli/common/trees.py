@@ -12,17 +12,17 @@ def tree_map(value: object, function: Callable, kind: type = Tensor) -> Any:
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, (list, tuple)):
-        return type(value)(tree_map(each, function, kind) for each in value)
+        return type(value)(tree_map(item, function, kind) for item in value)
     if isinstance(value, dict):
-        return {key: tree_map(each, function, kind) for key, each in value.items()}
+        return {key: tree_map(item, function, kind) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        values = {each.name: getattr(value, each.name) for each in fields(value)}
+        values = {item.name: getattr(value, item.name) for item in fields(value)}
         return type(value)(**tree_map(values, function, kind))
     return value
 
 
 def tensors(value: object) -> list[Tensor]:
     """All tensors in it."""
-    found: list[Tensor] = []
-    tree_map(value, found.append)
-    return found
+    out: list[Tensor] = []
+    tree_map(value, out.append)
+    return out

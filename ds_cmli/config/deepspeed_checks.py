@@ -139,8 +139,8 @@ def _precisions(content: Section) -> None:
         raise UserError(f"{on[0]}.enabled and {on[1]}.enabled are both true: choose one")
 
 
-def _offloads(zero: Section, what: str) -> bool:
-    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+def _offloads(zero: Section, part: str) -> bool:
+    return (zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
 
 
 def _zero(content: Section) -> None:

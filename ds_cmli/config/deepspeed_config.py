@@ -138,9 +138,9 @@ class DeepSpeedConfig(Mapping):
     def optimizer_params(self) -> JsonObject:
         return self.get("optimizer", {}).get("params", {})
 
-    def offload(self, what: str) -> str:
+    def offload(self, part: str) -> str:
         """The device to which "optimizer" or "param" is offloaded; "none" if it is not."""
-        return (self.zero.get(f"offload_{what}") or {}).get("device", "none")
+        return (self.zero.get(f"offload_{part}") or {}).get("device", "none")
 
     @property
     def prints(self) -> bool:
@@ -166,12 +166,12 @@ class DeepSpeedConfig(Mapping):
             fp16, bf16: whether the device supports them at no loss of speed.
         """
         out, notices = self.raw(), list(self.notices)
-        asked = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
-        if "auto" in asked.values():
-            notices.append(_choose_precision(out, asked, device, {"bf16": bf16, "fp16": fp16}))
-        elif asked["fp16"] is True and not fp16:
+        enabled = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
+        if "auto" in enabled.values():
+            notices.append(_choose_precision(out, enabled, device, {"bf16": bf16, "fp16": fp16}))
+        elif enabled["fp16"] is True and not fp16:
             notices.append(_replace_fp16(out, device, bf16))
-        elif asked["bf16"] is True and not bf16:
+        elif enabled["bf16"] is True and not bf16:
             notices.append(
                 f"bf16.enabled is true: this device ({device}) has no instructions for bf16 and is "
                 'several times slower in it than in fp32: "auto" takes what is fast'
@@ -285,19 +285,21 @@ class DeepSpeedConfig(Mapping):
         check(fits, "flops_profiler.profile_step", step, f"the run has {total_steps} steps")
 
 
-def _choose_precision(out: JsonObject, asked: Section, device: str, has: Mapping[str, bool]) -> str:
+def _choose_precision(
+    out: JsonObject, enabled: Section, device: str, has: Mapping[str, bool]
+) -> str:
     """Replace the "auto" of fp16 and bf16 in `out`, and return a line about it.
 
     The order of `has` is the order of preference.
     """
-    wanted = [name for name in has if asked[name] == "auto"]
-    wanted += [name for name in has if asked[name] is None]
+    wanted = [name for name in has if enabled[name] == "auto"]
+    wanted += [name for name in has if enabled[name] is None]
     chosen = next((name for name in wanted if has[name]), "fp32")
-    chosen = next((name for name in has if asked[name] is True), chosen)
+    chosen = next((name for name in has if enabled[name] is True), chosen)
     if out.get("torch_autocast", {}).get("enabled"):
         chosen = "fp32"
-    automatic = [name for name in asked if asked[name] == "auto"]
-    for name in asked:
+    automatic = [name for name in enabled if enabled[name] == "auto"]
+    for name in enabled:
         if name in automatic or chosen == name:
             out.setdefault(name, {})["enabled"] = chosen == name
     named = " and ".join(f"{name}.enabled" for name in automatic)

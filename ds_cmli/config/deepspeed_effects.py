@@ -69,10 +69,10 @@ def _in_sections(content: Section) -> Iterator[Idle]:
         if stage not in stages:
             read_elsewhere += names.split()
     yield "zero_optimization", sorted(read_elsewhere), f"the stage is {stage}"
-    for what in ("offload_optimizer", "offload_param"):
-        offload = zero.get(what) or {}
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part) or {}
         if offload.get("device", "none") == "none" and offload.get("pin_memory"):
-            yield f"zero_optimization.{what}", ["pin_memory"], "nothing is offloaded (device)"
+            yield f"zero_optimization.{part}", ["pin_memory"], "nothing is offloaded (device)"
     for name, section in content.items():
         if isinstance(section, dict) and section.get("enabled") is False:
             yield name, sorted(section.keys() - {"enabled"}), "enabled is false"

@@ -19,8 +19,8 @@ def _each(kind: Kind, names: str) -> dict[str, Kind]:
     return dict.fromkeys(names.split(), kind)
 
 
-def _old_zero(what: str) -> Kind:
-    need = f'an old name: give "offload_{what}": {{"device": "cpu"}}'
+def _old_zero(part: str) -> Kind:
+    need = f'an old name: give "offload_{part}": {{"device": "cpu"}}'
     return refused(need, None, False)
 
 

@@ -202,11 +202,11 @@ SOURCES = {
 
 def source_kinds(joint: str, setting: str = "") -> str:
     """The kinds of sources for --help, such as "CSV or JSON": all, or those that read a setting."""
-    found = [entry for entry in SOURCES.values() if entry.short]
+    entries = [entry for entry in SOURCES.values() if entry.short]
     if setting:
-        readers = [entry for entry in found if setting in entry.settings]
-        found = sorted(readers, key=lambda entry: entry.short.lower())
-    *others, last = [entry.short for entry in found]
+        readers = [entry for entry in entries if setting in entry.settings]
+        entries = sorted(readers, key=lambda entry: entry.short.lower())
+    *others, last = [entry.short for entry in entries]
     return f"{', '.join(others)} {joint} {last}" if others else last
 
 

@@ -87,17 +87,17 @@ def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[s
         names -= {name for name in now if name.startswith(FILES)}
     if not same_ranks:
         names -= BATCH_SPLIT
-    found = []
+    lines = []
     for name in sorted(names):
         if before.get(name, name) == now.get(name, name):
             continue
         if name.startswith(FILES):
-            found.append(f"{name.removeprefix(FILES)}: {_other_file(before, now, name)}")
+            lines.append(f"{name.removeprefix(FILES)}: {_other_file(before, now, name)}")
         else:
-            found.append(f"{name}: {_value(before, name)} -> {_value(now, name)}")
-    if len(found) <= SHOWN:
-        return found
-    return [*found[:SHOWN], f"{len(found) - SHOWN} more"]
+            lines.append(f"{name}: {_value(before, name)} -> {_value(now, name)}")
+    if len(lines) <= SHOWN:
+        return lines
+    return [*lines[:SHOWN], f"{len(lines) - SHOWN} more"]
 
 
 def _other_file(before: JsonObject, now: JsonObject, name: str) -> str:

@@ -149,9 +149,9 @@ def number(least: float = -LARGEST, below: float = LARGEST, above: bool = False)
     return Annotated[float, Field(gt=least if above else -LARGEST, ge=least, lt=below)]
 
 
-def numbers(count: int | None, each: Kind) -> Kind:
+def numbers(count: int | None, kind: Kind) -> Kind:
     """A list of `count` numbers, or of some if it is None."""
-    return Annotated[list[each], Field(min_length=count or 1, max_length=count)]
+    return Annotated[list[kind], Field(min_length=count or 1, max_length=count)]
 
 
 def one_of(*known: object) -> Kind:

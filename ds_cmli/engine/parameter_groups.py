@@ -186,14 +186,14 @@ def parameter_groups(
 
 def _spared(module: nn.Module) -> set[int]:
     """The ids of embeddings, and of parameters that timm's models name as without weight decay."""
-    found: set[int] = set()
+    ids: set[int] = set()
     for owner in module.modules():
         if isinstance(owner, nn.Embedding):
-            found |= set(map(id, owner.parameters()))
+            ids |= set(map(id, owner.parameters()))
         named: Any = getattr(owner, "no_weight_decay", None)
         names = named() if callable(named) else ()
-        found |= {id(parameter) for name, parameter in owner.named_parameters() if name in names}
-    return found
+        ids |= {id(parameter) for name, parameter in owner.named_parameters() if name in names}
+    return ids
 
 
 def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]:
@@ -212,17 +212,17 @@ def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
     """Raise `UserError` if the JSON's scheduler would undo the learning rates of `optim`."""
     json = DeepSpeedConfig.of(ds_config)
     kind = json.get("scheduler", {}).get("type")
-    asked: dict[str, object] = {}
+    rates: dict[str, object] = {}
     if optim.layer_decay != 1:
-        asked["optim.layer_decay"] = optim.layer_decay
+        rates["optim.layer_decay"] = optim.layer_decay
     if optim.lr_factors:
-        asked["optim.lr_factors"] = optim.lr_factors
+        rates["optim.lr_factors"] = optim.lr_factors
     for name in MUON_RATES & json.optimizer_params.keys():
-        asked[f"optimizer.params.{name}"] = json.optimizer_params[name]
-    if asked and kind in (*OWN_RATES, *OWN_RATES_IF_GIVEN):
-        name = min(asked)
+        rates[f"optimizer.params.{name}"] = json.optimizer_params[name]
+    if rates and kind in (*OWN_RATES, *OWN_RATES_IF_GIVEN):
+        name = min(rates)
         raise UserError(
-            f"{name} is {asked[name]!r} and scheduler.type is {kind!r}, which "
+            f"{name} is {rates[name]!r} and scheduler.type is {kind!r}, which "
             "sets one rate for all parameters: leave out the scheduler, or take WarmupCosineLR"
         )
 

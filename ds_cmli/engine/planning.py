@@ -40,19 +40,19 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """
     from deepspeed.accelerator import get_accelerator
 
-    found, asked = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
-    if asked == "cuda" and not found:
+    has_gpu, wanted = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
+    if wanted == "cuda" and not has_gpu:
         raise UserError(
             "DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to train on the CPU"
         )
-    if asked == "cpu" and found:
+    if wanted == "cpu" and has_gpu:
         raise UserError(
             "DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: "
             "give CUDA_VISIBLE_DEVICES= too, or unset it"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     # Slurm sets the last one for a job without GPUs.
-    if visible not in ("", "-1", "NoDevFiles") and not found:
+    if visible not in ("", "-1", "NoDevFiles") and not has_gpu:
         say(
             f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: "
             "training on the CPU"
@@ -128,13 +128,13 @@ def choose_backend(config: Config, why_not: Callable[[], str | None]) -> tuple[C
     Raises:
         UserError: the requested backend does not run.
     """
-    asked = config.loss.cmli_backend
-    if asked == "chunked" or not any(
+    wanted = config.loss.cmli_backend
+    if wanted == "chunked" or not any(
         "cmli_backend" in LOSSES[name].settings for name in config.loss.weights
     ):
         return config, None
     reason = why_not()
-    if asked == "triton" and reason is not None:
+    if wanted == "triton" and reason is not None:
         raise UserError(
             f"loss.cmli_backend is 'triton', which does not run ({reason}): "
             "give 'auto' or 'chunked'"
@@ -153,7 +153,7 @@ def _of_any_rank(reason: str | None) -> str | None:
     nodes, reasons = zip(*distributed.gather_objects((this_node(), reason)), strict=True)
     if all(reasons) or not any(reasons):
         return reason
-    first = next(rank for rank, found in enumerate(reasons) if found)
+    first = next(rank for rank, why in enumerate(reasons) if why)
     return f"{distributed.named(first, nodes)}: {reasons[first]}"
 
 
@@ -168,7 +168,7 @@ class Plan:
 
 def make_plan(
     config: Config,
-    asked: DeepSpeedConfig,
+    ds_config: DeepSpeedConfig,
     samples: int | Mixture,
     text_length: Callable[[Draw], int],
 ) -> Plan:
@@ -180,7 +180,7 @@ def make_plan(
     Raises `UserError` if the batch cannot be made up.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    total, micro_batch, accumulation = asked.batch(config.optim.micro_batch, ranks)
+    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
     groups, batches = None, config.data.group_by_length
     if batches:
         groups = LengthGroups(batches, text_length)
@@ -189,7 +189,7 @@ def make_plan(
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    final = filled(config, asked, ranks, steps)
+    final = filled(config, ds_config, ranks, steps)
     negatives = total if compares_all(config, final) else micro_batch * ranks
     queue = ""
     if config.optim.queue:
@@ -197,11 +197,11 @@ def make_plan(
         queue = f", of the loss global from {earlier} earlier ones, too"
         if with_tokens:
             queue += f", of cmli from {with_tokens}"
-    told = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
-    if len(told) > 1:
+    answers = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
+    if len(answers) > 1:
         raise UserError(
             "the ranks would take negatives from different numbers of pairs (ranks, pairs): "
-            f"{sorted(told)}"
+            f"{sorted(answers)}"
         )
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "

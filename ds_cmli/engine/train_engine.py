@@ -83,10 +83,10 @@ class TrainEngine:
         # At stages 0 and 1 DeepSpeed reduces gradients once anyway.
         if self.reduce_once and self.engine.zero_optimization_stage() >= 2:
             with self._reduced_once():  # collective
-                found = self._losses_and_gradients(micro_batches, lambda: None, heartbeat)
-            for _ in found:  # the engine counts micro-batches, and updates at the last one
+                losses = self._losses_and_gradients(micro_batches, lambda: None, heartbeat)
+            for _ in losses:  # the engine counts micro-batches, and updates at the last one
                 self._update()  # collectives
-            return found
+            return losses
         return self._losses_and_gradients(micro_batches, self._update, heartbeat)
 
     def _losses_and_gradients(
@@ -96,12 +96,12 @@ class TrainEngine:
         heartbeat: Callable[[], None],
     ) -> list[MicroBatchLosses]:
         """Run forward and backward, and `update` after each micro-batch. Collectives."""
-        found = []
+        losses = []
         for batch in micro_batches:
-            found.append(probe.alike(self._backward, batch))  # collectives
+            losses.append(probe.alike(self._backward, batch))  # collectives
             update()  # collectives
             heartbeat()
-        return found
+        return losses
 
     def __call__(self, batch: Batch) -> Losses:
         """Run forward and backward of one micro-batch, with its own negatives.
@@ -109,21 +109,21 @@ class TrainEngine:
         The weights are updated at the end of accumulation. Returns the weighted loss and each loss
         by name for this rank's pairs, fp32 scalars without a graph. Collective.
         """
-        found = self._backward(batch)  # collectives
+        losses = self._backward(batch)  # collectives
         self._update()  # collectives
-        return found.total, found.each
+        return losses.total, losses.each
 
     def _backward(self, batch: Batch) -> MicroBatchLosses:
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         index, batch = batch.index, batch.to(self.device, non_blocking=True)
         # Collectives: text features, column statistics.
-        total, each = self.forward(
+        total, values = self.forward(
             batch, lambda targets: self.engine(Objective.whole, batch, targets)
         )
         self.go_backward(total)  # collectives: text gradients, gradient buckets
         ignored, cut = self.objective.ignored / len(index), self.objective.cut
-        found = None if cut is None else cut.found
-        return MicroBatchLosses(index, total.detach(), each, ignored, found)
+        of_cut = None if cut is None else cut.found
+        return MicroBatchLosses(index, total.detach(), values, ignored, of_cut)
 
     def go_backward(self, total: Tensor) -> Tensor:
         """Run backward from a micro-batch's weighted loss, and return its share of the step's loss.
@@ -263,7 +263,7 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     # Texts of the same picture or caption: a loss with one positive ignores them, one with several
     # adds them as such.
     several = {LOSSES[name].several for name in names if LOSSES[name].scores}
-    for each in several:
-        column = "added_positives" if each else "ignored_negatives"
+    for with_several in several:
+        column = "added_positives" if with_several else "ignored_negatives"
         values[column] = round(ignored * pairs)
     return values | dict(zip(CUT, left_out, strict=False))

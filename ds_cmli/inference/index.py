@@ -116,12 +116,12 @@ class Index:
                 except UserError as error:
                     refused.append(str(error))
             if images:
-                found = model.embed_images(images, batch_size)
-                patches, mask = found.patches, found.patch_mask
+                embedded = model.embed_images(images, batch_size)
+                patches, mask = embedded.patches, embedded.patch_mask
                 if mask is not None:
                     # s_t2i is a mean of maxima over patches, which repeated ones do not change.
                     patches = torch.where(mask[..., None], patches, patches[:, :1])
-                arrays.append(found.cls, patches)
+                arrays.append(embedded.cls, patches)
         if not names:
             raise UserError(
                 f"none of the {len(files)} pictures can be read, for instance: {refused[0]}"
@@ -202,7 +202,7 @@ class Index:
             return self.global_scores(embedded, rows, columns)
 
         coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
-        found = []
+        results = []
         for j in range(len(embedded)):
             order = numbers[j].sort().values  # in the order in which they lie in the file
             fine = self.cmli_scores(embedded, j, order)[torch.searchsorted(order, numbers[j])]
@@ -211,8 +211,8 @@ class Index:
             for i in total.argsort(descending=True, stable=True)[:k].tolist():
                 scores = total[i].item(), coarse[j, i].item(), fine[i].item()
                 best.append(Result(self.names[numbers[j, i]], *scores))
-            found.append(best)
-        return found
+            results.append(best)
+        return results
 
 
 class _Arrays:

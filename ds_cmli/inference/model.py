@@ -141,10 +141,10 @@ class Model:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the weights and temperatures, unlike those of other weights."""
-        found = hashlib.sha256()
+        sha256 = hashlib.sha256()
         for value in self.objective.state_dict().values():
-            found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
+            sha256.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return sha256.hexdigest()
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
@@ -187,10 +187,10 @@ class Model:
             cls.append(image_cls.cpu())  # CPU-GPU sync
             patches.append(features.cpu())
         names = [name_of(file, number) for number, file in enumerate(files)]
-        found = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
+        embeddings = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
         if grids:
-            found.grid = torch.cat(grids)
-        return found
+            embeddings.grid = torch.cat(grids)
+        return embeddings
 
     @torch.inference_mode()
     def embed_texts(
@@ -271,9 +271,9 @@ def list_pictures(pictures: str | Path | Sequence[Picture]) -> list[Picture]:
     return files
 
 
-def _steps(length: int, batch_size: int, progress: bool, what: str) -> Iterable[int]:
+def _steps(length: int, batch_size: int, progress: bool, kind: str) -> Iterable[int]:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1")
     if not length:
-        raise UserError(f"no {what} are given: give at least one")
-    return tqdm(range(0, length, batch_size), what, disable=not progress, leave=False)
+        raise UserError(f"no {kind} are given: give at least one")
+    return tqdm(range(0, length, batch_size), kind, disable=not progress, leave=False)

@@ -72,43 +72,43 @@ class Asked:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per text.")
 def command(**arguments: Any) -> None:
     """Search an index of pictures by text."""
-    asked = Asked(**arguments)
-    _check(asked)
-    with json_on_stdout(asked.as_json) as print_json:
+    options = Asked(**arguments)
+    _check(options)
+    with json_on_stdout(options.as_json) as print_json:
         from ds_cmli.export.folder import DEMO, sources
 
-        index, model = _opened(asked)
+        index, model = _opened(options)
         note = DEMO_ONLY if sources(model.config.data) == [DEMO] else ""
         if note:
             click.echo(f"note: {note}", err=True)
-        if not asked.texts:
+        if not options.texts:
             return
-        results = index.search(model, asked.texts, asked.k, asked.candidates)
-        for text, best in zip(asked.texts, results, strict=True):
-            if asked.as_json:
+        results = index.search(model, options.texts, options.k, options.candidates)
+        for text, best in zip(options.texts, results, strict=True):
+            if options.as_json:
                 print_json({"text": text, "results": list(map(vars, best))})
                 continue
             click.echo(text)
             for result in best:
                 parts = f"global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
                 click.echo(f"  {result.score:8.3f}  {parts}  {result.name}")
-        if asked.page is not None:
-            write_page(asked.page, asked.texts, results, note)
-            click.echo(f"page: {asked.page}")
+        if options.page is not None:
+            write_page(options.page, options.texts, results, note)
+            click.echo(f"page: {options.page}")
 
 
-def _check(asked: Asked) -> None:
+def _check(options: Asked) -> None:
     """Raise `UserError` where something is missing, or an option was given that has no effect."""
-    if asked.pictures is None and not asked.texts:
+    if options.pictures is None and not options.texts:
         raise UserError(
             "nothing to do: give --build FOLDER to make the index, or a text to search for"
         )
-    if asked.pictures is not None and asked.model_path is None:
+    if options.pictures is not None and options.model_path is None:
         raise UserError("--build needs --model: give the run whose student embeds the pictures")
     idle = {}
-    if asked.pictures is None:
+    if options.pictures is None:
         idle["batch_size"] = "without --build"
-    if not asked.texts:
+    if not options.texts:
         for name in ("k", "candidates", "page", "as_json"):
             idle[name] = "without a text to search for"
     context = click.get_current_context()
@@ -118,29 +118,29 @@ def _check(asked: Asked) -> None:
             raise UserError(
                 f"{parameter.opts[0]} has no effect {idle[parameter.name]}: leave it out"
             )
-    if asked.batch_size < 1:
-        raise UserError(f"--batch-size is {asked.batch_size}: give at least 1")
-    if asked.page is not None:
-        check_writable(asked.page)
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size is {options.batch_size}: give at least 1")
+    if options.page is not None:
+        check_writable(options.page)
 
 
-def _opened(asked: Asked) -> tuple["Index", "Model"]:
+def _opened(options: Asked) -> tuple["Index", "Model"]:
     """The index, built first if that is requested, and its model."""
     from ds_cmli.inference import Index, Model
 
-    if asked.pictures is None:
-        found = Index(asked.index)
-        return found, Model.load(asked.model_path or found.model_path)
-    assert asked.model_path is not None
-    model = Model.load(asked.model_path)
-    whole = str(Path(asked.model_path).resolve())
-    found, refused = Index.build(
-        asked.index, model, asked.pictures, whole, asked.batch_size, progress=True
+    if options.pictures is None:
+        index = Index(options.index)
+        return index, Model.load(options.model_path or index.model_path)
+    assert options.model_path is not None
+    model = Model.load(options.model_path)
+    whole = str(Path(options.model_path).resolve())
+    index, refused = Index.build(
+        options.index, model, options.pictures, whole, options.batch_size, progress=True
     )
     for line in refused:
         click.echo(f"left out: {line}")
-    click.echo(f"{len(found)} pictures in {asked.index}")
-    return found, model
+    click.echo(f"{len(index)} pictures in {options.index}")
+    return index, model
 
 
 def write_page(

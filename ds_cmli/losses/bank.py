@@ -106,16 +106,16 @@ class PairQueue(Bank):
         features, pair_id = inputs.features, inputs.batch.pair_id
         image, text = (upcast(l2_normalize(x)) for x in (features.image_cls, features.text_cls))
         queue, H = self.candidates(by_id), image.shape[1]
-        found = []
+        sums = []
         for own, others in ((image, queue.features[:, H:]), (text, queue.features[:, :H])):
             compared = Compared(pair_id, [replace(queue, features=others)], SCRATCH_BYTES)
             with full_precision(own.device):
                 scaled = own * temperature_scale(logit_scale)
-            found.append(log_sum_exp(scaled, compared))
+            sums.append(log_sum_exp(scaled, compared))
         if self.training:
             both = self.everywhere(torch.cat([image, text], 1))  # [G, 2 * H], collective
             self.offer(both, collectives.gather(pair_id))  # collective
-        of_images, of_texts = found
+        of_images, of_texts = sums
         return of_images, of_texts
 
 
@@ -167,7 +167,7 @@ class TokenQueue(Bank):
         if queue.valid is not None:
             excluded |= ~queue.valid
         scale = temperature_scale(logit_scale)
-        found = [_log_sum_exp(scale * scores, excluded) for scores in (s_i2t, s_t2i.t())]
+        sums = [_log_sum_exp(scale * scores, excluded) for scores in (s_i2t, s_t2i.t())]
         if self.training:
             if patch_mask is not None:
                 patches = patches * patch_mask[:, :, None]
@@ -176,7 +176,7 @@ class TokenQueue(Bank):
             pair_id = collectives.gather(batch.pair_id)  # collective
             self.offer(self.everywhere(patches), pair_id)  # collective
             self.tokens.offer(self.everywhere(tokens), pair_id[:, 0])  # collective
-        return found[0], found[1]
+        return sums[0], sums[1]
 
 
 def _log_sum_exp(logits: Tensor, excluded: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class TokenTargets(Loss):
     def match(self, inputs: LossInputs) -> Tensor:
         """The teacher patches of each token, as `functions.choose_patches` returns them."""
         config = self.config
-        found, temperature = self.similarities(inputs), config.cmli_init_temperature
-        return functions.choose_patches(found, config.target, config.target_top, temperature)
+        similarities, temperature = self.similarities(inputs), config.cmli_init_temperature
+        return functions.choose_patches(similarities, config.target, config.target_top, temperature)
 
     @torch.no_grad()
     def similarities(self, inputs: LossInputs) -> Tensor:
@@ -84,8 +84,8 @@ class TokenContrast(AgainstTeacher, TokenTargets):
         patches = inputs.teacher.patches
         targets = functions.chosen_features(patches, self.match(inputs))  # [B, M, H_t]
         tokens = inputs.to_teacher(inputs.features.tokens)
-        each = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
-        return functions.masked_mean(each, self.counted(inputs))
+        losses = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
+        return functions.masked_mean(losses, self.counted(inputs))
 
 
 class ClsDistillation(Loss):

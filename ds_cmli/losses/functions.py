@@ -164,10 +164,10 @@ def target_image_loss(
     check_shapes(
         student_patches=(student_patches, "B N H"), teacher_patches=(teacher_patches, "B N H")
     )
-    each = squared_distance(student_patches, teacher_patches, reduction)  # [B, N]
+    distances = squared_distance(student_patches, teacher_patches, reduction)  # [B, N]
     if patch_mask is None:
-        return each.mean()
-    return masked_mean(each, patch_mask)
+        return distances.mean()
+    return masked_mean(distances, patch_mask)
 
 
 def target_text_loss(

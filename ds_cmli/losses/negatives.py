@@ -40,8 +40,8 @@ class Compared:
         Q, H = queries.shape
         # Logits, masks, features upcast and normalised; a tile lives until the next one is there.
         masks = 1 if self.query_ids.dim() == 1 else 1 + self.query_ids.shape[1]
-        each = Q * (queries.element_size() + masks) + 2 * H * queries.element_size()
-        size = max(1, self.scratch_bytes // (2 * each))
+        candidate_bytes = Q * (queries.element_size() + masks) + 2 * H * queries.element_size()
+        size = max(1, self.scratch_bytes // (2 * candidate_bytes))
         with full_precision(queries.device):
             for group in self.candidates:
                 for start in range(0, len(group.features), size):

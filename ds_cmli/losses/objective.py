@@ -216,11 +216,11 @@ class Objective(nn.Module):
 
     def banks(self) -> dict[str, Bank]:
         """The banks of earlier features, by the name of their loss."""
-        found: dict[str, Bank] = {}
+        out: dict[str, Bank] = {}
         for name, loss in self.losses.items():
             if isinstance(bank := getattr(loss, "bank", None), Bank):
-                found[name] = bank
-        return found
+                out[name] = bank
+        return out
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name.

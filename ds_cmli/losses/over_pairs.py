@@ -36,9 +36,9 @@ class Contrastive(Loss):
             return torch.logaddexp(inputs.row_logsumexp(logits), of_images)
 
         def columns(logits: Tensor) -> Tensor:
-            found = inputs.column_logsumexp(logits)  # [T], collective
-            own = torch.logaddexp(found[first:end], of_texts)
-            return found.slice_scatter(own, 0, first, end)
+            sums = inputs.column_logsumexp(logits)  # [T], collective
+            own = torch.logaddexp(sums[first:end], of_texts)
+            return sums.slice_scatter(own, 0, first, end)
 
         return rows, columns
 

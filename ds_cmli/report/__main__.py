@@ -73,9 +73,9 @@ def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
     else:
         values["differing"] = differing([group[0] for group in grouped])
     for run in runs:
-        found = match_maps(run.folder)
-        if found:
-            values["maps"][run.name] = found
+        pictures = match_maps(run.folder)
+        if pictures:
+            values["maps"][run.name] = pictures
     documents.write_page(path, "--output", "ds_cmli.report", "report.html.jinja", **values)
 
 
@@ -124,12 +124,12 @@ def match_maps(folder: Path) -> dict[str, str]:
 
     # Only the last of each is kept.
     kept = {event_accumulator.IMAGES: 1, event_accumulator.SCALARS: 1, event_accumulator.TENSORS: 1}
-    found = event_accumulator.EventAccumulator(str(events), kept)
-    found.Reload()
+    accumulator = event_accumulator.EventAccumulator(str(events), kept)
+    accumulator.Reload()
     out = {}
-    for tag in found.Tags()["images"]:
+    for tag in accumulator.Tags()["images"]:
         if tag.startswith(MATCH_MAPS):
-            image = found.Images(tag)[-1]
+            image = accumulator.Images(tag)[-1]
             name = f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"
             out[name] = documents.data_url(image.encoded_image_string, "png")
     return out

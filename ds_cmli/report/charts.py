@@ -50,16 +50,16 @@ def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
     """The title of each chart -> SVG."""
     out = {}
     for group, pattern in GROUPS.items():
-        found = chosen(runs, pattern)
-        for chart in found:
-            title = group if len(found) == 1 else f"{group}: {chart.title}"
+        group_charts = chosen(runs, pattern)
+        for chart in group_charts:
+            title = group if len(group_charts) == 1 else f"{group}: {chart.title}"
             out[title] = draw(chart)
     return out
 
 
 def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
     """The charts of the columns that match."""
-    found: dict[str, Chart] = {}
+    by_title: dict[str, Chart] = {}
     several = len(runs) > 1
     short = max(len(run.name) for run in runs) <= LONGEST
     for column in columns_of(runs):
@@ -72,14 +72,14 @@ def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
             steps, values = run.curve(column)
             if not steps:
                 continue
-            chart = found.setdefault(title, Chart(title, chance=chance(runs, column)))
+            chart = by_title.setdefault(title, Chart(title, chance=chance(runs, column)))
             if several:
                 label = run.name if short else str(number + 1)
                 colour, style = plots.line(number)
             else:
                 colour, style = plots.line(len(chart.series))
             chart.series.append(Series(label, colour, style, steps, values))
-    return list(found.values())
+    return list(by_title.values())
 
 
 def named(column: str) -> tuple[str, str]:
@@ -96,8 +96,8 @@ def named(column: str) -> tuple[str, str]:
 
 def chance(runs: Sequence[RunFiles], column: str) -> float | None:
     """The result of guessing, where the runs have written it with a recall."""
-    found = RECALL.fullmatch(column)
-    values = runs[0].curve(f"{found[1]}/{CHANCE}/{found[3]}")[1] if found else []
+    recall = RECALL.fullmatch(column)
+    values = runs[0].curve(f"{recall[1]}/{CHANCE}/{recall[3]}")[1] if recall else []
     return next(reversed(values), None)
 
 

@@ -33,13 +33,13 @@ class Table:
 
 def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
     """The last value of each metric: for each group of runs their mean and its standard error."""
-    found: dict[str, dict[int, list[object]]] = {}  # name -> number of the group -> values
+    by_group: dict[str, dict[int, list[object]]] = {}  # name -> number of the group -> values
     for number, group in enumerate(grouped):
         for run in group:
             for name, value in run.last("eval/").items():
-                found.setdefault(name, {}).setdefault(number, []).append(value)
+                by_group.setdefault(name, {}).setdefault(number, []).append(value)
     out: dict[str, list[Cell]] = {}
-    for name, values in found.items():
+    for name, values in by_group.items():
         cells = [_cell(name, values.get(number, [])) for number in range(len(grouped))]
         out[name.removeprefix("eval/")] = cells
     data = [measured_on(group[0]) for group in grouped]
@@ -56,8 +56,8 @@ def _cell(name: str, values: Sequence[object]) -> Cell:
     numbers = [value for value in values if isinstance(value, int | float)]
     share = RECALL.fullmatch(name) or float in map(type, numbers)
     if numbers and (share or len(set(numbers)) > 1):
-        found = mean(numbers)
-        return Cell(str(found), found.value)
+        average = mean(numbers)
+        return Cell(str(average), average.value)
     if not values:
         return Cell()
     shown = values[0]
@@ -69,9 +69,9 @@ def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[s
     # Split -> score -> column -> a cell for each group.
     splits: dict[str, dict[str, dict[str, list[Cell]]]] = {}
     for name, cells in results.items():
-        found = RECALL.fullmatch(name)
-        if found:
-            split, score, column = found.groups()
+        recall = RECALL.fullmatch(name)
+        if recall:
+            split, score, column = recall.groups()
             splits.setdefault(split, {}).setdefault(score, {})[column] = cells
     return {split: _table(scores, names) for split, scores in splits.items()}
 
@@ -135,9 +135,9 @@ def headline(results: Mapping[str, list[Cell]], split: str) -> str:
 
     scores = []
     for name in results:
-        found = RECALL.fullmatch(name)
-        if found and found[1] == split:
-            scores.append(found[2])
+        match = RECALL.fullmatch(name)
+        if match and match[1] == split:
+            scores.append(match[2])
     score = next((name for name in ("combined", "cmli", "global") if name in scores), scores[0])
     parts = []
     for way, said in WAYS.items():
