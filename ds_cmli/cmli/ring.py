@@ -120,58 +120,40 @@ class _RingScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_i2t, grad_t2i):
         image, text, token_mask, image_mask = ctx.saved_tensors
+        wanted, wide = Wanted(*ctx.needs_input_grad[:2]), collectives.accumulated(text.dtype)
+        of_images: Tensor | None = None
+        of_texts, J = ReturnedGradient(ctx.group), len(text)
         with probe.scope("CMLI op"):
-            found = _RingGradients(ctx, image, text)
-            for chunk in chunks(text, token_mask, ctx.group):  # collective
-                found.add_chunk(chunk, grad_i2t, grad_t2i, image_mask)  # collective
-            d_image, d_text = found.sums()
-        return d_image, d_text, None, None, None, None
+            for owner, chunk, mask in chunks(text, token_mask, ctx.group):  # collective
+                columns = slice(owner * J, (owner + 1) * J)
+                probe.texts_from(columns.start)
+                grads = grad_i2t[:, columns], grad_t2i[:, columns]
+                sides = Sides(image, chunk, mask, image_mask)
+                d_image, d_text = cmli_gradients(
+                    grads,
+                    sides,
+                    wanted,
+                    backend=ctx.score.backend,
+                    scratch_bytes=ctx.score.scratch_bytes,
+                )
+                if wanted.image:
+                    of_images = add_wide(of_images, d_image, wide)
+                del d_image  # before the next ones exist
+                if wanted.text:
+                    of_texts.add(owner, d_text)  # collective
+                del d_text
+            image_gradient = text_gradient = None
+            if of_images is not None:
+                image_gradient = of_images.to(image.dtype)
+            if wanted.text:
+                text_gradient = of_texts.sum().to(text.dtype)
+        return image_gradient, text_gradient, None, None, None, None
 
 
-class _RingGradients:
-    """Adds up the gradients of this rank's images and texts, chunk by chunk of texts."""
-
-    def __init__(self, ctx, image: Tensor, text: Tensor):
-        self.wanted = Wanted(*ctx.needs_input_grad[:2])
-        self.image, self.text, self.score = image, text, ctx.score
-        self.of_images: Tensor | None = None
-        self.of_texts = ReturnedGradient(ctx.group)
-
-    def add_chunk(
-        self, chunk: "Chunk", grad_i2t: Tensor, grad_t2i: Tensor, image_mask: Tensor | None
-    ) -> None:
-        """Add the gradients of this rank's images with a chunk. Collective."""
-        first, J = chunk.owner * len(self.text), len(self.text)
-        grads = grad_i2t[:, first : first + J], grad_t2i[:, first : first + J]
-        probe.texts_from(first)
-        d_text = self._add_images(chunk, grads, image_mask)
-        if self.wanted.text:
-            self.of_texts.add(chunk.owner, d_text)  # collective
-
-    def _add_images(
-        self, chunk: "Chunk", grads: tuple[Tensor, Tensor], image_mask: Tensor | None
-    ) -> Tensor:
-        """Add the gradient of the images; returns that of the chunk."""
-        d_image, d_text = cmli_gradients(
-            grads,
-            Sides(self.image, chunk.text, chunk.mask, image_mask),
-            self.wanted,
-            backend=self.score.backend,
-            scratch_bytes=self.score.scratch_bytes,
-        )
-        if self.wanted.image:
-            wide = d_image.to(collectives.accumulated(self.text.dtype))
-            self.of_images = wide if self.of_images is None else self.of_images.add_(wide)
-        return d_text
-
-    def sums(self) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of this rank's images and texts, None where they are not needed."""
-        d_image = d_text = None
-        if self.of_images is not None:
-            d_image = self.of_images.to(self.image.dtype)
-        if self.wanted.text:
-            d_text = self.of_texts.sum().to(self.text.dtype)
-        return d_image, d_text
+def add_wide(total: Tensor | None, x: Tensor, wide: torch.dtype) -> Tensor:
+    """The total with `x` added in place, in the dtype `wide`; None: there is nothing yet."""
+    x = x.to(wide)
+    return x if total is None else total.add_(x)
 
 
 class Transfer:

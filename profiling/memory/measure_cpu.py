@@ -87,15 +87,38 @@ def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: in
     return traffic
 
 
+Watch = Callable[[engine.TrainEngine, int], AbstractContextManager]
+
+
+def two_steps(
+    train_engine: engine.TrainEngine,
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    watch: Watch = lambda train_engine, step: nullcontext(),
+    heartbeat: Callable[[], None] = lambda: None,
+    scope: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Take two optimizer steps on the longest batches.
+
+    Each step runs inside the context that `watch` returns; its batches are made inside `scope`.
+    """
+    for step in range(2):
+        batches = []
+        with scope():
+            for _ in range(ds_config.accumulation):
+                batches.append(longest_batch(config, ds_config.micro_batch))
+        with watch(train_engine, step):
+            train_engine.step(batches, heartbeat)
+        del batches
+
+
 def _run(
     config: Config,
     ds_config: DeepSpeedConfig,
     vocab_size: int,
     world_size: int,
     enter: Callable[[str | None], None],
-    watch: Callable[
-        [engine.TrainEngine, int], AbstractContextManager
-    ] = lambda train_engine, step: nullcontext(),
+    watch: Watch = lambda train_engine, step: nullcontext(),
 ) -> None:
     """Build the engine and take two optimizer steps.
 
@@ -116,14 +139,7 @@ def _run(
             config, ds_config, vocab_size, TOTAL_STEPS, device, models=models
         )
         with phases(train_engine, enter):
-            for step in range(2):
-                batches = [
-                    longest_batch(config, ds_config.micro_batch)
-                    for _ in range(ds_config.accumulation)
-                ]
-                with watch(train_engine, step):
-                    train_engine.step(batches, lambda: enter(None))
-                del batches
+            two_steps(train_engine, config, ds_config, watch, lambda: enter(None))
 
 
 def _tracked(
@@ -143,8 +159,8 @@ def tracked_events(
 def _events(
     config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
 ) -> list[Event]:
-    micro_batch = ds_config.micro_batch
-    tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
+    lengths = text_lengths(config, ds_config.micro_batch)
+    tracker = Tracker("cpu", lengths, workspaces=True)
     device = torch.device("cpu")
     with _ranks(world_size), tracker:
         models = recorded_from_the_engine_on(tracker, ds_config, cuda=False)
@@ -152,13 +168,7 @@ def _events(
             config, ds_config, vocab_size, TOTAL_STEPS, device, models=models
         )
         with tracker.attach(train_engine):
-            for _ in range(2):
-                with tracker.scope("data"):
-                    batches = [
-                        longest_batch(config, micro_batch) for _ in range(ds_config.accumulation)
-                    ]
-                train_engine.step(batches)
-                del batches
+            two_steps(train_engine, config, ds_config, scope=lambda: tracker.scope("data"))
         return tracker.events()
 
 

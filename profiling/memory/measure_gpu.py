@@ -10,11 +10,12 @@ from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.inputs import without_weights
 from ds_cmli.memory.measure import combined, statistics
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
+from profiling.memory.measure_cpu import two_steps
 
 
 def measure(config: Config, ds_config: Section, world_size: int = 1) -> Report:
@@ -51,9 +52,5 @@ def _two_steps(
     config, vocab_size = without_weights(config)
     train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
     with watched(train_engine):
-        for _ in range(2):
-            batches = []
-            for _ in range(ds_config.accumulation):
-                batches.append(longest_batch(config, ds_config.micro_batch))
-            train_engine.step(batches)
+        two_steps(train_engine, config, ds_config)
     return statistics(device)

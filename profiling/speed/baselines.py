@@ -7,7 +7,6 @@ text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I,
 know one direction are called in both; they come with `pip install -e '.[bench]'`.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
@@ -49,7 +48,6 @@ class Problem:
             for n, p in ((I, N), (J, M))
         )
         self.grads = [(torch.randn(I, J, generator=g) / J).to(device) for _ in range(2)]
-        self.device = device
 
     def forward(self, scores: Scores) -> None:
         with torch.no_grad():
@@ -74,13 +72,6 @@ class Problem:
                 )
 
         return product
-
-    def seconds(self, call: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        call()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
 
 
 def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:

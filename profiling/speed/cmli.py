@@ -13,11 +13,12 @@ Shapes: image [B, N, D], text [B, M, D].
 
 import json
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import accumulate
+from typing import Any
 
 from ds_cmli.common import quiet
 
@@ -30,9 +31,11 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.common import plots
 from ds_cmli.common.cli import run_command
 from ds_cmli.memory import cpu_events
-from profiling import scripts as figures
+from profiling.scripts import Name, compare, no_label, plain, run, to_the_end
 from profiling.speed import baselines
 from profiling.speed.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
+
+FILE = click.Path(dir_okay=False, writable=True)
 
 
 def ours(**options) -> Scores:
@@ -63,38 +66,42 @@ def why_not(name: str, dtype: str, device: str) -> str | None:
     return None
 
 
-def compare(
+def row(
+    name: str, setting: str | None, dtype: str, B: int | None, **more: object
+) -> dict[str, Any]:
+    """One object of --json."""
+    figures = dict.fromkeys(("forward_s", "step_s", "floor_s", "peak_extra_bytes"))
+    return {"name": name, "setting": setting, "dtype": dtype, "B": B, **figures, **more}
+
+
+def medians(
+    calls: Mapping[Name, Callable[[], object]], repeats: int, device: str
+) -> dict[Name, float]:
+    """Seconds of each call, all of them in turn."""
+    whole = {name: to_the_end(call, torch.device(device)) for name, call in calls.items()}
+    times = compare(whole, repeats, time.perf_counter)
+    return {name: statistics.median(own) for name, own in times.items()}
+
+
+def compared(
     setting: str, B: int, repeats: int, peers: bool, runnable: list[tuple[str, str]], device: str
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     problems = {dtype: Problem(setting, B, B, DTYPES[dtype], device) for dtype in DTYPES}
     entries = [(name, dtype) for name, dtype in runnable if peers or CONTENDERS[name][2]]
-    calls: dict[tuple[str, str, str], tuple[Problem, Callable[[], None]]] = {
-        ("floor", "fp32", ""): (problems["fp32"], problems["fp32"].floor())
+    calls: dict[tuple[str, str, str], Callable[[], object]] = {
+        ("floor", "fp32", ""): problems["fp32"].floor()
     }
     for name, dtype in entries:
         problem, scores = problems[dtype], CONTENDERS[name][0]
-        calls[name, dtype, "forward"] = problem, lambda p=problem, s=scores: p.forward(s)  # type: ignore[misc]
-        calls[name, dtype, "step"] = problem, lambda p=problem, s=scores: p.step(s)  # type: ignore[misc]
-    times: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
-    for repeat in range(repeats + 1):
-        for key, (problem, call) in calls.items():
-            seconds = problem.seconds(call)
-            if repeat:  # the first is a warm-up
-                times[key].append(seconds)
-    median = {key: statistics.median(values) for key, values in times.items()}
-    return [
-        {
-            "name": name,
-            "setting": setting,
-            "dtype": dtype,
-            "B": B,
-            "forward_s": median[name, dtype, "forward"],
-            "step_s": median[name, dtype, "step"],
-            "floor_s": median["floor", "fp32", ""],
-            "peak_extra_bytes": None,
-        }
-        for name, dtype in entries
-    ]
+        calls[name, dtype, "forward"] = partial(problem.forward, scores)
+        calls[name, dtype, "step"] = partial(problem.step, scores)
+    median = medians(calls, repeats, device)
+    rows = []
+    for name, dtype in entries:
+        forward, step = median[name, dtype, "forward"], median[name, dtype, "step"]
+        seconds = {"forward_s": forward, "step_s": step, "floor_s": median["floor", "fp32", ""]}
+        rows.append(row(name, setting, dtype, B, **seconds))
+    return rows
 
 
 def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int:  # noqa: E741
@@ -117,23 +124,11 @@ def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -
     return max(*accumulate(forward), max(accumulate(backward, initial=sum(forward))) - gradients)
 
 
-def peak_in_own_process(
-    name: str,
-    setting: str,
-    dtype: str,
-    I: int,  # noqa: E741
-    J: int,
-    device: str,
-) -> int | None:
-    command = [
-        sys.executable,
-        "-m",
-        "profiling.speed.cmli",
-        "--peak-of",
-        json.dumps([name, setting, dtype, I, J, device]),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    return int(run.stdout.split()[-1]) if run.returncode == 0 else None
+def peak_in_own_process(*case: str | int) -> int | None:
+    """What `own_peak` returns of its arguments; None where it fails."""
+    command = [sys.executable, "-m", "profiling.speed.cmli", "--peak-of", json.dumps(case)]
+    ended = run(command)
+    return None if ended.code else int(ended.out.split()[-1])
 
 
 KINDS = {
@@ -193,30 +188,19 @@ def _shares(step: Callable[[], None]) -> dict[str, float]:
     }
 
 
-def _step_seconds(problem: Problem, scores: Scores) -> float:
-    return problem.seconds(lambda: problem.step(scores))
-
-
-def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict]:
+def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict[str, Any]]:
     """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token
     pair.
     """
-    scores, rows = ours(), []
+    scores = ours()
     ranks = [(G, 1) for G in batches] + [(batches[-1], 2), (batches[-1], 4)]
-    problems = [Problem(setting, G // P, G, torch.float32, device) for G, P in ranks]
-    times: list[list[float]] = [[] for _ in problems]
-    for repeat in range(repeats + 1):
-        for own, problem in zip(times, problems, strict=True):
-            seconds = _step_seconds(problem, scores)
-            if repeat:  # the first is a warm-up
-                own.append(seconds)
-    for (G, P), problem, own in zip(ranks, problems, times, strict=True):
-        pairs, seconds = G // P * N * problem.tokens, statistics.median(own)
-        rows.append(
-            {"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P}
-        )
-        rows[-1].update(forward_s=None, step_s=seconds, floor_s=None, peak_extra_bytes=None)
-        rows[-1]["ns_per_pair"] = seconds / pairs * 1e9
+    problems = {(G, P): Problem(setting, G // P, G, torch.float32, device) for G, P in ranks}
+    calls = {place: partial(problem.step, scores) for place, problem in problems.items()}
+    rows = []
+    for (G, P), seconds in medians(calls, repeats, device).items():
+        pairs = G // P * N * problems[G, P].tokens
+        more = {"G": G, "P": P, "step_s": seconds, "ns_per_pair": seconds / pairs * 1e9}
+        rows.append(row("scaling", setting, "fp32", G // P, **more))
     return rows
 
 
@@ -251,8 +235,8 @@ def draw(rows: list[dict], path: str) -> None:
             axis.plot(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
         axis.set(title=setting, xlabel="B", xscale="log", yscale="log")
         for axle, unit in ((axis.xaxis, ""), (axis.yaxis, " s")):
-            axle.set_major_formatter(lambda value, _, u=unit: figures.plain(value) + u)
-            axle.set_minor_formatter(lambda *_: "")
+            axle.set_major_formatter(lambda value, _, u=unit: plain(value) + u)
+            axle.set_minor_formatter(no_label)
         axis.set_xticks(sorted({r["B"] for r in timed}))
     axes[0].set_ylabel("forward + backward")
     axes[0].legend(fontsize=7)
@@ -260,46 +244,19 @@ def draw(rows: list[dict], path: str) -> None:
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
-@click.option(
-    "--batch",
-    "batches",
-    multiple=True,
-    type=click.IntRange(2),
-    default=(32, 64, 128, 256),
-    show_default=True,
-)
-@click.option(
-    "--setting",
-    "settings",
-    multiple=True,
-    type=click.Choice(SETTINGS),
-    default=SETTINGS,
-    show_default=True,
-)
-@click.option(
-    "--peers-up-to",
-    default=64,
-    show_default=True,
-    help="Largest B of the others, who need B^2 memory.",
-)
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(2), default=(32, 64, 128, 256),
+              show_default=True)  # fmt: skip
+@click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS), default=SETTINGS,
+              show_default=True)  # fmt: skip
+@click.option("--peers-up-to", default=64, show_default=True,
+              help="Largest B of the others, who need B^2 memory.")  # fmt: skip
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option(
-    "--memory/--no-memory",
-    default=True,
-    help="Peak memory at `full` up to that B, each in its own process.",
-)
-@click.option(
-    "--scaling/--no-scaling", "scale", default=True, help="G from 64 to 512, and P = 1, 2, 4."
-)
-@click.option(
-    "--json",
-    "json_path",
-    type=click.Path(dir_okay=False, writable=True),
-    help="Write the rows here.",
-)
-@click.option(
-    "--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a PNG here."
-)
+@click.option("--memory/--no-memory", default=True,
+              help="Peak memory at `full` up to that B, each in its own process.")  # fmt: skip
+@click.option("--scaling/--no-scaling", "scale", default=True,
+              help="G from 64 to 512, and P = 1, 2, 4.")  # fmt: skip
+@click.option("--json", "json_path", type=FILE, help="Write the rows here.")
+@click.option("--plot", "plot_path", type=FILE, help="Write a PNG here.")
 @click.option("--peak-of", hidden=True)
 def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot_path, peak_of):
     if peak_of:
@@ -317,26 +274,24 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
                 runnable.append((name, dtype))
                 continue
             click.echo(f"{name:26}{dtype:6}{reason}")
-            rows.append({"name": name, "setting": None, "dtype": dtype, "B": None, "note": reason})
-            rows[-1].update(forward_s=None, step_s=None, floor_s=None, peak_extra_bytes=None)
+            rows.append(row(name, None, dtype, None, note=reason))
 
     click.echo(
         f"\n{'':26}{'':6}{'setting':>9}{'B':>5}{'forward':>10}{'step':>10}{'x floor':>9}{'x naive':>9}{'extra MB':>10}"
     )
     for setting in settings:
         for B in batches:
-            group = compare(setting, B, repeats, peers_up_to >= B, runnable, device)
+            group = compared(setting, B, repeats, peers_up_to >= B, runnable, device)
             reference = next((r["step_s"] for r in group if r["name"] == "naive autograd"), None)
-            for row in group:
+            for one in group:
                 if memory and setting == "full" and peers_up_to >= B:
-                    row["peak_extra_bytes"] = peak_in_own_process(
-                        row["name"], setting, row["dtype"], B, B, device
-                    )
-                faster = f"{reference / row['step_s']:.2f}" if reference else ""
+                    case = one["name"], setting, one["dtype"], B, B, device
+                    one["peak_extra_bytes"] = peak_in_own_process(*case)
+                faster = f"{reference / one['step_s']:.2f}" if reference else ""
                 click.echo(
-                    f"{row['name']:26}{row['dtype']:6}{setting:>9}{B:>5}{row['forward_s'] * 1e3:>10.1f}"
-                    f"{row['step_s'] * 1e3:>10.1f}{row['step_s'] / row['floor_s']:>9.2f}{faster:>9}"
-                    f"{megabytes(row['peak_extra_bytes']):>10}"
+                    f"{one['name']:26}{one['dtype']:6}{setting:>9}{B:>5}{one['forward_s'] * 1e3:>10.1f}"
+                    f"{one['step_s'] * 1e3:>10.1f}{one['step_s'] / one['floor_s']:>9.2f}{faster:>9}"
+                    f"{megabytes(one['peak_extra_bytes']):>10}"
                 )
             rows += group
 
@@ -358,11 +313,11 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
             )
     if scale:
         click.echo("\nGrowth with G^2/P (fp32, captions): step, ns per valid patch-token pair")
-        for row in scaling("captions", [64, 128, 256, 512], max(7, repeats), device):
+        for one in scaling("captions", [64, 128, 256, 512], max(7, repeats), device):
             click.echo(
-                f"G={row['G']:<5}P={row['P']:<3}{row['step_s'] * 1e3:>9.1f} ms{row['ns_per_pair']:>8.2f} ns"
+                f"G={one['G']:<5}P={one['P']:<3}{one['step_s'] * 1e3:>9.1f} ms{one['ns_per_pair']:>8.2f} ns"
             )
-            rows.append(row)
+            rows.append(one)
     if json_path:
         with open(json_path, "w") as file:
             json.dump(rows, file, indent=1)
