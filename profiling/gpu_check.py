@@ -27,8 +27,8 @@ import torch
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
+from profiling.scripts import ROOT, Table
 
-ROOT = Path(__file__).resolve().parent.parent
 Figures = dict[str, Any]  # as this script writes them
 DIFFERS = 0.005  # from which difference on a figure counts as different
 
@@ -83,15 +83,8 @@ class Tables:
             reason = ""
             if report.longrepr:
                 reason = str(report.longrepr.reprcrash.message).splitlines()[0]
-            figures.append(
-                {
-                    "name": "runs to its end",
-                    "value": None,
-                    "bar": None,
-                    "note": reason,
-                    "passed": False,
-                }
-            )
+            unknown = {"value": None, "bar": None}
+            figures.append({"name": "runs to its end", **unknown, "note": reason, "passed": False})
         self.rows += [{"test": test, **figure} for figure in figures]
         click.echo(f"\n{self.count()} after {time.monotonic() - self.start:.0f} s: {test}")
         _replace(self.json_path, json.dumps({**self.heading(), "rows": self.rows}, indent=2) + "\n")
@@ -121,20 +114,13 @@ class Tables:
             head = f"## Beside {earlier['device']}, {earlier['date']}"
             lines += ["", head, "", f"{len(differing)} of {both} figures differ.", ""]
             lines += differing
-        lines += ["", "## Every figure", ""]
-        lines += ["| test | figure | value | bar | | |", "|---|---|---|---|---|---|"]
+        rows = []
         for row in [*self.missed, *(row for row in self.rows if row["passed"] is not False)]:
             verdict = {True: "met", False: "**missed**", None: "no bar"}[row["passed"]]
-            cells = [
-                row["test"],
-                row["name"],
-                _number(row["value"]),
-                _number(row["bar"]),
-                verdict,
-                row["note"],
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+            numbers = _number(row["value"]), _number(row["bar"])
+            rows.append([row["test"], row["name"], *numbers, verdict, row["note"]])
+        columns = ["test", "figure", "value", "bar", "", ""]
+        return "\n".join([*lines, "", Table("Every figure", columns, rows).markdown()])
 
     def _differing(self, earlier: Figures) -> tuple[list[str], int]:
         """Lines about the figures that differ from an earlier run's, and how many both have."""

@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import tarfile
-import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from copy import copy
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ds_cmli.common.cache import cache_folder, locked
@@ -142,26 +142,16 @@ def _fetched(drawings: Drawings, root: Path) -> Path:
     folder = root / "drawings"
     folder.mkdir(exist_ok=True)
     path = folder / drawings.file
-    if not path.is_file():
-        if drawings.url.startswith("https:"):
-            _download(drawings.url, path)
-        else:
-            assets.download({drawings.file: (drawings.url, drawings.sha256)}, folder)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != drawings.sha256:
-        path.unlink()
-        raise UserError(f"{drawings.url} has another content than it had: sha256 is {found}")
-    return path
-
-
-def _download(url: str, path: Path) -> None:
-    partly = path.with_suffix(".partly")
+    if path.is_file():
+        return path
+    if not drawings.url.startswith("https:"):
+        assets.download({drawings.file: (drawings.url, drawings.sha256)}, folder)
+        return path
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer:
-            partly.write_bytes(answer.read())
-    except OSError as error:
-        raise UserError(f"{url} cannot be fetched ({error}): check the network") from None
-    partly.replace(path)
+        torch.hub.download_url_to_file(drawings.url, str(path), drawings.sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # no network; another content
+        raise UserError(f"{drawings.url} cannot be fetched: {error}") from None
+    return path
 
 
 def _plain(points: str) -> str:
