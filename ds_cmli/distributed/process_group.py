@@ -215,7 +215,8 @@ def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) 
     nodes, mistakes = zip(*gathered, strict=True)
     for rank, first in enumerate(mistakes):
         if first:
-            raise UserError(first if all(mistakes) else f"{named(rank, nodes)}: {first}")
+            same = len({*mistakes}) == 1
+            raise UserError(first if same else f"{named(rank, nodes)}: {first}")
 
 
 class CollectiveFlags:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -209,10 +210,8 @@ def count(model: nn.Module | None) -> int:
 
 def _free() -> Iterator[int]:
     """Bytes: what the machine and the control group have left."""
+    yield psutil.virtual_memory().available
     try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        if found:
-            yield int(found[1]) * 1024
         limit = (CGROUP / "memory.max").read_text().strip()
         used = (CGROUP / "memory.current").read_text().strip()
         inactive = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())
