@@ -94,7 +94,7 @@ MISTAKES = {
     "unknown image model": (["--set", "student.image_model=vit_tinny"], "student.image_weights is 'random', the model"),
     "model without class token": (["--set", "teacher.model=resnet18", "--set", "teacher.overrides={}"], "resnet18"),
     "missing weights": (["--set", "teacher.weights=nowhere.pt"], "teacher.weights is 'nowhere.pt': no such file"),
-    "weights of the wrong shape": (wrong_weights, "w.safetensors', the model 'vit_tiny_patch16_224': cannot"),
+    "weights of the wrong shape": (wrong_weights, "w.safetensors', the model 'vit_tiny_patch16_224' with"),
     "unknown tokenizer": (["--set", "data.tokenizer=/nowhere"], "data.tokenizer is '/nowhere'"),
     "no JSON": (
         ["--deepspeed_config", "ds_configs/zero9.json"],
@@ -209,6 +209,7 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
 )  # fmt: skip
 def test_mistakes_are_told_before_libraries_are_imported_that_take_seconds(script, arguments):
     lines = ["import atexit, runpy, sys", f"sys.argv = {[script, *arguments]!r}"]
+    lines.append(f"sys.path[0] = {str((ROOT / script).parent)!r}")  # as for a script that is run by its path
     lines.append("atexit.register(lambda: print('imported', 'deepspeed' in sys.modules, 'timm' in sys.modules))")
     lines.append(f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")
     done = subprocess.run(
