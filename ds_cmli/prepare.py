@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
 
 
 @dataclass(frozen=True)
-class Start:
+class LaunchOptions:
     """The options of one start that are not settings of the run."""
 
     resume: str
@@ -43,7 +43,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class Place:
+class RankContext:
     """Where a rank of the run is, once the processes have met."""
 
     device: "torch.device"
@@ -58,15 +58,17 @@ class Prepared:
     config: Config
     plan: "Plan"
     data: "Data"
-    place: Place
-    start: Start  # with the value of --resume that is followed, and the profiles that are left
+    place: RankContext
+    start: (
+        LaunchOptions  # with the value of --resume that is followed, and the profiles that are left
+    )
     point: "ResumePoint | None"  # the checkpoint to resume from
     state: "TrainState"  # what the next step depends on besides the engine
     bad: "BadSamples"
     flags: "CollectiveFlags"  # what ranks decide together
 
 
-def check_early(config: Config, ds_config: DeepSpeedConfig, start: Start) -> None:
+def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
     check_trackers(config.run.report_to)
@@ -106,7 +108,11 @@ def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None,
 
 
 def prepare(
-    config: Config, ds_config: DeepSpeedConfig, data: "Data", place: Place, start: Start
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    data: "Data",
+    place: RankContext,
+    start: LaunchOptions,
 ) -> Prepared | None:
     """Find what there is to go on from, and plan the run. Collective.
 

@@ -27,7 +27,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
-from ds_cmli.prepare import Place, Prepared, Start, check_early, load_data, prepare
+from ds_cmli.prepare import LaunchOptions, Prepared, RankContext, check_early, load_data, prepare
 
 if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
     from ds_cmli.run import Run
@@ -44,7 +44,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     """
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
-    start = Start(
+    start = LaunchOptions(
         options.pop("resume"),
         options.pop("resume_with_changes"),
         options.pop("dry_run"),
@@ -60,7 +60,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     return train(config, ds_config, start)
 
 
-def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> int:
+def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> int:
     """Train, and return the exit code: 0 at the end of the run.
 
     It is `preemption.EXIT_CODE` where the run is to be started again.
@@ -96,7 +96,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> int:
             if start.report:
                 say(*contents.held(folder))  # collective
             with lock.held(folder):  # collective
-                place = Place(device, folder, watchdog)
+                place = RankContext(device, folder, watchdog)
                 ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
                     return 0

@@ -43,7 +43,7 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MatchMapOptions:
     """The options of the command."""
 
     runs: tuple[str, ...]
@@ -75,7 +75,7 @@ class Asked:
 @click.option("--pictures", default=None, metavar="FOLDER", help="Folder for a PNG of each pair.")
 def command(**options: Any) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
-    chosen = Asked(**options)
+    chosen = MatchMapOptions(**options)
     if (chosen.image is None) != (chosen.text is None):
         raise UserError("--image and --text belong together: give both, or --pairs")
     if chosen.image is not None and chosen.pairs is not None:

@@ -32,7 +32,7 @@ FORMER_NAME = "manifest.json"  # the name in older checkpoints
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-class Entry(TypedDict):
+class FileEntry(TypedDict):
     """What `checksums.json` says about a file."""
 
     bytes: int
@@ -65,7 +65,7 @@ class Hashing:
         self.file.flush()
 
 
-def write_file(path: Path, write: Callable[[Hashing], object]) -> Entry:
+def write_file(path: Path, write: Callable[[Hashing], object]) -> FileEntry:
     """Create `path` by `write(file)`, sync it to disk and return its checksum. Raises OSError."""
     with open(path, "wb") as file:
         hashing = Hashing(file)
@@ -95,18 +95,18 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def write_checksums(folder: Path, entries: Mapping[str, Entry]) -> None:
+def write_checksums(folder: Path, entries: Mapping[str, FileEntry]) -> None:
     """Write `checksums.json` of `folder`; `entries` are those of `write_file`, by name."""
     write_file(folder / CHECKSUMS, lambda file: file.write(_text(entries).encode()))
     sync_folder(folder)
 
 
-def _text(entries: Mapping[str, Entry]) -> str:
+def _text(entries: Mapping[str, FileEntry]) -> str:
     body = json.dumps(entries, indent=1, sort_keys=True)
     return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
 
 
-def read_checksums(folder: Path) -> dict[str, Entry]:
+def read_checksums(folder: Path) -> dict[str, FileEntry]:
     """Read `checksums.json`: entries by file name. Raises ValueError with what is wrong."""
     try:
         former = folder / FORMER_NAME
@@ -142,7 +142,7 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def entry_of(*pieces: bytes | memoryview) -> Entry:
+def entry_of(*pieces: bytes | memoryview) -> FileEntry:
     """The entry of a file with this content."""
     digest = hashlib.sha256()
     for piece in pieces:
@@ -150,7 +150,7 @@ def entry_of(*pieces: bytes | memoryview) -> Entry:
     return {"bytes": sum(memoryview(x).nbytes for x in pieces), "sha256": digest.hexdigest()}
 
 
-def describe(path: Path) -> Entry:
+def describe(path: Path) -> FileEntry:
     """Read a file and return its entry. Raises OSError."""
     return {"bytes": path.stat().st_size, "sha256": checksums.of_file(path)}
 
@@ -163,7 +163,7 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def __init__(self):
         super().__init__()
-        self.files: dict[str, Entry] = {}
+        self.files: dict[str, FileEntry] = {}
         self.error: Exception | None = None
 
     def makedirs(self, path, exist_ok=False):

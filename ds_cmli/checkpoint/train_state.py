@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
-from ds_cmli.config.schema import Count, Number
+from ds_cmli.config.schema import Number, PositiveCount
 from ds_cmli.config.validation import check_kind
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
@@ -87,9 +87,9 @@ class TrainState:
     skipped_in_row: Number = 0
     # Lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs.
     metrics_lines: Number = 0
-    world_size: Count = 1
+    world_size: PositiveCount = 1
     train_batch_size: Number = 0  # pairs of an optimizer step, over all ranks
-    accumulation: Count = 1
+    accumulation: PositiveCount = 1
     # The number of ranks has changed, so micro-batches are not those of the settings.
     rebatched: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ds_cmli.checkpoint import files, lock
-from ds_cmli.checkpoint.files import CheckpointWriter, Entry, NotFinite
+from ds_cmli.checkpoint.files import CheckpointWriter, FileEntry, NotFinite
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
@@ -41,7 +41,7 @@ WRITING = ".writing"
 class Written:
     """What all ranks have written of a checkpoint."""
 
-    files: dict[str, Entry]
+    files: dict[str, FileEntry]
     linked: int = 0  # bytes of these that the checkpoint before has too
     error: str | None = None  # of the first rank that has one
     not_finite: bool = False  # whether a tensor was not finite
@@ -120,11 +120,11 @@ def write_student(
         write_weights(folder / (AVERAGE + WRITING), merged(student, scale))
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> Entry:
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> FileEntry:
     return _write_pieces(path, *tensor_file.pieces(weights))
 
 
-def _write_pieces(path: Path, header: bytes, data: memoryview) -> Entry:
+def _write_pieces(path: Path, header: bytes, data: memoryview) -> FileEntry:
     def write(file: files.Hashing) -> None:
         file.write(header)
         file.write(data)
@@ -134,7 +134,7 @@ def _write_pieces(path: Path, header: bytes, data: memoryview) -> Entry:
 
 def _link_or_write(
     path: Path, weights: Mapping[str, Tensor], before: str | None
-) -> tuple[Entry, int]:
+) -> tuple[FileEntry, int]:
     """Write a file, or link to that of the checkpoint before if it is the same.
 
     Returns:

@@ -206,13 +206,13 @@ def unpack(chunk: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
     return text, chunk[like.nbytes :].view(torch.bool).view(like.shape[:2])
 
 
-class Chunk(NamedTuple):
+class TextChunk(NamedTuple):
     owner: int  # the rank whose texts these are
     text: Tensor  # [B, M, D]
     mask: Tensor  # bool [B, M]
 
 
-def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[Chunk]:
+def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[TextChunk]:
     """Yields the chunk of each rank in turn, this rank's first.
 
     Yielded tensors are valid until the next ones are requested; meanwhile they are sent on.
@@ -224,7 +224,7 @@ def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Itera
         transfer = None
         if step < ranks - 1:
             transfer = Transfer(chunk, other, TEXT, group)  # collective
-        yield Chunk((rank - step) % ranks, *unpack(chunk, text))
+        yield TextChunk((rank - step) % ranks, *unpack(chunk, text))
         if transfer is not None:
             chunk, other = transfer.wait(), chunk
 

@@ -10,8 +10,8 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config import optimizers
-from ds_cmli.config.optimizers import Optimizer, Scheduler, optimizer_name
-from ds_cmli.config.validation import Kind, shown
+from ds_cmli.config.optimizers import OptimizerEntry, SchedulerEntry, optimizer_name
+from ds_cmli.config.validation import PydanticType, shown
 
 _IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
 
@@ -61,7 +61,7 @@ def _section(name: str, content: Section) -> JsonObject:
     return out
 
 
-def _value(where: str, value: object, kind: Kind) -> Any:
+def _value(where: str, value: object, kind: PydanticType) -> Any:
     """The value, or the integer that it is; raises `UserError` if it is not of `kind`."""
     try:
         valid = pydantic.TypeAdapter(kind).validate_python(value, strict=True)
@@ -86,7 +86,10 @@ def _unknown(section: str, key: str, known: Collection[str]) -> NoReturn:
 
 
 def _typed(
-    section: str, value: JsonObject, name: object, table: Mapping[str, Optimizer | Scheduler]
+    section: str,
+    value: JsonObject,
+    name: object,
+    table: Mapping[str, OptimizerEntry | SchedulerEntry],
 ) -> None:
     """Check the type of the optimizer or scheduler, and its parameters."""
     entry = table.get(name) if isinstance(name, str) else None
@@ -111,11 +114,11 @@ def _typed(
     missing = [name for name in entry.required if name not in given]
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
-    if isinstance(entry, Optimizer) and entry.chosen:
+    if isinstance(entry, OptimizerEntry) and entry.chosen:
         _implementation(str(name), entry, given)
 
 
-def _implementation(name: str, entry: Optimizer, given: Section) -> None:
+def _implementation(name: str, entry: OptimizerEntry, given: Section) -> None:
     """Refuse parameters that the chosen implementation of an optimizer does not take."""
     pytorch = given.get("torch_adam", True)
     for key in sorted(given.keys() & set(entry.deepspeeds if pytorch else entry.pytorchs)):

@@ -16,14 +16,14 @@ from ds_cmli.common.json_text import JsonObject, Section, read
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
-from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, Optimizer, optimizer_name
+from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, OptimizerEntry, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check
 
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
 
 
-class Batch(NamedTuple):
+class BatchSizes(NamedTuple):
     train: int  # pairs per step, of all ranks
     micro: int  # pairs per micro-batch of a rank
     accumulation: int  # micro-batches per step
@@ -131,7 +131,7 @@ class DeepSpeedConfig(Mapping):
         return optimizer_name(self.content.get("optimizer", {}).get("type", "AdamW"))
 
     @property
-    def optimizer_entry(self) -> Optimizer:
+    def optimizer_entry(self) -> OptimizerEntry:
         return OPTIMIZERS[self.optimizer_type]
 
     @property
@@ -192,7 +192,7 @@ class DeepSpeedConfig(Mapping):
             )
         return DeepSpeedConfig(out, tuple(notices))
 
-    def batch(self, micro_batch: int, world_size: int) -> Batch:
+    def batch(self, micro_batch: int, world_size: int) -> BatchSizes:
         """Compute the sizes of a batch, any of which may be "auto" in the JSON.
 
         Raises `UserError` if the first is not the product of the other two and the number of ranks.
@@ -211,7 +211,7 @@ class DeepSpeedConfig(Mapping):
                 f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: "
                 "change one of the three"
             )
-        return Batch(product, micro, steps)
+        return BatchSizes(product, micro, steps)
 
     def _size(self, key: str) -> int | None:
         value = self.content.get(key, "auto")

@@ -11,15 +11,15 @@ from typing import Annotated, Any
 import pydantic
 
 from ds_cmli.common import quiet
-from ds_cmli.config.validation import Kind, integer, no_effect, number, one_of, refused
+from ds_cmli.config.validation import PydanticType, integer, no_effect, number, one_of, refused
 
 
-def _each(kind: Kind, names: str) -> dict[str, Kind]:
+def _each(kind: PydanticType, names: str) -> dict[str, PydanticType]:
     """Give several keys, named in one text, the same kind."""
     return dict.fromkeys(names.split(), kind)
 
 
-def _old_zero(part: str) -> Kind:
+def _old_zero(part: str) -> PydanticType:
     need = f'an old name: give "offload_{part}": {{"device": "cpu"}}'
     return refused(need, None, False)
 
@@ -34,7 +34,7 @@ _OUR_CHECKPOINTS = "checkpoints are written by this project"
 
 # The sections with further keys than DeepSpeed's model has, or of another kind; "" is the top
 # level. A nested section is named with a dot.
-_ADDED: dict[str, dict[str, Kind]] = {
+_ADDED: dict[str, dict[str, PydanticType]] = {
     "": {
         "train_batch_size": integer(1),
         "train_micro_batch_size_per_gpu": integer(1),
@@ -177,9 +177,9 @@ def models() -> dict[str, type[pydantic.BaseModel]]:
 
 
 @cache
-def sections() -> dict[str, dict[str, Kind]]:
+def sections() -> dict[str, dict[str, PydanticType]]:
     """The sections, their keys and the kinds of these; "" is the top level."""
-    out: dict[str, dict[str, Kind]] = {}
+    out: dict[str, dict[str, PydanticType]] = {}
     for section in [*_ADDED, *models()]:
         out[section] = {}
         if section and "." not in section:

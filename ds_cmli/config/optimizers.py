@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
-from ds_cmli.config.validation import Kind, integer, number, numbers, one_of, refused
+from ds_cmli.config.validation import PydanticType, integer, number, numbers, one_of, refused
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerEntry:
     name: str
     parameters: tuple[str, ...] = ()  # the keys that its "params" may have; (): as PyTorch's takes
     # Parameters whose values differ from `PARAMETERS`; they are not filled from `OptimConfig`.
-    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    kinds: Mapping[str, PydanticType] = field(default_factory=dict)
     # Of these parameters some only DeepSpeed's implementation takes, and some only PyTorch's. The
     # parameter torch_adam chooses between the two implementations.
     deepspeeds: tuple[str, ...] = ()
@@ -58,10 +58,10 @@ def _signature(kind: type) -> dict[str, inspect.Parameter]:
     return out
 
 
-Entry = TypeVar("Entry", Optimizer, "Scheduler")
+TableEntry = TypeVar("TableEntry", OptimizerEntry, "SchedulerEntry")
 
 
-def _named(entries: Iterable[Entry]) -> dict[str, Entry]:
+def _named(entries: Iterable[TableEntry]) -> dict[str, TableEntry]:
     return {entry.name: entry for entry in entries}
 
 
@@ -81,8 +81,8 @@ _ADAMW_MODE = refused(
 )
 
 
-def _adam(name: str, kinds: Mapping[str, Kind]) -> Optimizer:
-    return Optimizer(
+def _adam(name: str, kinds: Mapping[str, PydanticType]) -> OptimizerEntry:
+    return OptimizerEntry(
         name,
         (*_ADAM, *_OWN, "amsgrad", "fused", "torch_adam", "adam_w_mode"),
         kinds,
@@ -96,12 +96,12 @@ def _adam(name: str, kinds: Mapping[str, Kind]) -> Optimizer:
 _NO_MUP = "the models have no muP shapes"
 OPTIMIZERS = _named(
     [
-        *map(Optimizer, _names("Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop SGD")),
-        Optimizer("Adafactor", kinds={"eps": numbers(2, number(0))}),
-        Optimizer("Adagrad", any_case=True, one_group=True),
+        *map(OptimizerEntry, _names("Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop SGD")),
+        OptimizerEntry("Adafactor", kinds={"eps": numbers(2, number(0))}),
+        OptimizerEntry("Adagrad", any_case=True, one_group=True),
         _adam("Adam", {}),
         _adam("AdamW", {"adam_w_mode": _ADAMW_MODE}),
-        Optimizer(
+        OptimizerEntry(
             "Lamb",
             _names(
                 "lr bias_correction betas eps eps_inside_sqrt weight_decay max_coeff min_coeff "
@@ -110,16 +110,16 @@ OPTIMIZERS = _named(
             any_case=True,
             compiled=True,
         ),
-        Optimizer(
+        OptimizerEntry(
             "Lion",
             _names("lr betas weight_decay set_grad_none fp32_optimizer_states"),
             any_case=True,
             compiled=True,
             zero_tested=True,
         ),
-        Optimizer("LBFGS", any_case=True, why_not="it needs the loss several times a step"),
-        Optimizer("SparseAdam", any_case=True, why_not="no gradient here is sparse"),
-        Optimizer(
+        OptimizerEntry("LBFGS", any_case=True, why_not="it needs the loss several times a step"),
+        OptimizerEntry("SparseAdam", any_case=True, why_not="no gradient here is sparse"),
+        OptimizerEntry(
             "Muon",
             _names(
                 "lr muon_lr adam_lr momentum ns_method betas eps weight_decay foreach torch_adam"
@@ -135,9 +135,9 @@ OPTIMIZERS = _named(
             zero_tested=True,
             orthogonalizes=True,
         ),
-        Optimizer("MuAdam", any_case=True, why_not=_NO_MUP),
-        Optimizer("MuAdamW", any_case=True, why_not=_NO_MUP),
-        Optimizer("MuSGD", any_case=True, why_not=_NO_MUP),
+        OptimizerEntry("MuAdam", any_case=True, why_not=_NO_MUP),
+        OptimizerEntry("MuAdamW", any_case=True, why_not=_NO_MUP),
+        OptimizerEntry("MuSGD", any_case=True, why_not=_NO_MUP),
     ]
 )
 
@@ -154,12 +154,12 @@ def optimizer_name(kind: object) -> str:
 
 
 @dataclass(frozen=True)
-class Scheduler:
+class SchedulerEntry:
     name: str
     filled: tuple[str, ...] = ()  # parameters that are filled if they are missing
     # The parameter that says after how many steps the schedule ends; nothing is learned after it.
     end: str = ""
-    kinds: Mapping[str, Kind] = field(default_factory=dict)  # as of an optimizer
+    kinds: Mapping[str, PydanticType] = field(default_factory=dict)  # as of an optimizer
     why_not: str = ""
 
     @property
@@ -195,18 +195,26 @@ _WARMUP = ("warmup_min_lr", "warmup_max_lr", "warmup_num_steps")
 _NO_FUNCTIONS, _NO_OBJECTS = "JSON has no functions", "JSON has no scheduler objects"
 SCHEDULERS = _named(
     [
-        *map(Scheduler, _names("LRRangeTest OneCycle CyclicLR ConstantLR LinearLR ExponentialLR")),
-        *map(Scheduler, _names("StepLR MultiStepLR CosineAnnealingLR CosineAnnealingWarmRestarts")),
-        Scheduler("WarmupLR", _WARMUP),
-        Scheduler("WarmupDecayLR", ("total_num_steps", *_WARMUP), "total_num_steps"),
-        Scheduler("WarmupCosineLR", ("total_num_steps", "warmup_num_steps"), "total_num_steps"),
-        Scheduler("OneCycleLR", end="total_steps"),
-        Scheduler("PolynomialLR", ("total_iters",), "total_iters"),
-        Scheduler("LambdaLR", why_not=_NO_FUNCTIONS),
-        Scheduler("MultiplicativeLR", why_not=_NO_FUNCTIONS),
-        Scheduler("SequentialLR", why_not=_NO_OBJECTS),
-        Scheduler("ChainedScheduler", why_not=_NO_OBJECTS),
-        Scheduler("ReduceLROnPlateau", why_not="there is no validation loss at each step"),
+        *map(
+            SchedulerEntry,
+            _names("LRRangeTest OneCycle CyclicLR ConstantLR LinearLR ExponentialLR"),
+        ),
+        *map(
+            SchedulerEntry,
+            _names("StepLR MultiStepLR CosineAnnealingLR CosineAnnealingWarmRestarts"),
+        ),
+        SchedulerEntry("WarmupLR", _WARMUP),
+        SchedulerEntry("WarmupDecayLR", ("total_num_steps", *_WARMUP), "total_num_steps"),
+        SchedulerEntry(
+            "WarmupCosineLR", ("total_num_steps", "warmup_num_steps"), "total_num_steps"
+        ),
+        SchedulerEntry("OneCycleLR", end="total_steps"),
+        SchedulerEntry("PolynomialLR", ("total_iters",), "total_iters"),
+        SchedulerEntry("LambdaLR", why_not=_NO_FUNCTIONS),
+        SchedulerEntry("MultiplicativeLR", why_not=_NO_FUNCTIONS),
+        SchedulerEntry("SequentialLR", why_not=_NO_OBJECTS),
+        SchedulerEntry("ChainedScheduler", why_not=_NO_OBJECTS),
+        SchedulerEntry("ReduceLROnPlateau", why_not="there is no validation loss at each step"),
     ]
 )
 

@@ -18,7 +18,7 @@ from ds_cmli.config.schema import Config, Sections, parse_losses, parse_settings
 from ds_cmli.config.validation import shown
 
 Decorator = Callable[[Callable], Callable]
-Options = dict[str, Any]  # the values that click gives a command
+OptionValues = dict[str, Any]  # the values that click gives a command
 
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
@@ -210,7 +210,7 @@ def add(*options: Decorator) -> Decorator:
     return decorate
 
 
-def resolve_config(preset: str, settings: tuple[str, ...], options: Options) -> Config:
+def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues) -> Config:
     """The preset's configuration, overridden by the options that were given.
 
     `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`,
@@ -249,7 +249,7 @@ def print_without_effect(
     ds_config: DeepSpeedConfig,
     ranks: int,
     settings: tuple[str, ...],
-    options: Options,
+    options: OptionValues,
 ) -> None:
     """Print which settings of the command line have no effect, or are overruled by the JSON."""
     optim: dict[str, tuple[str, Any]] = {}
@@ -262,7 +262,7 @@ def print_without_effect(
     say(*overruled(ds_config, optim), *effects.without_effect(config, ds_config, ranks, given))
 
 
-def how_given(settings: tuple[str, ...], options: Options) -> dict[str, str]:
+def how_given(settings: tuple[str, ...], options: OptionValues) -> dict[str, str]:
     """The settings of the command line and how each was given.
 
     For instance `{"data.prefetch": "--set data.prefetch"}`.

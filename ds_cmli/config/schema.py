@@ -27,23 +27,23 @@ from ds_cmli.config.validation import (
 )
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
-Loss = Annotated[str, NameOf(LOSSES)]
-ImageBackbone = Annotated[str, NameOf(IMAGE, AUTO)]
-TextBackbone = Annotated[str, NameOf(TEXT, AUTO)]
+LossName = Annotated[str, NameOf(LOSSES)]
+ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
+TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
 TrackerName = Annotated[str, NameOf(TRACKERS)]
-Augmentation = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
+AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=MOST)]
-Count = Annotated[int, Field(ge=1, le=MOST)]
+PositiveCount = Annotated[int, Field(ge=1, le=MOST)]
 Positive = Annotated[float, Field(gt=0, le=MOST)]  # products of two of them are finite in fp32
 NotNegative = Annotated[float, Field(ge=0, le=MOST)]
 Factor = Annotated[float, Field(ge=1e-9, le=MOST)]
-Pairs = Annotated[int, Field(ge=1, le=10**6)]
+PairCount = Annotated[int, Field(ge=1, le=10**6)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Queue = Annotated[
+QueueText = Annotated[
     str,
     Field(
         pattern="^queue:[1-9][0-9]{0,6}(,tokens:[1-9][0-9]{0,6})?$",
@@ -61,18 +61,18 @@ class StudentConfig:
     """
 
     # A name of the table in `registry.py`; auto: the first that supports the model.
-    image_backbone: ImageBackbone = "auto"
+    image_backbone: ImageBackboneName = "auto"
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
     # Keyword arguments of timm.create_model.
     image_overrides: dict[str, Any] = Field(default_factory=dict)
-    text_backbone: TextBackbone = "auto"  # as for images
+    text_backbone: TextBackboneName = "auto"  # as for images
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"  # as for images
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of transformers' config
     # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no
     # plain stack.
-    layers: Count | None = None
+    layers: PositiveCount | None = None
     # Transformer blocks over both modalities.
     shared_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
@@ -90,7 +90,7 @@ class StudentConfig:
         default_factory=dict
     )
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
-    lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
+    lora_alpha: PositiveCount = 16  # divided by the rank: the factor of the adapters
 
     def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)
@@ -101,7 +101,7 @@ class StudentConfig:
 class TeacherConfig:
     """`models/teacher.py`. Weights as for the student."""
 
-    backbone: ImageBackbone = "auto"  # as the student's
+    backbone: ImageBackboneName = "auto"  # as the student's
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"  # as the student's
     overrides: dict[str, Any] = Field(default_factory=dict)  # as the student's
@@ -152,7 +152,7 @@ class DataConfig:
     # Transforms of training pictures with their strengths: for random_resized_crop the smallest
     # share of the picture's area, for horizontal_flip its probability (note that captions name left
     # and right), for color_jitter the change of brightness, contrast and saturation.
-    augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(
+    augmentation: dict[AugmentationName, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict
     )
     # The run stops if the share of broken images and empty captions exceeds this.
@@ -182,12 +182,12 @@ class LossConfig:
     """`losses/`, `cmli/`."""
 
     # The losses that are trained, with their weights.
-    weights: dict[Loss, Positive] = Field(
+    weights: dict[LossName, Positive] = Field(
         default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
     # The optimizer step, from 1, at which a loss begins to count; before, it is computed all the
     # same, with weight 0.
-    start: dict[Loss, Annotated[int, Field(ge=2, le=MOST)]] = Field(default_factory=dict)
+    start: dict[LossName, Annotated[int, Field(ge=2, le=MOST)]] = Field(default_factory=dict)
     # Over H: "mean", or "sum" as (7) and (9) are written.
     mse_reduction: Literal["mean", "sum"] = "mean"
     # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
@@ -196,7 +196,7 @@ class LossConfig:
     # the `target_top` best; or the mean of all by the softmax, "attention", of their similarities
     # over `cmli_init_temperature`.
     target: Literal["best", "top", "attention"] = "best"
-    target_top: Count = 4  # how many matches `target` "top" averages
+    target_top: PositiveCount = 4  # how many matches `target` "top" averages
     # The number of teacher features of earlier micro-batches that each contrast with the teacher
     # keeps as further negatives.
     bank: Annotated[int, Field(ge=0, le=10**7, description="0: none")] = 0
@@ -265,19 +265,19 @@ class OptimConfig:
     # The decay of an exponential moving average of the weights, which is evaluated and saved too;
     # 0.999 looks back about 1,000 steps.
     ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
-    micro_batch: Pairs = 64  # B, pairs per rank
+    micro_batch: PairCount = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
     # one large batch). "queue:N": of its micro-batch, and in the loss "global" with those of the N
     # pairs before, too, as the student was then; "queue:N,tokens:K": also in the loss "cmli" with
     # those of the K pairs before.
-    negatives: Literal["micro_batch", "global_batch"] | Queue = "global_batch"
+    negatives: Literal["micro_batch", "global_batch"] | QueueText = "global_batch"
     # Whether gradient caching keeps the features of a step in the host's memory.
     cache_on_host: bool = False
     # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
     # rank then holds all gradients, in the model's precision.
     reduce_once: bool = False
-    steps: Count | None = 300  # optimizer steps; or else `epochs`
+    steps: PositiveCount | None = 300  # optimizer steps; or else `epochs`
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None  # or else `steps`
 
     def __post_init__(self) -> None:
@@ -306,9 +306,9 @@ class RunConfig:
     preset: Name = "quick"  # its name, for the record
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and scenes
     output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
-    log_every: Count = 10  # steps from one logged step to the next
+    log_every: PositiveCount = 10  # steps from one logged step to the next
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
-    eval_batch: Pairs = 50  # pairs per batch of an evaluation
+    eval_batch: PairCount = 50  # pairs per batch of an evaluation
     # The number of held-out pairs of each split, always the same ones, whose match maps evaluations
     # send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
@@ -320,7 +320,7 @@ class RunConfig:
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = (
         15.0
     )
-    keep: Count = 2  # how many of the newest checkpoints are kept
+    keep: PositiveCount = 2  # how many of the newest checkpoints are kept
     # Keep the best evaluation's checkpoint too, and its student in student-best.safetensors.
     keep_best: bool = False
     # The run ends after this many evaluations in a row without a better result.

@@ -22,8 +22,8 @@ MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds fro
 LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 SHOWN = 200  # the maximum number of characters of a value in a message
 NOT_REGISTERED = "not_registered"  # pydantic's name of the error of `NameOf`
-Settings = TypeVar("Settings")  # a section of them
-Kind = Any  # a type that pydantic knows
+SectionType = TypeVar("SectionType")  # a section of them
+PydanticType = Any  # a type that pydantic knows
 
 
 def check(ok: bool, setting: str, value: object, need: str) -> None:
@@ -84,8 +84,8 @@ class NameOf:
 
 
 def build(
-    section: type[Settings], name: str, values: object, written: Mapping[str, str]
-) -> Settings:
+    section: type[SectionType], name: str, values: object, written: Mapping[str, str]
+) -> SectionType:
     """Build `section(**values)`, a pydantic dataclass whose fields are the settings `name.FIELD`.
 
     Args:
@@ -139,27 +139,27 @@ def _whole(value: object) -> object:
     return value
 
 
-def integer(least: int = 0, most: int = 2**53) -> Kind:
+def integer(least: int = 0, most: int = 2**53) -> PydanticType:
     """A whole number, which may be written as 5e7."""
     return Annotated[int, Field(ge=least, le=most), BeforeValidator(_whole)]
 
 
-def number(least: float = -LARGEST, below: float = LARGEST, above: bool = False) -> Kind:
+def number(least: float = -LARGEST, below: float = LARGEST, above: bool = False) -> PydanticType:
     """A finite number of at least `least` (with `above`: greater) and below `below`."""
     return Annotated[float, Field(gt=least if above else -LARGEST, ge=least, lt=below)]
 
 
-def numbers(count: int | None, kind: Kind) -> Kind:
+def numbers(count: int | None, kind: PydanticType) -> PydanticType:
     """A list of `count` numbers, or of some if it is None."""
     return Annotated[list[kind], Field(min_length=count or 1, max_length=count)]
 
 
-def one_of(*known: object) -> Kind:
+def one_of(*known: object) -> PydanticType:
     one = "one of " if len(known) > 1 else ""
     return refused(f"give {one}{', '.join(map(json.dumps, known))}", *known)
 
 
-def refused(why: str, *harmless: object) -> Kind:
+def refused(why: str, *harmless: object) -> PydanticType:
     """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
 
     def check(value: object) -> object:
@@ -171,6 +171,6 @@ def refused(why: str, *harmless: object) -> Kind:
     return Annotated[Any, PlainValidator(check)]
 
 
-def no_effect(why: str, *harmless: object) -> Kind:
+def no_effect(why: str, *harmless: object) -> PydanticType:
     harmless = harmless or (False, {}, {"enabled": False})
     return refused(f"it has no effect here ({why}): remove it", *harmless)

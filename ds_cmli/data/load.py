@@ -22,7 +22,7 @@ from ds_cmli.data.opening import (
 )
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
 from ds_cmli.data.sampler import Draw, Mixture
-from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
+from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import (
     CaptionTokenizer,
@@ -110,8 +110,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     """Build all data that `config` describes; assets of the demo are fetched at first use.
 
     Raises:
-        UserError: an error of `load_tokenizer`, of a source, of its data set or of `Pictures`; or
-            the share of samples that are left out at load exceeds `max_bad_share`.
+        UserError: an error of `load_tokenizer`, of a source, of its data set or of `DemoPictures`;
+            or the share of samples that are left out at load exceeds `max_bad_share`.
     """
     if config.source == "demo":
         return _demo(config, seed)
@@ -129,7 +129,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
             "leave it out"
         )
     # Before the tokenizer, because it is the smaller download if downloads fail.
-    pictures = Pictures(config.image_size)
+    pictures = DemoPictures(config.image_size)
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
     train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)

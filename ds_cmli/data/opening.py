@@ -17,7 +17,7 @@ from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, told
 from ds_cmli.data.sampler import Mixture
-from ds_cmli.data.sources.base import Part, Parts, Source, hold_out
+from ds_cmli.data.sources.base import Parts, Source, SourcePart, hold_out
 from ds_cmli.data.sources.find import open_source, weighted
 
 
@@ -239,7 +239,7 @@ def kept_apart(train: list[Source], held_out: Sequence[Source]) -> tuple[list[So
                 f"{lost} pictures of {source.where} are held out under another name too: not "
                 "trained on"
             )
-            source = Part(source, np.flatnonzero(stays).astype(np.uint32), source.bad)
+            source = SourcePart(source, np.flatnonzero(stays).astype(np.uint32), source.bad)
         kept.append(source)
     return kept, lines
 

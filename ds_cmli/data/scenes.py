@@ -21,7 +21,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.schema import Augmentation as Name
+from ds_cmli.config.schema import AugmentationName as Name
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
 from ds_cmli.data.sampler import Draw
@@ -50,7 +50,7 @@ CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 
 
-class Pictures:
+class DemoPictures:
     """All pictures of the demo, decoded once: 1,873 concepts.
 
     Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
@@ -115,7 +115,7 @@ class Scenes(Dataset):
         split: str,
         seed: int,
         length: int,
-        pictures: Pictures,
+        pictures: DemoPictures,
         tokenizer: CaptionTokenizer,
         captions: str = "names",
         augmentation: Mapping[Name, float] | None = None,

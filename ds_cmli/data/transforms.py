@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ds_cmli.config.schema import Augmentation as Name
+from ds_cmli.config.schema import AugmentationName as Name
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 View = Callable[[int, int], Box]  # the part that is shown, given a picture's width and height

@@ -34,7 +34,7 @@ TEXT, REST = "text", "rest"
 
 
 @dataclass
-class Count:
+class CallCount:
     calls: int = 0
     bytes: int = 0  # for gathers and scatters, of the tensors of all ranks together
 
@@ -46,7 +46,7 @@ class Count:
         return self.bytes * rounds * (ranks - 1) // ranks
 
 
-Counts = dict[tuple[str, str], Count]  # by part and kind
+Counts = dict[tuple[str, str], CallCount]  # by part and kind
 
 
 class Traffic(TorchDispatchMode, Probe):
@@ -84,7 +84,7 @@ class Traffic(TorchDispatchMode, Probe):
             kind, whole = OPERATORS.get(func._schema.name.partition("::")[2], ("", 0))
             if kind:
                 part = TEXT if kind == "send" else self.part
-                count = self.counts.setdefault((part, kind), Count())
+                count = self.counts.setdefault((part, kind), CallCount())
                 count.calls += 1
                 for x in tree_leaves(args[whole]):
                     if isinstance(x, Tensor):
@@ -95,14 +95,14 @@ class Traffic(TorchDispatchMode, Probe):
         """What has been counted since the time when `counts` was equal to `before`."""
         out = {}
         for key, now in self.counts.items():
-            earlier = before.get(key, Count())
-            out[key] = Count(now.calls - earlier.calls, now.bytes - earlier.bytes)
+            earlier = before.get(key, CallCount())
+            out[key] = CallCount(now.calls - earlier.calls, now.bytes - earlier.bytes)
         return out
 
     def add(self, moved: Counts, times: int = 1) -> None:
         """Add `moved` to the counts `times` times, without any communication."""
         for key, count in moved.items():
-            total = self.counts.setdefault(key, Count())
+            total = self.counts.setdefault(key, CallCount())
             total.calls += times * count.calls
             total.bytes += times * count.bytes
 

@@ -95,7 +95,7 @@ def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
     return factors.get(part, 1.0) * optim.layer_decay**above
 
 
-class Group(NamedTuple):
+class ParameterGroup(NamedTuple):
     rate: float  # the factor of its learning rate
     muon: bool  # whether its parameters are matrices that Muon updates
     decays: bool  # whether its parameters get weight decay
@@ -155,7 +155,7 @@ def parameter_groups(
     """
     spared = _spared(module)
     where = depths(module) if optim is not None else {}
-    groups: dict[Group, list[nn.Parameter]] = {}
+    groups: dict[ParameterGroup, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -168,7 +168,7 @@ def parameter_groups(
         hidden = muon is not None and decays and parameter.dim() == 2 and "embed" not in name
         if muon is not None:
             rate *= muon.matrices if hidden else muon.others
-        groups.setdefault(Group(rate, hidden, decays), []).append(parameter)
+        groups.setdefault(ParameterGroup(rate, hidden, decays), []).append(parameter)
     one_rate = all(group.rate == 1.0 for group in groups)
     out: list[dict[str, Any]] = []
     for group in sorted(groups, key=lambda group: (-group.rate, not group.muon, not group.decays)):

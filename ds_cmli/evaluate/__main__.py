@@ -38,7 +38,7 @@ zero_shot = partial(option, "Zero-shot classification")
 
 
 @dataclass
-class Asked:
+class EvaluationOptions:
     """What the command line asks for."""
 
     checkpoint: str
@@ -114,7 +114,7 @@ def command(json_file: str | None, **options: Any) -> None:
     """
     from ds_cmli.config.schema import load_config
 
-    asked = Asked(**options)
+    asked = EvaluationOptions(**options)
     if json_file:
         check_writable(json_file)
     _check(asked)
@@ -125,7 +125,7 @@ def command(json_file: str | None, **options: Any) -> None:
     launchers.map_launcher_environment()
     if not asked.boxes and not asked.zero_shot:
         _take_data(config, asked)
-    mode: Callable[[Config, Asked], Metrics] = _retrieval
+    mode: Callable[[Config, EvaluationOptions], Metrics] = _retrieval
     if asked.zero_shot:
         mode = _zero_shot
     elif asked.boxes:
@@ -138,7 +138,7 @@ def command(json_file: str | None, **options: Any) -> None:
         distributed.shutdown()
 
 
-def _check(asked: Asked) -> None:
+def _check(asked: EvaluationOptions) -> None:
     """Raise `UserError` for a wrong option, one that the mode does not read, or one it lacks."""
     for name, least in (("batch_size", 1), ("workers", 0), ("fold_size", 1)):
         value = getattr(asked, name)
@@ -164,7 +164,7 @@ def _option(name: str) -> str:
     return "--" + ("data" if name == "source" else name.replace("_", "-"))
 
 
-def _take_data(config: "Config", asked: Asked) -> None:
+def _take_data(config: "Config", asked: EvaluationOptions) -> None:
     """Put the requested data in the place of the run's own."""
     from ds_cmli.data.opening import to_evaluate
 
@@ -176,7 +176,7 @@ def _take_data(config: "Config", asked: Asked) -> None:
         config.data = dataclasses.replace(config.data, image_root=asked.image_root)
 
 
-def _retrieval(config: "Config", asked: Asked) -> Metrics:
+def _retrieval(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
     from ds_cmli.data.load import build_eval_data
     from ds_cmli.evaluate.split import evaluate_split
@@ -192,7 +192,7 @@ def _retrieval(config: "Config", asked: Asked) -> Metrics:
     return metrics
 
 
-def _zero_shot(config: "Config", asked: Asked) -> Metrics:
+def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Classify pictures. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
@@ -218,7 +218,7 @@ def _zero_shot(config: "Config", asked: Asked) -> Metrics:
     return prefixed("zero_shot/", found)
 
 
-def _boxes(config: "Config", asked: Asked) -> Metrics:
+def _boxes(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Play the pointing game on photographs. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
@@ -235,7 +235,7 @@ def _boxes(config: "Config", asked: Asked) -> Metrics:
 
 
 def _started(
-    config: "Config", asked: Asked, data: "EvalData"
+    config: "Config", asked: EvaluationOptions, data: "EvalData"
 ) -> tuple["Objective", "EmbedSettings"]:
     """Start the process group, and load the student and the settings to embed with. Collective."""
     from ds_cmli.distributed import process_group as distributed

@@ -21,7 +21,7 @@ FILLER = -1  # the number of an item that only pads a rank's share to the same n
 Read = TypeVar("Read")
 
 
-class Pairs(Protocol):
+class HeldOutPairs(Protocol):
     """A data set of captions and their pictures: `data.pairs.EvalPairs`, scenes, or `Entities`."""
 
     size: int  # S
@@ -94,12 +94,12 @@ class HeldOut:
     """
 
     def __init__(self, dataset: Dataset):
-        """`dataset` is a `Pairs`, or a `Subset` of one."""
+        """`dataset` is a `HeldOutPairs`, or a `Subset` of one."""
         pairs: Any = dataset
         rows: Sequence[int] = range(len(pairs))
         if isinstance(dataset, Subset):
             pairs, rows = dataset.dataset, dataset.indices
-        self.pairs: Pairs = pairs
+        self.pairs: HeldOutPairs = pairs
         self.rows = rows
         self.first: list[int] = []  # the row of each picture's first caption
         numbers: dict[int, int] = {}
@@ -126,11 +126,11 @@ class HeldOut:
 
         `index` is the caption's number, and `FILLER` has the first's text.
         """
-        return View(self._caption, numbers)
+        return NumberedView(self._caption, numbers)
 
     def pictures(self, numbers: Sequence[int]) -> Dataset:
         """A data set of `Picture`s; broken ones and `FILLER` are black."""
-        return View(self._picture, numbers)
+        return NumberedView(self._picture, numbers)
 
     def _caption(self, number: int) -> Sample:
         sample = self.pairs.pair(self.rows[max(number, 0)], picture=False)
@@ -144,7 +144,7 @@ class HeldOut:
         return Picture(sample.image, number, sample.cell_picture, bad, grid=sample.grid)
 
 
-class View(Dataset[Read]):
+class NumberedView(Dataset[Read]):
     """The map-style data set of `read(number)` for each of `numbers`."""
 
     def __init__(self, read: Callable[[int], Read], numbers: Sequence[int]):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
 SUFFIXES = (".jpg", ".jpeg", ".png")
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+PixelBox = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 def pictures_of_patches(cells: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -84,7 +84,7 @@ def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor)
     return inside.gather(1, mean.argmax(1, keepdim=True))[:, 0] & of_phrase.any(1)
 
 
-def patches_inside(boxes: list[Box], view: Box, grid: tuple[int, int]) -> Tensor:
+def patches_inside(boxes: list[PixelBox], view: PixelBox, grid: tuple[int, int]) -> Tensor:
     """Whether the centre of each patch lies in one of the boxes, borders included: bool [N].
 
     Args:
@@ -120,10 +120,10 @@ def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
     return text + line[last:], phrases
 
 
-def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[Box]]]:
+def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[PixelBox]]]:
     """Width and height of the picture, and the boxes of each entity that has any."""
     root = ElementTree.fromstring(text)
-    boxes: dict[str, list[Box]] = {}
+    boxes: dict[str, list[PixelBox]] = {}
     for item in root.iter("object"):
         box = item.find("bndbox")
         if box is not None:
@@ -139,13 +139,13 @@ class Caption:
     file: Path
     text: str
     phrases: list[Phrase]  # only those with boxes
-    boxes: list[list[Box]]  # the boxes of each phrase
+    boxes: list[list[PixelBox]]  # the boxes of each phrase
     picture: int  # the number of its picture
     size: tuple[int, int]  # width and height of the picture
 
 
 class Entities(Dataset):
-    """A map-style data set of all captions that have a phrase with a box: `held_out.Pairs`.
+    """A map-style data set of all captions that have a phrase with a box: `held_out.HeldOutPairs`.
 
     `Sample.token_picture` is here the index of the phrase of each token, -1 for none.
     """

@@ -42,7 +42,7 @@ def expected_hits(above: Tensor, tied: Tensor, positive: Tensor, k: int) -> Tens
 
 
 @dataclass
-class Block:
+class ScoreBlock:
     """A block of the score matrix."""
 
     pictures: Tensor  # int64 [r], their numbers
@@ -81,7 +81,11 @@ class RankCounts:
         return cls(i2t, torch.zeros(scores, captions, 3, dtype=torch.float64))
 
     def add(
-        self, block: Block, best_positive: Tensor, positive: Tensor, compared: Tensor | None = None
+        self,
+        block: ScoreBlock,
+        best_positive: Tensor,
+        positive: Tensor,
+        compared: Tensor | None = None,
     ) -> None:
         """Count the candidates in one block of the score matrix.
 
@@ -157,7 +161,7 @@ class Captions(NamedTuple):
 
 
 @dataclass
-class Scorer:
+class RetrievalScorer:
     """Scores this rank's pictures, block by block, with blocks of captions."""
 
     share: Share
@@ -173,7 +177,7 @@ class Scorer:
         texts = self.share.texts
         return Captions(texts.number[rows], *texts.block(rows))
 
-    def block(self, number: int, captions: Captions) -> Block:
+    def block(self, number: int, captions: Captions) -> ScoreBlock:
         """The scores of one block of pictures. CPU-GPU sync."""
         images, rows = self.share.images, self.blocks[number]
         cls, tokens = captions.cls.to(self.device), captions.tokens.to(self.device)
@@ -190,7 +194,7 @@ class Scorer:
             i2t, t2i = (torch.stack(scores).cpu() for scores in found)
         pictures = images.number[rows]
         is_positive = pictures[:, None] == self.share.held_out.image_of[captions.number]
-        return Block(pictures, captions.number, i2t, t2i, is_positive)
+        return ScoreBlock(pictures, captions.number, i2t, t2i, is_positive)
 
     def own_captions(self) -> list[tuple[int, Tensor]]:
         """This rank's captions in parts: the block of their pictures, and their rows."""
@@ -221,7 +225,7 @@ def rank_counts(
 
     Collective.
     """
-    scorer = Scorer(share, scales, how.device)
+    scorer = RetrievalScorer(share, scales, how.device)
     own = scorer.own_captions()
     plan = distributed.gather_objects((len(scorer.blocks), len(own)))  # collective
     blocks, captions = map(list, zip(*plan, strict=True))  # the numbers of each rank's
@@ -250,7 +254,7 @@ def rank_counts(
 
 
 def _positives(
-    scorer: Scorer, own: list[tuple[int, Tensor]], turns: int, how: EmbedSettings
+    scorer: RetrievalScorer, own: list[tuple[int, Tensor]], turns: int, how: EmbedSettings
 ) -> tuple[Tensor, list[Tensor]]:
     """The scores of this rank's positive pairs, which lie in the blocks on the diagonal.
 
@@ -274,7 +278,10 @@ def _positives(
 
 
 def _exchanged(
-    scorer: Scorer, own: list[tuple[int, Tensor]], positives: list[Tensor], counts: list[int]
+    scorer: RetrievalScorer,
+    own: list[tuple[int, Tensor]],
+    positives: list[Tensor],
+    counts: list[int],
 ) -> Iterator[tuple[Captions, Tensor]]:
     """Yield the blocks of captions of all ranks, and their t2i scores [K, b] as in `_positives`.
 

@@ -34,7 +34,7 @@ from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts
-from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View
+from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatch
 from ds_cmli.evaluate.report import Metrics
 from ds_cmli.evaluate.retrieval import expected_hits, kinds
 
@@ -98,7 +98,7 @@ class ClassPictures:
 
     def pictures(self, numbers: Sequence[int]) -> Dataset:
         """A data set of `Picture`s with their classes; broken pictures and `FILLER` are black."""
-        return View(self._picture, numbers)
+        return NumberedView(self._picture, numbers)
 
     def _picture(self, number: int) -> Picture:
         if number == FILLER:
@@ -296,7 +296,7 @@ def build_classifier(
     first = distributed.rank() * count
     own = list(range(first, min(len(prompts), first + count)))
     own += [FILLER] * (count - len(own))
-    loader = batches(View(prompt, own), how.batch_size, 0, Collate(tokenizer))
+    loader = batches(NumberedView(prompt, own), how.batch_size, 0, Collate(tokenizer))
     embedded = embed_texts(objective.student, loader, how)
     parts, without = zip(*distributed.gather_objects(embedded), strict=True)  # collective
     empty = list(chain.from_iterable(without))

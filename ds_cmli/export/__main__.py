@@ -76,7 +76,7 @@ def command(
         out = Path(made) / "model"
         out.mkdir()
         model = exported.write_model(out, trained)
-        source = card.Source(Path(run), trained.config, ema)
+        source = card.ExportedRun(Path(run), trained.config, ema)
         results = card.find_results(out, source, tokenizer, measure)
         card.write_card(out, source, model, results, with_onnx)
         image, ids, mask = exported.example(model)

@@ -95,7 +95,7 @@ class Results:
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportedRun:
     """The run whose model is exported."""
 
     run: Path
@@ -110,7 +110,7 @@ class Source:
 
 
 def find_results(
-    exported: Path, source: Source, tokenizer: str | None, measure: bool
+    exported: Path, source: ExportedRun, tokenizer: str | None, measure: bool
 ) -> Results | None:
     """The results for the card: measured, or where that cannot be, those that the run recorded."""
     if measure:
@@ -124,7 +124,7 @@ def find_results(
     return recorded(source)
 
 
-def measured(exported: Path, source: Source) -> Results:
+def measured(exported: Path, source: ExportedRun) -> Results:
     """Evaluate the model in `exported` on the held-out pairs of its run.
 
     Raises:
@@ -149,7 +149,7 @@ def measured(exported: Path, source: Source) -> Results:
     )
 
 
-def recorded(source: Source) -> Results | None:
+def recorded(source: ExportedRun) -> Results | None:
     """The last evaluation that the run recorded of the same kind of weights; None without one."""
     file = source.run / "metrics.jsonl"
     last: dict[str, dict[str, Any]] = {}
@@ -185,7 +185,7 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def write_card(
-    folder: Path, source: Source, model: CMLIModel, results: Results | None, onnx: bool
+    folder: Path, source: ExportedRun, model: CMLIModel, results: Results | None, onnx: bool
 ) -> None:
     """Write `README.md` for the model that was exported to `folder`; `onnx`: with ONNX files."""
     config, student = source.config, model.student

@@ -86,7 +86,7 @@ class Scores(nn.Module):
         return found.i2t, found.t2i.t()
 
 
-class Part(NamedTuple):
+class OnnxFile(NamedTuple):
     """One of the ONNX files."""
 
     name: str
@@ -116,21 +116,21 @@ def write_onnx(
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=most)
     rows, columns = {0: torch.export.Dim("images")}, {0: torch.export.Dim("texts")}
     texts = {**columns, 1: length}
-    image_part = Part(
+    image_part = OnnxFile(
         "image",
         "the image tower, shared blocks included",
         ImageTower(model.student),
         ({0: batch},),
         ["image_embeds", "patch_embeds"],
     )
-    text_part = Part(
+    text_part = OnnxFile(
         "text",
         "the text tower, shared blocks included",
         TextTower(model.eval()),
         ({0: batch, 1: length}, {0: batch, 1: length}),
         ["text_embeds", "token_embeds", "token_mask"],
     )
-    scores_part = Part(
+    scores_part = OnnxFile(
         "scores",
         "logits of all pairs from what both give",
         Scores(model),
@@ -151,12 +151,12 @@ def write_onnx(
     ]
 
 
-def _outputs(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _outputs(part: OnnxFile, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(part.outputs, part.module(**inputs), strict=True))
 
 
 def _write_part(
-    folder: Path, part: Part, inputs: dict[str, Tensor], fewer: dict[str, Tensor]
+    folder: Path, part: OnnxFile, inputs: dict[str, Tensor], fewer: dict[str, Tensor]
 ) -> str:
     """Write one file, compare it on both inputs, and return a line for the user."""
     file = folder / f"{part.name}.onnx"
@@ -176,7 +176,7 @@ def _write_part(
     return f"{folder.name}/{file.name}: {part.what}; onnxruntime within {most:.1e}"
 
 
-def _export(part: Part, inputs: dict[str, Tensor], file: Path) -> None:
+def _export(part: OnnxFile, inputs: dict[str, Tensor], file: Path) -> None:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         torch.onnx.export(

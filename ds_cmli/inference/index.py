@@ -20,7 +20,7 @@ from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.validation import check_kind
-from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
+from ds_cmli.inference.model import Model, PictureInput, TextEmbeddings, list_pictures, name_of
 
 FILE, VERSION = "index.json", 1
 SUMS = "sums.npy"  # the checksum of each picture's patches, which may be too many to read whole
@@ -80,7 +80,7 @@ class Index:
         cls,
         folder: str | Path,
         model: Model,
-        pictures: str | Path | Sequence[Picture],
+        pictures: str | Path | Sequence[PictureInput],
         model_path: str = "",
         batch_size: int = 32,
         progress: bool = False,
@@ -108,7 +108,7 @@ class Index:
         refused: list[str] = []
         starts = range(0, len(files), batch_size)
         for start in tqdm(starts, "images", disable=not progress, leave=False):
-            images: list[Picture] = []
+            images: list[PictureInput] = []
             for number, file in enumerate(files[start : start + batch_size], start):
                 try:
                     images.append(model.read(file))

@@ -33,7 +33,7 @@ from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-Picture = str | Path | Image.Image | np.ndarray | Tensor
+PictureInput = str | Path | Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -146,7 +146,7 @@ class Model:
             sha256.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return sha256.hexdigest()
 
-    def read(self, picture: Picture) -> Tensor:
+    def read(self, picture: PictureInput) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
 
         With `data.aspect_patch` it has its own aspect.
@@ -169,7 +169,10 @@ class Model:
 
     @torch.inference_mode()
     def embed_images(
-        self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
+        self,
+        pictures: str | Path | Sequence[PictureInput],
+        batch_size: int = 32,
+        progress: bool = False,
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         files = list_pictures(pictures)
@@ -236,7 +239,7 @@ class Model:
             cmli = cmli_scores(patches, texts.tokens, texts.token_mask, mask)  # [I, J] each
             return both_ways(cosines, cmli, self.scales)
 
-    def match(self, picture: Picture, text: str) -> Match:
+    def match(self, picture: PictureInput, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         valid = texts.token_mask[0]
@@ -246,12 +249,12 @@ class Model:
         return match(texts.tokens[0][valid], patches, text, spans, grid)
 
 
-def name_of(picture: Picture, number: int) -> str:
+def name_of(picture: PictureInput, number: int) -> str:
     """A picture's file, or its number where it comes without one."""
     return str(picture) if isinstance(picture, str | Path) else str(number)
 
 
-def list_pictures(pictures: str | Path | Sequence[Picture]) -> list[Picture]:
+def list_pictures(pictures: str | Path | Sequence[PictureInput]) -> list[PictureInput]:
     """The pictures of a list, of a folder and its subfolders sorted by name, or a file itself."""
     if not isinstance(pictures, str | Path):
         return list(pictures)
@@ -260,7 +263,7 @@ def list_pictures(pictures: str | Path | Sequence[Picture]) -> list[Picture]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{str(folder)!r}: no such file or folder of pictures")
-    files: list[Picture] = []
+    files: list[PictureInput] = []
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in SUFFIXES and file.is_file():
             files.append(file)

@@ -23,7 +23,7 @@ DEMO_ONLY = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class SearchOptions:
     """The arguments of the command."""
 
     index: str
@@ -72,7 +72,7 @@ class Asked:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per text.")
 def command(**arguments: Any) -> None:
     """Search an index of pictures by text."""
-    options = Asked(**arguments)
+    options = SearchOptions(**arguments)
     _check(options)
     with json_on_stdout(options.as_json) as print_json:
         from ds_cmli.export.folder import DEMO, sources
@@ -97,7 +97,7 @@ def command(**arguments: Any) -> None:
             click.echo(f"page: {options.page}")
 
 
-def _check(options: Asked) -> None:
+def _check(options: SearchOptions) -> None:
     """Raise `UserError` where something is missing, or an option was given that has no effect."""
     if options.pictures is None and not options.texts:
         raise UserError(
@@ -124,7 +124,7 @@ def _check(options: Asked) -> None:
         check_writable(options.page)
 
 
-def _opened(options: Asked) -> tuple["Index", "Model"]:
+def _opened(options: SearchOptions) -> tuple["Index", "Model"]:
     """The index, built first if that is requested, and its model."""
     from ds_cmli.inference import Index, Model
 

@@ -37,7 +37,7 @@ from ds_cmli.common.trees import tree_map
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from ds_cmli.losses.tiles import LARGER, Side, Tile, TileStatistics
+from ds_cmli.losses.tiles import LARGER, Tile, TileSide, TileStatistics
 
 
 @dataclass
@@ -101,7 +101,7 @@ class PairLosses:
                 break
         self.statistics.merge()  # collective
 
-    def _collect(self, images: Side, texts: Side) -> None:
+    def _collect(self, images: TileSide, texts: TileSide) -> None:
         """Add a tile to log(sum(exp)), and keep its scores where pairs are left out."""
         tile = self._tile(images, texts, images.features | texts.features)
         self.statistics.end_tile(self.step.scale * self._weighted(self._values(tile)))
@@ -129,7 +129,7 @@ class PairLosses:
         first = distributed.rank() * len(self.step)
         cut.leave_out((self.kept[0], self.kept[1]), units, first)  # collective
 
-    def _replace_kept(self, units: Tensor, images: Side, texts: Side) -> None:
+    def _replace_kept(self, units: Tensor, images: TileSide, texts: TileSide) -> None:
         """Replace a tile's kept scores by their gradients, and `units` by that of the cut's."""
         i2t, t2i = self._kept_of(images, texts)
         scores = {"s_i2t": i2t, "s_t2i": t2i, "units": torch.zeros_like(units)}
@@ -147,12 +147,12 @@ class PairLosses:
         if self.own_tokens is not None:  # what has passed round a ring has been summed on its way
             self.step.set_text_gradients("tokens", self.own_tokens.gradients["tokens"])
 
-    def _add_images(self, micro_batch: PairFeatures, images: Side) -> None:
+    def _add_images(self, micro_batch: PairFeatures, images: TileSide) -> None:
         """Add the pairs of a micro-batch's images with all texts, and replace its image features.
 
         Collective.
         """
-        function: Callable[[Side, Side], object] = self._differentiate
+        function: Callable[[TileSide, TileSide], object] = self._differentiate
         larger = 1
         if self.kept is not None:  # the gradients of class tokens are known
             images, function, larger = images.without("image_cls"), self._add_kept, LARGER
@@ -163,7 +163,7 @@ class PairLosses:
             self.step.set_gradient(micro_batch, name, grad)
 
     def _differentiate(
-        self, images: Side, texts: Side, scores: Mapping[str, Tensor] = MappingProxyType({})
+        self, images: TileSide, texts: TileSide, scores: Mapping[str, Tensor] = MappingProxyType({})
     ) -> dict[str, Tensor]:
         """Add a tile's losses and their gradients; returns the gradients, also of kept `scores`."""
         tensors = {**images.features, **texts.features, **scores}
@@ -186,7 +186,7 @@ class PairLosses:
             self.ignored += tile.duplicates.sum()
         return of_leaves
 
-    def _add_kept(self, images: Side, texts: Side) -> None:
+    def _add_kept(self, images: TileSide, texts: TileSide) -> None:
         """Add the gradients of a tile's patches and tokens, given those of its scores."""
         assert isinstance(self.score, ring.Scorer) and texts.mask is not None
         patches, tokens = images.features["patches"], texts.features["tokens"]
@@ -200,13 +200,13 @@ class PairLosses:
         images.gradients["patches"] += of_patches
         texts.gradients["tokens"] += of_tokens
 
-    def _kept_of(self, images: Side, texts: Side) -> tuple[Tensor, Tensor]:
+    def _kept_of(self, images: TileSide, texts: TileSide) -> tuple[Tensor, Tensor]:
         """A tile's kept scores, or their gradients: views."""
         assert self.kept is not None
         i2t, t2i = self.kept[:, images.place, texts.place]
         return i2t, t2i
 
-    def _chunks(self, differentiated: bool) -> Iterator[Side]:
+    def _chunks(self, differentiated: bool) -> Iterator[TileSide]:
         """Yields the texts of each rank in turn if tokens pass round a ring; otherwise all texts.
 
         The tokens' gradients that are added to a chunk, if `differentiated`, travel with it to its
@@ -232,9 +232,9 @@ class PairLosses:
 
     def _over_tiles(
         self,
-        function: Callable[[Side, Side], object],
-        images: Side,
-        texts: Side,
+        function: Callable[[TileSide, TileSide], object],
+        images: TileSide,
+        texts: TileSide,
         limit: int,
         larger: int = 1,
     ) -> None:
@@ -245,7 +245,7 @@ class PairLosses:
             function(images, texts.part(slice(start, start + size)))
             self.step.heartbeat()
 
-    def _tile(self, images: Side, texts: Side, tensors: dict[str, Tensor]) -> Tile:
+    def _tile(self, images: TileSide, texts: TileSide, tensors: dict[str, Tensor]) -> Tile:
         own_texts = distributed.rank() * len(self.step)
         options = self.statistics, self.score, self.keep_duplicates
         return Tile(images, texts, tensors, own_texts, *options)

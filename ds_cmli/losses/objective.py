@@ -28,7 +28,7 @@ from ds_cmli.models.teacher import Targets
 
 # The weighted sum, a scalar in fp32; each loss by name, detached.
 Losses = tuple[Tensor, dict[str, Tensor]]
-Result = TypeVar("Result")
+PartResult = TypeVar("PartResult")
 
 
 class Queue(NamedTuple):
@@ -89,7 +89,7 @@ class Objective(nn.Module):
             config.cmli_gather_bytes,
         )
 
-    def forward(self, part: Callable[..., Result], *arguments: object) -> Result:
+    def forward(self, part: Callable[..., PartResult], *arguments: object) -> PartResult:
         """Run `part`, one of `whole`, `embed`, `compare` and `replay`, as a function of this class.
 
         All go through `forward` because under ZeRO-3 parameters are gathered only inside the

@@ -19,7 +19,7 @@ from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tensors
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.tiles import Side
+from ds_cmli.losses.tiles import TileSide
 
 
 @dataclass
@@ -63,17 +63,17 @@ class CachedStep:
         """A cached tensor on the device: a copy if it is on the host of a GPU."""
         return probe.to_device(x, self.device, non_blocking=True) if self.on_host else x
 
-    def image_blocks(self) -> Iterator[tuple[PairFeatures, Side]]:
+    def image_blocks(self) -> Iterator[tuple[PairFeatures, TileSide]]:
         """Yields each micro-batch's features with its normalised images."""
         firsts = accumulate(map(len, self.features), initial=0)
         for f, first in probe.turns(list(zip(self.features, firsts, strict=False))):
             yield f, self._images(f, first)
 
     @torch.no_grad()
-    def _images(self, f: PairFeatures, first: int) -> Side:
+    def _images(self, f: PairFeatures, first: int) -> TileSide:
         images = dict(self._normalised(f, "image_cls", "patches"))
         mask = None if f.patch_mask is None else self.fetch(f.patch_mask)
-        return Side(first, self.fetch(f.pair_id), images, mask)
+        return TileSide(first, self.fetch(f.pair_id), images, mask)
 
     def _normalised(self, f: PairFeatures, *names: str) -> Iterator[tuple[str, Tensor]]:
         """Yields those of these features that there are, normalised; class tokens in fp32."""
@@ -83,7 +83,7 @@ class CachedStep:
                 yield name, upcast(x) if x.dim() == 2 else x
 
     @torch.no_grad()
-    def gather_texts(self, score: Score) -> tuple[Side, Side | None]:
+    def gather_texts(self, score: Score) -> tuple[TileSide, TileSide | None]:
         """All ranks' normalised texts; without tokens, and this rank's tokens, for a ring.
 
         The texts are ordered by rank, and for each rank by micro-batch. Collective.
@@ -111,7 +111,7 @@ class CachedStep:
                 own["tokens"], all_masks = collectives.gather_text(own["tokens"], mask)
         if "text_cls" in own:
             own["text_cls"] = collectives.gather_with_gradient(own["text_cls"])  # collective
-        texts = Side(0, collectives.gather(ids), own, all_masks)  # collective
+        texts = TileSide(0, collectives.gather(ids), own, all_masks)  # collective
         if not go_round:
             return texts, None
         tokens = {"tokens": own.pop("tokens")}

@@ -30,7 +30,7 @@ ROWS, COLUMNS = 1, 0  # the dimension of a tile's logits over which each of them
 
 
 @dataclass
-class Side:
+class TileSide:
     """Normalised features of some images or texts, and where their gradients are added up.
 
     The names of an image's are "image_cls", [H] fp32 (fp64), and "patches", [N, D]; of a text's
@@ -50,18 +50,18 @@ class Side:
     def place(self) -> slice:
         return slice(self.first, self.first + len(self))
 
-    def part(self, part: slice) -> "Side":
+    def part(self, part: slice) -> "TileSide":
         """Some of these images or texts: views."""
         return replace(tree_map(self, lambda x: x[part]), first=self.first + part.start)
 
-    def without(self, name: str) -> "Side":
+    def without(self, name: str) -> "TileSide":
         """The same without one kind of features."""
         other = replace(self, features=dict(self.features), gradients=dict(self.gradients))
         other.features.pop(name, None)
         other.gradients.pop(name, None)
         return other
 
-    def with_zero_gradients(self) -> "Side":
+    def with_zero_gradients(self) -> "TileSide":
         """The same with gradients of 0, in fp32 (fp64 for fp64)."""
 
         def zeros(x: Tensor) -> Tensor:
@@ -168,8 +168,8 @@ class Tile(PairInputs):
     tokens if the scores are known; "units" then is what `cmli.cut` differentiates by.
     """
 
-    images: Side
-    texts: Side
+    images: TileSide
+    texts: TileSide
     tensors: dict[str, Tensor]
     own_texts: int  # place of this rank's first text among those of all ranks
     statistics: TileStatistics

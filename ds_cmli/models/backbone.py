@@ -18,7 +18,7 @@ from ds_cmli.cmli.token_keep import taken
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.tokens import SpecialTokens
-from ds_cmli.models.weights import Source
+from ds_cmli.models.weights import WeightsSource
 
 # Layers kept of a plain stack (equal layers, one after the other) if the configuration sets none.
 DEFAULT_LAYERS = 6
@@ -40,8 +40,8 @@ class ImageRequest:
     average: int = 1  # for a teacher: how many blocks, up to that one, the features are the mean of
 
     @property
-    def source(self) -> Source:
-        return Source(f"{self.prefix}weights", self.weights, self.partial)
+    def source(self) -> WeightsSource:
+        return WeightsSource(f"{self.prefix}weights", self.weights, self.partial)
 
     @property
     def name(self) -> str:
@@ -68,8 +68,8 @@ class TextRequest:
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
     @property
-    def source(self) -> Source:
-        return Source("student.text_weights", self.weights, self.partial)
+    def source(self) -> WeightsSource:
+        return WeightsSource("student.text_weights", self.weights, self.partial)
 
     @property
     def name(self) -> str:

@@ -109,7 +109,7 @@ def cannot_compile(config: Config, device: torch.device) -> str | None:
     return f"run.compile is 'blocks' and {problem}: install it, or give 'off'"
 
 
-class Progress:
+class CompileProgress:
     """Tells on rank 0 how many blocks have been compiled, at most every `EVERY` seconds."""
 
     def __init__(self, total: int):
@@ -147,7 +147,7 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
     block becomes a leaf module, whose parameters are gathered together before it runs: hooks inside
     it would cause graph breaks.
     """
-    progress = Progress(len(blocks))
+    progress = CompileProgress(len(blocks))
     for block in blocks:
         compiled = torch.compile(block.forward, dynamic=True, options={"fallback_random": True})
         block.forward = progress.counting(compiled)  # type: ignore[method-assign]

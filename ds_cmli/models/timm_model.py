@@ -27,7 +27,7 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
 from ds_cmli.models.weights import (
     Shape,
-    Source,
+    WeightsSource,
     account,
     check_finite,
     check_room,
@@ -75,7 +75,7 @@ class Given:
 @dataclass
 class Created:
     model: Any  # timm's
-    source: Source
+    source: WeightsSource
     given: Given | None  # None: random weights
 
     def account(self) -> None:

@@ -24,7 +24,7 @@ CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers and Slurm see 
 
 
 @dataclass
-class Source:
+class WeightsSource:
     """Where a model's weights come from, for messages about them."""
 
     setting: str  # "student.image_weights"
@@ -39,7 +39,7 @@ class Source:
         return f"or set {self.setting.split('.')[0]}.weights_partial=true to start from random ones"
 
 
-def weights_file(source: Source, needed: str) -> str:
+def weights_file(source: WeightsSource, needed: str) -> str:
     """The file at the path of the weights, or in the folder there.
 
     Raises:
@@ -60,7 +60,7 @@ def weights_file(source: Source, needed: str) -> str:
     return _undamaged(source, path)
 
 
-def _undamaged(source: Source, path: Path) -> str:
+def _undamaged(source: WeightsSource, path: Path) -> str:
     damage = tensor_file.damage(path) if path.suffix == ".safetensors" else None
     if damage is not None:
         raise source.error(f"{damage}: {path.name} is damaged; give an undamaged copy")
@@ -87,7 +87,7 @@ def not_finite(value: object, name: str = "") -> str | None:
     return None
 
 
-def check_finite(source: Source, model: nn.Module) -> None:
+def check_finite(source: WeightsSource, model: nn.Module) -> None:
     """Raise `UserError` if a weight is not finite. Called before the model is cut."""
     key = not_finite(model.state_dict())
     if key is not None:
@@ -95,7 +95,7 @@ def check_finite(source: Source, model: nn.Module) -> None:
 
 
 def account(
-    source: Source, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]
+    source: WeightsSource, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]
 ) -> None:
     """Print which weights are missing, unused or resized, or refuse the weights.
 

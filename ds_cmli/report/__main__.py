@@ -15,7 +15,7 @@ from ds_cmli.common.cli import check_writable, run_command
 from ds_cmli.memory.report import COLOURS
 
 if TYPE_CHECKING:
-    from ds_cmli.report.runs import RunFiles
+    from ds_cmli.report.runs import RunContent
 
 SPEED = ("pairs_per_s", "tflops", "mfu")
 SHARES = ("time/", "mfu")  # columns that are shares
@@ -34,7 +34,7 @@ def command(runs: tuple[str, ...], output: str) -> None:
     click.echo(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {output}")
 
 
-def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
+def write(runs: Sequence["RunContent"], path: str | Path) -> None:
     """Write the page; raises `UserError` if matplotlib is missing or the file cannot be written."""
     from ds_cmli.report.charts import GROUPS, charts
     from ds_cmli.report.results import headline, last_values, others, retrieval
@@ -94,7 +94,9 @@ def memory(content: Mapping[str, Any]) -> dict[str, list[str]]:
     return rows
 
 
-def _last(grouped: Sequence[Sequence["RunFiles"]], columns: Sequence[str]) -> dict[str, list[str]]:
+def _last(
+    grouped: Sequence[Sequence["RunContent"]], columns: Sequence[str]
+) -> dict[str, list[str]]:
     """The last value of each column, a cell for each group of runs."""
     from ds_cmli.report.runs import mean
 

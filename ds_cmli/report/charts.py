@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ds_cmli.common import plots
 from ds_cmli.common.plots import apart, matplotlib
 from ds_cmli.report.results import CHANCE, RECALL, WAYS
-from ds_cmli.report.runs import RunFiles, columns_of
+from ds_cmli.report.runs import RunContent, columns_of
 
 GROUPS = {  # title -> regular expression of its columns
     "Retrieval, R@1": r"eval/.*_r1",
@@ -46,7 +46,7 @@ class Chart:
     chance: float | None = None
 
 
-def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
+def charts(runs: Sequence[RunContent]) -> dict[str, str]:
     """The title of each chart -> SVG."""
     out = {}
     for group, pattern in GROUPS.items():
@@ -57,7 +57,7 @@ def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
     return out
 
 
-def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
+def chosen(runs: Sequence[RunContent], pattern: str) -> list[Chart]:
     """The charts of the columns that match."""
     by_title: dict[str, Chart] = {}
     several = len(runs) > 1
@@ -94,7 +94,7 @@ def named(column: str) -> tuple[str, str]:
     return group, rest or ("total" if group == "loss" else group)
 
 
-def chance(runs: Sequence[RunFiles], column: str) -> float | None:
+def chance(runs: Sequence[RunContent], column: str) -> float | None:
     """The result of guessing, where the runs have written it with a recall."""
     recall = RECALL.fullmatch(column)
     values = runs[0].curve(f"{recall[1]}/{CHANCE}/{recall[3]}")[1] if recall else []

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ds_cmli.report.runs import RunFiles, mean, measured_on
+from ds_cmli.report.runs import RunContent, mean, measured_on
 
 # Split, score and metric of a column.
 RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")
@@ -26,12 +26,12 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class RecallTable:
     heads: dict[str, list[str]]  # way -> its columns
     rows: dict[str, list[Cell]]
 
 
-def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
+def last_values(grouped: Sequence[Sequence[RunContent]]) -> dict[str, list[Cell]]:
     """The last value of each metric: for each group of runs their mean and its standard error."""
     by_group: dict[str, dict[int, list[object]]] = {}  # name -> number of the group -> values
     for number, group in enumerate(grouped):
@@ -64,7 +64,7 @@ def _cell(name: str, values: Sequence[object]) -> Cell:
     return Cell(", ".join(map(str, shown)) if isinstance(shown, list) else str(shown))
 
 
-def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[str, Table]:
+def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[str, RecallTable]:
     """A table for each split: rows are scores of each group, columns the recalls both ways."""
     # Split -> score -> column -> a cell for each group.
     splits: dict[str, dict[str, dict[str, list[Cell]]]] = {}
@@ -76,7 +76,7 @@ def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[s
     return {split: _table(scores, names) for split, scores in splits.items()}
 
 
-def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str]) -> Table:
+def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str]) -> RecallTable:
     every: dict[str, None] = {}
     for values in scores.values():
         every |= dict.fromkeys(values)
@@ -97,7 +97,7 @@ def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str])
             heads.setdefault(WAYS[way], []).append(f"R@{k}")
         else:
             heads.setdefault("", []).append("mean recall")
-    return Table(heads, {**rows, **chance})
+    return RecallTable(heads, {**rows, **chance})
 
 
 def mark_best(cells: Sequence[Cell]) -> None:

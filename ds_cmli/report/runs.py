@@ -40,7 +40,7 @@ class Figures(TypedDict, total=False):
     totals: dict[str, int]
 
 
-class Memory(TypedDict, total=False):
+class MeasuredMemory(TypedDict, total=False):
     """What the report takes of memory.json, in bytes."""
 
     prediction: Figures | None
@@ -48,7 +48,7 @@ class Memory(TypedDict, total=False):
 
 
 @dataclass
-class RunFiles:
+class RunContent:
     """The content of a run's files."""
 
     folder: Path
@@ -75,7 +75,7 @@ class RunFiles:
         return out
 
 
-def read_all(folders: Sequence[str]) -> list[RunFiles]:
+def read_all(folders: Sequence[str]) -> list[RunContent]:
     """Read runs, each named by its folder, or by the path as given if several have that name.
 
     Raises:
@@ -91,7 +91,7 @@ def read_all(folders: Sequence[str]) -> list[RunFiles]:
     return [read(folder, path.name if unique else folder) for path, folder in paths.items()]
 
 
-def read(folder: str | Path, name: str = "") -> RunFiles:
+def read(folder: str | Path, name: str = "") -> RunContent:
     """Read a run's folder, by default by its own name; raises `UserError` if it is not one."""
     folder = Path(folder)
     run = f"RUN is {str(folder)!r}"
@@ -119,7 +119,7 @@ def read(folder: str | Path, name: str = "") -> RunFiles:
             f"its checksum in metrics.jsonl{checksums.LINES}: remove the line"
         )
     name = printable(name or folder.resolve().name)
-    return RunFiles(folder, name, settings, metrics, _memory(folder))
+    return RunContent(folder, name, settings, metrics, _memory(folder))
 
 
 def _check(values: dict[str, object], line: int) -> None:
@@ -135,7 +135,7 @@ def _check(values: dict[str, object], line: int) -> None:
 def _memory(folder: Path) -> dict[str, Any] | None:
     try:
         content = checksums.read(folder / "memory.json")
-        check_kind("it", content, Memory)
+        check_kind("it", content, MeasuredMemory)
         return content
     except FileNotFoundError:
         return None
@@ -153,7 +153,7 @@ def _column(name: str) -> str:
     return printable(name)
 
 
-def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
+def columns_of(runs: Sequence[RunContent]) -> dict[str, None]:
     """The columns of all runs, in the order in which they first stand in a file."""
     out: dict[str, None] = {}
     for run in runs:
@@ -162,9 +162,9 @@ def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
     return out
 
 
-def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
+def groups(runs: Sequence[RunContent]) -> list[list[RunContent]]:
     """Groups of runs that differ only in their seed, in the order of their first run."""
-    out: dict[str, list[RunFiles]] = {}
+    out: dict[str, list[RunContent]] = {}
     for run in runs:
         settings = dict(run.settings)
         for name in NOT_A_SETTING:
@@ -173,7 +173,7 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     return list(out.values())
 
 
-def measured_on(run: RunFiles) -> str:
+def measured_on(run: RunContent) -> str:
     """What says, next to their number, which pairs a run is measured on."""
     data = {key: run.settings[key] for key in run.settings if key.startswith("data.")}
     for name in SAME_PAIRS:
@@ -181,11 +181,11 @@ def measured_on(run: RunFiles) -> str:
     return json.dumps(data, sort_keys=True, default=str)
 
 
-def group_name(group: Sequence[RunFiles]) -> str:
+def group_name(group: Sequence[RunContent]) -> str:
     return ", ".join(run.name for run in group)
 
 
-def differing(runs: Sequence[RunFiles]) -> dict[str, list[object]]:
+def differing(runs: Sequence[RunContent]) -> dict[str, list[object]]:
     """The settings that differ, with the value of each run, or None if it has none."""
     names: dict[str, None] = {}
     for run in runs:

@@ -14,7 +14,7 @@ from numpy import ndarray
 from ds_cmli.common.json_text import read
 
 MATCH_MAPS = "match-maps/"  # the first part of the name of each match map's picture
-Value = bool | int | float | str
+Scalar = bool | int | float | str
 SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
 RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
 OPTIMIZER = (
@@ -82,11 +82,11 @@ def configuration(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def settings(folder: Path) -> dict[str, Value]:
+def settings(folder: Path) -> dict[str, Scalar]:
     """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
     content = read(folder / "config.json", dict)
     sections = content["config"]
-    out: dict[str, Value] = {
+    out: dict[str, Scalar] = {
         f"{section}.{name}": value
         for section, values in sections.items()
         for name, value in values.items()

@@ -21,7 +21,7 @@ from PIL import Image
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.data.scenes import Pictures, on_white, shrunk
+from ds_cmli.data.scenes import DemoPictures, on_white, shrunk
 
 SIDE = 72  # pixels, as Twemoji's
 Svgs = dict[str, str]  # SVG markup by an emoji's code points, "1f469-200d-1f33e"; without fe0f
@@ -82,7 +82,7 @@ SETS = {
 }
 
 
-def redrawn(pictures: Pictures, name: str) -> Pictures:
+def redrawn(pictures: DemoPictures, name: str) -> DemoPictures:
     """The demo's pictures with the drawings of a set.
 
     Concepts that the set lacks are in neither `training` nor `held_out`.

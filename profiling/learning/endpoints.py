@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import both_ways
-from ds_cmli.data.scenes import EVAL_SEED, Pictures, Scenes
+from ds_cmli.data.scenes import EVAL_SEED, DemoPictures, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.pointing_game import pictures_of_patches
@@ -55,7 +55,7 @@ class Endpoints:
 
     def __init__(self, run: Path):
         self.model = Model.load(run)
-        self.pictures = Pictures(self.model.config.data.image_size)
+        self.pictures = DemoPictures(self.model.config.data.image_size)
         self.scales = self.model.objective.score_scales()
         self.kind = kinds(self.scales)[-1]  # the sum of both scores where all-pairs CMLI is trained
 
@@ -126,7 +126,7 @@ class Endpoints:
     def unseen(self) -> Share:
         return self.embedded(self.scenes("unseen", self.pictures, SCENES))
 
-    def scenes(self, split: str, pictures: Pictures, count: int) -> Scenes:
+    def scenes(self, split: str, pictures: DemoPictures, count: int) -> Scenes:
         how = self.model.config.data.scenes
         return Scenes(split, EVAL_SEED, count, pictures, self.model.tokenizer, how)
 

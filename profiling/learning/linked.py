@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from itertools import permutations
 
-from ds_cmli.data.scenes import EVAL_SEED, MANY, Layout, Pictures, Scenes
+from ds_cmli.data.scenes import EVAL_SEED, MANY, DemoPictures, Layout, Scenes
 from ds_cmli.data.tokens import CaptionTokenizer
 
 KINDS = ("one_name", "swap")
@@ -21,7 +21,7 @@ Swap = tuple[int, int, int, int]  # two concepts, and the two with their attribu
 
 
 class LinkedScenes(Scenes):
-    def __init__(self, kind: str, pairs: int, pictures: Pictures, tokenizer: CaptionTokenizer):
+    def __init__(self, kind: str, pairs: int, pictures: DemoPictures, tokenizer: CaptionTokenizer):
         """Draw the scenes: for "one_name" of held-out concepts, for "swap" of all."""
         split = "unseen" if kind == "one_name" else kind
         super().__init__(split, EVAL_SEED, 0, pictures, tokenizer, "sentences")
@@ -70,7 +70,7 @@ def _placed(draw: random.Random, *scenes: list[int]) -> list[Layout]:
     return [list(zip(concepts, cells, strict=True)) for concepts in scenes]
 
 
-def swaps(pictures: Pictures, concepts: list[int], attributes: Sequence[str]) -> list[Swap]:
+def swaps(pictures: DemoPictures, concepts: list[int], attributes: Sequence[str]) -> list[Swap]:
     """All ways to exchange the attributes, the first words of their names, of two concepts."""
     by_thing: dict[str, dict[str, int]] = {}  # "heart" -> {"red": its concept, ...}
     for concept in concepts:

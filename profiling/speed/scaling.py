@@ -14,7 +14,7 @@ from typing import Any
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.config.schema import Config
-from ds_cmli.distributed.traffic import TEXT, Count, Traffic
+from ds_cmli.distributed.traffic import TEXT, CallCount, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
 from ds_cmli.memory.predict import Options
@@ -46,7 +46,7 @@ class StepCost:
     # Images of this rank in one product, texts, patches, text positions and features; None: no such losses.
     sizes: tuple[int, int, int, int, int] | None
     checkpointing: bool
-    counts: dict[tuple[str, str], Count]  # traffic, by part and kind
+    counts: dict[tuple[str, str], CallCount]  # traffic, by part and kind
 
     @property
     def product_flops(self) -> float:

@@ -96,14 +96,14 @@ def command(model_path: str, images: int, queries: int) -> dict[str, Any]:
     import torch
 
     from ds_cmli.data import assets
-    from ds_cmli.data.scenes import Pictures
+    from ds_cmli.data.scenes import DemoPictures
     from ds_cmli.data.scenes import Scenes as Drawn
     from ds_cmli.inference import Index, Model
 
     model = Model.load(model_path)
     assets.fetch(["pictures"])
     size = model.image_size
-    scenes = Scenes(Drawn("train", SEED, images, Pictures(size), model.tokenizer))
+    scenes = Scenes(Drawn("train", SEED, images, DemoPictures(size), model.tokenizer))
     asked = range(0, images, max(1, images // queries))[:queries]
     texts = [scenes.caption(i) for i in asked]
     with tempfile.TemporaryDirectory() as name:

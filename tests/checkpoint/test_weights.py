@@ -14,7 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.evaluate.__main__ import load_objective
 from ds_cmli.export.folder import load_run
 from ds_cmli.inference import Model
-from ds_cmli.models.weights import Source, weights_file
+from ds_cmli.models.weights import WeightsSource, weights_file
 from tests.run_folder import write_run
 
 
@@ -94,7 +94,7 @@ def test_a_flipped_bit_of_an_export_is_refused_here_and_found_by_sha256sum(run, 
 
 
 def test_damaged_weights_are_no_start_of_another_run(run):
-    source = Source("student.image_weights", str(run / WEIGHTS), False)
+    source = WeightsSource("student.image_weights", str(run / WEIGHTS), False)
     assert weights_file(source, "weights") == str(run / WEIGHTS)
     flip_a_bit_of_a_weight(run / WEIGHTS)
     with pytest.raises(UserError, match=r"student.image_weights is .* is damaged"):

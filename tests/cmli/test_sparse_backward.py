@@ -50,19 +50,19 @@ def case(I, J, N, M, D, dtype, seed, kept=1.0, **options):  # noqa: E741
 
 def dense(sides, features, axis, list_bytes=2**20):
     """The gradient of one side by the dense kernel, whatever the estimate says."""
-    from ds_cmli.cmli.triton.gradient import Pairs, write_dense
+    from ds_cmli.cmli.triton.gradient import KeptPairs, write_dense
 
     p, q, out = sides[axis], sides[1 - axis], torch.zeros_like(features[axis])
-    write_dense(out, features[1 - axis], p, q, axis, Pairs.of(p, q, axis))
+    write_dense(out, features[1 - axis], p, q, axis, KeptPairs.of(p, q, axis))
     return out
 
 
 def sparse(sides, features, axis, list_bytes=2**20):
     """The gradient of one side by the sparse kernels, whatever the estimate says."""
-    from ds_cmli.cmli.triton.gradient import Lists, Pairs, write_sparse
+    from ds_cmli.cmli.triton.gradient import KeptPairs, Lists, write_sparse
 
     p, q = sides[axis], sides[1 - axis]
-    pairs = Pairs.of(p, q, axis)
+    pairs = KeptPairs.of(p, q, axis)
     pairs.sparse.fill_(1)
     lists = Lists.of(features[axis].shape[:2], features[1 - axis].shape[:2], list_bytes)
     out = torch.zeros_like(features[axis])

@@ -174,7 +174,7 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     if kind == "optimizer key" and isinstance(content.get("optimizer"), dict):
         optimizer = content["optimizer"]
         optimizer["params"] = dict(optimizer["params"]) if isinstance(optimizer.get("params"), dict) else {}
-        entry = optimizers.OPTIMIZERS.get(str(optimizer.get("type")), optimizers.Optimizer("", ("lr",)))
+        entry = optimizers.OPTIMIZERS.get(str(optimizer.get("type")), optimizers.OptimizerEntry("", ("lr",)))
         new = draw.choice(entry.takes or ("lr",))
         optimizer["params"][new] = draw.choice(VALUES)
         return f"optimizer.params.{new} = {optimizer['params'][new]!r:.40}"
@@ -187,7 +187,7 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     return f"{kind} = {content[kind]}"
 
 
-def _valid(draw: random.Random, kind: validation.Kind, where: str, folder: Path) -> Any:
+def _valid(draw: random.Random, kind: validation.PydanticType, where: str, folder: Path) -> Any:
     """A value that this kind allows, or None, which may be one, too."""
     if kind in (str, str | None):
         return str(folder / "logs")

@@ -12,7 +12,7 @@ from ds_cmli.common import cache as cache_module
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
-from ds_cmli.data.scenes import Pictures
+from ds_cmli.data.scenes import DemoPictures
 
 WHEEL = "ds_cmli_fake-1.0-py3-none-any.whl"
 
@@ -220,7 +220,7 @@ def test_the_efficientnet_knows_what_pictures_show():
 
     model = timm.create_model("tf_efficientnet_lite0").eval()
     model.load_state_dict(load_file(assets.image_weights("tf_efficientnet_lite0")))
-    pictures = Pictures(448)
+    pictures = DemoPictures(448)
     for name, imagenet in {"hammer": 587, "teapot": 849, "violin": 889, "strawberry": 949}.items():
         picture = torch.from_numpy(pictures.images[pictures.names.index(name)]).float() / 127.5 - 1
         with torch.no_grad():

@@ -13,7 +13,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
-from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
+from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, DemoPictures
 from ds_cmli.data.tokens import WORDS
 
 CONFIG = DataConfig(image_size=56, tokenizer="builtin", context_length=32)
@@ -163,7 +163,7 @@ def test_any_image_size_fills_the_image(image_size):
 
 def test_too_small_an_image_is_refused():
     with pytest.raises(UserError, match=r"data.image_size is 15: scenes need at least 16 pixels"):
-        Pictures(15)
+        DemoPictures(15)
 
 
 def batches(loader, sampler, count):

@@ -13,7 +13,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.opening import open_sources
 from ds_cmli.data.sources.find import MOST_FILES, expand
 from ds_cmli.data.tokens import builtin_tokenizer, load_tokenizer
-from ds_cmli.models.weights import Source, weights_file
+from ds_cmli.models.weights import WeightsSource, weights_file
 
 ENDINGS = ("csv", "tsv", "json", "tar", "parquet")
 
@@ -91,7 +91,7 @@ def test_weights_tokenizers_and_json_that_are_no_files(make, tmp_path):
         make(tmp_path / name)
         given = tmp_path / name.partition("/")[0]
         with pytest.raises(UserError, match=r"student.image_weights is .*: .* is no regular file"):
-            weights_file(Source("student.image_weights", str(given), False), "a file")
+            weights_file(WeightsSource("student.image_weights", str(given), False), "a file")
     builtin_tokenizer().save_pretrained(tmp_path / "tokenizer")
     for name in ("tokenizer.json", "tokenizer_config.json", "another"):
         folder = tmp_path / f"with-{name}"

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Augmentation as Names
+from ds_cmli.config.schema import AugmentationName as Names
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_cmli.evaluate.retrieval import RECALLS, Block, RankCounts, chance
+from ds_cmli.evaluate.retrieval import RECALLS, RankCounts, ScoreBlock, chance
 
 
 def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
@@ -21,7 +21,7 @@ def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
         are expectations over a random order of tied candidates: constant scores give `chance`.
     """
     pictures, captions = torch.arange(len(i2t)), torch.arange(len(image_of))
-    block = Block(pictures, captions, i2t[None], t2i[None], pictures[:, None] == image_of)
+    block = ScoreBlock(pictures, captions, i2t[None], t2i[None], pictures[:, None] == image_of)
     counts = RankCounts.zeros(1, *i2t.shape)
     counts.add(block, *block.positive_scores())
     return counts.recalls(pictures, captions)[0]
@@ -146,7 +146,7 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
     # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
     fold_of = np.arange(m) // (m // 2)
     counts = RankCounts.zeros(1, m, len(image_of))
-    whole = Block(
+    whole = ScoreBlock(
         torch.arange(m), torch.arange(len(image_of)), torch.tensor(i2t)[None], torch.tensor(t2i)[None],
         torch.arange(m)[:, None] == torch.tensor(image_of),
     )  # fmt: skip
@@ -154,7 +154,7 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
     for rows in torch.arange(m).split(3):
         for columns in torch.arange(len(image_of)).split(4):
             part = [x[:, rows][:, :, columns] for x in (whole.i2t, whole.t2i)]
-            block = Block(rows, columns, *part, whole.is_positive[rows][:, columns])
+            block = ScoreBlock(rows, columns, *part, whole.is_positive[rows][:, columns])
             same = torch.tensor(fold_of)[rows, None] == torch.tensor(fold_of[image_of])[columns]
             counts.add(block, best[:, rows], own[:, columns], same)
     found = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]

@@ -16,7 +16,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.profiler import Profiles
-from ds_cmli.prepare import Start, check_early
+from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.test_kill import Ranks
 from tests.checkpoint.test_restore import assert_same
 from tests.config.test_mistakes import pairs
@@ -104,8 +104,8 @@ def test_a_node_is_lost_and_fewer_ranks_go_on_with_the_same_batches(options, unb
 def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
     config, asked = load_preset("tiny", {"run": {"output_dir": folder}}), DeepSpeedConfig.of({})
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_early(config, asked, Start(resume, False, False, False, Profiles(None, None)))
+    check_early(config, asked, LaunchOptions(resume, False, False, False, Profiles(None, None)))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     line = f"torchrun's --max-restarts is 3, --output-dir '{folder}' and --resume '{resume}': give a folder, "
     with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
-        check_early(config, asked, Start(resume, False, False, False, Profiles(None, None)))
+        check_early(config, asked, LaunchOptions(resume, False, False, False, Profiles(None, None)))

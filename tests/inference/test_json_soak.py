@@ -172,7 +172,7 @@ def test_every_json_damaged(run, pictures, tmp_path, monkeypatch):
 
     monkeypatch.setattr(charts, "draw", one_in_thirty)
     total["metrics.jsonl, report"] = campaign(metrics, report, line=1)
-    source = card.Source(run, exports.load_run(run, None, False).config, False)
+    source = card.ExportedRun(run, exports.load_run(run, None, False).config, False)
 
     def recorded_results() -> None:
         results = card.recorded(source)

@@ -14,7 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.losses.cached import PairLosses
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from ds_cmli.losses.tiles import LEAST_PAIRS, Side
+from ds_cmli.losses.tiles import LEAST_PAIRS, TileSide
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student
 
@@ -104,7 +104,7 @@ def test_sums_that_no_loss_uses_are_not_computed(device, objective):
 
 def test_on_a_gpu_bytes_alone_bound_a_tile(monkeypatch):
     patches = torch.zeros(4, 10, 8)  # of 4 images
-    images = Side(0, torch.zeros(4, 2, dtype=torch.int64), {"patches": patches}, None)
+    images = TileSide(0, torch.zeros(4, 2, dtype=torch.int64), {"patches": patches}, None)
     pair = 10 + 6  # bytes of the argmax indices of a pair with 6 text positions
     assert images.texts_of_a_tile(6, 10**9) == LEAST_PAIRS // 4
     monkeypatch.setattr(Probe, "on_gpu", lambda self, device: True)

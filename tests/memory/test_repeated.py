@@ -77,12 +77,12 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
 def test_uniform_loops_are_those_of_all_their_turns(
     negatives, stage, target, loss, texts, ranks, batch, count, monkeypatch
 ):
-    from ds_cmli.losses.tiles import Side
+    from ds_cmli.losses.tiles import TileSide
     from ds_cmli.memory import predict as module
     from ds_cmli.memory import repeated
 
     if texts is not None:
-        monkeypatch.setattr(Side, "texts_of_a_tile", lambda *_: texts)
+        monkeypatch.setattr(TileSide, "texts_of_a_tile", lambda *_: texts)
     optim = {"negatives": negatives, "micro_batch": batch}
     ds_config = {
         "gradient_accumulation_steps": count, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}

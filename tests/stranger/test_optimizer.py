@@ -46,7 +46,7 @@ class SignedMomentum(Optimizer):
 def registered(alone, monkeypatch):
     """As if PyTorch had it. DeepSpeed takes an optimizer of PyTorch by its name."""
     monkeypatch.setattr(torch.optim, "SignedMomentum", SignedMomentum, raising=False)
-    entry = optimizers.Optimizer("SignedMomentum", kinds={"inertia": number(0, 1)})
+    entry = optimizers.OptimizerEntry("SignedMomentum", kinds={"inertia": number(0, 1)})
     monkeypatch.setitem(optimizers.OPTIMIZERS, "SignedMomentum", entry)
 
 

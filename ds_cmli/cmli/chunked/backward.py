@@ -132,7 +132,7 @@ class SideGradient:
         for own_chunk in self.own_chunks:
             sums = buffers.total[: own_chunk.height].zero_()
             for other_chunk in self.other_chunks:
-                tile = Tile(own, other, own_chunk, other_chunk, *self.grads)
+                tile = BackwardTile(own, other, own_chunk, other_chunk, *self.grads)
                 table = other.load(other_chunk, load_buffers)  # [other_rows, D]
                 won, lost = self._indices(own_chunk, other_chunk)
                 add_won(tile, won, table, buffers, sums)
@@ -148,7 +148,7 @@ class SideGradient:
         return t2i, i2t
 
 
-class Tile(NamedTuple):
+class BackwardTile(NamedTuple):
     own: PackedBatch
     other: PackedBatch
     own_chunk: Chunk
@@ -197,7 +197,7 @@ class Buffers:
         )
 
 
-def add_won(tile: Tile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
+def add_won(tile: BackwardTile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
     """Add to `sums` [rows, D] the weighted rows of kind `won`, in the order in which they are
     stored."""
     _, other, own_chunk, other_chunk, *_ = tile
@@ -212,7 +212,9 @@ def add_won(tile: Tile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tens
     sums += F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
 
 
-def add_lost(tile: Tile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
+def add_lost(
+    tile: BackwardTile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Tensor
+) -> None:
     """Add to `sums` [rows, D] the weighted rows of kind `lost`, sorted by own row."""
     own, _, own_chunk, other_chunk, *_ = tile
     n = lost.numel()

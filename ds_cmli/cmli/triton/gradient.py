@@ -147,7 +147,7 @@ def choose_kernel(
     tl.store(sparse, pays.to(tl.int32))
 
 
-class Pairs(NamedTuple):
+class KeptPairs(NamedTuple):
     """What `pairs_kernel` finds, and the choice."""
 
     scale: Tensor
@@ -158,7 +158,7 @@ class Pairs(NamedTuple):
     sparse: Tensor
 
     @classmethod
-    def of(cls, p: OneSide, q: OneSide, p_axis: int) -> "Pairs":
+    def of(cls, p: OneSide, q: OneSide, p_axis: int) -> "KeptPairs":
         P, Q = p.sequences, q.sequences
         shape, integers = (P.sequences, Q.sequences), P.counts
         pairs = cls(
@@ -186,7 +186,7 @@ def write_gradient(
         list_bytes: bound on the sparse kernels' lists; those of one sequence are always made.
     """
     P, Q = p.sequences, q.sequences
-    pairs = Pairs.of(p, q, p_axis)
+    pairs = KeptPairs.of(p, q, p_axis)
     lists = Lists.of((P.sequences, P.length), (Q.sequences, Q.length), list_bytes)
     if lists is not None:
         inputs = (pairs.kept_count, P.ends, Q.ends, Q.counts, P.sequences, Q.sequences)
@@ -203,7 +203,7 @@ def write_sparse(
     q: OneSide,
     p_axis: int,
     lists: Lists,
-    pairs: Pairs,
+    pairs: KeptPairs,
 ) -> None:
     """Write `out` by the sparse kernels if `pairs.sparse` is not 0, a group of P at a time."""
     P, Q = p.sequences, q.sequences
@@ -237,7 +237,7 @@ def write_sparse(
 
 
 def write_dense(
-    out: Tensor, source: Tensor, p: OneSide, q: OneSide, p_axis: int, pairs: Pairs
+    out: Tensor, source: Tensor, p: OneSide, q: OneSide, p_axis: int, pairs: KeptPairs
 ) -> None:
     """Write `out` by the dense kernel if `pairs.sparse` is 0."""
     P, Q = p.sequences, q.sequences

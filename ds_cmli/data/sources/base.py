@@ -119,7 +119,7 @@ def numbered(place: str, count: int) -> np.ndarray:
     return scattered(count) ^ np.uint64(hash(place) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
-class Part(Source):
+class SourcePart(Source):
     """The pictures of a source that `indices` (int [n]) lists, in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray, bad: list[Bad]):
@@ -197,9 +197,9 @@ def hold_out(source: Source, wanted: float | None = None) -> tuple[Source, Sourc
         )
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.argpartition(source.priorities(), count - 1)[:count]] = True
-    kept = Part(source, np.flatnonzero(~chosen).astype(np.uint32), source.bad)
+    kept = SourcePart(source, np.flatnonzero(~chosen).astype(np.uint32), source.bad)
     # Bad samples are reported once.
-    held_out = Part(source, np.flatnonzero(chosen).astype(np.uint32), [])
+    held_out = SourcePart(source, np.flatnonzero(chosen).astype(np.uint32), [])
     return kept, held_out
 
 

@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources import tar_index
-from ds_cmli.data.sources.base import Part
+from ds_cmli.data.sources.base import SourcePart
 from ds_cmli.data.sources.tar_members import scan
 from ds_cmli.data.sources.tars import MOST_OPEN, Tars
 from tests.data.sources.samples import build, members, picture, shown, tar
@@ -368,7 +368,7 @@ def test_how_long_a_txt_is_is_known_without_reading_it(tmp_path, monkeypatch):
     source = tars(tar(tmp_path / "a.tar", members(range(8, 12))))
     monkeypatch.setattr(source, "_bytes", None)
     assert [source.caption_sizes(k) for k in range(4)] == [[11], [11], [12], [12]]
-    part = Part(source, np.array([2, 0]), [])
+    part = SourcePart(source, np.array([2, 0]), [])
     assert [part.caption_sizes(k) for k in range(2)] == [[12], [11]]
 
 

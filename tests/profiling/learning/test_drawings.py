@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.scenes import Pictures
+from ds_cmli.data.scenes import DemoPictures
 from profiling.learning import drawings
 from profiling.learning.drawings import SETS, redrawn
 
@@ -19,7 +19,7 @@ RED = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 2"><rect width="2"
 def a_set(tmp_path, monkeypatch):
     """OpenMoji with two drawings: the grinning face, and the chequered flag with its U+FE0F left out."""
     pytest.importorskip("resvg_py")
-    pictures = Pictures(56)
+    pictures = DemoPictures(56)
     (tmp_path / "drawings").mkdir()
     wheel = tmp_path / "drawings" / SETS["openmoji"].file
     with zipfile.ZipFile(wheel, "w") as archive:

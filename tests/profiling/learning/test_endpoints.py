@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_cmli.data.scenes import Pictures, Scenes
+from ds_cmli.data.scenes import DemoPictures, Scenes
 from ds_cmli.data.tokens import load_tokenizer
 from profiling.learning.endpoints import Endpoints, own_preferred, probe_accuracy, word_classes
 
@@ -35,7 +35,7 @@ def test_the_probe_finds_what_is_linear_and_not_what_is_not_there():
 
 
 def test_the_classes_of_words():
-    scenes = Scenes("unseen", 0, 1, Pictures(56), load_tokenizer("builtin", 64), "sentences")
+    scenes = Scenes("unseen", 0, 1, DemoPictures(56), load_tokenizer("builtin", 64), "sentences")
     caption = "a picture of red heart and farmer"
     scenes.caption = lambda index: (caption, [(13, 22), (27, 33)])
     scenes.pair = lambda index: SimpleNamespace(tokens=scenes.tokenizer(caption))

@@ -2,14 +2,14 @@
 
 import pytest
 
-from ds_cmli.data.scenes import Pictures
+from ds_cmli.data.scenes import DemoPictures
 from ds_cmli.data.tokens import load_tokenizer
 from profiling.learning.linked import COLOURS, KINDS, PERSONS, LinkedScenes
 
 
 @pytest.fixture(scope="module")
 def linked():
-    pictures, tokenizer = Pictures(56), load_tokenizer("builtin", 64)
+    pictures, tokenizer = DemoPictures(56), load_tokenizer("builtin", 64)
     return {kind: LinkedScenes(kind, 100, pictures, tokenizer) for kind in KINDS}
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_cmli.distributed.traffic import Count
+from ds_cmli.distributed.traffic import CallCount
 from profiling.speed.scaling import Rates, StepCost, crossovers, step_time
 
 RATES = Rates(flops=1e12, node_bandwidth=1e9, bandwidth=1e8, latency=1e-3, ranks_per_node=4)
@@ -17,22 +17,22 @@ def cost(ranks, exchange, memory=1, cached=False, checkpointing=False, **counts)
 
 
 def test_gathering_is_waited_for():
-    found = step_time(cost(4, "gather", all_gather=Count(2, 4 * 10**9)), RATES)
+    found = step_time(cost(4, "gather", all_gather=CallCount(2, 4 * 10**9)), RATES)
     # 3 of 4 GB at 1 GB/s, and two calls of log2(4) messages of 1 ms.
     assert found == {"model": 3.0, "scores": 3.0, "text": pytest.approx(3.004), "rest": 0.0}
 
 
 def test_a_ring_is_hidden_behind_the_scores():
     # One product more, as argmax indices are computed again: 4 s. Sending takes 3 s in a node, 30 s between nodes.
-    assert step_time(cost(4, "ring", send=Count(6, 3 * 10**9)), RATES)["text"] == 0.0
-    assert step_time(cost(8, "ring", send=Count(6, 3 * 10**9)), RATES)["text"] == pytest.approx(30.006 - 4)
+    assert step_time(cost(4, "ring", send=CallCount(6, 3 * 10**9)), RATES)["text"] == 0.0
+    assert step_time(cost(8, "ring", send=CallCount(6, 3 * 10**9)), RATES)["text"] == pytest.approx(30.006 - 4)
 
 
 def test_what_is_computed_again():
     found = step_time(cost(1, "gather", cached=True, checkpointing=True), RATES)
     assert found == {"model": 5.0, "scores": 4.0, "text": 0.0, "rest": 0.0}
     assert step_time(cost(4, "ring", cached=True), RATES)["scores"] == 4.0
-    assert Count(1, 8 * 10**9).sent("all-reduce", 4) == 12 * 10**9  # to scatter the sums, and to gather them
+    assert CallCount(1, 8 * 10**9).sent("all-reduce", 4) == 12 * 10**9  # to scatter the sums, and to gather them
 
 
 def test_pairs_that_a_cut_leaves_out():
@@ -40,7 +40,7 @@ def test_pairs_that_a_cut_leaves_out():
     assert step_time(cost(1, "gather"), RATES, 0.1)["scores"] == pytest.approx(1.2)
     assert step_time(cost(4, "ring"), RATES, 0.1)["scores"] == pytest.approx(2.2)
     computed = replace(RATES, scores=lambda cost, kept: cost.ranks + kept)
-    assert step_time(cost(4, "ring", send=Count(6, 3 * 10**9)), computed, 0.5) == {
+    assert step_time(cost(4, "ring", send=CallCount(6, 3 * 10**9)), computed, 0.5) == {
         "model": 3.0, "scores": 4.5, "text": 0.0, "rest": 0.0
     }  # fmt: skip
 
@@ -48,7 +48,7 @@ def test_pairs_that_a_cut_leaves_out():
 def test_crossovers_in_words():
     costs = [cost(1, "gather", 10)]
     for ranks, gathered in ((2, 10), (8, 40), (64, 300)):
-        costs += [cost(ranks, "gather", gathered, all_gather=Count(1, 10**9)), cost(ranks, "ring", 20)]
+        costs += [cost(ranks, "gather", gathered, all_gather=CallCount(1, 10**9)), cost(ranks, "ring", 20)]
     (line,) = crossovers(costs, RATES, 50)
     assert line == (
         "ZeRO 2, not cached: a ring takes less memory from 8 ranks on; less time from 8 ranks on; "
