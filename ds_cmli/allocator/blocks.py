@@ -3,6 +3,7 @@
 "Rule 1" and so on are the rules listed in the docstring of `allocator`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 MIN_BLOCK = 512
@@ -30,6 +31,31 @@ class Event:
     phase: str  # the part of a step in which it happened
     op: str = ""  # the operator that allocated the block
     stream: int = 0  # for which the block was allocated; 0: the default one
+
+
+def live_at_peak(events: Sequence[Event]) -> list[Event]:
+    """The allocations that are live when the requested bytes are the most, in their order."""
+    total = most = end = 0
+    for number, event in enumerate(events):
+        total += event.bytes
+        if total > most:
+            most, end = total, number + 1
+    live: dict[int, Event] = {}
+    for event in events[:end]:
+        if event.bytes > 0:
+            live[event.block] = event
+        elif event.bytes < 0:
+            del live[event.block]
+    return list(live.values())
+
+
+def peaks_of_phases(events: Sequence[Event]) -> dict[str, int]:
+    """The most that is requested in each phase, what was live when it began included."""
+    total, most = 0, dict[str, int]()
+    for event in events:
+        before, total = total, total + event.bytes
+        most[event.phase] = max(most.get(event.phase, 0), before, total)
+    return most
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 from ds_cmli.allocator import cuda_attention, cuda_layouts, cuda_reductions
-from ds_cmli.allocator.cuda_layouts import suggested
+from ds_cmli.allocator.cuda_layouts import MATRICES, TRANSFERS, suggested
 from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import (
@@ -51,6 +51,10 @@ def inside(
         return cuda_attention.flash_backward(grad, query, key, out, limits, deterministic)
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
         return cuda_attention.efficient_backward(args, limits, deterministic)
+    if func in MATRICES:
+        return cuda_layouts.operand_copies(func, args)
+    if func in TRANSFERS:
+        return cuda_layouts.transfer_copies(func, args, dict(kwargs or {}))
     if func in OTHERS:
         return OTHERS[func](args, limits)
     return NOTHING

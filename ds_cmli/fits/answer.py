@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
-from ds_cmli.allocator.blocks import Event, OutOfMemory
-from ds_cmli.fits.kernels import MATRICES
+from ds_cmli.allocator.blocks import Event, OutOfMemory, live_at_peak, peaks_of_phases
+from ds_cmli.allocator.cuda_layouts import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
 PRODUCTS = frozenset(map(str, MATRICES))
@@ -97,7 +97,7 @@ def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -
         replayed = replay(events, limit=room.bytes - outside)
     except OutOfMemory:
         fits, replayed = False, replay(events)
-    live = at_peak(events)
+    live = live_at_peak(events)
     sums: Counter[tuple[str, str]] = Counter()
     for event in live:
         sums[event.category, _line(event, lines)] += event.bytes
@@ -113,32 +113,9 @@ def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -
         "device": replayed.reserved_peak + outside,
     }
     tensor = top.bytes, top.op, _line(top, lines)
-    phases = _phases(events)
-    return Answer(fits, totals, categories, live[-1].phase, phases, largest, tensor)
-
-
-def at_peak(events: list[Event]) -> list[Event]:
-    """The allocations that are live when the requested bytes are the most, in their order."""
-    total = most = end = 0
-    for number, event in enumerate(events):
-        total += event.bytes
-        if total > most:
-            most, end = total, number + 1
-    live: dict[int, Event] = {}
-    for event in events[:end]:
-        if event.bytes > 0:
-            live[event.block] = event
-        elif event.bytes < 0:
-            del live[event.block]
-    return list(live.values())
-
-
-def _phases(events: list[Event]) -> dict[str, int]:
-    total, most = 0, dict[str, int]()
-    for event in events:
-        total += event.bytes
-        most[event.phase] = max(most.get(event.phase, 0), total)
-    return most
+    return Answer(
+        fits, totals, categories, live[-1].phase, peaks_of_phases(events), largest, tensor
+    )
 
 
 def _line(event: Event, lines: list[str]) -> str:

@@ -1,8 +1,9 @@
 """A GPU that is not there, as a program asks `torch.cuda` about it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from ctypes import CDLL, CFUNCTYPE, c_int64, c_void_p, cast
 from types import SimpleNamespace
 
 import torch
@@ -10,14 +11,78 @@ import torch
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
+from ds_cmli.fits import guard
+from ds_cmli.fits.recorder import Recorder
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.streams import Event, Stream, Streams
+from ds_cmli.fits.streams import Event, Stream, Work
+
+
+class Streams:
+    """The current stream, for which a recorder's allocations are."""
+
+    def __init__(self, recorder: StepRecorder):
+        Stream.created, Stream.works = {}, defaultdict(Work)
+        self.recorder, self.default = recorder, Stream.numbered(0)
+        self._followed: list[object] = []  # what autograd calls
+        self.events: list[Event] = []  # of autograd
+        if guard.loaded is not None:
+            self._follow_autograd(guard.loaded)
+        self.set(self.default)
+
+    def set(self, stream: Stream) -> None:
+        Stream.current, self.recorder.stream = stream, stream.stream_id
+        if guard.loaded is not None:
+            c_int64.in_dll(guard.loaded, "fits_stream").value = stream.stream_id
+
+    def _follow_autograd(self, library: CDLL) -> None:
+        """Let autograd's own streams, events and uses of tensors count as the program's."""
+        functions = {
+            "fits_switched": CFUNCTYPE(None, c_int64)(lambda to: self.set(Stream.numbered(to))),
+            "fits_recorded": CFUNCTYPE(c_int64, c_int64)(self._recorded),
+            "fits_waited": CFUNCTYPE(None, c_int64, c_int64)(self._waited),
+            "fits_used": CFUNCTYPE(None, c_void_p, c_int64)(self._used),
+        }
+        for name, function in functions.items():
+            c_void_p.in_dll(library, name).value = cast(function, c_void_p).value
+        self._followed += functions.values()
+
+    def _recorded(self, stream: int) -> int:
+        """An event's number: its place in the list of events."""
+        self.events.append(Stream.numbered(stream).record_event())
+        return len(self.events)
+
+    def _waited(self, stream: int, event: int) -> None:
+        Stream.numbered(stream).wait_event(self.events[event - 1])
+
+    def _used(self, storage: int, stream: int) -> None:
+        known = self.recorder.live.get(storage)
+        if known is not None:
+            self.recorder.used(known.block, Stream.numbered(stream))
+
+    @contextmanager
+    def on(self, stream: Stream | None) -> Iterator[Stream | None]:
+        """Inside, `stream` is the current one; None changes nothing."""
+        before = Stream.current
+        if stream is not None:
+            self.set(stream)
+        try:
+            yield stream
+        finally:
+            self.set(before)
+
+    def synchronize(self, *_: object) -> None:
+        for work in Stream.works.values():
+            work.finish(work.launched)
+
+    def empty_cache(self) -> None:
+        self.synchronize()  # as PyTorch's allocator does
+        self.recorder.record_emptied_cache()
 
 
 class Memory:
     """What PyTorch's allocator would count of a program so far."""
 
-    def __init__(self, recorder: StepRecorder):
+    def __init__(self, recorder: Recorder):
         self.recorder, self.allocator = recorder, CachingAllocator()
         self.followed = 0  # changes of the recorder's log
         self.blocks: dict[int, Block] = {}

@@ -1,5 +1,5 @@
-"""A GPU's kernels: those that it chooses where a CPU chooses others, the copies that its products
-make, and those that do not run: Triton's, and those that DeepSpeed compiles for its optimizers.
+"""A GPU's kernels: those that it chooses where a CPU chooses others, and those that do not run:
+Triton's, and those that DeepSpeed compiles for its optimizers.
 
 The last write into tensors that they are given and allocate nothing.
 """
@@ -13,20 +13,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.distributed.tensor import DTensor
 
 from ds_cmli.allocator import attention_choice
 from ds_cmli.allocator.attention_choice import Attention
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import NOTHING, Inside
 from ds_cmli.common.patches import patched
 
 aten = torch.ops.aten
-# The places of the two matrices among the arguments.
-MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products
-TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
 IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
@@ -134,54 +129,6 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     if training and 0 < p < 1:
         return torch.native_dropout(input, p, True)[0]
     return input
-
-
-def transfer_copies(func: OpOverload, args: tuple, kwargs: dict) -> Inside:
-    """The copy on the GPU that one of `TRANSFERS` makes where layout or type change on the way.
-
-    Source: `copy_requires_temporaries` and `copy_kernel_cuda` of PyTorch's
-    aten/src/ATen/native/cuda/Copy.cu.
-    """
-    if func is aten.copy_.default:
-        target, source = args[:2]
-        to, waits = target.device, not (len(args) > 2 and args[2])
-    else:
-        source, to = args[0], torch.device(kwargs.get("device") or args[0].device)
-        layout = kwargs.get("memory_format")
-        target = torch.empty_like(
-            source, device="meta", dtype=kwargs.get("dtype"), memory_format=layout
-        )
-        waits = not kwargs.get("non_blocking")
-    same_type = target.dtype == source.dtype
-    if to.type == source.device.type or (same_type and target.stride() == source.stride()):
-        return NOTHING
-    there = target if to.type == "cuda" else source  # the one on the GPU
-    converts = not same_type and not waits  # otherwise types change on the host
-    if there.is_contiguous() and not converts:
-        return NOTHING
-    of_type = source if to.type == "cuda" and not waits else target
-    return Inside(after=((target.numel() * of_type.dtype.itemsize,),))
-
-
-def operand_copies(func: OpOverload, args: tuple) -> Inside:
-    """The copies that cuBLAS needs of operands that lie neither by rows nor by columns.
-
-    Expanded gradients do. Source: `prepare_matrix_for_cublas` and `prepare_batch_matrix_for_cublas`
-    of PyTorch's aten/src/ATen/native/cuda/Blas.cpp.
-    """
-    if func not in MATRICES:
-        return NOTHING
-    first = MATRICES[func]
-    copied = [x for x in args[first : first + 2] if not _as_it_lies(x)]
-    return Inside(after=(tuple(x.numel() * x.dtype.itemsize for x in copied),))
-
-
-def _as_it_lies(x: Tensor) -> bool:
-    """Whether cuBLAS takes a matrix [..., rows, columns] as it lies in memory."""
-    rows, columns = x.shape[-2:]
-    down, along = x.stride()[-2:]
-    by_rows = along == 1 and down >= max(1, columns)
-    return by_rows or (down == 1 and along >= max(1, rows))
 
 
 class _Kernels:

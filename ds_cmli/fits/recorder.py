@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.allocator import attention_choice, cuda_operators
+from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside, Stage
 
@@ -236,6 +237,15 @@ class Recorder(TorchDispatchMode):
             if live.block == new and storage is not None:
                 self.follow(storage, block, live.bytes)
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, allocations are not recorded: they happen elsewhere, or not at all on a GPU."""
+        before, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = before
+
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""
         for tensor in tensors:
@@ -244,6 +254,20 @@ class Recorder(TorchDispatchMode):
                 block = self.block_of(tensor)
                 if block is not None and self.blocks[block].category is None:
                     self.blocks[block].category = category
+
+    def category(self, number: int) -> str:
+        """What a block was for, as far as it is known now."""
+        return self.blocks[number].category or "temporaries"
+
+    def events(self) -> list[Event]:
+        """All changes so far."""
+        categories = list(map(self.category, range(len(self.blocks))))
+        out = []
+        for block, size, phase in self.log:
+            allocation = self.blocks[block]
+            op, stream = allocation.op, allocation.stream
+            out.append(Event(block, size, categories[block], phase, op, stream))
+        return out
 
     @contextmanager
     def on_stream(self, name: str) -> Iterator[None]:

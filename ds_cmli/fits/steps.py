@@ -19,14 +19,14 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.cuda_layouts import TRANSFERS
 from ds_cmli.allocator.cuda_operators import CONVOLUTIONS
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import kernels, lines
 from ds_cmli.fits.progress import Progress
-from ds_cmli.fits.recorder import Allocation, Recorder
+from ds_cmli.fits.recorder import Recorder
 from ds_cmli.fits.script import StepsDone
 from ds_cmli.fits.streams import Awaited, Stream
 
@@ -96,14 +96,9 @@ class StepRecorder(Recorder):
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
     ) -> tuple[str, Inside]:
-        if self.gpu is None:
-            return super()._inside(func, args, kwargs)
-        if func in kernels.TRANSFERS:
-            return "temporaries", kernels.transfer_copies(func, args, kwargs or {})
         for leaf in tree_leaves(args):
-            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
-                if func in kernels.MATRICES:
-                    return "temporaries", kernels.operand_copies(func, args)
+            on_gpu = isinstance(leaf, Tensor) and leaf.device.type == self.device
+            if on_gpu or func in TRANSFERS:
                 return super()._inside(func, args, kwargs)
         return "temporaries", Inside()
 
@@ -170,11 +165,8 @@ class StepRecorder(Recorder):
         """A function whose tensors take no memory on a GPU."""
 
         def run(*args: object, **kwargs: object) -> object:
-            before, self.recording = self.recording, False
-            try:
+            with self.paused():
                 return function(*args, **kwargs)
-            finally:
-                self.recording = before
 
         return run
 
@@ -220,7 +212,8 @@ class StepRecorder(Recorder):
         if self.progress.ends_after_step(optimizer):
             raise StepsDone
 
-    def _category(self, number: int, block: Allocation) -> str:
+    def category(self, number: int) -> str:
+        block = self.blocks[number]
         if block.category is not None:
             return block.category
         if number in self.exchanged:
@@ -233,15 +226,6 @@ class StepRecorder(Recorder):
         if kept and (block.phase == "forward" or block.recomputed):
             return "activations"
         return "temporaries"
-
-    def events(self) -> list[Event]:
-        categories = [self._category(*numbered) for numbered in enumerate(self.blocks)]
-        out = []
-        for block, size, phase in self.log:
-            allocation = self.blocks[block]
-            op, stream = allocation.op, allocation.stream
-            out.append(Event(block, size, categories[block], phase, op, stream))
-        return out
 
 
 def _described(x: object) -> object:

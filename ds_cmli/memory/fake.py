@@ -76,29 +76,14 @@ class Answers(FakeTensorMode):
             out.fake_truth_value = self.phase in ("init", "optimizer") or self.full
         return out
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled, so that the method above needs no guard
-
-    # PyTorch keeps the sizes of an operator's results for later calls with such arguments. The two
-    # methods below do what its own do but for what never occurs here, such as symbols in sizes,
-    # which takes a quarter of a prediction's time.
+    # PyTorch keeps the sizes of an operator's results for later calls with such arguments. This
+    # does what its own method does but for what never occurs here, such as symbols in sizes, which
+    # takes a fifth of a prediction's time.
 
     def _cache_key(self, state, func, args, kwargs):
         key: list[object] = [func, torch.get_default_dtype()]
         _describe((args, *kwargs.items()), key)
         return _DispatchCacheKey(tuple(key))
-
-    def _get_output_tensor_from_cache_entry(self, state, entry, key, func, args):
-        form = entry.metadata
-        # No tensor, one that is changed in place, or one whose numbers are read as others.
-        if form is None or form.is_conj or form.is_neg:
-            return super()._get_output_tensor_from_cache_entry(state, entry, key, func, args)
-        meta = torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
-        if entry.view_idx is not None:
-            storage = args[entry.view_idx].untyped_storage()
-            meta.set_(storage, form.storage_offset, form.shape, form.stride)
-        return FakeTensor(self, meta, form.device)
 
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:

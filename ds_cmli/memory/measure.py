@@ -132,7 +132,7 @@ class Measurement:
         device = self.train_engine.device
         cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if cuda else "CPU allocator"
-        tracked = summarise(self.tracker.events(host=not cuda), setting, "")
+        tracked = summarise(self.tracker.events(), setting, "")
         return combined(tracked, self.totals, setting, f"measured: {name}")
 
     def _note_texts(self, module: nn.Module, inputs: tuple) -> None:

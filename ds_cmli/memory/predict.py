@@ -261,7 +261,7 @@ def _record(
             as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
             step(number)
-    return tracker.events(host=not here.cuda), sizes, shares
+    return tracker.events(), sizes, shares
 
 
 def _own_parameters(module: nn.Module) -> int:

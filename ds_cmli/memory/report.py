@@ -5,11 +5,11 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 "device" all that the process occupies there.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.blocks import Event, live_at_peak, peaks_of_phases
 from ds_cmli.common import plots
 from ds_cmli.common.json_text import JsonObject
 
@@ -58,23 +58,13 @@ class Report:
         return dict(vars(self))
 
 
-def summarise(events: Iterable[Event], setting: JsonObject, source: str) -> Report:
-    """Compute the live bytes by category at the peak of `events`, and the peak of each phase.
-
-    A phase's peak includes what was live when it began.
-    """
-    live = dict.fromkeys(CATEGORIES, 0)
-    phases = dict.fromkeys(PHASES, 0)
-    at_peak, total = dict(live), 0
-    peak: int | None = None
-    for event in events:
-        before = total
-        total += event.bytes
-        live[event.category] += event.bytes
-        phases[event.phase] = max(phases[event.phase], before, total)
-        if peak is None or total > peak:
-            peak, at_peak = total, dict(live)
-    return Report(setting, source, at_peak, phases, {"requested": sum(at_peak.values())})
+def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Report:
+    """Compute the live bytes by category at the peak of `events`, and the peak of each phase."""
+    categories = dict.fromkeys(CATEGORIES, 0)
+    for event in live_at_peak(events):
+        categories[event.category] += event.bytes
+    phases = dict.fromkeys(PHASES, 0) | peaks_of_phases(events)
+    return Report(setting, source, categories, phases, {"requested": sum(categories.values())})
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:

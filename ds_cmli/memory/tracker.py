@@ -10,6 +10,7 @@ formulas give it (`allocator/cuda_operators.py`).
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
-from ds_cmli.fits.recorder import Allocation, Recorder
+from ds_cmli.fits.recorder import Recorder
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.workspace import copied_bytes, workspace_bytes
@@ -114,6 +115,7 @@ class Tracker(Recorder, Probe):
         super().__init__(device, gpu, deterministic)
         self.text_lengths = text_lengths
         self.workspaces, self.backend = workspaces, backend
+        self.cuda = device == "cuda" or gpu is not None
         self.last_of_init = 0
         # The place, among the texts of all ranks, of the first one that the op works on.
         self.first_text = 0
@@ -209,15 +211,6 @@ class Tracker(Recorder, Probe):
 
         return run
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, allocations are not recorded, because they happen on the host."""
-        before, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = before
-
     def claim_owned(self, train_engine: TrainEngine) -> None:
         """Claim what the models, the engine and its optimizer hold at this moment."""
         for category, held in owners(train_engine):
@@ -289,7 +282,8 @@ class Tracker(Recorder, Probe):
         if isinstance(output, PairFeatures):
             self.claim("cached features", output.tensors())
 
-    def _category(self, block: Allocation) -> str:
+    def category(self, number: int) -> str:
+        block = self.blocks[number]
         if block.category is not None:
             return block.category
         temporary = block.ended == block.segment
@@ -299,16 +293,12 @@ class Tracker(Recorder, Probe):
             return "ZeRO buckets"  # what the engine allocates once and keeps
         return "temporaries"
 
-    def events(self, host: bool = True) -> list[Event]:
-        """All recorded events. `host`: include what an offloaded optimizer keeps in host memory."""
-        categories = list(map(self._category, self.blocks))
-        events = []
-        for block, size, phase in self.log:
-            category = categories[block]
-            if category == HOST:
-                if not host:
-                    continue
-                category = "optimizer states"
-            allocation = self.blocks[block]
-            events.append(Event(block, size, category, phase, allocation.op, allocation.stream))
-        return events
+    def events(self) -> list[Event]:
+        """All changes; of what an offloaded optimizer keeps on the host only where a CPU trains."""
+        out = []
+        for event in super().events():
+            if event.category != HOST:
+                out.append(event)
+            elif not self.cuda:
+                out.append(replace(event, category="optimizer states"))
+        return out

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import program, script
 from ds_cmli.fits.counting import end_after_steps
+from ds_cmli.fits.device import Streams
 from ds_cmli.fits.progress import Progress
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.streams import Streams
 from ds_cmli.fits.values import Values
 from ds_cmli.fits.world import World
 

@@ -29,7 +29,7 @@ def measure(config: Config, ds_config: Section, world_size: int = 1) -> Report:
     tracker = Tracker("cuda")
     with process_group(world_size), tracker:
         totals = _two_steps(config, ds_config, world_size, tracker.attach_to_training)
-        tracked = summarise(tracker.events(host=False), {}, "")
+        tracked = summarise(tracker.events(), {}, "")
     name = torch.cuda.get_device_name()
     setting = {"preset": config.run.preset, "world_size": world_size, "gpu": name}
     return combined(tracked, totals, setting, f"measured: {name}")
