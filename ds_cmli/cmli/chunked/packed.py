@@ -9,7 +9,6 @@ Shape legend: B sequences, P positions of a sequence (padded), R valid rows of a
 D features.
 """
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -100,15 +99,10 @@ def make_chunks(
 
 
 def largest(chunks: list[Chunk]) -> ChunkShape:
-    """The largest of each size among the chunks."""
-    return joined(map(Chunk.shape, chunks))
-
-
-def joined(shapes: Iterable[ChunkShape]) -> ChunkShape:
-    """The largest of each size; zeros for no shape."""
+    """The largest of each size among the chunks; zeros for no chunk."""
     most = ChunkShape(0, 0, 0)
-    for shape in shapes:
-        most = ChunkShape(*map(max, most, shape))
+    for chunk in chunks:
+        most = ChunkShape(*map(max, most, chunk.shape()))
     return most
 
 

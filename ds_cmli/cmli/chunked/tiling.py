@@ -1,7 +1,6 @@
 """How large the chunked backend's tiles are, computed from what a tile holds in memory.
 
-`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget;
-`peak_memory` adds up the same bytes for the chunks that a call really has.
+`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget.
 
 Shape legend: T tokens of c texts, K patches of i images in a tile; D features.
 """
@@ -44,21 +43,18 @@ class Widths(NamedTuple):
         return cls(dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize)
 
 
-def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
+def load_bytes(rows: int, D: int, width: Widths) -> int:
     """Bytes of `PackedBatch.load_buffers`: copies of rows that a mask selects, and of 16-bit rows
     in fp32."""
-    narrow = masked and width.narrow < width.wide
-    wide = masked or width.narrow < width.wide
-    return rows * D * (narrow * width.narrow + wide * width.wide)
+    narrow = width.narrow < width.wide
+    return rows * D * (narrow * width.narrow + width.wide)
 
 
-def forward_tile_bytes(
-    text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool
-) -> int:
+def forward_tile_bytes(text: ChunkShape, image: ChunkShape, width: Widths) -> int:
     """Bytes of a forward tile: similarities, both maxima, the means, and then the comparison with
     the maxima."""
     (T, c, _), (K, i, _) = text, image
-    return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
+    return width.wide * (T * K + c * K + T * i + max(c * i, T * K))
 
 
 def backward_buffer_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
@@ -99,12 +95,12 @@ def tile_sizes(
     texts, images = MOST_TEXTS, max(1, image_rows // N)
     while True:
         text, image = ChunkShape(max(text_rows, M), texts, M), ChunkShape(images * N, images, N)
-        need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
+        need = load_bytes(text.rows, D, width) + load_bytes(image.rows, D, width)
         if backward:
             of_text = _gradient_bytes(text, image, D, width)
             need += max(of_text, _gradient_bytes(image, text, D, width))
         else:
-            need += forward_tile_bytes(text, image, width, True, True)
+            need += forward_tile_bytes(text, image, width)
         if need <= scratch_bytes or (text_rows <= M and texts == images == 1):
             return text, image
         text_rows, texts, images = text_rows // 2, max(1, texts // 2), max(1, images // 2)
