@@ -5,9 +5,11 @@ import os
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import Thread
 from typing import NoReturn
 
 import torch
@@ -27,7 +29,7 @@ from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fits import device, files, kernels, lines, modules, script, threads
+from ds_cmli.fits import device, files, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.stand_ins import on_host
 from ds_cmli.fits.steps import StepRecorder
@@ -41,6 +43,7 @@ WITHOUT_DATA = (
     UnsupportedOperatorException,
 )
 OF_GPU = ("GPU", "GPU's memory", "GPU's random numbers", "GPU's own functions")
+PATIENCE = 2.0  # seconds for a task of a pool, which may wait for its first thread
 
 
 @dataclass
@@ -73,7 +76,7 @@ def run(
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
         of_a_thread = partial(_entered, (without_data, recorder, values))
-        stack.enter_context(threads.following(of_a_thread))
+        stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())
         try:
             ran.code = script.run(command, (script.NotFollowed, UserError, *WITHOUT_DATA))
@@ -92,6 +95,35 @@ def _entered(modes: Sequence[TorchDispatchMode]) -> Iterator[None]:
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for mode in modes:
             stack.enter_context(mode)
+        yield
+
+
+@contextmanager
+def _threads_entered(entered: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Inside, a thread runs in the context that `entered` makes, as modes of torch are of a thread.
+
+    A task of a pool ends before the next one begins, so that a program allocates in the same
+    order each time, as those do that load weights by a pool.
+    """
+
+    def begun(begin: Callable[[Thread], None]) -> Callable[[Thread], None]:
+        def run(thread: Thread) -> None:
+            with entered():
+                begin(thread)
+
+        return run
+
+    def submitted(submit: Callable[..., Future]) -> Callable[..., Future]:
+        def run(pool: ThreadPoolExecutor, *args: object, **kwargs: object) -> Future:
+            future = submit(pool, *args, **kwargs)
+            wait([future], PATIENCE)
+            return future
+
+        return run
+
+    with ExitStack() as stack:
+        stack.enter_context(patched("python: threads", begun))
+        stack.enter_context(patched("python: tasks of pools", submitted))
         yield
 
 
