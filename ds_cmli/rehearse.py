@@ -91,7 +91,7 @@ def _load_first(ready: Prepared) -> None:
         ready.bad.check(ready.flags, seen)  # collective
 
 
-def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> None:
+def _show(answers: list[predict_subprocess.PredictionAnswer], device: torch.device) -> None:
     """Print the memory that a GPU needs, and check that this device has enough.
 
     Args:

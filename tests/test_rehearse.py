@@ -65,7 +65,7 @@ def test_what_is_printed_is_what_was_asked_for(command, tmp_path, capsys):
 
 
 def test_a_step_that_needs_more_memory_than_there_is(command, monkeypatch, capsys):
-    room = out_of_memory.Room(10**6, "of this process, RLIMIT_DATA (ulimit) = 1,000,000 B")
+    room = out_of_memory.DeviceRoom(10**6, "of this process, RLIMIT_DATA (ulimit) = 1,000,000 B")
     monkeypatch.setattr(out_of_memory, "process_room", lambda base: room)
     line = fail(train.command, [*command.defaults, "--dry-run"], monkeypatch, capsys)
     assert "out of memory: a step needs" in line and "RLIMIT_DATA" in line

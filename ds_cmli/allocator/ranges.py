@@ -11,14 +11,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ds_cmli.allocator.blocks import DEFAULT_POOL, LARGE_SEGMENT, Pool
-from ds_cmli.allocator.state import Entry, Range, State
+from ds_cmli.allocator.state import Entry, SegmentRange, State
 
 LEAST_WIDTH = 4 << 30  # bytes: a range is 9/8 as large as the GPU's memory
 FOREVER = 1 << 62
 
 
 @dataclass(eq=False)
-class KnownRange(Range):
+class KnownRange(SegmentRange):
     """What is known of a range so far, going back from the end of the history."""
 
     mapped: int = 0  # bytes
@@ -29,7 +29,7 @@ class KnownRange(Range):
     def distance(self, entry: Entry) -> int:
         return max(self.begin - entry.address - entry.size, entry.address - self.end, 0)
 
-    def overlaps(self, other: Range) -> bool:
+    def overlaps(self, other: SegmentRange) -> bool:
         return self is not other and other.begin < self.end and self.begin < other.end
 
 

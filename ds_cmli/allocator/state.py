@@ -53,7 +53,7 @@ class Mapped:
 
 
 @dataclass(eq=False)
-class Range:
+class SegmentRange:
     """The known addresses of an expandable segment, as long as it has memory."""
 
     begin: int
@@ -85,9 +85,9 @@ class State:
     numbers: dict[int, int] = field(default_factory=dict)  # of segments, where they are not 0
     taken: dict[int, Mapped] = field(default_factory=dict)  # number of a `segment_alloc` -> segment
     settings: Settings = DEFAULTS  # with which the history was recorded
-    ranges: list[Range] = field(default_factory=list)  # those that have memory
+    ranges: list[SegmentRange] = field(default_factory=list)  # those that have memory
     # Number of each `segment_map` and `segment_unmap` -> its range.
-    range_at: dict[int, Range] = field(default_factory=dict)
+    range_at: dict[int, SegmentRange] = field(default_factory=dict)
     # Number of each event that returned memory whose pool is not recorded -> the assumed pool.
     assumed_pools: dict[int, Pool] = field(default_factory=dict)
     private: set[int] = field(default_factory=set)  # those that cannot be of the default pool
@@ -120,7 +120,7 @@ def _in_pools(mapped: dict[int, Mapped], pools: dict[int, Pool]) -> dict[int, Ma
     return out
 
 
-def range_with(ranges: Sequence[Range], address: int) -> Range | None:
+def range_with(ranges: Sequence[SegmentRange], address: int) -> SegmentRange | None:
     return next((found for found in ranges if found.holds(address)), None)
 
 

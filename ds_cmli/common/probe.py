@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # train.py imports this before it imports torch
     from torch import Tensor
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+Returned = TypeVar("Returned")
 
 
 class Probe:
@@ -80,7 +80,7 @@ class Probe:
             return iter(items)
         return self.below.turns(items)
 
-    def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
+    def alike(self, function: Callable[..., Returned], *arguments: object) -> Returned:
         """Call a function that each micro-batch of a step calls once, with the same amounts."""
         if self.below is None:
             return function(*arguments)

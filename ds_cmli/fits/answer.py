@@ -17,11 +17,11 @@ from ds_cmli.allocator.cuda_layouts import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
 PRODUCTS = frozenset(map(str, MATRICES))
-Place = tuple[bool, int]  # whether in the thread of backward, and the stream
+StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 
 def with_cublas(
-    events: list[Event], workspaces: int, given: Mapping[Place, int] = MappingProxyType({})
+    events: list[Event], workspaces: int, given: Mapping[StreamPlace, int] = MappingProxyType({})
 ) -> list[Event]:
     """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
@@ -32,9 +32,9 @@ def with_cublas(
         given: how many events precede a place's first product into a tensor that it was given.
     """
     out: list[Event] = []
-    taken = set[Place]()
+    taken = set[StreamPlace]()
 
-    def take(place: Place, phase: str) -> None:
+    def take(place: StreamPlace, phase: str) -> None:
         taken.add(place)
         block, size = -len(taken), workspaces // 2
         out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))

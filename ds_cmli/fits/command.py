@@ -150,7 +150,7 @@ def _without_data(
     ran = running.run(program, recorder, values, card, world)
     if ran.code:
         return ran.code
-    answered = report.Report.of(recorder, rooms, world)
+    answered = report.ProgramReport.of(recorder, rooms, world)
     print(answered.sentence(_name(program)))
     answered.show()
     for line in report.told(values, ran, recorder):

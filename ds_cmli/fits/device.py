@@ -14,7 +14,7 @@ from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.fits import guard
 from ds_cmli.fits.recorder import Recorder
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.streams import Event, Stream, Work
+from ds_cmli.fits.streams import Stream, StreamEvent, Work
 
 
 class Streams:
@@ -24,7 +24,7 @@ class Streams:
         Stream.created, Stream.works = {}, defaultdict(Work)
         self.recorder, self.default = recorder, Stream.numbered(0)
         self._followed: list[object] = []  # what autograd calls
-        self.events: list[Event] = []  # of autograd
+        self.events: list[StreamEvent] = []  # of autograd
         if guard.loaded is not None:
             self._follow_autograd(guard.loaded)
         self.set(self.default)
@@ -185,6 +185,6 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
         "stream": streams.on,
         "device": nullcontext,
         "Stream": Stream,
-        "Event": Event,
+        "Event": StreamEvent,
     }
     return found

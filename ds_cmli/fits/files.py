@@ -77,27 +77,27 @@ def _loading(load: Callable[..., object]) -> Callable[..., object]:
     return run
 
 
-class Stored(NamedTuple):
+class StoredStorage(NamedTuple):
     """A storage of a file, as far as a function `map_location` needs to know it."""
 
     device: torch.device
 
-    def cpu(self) -> "Stored":
-        return Stored(torch.device("cpu"))
+    def cpu(self) -> "StoredStorage":
+        return StoredStorage(torch.device("cpu"))
 
-    def cuda(self, device: int | str | torch.device | None = None) -> "Stored":
-        return Stored(torch.device("cuda", 0) if device is None else torch.device(device))
+    def cuda(self, device: int | str | torch.device | None = None) -> "StoredStorage":
+        return StoredStorage(torch.device("cuda", 0) if device is None else torch.device(device))
 
 
 class Places(dict[str, str]):
     """The device that a function gives to each location of a file."""
 
-    def __init__(self, place: Callable[[Stored, str], Stored | None]):
+    def __init__(self, place: Callable[[StoredStorage, str], StoredStorage | None]):
         super().__init__()
         self.place = place
 
     def get(self, location: str, default: object = None) -> str:  # type: ignore[override]
-        found = self.place(Stored(torch.device("cpu")), location)
+        found = self.place(StoredStorage(torch.device("cpu")), location)
         return location if found is None else str(found.device)
 
 

@@ -137,7 +137,7 @@ def _first_failure(processes: list[subprocess.Popen]) -> int:
 
 
 @dataclass(frozen=True)
-class Answer:
+class NullGpuAnswer:
     """What a program takes of one device."""
 
     asked: NullGpu
@@ -171,7 +171,7 @@ class Answer:
         return {**counted, "totals": self.totals, "fits": {str(self.asked.room): self.enough}}
 
 
-def answer(asked: NullGpu, program: Sequence[str], snapshot: str | None) -> Answer:
+def answer(asked: NullGpu, program: Sequence[str], snapshot: str | None) -> NullGpuAnswer:
     """Run the program, and again without a limit where the device has too little memory.
 
     Raises:
@@ -183,4 +183,4 @@ def answer(asked: NullGpu, program: Sequence[str], snapshot: str | None) -> Answ
     if not fits:
         counted = asked.run(program, WITHOUT_LIMIT, snapshot)
     check_training(counted.steps, counted.reserved > 0)
-    return Answer(asked, counted, fits)
+    return NullGpuAnswer(asked, counted, fits)

@@ -93,7 +93,7 @@ def show_totals(totals: dict[str, int], room: Room, world: World) -> None:
 
 
 @dataclass
-class Report:
+class ProgramReport:
     """The answers for each device in question."""
 
     steps: int  # optimizer steps that were done
@@ -104,7 +104,7 @@ class Report:
     waited_for: list[str]  # optimizers that have done no step
 
     @classmethod
-    def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
+    def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "ProgramReport":
         progress = recorder.progress
         steps = progress.steps
         card = gpus.find(rooms[0].gpu)

@@ -40,7 +40,7 @@ class Work:
             self.launch()  # the wait, which somebody may wait for in turn
 
 
-class Event:
+class StreamEvent:
     """A place in the work of a stream."""
 
     def __init__(self, *_: object, **__: object):
@@ -66,7 +66,7 @@ class Event:
             self.synchronize()
         return self.is_over
 
-    def elapsed_time(self, end: "Event") -> float:
+    def elapsed_time(self, end: "StreamEvent") -> float:
         return 1.0
 
 
@@ -107,14 +107,14 @@ class Stream:
     def wait_stream(self, stream: "Stream") -> None:
         self.work.wait(stream.work, stream.work.launched)
 
-    def wait_event(self, event: Event) -> None:
+    def wait_event(self, event: StreamEvent) -> None:
         self.work.wait(event.work, event.number)
 
     def synchronize(self) -> None:
         self.work.finish(self.work.launched)
 
-    def record_event(self, event: Event | None = None) -> Event:
-        event = event or Event()
+    def record_event(self, event: StreamEvent | None = None) -> StreamEvent:
+        event = event or StreamEvent()
         event.record(self)
         return event
 
@@ -133,7 +133,7 @@ class Awaited:
 
     def __init__(self) -> None:
         self.uses: dict[int, set[Stream]] = {}  # of blocks that have not ended
-        self.pending: list[tuple[int, int, list[Event]]] = []
+        self.pending: list[tuple[int, int, list[StreamEvent]]] = []
 
     def use(self, block: int, stream: Stream) -> None:
         self.uses.setdefault(block, set()).add(stream)

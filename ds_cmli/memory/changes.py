@@ -16,7 +16,7 @@ DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000
 
 
 @dataclass(frozen=True)
-class Part:
+class ChangedSetting:
     """One setting to change."""
 
     what: str  # as the user writes it
@@ -24,7 +24,7 @@ class Part:
     zero: dict[str, object] = field(default_factory=dict)  # of the JSON's "zero_optimization"
     json: dict[str, object] = field(default_factory=dict)  # of the DeepSpeed JSON itself
 
-    def includes(self, other: "Part") -> bool:
+    def includes(self, other: "ChangedSetting") -> bool:
         """Whether it does what `other` does: it is the same, or a smaller micro-batch."""
         if self == other:
             return True
@@ -33,8 +33,8 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Change:
-    parts: tuple[Part, ...]
+class SettingsChange:
+    parts: tuple[ChangedSetting, ...]
     config: Config  # with these changes
     ds_config: DeepSpeedConfig
 
@@ -42,30 +42,30 @@ class Change:
     def what(self) -> str:
         return " and ".join(part.what for part in self.parts)
 
-    def includes(self, other: "Change") -> bool:
+    def includes(self, other: "SettingsChange") -> bool:
         return all(map(self._has, other.parts))
 
-    def _has(self, wanted: Part) -> bool:
+    def _has(self, wanted: ChangedSetting) -> bool:
         return any(part.includes(wanted) for part in self.parts)
 
 
-RECOMPUTE = Part("--set loss.cmli_recompute=true", loss={"cmli_recompute": True})
-CHECKPOINTING = Part(
+RECOMPUTE = ChangedSetting("--set loss.cmli_recompute=true", loss={"cmli_recompute": True})
+CHECKPOINTING = ChangedSetting(
     '"activation_checkpointing": {} in the DeepSpeed JSON', json={"activation_checkpointing": {}}
 )
-RING = Part("--set loss.cmli_exchange=ring", loss={"cmli_exchange": "ring"})
-BUCKET = Part(
+RING = ChangedSetting("--set loss.cmli_exchange=ring", loss={"cmli_exchange": "ring"})
+BUCKET = ChangedSetting(
     f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}',
     zero={"reduce_bucket_size": SMALL_BUCKET},
 )
-OFFLOAD = Part(
+OFFLOAD = ChangedSetting(
     '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
     zero={"offload_optimizer": {"device": "cpu"}},
 )
 
 
-def zero_stage(stage: int) -> Part:
-    return Part(f'"zero_optimization": {{"stage": {stage}}}', zero={"stage": stage})
+def zero_stage(stage: int) -> ChangedSetting:
+    return ChangedSetting(f'"zero_optimization": {{"stage": {stage}}}', zero={"stage": stage})
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ class Step:
     world_size: int
     gpu: bool  # whether it runs on a GPU
 
-    def changed(self, parts: Sequence[Part]) -> Change:
+    def changed(self, parts: Sequence[ChangedSetting]) -> SettingsChange:
         """Apply `parts` in their order. Raises `UserError` if they cannot go together."""
         values, ds_config = self.config.to_dict(), self.ds_config
         for part in parts:
             values["loss"].update(part.loss)
             ds_config = ds_config.replaced(part.zero, **part.json)
-        return Change(tuple(parts), Config.from_dict(values), ds_config)
+        return SettingsChange(tuple(parts), Config.from_dict(values), ds_config)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[SettingsChange]:
         """Changes to try: first those that train the same model, last smaller micro-batches."""
         zero, stage = self.ds_config.zero, self.ds_config.stage
-        same: list[Part] = []
+        same: list[ChangedSetting] = []
         if compares_tokens(self.config.loss.weights) and not self.config.loss.cmli_recompute:
             same.append(RECOMPUTE)
         if not self.ds_config.checkpointing:
@@ -113,7 +113,7 @@ class Step:
                 out.append(self.changed(parts))
         return out
 
-    def together(self) -> list[Change]:
+    def together(self) -> list[SettingsChange]:
         """Changes for a GPU that train the same model: the cheapest, and more and more with it."""
         highest = 3 if self.world_size > 1 else 1
         parts = []
@@ -139,7 +139,7 @@ class Step:
     def _buckets_are_large(self) -> bool:
         return self.ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET
 
-    def _smaller_batches(self) -> list[Part]:
+    def _smaller_batches(self) -> list[ChangedSetting]:
         """Micro-batches halved again and again, with as many pairs per step.
 
         Gradient caching keeps the negatives.
@@ -153,7 +153,7 @@ class Step:
                 kept = "same pairs and negatives, by gradient caching"
             what = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({kept})"
             json: dict[str, object] = {MICRO_BATCH: micro, "gradient_accumulation_steps": steps}
-            out.append(Part(what, json=json))
+            out.append(ChangedSetting(what, json=json))
         return out
 
 
@@ -163,15 +163,15 @@ class Shortage:
 
     step: Step
     room: int
-    needs: Callable[[Change], int]
+    needs: Callable[[SettingsChange], int]
 
-    def proposals(self) -> list[tuple[Change, int]]:
+    def proposals(self) -> list[tuple[SettingsChange, int]]:
         """Find at most `MOST` changes that fit, with the bytes that they need.
 
         None of them adds anything to one before it, and each part of them helps: without it, the
         rest does not fit.
         """
-        found: list[tuple[Change, int]] = []
+        found: list[tuple[SettingsChange, int]] = []
         for change in self.step.changes():
             if any(change.includes(enough) for enough, _ in found):
                 continue
@@ -182,7 +182,7 @@ class Shortage:
                 break
         return found
 
-    def combined(self) -> list[tuple[Change, int]]:
+    def combined(self) -> list[tuple[SettingsChange, int]]:
         """Find the fewest changes that train the same model and fit together, if there are any."""
         together = self.step.together()
         if not together or self.needs(together[-1]) > self.room:
@@ -190,7 +190,7 @@ class Shortage:
         first = next(change for change in together if self.needs(change) <= self.room)
         return [self._fewest(first, self.needs(first))]
 
-    def _fewest(self, change: Change, size: int) -> tuple[Change, int]:
+    def _fewest(self, change: SettingsChange, size: int) -> tuple[SettingsChange, int]:
         """Leave out those parts of `change`, which needs `size`, without which it fits as well."""
         for part in change.parts:
             rest = [each for each in change.parts if each != part]

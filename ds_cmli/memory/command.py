@@ -84,7 +84,9 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
     """
-    asked = Asked(**{name: options.pop(name) for name in Asked.__annotations__})
+    asked = PredictionOptions(
+        **{name: options.pop(name) for name in PredictionOptions.__annotations__}
+    )
     config = resolve_config(preset, settings, options)
     asked.check()
     quiet.silence()
@@ -112,7 +114,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
 
 
 @dataclass
-class Asked:
+class PredictionOptions:
     """The command's own options."""
 
     world_size: int
@@ -136,7 +138,9 @@ class Asked:
             )
 
 
-def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> tuple[JsonObject, bool]:
+def single(
+    config: Config, ds_config: DeepSpeedConfig, asked: PredictionOptions
+) -> tuple[JsonObject, bool]:
     """Predict one setting, or find the largest micro-batch that fits.
 
     Returns the report, and False where that does not fit.
@@ -179,7 +183,7 @@ def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> tuple[Js
 
 
 def grid(
-    config: Config, ds_config: DeepSpeedConfig, asked: Asked, axes: dict[str, list[int]]
+    config: Config, ds_config: DeepSpeedConfig, asked: PredictionOptions, axes: dict[str, list[int]]
 ) -> list[JsonObject]:
     """Print the bytes on the device as they are found, then as a table.
 

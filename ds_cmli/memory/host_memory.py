@@ -19,13 +19,13 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.fits.device import Memory
 from ds_cmli.memory.fake import convert_parameters
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 
 class HostMemory(Probe):
     """Makes the copies between host and device that a GPU would need."""
 
-    def __init__(self, tracker: Tracker):
+    def __init__(self, tracker: MemoryTracker):
         self.tracker = tracker
 
     def to_device(
@@ -46,7 +46,7 @@ class HostMemory(Probe):
 
 
 def recorded_from_the_engine_on(
-    tracker: Tracker,
+    tracker: MemoryTracker,
     ds_config: DeepSpeedConfig,
     cuda: bool,
     enter: Callable[[str], None] = lambda phase: None,
@@ -79,7 +79,7 @@ def recorded_from_the_engine_on(
     return models
 
 
-def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
+def free_bytes(tracker: MemoryTracker, gpu: str, world_size: int) -> int:
     """The bytes that are free on the device once its allocator has returned all free segments."""
     memory = Memory(tracker)
     memory.follow()
@@ -89,7 +89,7 @@ def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
 
 
 @contextmanager
-def overlapping(tracker: Tracker) -> Iterator[None]:
+def overlapping(tracker: MemoryTracker) -> Iterator[None]:
     """Inside, what DeepSpeed does on streams of its own, to overlap communication and computation,
     is recorded as such: CUDA's allocator keeps the memory of streams apart.
 
@@ -104,7 +104,9 @@ def overlapping(tracker: Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> Iterator[None]:
+def flattened_where_there_is_room(
+    tracker: MemoryTracker, free: Callable[[], int]
+) -> Iterator[None]:
     """Inside, DeepSpeed's stages 1 and 2 flatten parameters on the device if `free` bytes suffice.
 
     They copy each group of parameters into one flat buffer: otherwise on the host, after the

@@ -19,13 +19,13 @@ from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 if TYPE_CHECKING:
     from ds_cmli.memory.fake import Answers
-    from ds_cmli.memory.tracker import Tracker
+    from ds_cmli.memory.tracker import MemoryTracker
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
 # The texts of a micro-batch, for each rank: their padded length, and each one's valid tokens.
-Texts = Sequence[tuple[int, Sequence[int]]]
+TextLengths = Sequence[tuple[int, Sequence[int]]]
 
 
 class NotPredictable(UserError):
@@ -150,9 +150,9 @@ class StepBatches(list[Batch]):
         self,
         config: Config,
         ds_config: DeepSpeedConfig,
-        texts: Sequence[Texts] | None,
+        texts: Sequence[TextLengths] | None,
         answers: "Answers",
-        tracker: "Tracker",
+        tracker: "MemoryTracker",
     ):
         self.share, self.texts = config.loss.cmli_token_keep, texts
         self.answers, self.tracker = answers, tracker
@@ -161,7 +161,7 @@ class StepBatches(list[Batch]):
             positions = [each[0][0] for each in texts]
         super().__init__(longest_batch(config, ds_config.micro_batch, n) for n in positions)
 
-    def _set_lengths(self, texts: Sequence[Texts]) -> None:
+    def _set_lengths(self, texts: Sequence[TextLengths]) -> None:
         """Set the longest padded length on any rank, and all compared texts' valid tokens."""
         lengths, longest = [], 0
         for micro_batches in zip(*texts, strict=True):  # of one rank

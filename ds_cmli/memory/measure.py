@@ -26,7 +26,7 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.losses.objective import Objective
 from ds_cmli.memory import cpu_events, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
@@ -109,7 +109,7 @@ class Measurement:
     def __init__(self, train_engine: TrainEngine):
         self.train_engine = train_engine
         self.texts: list[tuple[int, list[int]]] = []  # text lengths of this rank's micro-batches
-        self.tracker = Tracker(train_engine.device.type)
+        self.tracker = MemoryTracker(train_engine.device.type)
         self.totals: dict[str, int] = {}
         self._measuring = ExitStack()
 
@@ -170,7 +170,7 @@ class Measurement:
         self.totals["requested"] = sum(peaks)
 
 
-def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
+def _write(folder: Path, answer: predict_subprocess.PredictionAnswer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
         torch.cuda.synchronize()  # CPU-GPU sync
         torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))  # for pytorch.org/memory_viz

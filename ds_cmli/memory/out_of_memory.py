@@ -27,8 +27,8 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import measure, predict_subprocess
-from ds_cmli.memory.changes import Change, Shortage, Step
-from ds_cmli.memory.predict_subprocess import Answer
+from ds_cmli.memory.changes import SettingsChange, Shortage, Step
+from ds_cmli.memory.predict_subprocess import PredictionAnswer
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
 WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
@@ -60,25 +60,25 @@ def asked_bytes(error: BaseException) -> int | None:
 
 
 @dataclass(frozen=True)
-class Room:
+class DeviceRoom:
     """How much memory tensors can have, and what limits it."""
 
     bytes: int | None  # None if not known
     limit: str  # a description for the message
 
 
-def process_room(base: dict[str, int]) -> Room:
+def process_room(base: dict[str, int]) -> DeviceRoom:
     """On the CPU: the smallest limit of this process, minus what it occupied without tensors."""
     limits = {
         "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
         "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),
     }
-    smallest = Room(None, "of this machine")
+    smallest = DeviceRoom(None, "of this machine")
     for name, (words, kind) in limits.items():
         limit, _ = resource.getrlimit(kind)
         left = limit - base.get(name, 0)
         if limit != resource.RLIM_INFINITY and (smallest.bytes is None or left < smallest.bytes):
-            smallest = Room(left, f"of this process, {words} (ulimit) = {limit:,} B")
+            smallest = DeviceRoom(left, f"of this process, {words} (ulimit) = {limit:,} B")
     return smallest
 
 
@@ -89,7 +89,7 @@ def process_bytes() -> dict[str, int]:
     return {"VmSize": int(size) * 1024, "VmData": int(data) * 1024}
 
 
-def device_room(device: torch.device) -> Room:
+def device_room(device: torch.device) -> DeviceRoom:
     """The most that CUDA's allocator can reserve besides other processes.
 
     To be called before its cache is emptied.
@@ -97,10 +97,10 @@ def device_room(device: torch.device) -> Room:
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
     name = torch.cuda.get_device_name(device)
-    return Room(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank")
+    return DeviceRoom(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank")
 
 
-def room_of(device: torch.device, base: dict[str, int]) -> Room:
+def room_of(device: torch.device, base: dict[str, int]) -> DeviceRoom:
     if device.type == "cpu":
         return process_room(base)
     return device_room(device)
@@ -149,7 +149,9 @@ def ending(
             _leave()
 
 
-def _speak(error: BaseException, room: Room, step: Step, message: Path, snapshot: Path) -> bool:
+def _speak(
+    error: BaseException, room: DeviceRoom, step: Step, message: Path, snapshot: Path
+) -> bool:
     """Print and write the message; returns False if another rank does so."""
     try:
         message.touch(exist_ok=False)
@@ -188,7 +190,7 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
     target, total = ("cuda", "reserved") if step.gpu else ("cpu", "requested")
     with predict_subprocess.Predictor(ADVICE_SECONDS) as predictor:
 
-        def ask(config: Config, ds_config: DeepSpeedConfig, snapshot: str = "") -> Answer:
+        def ask(config: Config, ds_config: DeepSpeedConfig, snapshot: str = "") -> PredictionAnswer:
             request = predict_subprocess.Request(
                 config, ds_config, step.world_size, target, None, snapshot=snapshot
             )
@@ -205,7 +207,7 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
         room = min(room, answer.report["totals"][total] * 9 // 10)
         too_much = room + 1
 
-        def needs(change: Change) -> int:
+        def needs(change: SettingsChange) -> int:
             changed = ask(change.config, change.ds_config).report
             if changed is None:
                 return too_much

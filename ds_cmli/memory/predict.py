@@ -33,7 +33,7 @@ from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.shares import Shares, followed
-from ds_cmli.memory.tracker import Tracker, phases
+from ds_cmli.memory.tracker import MemoryTracker, phases
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
@@ -76,7 +76,7 @@ class Options:
     """
 
     backend: str | None = None
-    texts: Sequence[inputs.Texts] | None = None
+    texts: Sequence[inputs.TextLengths] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
     tell: Callable[[str], None] = silent
@@ -129,7 +129,7 @@ def predict(
     backend = options.backend or ("nccl" if here.cuda else "gloo")
     lengths = inputs.text_lengths(here.config, here.json.micro_batch)
     fixed = config.run.deterministic
-    tracker = Tracker(
+    tracker = MemoryTracker(
         "cpu", lengths, workspaces=not here.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
@@ -219,7 +219,7 @@ def _setting(here: _Resolved) -> JsonObject:
 
 
 def _record(
-    here: _Resolved, options: Options, answers: Answers, tracker: Tracker
+    here: _Resolved, options: Options, answers: Answers, tracker: MemoryTracker
 ) -> tuple[list[Event], list[int], Shares]:
     """Run the steps on tensors without data. Returns the events, each module's parameters, and what
     differs by rank.

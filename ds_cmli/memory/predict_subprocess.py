@@ -55,7 +55,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Answer:
+class PredictionAnswer:
     report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
     fails: bool = False  # whether a training run would fail for that reason, too
@@ -87,15 +87,15 @@ class Predictor:
             self.process.stdin.write(json.dumps(request.to_dict()) + "\n")
             self.process.stdin.flush()
 
-    def receive(self) -> Answer:
+    def receive(self) -> PredictionAnswer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            return Answer(None, f"the predicting process ended with exit code {code}")
-        return Answer(**json.loads(line))
+            return PredictionAnswer(None, f"the predicting process ended with exit code {code}")
+        return PredictionAnswer(**json.loads(line))
 
-    def ask(self, request: Request) -> Answer:
+    def ask(self, request: Request) -> PredictionAnswer:
         self.send(request)
         return self.receive()
 
@@ -113,7 +113,7 @@ class Predictor:
         self.close()
 
 
-def answer(request: JsonObject) -> Answer:
+def answer(request: JsonObject) -> PredictionAnswer:
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
     from ds_cmli.memory.search import predict_largest
@@ -137,12 +137,12 @@ def answer(request: JsonObject) -> Answer:
         if request["target"] == "cuda":
             allocator = ExpandableAllocator(None, Settings(expandable_segments=True))
             expandable = replay(prediction.events, allocator=allocator).reserved_peak
-        return Answer(prediction.report.to_dict(), expandable=expandable)
+        return PredictionAnswer(prediction.report.to_dict(), expandable=expandable)
     except Exception as error:  # after any error the next request must still be answered
         why = " ".join(str(error).split())
         if not isinstance(error, UserError):
             why = f"{type(error).__name__}: {why[:300]}"
-        return Answer(None, why, not isinstance(error, NotPredictable))
+        return PredictionAnswer(None, why, not isinstance(error, NotPredictable))
 
 
 def main() -> None:

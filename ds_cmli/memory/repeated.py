@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from ds_cmli.common.probe import Item, Probe, Result
+from ds_cmli.common.probe import Item, Probe, Returned
 from ds_cmli.common.trees import tensors, tree_map
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine.gradient_caching import CachedBatch
 from ds_cmli.fits.recorder import Change
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 TURNS = 5  # of a uniform loop that are run, besides the last two
 
@@ -42,7 +42,7 @@ class Repeated(Probe):
         traffic: counts the step's traffic, including that of what is not run.
     """
 
-    def __init__(self, tracker: Tracker, accumulation: int, traffic: Traffic):
+    def __init__(self, tracker: MemoryTracker, accumulation: int, traffic: Traffic):
         self.tracker, self.accumulation, self.traffic = tracker, accumulation, traffic
         self.functions: dict[str, _Repeated] = {}
 
@@ -58,7 +58,7 @@ class Repeated(Probe):
             if number not in skipped:
                 yield item
 
-    def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
+    def alike(self, function: Callable[..., Returned], *arguments: object) -> Returned:
         name = function.__qualname__
         if name not in self.functions:
             self.functions[name] = _Repeated(function, self)

@@ -14,7 +14,7 @@ from ds_cmli.allocator.allocator import replay
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.memory.changes import Change, Shortage, Step
+from ds_cmli.memory.changes import SettingsChange, Shortage, Step
 from ds_cmli.memory.predict import (
     DEFAULT_GPU,
     PLAIN,
@@ -262,7 +262,7 @@ class Fitting:
     def estimate(self, micro_batch: int) -> int:
         return estimated_bytes(self.predictions, micro_batch, self.gpu, self.world_size)
 
-    def needs_with(self, change: Change) -> int:
+    def needs_with(self, change: SettingsChange) -> int:
         if change.what not in self.sizes:
             found = self._predicted(change.what, change.config, change.ds_config)
             self.sizes[change.what] = found.report.totals["device"]
@@ -306,7 +306,7 @@ def fit(
     asked = 1
     if best:
         asked = ds_config.batch(config.optim.micro_batch, world_size)[1]
-    found: list[tuple[Change, int]] = []
+    found: list[tuple[SettingsChange, int]] = []
     if asked > best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
         shortage = Shortage(Step(config, one, world_size, True), room, fitting.needs_with)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.patches import replaced
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -106,7 +106,9 @@ def requested_peak(events: list[Event]) -> int:
 
 
 @contextmanager
-def followed(tracker: Tracker, optimizer: DeepSpeedZeroOptimizer, rank: int) -> Iterator[Shares]:
+def followed(
+    tracker: MemoryTracker, optimizer: DeepSpeedZeroOptimizer, rank: int
+) -> Iterator[Shares]:
     """Inside, record what differs by rank in the steps of DeepSpeed's optimizer.
 
     Nothing does at other stages than 1 and 2, nor on the device if it is offloaded.
@@ -123,7 +125,7 @@ def followed(tracker: Tracker, optimizer: DeepSpeedZeroOptimizer, rank: int) -> 
 
 
 def _noting_reductions(
-    tracker: Tracker, optimizer: DeepSpeedZeroOptimizer, shares: Shares
+    tracker: MemoryTracker, optimizer: DeepSpeedZeroOptimizer, shares: Shares
 ) -> Callable[[Tensor, torch.dtype], None]:
     groups = optimizer.param_to_partition_ids  # by group and parameter, its ranks
     average = optimizer.average_tensor
@@ -152,7 +154,9 @@ def _noting_reductions(
     return run
 
 
-def _marked(tracker: Tracker, method: Callable[..., object], name: str) -> Callable[..., object]:
+def _marked(
+    tracker: MemoryTracker, method: Callable[..., object], name: str
+) -> Callable[..., object]:
     at = METHODS[name].group
 
     def run(*args: object, **kwargs: object) -> object:

@@ -1,11 +1,11 @@
 """Records every storage that a training step allocates and frees, as events by category and phase.
 
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were
-for shows only later (an activation is what outlives the forward pass), so `Tracker.events` decides
-the categories at the end. The all-pairs operator is seen by the operators of its backend. What
-others allocate and free internally is not seen. It is added for collectives, where it is known, for
-the libraries of the CPU, where it is measured (`workspace.py`), and for a GPU's operators, where
-formulas give it (`allocator/cuda_operators.py`).
+for shows only later (an activation is what outlives the forward pass), so `MemoryTracker.events`
+decides the categories at the end. The all-pairs operator is seen by the operators of its backend.
+What others allocate and free internally is not seen. It is added for collectives, where it is
+known, for the libraries of the CPU, where it is measured (`workspace.py`), and for a GPU's
+operators, where formulas give it (`allocator/cuda_operators.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -87,7 +87,7 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
         yield
 
 
-class Tracker(Recorder, Probe):
+class MemoryTracker(Recorder, Probe):
     """Records while it is entered: before the model moves to the device; then `attach` the engine.
 
     Args:

@@ -27,7 +27,7 @@ from ds_cmli.memory.host_memory import recorded_from_the_engine_on
 from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import PHASES, Report, summarise
-from ds_cmli.memory.tracker import Tracker, phases
+from ds_cmli.memory.tracker import MemoryTracker, phases
 
 MARK = "ds_cmli.memory phase "
 PART_S = 1.0  # seconds that a profiler records at least within a phase
@@ -160,7 +160,7 @@ def _events(
     config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
 ) -> list[Event]:
     lengths = text_lengths(config, ds_config.micro_batch)
-    tracker = Tracker("cpu", lengths, workspaces=True)
+    tracker = MemoryTracker("cpu", lengths, workspaces=True)
     device = torch.device("cpu")
     with _ranks(world_size), tracker:
         models = recorded_from_the_engine_on(tracker, ds_config, cuda=False)

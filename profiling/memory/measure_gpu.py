@@ -14,7 +14,7 @@ from ds_cmli.memory.inputs import without_weights
 from ds_cmli.memory.measure import combined, statistics
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import Report, summarise
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 from profiling.memory.measure_cpu import two_steps
 
 
@@ -26,7 +26,7 @@ def measure(config: Config, ds_config: Section, world_size: int = 1) -> Report:
     the tracker watches, gradients are added up in new tensors rather than in place: `peaks` gives
     the totals without it.
     """
-    tracker = Tracker("cuda")
+    tracker = MemoryTracker("cuda")
     with process_group(world_size), tracker:
         totals = _two_steps(config, ds_config, world_size, tracker.attach_to_training)
         tracked = summarise(tracker.events(), {}, "")

@@ -9,7 +9,7 @@ import torch
 
 from ds_cmli.cmli import chunked, cmli_peak_bytes, cmli_scores
 from ds_cmli.cmli.inputs import Sides, Wanted
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 from tests.cmli.helpers import allocator_peak, random_case, without_kernels
 
 # With the kernels that are compiled for a CPU, or with PyTorch's operators, as in 16 bits always.
@@ -30,7 +30,7 @@ def no_hidden_workspace(monkeypatch):
 @pytest.fixture
 def operators_measured(monkeypatch):
     """What sorts and bags hold inside, as a prediction measures it."""
-    monkeypatch.setattr("ds_cmli.cmli.peak_memory.Recorder", partial(Tracker, workspaces=True))
+    monkeypatch.setattr("ds_cmli.cmli.peak_memory.Recorder", partial(MemoryTracker, workspaces=True))
 
 
 AXES = ([*SHAPES], ["all valid", "masked"], [2**19, 2**26], [False, True], WAYS)

@@ -411,7 +411,11 @@ def work() -> None:
                 super().send(request)
 
         def receive(self):
-            return super().receive() if self.asked.pop(0) == "cpu" else predict_subprocess.Answer(None, "not asked")
+            return (
+                super().receive()
+                if self.asked.pop(0) == "cpu"
+                else predict_subprocess.PredictionAnswer(None, "not asked")
+            )
 
     def one(*_):
         if not predictors or predictors[0].process.poll() is not None:

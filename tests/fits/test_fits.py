@@ -17,7 +17,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.fits import guard, null_gpu
 from ds_cmli.fits.answer import Answer, Room
 from ds_cmli.fits.command import command
-from ds_cmli.fits.report import Report, rooms
+from ds_cmli.fits.report import ProgramReport, rooms
 from ds_cmli.fits.results import largest_results
 from ds_cmli.fits.world import World
 from ds_cmli.memory.predict import predict
@@ -97,7 +97,7 @@ def test_a_linear_layer_by_hand(tmp_path):
 def test_less_than_the_margin_free_is_told(limit, said):
     sizes = {"requested": 90_000_000, "allocated": 95_000_000, "reserved": 100_000_000, "device": 100_000_000}
     answer = Answer(True, sizes, {}, "backward", {}, [(1, "other", "")], (1, "mm", ""))
-    report = Report(2, [Room("T4 16GB", limit)], [answer], [], World(None, 0), [])
+    report = ProgramReport(2, [Room("T4 16GB", limit)], [answer], [], World(None, 0), [])
     assert f" are free{said}; the largest" in report.sentence("program.py")
 
 

@@ -84,7 +84,7 @@ def test_ranks_that_run_out_together_speak_once(tmp_path):
     message, snapshot = tmp_path / "out_of_memory-x.txt", tmp_path / "out_of_memory-rank0.pickle"
     message.touch()  # another rank's claim
     config = load_preset("tiny", {})
-    room = out_of_memory.Room(None, "")
+    room = out_of_memory.DeviceRoom(None, "")
     assert not out_of_memory._speak(MemoryError(), room, Step(config, ZERO2, 1, False), message, snapshot)
     assert message.read_text() == ""
 
@@ -220,7 +220,7 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
             size = 55 if request.ds_config["train_micro_batch_size_per_gpu"] == 2 else size
             asked.append(request)
             report = {"categories": {"data": 1, "teacher": 0, "CMLI op": 99}, "totals": {"requested": size}}
-            return predict_subprocess.Answer(report)
+            return predict_subprocess.PredictionAnswer(report)
 
     monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
     lines = out_of_memory.advise(Step(config, ds_config, 1, False), 70, "")
@@ -256,7 +256,7 @@ def test_expandable_segments_are_proposed_first_where_only_fragments_are_missing
 
         def ask(self, request):
             report = {"categories": {"data": 50}, "totals": {"requested": 50, "reserved": 100}}
-            return predict_subprocess.Answer(report, expandable=60)
+            return predict_subprocess.PredictionAnswer(report, expandable=60)
 
     monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
@@ -286,4 +286,4 @@ def test_the_predicting_process_answers_each_request_and_names_what_fails(predic
 def test_a_predicting_process_that_takes_too_long_is_an_answer():
     with predict_subprocess.Predictor(timeout_s=0.1) as predictor:
         answer = predictor.ask(predict_subprocess.Request(load_preset("tiny", {}), ZERO2, 1, "cpu"))
-    assert answer == predict_subprocess.Answer(None, "the predicting process ended with exit code -9")
+    assert answer == predict_subprocess.PredictionAnswer(None, "the predicting process ended with exit code -9")

@@ -29,7 +29,7 @@ from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 from profiling.memory.measure_cpu import measure
 from tests.conftest import run
 
@@ -155,8 +155,8 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     ds_config = ds_json(3)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
     operators = []
-    see = Tracker._see_results
-    monkeypatch.setattr(Tracker, "_see_results", lambda *args: (operators.append(1), see(*args))[1])
+    see = MemoryTracker._see_results
+    monkeypatch.setattr(MemoryTracker, "_see_results", lambda *args: (operators.append(1), see(*args))[1])
     config = preset(batch=2, losses=("global",))
     once = predict(config, ds_config, 12).events
     few = len(operators)
@@ -219,7 +219,7 @@ def test_operators_are_those_of_cuda():
     mask = torch.ones(2, 1, 1, 32, dtype=torch.bool)
 
     def kept(function) -> int:
-        with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
+        with fake_world(1, gpus.find("A100 80GB").limits), MemoryTracker() as tracker:
             q = nn.Parameter(torch.empty(x.shape, dtype=x.dtype))
             before = sum(e.bytes for e in tracker.events())
             out = function(q, torch.ones(mask.shape, dtype=torch.bool))
@@ -238,7 +238,7 @@ def test_operators_are_those_of_cuda():
 
 @pytest.mark.parametrize("width, held", [(40, 40), (36, 40), (33, 40)])
 def test_rows_of_a_mask_begin_at_multiples_of_8_elements(width, held):
-    with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
+    with fake_world(1, gpus.find("A100 80GB").limits), MemoryTracker() as tracker:
         q = torch.empty(2, 3, width, 16, dtype=torch.float16, requires_grad=True)
         before = len(tracker.events())
         out = F.scaled_dot_product_attention(q, q, q, torch.zeros(2, 1, 1, width, dtype=torch.float16))
@@ -250,7 +250,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_8_elements(width, held):
 
 
 def test_heads_of_flash_attention_are_padded_to_multiples_of_8():
-    with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
+    with fake_world(1, gpus.find("A100 80GB").limits), MemoryTracker() as tracker:
         q = torch.empty(2, 3, 32, 12, dtype=torch.float16, requires_grad=True)
         before = len(tracker.events())
         assert F.scaled_dot_product_attention(q, q, q).shape[-1] == 12
@@ -472,7 +472,7 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
     monkeypatch.setattr(search, "predict_largest", lambda *_, **__: found)
     monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
     monkeypatch.setattr(command, "show", lambda _: None)
-    asked = command.Asked(1, None, gpu, (), fit, None, None)
+    asked = command.PredictionOptions(1, None, gpu, (), fit, None, None)
     assert command.single(None, None, asked)[1] == fits
 
 

@@ -11,10 +11,10 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.report import summarise
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 
-def live(tracker: Tracker) -> dict[str, int]:
+def live(tracker: MemoryTracker) -> dict[str, int]:
     found: dict[str, int] = {}
     for event in tracker.events():
         found[event.category] = found.get(event.category, 0) + event.bytes
@@ -22,7 +22,7 @@ def live(tracker: Tracker) -> dict[str, int]:
 
 
 def test_storages_are_counted_once_from_their_birth_to_their_end():
-    with Tracker() as tracker:
+    with MemoryTracker() as tracker:
         with tracker.scope("data"):
             a = torch.empty(100)
             view = a.view(10, 10)[3:]
@@ -42,7 +42,7 @@ def test_storages_are_counted_once_from_their_birth_to_their_end():
 
 
 def test_what_a_gpu_s_operators_hold_inside_is_recorded_after_their_results():
-    with Tracker(gpu=gpus.find("A100 80GB").limits) as tracker:
+    with MemoryTracker(gpu=gpus.find("A100 80GB").limits) as tracker:
         x = torch.empty(4096, 1536, dtype=torch.bfloat16)
         x.sum(0)
         x.bool().sum()
@@ -54,7 +54,7 @@ def test_what_a_gpu_s_operators_hold_inside_is_recorded_after_their_results():
 
 def test_streams_and_an_emptied_cache_are_recorded_for_a_gpu_alone():
     def recorded(**options) -> list[tuple[int, int]]:
-        with Tracker(**options) as tracker:
+        with MemoryTracker(**options) as tracker:
             with tracker.on_stream("reduction"):
                 a = torch.empty(100)
             tracker.record_emptied_cache()
@@ -69,7 +69,7 @@ def test_streams_and_an_emptied_cache_are_recorded_for_a_gpu_alone():
 
 def test_what_was_there_before_is_recorded_when_it_is_claimed():
     before = torch.empty(25)
-    with Tracker() as tracker:
+    with MemoryTracker() as tracker:
         with tracker.paused():
             host = torch.empty(1000)
         tracker.claim("parameters", [before, before[5:], None])
@@ -87,12 +87,12 @@ def test_the_all_pairs_op_holds_what_its_formula_says(lengths):
     text = torch.randn(12, 30, 32, requires_grad=True)
     mask = torch.arange(30) < torch.tensor(lengths)[:, None]
     expected = cmli_peak_bytes(**sizes, dtype=torch.float32, text_lengths=lengths)
-    with Tracker() as forward:
+    with MemoryTracker() as forward:
         forward.claim("data", (image, text, mask))
         scores = cmli_scores(image, text, mask)
         assert live(forward)["CMLI op"] == 2 * 8 * 12 * 4 + expected.saved
     upstream = [torch.ones_like(s) for s in scores]
-    with Tracker() as backward:
+    with MemoryTracker() as backward:
         backward.claim("data", (image, text, mask, *upstream, *scores[0].grad_fn.saved_tensors))
         gradients = torch.autograd.grad(scores, (image, text), upstream)
         assert live(backward)["CMLI op"] == sum(g.nbytes for g in gradients)
@@ -111,7 +111,7 @@ def tracked():
     }
     ds_config = DeepSpeedConfig.of(ds_config).filled(config.optim, 1, 10)
     device = distributed.init()
-    with Tracker() as tracker:
+    with MemoryTracker() as tracker:
         train_engine = engine.build(config, ds_config, 300, 10, device)
         with tracker.attach(train_engine):
             for _ in range(2):

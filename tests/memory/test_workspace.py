@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.memory import workspace
 from ds_cmli.memory.cpu_events import sizes as cpu_sizes
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 
 calls: list[tuple[int, ...]] = []
 
@@ -98,7 +98,7 @@ def test_a_product_takes_what_the_allocator_reports(threads):
 
 
 def test_the_tracker_counts_it_while_the_operator_runs(asked):
-    with FakeTensorMode(), Tracker(workspaces=True) as tracker:
+    with FakeTensorMode(), MemoryTracker(workspaces=True) as tracker:
         x = torch.ones(5)
         y = OP(x)
         del x, y
@@ -107,6 +107,6 @@ def test_the_tracker_counts_it_while_the_operator_runs(asked):
 
 
 def test_without_being_asked_for_the_tracker_runs_nothing(asked):
-    with FakeTensorMode(), Tracker() as tracker:
+    with FakeTensorMode(), MemoryTracker() as tracker:
         OP(torch.ones(5))
     assert [abs(event.bytes) for event in tracker.events()] == [20, 20, 20, 20] and not asked

@@ -27,7 +27,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.losses import functions as losses
 from ds_cmli.memory import cpu_events
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import MemoryTracker
 from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
 from profiling.speed.baselines import broadcast_dots, broadcast_scores, materialised_scores
 
@@ -212,7 +212,7 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
         # Libraries' workspaces are found by running operators, for which the other ways are too large.
         asked = implementation.device == "cpu" and implementation.op
-        tracker = Tracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
+        tracker = MemoryTracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:
