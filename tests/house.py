@@ -18,9 +18,9 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 42_468),
-    "files of the package": (140, 247),
-    "lines of memory/": (3_300, 3_868),
+    "lines of the package": (20_000, 41_785),
+    "files of the package": (140, 243),
+    "lines of memory/": (3_300, 3_816),
     "files of memory/": (20, 19),
     "rooms in a cycle of imports": (0, 0),
     "own functions patched by name": (0, 0),
@@ -28,7 +28,7 @@ LIMITS = {
     "lines over 100 columns": (0, 0),
     "comprehensions in 1,000 lines of code": (20, 19.1),
     "comprehensions inside another": (0, 0),
-    "conditional expressions in 1,000 lines of code": (14, 13.3),
+    "conditional expressions in 1,000 lines of code": (14, 13.2),
     "functions of more than 7 parameters": (0, 1),
     "formatting switched off": (0, 9),
     "docstrings without a verb or noun at the start": (0, 0),
