@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ds_cmli.common import checksums
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
@@ -143,6 +144,9 @@ def _fetched(drawings: Drawings, root: Path) -> Path:
     folder.mkdir(exist_ok=True)
     path = folder / drawings.file
     if path.is_file():
+        if checksums.of_file(path) != drawings.sha256:
+            path.unlink()
+            raise UserError(f"{drawings.url} has another content than it had: start again")
         return path
     if not drawings.url.startswith("https:"):
         assets.download({drawings.file: (drawings.url, drawings.sha256)}, folder)
