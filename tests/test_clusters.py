@@ -94,6 +94,7 @@ sys.exit(int(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked, target, code", [("wait", "launcher", 85), ("wait", "rank", 85), ("2", "", 2)])
 def test_the_exit_code_is_that_of_the_ranks(tmp_path, asked, target, code):
     (tmp_path / "rank.py").write_text(RANK)

@@ -88,6 +88,7 @@ STRIKES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRIKES)
 def test_what_is_removed_in_mid_run_is_written_again_and_told(name, arguments, tmp_path, monkeypatch, capfd):
     strike, words = STRIKES[name]

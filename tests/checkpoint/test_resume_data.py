@@ -54,6 +54,7 @@ def own_caches(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_source_stopped_within_an_epoch_goes_on_as_if_never(kind, sources, tmp_path):
     """With augmentation, and without loading processes after the stop."""
@@ -157,6 +158,7 @@ def of_many_lengths(folder, count=70):
     return ["--data", str(folder), "--set", "data.group_by_length=4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.soak), 2])
 def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp_path):
     """An epoch has 16 batches; the second begins in the midst of the last part."""

@@ -208,6 +208,7 @@ def test_each_stage_goes_on_at_another(setting, written, before, after):
     assert_equal(setting.read(written((before, "bf16")), (after, "bf16")), "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_stage_trains_the_same(setting, precision, fp16_device):
     losses, weights, norms = [], [], []
@@ -240,6 +241,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before, after", CHANGES, ids=str)
 def test_each_precision_goes_on_in_each_other(setting, written, before, after, fp16_device):
     assert_equal(setting.read(written(before), after), "other")

@@ -20,6 +20,7 @@ def gradients(function, case, **options):
     return torch.autograd.grad(function(image, text, *case[2:], **options), (image, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked, dtype):

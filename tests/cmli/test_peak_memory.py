@@ -42,6 +42,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, lengths, scratch_bytes, recompute, way", CASES)
 def test_equal_to_the_allocator(operators_measured, shape, lengths, scratch_bytes, recompute, way):
     dtype, compiled = way

@@ -98,6 +98,7 @@ def test_two_steps_with_one_port_do_not_meet(ranks):
     assert len({port for _, _, (_, port), _ in found}) == 2
 
 
+@pytest.mark.slow
 def test_a_given_port_that_is_taken_ends_all_with_one_line(ranks, capfd):
     port = free_port()
     with ExitStack() as stack:
@@ -108,6 +109,7 @@ def test_a_given_port_that_is_taken_ends_all_with_one_line(ranks, capfd):
             assert seconds < 30
 
 
+@pytest.mark.slow
 def test_another_runs_store_is_recognised_and_left_alone(ranks):
     port = free_port()
     with Ranks() as first:

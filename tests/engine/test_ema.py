@@ -154,10 +154,12 @@ LAYOUTS = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]
 PAIRS = [layout for layout in LAYOUTS if (layout[0] + (layout[1] == "bf16") + layout[2]) % 2]
 
 
+@pytest.mark.slow
 def test_every_stage_precision_and_accumulation(device):
     assert check(0, 1, PAIRS) == []
 
 
+@pytest.mark.slow
 def test_two_ranks():
     assert spawn(check, 2, [(0, "bf16", 1), (1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
 
@@ -175,6 +177,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "precision", "ranks", "zero"), SETTINGS)
 def test_predicted_equals_the_allocator(stage, precision, ranks, zero):
     distributed.shutdown()

@@ -110,6 +110,7 @@ def test_frozen_parameters_stay_and_all_others_move_with_their_rates(stage, chec
         distributed.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "checkpointing", "ranks"),
     [

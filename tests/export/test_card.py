@@ -64,6 +64,7 @@ def test_its_code_runs_and_onnx_gives_the_same(measured, tmp_path):
     assert done.stdout.count("tensor([") == 2
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_towers_as_onnx_give_the_trained_features_for_any_number_of_texts(measured):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -81,6 +81,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, what", CASES)
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, name, what, fp16_device):
     batches = [b for b, _ in zip(rank_batches(data.train, data, 8), range(5), strict=False)]

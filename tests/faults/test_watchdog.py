@@ -91,6 +91,7 @@ def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
     assert output.count("Traceback") == (1 if fate == "raises" else 0), output
 
 
+@pytest.mark.slow
 def test_an_error_on_all_ranks_is_left_to_them(outcomes):
     codes, output, took = outcomes["agrees", 1]
     assert codes == [1, 1]

@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.fits.test_fits import fits
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_loaded(tmp_path):
     done = fits("--limit", "1.2GB", "--", str(Path(__file__).parent / "saved.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -328,6 +328,7 @@ RANKS = str(Path(__file__).parent / "ranks.py")
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "views", "fsdp", "zero2"])
 def test_one_rank_of_a_world_that_is_not_there(kind, tmp_path):
     """A weight of 4 MiB. DDP's two buckets, of the first step and rebuilt, are there in the second backward pass. FSDP

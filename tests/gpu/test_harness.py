@@ -105,6 +105,7 @@ def test_every_figure_is_recorded_and_a_missed_bar_fails_the_test():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_setting_that_does_not_end_is_said():
     start = time.monotonic()
     with pytest.raises(AssertionError, match=r"longer than 1 s of the CPU's time"):

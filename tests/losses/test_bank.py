@@ -268,6 +268,7 @@ ARGUMENTS += ["--set", "student.layers=1"]
 BANK = ["--set", "loss.bank=30"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
@@ -292,6 +293,7 @@ def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alon
         assert banks[0][name]["entered"] == 64 * content.get("gradient_accumulation_steps", 1)
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
     arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
@@ -316,6 +318,7 @@ def test_another_bank_starts_empty(source, tmp_path, alone, capfd):  # noqa: F81
     assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["cls_contrast"]["entered"] == 3 * 8
 
 
+@pytest.mark.slow
 def test_training_with_both(tmp_path, alone):
     """Evaluated, exported, and its memory predicted; nothing of the bank is in the student."""
     found = drive(tmp_path, "--losses", "cmli,token_contrast,cls_contrast=0.5", "--set", "loss.bank=100")

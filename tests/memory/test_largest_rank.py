@@ -14,6 +14,7 @@ from tests.memory.random_settings import random_setting
 NARROW = {"hidden_size": 160, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 640}
 
 
+@pytest.mark.slow
 def test_a_rank_in_the_middle():
     """The ranks before the last have parts of larger matrices, whose whole gradients they keep."""
     sections = {

@@ -45,6 +45,7 @@ def test_events_recorded_in_parts_are_those_of_one_piece():
     assert sizes[:3] == [4000, 4000, -4000] and sum(sizes) == 0 and len(sizes) == 20
 
 
+@pytest.mark.slow
 def test_rank_0s_real_share_falls_with_the_ranks():
     shares = {}
     for ranks in (1, 2, 8):
@@ -61,6 +62,7 @@ def test_rank_0s_real_share_falls_with_the_ranks():
     print({ranks: f"{states:,} B" for ranks, (states, _) in shares.items()})
 
 
+@pytest.mark.slow
 def test_a_ring_s_texts_come_from_the_other_ranks():
     config = load_preset("tiny", {"loss": {"cmli_exchange": "ring"}})
     measured = max(measure_cpu.measure_phases(config, BF16, 8).values())

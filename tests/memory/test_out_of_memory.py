@@ -71,6 +71,7 @@ def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     assert (again.returncode, again.stdout.splitlines()[-1]) == (0, "trained"), again.stderr
 
 
+@pytest.mark.slow
 def test_the_other_rank_ends_too(tmp_path):
     done = run(tmp_path, 1, ranks=2, advice=1)
     assert done.returncode != 0

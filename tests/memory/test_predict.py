@@ -90,6 +90,7 @@ MORE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*CELLS, *(pytest.param(name, marks=pytest.mark.soak) for name in MORE)])
 def test_predicted_equals_the_allocator(name):
     config, ds_config, world_size = (CELLS | MORE)[name]
@@ -126,6 +127,7 @@ def test_packaged_weights_are_predicted_with_their_own_sizes(name):
     assert config.student.text_overrides.items() <= packaged.items()
 
 
+@pytest.mark.slow
 def test_nothing_remains():
     """A training in the same process gives the same bits, before and after predictions that end well or badly."""
     config = preset()
@@ -351,6 +353,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
     return run("--preset", "tiny", *one_block, *arguments, script="../profiling/predict.py")
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_snapshot(tmp_path):
     done = command(
         "--world-size", "2", "--checkpointing", "off", "--micro-batch", "4",
@@ -504,6 +507,7 @@ def test_what_fit_means_is_said_with_what_tensors_can_have():
     assert "name it" not in meant("7GB", 7 * 10**9, "", DEFAULT_GPU, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_the_rank_that_needs_the_most_is_predicted(stage):
     # Of many pairs activations weigh more than the gradients that are kept.
@@ -531,6 +535,7 @@ def test_the_former_name_of_an_option_stays_valid():
     assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of T4 16GB")
 
 
+@pytest.mark.slow
 def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
     """More micro-batches make a forward pass larger by their features, or, with these on the host, not at all."""
     peaks = {}

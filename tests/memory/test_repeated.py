@@ -61,6 +61,7 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
     assert moved == all_moved and moved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "negatives, stage, target, loss, texts, ranks, batch, count",
     [

@@ -228,6 +228,7 @@ def trained(source):
     return one, dict(zip(LAYOUTS, zip(*of_ranks, strict=True), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
     one, of_layouts = trained
@@ -235,6 +236,7 @@ def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
         assert_close(losses, one, rtol=2e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_on_two_ranks_interrupted_as_if_never(source, tmp_path):
     run = [*arguments_of(), *source, "--micro-batch", "4", "--workers", "1"]
     folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken")}

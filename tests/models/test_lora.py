@@ -86,6 +86,7 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
         built(LORA, freeze_image=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "content",
     [
@@ -129,6 +130,7 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
     assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
     arguments = [*SOME, "--steps", "8", *source]

@@ -100,6 +100,7 @@ QUICK = {1: [(3, 1, "gather")], 2: [(2, 2, "ring")]}  # ranks: (stage, accumulat
 EVERY = [*product(range(4), (1, 2), ("gather", "ring"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cells", [QUICK, pytest.param({1: EVERY, 2: EVERY}, marks=pytest.mark.soak)], ids=["", "all"])
 def test_interrupted_as_if_never_and_the_same_on_two_ranks(tmp_path, cells):
     data = pairs(tmp_path / "pairs", count=63)
@@ -136,6 +137,7 @@ MEMORY = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, precision, accumulation, world_size", [(1, "fp32", 2, 2), *MEMORY])
 def test_its_memory_is_predicted(stage, precision, accumulation, world_size):
     config = load_preset(

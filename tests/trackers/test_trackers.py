@@ -32,6 +32,7 @@ def write(folder, name, steps, first_step=0):
     writer.close()
 
 
+@pytest.mark.slow
 def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_path, monkeypatch, capfd):
     pytest.importorskip("mlflow")
     from mlflow import MlflowClient

@@ -46,6 +46,7 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
     assert width == pytest.approx(2 * 1.96 / sqrt(20), rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_bootstrap_of_seeds_and_scenes_covers_what_varies_over_both():
     rng, covered = np.random.default_rng(2), 0
     for _ in range(60):

@@ -142,6 +142,7 @@ def test_sizes_that_no_model_has_are_rows_that_say_so(sizes, why):
     assert tables.remember_document(rows) == "this setting was not predicted."
 
 
+@pytest.mark.slow
 def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch):
     # The document's batch; narrow models of one block, so that only its similarities are large.
     s, config = Setting(H=128, D=64), steps.document_config(Setting(H=128, D=64))
@@ -201,6 +202,7 @@ def test_charts_are_pictures(tmp_path):
             assert len(picture.convert("LA").getcolors(2**16)) > 10  # something is drawn
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     """As a user runs it, at sizes of a few seconds."""
     s = Setting(B=96, P=2, N=100, M=40, H=512, D=128)

@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from tests.conftest import run
 
 
+@pytest.mark.slow
 def test_the_tables_are_printed_as_one_object():
     few = ["--preset", "tiny", "--batches", "2", "--train-steps", "1"]
     done = run(*few, "--json", script="profiling.speed.data")

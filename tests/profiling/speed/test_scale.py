@@ -8,6 +8,7 @@ from tests.conftest import run
 SCRIPT = "profiling.speed.scale"
 
 
+@pytest.mark.slow
 def test_a_table_of_two_exchanges(tmp_path):
     file = tmp_path / "rows.json"
     options = ["--preset", "tiny", "--target", "cpu", "--ranks", "1,2", "--stages", "2", "--accumulation", "1"]
