@@ -59,9 +59,8 @@ class Prepared:
     plan: "Plan"
     data: "Data"
     place: RankContext
-    start: (
-        LaunchOptions  # with the value of --resume that is followed, and the profiles that are left
-    )
+    # With the value of --resume that is followed, and the profiles that are left.
+    start: LaunchOptions
     point: "ResumePoint | None"  # the checkpoint to resume from
     state: "TrainState"  # what the next step depends on besides the engine
     bad: "BadSamples"

@@ -1,7 +1,4 @@
-"""What a run's folder holds: its checkpoints, which of them a start goes on from, and the report.
-
-The report is that of `--resume-report`.
-"""
+"""What a run's folder holds: its checkpoints, the newest whole one, and `--resume-report`."""
 
 import re
 import shutil
@@ -77,7 +74,6 @@ class ResumePoint:
     lines: list[str]  # messages to the user about damaged checkpoints that were skipped
     # Whether this start partitions weights and optimizer states differently than the checkpoint.
     resharded: bool = False
-
     changed: bool = False  # whether this start has other settings, by --resume-with-changes
 
     def is_of(self, folder: Path) -> bool:

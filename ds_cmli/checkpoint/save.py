@@ -1,4 +1,4 @@
-"""Writes a checkpoint next to the last one, publishes it by a rename, and lists checkpoints.
+"""Writes a checkpoint next to the last one, and publishes it by a rename.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
 `student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of earlier

@@ -12,6 +12,7 @@ import contextlib
 import io
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,18 +239,23 @@ def _load_zero(engine: DeepSpeedEngine, converted: Path) -> None:
 def _load_without_zero(step: TrainEngine, converted: Path) -> None:
     optimizer = step.engine.optimizer
     parameters = dict(step.objective.named_parameters())
-    for group, names in zip(optimizer.param_groups, step.names, strict=True):
+    for names, master in _masters(step):
+        folders = [converted / "zero" / name for name in names]
+        with torch.no_grad():
+            master.copy_(_read_flat(folders, "fp32", master))
+            sizes = [parameters[name].numel() for name in names]
+            for name, part in zip(names, master.flatten().split(sizes), strict=True):
+                parameters[name].copy_(part.view_as(parameters[name]))
+        optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
+
+
+def _masters(step: TrainEngine) -> Iterator[tuple[list[str], Tensor]]:
+    """The fp32 tensors of an optimizer without ZeRO, with the names of their parameters."""
+    for group, names in zip(step.engine.optimizer.param_groups, step.names, strict=True):
         members = [names]  # of FP16_Optimizer's one tensor
         if len(group["params"]) == len(names):
             members = [[name] for name in names]
-        for several, master in zip(members, group["params"], strict=True):
-            folders = [converted / "zero" / name for name in several]
-            with torch.no_grad():
-                master.copy_(_read_flat(folders, "fp32", master))
-                sizes = [parameters[name].numel() for name in several]
-                for name, part in zip(several, master.flatten().split(sizes), strict=True):
-                    parameters[name].copy_(part.view_as(parameters[name]))
-            optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
+        yield from zip(members, group["params"], strict=True)
 
 
 def _read_flat(folders: list[Path], key: str, like: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ds_cmli.common import checksums
 from ds_cmli.common.json_text import parse
 
-KEY = "sha256"
 ZEROS = b"0" * 64
 LONGEST_HEADER = 100_000_000  # bytes, as the library's own limit
 
@@ -26,7 +25,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
     start = 8 + int.from_bytes(data[:8], "little")
     # The library writes metadata of several keys in a random order, so they are written here.
     # transformers reads only files whose format is "pt".
-    entries = {"__metadata__": {"format": "pt", KEY: ZEROS.decode()}}
+    entries = {"__metadata__": {"format": "pt", checksums.KEY: ZEROS.decode()}}
     text = json.dumps(entries | json.loads(bytes(data[8:start])), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
