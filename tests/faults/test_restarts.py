@@ -1,5 +1,6 @@
 """`torchrun --max-restarts`, a rank or a node killed: the run goes on from its checkpoint, also with fewer ranks."""
 
+import json
 import os
 import re
 import signal
@@ -30,9 +31,14 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> list[str]:
-    data = pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
+    folder = tmp_path_factory.mktemp("data")
+    data = pairs(folder / "pairs", count=63)
+    # In 16 bits, the sums of one rank and of two differ by percents of a matrix after some steps.
+    fp32 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | {"fp16": {"enabled": False}}
+    (folder / "fp32.json").write_text(json.dumps(fp32))
     given = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", "8", "--log-every", "1", "--save-every", "3"]
     given += ["--set", "data.image_size=28", "--set", "run.match_maps=0"]
+    given += ["--deepspeed_config", str(folder / "fp32.json")]
     return [*given, "--data", data, "--output-dir"]
 
 
@@ -97,7 +103,7 @@ def test_a_node_is_lost_and_fewer_ranks_go_on_with_the_same_batches(options, unb
     weights, whole = load_file(run / "student.safetensors"), load_file(unbroken / "student.safetensors")
     far = max(((weights[name] - x).norm() / x.norm()).item() for name, x in whole.items() if x.dim() == 2)
     print(f"largest relative difference of a matrix {far:.1e}")
-    assert far < 1e-3
+    assert far < 1e-4
 
 
 @pytest.mark.parametrize("folder, resume", [("", "auto"), ("runs/mine", "never")])
