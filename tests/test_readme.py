@@ -363,11 +363,18 @@ def test_python_of_inference(place, monkeypatch):
         exec(compile(code, "README", "exec"), {})
 
 
+def test_python_of_metrics():
+    (code,) = [body for body in blocks("python") if "ds_cmli.evaluate" in body]
+    found: dict[str, object] = {}
+    exec(compile(re.sub(r"(?m)^(recalls|phrase_hits)", r"\1_ = \1", code), "docs/evaluate.md", "exec"), found)
+    assert found["recalls_"]["i2t_r1"] == 1.0 and found["phrase_hits_"].tolist() == [True]
+
+
 def test_python_of_exported_models_is_named():
     """tests/export runs it: DIR is a folder that a fresh process loads with and without trust.
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 7
+    assert len(blocks("python")) == 8
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")

@@ -17,9 +17,9 @@ from ds_cmli.data.load import EvalData
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
-from ds_cmli.evaluate.pointing_game import scene_hits
+from ds_cmli.evaluate.metrics import chance, scene_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
-from ds_cmli.evaluate.retrieval import chance, kinds, rank_counts
+from ds_cmli.evaluate.retrieval import kinds, rank_counts
 
 if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective

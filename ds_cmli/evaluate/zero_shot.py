@@ -35,8 +35,9 @@ from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts
 from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatch
-from ds_cmli.evaluate.report import Metrics
-from ds_cmli.evaluate.retrieval import expected_hits, kinds
+from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_hits
+from ds_cmli.evaluate.report import Metrics, prefixed
+from ds_cmli.evaluate.retrieval import kinds
 
 if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
@@ -53,7 +54,6 @@ TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-TOP = (1, 5)
 CLASSES = 64  # number of classes that are scored at a time
 
 
@@ -205,23 +205,6 @@ class Classifier:
         return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
-def top_hits(scores: Tensor, target: Tensor) -> Tensor:
-    """Whether the right class is among the first k, for each k of `TOP`: fp64 [len(TOP), K, B].
-
-    If scores are tied, it is a probability.
-
-    Args:
-        scores: [K, B, C]; a right class with NaN is no hit, and a wrong class with NaN counts as
-            higher.
-        target: int64 [B], the right classes.
-    """
-    right = scores.gather(2, target.expand(len(scores), -1)[:, :, None])  # [K, B, 1]
-    above = (~(scores <= right)).sum(2).double()
-    equal = (scores == right).sum(2).double()  # includes the right class, unless it is NaN
-    tied, positive = (equal - 1).clamp(min=0), equal.clamp(max=1)
-    return torch.stack([expected_hits(above, tied, positive, k) for k in TOP])
-
-
 @torch.no_grad()
 def classify(
     student: "Student", loader: Iterable[PictureBatch], classifier: Classifier, how: EmbedSettings
@@ -263,11 +246,8 @@ def classify(
         )
     if lost:
         out |= {"left_out": len(lost), "left_out_first": told(lost)}
-    shown = counts > 0
     for k, score in enumerate(scores):
-        for n, of_class in zip(TOP, hits[:, k], strict=True):
-            out[f"{score}/top{n}"] = (of_class.sum() / counts.sum()).item()
-        out[f"{score}/mean_per_class"] = (hits[0, k, shown] / counts[shown]).mean().item()
+        out |= prefixed(f"{score}/", accuracies_by_class(hits[:, k], counts))
     return out | {f"chance/top{n}": min(1.0, n / classes) for n in TOP}
 
 

@@ -22,8 +22,8 @@ from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.data.scenes import EVAL_SEED, DemoPictures, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
-from ds_cmli.evaluate.pointing_game import pictures_of_patches
-from ds_cmli.evaluate.retrieval import RECALLS, kinds
+from ds_cmli.evaluate.metrics import RECALLS, pictures_of_patches
+from ds_cmli.evaluate.retrieval import kinds
 from ds_cmli.inference import Model
 from ds_cmli.losses.functions import match_patches
 from profiling.learning import records

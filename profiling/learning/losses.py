@@ -7,7 +7,7 @@ Shapes: B pairs, M text positions, N patches.
 import torch
 from torch import Tensor
 
-from ds_cmli.evaluate.pointing_game import pictures_of_patches
+from ds_cmli.evaluate.metrics import pictures_of_patches
 from ds_cmli.losses.base import LossInputs
 from ds_cmli.losses.distillation import TargetText
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_cmli.evaluate.retrieval import RECALLS
+from ds_cmli.evaluate.metrics import RECALLS
 from ds_cmli.report.runs import mean
 from profiling.learning import registered
 from profiling.learning.plan import Contrast, Plan

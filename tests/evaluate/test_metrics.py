@@ -3,35 +3,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from ds_cmli.evaluate.retrieval import RECALLS, RankCounts, ScoreBlock, chance
-
-
-def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
-    """Recall from whole score matrices: of any of a picture's captions, and of a caption's picture.
-
-    Args:
-        i2t, t2i: [m, n], scores of all pictures with all captions, from the picture's and from the
-            caption's side.
-        image_of: int64 [n], the row of each caption's picture; each picture has a caption.
-
-    Returns:
-        `i2t_r1` ... `t2i_r10`, as fractions of all pictures or all captions, and their mean. Values
-        are expectations over a random order of tied candidates: constant scores give `chance`.
-    """
-    pictures, captions = torch.arange(len(i2t)), torch.arange(len(image_of))
-    block = ScoreBlock(pictures, captions, i2t[None], t2i[None], pictures[:, None] == image_of)
-    counts = RankCounts.zeros(1, *i2t.shape)
-    counts.add(block, *block.positive_scores())
-    return counts.recalls(pictures, captions)[0]
+import ds_cmli
+from ds_cmli.common.errors import UserError
+from ds_cmli.evaluate import accuracies, chance, patches_inside, phrase_hits, recalls, scene_hits
+from ds_cmli.evaluate.metrics import RECALLS, RankCounts, ScoreBlock
 
 
 def metrics(i2t, t2i=None, image_of=None):
     i2t = torch.tensor(i2t)
     own = torch.arange(len(i2t))
     t2i = i2t if t2i is None else torch.tensor(t2i)
-    return recall(i2t, t2i, own if image_of is None else torch.tensor(image_of))
+    return recalls(i2t, t2i, own if image_of is None else torch.tensor(image_of))
 
 
 def test_recall_by_hand():
@@ -56,14 +39,14 @@ def test_any_own_caption_of_a_picture_counts():
 def test_perfect_scores_of_five_captions_a_picture_are_perfect():
     image_of = torch.arange(50) // 5
     perfect = (torch.arange(10)[:, None] == image_of).float()
-    assert set(recall(perfect, perfect, image_of).values()) == {1.0}
+    assert set(recalls(perfect, perfect, image_of).values()) == {1.0}
 
 
 @pytest.mark.parametrize("captions", [1, 5])
 def test_constant_scores_are_worth_chance(captions):
     image_of = torch.arange(12 * captions) // captions
     constant = torch.full((12, len(image_of)), 0.5)
-    found = recall(constant, constant, image_of)
+    found = recalls(constant, constant, image_of)
     expected = chance(image_of)
     assert found == pytest.approx({k: expected[f"chance/{k}"] for k in found})
     assert [found[f"t2i_r{k}"] for k in RECALLS] == pytest.approx([k / 12 for k in RECALLS])
@@ -99,12 +82,12 @@ def scores():
 
 def test_ties_find_what_orders_drawn_at_random_find():
     i2t, t2i, image_of = scores()
-    expected = recall(i2t, t2i, image_of)
+    expected = recalls(i2t, t2i, image_of)
     drawn = dict.fromkeys(expected, 0.0)
     generator, draws = torch.Generator().manual_seed(1), 600
     for _ in range(draws):
         noisy = (x + torch.rand(x.shape, generator=generator) / 2 for x in (i2t, t2i))
-        for name, value in recall(*noisy, image_of).items():
+        for name, value in recalls(*noisy, image_of).items():
             drawn[name] += value / draws
     assert drawn == pytest.approx(expected, abs=0.05)
 
@@ -120,7 +103,7 @@ def test_five_captions_a_picture_by_hand():
     t2i[0, :5] = t2i[1, 5:10] = t2i[2, 10:14] = 1
     t2i[0, 10:14] = 2
     t2i[0, 14] = t2i[1, 14] = 1
-    found = recall(i2t, t2i, torch.arange(15) // 5)
+    found = recalls(i2t, t2i, torch.arange(15) // 5)
     by_hand = {"i2t_r1": 1 / 3, "i2t_r5": 2 / 3, "i2t_r10": 1, "t2i_r1": 10 / 15, "t2i_r5": 1, "t2i_r10": 1}
     assert found == pytest.approx({**by_hand, "mean_recall": sum(by_hand.values()) / 6})
 
@@ -140,7 +123,7 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
     image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
     i2t, t2i = draw.normal(size=(2, m, len(image_of)))
     i2t[np.arange(m)[:, None] == image_of] += draw.uniform(0, 2)
-    found = recall(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
+    found = recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
     for k in RECALLS:
         assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
     # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
@@ -167,3 +150,88 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
             )
             expected += np.array(values) * [0.5, columns.mean()]
         assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(expected)
+
+
+def test_they_are_found_from_the_package_alone():
+    assert ds_cmli.evaluate.recalls is recalls and "recalls" in ds_cmli.evaluate.__all__
+    with pytest.raises(AttributeError, match=r"^module 'ds_cmli.evaluate' has no attribute 'recall'$"):
+        ds_cmli.evaluate.recall  # noqa: B018
+
+
+def test_a_picture_without_a_caption_is_a_candidate_alone():
+    # Caption 0 finds picture 2, which has none, before its own.
+    found = metrics([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]], image_of=[0, 1])
+    assert (found["i2t_r1"], found["t2i_r1"], found["t2i_r5"]) == (1.0, 0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "image_of", "words"),
+    [
+        (((3, 2), (2, 3)), [0, 1], r"are \[3, 2\], \[2, 3\], \[2\]: give \[I, J\], \[I, J\] and \[J\]$"),
+        (((2, 3), (2, 3)), [0, 1], r"are \[2, 3\], \[2, 3\], \[2\]: give"),
+        (((1, 2, 2), (1, 2, 2)), [0, 1], "give"), (((2, 2), (2, 2)), [0, 2], "give each caption a row, 0 to 1$"),
+        (((2, 2), (2, 2)), [-1, 0], "a row, 0 to 1$"), (((2, 0), (2, 0)), [], "a row"),
+    ],
+)  # fmt: skip
+def test_scores_that_do_not_fit_are_one_line(shapes, image_of, words):
+    with pytest.raises(UserError, match=words):
+        recalls(*map(torch.zeros, shapes), torch.tensor(image_of, dtype=torch.long))
+
+
+def test_accuracies_by_hand():
+    # Classes 0 and 1 have two pictures each, the other four none. The tie of the last picture is one of two places.
+    scores = torch.eye(6)[[0, 0, 1, 1]]
+    scores[1, 2] = 2.0
+    scores[3, 5] = 1.0
+    found = accuracies(scores, torch.tensor([0, 0, 1, 1]))
+    assert found == {"top1": (1 + 0 + 1 + 0.5) / 4, "top5": 1.0, "mean_per_class": (0.5 + 0.75) / 2}
+
+
+def test_centres_of_patches_by_hand():
+    # A picture of 120 x 80, of which the model sees the middle 80 x 80 in 4 x 4 patches: centres at 30, 50, 70, 90 from
+    # the left and 10, 30, 50, 70 from the top.
+    inside = patches_inside([(40, 0, 75, 30)], (20, 0, 100, 80), (4, 4)).view(4, 4)
+    assert inside.nonzero().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
+    two = patches_inside([(40, 0, 75, 30), (100, 0, 120, 80), (85, 60, 100, 80)], (20, 0, 100, 80), (4, 4)).view(4, 4)
+    assert two.nonzero().tolist() == [[0, 1], [0, 2], [1, 1], [1, 2], [3, 3]]
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_hits_as_a_loop_over_phrases_finds_them(case):
+    draw = np.random.default_rng(case)
+    rows, columns, d = draw.integers(2, 6), draw.integers(2, 6), 5
+    count, phrases = draw.integers(3, 12), draw.integers(1, 4)
+    patches, tokens = draw.normal(size=(rows * columns, d)), draw.normal(size=(count, d))
+    phrase = draw.integers(-1, phrases, count)
+    view = (10.0, 20.0, 10.0 + 7 * columns, 20.0 + 9 * rows)
+    boxes = [[tuple(sorted(draw.uniform(10, 60, 2)) + sorted(draw.uniform(20, 70, 2)))] for _ in range(phrases)]
+    boxes = [[(x0, y0, x1, y1) for x0, x1, y0, y1 in found] for found in boxes]
+    expected = []
+    for number in range(phrases):
+        own = [j for j in range(count) if phrase[j] == number]
+        if not own:
+            expected.append(False)
+            continue
+        best = max(range(rows * columns), key=lambda n: np.mean([patches[n] @ tokens[j] for j in own]))
+        x, y = 10 + 7 * (best % columns + 0.5), 20 + 9 * (best // columns + 0.5)
+        expected.append(any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in boxes[number]))
+    inside = torch.stack([patches_inside(found, view, (int(rows), int(columns))) for found in boxes])
+    found = phrase_hits(torch.tensor(patches), torch.tensor(tokens), torch.tensor(phrase), inside)
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_hits_of_scenes_as_a_loop_over_tokens_finds_them(case):
+    draw = np.random.default_rng(case)
+    patches, tokens = draw.normal(size=(16, 3)), draw.normal(size=(6, 3))
+    cells = draw.permutation([0, 1, -1, -1])
+    names = draw.integers(-1, 2, 6)
+    hits = 0
+    for j in range(6):
+        best = max(range(16), key=lambda n: patches[n] @ tokens[j] / np.linalg.norm(patches[n]))
+        row, column = divmod(best, 4)
+        hits += names[j] >= 0 and cells[2 * (row // 2) + column // 2] == names[j]
+    found = scene_hits(
+        torch.tensor(patches), torch.tensor(tokens), torch.tensor(names), torch.tensor(cells).view(2, 2), (4, 4)
+    )
+    assert found.tolist() == [hits, (names >= 0).sum()]
