@@ -21,6 +21,7 @@ from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
+from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, print_without_effect, resolve_config
 from ds_cmli.config.schema import Config
@@ -51,9 +52,11 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
         options.pop("resume_report"),
         profiles,
     )
+    if start.resume != "never" and options["output_dir"]:
+        plugins.require_those_of(options["output_dir"])
     config = resolve_config(preset, settings, options)
     where = config.run.output_dir or "a new folder in runs"
-    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
+    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), settings, options)

@@ -22,6 +22,7 @@ from ds_cmli.common import documents
 from ds_cmli.common.cli import check_writable, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import COLOURS
+from ds_cmli.config.plugins import plugin_option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +58,7 @@ class MatchMapOptions:
 
 
 @click.command()
+@plugin_option
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option(
     "--data", "source", default=None, help="Data as in training.  [default: the first run's]"

@@ -178,6 +178,26 @@ def data():
 
 
 @pytest.fixture
+def plugins(monkeypatch):
+    """The module `config.plugins`; what a test imports by it is forgotten at the end."""
+    from ds_cmli.config import plugins
+
+    before = {name: dict(entries) for name, (entries, _) in plugins.TABLES.items()}
+    modules = {*sys.modules}
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    plugins.load_installed.cache_clear()
+    yield plugins
+    for name in {*plugins._given, *plugins._installed} - modules:
+        sys.modules.pop(name, None)
+    for name, (entries, _) in plugins.TABLES.items():
+        entries.clear()
+        entries.update(before[name])
+    plugins._given.clear()
+    plugins._installed.clear()
+    plugins.load_installed.cache_clear()
+
+
+@pytest.fixture
 def fp16_device(monkeypatch):
     """A device that is said to have fp16, so that nothing falls back to bf16."""
     import torch

@@ -28,6 +28,7 @@ from ds_cmli.inference import index
 from ds_cmli.losses import over_pairs, sparc
 from ds_cmli.memory import out_of_memory
 from profiling.learning import endpoints
+from tests import drive_train
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.prose import complaints
 from tests.run_folder import write_run
@@ -102,6 +103,8 @@ ELSEWHERE = {
     "deepspeed ds_cmli/train.py --preset paper --set student.image_model=convnext_tiny --set "
     "student.text_model=roberta-base --set data.tokenizer=roberta-base":
         "tests/models/test_encoders.py: small ones",
+    "python ds_cmli/train.py --plugin my_cmli --losses global,warm=0.5": "tests/test_readme.py: `tiny`",
+    "python -m ds_cmli.evaluate --plugin my_cmli --checkpoint RUN": "tests/config/test_plugins.py: the option",
     "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sh --preset paper": "tests/slurm/test_layouts.py",
     "python -m ds_cmli.evaluate --checkpoint runs/quick-... --data demo": "tests/test_train.py: a run of `tiny`",
     "python -m ds_cmli.evaluate --checkpoint RUN --data coco/dataset_coco.json --split test --fold-size 1000":
@@ -370,11 +373,23 @@ def test_python_of_metrics():
     assert found["recalls_"]["i2t_r1"] == 1.0 and found["phrase_hits_"].tolist() == [True]
 
 
+def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    for body in blocks("python"):
+        if name := re.match(r"# (my_cmli/\w+\.py)\n", body):
+            (tmp_path / name[1]).parent.mkdir(exist_ok=True)
+            (tmp_path / name[1]).write_text(body)
+    given = "--plugin my_cmli --losses global,warm=0.5 --preset tiny --steps 1 --set run.match_maps=0 --output-dir"
+    assert drive_train.drive([*given.split(), str(tmp_path / "run")]) == 0
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert float(re.search(r'"temperature/warm": ([\d.]+)', logged)[1]) == pytest.approx(0.2, rel=0.01)
+
+
 def test_python_of_exported_models_is_named():
     """tests/export runs it: DIR is a folder that a fresh process loads with and without trust.
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 8
+    assert len(blocks("python")) == 10
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")

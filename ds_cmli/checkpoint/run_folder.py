@@ -15,6 +15,7 @@ from ds_cmli.common import checksums, provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
+from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
@@ -26,8 +27,8 @@ METRICS = "metrics.jsonl"
 CHECKSUMS = METRICS + checksums.LINES
 DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
-# Each tracker has a folder of its name.
-OF_A_RUN = (METRICS, CHECKSUMS, BAD_FILE, "config.json", *TRACKERS)
+# With those of `TRACKERS`, of which each has a folder of its name.
+OF_A_RUN = (METRICS, CHECKSUMS, BAD_FILE, "config.json")
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -176,7 +177,8 @@ def _settle(
                 files.publish(root / checkpoint.LATEST, name.encode())
     for line in _truncate(folder / METRICS, state, expected):
         say(line)
-    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config))
+    made_with = plugins.of_run(config.registered)
+    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config, made_with))
 
 
 def _keep_former(path: Path) -> None:
@@ -249,14 +251,14 @@ def _set_aside(folder: Path, aside: Path) -> None:
     root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
     # The last run also started over, and has no checkpoint.
     if kept.exists() and not checkpoint.names(root):
-        for name in (*OF_A_RUN, checkpoint.FOLDER):
+        for name in (*OF_A_RUN, *TRACKERS, checkpoint.FOLDER):
             checkpoint.remove(folder / name)
         return
     if kept.exists():
         checkpoint.remove(aside)
     if checkpoint.names(root):
         aside.mkdir(exist_ok=True)
-        for name in OF_A_RUN:
+        for name in (*OF_A_RUN, *TRACKERS):
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
         # Last, because until then the files moved aside still belong to the run in `folder`.
@@ -268,7 +270,7 @@ def _set_aside(folder: Path, aside: Path) -> None:
 
 def _put_back(folder: Path, aside: Path) -> None:
     """Undo `_set_aside`, even if it or this function was interrupted halfway."""
-    for name in (*OF_A_RUN, checkpoint.FOLDER):
+    for name in (*OF_A_RUN, *TRACKERS, checkpoint.FOLDER):
         if (aside / name).exists():
             checkpoint.remove(folder / name)
             os.replace(aside / name, folder / name)

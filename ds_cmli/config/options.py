@@ -12,6 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
+from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, BackboneEntry, source_kinds
 from ds_cmli.config.schema import Config, Sections, parse_losses, parse_settings, with_new_names
@@ -56,6 +57,7 @@ WHAT = (
     ),
     _what("--image-backbone", "student.image_backbone", _described(IMAGE)),
     _what("--text-backbone", "student.text_backbone", _described(TEXT)),
+    plugin_option,
     option(
         "What to train",
         "--init",

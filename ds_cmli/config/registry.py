@@ -1,14 +1,17 @@
 """The tables of what a run can be built from: losses, backbones, sources, trackers.
 
-A new one is a file of its own and one entry here. Nothing heavy is imported to read the tables: an
-entry names its implementation as "module:name", and `load` imports it. The command-line options,
-the check of the names, the help texts and the memory prediction follow from the entries.
+A new one is a file of its own and one entry here, or one that a plugin adds (`plugins.py`).
+Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
+and `load` imports it. The command-line options, the check of the names, the help texts and the
+memory prediction follow from the entries.
 """
 
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from ds_cmli.common.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -224,8 +227,19 @@ TRACKERS = {
 
 
 def load(entry: LossEntry | BackboneEntry | SourceEntry | TrackerEntry) -> Any:
-    """Import the implementation of an entry and return it."""
-    return pkgutil.resolve_name(entry.implementation)
+    """Import the implementation of an entry and return it.
+
+    Raises:
+        UserError: that of a plugin cannot be imported.
+    """
+    try:
+        return pkgutil.resolve_name(entry.implementation)
+    except Exception as error:
+        if entry.implementation.startswith("ds_cmli."):
+            raise
+        why = f"{type(error).__name__}: {one_line(error)}"
+        place = f"{entry.implementation!r}, an implementation of a plugin, cannot be imported"
+        raise UserError(f"{place}, repair it: {why}") from error
 
 
 def over_pairs(weights: dict[str, float]) -> dict[str, float]:

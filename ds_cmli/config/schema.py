@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
+from ds_cmli.config import plugins
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compares_tokens
 from ds_cmli.config.validation import (
     MOST,
@@ -388,6 +389,13 @@ class Config:
             need = f"{name} needs as many patches of every picture: leave it out, or give 0"
             check(not LOSSES[name].every_patch, "data.aspect_patch", self.data.aspect_patch, need)
 
+    @property
+    def registered(self) -> set[str]:
+        """The names in it of entries of the tables in `registry.py`, without data and "auto"."""
+        student = self.student
+        backbones = student.image_backbone, student.text_backbone, self.teacher.backbone
+        return {*self.loss.weights, *backbones, *self.run.report_to}
+
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)
 
@@ -402,6 +410,7 @@ class Config:
         Raises:
             UserError: for the first wrong name or value.
         """
+        plugins.load_installed()
         sections = {field.name: field.default_factory for field in dataclasses.fields(cls)}
         values = with_new_names(values)
         for name in values:
@@ -444,11 +453,14 @@ def load_config(path: Path, setting: str) -> Config:
     try:
         content = checksums.read(path, finite=True)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
+        plugins.require(content.get("plugins", []), place)
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
     except NotRegistered as error:
-        raise UserError(f"{place}: {error}; or import the package that registers it") from None
+        raise UserError(f"{place}: {error}; or give the --plugin that registers it") from None
+    except plugins.NotImported:
+        raise
     except (UserError, ValueError) as error:
         raise UserError(
             f"{place}: its config.json is damaged, or of another version: {error}"

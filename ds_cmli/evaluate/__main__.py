@@ -20,6 +20,7 @@ import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.plugins import plugin_option
 from ds_cmli.distributed import launchers
 from ds_cmli.evaluate.report import Metrics, classification, pointing, prefixed, summary
 
@@ -56,6 +57,7 @@ class EvaluationOptions:
 
 
 @click.command(cls=GroupedCommand)
+@plugin_option
 @what("--checkpoint", required=True, help="A run's output folder.")
 @what(
     "--ema",

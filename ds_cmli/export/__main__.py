@@ -9,6 +9,7 @@ import click
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.plugins import plugin_option
 
 FORMATS = """\
 open_clip: not written. Its models are two towers that end in one vector each; blocks over both \
@@ -21,6 +22,7 @@ get_text_features and get_image_features."""
 
 
 @click.command()
+@plugin_option
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
 @click.option("--tokenizer", default=None, help="Tokenizer to use instead of the run's.")

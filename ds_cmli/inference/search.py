@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from ds_cmli.common import documents
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.plugins import plugin_option
 
 if TYPE_CHECKING:
     from ds_cmli.inference import Index, Model, Result
@@ -38,6 +39,7 @@ class SearchOptions:
 
 
 @click.command()
+@plugin_option
 @click.argument("index")
 @click.argument("texts", nargs=-1, metavar="[TEXT ...]")
 @click.option(

@@ -12,6 +12,7 @@ import click
 
 from ds_cmli.common import documents, plots
 from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.config.plugins import plugin_option
 from ds_cmli.memory.report import COLOURS
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ SHARES = ("time/", "mfu")  # columns that are shares
 
 
 @click.command()
+@plugin_option
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("--output", default="report.html", show_default=True, help="HTML page to write.")
 def command(runs: tuple[str, ...], output: str) -> None:

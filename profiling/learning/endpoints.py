@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import both_ways
+from ds_cmli.config import plugins
 from ds_cmli.data.scenes import EVAL_SEED, DemoPictures, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
@@ -29,8 +30,7 @@ from ds_cmli.losses.functions import match_patches
 from profiling.learning import records
 from profiling.learning.drawings import redrawn
 from profiling.learning.linked import COLOURS, PERSONS, LinkedScenes
-from profiling.learning.plan import AFTERWARDS
-from profiling.learning.train import register
+from profiling.learning.plan import AFTERWARDS, PLUGIN
 
 SCENES = 600  # of the split "unseen", on which the primary endpoint is measured
 FEWER = 300  # of the other splits
@@ -247,7 +247,7 @@ def measure(run: Path, wanted: list[str]) -> Found:
 
 
 if __name__ == "__main__":
-    register()
+    plugins.load(PLUGIN)
     folder = Path(sys.argv[1])
     file = folder / records.MEASURED
     known = json.loads(file.read_text()) if file.is_file() else {}

@@ -18,11 +18,13 @@ else:
     import tomli as tomllib
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config import plugins
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import STRICT, Config, Name, Sections
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.report import SCORES
-from profiling.learning.train import register
+
+PLUGIN = "profiling.learning.plugin"  # registers the losses of the experiments
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Margin = Annotated[float, Field(gt=0, le=1)]
@@ -168,7 +170,7 @@ def load(path: Path, tuning: bool = False) -> Plan:
         tuning: the plan of its tuning seeds: each arm once for each combination of the grid, by the
             first endpoint alone, without contrasts.
     """
-    register()
+    plugins.load(PLUGIN)
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         return replace(_plan(values, tuning, path.parent), file=path)

@@ -18,10 +18,10 @@ from types import FrameType
 from ds_cmli.common.cli import say
 from ds_cmli.distributed.launchers import environment_without_rank
 from ds_cmli.faults.preemption import EXIT_CODE, SIGNALS
-from profiling.learning.plan import Run
+from profiling.learning.plan import PLUGIN, Run
 from profiling.scripts import ROOT
 
-TRAIN = ["-m", "profiling.learning.train"]
+TRAIN = ["-m", "ds_cmli.train", "--plugin", PLUGIN]
 OUTPUT = "output.log"  # in a run's folder: what train.py printed
 SECONDS = "ablation-seconds"  # in a run's folder: the wall time of all its starts that ended
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h

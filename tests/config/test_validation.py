@@ -158,7 +158,7 @@ def test_every_option_of_a_setting_is_compared():
 
     command = add(*WHAT, *OUTPUT)(click.command()(lambda: None))
     names = {parameter.name for parameter in command.params}
-    assert names - {*PLACES} == {"init", "settings", "deepspeed_config"}
+    assert names - {*PLACES} == {"init", "settings", "deepspeed_config", "plugin"}
 
 
 def test_presets_and_random_weights_are_not_contradicted():
@@ -234,4 +234,4 @@ def test_a_name_that_a_package_would_register_is_no_damage(section, setting, val
     (tmp_path / "config.json").write_text(json.dumps({"config": content}))
     line = refused(load_config, tmp_path / "config.json", "--checkpoint")
     assert f"{section}.{setting}" in line and "of_a_package" in line and "damaged" not in line
-    assert line.endswith("; or import the package that registers it")
+    assert line.endswith("; or give the --plugin that registers it")

@@ -8,7 +8,10 @@ import torch
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.distillation import TargetText
 from profiling.learning.losses import OracleText, ShuffledText, others, scrambled
+from profiling.learning.plan import PLUGIN
 from tests.conftest import run
+
+GIVEN = ("--plugin", PLUGIN)
 
 GRID = (4, 4)
 CELLS = torch.tensor([[[7, 2], [-1, 2]]])  # the picture in each quarter of 2 x 2 patches
@@ -84,11 +87,10 @@ def test_the_mixer_of_splitmix64():
     assert scrambled(torch.tensor([1, 2])).tolist() == [0xE220A8397B1DCDAF - 2**63, 0x6E789E6AA1B965F4]
 
 
-def test_the_starter_trains_with_them(tmp_path):
-    """In a process of its own: the starter changes the package before its command is imported."""
+def test_the_plugin_trains_with_them(tmp_path):
     losses = "cmli,oracle_text=0.5,shuffled_text=0.5"
     done = run("--preset", "tiny", "--steps", "2", "--losses", losses, "--output-dir", str(tmp_path), "--set",
-               "run.match_maps=0", script="profiling.learning.train")  # fmt: skip
+               "run.match_maps=0", *GIVEN, script="ds_cmli.train")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
@@ -99,6 +101,6 @@ def test_the_starter_trains_with_them(tmp_path):
 
 
 def test_a_mistake_is_one_line(tmp_path):
-    done = run("--losses", "oracle", script="profiling.learning.train")
+    done = run("--losses", "oracle", *GIVEN, script="ds_cmli.train")
     assert done.returncode == 2 and "Traceback" not in done.stderr and "oracle_text" in done.stdout + done.stderr
     assert run("--losses", "oracle_text").returncode == 2  # of the experiment alone
