@@ -78,8 +78,8 @@ WHAT = (
     _data(
         "--data",
         "data.source",
-        f"'demo', or pairs as {source_kinds('or')} (docs/train.md). Repeat it to mix, each with a "
-        "share as WHAT::0.7.  [preset]",
+        f"'demo', or pairs as {source_kinds('or')}, also by hf://datasets/OWNER/NAME or a URL "
+        "(docs/train.md). Repeat it to mix, each with a share as WHAT::0.7.  [preset]",
         multiple=True,
         metavar="WHAT",
     ),

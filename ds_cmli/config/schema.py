@@ -121,7 +121,8 @@ class TeacherConfig:
 class DataConfig:
     """`data/`."""
 
-    # "demo" (scenes), or what `registry.py` lists; several are mixed: ["a::0.7", "b::0.3"].
+    # "demo" (scenes), or what `registry.py` lists, also by hf:// or a URL; several are mixed:
+    # ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     # The demo's captions: "names" of one to four pictures, or "sentences" of three or four, which
     # have words without a place in the picture too.

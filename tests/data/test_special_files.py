@@ -11,7 +11,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.opening import open_sources
-from ds_cmli.data.sources.find import MOST_FILES, expand
+from ds_cmli.data.sources.find import expand
+from ds_cmli.data.sources.patterns import MOST_FILES
 from ds_cmli.data.tokens import builtin_tokenizer, load_tokenizer
 from ds_cmli.models.weights import WeightsSource, weights_file
 

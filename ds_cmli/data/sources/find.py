@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from itertools import filterfalse
 from pathlib import Path
@@ -13,11 +14,9 @@ from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.config.registry import SOURCES, SourceEntry, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources.base import Parts, first_twice
+from ds_cmli.data.sources.patterns import WILDCARD, braces, check_there
+from ds_cmli.data.sources.remote import is_remote, local_copies
 
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
-WILDCARD = re.compile(r"[*?\[]")
-MOST_FILES = 100_000
 # Names of the parts of a data set.
 SPLITS = {
     "train": "train",
@@ -77,6 +76,12 @@ def _weight(text: str, source: str, name: str) -> float:
 def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
     """Open one source: its kind and its parts. Raises `UserError` as both of these do."""
     kind, files = recognise(name)
+    _check_package(name, kind)
+    return kind, load(SOURCES[kind])(name, files, config)
+
+
+def _check_package(name: str, kind: str) -> None:
+    """Raise `UserError` if the package that reads a kind is missing."""
     entry = SOURCES[kind]
     if entry.package:
         try:
@@ -86,11 +91,10 @@ def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
                 f"data.source is {name!r}, which is read by the package {entry.package}: "
                 f"pip install 'ds-cmli[{entry.extra}]'"
             ) from None
-    return kind, load(entry)(name, files, config)
 
 
 def recognise(name: str) -> tuple[str, list[Path]]:
-    """The kind of source that `name` is, and its files.
+    """The kind of source that `name` is, and its files, which are fetched if they are remote.
 
     A name of no kind is "folder", which then raises the error.
 
@@ -121,6 +125,27 @@ def recognise(name: str) -> tuple[str, list[Path]]:
     return kind, files
 
 
+def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
+    """Choose the files of a URL that are to be fetched.
+
+    Args:
+        in_folder: whether the URL is that of a folder, which may hold others too.
+
+    Raises:
+        UserError: they are of several kinds or of none, or a package that reads them is missing.
+    """
+    by_path = dict(zip(map(Path, paths), paths, strict=True))
+    found = _alone(list(by_path))
+    kind, files = next(iter(found.items()), ("", []))
+    if len(found) != 1 or not (in_folder or len(files) == len(paths)):
+        raise UserError(
+            f"data.source is {name!r}, which names files of several kinds, or of none: accepted "
+            f"by a URL are {SOURCES['tars'].what}; {SOURCES['parquet'].what}"
+        )
+    _check_package(name, kind)
+    return list(map(by_path.__getitem__, files))
+
+
 def _in_folder(folder: Path) -> dict[str, list[Path]]:
     """The kinds that a folder can be, each with those of its files that belong to it."""
     found: dict[str, list[Path]] = {}
@@ -133,7 +158,12 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
     # A folder without permission is reported when it is opened.
     with suppress(OSError), os.scandir(folder) as entries:
         inside = sorted(map(Path, filterfalse(os.DirEntry.is_dir, entries)))
-    found = _by_suffix(inside, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
+    return _alone(inside)
+
+
+def _alone(files: list[Path]) -> dict[str, list[Path]]:
+    """The kinds of which a folder may hold files alone, each with its files."""
+    found = _by_suffix(files, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
     for kind, files in list(found.items()):
         companion = SOURCES[kind].companion
         beside = {path.stem for path in found.get(companion, [])}
@@ -163,28 +193,25 @@ def expand(pattern: str) -> list[Path]:
     `{00000..00019}` and `{a,b}` are expanded, `*`, `?` and `[]` matched. A name without a pattern
     is returned even if it does not exist.
 
+    Files of a URL are fetched, where they are missing, and their copies are returned.
+
     Raises:
-        UserError: the name is a URL, some files of a pattern do not exist, or no file matches.
+        UserError: some files of a pattern do not exist, no file matches, or files of a URL cannot
+            be fetched.
     """
-    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
-        raise UserError(
-            f"data.source is {pattern!r}, which is not on this machine: download it first"
-        )
+    if pattern.startswith("pipe:"):
+        raise UserError(f"data.source is {pattern!r}, a command: download what it gives first")
+    if is_remote(pattern):
+        return local_copies(pattern, partial(_shards, pattern))
     path = os.path.expanduser(pattern)
     if os.path.exists(path) or not ("{" in path or WILDCARD.search(path)):
         return [Path(path)]
     files: list[Path] = []
-    for name in _braces(path):
+    for name in braces(path):
         names = sorted(glob.glob(name)) if WILDCARD.search(name) else [name]
         files += map(Path, names)
-    if not files:
-        raise UserError(f"data.source is {pattern!r}: no file matches it")
     missing = list(filterfalse(os.path.isfile, files))
-    if missing:
-        raise UserError(
-            f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
-            f"first {str(missing[0])!r}"
-        )
+    check_there(pattern, files, missing)
     return files
 
 
@@ -192,32 +219,3 @@ def part_of(file: Path) -> str | None:
     """The part that a name such as `train-00000-of-00002.parquet` tells, if it tells one."""
     found = re.match(r"([a-z]+)[-_.]", file.name)
     return SPLITS.get(found[1]) if found else None
-
-
-def _braces(pattern: str) -> list[str]:
-    """The names that a pattern stands for; raises `UserError` for too many."""
-    names, expanded = list[str](), [pattern]
-    while names != expanded:
-        names, expanded = expanded, []
-        for name in names:
-            expanded += _with_first_brace(name)
-            if len(expanded) > MOST_FILES:
-                raise UserError(f"data.source is {pattern!r}: more than {MOST_FILES:,} files")
-    return names
-
-
-def _with_first_brace(pattern: str) -> list[str]:
-    """The names that a pattern becomes by its first brace without another inside."""
-    found = BRACES.search(pattern)
-    if found is None:
-        return [pattern]
-    parts = found[1].split(",")
-    span = RANGE.fullmatch(found[1])
-    if span:
-        first, last = int(span[1]), int(span[2])
-        if abs(last - first) >= MOST_FILES:
-            return [pattern] * (MOST_FILES + 1)
-        step = 1 if last >= first else -1
-        width = len(span[1]) if span[1].startswith("0") else 0
-        parts = [str(number).zfill(width) for number in range(first, last + step, step)]
-    return [pattern[: found.start()] + part + pattern[found.end() :] for part in parts]

@@ -1,0 +1,140 @@
+"""A server on this machine that is a hub of data sets and a plain server of files, and fails as it is told."""
+
+import hashlib
+import json
+import threading
+import time
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+OWNER_NAME = "red/apples"
+
+
+class Server(ThreadingHTTPServer):
+    """Serves `files` (path -> content): of the plain server by /PATH, of the hub by its API.
+
+    Attributes:
+        revisions: commit -> files of the data set red/apples; `branches`: name -> commit.
+        faults: path -> what its next requests of content do instead, in order: a status, ("cut", bytes) to end the
+            connection there, ("bytes", content) for other content of the same size, ("wait", seconds).
+        log: (method, path, Range) of each request.
+    """
+
+    daemon_threads, block_on_close = True, False
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.revisions, self.branches = {}, {}, {}
+        self.faults, self.log, self.ranges, self.etags, self.headers = {}, [], True, True, []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, files, branch="main"):
+        """A new revision of the data set; returns its commit."""
+        commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        self.revisions[commit], self.branches[branch] = files, commit
+        return commit
+
+    def fetched(self):
+        """The paths whose content was sent, with the first byte of each."""
+        return [(path, first) for method, path, first in self.log if method == "GET"]
+
+    def handle_error(self, request, client_address):
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.headers.append(dict(self.headers))
+        parts = path.strip("/").split("/")
+        if parts[:2] == ["api", "datasets"]:
+            self.server.log.append(("API", path, 0))
+            return self.api("/".join(parts[2:4]), parts[4], "/".join(parts[5:]))
+        if parts[0] == "datasets" and parts[3:4] == ["resolve"]:
+            files, commit = self.server.revisions.get(parts[4], {}), parts[4]
+            name = "/".join(parts[5:])
+            digest = hashlib.sha256(files[name]).hexdigest()
+            extra = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(files[name]))}
+            return self.content(name, files[name], digest, extra)
+        if path.endswith("/"):
+            names = [name for name in self.server.files if name.startswith(path) and name != path]
+            names = sorted({name[len(path) :].split("/")[0] for name in names})
+            page = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
+            return self.answer(200, page, {"Content-Type": "text/html"})
+        content = self.server.files.get(path)
+        if content is None:
+            return self.answer(404, b"")
+        self.content(path, content, hashlib.md5(content).hexdigest(), {})
+
+    def api(self, name, what, revision):
+        commit = self.server.branches.get(revision, revision)
+        files = self.server.revisions.get(commit)
+        fault = self.next_fault("api")
+        if isinstance(fault, int):
+            return self.answer(fault, b"")
+        if name != OWNER_NAME or files is None:
+            code = "RepoNotFound" if name != OWNER_NAME else "RevisionNotFound"
+            return self.answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not found"})
+        if what == "revision":
+            found = {"id": name, "sha": commit, "siblings": [], "tags": [], "private": False, "downloads": 0}
+        else:
+            found = []
+            for path, content in files.items():
+                lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
+                found.append({"type": "file", "path": path, "size": len(content), "oid": "0" * 40, "lfs": lfs})
+        self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+
+    def content(self, name, content, etag, extra):
+        size, first, last, status = len(content), 0, len(content), 200
+        wanted = self.headers.get("Range")
+        if wanted and self.server.ranges:
+            start, _, end = wanted.removeprefix("bytes=").partition("-")
+            first, last, status = int(start), int(end or size - 1) + 1, 206
+            extra = {**extra, "Content-Range": f"bytes {first}-{last - 1}/{size}"}
+        if self.server.etags:
+            extra = {**extra, "ETag": f'"{etag}"'}
+        self.server.log.append((self.command, name, first))
+        fault = None if self.command == "HEAD" else self.next_fault(name)
+        if isinstance(fault, int):
+            return self.answer(fault, b"")
+        kind, value = fault or ("", None)
+        if kind == "wait":
+            time.sleep(value)
+        if kind == "bytes":
+            content = value
+        self.answer(status, content[first:last], extra, value if kind == "cut" else None)
+
+    def next_fault(self, name):
+        faults = self.server.faults.get(name, [])
+        return faults.pop(0) if faults else None
+
+    def answer(self, status, body, headers=None, cut=None):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), "Connection": "close", **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+
+@contextmanager
+def serving():
+    server = Server()
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
