@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from ds_cmli.common import checksums
 from ds_cmli.common.cache import cache_folder, locked
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading
 from ds_cmli.data.sources.attempts import Pause, of_disk, patiently, refuses, why_of
@@ -49,14 +50,16 @@ class Record:
     # Local copy -> size and stamp of the server, digest and modification time (ns) of the copy.
     files: dict[str, Known] = field(default_factory=dict)
     error: str = ""  # why not all files are there
+    notices: list[str] = field(default_factory=list)  # of the last start
 
     @classmethod
     def read(cls, path: Path) -> "Record":
         """The record in a file; an empty one if that is missing or damaged."""
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             content = checksums.read(path)
-            files = {name: tuple(known) for name, known in content["files"].items()}
-            return cls(content["revision"], content["paths"], files, content["error"])
+            del content[checksums.KEY]
+            content["files"] = {name: tuple(known) for name, known in content["files"].items()}
+            return cls(**content)
         return cls()
 
     def write(self, path: Path) -> None:
@@ -85,7 +88,7 @@ def local_copies(name: str, choose: Choose) -> list[Path]:
         record = Record.read(path)
         # Otherwise another process did it, while this one waited.
         if _time(path) == before or record.error == ENDED:
-            record.error = ENDED
+            record.error, record.notices = ENDED, []
             try:
                 _Copies(name, place, record, path).update(choose)
                 record.error = ""
@@ -95,6 +98,7 @@ def local_copies(name: str, choose: Choose) -> list[Path]:
                 record.write(path)
         if record.error:
             raise UserError(record.error)
+    say(*record.notices)
     place.revision = record.revision
     return list(map(place.local, record.paths))
 
@@ -140,7 +144,8 @@ class _Copies:
         elif missing:
             raise UserError(self._unreachable(why, f"{len(missing)} of its files"))
         elif why:
-            print(f"{self.name} cannot be reached ({why}): using what is in {place.cache}")
+            line = f"{self.name} cannot be reached ({why}): using what is in {place.cache}"
+            record.notices.append(line)
 
     def _without_network(self, why: str) -> Listing:
         """List the files as they were listed last, or else those in the cache."""
@@ -185,10 +190,9 @@ class _Copies:
             print(f"{path} has changed since it was fetched: fetching it again", flush=True)
             return False
         if (size, stamp) != (file.size, file.stamp):
-            print(
+            self.record.notices.append(
                 f"{file.path} has changed on its server ({size:,} bytes then, {file.size:,} now): "
-                f"using the copy of then; remove {path} to fetch it again",
-                flush=True,
+                f"using the copy of then; remove {path} to fetch it again"
             )
         self.record.files[str(path)] = (size, stamp, digest, status.st_mtime_ns)
         return True

@@ -29,7 +29,7 @@ from ds_cmli.data.sources.patterns import (
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
-HTTP = ("http", "https")
+HTTP, S3 = ("http", "https"), ("s3", "s3a")
 AT_ONCE = 16  # requests
 BLOCK = 2**23  # bytes of one request
 CONNECT_SECONDS, READ_SECONDS = 10, 60
@@ -69,11 +69,18 @@ class Urls:
                 from aiohttp import ClientTimeout
 
                 limit = ClientTimeout(None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-                options = {"client_kwargs": {"timeout": limit, "trust_env": True}}
-            files = filesystem(scheme, skip_instance_cache=True, **options)
+                uncompressed = {"Accept-Encoding": "identity"}  # sizes are those of the files
+                session = {"timeout": limit, "trust_env": True, "headers": uncompressed}
+                options = {"client_kwargs": session}
+            if scheme in S3:  # the attempts are those of `attempts.patiently`
+                options = {"config_kwargs": {"retries": {"max_attempts": 0}}}
+            # The library keeps it: to collect one as garbage can wait for its thread for seconds.
+            files = filesystem(scheme, **options)
         except (ImportError, ValueError) as error:
             install = f"pip install 'ds-cmli[remote]' for {', '.join((*HTTP, 's3'))}"
             raise UserError(f"data.source is {self.name!r}: {error}: {install}") from None
+        files.retries = 1  # of s3fs
+        files.invalidate_cache()
         if getattr(files, "local_file", False):
             raise UserError(f"data.source is {self.name!r}, a local file: give its path")
         return files

@@ -1,4 +1,4 @@
-"""A server on this machine that is a hub of data sets and a plain server of files, and fails as it is told."""
+"""A server on this machine: a hub of data sets, an S3 of one bucket and a plain server of files, with faults."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 OWNER_NAME = "red/apples"
 
@@ -65,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
             digest = hashlib.sha256(files[name]).hexdigest()
             extra = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(files[name]))}
             return self.content(name, files[name], digest, extra)
+        if "list-type" in self.path:
+            return self.bucket(parse_qs(urlsplit(self.path).query))
         if path.endswith("/"):
             names = [name for name in self.server.files if name.startswith(path) and name != path]
             names = sorted({name[len(path) :].split("/")[0] for name in names})
@@ -74,6 +76,25 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.answer(404, b"")
         self.content(path, content, hashlib.md5(content).hexdigest(), {})
+
+    def bucket(self, query):
+        """S3's ListObjectsV2 of the bucket "bucket", which is the folder /bucket/."""
+        prefix, slash = query.get("prefix", [""])[0], "delimiter" in query
+        entries, folders = "", set()
+        for name, content in sorted(self.server.files.items()):
+            key = name.removeprefix("/bucket/")
+            if not key.startswith(prefix):
+                continue
+            inner = key[len(prefix) :].partition("/")
+            if slash and inner[1]:
+                folders.add(prefix + inner[0] + "/")
+                continue
+            size, etag = len(content), hashlib.md5(content).hexdigest()
+            entries += f"<Contents><Key>{key}</Key><Size>{size}</Size><ETag>&quot;{etag}&quot;</ETag></Contents>"
+        entries += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in sorted(folders))
+        space = "http://s3.amazonaws.com/doc/2006-03-01/"
+        page = f'<ListBucketResult xmlns="{space}"><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>'
+        self.answer(200, page.encode(), {"Content-Type": "application/xml"})
 
     def api(self, name, what, revision):
         commit = self.server.branches.get(revision, revision)

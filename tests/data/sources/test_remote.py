@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections import namedtuple
@@ -15,6 +16,7 @@ from ds_cmli.data.sources import attempts, remote, urls
 from ds_cmli.data.sources.find import expand, recognise
 from tests.data.sources.samples import build, members, shown, tar
 from tests.data.sources.servers import OWNER_NAME, serving
+from tests.data.sources.test_arrow import parquet
 from tests.data.sources.test_folder import user_error
 
 HUB = f"hf://datasets/{OWNER_NAME}"
@@ -294,6 +296,54 @@ def test_what_cannot_be_fetched_is_refused_in_one_line(server, name, said):
 def test_s3_needs_its_library(server, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
     assert "pip install 'ds-cmli[remote]'" in user_error(expand, "s3://bucket/x.tar")
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("s3://bucket/data/0000?.tar", [0, 1, 2]),
+        ("s3://bucket/data/{00001..00002}.tar", [1, 2]),
+        ("s3://bucket/data", [0, 1, 2]),
+        ("s3://bucket/data/", [0, 1, 2]),
+        ("s3://bucket/data/00001.tar", [1]),
+    ],
+)
+def test_shards_in_s3(server, monkeypatch, name, numbers):
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
+    keys = {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "me", "AWS_SECRET_ACCESS_KEY": "secret"}
+    for key, value in {**keys, "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(key, value)
+    server.files = {f"/bucket{path}": content for path, content in server.files.items()}
+    server.faults["/bucket/data/00001.tar"] = [("cut", 100)]
+    assert contents(expand(name)) == {path: SHARDS[path] for path in (f"data/{n:05}.tar" for n in numbers)}
+    server.shutdown()
+    server.server_close()
+    assert len(expand(name)) == len(numbers)
+
+
+def test_parquet_of_the_hub(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+    files = {}
+    for part, ks in (("train", range(20)), ("validation", range(20, 24))):
+        path = parquet(tmp_path / "x.parquet", ks)
+        files[f"default/{part}-00000-of-00001.parquet"] = path.read_bytes()
+    server.commit({**files, "README.md": b"apples"}, "refs/convert/parquet")
+    name = f"{HUB}@refs/convert/parquet"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "datasets", None)
+        assert "is read by the package datasets: pip install" in user_error(build, name)
+    assert not server.fetched()
+    data = build(name)
+    assert (len(data.train), len(data.evals["val"])) == (20, 4)
+    assert shown(data.evals["val"][0]) == 20
+
+
+def test_progress_is_printed_now_and_then(server, named, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote, "TELL_SECONDS", 0.1)
+    fault(server, 1, ("wait", 0.3))
+    expand(named)
+    assert re.search(r"fetched 0\.00 GB of 3 files of .*, 0\.00 GB, at 0\.0 MB/s", capsys.readouterr().out)
 
 
 def test_those_that_wait_take_the_result_or_the_error(server, named):
