@@ -45,8 +45,9 @@ class Writer:
         total_steps: int,
         first_step: int = 0,
         report_to: Sequence[str] = ("tensorboard",),
+        callbacks: Sequence[trackers.Tracker] = (),
     ):
-        """Open the trackers `report_to`, names from `registry.TRACKERS`.
+        """Open the trackers `report_to`, names from `registry.TRACKERS`; `callbacks` are open.
 
         Raises `UserError` if one cannot be opened.
         """
@@ -56,6 +57,8 @@ class Writer:
         self.trackers = {
             name: registry.load(registry.TRACKERS[name])(folder, first_step) for name in report_to
         }
+        for number, callback in enumerate(callbacks):
+            self.trackers[f"callbacks[{number}]"] = callback
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.said = self.started  # when something was printed
@@ -214,7 +217,11 @@ class NullWriter:
 
 
 def open_writer(
-    folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]
+    folder: Path,
+    total_steps: int,
+    first_step: int,
+    report_to: Sequence[str],
+    callbacks: Sequence[trackers.Tracker],
 ) -> Writer | NullWriter:
     """The writer of this rank. Collective.
 
@@ -224,7 +231,7 @@ def open_writer(
     mistake = None
     if distributed.is_main():
         try:
-            writer = Writer(folder, total_steps, first_step, report_to)
+            writer = Writer(folder, total_steps, first_step, report_to, callbacks)
         except UserError as error:
             mistake = str(error)
     distributed.raise_together(mistake)  # collective

@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
     from ds_cmli.distributed.process_group import CollectiveFlags
     from ds_cmli.engine import Plan
     from ds_cmli.faults.watchdog import Watchdog
+    from ds_cmli.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class LaunchOptions:
     dry_run: bool
     report: bool  # --resume-report
     profiles: Profiles
+    callbacks: "tuple[Tracker, ...]" = ()
+    raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
 
     @property
     def trains_nothing(self) -> bool:

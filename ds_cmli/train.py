@@ -11,9 +11,11 @@ import sys
 # modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
+import contextlib
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -23,7 +25,15 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
 from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import OUTPUT, START, WHAT, add, print_without_effect, resolve_config
+from ds_cmli.config.options import (
+    OUTPUT,
+    START,
+    WHAT,
+    add,
+    how_given,
+    print_without_effect,
+    resolve_config,
+)
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
@@ -59,15 +69,23 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), settings, options)
-    return train(config, ds_config, start)
+    given = how_given(settings, options)
+    print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), given)
+    return train(config, ds_config, start).code
 
 
-def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> int:
-    """Train, and return the exit code: 0 at the end of the run.
+class Ended(NamedTuple):
+    """A run that was started: its exit code, 0 at the end, and its folder.
 
-    It is `preemption.EXIT_CODE` where the run is to be started again.
+    The code is `preemption.EXIT_CODE` where the run is to be started again.
     """
+
+    code: int
+    folder: Path
+
+
+def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> Ended:
+    """Train: what the command and `ds_cmli.fit` call. Collective."""
     # --- configuration: on every rank, before the processes meet
     check_early(config, ds_config, start)
     if config.run.deterministic:
@@ -90,8 +108,10 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> i
     except UserError:
         preemption.end_start()  # rank 0, which the others miss, may have ended by the same signal
         raise
+    alone = start.raises and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
+    watchdog = Watchdog(0.0 if alone else config.run.watchdog, store)
     try:
-        with Watchdog(config.run.watchdog, store) as watchdog:
+        with watchdog:
             device = distributed.connect(store)  # collective
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
@@ -102,21 +122,24 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> i
                 place = RankContext(device, folder, watchdog)
                 ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
-                    return 0
+                    return Ended(0, folder)
                 if start.report:
                     say(contents.going_on(ready.point is None, ready.state, ready.plan))
                 if start.dry_run:
-                    return rehearse(ready)  # collective
-                return 0 if start.report else build_and_train(ready)  # collectives
+                    return Ended(rehearse(ready), folder)  # collective
+                if start.report:
+                    return Ended(0, folder)
+                return Ended(build_and_train(ready), folder)  # collectives
     finally:
         distributed.shutdown()
+        watchdog.cleaned_up()
 
 
 def build_and_train(ready: Prepared) -> int:
     """Build the engine, put back what there is to go on from, and train. Collective."""
     from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.checkpoints import Checkpoints
-    from ds_cmli.engine import build, counts_line, with_backend
+    from ds_cmli.engine import build, counts_line, release, with_backend
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, open_writer
     from ds_cmli.run import Run
@@ -125,10 +148,14 @@ def build_and_train(ready: Prepared) -> int:
     device, folder, watchdog = ready.place.device, ready.place.folder, ready.place.watchdog
     chosen, notice = with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
-    with out_of_memory.ending(chosen, plan.deepspeed, folder, device, watchdog):  # collective
+    raises, afterwards = ready.start.raises, contextlib.ExitStack()
+    ending = out_of_memory.ending(chosen, plan.deepspeed, folder, device, watchdog, raises)
+    with ending, afterwards:  # collective
         engine = build(
             chosen, plan.deepspeed, data.vocab_size, plan.total_steps, device, data.special
         )
+        if raises:
+            afterwards.callback(release, engine.engine)
         restore.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
         run_folder.settle(
             ready.start.resume, ready.point, folder, config, plan.deepspeed
@@ -139,7 +166,7 @@ def build_and_train(ready: Prepared) -> int:
             say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
         with watchdog.slow(together=True):  # a tracker may ask its server
             writer = open_writer(
-                folder, plan.total_steps, state.step, config.run.report_to
+                folder, plan.total_steps, state.step, config.run.report_to, ready.start.callbacks
             )  # collective
             parts = Run(
                 ready=ready,

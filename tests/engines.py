@@ -13,18 +13,7 @@ from unittest import mock
 from deepspeed import comm
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-
-def release(engine: DeepSpeedEngine) -> None:
-    """End an engine and all that it holds."""
-    optimizer = engine.optimizer
-    offload = getattr(optimizer, "parameter_offload", optimizer)
-    parameters = list(engine.module.parameters())
-    # It only asks which rank prints. The process group may have ended.
-    with mock.patch.object(comm, "get_rank", return_value=0):
-        engine.destroy()
-    # With ZeRO-3 what lies on the parameters keeps the rest even then.
-    for part in (*parameters, offload, optimizer, engine):
-        vars(part).clear()
+from ds_cmli.engine import release
 
 
 @contextmanager
@@ -43,4 +32,6 @@ def released() -> Iterator[None]:
     while built:
         engine = built.pop()
         if vars(engine):  # one inside may have ended it
-            release(engine)
+            # It only asks which rank prints. The process group may have ended.
+            with mock.patch.object(comm, "get_rank", return_value=0):
+                release(engine)

@@ -373,6 +373,14 @@ def test_python_of_metrics():
     assert found["recalls_"]["i2t_r1"] == 1.0 and found["phrase_hits_"].tolist() == [True]
 
 
+def test_python_of_a_training(place, monkeypatch):
+    monkeypatch.chdir(place)
+    (code,) = [body for body in blocks("python") if "ds_cmli.fit(" in body]
+    found: dict[str, object] = {}
+    exec(compile(code, "docs/python.md", "exec"), found)
+    assert found["run"].metrics["step"] == 3 and found["losses"].values
+
+
 def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for body in blocks("python"):
@@ -390,6 +398,6 @@ def test_python_of_exported_models_is_named():
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 10
+    assert len(blocks("python")) == 11
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")

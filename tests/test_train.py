@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import ds_cmli
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, rank_environments, run
 from tests.processes import Program
@@ -91,6 +92,21 @@ def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     assert without_times(tmp_path / "again") == without_times(folder)
     a, b = (load_file(f / "student.safetensors") for f in (folder, tmp_path / "again"))
     assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path):
+    folder, _ = finished
+    weights = load_file(folder / "student.safetensors")
+    for name in ("first", "second"):
+        given = {"run": {"preset": "tiny", "output_dir": str(tmp_path / name)}, "optim": {"steps": 4}}
+        found = ds_cmli.fit(given, deepspeed_config=ROOT / "ds_configs" / "zero2.json")
+        assert without_times(found.folder) == without_times(folder)
+        again = load_file(found.folder / "student.safetensors")
+        assert again.keys() == weights.keys() and all((again[name] == weights[name]).all() for name in weights)
+        configs = [json.loads((place / "config.json").read_text())["config"] for place in (folder, found.folder)]
+        for config in configs:
+            del config["run"]["output_dir"]
+        assert configs[0] == configs[1]
 
 
 def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):

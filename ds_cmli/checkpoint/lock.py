@@ -85,6 +85,7 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         if distributed.is_main():
+            preemption.before_leaving.remove(lock.give_back)
             lock.give_back()
 
 

@@ -233,12 +233,6 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues
         section, key = PLACES[name]
         written[f"{section}.{key}"] = flag = "--" + name.replace("_", "-")
         _put(overrides, section, key, value, flag)
-    # Steps or epochs, if given, replace whichever of the two the preset sets.
-    optim = overrides.get("optim", {})
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        if optim.get(one) is not None and other not in optim:
-            optim[other] = None
-            break
     if options["init"] == "random":
         for section, key in RANDOM:
             _put(overrides, section, key, "random", "--init")
@@ -247,20 +241,17 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues
 
 
 def print_without_effect(
-    config: Config,
-    ds_config: DeepSpeedConfig,
-    ranks: int,
-    settings: tuple[str, ...],
-    options: OptionValues,
+    config: Config, ds_config: DeepSpeedConfig, ranks: int, given: dict[str, str]
 ) -> None:
-    """Print which settings of the command line have no effect, or are overruled by the JSON."""
-    optim: dict[str, tuple[str, Any]] = {}
-    for key, value in parse_settings(settings).get("optim", {}).items():
-        optim[key] = (f"--set optim.{key}", value)
-    for key in ("lr", "micro_batch"):
-        if options[key] is not None:
-            optim[key] = (f"--{key.replace('_', '-')}", options[key])
-    given = how_given(settings, options)
+    """Print which of the settings that were given have no effect, or are overruled by the JSON.
+
+    `given`: how each was given, as `how_given` returns it.
+    """
+    optim = {}
+    for setting, how in given.items():
+        section, _, key = setting.partition(".")
+        if section == "optim":
+            optim[key] = (how, getattr(config.optim, key))
     say(*overruled(ds_config, optim), *effects.without_effect(config, ds_config, ranks, given))
 
 

@@ -100,10 +100,17 @@ PRESETS: dict[str, Sections] = {
 
 
 def load_preset(name: str, overrides: Sections, written: Mapping[str, str] | None = None) -> Config:
-    """The preset's configuration with `overrides` ({section: {setting: value}})."""
-    choice("--preset", name, PRESETS)
+    """The preset's configuration with `overrides` ({section: {setting: value}}).
+
+    Steps or epochs replace whichever of the two the preset sets.
+    """
+    choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
     values: Sections = {"run": {"preset": name}}
     for layer in (PRESETS[name], with_new_names(overrides)):
         for section, settings in layer.items():
             values.setdefault(section, {}).update(settings)
+    optim = overrides.get("optim", {})
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if optim.get(one) is not None and other not in optim:
+            values["optim"][other] = None
     return Config.from_dict(values, written)

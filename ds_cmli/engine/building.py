@@ -254,3 +254,14 @@ def _undo_first_update(optimizer: Any) -> None:
     for state in [*optimizer.state.values(), *optimizer.param_groups]:
         if "step" in state:
             state["step"] = state["step"] * 0
+
+
+def release(engine: "DeepSpeedEngine") -> None:
+    """End an engine and all that it holds, which its hooks otherwise keep in this process."""
+    optimizer = engine.optimizer
+    offload = getattr(optimizer, "parameter_offload", optimizer)
+    parameters = list(engine.module.parameters())
+    engine.destroy()
+    # With ZeRO-3 what lies on the parameters keeps the rest even then.
+    for part in (*parameters, offload, optimizer, engine):
+        vars(part).clear()

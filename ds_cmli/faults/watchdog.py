@@ -101,6 +101,8 @@ class Watchdog:
         self.main = threading.get_ident()
         self.closed, self.wake = threading.Event(), threading.Event()
         self.ending = threading.Lock()
+        self.timer = threading.Timer(timeout, os._exit, [EXIT_CODE])
+        self.timer.daemon = True
 
     # --- for the training loop
 
@@ -166,10 +168,15 @@ class Watchdog:
         # take it for dead.
         self._wait(30, self._all_have_ended if self.rank == 0 else self._i_have_ended)
         if self.mine.failed:  # ends in any case: its cleaning up may wait for others for ever
-            timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
-            timer.daemon = True
-            timer.start()
+            self.timer.start()
         self.closed.set()
+        self.wake.set()
+        self.exchange.join(1.0)  # it reads the store, which ends with the run
+        preemption.before_leaving.remove(self._leave_together)
+
+    def cleaned_up(self) -> None:
+        """The process, which has ended its group since, may go on."""
+        self.timer.cancel()
 
     # --- in threads of their own
 
@@ -178,12 +185,15 @@ class Watchdog:
         while not self.closed.is_set():
             self.wake.wait(self.interval)
             self.wake.clear()
+            if self.closed.is_set():
+                return
             try:
                 self._exchange()
-            except RuntimeError:  # the store's process has ended
+            except RuntimeError:  # the store's process, or its run, has ended
                 self.store_is_gone = True
                 host = self.heartbeats[0]
-                if not (self.mine.done or (host and host.done)):
+                both_failed = self.mine.failed and host and host.failed
+                if not (self.mine.done or both_failed or (host and host.done)):
                     self._end([0], f"failed: {host.failed}" if host and host.failed else "is dead")
                 return
             self.silence = 0.0

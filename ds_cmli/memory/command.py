@@ -22,7 +22,7 @@ from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import WHAT, add, print_without_effect, resolve_config
+from ds_cmli.config.options import WHAT, add, how_given, print_without_effect, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.report import Report, gigabytes, show
 
@@ -91,7 +91,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     asked.check()
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    print_without_effect(config, ds_config, asked.world_size, settings, options)
+    print_without_effect(config, ds_config, asked.world_size, how_given(settings, options))
     if asked.checkpointing == "on":
         section = ds_config.get("activation_checkpointing", {})
         ds_config = ds_config.replaced(activation_checkpointing=section)

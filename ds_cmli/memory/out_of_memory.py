@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -113,6 +114,7 @@ def ending(
     folder: Path,
     device: torch.device,
     watchdog: Watchdog,
+    raises: bool = False,
 ) -> Iterator[None]:
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
@@ -121,6 +123,7 @@ def ending(
         folder: the run's folder, the same on every rank. The message and the snapshot are written
             there, as `out_of_memory*`.
         watchdog: waits longer while the message is prepared, and then tells the other ranks to end.
+        raises: whether a single rank raises `UserError` after the message and goes on.
     """
     token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
     message = folder / f"out_of_memory-{token}.txt"
@@ -141,6 +144,9 @@ def ending(
                 traceback.clear_frames(error.__traceback__)
                 step = Step(config, ds_config, distributed.world_size(), device.type == "cuda")
                 if _speak(error, room, step, message, snapshot):
+                    if raises and distributed.world_size() == 1:
+                        why = f"out of memory: {message} says what would fit"
+                        raise UserError(why) from None
                     watchdog.dismiss()
                     _leave()
             # Another rank ran out first; here that showed as a broken connection, or this rank ran

@@ -7,7 +7,7 @@ settings and results are the same in all.
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from numpy import ndarray
 
@@ -27,22 +27,25 @@ OPTIMIZER = (
 )
 
 
+@runtime_checkable
 class Tracker(Protocol):
-    """A tracker is opened on rank 0 only, with (folder, first step).
+    """A tracker of `run.report_to` is opened on rank 0 only, with (folder, first step).
 
     The folder is the run's, which holds `config.json`; the run goes on from the first step.
     Opening raises `UserError` for a user's mistake. Of the errors that a tracker raises later only
-    the first is reported, and the run goes on.
+    the first is reported, and the run goes on. A callback of `ds_cmli.fit` is one that is open.
     """
 
-    errors: tuple[type[Exception], ...]  # errors of writing, which do not end the run
+    errors: tuple[type[Exception], ...] = ()  # errors of writing, which do not end the run
 
-    def numbers(self, step: int, values: dict[str, float]) -> None: ...
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        """The values of a logged step, or of an evaluation, by the names that `tag` gives."""
 
     def picture(self, step: int, name: str, image: ndarray) -> None:
         """`image`: a NumPy array, uint8 [height, width, 3]."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run has ended."""
 
 
 def kept_id(folder: Path, new: str) -> str:

@@ -39,7 +39,7 @@ def test_losses_and_settings_are_parsed():
         ({"student": {"layer": 4}}, "did you mean 'layers'?"),
         ({"loss": {"weights": {"globl": 1.0}}}, "did you mean 'global'?"),
         ({"loss": {"init_temperature": 0.001}}, "1/temperature is at most 100"),
-        ({"optim": {"epochs": 1.0}}, "give one of the two"),
+        ({"optim": {"epochs": 1.0, "steps": 3}}, "give one of the two"),
         ({"modle": {}}, "configuration section is 'modle'"),
     ],
 )

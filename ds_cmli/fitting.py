@@ -1,0 +1,165 @@
+"""`ds_cmli.fit`: the training of `train.py` from a script or a notebook."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_cmli.common import quiet
+from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import Section, parse
+from ds_cmli.config import plugins
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config, Sections
+from ds_cmli.config.validation import check, shown
+from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
+from ds_cmli.faults import preemption
+from ds_cmli.memory.profiler import Profiles
+from ds_cmli.prepare import LaunchOptions
+from ds_cmli.trackers import Tracker
+from ds_cmli.train import train
+
+if TYPE_CHECKING:  # it imports torch, before which a start sets variables
+    from ds_cmli.inference import Model
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A run that has ended."""
+
+    folder: Path  # as of `--output-dir`, the same on every rank
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each column of `metrics.jsonl`, such as "eval/seen/combined/i2t_r1"."""
+        last: dict[str, float] = {}
+        for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
+            last |= parse(line, dict)
+        return last
+
+    @cached_property
+    def model(self) -> "Model":
+        """The trained student, on a GPU if there is one."""
+        from ds_cmli.inference import Model
+
+        return Model.load(self.folder)
+
+
+def fit(
+    config: str | Mapping[str, Section] | Config = "quick",
+    data: str | Path | Sequence[str | Path] | None = None,
+    callbacks: Sequence[Tracker] = (),
+    deepspeed_config: str | Path | Section = DEFAULT_JSON,
+    resume: str = "auto",
+) -> Fitted:
+    """Train as the command does, to the bit, in this process. Collective.
+
+    It prints the command's lines. A launcher's ranks, as of torchrun, all call it; without one it
+    is one process, which no watchdog ends.
+
+    Args:
+        config: a preset's name; sections of settings that change the preset `run.preset`, as
+            {"optim": {"steps": 100}}; or a whole configuration.
+        data: what --data takes, or several of it; None: the configuration's.
+        callbacks: get the run's numbers and pictures on rank 0, in addition to `run.report_to`.
+            What one raises that is none of its `errors` ends the training and is raised.
+        deepspeed_config: DeepSpeed's JSON, as a file or its content.
+        resume: as --resume; "auto" goes on from the run in `run.output_dir`.
+
+    Raises:
+        UserError: a mistake that the user can correct, on every rank.
+        Preempted: the run has saved after a signal, if the script handles signals as the command
+            does, by `ds_cmli.faults.preemption.install()`.
+    """
+    _check_callbacks(callbacks)
+    resolved, given = _resolved(config, data)
+    start = LaunchOptions(
+        resume, False, False, False, Profiles(), callbacks=tuple(callbacks), raises=True
+    )
+    with _own_environment(), warnings.catch_warnings():
+        map_launcher_environment()
+        quiet.silence()
+        say(plugins.line())
+        if isinstance(deepspeed_config, Mapping):
+            ds_config = DeepSpeedConfig.of(deepspeed_config)
+        else:
+            ds_config = DeepSpeedConfig.load(deepspeed_config)
+        print_without_effect(resolved, ds_config, int(os.environ["WORLD_SIZE"]), given)
+        try:
+            ended = train(resolved, ds_config, start)  # collective
+        except OSError as error:  # as the command takes it
+            if error.filename is None:
+                raise
+            raise UserError(f"{error.strerror}: {error.filename!r}") from error
+    if ended.code == preemption.EXIT_CODE:
+        raise preemption.Preempted(f"call fit again with run.output_dir {ended.folder} to go on")
+    return Fitted(ended.folder)
+
+
+def _resolved(
+    config: str | Mapping[str, Section] | Config,
+    data: str | Path | Sequence[str | Path] | None,
+) -> tuple[Config, dict[str, str]]:
+    """The whole configuration, and the settings that were given. Raises `UserError`."""
+    sections: Sections = {}
+    if isinstance(config, str):
+        sections["run"] = {"preset": config}
+    elif isinstance(config, Mapping):
+        for name, settings in config.items():
+            check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
+            sections[name] = dict(settings)
+    elif isinstance(config, Config):
+        sections = config.to_dict()
+    else:
+        need = "give a preset's name, a mapping of sections, or a Config"
+        raise UserError(f"config is {shown(config)}: {need}")
+    if data is not None:
+        sections.setdefault("data", {})["source"] = _source(data)
+    written = {"data.source": "data", "run.preset": "run.preset"}
+    if isinstance(config, str):
+        written["run.preset"] = "config"
+    if isinstance(config, Config):
+        return Config.from_dict(sections, written), {}
+    given: dict[str, str] = {}
+    for name, settings in sections.items():
+        given |= {f"{name}.{key}": f"{name}.{key}" for key in settings}
+    preset = str(sections.get("run", {}).get("preset", "quick"))
+    return load_preset(preset, sections, written), given
+
+
+def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:
+    """The setting `data.source`."""
+    if isinstance(data, str | Path):
+        return str(data)
+    check(isinstance(data, Sequence), "data", data, "give what --data takes, or a list of it")
+    names = list(map(str, data))
+    return names[0] if len(names) == 1 else names
+
+
+def _check_callbacks(callbacks: Sequence[Tracker]) -> None:
+    """Raise `UserError` for what has not the methods of a tracker."""
+    need = "give objects with the methods of ds_cmli.trackers.Tracker"
+    check(isinstance(callbacks, Sequence), "callbacks", callbacks, f"{need}, in a list")
+    for number, callback in enumerate(callbacks):
+        good = isinstance(callback, Tracker) and not isinstance(callback, type)
+        check(good, f"callbacks[{number}]", callback, need)
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Restore the variables of a rank, which a start sets where no launcher has."""
+    before = {name: os.environ.get(name) for name in OF_A_RANK}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,164 @@
+"""`ds_cmli.fit` in a process that goes on: mistakes, callbacks, resuming; its bits are compared in test_train.py."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ds_cmli
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.engine import TrainEngine
+from ds_cmli.faults import preemption
+from ds_cmli.memory import out_of_memory
+from ds_cmli.trackers import Tracker
+from tests.config.test_mistakes import pairs
+from tests.conftest import run
+from tests.metrics_file import metrics
+from tests.test_train import BIN, without_times
+
+
+class Notes(Tracker):
+    """Keeps what it is given, and fails at a step."""
+
+    def __init__(self, fails_at: int = 0):
+        self.steps, self.pictures, self.closed, self.fails_at = {}, [], 0, fails_at
+
+    def numbers(self, step, values):
+        self.steps.setdefault(step, {}).update(values)
+        if step == self.fails_at and "loss/total" in values:
+            raise ArithmeticError(step)
+
+    def picture(self, step, name, image):
+        self.pictures.append((step, name, image.ndim))
+
+    def close(self):
+        self.closed += 1
+
+
+@pytest.fixture
+def data(tmp_path):
+    return pairs(tmp_path / "pairs", count=33)
+
+
+def settings(folder, **more):
+    run = {"preset": "tiny", "output_dir": str(folder), "report_to": [], **more}
+    return {"run": run, "optim": {"steps": 4}}
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def test_a_callback_gets_what_a_tracker_gets_and_ends_the_run_by_what_it_raises(tmp_path, data):
+    notes, broken = Notes(), Notes(fails_at=3)
+    straight = ds_cmli.fit(settings(tmp_path / "straight"), Path(data), [notes])
+    logged = {line["step"]: line["loss"] for line in metrics(straight.folder) if "loss" in line}
+    assert {step: values["loss/total"] for step, values in notes.steps.items()} == logged and notes.closed == 1
+    assert straight.metrics["step"] == 4 and straight.metrics["loss"] == logged[4]
+    assert [(step, ndim) for step, _, ndim in notes.pictures] == [(4, 3)] * 2
+    assert straight.model.embed_texts(["a", "b"]).cls.shape == (2, 32)
+    given = settings(tmp_path / "broken", save_every=2)
+    with pytest.raises(ArithmeticError):
+        ds_cmli.fit(given, [data], [broken])
+    again = ds_cmli.fit(given, data)  # from step 2
+    assert without_times(again.folder) == without_times(straight.folder)
+    for name, value in weights(straight.folder).items():
+        assert torch.equal(weights(again.folder)[name], value)
+    assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
+    assert "RANK" not in os.environ and "MASTER_PORT" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"config": "tny"}, r"^config is 'tny': did you mean 'tiny'\?$"),
+        ({"config": 3}, r"^config is 3: give a preset's name, a mapping of sections, or a Config$"),
+        ({"config": {"optim": 3}}, r"^optim is 3: give a mapping of settings$"),
+        ({"config": {"run": {"preset": "tny"}}}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
+        ({"config": {"optm": {}}}, r"^configuration section is 'optm': did you mean 'optim'\?$"),
+        ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
+        ({"config": {"optim": {"lr": -1}}}, r"^optim.lr is -1: Input should be greater than 0$"),
+        ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
+        ({"data": "/nowhere"}, r"^data.source is '/nowhere', which is no folder"),
+        ({"callbacks": [print]}, r"^callbacks\[0\] is <.*>: give objects with the methods of ds_cmli.trackers.T"),
+        ({"callbacks": [Notes]}, r"^callbacks\[0\] is <class"), ({"callbacks": Notes()}, r"^callbacks is <.* a list$"),
+        ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: no such file"),
+        ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_raised(given, words):
+    with pytest.raises(UserError, match=words):
+        ds_cmli.fit(**{"config": "tiny", **given})
+
+
+def test_a_whole_configuration_and_settings_without_effect(tmp_path, data, capsys):
+    config = load_preset("tiny", settings(tmp_path, match_maps=3))
+    before = config.to_dict()
+    ds_cmli.fit(config, data, deepspeed_config={"zero_optimization": {"stage": 1}})
+    assert config.to_dict() == before and "no effect" not in capsys.readouterr().out
+    ds_cmli.fit(settings(tmp_path, match_maps=3), data, deepspeed_config={"zero_optimization": {"stage": 1}})
+    printed = capsys.readouterr().out
+    assert "run.match_maps has no effect: run.report_to names no tracker" in printed and "is finished" in printed
+
+
+def test_a_lack_of_memory_is_raised(tmp_path, data, monkeypatch, capsys):
+    def short(*_):
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(out_of_memory, "advise", lambda *_: ["would fit: less"])
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainEngine, "step", short)
+        with pytest.raises(UserError, match=r"^out of memory: .*out_of_memory-\w+\.txt says what would fit$"):
+            ds_cmli.fit(settings(tmp_path), data)
+    assert "would fit: less" in capsys.readouterr().err
+    assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
+
+
+def test_signals_are_raised_where_the_script_handles_them(tmp_path, data, monkeypatch):
+    class Signals(Notes):
+        def numbers(self, step, values):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, preemption._note)
+    try:
+        with pytest.raises(preemption.Preempted, match=str(tmp_path)):
+            ds_cmli.fit(settings(tmp_path), data, [Signals()])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        preemption._received.clear()
+    assert (tmp_path / "checkpoint" / "latest").read_text() == "step1"
+
+
+RANKS = """
+import sys
+import ds_cmli
+from ds_cmli.common.errors import UserError
+
+def fit(name, **more):
+    run = {"preset": "tiny", "output_dir": f"{sys.argv[-1]}/{name}", "match_maps": 0, "watchdog": 5.0}
+    return ds_cmli.fit({"run": run, "optim": {"steps": 2, "micro_batch": 4}}, **more)
+
+first = fit("first")
+try:
+    fit("none", data="/nowhere")
+except UserError as error:
+    print("raised:", error)
+second = fit("second")
+assert first.metrics["loss"] == second.metrics["loss"] and second.model
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "deepspeed --num_accelerators 2"])
+def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path, launcher):
+    script = tmp_path / "script.py"
+    script.write_text(RANKS)
+    program, *options = launcher.split()
+    done = run(str(tmp_path), launcher=(os.path.join(BIN, program), *options), script=str(script))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
+    assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
