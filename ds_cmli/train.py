@@ -102,6 +102,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     ds_config = on_this_device(ds_config)
 
     # --- processes
+    theirs = start.raises and distributed.is_up()  # a group that the script has made stays
     hold_back_nccl(config.run.watchdog)
     try:
         store = distributed.meet()  # collective
@@ -131,7 +132,8 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
                     return Ended(0, folder)
                 return Ended(build_and_train(ready), folder)  # collectives
     finally:
-        distributed.shutdown()
+        if not theirs:
+            distributed.shutdown()
         watchdog.cleaned_up()
 
 

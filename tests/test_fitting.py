@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import ds_cmli
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from ds_cmli.memory import out_of_memory
@@ -116,6 +118,17 @@ def test_a_lack_of_memory_is_raised(tmp_path, data, monkeypatch, capsys):
             ds_cmli.fit(settings(tmp_path), data)
     assert "would fit: less" in capsys.readouterr().err
     assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
+
+
+def test_a_process_group_of_the_script_stays(tmp_path, data):
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for name in ("first", "second"):
+            ds_cmli.fit(settings(tmp_path / name), data)
+            assert dist.is_initialized()
+    finally:
+        process_group.shutdown()
+    assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
 
 
 def test_signals_are_raised_where_the_script_handles_them(tmp_path, data, monkeypatch):

@@ -123,7 +123,7 @@ def require(names: object, place: str) -> None:
         if name not in sys.modules:
             raise NotImported(
                 f"{place}: it was made with the plugin {shown(name)}, which is code that a folder "
-                f"alone does not import: give --plugin {name}, or set {VARIABLE}"
+                f"alone does not import: give --plugin {name}, set {VARIABLE}, or import it first"
             )
 
 

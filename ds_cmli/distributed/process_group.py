@@ -142,6 +142,10 @@ def _device() -> torch.device:
     return device
 
 
+def is_up() -> bool:
+    return dist.is_initialized()
+
+
 def shutdown() -> None:
     """End the process group. A process that exits without this may abort."""
     if not dist.is_initialized():

@@ -5,7 +5,6 @@ downloads nothing. It takes the options of train.py.
 """
 
 import json
-import math
 import os
 import sys
 from collections.abc import Callable
@@ -178,8 +177,9 @@ def single(
     report = prediction.report
     if fitted is not None:
         return report.to_dict(), fitted.micro_batch > 0
-    most = gpus.find(gpu).total.bytes if asked.gpu not in (None, CPU) else math.inf
-    return report.to_dict(), report.totals["device"] <= most
+    if asked.gpu in (None, CPU):
+        return report.to_dict(), True
+    return report.to_dict(), report.totals["device"] <= gpus.find(gpu).total.bytes
 
 
 def grid(

@@ -98,7 +98,7 @@ def test_a_folder_alone_imports_nothing(written, plugins, tmp_path):
     content = {"config": load_preset("tiny", {}).to_dict(), "plugins": [name]}
     (tmp_path / "config.json").write_text(json.dumps(content))
     line = (f"it was made with the plugin '{name}', which is code that a folder alone does not import: "
-            f"give --plugin {name}, or set DS_CMLI_PLUGINS")  # fmt: skip
+            f"give --plugin {name}, set DS_CMLI_PLUGINS, or import it first")  # fmt: skip
     for refused in (
         lambda: load_config(tmp_path / "config.json", "RUN"),
         lambda: plugins.require_those_of(str(tmp_path)),

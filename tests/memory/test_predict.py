@@ -371,6 +371,12 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_command_predicts_for_this_processor_with_the_loss_of_a_plugin():
+    done = command("--gpu", "cpu", "--plugin", "tests.stranger.toy_plugin", "--losses", "global,filip")
+    assert done.returncode == 0 and "requested" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
 def test_the_command_sweeps():
     done = command("--sweep", "batch=4,8,stage=2")
     assert done.returncode == 0, done.stderr
