@@ -140,7 +140,8 @@ def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
     if len(found) != 1 or not (in_folder or len(files) == len(paths)):
         raise UserError(
             f"data.source is {name!r}, which names files of several kinds, or of none: accepted "
-            f"by a URL are {SOURCES['tars'].what}; {SOURCES['parquet'].what}"
+            f"by a URL, which ends in / for a folder, are {SOURCES['tars'].what}; "
+            f"{SOURCES['parquet'].what}"
         )
     _check_package(name, kind)
     return list(map(by_path.__getitem__, files))

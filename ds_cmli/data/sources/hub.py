@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -15,6 +17,7 @@ START = "hf://"
 DATA_SET = re.compile(
     r"hf://datasets/([\w.-]+/[\w.-]+)(?:@(refs/(?:convert|pr)/\w+|[^/@{}*?\[]+))?(?:/(.*))?"
 )
+STALE_SECONDS = 600.0  # without a byte, and longer than the library waits for one
 GIT_ID = 40  # hexadecimal digits; a SHA-256 has 64
 
 
@@ -109,6 +112,11 @@ class Hub:
             def update(self, n: float | None = 1) -> None:
                 count(int(n or 0))
 
+        # A process that was killed leaves its part, which the library never uses again.
+        for part in (self.of_repo / "blobs").glob(f"{file.stamp}.*.incomplete"):
+            with suppress(OSError):  # another process may have come to its end
+                if time.time() - part.stat().st_mtime > STALE_SECONDS:
+                    part.unlink()
         hf_hub_download(
             self.repo,
             file.path,

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ds_cmli.common import checksums
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.pretrained import loading
 from ds_cmli.data.sources.attempts import Pause, of_disk, patiently, refuses, why_of
 from ds_cmli.data.sources.hub import START, Hub
@@ -149,15 +149,18 @@ class _Copies:
 
     def _without_network(self, why: str) -> Listing:
         """List the files as they were listed last, or else those in the cache."""
-        record, files = self.record, {}
-        if not record.paths:
-            try:
-                return self.place.kept()
-            except Exception:  # it has none, or not all
-                raise UserError(self._unreachable(why, "it")) from None
-        self.place.revision = record.revision
+        record, place, files = self.record, self.place, {}
+        try:
+            kept = place.kept()
+        except Exception as error:  # it has none, or not all
+            if not record.paths:
+                raise UserError(self._unreachable(why, "it")) from error
+        else:  # another program may have fetched another revision
+            if not record.paths or place.revision != record.revision:
+                return kept
+        place.revision = record.revision
         for path in record.paths:
-            local = self.place.local(path)
+            local = place.local(path)
             known = record.files.get(str(local))
             if known:
                 files[path] = File(path, *known[:2])
@@ -187,7 +190,7 @@ class _Copies:
         if status.st_size != size or (
             status.st_mtime_ns != time_then and self.place.digest(file) != digest
         ):
-            print(f"{path} has changed since it was fetched: fetching it again", flush=True)
+            print(f"{path} has changed since it was fetched", flush=True)
             return False
         if (size, stamp) != (file.size, file.stamp):
             self.record.notices.append(
@@ -204,7 +207,10 @@ class _Copies:
         """Fetch files, several at a time; those that are complete stay if one fails."""
         place = self.place
         size = sum(map(place.missing_bytes, missing))
-        place.cache.mkdir(parents=True, exist_ok=True)
+        try:
+            place.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._not_written(error) from None
         free = shutil.disk_usage(place.cache).free
         if size > free:
             raise UserError(
@@ -245,6 +251,12 @@ class _Copies:
             pool.shutdown(wait=False, cancel_futures=True)
         print(f"fetched {line}, in {time.monotonic() - began:.0f} s", flush=True)
 
+    def _not_written(self, error: Exception) -> UserError:
+        return UserError(
+            f"data.source is {self.name!r}: it cannot be written to {self.place.cache} "
+            f"({one_line(error)}): set {self.place.home} to another folder"
+        )
+
     def _one(self, file: File, count: Count, pause: Pause) -> Known:
         """Fetch a file, once more if its digest is not the hub's; returns what is known of it."""
         path, digest = self.place.local(file.path), ""
@@ -259,7 +271,7 @@ class _Copies:
                 raise
             except Exception as error:  # each library has its own
                 if of_disk(error):
-                    raise
+                    raise self._not_written(error) from None
                 raise UserError(
                     f"data.source is {self.name!r}: {file.path} cannot be fetched "
                     f"({why_of(error)}): start again to go on with what is in {self.place.cache}"

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 HTTP, S3 = ("http", "https"), ("s3", "s3a")
+NO_SIZE = -1
 AT_ONCE = 16  # requests
 BLOCK = 2**23  # bytes of one request
 CONNECT_SECONDS, READ_SECONDS = 10, 60
@@ -99,10 +100,9 @@ class Urls:
         files, missing = {}, []
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for url, file in zip(urls, pool.map(self._file, urls), strict=True):
-                if file is None:
+                if file is None and not whole:
                     missing.append(url)
-                else:
-                    files[url] = file
+                files[url] = file or File(url, NO_SIZE)
         check_there(self.name, urls, missing)
         return Listing(files, urls, whole)
 
@@ -119,10 +119,9 @@ class Urls:
             if cause is None or status == 404 or isinstance(cause, FileNotFoundError):
                 return None
             raise cause from None
-        if info["size"] is None:
-            raise UserError(f"data.source is {self.name!r}: its server gives no size of {url}")
         stamps = map(info.get, ("ETag", "etag", "Last-Modified", "mtime"))
-        return File(url, info["size"], str(next(filter(None, stamps), "")))
+        size = NO_SIZE if info["size"] is None else info["size"]  # such as of the links of a page
+        return File(url, size, str(next(filter(None, stamps), "")))
 
     def kept(self) -> Listing:
         whole = self.local(self.name).is_dir()
@@ -155,6 +154,8 @@ class Urls:
         return local.with_name(f".{local.name}.{mark}.part")
 
     def missing_bytes(self, file: File) -> int:
+        if file.size == NO_SIZE:
+            raise UserError(f"data.source is {self.name!r}: {file.path} has no size on its server")
         part = self._part(file)
         return file.size - (part.stat().st_size if part.exists() else 0)
 

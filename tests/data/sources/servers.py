@@ -68,6 +68,9 @@ class Handler(BaseHTTPRequestHandler):
         if "list-type" in self.path:
             return self.bucket(parse_qs(urlsplit(self.path).query))
         if path.endswith("/"):
+            fault = self.next_fault("page")
+            if fault:
+                return self.answer(fault, b"")
             names = [name for name in self.server.files if name.startswith(path) and name != path]
             names = sorted({name[len(path) :].split("/")[0] for name in names})
             page = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()

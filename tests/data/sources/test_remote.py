@@ -1,5 +1,7 @@
 """Data by name: of a hub and of a plain server on this machine, with faults."""
 
+import errno
+import hashlib
 import os
 import re
 import shutil
@@ -161,7 +163,7 @@ def test_damage_in_the_cache_is_fetched_again(server, named, capsys):
     with open(files[1], "r+b") as file:
         file.write(b"damage")
     assert contents(expand(named)) == SHARDS
-    assert "has changed since it was fetched: fetching it again" in capsys.readouterr().out
+    assert "has changed since it was fetched" in capsys.readouterr().out
     os.remove(files[2])
     assert contents(expand(named)) == SHARDS
 
@@ -200,6 +202,20 @@ def test_a_small_disk_is_refused_first(server, named, monkeypatch):
     assert not server.fetched()
     monkeypatch.setattr(remote.shutil, "disk_usage", lambda path: usage(10, 0, 3003))
     assert contents(expand(named)) == SHARDS
+
+
+@pytest.mark.parametrize("name", ["{00000..00002}.tar", "*.tar", "", "0000[0-2].tar"])
+def test_urls_without_a_server(server, name):
+    name = f"{server.url}/data/{name}"
+    expand(name)
+    for faults in ([503] * 9, None):
+        server.faults["page"] = faults or []
+        if faults is None:
+            server.shutdown()
+            server.server_close()
+        assert contents(expand(name)) == SHARDS
+    shutil.rmtree(remote.cache_folder())
+    assert "it cannot be reached (Client" in user_error(expand, name)
 
 
 def test_without_a_server_one_line_at_once(server, named, tmp_path):
@@ -249,6 +265,18 @@ def test_copies_are_read_once_to_be_checked(server, named, monkeypatch):
     assert len(read) == 9
 
 
+def test_parts_of_processes_that_were_killed_are_removed(server):
+    blobs = Path(remote.Hub(HUB).of_repo) / "blobs"
+    blobs.mkdir(parents=True)
+    digest = hashlib.sha256(SHARDS["data/00001.tar"]).hexdigest()
+    old, new = (blobs / f"{digest}.{name}.incomplete" for name in ("0badc0de", "12345678"))
+    for part in (old, new):
+        part.write_bytes(b"part")
+    os.utime(old, (time.time() - 3600,) * 2)
+    assert contents(expand(HUB)) == SHARDS
+    assert new.exists() and not old.exists()
+
+
 def test_what_another_program_fetched_from_the_hub_is_used(server, capsys):
     from huggingface_hub import constants, snapshot_download
 
@@ -263,6 +291,68 @@ def test_what_another_program_fetched_from_the_hub_is_used(server, capsys):
     assert f"{HUB} cannot be reached" in capsys.readouterr().out
 
 
+def test_the_advice_for_a_hub_without_network_helps_after_another_revision_was_fetched(server):
+    from huggingface_hub import constants, snapshot_download
+
+    expand(HUB)
+    server.commit({**SHARDS, "data/00003.tar": b"more"})
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    snapshot_download(OWNER_NAME, repo_type="dataset", endpoint=server.url, cache_dir=constants.HF_HUB_CACHE)
+    server.shutdown()
+    server.server_close()
+    assert contents(expand(HUB)) == {**SHARDS, "data/00003.tar": b"more"}
+
+
+def test_a_full_or_closed_disk_is_one_line(server, named, tmp_path, monkeypatch):
+    folder = tmp_path / ("hf" if named == HUB else "cache/remote")
+    home = "HF_HOME" if named == HUB else "DS_CMLI_CACHE"
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fetch(*_):
+        raise full
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote.Hub if named == HUB else remote.Urls, "fetch", fetch)
+        line = user_error(expand, named)
+    assert f"it cannot be written to {folder} ([Errno 28] No space left on device): set {home} to another" in line
+    shutil.rmtree(folder)
+    if named == HUB:
+        folder.touch()
+        assert f"it cannot be written to {folder} ([Errno 17] File exists" in user_error(expand, named)
+    assert not server.fetched()
+
+
+def test_a_page_with_links_that_are_no_files(server):
+    server.files["/data/?C=N"] = b"sorted"
+    server.files["/data/old/00009.tar"] = b"in another folder"
+    server.files["/data/empty.tar"] = b""
+    assert contents(expand(f"{server.url}/data/")) == {**SHARDS, "data/empty.tar": b""}
+
+
+def test_two_names_of_the_same_files_at_once(server):
+    fault(server, 1, ("wait", 0.3))
+    found = []
+    names = (f"{server.url}/data/", f"{server.url}/data/*.tar", f"{server.url}/data/{{00000..00002}}.tar")
+    threads = [threading.Thread(target=lambda name=name: found.append(expand(name))) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [contents(files) for files in found] == [SHARDS] * 3
+    assert firsts(server, 1) == [0, 400, 800]
+
+
+def test_names_in_mixtures_and_as_validation_data(server, tmp_path):
+    made = {f"/{n}.tar": tar(tmp_path / "t.tar", members(range(20 * n, 20 * n + 20))).read_bytes() for n in range(2)}
+    server.files = made
+    server.commit({"0.tar": made["/0.tar"]})
+    tar(tmp_path / "near.tar", members(range(60, 80)))
+    mixed = build([f"{HUB}::0.5", f"{tmp_path}/near.tar::0.5"], val_source=f"{server.url}/1.tar")
+    assert len(mixed.train) == 40 and len(mixed.evals["val"]) == 20
+    line = user_error(lambda: build(HUB, val_source=f"{server.url}/2.tar"))
+    assert line.startswith("data.val_source is") and "1 of 1 files do not exist" in line
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
@@ -273,7 +363,10 @@ def test_what_another_program_fetched_from_the_hub_is_used(server, capsys):
         (f"{HUB}@nowhere", "its server refuses it (HTTP 404)"),
         (f"{HUB}/data/{{00001..00004}}.tar", "2 of 4 files do not exist, the first 'data/00003.tar'"),
         (f"{HUB}/*.tar", "no file matches it"),
-        (f"{HUB}/README.md", "names files of several kinds, or of none: accepted by a URL are uncompressed"),
+        (
+            f"{HUB}/README.md",
+            "or of none: accepted by a URL, which ends in / for a folder, are",
+        ),
         (f"{HUB}/data/00000*", "names files of several kinds"),
         ("URL/data/{00001..00004}.tar", "2 of 4 files do not exist, the first"),
         ("URL/data/9*.tar", "no file matches it"),
@@ -321,6 +414,7 @@ def test_shards_in_s3(server, monkeypatch, name, numbers):
     assert len(expand(name)) == len(numbers)
 
 
+@pytest.mark.slow  # the import of datasets
 def test_parquet_of_the_hub(server, tmp_path, monkeypatch):
     monkeypatch.setattr(pytest.importorskip("datasets").config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
     files = {}
@@ -333,7 +427,7 @@ def test_parquet_of_the_hub(server, tmp_path, monkeypatch):
         patch.setitem(sys.modules, "datasets", None)
         assert "is read by the package datasets: pip install" in user_error(build, name)
     assert not server.fetched()
-    data = build(name)
+    data = build(name)  # its training and its validation part
     assert (len(data.train), len(data.evals["val"])) == (20, 4)
     assert shown(data.evals["val"][0]) == 20
 
