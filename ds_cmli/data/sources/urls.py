@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 HTTP, S3 = ("http", "https"), ("s3", "s3a")
 NO_SIZE = -1
+OUTSIDE = {".", ".."}
 AT_ONCE = 16  # requests
 BLOCK = 2**23  # bytes of one request
 CONNECT_SECONDS, READ_SECONDS = 10, 60
@@ -53,7 +54,7 @@ class Urls:
                 "would be printed and kept with the run: leave it out; credentials are read from "
                 "~/.netrc or the library's own settings"
             )
-        if {".", ".."} & set(name.split("/")):
+        if OUTSIDE & set(name.split("/")):
             raise UserError(f"data.source is {name!r}: leave '.' and '..' out")
         self.cache = cache_folder() / "remote"
         self.remedy = (
@@ -111,6 +112,8 @@ class Urls:
 
     def _file(self, url: str) -> File | None:
         """What the server tells of a file; None if it has none."""
+        if OUTSIDE & set(url.split("/")):  # a link on a page could lead out of the cache
+            return None
         try:
             info = self.files.info(url)
         except FileNotFoundError as error:
@@ -173,9 +176,15 @@ class Urls:
                     out.truncate()
                     self._append(file, out, count, block_size=0)
                 size = out.tell()
-            if size != file.size or self._file(file.path) != file:
+            if self._file(file.path) != file:
                 part.unlink()
-                raise OSError(f"{size:,} bytes have come, and there were {file.size:,}")
+                raise UserError(
+                    f"data.source is {self.name!r}: {file.path} has changed on its server while it "
+                    "was fetched: start again"
+                )
+            if size != file.size:
+                part.unlink()
+                raise OSError(f"{size:,} bytes have come, and there are {file.size:,}")
             os.replace(part, local)
 
     def _append(self, file: File, out: IO[bytes], count: Count, **how: int) -> None:

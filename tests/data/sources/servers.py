@@ -17,7 +17,8 @@ class Server(ThreadingHTTPServer):
     Attributes:
         revisions: commit -> files of the data set red/apples; `branches`: name -> commit.
         faults: path -> what its next requests of content do instead, in order: a status, ("cut", bytes) to end the
-            connection there, ("bytes", content) for other content of the same size, ("wait", seconds).
+            connection there, ("bytes", content) for other content of the same size, ("wait", seconds),
+            ("change", content) for content that the file has from then on.
         log: (method, path, Range) of each request.
     """
 
@@ -71,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
             fault = self.next_fault("page")
             if fault:
                 return self.answer(fault, b"")
+            if path in self.server.files:
+                return self.answer(200, self.server.files[path], {"Content-Type": "text/html"})
             names = [name for name in self.server.files if name.startswith(path) and name != path]
             names = sorted({name[len(path) :].split("/")[0] for name in names})
             page = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
@@ -133,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         kind, value = fault or ("", None)
         if kind == "wait":
             time.sleep(value)
+        if kind == "change":
+            self.server.files[name] = value
         if kind == "bytes":
             content = value
         self.answer(status, content[first:last], extra, value if kind == "cut" else None)

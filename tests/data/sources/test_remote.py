@@ -315,11 +315,11 @@ def test_a_full_or_closed_disk_is_one_line(server, named, tmp_path, monkeypatch)
         patch.setattr(remote.Hub if named == HUB else remote.Urls, "fetch", fetch)
         line = user_error(expand, named)
     assert f"it cannot be written to {folder} ([Errno 28] No space left on device): set {home} to another" in line
-    shutil.rmtree(folder)
     if named == HUB:
-        folder.touch()
-        assert f"it cannot be written to {folder} ([Errno 17] File exists" in user_error(expand, named)
-    assert not server.fetched()
+        file = tmp_path / "file"
+        file.touch()
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(file))
+        assert f"it cannot be written to {file} ([Errno 17] File exists" in user_error(expand, named)
 
 
 def test_a_page_with_links_that_are_no_files(server):
@@ -327,6 +327,21 @@ def test_a_page_with_links_that_are_no_files(server):
     server.files["/data/old/00009.tar"] = b"in another folder"
     server.files["/data/empty.tar"] = b""
     assert contents(expand(f"{server.url}/data/")) == {**SHARDS, "data/empty.tar": b""}
+
+
+def test_a_page_cannot_lead_out_of_the_cache(server, tmp_path):
+    server.files["/page/"] = b'<a href="a.tar"></a><a href="../../../../../stolen.tar"></a>'
+    server.files["/page/a.tar"] = server.files["/stolen.tar"] = b"content"
+    line = user_error(expand, f"{server.url}/page/")
+    assert "/page/../../../../../stolen.tar has no size on its server" in line
+    assert not list(tmp_path.rglob("stolen.tar"))
+
+
+def test_a_file_that_changes_while_it_is_fetched(server):
+    server.faults["/data/00001.tar"] = [("change", b"new" * 300)]
+    line = user_error(expand, f"{server.url}/data/00001.tar")
+    assert "data/00001.tar has changed on its server while it was fetched: start again" in line
+    assert contents(expand(f"{server.url}/data/00001.tar")) == {"data/00001.tar": b"new" * 300}
 
 
 def test_two_names_of_the_same_files_at_once(server):
