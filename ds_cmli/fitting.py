@@ -121,7 +121,11 @@ def _resolved(
         need = "give a preset's name, a mapping of sections, or a Config"
         raise UserError(f"config is {shown(config)}: {need}")
     if data is not None:
-        sections.setdefault("data", {})["source"] = _source(data)
+        of_data, source = sections.setdefault("data", {}), _source(data)
+        other = of_data.get("source", source)
+        good = isinstance(config, Config) or other == source
+        check(good, "data", data, f"data.source is {other!r}: give one of them")
+        of_data["source"] = source
     written = {"data.source": "data", "run.preset": "run.preset"}
     if isinstance(config, str):
         written["run.preset"] = "config"

@@ -62,8 +62,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
         options.pop("resume_report"),
         profiles,
     )
-    if start.resume != "never" and options["output_dir"]:
-        plugins.require_those_of(options["output_dir"])
+    if start.resume != "never":  # before the names in the options are checked
+        plugins.require_those_of(options["output_dir"] or "")
     config = resolve_config(preset, settings, options)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())

@@ -85,6 +85,7 @@ def test_a_callback_gets_what_a_tracker_gets_and_ends_the_run_by_what_it_raises(
         ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
         ({"config": {"optim": {"lr": -1}}}, r"^optim.lr is -1: Input should be greater than 0$"),
         ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
+        ({"config": {"data": {"source": "a"}}, "data": "b"}, r"^data is 'b': data.source is 'a': give one of them$"),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere', which is no folder"),
         ({"callbacks": [print]}, r"^callbacks\[0\] is <.*>: give objects with the methods of ds_cmli.trackers.T"),
         ({"callbacks": [Notes]}, r"^callbacks\[0\] is <class"), ({"callbacks": Notes()}, r"^callbacks is <.* a list$"),

@@ -60,7 +60,7 @@ def load_installed() -> None:
     for name in os.environ.get(VARIABLE, "").replace(",", " ").split():
         load(name, VARIABLE)
     for entry in entry_points(group=GROUP):
-        if entry.value not in _given:
+        if entry.value not in _given.keys() | _installed.keys():
             place = f"the entry point {entry.name!r} of {entry.dist and entry.dist.name}"
             _installed[entry.value] = _import(entry.value, f"{place} is {entry.value!r}")
 
@@ -128,7 +128,12 @@ def require(names: object, place: str) -> None:
 
 
 def require_those_of(folder: str) -> None:
-    """Raise `NotImported` for a plugin of the earlier run in `--output-dir`, if there is one."""
+    """Raise `NotImported` for a plugin of the earlier run in `--output-dir`, if there is one.
+
+    `folder` may be "", of no run.
+    """
+    if not folder:
+        return
     with suppress(OSError, ValueError):
         content = checksums.read(Path(folder) / "config.json")
         require(content.get("plugins", []), f"--output-dir is {folder!r}")
