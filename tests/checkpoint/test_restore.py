@@ -79,46 +79,6 @@ def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 3
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"codes"')))["codes"], output
 
 
-def interrupt(arguments: list[str], folder: Path, places: list[int]) -> None:
-    for place in places:
-        assert drive([*arguments, "--output-dir", str(folder)], stop_at=place) == 85
-    assert drive([*arguments, "--output-dir", str(folder)]) == 0
-
-
-ACCUMULATION = {"gradient_accumulation_steps": 2, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
-KINDS = {
-    "zero 2 in bf16, accumulating": ACCUMULATION,
-    "zero 3 in bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
-    "zero 1 in fp32, a schedule of DeepSpeed's": {
-        "zero_optimization": {"stage": 1},
-        "scheduler": {
-            "type": "WarmupLR",
-            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 6},
-        },
-    },
-    "without zero": {},
-}
-# Settings that change what an update is, one kind with each.
-MORE = {
-    "zero 2 in bf16, accumulating": ["student.freeze_image=1", "optim.layer_decay=0.5", "optim.ema_decay=0.9"],
-    "zero 3 in bf16": ["student.freeze_text=2", 'optim.lr_factors={"image": 0.5}', "optim.ema_decay=0.9"],
-    "without zero": ["student.freeze_image=2", "run.keep_best=true", "optim.ema_decay=0.9"],
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_interrupted_at_three_places_as_if_never(kind, source, tmp_path):
-    arguments = [*TINY, "--steps", "8", "--log-every", "2", "--eval-every", "3", *source]
-    arguments += json_file(tmp_path / "ds.json", KINDS[kind])
-    arguments += [word for setting in MORE.get(kind, ()) for word in ("--set", setting)]
-    assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 3, 7])
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    evaluations = 3 * (2 if kind in MORE else 1)  # of the weights, and of their average
-    assert len(metrics(tmp_path / "broken")) == 4 + evaluations
-
-
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finished(source, tmp_path, capfd, monkeypatch):
     from ds_cmli.evaluate import report
 
@@ -146,21 +106,6 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
     assert drive(arguments) == 0
     assert "is finished, 8 steps" in capfd.readouterr().out
     assert (folder / "metrics.jsonl").read_text() == before
-
-
-@pytest.mark.slow
-def test_two_ranks_interrupted_as_if_never(source, tmp_path):
-    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--steps", "5", "--workers", "1"]
-    arguments += ["--micro-batch", "4", "--set", "optim.ema_decay=0.9", *AUGMENTED]
-    broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
-    tasks = [
-        {"arguments": [*arguments, "--output-dir", str(tmp_path / "straight")]},
-        *({"arguments": broken, "stop_at": place} for place in (3, 4)),
-        {"arguments": broken},
-    ]
-    codes, _ = ranks(tmp_path, 2, tasks)
-    assert codes == [0, 85, 85, 0]
-    assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
 STAGES = {"zero 2": {"zero_optimization": {"stage": 2}}, "zero 3": {"zero_optimization": {"stage": 3}}}

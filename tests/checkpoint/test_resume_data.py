@@ -9,9 +9,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
 from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive, json_file, ranks
-from tests.data.sources.samples import members, picture, tar
-from tests.data.sources.test_arrow import datasets, table
-from tests.data.sources.test_coco import coco
+from tests.data.sources.samples import members, tar
+from tests.data.sources.test_arrow import datasets
 from tests.data.sources.test_folder import rows, write
 from tests.metrics_file import metrics
 from tests.stranger.drive import ONE_BLOCK
@@ -20,50 +19,10 @@ TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch",
 TINY += ["--set", "run.match_maps=0", *ONE_BLOCK]
 
 
-def every_kind(folder, count=20):
-    """`--data` options of each kind of source, with several captions where there can be."""
-    for k in range(2):
-        tar(
-            folder / "tars" / f"{k}.tar", [m for m in members(range(count * k, count * (k + 1))) if "7.png" not in m[0]]
-        )
-    write(folder / "folder", rows(count) + rows(count, "green pear"))
-    (folder / "folder" / "003.png").write_bytes(b"no picture")
-    table(range(count)).to_parquet(str(folder / "x.parquet"))
-    table(range(count)).save_to_disk(str(folder / "saved"))
-    for k in range(count):
-        (folder / f"{k}.png").write_bytes(picture(k))
-    (folder / "x.csv").write_text("filepath\ttitle\n" + "".join(f"{k % count}.png\tred apple {k}\n" for k in range(30)))
-    (folder / "coco").mkdir()
-    found = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
-    found["coco"] = ["--data", str(coco(folder / "coco", count=count))]
-    found["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
-    return found
-
-
-KINDS = ("tars", "folder", "x.parquet", "saved", "x.csv", "coco", "mixture")
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return every_kind(tmp_path_factory.mktemp("sources"))
-
-
 @pytest.fixture(autouse=True)
 def own_caches(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_source_stopped_within_an_epoch_goes_on_as_if_never(kind, sources, tmp_path):
-    """With augmentation, and without loading processes after the stop."""
-    run = [*TINY, *AUGMENTED, *sources[kind]]
-    assert drive([*run, "--output-dir", str(tmp_path / "straight")]) == 0
-    broken = [*run, "--output-dir", str(tmp_path / "broken")]
-    assert drive([*broken, "--workers", "1"], stop_at=3) == 85
-    assert drive(broken) == 0
-    assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
 def test_other_data_is_refused_with_what_differs(tmp_path):

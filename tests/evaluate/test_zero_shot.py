@@ -9,12 +9,23 @@ import torch
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.loaders import batches
+from ds_cmli.data.tokens import load_tokenizer
+from ds_cmli.engine import build_models
 from ds_cmli.evaluate.embed import EmbedSettings, Texts
 from ds_cmli.evaluate.held_out import Picture, collate_pictures
-from ds_cmli.evaluate.zero_shot import Classifier, ClassPictures, class_names, classify, prompt_templates
+from ds_cmli.evaluate.zero_shot import (
+    Classifier,
+    ClassPictures,
+    build_classifier,
+    class_names,
+    classify,
+    prompt_templates,
+)
 from ds_cmli.models.student import Student
+from tests.conftest import spawn
 
 
 def unit(x):
@@ -186,3 +197,20 @@ def test_what_is_no_folder_of_classes_is_one_line(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             ClassPictures(source, DataConfig(image_size=8))
+
+
+def classes_of_rank(rank, world):
+    """Embeddings of five classes, whose ten prompts three ranks share unevenly."""
+    torch.manual_seed(0)
+    config, words = load_preset("tiny", {}), load_tokenizer("builtin", 32)
+    objective, _ = build_models(config, words.vocab_size)
+    how = EmbedSettings(2, torch.device("cpu"))
+    classifier = build_classifier(objective.eval(), words, list("abcde"), ["a {}", "the {}"], how)
+    return classifier.cls, classifier.texts.tokens
+
+
+def test_ranks_share_the_prompts_and_lose_none():
+    [one], several = spawn(classes_of_rank, 1), spawn(classes_of_rank, 3)
+    for of_rank in several:
+        for found, expected in zip(of_rank, one, strict=True):
+            torch.testing.assert_close(found, expected)

@@ -137,3 +137,14 @@ def test_a_rank_without_a_sign_of_life_is_dead_and_not_hung():
     assert judged(beats, silent_s=0.9 * TIMEOUT, old_s=1.1 * TIMEOUT) == []
     assert judged(beats, silent_s=1.1 * TIMEOUT, old_s=1.2 * TIMEOUT)[0] == "[0] is dead: no sign of life for 3 s"
     assert judged(beats, silent_s=0.1, old_s=1.1 * TIMEOUT)[0].startswith("[0] hangs")
+
+
+@pytest.mark.parametrize(("hung", "named"), [([1, 3], (1, 3)), (list(range(1, 11)), range(1, 9))])
+def test_every_hung_rank_is_named_up_to_eight(hung, named, monkeypatch, capsys):
+    monkeypatch.setattr(Watchdog, "_leave", lambda watchdog: None)
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    watchdog = Watchdog(TIMEOUT, dist.HashStore())
+    watchdog.heartbeats = [Heartbeat(f"node-{rank // 4}", step=4) for rank in range(12)]
+    watchdog._end(hung, "hangs")
+    names = [f"{rank} on node node-{rank // 4}" for rank in named] + ["..."] * (len(hung) > 8)
+    assert capsys.readouterr().err == f"error: rank {', '.join(names)} hangs; last step 4: all ranks end\n"

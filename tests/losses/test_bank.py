@@ -17,12 +17,11 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import Bank
 from ds_cmli.losses.distillation import TokenContrast
 from tests.batches import rank_batches
-from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.checkpoint.test_restore import json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
 from tests.drive_train import drive as train
 from tests.losses import banks_of_ranks
 from tests.metrics_file import metrics
-from tests.stranger.drive import STEPS, drive
 
 F64 = torch.float64
 BOTH = {"token_contrast": 1.0, "cls_contrast": 0.5}
@@ -269,31 +268,6 @@ BANK = ["--set", "loss.bank=30"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-        *(
-            pytest.param(content, marks=pytest.mark.soak)
-            for content in (
-                {},
-                {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-            )
-        ),
-    ],
-)
-def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
-    arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", content)]
-    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 5, 7])
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
-    for name in ("token_contrast", "cls_contrast"):
-        assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
-        assert banks[0][name]["entered"] == 64 * content.get("gradient_accumulation_steps", 1)
-
-
-@pytest.mark.slow
 def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
     arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
@@ -316,18 +290,3 @@ def test_another_bank_starts_empty(source, tmp_path, alone, capfd):  # noqa: F81
     assert "loss.bank: 30 -> 40" in capfd.readouterr().out
     assert train([*arguments, "--set", "loss.bank=40", "--resume-with-changes"]) == 0
     assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["cls_contrast"]["entered"] == 3 * 8
-
-
-@pytest.mark.slow
-def test_training_with_both(tmp_path, alone):
-    """Evaluated, exported, and its memory predicted; nothing of the bank is in the student."""
-    found = drive(tmp_path, "--losses", "cmli,token_contrast,cls_contrast=0.5", "--set", "loss.bank=100")
-    assert len(found["logged"]) == STEPS and "refused" not in found
-    for line in found["logged"]:
-        parts = line["loss/cmli"] + line["loss/token_contrast"] + 0.5 * line["loss/cls_contrast"]
-        assert line["loss"] == pytest.approx(parts, rel=1e-5)
-        assert {"temperature/token_contrast", "temperature/cls_contrast"} <= line.keys()
-    from safetensors import safe_open
-
-    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "bank" in name]  # noqa: SIM118

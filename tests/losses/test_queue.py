@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 from torch.testing import assert_close
 
@@ -19,12 +18,10 @@ from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
 from tests.batches import rank_batches
-from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.checkpoint.test_restore import source  # noqa: F401
 from tests.conftest import spawn
 from tests.drive_train import drive as train
 from tests.losses import banks_of_ranks
-from tests.metrics_file import metrics
-from tests.stranger.drive import STEPS, drive
 
 F64 = torch.float64
 H, PAIRS = 3, 6
@@ -246,43 +243,6 @@ ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "-
 ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12", "--set", "student.layers=1"]
 
 
-# That a bank goes on in another layout and on two ranks: test_bank.py.
-@pytest.mark.parametrize(
-    "content",
-    [
-        {},
-        pytest.param(
-            {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-            marks=pytest.mark.soak,
-        ),
-    ],
-)
-def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
-    arguments = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", content)]
-    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 5, 7])
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
-    for name in ("global", "cmli"):
-        assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
-        assert banks[0][name]["entered"] == 64 * content.get("gradient_accumulation_steps", 1)
-
-
-@pytest.mark.soak
-def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone):  # noqa: F811
-    run = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
-    two = [*run, "--micro-batch", "4", "--workers", "1"]
-    folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken", "other")}
-    tasks = [{"arguments": [*two, *folders["straight"]]}]
-    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (2, 7)]
-    tasks += [{"arguments": [*two, *folders["broken"]]}, {"arguments": [*two, *folders["other"]], "stop_at": 5}]
-    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 85, 0, 85]
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    assert train([*run, "--micro-batch", "8", *folders["other"]]) == 0
-    found = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "other")]
-    assert len(found[0]) == 8 and found[1] == pytest.approx(found[0], rel=1e-4)
-
-
 def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
     arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
     assert train(arguments, stop_at=5) == 85
@@ -292,12 +252,3 @@ def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F8
     assert train([*other, "--resume-with-changes"]) == 0
     assert "optim.negatives: the bank of global starts empty" in capfd.readouterr().out
     assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["global"]["entered"] == 3 * 8
-
-
-@pytest.mark.soak  # of a bank in test_bank.py; its memory is in tests/memory/test_real_ranks.py
-def test_training_with_it(tmp_path, alone):
-    """Evaluated, exported, and its memory predicted; nothing of the queue is in the student."""
-    found = drive(tmp_path, *ARGUMENTS[6:])
-    assert len(found["logged"]) == STEPS and "refused" not in found
-    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "bank" in name]  # noqa: SIM118

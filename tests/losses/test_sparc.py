@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.functions import alignment_weights, sparc_loss
-from tests.stranger.drive import STEPS, drive
 
 F64 = torch.float64
 SCALE = torch.tensor([math.log(2.0)])
@@ -138,11 +137,3 @@ def test_it_has_a_temperature_and_needs_no_other_pairs():
     loss = load(LOSSES["sparc"])(LossConfig())
     assert [name for name, _ in loss.named_parameters()] == ["logit_scale"]
     assert not LOSSES["sparc"].scores and not LOSSES["sparc"].teacher
-
-
-def test_training_with_it(tmp_path, alone):
-    found = drive(tmp_path, "--losses", "global,sparc=0.5")
-    assert len(found["logged"]) == STEPS and "refused" not in found
-    for line in found["logged"]:
-        assert line["loss"] == pytest.approx(line["loss/global"] + 0.5 * line["loss/sparc"], rel=1e-5)
-        assert line["loss/sparc"] > 0 and "temperature/sparc" in line

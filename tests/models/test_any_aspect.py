@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +21,11 @@ from ds_cmli.config.registry import IMAGE
 from ds_cmli.data.aspect import laid_out, patch_mask
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.inference import Model
+from ds_cmli.inference import Index, Model
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.backbone import ImageRequest
-from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks
 from tests.conftest import spawn
 from tests.drive_train import drive as train
-from tests.metrics_file import metrics
 
 pytestmark = pytest.mark.usefixtures("alone")
 SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}
@@ -142,17 +141,21 @@ def test_no_gradient_depends_on_the_other_cells():
         assert_close(grad, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> list[str]:
+def of_many_aspects(folder: Path) -> list[str]:
     """`--data` with 63 pictures of many aspects."""
-    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
-    lines = []
+    draw, lines = random.Random(0), []
+    folder.mkdir()
     for number in range(63):
         size = draw.randrange(20, 90), draw.randrange(20, 90)
         Image.new("RGB", size, (draw.randrange(256), draw.randrange(256), number)).save(folder / f"{number}.png")
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number} of {size}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return ["--data", str(folder)]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> list[str]:
+    return of_many_aspects(tmp_path_factory.mktemp("data") / "pairs")
 
 
 def arguments_of(settings=SETTINGS, steps=6):
@@ -163,31 +166,18 @@ def arguments_of(settings=SETTINGS, steps=6):
     return out
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"activation_checkpointing": {}},
-        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-        pytest.param(
-            {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-            marks=pytest.mark.soak,
-        ),
-    ],
-)
-def test_interrupted_as_if_never_and_used(content, source, tmp_path):
-    augmented = ["--set", 'data.augmentation={"random_resized_crop": 0.3, "horizontal_flip": 0.5}']
-    arguments = [*arguments_of(), *source, *augmented, *json_file(tmp_path / "ds.json", content)]
-    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [2, 5])
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    model = Model.load(tmp_path / "straight")
-    wide = Image.new("RGB", (90, 30), "red")
-    both = model.embed_images([wide, Image.new("RGB", (30, 30), "red")])
+def test_a_run_is_used(source, tmp_path):
+    assert train([*arguments_of(steps=1), *source, "--output-dir", str(tmp_path / "run")]) == 0
+    model = Model.load(tmp_path / "run")
+    wide, square = Image.new("RGB", (90, 30), "red"), Image.new("RGB", (30, 30), "red")
+    both = model.embed_images([wide, square])
     assert both.grid.tolist() == [[2, 4], [3, 3]] and model.read(wide).shape == (3, 28, 56)
     assert model.match(wide, "picture of red").similarity.shape[1] == 8
-    scores = model.scores(both, model.embed_texts(["picture of red", "blue"]))
-    alone = model.scores(model.embed_images([wide]), model.embed_texts(["picture of red", "blue"]))
+    texts = model.embed_texts(["picture of red", "blue"])
+    scores, alone = model.scores(both, texts), model.scores(model.embed_images([wide]), texts)
     assert_close(scores["cmli"].i2t[0], alone["cmli"].i2t[0], rtol=1e-3, atol=1e-3)
+    index, _ = Index.build(tmp_path / "index", model, [wide, square])
+    assert_close(index.cmli_scores(texts, 0, torch.arange(2)), scores["cmli"].t2i[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def engine_of_rank(rank, world, source, stage, exchange, accumulation):
@@ -234,17 +224,6 @@ def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
     one, of_layouts = trained
     for losses in of_layouts[layout]:
         assert_close(losses, one, rtol=2e-4, atol=2e-5)
-
-
-@pytest.mark.slow
-def test_on_two_ranks_interrupted_as_if_never(source, tmp_path):
-    run = [*arguments_of(), *source, "--micro-batch", "4", "--workers", "1"]
-    folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken")}
-    tasks = [{"arguments": [*run, *folders["straight"]]}]
-    tasks += [{"arguments": [*run, *folders["broken"]], "stop_at": 3}, {"arguments": [*run, *folders["broken"]]}]
-    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 0]
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    assert metrics(tmp_path / "straight")
 
 
 @pytest.mark.parametrize(

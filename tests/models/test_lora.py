@@ -1,4 +1,4 @@
-"""LoRA: what is trained, merged and refused; resumed, on two ranks, evaluated, exported and predicted."""
+"""LoRA: what is trained, merged and refused; its checkpoints, and two ranks that go on where one was."""
 
 import re
 from importlib.util import find_spec
@@ -14,10 +14,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models, building
 from ds_cmli.models.lora import merged
-from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.checkpoint.test_restore import assert_same, json_file, ranks, source  # noqa: F401
 from tests.drive_train import drive as train
 from tests.metrics_file import metrics
-from tests.stranger.drive import ONE_BLOCK, STEPS, drive
+from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install 'ds-cmli[test]'")
 LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
@@ -86,23 +86,6 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
         built(LORA, freeze_image=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param({}, marks=pytest.mark.soak),
-        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
-    ],
-    ids=["without ZeRO", "ZeRO-3 in bf16"],
-)
-def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F811
-    arguments = [*SOME, "--steps", "5", "--set", "optim.ema_decay=0.9"]
-    arguments += [*source, *json_file(tmp_path / "ds.json", content)]
-    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 4])
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-
-
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.soak), 3])
 def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):  # noqa: F811
     """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
@@ -143,11 +126,3 @@ def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     for name in ("straight", "broken"):
         losses.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
-def test_trained_evaluated_exported_and_predicted(tmp_path, alone):
-    found = drive(tmp_path, "--losses", "global,cmli", *SETTING)
-    assert len(found["logged"]) == STEPS and "refused" not in found
-    assert not [
-        name for name in load_file(tmp_path / "run" / "student.safetensors") if "lora" in name or "base" in name
-    ]

@@ -1,4 +1,4 @@
-"""Patch dropout: which patches, what the encoder makes of them, training on one and two ranks, memory, refusals."""
+"""Patch dropout: which patches, what the encoder makes of them, training on one and two ranks, refusals."""
 
 import json
 from itertools import product
@@ -12,17 +12,14 @@ from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.memory.predict import Options, predict
-from profiling.memory.measure_cpu import measure
-from tests.checkpoint.test_restore import assert_same, ranks
+from tests.checkpoint.test_restore import ranks
 from tests.config.test_mistakes import pairs
 from tests.export.conftest import export, make_run
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 LOSSES = dict.fromkeys(("global", "cmli", "target_cmli", "sparc", "token_contrast"), 1.0)
-STEPS, STOP, BATCH = 3, 2, 8
+STEPS, BATCH = 3, 8
 
 
 def test_the_choice_is_of_sample_and_step_alone():
@@ -102,7 +99,7 @@ EVERY = [*product(range(4), (1, 2), ("gather", "ring"))]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cells", [QUICK, pytest.param({1: EVERY, 2: EVERY}, marks=pytest.mark.soak)], ids=["", "all"])
-def test_interrupted_as_if_never_and_the_same_on_two_ranks(tmp_path, cells):
+def test_the_same_at_every_stage_and_on_two_ranks(tmp_path, cells):
     data = pairs(tmp_path / "pairs", count=63)
     named = {}
     for world_size, some in cells.items():
@@ -116,41 +113,13 @@ def test_interrupted_as_if_never_and_the_same_on_two_ranks(tmp_path, cells):
             given += ["--deepspeed_config", str(file), "--micro-batch", str(BATCH // world_size // accumulation)]
             given += ["--set", "student.patch_keep=0.5", "--set", "student.dropout=0", "--losses", "global,cmli"]
             given += ["--set", f"loss.cmli_exchange={exchange}", "--set", "run.match_maps=0", *ONE_BLOCK]
-            broken = [*given, "--output-dir", f"{out}-broken"]
             tasks.append({"arguments": [*given, "--output-dir", str(out)]})
-            tasks += [{"arguments": broken, "stop_at": STOP}, {"arguments": broken}]
             named[name] = out
         codes, _ = ranks(tmp_path, world_size, tasks, timeout=3000)
-        assert codes == [0, 85, 0] * len(some)
+        assert codes == [0] * len(some)
     whole = load_file(next(iter(named.values())) / "student.safetensors")
     for name, out in named.items():
-        assert_same(out, out.with_name(f"{name}-broken"))
         weights = load_file(out / "student.safetensors")
         far = max(((weights[key] - x).norm() / x.norm()).item() for key, x in whole.items() if x.dim() == 2)
         print(f"{name}: largest relative difference of a matrix {far:.1e}")
         assert far < 1e-3, name
-
-
-MEMORY = [
-    pytest.param(stage, precision, accumulation, world_size, marks=pytest.mark.soak)
-    for stage, precision, accumulation, world_size in product(range(4), ("fp32", "bf16"), (1, 2), (1, 2))
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, precision, accumulation, world_size", [(1, "fp32", 2, 2), *MEMORY])
-def test_its_memory_is_predicted(stage, precision, accumulation, world_size):
-    config = load_preset(
-        "tiny",
-        {
-            "optim": {"micro_batch": 4},
-            "loss": {"weights": LOSSES, "bank": 100},
-            "student": {"patch_keep": 0.4, "layers": 1},
-            "teacher": {"block": 0},
-        },
-    )
-    half = {} if precision == "fp32" else {precision: {"enabled": True}}
-    asked = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **half}
-    predicted = predict(config, asked, world_size, target="cpu", options=Options(backend="fake")).report
-    measured = measure(config, asked, world_size)
-    assert abs(measured.totals["requested"] - predicted.totals["requested"]) < SCALARS

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from ds_cmli.config.schema import load_config
+from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data import load
 from ds_cmli.data.batch import Sample
 from ds_cmli.evaluate.__main__ import command as evaluate
@@ -28,24 +28,36 @@ STEPS = 3
 ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # of each encoder: half of a step
 SCENES = 20  # of each split: what is found in them is not looked at here
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
+DS_CONFIG = {
+    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+    "zero_optimization": {"stage": 2},
+    "bf16": {"enabled": True},
+}
 
 
 @mock.patch.object(load, "EVAL_SCENES", SCENES)
 def drive(folder: Path, *options: str) -> dict[str, object]:
     """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
-    run, exported = folder / "run", folder / "exported"
+    run = folder / "run"
     given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *ONE_BLOCK, *options]
     assert not train([*given, "--set", "run.log_every=1"])
-    found = {"logged": [line for line in metrics(run) if "loss" in line]}
-    done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(folder / "evaluated.json")])
+    found = {"logged": [line for line in metrics(run) if "loss" in line], **used(run)}
+    check_memory(load_config(run / "config.json", "the run"), DS_CONFIG, 2)
+    return found
+
+
+def used(run: Path) -> dict[str, object]:
+    """What is found by evaluating a run, and by exporting it, which may be refused. Files are written next to it."""
+    found: dict[str, object] = {}
+    evaluated, exported = run.with_name("evaluated.json"), run.with_name("exported")
+    done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(evaluated)])
     assert done.exception is None, done.exception
-    found["evaluated"] = json.loads((folder / "evaluated.json").read_text())
+    found["evaluated"] = json.loads(evaluated.read_text())
     done = CliRunner().invoke(export, [str(run), str(exported), "--no-onnx", "--no-measure"])
     if done.exception is None:
         compare(run, exported)
     else:
         found["refused"] = str(done.exception)
-    check_memory(run)
     return found
 
 
@@ -65,14 +77,11 @@ def compare(run: Path, exported: Path) -> None:
     torch.testing.assert_close(out.loss, trained.objective.whole(trained.collate(samples), None)[0])
 
 
-def check_memory(run: Path) -> None:
-    """The run's configuration takes as many bytes on this CPU as are predicted."""
-    config = load_config(run / "config.json", "the run")
-    ds_config = {
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-        "zero_optimization": {"stage": 2},
-        "bf16": {"enabled": True},
-    }
-    measured = measure(config, ds_config, 2).totals["requested"]
-    predicted = predict(config, ds_config, 2, target="cpu", options=Options(backend="fake")).report.totals["requested"]
-    assert abs(predicted - measured) <= SCALARS
+def check_memory(config: Config, ds_config: dict, world_size: int, scalars: int = SCALARS) -> dict[str, int]:
+    """A configuration takes as many bytes on this CPU as are predicted, which are returned by category."""
+    measured = measure(config, ds_config, world_size)
+    predicted = predict(config, ds_config, world_size, target="cpu", options=Options(backend="fake")).report
+    assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= scalars
+    for category in ("optimizer states", "EMA weights"):
+        assert predicted.categories[category] == measured.categories[category]
+    return predicted.categories
