@@ -145,6 +145,7 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
 def test_a_training(number, sources, tmp_path, monkeypatch, alone):
     values = RUNS[number].split()
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))  # of other processes
     monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
     source = of_many_aspects(tmp_path / "aspects") if "aspect" in values else [*sources.values()][number % len(sources)]
     given, content = asked(values, source, tmp_path / "ds.json")

@@ -170,6 +170,11 @@ def build(
     scheduler = schedule.maker(ds_config, warmup, total_steps)
     with tagged_for_muon(groups):
         engine = _initialize(ds_config, objective, groups, scheduler)
+    if ds_config.stage == 3:
+        # ZeRO-3 gathers others where their module is called, and in training alone where not.
+        image = objective.student.image
+        for parameter in image.directly_used:
+            deepspeed.zero.register_external_parameter(image, parameter)
     cast_buffers(objective.losses, dtype)  # the banks
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)

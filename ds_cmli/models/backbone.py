@@ -139,6 +139,11 @@ class ImageBackbone(nn.Module):
         """Encode normalised pixels: [B, 3, S, S] -> [B, prefix + N, H]."""
         raise NotImplementedError
 
+    @property
+    def directly_used(self) -> list[nn.Parameter]:
+        """Parameters that `forward` takes from a module that it does not call."""
+        return []
+
     def leave_out_patches(self) -> TakenPatches | None:
         """Let the encoder's blocks see some patches alone; None: it needs all of them."""
         return None

@@ -62,42 +62,36 @@ class TimmNaFlex(ImageBackbone):
         embeds = self.model.embeds
         table = resample_abs_pos_embed_nhwc(embeds.pos_embed.detach(), list(self.grid))
         embeds.pos_embed = nn.Parameter(table.contiguous())
-        # ZeRO-3 gathers what a module holds where the module itself is called, as its own forward
-        # method would be.
-        embeds.forward = self._embedded
         self.mean, self.std = (self.model.pretrained_cfg[name] for name in ("mean", "std"))
 
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
-    def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
-        # What `NaFlexVit.forward_features` does.
-        model = self.model
-        x = model.norm_pre(model.embeds(pixels, grid))
-        patches = x.shape[1] - model.num_prefix_tokens
-        attended = attended_to(grid, patches, model.num_prefix_tokens)
-        for block in model.blocks:
-            x = block(x, attn_mask=attended)
-        if self.has_class_token:
-            return x
-        mask = patch_mask(grid, patches)
-        return torch.cat([mean_of(x[:, model.num_prefix_tokens :], mask), x], 1)
-
-    def _embedded(self, pixels: Tensor, grid: Tensor | None) -> Tensor:
-        """The patches with their positions, and the tokens before them.
-
-        It replaces timm's forward method of `embeds`, whose positions of several grids would wait
-        for the GPU, or have no deterministic gradient.
-        """
+    @property
+    def directly_used(self) -> list[nn.Parameter]:
         embeds = self.model.embeds
+        return [*filter(torch.is_tensor, (embeds.pos_embed, embeds.cls_token, embeds.reg_token))]
+
+    def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
+        # What `NaFlexVit.forward_features` does, whose own positions of several grids would wait
+        # for the GPU, or have no deterministic gradient.
+        model, embeds = self.model, self.model.embeds
         patches, _ = batch_patchify(pixels, self.patch, channels_last=embeds.channels_last)
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
         x = embeds.norm(embeds.proj(patches))
         x = x + self.positions(grid).to(x.dtype)
         first = [each for each in (embeds.cls_token, embeds.reg_token) if each is not None]
-        return embeds.pos_drop(torch.cat([*(each.expand(len(x), -1, -1) for each in first), x], 1))
+        x = torch.cat([*(each.expand(len(x), -1, -1) for each in first), x], 1)
+        x = model.norm_pre(embeds.pos_drop(x))
+        attended = attended_to(grid, patches.shape[1], model.num_prefix_tokens)
+        for block in model.blocks:
+            x = block(x, attn_mask=attended)
+        if self.has_class_token:
+            return x
+        mask = patch_mask(grid, patches.shape[1])
+        return torch.cat([mean_of(x[:, model.num_prefix_tokens :], mask), x], 1)
 
     def positions(self, grid: Tensor | None) -> Tensor:
         """The learned positions at the centres of each picture's patches: fp32 [B, N, H].

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: wandb and mlflow themselves, without a network."""
+"""Trackers beside metrics.jsonl: TensorBoard, wandb and mlflow themselves, without a network."""
 
 import importlib.util
 import json
@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
 from ds_cmli.common.errors import UserError
@@ -30,6 +31,14 @@ def write(folder, name, steps, first_step=0):
     writer.log(steps[-1], FOUND)
     writer.picture(steps[-1], "match-maps/seen/0", PICTURE)
     writer.close()
+
+
+def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(tmp_path):
+    """Step 3 was taken before the run was stopped, and again from the checkpoint of step 2."""
+    write(tmp_path, "tensorboard", [1, 2, 3])
+    write(tmp_path, "tensorboard", [3, 4], first_step=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

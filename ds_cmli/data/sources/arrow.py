@@ -6,6 +6,7 @@ groups are about 100 MB: it is copied into Arrow files once.
 
 import os
 import shutil
+from functools import partial
 from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +70,12 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
 
     datasets.disable_progress_bars()
     data_files = {split: list(map(str, files)) for split, files in splits.items()}
+    builder_of = partial(datasets.load_dataset_builder, "parquet", data_files=data_files)
     try:
-        builder = datasets.load_dataset_builder("parquet", data_files=data_files)
-        cache = Path(builder.cache_dir)
+        cache = Path(builder_of().cache_dir)
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{cache}.ds-cmli.lock"):  # one process copies, the others wait
+            builder = builder_of()  # only here, as it reads what a copy notes of itself
             if not _is_copied(cache):
                 _copy(name, builder, list(chain.from_iterable(splits.values())))
         return {split: builder.as_dataset(split=split) for split in splits}

@@ -1,9 +1,11 @@
+import contextlib
 import os
 import sys
 
 import pytest
 
 from ds_cmli.data.sampler import Draw
+from ds_cmli.data.sources import arrow
 from tests.data.sources.samples import build, picture, shown
 from tests.data.sources.test_folder import user_error
 
@@ -42,6 +44,19 @@ def test_parquet_files_are_read_undecoded_and_the_size_of_the_copy_is_told_once(
         both = [shown(dataset[k]) for dataset in (data.train, data.evals["val"]) for k in range(len(dataset))]
         assert sorted(both) == list(range(40))
     assert capsys.readouterr().out.count("into Arrow files, once: about 0.00 GB in") == 1
+
+
+def test_a_process_that_waited_for_the_copy_of_another_reads_it(tmp_path, monkeypatch):
+    file, lock = parquet(tmp_path / "train.parquet", range(5)), arrow.FileLock
+
+    @contextlib.contextmanager
+    def held_by_another(path):
+        monkeypatch.setattr(arrow, "FileLock", lock)
+        build(file)  # as another rank does, which was first
+        yield
+
+    monkeypatch.setattr(arrow, "FileLock", held_by_another)
+    assert len(build(file).train) == 4
 
 
 def test_splits_are_known_by_the_files_names(tmp_path):
