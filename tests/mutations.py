@@ -159,7 +159,7 @@ MUTATIONS = (
     Mutation(
         "recall-ties",
         "a negative of the positive's score counts as better",
-        "evaluate/retrieval.py",
+        "evaluate/metrics.py",
         "above = (~(scores <= best) & negative)",
         "above = (~(scores < best) & negative)",
         ("evaluate",),
