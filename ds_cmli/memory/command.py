@@ -147,6 +147,7 @@ def single(
     from ds_cmli.memory import search
 
     ranks, gpu, fitted = asked.world_size, asked.gpu or search.DEFAULT_GPU, None
+    options = search.Options(tell=tell)
     if asked.fit:
         room, fitted_gpu = gpus.parse_memory(asked.fit)
         gpu = asked.gpu or fitted_gpu or search.DEFAULT_GPU
@@ -156,14 +157,10 @@ def single(
         print(fit_sentence(fitted, room))
         print(meant(asked.fit, room, fitted_gpu or "", gpu, ranks))
     elif gpu == CPU:
-        prediction = search.predict_largest(
-            config, ds_config, ranks, target="cpu", options=search.Options(tell=tell)
-        )
+        prediction = search.predict_largest(config, ds_config, ranks, target="cpu", options=options)
         tell("")
     else:
-        prediction = search.predict_largest(
-            config, ds_config, ranks, gpu=gpu, options=search.Options(tell=tell)
-        )
+        prediction = search.predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
         tell("")
         print(sentence(prediction.report, gpu))
     show(prediction.report)
@@ -175,11 +172,8 @@ def single(
         path = asked.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
     report = prediction.report
-    if fitted is not None:
-        return report.to_dict(), fitted.micro_batch > 0
-    if asked.gpu in (None, CPU):
-        return report.to_dict(), True
-    return report.to_dict(), report.totals["device"] <= gpus.find(gpu).total.bytes
+    fits = asked.gpu in (None, CPU) or report.totals["device"] <= gpus.find(gpu).total.bytes
+    return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
 
 
 def grid(

@@ -145,8 +145,7 @@ def ending(
                 step = Step(config, ds_config, distributed.world_size(), device.type == "cuda")
                 if _speak(error, room, step, message, snapshot):
                     if raises and distributed.world_size() == 1:
-                        why = f"out of memory: {message} says what would fit"
-                        raise UserError(why) from None
+                        raise UserError(f"out of memory: {message} says what would fit") from None
                     watchdog.dismiss()
                     _leave()
             # Another rank ran out first; here that showed as a broken connection, or this rank ran
