@@ -33,6 +33,8 @@ ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
 TrackerName = Annotated[str, NameOf(TRACKERS)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
+Resize = Literal["crop", "shortest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
@@ -138,12 +140,20 @@ class DataConfig:
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
+    # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
+    # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
+    # to the square.
+    resize: Resize = "crop"
+    interpolation: Interpolation = "bicubic"  # of resizing
     # 0: of each picture the central square. Otherwise the whole picture in its own aspect, on
     # patches of so many pixels, at most as many as a square of `image_size` has. The encoders must
     # be NaFlexViTs with such patches; of a ViT, image_overrides={"use_naflex": true} makes one.
     aspect_patch: Annotated[Number, Field(description="0: square")] = 0
     # The longest caption in tokens, with [CLS] and [SEP].
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
+    # How far texts are padded: to the "longest" of the batch, or all "full", to `context_length`,
+    # and then the text encoder attends to the padding and is pooled at its end, as SigLIP's.
+    padding: Literal["longest", "full"] = "longest"
     # "demo" (MiniLM's), "builtin" (no download), transformers name or local path.
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
@@ -172,6 +182,9 @@ class DataConfig:
         whole = not self.aspect_patch or self.image_size % self.aspect_patch == 0
         need = f"data.image_size is {self.image_size}, which must be a multiple"
         check(whole, "data.aspect_patch", self.aspect_patch, need)
+        square = self.resize == "crop" or not self.aspect_patch
+        need = f"pictures of any aspect (data.aspect_patch {self.aspect_patch}) are shown whole"
+        check(square, "data.resize", self.resize, f"{need}: leave one of the two out")
 
     @property
     def side(self) -> int:

@@ -64,13 +64,15 @@ class Batch:
 
 
 class Collate:
-    """Makes a `Batch` of samples, with captions padded to the longest.
+    """Makes a `Batch` of samples, with captions padded as the tokenizer says.
 
-    Their length is a multiple of `PAD_MULTIPLE`, but at most the tokenizer's `positions`.
+    To the longest, a multiple of `PAD_MULTIPLE` but at most the tokenizer's `positions`; or, of a
+    `full` one, to `positions`, and then the padding is attended to.
     """
 
     def __init__(self, tokenizer: CaptionTokenizer):
         self.pad_id, self.positions = tokenizer.pad_id, tokenizer.positions
+        self.full = tokenizer.full
 
     def __call__(self, samples: list[Sample]) -> Batch:
         def each(name: str) -> list:
@@ -78,6 +80,8 @@ class Collate:
 
         ids = each("tokens.input_ids")
         lengths = torch.tensor(list(map(len, ids)))
+        if self.full:
+            lengths = torch.full_like(lengths, self.positions)
         length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
         length = min(length, self.positions)
         caption_ids = torch.tensor(list(map(caption_id, ids)))

@@ -27,8 +27,8 @@ from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import (
     CaptionTokenizer,
     SpecialTokens,
-    load_tokenizer,
     most_characters,
+    tokenizer_of,
 )
 
 # About as many samples per source are checked for unknown tokens, in half a second.
@@ -97,7 +97,7 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         sources, notices = opened.validation, opened.of_files
         if opened.held_out:
             purpose = "held out of training to evaluate on"
-    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    tokenizer = tokenizer_of(config)
     return EvalData(
         evals={split or _split(config): EvalPairs(sources, tokenizer, config)},
         tokenizer=tokenizer,
@@ -130,7 +130,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
         )
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures = DemoPictures(config.image_size)
-    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    tokenizer = tokenizer_of(config)
     make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
     train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)
     evals: dict[str, Dataset] = {}
@@ -160,7 +160,7 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         known = not config.group_by_length or source.caption_counts() is not None
         need = f"the captions of {source.where} are in .json, whose lengths only reading them tells"
         check(known, "data.group_by_length", config.group_by_length, f"{need}: leave it out")
-    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    tokenizer = tokenizer_of(config)
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
     # Read the first pair of each source, so that missing images are an error here: after an error

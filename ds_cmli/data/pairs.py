@@ -19,7 +19,7 @@ from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.data.transforms import Augmentation, View
+from ds_cmli.data.transforms import Augmentation, Framing, View
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 
@@ -31,6 +31,7 @@ class Pictures:
         self.sources, self.config = sources, config
         self.starts = [0, *accumulate(map(len, sources))]  # each source's first picture
         self.first = _first_of_each(sources)
+        self.framing = Framing.of(config)
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -72,7 +73,7 @@ class Pictures:
         config = self.config
         try:
             content = self.sources[number].image(place)
-            image = decode(content, config.image_size, config.max_pixels, view, config.side)
+            image = decode(content, self.framing, config.max_pixels, view)
             return image, None
         except Exception as error:  # decoders raise nearly any exception for damaged files
             return self.black(), describe(error)
@@ -129,7 +130,7 @@ class TrainPairs(Dataset):
         self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int
     ):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
-        self.augmentation = Augmentation(config.augmentation, seed, config.side)
+        self.augmentation = Augmentation(config.augmentation, seed, self.pictures.framing)
 
     def __len__(self) -> int:
         return len(self.pictures)

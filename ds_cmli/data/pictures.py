@@ -19,7 +19,7 @@ from torch import Tensor
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import Grid, grid_of, laid_out
 from ds_cmli.data.bad import Refused
-from ds_cmli.data.transforms import Box, View, resized, usual_view
+from ds_cmli.data.transforms import Box, Framing, View, central_square
 
 # The decoders that may run, whatever a file's name is. Pillow's default includes one that starts
 # Ghostscript.
@@ -83,17 +83,15 @@ def formats() -> list[str]:
 
 
 def read_picture(
-    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool, side: int = 0
+    path: Path, root: str, framing: Framing, max_pixels: int, follow_symlinks: bool
 ) -> Tensor:
     """Read and decode a file as `read_file` and `decode` do."""
     content = read_file(path, root, most_bytes(max_pixels), follow_symlinks)
-    return decode(content, size, max_pixels, side=side)
+    return decode(content, framing, max_pixels)
 
 
-def decode(
-    content: bytes, size: int, max_pixels: int, view: View | None = None, side: int = 0
-) -> Tensor:
-    """Decode a file's content with `load_image`: uint8 [3, size, size], or of a grid's size.
+def decode(content: bytes, framing: Framing, max_pixels: int, view: View | None = None) -> Tensor:
+    """Decode a file's content with `load_image`: uint8 [3, S, S], or of a grid's size.
 
     Raises:
         Refused: the format is unknown, or the picture has more than `max_pixels` pixels.
@@ -114,7 +112,7 @@ def decode(
                 raise Refused(
                     f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
                 )
-        return load_image(image, size, view, side)
+        return load_image(image, framing, view)
 
 
 def shown(content: bytes, config: DataConfig) -> tuple[Tensor, Grid | None]:
@@ -122,25 +120,23 @@ def shown(content: bytes, config: DataConfig) -> tuple[Tensor, Grid | None]:
 
     Errors are those of `decode`.
     """
-    image = decode(content, config.image_size, config.max_pixels, side=config.side)
+    image = decode(content, Framing.of(config), config.max_pixels)
     return laid_out(image, config.aspect_patch, config.image_size)
 
 
-def load_image(image: Image.Image, size: int, view: View | None = None, side: int = 0) -> Tensor:
-    """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it (bicubic).
+def load_image(image: Image.Image, framing: Framing, view: View | None = None) -> Tensor:
+    """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it.
 
     A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 scale if `SHARP` times the size
-    needed is left.
+    needed is left, unless it is prepared as for another model (`framing.resize`), to the bit.
 
     Args:
-        view: None: `usual_view`.
-        side: of a picture of any aspect, the patches along a side of a square one; 0: the part that
-            `view` chooses becomes square.
+        view: None: that of `framing`.
 
     Returns:
-        uint8 [3, size, size], or [3, h * p, w * p] of the part's grid of h * w patches.
+        uint8 [3, S, S], or [3, h * p, w * p] of the part's grid of h * w patches.
     """
-    white, view = _white(image), view or usual_view(side)
+    white, view = _white(image), view or framing.view
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
     scale, box = 1.0, None
     # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels,
@@ -148,7 +144,8 @@ def load_image(image: Image.Image, size: int, view: View | None = None, side: in
     # gives that from the start.
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         box = view(*image.size)
-        scale = _reduce(image, min(_ratios(box, size, side)))
+        if framing.resize == "crop":
+            scale = _reduce(image, min(_ratios(box, framing)))
     ImageOps.exif_transpose(image, in_place=True)
     box = box or view(*image.size)
     if white:
@@ -160,26 +157,29 @@ def load_image(image: Image.Image, size: int, view: View | None = None, side: in
         image = background
     if image.mode != "RGB":  # `convert` would copy an RGB image
         image = image.convert("RGB")
+    if framing.resize == "shortest" and box == central_square(*image.size):
+        return framing.shortest_resized(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     left, top, right, bottom = (round(side / scale) for side in box)
     pixels = np.array(image)[top : max(bottom, top + 1), left : max(right, left + 1)]
-    return resized(torch.from_numpy(pixels).permute(2, 0, 1), _size(box, size, side))
+    return framing.resized(torch.from_numpy(pixels).permute(2, 0, 1), _size(box, framing))
 
 
-def _size(box: Box, size: int, side: int) -> tuple[int, int]:
+def _size(box: Box, framing: Framing) -> tuple[int, int]:
     """Height and width in pixels that the part of a picture gets."""
+    size, side = framing.size, framing.side
     if not side:
         return size, size
     rows, columns = grid_of(box[2] - box[0], box[3] - box[1], side)
     return rows * size // side, columns * size // side
 
 
-def _ratios(box: Box, size: int, side: int) -> tuple[float, float]:
+def _ratios(box: Box, framing: Framing) -> tuple[float, float]:
     """The number of the picture's pixels per pixel of the result, along both sides."""
-    height, width = _size(box, size, side)
+    height, width = _size(box, framing)
     return (box[2] - box[0]) / width, (box[3] - box[1]) / height
 
 
-def prepare(picture: Image.Image | np.ndarray | Tensor, size: int, side: int = 0) -> Tensor:
+def prepare(picture: Image.Image | np.ndarray | Tensor, framing: Framing) -> Tensor:
     """Prepare a picture in memory as `load_image` does; it stays as it is.
 
     Args:
@@ -191,7 +191,7 @@ def prepare(picture: Image.Image | np.ndarray | Tensor, size: int, side: int = 0
         Exception: as `decode`, for a PIL image whose file is damaged.
     """
     if isinstance(picture, Image.Image):
-        return load_image(_copy(picture), size, side=side)
+        return load_image(_copy(picture), framing)
     pixels = picture
     if isinstance(pixels, Tensor) and pixels.ndim == 3 and pixels.dtype == torch.uint8:
         pixels = pixels.detach().cpu().permute(1, 2, 0).numpy()
@@ -199,7 +199,7 @@ def prepare(picture: Image.Image | np.ndarray | Tensor, size: int, side: int = 0
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
         if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
-            return load_image(Image.fromarray(np.ascontiguousarray(pixels)), size, side=side)
+            return load_image(Image.fromarray(np.ascontiguousarray(pixels)), framing)
     what = type(picture).__name__
     if hasattr(picture, "dtype"):
         what += f" {picture.dtype} {list(picture.shape)}"

@@ -11,6 +11,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import shown
 from ds_cmli.data import assets
 
@@ -54,9 +55,10 @@ class CaptionTokenizer:
     Attributes:
         vocab_size: all ids are below it.
         positions: the maximum length with special tokens.
+        full: whether texts are padded to `positions` and their padding is attended to.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         # Tokenizers of causal models may lack a padding token. The end token replaces it, as the
         # mask marks padding.
@@ -83,6 +85,7 @@ class CaptionTokenizer:
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
         self.positions, self.most_characters = positions, most_characters(positions)
+        self.full = full
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
         # "[SEP]" written out in a caption becomes the special token but is not in the special
@@ -152,7 +155,13 @@ def tell_cut(texts: list[str], positions: int) -> str | None:
     return f"{found}: only the first {most:,} are read"
 
 
-def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
+def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenizer:
+    """Load the tokenizer of a configuration; `name`: another one. Errors: `load_tokenizer`."""
+    full = config.padding == "full"
+    return load_tokenizer(name or config.tokenizer, config.context_length, full)
+
+
+def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionTokenizer:
     """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
 
     "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
@@ -163,7 +172,7 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     """
     tokenizer = pretrained_tokenizer(name)
     try:
-        return CaptionTokenizer(tokenizer, positions)
+        return CaptionTokenizer(tokenizer, positions, full)
     except UserError:
         raise
     except Exception as error:  # damaged files can hold anything

@@ -8,11 +8,13 @@ loading processes. A batch holds one view of each picture, which both student an
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ds_cmli.config.schema import AugmentationName as Name
+from ds_cmli.config.schema import DataConfig, Interpolation, Resize
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 View = Callable[[int, int], Box]  # the part that is shown, given a picture's width and height
@@ -28,25 +30,56 @@ def whole(width: int, height: int) -> Box:
     return 0, 0, width, height
 
 
-def usual_view(side: int) -> View:
-    """What is shown of a picture where nothing is random; `side`: as `DataConfig.side`."""
-    return whole if side else central_square
+@dataclass(frozen=True)
+class Framing:
+    """What of a picture is shown where nothing is random, and how it becomes S x S pixels.
 
-
-def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 [3, H, W] to uint8 [3, *size], contiguous, bicubic with antialiasing.
-
-    The result equals Pillow's up to the last bit, in a fifth of the time.
+    Attributes are the settings of `DataConfig`: size is `image_size`, side is `side`.
     """
-    found = torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)
-    return found[0].contiguous()
+
+    size: int
+    side: int = 0
+    resize: Resize = "crop"
+    interpolation: Interpolation = "bicubic"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Framing":
+        return cls(config.image_size, config.side, config.resize, config.interpolation)
+
+    def view(self, width: int, height: int) -> Box:
+        if self.side or self.resize == "squash":
+            return whole(width, height)
+        return central_square(width, height)
+
+    def resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize uint8 [3, H, W] to uint8 [3, *size], contiguous, with antialiasing.
+
+        The result equals Pillow's up to the last bit, in a fifth of the time.
+        """
+        mode = self.interpolation
+        out = torch.nn.functional.interpolate(pixels[None], size, mode=mode, antialias=True)
+        return out[0].contiguous()
+
+    def shortest_resized(self, pixels: Tensor) -> Tensor:
+        """Resize the shorter side to S and cut out the centre, to the pixel as torchvision does.
+
+        uint8 [3, H, W] -> uint8 [3, S, S].
+        """
+        from torchvision.transforms.v2.functional import center_crop
+
+        height, width = pixels.shape[1:]
+        shorter = min(height, width)
+        size = int(self.size * height / shorter), int(self.size * width / shorter)
+        return center_crop(self.resized(pixels, size), [self.size, self.size]).contiguous()
 
 
 class Augmentation:
     """The random transforms that `DataConfig.augmentation` names, each with its strength."""
 
-    def __init__(self, strengths: Mapping[Name, float], seed: int, side: int = 0):
-        self.strengths, self.seed, self.side = dict(strengths), seed, side
+    def __init__(self, strengths: Mapping[Name, float], seed: int, framing: Framing | None = None):
+        """`framing`: what is shown without "random_resized_crop"; None: the central square."""
+        self.strengths, self.seed = dict(strengths), seed
+        self.framing = framing or Framing(1)
 
     @contextmanager
     def seeded(self, turn: int, index: int) -> Iterator[None]:
@@ -68,10 +101,10 @@ class Augmentation:
             generator.set_state(before)
 
     def view(self, width: int, height: int) -> Box:
-        """A `View`: a random part if "random_resized_crop" is set, else `usual_view`."""
+        """A `View`: a random part if "random_resized_crop" is set, else that of `Framing`."""
         least = self.strengths.get("random_resized_crop")
         if least is None:
-            return usual_view(self.side)(width, height)
+            return self.framing.view(width, height)
         from torchvision.transforms import RandomResizedCrop
 
         top, left, rows, columns = RandomResizedCrop.get_params(

@@ -198,7 +198,7 @@ def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Classify pictures. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
-    from ds_cmli.data.tokens import load_tokenizer
+    from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate import zero_shot
     from ds_cmli.evaluate.embed import padded_share
@@ -208,7 +208,7 @@ def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
     templates = zero_shot.prompt_templates(asked.templates)
     pictures = zero_shot.ClassPictures(asked.zero_shot, config.data)
     names = zero_shot.class_names(pictures.folders, asked.class_names)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    tokenizer = tokenizer_of(config.data)
     objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective
     classifier = zero_shot.build_classifier(
         objective.eval(), tokenizer, names, templates, how
@@ -223,11 +223,11 @@ def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
 def _boxes(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Play the pointing game on photographs. Collective."""
     from ds_cmli.data.load import EvalData
-    from ds_cmli.data.tokens import load_tokenizer
+    from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.evaluate.pointing_game import Entities, pointing_game
 
     assert asked.boxes is not None and asked.image_root is not None
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    tokenizer = tokenizer_of(config.data)
     split = asked.split or "val"
     entities = Entities(asked.boxes, asked.image_root, split, tokenizer, config.data)
     objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective

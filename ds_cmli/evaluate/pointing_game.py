@@ -25,7 +25,7 @@ from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
 from ds_cmli.data.pairs import black
 from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
-from ds_cmli.data.transforms import usual_view
+from ds_cmli.data.transforms import Framing
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
@@ -196,7 +196,7 @@ def pointing_game(student: "Student", entities: Entities, how: EmbedSettings) ->
     sums = torch.zeros(4, dtype=torch.float64)  # hits, phrases, chance, visible phrases
     for image, text in share.pair_rows():
         caption = entities.captions[int(texts.number[text])]
-        view = usual_view(entities.config.side)(*caption.size)
+        view = Framing.of(entities.config).view(*caption.size)
         grid, patches = images.grid_of(image), images.patches_of(image)
         of_phrases = [patches_inside(boxes, view, grid) for boxes in caption.boxes]
         inside = torch.stack(of_phrases)  # [F, N]

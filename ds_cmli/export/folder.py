@@ -76,7 +76,9 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
             "alone: use it by ds_cmli.inference.Model"
         )
     whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
-    words = CaptionTokenizer(whole, config.data.context_length)
+    words = CaptionTokenizer(
+        whole, config.data.context_length, full=config.data.padding == "full"
+    )
     objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")
     for name, loss in objective.losses.items():
         if not hasattr(loss, "logit_scale"):
@@ -113,7 +115,15 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
     data = config.data
-    processor = CMLIProcessor(trained.tokenizer, data.image_size, data.context_length, words.pad_id)
+    processor = CMLIProcessor(
+        trained.tokenizer,
+        data.image_size,
+        data.context_length,
+        words.pad_id,
+        data.resize,
+        data.interpolation,
+        data.padding,
+    )
     processor.auto_map = AUTO_MAP  # type: ignore[attr-defined]
     processor.save_pretrained(folder)
     imports = "".join(f"import {name}  # a plugin\n" for name in needed)
@@ -140,7 +150,10 @@ def portable(config: Config, student: Student) -> dict[str, dict[str, object]]:
         settings |= {"text_model": text.model_type, "text_overrides": _sizes(text)}
     data = {
         "image_size": config.data.image_size,
+        "resize": config.data.resize,
+        "interpolation": config.data.interpolation,
         "context_length": config.data.context_length,
+        "padding": config.data.padding,
         "max_pixels": config.data.max_pixels,
         "source": sources(config.data),
     }

@@ -148,6 +148,8 @@ class CMLIModel(PreTrainedModel):
     def attended(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if attention_mask is not None:
             return attention_mask.bool()
+        if self.config.settings["data"].get("padding") == "full":
+            return torch.ones_like(input_ids, dtype=torch.bool)
         padding = input_ids == self.config.pad_id
         if self.config.pad_ends_texts:
             padding = padding & (padding.cumsum(1) > 1)  # the first is the text's own end

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
+from ds_cmli.config.schema import Interpolation, Resize
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import prepare
 from ds_cmli.data.tokens import most_characters, tell_cut
+from ds_cmli.data.transforms import Framing
 
 # Further arguments that are accepted, with their accepted values.
 ACCEPTED: dict[str, tuple[object, ...]] = {
@@ -26,10 +28,13 @@ class CMLIProcessor(ProcessorMixin):
     """Combines a transformers tokenizer with the resizing and cropping of the training.
 
     Args:
-        image_size: S; the shorter side is resized to it (bicubic), and the centre is cropped.
+        image_size, resize, interpolation: S, and how a picture becomes S x S pixels, as the
+            settings of `data` in training.
         context_length: the most tokens of a text, including special tokens; longer texts are
             truncated.
         pad_id: the padding token.
+        padding: "longest", or "full": texts are padded to `context_length`, and the model attends
+            to the padding.
     """
 
     tokenizer_class = "AutoTokenizer"
@@ -40,8 +45,12 @@ class CMLIProcessor(ProcessorMixin):
         image_size: int = 224,
         context_length: int = 64,
         pad_id: int = 0,
+        resize: Resize = "crop",
+        interpolation: Interpolation = "bicubic",
+        padding: str = "longest",
     ):
-        self.image_size, self.context_length, self.pad_id = image_size, context_length, pad_id
+        self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
+        self.context_length, self.pad_id, self.padding = context_length, pad_id, padding
         if tokenizer is not None:
             tokenizer.truncation_side = "right"  # as in training, whatever it was made with
         super().__init__(tokenizer)
@@ -72,7 +81,10 @@ class CMLIProcessor(ProcessorMixin):
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
         if images is not None:
-            pictures = [prepare(image, self.image_size) for image in _listed("images", images)]
+            framing = Framing(
+                self.image_size, resize=self.resize, interpolation=self.interpolation
+            )
+            pictures = [prepare(image, framing) for image in _listed("images", images)]
             out["pixel_values"] = torch.stack(pictures)
         if text is not None:
             out |= self.tokens(_listed("text", text), kwargs.get("padding") == "max_length")
@@ -96,13 +108,14 @@ class CMLIProcessor(ProcessorMixin):
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
         if not all(rows):
             raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")
-        longest = self.context_length if whole else max(map(len, rows))
+        full = self.padding == "full"
+        longest = self.context_length if whole or full else max(map(len, rows))
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
         for j, row in enumerate(rows):
             ids[j, : len(row)] = torch.tensor(row)
-            mask[j, : len(row)] = True
+            mask[j, : length if full else len(row)] = True
         return {"input_ids": ids, "attention_mask": mask}
 
     @property

@@ -28,7 +28,8 @@ from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.aspect import grid_at, laid_out, patch_mask
 from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare, read_picture
-from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
+from ds_cmli.data.tokens import CaptionTokenizer, tell_cut, tokenizer_of
+from ds_cmli.data.transforms import Framing
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 
@@ -111,10 +112,10 @@ class Model:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if is_exported(path):
             config, objective = load_exported(path)
-            words = load_tokenizer(tokenizer or str(path), config.data.context_length)
+            words = tokenizer_of(config.data, tokenizer or str(path))
             return cls(config, objective, words, chosen)
         config = load_config(path / "config.json", "the model")
-        words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
+        words = tokenizer_of(config.data, tokenizer)
         objective = load_student(path, config, words, setting="the model")
         config.loss = objective.config
         return cls(config, objective, words, chosen)
@@ -154,13 +155,13 @@ class Model:
         Raises:
             UserError: the picture cannot be read.
         """
-        side = self.config.data.side
+        framing = Framing.of(self.config.data)
         try:
             if isinstance(picture, str | Path):
                 path = Path(picture)
                 root, most = str(path.parent.resolve()), self.config.data.max_pixels
-                return read_picture(path, root, self.image_size, most, True, side)
-            return prepare(picture, self.image_size, side)
+                return read_picture(path, root, framing, most, True)
+            return prepare(picture, framing)
         except TypeError as error:
             raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything

@@ -26,6 +26,7 @@ from ds_cmli.data.load import Data
 from ds_cmli.data.pairs import TrainPairs
 from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
+from ds_cmli.data.transforms import Framing
 from profiling.scripts import prints_json, to_the_end
 from profiling.speed.step import Training
 
@@ -65,7 +66,7 @@ def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
     found: dict[str, Callable[[bytes], Any]] = {
         "Pillow, whole": lambda content: fit(Image.open(io.BytesIO(content)).convert("RGB")),
         "torchvision.io, whole": torchvision_io,
-        "ours: Pillow reduced, torch's resize": lambda content: decode(content, size, 10**9),
+        "ours: Pillow reduced, torch's resize": lambda content: decode(content, Framing(size), 10**9),
     }
     try:
         import simplejpeg

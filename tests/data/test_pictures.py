@@ -11,10 +11,11 @@ from PIL import Image, ImageOps
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.pictures import decode, load_image, read_picture
+from ds_cmli.data.transforms import Framing
 
 
 def image_value(mode, colour, size=(4, 4)):
-    return load_image(Image.new(mode, size, colour), 4)[:, 0, 0].tolist()
+    return load_image(Image.new(mode, size, colour), Framing(4))[:, 0, 0].tolist()
 
 
 def test_every_kind_of_image_becomes_rgb_on_white():
@@ -25,23 +26,23 @@ def test_every_kind_of_image_becomes_rgb_on_white():
     assert image_value("I;16", 0x8000) == [128, 128, 128]
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([10, 20, 30] * 256)
-    assert load_image(palette, 4)[:, 0, 0].tolist() == [10, 20, 30]
+    assert load_image(palette, Framing(4))[:, 0, 0].tolist() == [10, 20, 30]
     palette.info["transparency"] = 0
-    assert load_image(palette, 4)[:, 0, 0].tolist() == [255, 255, 255]
+    assert load_image(palette, Framing(4))[:, 0, 0].tolist() == [255, 255, 255]
 
 
 def test_images_are_cropped_at_the_centre_and_turned_upright():
     wide = Image.new("RGB", (12, 4), (0, 0, 0))
     wide.paste((255, 0, 0), (4, 0, 8, 4))
-    assert (load_image(wide, 4)[0] == 255).all()  # the middle 4 x 4
+    assert (load_image(wide, Framing(4))[0] == 255).all()  # the middle 4 x 4
     upside = Image.new("RGB", (4, 4), (0, 0, 0))
     upside.paste((255, 255, 255), (0, 0, 4, 2))
     upside.getexif()[0x0112] = 3  # orientation: turned by 180 degrees
-    assert load_image(upside, 4)[0, :, 0].tolist() == [0, 0, 255, 255]
+    assert load_image(upside, Framing(4))[0, :, 0].tolist() == [0, 0, 255, 255]
 
 
 def read(path, root=None, max_pixels=10_000, follow_symlinks=False):
-    return read_picture(path, os.path.realpath(root or path.parent), 8, max_pixels, follow_symlinks)
+    return read_picture(path, os.path.realpath(root or path.parent), Framing(8), max_pixels, follow_symlinks)
 
 
 def refused(*arguments, **settings):
@@ -186,7 +187,7 @@ def whole(file, size):
 def test_a_jpeg_decoded_at_a_reduced_scale_looks_as_one_decoded_whole(size, orientation):
     file = noise(1203, 801, orientation)
     picture = Image.open(file)
-    found = load_image(picture, size)
+    found = load_image(picture, Framing(size))
     assert found.shape == (3, size, size) and found.dtype == torch.uint8 and found.is_contiguous()
     assert (found.int() - whole(file, size).int()).abs().float().mean() < 1  # of 255
     reduced = {56: 4, 100: 4, 224: 1, 30: 8}[size] if orientation is None else 1
@@ -196,8 +197,8 @@ def test_a_jpeg_decoded_at_a_reduced_scale_looks_as_one_decoded_whole(size, orie
 def test_a_part_of_a_picture_is_what_the_view_says():
     picture = Image.new("RGB", (80, 60), "white")
     picture.paste("black", (20, 30, 40, 50))
-    assert (load_image(picture, 7, lambda width, height: (20, 30, 40, 50)) == 0).all()
-    assert (load_image(picture, 7, lambda width, height: (width - 30, 0, width, 30)) == 255).all()
+    assert (load_image(picture, Framing(7), lambda width, height: (20, 30, 40, 50)) == 0).all()
+    assert (load_image(picture, Framing(7), lambda width, height: (width - 30, 0, width, 30)) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
@@ -210,5 +211,5 @@ def test_a_tiff_on_its_side_is_cropped_as_it_is_seen(orientation):
     Image.fromarray(pixels).save(buffers[0], "TIFF", exif=exif)
     turned = {1: 0, 3: 2, 6: 3, 8: 1}[orientation]
     Image.fromarray(np.rot90(pixels, turned)).save(buffers[1], "PNG")
-    tiff, upright = (decode(buffer.getvalue(), 40, 10**6) for buffer in buffers)
+    tiff, upright = (decode(buffer.getvalue(), Framing(40), 10**6) for buffer in buffers)
     assert torch.equal(tiff, upright)

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from ds_cmli.data.pictures import decode
+from ds_cmli.data.transforms import Framing
 from ds_cmli.inference import Model
 from tests.export.conftest import TEXTS
 
@@ -59,7 +60,7 @@ def test_an_open_file_is_decoded_as_in_training_and_left_as_it_was(processor, co
     with Image.open(io.BytesIO(content)) as image:
         before = image.size, image.mode
         found = processor(images=image)["pixel_values"]
-        assert torch.equal(found[0], decode(content, S, MOST))
+        assert torch.equal(found[0], decode(content, Framing(S), MOST))
         assert (image.size, image.mode) == before
         again = processor(images=image)["pixel_values"]
         assert torch.equal(again, found)
