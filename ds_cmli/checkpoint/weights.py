@@ -14,16 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ds_cmli.common import tensor_file
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.models.weights import not_finite
+from ds_cmli.models.weights import AVERAGE, WEIGHTS, load_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -34,10 +31,8 @@ if TYPE_CHECKING:
     from ds_cmli.engine import TrainEngine
     from ds_cmli.losses.objective import Objective
 
-WEIGHTS = "student.safetensors"
 FROZEN = "frozen.safetensors"  # a checkpoint's weights that are not trained
 BANKS = "banks.pt"  # the earlier features of losses with a bank, which are no weights
-AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
 
 def parts(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -197,55 +192,3 @@ def load_student(
         objective.losses.clear()
     load_weights(folder, objective, name, setting)
     return objective
-
-
-def load_weights(
-    folder: Path, module: nn.Module, name: str = WEIGHTS, setting: str = "--checkpoint"
-) -> None:
-    """Load the file `name` of `folder` into `module`, whose losses may be a part of the file's.
-
-    Raises:
-        UserError: it is damaged or does not fit; the line names `setting`.
-    """
-    path = folder / name
-    if not path.is_file():
-        where = repr(str(folder))
-        if name == AVERAGE and (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"--ema: {where} has no {name}: the run was made without optim.ema_decay"
-            )
-        raise UserError(f"{setting} is {where}: no {name} there; give a run's output folder")
-    try:
-        damage = tensor_file.damage(path)
-        if damage is not None:
-            raise UserError(f"{damage}: it is damaged; give an undamaged copy, or another run's")
-        weights = load_file(path)
-        missing, unexpected = module.load_state_dict(weights, strict=False)
-        absent = _without_tied(module, weights, missing)
-    except Exception as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{setting} {path}: cannot load it: {reason}") from None
-    key = not_finite(weights)
-    if key is not None:
-        raise UserError(
-            f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's"
-        )
-    losses = getattr(module, "losses", ())
-    for key in unexpected:
-        section, _, rest = key.partition(".")
-        if section != "losses" or rest.partition(".")[0] in losses:
-            absent.append(key)
-    if absent:
-        raise UserError(
-            f"{setting} {path}: does not fit the model: {absent[0]!r} has no counterpart"
-        )
-
-
-def _without_tied(
-    module: nn.Module, weights: Mapping[str, Tensor], missing: list[str]
-) -> list[str]:
-    """The missing names without those of tied weights, which are saved once (T5's embeddings)."""
-    tensors = module.state_dict()
-    given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
-    names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    return [name for name in missing if name in names and tensors[name].data_ptr() not in given]

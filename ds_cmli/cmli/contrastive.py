@@ -15,6 +15,8 @@ from ds_cmli.cmli.inputs import check_shapes
 
 SHORTEST = 1e-12  # length of a row that has a direction, as in `F.normalize`
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
+# Of a sigmoid loss on cosines: SigLIP's models have learned up to 120, without a maximum.
+MAX_SIGMOID_SCALE = 1000.0
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -33,15 +35,15 @@ def unit_rows(x: Tensor) -> Tensor:
     return x / F.threshold(length, SHORTEST, math.inf)
 
 
-def temperature_scale(logit_scale: Tensor) -> Tensor:
-    """exp(logit_scale), at most 100, in fp32.
+def temperature_scale(logit_scale: Tensor, most: float = MAX_SCALE) -> Tensor:
+    """exp(logit_scale), at most `most`, in fp32.
 
-    The clamp is a straight-through one: above 100 the value is constant but the gradient still
+    The clamp is a straight-through one: above it the value is constant but the gradient still
     passes, so a parameter that drifted over the limit can return. A plain clamp has no gradient
     there, and the parameter would stay stuck.
     """
     x = upcast(logit_scale)
-    return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
+    return (x + (x.clamp(max=math.log(most)) - x).detach()).exp()
 
 
 def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:

@@ -63,6 +63,12 @@ class StudentConfig:
     Weights are "demo" (the packaged ones), "hub" (by model name), "random", or a local path.
     """
 
+    # A dual encoder as a whole, with its joint space: a folder or a name of the hub of a CLIP or
+    # SigLIP model of transformers, or a run or an export of this package. It decides the settings
+    # of both encoders and how pictures and texts are prepared. "": two encoders, as below.
+    source: Text = ""
+    # The sizes of the source's model; filled from `source`.
+    source_config: dict[str, Any] = Field(default_factory=dict)
     # A name of the table in `registry.py`; auto: the first that supports the model.
     image_backbone: ImageBackboneName = "auto"
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
@@ -76,9 +82,9 @@ class StudentConfig:
     # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no
     # plain stack.
     layers: PositiveCount | None = None
-    # Transformer blocks over both modalities.
-    shared_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
-    embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
+    # Transformer blocks over both modalities; with `source`, 0 unless given.
+    shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
+    embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
     # The share of the patches that the image encoder sees in training, chosen at random.
     patch_keep: Annotated[float, Field(gt=0, le=1)] = 1.0

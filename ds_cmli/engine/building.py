@@ -19,7 +19,8 @@ from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import Config, StudentConfig
+from ds_cmli.config.sources import Source
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
@@ -42,7 +43,7 @@ from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
 from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
-from ds_cmli.models.weights import say
+from ds_cmli.models.weights import load_weights, say
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -64,11 +65,10 @@ def build_models(
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
     data = config.data
-    teacher = None
+    teacher, run = None, run_of(config.student) if pretrained else None
     with with_hints(config):
-        student = Student(
-            config.student, data.image_size, vocab_size, data.context_length, pretrained, special
-        )
+        sizes = data.image_size, vocab_size, data.context_length
+        student = Student(config.student, *sizes, pretrained and run is None, special)
         if needs_teacher(config.loss.weights):
             teacher = Teacher(config.teacher, data.image_size, student.grid)
     if data.aspect_patch:
@@ -80,6 +80,8 @@ def build_models(
     if config.optim.queue:
         queue = Queue(*config.optim.queue, data.context_length)
     objective = Objective(student, config.loss, width, keep, queue)
+    if run is not None:
+        load_weights(run.path, objective, run.weights, "student.source", partial=True)
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, config.student)
     freeze(objective, config)
@@ -88,6 +90,12 @@ def build_models(
         for line in (*lines, *rates_without_effect(objective, config.optim)):
             say(line, objective)
     return objective, teacher
+
+
+def run_of(student: StudentConfig) -> Source | None:
+    """The run or export of this package whose weights training starts with, if any."""
+    source = Source(student.source)
+    return source if student.source and source.is_run else None
 
 
 def _check_aspect(config: Config, student: Student, teacher: Teacher | None) -> None:

@@ -25,6 +25,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine.ema import check_average
 from ds_cmli.engine.parameter_groups import check_rates
+from ds_cmli.models import dual
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Patches of an image for which the kernels are tried: more take no other tiles.
@@ -81,6 +82,8 @@ def filled(
 
     def width() -> int:
         student = config.student
+        if student.source_config:
+            return dual.width(student)
         with torch.device("meta"):
             model: Any = timm.create_model(student.image_model, **student.image_overrides)
             return model.num_features

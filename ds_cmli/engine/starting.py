@@ -10,6 +10,8 @@ from typing import Any
 import timm
 from torch import nn
 
+from ds_cmli.cmli.contrastive import MAX_SCALE
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.engine.parameter_groups import ENCODERS
 from ds_cmli.losses.objective import Objective
@@ -29,6 +31,8 @@ OWN_PLACE = {
 def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -> Iterator[str]:
     """Lines about what training begins with, for models as `build_models` has made them."""
     student, built = config.student, objective.student
+    if student.source:
+        yield from _of_source(student.source, objective)
     for part in ENCODERS:
         name, encoder = getattr(student, f"{part}_model"), getattr(built, part)
         blocks = len(encoder.blocks)
@@ -37,9 +41,9 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
                 f"student.{part}_model {name!r}: the first {blocks} of its {encoder.depth} blocks "
                 "are used, without what follows them"
             )
-    if student.image_weights != "random":
+    if student.image_weights not in ("random", "source") and not student.source:
         yield from _of_image_weights(student, built.image)
-    if student.text_weights != "random":
+    if student.text_weights not in ("random", "source") and not student.source:
         yield from _of_text_weights(student, built.text)
     if not isinstance(built.text_head, nn.Identity):
         yield _between("student.text_model", built.text.width, built.width)
@@ -53,6 +57,21 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
     yield from _frozen_at_random(student, objective)
     if teacher is not None and config.teacher.weights == "random":
         yield "teacher.weights is 'random': the student learns features of no meaning"
+
+
+def _of_source(source: str, objective: Objective) -> Iterator[str]:
+    """What of a dual encoder the losses do not begin with, if its space is kept."""
+    start = objective.student.start
+    if start is None:
+        return
+    of_classes = [name for name in objective.losses if LOSSES[name].scores == "global"]
+    place, scale = f"student.source {source!r}", math.exp(start.log_scale)
+    if not of_classes:
+        yield f"{place}: no loss compares class tokens: its temperature is not used"
+    if "global" in of_classes and scale > MAX_SCALE:
+        yield f"{place}: 1/temperature is {scale:.1f}, and the loss global has at most {MAX_SCALE}"
+    if start.bias is not None and "global_sigmoid" not in of_classes:
+        yield f"{place}: it was trained with a sigmoid loss: global_sigmoid starts with its bias"
 
 
 def _between(setting: str, width: int, students: int) -> str:

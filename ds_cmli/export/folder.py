@@ -76,9 +76,7 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
             "alone: use it by ds_cmli.inference.Model"
         )
     whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
-    words = CaptionTokenizer(
-        whole, config.data.context_length, full=config.data.padding == "full"
-    )
+    words = CaptionTokenizer(whole, config.data.context_length, full=config.data.padding == "full")
     objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")
     for name, loss in objective.losses.items():
         if not hasattr(loss, "logit_scale"):
@@ -138,15 +136,17 @@ def portable(config: Config, student: Student) -> dict[str, dict[str, object]]:
 
     They hold all sizes, and no weights or paths of this machine.
     """
-    settings = asdict(config.student) | {
-        "image_weights": "random",
-        "patch_keep": 1.0,  # in training alone it is less
-        "image_backbone": _name(registry.IMAGE, student.image),
-        "text_weights": "random",
-        "text_backbone": _name(registry.TEXT, student.text),
-    }
+    # In training alone fewer patches are kept.
+    settings = asdict(config.student) | {"source": "", "patch_keep": 1.0}
+    if not config.student.source_config:
+        settings |= {
+            "image_weights": "random",
+            "image_backbone": _name(registry.IMAGE, student.image),
+            "text_weights": "random",
+            "text_backbone": _name(registry.TEXT, student.text),
+        }
     text = _text_config(student)
-    if text is not None:
+    if text is not None and not config.student.source_config:
         settings |= {"text_model": text.model_type, "text_overrides": _sizes(text)}
     data = {
         "image_size": config.data.image_size,

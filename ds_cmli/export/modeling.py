@@ -18,7 +18,13 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, upcast
+from ds_cmli.cmli.contrastive import (
+    MAX_SCALE,
+    MAX_SIGMOID_SCALE,
+    contrastive_loss,
+    temperature_scale,
+    upcast,
+)
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import Match, both_ways, match
 from ds_cmli.cmli.reference import cmli_scores_reference
@@ -50,6 +56,8 @@ class PairLoss(nn.Module):
         super().__init__()
         entry = LOSSES[name]
         self.name, self.scores, self.kind = name, entry.scores, entry.kind
+        cosines = entry.kind == "sigmoid" and entry.scores == "global"
+        self.max_scale = MAX_SIGMOID_SCALE if cosines else MAX_SCALE
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1)) if entry.kind == "sigmoid" else None
 
@@ -63,8 +71,9 @@ class PairLoss(nn.Module):
             return contrastive_loss(i2t, t2i, self.logit_scale)
         if self.kind != "sigmoid" or self.logit_bias is None:
             raise ValueError(f"return_loss: the loss {self.name!r} is not part of an export")
-        by_image = sigmoid_loss(i2t, self.logit_scale, self.logit_bias)
-        return (by_image + sigmoid_loss(t2i, self.logit_scale, self.logit_bias)) / 2
+        learned = {"logit_scale": self.logit_scale, "bias": self.logit_bias}
+        by_image = sigmoid_loss(i2t, **learned, max_scale=self.max_scale)
+        return (by_image + sigmoid_loss(t2i, **learned, max_scale=self.max_scale)) / 2
 
 
 def _both(features: BaseModelOutputWithPooling) -> tuple[Tensor, Tensor]:
@@ -183,7 +192,7 @@ class CMLIModel(PreTrainedModel):
         out: dict[str, Tensor] = {}
         for loss in self.losses.values():
             assert isinstance(loss, PairLoss)
-            out.setdefault(loss.scores, temperature_scale(loss.logit_scale))
+            out.setdefault(loss.scores, temperature_scale(loss.logit_scale, loss.max_scale))
         return out
 
     def forward(

@@ -81,9 +81,7 @@ class CMLIProcessor(ProcessorMixin):
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
         if images is not None:
-            framing = Framing(
-                self.image_size, resize=self.resize, interpolation=self.interpolation
-            )
+            framing = Framing(self.image_size, resize=self.resize, interpolation=self.interpolation)
             pictures = [prepare(image, framing) for image in _listed("images", images)]
             out["pixel_values"] = torch.stack(pictures)
         if text is not None:

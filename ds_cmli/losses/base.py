@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.contrastive import MAX_SCALE, upcast
 from ds_cmli.cmli.cut import Cut, as_loss
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
@@ -25,6 +25,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import duplicates
+from ds_cmli.models.dual import Start
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -198,6 +199,7 @@ class Loss(nn.Module):
     """
 
     logit_scale: nn.Parameter  # only in a loss with a temperature
+    max_scale = MAX_SCALE  # the maximum of 1/temperature
 
     def __init__(self, config: LossConfig):
         super().__init__()
@@ -205,6 +207,9 @@ class Loss(nn.Module):
 
     def fit(self, patches: int, teacher_width: int | None) -> None:
         """Make what depends on N and H_t, which is None without a teacher. Raises `UserError`."""
+
+    def start_from(self, start: Start) -> None:
+        """Begin as the source of the student was trained, if this is its loss."""
 
     def forward(self, inputs: Any) -> Tensor:
         """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64).

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import check_tile, own_pairs, temperature_scale, unit_rows, upcast
+from ds_cmli.cmli.contrastive import (
+    MAX_SCALE,
+    check_tile,
+    own_pairs,
+    temperature_scale,
+    unit_rows,
+    upcast,
+)
 from ds_cmli.cmli.inputs import check_shapes, full_precision
 
 
@@ -21,6 +28,7 @@ def sigmoid_loss(
     bias: Tensor,
     first: int | None = None,
     positives: Tensor | None = None,
+    max_scale: float = MAX_SCALE,
 ) -> Tensor:
     """-log sigmoid(z * (t * score + b)), summed over texts and averaged over the tile's R images.
 
@@ -34,6 +42,7 @@ def sigmoid_loss(
         first: the column that belongs to row 0: row r's text is column first + r, if the tile has
             it. None: the tile is the whole batch, as many texts as images.
         positives: bool [R, T], further positives, see `duplicates`; None: there are none.
+        max_scale: the maximum of 1/temperature.
 
     Returns:
         A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it
@@ -43,7 +52,7 @@ def sigmoid_loss(
         ValueError: on shapes that do not fit.
     """
     check_tile(first, scores=scores, positives=positives)
-    logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [R, T]
+    logits = temperature_scale(logit_scale, max_scale) * scores + upcast(bias)  # [R, T]
     sign = torch.full_like(logits, -1.0)
     # A number would come from the host: a CPU-GPU sync.
     sign.index_put_(own_pairs(logits, first or 0), sign.new_ones(()))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +64,15 @@ class Objective(nn.Module):
         self.patch_keep, self.patches = patch_keep, math.prod(student.grid)
         if patch_keep is not None:
             self.patches = patch_keep.kept
+        if student.start is not None:
+            for loss in self.losses.values():
+                loss.start_from(student.start)  # type: ignore[operator]
         for loss in self.losses.values():
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
         if queue is not None:
             self.losses["global"].bank = PairQueue(queue.pairs, student.width)
             if queue.with_tokens:
-                sizes = self.patches, queue.positions, student.projection.out_features
+                sizes = self.patches, queue.positions, student.embed_dim
                 self.losses["cmli"].bank = TokenQueue(queue.with_tokens, *sizes)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
@@ -232,7 +235,11 @@ class Objective(nn.Module):
             if hasattr(loss, "logit_scale"):
                 logarithms[name] = loss.logit_scale  # type: ignore[assignment]
         with torch.no_grad(), _whole([*logarithms.values()]):
-            return {name: temperature_scale(x).item() for name, x in logarithms.items()}
+            out: dict[str, float] = {}
+            for name, x in logarithms.items():
+                most: Any = self.losses[name].max_scale
+                out[name] = temperature_scale(x, most).item()
+            return out
 
     def score_scales(self) -> dict[str, float]:
         """1/temperature for each kind of pair scores: that of the first loss that compares them.

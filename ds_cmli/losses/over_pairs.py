@@ -9,11 +9,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.contrastive import contrastive_loss
+from ds_cmli.cmli.contrastive import MAX_SCALE, MAX_SIGMOID_SCALE, contrastive_loss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Loss, LossInputs, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
+from ds_cmli.models.dual import Start
 
 LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
@@ -56,6 +57,9 @@ class GlobalContrastive(Contrastive):
         super().__init__(config)
         self.logit_scale = log_scale(config.init_temperature)
 
+    def start_from(self, start: Start) -> None:
+        self.logit_scale.data.fill_(start.log_scale)
+
     def forward(self, inputs: PairInputs) -> Tensor:
         scores = inputs.global_scores  # [R, T], collective
         return self.contrast(inputs, scores, scores)  # collective
@@ -75,6 +79,7 @@ class GlobalSigmoid(Loss):
     # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a
     # small loss.
     init_temperature, init_bias = 0.1, -10.0
+    max_scale = MAX_SIGMOID_SCALE
 
     def __init__(self, config: LossConfig):
         super().__init__(config)
@@ -84,7 +89,13 @@ class GlobalSigmoid(Loss):
     def of_scores(self, inputs: PairInputs, scores: Tensor) -> Tensor:
         """The loss of scores [R, T]. Collective."""
         positives = inputs.duplicates  # collective
-        return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, positives)
+        scale, bias, most = self.logit_scale, self.logit_bias, self.max_scale
+        return sigmoid_loss(scores, scale, bias, inputs.first, positives, most)
+
+    def start_from(self, start: Start) -> None:
+        self.logit_scale.data.fill_(start.log_scale)
+        if start.bias is not None:
+            self.logit_bias.data.fill_(start.bias)
 
     def forward(self, inputs: PairInputs) -> Tensor:
         return self.of_scores(inputs, inputs.global_scores)  # collectives
@@ -97,6 +108,10 @@ class CMLISigmoid(GlobalSigmoid):
     # pair. A larger scale and a lower bias than SigLIP's make the negatives of an untrained student
     # start near SigLIP's logit of -10.
     init_temperature, init_bias = 0.02, -14.0
+    max_scale = MAX_SCALE
+
+    def start_from(self, start: Start) -> None:
+        """Its scores are no cosines of class tokens: it starts as without a source."""
 
     def forward(self, inputs: PairInputs) -> Tensor:
         s_i2t, s_t2i = inputs.cmli_scores  # collective

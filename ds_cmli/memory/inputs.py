@@ -15,6 +15,7 @@ from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
+from ds_cmli.models import dual
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def without_weights(config: Config) -> tuple[Config, int]:
     """
     student, data = config.student, config.data
     vocab_size = None
-    if student.text_weights == "random" or Path(student.text_weights).is_file():
+    if student.source_config:
+        vocab_size, student = dual.vocab_size(student), replace(student, source="")
+    elif student.text_weights == "random" or Path(student.text_weights).is_file():
         if data.tokenizer == "builtin":
             vocab_size = load_tokenizer("builtin", data.context_length).vocab_size
     elif student.text_weights == "demo":
@@ -116,7 +119,8 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
-    attention_mask[0, -1] = False
+    full = config.data.padding == "full"
+    attention_mask[0, -1] = full
     token_mask = attention_mask.clone()
     token_mask[:, 0] = False  # [CLS]
     token_mask[:, -1] = False  # [SEP]
@@ -134,7 +138,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
-        padded=True,
+        padded=not full,
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
     )
 

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.cmli.token_keep import taken
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import WeightsSource
@@ -38,6 +39,18 @@ class ImageRequest:
     layers: int | None = None
     block: int | None = None  # for a teacher: the block (or stage) whose output is its features
     average: int = 1  # for a teacher: how many blocks, up to that one, the features are the mean of
+
+    @classmethod
+    def of_student(cls, config: StudentConfig, image_size: int, pretrained: bool) -> "ImageRequest":
+        return cls(
+            prefix="student.image_",
+            model=config.image_model,
+            weights=config.image_weights if pretrained else "random",
+            overrides=config.image_overrides,
+            image_size=image_size,
+            partial=config.weights_partial,
+            layers=config.layers,
+        )
 
     @property
     def source(self) -> WeightsSource:
@@ -66,6 +79,19 @@ class TextRequest:
     # False: random weights of the configured model's shapes, to be overwritten later.
     pretrained: bool = True
     special: SpecialTokens = field(default_factory=SpecialTokens)
+
+    @classmethod
+    def of_student(cls, config: StudentConfig, vocab_size: int, positions: int) -> "TextRequest":
+        return cls(
+            model=config.text_model,
+            weights=config.text_weights,
+            overrides=config.text_overrides,
+            vocab_size=vocab_size,
+            positions=positions,
+            partial=config.weights_partial,
+            layers=config.layers,
+            dropout=config.dropout,
+        )
 
     @property
     def source(self) -> WeightsSource:
@@ -144,6 +170,10 @@ class ImageBackbone(nn.Module):
         """Parameters that `forward` takes from a module that it does not call."""
         return []
 
+    def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Map class tokens [B, H] and patches [B, N, H] into a space that texts share, if any."""
+        return cls, patches
+
     def leave_out_patches(self) -> TakenPatches | None:
         """Let the encoder's blocks see some patches alone; None: it needs all of them."""
         return None
@@ -198,6 +228,10 @@ class TextBackbone(nn.Module):
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool the tokens into the text's class token: [B, M, *], bool [B, M] -> [B, *]."""
         raise NotImplementedError
+
+    def joint(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Map class tokens [B, H] and tokens [B, M, H] into a space shared with images, if any."""
+        return cls, tokens
 
 
 class PixelNorm(nn.Module):

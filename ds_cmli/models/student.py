@@ -6,6 +6,7 @@ class token.
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.tokens import SpecialTokens
+from ds_cmli.models import dual
 from ds_cmli.models.backbone import (
     ImageBackbone,
     ImageRequest,
@@ -64,6 +66,17 @@ class SharedBlock(nn.Module):
         return self.block(x, attn_mask=mask[:, None, None, :])
 
 
+def shared_blocks(width: int, number: int) -> nn.ModuleList:
+    """Raises `UserError` if memory has no room for them."""
+    # The largest number of heads that divides the width with at least 64 channels per head, or
+    # else one head.
+    heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+    with torch.device("meta"):
+        one = count(SharedBlock(width, heads))
+    check_room("student.shared_blocks", number, one * number)
+    return nn.ModuleList(SharedBlock(width, heads) for _ in range(number))
+
+
 class Student(nn.Module):
     image: ImageBackbone
     text: TextBackbone
@@ -89,16 +102,19 @@ class Student(nn.Module):
                 tokenizer.
         """
         super().__init__()
-        image = ImageRequest(
-            prefix="student.image_",
-            model=config.image_model,
-            weights=config.image_weights if pretrained else "random",
-            overrides=config.image_overrides,
-            image_size=image_size,
-            partial=config.weights_partial,
-            layers=config.layers,
-        )
-        self.image = models.build(models.IMAGE, config.image_backbone, image)
+        # What the losses over pairs start with; None: their own.
+        self.start: dual.Start | None = None
+        if config.source_config:
+            self.image, self.text, self.start = dual.build(config, pretrained)
+        else:
+            image = ImageRequest.of_student(config, image_size, pretrained)
+            self.image = models.build(models.IMAGE, config.image_backbone, image)
+            text = replace(
+                TextRequest.of_student(config, vocab_size, positions),
+                pretrained=pretrained,
+                special=special or SpecialTokens(),
+            )
+            self.text = models.build(models.TEXT, config.text_backbone, text)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.taken: TakenPatches | None = None
         if config.patch_keep < 1:
@@ -108,41 +124,41 @@ class Student(nn.Module):
                     f"student.patch_keep is {config.patch_keep}: student.image_model "
                     f"{config.image_model!r} needs all patches: give 1, or a plain ViT"
                 )
-        text = TextRequest(
-            model=config.text_model,
-            weights=config.text_weights,
-            overrides=config.text_overrides,
-            vocab_size=vocab_size,
-            positions=positions,
-            partial=config.weights_partial,
-            layers=config.layers,
-            dropout=config.dropout,
-            pretrained=pretrained,
-            special=special or SpecialTokens(),
-        )
-        self.text = models.build(models.TEXT, config.text_backbone, text)
+        self.embed_dim = config.embed_dim
+        if config.source_config:
+            self._keep_joint_space(config)
+        else:
+            self._align(config)
+        self.try_out(config, image_size, positions)
 
-        width = self.image.width  # H
+    def _align(self, config: StudentConfig) -> None:
+        """Make what brings two encoders into one space, H wide as the image encoder."""
+        width = self.width = self.image.width
         self.text_head: nn.Module = nn.Identity()
         if self.text.width != width:
             self.text_head = nn.Linear(self.text.width, width)
-        # The largest number of heads that divides the width with at least 64 channels per head, or
-        # else one head.
-        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
-        with torch.device("meta"):
-            one = count(SharedBlock(width, heads))
-        check_room("student.shared_blocks", config.shared_blocks, one * config.shared_blocks)
-        self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
+        self.shared = shared_blocks(width, config.shared_blocks)
         # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A
         # separate norm for each modality brings both to one scale and lets the modality gap close.
         self.image_in, self.text_in = nn.LayerNorm(width), nn.LayerNorm(width)
         self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
         # g: one projection for patches and tokens (and the teacher's patches). Its rows start
         # orthonormal, which approximately keeps cosine similarities from the first step on.
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        self.projection: nn.Module = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.orthogonal_(self.projection.weight)
-        self.width = width
-        self.try_out(config, image_size, positions)
+
+    def _keep_joint_space(self, config: StudentConfig) -> None:
+        """Add nothing to the source's space, E = D wide, but shared blocks that are asked for."""
+        if config.shared_blocks and self.image.width != self.text.width:
+            raise UserError(
+                f"student.shared_blocks is {config.shared_blocks}, and the towers of "
+                f"student.source are {self.image.width} and {self.text.width} wide: give 0"
+            )
+        self.width = config.embed_dim
+        self.text_head, self.projection = nn.Identity(), nn.Identity()
+        self.shared = shared_blocks(self.image.width, config.shared_blocks)
+        self.image_in, self.text_in = nn.Identity(), nn.Identity()
+        self.image_out, self.text_out = nn.Identity(), nn.Identity()
 
     @torch.no_grad()
     def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
@@ -177,7 +193,7 @@ class Student(nn.Module):
                 self.embed_image(image, torch.zeros(1, 1, dtype=torch.int64))
         except Exception as error:
             return reason(error)
-        fits = x.shape == (1, self.image.prefix + rows * columns, self.width)
+        fits = x.shape == (1, self.image.prefix + rows * columns, self.image.width)
         return "" if fits else f"gives {list(x.shape)}"
 
     def _problem_of_text(self, positions: int) -> str:
@@ -192,7 +208,8 @@ class Student(nn.Module):
             y = self.embed_text(ids, mask)
         except Exception as error:
             return reason(error)
-        if y.shape != (3, positions, self.width):
+        width = self.text.width if isinstance(self.text_head, nn.Identity) else self.width
+        if y.shape != (3, positions, width):
             return f"gives {list(y.shape)}"
         if isinstance(y, FakeTensor):
             return ""
@@ -273,7 +290,7 @@ class Student(nn.Module):
     def embed_image(
         self, image: Tensor, places: Tensor | None = None, grid: Tensor | None = None
     ) -> Tensor:
-        pixels = self.pixels(image, self.projection.weight.dtype)
+        pixels = self.pixels(image, next(self.image.parameters()).dtype)
         if grid is not None:
             return self.image_in(self.image(pixels, grid))
         if places is None:
@@ -287,8 +304,8 @@ class Student(nn.Module):
 
     def split_image(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.image_out(x)
-        return x[:, 0], x[:, self.image.prefix :]
+        return self.image.joint(x[:, 0], x[:, self.image.prefix :])
 
     def split_text(self, y: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         y = self.text_out(y)
-        return self.text.pool(y, attention_mask), y
+        return self.text.joint(self.text.pool(y, attention_mask), y)

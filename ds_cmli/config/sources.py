@@ -1,0 +1,283 @@
+"""`student.source`: a dual encoder as a whole, whose own files decide the settings of a student.
+
+It is a model of transformers (`CLIPModel`, `SiglipModel`), by a folder or its name on the hub, or
+the folder of a run or of an export of this package.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError, check_regular
+from ds_cmli.common.json_text import JsonObject, read
+from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config.schema import Config, Sections, StudentConfig, load_config
+from ds_cmli.config.validation import shown
+
+LIBRARY = ("clip", "siglip")  # the types of model that transformers loads
+EXPORT = "ds_cmli"  # the type of an export of this package
+CONFIG = "config.json"
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
+INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+# Of a run, what says how pictures and texts are prepared.
+OF_DATA = ("image_size", "resize", "interpolation", "aspect_patch", "context_length", "padding")
+# Settings of a student that are of one training, and not of its architecture.
+OF_TRAINING = {
+    "freeze_image": 0,
+    "freeze_text": 0,
+    "lora": {},
+    "patch_keep": 1.0,
+    "dropout": 0.0,
+    "weights_partial": False,
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a source, of a folder or on the hub."""
+
+    name: str  # the value of student.source
+
+    @property
+    def path(self) -> Path:
+        """The folder of the model, of which `name` may also be a file of weights."""
+        path = Path(self.name).expanduser()
+        return path.parent if path.suffix == ".safetensors" and path.is_file() else path
+
+    @property
+    def weights(self) -> str | None:
+        """The name of its file of weights; None: the usual one."""
+        path = Path(self.name).expanduser()
+        return None if path == self.path else path.name
+
+    @property
+    def local(self) -> bool:
+        return self.path.exists()
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"student.source is {self.name!r}: {problem}")
+
+    def json(self, name: str) -> JsonObject | None:
+        """The content of a JSON file; None if the source has none of that name.
+
+        Raises:
+            UserError: it cannot be read, or the hub cannot be reached.
+        """
+        file = self.path / name
+        if not self.local:
+            downloaded = self._downloaded(name)
+            if downloaded is None:
+                return None
+            file = downloaded
+        if not file.is_file():
+            return None
+        try:
+            return read(file, dict)
+        except (OSError, ValueError) as error:
+            raise self.error(f"its {name} cannot be read: {error}") from None
+
+    def _downloaded(self, name: str) -> Path | None:
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            with loading(hub=True):
+                return Path(hf_hub_download(self.name, name))
+        except LocalEntryNotFoundError as error:
+            raise self.error(reason(error)) from None
+        except EntryNotFoundError:
+            return None
+        except Exception as error:  # the hub's client raises its own
+            problem = f"no folder, and no model of the hub ({reason(error)})"
+            raise self.error(f"{problem}: give a local folder or OWNER/NAME") from None
+
+    def config(self) -> JsonObject:
+        """The content of its `config.json`. Raises `UserError` if there is none."""
+        if self.local and not self.path.is_dir():
+            raise self.error("a file: give the folder of the model, with its config.json")
+        if self.name.startswith((".", "/", "~")) and not self.local:
+            raise self.error("no such folder")
+        check_regular(f"student.source is {self.name!r}", self.path)
+        content = self.json(CONFIG)
+        if content is None:
+            raise self.error("no config.json there: give the folder of a model or of a run")
+        return content
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run or an export of this package."""
+        content = self.config()
+        return "config" in content or content.get("model_type") == EXPORT
+
+
+def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
+    """The user's settings with those that `student.source` decides, if it is given.
+
+    Args:
+        overrides: the user's settings.
+        written: as in `Config.from_dict`, the options by which some were given.
+
+    Raises:
+        UserError: the source cannot be read, or a setting of the user's contradicts it.
+    """
+    name = overrides.get("student", {}).get("source")
+    if "source_config" in overrides.get("student", {}):
+        raise UserError("student.source_config is filled from student.source: give that one alone")
+    if not name:
+        return overrides
+    if not isinstance(name, str):
+        raise UserError(f"student.source is {shown(name)}: give a folder or a name of the hub")
+    source = Source(name)
+    is_run = source.is_run
+    decided = _of_run(source) if is_run else _of_library(source)
+    free = OF_TRAINING.keys()
+    if not is_run:
+        free = free - {"dropout", "weights_partial"} | {"shared_blocks"}
+    out = {section: dict(values) for section, values in overrides.items()}
+    for section, values in decided.items():
+        given = out.setdefault(section, {})
+        for key, value in values.items():
+            if key in given and key not in free and not _allowed(key, given[key], decided):
+                setting = f"{section}.{key}"
+                raise UserError(
+                    f"{written.get(setting, setting)} is {shown(given[key])}, and student.source "
+                    f"{name!r} has {shown(value)}: leave it out"
+                )
+            given.setdefault(key, value)
+    temperature = out.get("loss", {}).get("init_temperature")
+    if temperature is not None:
+        raise UserError(
+            f"loss.init_temperature is {shown(temperature)}, and training starts with that of "
+            f"student.source {name!r}: leave it out"
+        )
+    return out
+
+
+def _allowed(key: str, value: object, decided: Sections) -> bool:
+    """Whether the user's value of a setting that the source decides goes with it."""
+    own = {**decided["student"], **decided["data"]}[key]
+    # Texts that are not padded may be shorter: what is computed of them is the same.
+    if key == "context_length" and decided["data"]["padding"] == "longest":
+        return isinstance(value, int) and value <= own
+    return value == own
+
+
+def _of_run(source: Source) -> Sections:
+    """The settings by which a run or an export of this package is built again."""
+    content = source.config()
+    if "config" in content:
+        config = load_config(source.path / CONFIG, "student.source")
+    else:
+        settings: Any = content.get("settings")
+        if not isinstance(settings, dict):
+            raise source.error("its config.json is damaged: it has no settings")
+        config = Config.from_dict(settings)
+    student = {name: getattr(config.student, name) for name in StudentConfig.__annotations__}
+    data = {name: getattr(config.data, name) for name in OF_DATA}
+    data["tokenizer"] = config.data.tokenizer if "config" in content else source.name
+    return {"student": student | OF_TRAINING | {"source": source.name}, "data": data}
+
+
+def _of_library(source: Source) -> Sections:
+    """The settings of a model of transformers."""
+    from transformers import CONFIG_MAPPING
+
+    content = source.config()
+    kind = content.get("model_type")
+    if kind == "siglip2":
+        raise source.error("a NaFlex model: give its variant of a fixed size, such as -patch16-224")
+    if kind not in LIBRARY:
+        known = ", ".join(LIBRARY)
+        raise source.error(
+            f"a model of the type {kind!r}: give one of {known}, a run or an export of this package"
+        )
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(content)
+    except Exception as error:  # a file of others may hold anything
+        raise source.error(f"its config.json cannot be used: {reason(error)}") from None
+    vision, text = config.vision_config, config.text_config
+    if source.weights is not None:
+        raise source.error("a file of weights: of a model of transformers, give its folder")
+    data = _of_processor(source, vision.image_size)
+    own = {"model_type": kind, "mean": data.pop("mean"), "std": data.pop("std")}
+    for name in ("vision_config", "text_config"):
+        own[name] = _plain(getattr(config, name).to_diff_dict())
+    embed_dim = vision.hidden_size
+    if kind == "clip":
+        embed_dim = own["projection_dim"] = config.projection_dim
+    elif text.projection_size != embed_dim:
+        raise source.error(
+            f"its texts have {text.projection_size} features and its pictures {embed_dim}: no "
+            "joint space"
+        )
+    student: dict[str, object] = {
+        **OF_TRAINING,
+        "source_config": own,
+        "image_backbone": "auto",
+        "image_model": f"{kind}_vision_model",
+        "image_weights": "source",
+        "image_overrides": {},
+        "text_backbone": "auto",
+        "text_model": f"{kind}_text_model",
+        "text_weights": "source",
+        "text_overrides": {},
+        "layers": None,
+        "shared_blocks": 0,
+        "embed_dim": embed_dim,
+    }
+    data |= {
+        "tokenizer": source.name,
+        "context_length": text.max_position_embeddings,
+        "padding": "full" if kind == "siglip" else "longest",
+        "aspect_patch": 0,
+    }
+    return {"student": student, "data": data}
+
+
+def _plain(config: JsonObject) -> JsonObject:
+    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    return {name: value for name, value in config.items() if name not in noise}
+
+
+def _of_processor(source: Source, image_size: int) -> JsonObject:
+    """How its processor prepares pictures: the settings of `data`, and mean and deviation."""
+    content: Any = None
+    for name in PROCESSORS:
+        content = source.json(name) or content
+    if content is None:
+        raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
+    content = content.get("image_processor", content)
+    size, crop = _sides(content.get("size")), _sides(content.get("crop_size"))
+    interpolation = INTERPOLATIONS.get(content.get("resample", 3))
+    if interpolation is None:
+        raise source.error(f"its pictures are resampled by Pillow's {content['resample']!r}")
+    resize = "squash"
+    if content.get("do_center_crop"):
+        resize, size = "shortest", crop if size == crop[:1] * len(size) else ()
+    if set(size) != {image_size} or (resize == "squash" and len(size) == 1):
+        raise source.error(
+            f"its pictures are resized to {content.get('size')} and cut to "
+            f"{content.get('crop_size')}, and its encoder takes {image_size} pixels square"
+        )
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if content.get(name, True) is not True:
+            raise source.error(f"its pictures are prepared with {name} {content[name]!r}")
+    return {
+        "image_size": image_size,
+        "resize": resize,
+        "interpolation": interpolation,
+        "mean": content.get("image_mean"),
+        "std": content.get("image_std"),
+    }
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Height and width of a processor's size, or the shortest side alone."""
+    if isinstance(size, int):
+        return (size,)
+    if isinstance(size, dict) and "shortest_edge" in size:
+        return (size["shortest_edge"],)
+    if isinstance(size, dict) and {"height", "width"} <= size.keys():
+        return size["height"], size["width"]
+    return ()

@@ -1,0 +1,193 @@
+"""The towers of a dual encoder that starts a student with its joint space: `student.source`.
+
+The class features of both towers are the source's embeddings. Patches and tokens begin in the same
+space: through the map that the source applies to the class features, as parameters of their own.
+
+Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of a tower, E
+width of the joint space.
+"""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config.schema import StudentConfig
+from ds_cmli.models.backbone import ImageBackbone, TakenPatches
+from ds_cmli.models.transformers_text import Causal
+from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
+
+
+@dataclass(frozen=True)
+class Start:
+    """What the losses over pairs start with."""
+
+    log_scale: float  # ln(1/temperature)
+    bias: float | None  # of a sigmoid loss; None: the source was not trained with one
+
+
+class ValuePath(nn.Module):
+    """What SigLIP's attention pooling gives where it attends to one patch alone."""
+
+    def __init__(self, pooling: Any, config: Any):
+        """`config`: of the image tower."""
+        super().__init__()
+        attention = pooling.attention
+        width = attention.embed_dim
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.norm.load_state_dict(pooling.layernorm.state_dict())
+        self.mlp = type(pooling.mlp)(config)
+        self.mlp.load_state_dict(pooling.mlp.state_dict())
+        with torch.no_grad():
+            self.value.weight.copy_(attention.in_proj_weight[2 * width :])
+            self.value.bias.copy_(attention.in_proj_bias[2 * width :])
+            self.out.weight.copy_(attention.out_proj.weight)
+            self.out.bias.copy_(attention.out_proj.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, N, H] -> [B, N, H]."""
+        x = self.out(self.value(patches))
+        return x + self.mlp(self.norm(x))
+
+
+def _copied(map: nn.Linear) -> nn.Linear:
+    # Not `deepcopy`, whose copies of fake tensors have storages on another device.
+    out = nn.Linear(map.in_features, map.out_features, bias=map.bias is not None)
+    out.load_state_dict(map.state_dict())
+    return out
+
+
+class DualImage(ImageBackbone):
+    """The image tower, up to its last norm; SigLIP's pooled features are the class token."""
+
+    def __init__(self, dual: Any, own: dict[str, Any]):
+        """`dual`: the model of transformers, `own`: `StudentConfig.source_config`."""
+        super().__init__()
+        self.model = dual.vision_model
+        config = self.model.config
+        self.width, self.depth = config.hidden_size, config.num_hidden_layers
+        side = config.image_size // config.patch_size
+        self.grid, self.prefix = (side, side), 1
+        self.mean, self.std = own["mean"], own["std"]
+        self.taken: TakenPatches | None = None
+        self.class_head: nn.Module = nn.Identity()
+        if hasattr(self.model, "head"):
+            self.token_head: nn.Module = ValuePath(self.model.head, config)
+        else:
+            self.class_head = dual.visual_projection
+            self.token_head = _copied(dual.visual_projection)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.encoder.layers)
+
+    def leave_out_patches(self) -> TakenPatches:
+        self.taken = TakenPatches(0 if hasattr(self.model, "head") else 1)
+        return self.taken
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.model.embeddings(pixels)
+        if self.taken is not None:
+            x = self.taken(x)
+        if hasattr(self.model, "pre_layrnorm"):
+            x = self.model.pre_layrnorm(x)
+        x = self.model.post_layernorm(self.model.encoder(inputs_embeds=x).last_hidden_state)
+        if hasattr(self.model, "head"):
+            return torch.cat([self.model.head(x)[:, None], x], 1)
+        return x
+
+    def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        return self.class_head(cls), self.token_head(patches)
+
+
+class DualText(Causal):
+    """The text tower, up to its last norm, pooled at the last position that is attended to."""
+
+    def __init__(self, dual: Any):
+        nn.Module.__init__(self)
+        self.model = dual.text_model
+        config = self.model.config
+        self.width, self.depth = config.hidden_size, config.num_hidden_layers
+        self.most_positions = config.max_position_embeddings
+        if hasattr(dual, "text_projection"):
+            self.class_head = dual.text_projection
+        else:
+            self.class_head, self.model.head = self.model.head, nn.Identity()
+        self.token_head = _copied(self.class_head)
+
+    def joint(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.class_head(cls), self.token_head(tokens)
+
+
+def build(config: StudentConfig, pretrained: bool) -> tuple[DualImage, DualText, Start | None]:
+    """Both towers of the source, on the CPU in fp32.
+
+    Args:
+        pretrained: whether to load the source's weights; if not, they are random.
+
+    Returns:
+        The towers, and what the losses start with; None for random weights.
+
+    Raises:
+        UserError: the weights cannot be loaded, or do not fit.
+    """
+    own, library = config.source_config, _library(config)
+    if not isinstance(torch.empty(0), FakeTensor):
+        with torch.device("meta"):
+            parameters = count(MODEL_MAPPING[type(library)]._from_config(library))
+        check_room("student.source", config.source, parameters)
+    if not (pretrained and config.source):
+        dual: Any = MODEL_MAPPING[type(library)]._from_config(library, dtype=torch.float32)
+        return DualImage(dual, own), DualText(dual), None
+    dual = _loaded(config.source, library)
+    bias = getattr(dual, "logit_bias", None)
+    start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
+    return DualImage(dual, own), DualText(dual), start
+
+
+def _loaded(name: str, library: Any) -> Any:
+    """The model with the source's weights."""
+    path = Path(name).expanduser()
+    source = WeightsSource("student.source", name, False)
+    try:
+        with loading(hub=not path.exists()):
+            dual, info = MODEL_MAPPING[type(library)].from_pretrained(
+                str(path) if path.exists() else name,
+                config=library,
+                local_files_only=path.exists(),
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise source.error(f"its weights cannot be loaded: {reason(error)}") from None
+    for what in ("missing_keys", "mismatched_keys"):
+        keys = sorted(map(str, info[what]))
+        if keys:
+            kind = what.partition("_")[0]
+            raise source.error(f"{len(keys)} weights are {kind}, such as {keys[0]}: give them all")
+    check_finite(source, dual)
+    return dual.train()
+
+
+def vocab_size(config: StudentConfig) -> int:
+    """The number of rows of the source's table of tokens."""
+    return _library(config).text_config.vocab_size
+
+
+def width(config: StudentConfig) -> int:
+    """The width of the image tower."""
+    return _library(config).vision_config.hidden_size
+
+
+def _library(config: StudentConfig) -> Any:
+    """The configuration of transformers."""
+    sizes = deepcopy(config.source_config)  # which transformers changes
+    return CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes)
