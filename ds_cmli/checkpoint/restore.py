@@ -93,7 +93,8 @@ def state_of(
     """
     now = settings.compared(config, ds_config, fingerprint, local)
     if point is None:
-        state = TrainState()
+        # What a source gives before training is evaluated first.
+        state = TrainState(evaluated=not config.student.source)
     else:
         state = point.state
         _compare(point, now, with_changes, say)

@@ -55,6 +55,13 @@ WHAT = (
         "loss.weights",
         f"NAME or NAME=WEIGHT, by comma, of {', '.join(LOSSES)}.  [preset]",
     ),
+    _what(
+        "--start-from",
+        "student.source",
+        "Start from a CLIP or SigLIP model of transformers (a folder, or a name of the hub), or "
+        "from a run or an export, with its joint space (docs/finetune.md).",
+        metavar="MODEL",
+    ),
     _what("--image-backbone", "student.image_backbone", _described(IMAGE)),
     _what("--text-backbone", "student.text_backbone", _described(TEXT)),
     plugin_option,

@@ -107,8 +107,12 @@ class Source:
     @property
     def is_run(self) -> bool:
         """Whether it is a run or an export of this package."""
-        content = self.config()
-        return "config" in content or content.get("model_type") == EXPORT
+        return self.has_own_data or self.config().get("model_type") == EXPORT
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether it is a run, whose configuration says what it was trained on."""
+        return "config" in self.config()
 
 
 def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
@@ -154,6 +158,16 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
     return out
 
 
+def to_evaluate(source: Source) -> Config:
+    """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
+    content = source.config()
+    losses = dict(content.get("losses") or {"global": 1.0, "cmli": 1.0})
+    if content.get("model_type") == "siglip":
+        losses = {"global_sigmoid": 1.0, "cmli": 1.0}
+    decided = applied({"student": {"source": source.name}}, {})
+    return Config.from_dict({**decided, "loss": {"weights": losses}})
+
+
 def _allowed(key: str, value: object, decided: Sections) -> bool:
     """Whether the user's value of a setting that the source decides goes with it."""
     own = {**decided["student"], **decided["data"]}[key]
@@ -193,7 +207,8 @@ def _of_library(source: Source) -> Sections:
             f"a model of the type {kind!r}: give one of {known}, a run or an export of this package"
         )
     try:
-        config = CONFIG_MAPPING[kind].from_dict(content)
+        with loading(hub=False):
+            config = CONFIG_MAPPING[kind].from_dict(content)
     except Exception as error:  # a file of others may hold anything
         raise source.error(f"its config.json cannot be used: {reason(error)}") from None
     vision, text = config.vision_config, config.text_config

@@ -155,6 +155,10 @@ def build(
     dtype = DTYPES[ds_config.precision]
     objective, teacher = (models or build_models)(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
+    if ds_config.stage == 3:
+        for encoder in (objective.student.image, objective.student.text):
+            for module, parameter in encoder.read_outside():
+                deepspeed.zero.register_external_parameter(module, parameter)
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)

@@ -42,7 +42,8 @@ zero_shot = partial(option, "Zero-shot classification")
 class EvaluationOptions:
     """What the command line asks for."""
 
-    checkpoint: str
+    model: str
+    is_run: bool  # otherwise, what `student.source` takes
     ema: bool
     batch_size: int
     workers: int
@@ -57,8 +58,9 @@ class EvaluationOptions:
 
 
 @click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
 @plugin_option
-@what("--checkpoint", required=True, help="A run's output folder.")
+@what("--checkpoint", help="A run's output folder, as MODEL.")
 @what(
     "--ema",
     is_flag=True,
@@ -108,20 +110,28 @@ class EvaluationOptions:
     help="Play the pointing game on Flickr30k Entities instead, a folder with Annotations/ and "
     "Sentences/.",
 )
-def command(json_file: str | None, **options: Any) -> None:
-    """Evaluate a trained student as papers report it: retrieval on held-out pairs, pointing-game
-    accuracy on scenes.
+def command(
+    model: str | None, checkpoint: str | None, json_file: str | None, **options: Any
+) -> None:
+    """Evaluate a model as papers report it: retrieval on held-out pairs, pointing-game accuracy on
+    scenes.
+
+    MODEL is a run's output folder, or what training may start from: an export, or a CLIP or SigLIP
+    model of transformers, by its folder or its name on the hub.
 
     With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
     """
-    from ds_cmli.config.schema import load_config
+    if (model is None) == (checkpoint is None):
+        given = "both are given" if model else "none is given"
+        raise UserError(f"MODEL or --checkpoint: {given}: give one")
+    from ds_cmli.config.sources import Source
 
-    asked = EvaluationOptions(**options)
+    is_run = model is None or Source(model).has_own_data
+    asked = EvaluationOptions(model or checkpoint or "", is_run, **options)
     if json_file:
         check_writable(json_file)
     _check(asked)
-    config = load_config(Path(asked.checkpoint) / "config.json", "--checkpoint")
-
+    config = _configured(asked)
     from ds_cmli.distributed import process_group as distributed
 
     launchers.map_launcher_environment()
@@ -140,6 +150,20 @@ def command(json_file: str | None, **options: Any) -> None:
         distributed.shutdown()
 
 
+def _configured(asked: EvaluationOptions) -> "Config":
+    """The configuration of the run, or that by which another model is evaluated."""
+    from ds_cmli.config.schema import load_config
+    from ds_cmli.config.sources import Source, to_evaluate
+
+    if asked.is_run:
+        return load_config(Path(asked.model) / "config.json", "--checkpoint")
+    given = asked.source or asked.boxes or asked.zero_shot
+    if asked.ema or not given:
+        mistake = "--ema is given" if asked.ema else "--data is not given"
+        raise UserError(f"{mistake}, and {asked.model!r} is no run, which has both of its own")
+    return to_evaluate(Source(asked.model))
+
+
 def _check(asked: EvaluationOptions) -> None:
     """Raise `UserError` for a wrong option, one that the mode does not read, or one it lacks."""
     for name, least in (("batch_size", 1), ("workers", 0), ("fold_size", 1)):
@@ -154,7 +178,7 @@ def _check(asked: EvaluationOptions) -> None:
         mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
     elif asked.boxes:
         mode, reads = "boxes", {"boxes", "image_root", "split"}
-    for field in dataclasses.fields(asked)[4:]:
+    for field in dataclasses.fields(asked)[5:]:
         if field.name not in reads and getattr(asked, field.name) is not None:
             where = f"with {_option(mode)}" if mode else "without --zero-shot"
             raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
@@ -244,7 +268,13 @@ def _started(
     from ds_cmli.evaluate.embed import EmbedSettings
 
     device = distributed.init()  # collective
-    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, device)
+    if asked.is_run:
+        objective = load_objective(config, Path(asked.model), asked.ema, data, device)
+    else:
+        from ds_cmli.engine import build_models
+
+        objective, _ = build_models(config, data.vocab_size, special=data.special)
+        objective.to(device)
     return objective, EmbedSettings(asked.batch_size, device, asked.workers)
 
 

@@ -174,6 +174,10 @@ class ImageBackbone(nn.Module):
         """Map class tokens [B, H] and patches [B, N, H] into a space that texts share, if any."""
         return cls, patches
 
+    def read_outside(self) -> Iterable[tuple[nn.Module, nn.Parameter]]:
+        """Parameters that a module reads outside of the forward of the one that has them."""
+        return ()
+
     def leave_out_patches(self) -> TakenPatches | None:
         """Let the encoder's blocks see some patches alone; None: it needs all of them."""
         return None
@@ -211,6 +215,10 @@ class TextBackbone(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The modules that activation checkpointing recomputes; a forward pass calls each once."""
         raise NotImplementedError
+
+    def read_outside(self) -> Iterable[tuple[nn.Module, nn.Parameter]]:
+        """Parameters that a module reads outside of the forward of the one that has them."""
+        return ()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode token ids: int64 [B, M] and a mask, bool [B, M] (True = attend) -> [B, M, H]."""

@@ -7,6 +7,7 @@ Shapes: B pairs, S image side in pixels, N image patches, M text positions, H wi
 width of the joint space.
 """
 
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,12 @@ class DualImage(ImageBackbone):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.model.encoder.layers)
+
+    def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        if hasattr(self.model, "head"):  # torch's attention computes with its output projection
+            attention = self.model.head.attention
+            for parameter in attention.out_proj.parameters():
+                yield attention, parameter
 
     def leave_out_patches(self) -> TakenPatches:
         self.taken = TakenPatches(0 if hasattr(self.model, "head") else 1)
@@ -190,4 +197,5 @@ def width(config: StudentConfig) -> int:
 def _library(config: StudentConfig) -> Any:
     """The configuration of transformers."""
     sizes = deepcopy(config.source_config)  # which transformers changes
-    return CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes)
+    with loading(hub=False):
+        return CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes)

@@ -3,6 +3,7 @@
 Shapes: B texts, M text positions, H any width.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,6 +89,13 @@ class Transformer(TextBackbone):
             if any(isinstance(m, nn.ModuleList) for m in part.modules()):
                 return [part]
         return parts[:1]
+
+    def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+        # CLIP's and its like read the size of their table of positions outside of its forward.
+        for module in self.model.modules():
+            table = getattr(module, "position_embedding", None)
+            if isinstance(table, nn.Embedding):
+                yield module, table.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An integer mask is accepted by the encoders of every transformers version.
