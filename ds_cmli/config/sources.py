@@ -97,7 +97,7 @@ class Source:
         if self.local and not self.path.is_dir():
             raise self.error("a file: give the folder of the model, with its config.json")
         if self.name.startswith((".", "/", "~")) and not self.local:
-            raise self.error("no such folder")
+            raise self.error("no such file or folder")
         check_regular(f"student.source is {self.name!r}", self.path)
         content = self.json(CONFIG)
         if content is None:

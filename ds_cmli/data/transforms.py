@@ -61,16 +61,15 @@ class Framing:
         return out[0].contiguous()
 
     def shortest_resized(self, pixels: Tensor) -> Tensor:
-        """Resize the shorter side to S and cut out the centre, to the pixel as torchvision does.
+        """Resize the shorter side to S and cut out the centre, to the pixel as transformers does.
 
         uint8 [3, H, W] -> uint8 [3, S, S].
         """
-        from torchvision.transforms.v2.functional import center_crop
-
         height, width = pixels.shape[1:]
         shorter = min(height, width)
-        size = int(self.size * height / shorter), int(self.size * width / shorter)
-        return center_crop(self.resized(pixels, size), [self.size, self.size]).contiguous()
+        rows, columns = int(self.size * height / shorter), int(self.size * width / shorter)
+        left, top, right, bottom = central_square(columns, rows)
+        return self.resized(pixels, (rows, columns))[:, top:bottom, left:right].contiguous()
 
 
 class Augmentation:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,6 +11,10 @@ from ds_cmli.common import quiet
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
+
+if TYPE_CHECKING:
+    from ds_cmli.export.card import ExportedRun
+    from ds_cmli.export.folder import Trained
 
 FORMATS = """\
 open_clip: not written. Its models are two towers that end in one vector each; blocks over both \
@@ -25,6 +30,12 @@ get_text_features and get_image_features."""
 @plugin_option
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
+@click.option(
+    "--as",
+    "kind",
+    type=click.Choice(["clip", "siglip"]),
+    help="Write the model of transformers that the run's student began as (student.source).",
+)
 @click.option("--tokenizer", default=None, help="Tokenizer to use instead of the run's.")
 @click.option(
     "--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay), not the last ones."
@@ -44,53 +55,50 @@ get_text_features and get_image_features."""
 def command(
     run: str,
     folder: str,
+    kind: str | None,
     tokenizer: str | None,
     ema: bool,
     onnx: bool | None,
     measure: bool,
     push: str | None,
 ) -> None:
-    """Write the student of RUN into the new folder DIR."""
+    """Write the student of RUN into the new folder DIR.
+
+    Without --as, it is a model of this package.
+    """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
-    from ds_cmli.export import towers
-
-    with_onnx = towers.onnx_installed() if onnx is None else onnx
-    if with_onnx and not towers.onnx_installed():
-        raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
-    from ds_cmli.export import card, hub
+    from ds_cmli.export import card, hub, library
     from ds_cmli.export import folder as exported
 
     if push is not None:
         hub.check(push)
+    with_onnx = _with_onnx(onnx)
     trained = exported.load_run(Path(run), tokenizer, ema)
+    if kind is not None:
+        if onnx:
+            raise UserError(f"--onnx has no effect with --as {kind}: leave it out")
+        library.check(trained.config, kind)
     parent = target.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"DIR is {folder!r}: cannot write there: {error.strerror}") from None
-    lines = [
-        f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"
-    ]
     # The folder gets its name only after everything in it has been written and checked.
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as made:
         out = Path(made) / "model"
         out.mkdir()
-        model = exported.write_model(out, trained)
-        source = card.ExportedRun(Path(run), trained.config, ema)
-        results = card.find_results(out, source, tokenizer, measure)
-        card.write_card(out, source, model, results, with_onnx)
-        image, ids, mask = exported.example(model)
-        lines.append(towers.write_image_encoder(out / towers.IMAGE, model, image))
-        text = out / towers.TEXT
-        lines.append(towers.write_text_encoder(text, model, trained.tokenizer, ids, mask))
-        if with_onnx:
-            lines += towers.write_onnx(out / "onnx", model, image, ids, mask)
-        elif onnx is None:
-            lines.append("no ONNX: pip install 'ds-cmli[export]'")
+        if kind is not None:
+            lines = library.write(out, trained, kind)
         else:
-            lines.append("no ONNX, as asked")
+            source = card.ExportedRun(Path(run), trained.config, ema)
+            lines = _write(out, trained, source, tokenizer, measure, with_onnx)
+            if not with_onnx:
+                missing = onnx is None
+                lines.append(
+                    "no ONNX: pip install 'ds-cmli[export]'" if missing else "no ONNX, as asked"
+                )
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
         exported.write_checksums(out)
@@ -98,13 +106,53 @@ def command(
             target.rmdir()
         os.replace(out, target)
     name = exported.CHECKSUMS
+    lines[0] = f"{folder}: {lines[0]}"
     lines.append(
         f"{name}: `sha256sum --check {name}` in the folder tells whether a file is damaged"
     )
-    for line in [*lines, *FORMATS.splitlines()]:
+    if kind is None:
+        lines += FORMATS.splitlines()
+    for line in lines:
         click.echo(line)
     if push is not None:
         click.echo(f"pushed to {hub.push(target, push)}")
+
+
+def _with_onnx(onnx: bool | None) -> bool:
+    """Whether to write ONNX. Raises `UserError` if it is asked for and not installed."""
+    from ds_cmli.export import towers
+
+    installed = towers.onnx_installed()
+    if onnx and not installed:
+        raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
+    return installed if onnx is None else onnx
+
+
+def _write(
+    out: Path,
+    trained: "Trained",
+    source: "ExportedRun",
+    tokenizer: str | None,
+    measure: bool,
+    with_onnx: bool,
+) -> list[str]:
+    """Write a model of this package; returns lines for the user about what was written."""
+    from ds_cmli.export import card, towers
+    from ds_cmli.export import folder as exported
+
+    model = exported.write_model(out, trained)
+    results = card.find_results(out, source, tokenizer, measure)
+    card.write_card(out, source, model, results, with_onnx)
+    image, ids, mask = exported.example(model)
+    text = out / towers.TEXT
+    lines = [
+        "loads by AutoModel and AutoProcessor, features equal to the run's to the bit",
+        towers.write_image_encoder(out / towers.IMAGE, model, image),
+        towers.write_text_encoder(text, model, trained.tokenizer, ids, mask),
+    ]
+    if with_onnx:
+        lines += towers.write_onnx(out / "onnx", model, image, ids, mask)
+    return lines
 
 
 def main() -> None:

@@ -145,29 +145,29 @@ def build(config: StudentConfig, pretrained: bool) -> tuple[DualImage, DualText,
     Raises:
         UserError: the weights cannot be loaded, or do not fit.
     """
-    own, library = config.source_config, _library(config)
+    own, sizes = config.source_config, library(config)
     if not isinstance(torch.empty(0), FakeTensor):
         with torch.device("meta"):
-            parameters = count(MODEL_MAPPING[type(library)]._from_config(library))
+            parameters = count(MODEL_MAPPING[type(sizes)]._from_config(sizes))
         check_room("student.source", config.source, parameters)
     if not (pretrained and config.source):
-        dual: Any = MODEL_MAPPING[type(library)]._from_config(library, dtype=torch.float32)
+        dual: Any = MODEL_MAPPING[type(sizes)]._from_config(sizes, dtype=torch.float32)
         return DualImage(dual, own), DualText(dual), None
-    dual = _loaded(config.source, library)
+    dual = _loaded(config.source, sizes)
     bias = getattr(dual, "logit_bias", None)
     start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
     return DualImage(dual, own), DualText(dual), start
 
 
-def _loaded(name: str, library: Any) -> Any:
+def _loaded(name: str, sizes: Any) -> Any:
     """The model with the source's weights."""
     path = Path(name).expanduser()
     source = WeightsSource("student.source", name, False)
     try:
         with loading(hub=not path.exists()):
-            dual, info = MODEL_MAPPING[type(library)].from_pretrained(
+            dual, info = MODEL_MAPPING[type(sizes)].from_pretrained(
                 str(path) if path.exists() else name,
-                config=library,
+                config=sizes,
                 local_files_only=path.exists(),
                 dtype=torch.float32,
                 weights_only=True,
@@ -186,16 +186,16 @@ def _loaded(name: str, library: Any) -> Any:
 
 def vocab_size(config: StudentConfig) -> int:
     """The number of rows of the source's table of tokens."""
-    return _library(config).text_config.vocab_size
+    return library(config).text_config.vocab_size
 
 
 def width(config: StudentConfig) -> int:
     """The width of the image tower."""
-    return _library(config).vision_config.hidden_size
+    return library(config).vision_config.hidden_size
 
 
-def _library(config: StudentConfig) -> Any:
-    """The configuration of transformers."""
+def library(config: StudentConfig) -> Any:
+    """The source's configuration, as transformers has it."""
     sizes = deepcopy(config.source_config)  # which transformers changes
     with loading(hub=False):
         return CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes)

@@ -1,0 +1,120 @@
+"""Writes a student that began as a CLIP or SigLIP model as one of transformers again.
+
+The tokens' maps into the joint space, which the library's model has no place for, lie beside it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import MODEL_MAPPING, CLIPImageProcessor, PreTrainedModel, SiglipImageProcessor
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import loading
+from ds_cmli.config.schema import Config
+from ds_cmli.config.sources import INTERPOLATIONS
+from ds_cmli.export.folder import Trained
+from ds_cmli.losses.objective import Objective
+from ds_cmli.models import dual
+
+TOKENS = "token_maps.safetensors"
+
+
+@dataclass(frozen=True)
+class LibraryModel:
+    name: str  # its class in transformers
+    loss: str  # the loss whose temperature, and bias, it has
+
+
+KINDS = {
+    "clip": LibraryModel("CLIPModel", "global"),
+    "siglip": LibraryModel("SiglipModel", "global_sigmoid"),
+}
+
+
+def check(config: Config, kind: str) -> None:
+    """Raise `UserError` unless the student of a run is a model of that kind."""
+    own = config.student.source_config.get("model_type")
+    if own != kind:
+        began = f"as a model of the type {own!r}" if own else "as two encoders"
+        raise UserError(f"--as is {kind!r}, and the run's student began {began}: give another")
+    if config.student.shared_blocks:
+        raise UserError(
+            f"--as is {kind!r}: {KINDS[kind].name} has no shared blocks, and the student has "
+            f"{config.student.shared_blocks}"
+        )
+
+
+def assembled(objective: Objective, config: Config) -> PreTrainedModel:
+    """The library's model of the student's own parts, with the temperature of its loss."""
+    library = dual.library(config.student)
+    model: Any = MODEL_MAPPING[type(library)]._from_config(library, dtype=torch.float32)
+    image, text = objective.student.image, objective.student.text
+    assert isinstance(image, dual.DualImage) and isinstance(text, dual.DualText)
+    model.vision_model, model.text_model = image.model, text.model
+    kind = KINDS[library.model_type]
+    if library.model_type == "clip":
+        model.visual_projection, model.text_projection = image.class_head, text.class_head
+    else:
+        model.text_model.head = text.class_head
+    loss: Any = dict(objective.losses).get(kind.loss)
+    with torch.no_grad():
+        if loss is not None:
+            model.logit_scale.copy_(loss.logit_scale.reshape(model.logit_scale.shape))
+            if hasattr(loss, "logit_bias"):
+                model.logit_bias.copy_(loss.logit_bias)
+        elif library.model_type == "siglip":  # as its own training starts
+            model.logit_scale.fill_(2.303)
+            model.logit_bias.fill_(-10.0)
+    return model.eval()
+
+
+def write(folder: Path, trained: Trained, kind: str) -> list[str]:
+    """Write the folder of a model that `from_pretrained` loads as any other.
+
+    Returns:
+        Lines for the user about what was written.
+
+    Raises:
+        UserError: as `check`.
+    """
+    check(trained.config, kind)
+    model = assembled(trained.objective, trained.config)
+    with loading(hub=False):
+        model.save_pretrained(folder)
+        trained.tokenizer.save_pretrained(folder)
+        _processor(trained.config).save_pretrained(folder)
+    maps: dict[str, torch.Tensor] = {}
+    for side in ("image", "text"):
+        tower: nn.Module = getattr(trained.objective.student, side)
+        for name, value in tower.token_head.state_dict().items():  # type: ignore[union-attr]
+            maps[f"{side}.{name}"] = value.contiguous()
+    save_file(maps, folder / TOKENS)
+    loss = KINDS[kind].loss
+    lines = [
+        f"loads by {KINDS[kind].name}.from_pretrained",
+        f"{TOKENS}: the maps of patches and tokens into the joint space, of which "
+        f"{KINDS[kind].name} reads nothing",
+    ]
+    if loss not in trained.objective.losses:
+        lines.append(f"no loss {loss} was trained: temperature and bias are those of a new model")
+    return lines
+
+
+def _processor(config: Config) -> Any:
+    own, side = config.student.source_config, config.data.image_size
+    resample = {name: number for number, name in INTERPOLATIONS.items()}[config.data.interpolation]
+    how: dict[str, Any] = {
+        "image_mean": own["mean"],
+        "image_std": own["std"],
+        "resample": resample,
+    }
+    square = {"height": side, "width": side}
+    if config.data.resize == "shortest":
+        return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
+    if own["model_type"] == "clip":
+        return CLIPImageProcessor(size=square, do_center_crop=False, **how)
+    return SiglipImageProcessor(size=square, **how)

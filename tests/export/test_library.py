@@ -1,0 +1,123 @@
+"""A student that began as a CLIP or SigLIP model is one of transformers again: `--as`."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.evaluate.__main__ import command as evaluate
+from ds_cmli.export.__main__ import command
+from ds_cmli.export.library import TOKENS
+from ds_cmli.inference import Model
+from tests.models.dual_models import clip, siglip, start
+
+LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
+TEXTS = ["a red car", "two dogs,sitting under a tree"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip")}
+
+
+def run_of(source, folder, losses, trained=True, **student):
+    """A run's folder as a training from the source leaves it, or as it begins."""
+    objective, config, _ = start(source, losses, **student)
+    if trained:
+        for parameter in objective.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    folder.mkdir()
+    save_file({name: x.contiguous() for name, x in objective.state_dict().items()}, folder / "student.safetensors")
+    (folder / "config.json").write_text(json.dumps({"config": config.to_dict()}))
+    return folder
+
+
+def export(run, folder, *options):
+    command.main([str(run), str(folder), *options], standalone_mode=False)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_untrained_its_weights_are_the_sources_to_the_bit(kind, sources, tmp_path):
+    run = run_of(sources[kind], tmp_path / "run", LOSSES[kind], trained=False)
+    folder = export(run, tmp_path / "back", "--as", kind)
+    given, back = load_file(sources[kind] / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert given.keys() == back.keys()
+    for name, value in given.items():
+        assert torch.equal(value, back[name]), name
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_trained_the_library_computes_its_features(kind, sources, tmp_path, pictures):
+    run = run_of(sources[kind], tmp_path / "run", LOSSES[kind])
+    shutil.copytree(sources[kind], tmp_path / "source")  # of which nothing is read
+    folder = export(run, tmp_path / "back", "--as", kind)
+    ours, theirs = Model.load(run, device="cpu"), AutoModel.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
+    length = theirs.config.text_config.max_position_embeddings
+    words = AutoTokenizer.from_pretrained(folder)(TEXTS, padding="max_length", max_length=length, return_tensors="pt")
+    attended = {"attention_mask": words["attention_mask"]} if kind == "clip" else {}
+    with torch.no_grad():
+        images = F.normalize(theirs.get_image_features(**pixels).pooler_output)
+        texts = F.normalize(theirs.get_text_features(input_ids=words["input_ids"], **attended).pooler_output)
+    torch.testing.assert_close(ours.embed_images(pictures).cls, images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.embed_texts(TEXTS).cls, texts, rtol=0, atol=1e-5)
+    assert ours.objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
+    maps = load_file(folder / TOKENS)
+    own = ours.student.text.token_head.state_dict()  # type: ignore[union-attr]
+    assert torch.equal(maps["text.weight"], own["weight"])
+
+
+def test_what_it_is_not_is_refused(sources, run, tmp_path):
+    def refused(problem, *arguments):
+        with pytest.raises(UserError, match=problem):
+            export(*arguments)
+        assert not (tmp_path / "x").exists()
+
+    began = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
+    refused("^--as is 'siglip', and the run's student began as a model of the type 'clip'", began, tmp_path / "x",
+            "--as", "siglip")  # fmt: skip
+    refused("began as two encoders", run, tmp_path / "x", "--as", "clip")
+    even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
+    refused("CLIPModel has no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")
+
+
+def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
+    run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
+    own = export(run, tmp_path / "own", "--no-measure", "--no-onnx")
+    wanted = Model.load(run, device="cpu")
+    pixels = torch.stack([wanted.read(picture) for picture in pictures])
+    for place in (run, own, run / "student.safetensors"):
+        objective, config, _ = start(place, {"global": 1.0, "sparc": 1.0}, freeze_text=1)
+        with torch.no_grad():
+            cls, _ = objective.student.image_embeddings(pixels)
+        assert torch.equal(cls, wanted.embed_images(pictures).cls)
+        assert objective.scales()["global"] == pytest.approx(wanted.objective.scales()["global"])
+        assert config.student.freeze_text == 1 and config.student.embed_dim == 24
+    with pytest.raises(UserError, match="no such file or folder"):
+        start(run / "student_ema.safetensors", LOSSES["clip"])
+    (run / "student.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^student.source [^\n]*cannot load"):
+        start(run, LOSSES["clip"])
+
+
+def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
+    from tests.config.test_mistakes import pairs
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    data = pairs(tmp_path / "pairs", count=12)
+    out = tmp_path / "metrics.json"
+    evaluate.main([str(sources["siglip"]), "--data", data, "--json", str(out)], standalone_mode=False)
+    metrics = json.loads(out.read_text())
+    assert metrics["eval/val/pairs"] == 12 and "eval/val/cmli/mean_recall" in metrics
+    with pytest.raises(UserError, match="--data is not given, and"):
+        evaluate.main([str(sources["siglip"])], standalone_mode=False)
+    with pytest.raises(UserError, match="MODEL or --checkpoint: none is given"):
+        evaluate.main(["--data", data], standalone_mode=False)
