@@ -135,7 +135,7 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
     source = Source(name)
     is_run = source.is_run
     decided = _of_run(source) if is_run else _of_library(source)
-    free = OF_TRAINING.keys()
+    free = set(OF_TRAINING)
     if not is_run:
         free = free - {"dropout", "weights_partial"} | {"shared_blocks"}
     out = {section: dict(values) for section, values in overrides.items()}
@@ -287,7 +287,7 @@ def _of_processor(source: Source, image_size: int) -> JsonObject:
     }
 
 
-def _sides(size: Any) -> tuple[int, ...]:
+def _sides(size: object) -> tuple[int, ...]:
     """Height and width of a processor's size, or the shortest side alone."""
     if isinstance(size, int):
         return (size,)

@@ -2,8 +2,9 @@
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,6 +25,16 @@ PyLate ColBERT the tokens of texts alone and scores queries by a sum one way; ne
 pictures and texts under shared blocks, nor scores both ways. Their \
 indexes take the unit vectors of \
 get_text_features and get_image_features."""
+
+
+@dataclass
+class ExportOptions:
+    kind: str | None
+    tokenizer: str | None
+    ema: bool
+    onnx: bool | None
+    measure: bool
+    push: str | None
 
 
 @click.command()
@@ -52,20 +63,13 @@ get_text_features and get_image_features."""
     help="Evaluate the exported model for its card.",
 )
 @click.option("--push", metavar="NAME", help="Upload DIR to the Hugging Face Hub as NAME.")
-def command(
-    run: str,
-    folder: str,
-    kind: str | None,
-    tokenizer: str | None,
-    ema: bool,
-    onnx: bool | None,
-    measure: bool,
-    push: str | None,
-) -> None:
+def command(run: str, folder: str, **given: Any) -> None:
     """Write the student of RUN into the new folder DIR.
 
     Without --as, it is a model of this package.
     """
+    options = ExportOptions(**given)
+    kind, onnx, push = options.kind, options.onnx, options.push
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
@@ -75,7 +79,7 @@ def command(
     if push is not None:
         hub.check(push)
     with_onnx = _with_onnx(onnx)
-    trained = exported.load_run(Path(run), tokenizer, ema)
+    trained = exported.load_run(Path(run), options.tokenizer, options.ema)
     if kind is not None:
         if onnx:
             raise UserError(f"--onnx has no effect with --as {kind}: leave it out")
@@ -92,8 +96,8 @@ def command(
         if kind is not None:
             lines = library.write(out, trained, kind)
         else:
-            source = card.ExportedRun(Path(run), trained.config, ema)
-            lines = _write(out, trained, source, tokenizer, measure, with_onnx)
+            source = card.ExportedRun(Path(run), trained.config, options.ema)
+            lines = _write(out, trained, source, options, with_onnx)
             if not with_onnx:
                 missing = onnx is None
                 lines.append(
@@ -132,8 +136,7 @@ def _write(
     out: Path,
     trained: "Trained",
     source: "ExportedRun",
-    tokenizer: str | None,
-    measure: bool,
+    options: ExportOptions,
     with_onnx: bool,
 ) -> list[str]:
     """Write a model of this package; returns lines for the user about what was written."""
@@ -141,7 +144,7 @@ def _write(
     from ds_cmli.export import folder as exported
 
     model = exported.write_model(out, trained)
-    results = card.find_results(out, source, tokenizer, measure)
+    results = card.find_results(out, source, options.tokenizer, options.measure)
     card.write_card(out, source, model, results, with_onnx)
     image, ids, mask = exported.example(model)
     text = out / towers.TEXT

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import MODEL_MAPPING, CLIPImageProcessor, PreTrainedModel, SiglipImageProcessor
+from transformers import AutoModel, CLIPImageProcessor, PreTrainedModel, SiglipImageProcessor
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading
@@ -51,7 +51,7 @@ def check(config: Config, kind: str) -> None:
 def assembled(objective: Objective, config: Config) -> PreTrainedModel:
     """The library's model of the student's own parts, with the temperature of its loss."""
     library = dual.library(config.student)
-    model: Any = MODEL_MAPPING[type(library)]._from_config(library, dtype=torch.float32)
+    model: Any = AutoModel.from_config(library, dtype=torch.float32)
     image, text = objective.student.image, objective.student.text
     assert isinstance(image, dual.DualImage) and isinstance(text, dual.DualText)
     model.vision_model, model.text_model = image.model, text.model
@@ -104,7 +104,7 @@ def write(folder: Path, trained: Trained, kind: str) -> list[str]:
     return lines
 
 
-def _processor(config: Config) -> Any:
+def _processor(config: Config) -> CLIPImageProcessor | SiglipImageProcessor:
     own, side = config.student.source_config, config.data.image_size
     resample = {name: number for number, name in INTERPOLATIONS.items()}[config.data.interpolation]
     how: dict[str, Any] = {

@@ -71,9 +71,9 @@ class PairLoss(nn.Module):
             return contrastive_loss(i2t, t2i, self.logit_scale)
         if self.kind != "sigmoid" or self.logit_bias is None:
             raise ValueError(f"return_loss: the loss {self.name!r} is not part of an export")
-        learned = {"logit_scale": self.logit_scale, "bias": self.logit_bias}
-        by_image = sigmoid_loss(i2t, **learned, max_scale=self.max_scale)
-        return (by_image + sigmoid_loss(t2i, **learned, max_scale=self.max_scale)) / 2
+        scale, bias, most = self.logit_scale, self.logit_bias, self.max_scale
+        by_image = sigmoid_loss(i2t, scale, bias, max_scale=most)
+        return (by_image + sigmoid_loss(t2i, scale, bias, max_scale=most)) / 2
 
 
 def _both(features: BaseModelOutputWithPooling) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import CONFIG_MAPPING, MODEL_MAPPING
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.backbone import ImageBackbone, TakenPatches
@@ -36,16 +37,17 @@ class Start:
 class ValuePath(nn.Module):
     """What SigLIP's attention pooling gives where it attends to one patch alone."""
 
-    def __init__(self, pooling: Any, config: Any):
+    def __init__(self, pooling: nn.Module, config: PreTrainedConfig):
         """`config`: of the image tower."""
         super().__init__()
-        attention = pooling.attention
+        attention: Any = pooling.attention
         width = attention.embed_dim
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(width, config.layer_norm_eps)
-        self.norm.load_state_dict(pooling.layernorm.state_dict())
-        self.mlp = type(pooling.mlp)(config)
-        self.mlp.load_state_dict(pooling.mlp.state_dict())
+        norm, mlp = pooling.get_submodule("layernorm"), pooling.get_submodule("mlp")
+        self.norm.load_state_dict(norm.state_dict())
+        self.mlp = type(mlp)(config)
+        self.mlp.load_state_dict(mlp.state_dict())
         with torch.no_grad():
             self.value.weight.copy_(attention.in_proj_weight[2 * width :])
             self.value.bias.copy_(attention.in_proj_bias[2 * width :])
@@ -58,7 +60,8 @@ class ValuePath(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-def _copied(map: nn.Linear) -> nn.Linear:
+def _copied(map: nn.Module) -> nn.Linear:
+    assert isinstance(map, nn.Linear)
     # Not `deepcopy`, whose copies of fake tensors have storages on another device.
     out = nn.Linear(map.in_features, map.out_features, bias=map.bias is not None)
     out.load_state_dict(map.state_dict())
@@ -68,11 +71,13 @@ def _copied(map: nn.Linear) -> nn.Linear:
 class DualImage(ImageBackbone):
     """The image tower, up to its last norm; SigLIP's pooled features are the class token."""
 
-    def __init__(self, dual: Any, own: dict[str, Any]):
+    model: Any
+
+    def __init__(self, dual: PreTrainedModel, own: JsonObject):
         """`dual`: the model of transformers, `own`: `StudentConfig.source_config`."""
         super().__init__()
-        self.model = dual.vision_model
-        config = self.model.config
+        self.model = dual.get_submodule("vision_model")
+        config: Any = self.model.config
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
         side = config.image_size // config.patch_size
         self.grid, self.prefix = (side, side), 1
@@ -82,8 +87,8 @@ class DualImage(ImageBackbone):
         if hasattr(self.model, "head"):
             self.token_head: nn.Module = ValuePath(self.model.head, config)
         else:
-            self.class_head = dual.visual_projection
-            self.token_head = _copied(dual.visual_projection)
+            self.class_head = dual.get_submodule("visual_projection")
+            self.token_head = _copied(self.class_head)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -117,14 +122,14 @@ class DualImage(ImageBackbone):
 class DualText(Causal):
     """The text tower, up to its last norm, pooled at the last position that is attended to."""
 
-    def __init__(self, dual: Any):
+    def __init__(self, dual: PreTrainedModel):
         nn.Module.__init__(self)
-        self.model = dual.text_model
+        self.model = dual.get_submodule("text_model")
         config = self.model.config
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
         self.most_positions = config.max_position_embeddings
         if hasattr(dual, "text_projection"):
-            self.class_head = dual.text_projection
+            self.class_head = dual.get_submodule("text_projection")
         else:
             self.class_head, self.model.head = self.model.head, nn.Identity()
         self.token_head = _copied(self.class_head)
@@ -148,10 +153,10 @@ def build(config: StudentConfig, pretrained: bool) -> tuple[DualImage, DualText,
     own, sizes = config.source_config, library(config)
     if not isinstance(torch.empty(0), FakeTensor):
         with torch.device("meta"):
-            parameters = count(MODEL_MAPPING[type(sizes)]._from_config(sizes))
+            parameters = count(AutoModel.from_config(sizes))
         check_room("student.source", config.source, parameters)
     if not (pretrained and config.source):
-        dual: Any = MODEL_MAPPING[type(sizes)]._from_config(sizes, dtype=torch.float32)
+        dual: Any = AutoModel.from_config(sizes, dtype=torch.float32)
         return DualImage(dual, own), DualText(dual), None
     dual = _loaded(config.source, sizes)
     bias = getattr(dual, "logit_bias", None)
@@ -159,18 +164,19 @@ def build(config: StudentConfig, pretrained: bool) -> tuple[DualImage, DualText,
     return DualImage(dual, own), DualText(dual), start
 
 
-def _loaded(name: str, sizes: Any) -> Any:
+def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:
     """The model with the source's weights."""
     path = Path(name).expanduser()
     source = WeightsSource("student.source", name, False)
     try:
         with loading(hub=not path.exists()):
-            dual, info = MODEL_MAPPING[type(sizes)].from_pretrained(
+            dual, info = AutoModel.from_pretrained(
                 str(path) if path.exists() else name,
                 config=sizes,
                 local_files_only=path.exists(),
                 dtype=torch.float32,
                 weights_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except Exception as error:
@@ -194,7 +200,7 @@ def width(config: StudentConfig) -> int:
     return library(config).vision_config.hidden_size
 
 
-def library(config: StudentConfig) -> Any:
+def library(config: StudentConfig) -> PreTrainedConfig:
     """The source's configuration, as transformers has it."""
     sizes = deepcopy(config.source_config)  # which transformers changes
     with loading(hub=False):

@@ -140,8 +140,10 @@ class Student(nn.Module):
         self.shared = shared_blocks(width, config.shared_blocks)
         # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A
         # separate norm for each modality brings both to one scale and lets the modality gap close.
-        self.image_in, self.text_in = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.image_in: nn.Module = nn.LayerNorm(width)
+        self.text_in: nn.Module = nn.LayerNorm(width)
+        self.image_out: nn.Module = nn.LayerNorm(width)
+        self.text_out: nn.Module = nn.LayerNorm(width)
         # g: one projection for patches and tokens (and the teacher's patches). Its rows start
         # orthonormal, which approximately keeps cosine similarities from the first step on.
         self.projection: nn.Module = nn.Linear(width, config.embed_dim, bias=False)

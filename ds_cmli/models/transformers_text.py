@@ -4,7 +4,7 @@ Shapes: B texts, M text positions, H any width.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Transformer(TextBackbone):
         for module in self.model.modules():
             table = getattr(module, "position_embedding", None)
             if isinstance(table, nn.Embedding):
-                yield module, table.weight
+                yield module, cast("nn.Parameter", table.weight)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An integer mask is accepted by the encoders of every transformers version.
