@@ -18,7 +18,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
 LOCAL = "local-dir:"  # before a folder in the place of a name of timm's
-NO_PATHS = ("demo", "hub", "random", "builtin")
+NO_PATHS = ("demo", "hub", "random", "builtin", "source", "")
 # The files that are read from a folder.
 NAMES = {"data.tokenizer": re.compile(r".*\.(json|txt|model)")}
 OF_MODEL = re.compile(r"config\.json|.*\.index\.json|.*\.(safetensors|bin|pth?)")
@@ -59,6 +59,7 @@ def _values(config: Config) -> Iterator[tuple[str, str]]:
     """Each setting that may name a file or a folder, and its value."""
     student, teacher = config.student, config.teacher
     yield "data.tokenizer", config.data.tokenizer
+    yield "student.source", student.source
     yield "student.image_weights", student.image_weights
     yield "student.text_weights", student.text_weights
     names: dict[str, object] = {"student.image_model": student.image_model}

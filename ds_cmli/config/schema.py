@@ -104,6 +104,10 @@ class StudentConfig:
     def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)
         check_sizes("student.text_overrides", self.text_overrides)
+        own = self.source_config
+        parts = {"model_type", "mean", "std", "vision_config", "text_config"}
+        whole = not own or (parts <= own.keys() and own["model_type"] in ("clip", "siglip"))
+        check(whole, "student.source_config", own, "it is filled from student.source")
 
 
 @dataclass(config=STRICT)
