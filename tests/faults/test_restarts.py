@@ -1,9 +1,11 @@
 """`torchrun --max-restarts`, a rank or a node killed: the run goes on from its checkpoint, also with fewer ranks."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -68,6 +70,13 @@ def wait_for_a_checkpoint(run: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
+def wait_for_a_store(port: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return
+        time.sleep(0.05)
+
+
 def resumed_from(run: Path) -> list[int]:
     return [int(step) for step in re.findall(r"resuming from \S+step0*(\d+)\n", Path(f"{run}.log").read_text())]
 
@@ -88,9 +97,10 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(rank, options, 
 def test_a_node_is_lost_and_fewer_ranks_go_on_with_the_same_batches(options, unbroken, tmp_path):
     run = tmp_path / "run"
     elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=a run"]
-    elastic += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=last_call_timeout=20,keep_alive_interval=1"]
+    port = free_port()
+    elastic += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-conf=last_call_timeout=20,keep_alive_interval=1"]
     stays = start(run, options, *elastic)
-    time.sleep(1)  # it holds the store by which the second one joins
+    wait_for_a_store(port, stays)  # by which the second one joins
     lost = start(run, options, *elastic)
     wait_for_a_checkpoint(run, stays)
     children = psutil.Process(lost.pid).children()
