@@ -103,6 +103,16 @@ ELSEWHERE = {
     "deepspeed ds_cmli/train.py --preset paper --set student.image_model=convnext_tiny --set "
     "student.text_model=roberta-base --set data.tokenizer=roberta-base":
         "tests/models/test_encoders.py: small ones",
+    "python -m ds_cmli.evaluate openai/clip-vit-base-patch32 --data coco/dataset_coco.json --split test":
+        "tests/export/test_library.py: a small model by its folder",
+    "deepspeed ds_cmli/train.py --start-from openai/clip-vit-base-patch32 --data coco/dataset_coco.json --losses "
+    "global,cmli --lr 1e-5 --epochs 5 --output-dir runs/coco":
+        "tests/models/test_dual_training.py: a small model by its folder",
+    "deepspeed ds_cmli/train.py --start-from runs/coco --data other/dataset.csv --losses global,cmli,sparc":
+        "tests/models/test_dual_training.py: a small run",
+    "python -m ds_cmli.report runs/coco": "tests/report/test_report.py: runs of `tiny`",
+    "python -m ds_cmli.export runs/coco coco-clip --as clip": "tests/export/test_library.py",
+    "python -m ds_cmli.export RUN DIR --as clip": "tests/export/test_library.py",
     "python ds_cmli/train.py --plugin my_cmli --losses global,warm=0.5": "tests/test_readme.py: `tiny`",
     "python -m ds_cmli.evaluate --plugin my_cmli --checkpoint RUN": "tests/config/test_plugins.py: the option",
     "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sh --preset paper": "tests/slurm/test_layouts.py",

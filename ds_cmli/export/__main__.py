@@ -123,7 +123,7 @@ def command(run: str, folder: str, **given: Any) -> None:
 
 
 def _with_onnx(onnx: bool | None) -> bool:
-    """Whether to write ONNX. Raises `UserError` if it is asked for and not installed."""
+    """Whether to write ONNX. Raises `UserError` for --onnx where it is not installed."""
     from ds_cmli.export import towers
 
     installed = towers.onnx_installed()

@@ -1,6 +1,7 @@
 """Writes a student that began as a CLIP or SigLIP model as one of transformers again.
 
-The tokens' maps into the joint space, which the library's model has no place for, lie beside it.
+The tokens' maps into the joint space, which the library's model has no place for, are a file of
+their own.
 """
 
 from dataclasses import dataclass

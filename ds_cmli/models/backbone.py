@@ -175,7 +175,7 @@ class ImageBackbone(nn.Module):
         return cls, patches
 
     def read_outside(self) -> Iterable[tuple[nn.Module, nn.Parameter]]:
-        """Parameters that a module reads outside of the forward of the one that has them."""
+        """Modules, each with a parameter of another module that it reads by itself."""
         return ()
 
     def leave_out_patches(self) -> TakenPatches | None:
@@ -217,7 +217,7 @@ class TextBackbone(nn.Module):
         raise NotImplementedError
 
     def read_outside(self) -> Iterable[tuple[nn.Module, nn.Parameter]]:
-        """Parameters that a module reads outside of the forward of the one that has them."""
+        """Modules, each with a parameter of another module that it reads by itself."""
         return ()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ class Student(nn.Module):
         nn.init.orthogonal_(self.projection.weight)
 
     def _keep_joint_space(self, config: StudentConfig) -> None:
-        """Add nothing to the source's space, E = D wide, but shared blocks that are asked for."""
+        """Add nothing to the source's space, E = D wide, but the configuration's shared blocks."""
         if config.shared_blocks and self.image.width != self.text.width:
             raise UserError(
                 f"student.shared_blocks is {config.shared_blocks}, and the towers of "

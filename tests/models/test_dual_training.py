@@ -1,0 +1,67 @@
+"""Real trainings that start from a CLIP or SigLIP, or from a run: evaluated first, resumed, at ZeRO-3."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, clean_environment
+from tests.models.dual_models import clip, siglip
+
+pytestmark = pytest.mark.slow
+LOSSES = {"clip": "global,cmli,target_cmli", "siglip": "global_sigmoid,cmli"}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    root = tmp_path_factory.mktemp("given")
+    plain = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | {"fp16": {"enabled": False}}
+    for stage in (2, 3):
+        content = plain | {"zero_optimization": {"stage": stage}}
+        (root / f"zero{stage}.json").write_text(json.dumps(content))
+    clip(root / "clip"), siglip(root / "siglip")
+    return root, pairs(root / "pairs", count=40)
+
+
+def train(given, start: Path, losses: str, run: Path, *options: str, stage: int = 2) -> str:
+    root, data = given
+    how = ["--preset", "tiny", "--start-from", str(start), "--losses", losses, "--data", data, "--output-dir", str(run)]
+    how += ["--deepspeed_config", str(root / f"zero{stage}.json"), "--set", "run.match_maps=0"]
+    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *how, *options]
+    env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_it_is_evaluated_first_and_resumes(kind, given, tmp_path):
+    start, losses = given[0] / kind, LOSSES[kind]
+    train(given, start, losses, tmp_path / "run", "--steps", "4", "--save-every", "2")
+    assert [x["step"] for x in lines(tmp_path / "run") if "eval/val/pairs" in x] == [0, 4]
+    first = next((tmp_path / "run" / "checkpoint").glob("step*2"))
+    train(given, start, losses, tmp_path / "again", "--steps", "4", "--save-every", "2", "--resume", str(first))
+    whole, again = (load_file(tmp_path / run / "student.safetensors") for run in ("run", "again"))
+    for name, value in whole.items():
+        assert torch.equal(value, again[name]), name
+    train(given, start, losses, tmp_path / "three", "--steps", "4", stage=3)
+    for name, value in load_file(tmp_path / "three" / "student.safetensors").items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_starts_another(given, tmp_path):
+    train(given, given[0] / "clip", "global,cmli", tmp_path / "run", "--steps", "2")
+    train(given, tmp_path / "run", "global,sparc", tmp_path / "next", "--steps", "2")
+    last, first = lines(tmp_path / "run")[-1], lines(tmp_path / "next")[0]
+    assert (last["step"], first["step"]) == (2, 0)
+    same = "eval/val/global/mean_recall"
+    assert first[same] == last[same]
