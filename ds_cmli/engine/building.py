@@ -155,10 +155,6 @@ def build(
     dtype = DTYPES[ds_config.precision]
     objective, teacher = (models or build_models)(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
-    if ds_config.stage == 3:
-        for encoder in (objective.student.image, objective.student.text):
-            for module, parameter in encoder.read_outside():
-                deepspeed.zero.register_external_parameter(module, parameter)
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)
@@ -184,9 +180,9 @@ def build(
         engine = _initialize(ds_config, objective, groups, scheduler)
     if ds_config.stage == 3:
         # ZeRO-3 gathers others where their module is called, and in training alone where not.
-        image = objective.student.image
-        for parameter in image.directly_used:
-            deepspeed.zero.register_external_parameter(image, parameter)
+        for encoder in (objective.student.image, objective.student.text):
+            for module, parameter in encoder.read_outside():
+                deepspeed.zero.register_external_parameter(module, parameter)
     cast_buffers(objective.losses, dtype)  # the banks
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)

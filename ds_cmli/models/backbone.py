@@ -165,11 +165,6 @@ class ImageBackbone(nn.Module):
         """Encode normalised pixels: [B, 3, S, S] -> [B, prefix + N, H]."""
         raise NotImplementedError
 
-    @property
-    def directly_used(self) -> list[nn.Parameter]:
-        """Parameters that `forward` takes from a module that it does not call."""
-        return []
-
     def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Map class tokens [B, H] and patches [B, N, H] into a space that texts share, if any."""
         return cls, patches

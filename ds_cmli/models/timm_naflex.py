@@ -4,6 +4,7 @@ With the override use_naflex, timm makes one of a ViT, of the same weights.
 Shapes: B images, S image side in pixels, N patches, H width, a grid of h * w patches.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,10 +69,11 @@ class TimmNaFlex(ImageBackbone):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
-    @property
-    def directly_used(self) -> list[nn.Parameter]:
+    def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         embeds = self.model.embeds
-        return [*filter(torch.is_tensor, (embeds.pos_embed, embeds.cls_token, embeds.reg_token))]
+        for parameter in (embeds.pos_embed, embeds.cls_token, embeds.reg_token):
+            if torch.is_tensor(parameter):
+                yield self, parameter
 
     def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
         # What `NaFlexVit.forward_features` does, whose own positions of several grids would wait
