@@ -72,7 +72,7 @@ class TimmNaFlex(ImageBackbone):
     def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         embeds = self.model.embeds
         for parameter in (embeds.pos_embed, embeds.cls_token, embeds.reg_token):
-            if torch.is_tensor(parameter):
+            if isinstance(parameter, nn.Parameter):
                 yield self, parameter
 
     def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
