@@ -140,7 +140,7 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, id=run, marks=[pytest.mark.slow] * (n > 1)) for n, run in enumerate(RUNS)]
+    "number", [pytest.param(n, id=run, marks=[pytest.mark.slow] * (n > 0)) for n, run in enumerate(RUNS)]
 )
 def test_a_training(number, sources, tmp_path, monkeypatch, alone):
     values = RUNS[number].split()
