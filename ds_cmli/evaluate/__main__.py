@@ -159,8 +159,10 @@ def _configured(asked: EvaluationOptions) -> "Config":
         return load_config(Path(asked.model) / "config.json", "--checkpoint")
     given = asked.source or asked.boxes or asked.zero_shot
     if asked.ema or not given:
-        mistake = "--ema is given" if asked.ema else "--data is not given"
-        raise UserError(f"{mistake}, and {asked.model!r} is no run, which has both of its own")
+        raise UserError(
+            f"{asked.model!r} is no run, which has averages and data of its own: give --data, and "
+            "leave out --ema"
+        )
     return to_evaluate(Source(asked.model))
 
 

@@ -99,10 +99,8 @@ def command(run: str, folder: str, **given: Any) -> None:
             source = card.ExportedRun(Path(run), trained.config, options.ema)
             lines = _write(out, trained, source, options, with_onnx)
             if not with_onnx:
-                missing = onnx is None
-                lines.append(
-                    "no ONNX: pip install 'ds-cmli[export]'" if missing else "no ONNX, as asked"
-                )
+                reason = {None: "pip install 'ds-cmli[export]'", False: "--no-onnx is given"}
+                lines.append(f"no ONNX: {reason[onnx]}")
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
         exported.write_checksums(out)

@@ -38,10 +38,9 @@ KINDS = {
 
 def check(config: Config, kind: str) -> None:
     """Raise `UserError` unless the student of a run is a model of that kind."""
-    own = config.student.source_config.get("model_type")
+    own = config.student.source_config.get("model_type", "two encoders")
     if own != kind:
-        began = f"as a model of the type {own!r}" if own else "as two encoders"
-        raise UserError(f"--as is {kind!r}, and the run's student began {began}: give another")
+        raise UserError(f"--as is {kind!r}, and the run's student began as {own}")
     if config.student.shared_blocks:
         raise UserError(
             f"--as is {kind!r}: {KINDS[kind].name} has no shared blocks, and the student has "

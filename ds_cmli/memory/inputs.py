@@ -119,8 +119,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
-    full = config.data.padding == "full"
-    attention_mask[0, -1] = full
+    attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()
     token_mask[:, 0] = False  # [CLS]
     token_mask[:, -1] = False  # [SEP]
@@ -138,7 +137,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
-        padded=not full,
+        padded=config.data.padding != "full",
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
     )
 
@@ -160,6 +159,7 @@ class StepBatches(list[Batch]):
     ):
         self.share, self.texts = config.loss.cmli_token_keep, texts
         self.answers, self.tracker = answers, tracker
+        self.full = config.data.padding == "full"  # no text has padding that is not attended to
         positions: list[int | None] = [None] * ds_config.accumulation
         if texts is not None:
             positions = [each[0][0] for each in texts]
@@ -177,13 +177,14 @@ class StepBatches(list[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         if self.texts is None:
-            yield from super().__iter__()
+            with self.answers.texts(self.full):
+                yield from super().__iter__()
             return
         for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
             self._set_lengths([ranks])
             # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
             positions, valid = ranks[0]
-            with self.answers.texts(all(n == positions - 2 for n in valid)):
+            with self.answers.texts(self.full or all(n == positions - 2 for n in valid)):
                 yield batch
         # Gradient caching then computes the losses over all micro-batches.
         self._set_lengths(self.texts)

@@ -81,7 +81,7 @@ def test_what_it_is_not_is_refused(sources, run, tmp_path):
         assert not (tmp_path / "x").exists()
 
     began = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
-    refused("^--as is 'siglip', and the run's student began as a model of the type 'clip'", began, tmp_path / "x",
+    refused("^--as is 'siglip', and the run's student began as clip", began, tmp_path / "x",
             "--as", "siglip")  # fmt: skip
     refused("began as two encoders", run, tmp_path / "x", "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
@@ -117,7 +117,7 @@ def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
     evaluate.main([str(sources["siglip"]), "--data", data, "--json", str(out)], standalone_mode=False)
     metrics = json.loads(out.read_text())
     assert metrics["eval/val/pairs"] == 12 and "eval/val/cmli/mean_recall" in metrics
-    with pytest.raises(UserError, match="--data is not given, and"):
+    with pytest.raises(UserError, match="is no run, which has averages and data of its own: give --data"):
         evaluate.main([str(sources["siglip"])], standalone_mode=False)
     with pytest.raises(UserError, match="MODEL or --checkpoint: none is given"):
         evaluate.main(["--data", data], standalone_mode=False)
