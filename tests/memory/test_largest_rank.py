@@ -35,6 +35,16 @@ def test_a_rank_in_the_middle():
     assert abs(requested_peak(of_last) - last.report.totals["requested"]) <= 16
 
 
+@pytest.mark.slow
+def test_ranks_that_do_not_follow_from_each_other_are_all_predicted():
+    """Gradients that are not contiguous: what one rank's events say of the others is wrong."""
+    config, json, ranks = random_setting(244)
+    largest = search.predict_largest(config, json, ranks, target="cpu")
+    last = predict(config, json, ranks, target="cpu", rank=ranks - 1)
+    assert largest.report.setting["rank"] == 3
+    assert largest.report.totals["requested"] > 1.04 * last.report.totals["requested"]
+
+
 @pytest.mark.soak
 def test_random_settings_against_all_ranks():
     """Those of the seeds RANDOM_SETTINGS, 0-300; prints how far the last rank alone is below, and what is missed."""
