@@ -66,7 +66,9 @@ def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
     found: dict[str, Callable[[bytes], Any]] = {
         "Pillow, whole": lambda content: fit(Image.open(io.BytesIO(content)).convert("RGB")),
         "torchvision.io, whole": torchvision_io,
-        "ours: Pillow reduced, torch's resize": lambda content: decode(content, Framing(size), 10**9),
+        "ours: Pillow reduced, torch's resize": lambda content: decode(
+            content, Framing(size), 10**9
+        ),
     }
     try:
         import simplejpeg
