@@ -297,6 +297,16 @@ def alone(monkeypatch):
     set_one_process(monkeypatch)
 
 
+@pytest.fixture(autouse=True)
+def same_environment():
+    """What a command sets in this process, as of a launcher or of plugins, is not there for the next test."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def clean_environment() -> dict[str, str]:
     """This process's, without what a launcher would have set."""
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}

@@ -32,6 +32,7 @@ def contents(folder) -> dict:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_run_that_goes_on(command, tmp_path, monkeypatch, capsys):
     assert command("--steps", "2") == 0
     before = contents(tmp_path)

@@ -247,6 +247,7 @@ def test_each_precision_goes_on_in_each_other(setting, written, before, after, f
     assert_equal(setting.read(written(before), after), "other")
 
 
+@pytest.mark.slow
 def test_bf16_with_sums_of_gradients_in_fp32(setting, written, tmp_path):
     wide = {"data_types": {"grad_accum_dtype": "fp32"}}
     assert_equal(setting.read(written((3, "fp32")), (1, "bf16"), **wide), "other")

@@ -195,7 +195,7 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
     arguments = ["--checkpoint", str(tmp_path), "--json", str(tmp_path / "nowhere" / "found.json")]
     assert "found.json': No such file or directory" in fail(evaluate.command, arguments, monkeypatch, capsys)
     line = fail(evaluate.command, [], monkeypatch, capsys)
-    assert "Missing option '--checkpoint'" in line
+    assert "MODEL or --checkpoint: none is given" in line
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
 @pytest.mark.parametrize(
     ("name", "low", "high"),
     [
-        ("student.layers", 1, None), ("student.embed_dim", 1, 1024), ("student.dropout", 0, 0.99),
+        ("student.layers", 1, None), ("student.embed_dim", 1, 2048), ("student.dropout", 0, 0.99),
         ("data.image_size", 1, 4096), ("data.max_bad_share", 0, 1), ("loss.init_temperature", 0.01, 10),
         ("optim.warmup_share", 0, 0.99), ("optim.weight_decay", 0, None), ("optim.steps", 1, None),
         ("run.seed", 0, 2**31 - 1), ("run.save_minutes", 0, None), ("run.keep", 1, None), ("run.watchdog", 0, 10**6),

@@ -81,6 +81,7 @@ def test_towers_as_onnx_give_the_trained_features_for_any_number_of_texts(measur
     torch.testing.assert_close(torch.from_numpy(tokens), l2_normalize(wanted.last_hidden_state), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_its_numbers_are_measured_on_what_is_exported(measured):
     folder, found = measured
     card = (folder / "README.md").read_text()

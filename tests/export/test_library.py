@@ -14,6 +14,7 @@ from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
+from tests.conftest import free_port
 from tests.models.dual_models import clip, siglip, start
 
 LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
@@ -110,8 +111,9 @@ def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
 def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
     from tests.config.test_mistakes import pairs
 
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+    process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**process, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
     data = pairs(tmp_path / "pairs", count=12)
     out = tmp_path / "metrics.json"
     evaluate.main([str(sources["siglip"]), "--data", data, "--json", str(out)], standalone_mode=False)

@@ -41,6 +41,7 @@ def run(
     return subprocess.CompletedProcess(command, codes[0], out.read_text(), errors.read_text())
 
 
+@pytest.mark.slow
 def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     done = run(tmp_path, 0)
     assert done.returncode == out_of_memory.EXIT_CODE == 2, done.stderr

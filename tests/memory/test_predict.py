@@ -107,6 +107,7 @@ def test_predicted_equals_the_allocator(name):
         assert abs(predicted.categories[category] - measured.categories[category]) <= most, category
 
 
+@pytest.mark.slow
 def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
     config = preset(losses=("global",))
     objective, _ = engine.build_models(*without_weights(config))
@@ -554,6 +555,7 @@ def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
     assert peaks[False, 3] - peaks[False, 2] == features
 
 
+@pytest.mark.slow
 def test_relative_attention_is_predicted_where_gradients_are_scattered_in_place():
     sizes = {
         **load_preset("tiny", {}).student.text_overrides,
