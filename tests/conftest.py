@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from ds_cmli.common import hardware
+from ds_cmli.config.plugins import _given as given_plugins
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
 # refuses to fork it. Engines take the function from here, when they are first imported.
@@ -300,8 +301,10 @@ def alone(monkeypatch):
 @pytest.fixture(autouse=True)
 def same_environment():
     """What a command sets in this process, as of a launcher or of plugins, is not there for the next test."""
-    before = dict(os.environ)
+    before, given = dict(os.environ), dict(given_plugins)
     yield
+    given_plugins.clear()
+    given_plugins.update(given)
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -94,7 +95,16 @@ def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     assert all((a[name] == b[name]).all() for name in a)
 
 
-def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path):
+@pytest.fixture
+def as_many_threads(finished):
+    """As the finished run has printed: sums of many elements differ by the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(int(re.search(r"^device: .* (\d+) threads$", finished[1].stdout, re.M)[1]))
+    yield
+    torch.set_num_threads(before)
+
+
+def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path, as_many_threads):
     folder, _ = finished
     weights = load_file(folder / "student.safetensors")
     for name in ("first", "second"):
