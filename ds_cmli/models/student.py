@@ -104,18 +104,21 @@ class Student(nn.Module):
         super().__init__()
         # What the losses over pairs start with; None: their own.
         self.start: dual.Start | None = None
+        text: TextBackbone | None = None
         if config.source_config:
-            self.image, self.text, self.start = dual.build(config, pretrained)
+            self.image, text, self.start = dual.build(config, pretrained)
         else:
             image = ImageRequest.of_student(config, image_size, pretrained)
             self.image = models.build(models.IMAGE, config.image_backbone, image)
-            text = replace(
+        self.pixels = PixelNorm(self.image.mean, self.image.std)
+        if text is None:
+            request = replace(
                 TextRequest.of_student(config, vocab_size, positions),
                 pretrained=pretrained,
                 special=special or SpecialTokens(),
             )
-            self.text = models.build(models.TEXT, config.text_backbone, text)
-        self.pixels = PixelNorm(self.image.mean, self.image.std)
+            text = models.build(models.TEXT, config.text_backbone, request)
+        self.text = text
         self.taken: TakenPatches | None = None
         if config.patch_keep < 1:
             self.taken = self.image.leave_out_patches()
