@@ -6,6 +6,7 @@ the folder of a run or of an export of this package.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.schema import Config, Sections, StudentConfig, load_config
 from ds_cmli.config.validation import shown
 
-LIBRARY = ("clip", "siglip")  # the types of model that transformers loads
+# The types of model that transformers loads, and the loss whose temperature each has.
+LIBRARY = {"clip": "global", "siglip": "global_sigmoid"}
 EXPORT = "ds_cmli"  # the type of an export of this package
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
@@ -92,6 +94,7 @@ class Source:
             problem = f"no folder, and no model of the hub ({reason(error)})"
             raise self.error(f"{problem}: give a local folder or OWNER/NAME") from None
 
+    @cached_property
     def config(self) -> JsonObject:
         """The content of its `config.json`. Raises `UserError` if there is none."""
         if self.local and not self.path.is_dir():
@@ -107,12 +110,12 @@ class Source:
     @property
     def is_run(self) -> bool:
         """Whether it is a run or an export of this package."""
-        return self.has_own_data or self.config().get("model_type") == EXPORT
+        return self.has_own_data or self.config.get("model_type") == EXPORT
 
     @property
     def has_own_data(self) -> bool:
         """Whether it is a run, whose configuration says what it was trained on."""
-        return "config" in self.config()
+        return "config" in self.config
 
 
 def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
@@ -160,11 +163,10 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
 
 def to_evaluate(source: Source) -> Config:
     """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
-    content = source.config()
-    losses = dict(content.get("losses") or {"global": 1.0, "cmli": 1.0})
-    if content.get("model_type") == "siglip":
-        losses = {"global_sigmoid": 1.0, "cmli": 1.0}
+    losses = dict(source.config.get("losses") or ())  # of an export
     decided = applied({"student": {"source": source.name}}, {})
+    if not losses:
+        losses = {LIBRARY[source.config["model_type"]]: 1.0, "cmli": 1.0}
     return Config.from_dict({**decided, "loss": {"weights": losses}})
 
 
@@ -179,7 +181,7 @@ def _allowed(key: str, value: object, decided: Sections) -> bool:
 
 def _of_run(source: Source) -> Sections:
     """The settings by which a run or an export of this package is built again."""
-    content = source.config()
+    content = source.config
     if "config" in content:
         config = load_config(source.path / CONFIG, "student.source")
     else:
@@ -197,7 +199,7 @@ def _of_library(source: Source) -> Sections:
     """The settings of a model of transformers."""
     from transformers import CONFIG_MAPPING
 
-    content = source.config()
+    content = source.config
     kind = content.get("model_type")
     if kind == "siglip2":
         raise source.error("a NaFlex model: give its variant of a fixed size, such as -patch16-224")

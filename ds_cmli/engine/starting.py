@@ -31,8 +31,6 @@ OWN_PLACE = {
 def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -> Iterator[str]:
     """Lines about what training begins with, for models as `build_models` has made them."""
     student, built = config.student, objective.student
-    if student.source:
-        yield from _of_source(student.source, objective)
     for part in ENCODERS:
         name, encoder = getattr(student, f"{part}_model"), getattr(built, part)
         blocks = len(encoder.blocks)
@@ -41,10 +39,13 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
                 f"student.{part}_model {name!r}: the first {blocks} of its {encoder.depth} blocks "
                 "are used, without what follows them"
             )
-    if student.image_weights not in ("random", "source") and not student.source:
-        yield from _of_image_weights(student, built.image)
-    if student.text_weights not in ("random", "source") and not student.source:
-        yield from _of_text_weights(student, built.text)
+    if student.source:
+        yield from _of_source(student.source, objective)
+    else:
+        if student.image_weights != "random":
+            yield from _of_image_weights(student, built.image)
+        if student.text_weights != "random":
+            yield from _of_text_weights(student, built.text)
     if not isinstance(built.text_head, nn.Identity):
         yield _between("student.text_model", built.text.width, built.width)
     if teacher is not None and objective.width_head is not None:

@@ -4,7 +4,6 @@ The tokens' maps into the joint space, which the library's model has no place fo
 their own.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModel, CLIPImageProcessor, PreTrainedModel, SiglipI
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.schema import Config
-from ds_cmli.config.sources import INTERPOLATIONS
+from ds_cmli.config.sources import INTERPOLATIONS, LIBRARY
 from ds_cmli.export.folder import Trained
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import dual
@@ -24,16 +23,7 @@ from ds_cmli.models import dual
 TOKENS = "token_maps.safetensors"
 
 
-@dataclass(frozen=True)
-class LibraryModel:
-    name: str  # its class in transformers
-    loss: str  # the loss whose temperature, and bias, it has
-
-
-KINDS = {
-    "clip": LibraryModel("CLIPModel", "global"),
-    "siglip": LibraryModel("SiglipModel", "global_sigmoid"),
-}
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # in transformers
 
 
 def check(config: Config, kind: str) -> None:
@@ -43,7 +33,7 @@ def check(config: Config, kind: str) -> None:
         raise UserError(f"--as is {kind!r}, and the run's student began as {own}")
     if config.student.shared_blocks:
         raise UserError(
-            f"--as is {kind!r}: {KINDS[kind].name} has no shared blocks, and the student has "
+            f"--as is {kind!r}: {CLASSES[kind]} has no shared blocks, and the student has "
             f"{config.student.shared_blocks}"
         )
 
@@ -55,12 +45,11 @@ def assembled(objective: Objective, config: Config) -> PreTrainedModel:
     image, text = objective.student.image, objective.student.text
     assert isinstance(image, dual.DualImage) and isinstance(text, dual.DualText)
     model.vision_model, model.text_model = image.model, text.model
-    kind = KINDS[library.model_type]
     if library.model_type == "clip":
         model.visual_projection, model.text_projection = image.class_head, text.class_head
     else:
         model.text_model.head = text.class_head
-    loss: Any = dict(objective.losses).get(kind.loss)
+    loss: Any = dict(objective.losses).get(LIBRARY[library.model_type])
     with torch.no_grad():
         if loss is not None:
             model.logit_scale.copy_(loss.logit_scale.reshape(model.logit_scale.shape))
@@ -93,11 +82,11 @@ def write(folder: Path, trained: Trained, kind: str) -> list[str]:
         for name, value in tower.token_head.state_dict().items():  # type: ignore[union-attr]
             maps[f"{side}.{name}"] = value.contiguous()
     save_file(maps, folder / TOKENS)
-    loss = KINDS[kind].loss
+    loss = LIBRARY[kind]
     lines = [
-        f"loads by {KINDS[kind].name}.from_pretrained",
+        f"loads by {CLASSES[kind]}.from_pretrained",
         f"{TOKENS}: the maps of patches and tokens into the joint space, of which "
-        f"{KINDS[kind].name} reads nothing",
+        f"{CLASSES[kind]} reads nothing",
     ]
     if loss not in trained.objective.losses:
         lines.append(f"no loss {loss} was trained: temperature and bias are those of a new model")

@@ -64,10 +64,9 @@ class Objective(nn.Module):
         self.patch_keep, self.patches = patch_keep, math.prod(student.grid)
         if patch_keep is not None:
             self.patches = patch_keep.kept
-        if student.start is not None:
-            for loss in self.losses.values():
-                loss.start_from(student.start)  # type: ignore[operator]
         for loss in self.losses.values():
+            if student.start is not None:
+                loss.start_from(student.start)  # type: ignore[operator]
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
         if queue is not None:
             self.losses["global"].bank = PairQueue(queue.pairs, student.width)
