@@ -75,6 +75,8 @@ def run(
             stack.enter_context(_without_gpu(recorder, gpu, ran))
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
+        if gpu is not None:
+            _enter_backward()
         of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())
@@ -91,11 +93,32 @@ def run(
 def _entered(modes: Sequence[TorchDispatchMode]) -> Iterator[None]:
     """Inside, this thread's tensors are in these modes."""
     with ExitStack() as stack:
-        # Else backward has a thread of its own, where `torch.tensor` asks for the device.
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for mode in modes:
             stack.enter_context(mode)
         yield
+
+
+class _Entering(torch.autograd.Function):
+    @staticmethod
+    def forward(_: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(_: object, gradient: Tensor) -> Tensor:
+        torch._C._set_only_lift_cpu_tensors(True)
+        return gradient
+
+
+def _enter_backward() -> None:
+    """Prepare the thread in which a GPU's backward passes run, as on a machine that has one.
+
+    autograd hands it the modes, but not what keeps `torch.tensor` from asking for the device. The
+    graph of a gradient (`create_graph`) is numbered in that thread, which decides the order of
+    the next pass over it, and so its peak.
+    """
+    with FakeTensorMode():
+        x = torch.ones(1, device="cuda", requires_grad=True)
+        _Entering.apply(x).backward()
 
 
 @contextmanager

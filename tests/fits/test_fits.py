@@ -32,6 +32,29 @@ ENVIRONMENT.pop("DS_ACCELERATOR", None)  # the tests' own; a program is on a GPU
 SERVER = Server("tests.fits.preload", ENVIRONMENT)
 
 
+PENALTY = """
+import torch
+from torch import nn
+generator = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1024)).cuda()
+critic = nn.Sequential(nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2))
+critic = critic.append(nn.Linear(256, 1)).cuda()
+critic[0].weight.register_hook(lambda gradient: gradient * torch.tensor(0.5, device="cuda"))
+steps = [torch.optim.Adam(part.parameters()) for part in (generator, critic)]
+for step in range(6):
+    real = torch.randn(128, 1024, device="cuda")
+    made = generator(torch.randn(128, 64, device="cuda"))
+    between = torch.lerp(real, made.detach(), torch.rand(128, 1, device="cuda")).requires_grad_()
+    [slope] = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    penalty = (slope.norm(dim=1) - 1).square().mean()
+    (critic(made.detach()).mean() - critic(real).mean() + 10 * penalty).backward()
+    steps[1].step()
+    steps[1].zero_grad()
+    (-critic(made).mean()).backward()
+    steps[0].step()
+    steps[0].zero_grad()
+"""
+
+
 def fits(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run the command in a process of its own, forked with torch imported after the library that it needs first."""
     with tempfile.TemporaryDirectory() as folder:
@@ -99,6 +122,13 @@ def test_less_than_the_margin_free_is_told(limit, said):
     answer = Answer(True, sizes, {}, "backward", {}, [(1, "other", "")], (1, "mm", ""))
     report = ProgramReport(2, [Room("T4 16GB", limit)], [answer], [], World(None, 0), [])
     assert f" are free{said}; the largest" in report.sentence("program.py")
+
+
+def test_the_graph_of_a_gradient_is_walked_as_in_the_thread_of_backward(tmp_path):
+    """A gradient penalty: PyTorch's allocator counts as much on a null GPU (45,553,692 B in the program's thread)."""
+    done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", script(tmp_path, PENALTY), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["totals"]["requested"] == 45_685_792
 
 
 @pytest.mark.parametrize("switches", [("fp16", "values"), ("bf16", "fused", "checkpoint")], ids=str)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.fits.test_fits import ADVERSARIAL, LOOP, OPERATORS, RANKS, fits, fresh, script
+from tests.fits.test_fits import ADVERSARIAL, LOOP, OPERATORS, PENALTY, RANKS, fits, fresh, script
 
 pytestmark = pytest.mark.null_gpu
 DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
@@ -123,9 +123,10 @@ with torch.cuda.stream(side):
 """
 
 
-def test_cublas_takes_its_workspaces_on_the_stream_of_a_warm_up(null_gpu, tmp_path):
-    """Before a CUDA graph is captured: they lie in that stream's segments."""
-    program = script(tmp_path, WARMED_UP)
+@pytest.mark.parametrize("text", [WARMED_UP, PENALTY], ids=["warm-up", "penalty"])
+def test_a_program_takes_as_much(text, null_gpu, tmp_path):
+    """A CUDA graph's warm-up takes cuBLAS' workspaces on its own stream; a penalty needs a gradient's gradient."""
+    program = script(tmp_path, text)
     without_data, counted = (told(tmp_path, "--engine", each, "--", program) for each in ("fake", "null"))
     assert without_data == counted
 
