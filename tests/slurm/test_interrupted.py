@@ -140,7 +140,7 @@ def same(run: Path, other: Path) -> None:
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("steps, kinds", [(24, QUICK), pytest.param(40, KINDS, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("steps, kinds", [(24, QUICK), pytest.param(120, KINDS, marks=pytest.mark.soak)])
 def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, options, steps, kinds):
     asked = [*options, "--steps", str(steps)]
     reference = straight(tmp_path / "straight", asked)
@@ -166,10 +166,10 @@ def test_every_signal_to_a_job_on_three_nodes(cluster, tmp_path, options):
 @pytest.mark.soak
 def test_every_signal_to_the_last_task_of_an_array(cluster, tmp_path, options):
     """Its number is the array's, by which Slurm would requeue the others, one of which has ended and one not."""
-    asked = [*options, "--steps", "120"]
-    reference = straight(tmp_path / "straight", [*options, "--seed", "2", "--steps", "120"], ranks=1)
+    asked = [*options, "--steps", "300"]
+    reference = straight(tmp_path / "straight", [*options, "--seed", "2", "--steps", "300"], ranks=1)
     kinds = [time_limit, term, requeue, user_signal_to_the_shell, *SIGNALS]
-    run, text = interrupted(cluster, tmp_path, [*options, "--seed", "%a", "--steps", "120"], kinds, 2, "--array=0-2")
+    run, text = interrupted(cluster, tmp_path, [*options, "--seed", "%a", "--steps", "300"], kinds, 2, "--array=0-2")
     assert reference[0].wait(600) == 0
     same(run, tmp_path / "straight")
     assert "Traceback" not in text
