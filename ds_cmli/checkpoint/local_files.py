@@ -50,8 +50,7 @@ def _digests(config: Config) -> dict[str, object]:
     for setting, value in _values(config):
         found[setting] = None
         if value not in NO_PATHS:
-            names = NAMES.get(setting, OF_MODEL)
-            found[setting] = _digest(Path(os.path.expanduser(value)), names)
+            found[setting] = of_value(value, NAMES.get(setting, OF_MODEL))
     return found
 
 
@@ -74,6 +73,11 @@ def _values(config: Config) -> Iterator[tuple[str, str]]:
             yield setting, value[len(LOCAL) :]
         elif isinstance(value, str) and not setting.endswith("model"):
             yield setting, value
+
+
+def of_value(value: str, names: re.Pattern[str] = OF_MODEL) -> object:
+    """The digest of the file, or those of the files of a folder, that a setting names."""
+    return _digest(Path(os.path.expanduser(value)), names)
 
 
 def _digest(path: Path, names: re.Pattern[str]) -> object:

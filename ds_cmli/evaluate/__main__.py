@@ -18,6 +18,7 @@ sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import click
 
+from ds_cmli.common import plots
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
@@ -51,6 +52,7 @@ class EvaluationOptions:
     image_root: str | None
     split: str | None
     fold_size: int | None
+    curve: str | None
     zero_shot: str | None
     class_names: str | None
     templates: str | None
@@ -87,6 +89,12 @@ class EvaluationOptions:
     type=int,
     metavar="PICTURES",
     help="Also average retrieval over folds of so many pictures: 1000 for COCO 1k.",
+)
+@retrieval(
+    "--curve",
+    metavar="PICTURE",
+    help="Also draw recall over interpolated weights, from student.source's to the run's, into a "
+    ".png, .svg or .pdf.",
 )
 @zero_shot(
     "--zero-shot",
@@ -157,6 +165,8 @@ def _configured(asked: EvaluationOptions) -> "Config":
 
     if asked.is_run:
         return load_config(Path(asked.model) / "config.json", "--checkpoint")
+    if asked.curve:
+        raise UserError(f"{asked.model!r} is no run, which has a source: leave out --curve")
     given = asked.source or asked.boxes or asked.zero_shot
     if asked.ema or not given:
         raise UserError(
@@ -172,10 +182,10 @@ def _check(asked: EvaluationOptions) -> None:
         value = getattr(asked, name)
         if value is not None and value < least:
             raise UserError(f"{_option(name)} is {value}: give at least {least}")
-    for name in ("source", "image_root", "zero_shot", "class_names", "templates", "boxes"):
+    for name in ("source", "image_root", "curve", "zero_shot", "class_names", "templates", "boxes"):
         if getattr(asked, name) == "":
             raise UserError(f"{_option(name)} is empty: give a value, or leave it out")
-    mode, reads = "", {"source", "image_root", "split", "fold_size"}
+    mode, reads = "", {"source", "image_root", "split", "fold_size", "curve"}
     if asked.zero_shot:
         mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
     elif asked.boxes:
@@ -186,6 +196,7 @@ def _check(asked: EvaluationOptions) -> None:
             raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
     if asked.boxes and not asked.image_root:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
+    plots.check_picture("--curve", asked.curve)
 
 
 def _option(name: str) -> str:
@@ -206,9 +217,13 @@ def _take_data(config: "Config", asked: EvaluationOptions) -> None:
 
 def _retrieval(config: "Config", asked: EvaluationOptions) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
+    from ds_cmli.checkpoint import interpolation
     from ds_cmli.data.load import build_eval_data
+    from ds_cmli.evaluate.curve import draw_curve
     from ds_cmli.evaluate.split import evaluate_split
 
+    if asked.curve:
+        interpolation.check(config, "--curve")
     data = build_eval_data(config.data, config.run.seed, asked.split)
     say(*data.summary, *data.notices)
     objective, how = _started(config, asked, data)  # collective
@@ -217,6 +232,10 @@ def _retrieval(config: "Config", asked: EvaluationOptions) -> Metrics:
         found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
         metrics |= prefixed(f"eval/{split}/", found)
         say(summary(split, found))
+    if asked.curve:
+        run = Path(asked.model)
+        ends = interpolation.ends(run, config, objective, data)
+        metrics |= draw_curve(asked.curve, ends, objective, data, how)  # collective
     return metrics
 
 

@@ -32,6 +32,7 @@ class ExportOptions:
     kind: str | None
     tokenizer: str | None
     ema: bool
+    interpolate: float | None
     onnx: bool | None
     measure: bool
     push: str | None
@@ -50,6 +51,12 @@ class ExportOptions:
 @click.option("--tokenizer", default=None, help="Tokenizer to use instead of the run's.")
 @click.option(
     "--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay), not the last ones."
+)
+@click.option(
+    "--interpolate",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1),
+    help="Weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
 )
 @click.option(
     "--onnx/--no-onnx",
@@ -79,7 +86,7 @@ def command(run: str, folder: str, **given: Any) -> None:
     if push is not None:
         hub.check(push)
     with_onnx = _with_onnx(onnx)
-    trained = exported.load_run(Path(run), options.tokenizer, options.ema)
+    trained = exported.load_run(Path(run), options.tokenizer, options.ema, options.interpolate)
     if kind is not None:
         if onnx:
             raise UserError(f"--onnx has no effect with --as {kind}: leave it out")
@@ -96,7 +103,7 @@ def command(run: str, folder: str, **given: Any) -> None:
         if kind is not None:
             lines = library.write(out, trained, kind)
         else:
-            source = card.ExportedRun(Path(run), trained.config, options.ema)
+            source = card.ExportedRun(Path(run), trained.config, options.ema, options.interpolate)
             lines = _write(out, trained, source, options, with_onnx)
             if not with_onnx:
                 reason = {None: "pip install 'ds-cmli[export]'", False: "--no-onnx is given"}
@@ -146,8 +153,9 @@ def _write(
     card.write_card(out, source, model, results, with_onnx)
     image, ids, mask = exported.example(model)
     text = out / towers.TEXT
+    of = "the run's" if source.share is None else "those of the interpolated weights"
     lines = [
-        "loads by AutoModel and AutoProcessor, features equal to the run's to the bit",
+        f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit",
         towers.write_image_encoder(out / towers.IMAGE, model, image),
         towers.write_text_encoder(text, model, trained.tokenizer, ids, mask),
     ]

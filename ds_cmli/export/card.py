@@ -101,12 +101,16 @@ class ExportedRun:
     run: Path
     config: Config
     ema: bool  # the averaged weights
+    share: float | None = None  # as of `load_run`
 
     def weights(self) -> str:
         """Which weights of the run these are."""
         checkpoint = latest(self.run / FOLDER)
         step = f"after step {step_of(checkpoint)}" if checkpoint else "of the run's last checkpoint"
-        return f"the {'averaged weights (EMA)' if self.ema else 'weights'} {step}"
+        weights = f"the {'averaged weights (EMA)' if self.ema else 'weights'} {step}"
+        if self.share is not None:
+            weights = f"{self.share:g} of the way from student.source to {weights}"
+        return weights
 
 
 def find_results(
@@ -120,8 +124,9 @@ def find_results(
         try:
             return measured(exported, replace(source, config=config))
         except UserError as error:
-            say(f"not measured, the card has the run's own results: {error}")
-    return recorded(source)
+            has = "the run's own" if source.share is None else "no"
+            say(f"not measured, the card has {has} results: {error}")
+    return recorded(source) if source.share is None else None
 
 
 def measured(exported: Path, source: ExportedRun) -> Results:
@@ -199,6 +204,8 @@ def write_card(
         "data": ", ".join(sources(data)),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
+    if source.share is not None:
+        settings["weights"] = source.weights()
     libraries = [f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")]
     documents.write_page(
         str(folder / "README.md"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from ds_cmli.checkpoint import interpolation
 from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import checksums, tensor_file
@@ -54,17 +55,23 @@ class Trained:
     words: CaptionTokenizer  # the same as training uses it
 
 
-def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
+def load_run(
+    run: Path, tokenizer: str | None, ema: bool = False, share: float | None = None
+) -> Trained:
     """Load a run.
 
     Args:
         tokenizer: used instead of the run's; None: the run's.
         ema: load the averaged weights (`optim.ema_decay`).
+        share: how far from the weights of `student.source`, 0, to the trained ones, 1; None: 1.
 
     Raises:
-        UserError: there is no such run, or it has no scores that could be exported.
+        UserError: there is no such run, or it has no scores that could be exported; or it has no
+            source from which a share could be.
     """
     config = load_config(run / "config.json", "the run")
+    if share is not None:
+        interpolation.check(config, "--interpolate")
     if not over_pairs(config.loss.weights):
         raise UserError(
             f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare "
@@ -78,6 +85,8 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
     whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
     words = CaptionTokenizer(whole, config.data.context_length, full=config.data.padding == "full")
     objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")
+    if share is not None:
+        interpolation.interpolate(run, config, objective, words, share)
     for name, loss in objective.losses.items():
         if not hasattr(loss, "logit_scale"):
             raise UserError(f"{str(run)!r}: its loss {name} has no temperature: it has no export")

@@ -89,6 +89,38 @@ def test_what_it_is_not_is_refused(sources, run, tmp_path):
     refused("CLIPModel has no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sources, tmp_path):
+    run = run_of(sources[kind], tmp_path / "run", LOSSES[kind])
+    between = {}
+    for share in ("0", "0.25", "1"):
+        folder = export(run, tmp_path / share, "--as", kind, "--interpolate", share)
+        between[share] = load_file(folder / "model.safetensors") | load_file(folder / TOKENS)
+    export(run, tmp_path / "plain", "--as", kind)
+    source, plain = (load_file(folder / "model.safetensors") for folder in (sources[kind], tmp_path / "plain"))
+    for name, value in between["0.25"].items():
+        ends = between["0"][name], between["1"][name]
+        torch.testing.assert_close(value, 0.75 * ends[0] + 0.25 * ends[1])
+        assert name not in plain or (torch.equal(ends[0], source[name]) and torch.equal(ends[1], plain[name]))
+    own = export(run, tmp_path / "own", "--interpolate", "0.25", "--no-measure", "--no-onnx")
+    name = "student.text.token_head.weight"
+    assert torch.equal(load_file(own / "model.safetensors")[name], between["0.25"]["text.weight"])
+    assert "0.25 of the way from student.source to the weights" in (own / "README.md").read_text()
+
+
+def test_without_a_source_nothing_is_interpolated(sources, run, tmp_path):
+    with pytest.raises(UserError, match=r"^--interpolate has no effect: the run has no student.source, [^\n]*$"):
+        export(run, tmp_path / "x", "--interpolate", "0.5")
+    began = run_of(shutil.copytree(sources["clip"], tmp_path / "gone"), tmp_path / "run", LOSSES["clip"])
+    shutil.rmtree(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"^student.source is [^\n]*: no such file or folder$"):
+        export(began, tmp_path / "x", "--interpolate", "0.5")
+    with pytest.raises(UserError, match=r"^--curve has no effect: the run has no student.source"):
+        evaluate.main([str(run), "--curve", str(tmp_path / "c.png")], standalone_mode=False)
+    with pytest.raises(UserError, match="is no run, which has a source: leave out --curve"):
+        evaluate.main([str(sources["clip"]), "--curve", str(tmp_path / "c.png")], standalone_mode=False)
+
+
 def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
     run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
     own = export(run, tmp_path / "own", "--no-measure", "--no-onnx")
@@ -123,3 +155,22 @@ def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
         evaluate.main([str(sources["siglip"])], standalone_mode=False)
     with pytest.raises(UserError, match="MODEL or --checkpoint: none is given"):
         evaluate.main(["--data", data], standalone_mode=False)
+
+
+def test_the_curve_from_the_source_to_the_run(sources, tmp_path, capsys, monkeypatch):
+    from tests.config.test_mistakes import pairs
+
+    process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**process, "MASTER_PORT": str(free_port())}.items():
+        monkeypatch.setenv(name, value)
+    run, data = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"]), pairs(tmp_path / "pairs", count=12)
+    out, picture = tmp_path / "metrics.json", tmp_path / "curve.svg"
+    how = ["--data", data, "--json", str(out)]
+    evaluate.main([str(run), "--curve", str(picture), *how], standalone_mode=False)
+    metrics, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert "mean recall over the share of the trained weights\n    share  val combined  val cmli  val global" in printed
+    assert picture.stat().st_size > 1000 and len(printed.split("    share  val")[1].splitlines()) == 13
+    evaluate.main([str(sources["clip"]), *how], standalone_mode=False)
+    for name, value in json.loads(out.read_text()).items():
+        assert metrics[f"share/0/{name}"] == value
+        assert metrics[f"share/1/{name}"] == metrics[name]
