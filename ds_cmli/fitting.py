@@ -13,7 +13,7 @@ from ds_cmli.common import quiet
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
-from ds_cmli.config import plugins, sources
+from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
 from ds_cmli.config.presets import load_preset
@@ -135,7 +135,7 @@ def _resolved(
     for name, settings in sections.items():
         given |= {f"{name}.{key}": f"{name}.{key}" for key in settings}
     preset = str(sections.get("run", {}).get("preset", "quick"))
-    return load_preset(preset, sources.applied(sections, written), written), given
+    return load_preset(preset, sections, written), given
 
 
 def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:

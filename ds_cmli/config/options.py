@@ -9,7 +9,7 @@ import click
 
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import effects, sources
+from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.plugins import plugin_option
@@ -244,7 +244,7 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues
         for section, key in RANDOM:
             _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
-    return load_preset(preset, sources.applied(overrides, written), written)
+    return load_preset(preset, overrides, written)
 
 
 def print_without_effect(

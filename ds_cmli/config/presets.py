@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import sources
 from ds_cmli.config.schema import Config, Sections, choice, with_new_names
 
 # Of the packaged weights that student.text_weights "demo" means.
@@ -69,6 +71,58 @@ PRESETS: dict[str, Sections] = {
         "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },
+    # A CLIP or SigLIP, by --start-from, on one's own pictures. docs/finetune.md has the sources of
+    # these numbers and of those of "cc3m".
+    "finetune": {
+        "data": {"workers": 8, "augmentation": {"random_resized_crop": 0.9}},
+        "loss": {"weights": {"global": 1.0, "cmli": 1.0}},
+        "optim": {
+            "lr": 1e-5,
+            "weight_decay": 0.1,
+            "warmup_share": 0.03,
+            "micro_batch": 128,
+            "steps": None,
+            "epochs": 6,
+        },
+        "run": {"log_every": 50, "eval_every": 100, "save_every": 500, "keep_best": True},
+    },
+    # Two towers from nothing: ViT-B/16 with CLIP's text encoder on CC3M, on eight GPUs.
+    "cc3m": {
+        "student": {
+            "image_model": "vit_base_patch16_224",
+            "image_weights": "random",
+            "text_model": "clip_text_model",
+            "text_weights": "random",
+            "text_overrides": {
+                "hidden_size": 512,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 8,
+                "intermediate_size": 2048,
+                "max_position_embeddings": 77,
+            },
+            "layers": 12,
+            "shared_blocks": 0,
+            "dropout": 0.0,
+        },
+        "data": {
+            "image_size": 224,
+            "context_length": 77,
+            "tokenizer": "openai/clip-vit-base-patch16",
+            "workers": 8,
+            "augmentation": {"random_resized_crop": 0.9},
+        },
+        "loss": {"weights": {"global": 1.0, "cmli": 1.0}},
+        "optim": {
+            "lr": 5e-4,
+            "eps": 1e-8,
+            "weight_decay": 0.5,
+            "warmup_share": 0.0227,  # 2,000 of 88,219 steps
+            "micro_batch": 128,
+            "steps": None,
+            "epochs": 32,
+        },
+        "run": {"log_every": 100, "eval_every": 2000, "save_every": 2000, "keep_best": True},
+    },
     # For tests: only the pictures are downloaded, and a step takes well under a second.
     "tiny": {
         "student": {
@@ -102,15 +156,27 @@ PRESETS: dict[str, Sections] = {
 def load_preset(name: str, overrides: Sections, written: Mapping[str, str] | None = None) -> Config:
     """The preset's configuration with `overrides` ({section: {setting: value}}).
 
-    Steps or epochs replace whichever of the two the preset sets.
+    `student.source` adds the settings that it decides. Steps or epochs replace whichever of the two
+    the preset sets.
+
+    Raises:
+        UserError: there is no such preset, a setting is wrong, or the preset is one of training
+            from a model and none is given.
     """
     choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
+    overrides = sources.applied(with_new_names(overrides), written or {})
     values: Sections = {"run": {"preset": name}}
-    for layer in (PRESETS[name], with_new_names(overrides)):
+    for layer in (PRESETS[name], overrides):
         for section, settings in layer.items():
             values.setdefault(section, {}).update(settings)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
-    return Config.from_dict(values, written)
+    config = Config.from_dict(values, written)
+    if name == "finetune" and not config.student.source:
+        raise UserError(
+            "run.preset is 'finetune', and no model is given to start from: give --start-from "
+            "MODEL (student.source), or another preset"
+        )
+    return config

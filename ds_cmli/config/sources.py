@@ -4,6 +4,8 @@ It is a model of transformers (`CLIPModel`, `SiglipModel`), by a folder or its n
 the folder of a run or of an export of this package.
 """
 
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +20,7 @@ from ds_cmli.config.validation import shown
 
 # The types of model that transformers loads, and the loss whose temperature each has.
 LIBRARY = {"clip": "global", "siglip": "global_sigmoid"}
+HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 EXPORT = "ds_cmli"  # the type of an export of this package
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
@@ -45,7 +48,7 @@ class Source:
     def path(self) -> Path:
         """The folder of the model, of which `name` may also be a file of weights."""
         path = Path(self.name).expanduser()
-        return path.parent if path.suffix == ".safetensors" and path.is_file() else path
+        return path.parent if path.suffix == ".safetensors" and os.path.isfile(path) else path
 
     @property
     def weights(self) -> str | None:
@@ -55,10 +58,10 @@ class Source:
 
     @property
     def local(self) -> bool:
-        return self.path.exists()
+        return os.path.exists(self.path)  # also of a name that is too long for a path
 
     def error(self, problem: str) -> UserError:
-        return UserError(f"student.source is {self.name!r}: {problem}")
+        return UserError(f"student.source is {shown(self.name)}: {problem}")
 
     def json(self, name: str) -> JsonObject | None:
         """The content of a JSON file; None if the source has none of that name.
@@ -99,9 +102,10 @@ class Source:
         """The content of its `config.json`. Raises `UserError` if there is none."""
         if self.local and not self.path.is_dir():
             raise self.error("a file: give the folder of the model, with its config.json")
-        if self.name.startswith((".", "/", "~")) and not self.local:
+        if not (self.local or HUB_NAME.fullmatch(self.name)):
             raise self.error("no such file or folder")
-        check_regular(f"student.source is {self.name!r}", self.path)
+        if self.local:
+            check_regular(f"student.source is {self.name!r}", self.path)
         content = self.json(CONFIG)
         if content is None:
             raise self.error("no config.json there: give the folder of a model or of a run")

@@ -3,11 +3,13 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import Config, parse_losses, parse_settings
+from tests.models.dual_models import clip
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_presets_build_and_survive_a_round_trip(name):
-    config = load_preset(name, {})
+def test_presets_build_and_survive_a_round_trip(name, tmp_path):
+    source = {"student": {"source": str(clip(tmp_path / "clip"))}} if name == "finetune" else {}
+    config = load_preset(name, source)
     assert config.run.preset == name
     assert Config.from_dict(config.to_dict()) == config
 
@@ -16,6 +18,11 @@ def test_paper_is_the_documents_setting():
     config = load_preset("paper", {})
     assert (config.optim.micro_batch, config.data.context_length, config.student.embed_dim) == (256, 64, 256)
     assert config.data.image_size == 224  # 14 x 14 patches of 16 px: N = 196
+
+
+def test_finetune_needs_a_model():
+    with pytest.raises(UserError, match=r"^run.preset is 'finetune', and no model is given to start from: give "):
+        load_preset("finetune", {})
 
 
 def test_overrides_win_over_the_preset():

@@ -12,7 +12,6 @@ from transformers import (
     SiglipModel,
 )
 
-from ds_cmli.config import sources
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
@@ -57,7 +56,7 @@ def saved(folder: Path, model, processor) -> Path:
 
 def settings(source: Path, losses: dict[str, float], **student):
     given = {"student": {"source": str(source), **student}, "loss": {"weights": losses}}
-    return load_preset("tiny", sources.applied(given, {}))
+    return load_preset("tiny", given)
 
 
 def start(source: Path, losses: dict[str, float], **student):
