@@ -9,7 +9,6 @@ Shape legend: N patches, M text positions, D features.
 
 import functools
 import warnings
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -40,10 +39,11 @@ def unsuited(capability: tuple[int, int], triton: str) -> str | None:
 
 
 def why_not_on(capability: tuple[int, int]) -> str | None:
-    """`unsuited` with the Triton installed here, for a GPU that need not be here."""
-    if find_spec("triton") is None:
-        return "Triton is not installed here"
-    import triton
+    """`unsuited` with the Triton installed here, for a GPU that need not be here.
+
+    Without one it is the version that the CUDA build of PyTorch brings.
+    """
+    from ds_cmli.cmli.triton.library import triton
 
     return unsuited(capability, triton.__version__)
 
@@ -120,13 +120,9 @@ def backend_of(backend: str, image: Tensor, text: Tensor) -> ModuleType:
         )
         return chunked
     if reason is not None:
-        raise _refused(reason)
-    try:
-        from ds_cmli.cmli import triton
-    except ImportError as error:
-        raise _refused(error) from error
+        raise RuntimeError(
+            f"backend='triton' cannot be used here ({reason}): use backend='chunked'"
+        )
+    from ds_cmli.cmli import triton
+
     return triton
-
-
-def _refused(reason: object) -> RuntimeError:
-    return RuntimeError(f"backend='triton' cannot be used here ({reason}): use backend='chunked'")

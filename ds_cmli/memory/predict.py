@@ -103,7 +103,7 @@ def predict(
         ds_config: the DeepSpeed JSON, with or without "auto" values.
         gpu: a name that `gpus.find` knows, for what the device holds besides tensors.
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU;
-            `cmli_backend="auto"` means triton if it is installed here; what an offloaded optimizer
+            `cmli_backend="auto"` means triton where the GPU runs it; what an offloaded optimizer
             keeps on the host is not counted. "cpu": as this CPU would train, with torch's number of
             threads; only the requested bytes have a meaning there.
         rank: which of the ranks it is; `predict_largest` finds that which needs the most.

@@ -1,12 +1,15 @@
 """Which backend runs where."""
 
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ds_cmli.cmli import backends, chunked
+from tests.conftest import ROOT
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 4, 16))
 
@@ -34,3 +37,33 @@ def test_where_the_kernels_do_not_run_the_reason_is_told(monkeypatch):
     with pytest.raises(RuntimeError, match=r"'triton' cannot be used here \(no room\): use backend='chunked'"):
         backends.backend_of("triton", ON_GPU, ON_GPU)
     assert backends.backend_of("chunked", ON_GPU, ON_GPU) is chunked
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from ds_cmli.cmli import backends, cmli_scores, triton
+from ds_cmli.cmli.inputs import Sides
+from ds_cmli.cmli.without_data import Assumed, assuming
+print(backends.why_not_on((8, 0)), "|", backends.why_not_on((10, 0)))
+image, text = torch.ones(2, 3, 16), torch.ones(2, 4, 16)
+try:
+    cmli_scores(image, text, torch.ones(2, 4, dtype=torch.bool), backend="triton")
+except RuntimeError as error:
+    print(error)
+with assuming(Assumed([4, 4], False, "cuda", ((8, 0), 163 * 1024))), FakeTensorMode():
+    sides = Sides(torch.empty(2, 3, 16), torch.empty(2, 4, 16), torch.empty(2, 4, dtype=torch.bool), None)
+    print(*(list(out.shape) for out in triton.forward(sides, 1 << 20, True)))
+"""
+
+
+def test_predictions_need_no_triton_and_kernels_do():
+    """Without a Triton the version is assumed that the CUDA build of PyTorch 2.13 requires."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    known, refused, shapes = done.stdout.splitlines()
+    assert shapes == "[2, 2] [2, 2] [2, 2, 3] [2, 2, 4]"
+    assert known.startswith("None | Triton 3.7.1 does not compile the kernels for compute capability 10.0")
+    assert refused == "backend='triton' runs on CUDA tensors, not on cpu: use backend='chunked'"

@@ -13,7 +13,7 @@ DIFFERENT = {
     "value width": (32, 128),
     "rows": (64, 100, 1000),
     "keys": (192, 77),
-    "key heads": (1, 2),
+    "key heads": (1,),
     "layout": ("by rows", "by columns"),
     "mask": ("bool", "padding", "full", "padded", "expanded", "learned"),
     "dropout": (0.1,),

@@ -19,8 +19,7 @@ Shape legend: P, Q sequences of the two sides; D features; in a program R tiles,
 STEP source positions.
 """
 
-import triton
-import triton.language as tl
+from ds_cmli.cmli.triton.library import tl, triton
 
 
 @triton.jit

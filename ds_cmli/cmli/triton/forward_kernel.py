@@ -10,8 +10,7 @@ Shape legend: I images, J texts, N patches, M text positions (padded), D feature
 BLOCKS = ceil(N / ROWS).
 """
 
-import triton
-import triton.language as tl
+from ds_cmli.cmli.triton.library import tl, triton
 
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
 # ROWS is a power of two because Triton's tensors are, so N=196 runs as 256: 31% of the products are

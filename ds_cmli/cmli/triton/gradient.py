@@ -8,11 +8,10 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ds_cmli.cmli.triton.backward_kernel import gradient_kernel
+from ds_cmli.cmli.triton.library import tl, triton
 from ds_cmli.cmli.triton.sparse_kernels import pairs_kernel, sort_kernel, sparse_gradient_kernel
 from ds_cmli.cmli.triton.tiles import (
     Sequences,

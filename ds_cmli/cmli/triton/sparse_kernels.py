@@ -14,8 +14,7 @@ Shape legend: P, Q sequences of the two sides; D features; TILES the power of tw
 P_LEN / 16 on.
 """
 
-import triton
-import triton.language as tl
+from ds_cmli.cmli.triton.library import tl, triton
 
 
 @triton.jit

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ds_cmli.cmli.triton.library import tl, triton
 from ds_cmli.cmli.without_data import assumed, has_data
 
 BLOCK = 256  # sequences whose tiles a program lists
