@@ -167,8 +167,7 @@ assert first.metrics["loss"] == second.metrics["loss"] and second.model
 """
 
 
-# Not in CI: the port of the first call's store is not always free again for the second.
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "deepspeed --num_accelerators 2"])
 def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path, launcher):
     script = tmp_path / "script.py"

@@ -20,6 +20,7 @@ from docs import settings
 from ds_cmli import train
 from ds_cmli.cmli.contrastive import MAX_SCALE
 from ds_cmli.common import cli
+from ds_cmli.config.presets import PRESETS
 from ds_cmli.config.schema import Config
 from ds_cmli.data import assets, scenes
 from ds_cmli.data.sources import base
@@ -105,12 +106,37 @@ ELSEWHERE = {
         "tests/models/test_encoders.py: small ones",
     "python -m ds_cmli.evaluate openai/clip-vit-base-patch32 --data coco/dataset_coco.json --split test":
         "tests/export/test_library.py: a small model by its folder",
-    "deepspeed ds_cmli/train.py --start-from openai/clip-vit-base-patch32 --data coco/dataset_coco.json --losses "
-    "global,cmli --lr 1e-5 --epochs 5 --output-dir runs/coco":
+    "deepspeed ds_cmli/train.py --preset finetune --start-from openai/clip-vit-base-patch32 --data "
+    "coco/dataset_coco.json --output-dir runs/coco":
         "tests/models/test_dual_training.py: a small model by its folder",
+    "python -m ds_cmli.evaluate openai/clip-vit-base-patch16 --data photos": "tests/models/test_dual_training.py",
+    "deepspeed ds_cmli/train.py --preset finetune --start-from openai/clip-vit-base-patch16 --data photos "
+    "--output-dir runs/photos":
+        "tests/models/test_dual_training.py: a small model by its folder",
+    "python -m ds_cmli.report runs/photos": "tests/report/test_report.py: runs of `tiny`",
+    "python -m ds_cmli.evaluate runs/photos --curve curve.png": "tests/models/test_dual_training.py: a small run",
+    "python -m ds_cmli.export runs/photos photos-clip --as clip --interpolate 0.5":
+        "tests/models/test_dual_training.py: a small run",
+    "pip install img2dataset": "docs/finetune.md: another project's command",
+    "img2dataset --url_list cc3m.tsv --input_format tsv --url_col url --caption_col caption --output_format "
+    "webdataset --output_folder cc3m --processes_count 16 --thread_count 64 --image_size 256":
+        "docs/finetune.md: another project's command",
+    "img2dataset --url_list cc12m.tsv --input_format tsv --url_col url --caption_col caption --output_format "
+    "webdataset --output_folder cc12m --processes_count 16 --thread_count 64 --image_size 256":
+        "docs/finetune.md: another project's command",
+    "img2dataset --url_list mscoco.parquet --input_format parquet --url_col URL --caption_col TEXT --output_format "
+    "webdataset --output_folder mscoco --processes_count 16 --thread_count 64 --image_size 256":
+        "docs/finetune.md: another project's command",
+    "deepspeed ds_cmli/train.py --preset cc3m --data cc3m --val-data coco/dataset_coco.json --deepspeed_config "
+    "ds_configs/zero2_bf16.json --output-dir runs/cc3m":
+        "tests/models/test_dual_training.py: two small towers",
+    "deepspeed ds_cmli/train.py --preset cc3m --data cc12m --deepspeed_config ds_configs/zero2_bf16.json "
+    "--output-dir runs/cc12m":
+        "tests/models/test_dual_training.py: two small towers",
+    "python -m ds_cmli.evaluate runs/cc3m --data coco/dataset_coco.json --split test":
+        "tests/evaluate/test_command.py: small JSON",
     "deepspeed ds_cmli/train.py --start-from runs/coco --data other/dataset.csv --losses global,cmli,sparc":
         "tests/models/test_dual_training.py: a small run",
-    "python -m ds_cmli.report runs/coco": "tests/report/test_report.py: runs of `tiny`",
     "python -m ds_cmli.export runs/coco coco-clip --as clip": "tests/export/test_library.py",
     "python -m ds_cmli.export RUN DIR --as clip": "tests/export/test_library.py",
     "python ds_cmli/train.py --plugin my_cmli --losses global,warm=0.5": "tests/test_readme.py: `tiny`",
@@ -225,6 +251,22 @@ def test_scripts_of_slurm_are_shell():
 def test_figures_are_those_of_the_code(name, sentence, figure):
     page = " ".join((ROOT / name).read_text("utf-8").split())
     assert " ".join(sentence.replace("*", str(figure)).split()) in page
+
+
+def test_numbers_of_finetune_are_the_presets():
+    page, found = (ROOT / "docs" / "finetune.md").read_text("utf-8"), []
+    for section, key, rest in re.findall(r"(?m)^\| `(\w+)\.(\w+)`(.*) \|$", page):
+        cells = [cell.strip() for cell in rest.split("|")]
+        if len(cells) != 5:
+            continue  # of another table
+        for name, cell in (("finetune", cells[1]), ("cc3m", cells[3])):
+            value = PRESETS[name].get(section, {}).get(key, getattr(getattr(DEFAULTS, section), key))
+            if isinstance(value, dict):
+                (value,) = value.values()
+            written = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            assert cell in (written, "the source's"), (name, key)
+            found.append(key)
+    assert len(found) == 20
 
 
 def test_messages_of_troubleshooting_are_printed():

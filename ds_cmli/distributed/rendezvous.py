@@ -31,6 +31,11 @@ TOKEN, COME, ALL = "ds_cmli/token", "ds_cmli/come", "ds_cmli/all"
 SHARED = "ds_cmli/store"  # a key of torchrun's store: the `Address` of rank 0's
 
 
+# What ranks that have met before in these processes meet at again, by how they were launched: the
+# store, and how often. Rank 0's own port would still be taken.
+_met: dict[tuple[str, ...], list[dist.Store]] = {}
+
+
 class Address(NamedTuple):
     """Where a store is, and the token by which it is known; without one any store is right."""
 
@@ -50,11 +55,13 @@ def meet(start: timedelta) -> dist.Store:
     """
     env, end = os.environ, time.monotonic() + start.total_seconds()
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    launch = tuple(env[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    before = _met.setdefault(launch, []) if ranks > 1 else []
     find = _of_ports
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         find = _of_launcher
     try:
-        store = find(rank, end)
+        store = dist.PrefixStore(f"{len(before)}", before[0]) if before else find(rank, end)
         at = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']} within {start.total_seconds():g} s"
         if store is None:
             line = f"rank {rank} of {ranks} met no rank 0 at {at}"
@@ -68,6 +75,7 @@ def meet(start: timedelta) -> dist.Store:
             time.sleep(min(1.0, 0.05 + ranks / 1000))
     except dist.DistError:
         raise UserError("rank 0 has ended before all ranks had come: see what it says") from None
+    before.append(store)
     return store
 
 

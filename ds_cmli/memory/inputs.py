@@ -59,13 +59,13 @@ def without_weights(config: Config) -> tuple[Config, int]:
     It is without compilation. Raises `NotPredictable` for a text model whose sizes are neither
     known here, nor given, nor on this machine.
     """
-    student, data = config.student, config.data
+    student, data = replace(config.student, source=""), config.data
     vocab_size = None
     if student.source_config:
-        vocab_size, student = dual.vocab_size(student), replace(student, source="")
+        vocab_size = dual.vocab_size(student)
     elif student.text_weights == "random" or Path(student.text_weights).is_file():
-        if data.tokenizer == "builtin":
-            vocab_size = load_tokenizer("builtin", data.context_length).vocab_size
+        if data.tokenizer == "builtin" or Path(data.tokenizer).is_dir():
+            vocab_size = load_tokenizer(data.tokenizer, data.context_length).vocab_size
     elif student.text_weights == "demo":
         student = replace(student, text_overrides=MINILM_SIZES | student.text_overrides)
     else:

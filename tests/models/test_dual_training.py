@@ -29,12 +29,21 @@ def given(tmp_path_factory):
 
 
 def train(given, start: Path, losses: str, run: Path, *options: str, stage: int = 2) -> str:
+    return command(
+        given, run, "--preset", "tiny", "--start-from", str(start), "--losses", losses, *options, stage=stage
+    )
+
+
+def command(given, run: Path, *options: str, stage: int = 2) -> str:
     root, data = given
-    how = ["--preset", "tiny", "--start-from", str(start), "--losses", losses, "--data", data, "--output-dir", str(run)]
-    how += ["--deepspeed_config", str(root / f"zero{stage}.json"), "--set", "run.match_maps=0"]
-    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *how, *options]
+    how = ["--data", data, "--output-dir", str(run), "--set", "run.match_maps=0"]
+    how += ["--deepspeed_config", str(root / f"zero{stage}.json"), *options]
+    return python(str(ROOT / "ds_cmli" / "train.py"), *how)
+
+
+def python(*arguments: str) -> str:
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -65,3 +74,31 @@ def test_a_run_starts_another(given, tmp_path):
     assert (last["step"], first["step"]) == (2, 0)
     same = "eval/val/global/mean_recall"
     assert first[same] == last[same]
+
+
+def test_the_lines_of_the_page(given, tmp_path):
+    """`docs/finetune.md`: before, fine-tuned, between both, exported."""
+    start, run, curve = str(given[0] / "clip"), tmp_path / "run", tmp_path / "curve.png"
+    assert "combined" in python("-m", "ds_cmli.evaluate", start, "--data", given[1])
+    small = ("--steps", "4", "--micro-batch", "4", "--workers", "0")
+    command(given, run, "--preset", "finetune", "--start-from", start, *small)
+    assert [x["step"] for x in lines(run) if "eval/val/pairs" in x] == [0, 4]
+    assert "share  val combined" in python("-m", "ds_cmli.evaluate", str(run), "--curve", str(curve))
+    assert curve.stat().st_size > 1000
+    python("-m", "ds_cmli.export", str(run), str(tmp_path / "x"), "--as", "clip", "--interpolate", "0.5")
+    begun, half = (load_file(folder / "model.safetensors") for folder in (given[0] / "clip", tmp_path / "x"))
+    assert begun.keys() == half.keys() and (half["logit_scale"] != begun["logit_scale"]).all()
+
+
+def test_cc3m_in_small(given, tmp_path):
+    image = {"embed_dim": 32, "depth": 12, "num_heads": 2}
+    text = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 64}
+    how = (
+        "--set",
+        f"student.image_overrides={json.dumps(image)}",
+        "--set",
+        f"student.text_overrides={json.dumps(text)}",
+    )
+    how += ("--set", "data.tokenizer=builtin", "--steps", "2", "--micro-batch", "4", "--workers", "0")
+    assert "image 0." in command(given, tmp_path / "run", "--preset", "cc3m", *how)
+    assert lines(tmp_path / "run")[-1]["step"] == 2

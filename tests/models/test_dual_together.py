@@ -1,0 +1,129 @@
+"""Trainings in which a source of each kind meets any two features: interrupted as if never, their memory predicted."""
+
+import json
+from itertools import combinations, product
+from pathlib import Path
+
+import pytest
+
+from ds_cmli.config.schema import load_config
+from ds_cmli.export.__main__ import command as export
+from tests.checkpoint.test_restore import assert_same, json_file, ranks
+from tests.config.test_mistakes import pairs
+from tests.drive_train import drive
+from tests.export.test_library import run_of
+from tests.models.dual_models import clip, siglip
+from tests.run_folder import write_run
+from tests.stranger.drive import check_memory, used
+
+AXES = {
+    "source": ("clip", "siglip", "export", "run"),  # an export of two encoders, a run that began as a CLIP
+    "stage": ("zero0", "zero1", "zero2", "zero3"),
+    "ranks": ("alone", "two"),
+    "precision": ("fp32", "bf16"),
+    "negatives": ("one", "cached"),  # one micro-batch, or two
+    "exchange": ("gather", "ring"),
+    "checkpointing": ("-", "recomputed"),
+    "optimizer": ("AdamW", "Muon"),
+    "average": ("-", "ema"),  # with a rate for each layer
+    "trained": ("-", "lora", "locked"),  # locked: the whole image tower
+    "compile": ("-", "compiled"),
+}
+# Sixteen are the fewest, as there are four sources and four stages.
+RUNS = """
+clip   zero1 alone bf16 cached gather -          Muon  ema -      -
+siglip zero3 two   fp32 one    ring   -          Muon  -   lora   -
+run    zero3 alone fp32 cached gather -          AdamW ema locked -
+export zero2 alone bf16 one    ring   recomputed AdamW ema -      -
+siglip zero0 alone fp32 one    gather recomputed AdamW ema -      -
+run    zero1 two   bf16 one    ring   recomputed Muon  ema locked -
+clip   zero2 two   fp32 one    ring   -          AdamW ema lora   -
+run    zero2 alone fp32 one    gather -          AdamW -   -      -
+clip   zero3 two   bf16 cached ring   -          Muon  -   -      compiled
+export zero1 alone fp32 cached gather -          AdamW -   lora   compiled
+siglip zero2 alone bf16 cached gather recomputed Muon  -   locked compiled
+export zero0 two   bf16 one    ring   recomputed Muon  -   lora   compiled
+clip   zero0 alone bf16 cached ring   recomputed AdamW ema locked compiled
+run    zero0 two   fp32 cached gather -          Muon  -   lora   compiled
+export zero3 alone fp32 cached ring   recomputed Muon  ema locked compiled
+siglip zero1 alone bf16 cached gather recomputed AdamW -   -      compiled
+""".strip().splitlines()
+JSON: dict[str, dict] = {
+    **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in range(4)},
+    "bf16": {"bf16": {"enabled": True}},
+    "cached": {"gradient_accumulation_steps": 2},
+    "recomputed": {"activation_checkpointing": {}},
+    "AdamW": {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
+    "Muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}, "gradient_clipping": 0},
+}
+SETTINGS: dict[str, dict[str, object]] = {
+    "ring": {"loss.cmli_exchange": "ring"},
+    "ema": {"optim.ema_decay": 0.9, "optim.layer_decay": 0.7},
+    "locked": {"student.freeze_image": 2},
+    "lora": {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj"]}, "student.lora_rank": 4},
+    "compiled": {"run.compile": "blocks"},
+}
+BATCH, STEPS, STOP = 8, 3, 1
+SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
+
+
+def test_any_two_values_of_two_axes_meet():
+    met = set()
+    for run in RUNS:
+        met |= set(combinations(enumerate(run.split()), 2))
+    for (one, values), (other, others) in combinations(enumerate(AXES.values()), 2):
+        for pair in product(values, others):
+            assert ((one, pair[0]), (other, pair[1])) in met, pair
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    found = {"clip": clip(folder / "clip"), "siglip": siglip(folder / "siglip"), "export": folder / "export"}
+    (folder / "plain").mkdir()
+    write_run(folder / "plain")
+    export.main([str(folder / "plain"), str(found["export"]), "--no-onnx", "--no-measure"], standalone_mode=False)
+    found["run"] = run_of(found["clip"], folder / "run", {"global": 1.0, "cmli": 1.0})
+    return found
+
+
+def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[str], dict]:
+    """The arguments of a training, and its DeepSpeed JSON."""
+    content: dict = {}
+    settings: dict[str, object] = {"run.match_maps": 0, "teacher.block": 0}
+    for value in values:
+        content |= JSON.get(value, {})
+        settings |= SETTINGS.get(value, {})
+    if {"export", "lora"} <= {*values}:
+        settings["student.lora"] = {"image": ["qkv"], "text": ["query"]}
+    loss = "global_sigmoid" if "siglip" in values else "global"
+    micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
+    arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]
+    arguments += ["--start-from", str(source), "--losses", f"{loss},cmli,target_cmli"]
+    for name, value in settings.items():
+        arguments += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+    return [*arguments, *json_file(file, content)], content
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, id=run, marks=[pytest.mark.slow] * (n > 0)) for n, run in enumerate(RUNS)]
+)
+def test_a_training_from_a_source(number, sources, tmp_path, alone):
+    values = RUNS[number].split()
+    given, content = asked(values, sources[values[0]], pairs(tmp_path / "pairs", count=40), tmp_path / "ds.json")
+    straight, broken = tmp_path / "run", tmp_path / "broken"
+    tasks: list[dict] = [
+        {"arguments": [*given, "--output-dir", str(straight)]},
+        {"arguments": [*given, "--output-dir", str(broken)], "stop_at": STOP},
+        {"arguments": [*given, "--output-dir", str(broken)]},
+    ]
+    if "two" in values:
+        codes, _ = ranks(tmp_path, 2, tasks)
+    else:
+        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
+    assert codes == [0, 85, 0]
+    assert_same(straight, broken)
+    assert "refused" not in used(straight)
+    if "compiled" not in values:
+        config = load_config(straight / "config.json", "the run")
+        check_memory(config, content, 1 + ("two" in values), SCALARS)
