@@ -136,7 +136,7 @@ def command(
             + "\n"
         )
         Path(markdown_path).write_text(heading + "\n".join(t.markdown() for t in shown))
-    console.print(plot(Path(plot_folder), rows, ours, step), highlight=False)
+    console.print(plot(Path(plot_folder), ours, step), highlight=False)
 
 
 def parse_only(only: str | None) -> set[str]:
@@ -150,7 +150,7 @@ def parse_only(only: str | None) -> set[str]:
     return ids
 
 
-def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
+def plot(folder: Path, ours: Any, step: Any) -> str:
     """Draw what there is; the line that says what was drawn."""
     from ds_cmli.common import plots
     from profiling.memory.document import charts
@@ -159,9 +159,6 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         return "no charts: matplotlib is not installed; pip install matplotlib"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
-    if rows:
-        drawn.append("estimates.png")
-        charts.bars(rows, folder / drawn[-1])
     if ours is not None:
         drawn.append("timeline-document.png")
         of = ours.report.setting
@@ -172,7 +169,7 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         charts.timeline(
             step.prediction.events, f"A step of preset {step.preset}, predicted", folder / drawn[-1]
         )
-    return f"charts in {folder}: {', '.join(drawn)}"
+    return f"charts in {folder}: {', '.join(drawn) or 'none'}"
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ Shape legend: I images, J texts, N patches, M text positions (padded), D feature
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -29,6 +28,8 @@ class PeakBytes(NamedTuple):
     gradients: of these, the gradients returned.
     extra: over both, beyond inputs and their gradients; the scores and the gradients that come in
         for them included.
+    largest: the largest tensor of forward: argmax indices or scores of all pairs, or tiles of
+        similarities, whose size does not grow with the batch.
     """
 
     forward: int
@@ -36,6 +37,7 @@ class PeakBytes(NamedTuple):
     backward: int
     gradients: int
     extra: int
+    largest: int
 
 
 def cmli_peak_bytes(
@@ -96,27 +98,30 @@ def cmli_peak_bytes(
         grads = torch.empty(I, J, dtype=wide), torch.empty(I, J, dtype=wide)
         scores = 2 * grads[0].nbytes
         of = backend_of(backend, *features)
-        forward, out = _peak(lambda: of.forward(sides, scratch_bytes, not recompute), sides)
+        forward, largest, out = _peak(
+            lambda: of.forward(sides, scratch_bytes, not recompute), sides
+        )
         argmax = out[2], out[3]
         saved = argmax[0].nbytes + argmax[1].nbytes
         wanted = Wanted(True, True)
-        backward, gradients = _peak(
+        backward, _, gradients = _peak(
             lambda: of.backward(sides, grads, argmax, wanted, scratch_bytes),
             (*sides, *grads, *argmax),
         )
         returned = gradients[0].nbytes + gradients[1].nbytes
     # When backward groups, the scores and their gradients are there as well.
     extra = max(forward, 2 * scores + saved + backward - returned)
-    return PeakBytes(forward, saved, backward, returned, extra)
+    return PeakBytes(forward, saved, backward, returned, extra, largest)
 
 
 def _peak(
     call: Callable[[], tuple[Tensor, ...]], arguments: Iterable[Tensor | None]
-) -> tuple[int, tuple[Tensor, ...]]:
-    """The most bytes that a call holds at once beyond its arguments, and what it returns."""
+) -> tuple[int, int, tuple[Tensor, ...]]:
+    """The most bytes that a call holds beyond its arguments, its largest tensor, its results."""
     recorder = Recorder()
     recorder.claim("arguments", arguments)
     before = len(recorder.log)
     with recorder:
         out = call()
-    return max(accumulate(map(attrgetter("bytes"), recorder.log[before:]))), out
+    sizes = [event.bytes for event in recorder.log[before:]]
+    return max(accumulate(sizes)), max(sizes), out

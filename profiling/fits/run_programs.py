@@ -117,17 +117,10 @@ class Row:
         return f"| {' | '.join(cells)} |"
 
 
-def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
+def row(name: str, steps: int, null: bool, limit: int) -> Row:
     told, ended = fitted(name, steps, limit)
-    found: dict[str, int] = {}
-    processes = [ended]
-    if null and told:
-        found, of_null = counted(name, steps, limit)
-        processes.append(of_null)
-    if output:
-        for each in processes:
-            print(each.out + each.error, file=sys.stderr)
-    return Row(name, told, ended, found, processes[-1].mistake)
+    found, last = counted(name, steps, limit) if null and told else ({}, ended)
+    return Row(name, told, ended, found, last.mistake)
 
 
 def summary(rows: list[Row]) -> str:
@@ -150,10 +143,9 @@ def summary(rows: list[Row]) -> str:
 @click.option("--null", is_flag=True, help="Run each on the null GPU as well.")
 @click.option("--steps", default=2, show_default=True)
 @click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
-@click.option("--output", is_flag=True, help="Show what the programs print.")
 @click.option("--totals", type=click.Path(dir_okay=False), help="A file for fit_estimators.py.")
 def command(
-    names: tuple[str, ...], null: bool, steps: int, seconds: int, output: bool, totals: str | None
+    names: tuple[str, ...], null: bool, steps: int, seconds: int, totals: str | None
 ) -> None:
     """Run the programs of profiling/fits/programs, or those NAMES."""
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, {steps} steps\n")
@@ -162,7 +154,7 @@ def command(
     print("|---|---|---|---|---|---|---|" + "---|" * null)
     compared = []
     for name in names or sorted(path.stem for path in PROGRAMS.glob("*.py")):
-        done = row(name, steps, null, seconds, output)
+        done = row(name, steps, null, seconds)
         print(done.line(null), flush=True)
         if done.found:
             compared.append(done)

@@ -124,7 +124,6 @@ def report(kind: str, tiles: Iterable[CutTile]) -> int:
 @click.option(
     "--tiles", type=click.IntRange(0), default=10_000, show_default=True, help="Of random features."
 )
-@click.option("--first", type=click.IntRange(0), default=0, help="The seed of the first of these.")
 @click.option("--run", metavar="RUN", help="A trained run, for tiles of its features.")
 @click.option(
     "--real-tiles",
@@ -134,8 +133,8 @@ def report(kind: str, tiles: Iterable[CutTile]) -> int:
     show_default=True,
     help="Of these.",
 )
-def command(tiles: int, first: int, run: str | None, real: int) -> int:
-    above = report("random", map(random_tile, range(first, first + tiles)))
+def command(tiles: int, run: str | None, real: int) -> int:
+    above = report("random", map(random_tile, range(tiles)))
     if run is not None:
         above += report("trained", real_tiles(run, real))
     return 1 if above else 0

@@ -235,21 +235,13 @@ def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, 
 
 @click.command()
 @click.option("--first", type=click.IntRange(1), help="Only so many of the settings.")
-@click.option("--saved", metavar="FILE", help="Draw what --json wrote, without measuring again.")
 @click.option("--plot", metavar="FILE", help="The errors as a picture; needs matplotlib.")
 @click.option("--json", "json_file", metavar="FILE", help="Write every figure to this file.")
-def command(first: int | None, saved: str | None, plot: str | None, json_file: str | None) -> None:
+def command(first: int | None, plot: str | None, json_file: str | None) -> None:
     """Compare memory estimates with measured memory over a fixed list of settings."""
-    if saved is not None and (plot is None or first or json_file):
-        raise UserError(
-            "--saved draws what was written: give it --plot FILE, and no --first or --json"
-        )
     plots.check_picture("--plot", plot)
     if json_file is not None:
         check_writable(json_file)
-    if saved is not None and plot is not None:
-        draw(read_saved(saved), Path(plot))
-        return
     quiet.silence()
     found = []
     for row in rows(settings()[:first]):
@@ -268,16 +260,6 @@ def command(first: int | None, saved: str | None, plot: str | None, json_file: s
         Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
     if plot is not None:
         draw(table, Path(plot))
-
-
-def read_saved(file: str) -> dict[str, dict[str, float]]:
-    """The summary in a file of --json. Raises `UserError`."""
-    try:
-        return json.loads(Path(file).read_text())["summary"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"--saved is {file!r}: cannot be read: {error}; give a file of --json"
-        ) from None
 
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:

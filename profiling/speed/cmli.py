@@ -1,7 +1,7 @@
-"""python -m profiling.speed.cmli [--json FILE] [--plot FILE]
+"""python -m profiling.speed.cmli [--json FILE]
 
 The all-pairs CMLI scores and everything else that computes them, in one run: time of forward and
-of forward and backward, extra memory, where our own time goes, and how it grows. Peers come with
+of forward and backward, extra memory, and where our own time goes. Peers come with
 `pip install -e '.[bench]'`; one that is missing or does not run here is a row that says so.
 
 Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is
@@ -15,9 +15,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from ds_cmli.common import quiet
@@ -28,10 +29,9 @@ import click
 import torch
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import plots
 from ds_cmli.common.cli import run_command
 from ds_cmli.memory import cpu_events
-from profiling.scripts import Name, compare, no_label, plain, run, to_the_end
+from profiling.scripts import compare, run, to_the_end
 from profiling.speed import baselines
 from profiling.speed.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
 
@@ -42,8 +42,6 @@ def ours(**options) -> Scores:
     return lambda image, text, mask: cmli_scores(image, text, mask, **options)
 
 
-# The chunked backend's least memory: no argmax saved, half the default scratch.
-THRIFTY = "recompute, 32 MB"
 # name -> (scores, dtypes, whether it is ours)
 CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
     "naive autograd": (baselines.naive, ("fp32",), False),
@@ -52,7 +50,6 @@ CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
     "late-interaction-kernels": (baselines.late_interaction_kernels, ("fp32",), False),
     "flash-maxsim": (baselines.flash_maxsim, ("fp32",), False),
     "chunked": (ours(backend="chunked"), ("fp32", "bf16", "fp16"), True),
-    THRIFTY: (ours(backend="chunked", recompute=True, scratch_bytes=32 << 20), ("fp32",), True),
     "triton": (ours(backend="triton"), ("fp32", "bf16", "fp16"), True),
 }
 
@@ -66,41 +63,30 @@ def why_not(name: str, dtype: str, device: str) -> str | None:
     return None
 
 
-def row(
-    name: str, setting: str | None, dtype: str, B: int | None, **more: object
-) -> dict[str, Any]:
+def row(name: str, dtype: str, **more: object) -> dict[str, Any]:
     """One object of --json."""
-    figures = dict.fromkeys(("forward_s", "step_s", "floor_s", "peak_extra_bytes"))
-    return {"name": name, "setting": setting, "dtype": dtype, "B": B, **figures, **more}
-
-
-def medians(
-    calls: Mapping[Name, Callable[[], object]], repeats: int, device: str
-) -> dict[Name, float]:
-    """Seconds of each call, all of them in turn."""
-    whole = {name: to_the_end(call, torch.device(device)) for name, call in calls.items()}
-    times = compare(whole, repeats, time.perf_counter)
-    return {name: statistics.median(own) for name, own in times.items()}
+    figures = ("setting", "B", "forward_s", "step_s", "floor_s", "peak_extra_bytes")
+    return {"name": name, "dtype": dtype, **dict.fromkeys(figures), **more}
 
 
 def compared(
-    setting: str, B: int, repeats: int, peers: bool, runnable: list[tuple[str, str]], device: str
+    setting: str, B: int, repeats: int, entries: list[tuple[str, str]], device: str
 ) -> list[dict[str, Any]]:
+    """The rows of contenders in a dtype each; medians of all calls in turn."""
     problems = {dtype: Problem(setting, B, B, DTYPES[dtype], device) for dtype in DTYPES}
-    entries = [(name, dtype) for name, dtype in runnable if peers or CONTENDERS[name][2]]
-    calls: dict[tuple[str, str, str], Callable[[], object]] = {
-        ("floor", "fp32", ""): problems["fp32"].floor()
-    }
+    floor = ("floor", "fp32", "")
+    calls: dict[tuple[str, str, str], Callable[[], object]] = {floor: problems["fp32"].floor()}
     for name, dtype in entries:
         problem, scores = problems[dtype], CONTENDERS[name][0]
         calls[name, dtype, "forward"] = partial(problem.forward, scores)
         calls[name, dtype, "step"] = partial(problem.step, scores)
-    median = medians(calls, repeats, device)
+    whole = {name: to_the_end(call, torch.device(device)) for name, call in calls.items()}
+    times = compare(whole, repeats, time.perf_counter)
+    median = {name: statistics.median(own) for name, own in times.items()}
     rows = []
     for name, dtype in entries:
-        forward, step = median[name, dtype, "forward"], median[name, dtype, "step"]
-        seconds = {"forward_s": forward, "step_s": step, "floor_s": median["floor", "fp32", ""]}
-        rows.append(row(name, setting, dtype, B, **seconds))
+        seconds = {f"{part}_s": median[name, dtype, part] for part in ("forward", "step")}
+        rows.append(row(name, dtype, setting=setting, B=B, floor_s=median[floor], **seconds))
     return rows
 
 
@@ -188,61 +174,6 @@ def _shares(step: Callable[[], None]) -> dict[str, float]:
     }
 
 
-def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict[str, Any]]:
-    """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token
-    pair.
-    """
-    scores = ours()
-    ranks = [(G, 1) for G in batches] + [(batches[-1], 2), (batches[-1], 4)]
-    problems = {(G, P): Problem(setting, G // P, G, torch.float32, device) for G, P in ranks}
-    calls = {place: partial(problem.step, scores) for place, problem in problems.items()}
-    rows = []
-    for (G, P), seconds in medians(calls, repeats, device).items():
-        pairs = G // P * N * problems[G, P].tokens
-        more = {"G": G, "P": P, "step_s": seconds, "ns_per_pair": seconds / pairs * 1e9}
-        rows.append(row("scaling", setting, "fp32", G // P, **more))
-    return rows
-
-
-def megabytes(value: int | None) -> str:
-    return "" if value is None else f"{value / 1e6:.1f}"
-
-
-def draw(rows: list[dict], path: str) -> None:
-    if not plots.installed():
-        click.echo("no plot: matplotlib is not installed; pip install -e '.[bench]'")
-        return
-    pyplot = plots.matplotlib("--plot")
-    figure, axes = pyplot.subplots(
-        1, len(SETTINGS), figsize=(15, 4), sharey=True, layout="constrained"
-    )
-    for axis, setting in zip(axes, SETTINGS, strict=True):
-        timed = [
-            r for r in rows if r["setting"] == setting and r["step_s"] and r["name"] != "scaling"
-        ]
-        for number, (name, dtype) in enumerate(
-            dict.fromkeys((r["name"], r["dtype"]) for r in timed)
-        ):
-            line = [
-                (r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)
-            ]
-            colour, style = plots.line(number)
-            axis.plot(
-                *zip(*line, strict=True), style, color=colour, marker="o", label=f"{name} {dtype}"
-            )
-        floor = sorted({(r["B"], r["floor_s"]) for r in timed})
-        if floor:
-            axis.plot(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
-        axis.set(title=setting, xlabel="B", xscale="log", yscale="log")
-        for axle, unit in ((axis.xaxis, ""), (axis.yaxis, " s")):
-            axle.set_major_formatter(lambda value, _, u=unit: plain(value) + u)
-            axle.set_minor_formatter(no_label)
-        axis.set_xticks(sorted({r["B"] for r in timed}))
-    axes[0].set_ylabel("forward + backward")
-    axes[0].legend(fontsize=7)
-    figure.savefig(path, dpi=120)
-
-
 @click.command(help=(__doc__ or "").split("\n\n")[1])
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(2), default=(32, 64, 128, 256),
               show_default=True)  # fmt: skip
@@ -253,12 +184,9 @@ def draw(rows: list[dict], path: str) -> None:
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--memory/--no-memory", default=True,
               help="Peak memory at `full` up to that B, each in its own process.")  # fmt: skip
-@click.option("--scaling/--no-scaling", "scale", default=True,
-              help="G from 64 to 512, and P = 1, 2, 4.")  # fmt: skip
 @click.option("--json", "json_path", type=FILE, help="Write the rows here.")
-@click.option("--plot", "plot_path", type=FILE, help="Write a PNG here.")
 @click.option("--peak-of", hidden=True)
-def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot_path, peak_of):
+def main(batches, settings, peers_up_to, repeats, memory, json_path, peak_of):
     if peak_of:
         click.echo(own_peak(*json.loads(peak_of)))
         return
@@ -274,55 +202,38 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
                 runnable.append((name, dtype))
                 continue
             click.echo(f"{name:26}{dtype:6}{reason}")
-            rows.append(row(name, None, dtype, None, note=reason))
+            rows.append(row(name, dtype, note=reason))
 
     click.echo(
         f"\n{'':26}{'':6}{'setting':>9}{'B':>5}{'forward':>10}{'step':>10}{'x floor':>9}{'x naive':>9}{'extra MB':>10}"
     )
     for setting in settings:
         for B in batches:
-            group = compared(setting, B, repeats, peers_up_to >= B, runnable, device)
+            entries = [pair for pair in runnable if peers_up_to >= B or CONTENDERS[pair[0]][2]]
+            group = compared(setting, B, repeats, entries, device)
             reference = next((r["step_s"] for r in group if r["name"] == "naive autograd"), None)
             for one in group:
                 if memory and setting == "full" and peers_up_to >= B:
                     case = one["name"], setting, one["dtype"], B, B, device
                     one["peak_extra_bytes"] = peak_in_own_process(*case)
+                extra = one["peak_extra_bytes"]
+                megabytes = "" if extra is None else f"{extra / 1e6:.1f}"
                 faster = f"{reference / one['step_s']:.2f}" if reference else ""
                 click.echo(
                     f"{one['name']:26}{one['dtype']:6}{setting:>9}{B:>5}{one['forward_s'] * 1e3:>10.1f}"
                     f"{one['step_s'] * 1e3:>10.1f}{one['step_s'] / one['floor_s']:>9.2f}{faster:>9}"
-                    f"{megabytes(one['peak_extra_bytes']):>10}"
+                    f"{megabytes:>10}"
                 )
             rows += group
 
     if device == "cpu":
         click.echo("\nWhere a step of `chunked` goes (CPU ms of all threads, B=128)")
         for setting in settings:
-            parts = breakdown(setting, 128)
-            click.echo(
-                f"{setting:9}"
-                + "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts.items())
-            )
-    if memory:
-        click.echo(
-            "\nThe document's setting, bf16, all tokens valid: extra MB of a forward and backward"
-        )
-        for name, I, J in (("chunked", 256, 512), (THRIFTY, 256, 512), ("chunked", 512, 512)):  # noqa: E741
-            click.echo(
-                f"{name:26}{I} x {J}  {megabytes(peak_in_own_process(name, 'full', 'bf16', I, J, device))}"
-            )
-    if scale:
-        click.echo("\nGrowth with G^2/P (fp32, captions): step, ns per valid patch-token pair")
-        for one in scaling("captions", [64, 128, 256, 512], max(7, repeats), device):
-            click.echo(
-                f"G={one['G']:<5}P={one['P']:<3}{one['step_s'] * 1e3:>9.1f} ms{one['ns_per_pair']:>8.2f} ns"
-            )
-            rows.append(one)
+            parts = breakdown(setting, 128).items()
+            shares = "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts)
+            click.echo(f"{setting:9}{shares}")
     if json_path:
-        with open(json_path, "w") as file:
-            json.dump(rows, file, indent=1)
-    if plot_path:
-        draw(rows, plot_path)
+        Path(json_path).write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

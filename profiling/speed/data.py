@@ -2,100 +2,26 @@
 
 How fast pairs come, compared with how fast pictures are decoded, and how long a training waits for them.
 
-Three tables: decoders on the same JPEGs; pairs per second and loading process, against decoding the
-same pictures and nothing else; the share of the trainer's steps spent waiting for the next batch.
-The first table is of JPEGs of noise, the others of --data; of the demo, drawing a scene counts as
-decoding.
+Two tables: pairs per second and loading process, against decoding the same pictures and nothing
+else; the share of the trainer's steps spent waiting for the next batch. Of the demo, drawing a
+scene counts as decoding.
 """
 
-import io
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.config.options import WHAT, add
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.load import Data
 from ds_cmli.data.pairs import TrainPairs
-from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.transforms import Framing
 from profiling.scripts import prints_json, to_the_end
 from profiling.speed.step import Training
-
-PICTURES = 40  # of the table of decoders, of each size
-SIZES = ((500, 375), (1024, 768), (2048, 1536))
-
-
-def noise(width: int, height: int, seed: int) -> bytes:
-    """A JPEG of coarse and fine noise: about as many bytes as a photograph of this size."""
-    draw = np.random.default_rng(seed)
-    coarse = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-    picture = np.asarray(
-        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    ).astype(np.int16)
-    picture = (picture + draw.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "JPEG", quality=85)
-    return file.getvalue()
-
-
-def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
-    """From a JPEG's bytes to its central square of `size` pixels."""
-
-    def fit(picture: Image.Image) -> np.ndarray:
-        return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
-
-    def torchvision_io(content: bytes) -> torch.Tensor:
-        from torchvision.io import decode_jpeg
-        from torchvision.transforms.v2 import functional as F
-
-        image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        side = min(image.shape[1:])
-        return F.resize(
-            F.center_crop(image, [side, side]), [size, size], F.InterpolationMode.BICUBIC
-        )
-
-    found: dict[str, Callable[[bytes], Any]] = {
-        "Pillow, whole": lambda content: fit(Image.open(io.BytesIO(content)).convert("RGB")),
-        "torchvision.io, whole": torchvision_io,
-        "ours: Pillow reduced, torch's resize": lambda content: decode(
-            content, Framing(size), 10**9
-        ),
-    }
-    try:
-        import simplejpeg
-    except ImportError:
-        return found
-    reduced = {"min_height": 2 * size, "min_width": 2 * size}
-    found["simplejpeg, reduced"] = lambda content: fit(
-        Image.fromarray(simplejpeg.decode_jpeg(content, **reduced))
-    )
-    return found
-
-
-def decoder_table(size: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of CPU a picture: {decoder: {"500x375": ms}}."""
-    out: dict[str, dict[str, float]] = {}
-    for width, height in SIZES:
-        contents = [noise(width, height, seed) for seed in range(PICTURES // 8)]
-        for name, function in decoders(size).items():
-            times = []
-            for content in [contents[0], *contents * 8]:
-                started = time.process_time()
-                function(content)
-                times.append(time.process_time() - started)
-            out.setdefault(name, {})[f"{width}x{height}"] = round(
-                statistics.median(times[1:]) * 1e3, 2
-            )
-    return out
 
 
 def bare(data: Data, draws: list[Draw]) -> tuple[float, float]:
@@ -149,7 +75,7 @@ def waiting(
 @click.option("--batches", type=click.IntRange(1), default=10, show_default=True,
               help="Measured of each loader.")  # fmt: skip
 @click.option("--train-steps", type=click.IntRange(0), default=10, show_default=True,
-              help="0: without the last table.")  # fmt: skip
+              help="0: without the second table.")  # fmt: skip
 @prints_json
 def command(preset, deepspeed_config, settings, batches, train_steps, **options) -> dict[str, Any]:
     with Training.of(preset, deepspeed_config, settings, options) as training:
@@ -159,17 +85,8 @@ def command(preset, deepspeed_config, settings, batches, train_steps, **options)
 def measured(training: Training, batches: int, train_steps: int) -> dict[str, Any]:
     """Print the tables; the figures are those of `--json`."""
     config, data = training.config, training.data
-    found: dict[str, Any] = {
-        "image_size": config.data.image_size,
-        "threads": torch.get_num_threads(),
-    }
-
-    found["decoders_ms"] = decoder_table(config.data.image_size)
-    click.echo(f"ms of CPU a JPEG, to {config.data.image_size} pixels square")
-    click.echo(f"  {'':40}" + "".join(f"{f'{w}x{h}':>12}" for w, h in SIZES))
-    for name, times in found["decoders_ms"].items():
-        click.echo(f"  {name:40}" + "".join(f"{ms:>12.2f}" for ms in times.values()))
-
+    threads = torch.get_num_threads()
+    found: dict[str, Any] = {"image_size": config.data.image_size, "threads": threads}
     sampler = training.sampler()
     order = iter(sampler)
     by_wall, by_cpu = bare(data, [draw for _ in range(batches) for draw in next(order)])

@@ -3,7 +3,7 @@
 What a step takes on many ranks: time, its parts, and memory, with texts gathered or in a ring, with
 gradient caching or without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted
 from the trainer's own step; times follow from the rates given here (see profiling/speed/scaling.py), of
-which none was measured unless --measure is given. On a GPU of profiling/speed/gpu_rates.py the time of the
+which none was measured. On a GPU of profiling/speed/gpu_rates.py the time of the
 all-pairs scores is computed from the op's kernels, compiled for it, and a step's next to it where
 `loss.cmli_cut` keeps 30, 10 or 3% of the pairs.
 """
@@ -67,7 +67,6 @@ TEXTS = 2**16  # that the time of the scores is computed for at most
     show_default=True,
     help="Share of the GPU's limits that the kernels of the all-pairs scores reach.",
 )
-@option("Rates", "--measure", is_flag=True, help="Measure --tflops on this machine instead.")
 @option(
     "Rates",
     "--node-bandwidth",
@@ -97,24 +96,16 @@ def command(
     from ds_cmli.common import quiet
 
     quiet.silence()
-    import torch
     from rich.console import Console
 
     from ds_cmli.allocator import gpus
     from ds_cmli.config.presets import load_preset
     from ds_cmli.config.schema import parse_settings
-    from ds_cmli.engine.throughput import peak_flops
     from profiling.scripts import Table
     from profiling.speed.scaling import Rates, crossovers, step_cost
 
-    tflops = given["tflops"]
-    if given["measure"]:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tflops = (
-            peak_flops(device, torch.float16 if device.type == "cuda" else torch.float32) / 1e12
-        )
     rates = Rates(
-        tflops * 1e12, given["node_bandwidth"] * 1e9, given["bandwidth"] * 1e9, given["latency"] * 1e-6,
+        given["tflops"] * 1e12, given["node_bandwidth"] * 1e9, given["bandwidth"] * 1e9, given["latency"] * 1e-6,
         given["ranks_per_node"], computed_scores(given["target"], given["gpu"], given["efficiency"]),
     )  # fmt: skip
     config = load_preset(preset, parse_settings(settings))
@@ -147,7 +138,7 @@ def command(
         "calls",
     ]
     table = Table(title, [*columns, "sent GB", "memory GB"], [cells(r) for r in rows], [
-        f"rates: {tflops:.3g} TFLOP/s {'measured' if given['measure'] else 'assumed'}, "
+        f"rates, assumed: {given['tflops']:.3g} TFLOP/s, "
         f"{given['node_bandwidth']:g} GB/s "
         f"in a node of {given['ranks_per_node']}, {given['bandwidth']:g} GB/s between nodes, {given['latency']:g} us",
         "scores: " + (

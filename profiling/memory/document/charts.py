@@ -1,4 +1,4 @@
-"""Pictures of the comparison (one bar per figure) and of memory over time. They need matplotlib."""
+"""A picture of a step's memory over time. It needs matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,41 +7,10 @@ from typing import Any
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
 from ds_cmli.memory.report import CATEGORIES, COLOURS
-from profiling.memory.document.compare import GB, Row
-from profiling.scripts import no_label, picture, plain, readable, written
+from profiling.memory.document.compare import GB
+from profiling.scripts import picture, plain, readable, written
 
 CMLI = "CMLI op"  # of `CATEGORIES`
-
-
-def bars(rows: Sequence[Row], path: Path) -> None:
-    """Draw the document's, the true and the measured bytes of each row on a logarithmic axis."""
-    kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
-    drawn = [
-        (row, kind, colour, getattr(row, name))
-        for row in rows
-        for (kind, name), colour in zip(kinds.items(), plots.LINES, strict=False)
-        if getattr(row, name)
-    ]
-    height = 0.24 * (len(drawn) + 0.5 * len(rows)) + 1
-    figure, axis = picture(height)
-    places: list[float] = []
-    for i, (row, _, _, _) in enumerate(drawn):
-        step = 0 if not i else 1 if row is drawn[i - 1][0] else 1.7
-        places.append((places[-1] if places else 0) + step)
-    sizes = [size for *_, size in drawn]
-    found = axis.barh(places, sizes, height=0.85, color=[colour for _, _, colour, _ in drawn])
-    labels = [f"{kind}: {readable(size)}" for _, kind, _, size in drawn]
-    axis.bar_label(found, labels, fontsize=8.5, padding=4)
-    pairs = zip(drawn[::-1], places[::-1], strict=True)
-    firsts = {f"{row.id} {row.implementation}": place for (row, *_), place in pairs}
-    axis.set_yticks(list(firsts.values()), list(firsts))
-    axis.set(xscale="log", xlim=(min(sizes) / 10, max(sizes) * 100))
-    axis.xaxis.set_major_formatter(lambda size, _: readable(round(size)))
-    axis.xaxis.set_minor_formatter(no_label)
-    axis.margins(y=0.01)
-    axis.invert_yaxis()
-    finding = "What the document estimates, what is stored, what was measured"
-    written(figure, path, finding, "the largest tensor")
 
 
 def timeline(events: Sequence[Event], what: str, path: Path) -> None:

@@ -12,15 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cmli.cmli.chunked.packed import largest, make_chunks
-from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
-from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
+from ds_cmli.cmli.inputs import index_dtype
+from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.config.schema import check
 from profiling.scripts import readable
 
-SPECIAL_TOKENS = (
-    2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
-)
+# [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M.
+SPECIAL_TOKENS = 2
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,6 @@ class Claim:
     topic: str
     quote: str  # from the document
     figure: str  # the document's result, as printed there
-    formula: str
     steps: tuple[Step, ...]
     # The result of the numbers that the document multiplies; None if it has no such result.
     document_bytes: int | None
@@ -119,7 +116,6 @@ def global_contrastive(s: Setting, itemsize: int = 4) -> Claim:
         topic="global contrastive loss",
         quote="we already need 262,144 * 768 * 4 bytes = 805.31 MB of GPU memory",
         figure="805.31 MB",
-        formula="(B*P)^2 * H * bytes",
         steps=(
             Step(f"({s.B} * {s.P})^2", dots, _stated(s, 262_144)),
             Step(f"{dots:,} * {s.H} * {itemsize}", product, _stated(s, 805_310_000), 10**6),
@@ -144,6 +140,10 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
     pair = s.N * s.M
     written, printed, every = s.B * pair, s.G * pair, s.G**2 * pair
     result = printed * s.D * itemsize
+    # By PyTorch's operators, as on a GPU.
+    op = cmli_peak_bytes(
+        s.B, s.G, s.N, s.M, s.D, torch.float32, device="cuda", text_lengths=[s.M] * s.G
+    )
     indices = s.B * s.G * (s.N * index_dtype(s.M).itemsize + s.M * index_dtype(s.N).itemsize)
     return Claim(
         id="E2",
@@ -151,7 +151,6 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
         quote="the number of dot products increases from 262,144 to 256 * 12,544 = 6,422,528 [...] we need "
         "6,422,528 * 256 * 4 bytes = 6.58 GB of additional GPU memory, just to store the result",
         figure="6.58 GB",
-        formula="B * N*M * D * bytes",
         steps=(
             Step(f"{s.N} * {s.M}", pair, _stated(s, 12_544)),
             Step(f"{s.B} * {pair:,}", written, _stated(s, 6_422_528)),
@@ -162,7 +161,7 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
         stored={
             "broadcast": every * s.D * itemsize,
             "materialised": s.B * s.G * pair * itemsize,
-            "ours": cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32),
+            "ours": op.largest,
             "materialised, all": every * itemsize,
         },
         verdict=f"all pairs are {s.G}^2 * {pair:,} = {every:,} dot products, of one number each",
@@ -182,7 +181,6 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
         quote="12,544 * 256 = 3,211,264 dot products [...] just 3,211,264 * 256 * 2 bytes = 1.64 GB of additional GPU "
         "memory is required",
         figure="1.64 GB",
-        formula="B * N*M * D * bytes",
         steps=(
             Step(f"{pair:,} * {s.B}", dots, _stated(s, 3_211_264)),
             Step(f"{dots:,} * {s.D} * {itemsize}", product, _stated(s, 1_640_000_000), 10**9),
@@ -208,7 +206,6 @@ def step_left(s: Setting) -> Claim:
         topic="what a step leaves free",
         quote="which is still manageable, since we have around 2 GB of GPU memory remaining for a step",
         figure="2 GB",
-        formula="none given",
         steps=(),
         document_bytes=2 * 10**9,
         arithmetic_bytes=None,
@@ -228,7 +225,6 @@ def valid_positions(s: Setting) -> Claim:
         quote="With a maximum text sequence length of 64 tokens, two of which are ignored as they are the cls and eos "
         "token [...] 196 * 64 = 12,544",
         figure="12,544",
-        formula="N * M, with the two positions that are ignored",
         steps=(Step(f"{s.N} * {kept}", pair, _stated(s, 12_544)),),
         document_bytes=None,
         arithmetic_bytes=None,
@@ -239,29 +235,6 @@ def valid_positions(s: Setting) -> Claim:
         verdict=f"{s.M} positions hold at most {kept} tokens: {pair:,} dot products a pair",
         remember=f"Two of {s.M} positions are never tokens: {SPECIAL_TOKENS / s.M:.0%} off what is stored for them.",
     )
-
-
-def cmli_op_largest(
-    I: int,  # noqa: E741
-    J: int,
-    N: int,
-    M: int,
-    D: int,
-    dtype: torch.dtype,
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-) -> int:
-    """Bytes of the op's largest tensor in forward (backend "chunked", all tokens valid).
-
-    It holds the argmax indices of all pairs, or their scores, or tiles of similarities, whose size
-    does not grow with the batch.
-    """
-    wide = Widths.of(dtype).wide
-    most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-    texts = largest(make_chunks([M] * J, most_text))
-    images = largest(make_chunks([N] * I, most_image))
-    tile = texts.rows * images.rows * wide
-    each = max(N * index_dtype(M).itemsize, M * index_dtype(N).itemsize, wide)
-    return max(tile, I * J * each)
 
 
 def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str, int]:

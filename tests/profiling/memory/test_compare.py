@@ -193,11 +193,10 @@ def test_charts_are_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
 
-    charts.bars(compare.predicted_rows(SMALL, {"E1", "E5"}, "cpu"), tmp_path / "bars.png")
     events = [Event(0, 9, "teacher", "forward"), Event(1, 5, "data", "backward"), Event(1, -5, "data", "optimizer")]
     charts.timeline(events, "A step", tmp_path / "line.png")
     replay.draw([(5, 20), (12, 20), (0, 20)], "a_$snapshot", tmp_path / "history.png")
-    for name in ("bars.png", "line.png", "history.png"):
+    for name in ("line.png", "history.png"):
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("LA").getcolors(2**16)) > 10  # something is drawn
 

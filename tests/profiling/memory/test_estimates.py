@@ -1,18 +1,12 @@
 import pytest
-import torch
 
-from ds_cmli.cmli import chunked
-from ds_cmli.cmli.inputs import Sides
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from profiling.memory.document.estimates import (
     DOCUMENT,
     Setting,
     claims,
-    cmli_op_largest,
     zero_model_states,
 )
-from tests.cmli.helpers import without_kernels
 
 OTHER = Setting(B=96, P=2, N=100, M=40, H=512, D=128)
 # What each implementation stores, by hand.
@@ -81,15 +75,6 @@ def test_quotes_hold_the_figures():
     assert "805.31 MB" in claims()["E1"].quote
     assert "256 * 12,544 = 6,422,528" in claims()["E2"].quote
     assert "1.64 GB" in claims()["E3"].quote
-
-
-@pytest.mark.parametrize("sizes", [{"I": 6, "J": 9, "N": 49, "M": 30}, {"I": 90, "J": 70, "N": 16, "M": 7}])
-def test_largest_tensor_of_the_op_is_the_allocator_s(sizes, monkeypatch):
-    I, J, N, M = sizes.values()  # noqa: E741
-    image, text, mask = torch.randn(I, N, 8), torch.randn(J, M, 8), torch.ones(J, M, dtype=torch.bool)
-    with without_kernels():  # by PyTorch's operators, as on a GPU
-        seen = cpu_sizes(lambda: chunked.forward(Sides(image, text, mask, None), 2**20, True))
-    assert max(seen) == cmli_op_largest(**sizes, D=8, dtype=torch.float32, scratch_bytes=2**20)
 
 
 @pytest.mark.parametrize(("name", "value"), [("B", 0), ("P", -1), ("M", 2)])

@@ -1,9 +1,6 @@
 """The settings are many and all different; what is said of each estimator follows from its rows."""
 
-import json
-
 import pytest
-from click.testing import CliRunner
 
 from profiling.memory.estimators import (
     DEEPSPEED,
@@ -11,8 +8,8 @@ from profiling.memory.estimators import (
     RULE,
     Row,
     accelerate_estimate,
-    command,
     deepspeed_estimate,
+    draw,
     rounded,
     settings,
     summary,
@@ -52,17 +49,11 @@ def test_errors_and_failures_are_counted():
     assert found[DEEPSPEED]["settings"] == 1 and found[DEEPSPEED]["maximum_relative_error"] == pytest.approx(2)
 
 
-def test_a_saved_file_is_drawn_without_measuring(tmp_path):
+def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    saved, picture = tmp_path / "rows.json", tmp_path / "picture.png"
     rows = [Row("a", 100, {OURS: 100, RULE: 50}, {OURS: False, RULE: True})]
-    saved.write_text(json.dumps({"summary": summary(rows)}))
-    options = ["--saved", str(saved), "--plot", str(picture)]
-    assert CliRunner().invoke(command, options).exit_code == 0 and picture.stat().st_size > 1000
-    told = CliRunner().invoke(command, ["--saved", str(saved)]).exception
-    assert str(told) == "--saved draws what was written: give it --plot FILE, and no --first or --json"
-    saved.write_text("[]")
-    assert str(CliRunner().invoke(command, options).exception).startswith("--saved is ")
+    draw(summary(rows), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
 
 
 def test_errors_are_read_as_percent():

@@ -14,7 +14,7 @@ from tests.conftest import run
 
 def test_benchmark_writes_what_it_measures(tmp_path):
     file = tmp_path / "rows.json"
-    options = ["--batch", "4", "--setting", "captions", "--repeats", "1", "--no-memory", "--no-scaling"]
+    options = ["--batch", "4", "--setting", "captions", "--repeats", "1", "--no-memory"]
     done = run(*options, "--json", str(file), script="profiling.speed.cmli")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())

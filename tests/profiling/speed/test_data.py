@@ -11,6 +11,6 @@ def test_the_tables_are_printed_as_one_object():
     done = run(*few, "--json", script="profiling.speed.data")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
-    assert len(found["decoders_ms"]) >= 3 and found["loader_1_per_s"] > 0
+    assert found["loader_1_per_s"] > 0
     assert 0 < found["waiting_0"] < 1 and 0 < found["waiting_1"] < 1
     assert "of it waiting for its batch" in done.stderr
