@@ -17,7 +17,7 @@ from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config, Sections
+from ds_cmli.config.schema import Config, RunConfig, Sections
 from ds_cmli.config.validation import check, shown
 from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
@@ -53,7 +53,7 @@ class Fitted:
 
 
 def fit(
-    config: str | Mapping[str, Section] | Config = "quick",
+    config: str | Mapping[str, Section] | Config = RunConfig.preset,
     data: str | Path | Sequence[str | Path] | None = None,
     callbacks: Sequence[Tracker] = (),
     deepspeed_config: str | Path | Section = DEFAULT_JSON,
@@ -134,8 +134,7 @@ def _resolved(
     given: dict[str, str] = {}
     for name, settings in sections.items():
         given |= {f"{name}.{key}": f"{name}.{key}" for key in settings}
-    preset = str(sections.get("run", {}).get("preset", "quick"))
-    return load_preset(preset, sections, written), given
+    return load_preset(None, sections, written), given
 
 
 def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:

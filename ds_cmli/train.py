@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT, *START)
-def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
+def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI
     losses.
 
@@ -62,9 +62,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
         options.pop("resume_report"),
         profiles,
     )
-    if start.resume != "never":  # before the names in the options are checked
-        plugins.require_those_of(options["output_dir"] or "")
-    config = resolve_config(preset, settings, options)
+    config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())
     quiet.silence()

@@ -139,11 +139,11 @@ def held_out(
     """
     from ds_cmli.data.aspect import unpacked
     from ds_cmli.data.load import build_eval_data
-    from ds_cmli.data.opening import to_evaluate
+    from ds_cmli.data.opening import evaluation_data
     from ds_cmli.evaluate.held_out import HeldOut
 
     if source is not None:
-        config = dataclasses.replace(config, data=to_evaluate(config.data, source))
+        config = dataclasses.replace(config, data=evaluation_data(config.data, source))
     data = build_eval_data(config.data, config.run.seed, None)
     if not data.evals:
         raise UserError(f"--data is {config.data.source!r}: it has no held-out part")

@@ -1,12 +1,8 @@
-"""The folder in which files stay from one run to the next, compiled C++ among them."""
+"""The folder in which files stay from one run to the next."""
 
 import hashlib
 import os
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -65,44 +61,3 @@ def _digest(path: Path, size: int) -> bytes:
     with open(path, "rb") as file:
         checksums.feed(digest.update, file, size)
     return digest.digest()
-
-
-def library(source: Path, options: Sequence[str], also: str = "") -> Path:
-    """The shared library of a file, compiled with these options if it is not whole in the cache.
-
-    It may include the headers of its folder.
-
-    Args:
-        also: what else it depends on, such as the version of a library.
-
-    Raises:
-        UserError: there is no compiler, it does not compile the file, or the cache is not writable.
-    """
-    sources = [source, *sorted(source.parent.glob("*.h"))]
-    text = "\n".join([*map(Path.read_text, sources), *options, also])
-    folder = cache_folder() / "native"
-    built = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
-    if not is_sealed(built):
-        with locked(folder, ".lock", f"the library of {source.name}"):
-            if not is_sealed(built):
-                _compile(source, options, built)
-    return built
-
-
-def _compile(source: Path, options: Sequence[str], built: Path) -> None:
-    named = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    compiler = shlex.split(named)  # such as "ccache g++"
-    if not shutil.which(compiler[0]):
-        raise UserError(
-            f"{source.name} is compiled at its first use, which finds no compiler {named!r}: "
-            "install g++, or set CXX"
-        )
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        out = Path(folder) / built.name
-        command = [*compiler, "-shared", "-fPIC", str(source), "-o", str(out), *options]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise UserError(f"{named} cannot compile {source}: {(errors or ['?'])[0]}")
-        seal(out)  # what follows the sections of a library is not loaded
-        out.replace(built)

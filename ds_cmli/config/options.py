@@ -15,7 +15,14 @@ from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, BackboneEntry, source_kinds
-from ds_cmli.config.schema import Config, Sections, parse_losses, parse_settings, with_new_names
+from ds_cmli.config.schema import (
+    Config,
+    RunConfig,
+    Sections,
+    parse_losses,
+    parse_settings,
+    with_new_names,
+)
 from ds_cmli.config.validation import shown
 
 Decorator = Callable[[Callable], Callable]
@@ -49,7 +56,7 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _checkpoints = partial(_setting, "Checkpoints")
 WHAT = (
-    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.", default="quick", show_default=True),
+    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.  [{RunConfig.preset}]"),
     _what(
         "--losses",
         "loss.weights",
@@ -219,18 +226,18 @@ def add(*options: Decorator) -> Decorator:
     return decorate
 
 
-def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues) -> Config:
+def resolve_config(settings: tuple[str, ...], options: OptionValues) -> Config:
     """The preset's configuration, overridden by the options that were given.
 
-    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`,
-    `settings` and `deepspeed_config`.
+    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `settings`
+    and `deepspeed_config`.
 
     Raises:
         UserError: `Config.from_dict` refuses a setting, or one is given twice with other values.
     """
     overrides = parse_settings(settings)
-    written = {}
-    for name, value in {**options, "preset": preset}.items():
+    written: dict[str, str] = {}
+    for name, value in options.items():
         if name not in PLACES or value in (None, ()):
             continue
         if name == "losses":
@@ -244,7 +251,7 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: OptionValues
         for section, key in RANDOM:
             _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
-    return load_preset(preset, overrides, written)
+    return load_preset(None, overrides, written)
 
 
 def print_without_effect(

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import sources
-from ds_cmli.config.schema import Config, Sections, choice, with_new_names
+from ds_cmli.config.schema import Config, RunConfig, Sections, choice, with_new_names
+from ds_cmli.config.validation import NotRegistered
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
@@ -14,31 +15,37 @@ MINILM_SIZES: dict[str, object] = {
     "intermediate_size": 1536,
 }
 
+# Real pictures and pretrained weights at half the document's width, sized for two CPU cores.
+DEMO: Sections = {
+    "student": {
+        "text_overrides": MINILM_SIZES,  # needed for `--init random`
+        "dropout": 0.0,  # dropout is for longer trainings
+    },
+    # More of Target-CMLI was no better in the experiment of docs/learning.md.
+    "loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 0.1}},
+    "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
+}
+# The default, a smaller demo: a first training in five minutes on two CPU cores without AVX-512.
+QUICK: Sections = {
+    "student": {"layers": 3, "freeze_image": 1, "freeze_text": 1},
+    "teacher": {"block": 5},
+    "data": {"image_size": 56},
+    "optim": {"lr": 4e-4, "steps": 200},
+}
+
+
+def merged(*layers: Sections) -> Sections:
+    """The settings of all layers; of one that several have, the last."""
+    values: Sections = {}
+    for layer in layers:
+        for section, settings in layer.items():
+            values[section] = values.get(section, {}) | settings
+    return values
+
+
 PRESETS: dict[str, Sections] = {
-    # The default: a first training in five minutes on two CPU cores without AVX-512.
-    "quick": {
-        "student": {
-            "text_overrides": MINILM_SIZES,  # needed for `--init random`
-            "layers": 3,
-            "dropout": 0.0,  # dropout is for longer trainings
-            "freeze_image": 1,
-            "freeze_text": 1,
-        },
-        "teacher": {"block": 5},
-        "data": {"image_size": 56},
-        "loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 0.1}},
-        "optim": {"lr": 4e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 200},
-    },
-    # Real pictures and pretrained weights at half the document's width, sized for two CPU cores.
-    "demo": {
-        "student": {
-            "text_overrides": MINILM_SIZES,
-            "dropout": 0.0,
-        },
-        # More of Target-CMLI was no better in the experiment of docs/learning.md.
-        "loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 0.1}},
-        "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
-    },
+    "quick": merged(DEMO, QUICK),
+    "demo": DEMO,
     # For experiments with many runs (docs/learning.md): two to three minutes a run. The teacher is
     # of another origin than the student's encoder.
     "ablation": {
@@ -153,8 +160,12 @@ PRESETS: dict[str, Sections] = {
 }
 
 
-def load_preset(name: str, overrides: Sections, written: Mapping[str, str] | None = None) -> Config:
+def load_preset(
+    name: str | None, overrides: Sections, written: Mapping[str, str] | None = None
+) -> Config:
     """The preset's configuration with `overrides` ({section: {setting: value}}).
+
+    Without a name the preset is `run.preset` of the overrides, or the default.
 
     `student.source` adds the settings that it decides. Steps or epochs replace whichever of the two
     the preset sets.
@@ -163,17 +174,18 @@ def load_preset(name: str, overrides: Sections, written: Mapping[str, str] | Non
         UserError: there is no such preset, a setting is wrong, or the preset is one of training
             from a model and none is given.
     """
-    choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
     overrides = sources.applied(with_new_names(overrides), written or {})
-    values: Sections = {"run": {"preset": name}}
-    for layer in (PRESETS[name], overrides):
-        for section, settings in layer.items():
-            values.setdefault(section, {}).update(settings)
+    name = str(name or overrides.get("run", {}).get("preset", RunConfig.preset))
+    choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
+    values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
-    config = Config.from_dict(values, written)
+    try:
+        config = Config.from_dict(values, written)
+    except NotRegistered as error:
+        raise UserError(f"{error}; or give the --plugin that registers it") from None
     if name == "finetune" and not config.student.source:
         raise UserError(
             "run.preset is 'finetune', and no model is given to start from: give --start-from "

@@ -85,7 +85,7 @@ def settings_of_some() -> list[str]:
     return [f.name for f in fields(DataConfig) if f.name in read - {"follow_symlinks"}]
 
 
-def to_evaluate(config: DataConfig, name: str) -> DataConfig:
+def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     """A run's configuration to evaluate on the source `name`, which `--data` gives.
 
     Of a source that the run has held a share out of, that share is evaluated; other data is, as

@@ -205,10 +205,10 @@ def _option(name: str) -> str:
 
 def _take_data(config: "Config", asked: EvaluationOptions) -> None:
     """Put the requested data in the place of the run's own."""
-    from ds_cmli.data.opening import to_evaluate
+    from ds_cmli.data.opening import evaluation_data
 
     if asked.source:
-        config.data = to_evaluate(config.data, asked.source)
+        config.data = evaluation_data(config.data, asked.source)
         if asked.split is not None:  # it names a part, or the share that training would hold out
             config.data = dataclasses.replace(config.data, val_source="")
     if asked.image_root:

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ds_cmli.common import cache
+from ds_cmli.common import native
 from ds_cmli.common.errors import UserError
 
 SOURCE = Path(__file__).parent / "guard.cpp"
@@ -41,4 +41,4 @@ def library() -> Path:
     include = torch / "include"
     options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     options += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    return cache.library(SOURCE, options, version("torch"))
+    return native.library(SOURCE, options, version("torch"))

@@ -78,7 +78,7 @@ CPU = "cpu"
     "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
 )
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
+def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
@@ -86,7 +86,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     asked = PredictionOptions(
         **{name: options.pop(name) for name in PredictionOptions.__annotations__}
     )
-    config = resolve_config(preset, settings, options)
+    config = resolve_config(settings, options)
     asked.check()
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
@@ -144,23 +144,25 @@ def single(
 
     Returns the report, and False where that does not fit.
     """
-    from ds_cmli.memory import search
+    from ds_cmli.memory.largest_rank import predict_largest
+    from ds_cmli.memory.predict import DEFAULT_GPU, Options
+    from ds_cmli.memory.search import fit
 
-    ranks, gpu, fitted = asked.world_size, asked.gpu or search.DEFAULT_GPU, None
-    options = search.Options(tell=tell)
+    ranks, gpu, fitted = asked.world_size, asked.gpu or DEFAULT_GPU, None
+    options = Options(tell=tell)
     if asked.fit:
         room, fitted_gpu = gpus.parse_memory(asked.fit)
-        gpu = asked.gpu or fitted_gpu or search.DEFAULT_GPU
-        fitted = search.fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
+        gpu = asked.gpu or fitted_gpu or DEFAULT_GPU
+        fitted = fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
         prediction = fitted.prediction
         tell("")
         print(fit_sentence(fitted, room))
         print(meant(asked.fit, room, fitted_gpu or "", gpu, ranks))
     elif gpu == CPU:
-        prediction = search.predict_largest(config, ds_config, ranks, target="cpu", options=options)
+        prediction = predict_largest(config, ds_config, ranks, target="cpu", options=options)
         tell("")
     else:
-        prediction = search.predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
+        prediction = predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
         tell("")
         print(sentence(prediction.report, gpu))
     show(prediction.report)
@@ -187,8 +189,9 @@ def grid(
     from rich.table import Table
 
     from ds_cmli.memory import search
+    from ds_cmli.memory.predict import DEFAULT_GPU
 
-    gpu = asked.gpu or search.DEFAULT_GPU
+    gpu = asked.gpu or DEFAULT_GPU
     reports: list[JsonObject] = []
     device: dict[tuple[int, ...], int] = {}
     total = gpus.find(gpu).total.bytes

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import CachingAllocator, replay
 from ds_cmli.common.patches import patched
 from ds_cmli.common.probe import Probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
-from ds_cmli.fits.device import Memory
 from ds_cmli.memory.fake import convert_parameters
 from ds_cmli.memory.tracker import MemoryTracker
 
@@ -81,11 +81,10 @@ def recorded_from_the_engine_on(
 
 def free_bytes(tracker: MemoryTracker, gpu: str, world_size: int) -> int:
     """The bytes that are free on the device once its allocator has returned all free segments."""
-    memory = Memory(tracker)
-    memory.follow()
-    memory.allocator.empty_cache()
-    reserved = memory.allocator.reserved
-    return gpus.find(gpu).total.bytes - gpus.device_bytes(reserved, gpu, world_size)
+    allocator = CachingAllocator()
+    replay(tracker.events(), allocator=allocator)
+    allocator.empty_cache()
+    return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
 
 
 @contextmanager

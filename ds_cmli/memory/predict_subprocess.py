@@ -115,8 +115,8 @@ class Predictor:
 
 def answer(request: JsonObject) -> PredictionAnswer:
     from ds_cmli.memory.inputs import NotPredictable
+    from ds_cmli.memory.largest_rank import predict_largest
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
-    from ds_cmli.memory.search import predict_largest
 
     try:
         config, rank = Config.from_dict(request["config"]), request["rank"]

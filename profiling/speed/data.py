@@ -77,8 +77,8 @@ def waiting(
 @click.option("--train-steps", type=click.IntRange(0), default=10, show_default=True,
               help="0: without the second table.")  # fmt: skip
 @prints_json
-def command(preset, deepspeed_config, settings, batches, train_steps, **options) -> dict[str, Any]:
-    with Training.of(preset, deepspeed_config, settings, options) as training:
+def command(deepspeed_config, settings, batches, train_steps, **options) -> dict[str, Any]:
+    with Training.of(deepspeed_config, settings, options) as training:
         return measured(training, batches, train_steps)
 
 

@@ -37,8 +37,8 @@ def padding(batches: list[Batch]) -> tuple[float, float]:
 @click.option("--windows", type=click.IntRange(1), default=1, show_default=True)
 @clock_option
 @prints_json
-def command(preset, deepspeed_config, settings, group, windows, clock, **options) -> Figures:
-    with Training.of(preset, deepspeed_config, settings, options) as training:
+def command(deepspeed_config, settings, group, windows, clock, **options) -> Figures:
+    with Training.of(deepspeed_config, settings, options) as training:
         return measured(training, group, windows, clock)
 
 

@@ -17,8 +17,8 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, CallCount, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
+from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import Options
-from ds_cmli.memory.search import predict_largest
 
 
 @dataclass(frozen=True)

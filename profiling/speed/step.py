@@ -55,11 +55,9 @@ class Training:
 
     @classmethod
     @contextmanager
-    def of(
-        cls, preset: str, deepspeed_config: str, settings: tuple, options: dict
-    ) -> "Iterator[Training]":
+    def of(cls, deepspeed_config: str, settings: tuple, options: dict) -> "Iterator[Training]":
         """That of a command's options; a process group is there meanwhile."""
-        config = resolve_config(preset, settings, options)
+        config = resolve_config(settings, options)
         device = distributed.init()
         ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
         ds_config = engine.filled(config, ds_config, 1, STEPS)
@@ -128,10 +126,8 @@ def plain(training: Training) -> Step:
 @click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
 @clock_option
 @prints_json
-def command(
-    preset, deepspeed_config, settings, repeats, clock, **options
-) -> dict[str, float | str | int]:
-    with Training.of(preset, deepspeed_config, settings, options) as training:
+def command(deepspeed_config, settings, repeats, clock, **options) -> dict[str, float | str | int]:
+    with Training.of(deepspeed_config, settings, options) as training:
         return measured(training, repeats, clock)
 
 

@@ -60,7 +60,7 @@ ACCUMULATION = {"gradient_accumulation_steps": 2}
 )  # fmt: skip
 def test_settings_beside_others(settings, given, json, ranks, line, capsys):
     settings, given = tuple(settings.split()), options(**given)
-    config = resolve_config("tiny", settings, given)
+    config = resolve_config(settings, given)
     print_without_effect(config, DeepSpeedConfig.of(json), ranks, how_given(settings, given))
     said = capsys.readouterr().out.splitlines()
     assert said == [] if line is None else [line in text for text in said] == [True], said

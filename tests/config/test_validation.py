@@ -32,6 +32,7 @@ def refused(action, *arguments) -> str:
 def options(**given):
     return {name: None for name in ("losses", "data", "workers", "steps", "epochs", "micro_batch", "lr", "seed")} | {
         "deterministic": None,
+        "preset": "tiny",
         "init": "preset",
         **given,
     }
@@ -113,13 +114,11 @@ def test_lines_say_what_is_accepted():
 
 
 def test_options_are_named_as_they_were_given():
-    line = refused(resolve_config, "tiny", (), options(lr=float("inf")))
+    line = refused(resolve_config, (), options(lr=float("inf")))
     assert line == "--lr is inf: Input should be a finite number"
-    line = refused(resolve_config, "tiny", (), options(losses="cmli=-1"))
+    line = refused(resolve_config, (), options(losses="cmli=-1"))
     assert line == "--losses is {'cmli': -1.0}: Input should be greater than 0"
-    assert (
-        refused(resolve_config, "tiny", ("optim.lr=-1",), options()) == "optim.lr is -1: Input should be greater than 0"
-    )
+    assert refused(resolve_config, ("optim.lr=-1",), options()) == "optim.lr is -1: Input should be greater than 0"
 
 
 def test_nothing_is_given_twice():
@@ -145,10 +144,10 @@ def test_nothing_is_given_twice():
     ],
 )  # fmt: skip
 def test_an_option_and_another_value_of_the_same_setting(option, value, setting, other):
-    line = refused(resolve_config, "tiny", (f"{setting}={other}",), options(**{option: value}))
+    line = refused(resolve_config, (f"{setting}={other}",), options(**{option: value}))
     assert f"--{option.replace('_', '-')} is " in line and f"--set {setting} is " in line
     same = json.dumps({"cmli": 1.0} if option == "losses" else value)
-    resolve_config("tiny", (f"{setting}={same}",), options(**{option: value}))
+    resolve_config((f"{setting}={same}",), options(**{option: value}))
 
 
 def test_every_option_of_a_setting_is_compared():
@@ -162,10 +161,10 @@ def test_every_option_of_a_setting_is_compared():
 
 
 def test_presets_and_random_weights_are_not_contradicted():
-    assert "--preset is 'tiny'" in refused(resolve_config, "tiny", ("run.preset=demo",), options())
+    assert "--preset is 'tiny'" in refused(resolve_config, ("run.preset=demo",), options())
     for setting in ("student.image_weights", "student.text_weights", "teacher.weights"):
         assert f"--init is 'random' and --set {setting} is 'hub'" in refused(
-            resolve_config, "demo", (f"{setting}=hub",), options(init="random")
+            resolve_config, (f"{setting}=hub",), options(preset="demo", init="random")
         )
 
 
@@ -185,7 +184,7 @@ def test_presets_and_random_weights_are_not_contradicted():
 )  # fmt: skip
 def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys):
     given = options(losses=losses)
-    config = resolve_config("tiny", (setting,), given)
+    config = resolve_config((setting,), given)
     ds_config = DeepSpeedConfig.of({"gradient_accumulation_steps": 2})
     print_without_effect(config, ds_config, 2, how_given((setting,), given))
     said = capsys.readouterr().out.splitlines()
@@ -194,8 +193,8 @@ def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys
 
 def test_settings_that_only_another_model_or_source_reads(capsys):
     settings = ("student.text_model=roberta", "data.max_bad_share=0.5")
-    for preset, given, lines in (("demo", options(), 2), ("tiny", options(data="folder"), 0)):
-        config = resolve_config(preset, settings, given)
+    for given, lines in ((options(preset="demo"), 2), (options(data="folder"), 0)):
+        config = resolve_config(settings, given)
         print_without_effect(config, DeepSpeedConfig.of({}), 1, how_given(settings, given))
         assert capsys.readouterr().out.count("has no effect") == lines
 

@@ -6,7 +6,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.load import build_eval_data
-from ds_cmli.data.opening import to_evaluate
+from ds_cmli.data.opening import evaluation_data
 from tests.data.sources.samples import build, members, picture, tar
 from tests.data.sources.test_coco import coco
 from tests.data.sources.test_folder import rows, user_error, write
@@ -211,7 +211,7 @@ def test_a_source_of_which_nothing_is_left_is_refused(tmp_path):
 
 def evaluated(run, name, split=None):
     """The pictures that `evaluate --data NAME` takes of a run with these settings, and its lines."""
-    data = to_evaluate(DataConfig(image_size=8, tokenizer="builtin", **run), str(name))
+    data = evaluation_data(DataConfig(image_size=8, tokenizer="builtin", **run), str(name))
     data.val_source = "" if split else data.val_source
     found = build_eval_data(data, 0, split)
     (pairs,) = found.evals.values()
@@ -254,7 +254,7 @@ def test_what_is_not_evaluated_of_data_with_parts_is_told(tmp_path):
     assert count == 7 and line == f"the training part of {tmp_path / 'new'} is not evaluated"
     need = "data.image_root is '/': no source here reads it"
     for split in (None, "all"):
-        data = to_evaluate(DataConfig(image_size=8, tokenizer="builtin"), str(tmp_path / "new"))
+        data = evaluation_data(DataConfig(image_size=8, tokenizer="builtin"), str(tmp_path / "new"))
         data.image_root, data.val_source = "/", "" if split else data.val_source
         with pytest.raises(UserError, match=need):
             build_eval_data(data, 0, split)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.common.cache import cache_folder, library
+from ds_cmli.common.cache import cache_folder
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.native import library
 from ds_cmli.data import assets
 from tests.data.sources.samples import build, members, picture, tar
 from tests.data.sources.test_arrow import parquet

@@ -27,8 +27,8 @@ from ds_cmli.common.cli import leave  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
+from ds_cmli.memory.largest_rank import predict_largest  # noqa: E402
 from ds_cmli.memory.predict import Options  # noqa: E402
-from ds_cmli.memory.search import predict_largest  # noqa: E402
 from profiling.memory.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 

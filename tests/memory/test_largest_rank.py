@@ -6,7 +6,7 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.memory import search
+from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import Options, predict
 from ds_cmli.memory.shares import requested_peak
 from tests.memory.random_settings import random_setting
@@ -25,7 +25,7 @@ def test_a_rank_in_the_middle():
     }
     config = load_preset("tiny", sections)
     json = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2, "reduce_bucket_size": 500_000}}
-    largest = search.predict_largest(config, json, 6, target="cpu")
+    largest = predict_largest(config, json, 6, target="cpu")
     most, rank = largest.report.totals["requested"], largest.report.setting["rank"]
     last = predict(config, json, 6, target="cpu", rank=5)
     assert rank == 4 and most > 1.01 * last.report.totals["requested"]
@@ -39,7 +39,7 @@ def test_a_rank_in_the_middle():
 def test_ranks_that_do_not_follow_from_each_other_are_all_predicted():
     """Gradients that are not contiguous: what one rank's events say of the others is wrong."""
     config, json, ranks = random_setting(244)
-    largest = search.predict_largest(config, json, ranks, target="cpu")
+    largest = predict_largest(config, json, ranks, target="cpu")
     last = predict(config, json, ranks, target="cpu", rank=ranks - 1)
     assert largest.report.setting["rank"] == 3
     assert largest.report.totals["requested"] > 1.04 * last.report.totals["requested"]
@@ -63,7 +63,7 @@ def test_random_settings_against_all_ranks():
         sizes = [report.totals[total] for report in each]
         reserved = [report.totals.get("reserved", report.totals["requested"]) for report in each]
         told: list[str] = []
-        largest = search.predict_largest(config, json, ranks, target=target, options=Options(tell=told.append)).report
+        largest = predict_largest(config, json, ranks, target=target, options=Options(tell=told.append)).report
         predicted += sum(line.startswith("step 1") for line in told)
         lowest = min(lowest, reserved[-1] / max(reserved) - 1)
         if largest.totals[total] != max(sizes):

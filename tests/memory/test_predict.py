@@ -27,6 +27,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
+from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import MemoryTracker
@@ -408,7 +409,7 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
         totals = {"device": context + size, "requested": size}
         return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(search, "predict_largest", bytes_of)
+    monkeypatch.setattr(largest_rank, "predict_largest", bytes_of)
     one = search.fit(config, ds_config, 2, context + 13)
     assert [what for what, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
     several = search.fit(config, ds_config, 2, context + 10)
@@ -429,7 +430,7 @@ def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
         totals = {"device": context + size, "requested": size}
         return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(search, "predict_largest", bytes_of)
+    monkeypatch.setattr(largest_rank, "predict_largest", bytes_of)
     found = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
     assert (found.micro_batch, found.asked) == (5, 8)
     assert found.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
@@ -471,7 +472,7 @@ def test_the_answer_comes_first():
     ],
 )
 def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, device, fits):
-    from ds_cmli.memory import command, search
+    from ds_cmli.memory import command, largest_rank, search
 
     setting = {"micro_batch": 1, "zero_stage": 2, "world_size": 1}
     report = SimpleNamespace(totals={"device": device}, setting=setting, to_dict=dict)
@@ -479,7 +480,7 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
     fitted = SimpleNamespace(
         micro_batch=micro_batch, tried={1: device, 8: device}, changes=[], asked=1, prediction=found
     )
-    monkeypatch.setattr(search, "predict_largest", lambda *_, **__: found)
+    monkeypatch.setattr(largest_rank, "predict_largest", lambda *_, **__: found)
     monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
     monkeypatch.setattr(command, "show", lambda _: None)
     asked = command.PredictionOptions(1, None, gpu, (), fit, None, None)
@@ -520,7 +521,7 @@ def test_the_rank_that_needs_the_most_is_predicted(stage):
     # Of many pairs activations weigh more than the gradients that are kept.
     config = preset(batch=1, losses=("global",))
     each = [predict(config, ds_json(stage), 3, target="cpu", rank=rank).report for rank in (0, 2)]
-    largest = search.predict_largest(config, ds_json(stage), 3, target="cpu").report
+    largest = predict_largest(config, ds_json(stage), 3, target="cpu").report
     sizes = [report.totals["requested"] for report in each]
     assert largest.totals["requested"] == max(sizes)
     differ = stage in (1, 2)

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ds_cmli.cmli.chunked.packed import ArgmaxIndices, PackedBatch
 from ds_cmli.cmli.without_data import assumed, has_data
-from ds_cmli.common.cache import library
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.native import library
 
 SOURCE = Path(__file__).parent / "kernels.cpp"
 OPTIONS = ["-std=c++17", "-O3", "-fno-trapping-math", "-fno-math-errno", "-fopenmp"]

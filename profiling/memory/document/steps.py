@@ -22,9 +22,9 @@ from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import predict_subprocess
+from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
-from ds_cmli.memory.search import predict_largest
 from profiling.memory.document.compare import Row, free_bytes, processes
 from profiling.memory.document.estimates import (
     Setting,
