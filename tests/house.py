@@ -42,7 +42,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[ast.arg
     """All parameters of a function but `self` and `cls`."""
     given = function.args
     every = [*given.posonlyargs, *given.args, *given.kwonlyargs]
-    return [each for each in every if each.arg not in ("self", "cls")]
+    return [argument for argument in every if argument.arg not in ("self", "cls")]
 
 
 def names_any(annotation: ast.expr | None) -> bool:
@@ -53,12 +53,12 @@ def names_any(annotation: ast.expr | None) -> bool:
 
 def signatures_with_any(tree: ast.AST) -> int:
     """How many annotations of parameters and results name `Any`."""
-    found = 0
+    count = 0
     for node in ast.walk(tree):
         if isinstance(node, FUNCTIONS):
-            found += sum(names_any(each.annotation) for each in parameters(node))
-            found += names_any(node.returns)
-    return found
+            count += sum(names_any(argument.annotation) for argument in parameters(node))
+            count += names_any(node.returns)
+    return count
 
 
 def is_patch(node: ast.AST, libraries: set[str]) -> bool:
@@ -115,7 +115,7 @@ def starts_badly(node: ast.AST) -> bool:
 
 def measure() -> tuple[dict[str, float], list[str]]:
     """Every figure of `LIMITS`, and the rooms in cycles."""
-    found: dict[str, float] = dict.fromkeys(LIMITS, 0)
+    figures: dict[str, float] = dict.fromkeys(LIMITS, 0)
     edges: dict[str, set[str]] = defaultdict(set)
     code = 0
     for file in sorted((ROOT / PACKAGE).rglob("*.py")):
@@ -125,55 +125,55 @@ def measure() -> tuple[dict[str, float], list[str]]:
         edges[room] |= rooms_imported(tree) - {room}
         of_libraries = libraries(tree)
         code += sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
-        found["lines of the package"] += len(lines)
-        found["files of the package"] += 1
+        figures["lines of the package"] += len(lines)
+        figures["files of the package"] += 1
         if room == "memory":
-            found["lines of memory/"] += len(lines)
-            found["files of memory/"] += 1
-        found["lines over 100 columns"] += sum(len(line) > COLUMNS for line in lines)
-        found["formatting switched off"] += text.count("# fmt: ")
-        found["signatures with Any"] += signatures_with_any(tree)
+            figures["lines of memory/"] += len(lines)
+            figures["files of memory/"] += 1
+        figures["lines over 100 columns"] += sum(len(line) > COLUMNS for line in lines)
+        figures["formatting switched off"] += text.count("# fmt: ")
+        figures["signatures with Any"] += signatures_with_any(tree)
         excused = any(str(place).startswith(part) for part in MANY_PARAMETERS_ALLOWED)
         for node in ast.walk(tree):
             if isinstance(node, COMPREHENSIONS):
-                found["comprehensions in 1,000 lines of code"] += 1
-                found["comprehensions inside another"] += any(
+                figures["comprehensions in 1,000 lines of code"] += 1
+                figures["comprehensions inside another"] += any(
                     isinstance(inner, COMPREHENSIONS) for inner in ast.walk(node) if inner is not node
                 )
-            found["conditional expressions in 1,000 lines of code"] += isinstance(node, ast.IfExp)
+            figures["conditional expressions in 1,000 lines of code"] += isinstance(node, ast.IfExp)
             if isinstance(node, FUNCTIONS) and not excused:
-                found["functions of more than 7 parameters"] += len(parameters(node)) > PARAMETERS
+                figures["functions of more than 7 parameters"] += len(parameters(node)) > PARAMETERS
             if str(place) != PATCHES:
-                found["own functions patched by name"] += is_patch(node, of_libraries)
-            found["docstrings without a verb or noun at the start"] += starts_badly(node)
+                figures["own functions patched by name"] += is_patch(node, of_libraries)
+            figures["docstrings without a verb or noun at the start"] += starts_badly(node)
     for file in (ROOT / PACKAGE).rglob("*"):
         if file.suffix in (".cpp", ".h"):
-            found["lines over 100 columns"] += sum(len(line) > COLUMNS for line in file.read_text().splitlines())
+            figures["lines over 100 columns"] += sum(len(line) > COLUMNS for line in file.read_text().splitlines())
     for figure in LIMITS:
         if "1,000" in figure:
-            found[figure] = round(1000 * found[figure] / code, 1)
+            figures[figure] = round(1000 * figures[figure] / code, 1)
     cycle = rooms_in_cycles(edges)
-    found["rooms in a cycle of imports"] = len(cycle)
-    return found, cycle
+    figures["rooms in a cycle of imports"] = len(cycle)
+    return figures, cycle
 
 
-def worse(found: dict[str, float]) -> list[str]:
-    """A line for each figure beyond what is allowed now."""
+def worse(figures: dict[str, float]) -> list[str]:
+    """A line for argument figure beyond what is allowed now."""
     return [
-        f"{figure}: {found[figure]:,}, at most {allowed:,} here"
+        f"{figure}: {figures[figure]:,}, at most {allowed:,} here"
         for figure, (_, allowed) in LIMITS.items()
-        if found[figure] > allowed
+        if figures[figure] > allowed
     ]
 
 
 def main() -> int:
-    found, cycle = measure()
+    figures, cycle = measure()
     print(f"{'figure':50} {'now':>8} {'allowed':>8} {'aim':>8}")
     for figure, (aim, allowed) in LIMITS.items():
-        print(f"{figure:50} {found[figure]:8,} {allowed:8,} {aim:8,}")
+        print(f"{figure:50} {figures[figure]:8,} {allowed:8,} {aim:8,}")
     if cycle:
         print("in a cycle:", *cycle)
-    complaints = worse(found)
+    complaints = worse(figures)
     print(*complaints, sep="\n", end="\n" if complaints else "")
     return 1 if complaints else 0
 

@@ -70,15 +70,15 @@ def agreed(
         waiting.
     """
     own = torch.cat([facts, facts.new_full((1,), mistake is not None)])
-    told = _all_gather(own[None], group)  # collective
-    if told[:, -1].any():
-        mistakes: list[str] = [""] * len(told)
+    gathered = _all_gather(own[None], group)  # collective
+    if gathered[:, -1].any():
+        mistakes: list[str] = [""] * len(gathered)
         dist.all_gather_object(mistakes, str(mistake or ""), group=group)  # collective
         if mistake is not None:
             raise mistake
-        rank, found = next((rank, found) for rank, found in enumerate(mistakes) if found)
-        raise ValueError(f"rank {rank}: {found}")
-    return told[:, :-1]
+        rank, reason = next((rank, reason) for rank, reason in enumerate(mistakes) if reason)
+        raise ValueError(f"rank {rank}: {reason}")
+    return gathered[:, :-1]
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:

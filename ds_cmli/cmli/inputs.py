@@ -197,8 +197,8 @@ def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) 
         return
     expected = [len(image), ranks * len(image)]
     if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
-        found = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
-        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {found}")
+        kind = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
+        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {kind}")
     if list(ignore.shape) != expected:
         raise ValueError(
             f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
@@ -227,15 +227,15 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
     """
     sizes: dict[str, tuple[int, str]] = {}
     for name, (tensor, legend) in tensors.items():
-        found, letters = list(tensor.shape), legend.split()
+        shape, letters = list(tensor.shape), legend.split()
         expected = f"[{', '.join(letters)}]"
-        if len(found) != len(letters):
-            raise ValueError(f"{name} must have shape {expected}, not {found}")
-        for size, letter in zip(found, letters, strict=True):
+        if len(shape) != len(letters):
+            raise ValueError(f"{name} must have shape {expected}, not {shape}")
+        for size, letter in zip(shape, letters, strict=True):
             first, where = sizes.setdefault(letter, (size, name))
             if size != first:
                 raise ValueError(
-                    f"{name} has shape {found}, {expected}: "
+                    f"{name} has shape {shape}, {expected}: "
                     f"{letter} is {size}, but {first} in {where}"
                 )
 

@@ -161,10 +161,10 @@ class CMLILoss(nn.Module):
         image, text, token_mask, image_mask = accepted(*arguments[:4])
         ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
         check_pairs(image, text, ignore, collectives.world_size(self.group))
-        here = self.logit_scale.device
-        if here != image.device:
+        device = self.logit_scale.device
+        if device != image.device:
             raise ValueError(
-                f"CMLILoss is on {here} and image on {image.device}: move the loss, by .to()"
+                f"CMLILoss is on {device} and image on {image.device}: move the loss, by .to()"
             )
         return image, text, token_mask, image_mask, ignore
 

@@ -134,10 +134,9 @@ PATCHES = {
     ),
     "deepspeed: rank 0 copied": Patch(f"{ZERO}.utils", "get_lst_from_rank0", _READS_VALUES),
     "deepspeed: gathered parameters": Patch(
-        COORDINATOR, "_PartitionedParameterCoordinator__all_gather_params_", _MAKES_VIEWS
-    ),
-    "deepspeed: gathered together": Patch(
-        f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", "wait", _MAKES_VIEWS
+        f"{COORDINATOR} {ZERO}.partition_parameters:AllGatherCoalescedHandle",
+        "_PartitionedParameterCoordinator__all_gather_params_ wait",
+        _MAKES_VIEWS,
     ),
     "deepspeed: scattered gradients": Patch(
         f"{ZERO}.stage3", "reduce_scatter_coalesced", _MAKES_VIEWS
@@ -196,14 +195,15 @@ PATCHES = {
         added=True,
     ),
     "torch: scattered to GPUs": Patch("torch.nn.parallel.comm", "scatter", _NO_GPU),
-    "triton: kernels": Patch("triton.runtime.jit:JITFunction", "run", _NO_GPU),
-    "triton: tuning": Patch("triton.runtime.autotuner:Autotuner", "run", _NO_GPU),
-    "torch: version of CUDA": Patch("torch.version", "cuda", _NO_GPU),
-    "torch: GPU's marks": Patch("torch.cuda.nvtx", "range_push range_pop mark", _NO_GPU),
-    "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),
-    "torch: start of a device": Patch(
-        "torch._subclasses.fake_tensor:FakeTensorMode", "avoid_device_init", _NO_GPU
+    "triton: kernels": Patch(
+        "triton.runtime.jit:JITFunction triton.runtime.autotuner:Autotuner", "run", _NO_GPU
     ),
+    "torch: CUDA": Patch(
+        "torch.version torch.cuda.nvtx torch._subclasses.fake_tensor:FakeTensorMode",
+        "cuda range_push range_pop mark avoid_device_init",
+        _NO_GPU,
+    ),
+    "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),
     "torch: scaled step": Patch(
         "torch.amp:GradScaler",
         "_maybe_opt_step",
@@ -234,15 +234,15 @@ PATCHES = {
     "torch: processes of a program": Patch(
         "torch.multiprocessing", "spawn", "What other processes do is not followed."
     ),
-    "torch: NCCL": Patch("torch.distributed", "is_nccl_available", _NO_GPU),
-    "torch: version of NCCL": Patch("torch.cuda.nccl", "version", _NO_GPU),
-    "torch: parameters compared": Patch(
-        "torch.nn.parallel.distributed", "_verify_param_shape_across_processes", _WAITS_FOR_RANKS
+    "torch: NCCL": Patch("torch.distributed torch.cuda.nccl", "is_nccl_available version", _NO_GPU),
+    "torch: DDP": Patch(
+        "torch.nn.parallel.distributed torch.distributed:Logger",
+        "_verify_param_shape_across_processes set_runtime_stats_and_log",
+        "It compares the ranks and times the GPU, which are not there.",
     ),
     "torch: patience of NCCL": Patch(
         "torch.distributed.distributed_c10d", "default_pg_nccl_timeout", _NO_GPU
     ),
-    "torch: times of DDP": Patch("torch.distributed:Logger", "set_runtime_stats_and_log", _NO_GPU),
     "torch: objects of ranks": Patch(
         "torch.distributed torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
     ),

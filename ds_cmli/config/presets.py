@@ -174,9 +174,9 @@ def load_preset(
         UserError: there is no such preset, a setting is wrong, or the preset is one of training
             from a model and none is given.
     """
-    overrides = sources.applied(with_new_names(overrides), written or {})
     name = str(name or overrides.get("run", {}).get("preset", RunConfig.preset))
     choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
+    overrides = sources.applied(with_new_names(overrides), written or {})
     values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

@@ -22,17 +22,17 @@ def grid_of(width: int, height: int, side: int) -> Grid:
     A picture of the size of its grid gets that grid again.
     """
     most, aspect = side * side, height / width
-    found: set[Grid] = set()
+    grids: set[Grid] = set()
     for rows in range(1, most + 1):
         for columns in (math.floor(rows / aspect), math.ceil(rows / aspect)):
-            found.add((rows, min(most // rows, max(1, columns))))
+            grids.add((rows, min(most // rows, max(1, columns))))
 
     def value(grid: Grid) -> tuple[float, float, Grid]:
         """A hundredth of distortion is as bad as two hundredths fewer patches."""
         distortion = abs(math.log(grid[0] / grid[1] / aspect))
         return round(math.log(grid[0] * grid[1]) - 2 * distortion, 9), -distortion, grid
 
-    return max(found, key=value)
+    return max(grids, key=value)
 
 
 def laid_out(image: Tensor, patch: int, size: int) -> tuple[Tensor, Grid | None]:

@@ -46,10 +46,10 @@ class BadFile:
         if self.known is None:
             self.known = self._begin()
         for name, reason in bad:
-            at_load, found = (name, reason, AT_LOAD), (name, reason, when)
-            if at_load not in self.known and found not in self.known:
-                self.known.add(found)
-                self.waiting += _line(found)
+            at_load, sample = (name, reason, AT_LOAD), (name, reason, when)
+            if at_load not in self.known and sample not in self.known:
+                self.known.add(sample)
+                self.waiting += _line(sample)
         if self.waiting:
             self._flush()
 
@@ -61,7 +61,7 @@ class BadFile:
         lines = []
         with suppress(OSError):
             lines = self.path.read_bytes().decode(errors="replace").splitlines()
-        met = [found for found in map(_parsed, lines) if found and found[2] != AT_LOAD]
+        met = [sample for sample in map(_parsed, lines) if sample and sample[2] != AT_LOAD]
         at_load = [(name, reason, AT_LOAD) for name, reason in self.at_load]
         left_out = "".join(map(_line, at_load))
         content = left_out + "".join(map(_line, met))
@@ -94,8 +94,8 @@ class BadFile:
                 say(f"warning: {self.path} cannot be written now: {error.strerror or error}")
 
 
-def _line(found: tuple[str, ...]) -> str:
-    return json.dumps(sealed(dict(zip(("name", "reason", "when"), found, strict=True)))) + "\n"
+def _line(sample: tuple[str, ...]) -> str:
+    return json.dumps(sealed(dict(zip(("name", "reason", "when"), sample, strict=True)))) + "\n"
 
 
 def _parsed(line: str) -> tuple[str, str, str] | None:

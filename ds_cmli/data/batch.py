@@ -126,10 +126,10 @@ def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[in
 
     A span is the index of its first character in the caption and one after its last.
     """
-    found = [NO_PICTURE] * len(tokens.ends)
+    pictures = [NO_PICTURE] * len(tokens.ends)
     for token, (end, valid) in enumerate(zip(tokens.ends, tokens.valid, strict=True)):
         for number, (first, stop) in enumerate(spans):
             if valid and first < end <= stop:
-                found[token] = number
+                pictures[token] = number
                 break
-    return found
+    return pictures

@@ -200,16 +200,16 @@ def _long(source: Source, tokenizer: CaptionTokenizer) -> str:
     sizes = source.caption_bytes()
     candidates = np.flatnonzero(sizes > limit)
     largest = candidates[np.argsort(-sizes[candidates], kind="stable")][:LOOKED_AT].tolist()
-    found = []
+    longer = []
     for index in largest:
         lengths = map(len, _captions(source, index))
-        found += [(length, index) for length in lengths if length > limit]
-    if not found:
+        longer += [(length, index) for length in lengths if length > limit]
+    if not longer:
         return ""
-    longest, index = max(found)
+    longest, index = max(longer)
     line = (
-        f"{len(found)} captions of {source.where} have more than {limit:,} characters, the longest "
-        f"{longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
+        f"{len(longer)} captions of {source.where} have more than {limit:,} characters, the "
+        f"longest {longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
         f"{tokenizer.positions} tokens"
     )
     most = most_characters(tokenizer.positions)
@@ -221,18 +221,18 @@ def _unknown(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) 
 
     Only some captions of large sources are read.
     """
-    looked_at, found = 0, []
+    looked_at, unread = 0, []
     for source in sources:
         for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
             captions = _captions(source, index)
             looked_at += len(captions)
             unknown = sum(map(tokenizer.mostly_unknown, captions))
-            found += [(source, index)] * unknown
-    if not found:
+            unread += [(source, index)] * unknown
+    if not unread:
         return []
-    source, index = found[0]
+    source, index = unread[0]
     return [
-        f"{len(found)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = "
+        f"{len(unread)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = "
         f"{name!r} does not know, the first of {source.name(index)}: give a tokenizer of their "
         "language"
     ]

@@ -213,7 +213,7 @@ def open_validation(config: DataConfig) -> Opened:
 
 def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
     """Open all parts of all sources of `data.source`; also returns lines about their files."""
-    found: dict[Source, None] = {}  # no duplicates: without a training part another stands for it
+    opened: dict[Source, None] = {}  # no duplicates: without a training part another stands for it
     notices: list[str] = []
     read: set[str] = set()
     for name in weighted(config.source)[0]:
@@ -221,10 +221,10 @@ def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
         read |= set(SOURCES[kind].settings)
         for part in (parts.train, parts.validation, parts.test):
             if part is not None:
-                found[part] = None
+                opened[part] = None
         notices += parts.notices
     refuse_not_read(config, read)
-    return list(found), notices
+    return list(opened), notices
 
 
 def kept_apart(train: list[Source], held_out: Sequence[Source]) -> tuple[list[Source], list[str]]:

@@ -100,10 +100,10 @@ def of_sources(sources: list[Source]) -> list[Bad]:
     """What was left out at load, each with its source's name if there are several."""
     if len(sources) == 1:
         return list(sources[0].bad)
-    found = []
+    reasons = []
     for source in sources:
-        found += [(f"{source.where}: {name}", reason) for name, reason in source.bad]
-    return found
+        reasons += [(f"{source.where}: {name}", reason) for name, reason in source.bad]
+    return reasons
 
 
 def describe(error: Exception) -> str:

@@ -200,11 +200,11 @@ def prepare(picture: Image.Image | np.ndarray | Tensor, framing: Framing) -> Ten
             pixels = pixels[:, :, 0]
         if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
             return load_image(Image.fromarray(np.ascontiguousarray(pixels)), framing)
-    what = type(picture).__name__
+    kind = type(picture).__name__
     if hasattr(picture, "dtype"):
-        what += f" {picture.dtype} {list(picture.shape)}"
+        kind += f" {picture.dtype} {list(picture.shape)}"
     raise TypeError(
-        f"a picture is {what}: give a PIL image, a uint8 array [height, width, 3] or a uint8 "
+        f"a picture is {kind}: give a PIL image, a uint8 array [height, width, 3] or a uint8 "
         "tensor [3, height, width]"
     )
 

@@ -161,14 +161,14 @@ class GlobalBatchSampler:
             indices, turns = (each.numpy().copy() for each in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 if self.groups is not None and (start == position or start % self.window == 0):
-                    here = self._window(start)
-                    draws = list(map(Draw, indices[here].tolist(), turns[here].tolist()))
-                    key = (self.seed, epoch, here.start, self.global_batch)
+                    window = self._window(start)
+                    draws = list(map(Draw, indices[window].tolist(), turns[window].tolist()))
+                    key = (self.seed, epoch, window.start, self.global_batch)
                     order = self.groups.order(draws, self.global_batch, *key)
-                    indices[here], turns[here] = indices[here][order], turns[here][order]
+                    indices[window], turns[window] = indices[window][order], turns[window][order]
                 first = start + self.rank * self.micro_batch
-                here = slice(first, first + self.micro_batch)
-                yield list(map(Draw, indices[here].tolist(), turns[here].tolist()))
+                window = slice(first, first + self.micro_batch)
+                yield list(map(Draw, indices[window].tolist(), turns[window].tolist()))
             epoch, position = epoch + 1, 0
 
     @property
@@ -216,11 +216,11 @@ class GlobalBatchSampler:
             UserError: the state belongs to another order: its training set had another length, its
                 seed differs, or, within an epoch, what is grouped by length.
         """
-        for name, here in (("length", self.length), ("seed", self.seed)):
-            if state.get(name) != here:
+        for name, own in (("length", self.length), ("seed", self.seed)):
+            if state.get(name) != own:
                 raise UserError(
                     f"the run to resume has a training set's {name} of {state.get(name)}, this one "
-                    f"{here}: resume with the same data and --seed"
+                    f"{own}: resume with the same data and --seed"
                 )
         former = state.get("window", 0), state.get("global_batch", self.global_batch)
         now = self.window, self.global_batch

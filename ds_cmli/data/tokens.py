@@ -151,8 +151,8 @@ def tell_cut(texts: list[str], positions: int) -> str | None:
     lengths = [len(text) for text in texts if len(text) > most]
     if not lengths:
         return None
-    found = f"{len(lengths)} of {len(texts)} texts have up to {max(lengths):,} characters"
-    return f"{found}: only the first {most:,} are read"
+    longer = f"{len(lengths)} of {len(texts)} texts have up to {max(lengths):,} characters"
+    return f"{longer}: only the first {most:,} are read"
 
 
 def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenizer:

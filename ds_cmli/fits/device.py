@@ -109,11 +109,11 @@ class Memory:
 
     def stats(self, *_: object, **__: object) -> dict[str, int]:
         """Replaces `torch.cuda.memory_stats`; what is not counted is 0."""
-        found: dict[str, int] = defaultdict(int, num_ooms=0, num_alloc_retries=0)
+        counts: dict[str, int] = defaultdict(int, num_ooms=0, num_alloc_retries=0)
         for kind, size in self.follow().items():
-            found[f"{kind}_bytes.all.current"] = size
-            found[f"{kind}_bytes.all.peak"] = self.peaks[kind]
-        return found
+            counts[f"{kind}_bytes.all.current"] = size
+            counts[f"{kind}_bytes.all.peak"] = self.peaks[kind]
+        return counts
 
     def reset_peaks(self, *_: object, **__: object) -> None:
         self.peaks = self.follow()
@@ -153,14 +153,14 @@ _dump_snapshot
 def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` and `torch.cuda.memory` for this GPU, by name."""
     streams, memory = Streams(recorder), Memory(recorder)
-    found: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))
+    by_name: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))
     for name in ("is_available", "is_initialized", "is_bf16_supported", "can_device_access_peer"):
-        found[name] = _always(True)
+        by_name[name] = _always(True)
     for name in ("peak_memory_stats", "max_memory_allocated", "max_memory_cached"):
-        found[f"reset_{name}"] = memory.reset_peaks
+        by_name[f"reset_{name}"] = memory.reset_peaks
     major, minor = gpu.capability
     generator = torch.Generator("cuda")
-    found |= {
+    by_name |= {
         "device_count": _always(1),
         "current_device": _always(0),
         "initial_seed": _always(0),
@@ -187,4 +187,4 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
         "Stream": Stream,
         "Event": StreamEvent,
     }
-    return found
+    return by_name

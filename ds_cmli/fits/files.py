@@ -97,8 +97,8 @@ class Places(dict[str, str]):
         self.place = place
 
     def get(self, location: str, default: object = None) -> str:  # type: ignore[override]
-        found = self.place(StoredStorage(torch.device("cpu")), location)
-        return location if found is None else str(found.device)
+        placed = self.place(StoredStorage(torch.device("cpu")), location)
+        return location if placed is None else str(placed.device)
 
 
 def _setting(set_state: Callable[[Tensor], None]) -> Callable[[Tensor], None]:

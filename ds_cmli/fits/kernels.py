@@ -141,8 +141,7 @@ class _Kernels:
 def leave_out_tritons(stack: ExitStack, replacement: Callable) -> None:
     """Run `replacement` in place of each kernel until `stack` ends, where Triton is installed."""
     if "triton" in sys.modules:  # torch has imported it
-        for name in ("triton: kernels", "triton: tuning"):
-            stack.enter_context(patched(name, lambda _: replacement))
+        stack.enter_context(patched("triton: kernels", lambda _: replacement))
 
 
 def leave_out_deepspeeds(stack: ExitStack) -> None:

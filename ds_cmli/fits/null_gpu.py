@@ -96,10 +96,10 @@ class NullGpu:
             processes, answers = [], []
             for rank in range(self.world.size or 1):
                 answers.append(Path(folder) / f"{rank}.json")
-                asked = rank == self.world.rank
-                files = [str(answers[rank]), (snapshot or "") if asked else ""]
+                is_own = rank == self.world.rank
+                files = [str(answers[rank]), (snapshot or "") if is_own else ""]
                 command = [sys.executable, "-m", "ds_cmli.fits.counting", str(self.steps), *files]
-                out = None if asked else subprocess.DEVNULL
+                out = None if is_own else subprocess.DEVNULL
                 if self.world.size is not None:
                     env |= {"RANK": str(rank), "GROUP_RANK": str(rank)}
                 processes.append(subprocess.Popen([*command, *program], env=env, stdout=out))
@@ -118,8 +118,8 @@ def _launcher(world: World) -> dict[str, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(world.size)}
-    return here | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    variables = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": str(world.size)}
+    return variables | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def _first_failure(processes: list[subprocess.Popen]) -> int:
@@ -159,8 +159,8 @@ class NullGpuAnswer:
 
     def show(self, program: str) -> None:
         ran = what_ran(program, self.counted.steps, self.asked.world)
-        told = verdict(self.asked.room, self.totals["device"], self.enough)
-        print(f"{ran} {told}{not_counted(self.counted.waited_for)}")
+        answer = verdict(self.asked.room, self.totals["device"], self.enough)
+        print(f"{ran} {answer}{not_counted(self.counted.waited_for)}")
         show_totals(self.totals, self.asked.room, self.asked.world)
         end = ended(self.counted.over, self.counted.steps, self.asked.steps)
         lines = end, f"\n{NOT_COUNTED}", self.counted.written
@@ -171,16 +171,16 @@ class NullGpuAnswer:
         return {**counted, "totals": self.totals, "fits": {str(self.asked.room): self.enough}}
 
 
-def answer(asked: NullGpu, program: Sequence[str], snapshot: str | None) -> NullGpuAnswer:
+def answer(null_gpu: NullGpu, program: Sequence[str], snapshot: str | None) -> NullGpuAnswer:
     """Run the program, and again without a limit where the device has too little memory.
 
     Raises:
         UserError: there is no null GPU, or the program does not train on it.
         SystemExit: the program has ended by itself, with this code.
     """
-    counted = asked.run(program, asked.room.bytes, snapshot)
+    counted = null_gpu.run(program, null_gpu.room.bytes, snapshot)
     fits = not counted.full
     if not fits:
-        counted = asked.run(program, WITHOUT_LIMIT, snapshot)
+        counted = null_gpu.run(program, WITHOUT_LIMIT, snapshot)
     check_training(counted.steps, counted.reserved > 0)
-    return NullGpuAnswer(asked, counted, fits)
+    return NullGpuAnswer(null_gpu, counted, fits)

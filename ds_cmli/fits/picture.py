@@ -17,7 +17,7 @@ SIZE = (9, 4.5)  # inches
 POINTS = 1500  # more cannot be distinguished
 
 
-def draw(path: str, events: list[Event], found: Answer, room: Room, title: str) -> None:
+def draw(path: str, events: list[Event], answer: Answer, room: Room, title: str) -> None:
     """Write the picture, in the format that the path's ending names.
 
     Raises:
@@ -29,8 +29,8 @@ def draw(path: str, events: list[Event], found: Answer, room: Room, title: str) 
         changes[CATEGORIES.index(event.category), number] = event.bytes
     live = changes.cumsum(1)  # [C, E]
     at = _drawn(live.sum(0))  # [P]
-    for_tensors = room.bytes - (found.totals["device"] - found.totals["reserved"])
-    replayed = replay(events, limit=for_tensors if found.fits else None)
+    for_tensors = room.bytes - (answer.totals["device"] - answer.totals["reserved"])
+    replayed = replay(events, limit=for_tensors if answer.fits else None)
     reserved = np.array([size for *_, size in replayed.timeline])  # [E]
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     colours = COLOURS[: len(CATEGORIES)]

@@ -199,11 +199,9 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
 @contextmanager
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU."""
-    found = device.functions(gpu, recorder)
+    functions = device.functions(gpu, recorder)
+    marks = dict.fromkeys(("range_push", "range_pop", "mark"), lambda *_: 0)
     replacements: dict[str, Callable] = {
-        "torch: start of a device": lambda _: True,
-        "torch: version of CUDA": lambda _: "13.0",
-        "torch: GPU's marks": lambda _: lambda *_: 0,
         "torch: lengths for CTC": _with_lengths_of_host,
         "torch: resized storage": recorder.resizing,
         "torch: shapes of sharded results": recorder.unrecorded,
@@ -215,7 +213,10 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     }
     with ExitStack() as stack:
         for name in OF_GPU:
-            stack.enter_context(patched_each(f"torch: {name}", found))
+            stack.enter_context(patched_each(f"torch: {name}", functions))
+        stack.enter_context(
+            patched_each("torch: CUDA", {**marks, "cuda": "13.0", "avoid_device_init": True})
+        )
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
         kernels.leave_out_tritons(stack, _left_out(ran, "a kernel of Triton did not run"))

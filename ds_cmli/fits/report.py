@@ -137,11 +137,11 @@ class ProgramReport:
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
             needed = _gb(first.totals["device"])
             return f"{said} need {needed} {where}{not_counted(self.waited_for)}; {largest}"
-        told = verdict(room, first.totals["device"], first.fits)
+        answer = verdict(room, first.totals["device"], first.fits)
         free = room.bytes - first.totals["device"]
         if first.fits and free < self.margin:
-            told += f", less than the margin of {_gb(self.margin)}"
-        return f"{said} {told}{not_counted(self.waited_for)}; {largest}"
+            answer += f", less than the margin of {_gb(self.margin)}"
+        return f"{said} {answer}{not_counted(self.waited_for)}; {largest}"
 
     def show(self) -> None:
         """Print the sizes at the peak."""

@@ -115,8 +115,8 @@ def remember(
             if isinstance(truth, Tensor):
                 likely = bool(truth.all())
             else:  # the sizes that it is given are not those of one element
-                told = [x for x in leaves if isinstance(x, Tensor) and x.dtype == torch.bool]
-                likely = bool(told) and all(map(stand_in, told))
+                truths = [x for x in leaves if isinstance(x, Tensor) and x.dtype == torch.bool]
+                likely = bool(truths) and all(map(stand_in, truths))
         out.fits_truth = likely  # type: ignore[attr-defined]
 
 

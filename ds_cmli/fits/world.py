@@ -23,6 +23,7 @@ from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.steps import StepRecorder
 
 NAME = "this_rank_alone"  # of the backend, as it is registered with PyTorch
+NCCL = {"is_nccl_available": lambda: True, "version": lambda: (2, 29, 7)}
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,8 @@ class World:
             "python: connection to another rank": self._connecting,
             "torch: backend of a group": lambda make: _alone(make, stack),
             "torch: processes of a program": lambda _: _spawn,
-            "torch: NCCL": lambda _: lambda: True,
-            "torch: version of NCCL": lambda _: lambda: (2, 29, 7),
             "torch: patience of NCCL": lambda _: timedelta(minutes=10),
-            "torch: parameters compared": lambda _: _nothing,
-            "torch: times of DDP": lambda _: _nothing,
+            "torch: DDP": lambda _: _nothing,
         }
         with stack:
             if self.size is not None:
@@ -66,14 +64,15 @@ class World:
             for name, replacement in replacements.items():
                 stack.enter_context(patched(name, replacement))
             stack.enter_context(patched_each("torch: objects of ranks", objects))
+            stack.enter_context(patched_each("torch: NCCL", NCCL))
             yield
             if dist.is_initialized():
                 dist.destroy_process_group()
 
     def _variables(self, size: int) -> dict[str, str]:
-        here = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(self.rank)}
+        local = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(self.rank)}
         there = {"RANK": str(self.rank), "WORLD_SIZE": str(size)}
-        return here | there | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+        return local | there | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
     def _meet(self, url: str, rank: int = -1, world_size: int = -1, **_: object) -> Iterator[tuple]:
         """Replaces `rendezvous`, which waits for the other ranks."""
@@ -135,9 +134,11 @@ def _alone(make: Callable, stack: ExitStack) -> Callable:
         options["backend_options"] = None
         group, kept = make(size, rank, ranks, dist.Backend(NAME), store, name, *args, **options)
         if isinstance(group, Rank):
-            asked = "nccl" if backend in (None, "undefined") else backend
-            c10d._world.pg_map[group] = dist.Backend(asked), kept
-            c10d._world.pg_backend_config[group] = str(c10d.BackendConfig(dist.Backend(asked)))
+            backend_name = "nccl" if backend in (None, "undefined") else backend
+            c10d._world.pg_map[group] = dist.Backend(backend_name), kept
+            c10d._world.pg_backend_config[group] = str(
+                c10d.BackendConfig(dist.Backend(backend_name))
+            )
         return group, kept
 
     return run

@@ -151,9 +151,9 @@ class Step:
             kept = f"the same pairs a step, but negatives from {micro * self.world_size}"
             if self.config.optim.negatives == "global_batch":
                 kept = "same pairs and negatives, by gradient caching"
-            what = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({kept})"
+            written = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({kept})"
             json: dict[str, object] = {MICRO_BATCH: micro, "gradient_accumulation_steps": steps}
-            out.append(ChangedSetting(what, json=json))
+            out.append(ChangedSetting(written, json=json))
         return out
 
 
@@ -171,16 +171,16 @@ class Shortage:
         None of them adds anything to one before it, and each part of them helps: without it, the
         rest does not fit.
         """
-        found: list[tuple[SettingsChange, int]] = []
+        fitting: list[tuple[SettingsChange, int]] = []
         for change in self.step.changes():
-            if any(change.includes(enough) for enough, _ in found):
+            if any(change.includes(enough) for enough, _ in fitting):
                 continue
             size = self.needs(change)
             if size <= self.room:
-                found.append(self._fewest(change, size))
-            if len(found) == MOST:
+                fitting.append(self._fewest(change, size))
+            if len(fitting) == MOST:
                 break
-        return found
+        return fitting
 
     def combined(self) -> list[tuple[SettingsChange, int]]:
         """Find the fewest changes that train the same model and fit together, if there are any."""

@@ -83,32 +83,32 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
     """
-    asked = PredictionOptions(
+    own = PredictionOptions(
         **{name: options.pop(name) for name in PredictionOptions.__annotations__}
     )
     config = resolve_config(settings, options)
-    asked.check()
+    own.check()
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    print_without_effect(config, ds_config, asked.world_size, how_given(settings, options))
-    if asked.checkpointing == "on":
+    print_without_effect(config, ds_config, own.world_size, how_given(settings, options))
+    if own.checkpointing == "on":
         section = ds_config.get("activation_checkpointing", {})
         ds_config = ds_config.replaced(activation_checkpointing=section)
-    elif asked.checkpointing == "off":
+    elif own.checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
-    micro_batch = ds_config.batch(config.optim.micro_batch, asked.world_size)[1]
+    micro_batch = ds_config.batch(config.optim.micro_batch, own.world_size)[1]
     from ds_cmli.memory import search
 
-    if asked.sweep:
-        axes = search.parse_axes(asked.sweep, micro_batch, asked.world_size)
-        content: object = grid(config, ds_config, asked, axes)
+    if own.sweep:
+        axes = search.parse_axes(own.sweep, micro_batch, own.world_size)
+        content: object = grid(config, ds_config, own, axes)
         fits = True  # each point for itself, which the table tells
     else:
-        content, fits = single(config, ds_config, asked)
-    if asked.json_path:
-        path = Path(asked.json_path)
+        content, fits = single(config, ds_config, own)
+    if own.json_path:
+        path = Path(own.json_path)
         text = json.dumps(content, indent=2) + "\n"
-        write(asked.json_path, "--json", lambda: path.write_text(text))
+        write(own.json_path, "--json", lambda: path.write_text(text))
     return 0 if fits else DOES_NOT_FIT
 
 
@@ -138,7 +138,7 @@ class PredictionOptions:
 
 
 def single(
-    config: Config, ds_config: DeepSpeedConfig, asked: PredictionOptions
+    config: Config, ds_config: DeepSpeedConfig, own: PredictionOptions
 ) -> tuple[JsonObject, bool]:
     """Predict one setting, or find the largest micro-batch that fits.
 
@@ -148,16 +148,16 @@ def single(
     from ds_cmli.memory.predict import DEFAULT_GPU, Options
     from ds_cmli.memory.search import fit
 
-    ranks, gpu, fitted = asked.world_size, asked.gpu or DEFAULT_GPU, None
+    ranks, gpu, fitted = own.world_size, own.gpu or DEFAULT_GPU, None
     options = Options(tell=tell)
-    if asked.fit:
-        room, fitted_gpu = gpus.parse_memory(asked.fit)
-        gpu = asked.gpu or fitted_gpu or DEFAULT_GPU
+    if own.fit:
+        room, fitted_gpu = gpus.parse_memory(own.fit)
+        gpu = own.gpu or fitted_gpu or DEFAULT_GPU
         fitted = fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
         prediction = fitted.prediction
         tell("")
         print(fit_sentence(fitted, room))
-        print(meant(asked.fit, room, fitted_gpu or "", gpu, ranks))
+        print(meant(own.fit, room, fitted_gpu or "", gpu, ranks))
     elif gpu == CPU:
         prediction = predict_largest(config, ds_config, ranks, target="cpu", options=options)
         tell("")
@@ -168,18 +168,18 @@ def single(
     show(prediction.report)
     if fitted is not None:
         print_fit(fitted, room)
-    if asked.snapshot:
+    if own.snapshot:
         from ds_cmli.allocator import snapshot
 
-        path = asked.snapshot
+        path = own.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
     report = prediction.report
-    fits = asked.gpu in (None, CPU) or report.totals["device"] <= gpus.find(gpu).total.bytes
+    fits = own.gpu in (None, CPU) or report.totals["device"] <= gpus.find(gpu).total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
 
 
 def grid(
-    config: Config, ds_config: DeepSpeedConfig, asked: PredictionOptions, axes: dict[str, list[int]]
+    config: Config, ds_config: DeepSpeedConfig, own: PredictionOptions, axes: dict[str, list[int]]
 ) -> list[JsonObject]:
     """Print the bytes on the device as they are found, then as a table.
 
@@ -191,11 +191,11 @@ def grid(
     from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_GPU
 
-    gpu = asked.gpu or DEFAULT_GPU
+    gpu = own.gpu or DEFAULT_GPU
     reports: list[JsonObject] = []
     device: dict[tuple[int, ...], int] = {}
     total = gpus.find(gpu).total.bytes
-    ranks = asked.world_size
+    ranks = own.world_size
     for point, prediction in search.sweep(config, ds_config, ranks, axes, gpu=gpu, tell=tell):
         tell("")
         device[point] = prediction.report.totals["device"]
@@ -236,15 +236,15 @@ def sentence(report: Report, gpu: str) -> str:
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
     if needed_bytes > total:
-        what = f"does not fit on a {gpu} ({has} GB), by {difference} GB"
-        return f"{step} needs {needed} GB and {what}: --fit {gpu!r} finds what does"
+        verdict = f"does not fit on a {gpu} ({has} GB), by {difference} GB"
+        return f"{step} needs {needed} GB and {verdict}: --fit {gpu!r} finds what does"
     return f"{step} needs {needed} GB and fits on a {gpu} ({has} GB), {difference} GB are left"
 
 
 def fit_sentence(fitted: "Fit", room: int) -> str:
     """The answer in one sentence: what fits, and which change makes the asked batch fit."""
     more = fitted.tried.get(max(fitted.micro_batch + 1, 1))
-    what, changed = fitted.changes[0] if fitted.changes else ("", room)
+    change, changed = fitted.changes[0] if fitted.changes else ("", room)
     size, one_more, with_change = gigabytes(room, more or room, changed)
     if not fitted.micro_batch:
         out = f"does not fit in {size} GB: one pair needs {one_more} GB"
@@ -252,8 +252,8 @@ def fit_sentence(fitted: "Fit", room: int) -> str:
         out = f"fits in {size} GB with micro-batch {fitted.micro_batch}"
         if more is not None:
             out += f"; {fitted.micro_batch + 1} needs {one_more} GB"
-    if what:
-        out += f"; {fitted.asked} would fit with {what}: {with_change} GB"
+    if change:
+        out += f"; {fitted.asked} would fit with {change}: {with_change} GB"
     elif fitted.asked > fitted.micro_batch:
         out += f"; nothing that was tried makes {fitted.asked} fit"
     return out
@@ -280,11 +280,11 @@ def print_fit(fitted: "Fit", room: int) -> None:
     print(f"tried, micro-batch: on the device: {tried}")
     if fitted.micro_batch:
         size = fitted.tried[fitted.micro_batch]
-        what = f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}"
-        print(f"{what}, with {size:,} B on the device")
+        answer = f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}"
+        print(f"{answer}, with {size:,} B on the device")
     else:
-        what = f"not even one pair per rank fits in {room:,} B"
-        print(f"{what}: it takes {fitted.tried[1]:,} B on the device")
+        answer = f"not even one pair per rank fits in {room:,} B"
+        print(f"{answer}: it takes {fitted.tried[1]:,} B on the device")
     for change, size in fitted.changes:
         print(f"micro-batch {fitted.asked} fits with {change}: {size:,} B")
     if not fitted.changes and not fitted.micro_batch:

@@ -192,7 +192,6 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
 
     with (
         patched("deepspeed: gathered parameters", within),
-        patched("deepspeed: gathered together", within),
         # Its only empty tensors fill up each rank's share of each gradient.
         patched("deepspeed: scattered gradients", partial(within, another=another)),
     ):

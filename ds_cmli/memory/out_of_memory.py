@@ -165,8 +165,8 @@ def _speak(
     # The folder cannot be written: other ranks do not hear of it, and this one speaks in any case.
     except OSError:
         pass
-    asked, rank = asked_bytes(error), distributed.rank()
-    first = f": rank {rank} asked for {asked:,} B" if asked else f" on rank {rank}"
+    size, rank = asked_bytes(error), distributed.rank()
+    first = f": rank {rank} asked for {size:,} B" if size else f" on rank {rank}"
     _lift_limits()
     # On a GPU the allocator has written the real snapshot.
     predicted = "" if step.gpu else str(snapshot)
@@ -218,14 +218,14 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
                 return too_much
             return changed["totals"][total]
 
-        found = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
+        fitting = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
     settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
     expandable = "expandable_segments:True" in settings
     if 0 < answer.expandable <= room and not expandable:
-        found.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
-    for what, size in found:
-        lines.append(f"would fit in {room:,} B by prediction: {what}: {size:,} B")
-    if not found:
+        fitting.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
+    for change_name, size in fitting:
+        lines.append(f"would fit in {room:,} B by prediction: {change_name}: {size:,} B")
+    if not fitting:
         lines.append(
             f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"
         )
@@ -271,7 +271,7 @@ def _save_when_cuda_runs_out(path: Path) -> None:
     """Have the allocator's state and history saved at the moment when an allocation fails."""
     measure.record_history()
 
-    def save(device: int, asked: int, total: int, free: int) -> None:
+    def save(device: int, size: int, total: int, free: int) -> None:
         torch.cuda.memory._dump_snapshot(str(path))
 
     torch._C._cuda_attach_out_of_memory_observer(save)  # type: ignore[attr-defined]

@@ -125,16 +125,21 @@ def predict(
     inputs.check_predictable(json)
     card = gpus.find(gpu)
     limits = card.limits if target == "cuda" else None
-    here = _resolve(config, json, rank, world_size, limits, options.tell)
-    backend = options.backend or ("nccl" if here.cuda else "gloo")
-    lengths = inputs.text_lengths(here.config, here.json.micro_batch)
+    resolved = _resolve(config, json, rank, world_size, limits, options.tell)
+    backend = options.backend or ("nccl" if resolved.cuda else "gloo")
+    lengths = inputs.text_lengths(resolved.config, resolved.json.micro_batch)
     fixed = config.run.deterministic
     tracker = MemoryTracker(
-        "cpu", lengths, workspaces=not here.cuda, backend=backend, gpu=limits, deterministic=fixed
+        "cpu",
+        lengths,
+        workspaces=not resolved.cuda,
+        backend=backend,
+        gpu=limits,
+        deterministic=fixed,
     )
 
     def free() -> int:
-        if here.cuda:
+        if resolved.cuda:
             return host_memory.free_bytes(tracker, gpu, world_size)
         return 1 << 60
 
@@ -142,13 +147,18 @@ def predict(
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
         host_memory.flattened_where_there_is_room(tracker, free),
-        host_memory.overlapping(tracker) if here.cuda and _overlaps(here.json) else nullcontext(),
+        host_memory.overlapping(tracker)
+        if resolved.cuda and _overlaps(resolved.json)
+        else nullcontext(),
     ):
-        events, sizes, shares = _record(here, options, answers, tracker)
+        events, sizes, shares = _record(resolved, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
 
-    setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.cuda else "CPU"}
-    if not here.cuda:
+    setting = _setting(resolved) | {
+        "process_group": backend,
+        "gpu": gpu if resolved.cuda else "CPU",
+    }
+    if not resolved.cuda:
         report = summarise(events, setting, "predicted")
         return Prediction(report, events, sum(sizes), max(sizes), shares)
     workspace = hardware.DETERMINISTIC_CUBLAS if fixed else None
@@ -202,24 +212,24 @@ def _resolve(
     return _Resolved(config, json, vocab_size, rank, world_size, gpu is not None)
 
 
-def _setting(here: _Resolved) -> JsonObject:
-    config, json = here.config, here.json
+def _setting(resolved: _Resolved) -> JsonObject:
+    config, json = resolved.config, resolved.json
     return {
         "preset": config.run.preset,
-        "world_size": here.world_size,
-        "rank": here.rank,
+        "world_size": resolved.world_size,
+        "rank": resolved.rank,
         "micro_batch": json.micro_batch,
         "accumulation": json.accumulation,
         "zero_stage": json.stage,
         "precision": json.precision,
         "checkpointing": json.checkpointing,
         "losses": list(config.loss.weights),
-        "cmli_backend": config.loss.cmli_backend if here.cuda else "chunked",
+        "cmli_backend": config.loss.cmli_backend if resolved.cuda else "chunked",
     }
 
 
 def _record(
-    here: _Resolved, options: Options, answers: Answers, tracker: MemoryTracker
+    resolved: _Resolved, options: Options, answers: Answers, tracker: MemoryTracker
 ) -> tuple[list[Event], list[int], Shares]:
     """Run the steps on tensors without data. Returns the events, each module's parameters, and what
     differs by rank.
@@ -227,23 +237,30 @@ def _record(
     The engine ends with this function, while the tracker is still entered.
     """
     options.tell("building the models and DeepSpeed's engine")
-    models = host_memory.recorded_from_the_engine_on(tracker, here.json, here.cuda, answers.enter)
+    models = host_memory.recorded_from_the_engine_on(
+        tracker, resolved.json, resolved.cuda, answers.enter
+    )
     train_engine = engine.build(
-        here.config, here.json, here.vocab_size, TOTAL_STEPS, torch.device("cpu"), models=models
+        resolved.config,
+        resolved.json,
+        resolved.vocab_size,
+        TOTAL_STEPS,
+        torch.device("cpu"),
+        models=models,
     )
     sizes = list(map(_own_parameters, train_engine.objective.modules()))
     if options.scores is not None:
         train_engine.objective.score = options.scores  # type: ignore[assignment]
-    accumulation, texts = here.json.accumulation, options.texts
+    accumulation, texts = resolved.json.accumulation, options.texts
     steps = 2 if texts is None else len(texts) // accumulation
 
     def step(number: int) -> None:
         of_step = texts and texts[number * accumulation : (number + 1) * accumulation]
         # On a GPU batches wait on the host, and each is copied to the device when its turn comes.
-        with tracker.paused() if here.cuda else tracker.scope("data"):
-            batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
+        with tracker.paused() if resolved.cuda else tracker.scope("data"):
+            batches = inputs.StepBatches(resolved.config, resolved.json, of_step, answers, tracker)
         with ExitStack() as stack:
-            if here.cuda:
+            if resolved.cuda:
                 stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
             watched = stack.enter_context(options.watch(train_engine, number))
             if texts is None:
@@ -254,11 +271,11 @@ def _record(
     optimizer = train_engine.engine.optimizer
     with (
         phases(train_engine, answers.enter),
-        followed(tracker, optimizer, here.rank) as shares,
+        followed(tracker, optimizer, resolved.rank) as shares,
         tracker.attach(train_engine),
     ):
         for number in range(steps):
-            as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
+            as_rank = f"as rank {resolved.rank:,} of {resolved.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
             step(number)
     return tracker.events(), sizes, shares

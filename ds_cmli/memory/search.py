@@ -195,13 +195,13 @@ class Fitting:
 
     def needs_with(self, change: SettingsChange) -> int:
         if change.what not in self.sizes:
-            found = self._predicted(change.what, change.config, change.ds_config)
-            self.sizes[change.what] = found.report.totals["device"]
+            prediction = self._predicted(change.what, change.config, change.ds_config)
+            self.sizes[change.what] = prediction.report.totals["device"]
         return self.sizes[change.what]
 
-    def _predicted(self, what: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
+    def _predicted(self, name: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
         def tell(line: str) -> None:
-            self.tell(f"{what}: {line}")
+            self.tell(f"{name}: {line}")
 
         options = Options(tell=tell)
         prediction = predict_largest(
@@ -234,18 +234,18 @@ def fit(
     ds_config = DeepSpeedConfig.of(ds_config)
     fitting = Fitting(config, ds_config, world_size, gpu, tell)
     best = largest(fitting.needs, room, estimate=fitting.estimate)
-    asked = 1
+    wanted = 1
     if best:
-        asked = ds_config.batch(config.optim.micro_batch, world_size)[1]
-    found: list[tuple[SettingsChange, int]] = []
-    if asked > best and room > gpus.device_bytes(0, gpu, world_size):
-        one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
+        wanted = ds_config.batch(config.optim.micro_batch, world_size)[1]
+    fitting_changes: list[tuple[SettingsChange, int]] = []
+    if wanted > best and room > gpus.device_bytes(0, gpu, world_size):
+        one = engine.filled(config, with_batch(ds_config, wanted), world_size, TOTAL_STEPS)
         shortage = Shortage(Step(config, one, world_size, True), room, fitting.needs_with)
-        found = shortage.proposals() or shortage.combined()
+        fitting_changes = shortage.proposals() or shortage.combined()
     return Fit(
         best,
         fitting.predictions[best or 1],
         {n: fitting.needs(n) for n in sorted(fitting.predictions)},
-        asked,
-        [(change.what, size) for change, size in found],
+        wanted,
+        [(change.what, size) for change, size in fitting_changes],
     )

@@ -141,9 +141,9 @@ def without_data(function):
             return error
 
 
-def no_loop(module: str, loop: str):
+def no_loop(module: str, *loops: str):
     """Nothing but the loop over ranks itself tells: what it costs shows only with thousands of ranks."""
-    return lambda: loop not in inspect.getsource(importlib.import_module(module))
+    return lambda: not any(loop in inspect.getsource(importlib.import_module(module)) for loop in loops)
 
 
 def flattening_asks_no_device() -> bool:
@@ -393,8 +393,8 @@ def nccl_has_a_version() -> bool:
         return False
 
 
-def says_no_longer(what: object, text: str):
-    return lambda: text not in inspect.getsource(what)
+def says_no_longer(what: object, *texts: str):
+    return lambda: not any(text in inspect.getsource(what) for text in texts)
 
 
 def a_mode_sees_resized_storages() -> bool:
@@ -505,10 +505,9 @@ NO_LONGER_NEEDED = {
     "torch: data of the host": data_is_made_up,
     "torch: lengths for CTC": lengths_on_the_host_go_beside_scores_elsewhere,
     "triton: kernels": a_gpu_is_found,
-    "triton: tuning": a_gpu_is_found,
-    "torch: version of CUDA": lambda: torch.version.cuda is not None,
-    "torch: GPU's marks": nvtx_is_there,
-    "torch: start of a device": a_device_that_is_found_is_not_started,
+    "torch: CUDA": lambda: (
+        torch.version.cuda is not None and nvtx_is_there() and a_device_that_is_found_is_not_started()
+    ),
     "torch: compiler": a_model_without_data_is_compiled,
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
@@ -527,12 +526,12 @@ NO_LONGER_NEEDED = {
     "torch: store of ranks": a_store_waits_for_nobody,
     "python: connection to another rank": a_connection_needs_nobody,
     "torch: backend of a group": dist.is_nccl_available,
-    "torch: NCCL": dist.is_nccl_available,
-    "torch: version of NCCL": nccl_has_a_version,
+    "torch: NCCL": lambda: dist.is_nccl_available() and nccl_has_a_version(),
     "torch: patience of NCCL": lambda: dist.distributed_c10d.default_pg_nccl_timeout is not None,
     "torch: processes of a program": lambda: not hasattr(torch.multiprocessing, "spawn"),
-    "torch: parameters compared": says_no_longer(DistributedDataParallel, "_verify_param_shape_across_processes("),
-    "torch: times of DDP": says_no_longer(DistributedDataParallel, "set_runtime_stats_and_log("),
+    "torch: DDP": says_no_longer(
+        DistributedDataParallel, "_verify_param_shape_across_processes(", "set_runtime_stats_and_log("
+    ),
     "torch: objects of ranks": says_no_longer(dist.all_gather_object, "all_gather("),
     "torch: shapes of sharded results": says_no_longer(_rebuild_tensor_from_dtensor_meta, "torch.empty_strided("),
     "torch: resized storage": a_mode_sees_resized_storages,
@@ -556,8 +555,9 @@ NO_LONGER_NEEDED = {
     "deepspeed: compiled updates": no_loop("deepspeed.runtime.zero.muon.original_muon", "@compiler.compile()"),
     "deepspeed: ranks compared": ranks_are_compared_without_data,
     "deepspeed: rank 0 copied": rank_0_is_copied_without_data,
-    "deepspeed: gathered parameters": no_loop(f"{ZERO}.partition_parameters", "for i in range(world_size):"),
-    "deepspeed: gathered together": no_loop(f"{ZERO}.partition_parameters", "for rank in range(self.world_size):"),
+    "deepspeed: gathered parameters": no_loop(
+        f"{ZERO}.partition_parameters", "for i in range(world_size):", "for rank in range(self.world_size):"
+    ),
     "deepspeed: scattered gradients": no_loop(
         "deepspeed.runtime.comm.coalesced_collectives", "for rank in range(world_sz):"
     ),

@@ -409,7 +409,7 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
         totals = {"device": context + size, "requested": size}
         return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(largest_rank, "predict_largest", bytes_of)
+    monkeypatch.setattr(search, "predict_largest", bytes_of)
     one = search.fit(config, ds_config, 2, context + 13)
     assert [what for what, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
     several = search.fit(config, ds_config, 2, context + 10)

@@ -112,7 +112,7 @@ def load() -> ctypes.CDLL | None:
     """The library; None, which is logged, where it cannot be compiled."""
     instructions = INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), [])
     try:
-        found = ctypes.CDLL(str(library(SOURCE, [*OPTIONS, *instructions])))
+        loaded = ctypes.CDLL(str(library(SOURCE, [*OPTIONS, *instructions])))
     except (UserError, OSError) as error:
         logging.getLogger(__name__).info(
             "all-pairs CMLI runs without kernels of its own: %s", error
@@ -120,9 +120,9 @@ def load() -> ctypes.CDLL | None:
         return None
     for name, arguments in ARGUMENTS.items():
         for dtype in ("float32", "float64"):
-            function = getattr(found, f"{name}_{dtype}")
+            function = getattr(loaded, f"{name}_{dtype}")
             function.argtypes, function.restype = arguments, None
-    return found
+    return loaded
 
 
 def suited(device: str, dtype: torch.dtype) -> bool:
@@ -182,8 +182,8 @@ class Kernels:
         """
         if not self.has_data:
             return
-        found = None if indices is None else Indices.of(indices, self.texts)
-        matrices = *_matrices(scores), found, *_matrices(self.kept)
+        winners = None if indices is None else Indices.of(indices, self.texts)
+        matrices = *_matrices(scores), winners, *_matrices(self.kept)
         self._call(
             "compare",
             *self._sides(),
@@ -206,7 +206,7 @@ class Kernels:
         """
         if not self.has_data:
             return
-        found, ranges = Indices.of(indices, self.texts), self._ranges(part)
+        winners, ranges = Indices.of(indices, self.texts), self._ranges(part)
         pairs, sides = _matrices(self.grads), self._sides()
         for of_image, into in ((False, d_text), (True, d_image)):
             # The side whose gradient it is comes first.
@@ -214,7 +214,7 @@ class Kernels:
             own = *sides[::turn], *ranges[::turn], *pairs[::-turn]
             if into.numel():
                 entries = self.sizes.entries
-                self._call("gradient", of_image, *own, found, into.data_ptr(), entries)
+                self._call("gradient", of_image, *own, winners, into.data_ptr(), entries)
 
     def _call(self, name: str, *arguments: object) -> None:
         function = getattr(load(), f"{name}_{str(self.dtype).removeprefix('torch.')}")

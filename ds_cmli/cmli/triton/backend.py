@@ -226,11 +226,11 @@ def _part(side: Sequences, some: slice) -> Sequences:
 
 def _suspect(image: Tensor, text: Tensor) -> Tensor:
     """[1] int32: not 0 if products of the two may give a NaN."""
-    found = torch.zeros(1, dtype=torch.int32, device=image.device)
+    suspect = torch.zeros(1, dtype=torch.int32, device=image.device)
     for x in (image, text):
         programs = (math.ceil(x.numel() / 8192),)
-        launcher(suspect_kernel, programs)(found, x, x.numel(), HUGE, WIDTH=8192)
-    return found
+        launcher(suspect_kernel, programs)(suspect, x, x.numel(), HUGE, WIDTH=8192)
+    return suspect
 
 
 def _pair_bytes(N: int, M: int) -> int:

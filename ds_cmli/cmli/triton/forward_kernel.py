@@ -109,8 +109,8 @@ def forward_kernel(
         # infinite or huge: only then is it looked for.
         if check:
             bad = (s != s) & n_ok[:, None] & m_ok[None, :]
-            found = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
-            poison = tl.where(found, float("nan"), poison)
+            is_bad = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
+            poison = tl.where(is_bad, float("nan"), poison)
 
         # The index of a maximum is found by equality afterwards: fewer instructions than carrying
         # it along, and the lowest one wins a tie.

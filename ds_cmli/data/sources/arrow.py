@@ -123,12 +123,12 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
     folder = Path(name).expanduser()
     check_regular(f"data.source is {name!r}", folder, *filter(Path.is_dir, folder.iterdir()))
     try:
-        found = datasets.load_from_disk(str(folder))
+        saved = datasets.load_from_disk(str(folder))
     except Exception as error:
         raise UserError(
             f"data.source is {name!r}, which cannot be read ({reason(error)}): save it again"
         ) from None
-    splits = found if isinstance(found, dict) else {"train": found}
+    splits = saved if isinstance(saved, dict) else {"train": saved}
     used = {SPLITS[split]: split for split in splits if split in SPLITS}
     if "train" not in used:
         raise UserError(
@@ -286,7 +286,7 @@ def _lengths(captions: "Array") -> np.ndarray:
         return np.stack([sizes > 0, sizes])
     counts = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(counts)), counts)
-    found = np.zeros((2, len(counts)), dtype=np.int64)
-    np.add.at(found[0], rows, sizes > 0)
-    np.maximum.at(found[1], rows, sizes)
-    return found
+    lengths = np.zeros((2, len(counts)), dtype=np.int64)
+    np.add.at(lengths[0], rows, sizes > 0)
+    np.maximum.at(lengths[1], rows, sizes)
+    return lengths

@@ -241,9 +241,9 @@ def check_unicode(text: str) -> None:
 
 def usable(captions: list[str]) -> list[str]:
     """The captions that are not blank; raises `Refused` if all are, or one is no Unicode."""
-    found = list(filter(str.strip, captions))
-    if not found:
+    filled = list(filter(str.strip, captions))
+    if not filled:
         raise Refused(EMPTY)
-    for caption in found:
+    for caption in filled:
         check_unicode(caption)
-    return found
+    return filled

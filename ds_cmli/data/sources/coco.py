@@ -70,13 +70,13 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
             part.bad.append((row.file, row.reason))
         else:
             part.add(row.file, row.caption)
-    found = {split: part for split, part in parts.items() if len(part)}
-    first_part = next(iter(found.values()))
+    filled = {split: part for split, part in parts.items() if len(part)}
+    first_part = next(iter(filled.values()))
     for split, part in parts.items():
-        if split not in found:
+        if split not in filled:
             first_part.bad += part.bad
-    train = found.get("train", first_part)
-    return Parts(train, found.get("validation"), found.get("test"), notices)
+    train = filled.get("train", first_part)
+    return Parts(train, filled.get("validation"), filled.get("test"), notices)
 
 
 def _read(path: Path, notices: list[str]) -> tuple[list[Row], list[str]]:
@@ -114,14 +114,14 @@ def _karpathy(images: list[object]) -> Iterator[Row]:
     for number, image in enumerate(images):
         split, file = "train", f"image {number}"
         try:
-            found = _value(image, "split", str)
-            split = PARTS.get(found, "train")
+            name = _value(image, "split", str)
+            split = PARTS.get(name, "train")
             folder = None
             if isinstance(image, dict) and "filepath" in image:
                 folder = _value(image, "filepath", str | None)
             file = _file("/".join(filter(None, (folder, _value(image, "filename", str)))))
-            if found not in PARTS:
-                raise Refused(f"its split is {found!r}, none of {', '.join(PARTS)}")
+            if name not in PARTS:
+                raise Refused(f"its split is {name!r}, none of {', '.join(PARTS)}")
             sentences = _value(image, "sentences", list)
             if not sentences:
                 raise Refused(EMPTY)

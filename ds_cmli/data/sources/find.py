@@ -104,23 +104,23 @@ def recognise(name: str) -> tuple[str, list[Path]]:
     files = expand(name)
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
-        found = _in_folder(folder)
-        if len(found) > 1:
-            what = " and ".join(SOURCES[kind].what for kind in found)
+        kinds = _in_folder(folder)
+        if len(kinds) > 1:
+            either = " and ".join(SOURCES[kind].what for kind in kinds)
             raise UserError(
-                f"data.source is {name!r}, which could be meant as {what}: name the files, or keep "
-                "one kind"
+                f"data.source is {name!r}, which could be meant as {either}: name the files, or "
+                "keep one kind"
             )
     else:
-        found = _by_suffix(files, SOURCES)
-        if len(found) != 1 or files not in found.values():
+        kinds = _by_suffix(files, SOURCES)
+        if len(kinds) != 1 or files not in kinds.values():
             if len(files) > 1:
                 raise UserError(
                     f"data.source is {name!r}, which names files of several kinds, or of none: "
                     f"{accepted()}"
                 )
-            found = {}
-    kind, files = next(iter(found.items()), ("folder", []))
+            kinds = {}
+    kind, files = next(iter(kinds.items()), ("folder", []))
     check_regular(f"data.source is {name!r}", *files)
     return kind, files
 
@@ -135,9 +135,9 @@ def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
         UserError: they are of several kinds or of none, or a package that reads them is missing.
     """
     by_path = dict(zip(map(Path, paths), paths, strict=True))
-    found = _alone(list(by_path))
-    kind, files = next(iter(found.items()), ("", []))
-    if len(found) != 1 or not (in_folder or len(files) == len(paths)):
+    by_kind = _alone(list(by_path))
+    kind, files = next(iter(by_kind.items()), ("", []))
+    if len(by_kind) != 1 or not (in_folder or len(files) == len(paths)):
         raise UserError(
             f"data.source is {name!r}, which names files of several kinds, or of none: accepted "
             f"by a URL, which ends in / for a folder, are {SOURCES['tars'].what}; "
@@ -149,12 +149,12 @@ def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
 
 def _in_folder(folder: Path) -> dict[str, list[Path]]:
     """The kinds that a folder can be, each with those of its files that belong to it."""
-    found: dict[str, list[Path]] = {}
+    by_kind: dict[str, list[Path]] = {}
     for kind, entry in SOURCES.items():
         if any(os.path.exists(folder / file) for file in entry.holds):
-            found[kind] = []
-    if found:
-        return found
+            by_kind[kind] = []
+    if by_kind:
+        return by_kind
     inside: list[Path] = []
     # A folder without permission is reported when it is opened.
     with suppress(OSError), os.scandir(folder) as entries:
@@ -164,23 +164,23 @@ def _in_folder(folder: Path) -> dict[str, list[Path]]:
 
 def _alone(files: list[Path]) -> dict[str, list[Path]]:
     """The kinds of which a folder may hold files alone, each with its files."""
-    found = _by_suffix(files, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
-    for kind, files in list(found.items()):
+    by_kind = _by_suffix(files, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
+    for kind, files in list(by_kind.items()):
         companion = SOURCES[kind].companion
-        beside = {path.stem for path in found.get(companion, [])}
+        beside = {path.stem for path in by_kind.get(companion, [])}
         if beside and beside <= {path.stem for path in files}:
-            del found[companion]
-    return found
+            del by_kind[companion]
+    return by_kind
 
 
 def _by_suffix(files: list[Path], entries: Mapping[str, SourceEntry]) -> dict[str, list[Path]]:
     """The files of each kind that has some."""
-    found = {}
+    by_kind = {}
     for kind, entry in entries.items():
         some = [file for file in files if file.name.lower().endswith(entry.ends)]
         if some:
-            found[kind] = some
-    return found
+            by_kind[kind] = some
+    return by_kind
 
 
 def accepted() -> str:
@@ -218,5 +218,5 @@ def expand(pattern: str) -> list[Path]:
 
 def part_of(file: Path) -> str | None:
     """The part that a name such as `train-00000-of-00002.parquet` tells, if it tells one."""
-    found = re.match(r"([a-z]+)[-_.]", file.name)
-    return SPLITS.get(found[1]) if found else None
+    prefix = re.match(r"([a-z]+)[-_.]", file.name)
+    return SPLITS.get(prefix[1]) if prefix else None

@@ -161,9 +161,11 @@ def _file(path: Path, line: int, values: dict[str, object]) -> str:
     """The file that a row names. Raises `UserError` if it lacks a column or names none inside."""
     for column in COLUMNS:
         if column not in values:
-            found = ", ".join(map(str, values)) or "none"
+            columns = ", ".join(map(str, values)) or "none"
             hint = nearest(column, values) if values else "add it"
-            raise UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
+            raise UserError(
+                f"{path} line {line} has no column {column!r} (found: {columns}): {hint}"
+            )
     file = values["file_name"]
     said = f"{path} line {line} has file_name {file!r}"
     if not isinstance(file, str) or not file or "\0" in file:

@@ -36,14 +36,14 @@ class Hub:
     def __init__(self, name: str):
         from huggingface_hub import constants
 
-        found = DATA_SET.fullmatch(name)
-        if found is None:
+        parts = DATA_SET.fullmatch(name)
+        if parts is None:
             raise UserError(
                 f"data.source is {name!r}: write hf://datasets/OWNER/NAME, then @REVISION or /PATH "
                 "where one is meant"
             )
-        self.name, self.repo, self.pattern = name, found[1], (found[3] or "").rstrip("/")
-        self.asked_for = unquote(found[2] or "main")
+        self.name, self.repo, self.pattern = name, parts[1], (parts[3] or "").rstrip("/")
+        self.asked_for = unquote(parts[2] or "main")
         self.revision, self.endpoint = "", constants.ENDPOINT
         self.cache = Path(constants.HF_HUB_CACHE)
         self.of_repo = self.cache / f"datasets--{self.repo.replace('/', '--')}"
@@ -71,7 +71,7 @@ class Hub:
         """List what is in the cache, without the network; errors are the library's."""
         from huggingface_hub import snapshot_download
 
-        found = snapshot_download(
+        snapshot = snapshot_download(
             self.repo,
             repo_type="dataset",
             revision=self.asked_for,
@@ -79,7 +79,7 @@ class Hub:
             local_files_only=True,
             allow_patterns=[],
         )
-        folder, files = Path(found), {}
+        folder, files = Path(snapshot), {}
         self.revision = folder.name
         for local in filter(Path.is_file, folder.rglob("*")):
             path = local.relative_to(folder).as_posix()

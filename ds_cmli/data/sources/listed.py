@@ -157,8 +157,8 @@ class Listed(Source):
     def _identities(self) -> np.ndarray:
         """Hashes of the real paths: two names of one file (by symlinks) are the same picture."""
         folders: dict[str, tuple[str, set[str]]] = {}
-        found = (hash(_real_path(path, folders)) for path in self._paths())
-        return np.fromiter(found, np.int64, len(self)).view(np.uint64)
+        hashes = (hash(_real_path(path, folders)) for path in self._paths())
+        return np.fromiter(hashes, np.int64, len(self)).view(np.uint64)
 
     def caption_counts(self) -> np.ndarray:
         return np.diff(self.groups[1])

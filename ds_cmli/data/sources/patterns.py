@@ -48,11 +48,11 @@ def braces(pattern: str) -> list[str]:
 
 def _with_first_brace(pattern: str) -> list[str]:
     """The names that a pattern becomes by its first brace without another inside."""
-    found = BRACES.search(pattern)
-    if found is None:
+    brace = BRACES.search(pattern)
+    if brace is None:
         return [pattern]
-    parts = found[1].split(",")
-    span = RANGE.fullmatch(found[1])
+    parts = brace[1].split(",")
+    span = RANGE.fullmatch(brace[1])
     if span:
         first, last = int(span[1]), int(span[2])
         if abs(last - first) >= MOST_FILES:
@@ -60,7 +60,7 @@ def _with_first_brace(pattern: str) -> list[str]:
         step = 1 if last >= first else -1
         width = len(span[1]) if span[1].startswith("0") else 0
         parts = [str(number).zfill(width) for number in range(first, last + step, step)]
-    return [pattern[: found.start()] + part + pattern[found.end() :] for part in parts]
+    return [pattern[: brace.start()] + part + pattern[brace.end() :] for part in parts]
 
 
 def named(source: str, pattern: str, names: Sequence[str]) -> list[str]:
@@ -75,15 +75,15 @@ def named(source: str, pattern: str, names: Sequence[str]) -> list[str]:
         UserError: some files of a pattern are not among `names`, or none matches.
     """
     known = set(names)
-    found: list[str] = []
+    matching: list[str] = []
     for name in braces(pattern):
         if WILDCARD.search(name):
             depth = name.count("/")
-            found += sorted(n for n in names if n.count("/") == depth and fnmatchcase(n, name))
+            matching += sorted(n for n in names if n.count("/") == depth and fnmatchcase(n, name))
         else:
-            found.append(name)
-    check_there(source, found, list(filterfalse(known.__contains__, found)))
-    return found
+            matching.append(name)
+    check_there(source, matching, list(filterfalse(known.__contains__, matching)))
+    return matching
 
 
 def check_there(source: str, files: Sequence[object], missing: Sequence[object]) -> None:

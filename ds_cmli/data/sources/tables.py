@@ -219,10 +219,10 @@ def _column(
                 f"{setting} is {given!r}, and {where} has no such column: {nearest(given, columns)}"
             )
         return given
-    found = [column for column in columns if column.lower() in usual]
-    if not found and len(columns) == 1:
-        found = columns
-    if len(found) != 1:
-        what = " and ".join(found) or f"the columns {', '.join(columns) or 'none'}"
-        raise UserError(f"{where} has {what}: say which one is meant by {setting}")
-    return found[0]
+    possible = [column for column in columns if column.lower() in usual]
+    if not possible and len(columns) == 1:
+        possible = columns
+    if len(possible) != 1:
+        names = " and ".join(possible) or f"the columns {', '.join(columns) or 'none'}"
+        raise UserError(f"{where} has {names}: say which one is meant by {setting}")
+    return possible[0]

@@ -56,13 +56,13 @@ def index(shards: list[Path]) -> Indexed:
             if not _is_fresh(*_read(path), shards):
                 _make(path, shards)
         entries, rows = _read(path)
-    found = Indexed([], [], {})
+    indexed = Indexed([], [], {})
     for shard in shards:
         entry = entries[shard.name]
-        found.rows.append(_own(entry, rows))
-        found.bad.extend((file, reason) for file, reason in entry["bad"])  # JSON gives lists
-        add_not_read(found.not_read, entry["not_read"])
-    return found
+        indexed.rows.append(_own(entry, rows))
+        indexed.bad.extend((file, reason) for file, reason in entry["bad"])  # JSON gives lists
+        add_not_read(indexed.not_read, entry["not_read"])
+    return indexed
 
 
 def add_not_read(total: NotRead, more: NotRead) -> None:
@@ -149,7 +149,7 @@ def _make(index: Path, shards: list[Path]) -> None:
     size = sum(_status(shard).st_size for shard in new)
     # One rank does it.
     print(f"indexing {len(new)} tar shards of {folder}, {size / 1e9:.2f} GB", flush=True)
-    told = time.monotonic()
+    last_line = time.monotonic()
     for number, path in enumerate(new, 1):
         # Taken before the scan, so that a shard that changes meanwhile is scanned again.
         status = _status(path)
@@ -158,9 +158,9 @@ def _make(index: Path, shards: list[Path]) -> None:
             headers = _headers(path, rows)
         except OSError as error:
             raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-        if time.monotonic() - told > TELL_SECONDS:
+        if time.monotonic() - last_line > TELL_SECONDS:
             print(f"indexed {number} of {len(new)} tar shards", flush=True)
-            told = time.monotonic()
+            last_line = time.monotonic()
         entries[path.name] = Shard(
             state=[status.st_size, status.st_mtime_ns],
             changed=status.st_ctime_ns,

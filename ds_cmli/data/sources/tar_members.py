@@ -60,15 +60,15 @@ def scan(path: Path) -> tuple[np.ndarray, list[Bad], NotRead]:
             if member.isdir():
                 continue
             content = _content(member, contents)
-            found = KEY.fullmatch(member.name)
-            field = FIELDS.get(found[2].lower()) if found else None
-            if found is None or field is None:
+            key = KEY.fullmatch(member.name)
+            field = FIELDS.get(key[2].lower()) if key else None
+            if key is None or field is None:
                 _count(not_read, _other(member, content), f"{path.name}/{member.name}")
                 continue
-            sample = last.get(found[1])
+            sample = last.get(key[1])
             if sample is None or field in sample:  # a repeated name begins another sample
-                sample = last[found[1]] = {}
-                samples.append((found[1], sample))
+                sample = last[key[1]] = {}
+                samples.append((key[1], sample))
             sample[field] = content
         end = os.fstat(file.fileno()).st_size
     rows = np.zeros(len(samples), dtype=ROW)

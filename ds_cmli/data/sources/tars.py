@@ -36,11 +36,11 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
     """
     tars = Tars(name, files, config)
     if not len(tars):
-        what = "no image among their members"
+        reason = "no image among their members"
         if tars.bad:
-            what = f"the first: {told(tars.bad)[0]}"
+            reason = f"the first: {told(tars.bad)[0]}"
         raise UserError(
-            f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}"
+            f"data.source is {name!r}: its {len(files)} tars hold no pair ({reason}): {WANTED}"
         )
     parts = sorted(set(filter(None, map(part_of, files))))
     notices = []
@@ -183,11 +183,11 @@ class Tars(Source):
 
     def caption_bytes(self) -> np.ndarray:
         """The sizes of the .txt and .json: the latter hold the caption and more."""
-        found = []
+        sizes = []
         for rows in self.rows:
             as_text = (rows["text"] > 0) & (not self.caption_key)
-            found.append(np.where(as_text, rows["text_size"], rows["json_size"]).astype(np.int64))
-        return np.concatenate(found)
+            sizes.append(np.where(as_text, rows["text_size"], rows["json_size"]).astype(np.int64))
+        return np.concatenate(sizes)
 
     def _row(self, index: int) -> tuple[int, np.void]:
         shard = bisect_right(self.starts, index) - 1

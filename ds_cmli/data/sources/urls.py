@@ -91,13 +91,13 @@ class Urls:
         whole, urls, names = False, list[str](), braces(self.name)
         for url in names:
             if WILDCARD.search(url):
-                found = self.files.glob(url)
+                matches = self.files.glob(url)
             elif url.endswith("/") or (len(names) == 1 and self._is_folder(url)):
                 entries, whole = self.files.ls(url, detail=True), True
-                found = [entry["name"] for entry in entries if entry["type"] == "file"]
+                matches = [entry["name"] for entry in entries if entry["type"] == "file"]
             else:
-                found = [url]
-            urls += sorted(map(self.files.unstrip_protocol, found))
+                matches = [url]
+            urls += sorted(map(self.files.unstrip_protocol, matches))
         files, missing = {}, []
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for url, file in zip(urls, pool.map(self._file, urls), strict=True):
@@ -130,11 +130,11 @@ class Urls:
         whole = self.local(self.name).is_dir()
         urls: list[str] = []
         for url in braces(f"{self.name.rstrip('/')}/*" if whole else self.name):
-            found = [url]
+            matches = [url]
             if WILDCARD.search(url):
                 some = glob(self._relative(url), root_dir=self.cache)
-                found = [path.replace("/", "://", 1) for path in sorted(some)]
-            urls += found
+                matches = [path.replace("/", "://", 1) for path in sorted(some)]
+            urls += matches
         files, missing = {}, []
         for url in urls:
             if self.local(url).is_file():
