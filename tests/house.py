@@ -158,7 +158,7 @@ def measure() -> tuple[dict[str, float], list[str]]:
 
 
 def worse(figures: dict[str, float]) -> list[str]:
-    """A line for argument figure beyond what is allowed now."""
+    """A line for each figure beyond what is allowed now."""
     return [
         f"{figure}: {figures[figure]:,}, at most {allowed:,} here"
         for figure, (_, allowed) in LIMITS.items()

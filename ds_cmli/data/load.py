@@ -200,16 +200,16 @@ def _long(source: Source, tokenizer: CaptionTokenizer) -> str:
     sizes = source.caption_bytes()
     candidates = np.flatnonzero(sizes > limit)
     largest = candidates[np.argsort(-sizes[candidates], kind="stable")][:LOOKED_AT].tolist()
-    longer = []
+    long = []
     for index in largest:
         lengths = map(len, _captions(source, index))
-        longer += [(length, index) for length in lengths if length > limit]
-    if not longer:
+        long += [(length, index) for length in lengths if length > limit]
+    if not long:
         return ""
-    longest, index = max(longer)
+    longest, index = max(long)
     line = (
-        f"{len(longer)} captions of {source.where} have more than {limit:,} characters, the "
-        f"longest {longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
+        f"{len(long)} captions of {source.where} have more than {limit:,} characters, the longest "
+        f"{longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
         f"{tokenizer.positions} tokens"
     )
     most = most_characters(tokenizer.positions)

@@ -223,8 +223,8 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
     expandable = "expandable_segments:True" in settings
     if 0 < answer.expandable <= room and not expandable:
         fitting.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
-    for change_name, size in fitting:
-        lines.append(f"would fit in {room:,} B by prediction: {change_name}: {size:,} B")
+    for name, size in fitting:
+        lines.append(f"would fit in {room:,} B by prediction: {name}: {size:,} B")
     if not fitting:
         lines.append(
             f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"

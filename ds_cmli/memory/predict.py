@@ -125,21 +125,16 @@ def predict(
     inputs.check_predictable(json)
     card = gpus.find(gpu)
     limits = card.limits if target == "cuda" else None
-    resolved = _resolve(config, json, rank, world_size, limits, options.tell)
-    backend = options.backend or ("nccl" if resolved.cuda else "gloo")
-    lengths = inputs.text_lengths(resolved.config, resolved.json.micro_batch)
+    setup = _resolve(config, json, rank, world_size, limits, options.tell)
+    backend = options.backend or ("nccl" if setup.cuda else "gloo")
+    lengths = inputs.text_lengths(setup.config, setup.json.micro_batch)
     fixed = config.run.deterministic
     tracker = MemoryTracker(
-        "cpu",
-        lengths,
-        workspaces=not resolved.cuda,
-        backend=backend,
-        gpu=limits,
-        deterministic=fixed,
+        "cpu", lengths, workspaces=not setup.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
     def free() -> int:
-        if resolved.cuda:
+        if setup.cuda:
             return host_memory.free_bytes(tracker, gpu, world_size)
         return 1 << 60
 
@@ -147,18 +142,13 @@ def predict(
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
         host_memory.flattened_where_there_is_room(tracker, free),
-        host_memory.overlapping(tracker)
-        if resolved.cuda and _overlaps(resolved.json)
-        else nullcontext(),
+        host_memory.overlapping(tracker) if setup.cuda and _overlaps(setup.json) else nullcontext(),
     ):
-        events, sizes, shares = _record(resolved, options, answers, tracker)
+        events, sizes, shares = _record(setup, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
 
-    setting = _setting(resolved) | {
-        "process_group": backend,
-        "gpu": gpu if resolved.cuda else "CPU",
-    }
-    if not resolved.cuda:
+    setting = _setting(setup) | {"process_group": backend, "gpu": gpu if setup.cuda else "CPU"}
+    if not setup.cuda:
         report = summarise(events, setting, "predicted")
         return Prediction(report, events, sum(sizes), max(sizes), shares)
     workspace = hardware.DETERMINISTIC_CUBLAS if fixed else None
@@ -212,24 +202,24 @@ def _resolve(
     return _Resolved(config, json, vocab_size, rank, world_size, gpu is not None)
 
 
-def _setting(resolved: _Resolved) -> JsonObject:
-    config, json = resolved.config, resolved.json
+def _setting(setup: _Resolved) -> JsonObject:
+    config, json = setup.config, setup.json
     return {
         "preset": config.run.preset,
-        "world_size": resolved.world_size,
-        "rank": resolved.rank,
+        "world_size": setup.world_size,
+        "rank": setup.rank,
         "micro_batch": json.micro_batch,
         "accumulation": json.accumulation,
         "zero_stage": json.stage,
         "precision": json.precision,
         "checkpointing": json.checkpointing,
         "losses": list(config.loss.weights),
-        "cmli_backend": config.loss.cmli_backend if resolved.cuda else "chunked",
+        "cmli_backend": config.loss.cmli_backend if setup.cuda else "chunked",
     }
 
 
 def _record(
-    resolved: _Resolved, options: Options, answers: Answers, tracker: MemoryTracker
+    setup: _Resolved, options: Options, answers: Answers, tracker: MemoryTracker
 ) -> tuple[list[Event], list[int], Shares]:
     """Run the steps on tensors without data. Returns the events, each module's parameters, and what
     differs by rank.
@@ -237,30 +227,23 @@ def _record(
     The engine ends with this function, while the tracker is still entered.
     """
     options.tell("building the models and DeepSpeed's engine")
-    models = host_memory.recorded_from_the_engine_on(
-        tracker, resolved.json, resolved.cuda, answers.enter
-    )
+    models = host_memory.recorded_from_the_engine_on(tracker, setup.json, setup.cuda, answers.enter)
     train_engine = engine.build(
-        resolved.config,
-        resolved.json,
-        resolved.vocab_size,
-        TOTAL_STEPS,
-        torch.device("cpu"),
-        models=models,
+        setup.config, setup.json, setup.vocab_size, TOTAL_STEPS, torch.device("cpu"), models=models
     )
     sizes = list(map(_own_parameters, train_engine.objective.modules()))
     if options.scores is not None:
         train_engine.objective.score = options.scores  # type: ignore[assignment]
-    accumulation, texts = resolved.json.accumulation, options.texts
+    accumulation, texts = setup.json.accumulation, options.texts
     steps = 2 if texts is None else len(texts) // accumulation
 
     def step(number: int) -> None:
         of_step = texts and texts[number * accumulation : (number + 1) * accumulation]
         # On a GPU batches wait on the host, and each is copied to the device when its turn comes.
-        with tracker.paused() if resolved.cuda else tracker.scope("data"):
-            batches = inputs.StepBatches(resolved.config, resolved.json, of_step, answers, tracker)
+        with tracker.paused() if setup.cuda else tracker.scope("data"):
+            batches = inputs.StepBatches(setup.config, setup.json, of_step, answers, tracker)
         with ExitStack() as stack:
-            if resolved.cuda:
+            if setup.cuda:
                 stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
             watched = stack.enter_context(options.watch(train_engine, number))
             if texts is None:
@@ -271,11 +254,11 @@ def _record(
     optimizer = train_engine.engine.optimizer
     with (
         phases(train_engine, answers.enter),
-        followed(tracker, optimizer, resolved.rank) as shares,
+        followed(tracker, optimizer, setup.rank) as shares,
         tracker.attach(train_engine),
     ):
         for number in range(steps):
-            as_rank = f"as rank {resolved.rank:,} of {resolved.world_size:,}"
+            as_rank = f"as rank {setup.rank:,} of {setup.world_size:,}"
             options.tell(f"step {number + 1} of {steps}, {as_rank}")
             step(number)
     return tracker.events(), sizes, shares

@@ -237,15 +237,15 @@ def fit(
     wanted = 1
     if best:
         wanted = ds_config.batch(config.optim.micro_batch, world_size)[1]
-    fitting_changes: list[tuple[SettingsChange, int]] = []
+    changes: list[tuple[SettingsChange, int]] = []
     if wanted > best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, wanted), world_size, TOTAL_STEPS)
         shortage = Shortage(Step(config, one, world_size, True), room, fitting.needs_with)
-        fitting_changes = shortage.proposals() or shortage.combined()
+        changes = shortage.proposals() or shortage.combined()
     return Fit(
         best,
         fitting.predictions[best or 1],
         {n: fitting.needs(n) for n in sorted(fitting.predictions)},
         wanted,
-        [(change.what, size) for change, size in fitting_changes],
+        [(change.what, size) for change, size in changes],
     )

@@ -161,11 +161,9 @@ def _file(path: Path, line: int, values: dict[str, object]) -> str:
     """The file that a row names. Raises `UserError` if it lacks a column or names none inside."""
     for column in COLUMNS:
         if column not in values:
-            columns = ", ".join(map(str, values)) or "none"
+            names = ", ".join(map(str, values)) or "none"
             hint = nearest(column, values) if values else "add it"
-            raise UserError(
-                f"{path} line {line} has no column {column!r} (found: {columns}): {hint}"
-            )
+            raise UserError(f"{path} line {line} has no column {column!r} (found: {names}): {hint}")
     file = values["file_name"]
     said = f"{path} line {line} has file_name {file!r}"
     if not isinstance(file, str) or not file or "\0" in file:
