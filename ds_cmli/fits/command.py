@@ -159,10 +159,8 @@ def _without_data(
     if files["snapshot"]:
         snapshots.write(answered.events, files["snapshot"])
     if files["plot"]:
-        from ds_cmli.fits import picture
-
         title = f"{_name(program)} on {rooms[0]}"
-        picture.draw(files["plot"], answered.events, answered.answers[0], rooms[0], title)
+        report.draw_events(files["plot"], answered.events, answered.answers[0], rooms[0], title)
     return 0 if answered.fits else DOES_NOT_FIT
 
 

@@ -211,7 +211,7 @@ def statistics(device: torch.device) -> dict[str, int]:
     stats = torch.cuda.memory_stats(device)
     names = ("requested", "allocated", "reserved")
     totals = {name: stats[f"{name}_bytes.all.peak"] for name in names}
-    occupied = process_bytes(device)
+    occupied = gpu_bytes(device)
     if occupied is not None:
         # The driver reports no peak: memory outside the allocator's segments is assumed to be the
         # same then as now.
@@ -219,7 +219,7 @@ def statistics(device: torch.device) -> dict[str, int]:
     return totals
 
 
-def process_bytes(device: torch.device) -> int | None:
+def gpu_bytes(device: torch.device) -> int | None:
     """The bytes that this process occupies on the GPU by NVML's count; None if it has none."""
     import pynvml
 

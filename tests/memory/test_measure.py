@@ -196,11 +196,11 @@ def test_what_cudas_counters_say(monkeypatch):
     counters = {"requested_bytes.all.peak": 10, "allocated_bytes.all.peak": 512, "reserved_bytes.all.peak": 40 << 20}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "reserved_bytes.all.current": 30 << 20})
-    monkeypatch.setattr(measure, "process_bytes", lambda device: 330 << 20)
+    monkeypatch.setattr(measure, "gpu_bytes", lambda device: 330 << 20)
     found = measure.statistics(torch.device("cuda"))
     # 300 MiB beside the allocator's, and what it had reserved at its peak.
     assert found == {"requested": 10, "allocated": 512, "reserved": 40 << 20, "device": 340 << 20}
-    monkeypatch.setattr(measure, "process_bytes", lambda device: None)
+    monkeypatch.setattr(measure, "gpu_bytes", lambda device: None)
     assert "device" not in measure.statistics(torch.device("cuda"))
 
 
@@ -218,11 +218,11 @@ def test_what_the_driver_counts_for_this_process(monkeypatch):
         monkeypatch.setattr(pynvml, name, lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-abc": 1}.__getitem__)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", {1: [process]}.__getitem__)
-    assert measure.process_bytes(torch.device("cuda")) == 123
+    assert measure.gpu_bytes(torch.device("cuda")) == 123
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
     if not torch.cuda.is_available():
-        assert measure.process_bytes(torch.device("cuda")) is None  # no driver, no error
+        assert measure.gpu_bytes(torch.device("cuda")) is None  # no driver, no error
 
 
 def test_no_process_group_remains():

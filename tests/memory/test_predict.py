@@ -430,7 +430,7 @@ def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
         totals = {"device": context + size, "requested": size}
         return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
-    monkeypatch.setattr(largest_rank, "predict_largest", bytes_of)
+    monkeypatch.setattr(search, "predict_largest", bytes_of)
     found = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
     assert (found.micro_batch, found.asked) == (5, 8)
     assert found.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
