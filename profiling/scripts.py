@@ -182,13 +182,16 @@ def readable(size: int) -> str:
     return f"{size} B"
 
 
-WIDTH = 7.5  # inches; at this width text is legible where a page shows the picture 400 pixels wide
+WIDTH = 7.5  # inches
+NARROW = 5.2  # where a page shows the picture 400 pixels wide, small text is 9 pixels high
 
 
-def picture(height: float, columns: int = 1, **layout: Any) -> tuple["Figure", Any]:
+def picture(
+    height: float, columns: int = 1, *, rows: int = 1, width: float = WIDTH, **layout: Any
+) -> tuple["Figure", Any]:
     """A figure and its axes, drawn to a file. Raises `UserError` without matplotlib."""
     pyplot = plots.matplotlib("a picture")
-    return pyplot.subplots(1, columns, figsize=(WIDTH, height), layout="constrained", **layout)
+    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
 
 
 def written(figure: "Figure", path: Path | str, finding: str, what: str = "") -> None:

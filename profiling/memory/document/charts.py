@@ -8,8 +8,9 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
 from ds_cmli.memory.report import CATEGORIES, COLOURS
 from profiling.memory.document.compare import GB
-from profiling.scripts import picture, plain, readable, written
+from profiling.scripts import NARROW, picture, plain, readable, written
 
+ROWS = 5  # of categories in a column below the stack
 CMLI = "CMLI op"  # of `CATEGORIES`
 
 
@@ -17,14 +18,15 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     """Draw the last step of a run's `events`, stacked by category, with its phases marked.
 
     The x axis counts events, not seconds. The title says what the all-pairs loss needs at the peak,
-    or what holds most there; next to the stack stand the categories in its order, with their sizes there. `what`: of which step this is.
+    or what holds most there; below the stack stand the categories in its order, with their sizes
+    there. `what`: of which step this is.
     """
     before, step = last_step(events)
     points = maxima(before, step)
     peak_at, peak = max(points, key=lambda point: sum(point[1].values()))
     total, largest = sum(peak.values()), max(peak, key=peak.__getitem__)
     used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
-    figure, (axis, beside) = picture(4.4, columns=2, width_ratios=(2, 1))
+    figure, (axis, below) = picture(5.2, rows=2, width=NARROW, height_ratios=(3, 1))
     stacks = [[now[name] / GB for _, now in points] for name in used]
     where = [i for i, _ in points]
     axis.stackplot(where, stacks, step="post", colors=[COLOURS[name] for name in used])
@@ -40,25 +42,23 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     axis.set(xlim=(0, len(step)), ylim=(0, top * 1.14), xlabel="allocations and frees")
     axis.yaxis.set_major_formatter(lambda size, _: f"{size:g} GB")
     axis.xaxis.set_major_formatter(plain)
-    list_beside(beside, {name: peak[name] for name in used[::-1] if peak[name]})
+    list_below(below, {name: peak[name] for name in used[::-1] if peak[name]})
     finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
     if peak[CMLI]:
         finding = f"The CMLI loss needs {readable(peak[CMLI])} of {readable(total)}"
     written(figure, path, finding, what)
 
 
-def list_beside(axis: Any, peak: dict[str, int]) -> None:
+def list_below(axis: Any, peak: dict[str, int]) -> None:
     """Each category with its colour, in the order of the stack, and its size at the peak."""
     axis.axis("off")
-    axis.set(xlim=(0, 1), ylim=(0, len(CATEGORIES)))
-    axis.text(
-        1, len(CATEGORIES), "▼ at the peak", size=8.5, va="center", ha="right", color=plots.SOFT
-    )
-    for line, (name, size) in enumerate(peak.items()):
-        place = len(CATEGORIES) - 1 - line
-        axis.text(0, place, "■", color=COLOURS[name], size=13, va="center")
-        axis.text(0.1, place, name, size=9, va="center")
-        axis.text(1, place, readable(size), size=9, va="center", ha="right")
+    axis.set(xlim=(0, 2.1), ylim=(0, ROWS + 1))
+    axis.text(0, ROWS + 0.5, "▼ at the peak", size=8.5, va="center", color=plots.SOFT)
+    for number, (name, size) in enumerate(peak.items()):
+        left, line = 1.1 * (number // ROWS), ROWS - 0.5 - number % ROWS
+        axis.text(left, line, "■", color=COLOURS[name], size=13, va="center")
+        axis.text(left + 0.09, line, name, size=9, va="center")
+        axis.text(left + 1, line, readable(size), size=9, va="center", ha="right")
 
 
 def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, dict[str, int]]]:
