@@ -33,7 +33,7 @@ ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
 TrackerName = Annotated[str, NameOf(TRACKERS)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
-Resize = Literal["crop", "shortest", "squash"]
+Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -64,8 +64,9 @@ class StudentConfig:
     """
 
     # A dual encoder as a whole, with its joint space: a folder or a name of the hub of a CLIP or
-    # SigLIP model of transformers, or a run or an export of this package. It decides the settings
-    # of both encoders and how pictures and texts are prepared. "": two encoders, as below.
+    # SigLIP model of transformers or of a model of open_clip, open_clip:ARCHITECTURE@WEIGHTS, or a
+    # run or an export of this package. It decides the settings of both encoders and how pictures
+    # and texts are prepared. "": two encoders, as below.
     source: Text = ""
     # The sizes of the source's model; filled from `source`.
     source_config: dict[str, Any] = Field(default_factory=dict)
@@ -107,6 +108,8 @@ class StudentConfig:
         own = self.source_config
         parts = {"model_type", "mean", "std", "vision_config", "text_config"}
         whole = not own or (parts <= own.keys() and own["model_type"] in ("clip", "siglip"))
+        if own.get("model_type") == "open_clip":
+            whole = own.keys() == {"model_type", "mean", "std", "model_cfg"}
         check(whole, "student.source_config", own, "it is filled from student.source")
 
 
@@ -152,7 +155,7 @@ class DataConfig:
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
-    # to the square.
+    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower.
     resize: Resize = "crop"
     interpolation: Interpolation = "bicubic"  # of resizing
     # 0: of each picture the central square. Otherwise the whole picture in its own aspect, on
@@ -164,7 +167,8 @@ class DataConfig:
     # How far texts are padded: to the "longest" of the batch, or all "full", to `context_length`,
     # and then the text encoder attends to the padding and is pooled at its end, as SigLIP's.
     padding: Literal["longest", "full"] = "longest"
-    # "demo" (MiniLM's), "builtin" (no download), transformers name or local path.
+    # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or local
+    # path.
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead

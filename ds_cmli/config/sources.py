@@ -1,7 +1,7 @@
 """`student.source`: a dual encoder as a whole, whose own files decide the settings of a student.
 
-It is a model of transformers (`CLIPModel`, `SiglipModel`), by a folder or its name on the hub, or
-the folder of a run or of an export of this package.
+It is a model of transformers (`CLIPModel`, `SiglipModel`), by a folder or its name on the hub, a
+model of open_clip (`config/open_clip.py`), or the folder of a run or of an export of this package.
 """
 
 import os
@@ -15,6 +15,7 @@ from typing import Any
 from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.common.json_text import JsonObject, read
 from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config import open_clip
 from ds_cmli.config.schema import Config, Sections, StudentConfig, load_config
 from ds_cmli.config.validation import shown
 
@@ -47,18 +48,24 @@ class Source:
     @property
     def path(self) -> Path:
         """The folder of the model, of which `name` may also be a file of weights."""
-        path = Path(self.name).expanduser()
+        path = Path(self.place).expanduser()
         return path.parent if path.suffix == ".safetensors" and os.path.isfile(path) else path
+
+    @property
+    def place(self) -> str:
+        """The name without a prefix of open_clip's."""
+        return self.name.removeprefix(open_clip.LOCAL).removeprefix(open_clip.HUB)
 
     @property
     def weights(self) -> str | None:
         """The name of its file of weights; None: the usual one."""
-        path = Path(self.name).expanduser()
+        path = Path(self.place).expanduser()
         return None if path == self.path else path.name
 
     @property
     def local(self) -> bool:
-        return os.path.exists(self.path)  # also of a name that is too long for a path
+        # Also of a name that is too long for a path.
+        return not self.name.startswith(open_clip.HUB) and os.path.exists(self.path)
 
     def error(self, problem: str) -> UserError:
         return UserError(f"student.source is {shown(self.name)}: {problem}")
@@ -88,7 +95,7 @@ class Source:
 
         try:
             with loading(hub=True):
-                return Path(hf_hub_download(self.name, name))
+                return Path(hf_hub_download(self.place, name))
         except LocalEntryNotFoundError as error:
             raise self.error(reason(error)) from None
         except EntryNotFoundError:
@@ -99,14 +106,26 @@ class Source:
 
     @cached_property
     def config(self) -> JsonObject:
-        """The content of its `config.json`. Raises `UserError` if there is none."""
+        """The content of its `config.json`, or what `open_clip.described` has in its place.
+
+        Raises `UserError` if there is neither.
+        """
+        if self.name.startswith(open_clip.NAMED):
+            return open_clip.described(self)
         if self.local and not self.path.is_dir():
             raise self.error("a file: give the folder of the model, with its config.json")
-        if not (self.local or HUB_NAME.fullmatch(self.name)):
+        of_hub = HUB_NAME.fullmatch(self.place) and not self.name.startswith(open_clip.LOCAL)
+        if not (self.local or of_hub):
             raise self.error("no such file or folder")
         if self.local:
             check_regular(f"student.source is {self.name!r}", self.path)
+        if open_clip.is_marked(self.name):
+            return open_clip.described(self)
         content = self.json(CONFIG)
+        # Models that both libraries load have both files.
+        of_others = content is None or not (content.keys() & {"model_type", "config"})
+        if of_others and self.json(open_clip.CONFIG) is not None:
+            return open_clip.described(self)
         if content is None:
             raise self.error("no config.json there: give the folder of a model or of a run")
         return content
@@ -170,8 +189,16 @@ def to_evaluate(source: Source) -> Config:
     losses = dict(source.config.get("losses") or ())  # of an export
     decided = applied({"student": {"source": source.name}}, {})
     if not losses:
-        losses = {LIBRARY[source.config["model_type"]]: 1.0, "cmli": 1.0}
+        losses = {loss_of(source.config): 1.0, "cmli": 1.0}
     return Config.from_dict({**decided, "loss": {"weights": losses}})
+
+
+def loss_of(own: JsonObject) -> str:
+    """The loss whose temperature a model of another library has, by its `model_type`."""
+    kind = own["model_type"]
+    if kind == open_clip.TYPE:
+        kind = "clip" if own["model_cfg"].get("init_logit_bias") is None else "siglip"
+    return LIBRARY[kind]
 
 
 def _allowed(key: str, value: object, decided: Sections) -> bool:
@@ -200,9 +227,11 @@ def _of_run(source: Source) -> Sections:
 
 
 def _of_library(source: Source) -> Sections:
-    """The settings of a model of transformers."""
+    """The settings of a model of another library."""
     from transformers import CONFIG_MAPPING
 
+    if source.config.get("model_type") == open_clip.TYPE:
+        return _whole(*open_clip.sections(source))
     content = source.config
     kind = content.get("model_type")
     if kind == "siglip2":
@@ -232,6 +261,18 @@ def _of_library(source: Source) -> Sections:
             f"its texts have {text.projection_size} features and its pictures {embed_dim}: no "
             "joint space"
         )
+    data |= {
+        "tokenizer": source.name,
+        "context_length": text.max_position_embeddings,
+        "padding": "full" if kind == "siglip" else "longest",
+        "aspect_patch": 0,
+    }
+    return _whole(own, embed_dim, data)
+
+
+def _whole(own: JsonObject, embed_dim: int, data: JsonObject) -> Sections:
+    """The settings of a student that is a model of another library, E = `embed_dim` wide."""
+    kind = own["model_type"]
     student: dict[str, object] = {
         **OF_TRAINING,
         "source_config": own,
@@ -246,12 +287,6 @@ def _of_library(source: Source) -> Sections:
         "layers": None,
         "shared_blocks": 0,
         "embed_dim": embed_dim,
-    }
-    data |= {
-        "tokenizer": source.name,
-        "context_length": text.max_position_embeddings,
-        "padding": "full" if kind == "siglip" else "longest",
-        "aspect_patch": 0,
     }
     return {"student": student, "data": data}
 

@@ -157,7 +157,7 @@ def load_image(image: Image.Image, framing: Framing, view: View | None = None) -
         image = background
     if image.mode != "RGB":  # `convert` would copy an RGB image
         image = image.convert("RGB")
-    if framing.resize == "shortest" and box == central_square(*image.size):
+    if framing.resize.startswith("shortest") and box == central_square(*image.size):
         return framing.shortest_resized(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     left, top, right, bottom = (round(side / scale) for side in box)
     pixels = np.array(image)[top : max(bottom, top + 1), left : max(right, left + 1)]

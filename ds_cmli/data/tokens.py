@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import shown
-from ds_cmli.data import assets
+from ds_cmli.data import assets, open_clip_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -62,7 +62,8 @@ class CaptionTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         # Tokenizers of causal models may lack a padding token. The end token replaces it, as the
         # mask marks padding.
-        pad_id = tokenizer.pad_token_id
+        own = open_clip_tokens.own_of(tokenizer)
+        pad_id = own.get("pad_id", tokenizer.pad_token_id)
         if pad_id is None:
             pad_id = tokenizer.eos_token_id
         if backend is None or pad_id is None:
@@ -85,7 +86,7 @@ class CaptionTokenizer:
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
         self.positions, self.most_characters = positions, most_characters(positions)
-        self.full = full
+        self.full, self.cleaning = full, open_clip_tokens.Cleaning.of(own)
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
         # "[SEP]" written out in a caption becomes the special token but is not in the special
@@ -105,14 +106,22 @@ class CaptionTokenizer:
         return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
-        encoding = self._encoded(text)
+        encoding, places = self._encoded(text)
         tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         valid = [not added and token not in self.special_ids for token, added in tokens]
-        return Tokens(encoding.ids, valid, [end for _, end in encoding.offsets], text)
+        ends = [end for _, end in encoding.offsets]
+        if places is not None:
+            ends = [places[end] for end in ends]
+        return Tokens(encoding.ids, valid, ends, text)
 
-    def _encoded(self, text: str) -> Encoding:
+    def _encoded(self, text: str) -> tuple[Encoding, list[int] | None]:
+        """The tokens, and, of a text that is cleaned first, what `Cleaning.places` returns."""
+        whole, places = text[: self.most_characters], None
+        if self.cleaning is not None:
+            cleaned = self.cleaning(whole)
+            whole, places = cleaned, self.cleaning.places(whole, cleaned)
         try:
-            return self.backend.encode(text[: self.most_characters])
+            return self.backend.encode(whole), places
         except BaseException as error:
             panic = type(error).__name__ == "PanicException"  # of Rust, which is no `Exception`
             if not panic and not isinstance(error, Exception):
@@ -125,7 +134,10 @@ class CaptionTokenizer:
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each position: the first, and the one after the last."""
         out = []
-        for start, end in self._encoded(text).offsets:
+        encoding, places = self._encoded(text)
+        for start, end in encoding.offsets:
+            if places is not None:
+                start, end = places[start], places[end]
             piece = text[start:end]  # some tokenizers count the blank before a word to its token
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
@@ -188,6 +200,8 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
         return builtin_tokenizer()
+    if open_clip_tokens.is_own(name):
+        return _of_open_clip(name)
     from transformers import AutoTokenizer
 
     path = assets.minilm() if name == "demo" else Path(name).expanduser()
@@ -202,6 +216,17 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         raise UserError(
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
+        ) from None
+
+
+def _of_open_clip(name: str) -> "PreTrainedTokenizerBase":
+    try:
+        return open_clip_tokens.load(name)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"data.tokenizer is {name!r}, which open_clip cannot load ({reason(error)})"
         ) from None
 
 

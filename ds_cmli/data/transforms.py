@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ds_cmli.config.schema import AugmentationName as Name
@@ -46,30 +48,41 @@ class Framing:
     def of(cls, config: DataConfig) -> "Framing":
         return cls(config.image_size, config.side, config.resize, config.interpolation)
 
+    @property
+    def by_pillow(self) -> bool:
+        return self.resize.endswith("_pillow")
+
     def view(self, width: int, height: int) -> Box:
-        if self.side or self.resize == "squash":
+        if self.side or self.resize.startswith("squash"):
             return whole(width, height)
         return central_square(width, height)
 
     def resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize uint8 [3, H, W] to uint8 [3, *size], contiguous, with antialiasing.
 
-        The result equals Pillow's up to the last bit, in a fifth of the time.
+        The result equals Pillow's up to the last bits, in a fifth of the time.
         """
         mode = self.interpolation
+        if self.by_pillow:
+            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+            image = image.resize(size[::-1], getattr(Image.Resampling, mode.upper()))
+            return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         out = torch.nn.functional.interpolate(pixels[None], size, mode=mode, antialias=True)
         return out[0].contiguous()
 
     def shortest_resized(self, pixels: Tensor) -> Tensor:
-        """Resize the shorter side to S and cut out the centre, to the pixel as transformers does.
+        """Resize the shorter side to S and cut out the centre, to the pixel as transformers or open_clip.
 
         uint8 [3, H, W] -> uint8 [3, S, S].
         """
         height, width = pixels.shape[1:]
         shorter = min(height, width)
         rows, columns = int(self.size * height / shorter), int(self.size * width / shorter)
-        left, top, right, bottom = central_square(columns, rows)
-        return self.resized(pixels, (rows, columns))[:, top:bottom, left:right].contiguous()
+        left, top, _, _ = central_square(columns, rows)
+        if self.by_pillow:  # as torchvision's CenterCrop, halves to even
+            left, top = round((columns - self.size) / 2), round((rows - self.size) / 2)
+        pixels = self.resized(pixels, (rows, columns))
+        return pixels[:, top : top + self.size, left : left + self.size].contiguous()
 
 
 class Augmentation:

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from ds_cmli.export.folder import Trained
 
 FORMATS = """\
-open_clip: not written. Its models are two towers that end in one vector each; blocks over both \
-modalities, and patches and tokens to compare, have no place in open_clip_config.json.
+open_clip: by --as open_clip, of a student that began as a model of open_clip. Blocks over both \
+modalities have no place in its models.
 sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a \
 PyLate ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds \
 pictures and texts under shared blocks, nor scores both ways. Their \
@@ -45,8 +45,9 @@ class ExportOptions:
 @click.option(
     "--as",
     "kind",
-    type=click.Choice(["clip", "siglip"]),
-    help="Write the model of transformers that the run's student began as (student.source).",
+    type=click.Choice(["clip", "siglip", "open_clip"]),
+    help="Write the model of transformers or of open_clip that the run's student began as "
+    "(student.source).",
 )
 @click.option("--tokenizer", default=None, help="Tokenizer to use instead of the run's.")
 @click.option(

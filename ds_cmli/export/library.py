@@ -1,4 +1,4 @@
-"""Writes a student that began as a CLIP or SigLIP model as one of transformers again.
+"""Writes a student that began as a model of another library as one of that library again.
 
 The tokens' maps into the joint space, which the library's model has no place for, are a file of
 their own.
@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPImageProcessor, PreTrainedModel, SiglipI
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.schema import Config
-from ds_cmli.config.sources import INTERPOLATIONS, LIBRARY
+from ds_cmli.config.sources import INTERPOLATIONS, LIBRARY, loss_of
 from ds_cmli.export.folder import Trained
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import dual
@@ -23,7 +23,8 @@ from ds_cmli.models import dual
 TOKENS = "token_maps.safetensors"
 
 
-CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel"}  # in transformers
+# What is written: two classes of transformers, or a library's own.
+CLASSES = {"clip": "CLIPModel", "siglip": "SiglipModel", "open_clip": "open_clip"}
 
 
 def check(config: Config, kind: str) -> None:
@@ -62,7 +63,7 @@ def assembled(objective: Objective, config: Config) -> PreTrainedModel:
 
 
 def write(folder: Path, trained: Trained, kind: str) -> list[str]:
-    """Write the folder of a model that `from_pretrained` loads as any other.
+    """Write the folder of a model that its library loads as any other.
 
     Returns:
         Lines for the user about what was written.
@@ -71,23 +72,28 @@ def write(folder: Path, trained: Trained, kind: str) -> list[str]:
         UserError: as `check`.
     """
     check(trained.config, kind)
-    model = assembled(trained.objective, trained.config)
-    with loading(hub=False):
-        model.save_pretrained(folder)
-        trained.tokenizer.save_pretrained(folder)
-        _processor(trained.config).save_pretrained(folder)
+    if kind == "open_clip":
+        from ds_cmli.export import open_clip
+
+        lines = open_clip.write(folder, trained)
+    else:
+        model = assembled(trained.objective, trained.config)
+        with loading(hub=False):
+            model.save_pretrained(folder)
+            trained.tokenizer.save_pretrained(folder)
+            _processor(trained.config).save_pretrained(folder)
+        lines = [f"loads by {CLASSES[kind]}.from_pretrained"]
     maps: dict[str, torch.Tensor] = {}
     for side in ("image", "text"):
         tower: nn.Module = getattr(trained.objective.student, side)
         for name, value in tower.token_head.state_dict().items():  # type: ignore[union-attr]
             maps[f"{side}.{name}"] = value.contiguous()
     save_file(maps, folder / TOKENS)
-    loss = LIBRARY[kind]
-    lines = [
-        f"loads by {CLASSES[kind]}.from_pretrained",
+    loss = loss_of(trained.config.student.source_config)
+    lines.append(
         f"{TOKENS}: the maps of patches and tokens into the joint space, of which "
-        f"{CLASSES[kind]} reads nothing",
-    ]
+        f"{CLASSES[kind]} reads nothing"
+    )
     if loss not in trained.objective.losses:
         lines.append(f"no loss {loss} was trained: temperature and bias are those of a new model")
     return lines

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from ds_cmli.config.schema import Interpolation, Resize
+from ds_cmli.data import open_clip_tokens
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import prepare
 from ds_cmli.data.tokens import most_characters, tell_cut
@@ -103,6 +104,9 @@ class CMLIProcessor(ProcessorMixin):
         if line := tell_cut(texts, self.context_length):
             warnings.warn(line, stacklevel=3)
         texts = [text[: most_characters(self.context_length)] for text in texts]
+        cleaning = open_clip_tokens.Cleaning.of(open_clip_tokens.own_of(self.tokenizer))
+        if cleaning is not None:
+            texts = list(map(cleaning, texts))
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
         if not all(rows):
             raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")

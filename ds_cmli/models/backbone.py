@@ -196,6 +196,9 @@ class TextBackbone(nn.Module):
     Attributes: `width` (H), `most_positions` (the greatest length of a text; None: any length).
     """
 
+    # The number of tokens after those of the text. A model that has one pools its texts by itself.
+    suffix = 0
+
     width: int
     most_positions: int | None
     depth: int | None = None  # as of an image encoder
@@ -216,7 +219,11 @@ class TextBackbone(nn.Module):
         return ()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Encode token ids: int64 [B, M] and a mask, bool [B, M] (True = attend) -> [B, M, H]."""
+        """Encode token ids: int64 [B, M] and a mask, bool [B, M] (True = attend).
+
+        Returns:
+            [B, M + suffix, H].
+        """
         raise NotImplementedError
 
     @contextmanager

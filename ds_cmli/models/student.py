@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -214,9 +215,9 @@ class Student(nn.Module):
         except Exception as error:
             return reason(error)
         width = self.text.width if isinstance(self.text_head, nn.Identity) else self.width
-        if y.shape != (3, positions, width):
+        if y.shape != (3, positions + self.text.suffix, width):
             return f"gives {list(y.shape)}"
-        if isinstance(y, FakeTensor):
+        if isinstance(y, FakeTensor) or self.text.suffix:
             return ""
         if not torch.allclose(y[0, :-1], y[1, :-1], atol=1e-3):
             return "it lets tokens see padding"
@@ -260,9 +261,9 @@ class Student(nn.Module):
         """
         x = self.embed_image(image, places, grid)
         y = self.embed_text(input_ids, attention_mask)
-        attended = self._attended_to(grid)
+        attended, to_text = self._attended_to(grid), self._with_suffix(attention_mask)
         for block in self.shared:
-            x, y = block(x, y, attention_mask, attended)
+            x, y = block(x, y, to_text, attended)
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
     def encode_image(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -275,11 +276,15 @@ class Student(nn.Module):
     def _attended_to(self, grid: Tensor | None) -> Tensor | None:
         return attended_to(grid, math.prod(self.grid), self.image.prefix)
 
+    def _with_suffix(self, attention_mask: Tensor) -> Tensor:
+        suffix = self.text.suffix
+        return F.pad(attention_mask, (0, suffix), value=True) if suffix else attention_mask
+
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""
-        y = self.embed_text(input_ids, attention_mask)
+        y, attended = self.embed_text(input_ids, attention_mask), self._with_suffix(attention_mask)
         for block in self.shared:
-            y = block.text(y, attention_mask)  # type: ignore[operator]
+            y = block.text(y, attended)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
     def image_embeddings(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:

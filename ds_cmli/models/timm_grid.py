@@ -66,19 +66,7 @@ class TimmGrid(ImageBackbone):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        found: list[nn.Module] = []
-        for number, name in enumerate(self.stages):
-            stage = self.model.get_submodule(name)
-            inside = getattr(stage, "blocks", stage)
-            if isinstance(inside, nn.Sequential | nn.ModuleList):
-                found += list(inside)
-            elif next(stage.parameters(), None) is not None:
-                above = self.model.get_submodule(name.rpartition(".")[0])
-                of_a_stack = isinstance(above, nn.Sequential | nn.ModuleList)
-                # Otherwise it is the stem, whose input, the pixels, needs no gradient.
-                if of_a_stack or number > 0:
-                    found.append(stage)
-        return found
+        return blocks_of_stages(self.model, self.stages)
 
     def forward(self, pixels: Tensor) -> Tensor:
         if probe.on_gpu(pixels.device):
@@ -87,3 +75,20 @@ class TimmGrid(ImageBackbone):
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         [x] = self.model(pixels)  # [B, H, rows, columns]
         return with_mean(x.flatten(2).transpose(1, 2))
+
+
+def blocks_of_stages(model: nn.Module, stages: list[str]) -> list[nn.Module]:
+    """The blocks of a timm model's stages, by their names in its `feature_info`."""
+    found: list[nn.Module] = []
+    for number, name in enumerate(stages):
+        stage = model.get_submodule(name)
+        inside = getattr(stage, "blocks", stage)
+        if isinstance(inside, nn.Sequential | nn.ModuleList):
+            found += list(inside)
+        elif next(stage.parameters(), None) is not None:
+            above = model.get_submodule(name.rpartition(".")[0])
+            of_a_stack = isinstance(above, nn.Sequential | nn.ModuleList)
+            # Otherwise it is the stem, whose input, the pixels, needs no gradient.
+            if of_a_stack or number > 0:
+                found.append(stage)
+    return found

@@ -75,13 +75,7 @@ class TimmTokens(ImageBackbone):
         return list(self.model.blocks)
 
     def leave_out_patches(self) -> TakenPatches | None:
-        # Where timm's own patch dropout would stand. Others place biases or rotations by patch.
-        own = getattr(self.model, "patch_drop", None)
-        plain = isinstance(self.model, VisionTransformer)
-        if not (plain and isinstance(own, nn.Identity)):
-            return None
-        self.model.patch_drop = taken = TakenPatches(self.model.num_prefix_tokens)
-        return taken
+        return place_for_taken(self.model)
 
     def forward(self, pixels: Tensor) -> Tensor:
         # [B, prefix + N, H], or one token fewer if the model has no class token
@@ -93,6 +87,19 @@ class TimmTokens(ImageBackbone):
         if self.registers == 0:
             return with_mean(x)
         return torch.cat([x[:, self.registers :].mean(1, keepdim=True), x], 1)
+
+
+def place_for_taken(model: Any) -> TakenPatches | None:
+    """Put `TakenPatches` where timm's own patch dropout would stand, and return it.
+
+    None: the model needs all patches.
+    """
+    # Other models than plain ViTs place biases or rotations by patch.
+    own = getattr(model, "patch_drop", None)
+    if not (isinstance(model, VisionTransformer) and isinstance(own, nn.Identity)):
+        return None
+    model.patch_drop = taken = TakenPatches(model.num_prefix_tokens)
+    return taken
 
 
 def _mean_of_blocks(model: Any, count: int, pixels: Tensor) -> Tensor:

@@ -1,0 +1,189 @@
+"""`student.source` in the format of open_clip.
+
+A folder or a name of the hub with an `open_clip_config.json`, which open_clip's own prefixes
+`local-dir:` and `hf-hub:` may mark, or `open_clip:ARCHITECTURE@WEIGHTS`: a name that the package
+has, with a file of weights or the tag of published ones.
+"""
+
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_cmli.common.errors import nearest
+from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common.pretrained import reason
+
+if TYPE_CHECKING:
+    from ds_cmli.config.sources import Source
+
+CONFIG = "open_clip_config.json"
+TYPE = "open_clip"  # of a model, as `model_type` in others' config.json
+NAMED = "open_clip:"
+LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
+DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
+# What of a model of open_clip acts in training alone: `student.patch_keep` is this package's.
+OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
+RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
+
+
+@dataclass(frozen=True)
+class Named:
+    """The parts of `open_clip:ARCHITECTURE@WEIGHTS`."""
+
+    architecture: str
+    weights: str  # a file, or the tag of published weights
+
+    @classmethod
+    def of(cls, name: str) -> "Named":
+        architecture, _, weights = name.removeprefix(NAMED).partition("@")
+        return cls(architecture, weights)
+
+    @property
+    def file(self) -> Path:
+        return Path(self.weights).expanduser()
+
+
+def is_marked(name: str) -> bool:
+    """Whether a name says by its beginning that it is open_clip's."""
+    return name.startswith((NAMED, LOCAL, HUB))
+
+
+def described(source: "Source") -> JsonObject:
+    """What others have in config.json: `model_type`, `model_cfg` and `preprocess_cfg`.
+
+    Raises:
+        UserError: there is no such model, or open_clip is not installed.
+    """
+    if find_spec("open_clip") is None:
+        raise source.error(
+            "a model of open_clip, which is not installed: pip install 'ds-cmli[open_clip]'"
+        )
+    if source.name.startswith(NAMED):
+        return _of_package(source, Named.of(source.name))
+    content = source.json(CONFIG)
+    if content is None:
+        raise source.error(f"no {CONFIG} there: give the folder of a model of open_clip")
+    model, preprocess = content.get("model_cfg"), content.get("preprocess_cfg") or {}
+    if not isinstance(model, dict) or not isinstance(preprocess, dict):
+        raise source.error(f"its {CONFIG} is damaged: it has no model_cfg")
+    return {"model_type": TYPE, "model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def _of_package(source: "Source", named: Named) -> JsonObject:
+    import open_clip
+
+    name = named.architecture
+    model = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if model is None:
+        known = nearest(name, open_clip.list_models())
+        raise source.error(f"open_clip has no architecture {name!r}: {known}")
+    form = f"give {NAMED}{name}@FILE, a file of weights"
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tags:
+        form += f", or {NAMED}{name}@TAG, of {', '.join(tags)}"
+    if not named.weights:
+        raise source.error(f"it names no weights: {form}")
+    preprocess: JsonObject = {}
+    if not named.file.is_file():
+        published = open_clip.get_pretrained_cfg(name, named.weights)
+        if not published:
+            raise source.error(f"{named.weights!r} is no file: {form}")
+        if bool(published.get("quick_gelu")) != bool(model.get("quick_gelu")):
+            other = name.removesuffix("-quickgelu")
+            if published.get("quick_gelu"):
+                other = f"{name}-quickgelu"
+            raise source.error(
+                f"these weights were trained with another activation: give {NAMED}{other}@"
+                f"{named.weights}"
+            )
+        preprocess = published
+    return {"model_type": TYPE, "model_cfg": model, "preprocess_cfg": preprocess}
+
+
+def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
+    """What a model of open_clip decides.
+
+    Returns:
+        `StudentConfig.source_config`, the width of the joint space, and the settings of `data`.
+
+    Raises:
+        UserError: it cannot be used, or is of a kind that is not supported.
+    """
+    import open_clip
+    from open_clip.transform import merge_preprocess_dict
+
+    content = source.config
+    model = deepcopy(content["model_cfg"])
+    try:
+        vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
+        text = open_clip.CLIPTextCfg(**model["text_cfg"])
+        width = int(model["embed_dim"])
+        usual = asdict(open_clip.transform.PreprocessCfg())
+        pictures: Any = merge_preprocess_dict(usual, content["preprocess_cfg"])
+    except Exception as error:  # a file of others may hold anything
+        raise source.error(f"its {CONFIG} cannot be used: {reason(error)}") from None
+    refusal = _refusal(vision, text, pictures)
+    if refusal:
+        raise source.error(refusal)
+    mean, std = _of_colours(pictures["mean"]), _of_colours(pictures["std"])
+    own = {"model_type": TYPE, "mean": mean, "std": std, "model_cfg": model}
+    size = vision.image_size
+    # Towers whose features depend on the padding need all of it.
+    full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
+    data = {
+        "image_size": size if isinstance(size, int) else size[0],
+        "resize": RESIZING[pictures["resize_mode"]],
+        "interpolation": "bilinear" if pictures["interpolation"] == "bilinear" else "bicubic",
+        "tokenizer": _tokenizer(source, text),
+        "context_length": text.context_length,
+        "padding": "full" if full else "longest",
+        "aspect_patch": 0,
+    }
+    return own, width, data
+
+
+def _refusal(vision: Any, text: Any, pictures: JsonObject) -> str:
+    """Why a model is not supported; "" if it is."""
+    size, mode = vision.image_size, pictures["resize_mode"]
+    if text.hf_model_name:
+        return (
+            f"its text encoder is {text.hf_model_name!r} of transformers: give a model with "
+            "open_clip's own text encoder"
+        )
+    if text.tokenizer_mode:
+        return f"its tokenizer_mode is {text.tokenizer_mode!r}: give a model without one"
+    if isinstance(vision.attentional_pool, str):
+        return f"its attentional_pool is {vision.attentional_pool!r}: give a model where it is true"
+    if "none" in (vision.pool_type, text.pool_type):
+        return "its pool_type is 'none': give a model that pools its features"
+    if not isinstance(size, int) and len(set(size)) > 1:
+        return f"its pictures are {size[0]} x {size[1]} pixels: give a model of square ones"
+    if mode not in RESIZING:
+        known = " or ".join(RESIZING)
+        return f"its resize_mode is {mode!r}: give a model where it is {known}"
+    return ""
+
+
+def _of_colours(value: Any) -> list[float]:
+    return list(value) if isinstance(value, list | tuple) else [value] * 3
+
+
+def _tokenizer(source: "Source", text: Any) -> str:
+    """The setting `data.tokenizer`."""
+    if not text.hf_tokenizer_name and not text.tokenizer_kwargs:
+        return DEFAULT_TOKENIZER
+    if is_marked(source.name):
+        return source.name.partition("@")[0]
+    return f"{LOCAL if source.local else HUB}{source.name}"
+
+
+def training_lines(own: JsonObject) -> list[str]:
+    """Lines about settings of the source's own training that are not taken over."""
+    vision = own.get("model_cfg", {}).get("vision_cfg", {})
+    found = [f"{name} {vision[name]}" for name in OF_TRAINING if vision.get(name)]
+    if not found:
+        return []
+    more = "; student.patch_keep drops patches" if "patch_dropout" in found[0] else ""
+    return [f"student.source: {', '.join(found)} of its own training is not taken over{more}"]

@@ -1,0 +1,143 @@
+"""Builds the two towers of an open_clip model, and loads its weights; mistakes are `UserError`.
+
+It is always built as open_clip's `CustomTextCLIP`: of a CoCa without its decoder of captions.
+"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.config.open_clip import HUB, NAMED, OF_TRAINING, Named
+from ds_cmli.config.schema import StudentConfig
+from ds_cmli.config.sources import Source
+from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
+
+if TYPE_CHECKING:
+    from ds_cmli.models.open_clip_towers import OpenClipImage, OpenClipText
+
+# The names that open_clip prefers in a folder, the first one there first.
+FILES = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+# The weights of a CoCa that are of no tower.
+DECODER = "text_decoder."
+
+
+def of_towers(own: JsonObject) -> JsonObject:
+    """The part of `model_cfg` of `StudentConfig.source_config` that two towers have."""
+    model = deepcopy(own["model_cfg"])
+    if model.pop("multimodal_cfg", None) is not None:
+        for side in ("vision_cfg", "text_cfg"):
+            model[side].pop("output_tokens", None)
+        model["custom_text"] = True
+    return model
+
+
+def whole(own: JsonObject) -> nn.Module:
+    """The `CustomTextCLIP` with random weights, without what acts in training alone."""
+    from open_clip import CustomTextCLIP
+
+    model = of_towers(own)
+    model.pop("custom_text", None)
+    for name in OF_TRAINING:
+        if model["vision_cfg"].get(name):
+            model["vision_cfg"][name] = 0.0
+    model["vision_cfg"]["timm_model_pretrained"] = False
+    with loading(hub=False):
+        return CustomTextCLIP(**model)
+
+
+def build(
+    config: StudentConfig, pretrained: bool
+) -> "tuple[OpenClipImage, OpenClipText, tuple[float, float | None] | None]":
+    """Both towers of the source, on the CPU in fp32.
+
+    Args:
+        pretrained: whether to load the source's weights; if not, they are random.
+
+    Returns:
+        The towers, and ln(1/temperature) and the bias, if any; None for random weights.
+
+    Raises:
+        UserError: open_clip cannot build the model, or its weights do not fit.
+    """
+    from ds_cmli.models.open_clip_heads import NoHead
+    from ds_cmli.models.open_clip_towers import OpenClipImage, OpenClipText
+
+    own, source = config.source_config, WeightsSource("student.source", config.source, False)
+    try:
+        if not isinstance(torch.empty(0), FakeTensor):
+            with torch.device("meta"):
+                parameters = count(whole(own))
+            check_room("student.source", config.source, parameters)
+        model: Any = whole(own)
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise source.error(f"open_clip cannot build it: {reason(error)}") from None
+    start = None
+    if pretrained and config.source:
+        _load(source, model)
+        bias = model.logit_bias
+        start = model.logit_scale.item(), None if bias is None else bias.item()
+    try:
+        image = OpenClipImage(model.visual, config.embed_dim, own["mean"], own["std"])
+    except NoHead as error:
+        raise source.error(f"{error}, which is not supported: give another model") from None
+    return image, OpenClipText(model.text, config.embed_dim), start
+
+
+def _load(source: WeightsSource, model: nn.Module) -> None:
+    import open_clip
+
+    path = _file(source)
+    try:
+        with loading(hub=False):
+            keys = open_clip.load_checkpoint(model, str(path), strict=False)
+    except Exception as error:
+        raise source.error(f"its weights cannot be loaded: {reason(error)}") from None
+    missing, unexpected = keys if keys else ([], [])  # a file of numpy's is checked when it is read
+    unexpected = [key for key in unexpected if not key.startswith(DECODER)]
+    for kind, names in (("missing", missing), ("not of the model", unexpected)):
+        if names:
+            raise source.error(f"{len(names)} weights are {kind}, such as {min(names)}")
+    check_finite(source, model)
+
+
+def _file(source: WeightsSource) -> Path:
+    """The file of weights, fetched if it is on the hub. Raises `UserError`."""
+    import open_clip
+
+    name = source.weights
+    try:
+        if name.startswith(NAMED):
+            named = Named.of(name)
+            if named.file.is_file():
+                return named.file
+            published = open_clip.get_pretrained_cfg(named.architecture, named.weights)
+            with loading(hub=True):
+                return Path(open_clip.download_pretrained(published))
+        place = Source(name)
+        if not place.local:
+            with loading(hub=True):
+                return Path(open_clip.download_pretrained_from_hf(name.removeprefix(HUB)))
+    except Exception as error:  # the hub's client raises its own
+        raise source.error(f"its weights cannot be fetched: {reason(error)}") from None
+    found = [place.path / file for file in FILES if (place.path / file).is_file()]
+    if not found:
+        kinds = ("*.safetensors", "*.bin", "*.pth", "*.pt")
+        found = sorted(file for kind in kinds for file in place.path.glob(kind))
+    if not found:
+        raise source.error(f"no weights there: give a folder with {FILES[0]}")
+    return found[0]

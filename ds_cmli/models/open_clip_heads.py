@@ -1,0 +1,174 @@
+"""Maps of single patches into the joint space of an open_clip model, and its attention's layers.
+
+A patch begins where the model's own pooling would put a picture of that one patch.
+
+Shapes: B pairs, N patches, L tokens, H width of a tower, E width of the joint space.
+"""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.layers import AttentionPoolLatent, ClassifierHead, LayerNorm2d, NormMlpClassifierHead
+from torch import Tensor, nn
+
+
+class NoHead(Exception):
+    """A pooling by which single patches cannot be mapped."""
+
+
+class Attention(nn.Module):
+    """`nn.MultiheadAttention` of one input, whose projections are linear layers.
+
+    LoRA can then adapt them, and each layer computes with its own parameters alone.
+    """
+
+    def __init__(self, own: nn.MultiheadAttention):
+        """`own`: whose parameters it takes over."""
+        super().__init__()
+        width, self.heads = own.embed_dim, own.num_heads
+        with torch.device("meta"):
+            self.in_proj = nn.Linear(width, 3 * width)
+            self.out_proj = nn.Linear(width, width)
+        self.in_proj.weight, self.in_proj.bias = own.in_proj_weight, own.in_proj_bias
+        self.out_proj.weight, self.out_proj.bias = own.out_proj.weight, own.out_proj.bias
+
+    def forward(
+        self,
+        x: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """[B, L, H] thrice, and a mask to add, [L, L] or [B * heads, L, L] -> [B, L, H]."""
+        assert keys is x and values is x and not need_weights, "its own tokens attend to themselves"
+        B, L, H = x.shape
+        query, key, value = self.in_proj(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        if attn_mask is not None and attn_mask.ndim == 3:
+            attn_mask = attn_mask.view(B, self.heads, L, L)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask)
+        return self.out_proj(out.transpose(1, 2).reshape(B, L, H)), None
+
+
+def with_linear_layers(tower: nn.Module) -> None:
+    """Replace the attention of a tower's blocks by `Attention`."""
+    for module in tower.modules():
+        own = getattr(module, "attn", None)
+        # Another module attends to its tokens with queries of its own.
+        if isinstance(own, nn.MultiheadAttention) and not hasattr(module, "query"):
+            module.attn = Attention(own)
+
+
+def linear(projection: nn.Module | nn.Parameter | None) -> nn.Module:
+    """A projection of open_clip's, maybe a parameter [H, E], as a module."""
+    if projection is None:
+        return nn.Identity()
+    if isinstance(projection, nn.Module):
+        return projection
+    with torch.device("meta"):
+        out = nn.Linear(*projection.shape, bias=False)
+    out.weight = nn.Parameter(projection.detach().t().contiguous())
+    return out
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy with parameters of its own."""
+    memo: dict[int, Any] = {}
+    # `deepcopy` gives copies of fake tensors storages on another device.
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
+    for buffer in module.buffers():
+        memo[id(buffer)] = buffer.clone()
+    return deepcopy(module, memo)
+
+
+def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    with torch.device("meta"):
+        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    out.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        out.bias = nn.Parameter(bias.detach().clone())
+    return out
+
+
+class Residual(nn.Module):
+    def __init__(self, norm: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.norm, self.mlp = norm, mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+def of_vit(visual: Any, projection: nn.Module) -> nn.Module:
+    """Of open_clip's own `VisionTransformer`: from what `_of_vit` of the towers returns to E."""
+    parts: list[nn.Module] = []
+    pool = visual.attn_pool
+    if pool is not None:
+        width, attention = visual.output_dim, pool.attn
+        if attention.in_proj_weight is None:
+            value = attention.v_proj_weight
+        else:
+            value = attention.in_proj_weight[2 * width :]
+        parts += [copied(pool.ln_k), _layer(value, attention.in_proj_bias[2 * width :])]
+        parts.append(_layer(attention.out_proj.weight, attention.out_proj.bias))
+    if pool is not None or visual.final_ln_after_pool:
+        parts.append(copied(visual.ln_post))
+    return nn.Sequential(*parts, copied(projection))
+
+
+def of_resnet(visual: Any) -> nn.Module:
+    """Of open_clip's `ModifiedResNet`: values and output of its pooling (MaskCLIP, 2112.01071)."""
+    return nn.Sequential(copied(visual.attnpool.v_proj), copied(visual.attnpool.c_proj))
+
+
+def of_timm(visual: Any) -> nn.Module:
+    """Of open_clip's `TimmModel`. Raises `NoHead`."""
+    trunk, parts = visual.trunk, []
+    head = getattr(trunk, "head", None)
+    pool = getattr(trunk, "attn_pool", None)
+    if "pool" in dict(visual.head.named_children()):
+        raise NoHead(f"its timm_pool is {type(visual.head.pool).__name__}")
+    if pool is not None:
+        parts += _of_latent(pool)
+    if getattr(trunk, "fc_norm", None) is not None:
+        parts.append(copied(trunk.fc_norm))
+    if isinstance(head, NormMlpClassifierHead):
+        if not isinstance(head.norm, LayerNorm2d | nn.Identity):
+            raise NoHead(f"its pooled features pass a {type(head.norm).__name__}")
+        parts += [_of_maps(head.norm), copied(head.pre_logits), copied(head.fc)]
+    elif isinstance(head, ClassifierHead):
+        if head.global_pool.feat_mult() != 1:
+            raise NoHead("its pooling gives several features of a channel")
+        parts.append(copied(head.fc))
+    elif head is None and isinstance(getattr(trunk, "global_pool", None), nn.Module):
+        pass  # the pooling of a feature map alone
+    elif isinstance(head, nn.Linear | nn.Identity):
+        parts.append(copied(head))
+    else:
+        raise NoHead(f"its pooling is {type(head).__name__}")
+    parts.append(copied(visual.head))
+    return nn.Sequential(*[part for part in parts if next(part.parameters(), None) is not None])
+
+
+def _of_latent(pool: nn.Module) -> list[nn.Module]:
+    if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None:
+        raise NoHead(f"its pooling is {type(pool).__name__}")
+    width = pool.kv.in_features
+    bias = pool.kv.bias
+    out = [_layer(pool.kv.weight[width:], None if bias is None else bias[width:])]
+    out.append(copied(pool.proj))
+    if pool.mlp is not None:
+        out.append(Residual(copied(pool.norm), copied(pool.mlp)))
+    return out
+
+
+def _of_maps(norm: nn.Module) -> nn.Module:
+    """A norm of the channels of maps as one of vectors."""
+    if isinstance(norm, nn.Identity):
+        return norm
+    assert isinstance(norm, LayerNorm2d)
+    out = nn.LayerNorm(norm.normalized_shape, norm.eps)
+    out.load_state_dict(norm.state_dict())
+    return out
