@@ -25,6 +25,8 @@ LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
 # What of a model of open_clip acts in training alone: `student.patch_keep` is this package's.
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
+# "random" is one of the others in open_clip's training, and bicubic else.
+INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
@@ -82,7 +84,8 @@ def _of_package(source: "Source", named: Named) -> JsonObject:
     form = f"give {NAMED}{name}@FILE, a file of weights"
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tags:
-        form += f", or {NAMED}{name}@TAG, of {', '.join(tags)}"
+        first = ", ".join([*tags[:3], "..."] if len(tags) > 3 else tags)
+        form += f", or {NAMED}{name}@TAG, of {first}"
     if not named.weights:
         raise source.error(f"it names no weights: {form}")
     preprocess: JsonObject = {}
@@ -124,10 +127,12 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
         pictures: Any = merge_preprocess_dict(usual, content["preprocess_cfg"])
     except Exception as error:  # a file of others may hold anything
         raise source.error(f"its {CONFIG} cannot be used: {reason(error)}") from None
+    mean, std = _of_colours(pictures["mean"]), _of_colours(pictures["std"])
     refusal = _refusal(vision, text, pictures)
+    if not refusal and not (_are_numbers(mean) and _are_numbers(std) and all(std)):
+        refusal = f"its mean {mean} and std {std} are not three numbers"
     if refusal:
         raise source.error(refusal)
-    mean, std = _of_colours(pictures["mean"]), _of_colours(pictures["std"])
     own = {"model_type": TYPE, "mean": mean, "std": std, "model_cfg": model}
     size = vision.image_size
     # Towers whose features depend on the padding need all of it.
@@ -135,7 +140,7 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     data = {
         "image_size": size if isinstance(size, int) else size[0],
         "resize": RESIZING[pictures["resize_mode"]],
-        "interpolation": "bilinear" if pictures["interpolation"] == "bilinear" else "bicubic",
+        "interpolation": INTERPOLATIONS[pictures["interpolation"]],
         "tokenizer": _tokenizer(source, text),
         "context_length": text.context_length,
         "padding": "full" if full else "longest",
@@ -163,11 +168,18 @@ def _refusal(vision: Any, text: Any, pictures: JsonObject) -> str:
     if mode not in RESIZING:
         known = " or ".join(RESIZING)
         return f"its resize_mode is {mode!r}: give a model where it is {known}"
+    if pictures["interpolation"] not in INTERPOLATIONS:
+        known = ", ".join(INTERPOLATIONS)
+        return f"its interpolation is {pictures['interpolation']!r}: give a model with {known}"
     return ""
 
 
 def _of_colours(value: Any) -> list[float]:
     return list(value) if isinstance(value, list | tuple) else [value] * 3
+
+
+def _are_numbers(values: list[float]) -> bool:
+    return len(values) == 3 and all(isinstance(value, int | float) for value in values)
 
 
 def _tokenizer(source: "Source", text: Any) -> str:

@@ -123,8 +123,8 @@ class Source:
             return open_clip.described(self)
         content = self.json(CONFIG)
         # Models that both libraries load have both files.
-        of_others = content is None or not (content.keys() & {"model_type", "config"})
-        if of_others and self.json(open_clip.CONFIG) is not None:
+        own = content is not None and content.keys() & {"model_type", "config"}
+        if not own and self.json(open_clip.CONFIG) is not None:
             return open_clip.described(self)
         if content is None:
             raise self.error("no config.json there: give the folder of a model or of a run")

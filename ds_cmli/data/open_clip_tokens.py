@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading
-from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, HUB, NAMED, is_marked
+from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, NAMED, is_marked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -44,7 +44,8 @@ def load(name: str) -> "PreTrainedTokenizerFast":
     model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
     with loading(hub=not name.startswith("local-dir:")):
         given: Any = open_clip.get_tokenizer(model)
-    if getattr(given, "reduction_fn", None) is not None or getattr(given, "tokenizer_mode", ""):
+    shortens = getattr(given, "reduction_fn", None) is not None
+    if shortens or getattr(given, "tokenizer_mode", None):
         raise UserError(
             f"data.tokenizer is {name!r}, which shortens or marks texts in a way of its own: give "
             "a model with another tokenizer"

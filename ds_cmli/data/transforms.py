@@ -71,7 +71,7 @@ class Framing:
         return out[0].contiguous()
 
     def shortest_resized(self, pixels: Tensor) -> Tensor:
-        """Resize the shorter side to S and cut out the centre, to the pixel as transformers or open_clip.
+        """Resize the shorter side to S and cut out the centre, as transformers or open_clip does.
 
         uint8 [3, H, W] -> uint8 [3, S, S].
         """

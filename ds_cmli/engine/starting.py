@@ -11,6 +11,7 @@ import timm
 from torch import nn
 
 from ds_cmli.cmli.contrastive import MAX_SCALE
+from ds_cmli.config import open_clip
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.engine.parameter_groups import ENCODERS
@@ -41,6 +42,7 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
             )
     if student.source:
         yield from _of_source(student.source, objective)
+        yield from open_clip.training_lines(student.source_config)
     else:
         if student.image_weights != "random":
             yield from _of_image_weights(student, built.image)

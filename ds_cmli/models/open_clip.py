@@ -85,7 +85,8 @@ def build(
             check_room("student.source", config.source, parameters)
         model: Any = whole(own)
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise source.error(f"open_clip cannot build it: {reason(error)}") from None
+        why = reason(error).rstrip(": ")
+        raise source.error(f"open_clip cannot build it: {why}") from None
     start = None
     if pretrained and config.source:
         _load(source, model)
@@ -133,7 +134,10 @@ def _file(source: WeightsSource) -> Path:
             with loading(hub=True):
                 return Path(open_clip.download_pretrained_from_hf(name.removeprefix(HUB)))
     except Exception as error:  # the hub's client raises its own
-        raise source.error(f"its weights cannot be fetched: {reason(error)}") from None
+        why = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise source.error(f"its weights cannot be fetched: {reason(why)}") from None
+    if place.weights is not None:
+        return place.path / place.weights
     found = [place.path / file for file in FILES if (place.path / file).is_file()]
     if not found:
         kinds = ("*.safetensors", "*.bin", "*.pth", "*.pt")

@@ -36,13 +36,14 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        *_: Tensor,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """[B, L, H] thrice, and a mask to add, [L, L] or [B * heads, L, L] -> [B, L, H]."""
-        assert keys is x and values is x and not need_weights, "its own tokens attend to themselves"
+        """[B, L, H], and a mask to add, [L, L] or [B * heads, L, L] -> [B, L, H].
+
+        Keys and values, which open_clip gives as torch's takes them, are of `x` too.
+        """
         B, L, H = x.shape
         query, key, value = self.in_proj(x).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if attn_mask is not None and attn_mask.ndim == 3:
@@ -67,7 +68,7 @@ def linear(projection: nn.Module | nn.Parameter | None) -> nn.Module:
     if isinstance(projection, nn.Module):
         return projection
     with torch.device("meta"):
-        out = nn.Linear(*projection.shape, bias=False)
+        out = nn.Linear(projection.shape[0], projection.shape[1], bias=False)
     out.weight = nn.Parameter(projection.detach().t().contiguous())
     return out
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from open_clip.modified_resnet import ModifiedResNet
+from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from ds_cmli.models.timm_tokens import place_for_taken
 def _outside(tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """What torch's attention, and the pooling of a ResNet, read of other modules."""
     for module in tower.modules():
-        inner = ()
+        inside: tuple[str, ...] = ()
         if isinstance(module, nn.MultiheadAttention):
-            inner = (module.out_proj,)
-        elif all(hasattr(module, name) for name in ("q_proj", "k_proj", "v_proj", "c_proj")):
-            inner = (module.q_proj, module.k_proj, module.v_proj, module.c_proj)
-        for layer in inner:
-            for parameter in layer.parameters():
+            inside = ("out_proj",)
+        elif isinstance(module, AttentionPool2d):
+            inside = ("q_proj", "k_proj", "v_proj", "c_proj")
+        for name in inside:
+            for parameter in module.get_submodule(name).parameters():
                 yield module, parameter
 
 

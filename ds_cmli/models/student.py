@@ -107,6 +107,11 @@ class Student(nn.Module):
         self.start: dual.Start | None = None
         text: TextBackbone | None = None
         if config.source_config:
+            if vocab_size > dual.vocab_size(config):
+                raise UserError(
+                    f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
+                    f"and its text encoder only {dual.vocab_size(config)}"
+                )
             self.image, text, self.start = dual.build(config, pretrained)
         else:
             image = ImageRequest.of_student(config, image_size, pretrained)

@@ -98,7 +98,8 @@ def place_for_taken(model: Any) -> TakenPatches | None:
     own = getattr(model, "patch_drop", None)
     if not (isinstance(model, VisionTransformer) and isinstance(own, nn.Identity)):
         return None
-    model.patch_drop = taken = TakenPatches(model.num_prefix_tokens)
+    taken = TakenPatches(model.num_prefix_tokens)
+    setattr(model, "patch_drop", taken)  # noqa: B010 # which the library declares as its own
     return taken
 
 

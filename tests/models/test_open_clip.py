@@ -1,0 +1,213 @@
+"""`student.source` in open_clip's format: the first step equals the model, and what cannot be is refused."""
+
+import json
+import shutil
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import sources
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.pictures import prepare
+from ds_cmli.data.transforms import Framing
+from ds_cmli.models.student import Student
+from tests.models.dual_models import settings, start
+
+open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
+from tests.models.open_clip_models import MODELS, saved  # noqa: E402
+
+TEXTS = ["a red car", "Zebra! &amp; <b>", "two dogs sitting under a tree " * 20]
+PAIRS = 200
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("open_clip")
+    return {name: saved(root / name, name) for name in MODELS}
+
+
+def losses(folder):
+    return {sources.loss_of(sources.Source(str(folder)).config): 1.0, "cmli": 1.0}
+
+
+@pytest.fixture(scope="session")
+def begun(folders):
+    """The objective, the configuration and the tokenizer of a training from a source, made once."""
+    return cache(lambda name: start(folders[name], losses(folders[name])))
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    noise = np.random.default_rng(0)
+    sizes = ((80, 120), (57, 56), (200, 99), (56, 56), (61, 88), (101, 73))
+    return [Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_step_equals_the_source(name, folders, begun, pictures):
+    folder = folders[name]
+    objective, config, words = begun(name)
+    theirs, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    wanted, std = torch.stack(list(map(transform, pictures))), torch.tensor(theirs.visual.image_std)
+    pixels = torch.stack([prepare(picture, Framing.of(config.data)) for picture in pictures])
+    given = objective.student.pixels(pixels, torch.float32)
+    assert ((given - wanted) * std[:, None, None]).abs().max() < 1e-5  # of 1: rounding of the mean alone
+    full = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in TEXTS])
+    assert torch.equal(batch.input_ids, full)
+    with torch.no_grad():
+        images, texts = F.normalize(theirs.eval().encode_image(wanted)), F.normalize(theirs.encode_text(full))
+        cls, patches = objective.student.image_embeddings(pixels)
+        text_cls, tokens = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
+    torch.testing.assert_close(cls, images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(text_cls, texts, rtol=0, atol=1e-5)
+    rows, columns = objective.student.grid
+    assert patches.shape == (6, rows * columns, cls.shape[1])
+    assert tokens.shape == (3, full.shape[1], cls.shape[1])
+    assert objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
+    if theirs.logit_bias is not None:
+        assert objective.losses["global_sigmoid"].logit_bias.item() == pytest.approx(-11.5)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "coca", "siglip"])
+def test_the_recall_of_200_pairs_is_the_sources(name, folders, begun):
+    objective, config, words = begun(name)
+    theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folders[name]}")
+    S, pick = config.data.image_size, torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (PAIRS, 3, S, S), dtype=torch.uint8, generator=pick)
+    texts = [f"{number} {('red', 'green', 'blue')[number % 3]} car" for number in range(PAIRS)]
+    full = open_clip.get_tokenizer(f"local-dir:{folders[name]}")(texts)
+    batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in texts])
+    with torch.no_grad():
+        images = F.normalize(theirs.eval().encode_image(objective.student.pixels(pixels, torch.float32)))
+        wanted = images @ F.normalize(theirs.encode_text(full)).T
+        cls, _ = objective.student.image_embeddings(pixels)
+        cosines = cls @ objective.student.text_embeddings(batch.input_ids, batch.attention_mask)[0].T
+    torch.testing.assert_close(cosines, wanted, rtol=0, atol=1e-5)
+    ranks, own = ((x >= x.diag()[:, None] - 1e-6).sum(1) for x in (wanted, cosines))
+    for k in (1, 5, 10):
+        assert (ranks <= k).sum() == (own <= k).sum()
+
+
+@pytest.mark.parametrize("name", ["vit", "clipa", "coca", "convnext", "siglip", "token"])
+def test_a_patch_starts_where_a_picture_of_it_alone_would(name, begun):
+    """The map of patches is the model's pooling over one patch."""
+    tower = begun(name)[0].student.image
+    model: Any = tower.model
+    pooling = {
+        "vit": lambda x: tower.class_head(x),
+        "clipa": lambda x: tower.class_head(model.ln_post(x)),
+        "coca": lambda x: tower.class_head(model.ln_post(model.attn_pool(x[:, None]))[:, 0]),
+        "convnext": lambda x: model.head(model.trunk.forward_head(x[:, :, None, None])),
+        "siglip": lambda x: model.head(model.trunk.attn_pool(x[:, None])),
+        "token": lambda x: model.trunk.head(x),
+    }
+    x = torch.randn(5, model.trunk.num_features if hasattr(model, "trunk") else 32)
+    torch.testing.assert_close(tower.token_head(x), pooling[name](x), rtol=0, atol=1e-5)
+    own = {id(parameter) for parameter in tower.token_head.parameters()}
+    assert own.isdisjoint(id(parameter) for part in (model, tower.class_head) for parameter in part.parameters())
+
+
+def test_weights_by_a_name_and_a_file_and_of_its_own_training(begun, tmp_path, monkeypatch):
+    folder = saved(tmp_path / "vit", "vit", "epoch_1.pt")
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": MODELS["vit"]})
+    image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    wanted = begun("vit")[0].student.image_embeddings(image)[0]
+    for name in (f"local-dir:{folder}", f"open_clip:ViT-small@{folder}/epoch_1.pt"):
+        objective, config, _ = start(name, losses(folder))
+        assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
+        assert config.data.tokenizer == "open_clip" and config.student.source == str(name)
+
+
+def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
+    from tests.models.dual_models import clip
+
+    folder = clip(tmp_path / "both")
+    shutil.copy(folders["vit"] / "open_clip_config.json", folder)
+    assert settings(folder, losses(folder)).student.source_config["model_type"] == "clip"
+    assert sources.Source(f"local-dir:{folder}").config["model_type"] == "open_clip"
+
+
+def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_path):
+    folder = shutil.copytree(folders["coca"], tmp_path / "gone")
+    config = settings(folder, losses(folder))
+    shutil.rmtree(folder)
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again == config and again.data.padding == "full"
+    student = Student(again.student, 56, 400, 76, pretrained=False)
+    assert student.width == 24 and student.start is None
+
+
+def test_shared_blocks_start_as_the_identity(folders, begun):
+    image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    ids, plain = torch.randint(1, 400, (2, 76)), begun("coca")[0].student
+    blocks = start(folders["coca"], losses(folders["coca"]), shared_blocks=2)[0].student
+    assert len(blocks.shared) == 2
+    for x, y in zip(plain(image, ids, ids > 0), blocks(image, ids, ids > 0), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_what_acts_in_its_own_training_alone_is_printed(folders, capsys):
+    start(folders["quick"], losses(folders["quick"]))
+    assert "patch_dropout 0.5 of its own training is not taken over; student.patch_keep" in capsys.readouterr().out
+    start(folders["convnext"], losses(folders["convnext"]))
+    assert "timm_drop_path 0.1 of its own training is not taken over\n" in capsys.readouterr().out
+
+
+REFUSED = [
+    ({"hf_model_name": "roberta-base"}, "text_cfg", "its text encoder is 'roberta-base' of transformers"),
+    ({"tokenizer_mode": "clips"}, "text_cfg", "its tokenizer_mode is 'clips'"),
+    ({"pool_type": "none"}, "text_cfg", "its pool_type is 'none'"),
+    ({"vocab_size": 100}, "text_cfg", "its tokenizer has 49408 tokens, and its text encoder only 100"),
+    ({"attentional_pool": "cascade"}, "vision_cfg", "its attentional_pool is 'cascade'"),
+    ({"image_size": [56, 70]}, "vision_cfg", "its pictures are 56 x 70 pixels"),
+    ({"width": 33}, "vision_cfg", "open_clip cannot build it: embed_dim must be divisible by num_heads"),
+    ({"colour": 1}, "vision_cfg", "cannot be used: .*unexpected keyword argument 'colour'"),
+    ({"timm_model_name": "vit_none"}, "vision_cfg", "open_clip cannot build it: Unknown model"),
+    ({"layers": 3}, "vision_cfg", r"12 weights are missing, such as visual.transformer.resblocks.2"),
+    ({"layers": 1}, "vision_cfg", r"12 weights are not of the model, such as visual.transformer.resblocks.1"),
+    ({"resize_mode": "longest"}, "preprocess_cfg", "its resize_mode is 'longest'"),
+    ({"interpolation": "nearest"}, "preprocess_cfg", "its interpolation is 'nearest'"),
+    ({"std": [0.5, 0.5]}, "preprocess_cfg", "are not three numbers"),
+]
+
+
+@pytest.mark.parametrize("values, section, problem", REFUSED)
+def test_a_model_that_cannot_be_used_is_one_line(values, section, problem, folders, tmp_path):
+    folder = shutil.copytree(folders["vit"], tmp_path / "copy")
+    path = folder / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    part = content if section == "preprocess_cfg" else content["model_cfg"]
+    part[section] |= values
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"^student.source is '[^\n]*{problem}[^\n]*$"):
+        start(folder, {"global": 1.0, "cmli": 1.0})
+
+
+def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
+    def refused(problem, name):
+        with pytest.raises(UserError, match=rf"^student.source is '[^\n]*{problem}[^\n]*$"):
+            start(name, {"global": 1.0})
+
+    refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
+    refused("it names no weights: give open_clip:ViT-B-32@FILE", "open_clip:ViT-B-32")
+    refused("'x.pt' is no file", "open_clip:ViT-B-32@x.pt")
+    refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
+    refused("no such file or folder", "local-dir:nowhere")
+    (tmp_path / "empty").mkdir()
+    refused("no open_clip_config.json there", f"local-dir:{tmp_path}/empty")
+    folder = shutil.copytree(folders["vit"], tmp_path / "copy")
+    (folder / "open_clip_model.safetensors").write_bytes(b"damaged")
+    refused("its weights cannot be loaded", folder)
+    (folder / "open_clip_model.safetensors").unlink()
+    refused("no weights there", folder)
+    (folder / "open_clip_config.json").write_text("{")
+    refused("cannot be read", folder)
+    monkeypatch.setattr("ds_cmli.config.open_clip.find_spec", lambda name: None)
+    refused(r"not installed: pip install 'ds-cmli\[open_clip\]'", folders["vit"])
