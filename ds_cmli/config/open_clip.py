@@ -5,6 +5,7 @@ A folder or a name of the hub with an `open_clip_config.json`, which open_clip's
 has, with a file of weights or the tag of published ones.
 """
 
+import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -16,6 +17,8 @@ from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import reason
 
 if TYPE_CHECKING:
+    from open_clip import CLIPTextCfg, CLIPVisionCfg
+
     from ds_cmli.config.sources import Source
 
 CONFIG = "open_clip_config.json"
@@ -27,6 +30,7 @@ DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 # "random" is one of the others in open_clip's training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+PADDING = {True: "full", False: "longest"}  # by whether features depend on it
 RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
@@ -77,19 +81,18 @@ def _of_package(source: "Source", named: Named) -> JsonObject:
     import open_clip
 
     name = named.architecture
-    model = open_clip.get_model_config(name) if name in open_clip.list_models() else None
-    if model is None:
+    if name not in open_clip.list_models():
         known = nearest(name, open_clip.list_models())
         raise source.error(f"open_clip has no architecture {name!r}: {known}")
+    model = open_clip.get_model_config(name)
     form = f"give {NAMED}{name}@FILE, a file of weights"
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tags:
-        first = ", ".join([*tags[:3], "..."] if len(tags) > 3 else tags)
-        form += f", or {NAMED}{name}@TAG, of {first}"
+        form += f", or {NAMED}{name}@TAG, such as {', '.join(tags[:3])}"
     if not named.weights:
         raise source.error(f"it names no weights: {form}")
     preprocess: JsonObject = {}
-    if not named.file.is_file():
+    if not os.path.isfile(named.file):
         published = open_clip.get_pretrained_cfg(name, named.weights)
         if not published:
             raise source.error(f"{named.weights!r} is no file: {form}")
@@ -134,22 +137,21 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     if refusal:
         raise source.error(refusal)
     own = {"model_type": TYPE, "mean": mean, "std": std, "model_cfg": model}
-    size = vision.image_size
     # Towers whose features depend on the padding need all of it.
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
-        "image_size": size if isinstance(size, int) else size[0],
+        "image_size": open_clip.utils.to_2tuple(vision.image_size)[0],
         "resize": RESIZING[pictures["resize_mode"]],
         "interpolation": INTERPOLATIONS[pictures["interpolation"]],
         "tokenizer": _tokenizer(source, text),
         "context_length": text.context_length,
-        "padding": "full" if full else "longest",
+        "padding": PADDING[bool(full)],
         "aspect_patch": 0,
     }
     return own, width, data
 
 
-def _refusal(vision: Any, text: Any, pictures: JsonObject) -> str:
+def _refusal(vision: "CLIPVisionCfg", text: "CLIPTextCfg", pictures: JsonObject) -> str:
     """Why a model is not supported; "" if it is."""
     size, mode = vision.image_size, pictures["resize_mode"]
     if text.hf_model_name:
@@ -174,21 +176,23 @@ def _refusal(vision: Any, text: Any, pictures: JsonObject) -> str:
     return ""
 
 
-def _of_colours(value: Any) -> list[float]:
-    return list(value) if isinstance(value, list | tuple) else [value] * 3
+def _of_colours(value: object) -> list[float]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [value] * 3  # type: ignore[list-item] # checked below
 
 
 def _are_numbers(values: list[float]) -> bool:
     return len(values) == 3 and all(isinstance(value, int | float) for value in values)
 
 
-def _tokenizer(source: "Source", text: Any) -> str:
+def _tokenizer(source: "Source", text: "CLIPTextCfg") -> str:
     """The setting `data.tokenizer`."""
     if not text.hf_tokenizer_name and not text.tokenizer_kwargs:
         return DEFAULT_TOKENIZER
     if is_marked(source.name):
         return source.name.partition("@")[0]
-    return f"{LOCAL if source.local else HUB}{source.name}"
+    return f"{(HUB, LOCAL)[source.local]}{source.name}"
 
 
 def training_lines(own: JsonObject) -> list[str]:

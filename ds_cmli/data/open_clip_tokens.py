@@ -18,6 +18,7 @@ from ds_cmli.common.pretrained import loading
 from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, NAMED, is_marked
 
 if TYPE_CHECKING:
+    from open_clip import HFTokenizer, SimpleTokenizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 OWN = "open_clip"
@@ -62,7 +63,7 @@ def _way(clean: Callable[[str], str]) -> str:
     return next(way for way in WAYS if get_clean_fn(way) is clean)
 
 
-def _of_simple(given: Any, own: JsonObject) -> "PreTrainedTokenizerFast":
+def _of_simple(given: "SimpleTokenizer", own: JsonObject) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     start, end = (given.decoder[i] for i in (given.sot_token_id, given.eot_token_id))
@@ -89,7 +90,7 @@ def _of_simple(given: Any, own: JsonObject) -> "PreTrainedTokenizerFast":
     )
 
 
-def _of_library(given: Any, own: JsonObject) -> "PreTrainedTokenizerFast":
+def _of_library(given: "HFTokenizer", own: JsonObject) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
     whole: Any = given.tokenizer
@@ -149,7 +150,7 @@ class Cleaning:
         out, place = [], 0
         for character in cleaned.lower():
             found = lower.find(character, place, place + WINDOW)
-            place = found if found >= 0 else place
+            place = max(place, found)
             out.append(min(place, len(text)))
             place += found >= 0
         return [*out, min(place, len(text))]

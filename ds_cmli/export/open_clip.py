@@ -63,7 +63,7 @@ def weights(objective: Objective, own: JsonObject) -> dict[str, Tensor]:
     assert isinstance(image, OpenClipImage) and isinstance(text, OpenClipText)
     out = {f"visual.{name}": value for name, value in _of_tower(image, "proj").items()}
     model = of_towers(own)
-    custom = "text." if model.get("custom_text") else ""
+    custom = "text." * bool(model.get("custom_text"))
     projection = "text_projection"
     linear = bool(model["text_cfg"].get("proj_bias"))
     for name, value in _of_tower(text, projection, linear).items():
@@ -73,11 +73,10 @@ def weights(objective: Objective, own: JsonObject) -> dict[str, Tensor]:
         "logit_scale": model.get("init_logit_scale", math.log(1 / 0.07)),
         "logit_bias": model.get("init_logit_bias"),
     }
-    shape = [1] if model.get("nonscalar_logit_scale") else []
+    shape = [1] * bool(model.get("nonscalar_logit_scale"))
     for name, start in starts.items():
         if start is not None:
-            value = torch.tensor(float(start)) if loss is None else getattr(loss, name).detach()
-            out[name] = value.reshape(shape)
+            out[name] = getattr(loss, name, torch.tensor(float(start))).reshape(shape)
     return {name: value.detach().clone().contiguous() for name, value in out.items()}
 
 
@@ -95,9 +94,14 @@ def _of_tower(
     out = {}
     for name, value in model.state_dict().items():
         owner, _, last = name.partition(".in_proj.")
-        out[f"{owner}.in_proj_{last}" if last and owner in joined else name] = value
+        if owner in joined and last:
+            name = f"{owner}.in_proj_{last}"
+        out[name] = value
     for name, value in tower.class_head.state_dict().items():
-        out[f"{projection}.{name}" if linear else projection] = value if linear else value.t()
+        if linear:
+            out[f"{projection}.{name}"] = value
+        else:
+            out[projection] = value.t()
     return out
 
 

@@ -3,6 +3,7 @@
 It is always built as open_clip's `CustomTextCLIP`: of a CoCa without its decoder of captions.
 """
 
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def _load(source: WeightsSource, model: nn.Module) -> None:
             keys = open_clip.load_checkpoint(model, str(path), strict=False)
     except Exception as error:
         raise source.error(f"its weights cannot be loaded: {reason(error)}") from None
-    missing, unexpected = keys if keys else ([], [])  # a file of numpy's is checked when it is read
+    missing, unexpected = keys or ([], [])  # a file of numpy's is checked when it is read
     unexpected = [key for key in unexpected if not key.startswith(DECODER)]
     for kind, names in (("missing", missing), ("not of the model", unexpected)):
         if names:
@@ -124,7 +125,7 @@ def _file(source: WeightsSource) -> Path:
     try:
         if name.startswith(NAMED):
             named = Named.of(name)
-            if named.file.is_file():
+            if os.path.isfile(named.file):
                 return named.file
             published = open_clip.get_pretrained_cfg(named.architecture, named.weights)
             with loading(hub=True):

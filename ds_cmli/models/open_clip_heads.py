@@ -9,6 +9,9 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
 from timm.layers import AttentionPoolLatent, ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from torch import Tensor, nn
 
@@ -102,8 +105,8 @@ class Residual(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-def of_vit(visual: Any, projection: nn.Module) -> nn.Module:
-    """Of open_clip's own `VisionTransformer`: from what `_of_vit` of the towers returns to E."""
+def of_vit(visual: VisionTransformer, projection: nn.Module) -> nn.Module:
+    """The map of open_clip's own ViT, from what `_of_vit` of the towers returns to E."""
     parts: list[nn.Module] = []
     pool = visual.attn_pool
     if pool is not None:
@@ -119,13 +122,13 @@ def of_vit(visual: Any, projection: nn.Module) -> nn.Module:
     return nn.Sequential(*parts, copied(projection))
 
 
-def of_resnet(visual: Any) -> nn.Module:
-    """Of open_clip's `ModifiedResNet`: values and output of its pooling (MaskCLIP, 2112.01071)."""
+def of_resnet(visual: ModifiedResNet) -> nn.Module:
+    """The map of open_clip's ResNet: values and output of its pooling (MaskCLIP, 2112.01071)."""
     return nn.Sequential(copied(visual.attnpool.v_proj), copied(visual.attnpool.c_proj))
 
 
-def of_timm(visual: Any) -> nn.Module:
-    """Of open_clip's `TimmModel`. Raises `NoHead`."""
+def of_timm(visual: TimmModel) -> nn.Module:
+    """The map of a model of timm in open_clip. Raises `NoHead`."""
     trunk, parts = visual.trunk, []
     head = getattr(trunk, "head", None)
     pool = getattr(trunk, "attn_pool", None)
@@ -156,10 +159,11 @@ def of_timm(visual: Any) -> nn.Module:
 def _of_latent(pool: nn.Module) -> list[nn.Module]:
     if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None:
         raise NoHead(f"its pooling is {type(pool).__name__}")
-    width = pool.kv.in_features
+    _, value = pool.kv.weight.chunk(2)
     bias = pool.kv.bias
-    out = [_layer(pool.kv.weight[width:], None if bias is None else bias[width:])]
-    out.append(copied(pool.proj))
+    if bias is not None:
+        _, bias = bias.chunk(2)
+    out = [_layer(value, bias), copied(pool.proj)]
     if pool.mlp is not None:
         out.append(Residual(copied(pool.norm), copied(pool.mlp)))
     return out

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
-from open_clip.transformer import text_global_pool
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 
 from ds_cmli.models import open_clip_heads as heads
@@ -36,30 +36,33 @@ def _outside(tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
                 yield module, parameter
 
 
-def _of_vit(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _of_vit(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, Tensor]:
     x = visual.transformer(visual._embeds(pixels))
     pooled, patches = visual._pool(x)
-    # Attention pooling gives tokens of its own, and not of patches.
-    return pooled, patches if visual.attn_pool is None else x[:, 1:]
+    if visual.attn_pool is not None:  # it gives tokens of its own, and not of patches
+        patches = x[:, 1:]
+    return pooled, patches
 
 
-def _of_resnet(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _of_resnet(visual: ModifiedResNet, pixels: Tensor) -> tuple[Tensor, Tensor]:
     x = visual.stem(pixels)
     for layer in (visual.layer1, visual.layer2, visual.layer3, visual.layer4):
         x = layer(x)
     return visual.attnpool(x), x.flatten(2).transpose(1, 2)
 
 
-def _of_trunk(trunk: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _of_trunk(visual: TimmModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    trunk = visual.trunk
     x = trunk.forward_features(pixels)
     pooled = trunk.forward_head(x)
     if x.ndim == 3:
         return pooled, x[:, trunk.num_prefix_tokens :]
-    by_channels = getattr(trunk, "output_fmt", "NCHW") != "NHWC"
-    return pooled, x.flatten(2).transpose(1, 2) if by_channels else x.flatten(1, 2)
+    if getattr(trunk, "output_fmt", "NCHW") == "NHWC":
+        return pooled, x.flatten(1, 2)
+    return pooled, x.flatten(2).transpose(1, 2)
 
 
-def _of_timm(visual: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def _of_timm(visual: TimmModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     pooled, patches = visual.trunk(pixels)
     return visual.head(pooled), patches
 
@@ -77,7 +80,7 @@ class OpenClipImage(ImageBackbone):
         self.mean, self.std = mean, std
         self.class_head: nn.Module = nn.Identity()
         if isinstance(model, TimmModel):
-            model.trunk.forward = partial(_of_trunk, model.trunk)
+            model.trunk.forward = partial(_of_trunk, model)
             model.forward = partial(_of_timm, model)
             self.token_head = heads.of_timm(model)
             reduction = model.trunk.feature_info[-1]["reduction"]
@@ -124,7 +127,7 @@ class OpenClipImage(ImageBackbone):
         return torch.cat([self.class_head(pooled)[:, None], self.token_head(patches)], 1)
 
 
-def _of_text(text: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _of_text(text: TextTransformer, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     x, mask = text._embeds(input_ids)
     if mask is not None and mask.ndim == 2:  # of the longest texts
         mask = mask[: x.shape[1], : x.shape[1]]

@@ -282,8 +282,9 @@ class Student(nn.Module):
         return attended_to(grid, math.prod(self.grid), self.image.prefix)
 
     def _with_suffix(self, attention_mask: Tensor) -> Tensor:
-        suffix = self.text.suffix
-        return F.pad(attention_mask, (0, suffix), value=True) if suffix else attention_mask
+        if not self.text.suffix:
+            return attention_mask
+        return F.pad(attention_mask, (0, self.text.suffix), value=True)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""

@@ -89,7 +89,7 @@ class TimmTokens(ImageBackbone):
         return torch.cat([x[:, self.registers :].mean(1, keepdim=True), x], 1)
 
 
-def place_for_taken(model: Any) -> TakenPatches | None:
+def place_for_taken(model: nn.Module) -> TakenPatches | None:
     """Put `TakenPatches` where timm's own patch dropout would stand, and return it.
 
     None: the model needs all patches.
