@@ -8,11 +8,10 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
-from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive, json_file, ranks
+from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive
 from tests.data.sources.samples import members, tar
 from tests.data.sources.test_arrow import datasets
 from tests.data.sources.test_folder import rows, write
-from tests.metrics_file import metrics
 from tests.stranger.drive import ONE_BLOCK
 
 TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch", "4", "--set", "data.max_bad_share=0.2"]
@@ -118,11 +117,13 @@ def of_many_lengths(folder, count=70):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.soak), 2])
-def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp_path):
-    """An epoch has 16 batches; the second begins in the midst of the last part."""
+def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(tmp_path):
+    """An epoch has 16 batches; the second begins in the midst of the last part.
+
+    On two ranks: tests/test_features_together.py, and the order alone in tests/data/test_sampler.py.
+    """
     run = [*TINY, "--steps", "20", *AUGMENTED]
-    run += [*of_many_lengths(tmp_path / "data"), "--workers", str(workers)]
+    run += [*of_many_lengths(tmp_path / "data"), "--workers", "2"]
     straight, broken = ([*run, "--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
     assert drive(straight, seen=str(tmp_path / "straight.seen")) == 0
     for place in (2, 7, 17):
@@ -131,30 +132,6 @@ def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp
     assert_same(tmp_path / "straight", tmp_path / "broken")
     seen = [(tmp_path / f"{name}.seen.0").read_text().splitlines() for name in ("straight", "broken")]
     assert len(seen[0]) == 20 and seen[0] == seen[1]
-
-
-@pytest.mark.soak  # the order on several ranks: tests/data/test_sampler.py
-def test_groups_by_length_on_two_ranks_go_on_as_if_never_and_on_one(tmp_path):
-    run = [*TINY[:2], "--steps", "10", "--log-every", "1", *of_many_lengths(tmp_path / "data")]
-    run += ["--set", "optim.negatives=micro_batch", "--workers", "1"]
-    run += json_file(tmp_path / "ds.json", {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}})
-    two = [*run, "--micro-batch", "2"]
-    names = ("straight", "broken", "other")
-    folders = {name: ["--output-dir", str(tmp_path / name)] for name in names}
-    tasks = [{"arguments": [*two, *folders["straight"]], "seen": str(tmp_path / "straight.seen")}]
-    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (3, 9)]
-    tasks += [{"arguments": [*two, *folders["broken"]]}]
-    tasks += [{"arguments": [*two, *folders["other"]], "stop_at": 3, "seen": str(tmp_path / "other.seen")}]
-    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 85, 0, 85]
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    one = [*run, "--micro-batch", "4", *folders["other"]]
-    assert drive(one, seen=str(tmp_path / "one.seen")) == 0
-    parts = [(tmp_path / f"straight.seen.{rank}").read_text().splitlines() for rank in range(2)]
-    whole = [json.loads(a) + json.loads(b) for a, b in zip(*parts, strict=True)]
-    after = list(map(json.loads, (tmp_path / "one.seen.0").read_text().splitlines()))
-    assert len(whole) == 20 and after == whole[6:]
-    found = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "other")]
-    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_groups_by_length_need_the_batch_they_began_with(tmp_path, capfd):

@@ -1,9 +1,13 @@
 """What the tests of the all-pairs op share: random cases, scores with their gradients, the allocator's own count."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import permutations, zip_longest
 
+import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -13,6 +17,16 @@ from ds_cmli.cmli.chunked import kernels
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
 RECOMPUTED = {"recompute": True, "scratch_bytes": 50}
+
+
+def in_interpreter(file: str, *arguments: str) -> str:
+    """What a file of checks prints in a process of Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run([sys.executable, file, *arguments], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
 
 
 def random_case(

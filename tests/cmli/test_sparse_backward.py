@@ -6,8 +6,6 @@ TRITON_INTERPRET must be set before triton is imported, so the checks run in a p
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter, defaultdict
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli.inputs import index_dtype
+from tests.cmli.helpers import in_interpreter
 from tests.cmli.test_triton import TOLERANCE, distance, failure, inputs, reference
 
 CHECKS = {}
@@ -158,17 +157,7 @@ def test_sides_that_are_too_long_take_no_lists():
 @pytest.fixture(scope="module")
 def interpreted():
     """The traceback of each check that fails, from one process of Triton's interpreter."""
-    pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
-    return json.loads(in_interpreter().splitlines()[-1])
-
-
-def in_interpreter(*arguments):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, __file__, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stdout
+    return json.loads(in_interpreter(__file__).splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -181,7 +170,7 @@ def test_interpreted(interpreted, name):
 @pytest.mark.parametrize("kernels", ["sparse", "dense"])
 def test_300_random_cases(kernels):
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
-    print(in_interpreter("300", kernels))
+    print(in_interpreter(__file__, "300", kernels))
 
 
 def random_figures(cases, by):

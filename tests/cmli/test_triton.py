@@ -7,8 +7,6 @@ in which every value of every setting occurs, and all of them with `-m soak`.
 """
 
 import json
-import os
-import subprocess
 import sys
 import traceback
 import weakref
@@ -21,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli import cmli_peak_bytes
 from ds_cmli.cmli.inputs import Sides, Wanted
+from tests.cmli.helpers import in_interpreter
 
 CHECKS = {}
 ALL_CASES = "all" in sys.argv[1:]
@@ -330,17 +329,7 @@ def test_cpu_tensors_are_refused_in_one_line():
 @pytest.fixture(scope="module")
 def interpreted():
     """The traceback of each check that fails, from one process of Triton's interpreter."""
-    return found_by_the_interpreter()
-
-
-def found_by_the_interpreter(*arguments):
-    pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    command = [sys.executable, __file__, *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return json.loads(in_interpreter(__file__).splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -351,12 +340,12 @@ def test_interpreted(interpreted, name):
 
 @pytest.mark.soak
 def test_interpreted_with_many_shapes():
-    assert found_by_the_interpreter("200") == {"random_shapes": None}
+    assert json.loads(in_interpreter(__file__, "200").splitlines()[-1]) == {"random_shapes": None}
 
 
 @pytest.mark.soak
 def test_interpreted_in_all_cases():
-    assert found_by_the_interpreter("all") == dict.fromkeys(CHECKS)
+    assert json.loads(in_interpreter(__file__, "all").splitlines()[-1]) == dict.fromkeys(CHECKS)
 
 
 def failure(function, *arguments) -> str | None:

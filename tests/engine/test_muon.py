@@ -11,8 +11,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine.parameter_groups import MuonRates
 from ds_cmli.memory.inputs import without_weights
-from ds_cmli.memory.predict import Options, predict
-from profiling.memory.measure_cpu import measure
 from tests.checkpoint.test_restore import ranks
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT
@@ -82,18 +80,6 @@ def test_another_stage_is_refused_in_one_line(tmp_path, stage, after, capfd):
     file.write_text(json.dumps({**content(stage), "optimizer": {"type": "AdamW"}}))
     assert drive(given, mistakes=True) == 2
     assert "does not fit the model and the optimizer of this start" in capfd.readouterr().out
-
-
-@pytest.mark.slow  # in other settings: tests/test_features_together.py, and tests/memory/real_ranks.py
-@pytest.mark.parametrize("stage, more", [(2, {"activation_checkpointing": {}}), (3, {})])
-def test_its_memory_is_predicted_on_two_ranks(stage, more):
-    one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
-    config = load_preset("tiny", {"optim": {"micro_batch": 4}, **one_block})
-    asked = content(stage, **more)
-    predicted = predict(config, asked, 2, target="cpu", options=Options(backend="fake")).report
-    measured = measure(config, asked, 2)
-    assert abs(measured.totals["requested"] - predicted.totals["requested"]) < SCALARS
-    assert predicted.categories["optimizer states"] == measured.categories["optimizer states"] > 0
 
 
 def test_the_shipped_file_trains(tmp_path, capfd):

@@ -1,4 +1,4 @@
-"""The bank of teacher features, and the two losses that have one: alone, on several ranks, resumed, predicted."""
+"""The bank of teacher features, and the two losses that have one: alone, and on several ranks."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.weights import BANKS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES, load
@@ -17,11 +16,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import Bank
 from ds_cmli.losses.distillation import TokenContrast
 from tests.batches import rank_batches
-from tests.checkpoint.test_restore import json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
-from tests.drive_train import drive as train
-from tests.losses import banks_of_ranks
-from tests.metrics_file import metrics
 
 F64 = torch.float64
 BOTH = {"token_contrast": 1.0, "cls_contrast": 0.5}
@@ -241,52 +236,3 @@ def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
     for a, b in zip(found, expected, strict=True):
         assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
     assert [bank.entered for bank in objective.banks().values()] == [8, 8]
-
-
-STAGES = (0, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def of_one_and_of_two():
-    return banks_of_ranks.of_one_and_of_two(STAGES, {"loss": {"weights": {"cmli": 1.0, **BOTH}, "bank": 20}})
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_as_one(of_one_and_of_two, stage):
-    alone, ranks = of_one_and_of_two
-    one, banks = alone[stage]
-    for losses, theirs in (rank[stage] for rank in ranks):
-        assert_close(losses, one, rtol=1e-5, atol=1e-6)
-        for name, bank in banks.items():
-            assert_close(theirs[name], bank, rtol=1e-5, atol=1e-5)
-
-
-ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--set", "teacher.average_blocks=2"]
-ARGUMENTS += ["--losses", "cmli,token_contrast,cls_contrast", "--set", 'loss.start={"cls_contrast": 4}']
-ARGUMENTS += ["--set", "student.layers=1"]
-BANK = ["--set", "loss.bank=30"]
-
-
-@pytest.mark.slow
-def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
-    straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
-    arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
-    assert train([*arguments, *straight]) == 0
-    assert train([*arguments, *broken], stop_at=5) == 85
-    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
-    assert codes == [0]
-    found = []
-    for name in ("straight", "broken"):
-        found.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
-    assert len(found[0]) == 8 and found[1] == pytest.approx(found[0], rel=1e-4)
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
-    assert_close(banks[1], banks[0], rtol=1e-5, atol=1e-5)
-
-
-def test_another_bank_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
-    arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
-    assert train([*arguments, *BANK], stop_at=5) == 85
-    assert train([*arguments, "--set", "loss.bank=40"], mistakes=True) == 2
-    assert "loss.bank: 30 -> 40" in capfd.readouterr().out
-    assert train([*arguments, "--set", "loss.bank=40", "--resume-with-changes"]) == 0
-    assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["cls_contrast"]["entered"] == 3 * 8

@@ -1,4 +1,4 @@
-"""The queue of earlier pairs: against a loss by hand, on several ranks, resumed, predicted."""
+"""The queue of earlier pairs: against a loss by hand, and on several ranks."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,6 @@ from torch import nn
 from torch.testing import assert_close
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.weights import BANKS
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -18,10 +17,7 @@ from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
 from tests.batches import rank_batches
-from tests.checkpoint.test_restore import source  # noqa: F401
 from tests.conftest import spawn
-from tests.drive_train import drive as train
-from tests.losses import banks_of_ranks
 
 F64 = torch.float64
 H, PAIRS = 3, 6
@@ -220,35 +216,3 @@ def test_each_micro_batch_is_compared_with_those_before_it(stage, device, data):
     first, other = found.values()
     assert first[0] == other[0]  # the queue is empty
     assert first[1]["global"] > other[1]["global"] and first[1]["cmli"] == other[1]["cmli"]
-
-
-STAGES = (1, 2, 3)
-
-
-@pytest.fixture(scope="module")
-def of_one_and_of_two():
-    return banks_of_ranks.of_one_and_of_two(STAGES, {**QUEUE, "optim": {"negatives": "queue:20"}})
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_train_as_one(of_one_and_of_two, stage):
-    alone, ranks = of_one_and_of_two
-    one, banks = alone[stage]
-    for losses, theirs in (rank[stage] for rank in ranks):
-        assert_close(losses, one, rtol=1e-5, atol=1e-6)
-        assert_close(theirs["global"], banks["global"], rtol=1e-4, atol=1e-4)
-
-
-ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--losses", "global,cmli"]
-ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12", "--set", "student.layers=1"]
-
-
-def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
-    arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
-    assert train(arguments, stop_at=5) == 85
-    other = [word.replace("queue:30,tokens:12", "queue:40") for word in arguments]
-    assert train(other, mistakes=True) == 2
-    assert 'optim.negatives: "queue:30,tokens:12" -> "queue:40"' in capfd.readouterr().out
-    assert train([*other, "--resume-with-changes"]) == 0
-    assert "optim.negatives: the bank of global starts empty" in capfd.readouterr().out
-    assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["global"]["entered"] == 3 * 8
