@@ -102,6 +102,6 @@ def _tell_changes(run: Path, config: Config) -> None:
     if checkpoint is None:
         return
     before = read_shared(run / contents.FOLDER / checkpoint).config
-    now = flatten({f"{FILES}{SOURCE}": local_files.of_value(name)})
+    now = flatten({f"{FILES}{SOURCE}": local_files.of_value(Source(name).files)})
     if any(before.get(file, digest) != digest for file, digest in now.items()):
         say(f"warning: {SOURCE} {name!r} has other files than when the run started")

@@ -14,10 +14,11 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.config.settings import flatten
+from ds_cmli.config.sources import Source
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
-LOCAL = "local-dir:"  # before a folder in the place of a name of timm's
+LOCAL = "local-dir:"  # before a folder in the place of a name of timm's or open_clip's
 NO_PATHS = ("demo", "hub", "random", "builtin", "source", "")
 # The files that are read from a folder.
 NAMES = {"data.tokenizer": re.compile(r".*\.(json|txt|model)")}
@@ -57,8 +58,8 @@ def _digests(config: Config) -> dict[str, object]:
 def _values(config: Config) -> Iterator[tuple[str, str]]:
     """Each setting that may name a file or a folder, and its value."""
     student, teacher = config.student, config.teacher
-    yield "data.tokenizer", config.data.tokenizer
-    yield "student.source", student.source
+    yield "data.tokenizer", config.data.tokenizer.removeprefix(LOCAL)
+    yield "student.source", Source(student.source).files
     yield "student.image_weights", student.image_weights
     yield "student.text_weights", student.text_weights
     names: dict[str, object] = {"student.image_model": student.image_model}

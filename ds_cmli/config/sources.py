@@ -57,6 +57,13 @@ class Source:
         return self.name.removeprefix(open_clip.LOCAL).removeprefix(open_clip.HUB)
 
     @property
+    def files(self) -> str:
+        """What names its files here, if any are: the folder, or the weights of an architecture."""
+        if self.name.startswith(open_clip.NAMED):
+            return open_clip.Named.of(self.name).weights
+        return self.place
+
+    @property
     def weights(self) -> str | None:
         """The name of its file of weights; None: the usual one."""
         path = Path(self.place).expanduser()

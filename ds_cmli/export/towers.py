@@ -23,7 +23,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
@@ -301,6 +301,8 @@ def write_text_encoder(
     encoder: Any = getattr(model.student.text, "model", None)
     kind = type(encoder)
     problem = ""
+    if not isinstance(encoder, PreTrainedModel):
+        return "no transformers folder of the text encoder: it is of another library"
     try:
         with loading(hub=False):
             encoder.save_pretrained(folder)
