@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common.errors import nearest
 from ds_cmli.common.json_text import JsonObject
-from ds_cmli.common.pretrained import reason
+from ds_cmli.common.pretrained import loading, reason
 
 if TYPE_CHECKING:
     from open_clip import CLIPTextCfg, CLIPVisionCfg
@@ -137,6 +137,8 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     if refusal:
         raise source.error(refusal)
     own = {"model_type": TYPE, "mean": mean, "std": std, "model_cfg": model}
+    if text.hf_model_name:
+        own["text_config"] = _of_transformers(source, text.hf_model_name)
     # Towers whose features depend on the padding need all of it.
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
@@ -151,14 +153,22 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     return own, width, data
 
 
+def _of_transformers(source: "Source", name: str) -> JsonObject:
+    """The configuration of a text encoder of transformers, which open_clip names alone."""
+    from transformers import AutoConfig
+
+    try:
+        with loading(hub=not Path(name).is_dir()):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False).to_diff_dict()
+    except Exception as error:  # the hub's client and transformers raise their own
+        raise source.error(
+            f"the sizes of its text encoder {name!r} cannot be read: {reason(error)}"
+        ) from None
+
+
 def _refusal(vision: "CLIPVisionCfg", text: "CLIPTextCfg", pictures: JsonObject) -> str:
     """Why a model is not supported; "" if it is."""
     size, mode = vision.image_size, pictures["resize_mode"]
-    if text.hf_model_name:
-        return (
-            f"its text encoder is {text.hf_model_name!r} of transformers: give a model with "
-            "open_clip's own text encoder"
-        )
     if text.tokenizer_mode:
         return f"its tokenizer_mode is {text.tokenizer_mode!r}: give a model without one"
     if isinstance(vision.attentional_pool, str):

@@ -128,7 +128,13 @@ class Source:
             check_regular(f"student.source is {self.name!r}", self.path)
         if open_clip.is_marked(self.name):
             return open_clip.described(self)
-        content = self.json(CONFIG)
+        content = None
+        try:
+            content = self.json(CONFIG)
+        except UserError:
+            if self.local:
+                raise
+            # Without a network, the hub's cache may have the file of open_clip alone.
         # Models that both libraries load have both files.
         own = content is not None and content.keys() & {"model_type", "config"}
         if not own and self.json(open_clip.CONFIG) is not None:

@@ -63,7 +63,7 @@ def weights(objective: Objective, own: JsonObject) -> dict[str, Tensor]:
     assert isinstance(image, OpenClipImage) and isinstance(text, OpenClipText)
     out = {f"visual.{name}": value for name, value in _of_tower(image, "proj").items()}
     model = of_towers(own)
-    custom = "text." * bool(model.get("custom_text"))
+    custom = "text." * bool(model.get("custom_text") or "text_config" in own)
     projection = "text_projection"
     linear = bool(model["text_cfg"].get("proj_bias"))
     for name, value in _of_tower(text, projection, linear).items():

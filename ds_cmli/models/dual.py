@@ -202,6 +202,10 @@ def vocab_size(config: StudentConfig) -> int:
     """The number of rows of the source's table of tokens."""
     own = config.source_config
     if own["model_type"] == open_clip.TYPE:
+        from ds_cmli.models.open_clip import transformers_config
+
+        if "text_config" in own:
+            return transformers_config(own).vocab_size
         return own["model_cfg"]["text_cfg"].get("vocab_size", 49408)
     return library(config).text_config.vocab_size
 

@@ -4,6 +4,7 @@ It is always built as open_clip's `CustomTextCLIP`: of a CoCa without its decode
 """
 
 import os
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.open_clip import HUB, NAMED, OF_TRAINING, Named
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.sources import Source
+from ds_cmli.models.transformers_model import ATTENTION_DROPOUT, DROPOUT
 from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
 
 if TYPE_CHECKING:
@@ -57,8 +60,22 @@ def whole(own: JsonObject) -> nn.Module:
         if model["vision_cfg"].get(name):
             model["vision_cfg"][name] = 0.0
     model["vision_cfg"]["timm_model_pretrained"] = False
-    with loading(hub=False):
+    with loading(hub=False), tempfile.TemporaryDirectory() as folder:
+        if "text_config" in own:  # open_clip reads it by a name
+            transformers_config(own).save_pretrained(folder)
+            model["text_cfg"] |= {"hf_model_name": folder, "hf_model_pretrained": False}
         return CustomTextCLIP(**model)
+
+
+def transformers_config(own: JsonObject) -> PreTrainedConfig:
+    """The configuration of a text encoder of transformers, without dropout."""
+    fields = deepcopy(own["text_config"])
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    for name in (*DROPOUT, *ATTENTION_DROPOUT):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    config.use_cache = False
+    return config
 
 
 def build(
@@ -119,7 +136,7 @@ def _load(source: WeightsSource, model: nn.Module) -> None:
 
 def _file(source: WeightsSource) -> Path:
     """The file of weights, fetched if it is on the hub. Raises `UserError`."""
-    import open_clip
+    from open_clip import pretrained
 
     name = source.weights
     try:
@@ -127,13 +144,13 @@ def _file(source: WeightsSource) -> Path:
             named = Named.of(name)
             if os.path.isfile(named.file):
                 return named.file
-            published = open_clip.get_pretrained_cfg(named.architecture, named.weights)
+            published = pretrained.get_pretrained_cfg(named.architecture, named.weights)
             with loading(hub=True):
-                return Path(open_clip.download_pretrained(published))
+                return Path(pretrained.download_pretrained(published))
         place = Source(name)
         if not place.local:
             with loading(hub=True):
-                return Path(open_clip.download_pretrained_from_hf(name.removeprefix(HUB)))
+                return Path(pretrained.download_pretrained_from_hf(name.removeprefix(HUB)))
     except Exception as error:  # the hub's client raises its own
         why = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise source.error(f"its weights cannot be fetched: {reason(why)}") from None

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from open_clip.hf_model import HFTextEncoder
 from open_clip.modified_resnet import AttentionPool2d, ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
@@ -21,6 +22,7 @@ from ds_cmli.models import open_clip_heads as heads
 from ds_cmli.models.backbone import ImageBackbone, TakenPatches, TextBackbone
 from ds_cmli.models.timm_grid import blocks_of_stages
 from ds_cmli.models.timm_tokens import place_for_taken
+from ds_cmli.models.transformers_text import blocks_of
 
 
 def _outside(tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -137,6 +139,12 @@ def _of_text(text: TextTransformer, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     return text_global_pool(x, input_ids, text.pool_type, text.eos_id), x
 
 
+def _of_transformers(text: HFTextEncoder, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    mask = (input_ids != text.config.pad_token_id).long()
+    out = text.transformer(input_ids=input_ids, attention_mask=mask)
+    return text.proj(text.pooler(out, mask)), out.last_hidden_state
+
+
 class OpenClipText(TextBackbone):
     """The text tower, whose tokens and class token, after them, are E wide."""
 
@@ -144,19 +152,26 @@ class OpenClipText(TextBackbone):
     suffix = 1
 
     def __init__(self, text: nn.Module, width: int):
-        """`text`: of a model of open_clip, its own `TextTransformer`."""
+        """`text`: of a model of open_clip."""
         super().__init__()
         model: Any = text
         self.model, self.width = model, width
-        self.most_positions = model.context_length
-        heads.with_linear_layers(model)
-        model.forward = partial(_of_text, model)
-        self.class_head, model.text_projection = heads.linear(model.text_projection), None
-        self.token_head = heads.copied(self.class_head)
+        self.most_positions = model.context_length or None
+        self.class_head: nn.Module = nn.Identity()
+        if isinstance(model, HFTextEncoder):
+            model.forward = partial(_of_transformers, model)
+            self.token_head = heads.copied(model.proj)
+        else:
+            heads.with_linear_layers(model)
+            model.forward = partial(_of_text, model)
+            self.class_head, model.text_projection = heads.linear(model.text_projection), None
+            self.token_head = heads.copied(self.class_head)
         self.depth = len(self.blocks)
 
     @property
     def blocks(self) -> list[nn.Module]:
+        if isinstance(self.model, HFTextEncoder):
+            return blocks_of(self.model.transformer)
         return list(self.model.transformer.resblocks)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -76,19 +76,7 @@ class Transformer(TextBackbone):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        depth = getattr(self.model.config, "num_hidden_layers", None)
-        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
-        stacks = [stack for stack in lists if len(stack) == depth]
-        if stacks:
-            most = max(stacks, key=lambda stack: count(stack))
-            return list(most)
-        # Layers that share their weights (ALBERT) are one block, because each parameter's gradient
-        # must arrive once: the first part with a list of layers.
-        parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
-        for part in parts:
-            if any(isinstance(m, nn.ModuleList) for m in part.modules()):
-                return [part]
-        return parts[:1]
+        return blocks_of(self.model)
 
     def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         # CLIP's and its like read the size of their table of positions outside of its forward.
@@ -107,6 +95,23 @@ class Transformer(TextBackbone):
         # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
         with patched("transformers: values of a mask", lambda _: lambda tensor=None: True):
             return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a text model, which activation checkpointing recomputes."""
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    stacks = [stack for stack in lists if len(stack) == depth]
+    if stacks:
+        most = max(stacks, key=lambda stack: count(stack))
+        return list(most)
+    # Layers that share their weights (ALBERT) are one block, because each parameter's gradient
+    # must arrive once: the first part with a list of layers.
+    parts = [m for m in model.children() if not isinstance(m, nn.Embedding)]
+    for part in parts:
+        if any(isinstance(m, nn.ModuleList) for m in part.modules()):
+            return [part]
+    return parts[:1]
 
 
 def _position_table(model: nn.Module) -> nn.Embedding | None:

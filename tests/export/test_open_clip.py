@@ -15,7 +15,7 @@ from tests.models.dual_models import start
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import saved  # noqa: E402
 
-KINDS = ("vit", "convnext", "coca", "siglip")
+KINDS = ("vit", "convnext", "coca", "siglip", "roberta")
 WEIGHTS = "open_clip_model.safetensors"
 
 

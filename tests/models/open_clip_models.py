@@ -7,6 +7,9 @@ import open_clip
 import torch
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
+from transformers import RobertaConfig
+
+from ds_cmli.data.tokens import builtin_tokenizer
 
 VIT = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 2}
@@ -49,12 +52,25 @@ MODELS = {
 PREPROCESS = {"siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "interpolation": "bilinear"}}
 
 
+def of_roberta(folder: Path) -> dict:
+    """A model with a text encoder of transformers, whose configuration the folder gets."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    words = builtin_tokenizer()
+    RobertaConfig(**sizes, vocab_size=len(words), max_position_embeddings=90, pad_token_id=0).save_pretrained(folder)
+    words.save_pretrained(folder)
+    name = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+    return clip(VIT, {**name, "hf_pooler_type": "mean_pooler"})
+
+
 def saved(folder: Path, name: str, file: str = "open_clip_model.safetensors") -> Path:
     torch.manual_seed(0)
     folder.mkdir(parents=True)
-    path, model_cfg = folder / "open_clip_config.json", json.loads(json.dumps(MODELS[name]))
+    given = of_roberta(folder / "text") if name == "roberta" else MODELS[name]
+    path, model_cfg = folder / "open_clip_config.json", json.loads(json.dumps(given))
+    if name == "roberta":
+        builtin_tokenizer().save_pretrained(folder)
     path.write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS.get(name, {})}))
-    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
     for key, parameter in model.named_parameters():
         if key.endswith(("bias", "latent")):  # which begin as zeros, or nearly
             parameter.data += 0.2 * torch.randn_like(parameter)

@@ -24,12 +24,13 @@ from tests.models.open_clip_models import MODELS, saved  # noqa: E402
 
 TEXTS = ["a red car", "Zebra! &amp; <b>", "two dogs sitting under a tree " * 20]
 PAIRS = 200
+KINDS = (*MODELS, "roberta")  # with a text encoder of transformers
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("open_clip")
-    return {name: saved(root / name, name) for name in MODELS}
+    return {name: saved(root / name, name) for name in KINDS}
 
 
 def losses(folder):
@@ -49,7 +50,7 @@ def pictures():
     return [Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", KINDS)
 def test_the_first_step_equals_the_source(name, folders, begun, pictures):
     folder = folders[name]
     objective, config, words = begun(name)
@@ -125,6 +126,25 @@ def test_weights_by_a_name_and_a_file_and_of_its_own_training(begun, tmp_path, m
         assert config.data.tokenizer == "open_clip" and config.student.source == str(name)
 
 
+def test_a_name_of_the_hub_is_read_from_its_cache(begun, folders, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    repository = tmp_path / "models--owner--vit"
+    shutil.copytree(folders["vit"], repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    objective, config, _ = start("owner/vit", losses("owner/vit"))
+    assert config.data.tokenizer == "open_clip"
+    wanted = begun("vit")[0].student.image_embeddings(image)[0]
+    assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
+    assert sources.Source("hf-hub:owner/vit").config["model_type"] == "open_clip"
+    with pytest.raises(UserError, match=r"^student.source is 'owner/none': [^\n]* cannot be reached"):
+        start("owner/none", {"global": 1.0})
+
+
 def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
     from tests.models.dual_models import clip
 
@@ -161,7 +181,7 @@ def test_what_acts_in_its_own_training_alone_is_printed(folders, capsys):
 
 
 REFUSED = [
-    ({"hf_model_name": "roberta-base"}, "text_cfg", "its text encoder is 'roberta-base' of transformers"),
+    ({"hf_model_name": "./none"}, "text_cfg", "the sizes of its text encoder './none' cannot be read"),
     ({"tokenizer_mode": "clips"}, "text_cfg", "its tokenizer_mode is 'clips'"),
     ({"pool_type": "none"}, "text_cfg", "its pool_type is 'none'"),
     ({"vocab_size": 100}, "text_cfg", "its tokenizer has 49408 tokens, and its text encoder only 100"),
