@@ -10,7 +10,8 @@ if __name__ == "__main__" and not __package__:  # run by its path
     import by_path  # noqa: F401
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,49 +24,21 @@ from profiling.scripts import picture, plain, readable, written
 
 GB = 10**9
 SHOWN = 8  # holders of memory that are named
+AS_SET = "As in PYTORCH_ALLOC_CONF"
+SHARE = click.FloatRange(0, 1, min_open=True, max_open=True)
+UNSET = "PYTORCH_ALLOC_CONF, which the history does not tell"
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument(
-    "snapshots", nargs=-1, required=True, type=click.Path(), metavar="SNAPSHOT [SNAPSHOT]"
-)
-@option(
-    "What if",
-    "--limit",
-    metavar="SIZE|GPU",
-    help="Of what may be reserved: 24GB (10^9 bytes), 22GiB, or a GPU.",
-)
-@option(
-    "What if",
-    "--expandable-segments/--no-expandable-segments",
-    default=None,
-    help="As in PYTORCH_ALLOC_CONF.",
-)
-@option("What if", "--max-split-size-mb", type=click.IntRange(21), help="As there: MiB.")
-@option(
-    "What if",
-    "--roundup-power2-divisions",
-    type=click.IntRange(1),
-    help="As there: a power of two; 1: off.",
-)
-@option("What if", "--garbage-collection-threshold", type=click.FloatRange(0, 1, min_open=True, max_open=True),
-        help="As there: a share of --limit, which it needs.")  # fmt: skip
-@option(
-    "What if", "--settings", "compare_settings", is_flag=True, help="Which settings reserve least."
-)
-@option(
-    "Output",
-    "--plot",
-    metavar="FILE",
-    help="Allocated and reserved memory over time, as a picture.",
-)
-@option(
-    "Output",
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="One object per device, a line each, instead of the text.",
-)
+@click.argument("snapshots", nargs=-1, required=True, type=click.Path(), metavar="SNAPSHOT...")
+@option("What if", "--limit", metavar="SIZE|GPU", help="24GB (10^9 bytes), 22GiB, or a GPU.")
+@option("What if", "--expandable-segments/--no-expandable-segments", default=None, help=AS_SET)
+@option("What if", "--max-split-size-mb", type=click.IntRange(21), help=f"{AS_SET}, in MiB.")
+@option("What if", "--roundup-power2-divisions", type=click.IntRange(1), help=f"{AS_SET}; 1: off.")
+@option("What if", "--garbage-collection-threshold", type=SHARE, help="A share of --limit.")
+@option("What if", "--settings", "compare_settings", is_flag=True, help="Which reserve least.")
+@option("Output", "--plot", metavar="FILE", help="Allocated and reserved memory over time.")
+@option("Output", "--json", "as_json", is_flag=True, help="One object per device, a line each.")
 def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: bool | None,
             max_split_size_mb: int | None, roundup_power2_divisions: int | None,
             garbage_collection_threshold: float | None, compare_settings: bool, plot: str | None,
@@ -196,11 +169,8 @@ def without_history(content: dict[str, Any]) -> list[str]:
     lines = []
     recorded = {device for device, trace in enumerate(content["device_traces"]) if trace}
     for device in sorted({segment.get("device", 0) for segment in content["segments"]} - recorded):
-        sizes = [
-            segment["total_size"]
-            for segment in content["segments"]
-            if segment.get("device", 0) == device
-        ]
+        own = [s for s in content["segments"] if s.get("device", 0) == device]
+        sizes = [segment["total_size"] for segment in own]
         lines.append(
             f"device {device}: {sum(sizes):,} B are reserved in {len(sizes)} segment(s), but it has no history"
         )
@@ -228,39 +198,31 @@ def told(answer: Any, limit: int | None) -> str:
     if answer.fits:
         most = f"{answer.reserved_peak:,} B reserved at most, {answer.allocated_peak:,} B allocated"
         return f"  what if: it fits{room}: {most}"
-    which = (
-        f"allocation {answer.failed_at + 1:,}"
-        if answer.failed_at >= 0
-        else "what lived at the beginning"
-    )
+    which = "what lived at the beginning"
+    if answer.failed_at >= 0:
+        which = f"allocation {answer.failed_at + 1:,}"
     request = f" of {answer.failed_request:,} B" if answer.failed_request else ""
     return f"  what if: it does not fit{room}: {which}{request} fails, and {answer.too_much:,} B would have to go"
 
 
-def held(found: Any) -> list[str]:
-    rest = found[SHOWN:]
-    lines = [
-        f"    {holder.bytes:>16,} B  {holder.name} ({holder.blocks:,} blocks)"
-        for holder in found[:SHOWN]
-    ]
-    if rest:
-        lines.append(f"    {sum(holder.bytes for holder in rest):>16,} B  {len(rest)} others")
-    return lines
+def held(holders: Any) -> list[str]:
+    return sizes((f"{one.name} ({one.blocks:,} blocks)", one.bytes) for one in holders)
+
+
+def sizes(rows: Iterable[tuple[str, int]], sign: str = "") -> list[str]:
+    """A line for each of the first names and bytes, and one for all others."""
+    rows = list(rows)
+    lines = [f"    {size:>{sign}16,} B  {name}" for name, size in rows[:SHOWN]]
+    rest = [size for _, size in rows[SHOWN:]]
+    return [*lines, f"    {sum(rest):>{sign}16,} B  {len(rest)} others"] if rest else lines
 
 
 def difference(first: Any, second: Any) -> list[str]:
-    sizes = [{holder.name: holder.bytes for holder in found} for found in (first, second)]
-    change = {
-        name: sizes[1].get(name, 0) - sizes[0].get(name, 0) for name in {**sizes[0], **sizes[1]}
-    }
+    change = Counter({holder.name: holder.bytes for holder in second})
+    change.subtract({holder.name: holder.bytes for holder in first})
     rows = sorted((item for item in change.items() if item[1]), key=lambda item: -abs(item[1]))
-    lines = [f"the second's peak compared with the first's: {sum(change.values()):+,} B"]
-    lines += [f"    {size:>+16,} B  {name}" for name, size in rows[:SHOWN]]
-    if rows[SHOWN:]:
-        lines.append(
-            f"    {sum(size for _, size in rows[SHOWN:]):>+16,} B  {len(rows[SHOWN:])} others"
-        )
-    return lines
+    total = f"the second's peak compared with the first's: {change.total():+,} B"
+    return [total, *sizes(rows, "+")]
 
 
 def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
@@ -281,11 +243,8 @@ def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) ->
                 key = f"{name},{key}" if settings.expandable_segments else key
                 tried[key] = replace(settings, roundup_power2_divisions=parts)
     answers = {name: what_if(start, trace, room, settings) for name, settings in tried.items()}
-    return dict(
-        sorted(
-            ((n, a.reserved_peak) for n, a in answers.items() if a.fits), key=lambda item: item[1]
-        )
-    )
+    reserved = {name: one.reserved_peak for name, one in answers.items() if one.fits}
+    return dict(sorted(reserved.items(), key=lambda item: item[1]))
 
 
 def smallest_gpu(start: Any, trace: list[dict[str, Any]]) -> str:
@@ -314,23 +273,13 @@ def text(replayed: Any, settings_known: bool) -> str:
     if replayed.unknown:
         lines.append(f"  {replayed.unknown} frees belong to nothing that the replay holds")
     if not replayed.exact:
-        lines.append(
-            "  what differs comes from rules that the model does not know"
-            + (
-                ""
-                if settings_known
-                else ", or from PYTORCH_ALLOC_CONF, which the history does not tell"
-            )
-        )
+        also = "" if settings_known else f", or from {UNSET}"
+        lines.append(f"  what differs comes from rules that the model does not know{also}")
     if replayed.released_private:
+        unless = "" if settings_known else " (if PYTORCH_ALLOC_CONF was not set, not said either)"
         lines.append(
             f"  {replayed.released_private} released segments were those of private pools (CUDA graphs,"
-            " torch.cuda.MemPool): the history does not say so, the requests do"
-            + (
-                ""
-                if settings_known
-                else " (if PYTORCH_ALLOC_CONF was not set, which it does not say either)"
-            )
+            f" torch.cuda.MemPool): the history does not say so, the requests do{unless}"
         )
     if replayed.released_unknown:
         lines.append(

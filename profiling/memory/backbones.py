@@ -11,6 +11,7 @@ import gc
 import io
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ds_cmli.common import quiet
@@ -169,9 +170,8 @@ class Row:
             and all(loss == loss for loss in self.losses)
             and not self.idle
         )
-        return not self.failed and (
-            bool(self.refused) or (trained and abs(self.predicted - self.measured) <= EQUAL)
-        )
+        equal = abs(self.predicted - self.measured) <= EQUAL
+        return not self.failed and (bool(self.refused) or (trained and equal))
 
 
 def deepspeed_json(stage: int, checkpointing: bool, precision: str) -> dict[str, Any]:
@@ -199,14 +199,8 @@ def configuration(kind: str, case: Case) -> Config:
             f"{kind}_overrides": case.overrides,
             **case.settings,
         }
-    sections = {
-        "student": student,
-        "teacher": teacher,
-        "data": data,
-        "loss": losses,
-        "optim": {"micro_batch": BATCH},
-    }
-    return load_preset("tiny", sections)
+    sections = {"student": student, "teacher": teacher, "data": data, "loss": losses}
+    return load_preset("tiny", {**sections, "optim": {"micro_batch": BATCH}})
 
 
 def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
@@ -226,13 +220,10 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
     except RuntimeError as error:
         row.failed = str(error).partition("\n")[0]
     gc.collect()  # engines hold themselves in circles
-    row.said = "; ".join(
-        dict.fromkeys(
-            line
-            for line in out.getvalue().splitlines()
-            if kind == "teacher" or "teacher." not in line
-        )
-    )
+    own = [
+        line for line in out.getvalue().splitlines() if kind == "teacher" or "teacher." not in line
+    ]
+    row.said = "; ".join(dict.fromkeys(own))
     return row
 
 
@@ -243,25 +234,23 @@ def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
             config, resolved, data.vocab_size, 10, torch.device("cpu"), data.special
         )
         student = step.objective.student
-        encoder: Any = (
-            step.teacher.image
-            if row.kind == "teacher" and step.teacher
-            else getattr(student, row.kind)
-        )
+        owner: Any = step.teacher if row.kind == "teacher" else student
+        encoder = getattr(owner, "text" if row.kind == "text" else "image")
         row.backbone, row.blocks = type(encoder).__name__, len(encoder.blocks)
         places = f"{encoder.grid[0]} x {encoder.grid[1]}, " if row.kind != "text" else ""
         row.shape = f"{places}{encoder.width}"
         reached: set[str] = set()
+
+        def note(gradient: torch.Tensor, name: str) -> None:
+            if gradient.abs().sum():
+                reached.add(name)
+
         for name, parameter in step.objective.named_parameters():
-            parameter.register_hook(
-                lambda gradient, name=name: reached.add(name) if gradient.abs().sum() else None
-            )
+            parameter.register_hook(partial(note, name=name))
         for start in range(0, STEPS * BATCH, BATCH):
             batch = data.collate([data.train[i] for i in range(start, start + BATCH)])
             row.losses.append(step(batch)[0].item())
-        trained = [
-            name for name, parameter in encoder.named_parameters() if parameter.requires_grad
-        ]
+        trained = [name for name, x in encoder.named_parameters() if x.requires_grad]
         row.idle = sum(f"student.{row.kind}.{name}" not in reached for name in trained)
         some = torch.utils.data.Subset(data.evals["seen"], range(PAIRS))
         how = EmbedSettings(BATCH, torch.device("cpu"))
@@ -281,33 +270,18 @@ def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str
             if names and case.model not in names:
                 continue
             rows.append(tried(kind, case, json))
-            click.echo(
-                f"{'ok ' if rows[-1].good else 'BAD'} {kind} {case.model} {rows[-1].refused}{rows[-1].failed}",
-                err=True,
-            )
-    head = [
-        "",
-        "model",
-        "backbone",
-        "N, H",
-        "blocks",
-        "loss of steps",
-        "R@5",
-        "idle",
-        "predicted B",
-        "measured B",
-        "said",
-    ]
+            verdict = "ok " if rows[-1].good else "BAD"
+            why = f"{rows[-1].refused}{rows[-1].failed}"
+            click.echo(f"{verdict} {kind} {case.model} {why}", err=True)
+    head = ["", "model", "backbone", "N, H", "blocks", "loss of steps", "R@5", "idle"]
+    head += ["predicted B", "measured B", "said"]
     lines = [
         [row.kind, row.case.model, row.backbone, row.shape, row.blocks, ", ".join(f"{x:.3f}" for x in row.losses),
          f"{row.recall:.2f}", row.idle, f"{row.predicted:,}", f"{row.measured:,}", row.said]
         for row in rows if not row.refused
     ]  # fmt: skip
-    click.echo(
-        Table(
-            "Trained, evaluated, predicted", head, [[str(cell) for cell in line] for line in lines]
-        ).markdown()
-    )
+    cells = [list(map(str, line)) for line in lines]
+    click.echo(Table("Trained, evaluated, predicted", head, cells).markdown())
     refused = [[row.kind, row.case.model, row.refused] for row in rows if row.refused]
     click.echo(Table("Refused", ["", "model", "why"], refused).markdown())
     bad = [row for row in rows if not row.good]

@@ -41,7 +41,7 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     nothing.
     """
     peaks = measure_phases(config, ds_config, world_size)
-    categories = _tracked(*_filled(config, ds_config, world_size), world_size)
+    categories = summarise(tracked_events(config, ds_config, world_size), {}, "").categories
     # What the tracker does not see is allocated and freed inside a single operator.
     categories["temporaries"] += max(peaks.values()) - sum(categories.values())
     setting = {"preset": config.run.preset, "world_size": world_size, "gpu": "CPU"}
@@ -142,33 +142,18 @@ def _run(
             two_steps(train_engine, config, ds_config, watch, lambda: enter(None))
 
 
-def _tracked(
-    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
-) -> dict[str, int]:
-    """The live bytes of each category at the peak, as the tracker sees them."""
-    return summarise(_events(config, ds_config, vocab_size, world_size), {}, "").categories
-
-
 def tracked_events(
     config: Config, ds_config: Mapping[str, Any], world_size: int = 1
 ) -> list[Event]:
     """Allocations and frees of two real optimizer steps as the tracker sees them."""
-    return _events(*_filled(config, ds_config, world_size), world_size)
-
-
-def _events(
-    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
-) -> list[Event]:
-    lengths = text_lengths(config, ds_config.micro_batch)
-    tracker = MemoryTracker("cpu", lengths, workspaces=True)
+    config, json, vocab_size = _filled(config, ds_config, world_size)
+    tracker = MemoryTracker("cpu", text_lengths(config, json.micro_batch), workspaces=True)
     device = torch.device("cpu")
     with _ranks(world_size), tracker:
-        models = recorded_from_the_engine_on(tracker, ds_config, cuda=False)
-        train_engine = engine.build(
-            config, ds_config, vocab_size, TOTAL_STEPS, device, models=models
-        )
+        models = recorded_from_the_engine_on(tracker, json, cuda=False)
+        train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device, models=models)
         with tracker.attach(train_engine):
-            two_steps(train_engine, config, ds_config, scope=lambda: tracker.scope("data"))
+            two_steps(train_engine, config, json, scope=lambda: tracker.scope("data"))
         return tracker.events()
 
 

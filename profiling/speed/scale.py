@@ -20,7 +20,7 @@ import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.plots import check_picture
-from profiling.scripts import listed, no_label, picture, plain, written
+from profiling.scripts import listed, picture, plain, written
 from profiling.speed.gpu_rates import EFFICIENCY, at_limits, rates_of
 
 if TYPE_CHECKING:
@@ -36,26 +36,13 @@ TEXTS = 2**16  # that the time of the scores is computed for at most
 )
 @option("Setting", "--preset", default="paper", show_default=True, help="As train.py's.")
 @option(
-    "Setting",
-    "--set",
-    "settings",
-    multiple=True,
-    metavar="SECTION.SETTING=VALUE",
-    help="As train.py's.",
+    "Setting", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help="So too."
 )
-@option(
-    "Setting", "--ranks", default="1,8,64,512,4096", show_default=True, help="Numbers of ranks."
-)
+@option("Setting", "--ranks", default="1,8,64,512,4096", show_default=True, help="Their numbers.")
 @option("Setting", "--stages", default="1,2,3", show_default=True, help="ZeRO stages.")
 @option("Setting", "--accumulation", default=4, show_default=True, help="Micro-batches of a step.")
 @option("Setting", "--checkpointing", is_flag=True, help="With activation checkpointing.")
-@option(
-    "Setting",
-    "--gpu",
-    default="RTX 3090 24GB",
-    show_default=True,
-    help="As profiling/predict.py's.",
-)
+@option("Setting", "--gpu", default="RTX 3090 24GB", show_default=True, help="As predict.py's.")
 @option(
     "Setting", "--target", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"])
 )
@@ -67,16 +54,8 @@ TEXTS = 2**16  # that the time of the scores is computed for at most
     show_default=True,
     help="Share of the GPU's limits that the kernels of the all-pairs scores reach.",
 )
-@option(
-    "Rates",
-    "--node-bandwidth",
-    default=25.0,
-    show_default=True,
-    help="GB/s that a rank sends in its node.",
-)
-@option(
-    "Rates", "--bandwidth", default=5.0, show_default=True, help="GB/s that it sends between nodes."
-)
+@option("Rates", "--node-bandwidth", default=25.0, show_default=True, help="GB/s sent in a node.")
+@option("Rates", "--bandwidth", default=5.0, show_default=True, help="GB/s between nodes.")
 @option("Rates", "--latency", default=10.0, show_default=True, help="Microseconds of a message.")
 @option("Rates", "--ranks-per-node", default=8, show_default=True)
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
@@ -127,17 +106,9 @@ def command(
                     rows.append(row(cost, rates))
                     click.echo("  ".join(cells(rows[-1])), err=True)  # the table comes at the end
     title = f"{preset}: a step of {given['accumulation']} x {config.optim.micro_batch} pairs a rank"
-    columns = [
-        "ZeRO",
-        "cached",
-        "ranks",
-        "exchange",
-        *(f"{part} ms" for part in PARTS),
-        "step ms",
-        *([] if rates.scores is None else [f"{kept:.0%} kept" for kept in KEPT]),
-        "calls",
-    ]
-    table = Table(title, [*columns, "sent GB", "memory GB"], [cells(r) for r in rows], [
+    columns = ["ZeRO", "cached", "ranks", "exchange", *(f"{part} ms" for part in PARTS), "step ms"]
+    columns += [] if rates.scores is None else [f"{kept:.0%} kept" for kept in KEPT]
+    table = Table(title, [*columns, "calls", "sent GB", "memory GB"], [cells(r) for r in rows], [
         f"rates, assumed: {given['tflops']:.3g} TFLOP/s, "
         f"{given['node_bandwidth']:g} GB/s "
         f"in a node of {given['ranks_per_node']}, {given['bandwidth']:g} GB/s between nodes, {given['latency']:g} us",
@@ -184,11 +155,8 @@ def row(cost: "StepCost", rates: "Rates") -> dict[str, Any]:
     from profiling.speed.scaling import step_time
 
     seconds = step_time(cost, rates)
-    kept = (
-        {}
-        if rates.scores is None
-        else {str(k): sum(step_time(cost, rates, k).values()) for k in KEPT}
-    )
+    shares = () if rates.scores is None else KEPT
+    kept = {str(k): sum(step_time(cost, rates, k).values()) for k in shares}
     sent = sum(count.sent(kind, cost.ranks) for (_, kind), count in cost.counts.items())
     moved = {
         f"{part} {kind}": {"calls": c.calls, "bytes": c.bytes}
@@ -224,48 +192,25 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     for axis, (unit, value) in zip(axes, measures, strict=True):
         ends = []
         for number, (stage, cached, exchange) in enumerate(ways):
-            alone = [
-                r
-                for r in rows
-                if (r["zero_stage"], r["cached"]) == (stage, cached) and r["ranks"] == 1
-            ]
-            own = alone + [
-                r for r in rows if (r["zero_stage"], r["cached"], r["exchange"]) == ways[number]
-            ]
-            own = list({r["ranks"]: r for r in own}.values())
+            own = {}  # by ranks; one rank has no exchange
+            for r in rows:
+                same = (r["zero_stage"], r["cached"]) == (stage, cached)
+                if same and (r["exchange"] == exchange or r["ranks"] == 1):
+                    own[r["ranks"]] = value(r)
             colour, style = plots.line(number)
-            axis.plot(
-                [r["ranks"] for r in own],
-                [value(r) for r in own],
-                style,
-                color=colour,
-                marker="o",
-                markersize=4,
-            )
+            axis.plot([*own], [*own.values()], style, color=colour, marker="o", markersize=4)
             label = f"{f'ZeRO-{stage} ' if several else ''}{exchange}{', cached' if cached else ''}"
-            ends.append((math.log(value(own[-1])), label, colour))
+            ends.append((math.log([*own.values()][-1]), label, colour))
         axis.set(xscale="log", yscale="log", xlabel="ranks")
         axis.set_xticks(sorted({r["ranks"] for r in rows}))
         axis.tick_params(axis="x", labelsize=8)
         low, high = (math.log(end) for end in axis.get_ylim())
-        for end, (_, label, colour) in zip(
-            plots.apart([e[0] for e in ends], 0.06 * (high - low)), ends, strict=True
-        ):
-            place = (1.03, math.exp(end))
-            axis.text(
-                *place,
-                label,
-                color=colour,
-                size=9,
-                va="center",
-                transform=axis.get_yaxis_transform(),
-            )
-        for axle, form in (
-            (axis.xaxis, plain),
-            (axis.yaxis, lambda v, _, u=unit: f"{plain(v)} {u}"),
-        ):
-            axle.set_major_formatter(form)
-            axle.set_minor_formatter(no_label)
+        places = plots.apart([end for end, *_ in ends], 0.06 * (high - low))
+        look = {"size": 9, "va": "center", "transform": axis.get_yaxis_transform()}
+        for place, (_, label, colour) in zip(places, ends, strict=True):
+            axis.text(1.03, math.exp(place), label, color=colour, **look)
+        axis.xaxis.set_major_formatter(plain)
+        axis.yaxis.set_major_formatter(lambda v, _, u=unit: f"{plain(v)} {u}")
         axis.minorticks_off()
         axis.grid(axis="y")
     axes[1].set_title("memory of a rank", size=9.5, weight="normal", color=plots.SOFT)
@@ -276,11 +221,8 @@ def finding(rows: list[dict[str, Any]], title: str) -> str:
     """What a ring costs and saves on most ranks, without gradient caching at the first stage."""
     ranks = max(r["ranks"] for r in rows)
     first = rows[0]["zero_stage"], rows[0]["cached"]
-    at = {
-        r["exchange"]: r
-        for r in rows
-        if r["ranks"] == ranks and (r["zero_stage"], r["cached"]) == first
-    }
+    most = [r for r in rows if r["ranks"] == ranks and (r["zero_stage"], r["cached"]) == first]
+    at = {r["exchange"]: r for r in most}
     if len(at) < 2:
         return title
     memory = at["ring"]["memory"] / at["gather"]["memory"]
