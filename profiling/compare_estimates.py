@@ -19,6 +19,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import click
@@ -36,15 +37,8 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("Setting", "--N", "N", type=int, default=196, show_default=True, help="Image patches.")
 @option("Setting", "--M", "M", type=int, default=64, show_default=True, help="Text positions.")
 @option("Setting", "--H", "H", type=int, default=768, show_default=True, help="Hidden size.")
-@option(
-    "Setting", "--D", "D", type=int, default=256, show_default=True, help="Embedding dimension."
-)
-@option(
-    "What is compared",
-    "--only",
-    metavar="E1,E3",
-    help="These rows alone, without the whole step of a preset.",
-)
+@option("Setting", "--D", "D", type=int, default=256, show_default=True, help="Embedding size.")
+@option("What is compared", "--only", metavar="E1,E3", help="These rows, without a preset's step.")
 @option("What is compared", "--preset", default="demo", show_default=True,
         help=f"Whose whole step is predicted and measured: {', '.join(PRESETS)}.")  # fmt: skip
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
@@ -95,20 +89,17 @@ def command(
     document: list[compare.Row] = []
     ours, step = None, None
     with console.status("") as status:
-        compare.measure(
-            rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}")
-        )
+
+        def show(doing: str) -> Callable[[compare.Row], None]:
+            return lambda row: status.update(f"{doing} {row.id} {row.implementation}")
+
+        compare.measure(rows, setting, device, show("measuring"))
         if "E4" in ids:
             variants = steps.FIRST_VARIANTS if only is None else steps.VARIANTS
-            document, ours = steps.document_rows(
-                setting,
-                variants,
-                say=lambda r: status.update(f"predicting {r.id} {r.implementation}"),
-            )
+            document, ours = steps.document_rows(setting, variants, say=show("predicting"))
         if only is None:
             status.update(f"the whole step of {preset}")
-            ranks = setting.P if preset == "paper" else 1
-            step = steps.whole_step(preset, ranks, device)
+            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, device)
     found = tables.sentences_found(rows, document, step)
     for sentence in found:
         console.print(sentence, highlight=False)
@@ -126,15 +117,10 @@ def command(
         table.show(console)
 
     if json_path is not None:
-        Path(json_path).write_text(
-            json.dumps([row.to_dict() for row in [*rows, *document]], indent=2) + "\n"
-        )
+        content = [row.to_dict() for row in [*rows, *document]]
+        Path(json_path).write_text(json.dumps(content, indent=2) + "\n")
     if markdown_path is not None:
-        heading = (
-            "# Memory: the estimates and the truth\n\n"
-            + "".join(f"{sentence}\n" for sentence in summary)
-            + "\n"
-        )
+        heading = "\n".join(["# Memory: the estimates and the truth", "", *summary, "", ""])
         Path(markdown_path).write_text(heading + "\n".join(t.markdown() for t in shown))
     console.print(plot(Path(plot_folder), ours, step), highlight=False)
 

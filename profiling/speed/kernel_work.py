@@ -57,33 +57,24 @@ class Kernels:
         I, J, N, M, D = self.sizes  # noqa: E741
         tiles = forward_tiles(N, M, D, self.dtype, self.capability, self.gpu.shared)
         blocks, groups = math.ceil(N / tiles.rows), math.ceil(J / TEXTS_PER_PROGRAM)
-        types = dict.fromkeys(("s_i2t", "s_t2i"), "fp32") | dict.fromkeys(
-            ("image", "text"), self.name
-        )
-        types |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(
-            ("image_mask", "token_mask"), "i16"
-        )
-        types |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {
-            "suspect": "i1"
-        }
+        types = dict.fromkeys(("s_i2t", "s_t2i"), "fp32")
+        types |= dict.fromkeys(("image", "text"), self.name)
+        types |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | {"suspect": "i1"}
+        types |= dict.fromkeys(("image_mask", "token_mask"), "i16")
+        types |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32")
         constants = {"D": D, "ROWS": tiles.rows, "BD": tiles.features, "BLOCKS": blocks}
         constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages}
         instructions = flops = l2 = below = 0.0
         for width in tiles.tokens:
             last = width == tiles.tokens[-1]
-            of_width = {
-                n: count for n, count in self.lengths.items() if n > below and (n <= width or last)
-            }
+            of_width = {n: k for n, k in self.lengths.items() if n > below and (n <= width or last)}
             below = width
             steps = kept * sum(count * math.ceil(n / width) for n, count in of_width.items())
-            machine = self.machine(
-                forward_kernel, types, constants | {"TOKENS": width}, tiles.warps, tiles.stages
-            )
+            given = constants | {"TOKENS": width}
+            machine = self.machine(forward_kernel, types, given, tiles.warps, tiles.stages)
             machine = machine.without(".NAN")  # looked for where inputs are huge alone
             programs = I * blocks * groups
-            in_turn = [math.ceil(D / tiles.features) - 1] * (
-                len(machine.loops) - 1
-            )  # of one product
+            in_turn = [math.ceil(D / tiles.features) - 1] * (len(machine.loops) - 1)  # of a product
             instructions += tiles.warps * programs * machine.executed([steps / groups, *in_turn])
             flops += 2 * I * blocks * tiles.rows * steps * width * D
             l2 += 2 * D * (programs * tiles.rows + I * blocks * steps * width)
@@ -117,25 +108,16 @@ class Kernels:
         rests = {n: n % tiles.step for n in step_lengths}
         long = sum(count * (n // tiles.step + (rests[n] > 16)) for n, count in step_lengths.items())
         short = sum(count for n, count in step_lengths.items() if 0 < rests[n] <= 16)
-        types = dict.fromkeys(("out", "source"), self.name) | dict.fromkeys(
-            ("p_win", "q_win"), "u8"
-        )
-        types |= dict.fromkeys(("p_mask", "q_mask"), "i16") | dict.fromkeys(
-            ("scale", "p_grad", "q_weight"), "fp32"
-        )
-        lists = [
-            f"{list_}_{part}" for list_ in ("p", "long", "short") for part in ("code", "first")
-        ]
+        types = dict.fromkeys(("out", "source"), self.name)
+        types |= dict.fromkeys(("p_win", "q_win"), "u8")
+        types |= dict.fromkeys(("p_mask", "q_mask"), "i16")
+        types |= dict.fromkeys(("scale", "p_grad", "q_weight"), "fp32")
+        lists = [f"{name}_{part}" for name in ("p", "long", "short") for part in ("code", "first")]
         types |= dict.fromkeys(("sparse", "p_count", *lists), "i32")
         two_terms = self.name == "bf16"
-        constants = {
-            "D": D,
-            "BD": tiles.features,
-            "ROWS": tiles.rows,
-            "LONG": tiles.step,
-            "P_MASKED": not of_image,
-        }
-        constants |= {"Q_MASKED": of_image, "TWO_TERMS": two_terms, "STAGES": tiles.stages}
+        constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step}
+        constants |= {"P_MASKED": not of_image, "Q_MASKED": of_image}
+        constants |= {"TWO_TERMS": two_terms, "STAGES": tiles.stages}
         machine = self.machine(gradient_kernel, types, constants, tiles.warps, tiles.stages)
         programs = rows / tiles.rows * math.ceil(D / tiles.features)
         positions = long * tiles.step + short * 16
@@ -167,12 +149,8 @@ class Kernels:
         adding = machine.executed([math.ceil(pairs / unroll), steps]) * warps * programs
         gathered = 16 * row_tiles * pairs
         l2 = 2 * D * (gathered + positions) + programs / row_tiles * (12 * positions + 2 * gathered)
-        dram = (
-            2 * D * (2 * p[0] * p[1] + q[0] * q[1])
-            + kept * I * J * (N + M)
-            + 8 * positions
-            + 20 * I * J
-        )
+        dram = 2 * D * (2 * p[0] * p[1] + q[0] * q[1]) + kept * I * J * (N + M)
+        dram += 8 * positions + 20 * I * J
         flops = 2 * 16 * positions * D * (1 + two_terms)
         return Work(flops, dram, l2, self.listing(p, q, of_image, pairs) + adding)
 
@@ -180,29 +158,19 @@ class Kernels:
         """Instructions that list the kept pairs, so many of a sequence, and sort their positions."""
         lists, chunks = Lists.of(p, q, 2**30), math.ceil(q[0] / CHUNK)
         assert lists is not None
-        total = (
-            4
-            * p[0]
-            * self.machine(pairs_kernel, self.sparse_types(), {"WIDTH": CHUNK}, 4, 3).executed(
-                [chunks] * 2
-            )
-        )
-        constants = {
-            "SEGMENTS": SEGMENTS,
-            "TILES": lists.tiles,
-            "WIDTH": lists.width,
-            "MASKED": masked,
-        }
+        machine = self.machine(pairs_kernel, self.sparse_types(), {"WIDTH": CHUNK}, 4, 3)
+        total = 4 * p[0] * machine.executed([chunks] * 2)
+        constants = {"SEGMENTS": SEGMENTS, "TILES": lists.tiles, "WIDTH": lists.width}
+        constants |= {"MASKED": masked}
         for fill in (False, True):
-            machine = self.machine(
-                sort_kernel, self.sparse_types(), constants | {"FILL": fill}, 1, 3
-            )
+            given = constants | {"FILL": fill}
+            machine = self.machine(sort_kernel, self.sparse_types(), given, 1, 3)
             turns = [pairs / SEGMENTS, math.ceil(q[1] / lists.width)][: len(machine.loops)]
             total += machine.executed(turns) * p[0] * SEGMENTS
         return total
 
     def sparse_types(self) -> dict[str, str]:
-        lists = (
+        lists = [
             "counts",
             "starts",
             "lists",
@@ -212,12 +180,11 @@ class Kernels:
             "q_count",
             "p_ends",
             "sparse",
-        )
+        ]
         floats = ("scale", "p_weight", "q_weight", "p_grad", "q_grad")
         types = dict.fromkeys(lists, "i32") | dict.fromkeys(floats, "fp32")
-        types |= dict.fromkeys(("p_win", "q_win"), "u8") | dict.fromkeys(
-            ("p_mask", "q_mask"), "i16"
-        )
+        types |= dict.fromkeys(("p_win", "q_win"), "u8")
+        types |= dict.fromkeys(("p_mask", "q_mask"), "i16")
         return types | dict.fromkeys(("out", "source"), self.name)
 
     def backward(self, kept: float = 1.0) -> list[Work]:

@@ -23,13 +23,8 @@ from profiling.speed.gpu_rates import GPU, Work, at_limits
 from profiling.speed.instructions import Machine, machine_code
 
 FAMILIES = {80: "a100", 86: "ampere", 89: "ada", 90: "hopper"}  # as both packages name them
-INTEGERS = {
-    "argmax_ptr": "i32",
-    "lengths_ptr": "i32",
-    "q_lengths_ptr": "i32",
-    "q_mask_ptr": "i8",
-    "d_mask_ptr": "i8",
-}
+INTEGERS = dict.fromkeys(("argmax_ptr", "lengths_ptr", "q_lengths_ptr"), "i32")
+INTEGERS |= dict.fromkeys(("q_mask_ptr", "d_mask_ptr"), "i8")
 
 
 @dataclass
@@ -50,36 +45,22 @@ class Direction:
     ) -> Machine:
         """A kernel for contiguous tensors; `grad` is the type of the gradients it writes."""
         names = kernel.arg_names
-        types = (
-            INTEGERS
-            | dict.fromkeys(("Q_ptr", "D_ptr"), self.dtype)
-            | dict.fromkeys(("grad_Q_ptr", "grad_D_ptr"), grad)
-        )
+        types = INTEGERS | dict.fromkeys(("Q_ptr", "D_ptr"), self.dtype)
+        types |= dict.fromkeys(("grad_Q_ptr", "grad_D_ptr"), grad)
         types |= dict.fromkeys(("grad_s_ptr", "scores_ptr"), "fp32")
-        last = {
-            name: 1 for name in names if name.startswith("stride") and self.is_last(name, names)
-        }
-        known = (
-            {"d": self.D, "d_pad": self.D, "kd_layout": False, "cross": True, "shared_docs": 1}
-            | last
-            | constants
-        )
+        strides = [name for name in names if name.startswith("stride")]
+        last = dict.fromkeys((name for name in strides if self.is_last(name, names)), 1)
+        known = {"d": self.D, "d_pad": self.D, "kd_layout": False, "cross": True, "shared_docs": 1}
+        known |= last | constants
         known = {name: value for name, value in known.items() if name in names}
         sizes = {"Nq": self.P, "Nd": self.Q, "B": self.Q, "Ld": self.K}
-        multiples = [name for name in names if name.startswith("stride") and name not in last]
-        multiples += [
-            name for name in sizes if name in names and name not in known and sizes[name] % 16 == 0
-        ]
+        multiples = [name for name in strides if name not in last]
+        for name, size in sizes.items():
+            if name in names and name not in known and size % 16 == 0:
+                multiples.append(name)
         given = tuple((name, type_) for name, type_ in types.items() if name in names)
-        return machine_code(
-            kernel,
-            given,
-            tuple(known.items()),
-            self.gpu.capability,
-            warps,
-            stages,
-            tuple(multiples),
-        )
+        options = self.gpu.capability, warps, stages, tuple(multiples)
+        return machine_code(kernel, given, tuple(known.items()), *options)
 
     @staticmethod
     def is_last(name: str, names: list[str]) -> bool:
@@ -120,16 +101,13 @@ class Direction:
 
 def fitting(configs: list[Any], direction: Direction) -> list[Any]:
     """Configurations whose tiles fit shared memory, but for small ones of many features."""
-    return [
-        config
-        for config in configs
-        if config.kwargs["BLOCK_Q"] >= 32
-        and config.kwargs["BLOCK_D"] >= 64
-        and 2
-        * direction.D
-        * (config.kwargs["BLOCK_Q"] + config.num_stages * config.kwargs["BLOCK_D"])
-        <= direction.gpu.shared
-    ]
+    out = []
+    for config in configs:
+        block_q, block_d = config.kwargs["BLOCK_Q"], config.kwargs["BLOCK_D"]
+        held = 2 * direction.D * (block_q + config.num_stages * block_d)  # bytes
+        if block_q >= 32 and block_d >= 64 and held <= direction.gpu.shared:
+            out.append(config)
+    return out
 
 
 def flash_maxsim(direction: Direction, masked: bool) -> list[Work]:
@@ -151,26 +129,19 @@ def flash_maxsim(direction: Direction, masked: bool) -> list[Work]:
 
 def late_interaction_kernels(direction: Direction, masked: bool) -> list[Work]:
     """Forward, and the backward that "auto" takes. `masked`: P has a mask, Q has not; else the other way round."""
-    tuning, forward = (
-        import_module(f"late_interaction_kernels.{name}") for name in ("_autotune", "forward")
-    )
+    package = "late_interaction_kernels"
+    tuning, forward = (import_module(f"{package}.{name}") for name in ("_autotune", "forward"))
     unified, lowmem = (
-        import_module(f"late_interaction_kernels.backward.{name}") for name in ("unified", "lowmem")
+        import_module(f"{package}.backward.{name}") for name in ("unified", "lowmem")
     )
-    launches = import_module("late_interaction_kernels.backward._autotune").BWD_CONFIGS
-    listed = (
-        tuning._small_d_hopper() if direction.gpu.capability == 90 else tuning._small_d_ampere()
-    )
+    launches = import_module(f"{package}.backward._autotune").BWD_CONFIGS
+    hopper = direction.gpu.capability == 90
+    listed = tuning._small_d_hopper() if hopper else tuning._small_d_ampere()
     configs = fitting(listed, direction)
     length = 1 << (direction.L - 1).bit_length()
     padded = masked or length > direction.L
-    constants = {
-        "Lq": length,
-        "has_q_mask": padded,
-        "has_d_mask": not masked,
-        "save_argmax": True,
-        "normalize": False,
-    }
+    constants = {"Lq": length, "save_argmax": True, "normalize": False}
+    constants |= {"has_q_mask": padded, "has_d_mask": not masked}
     constants["COMPUTE_DTYPE"] = {"bf16": tl.bfloat16, "fp16": tl.float16}[direction.dtype]
     works = [direction.forward(forward._maxsim_fwd_kernel.fn, constants, configs, length)]
     # Many rows meet in a row: it takes no atomics then.
@@ -183,18 +154,14 @@ def late_interaction_kernels(direction: Direction, masked: bool) -> list[Work]:
         if few:
             gathered = direction.valid * direction.Q
             executed = launch.num_warps * direction.valid * machine.executed([direction.Q])
-            rows.append(
-                Work(0, direction.features + 4 * gathered, 2 * direction.D * gathered, executed)
-            )
+            dram, l2 = direction.features + 4 * gathered, 2 * direction.D * gathered
+            rows.append(Work(0, dram, l2, executed))
         else:
             rows.append(direction.atomic(machine, launch.num_warps, direction.valid))
     works.append(direction.quickest(rows))
     if few:
-        works.append(
-            direction.quickest(
-                one_hot(direction, lowmem._bwd_dD_owned_kernel.fn, constants, configs)
-            )
-        )
+        of_rows = one_hot(direction, lowmem._bwd_dD_owned_kernel.fn, constants, configs)
+        works.append(direction.quickest(of_rows))
     return works
 
 
@@ -205,19 +172,16 @@ def one_hot(
     for config in configs:
         block_q, block_d = config.kwargs.values()
         options = config.num_warps, config.num_stages
-        machine = direction.compiled(
-            kernel, constants | config.kwargs, *options, grad=direction.dtype
-        )
+        given = constants | config.kwargs
+        machine = direction.compiled(kernel, given, *options, grad=direction.dtype)
         programs = direction.Q * math.ceil(direction.K / block_d)
         positions = direction.P * math.ceil(direction.L / block_q) * block_q
-        executed = (
-            config.num_warps * programs * machine.executed([direction.P] * len(machine.loops))
-        )
+        executed = config.num_warps * programs
+        executed *= machine.executed([direction.P] * len(machine.loops))
         flops = 2 * programs * block_d * positions * direction.D
         l2 = programs * direction.P * direction.L * (2 * direction.D + 4)
-        yield Work(
-            flops, direction.features + 4 * direction.P * direction.L * direction.Q, l2, executed
-        )
+        dram = direction.features + 4 * direction.P * direction.L * direction.Q
+        yield Work(flops, dram, l2, executed)
 
 
 PEERS = {"late-interaction-kernels": late_interaction_kernels, "flash-maxsim": flash_maxsim}

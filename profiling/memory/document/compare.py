@@ -57,17 +57,13 @@ class Row:
     document_bytes: int | None  # the document's result
     arithmetic_bytes: int | None  # the correct result of the document's formula as written
     corrected_bytes: int | None  # the largest tensor that this implementation stores
-    predicted_bytes: int | None = (
-        None  # the largest single allocation of the same code's forward, without data
-    )
+    # The largest single allocation of the same code's forward, without data.
+    predicted_bytes: int | None = None
     predicted_peak_bytes: int | None = None
-    measured_bytes: int | None = (
-        None  # the largest single allocation of forward, as the allocator reports it
-    )
-    measured_peak_bytes: int | None = None  # peak above what was live before
-    measured_on: str = (
-        ""  # the device, and the passes that the peak covers; or why it was not measured
-    )
+    measured_bytes: int | None = None  # the same, as the allocator reports it
+    measured_peak_bytes: int | None = None  # above what was live before
+    # The device, and the passes that the peak covers; or why it was not measured.
+    measured_on: str = ""
     verdict: str = ""
     # Whether the largest allocation that was measured, and the peak, are the predicted ones.
     equal: tuple[bool, bool] | None = None
@@ -179,9 +175,8 @@ def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
 def free_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] - GB
-    return min(
-        MOST_BYTES, min([psutil.virtual_memory().available, *control_group_free()]) - SPARE_BYTES
-    )
+    free = min([psutil.virtual_memory().available, *control_group_free()])
+    return min(MOST_BYTES, free - SPARE_BYTES)
 
 
 def control_group_free(
@@ -195,10 +190,8 @@ def control_group_free(
         return out
     for folder in (path, *path.parents):
         try:
-            most, used = (
-                (folder / "memory.max").read_text(),
-                (folder / "memory.current").read_text(),
-            )
+            most = (folder / "memory.max").read_text()
+            used = (folder / "memory.current").read_text()
         except OSError:
             continue
         if most.strip().isdigit():
@@ -213,17 +206,9 @@ def measure_in_subprocess(
 
     None if it did not finish forward.
     """
-    told = tell_from_process(
-        processes(device),
-        seconds,
-        implementations.measured,
-        row.id,
-        row.implementation,
-        device,
-        s,
-        passes,
-    )
-    return told[-1] if told else None
+    arguments = (implementations.measured, row.id, row.implementation, device, s, passes)
+    allocations = tell_from_process(processes(device), seconds, *arguments)
+    return allocations[-1] if allocations else None
 
 
 def processes(device: str) -> BaseContext:

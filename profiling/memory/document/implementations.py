@@ -70,12 +70,8 @@ def global_inputs(images: int, s: Setting, device: str) -> tuple[Tensor, ...]:
 def cmli_inputs(images: int, tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
     rows = partial(unit_rows, dtype=torch.float32, device=device)
     image, text = rows(images, s.N, s.D).requires_grad_(), rows(s.G, tokens, s.D).requires_grad_()
-    return (
-        image,
-        text,
-        torch.ones(s.G, tokens, dtype=torch.bool, device=device),
-        _logit_scale(device),
-    )
+    mask = torch.ones(s.G, tokens, dtype=torch.bool, device=device)
+    return image, text, mask, _logit_scale(device)
 
 
 def match_inputs(tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
@@ -107,38 +103,30 @@ def implementations(
     """
     kept = s.M - SPECIAL_TOKENS
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
+    global_all, global_row = (partial(global_inputs, images, s) for images in (s.G, s.B))
+    match, product = partial(match_inputs, s.M, s), partial(global_loss, _product)
+    broadcast = partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y))
+    stored = partial(cmli_loss, materialised_scores)
+    ours = partial(cmli_loss, partial(cmli_scores, backend=backend))
     found = {
-        ("E1", "broadcast"): Implementation(
-            partial(global_inputs, s.G, s),
-            partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y)),
-        ),
-        ("E1", "materialised"): Implementation(
-            partial(global_inputs, s.G, s), partial(global_loss, _product)
-        ),
-        ("E1", "ours"): Implementation(
-            partial(global_inputs, s.B, s), partial(global_loss, _product)
-        ),
+        ("E1", "broadcast"): Implementation(global_all, broadcast),
+        ("E1", "materialised"): Implementation(global_all, product),
+        ("E1", "ours"): Implementation(global_row, product),
         ("E2", "broadcast"): Implementation(blocks["all"], partial(cmli_loss, broadcast_scores)),
-        ("E2", "materialised"): Implementation(
-            blocks["row"], partial(cmli_loss, materialised_scores)
-        ),
-        ("E2", "ours"): Implementation(
-            blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), op=True
-        ),
-        ("E2", "materialised, all"): Implementation(
-            blocks["all"], partial(cmli_loss, materialised_scores)
-        ),
-        ("E3", "broadcast"): Implementation(partial(match_inputs, s.M, s), broadcast_match),
-        ("E3", "materialised"): Implementation(partial(match_inputs, s.M, s), materialised_match),
-        ("E3", "ours"): Implementation(partial(match_inputs, s.M, s), losses.match_patches),
+        ("E2", "materialised"): Implementation(blocks["row"], stored),
+        ("E2", "ours"): Implementation(blocks["row"], ours, op=True),
+        ("E2", "materialised, all"): Implementation(blocks["all"], stored),
+        ("E3", "broadcast"): Implementation(match, broadcast_match),
+        ("E3", "materialised"): Implementation(match, materialised_match),
+        ("E3", "ours"): Implementation(match, losses.match_patches),
         ("E5", f"E2 materialised, {kept} of {s.M}"): Implementation(
-            partial(cmli_inputs, s.B, kept, s), partial(cmli_loss, materialised_scores)
+            partial(cmli_inputs, s.B, kept, s), stored
         ),
         ("E5", f"E3 materialised, {kept} of {s.M}"): Implementation(
             partial(match_inputs, kept, s), materialised_match
         ),
     }
-    return {key: replace(each, device=device) for key, each in found.items()}
+    return {key: replace(one, device=device) for key, one in found.items()}
 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:
@@ -159,9 +147,8 @@ def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocat
     """
     forward = list(forward)
     peak = max(accumulate([*forward, *(backward or ())]), default=0)
-    return Allocations(
-        max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None)
-    )
+    passes = "forward" if backward is None else "forward and backward"
+    return Allocations(max(forward, default=0), max(peak, 0), passes)
 
 
 def run(
@@ -224,8 +211,7 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
                 out.backward()
         events = tracker.events()
     first, rest = events[known:forward], events[forward:]
-    allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
-    return allocations
+    return summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
 
 
 def measured(

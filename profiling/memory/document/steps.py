@@ -26,11 +26,7 @@ from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
 from profiling.memory.document.compare import Row, free_bytes, processes
-from profiling.memory.document.estimates import (
-    Setting,
-    claims,
-    zero_model_states,
-)
+from profiling.memory.document.estimates import Setting, claims, zero_model_states
 from profiling.memory.document.own_process import tell_from_process
 from profiling.memory.estimators import deepspeed_estimate
 from profiling.speed.baselines import broadcast_scores, materialised_scores
@@ -83,15 +79,14 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     image = {"embed_dim": s.H, "num_heads": heads}
     text = {"hidden_size": s.H, "num_attention_heads": heads, "intermediate_size": 4 * s.H}
     config = load_preset("paper", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
+    sizes: dict[str, Any] = {
+        "image_overrides": image,
+        "text_overrides": text,
+        "text_weights": "random",
+    }
     return replace(
         config,
-        student=replace(
-            config.student,
-            embed_dim=s.D,
-            image_overrides=image,
-            text_overrides=text,
-            text_weights="random",
-        ),
+        student=replace(config.student, embed_dim=s.D, **sizes),
         teacher=replace(config.teacher, overrides=image),
         data=replace(config.data, image_size=side * patch_size, context_length=s.M),
         optim=replace(config.optim, micro_batch=s.B),
@@ -118,14 +113,8 @@ def document_rows(
     with predicting() as pool:
         for variant in variants:
             name = variant.name + ", checkpointing" * variant.checkpointing
-            row = Row(
-                "E4",
-                name,
-                claim.document_bytes,
-                None,
-                None,
-                measured_on=f"predicted for {gpu}",
-            )
+            row = Row("E4", name, claim.document_bytes, None, None)
+            row.measured_on = f"predicted for {gpu}"
             rows.append(row)
             say(row)
             try:
@@ -133,26 +122,18 @@ def document_rows(
             except UserError as error:
                 row.verdict = f"not predicted: {error}"
                 continue
-            prediction = pool.submit(
-                predict_largest,
-                config,
-                document_json(variant.checkpointing),
-                s.P,
-                gpu=gpu,
-                options=Options(scores=variant.scores),
-            ).result()
+            json, options = document_json(variant.checkpointing), Options(scores=variant.scores)
+            submitted = pool.submit(predict_largest, config, json, s.P, gpu=gpu, options=options)
+            prediction = submitted.result()
             if variant.name == "ours" and not variant.checkpointing:
                 ours = prediction
             report = prediction.report
             needed = report.totals["device"]
             row.measured_on += f", rank {report.setting['rank']} of {s.P}, which needs the most"
-            row.predicted_bytes, row.predicted_peak_bytes = (
-                total - needed,
-                report.totals["requested"],
-            )
-            row.verdict = (
-                f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
-            )
+            row.predicted_bytes = total - needed
+            row.predicted_peak_bytes = report.totals["requested"]
+            fits = "fits" if needed <= total else "does not fit"
+            row.verdict = f"{fits}: {describe(total - needed)}"
             row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
     return rows, ours
 
@@ -199,10 +180,8 @@ def whole_step(
     """Predict the step for `device`, and measure it in a process if memory and time allow."""
     whole = load_preset(preset, {}).optim.micro_batch
     pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
-    config, ds_config = (
-        load_preset(preset, {"optim": {"micro_batch": pairs}}),
-        DeepSpeedConfig.load(DEFAULT_JSON),
-    )
+    config = load_preset(preset, {"optim": {"micro_batch": pairs}})
+    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
     with predicting() as pool:
         # The measurement uses a fake process group as well, whose collectives copy nothing.
         submitted = pool.submit(
@@ -213,31 +192,18 @@ def whole_step(
     need, left = gigabytes(needed, free, digits=1)
     measured, why_not = None, f"needs {need} GB, {left} GB are free"
     if needed <= free:
-        told = tell_from_process(
-            processes(device), seconds, measured_step, config, world_size, device
-        )
-        measured, why_not = (
-            (told[-1], "") if told else (None, f"it failed, or took more than {seconds:.0f} s")
-        )
+        ended = f"it failed, or took more than {seconds:.0f} s"
+        arguments = (measured_step, config, world_size, device)
+        reports = tell_from_process(processes(device), seconds, *arguments)
+        measured, why_not = (reports[-1], "") if reports else (None, ended)
     parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
     zero = zero_model_states(parameters, world_size, stage)
     estimate = None
     if stage >= 2:
         largest = prediction.largest_module
         estimate = deepspeed_estimate(stage, parameters, largest, world_size)
-    return WholeStep(
-        preset,
-        pairs,
-        whole,
-        world_size,
-        device,
-        prediction,
-        measured,
-        why_not,
-        parameters,
-        zero,
-        estimate,
-    )
+    sizes = preset, pairs, whole, world_size, device
+    return WholeStep(*sizes, prediction, measured, why_not, parameters, zero, estimate)
 
 
 def measured_step(

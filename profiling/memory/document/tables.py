@@ -20,18 +20,13 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
     for claim in claims:
         rows.append([claim.id, claim.topic, f"says {claim.figure}", "", claim.verdict])
         for step in claim.steps:
-            right = (
-                "right" if step.stated is None or step.value == step.stated else "right, rounded"
-            )
+            exact = step.stated is None or step.value == step.stated
+            right = "right" if exact else "right, rounded"
             verdict = right if step.right else f"wrong: the document has {step.stated:,}"
             rows.append(["", "", step.text, count(step.value), verdict if s == DOCUMENT else ""])
     notes = [f'{claim.id}: "{claim.quote}"' for claim in claims]
-    return Table(
-        f"What the document says: {describe_setting(s)}",
-        ["id", "about", "step", "comes to", ""],
-        rows,
-        notes,
-    )
+    title = f"What the document says: {describe_setting(s)}"
+    return Table(title, ["id", "about", "step", "comes to", ""], rows, notes)
 
 
 def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None) -> list[str]:
@@ -45,11 +40,8 @@ def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None
             f"Measured by the {where}: {largest} of {len(equal)} largest allocations and {peaks} of "
             f"{len(equal)} peaks equal the predicted ones."
         )
-        less = [
-            f"{row.id} {row.implementation} ({row.less or 'not at all'})"
-            for row in rows
-            if row.less or row.equal is None
-        ]
+        without = [row for row in rows if row.less or row.equal is None]
+        less = [f"{row.id} {row.implementation} ({row.less or 'not at all'})" for row in without]
         if less:
             out.append(f"Measured with less than the setting: {', '.join(less)}.")
     elif rows:
@@ -66,9 +58,9 @@ def remember_step(step: WholeStep) -> str:
     if step.measured is None:
         return f"not measured: {step.not_measured}."
     measured = step.measured["totals"]["requested"]
-    pairs = f"with {step.pairs} of its {step.all_pairs} pairs a rank " * (
-        step.pairs < step.all_pairs
-    )
+    pairs = ""
+    if step.pairs < step.all_pairs:
+        pairs = f"with {step.pairs} of its {step.all_pairs} pairs a rank "
     off = f"{predicted / measured - 1:+.3%}"
     return f"{pairs}measured {measured:,} B, predicted {predicted:,} B ({off})."
 
@@ -99,25 +91,16 @@ def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
 
 
 def document_table(rows: list[Row], remember: str) -> Table:
-    columns = [
-        "loss",
-        "peak GB",
-        "on the GPU GB",
-        "student's activations GB",
-        "temporaries GB",
-        "verdict",
-    ]
+    columns = ["loss", "peak GB", "on the GPU GB", "student's activations GB", "temporaries GB"]
     cells = []
     for row in rows:
         report = row.extra
         numbers = ["-"] * 4
         if report:
-            categories = report["categories"]
-            parts = (categories["activations student"], categories["temporaries"])
-            numbers = [
-                f"{n / GB:,.2f}"
-                for n in (report["totals"]["requested"], report["totals"]["device"], *parts)
-            ]
+            totals, categories = report["totals"], report["categories"]
+            parts = categories["activations student"], categories["temporaries"]
+            sizes = totals["requested"], totals["device"], *parts
+            numbers = [f"{size / GB:,.2f}" for size in sizes]
         cells.append([row.implementation, *numbers, row.verdict])
     where = rows[0].measured_on if rows else ""
     notes = [
@@ -126,14 +109,16 @@ def document_table(rows: list[Row], remember: str) -> Table:
         f"E4: {remember}",
         "What fits other GPUs: python profiling/predict.py --preset paper --world-size 2 --fit 24GB",
     ]
-    return Table(f"E4: does the document's step fit 24 GB? {where}", columns, cells, notes)
+    title = f"E4: does the document's step fit 24 GB? {where}"
+    return Table(title, [*columns, "verdict"], cells, notes)
 
 
 def remember_document(rows: list[Row]) -> str:
     """The result of E4 in one sentence, from the predictions in `rows`."""
-    free = {
-        row.implementation: row.predicted_bytes for row in rows if row.predicted_bytes is not None
-    }
+    free: dict[str, int] = {}
+    for row in rows:
+        if row.predicted_bytes is not None:
+            free[row.implementation] = row.predicted_bytes
     if not {"materialised", "ours"} <= free.keys():
         return "this setting was not predicted."
     return (
@@ -154,12 +139,8 @@ def whole_step_table(step: WholeStep) -> Table:
         return [name, *map(count, (predicted[part].get(name), seen, zero, estimator))]
 
     rows = [line(name, "categories", step.zero.get(name)) for name in CATEGORIES]
-    rows.append(
-        [
-            "peak: the sum",
-            *line("requested", "totals", sum(step.zero.values()), step.deepspeed_bytes)[1:],
-        ]
-    )
+    sums = sum(step.zero.values()), step.deepspeed_bytes
+    rows.append(["peak: the sum", *line("requested", "totals", *sums)[1:]])
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
@@ -170,7 +151,7 @@ def whole_step_table(step: WholeStep) -> Table:
     notes.append(remember_step(step))
     if step.deepspeed_bytes:
         notes.append(f"DeepSpeed's estimator sees {step.deepspeed_bytes / total:.0%} of the peak.")
-    where = (
-        f"measured: {measured['source'].removeprefix('measured: ')}" if measured else "not measured"
-    )
+    where = "not measured"
+    if measured:
+        where = f"measured: {measured['source'].removeprefix('measured: ')}"
     return Table(f"The whole step: preset {step.preset}, {where}", columns, rows, notes)
