@@ -132,9 +132,8 @@ class Tables:
                 continue
             both += 1
             if not abs(value - other) <= DIFFERS:  # NaN differs
-                lines.append(
-                    f"- {row['test']}, {row['name']}: {_number(value)}, there {_number(other)}"
-                )
+                change = f"{_number(value)}, there {_number(other)}"
+                lines.append(f"- {row['test']}, {row['name']}: {change}")
         return lines, both
 
 
@@ -159,39 +158,21 @@ def _earlier(path: str) -> Figures:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--json", "json_path", default="gpu_check.json", show_default=True, help="Every figure."
+    "--json", "json_path", default="gpu_check.json", show_default=True, help="The figures."
 )
 @click.option(
-    "--markdown",
-    "markdown_path",
-    default="gpu_check.md",
-    show_default=True,
-    help="The figures as a page.",
+    "--markdown", "markdown_path", default="gpu_check.md", show_default=True, help="A page."
 )
-@click.option(
-    "--beside", "earlier", multiple=True, help="The --json of an earlier run, to compare with."
-)
-@click.option(
-    "--only",
-    default="",
-    help="Tests that this expression of pytest's -k selects, for instance 'op'.",
-)
-@click.option(
-    "--minutes",
-    type=float,
-    default=9,
-    show_default=True,
-    help="Tests not begun by then are left out.",
-)
+@click.option("--beside", "earlier", multiple=True, help="An earlier --json, to compare with.")
+@click.option("--only", default="", help="Tests that this expression of pytest's -k selects.")
+@click.option("--minutes", type=float, default=9, show_default=True, help="None begins later.")
 def command(
     json_path: str, markdown_path: str, earlier: tuple[str, ...], only: str, minutes: float
 ) -> None:
     device = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        click.echo(
-            "error: no GPU that torch can use here: run this where torch.cuda.is_available()",
-            err=True,
-        )
+        why = "no GPU that torch can use here: run this where torch.cuda.is_available()"
+        click.echo(f"error: {why}", err=True)
         sys.exit(2)
     import pytest
 
@@ -200,15 +181,13 @@ def command(
         name = f"a null GPU ({name})"
     end, paths = time.monotonic() + 60 * minutes, (Path(json_path), Path(markdown_path))
     tables = Tables(name, end, *paths, tuple(map(_earlier, earlier)))
-    code = pytest.main(
-        ["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")], plugins=[tables]
-    )
+    arguments = ["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")]
+    code = pytest.main(arguments, plugins=[tables])
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         click.echo(f"error: --only is {only!r}: no test has that in its name", err=True)
         sys.exit(2)
-    click.echo(
-        f"{len(tables.rows)} figures on {name}, {len(tables.missed)} missed: {json_path}, {markdown_path}"
-    )
+    count = f"{len(tables.rows)} figures on {name}, {len(tables.missed)} missed"
+    click.echo(f"{count}: {json_path}, {markdown_path}")
     sys.exit(1 if tables.missed or code or not tables.rows else 0)
 
 

@@ -92,11 +92,8 @@ def real_tiles(run: str, tiles: int) -> Iterator[CutTile]:
     model = loaded(run)
     objective = model.objective
     image, text, token_mask = whole(embedded(model, objective, 1024))
-    image, text, scale = (
-        l2_normalize(image),
-        l2_normalize(text),
-        math.log(objective.scales()["cmli"]),
-    )
+    image, text = l2_normalize(image), l2_normalize(text)
+    scale = math.log(objective.scales()["cmli"])
     for seed in range(tiles):
         draw = random.Random(seed)
         some, dtype = draw.sample(range(len(image)), draw.randint(2, 64)), draw.choice(DTYPES)
@@ -109,30 +106,17 @@ def report(kind: str, tiles: Iterable[CutTile]) -> int:
     found = [certified(tile) for tile in tiles]
     shares = sorted(error / bound for error, bound in found if bound)
     above = sum(error > bound for error, bound in found)
-    print(
-        f"{len(found):,} {kind} tiles, in {len(shares):,} of which pairs were left out: {above} above the bound"
-    )
+    kinds = f"{len(found):,} {kind} tiles, in {len(shares):,} of which pairs were left out"
+    print(f"{kinds}: {above} above the bound", flush=True)
     if shares:
-        print(
-            f"error / bound: median {shares[len(shares) // 2]:.3f}, most {shares[-1]:.4f}",
-            flush=True,
-        )
+        print(f"error / bound: median {shares[len(shares) // 2]:.3f}, most {shares[-1]:.4f}")
     return above
 
 
 @click.command(help="The error of cut gradients, in fp64, and its bound.")
-@click.option(
-    "--tiles", type=click.IntRange(0), default=10_000, show_default=True, help="Of random features."
-)
+@click.option("--tiles", type=click.IntRange(0), default=10_000, show_default=True, help="Random.")
 @click.option("--run", metavar="RUN", help="A trained run, for tiles of its features.")
-@click.option(
-    "--real-tiles",
-    "real",
-    type=click.IntRange(1),
-    default=1000,
-    show_default=True,
-    help="Of these.",
-)
+@click.option("--real-tiles", "real", type=click.IntRange(1), default=1000, show_default=True)
 def command(tiles: int, run: str | None, real: int) -> int:
     above = report("random", map(random_tile, range(tiles)))
     if run is not None:

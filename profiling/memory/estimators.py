@@ -25,6 +25,12 @@ ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
 SMALLEST = 1e-6  # relative error at the left end of the picture
 ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
+IMAGE_MODELS = [
+    "resnet18",
+    "convnext_atto",
+    "swin_tiny_patch4_window7_224",
+    "vit_small_patch16_dinov3",
+]
 TEXT_MODELS = ("roberta", "deberta-v2", "t5", "gpt2")  # in addition to bert
 OVERRIDES: dict[str, dict[str, Any]] = {  # of those whose configuration has other names than bert's
     "t5": {"d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 512, "d_kv": 32},
@@ -70,14 +76,8 @@ def settings() -> list[Setting]:
         for precision, checkpointing in (("bf16", False), ("fp32", True))
     ]
     out += [Setting(stage, 8, batch=batch) for stage in (1, 2, 3) for batch in (4, 64, 128)]
-    for losses in (
-        ("global",),
-        ("cmli",),
-        ("target_cmli",),
-        ("global_sigmoid",),
-        ("cmli_sigmoid",),
-        ("cmli", "cls_kd"),
-    ):
+    alone = ("global", "cmli", "target_cmli", "global_sigmoid", "cmli_sigmoid")
+    for losses in (*((name,) for name in alone), ("cmli", "cls_kd")):
         out += [Setting(stage, 2, losses=losses) for stage in (2, 3)]
     out += [
         Setting(2, 2, positions=m, image_size=size) for m, size in ((16, 56), (64, 112), (32, 224))
@@ -86,17 +86,11 @@ def settings() -> list[Setting]:
         Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))
     ]
     out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
-    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [
-        Setting(0, 2, optimizer="Adagrad")
-    ]
+    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)]
+    out.append(Setting(0, 2, optimizer="Adagrad"))
     out += [Setting(stage, 2, offload=True) for stage in (1, 2, 3)]
     out += [Setting(2, 8, exchange="ring"), Setting(3, 8, exchange="ring", accumulation=4)]
-    for image_model in (
-        "resnet18",
-        "convnext_atto",
-        "swin_tiny_patch4_window7_224",
-        "vit_small_patch16_dinov3",
-    ):
+    for image_model in IMAGE_MODELS:
         out.append(Setting(2, 2, batch=4, image_size=64, image_model=image_model))
     return out + [Setting(2, 2, text_model=text_model) for text_model in TEXT_MODELS]
 
@@ -122,12 +116,8 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
     from profiling.memory.measure_cpu import measure_phases, tracked_events
 
     for setting in chosen:
-        tower = {
-            "embed_dim": setting.width,
-            "depth": setting.depth,
-            "num_heads": 4,
-            "patch_size": 14,
-        }
+        tower = {"embed_dim": setting.width, "depth": setting.depth, "num_heads": 4}
+        tower["patch_size"] = 14
         text = {"hidden_size": setting.width, "num_hidden_layers": setting.depth, "num_attention_heads": 4,
                 "intermediate_size": 4 * setting.width}  # fmt: skip
         student = {
@@ -159,9 +149,8 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         if setting.checkpointing:
             ds_config["activation_checkpointing"] = {}
         measured = max(measure_phases(config, ds_config, setting.ranks).values())
-        prediction = predict(
-            config, ds_config, setting.ranks, target="cpu", options=Options(backend="fake")
-        )
+        options = Options(backend="fake")
+        prediction = predict(config, ds_config, setting.ranks, target="cpu", options=options)
         trained, largest = prediction.parameters, prediction.largest_module
         row = Row(setting.name(), measured, {OURS: prediction.report.totals["requested"]})
         if setting.stage >= 2:

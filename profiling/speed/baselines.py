@@ -1,4 +1,4 @@
-"""What `benchmark_cmli.py` compares the all-pairs scores with; training never imports it.
+"""What `speed/cmli.py` compares the all-pairs scores with; training never imports it.
 
 Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and
 other implementations of the scores: `broadcast` stores every product of every dot product,
@@ -42,11 +42,10 @@ class Problem:
         self.tokens = int(lengths.sum())
         self.mask = (torch.arange(M) < lengths[:, None]).to(device)
         self.image, self.text = (
-            F.normalize(torch.randn(n, p, D, generator=g), dim=-1)
-            .to(device, dtype)
-            .requires_grad_()
+            F.normalize(torch.randn(n, p, D, generator=g), dim=-1).to(device, dtype)
             for n, p in ((I, N), (J, M))
         )
+        self.image.requires_grad_(), self.text.requires_grad_()
         self.grads = [(torch.randn(I, J, generator=g) / J).to(device) for _ in range(2)]
 
     def forward(self, scores: Scores) -> None:
@@ -54,9 +53,8 @@ class Problem:
             scores(self.image, self.text, self.mask)
 
     def step(self, scores: Scores) -> None:
-        torch.autograd.grad(
-            scores(self.image, self.text, self.mask), (self.image, self.text), self.grads
-        )
+        out = scores(self.image, self.text, self.mask)
+        torch.autograd.grad(out, (self.image, self.text), self.grads)
 
     def floor(self) -> Callable[[], None]:
         valid = self.text.detach()[self.mask].float()
@@ -65,11 +63,8 @@ class Problem:
 
         def product() -> None:
             for block in patches.split(16 * N):
-                torch.mm(
-                    valid,
-                    block.t(),
-                    out=out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block)),
-                )
+                found = out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block))
+                torch.mm(valid, block.t(), out=found)
 
         return product
 
@@ -98,12 +93,7 @@ def broadcast_scores(
 
 
 def materialised_scores(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: None = None,
-    *,
-    narrow: bool = False,
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None, narrow: bool = False
 ) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M].
 
@@ -141,17 +131,15 @@ def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def sentence_transformers(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     from sentence_transformers.util import maxsim
 
-    return maxsim(image, text, b_mask=mask) / image.shape[1], maxsim(
-        text, image, a_mask=mask
-    ).t() / mask.sum(1)
+    t2i = maxsim(text, image, a_mask=mask).t() / mask.sum(1)
+    return maxsim(image, text, b_mask=mask) / image.shape[1], t2i
 
 
 def late_interaction_kernels(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     from late_interaction_kernels import maxsim
 
-    return maxsim(image, text, d_mask=mask) / image.shape[1], maxsim(
-        text, image, q_mask=mask
-    ).t() / mask.sum(1)
+    t2i = maxsim(text, image, q_mask=mask).t() / mask.sum(1)
+    return maxsim(image, text, d_mask=mask) / image.shape[1], t2i
 
 
 def flash_maxsim(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,9 +156,8 @@ def measured(
         objective = engine.build_models(model.config, data.vocab_size)[0].eval()
     scale = objective.scales()["cmli"]
     where = "before training" if start else "trained"
-    click.echo(
-        f"{processor()}, {torch.get_num_threads()} threads, {where}, 1/temperature {scale:.1f}"
-    )
+    threads = f"{torch.get_num_threads()} threads"
+    click.echo(f"{processor()}, {threads}, {where}, 1/temperature {scale:.1f}")
     click.echo(
         f"{'step':8}{'pairs':>7}{'cut':>9}{'time':>10}  {'ratio':>8}{'kept':>9}{'bound':>12}"
     )

@@ -9,6 +9,7 @@ Shapes: image [B, N, D], text [B, M, D] of each rank.
 
 import os
 import time
+from itertools import accumulate
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -48,9 +49,8 @@ def one_rank(
 
         def step(enter=None, score=score):
             s_i2t, s_t2i = score_global_batch(image, text, mask, score=score)
-            return torch.autograd.grad(
-                (s_i2t * weights[0] + s_t2i * weights[1]).sum(), (image, text)
-            )
+            loss = (s_i2t * weights[0] + s_t2i * weights[1]).sum()
+            return torch.autograd.grad(loss, (image, text))
 
         gradients = step()
         with Traffic().counting() as traffic:
@@ -59,10 +59,7 @@ def one_rank(
         started = time.perf_counter()
         step()
         seconds = time.perf_counter() - started
-        live = peak = 0
-        for _, size in allocator_events(step):
-            live += size
-            peak = max(peak, live)
+        peak = max(accumulate(size for _, size in allocator_events(step)))
         results[exchange, rank] = peak, traffic.sent(ranks), seconds, gradients
     dist.destroy_process_group()
 
@@ -70,11 +67,7 @@ def one_rank(
 @click.command(help=__doc__)
 @click.option("--ranks", default=4, show_default=True)
 @click.option(
-    "--shape",
-    default=(32, 49, 64, 128),
-    show_default=True,
-    type=(int, int, int, int),
-    help="B N M D",
+    "--shape", default=(32, 49, 64, 128), show_default=True, type=(int,) * 4, help="B N M D"
 )
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(DTYPES)))
 def main(ranks: int, shape: tuple[int, ...], dtype: str) -> None:

@@ -26,9 +26,8 @@ KEPT = (1.0, 0.3, 0.1, 0.03)
 
 def bare_product(sizes: Sizes, tokens: int) -> Work:
     """The similarities alone, as a library would multiply them, none stored."""
-    return Work(
-        2 * sizes.I * sizes.N * tokens * sizes.D, 2 * sizes.D * (sizes.I * sizes.N + tokens), 0
-    )
+    patches = sizes.I * sizes.N
+    return Work(2 * patches * tokens * sizes.D, 2 * sizes.D * (patches + tokens), 0)
 
 
 def materialised(sizes: Sizes) -> list[Work]:
@@ -87,39 +86,24 @@ def row(part: str, phases: list[Work], gpu: GPU, efficiency: float) -> dict[str,
 @click.option("--gpu", "name", default="a100", show_default=True, type=click.Choice(list(GPUS)))
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(DTYPES)))
 @click.option("--lengths", default="full", show_default=True, type=click.Choice(SETTINGS))
-@click.option(
-    "--efficiency",
-    default=EFFICIENCY,
-    show_default=True,
-    help="Share of the limits that is reached.",
-)
-@click.option(
-    "--peers", "with_peers", is_flag=True, help="With late-interaction-kernels and flash-maxsim."
-)
+@click.option("--efficiency", default=EFFICIENCY, show_default=True, help="Reached of the limits.")
+@click.option("--peers", "with_peers", is_flag=True, help="With kernels of installed packages.")
 @click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
 def command(
     name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool, json_path: str | None
 ) -> None:
     found = rows(name, dtype, lengths, efficiency, with_peers)
-    click.echo(
-        f"computed, not measured: {name}, {dtype}, {SIZES.I} x {SIZES.J} pairs, {SIZES.N} patches, lengths: {lengths}"
-    )
+    sizes = f"{SIZES.I} x {SIZES.J} pairs, {SIZES.N} patches"
+    click.echo(f"computed, not measured: {name}, {dtype}, {sizes}, lengths: {lengths}")
     numbers = [key for key in found[0] if key not in ("part", "binds")]
     click.echo(f"{'':30}" + "".join(f"{key:>18}" for key in numbers) + "  what binds")
     for row in found:
-        click.echo(
-            f"{row['part']:30}"
-            + "".join(f"{row[key]:18.3g}" for key in numbers)
-            + f"  {row['binds']}"
-        )
+        cells = "".join(f"{row[key]:18.3g}" for key in numbers)
+        click.echo(f"{row['part']:30}{cells}  {row['binds']}")
     click.echo(f"ms: at {efficiency:.0%} of the limits, an assumption for every row alike")
     if json_path is not None:
         Path(json_path).write_text(json.dumps(found, indent=1))
 
 
-def main() -> None:
-    run_command(command)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(command)

@@ -95,13 +95,9 @@ def plain(training: Training) -> Step:
         checkpoint_blocks(objective.student.blocks, partial(checkpoint, use_reentrant=False))
     params = ds_config.optimizer_params
     rates = (params["weight_decay"], training.config.optim, params["lr"])
-    optimizer = torch.optim.AdamW(
-        engine.parameter_groups(objective, *rates),
-        lr=params["lr"],
-        betas=params["betas"],
-        eps=params["eps"],
-        fused=True,
-    )
+    groups = engine.parameter_groups(objective, *rates)
+    adam = {name: params[name] for name in ("lr", "betas", "eps")}
+    optimizer = torch.optim.AdamW(groups, **adam, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if teacher is not None:
         teacher.to(device, dtype)
