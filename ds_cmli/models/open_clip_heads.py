@@ -20,6 +20,16 @@ class NoHead(Exception):
     """A pooling by which single patches cannot be mapped."""
 
 
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The layer that has these parameters, [outputs, inputs] and [outputs]."""
+    with torch.device("meta"):
+        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    out.weight = weight  # type: ignore[assignment] # a parameter, as the library declares no other
+    if bias is not None:
+        out.bias = bias  # type: ignore[assignment]
+    return out
+
+
 class Attention(nn.Module):
     """`nn.MultiheadAttention` of one input, whose projections are linear layers.
 
@@ -29,12 +39,9 @@ class Attention(nn.Module):
     def __init__(self, own: nn.MultiheadAttention):
         """`own`: whose parameters it takes over."""
         super().__init__()
-        width, self.heads = own.embed_dim, own.num_heads
-        with torch.device("meta"):
-            self.in_proj = nn.Linear(width, 3 * width)
-            self.out_proj = nn.Linear(width, width)
-        self.in_proj.weight, self.in_proj.bias = own.in_proj_weight, own.in_proj_bias
-        self.out_proj.weight, self.out_proj.bias = own.out_proj.weight, own.out_proj.bias
+        self.heads = own.num_heads
+        self.in_proj = linear_of(own.in_proj_weight, own.in_proj_bias)
+        self.out_proj = linear_of(own.out_proj.weight, own.out_proj.bias)
 
     def forward(
         self,
@@ -55,13 +62,50 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(B, L, H)), None
 
 
+class PoolingAttention(nn.Module):
+    """`nn.MultiheadAttention` of queries that all pictures share, with its parameters' names.
+
+    torch's transposes its inputs, and then rounds by whether its weights are frozen.
+    """
+
+    in_proj_bias: Tensor
+
+    def __init__(self, own: nn.MultiheadAttention):
+        """`own`: whose parameters it takes over."""
+        super().__init__()
+        self.heads = own.num_heads
+        for name, parameter in own.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.out_proj = linear_of(own.out_proj.weight, own.out_proj.bias)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The matrices of queries, keys and values, [E, H] each."""
+        if hasattr(self, "in_proj_weight"):
+            return self.get_parameter("in_proj_weight").chunk(3)
+        return tuple(self.get_parameter(f"{name}_proj_weight") for name in "qkv")
+
+    def forward(
+        self, queries: Tensor, x: Tensor, *_: Tensor, need_weights: bool = False
+    ) -> tuple[Tensor, None]:
+        """[B, Q, E], each picture's the same, and [B, L, H] -> [B, Q, E]."""
+        inputs, biases = (queries[:1], x, x), self.in_proj_bias.chunk(3)
+        parts = []
+        for tokens, weight, bias in zip(inputs, self.weights, biases, strict=True):
+            part = nn.functional.linear(tokens, weight, bias)
+            parts.append(part.unflatten(2, (self.heads, -1)).transpose(1, 2))
+        query, key, value = parts
+        query = query.expand(len(x), -1, -1, -1)
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+
 def with_linear_layers(tower: nn.Module) -> None:
-    """Replace the attention of a tower's blocks by `Attention`."""
+    """Replace torch's attention in a tower's blocks, and in its pooling."""
     for module in tower.modules():
         own = getattr(module, "attn", None)
-        # Another module attends to its tokens with queries of its own.
-        if isinstance(own, nn.MultiheadAttention) and not hasattr(module, "query"):
-            module.attn = Attention(own)
+        if isinstance(own, nn.MultiheadAttention):
+            module.attn = PoolingAttention(own) if hasattr(module, "query") else Attention(own)
 
 
 def linear(projection: nn.Module | nn.Parameter | None) -> nn.Module:
@@ -70,10 +114,7 @@ def linear(projection: nn.Module | nn.Parameter | None) -> nn.Module:
         return nn.Identity()
     if isinstance(projection, nn.Module):
         return projection
-    with torch.device("meta"):
-        out = nn.Linear(projection.shape[0], projection.shape[1], bias=False)
-    out.weight = nn.Parameter(projection.detach().t().contiguous())
-    return out
+    return linear_of(nn.Parameter(projection.detach().t().contiguous()), None)
 
 
 def copied(module: nn.Module) -> nn.Module:
@@ -88,12 +129,10 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def _layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    out.weight = nn.Parameter(weight.detach().clone())
+    """A layer with copies of these weights."""
     if bias is not None:
-        out.bias = nn.Parameter(bias.detach().clone())
-    return out
+        bias = nn.Parameter(bias.detach().clone())
+    return linear_of(nn.Parameter(weight.detach().clone()), bias)
 
 
 class Residual(nn.Module):
@@ -110,13 +149,10 @@ def of_vit(visual: VisionTransformer, projection: nn.Module) -> nn.Module:
     parts: list[nn.Module] = []
     pool = visual.attn_pool
     if pool is not None:
-        width, attention = visual.output_dim, pool.attn
-        if attention.in_proj_weight is None:
-            value = attention.v_proj_weight
-        else:
-            value = attention.in_proj_weight[2 * width :]
-        parts += [copied(pool.ln_k), _layer(value, attention.in_proj_bias[2 * width :])]
-        parts.append(_layer(attention.out_proj.weight, attention.out_proj.bias))
+        attention = pool.attn
+        _, _, bias = attention.in_proj_bias.chunk(3)
+        _, _, value = attention.weights
+        parts += [copied(pool.ln_k), _layer(value, bias), copied(attention.out_proj)]
     if pool is not None or visual.final_ln_after_pool:
         parts.append(copied(visual.ln_post))
     return nn.Sequential(*parts, copied(projection))

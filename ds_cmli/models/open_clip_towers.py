@@ -26,16 +26,12 @@ from ds_cmli.models.transformers_text import blocks_of
 
 
 def _outside(tower: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """What torch's attention, and the pooling of a ResNet, read of other modules."""
+    """What the pooling of a ResNet reads of other modules."""
     for module in tower.modules():
-        inside: tuple[str, ...] = ()
-        if isinstance(module, nn.MultiheadAttention):
-            inside = ("out_proj",)
-        elif isinstance(module, AttentionPool2d):
-            inside = ("q_proj", "k_proj", "v_proj", "c_proj")
-        for name in inside:
-            for parameter in module.get_submodule(name).parameters():
-                yield module, parameter
+        if isinstance(module, AttentionPool2d):
+            for layer in module.children():
+                for parameter in layer.parameters():
+                    yield module, parameter
 
 
 def _of_vit(visual: VisionTransformer, pixels: Tensor) -> tuple[Tensor, Tensor]:
