@@ -72,7 +72,7 @@ def table(found: list[Row]) -> Iterator[str]:
 
 @click.command()
 @click.argument("names", nargs=-1)
-@click.option("--totals", type=click.Path(exists=True), help="What fit_programs.py has kept.")
+@click.option("--totals", type=click.Path(exists=True), help="What run_programs has kept.")
 @click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
 def command(names: tuple[str, ...], totals: str | None, seconds: int) -> None:
     """Compare estimates for the programs of profiling/fits/programs, or those NAMES."""

@@ -143,7 +143,9 @@ def summary(rows: list[Row]) -> str:
 @click.option("--null", is_flag=True, help="Run each on the null GPU as well.")
 @click.option("--steps", default=2, show_default=True)
 @click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
-@click.option("--totals", type=click.Path(dir_okay=False), help="A file for fit_estimators.py.")
+@click.option(
+    "--totals", type=click.Path(dir_okay=False), help="A file for profiling.fits.estimators."
+)
 def command(
     names: tuple[str, ...], null: bool, steps: int, seconds: int, totals: str | None
 ) -> None:
