@@ -65,8 +65,8 @@ WHAT = (
     _what(
         "--start-from",
         "student.source",
-        "Start from a CLIP or SigLIP model of transformers (a folder, or a name of the hub), or "
-        "from a run or an export, with its joint space (docs/finetune.md).",
+        "Start from a CLIP or SigLIP model of transformers or a model of open_clip (a folder, or a "
+        "name of the hub), or from a run or an export, with its joint space (docs/finetune.md).",
         metavar="MODEL",
     ),
     _what("--image-backbone", "student.image_backbone", _described(IMAGE)),

@@ -124,8 +124,8 @@ def command(
     """Evaluate a model as papers report it: retrieval on held-out pairs, pointing-game accuracy on
     scenes.
 
-    MODEL is a run's output folder, or what training may start from: an export, or a CLIP or SigLIP
-    model of transformers, by its folder or its name on the hub.
+    MODEL is a run's output folder, or what training may start from: an export, a CLIP or SigLIP
+    model of transformers, or a model of open_clip, by its folder or its name on the hub.
 
     With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
     """
