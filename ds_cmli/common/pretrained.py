@@ -63,6 +63,8 @@ def reason(error: Exception) -> str:
     refused = refused_code(error)
     if refused is not None:
         return f"{refused}: give a .safetensors file, or a state dict that torch.save wrote"
+    if "SentencePiece library" in text or "protobuf library" in text:
+        return "its spiece.model needs `pip install sentencepiece protobuf`"
     if "trust_remote_code" in text:
         return (
             "it needs code of its own, which is never run: choose a model that the transformers "

@@ -33,6 +33,8 @@ OF_TRAINING = {
     "freeze_image": 0,
     "freeze_text": 0,
     "lora": {},
+    "lora_rank": 8,
+    "lora_alpha": 16,
     "patch_keep": 1.0,
     "dropout": 0.0,
     "weights_partial": False,
@@ -97,14 +99,20 @@ class Source:
             raise self.error(f"its {name} cannot be read: {error}") from None
 
     def _downloaded(self, name: str) -> Path | None:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             with loading(hub=True):
                 return Path(hf_hub_download(self.place, name))
-        except LocalEntryNotFoundError as error:
-            raise self.error(reason(error)) from None
+        except LocalEntryNotFoundError:
+            kinds = CONFIG, open_clip.CONFIG
+            if any(isinstance(try_to_load_from_cache(self.place, kind), str) for kind in kinds):
+                return None  # the model is there, and has no such file
+            raise self.error(
+                "no folder, and the model hub cannot be reached: where it can, "
+                f"`hf download {self.place} --local-dir FOLDER`; then give FOLDER"
+            ) from None
         except EntryNotFoundError:
             return None
         except Exception as error:  # the hub's client raises its own

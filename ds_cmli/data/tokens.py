@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import shown
-from ds_cmli.data import assets, open_clip_tokens
+from ds_cmli.data import assets, open_clip_tokens, sentencepiece_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -209,9 +209,13 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     check_regular(f"data.tokenizer is {name!r}", path)
     try:
         with loading(hub=not local):
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
+        siglip = sentencepiece_tokens.is_siglip(tokenizer)
+        return sentencepiece_tokens.converted(tokenizer) if siglip else tokenizer
+    except UserError:
+        raise
     except Exception as error:  # the hub's client, transformers and tokenizers raise their own
         raise UserError(
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "

@@ -11,7 +11,9 @@ draws the same random numbers as without the compiler.
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -155,3 +157,17 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(block, True)
+
+
+def whole(block: nn.Module) -> AbstractContextManager[object]:
+    """A context in which a leaf module of ZeRO-3 has its parameters. Collective.
+
+    For calls of its other methods than forward, which no hook precedes.
+    """
+    if not getattr(block, "_z3_leaf", False):  # DeepSpeed's mark
+        return nullcontext()
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+
+    divided = ZeroParamStatus.NOT_AVAILABLE
+    parameters: Iterable[Any] = block.parameters()
+    return GatheredParameters([p for p in parameters if p.ds_status == divided])  # collective

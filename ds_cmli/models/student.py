@@ -32,6 +32,7 @@ from ds_cmli.models.backbone import (
     TextRequest,
     attended_to,
 )
+from ds_cmli.models.blocks import whole
 from ds_cmli.models.weights import check_room, count
 
 
@@ -275,7 +276,8 @@ class Student(nn.Module):
         """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as in `forward`."""
         x, attended = self.embed_image(image, grid=grid), self._attended_to(grid)
         for block in self.shared:
-            x = block.image(x, attended)  # type: ignore[operator]
+            with whole(block):  # collective under ZeRO-3
+                x = block.image(x, attended)  # type: ignore[operator]
         return self.split_image(x)
 
     def _attended_to(self, grid: Tensor | None) -> Tensor | None:
@@ -290,7 +292,8 @@ class Student(nn.Module):
         """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""
         y, attended = self.embed_text(input_ids, attention_mask), self._with_suffix(attention_mask)
         for block in self.shared:
-            y = block.text(y, attended)  # type: ignore[operator]
+            with whole(block):  # collective under ZeRO-3
+                y = block.text(y, attended)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
     def image_embeddings(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,11 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(n, id=run, marks=[pytest.mark.slow] * (n > 0)) for n, run in enumerate(RUNS)]
+    "number",
+    [
+        pytest.param(n, id=run, marks=pytest.mark.soak if "compiled" in run else pytest.mark.slow)
+        for n, run in enumerate(RUNS)
+    ],
 )
 def test_a_training_from_a_source(number, sources, tmp_path, alone):
     values = RUNS[number].split()

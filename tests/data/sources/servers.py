@@ -1,4 +1,4 @@
-"""A server on this machine: a hub of data sets, an S3 of one bucket and a plain server of files, with faults."""
+"""A server on this machine: a hub of data sets and models, an S3 of one bucket, a server of files; with faults."""
 
 import hashlib
 import json
@@ -16,6 +16,7 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         revisions: commit -> files of the data set red/apples; `branches`: name -> commit.
+        models: OWNER/NAME -> files.
         faults: path -> what its next requests of content do instead, in order: a status, ("cut", bytes) to end the
             connection there, ("bytes", content) for other content of the same size, ("wait", seconds),
             ("change", content) for content that the file has from then on.
@@ -26,7 +27,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.revisions, self.branches = {}, {}, {}
+        self.files, self.revisions, self.branches, self.models = {}, {}, {}, {}
         self.faults, self.log, self.ranges, self.etags, self.headers = {}, [], True, True, []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -66,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
             digest = hashlib.sha256(files[name]).hexdigest()
             extra = {"X-Repo-Commit": commit, "X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(files[name]))}
             return self.content(name, files[name], digest, extra)
+        if parts[2:3] == ["resolve"] or parts[:2] == ["api", "models"]:
+            return self.of_model(parts)
         if "list-type" in self.path:
             return self.bucket(parse_qs(urlsplit(self.path).query))
         if path.endswith("/"):
@@ -82,6 +85,17 @@ class Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.answer(404, b"")
         self.content(path, content, hashlib.md5(content).hexdigest(), {})
+
+    def of_model(self, parts):
+        """A file of a model. Of its API nothing is there, which transformers asks for optional files."""
+        of_api = parts[0] == "api"
+        files = self.server.models.get("/".join(parts[2:4] if of_api else parts[:2]))
+        content = None if of_api else (files or {}).get("/".join(parts[4:]))
+        commit = {"X-Repo-Commit": "1" * 40}
+        if content is None:
+            code = "RepoNotFound" if files is None else "EntryNotFound"
+            return self.answer(404, b"", {**commit, "X-Error-Code": code})
+        self.content("/".join(parts[4:]), content, hashlib.sha256(content).hexdigest(), commit)
 
     def bucket(self, query):
         """S3's ListObjectsV2 of the bucket "bucket", which is the folder /bucket/."""

@@ -1,0 +1,18 @@
+"""Blocks that are compiled under ZeRO-3 are its leaf modules, which an evaluation uses by other methods than forward."""
+
+from unittest import mock
+
+from tests.checkpoint.test_restore import json_file
+from tests.config.test_mistakes import pairs
+from tests.drive_train import drive
+from tests.metrics_file import metrics
+
+
+def test_a_run_with_divided_leaf_modules_is_evaluated(tmp_path, alone):
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    given = ["--preset", "tiny", "--losses", "global,cmli", "--steps", "2", "--eval-every", "1"]
+    given += ["--data", pairs(tmp_path / "pairs", count=40), "--set", "run.compile=blocks", "--set", "run.match_maps=0"]
+    given += [*json_file(tmp_path / "ds.json", {"zero_optimization": zero}), "--output-dir", str(tmp_path / "run")]
+    with mock.patch("torch.compile", lambda function, **_: function):  # which takes minutes
+        assert drive(given) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run") if "eval/val/pairs" in line] == [1, 2]
