@@ -1,4 +1,4 @@
-"""Blocks that are compiled under ZeRO-3 are its leaf modules, which an evaluation uses by other methods than forward."""
+"""Blocks that are compiled under ZeRO-3 are its leaf modules, of which evaluation uses other methods than forward."""
 
 from unittest import mock
 
