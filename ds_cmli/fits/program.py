@@ -76,7 +76,10 @@ def run(
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
         if gpu is not None:
-            _enter_backward()
+            # Each thread numbers the nodes of its graphs: the program's own begins at 0.
+            entering = Thread(target=_enter_backward)
+            entering.start()
+            entering.join()
         of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())

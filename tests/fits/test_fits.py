@@ -35,6 +35,7 @@ SERVER = Server("tests.fits.preload", ENVIRONMENT)
 PENALTY = """
 import torch
 from torch import nn
+print("node", (torch.ones(1, device="cuda", requires_grad=True) * 2).grad_fn._sequence_nr())
 generator = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 1024)).cuda()
 critic = nn.Sequential(nn.Linear(1024, 512), nn.LeakyReLU(0.2), nn.Linear(512, 256), nn.LeakyReLU(0.2))
 critic = critic.append(nn.Linear(256, 1)).cuda()
@@ -129,6 +130,7 @@ def test_the_graph_of_a_gradient_is_walked_as_in_the_thread_of_backward(tmp_path
     done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", script(tmp_path, PENALTY), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out.json").read_text())["totals"]["requested"] == 45_685_792
+    assert done.stdout.startswith("node 0\n")  # each thread numbers the nodes of its graphs from 0
 
 
 @pytest.mark.parametrize("switches", [("fp16", "values"), ("bf16", "fused", "checkpoint")], ids=str)
