@@ -72,7 +72,7 @@ def ends(
     from ds_cmli.engine import build_models
 
     student = replace(config.student, lora={}, freeze_image=0, freeze_text=0, patch_keep=1.0)
-    loss = replace(config.loss, weights={name: 1.0 for name in objective.losses}, start={})
+    loss = replace(config.loss, weights=dict.fromkeys(objective.losses, 1.0), start={})
     optim = replace(config.optim, negatives="micro_batch")
     begun, _ = build_models(
         replace(config, student=student, loss=loss, optim=optim),

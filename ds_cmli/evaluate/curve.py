@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ds_cmli.data.load import EvalData
     from ds_cmli.losses.objective import Objective
 
-STEPS = 10  # of the share, from 0 to 1
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SIZE = (7, 4)  # inches
 MEASURE = "mean_recall"
 Curves = dict[str, list[float]]  # "split score" -> the mean recall at each share
@@ -32,10 +32,9 @@ def draw_curve(
     Returns:
         The metrics of `evaluate_split` with the prefix "share/0.1/eval/SPLIT/", as of each share.
     """
-    shares = [step / STEPS for step in range(STEPS + 1)]
     metrics: Metrics = {}
     curves: Curves = {}
-    for share in shares:
+    for share in SHARES:
         ends.put_between(objective, share)
         for split, dataset in data.evals.items():
             found = evaluate_split(objective, dataset, data, how)  # collective
@@ -44,19 +43,19 @@ def draw_curve(
                 if f"{score}/{MEASURE}" in found:
                     values = curves.setdefault(f"{split} {score}", [])
                     values.append(found[f"{score}/{MEASURE}"])
-    say(table(shares, curves))
+    say(table(curves))
     if distributed.is_main():
-        _draw(path, shares, curves)
+        _draw(path, curves)
         say(f"{path}: mean recall over the share of the trained weights")
     return metrics
 
 
-def table(shares: list[float], curves: Curves) -> str:
+def table(curves: Curves) -> str:
     """A row for each share, with a star at the first best of each column."""
     widths = {name: max(len(name), 6) for name in curves}
     head = "".join(f"  {name:>{width}}" for name, width in widths.items())
     rows = ["  mean recall over the share of the trained weights", f"    share{head}"]
-    for number, share in enumerate(shares):
+    for number, share in enumerate(SHARES):
         row = f"    {share:5g}"
         for name, values in curves.items():
             star = "*" if number == values.index(max(values)) else " "
@@ -65,12 +64,12 @@ def table(shares: list[float], curves: Curves) -> str:
     return "\n".join(rows)
 
 
-def _draw(path: str, shares: list[float], curves: Curves) -> None:
+def _draw(path: str, curves: Curves) -> None:
     pyplot = plots.matplotlib("--curve")
     figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
     for number, (name, values) in enumerate(curves.items()):
         colour, dashes = plots.line(number)
-        axis.plot(shares, values, color=colour, linestyle=dashes, marker=".", label=name)
+        axis.plot(SHARES, values, color=colour, linestyle=dashes, marker=".", label=name)
     axis.set(
         xlabel="share of the trained weights; 0: student.source, 1: the run",
         ylabel="mean recall",
