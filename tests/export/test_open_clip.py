@@ -29,7 +29,7 @@ def losses(folder):
     return {sources.loss_of(sources.Source(str(folder)).config): 1.0, "cmli": 1.0}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "roberta")) for kind in KINDS])
 def test_there_and_back(kind, folders, tmp_path, pictures):
     given = folders[kind]
     run = run_of(given, tmp_path / "run", losses(given), trained=False)
@@ -52,6 +52,7 @@ def test_there_and_back(kind, folders, tmp_path, pictures):
     assert all(torch.equal(maps[f"image.{name}"], value) for name, value in own.items())
 
 
+@pytest.mark.slow
 def test_an_export_of_this_package_needs_nothing_of_the_source(folders, tmp_path, pictures):
     run = run_of(folders["coca"], tmp_path / "run", losses(folders["coca"]))
     wanted = Model.load(run, device="cpu")
@@ -66,10 +67,10 @@ def test_an_export_of_this_package_needs_nothing_of_the_source(folders, tmp_path
 
 
 def test_what_it_is_not_is_refused(folders, tmp_path):
-    run = run_of(folders["vit"], tmp_path / "run", losses(folders["vit"]), trained=False)
+    run = run_of(folders["roberta"], tmp_path / "run", losses(folders["roberta"]), trained=False)
     with pytest.raises(UserError, match=r"^--as is 'clip', and the run's student began as open_clip"):
         export(run, tmp_path / "x", "--as", "clip")
-    run = run_of(folders["vit"], tmp_path / "run2", losses(folders["vit"]), trained=False, shared_blocks=1)
+    run = run_of(folders["roberta"], tmp_path / "run2", losses(folders["roberta"]), trained=False, shared_blocks=1)
     with pytest.raises(UserError, match="open_clip has no shared blocks, and the student has 1"):
         export(run, tmp_path / "x", "--as", "open_clip")
     assert not (tmp_path / "x").exists()

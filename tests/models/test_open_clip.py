@@ -76,7 +76,7 @@ def test_the_first_step_equals_the_source(name, folders, begun, pictures):
         assert objective.losses["global_sigmoid"].logit_bias.item() == pytest.approx(-11.5)
 
 
-@pytest.mark.parametrize("name", ["vit", "convnext", "coca", "siglip"])
+@pytest.mark.parametrize("name", ["vit", "convnext", "coca", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_the_recall_of_200_pairs_is_the_sources(name, folders, begun):
     objective, config, words = begun(name)
     theirs, _ = open_clip.create_model_from_pretrained(f"local-dir:{folders[name]}")
