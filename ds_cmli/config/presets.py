@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import sources
 from ds_cmli.config.schema import Config, RunConfig, Sections, choice, with_new_names
-from ds_cmli.config.validation import NotRegistered
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
@@ -182,10 +181,7 @@ def load_preset(
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
-    try:
-        config = Config.from_dict(values, written)
-    except NotRegistered as error:
-        raise UserError(f"{error}; or give the --plugin that registers it") from None
+    config = Config.from_dict(values, written)
     if name == "finetune" and not config.student.source:
         raise UserError(
             "run.preset is 'finetune', and no model is given to start from: give --start-from "

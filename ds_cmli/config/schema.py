@@ -486,7 +486,7 @@ def load_config(path: Path, setting: str) -> Config:
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
     except NotRegistered as error:
-        raise UserError(f"{place}: {error}; or give the --plugin that registers it") from None
+        raise UserError(f"{place}: {error}") from None
     except plugins.NotImported:
         raise
     except (UserError, ValueError) as error:

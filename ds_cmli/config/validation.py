@@ -69,7 +69,10 @@ class NameOf:
     def check(self, name: str) -> str:
         known = [*self.more, *self.table]
         if name not in known:
-            raise PydanticCustomError(NOT_REGISTERED, "{hint}", {"hint": nearest(name, known)})
+            hint = nearest(name, known)
+            link = " Or" if hint.endswith("?") else "; or"
+            hint += f"{link} give the --plugin that registers it"
+            raise PydanticCustomError(NOT_REGISTERED, "{hint}", {"hint": hint})
         return name
 
     def __get_pydantic_core_schema__(

@@ -266,8 +266,7 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
         config = Config.from_dict(given)
         student = build_student(exported)
     except NotRegistered as error:
-        place = f"{str(folder)!r}: its config.json has"
-        raise UserError(f"{place} {error}; or give the --plugin that registers it") from None
+        raise UserError(f"{str(folder)!r}: its config.json has {error}") from None
     except plugins.NotImported:
         raise
     except Exception as error:  # a file of others may hold anything

@@ -94,7 +94,9 @@ def test_lines_say_what_is_accepted():
     assert line(loss={"weights": {"cmli": 1.0}, "start": {"target_text": 3}}) == (
         "loss.start is {'target_text': 3}: the losses are cmli, without target_text: leave it out"
     )
-    assert line(loss={"start": {"clmi": 3}}) == "loss.start is {'clmi': 3}: did you mean 'cmli'?"
+    assert line(loss={"start": {"clmi": 3}}) == (
+        "loss.start is {'clmi': 3}: did you mean 'cmli'? Or give the --plugin that registers it"
+    )
     assert line(loss={"start": {"cmli": 1}}) == (
         "loss.start is {'cmli': 1}: Input should be greater than or equal to 2"
     )
