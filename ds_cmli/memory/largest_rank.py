@@ -34,9 +34,8 @@ def predict_largest(
     `predict`.
 
     Args:
-        first: the rank to begin with. None: with ZeRO-1 and 2 the last one, whose parameters'
-            gradients are computed first, while most activations are still stored, then the first
-            and the middle one, as not all that differs by rank follows from another's events.
+        first: the rank to begin with. None: with ZeRO-1 and 2 the last one, whose gradients are
+            computed while most activations are stored, then the first and the middle one.
     """
     total = "requested" if target == "cpu" else "device"
     ranks = _to_begin_with(DeepSpeedConfig.of(ds_config), world_size, first)
@@ -62,8 +61,7 @@ def _to_begin_with(ds_config: DeepSpeedConfig, world_size: int, first: int | Non
     """The ranks that are predicted in any case."""
     last, middle = world_size - 1, world_size // 2
     muon = ds_config.optimizer_entry.orthogonalizes
-    differ = ds_config.stage in (1, 2) or (ds_config.stage == 3 and muon)
-    if not differ:
+    if ds_config.stage not in ((1, 2, 3) if muon else (1, 2)):
         return [first or 0]
     if first is None:
         return list(dict.fromkeys([last, 0, middle]))

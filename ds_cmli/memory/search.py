@@ -25,11 +25,9 @@ MOST_GROWTH = 64  # from one micro-batch to the next that is tried
 
 
 def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
-    """`("batch=64,128", "world")` or `("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1,
-    2, 8, 64]}.
+    """`("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1, 2, 8, 64]}, the usual values.
 
-    An axis without values gets the usual ones. Raises `UserError` for what is neither an axis nor a
-    number.
+    Raises `UserError` for what is neither an axis nor a number.
     """
     batches = (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch)
     usual = {
@@ -79,8 +77,8 @@ def sweep(
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
         options = Options(tell=tell)
-        last = ranks - 1
-        yield values, predict_largest(config, changed, ranks, gpu=gpu, first=last, options=options)
+        args = (config, changed, ranks)
+        yield values, predict_largest(*args, gpu=gpu, first=ranks - 1, options=options)
 
 
 @dataclass
@@ -203,7 +201,6 @@ class Fitting:
         def tell(line: str) -> None:
             self.tell(f"{name}: {line}")
 
-        options = Options(tell=tell)
         prediction = predict_largest(
             config, ds_config, self.world_size, gpu=self.gpu, first=self.rank, options=options
         )
