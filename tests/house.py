@@ -18,9 +18,9 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 45_870),
+    "lines of the package": (20_000, 45_868),
     "files of the package": (140, 265),
-    "lines of memory/": (3_300, 3_851),
+    "lines of memory/": (3_300, 3_849),
     "files of memory/": (20, 20),
     "rooms in a cycle of imports": (0, 0),
     "own functions patched by name": (0, 0),

@@ -77,8 +77,8 @@ def sweep(
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
         options = Options(tell=tell)
-        args = (config, changed, ranks)
-        yield values, predict_largest(*args, gpu=gpu, first=ranks - 1, options=options)
+        last = ranks - 1
+        yield values, predict_largest(config, changed, ranks, gpu=gpu, first=last, options=options)
 
 
 @dataclass
@@ -198,14 +198,12 @@ class Fitting:
         return self.sizes[change.what]
 
     def _predicted(self, name: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
-        def tell(line: str) -> None:
-            self.tell(f"{name}: {line}")
-
+        options = Options(tell=lambda line: self.tell(f"{name}: {line}"))
         prediction = predict_largest(
             config, ds_config, self.world_size, gpu=self.gpu, first=self.rank, options=options
         )
         self.rank = prediction.report.setting["rank"]
-        tell(f"{prediction.report.totals['device']:,} B on the device")
+        options.tell(f"{prediction.report.totals['device']:,} B on the device")
         return prediction
 
 
