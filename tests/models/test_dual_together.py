@@ -133,13 +133,10 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
         check_memory(config, content, 1 + ("two" in values), SCALARS)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [
-        pytest.param(n, id=run, marks=pytest.mark.soak if "compiled" in run else pytest.mark.slow)
-        for n, run in enumerate(RUNS)
-    ],
-)
-def test_a_training_from_a_source(number, sources, tmp_path, alone):
-    values = RUNS[number].split()
+MARKED = [pytest.param(run, marks=pytest.mark.soak if "compiled" in run else pytest.mark.slow) for run in RUNS]
+
+
+@pytest.mark.parametrize("run", MARKED)
+def test_a_training_from_a_source(run, sources, tmp_path, alone):
+    values = run.split()
     train_and_break(values, sources[values[0]], tmp_path)

@@ -3,12 +3,11 @@
 import pytest
 
 from tests.models import test_dual_together
-from tests.models.test_dual_together import RUNS, SETTINGS, train_and_break
+from tests.models.test_dual_together import MARKED, SETTINGS, train_and_break
 
 pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import saved
 
-pytestmark = pytest.mark.slow
 # For each source of the other file one of open_clip, and its name there.
 SOURCES = {
     "clip": ("open_clip", "vit"),
@@ -24,7 +23,7 @@ def folders(tmp_path_factory):
     return {name: saved(folder / name, name) for _, name in SOURCES.values()}
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", MARKED)
 def test_a_training_from_a_source(run, folders, tmp_path, alone, monkeypatch):
     source, *values = run.split()
     kind, name = SOURCES[source]
