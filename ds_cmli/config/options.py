@@ -56,7 +56,7 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _checkpoints = partial(_setting, "Checkpoints")
 WHAT = (
-    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.  [{RunConfig.preset}]"),
+    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.  [default: {RunConfig.preset}]"),
     _what(
         "--losses",
         "loss.weights",

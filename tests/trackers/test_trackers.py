@@ -119,7 +119,7 @@ def test_one_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
         line = fail(train.command, [*arguments, "--set", f'run.report_to=["{name}"]'], monkeypatch, capsys)
         assert line == f"error: run.report_to has '{name}', which is not installed: pip install {name}"
     line = fail(train.command, [*arguments, "--set", 'run.report_to=["wadnb"]'], monkeypatch, capsys)
-    assert line == "error: run.report_to is ['wadnb']: did you mean 'wandb'?"
+    assert line == ("error: run.report_to is ['wadnb']: did you mean 'wandb'? Or give the --plugin that registers it")
 
 
 def test_one_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):

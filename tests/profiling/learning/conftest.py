@@ -1,6 +1,10 @@
+import sys
+
 import pytest
 
+from ds_cmli.config import plugins
 from ds_cmli.config.registry import LOSSES
+from profiling.learning.plan import PLUGIN
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -10,3 +14,5 @@ def losses_of_the_experiment_alone():
     yield
     LOSSES.clear()
     LOSSES.update(before)
+    plugins._given.pop(PLUGIN, None)  # the next module imports it again
+    sys.modules.pop(PLUGIN, None)
