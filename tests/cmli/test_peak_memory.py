@@ -96,7 +96,7 @@ def test_a_whole_step_needs_what_is_predicted(scratch_bytes):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("scratch_bytes", [2**20, 2**23, 2**26])
+@pytest.mark.parametrize("scratch_bytes", [pytest.param(2**20, marks=pytest.mark.slow), 2**23, 2**26])
 def test_scratch_stays_within_the_budget(scratch_bytes, recompute):
     """Beyond scores, argmax and gradients: the budget, tables of a few bytes a position, an fp32 text gradient."""
     N, M, D = 196, 64, 256
