@@ -269,6 +269,7 @@ def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
     assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
 
 
+@pytest.mark.slow
 def test_on_a_gpu_that_does_not_run_the_kernels_the_backend_is_chunked():
     told, config = [], preset()
     report = predict(config, ds_json(), 1, gpu="T4 16GB", options=Options(tell=told.append)).report
@@ -308,6 +309,7 @@ def test_nadam_is_predicted():
     assert predict(preset(), nadam, 2).report.categories["optimizer states"] > 0
 
 
+@pytest.mark.slow
 def test_zero_3_leaves_nothing_for_the_next_prediction():
     before = F.linear
     predict(preset(), ds_json(3), 1)

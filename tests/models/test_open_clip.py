@@ -25,6 +25,7 @@ from tests.models.open_clip_models import MODELS, saved  # noqa: E402
 TEXTS = ["a red car", "Zebra! &amp; <b>", "two dogs sitting under a tree " * 20]
 PAIRS = 200
 KINDS = (*MODELS, "roberta")  # with a text encoder of transformers
+ALIKE = ("quick", "clipa", "token")  # as others are, in most
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +51,7 @@ def pictures():
     return [Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in KINDS])
 def test_the_first_step_equals_the_source(name, folders, begun, pictures):
     folder = folders[name]
     objective, config, words = begun(name)
