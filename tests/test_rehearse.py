@@ -55,6 +55,7 @@ def test_a_dry_run_of_a_run_that_goes_on(command, tmp_path, monkeypatch, capsys)
     assert lines[0] == lines[1] and "is damaged" in lines[0]
 
 
+@pytest.mark.slow
 def test_what_is_printed_is_what_was_asked_for(command, tmp_path, capsys):
     assert command("--profile", "1:2", "--resume", "never", "--dry-run") == 0
     out = capsys.readouterr().out

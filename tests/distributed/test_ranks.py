@@ -44,7 +44,7 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
     "launched, stage, accumulation, exchange",
     [
         (False, 2, 1, "gather"),
-        (False, 3, 2, "ring"),
+        pytest.param(False, 3, 2, "ring", marks=pytest.mark.slow),
         pytest.param(True, 2, 1, "gather", marks=pytest.mark.soak),
     ],
 )

@@ -130,6 +130,7 @@ def test_one_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
         Writer(tmp_path, 4, 0, ["mlflow"])
 
 
+@pytest.mark.slow
 def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_imports():
     code = (
         "import sys, time; started = time.process_time(); sys.argv = ['train.py', '--preset', 'tiny', '--dry-run'];"
