@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from ds_cmli.checkpoint import contents, local_files
@@ -82,18 +81,6 @@ def ends(
     _tell_changes(run, config)
     trained = {name: value.cpu().clone() for name, value in objective.state_dict().items()}
     return Ends(begun.state_dict(), trained)
-
-
-@torch.no_grad()
-def interpolate(
-    run: Path,
-    config: Config,
-    objective: Objective,
-    vocabulary: "CaptionTokenizer | EvalData",
-    share: float,
-) -> None:
-    """Move `objective` to that share of the way from the source. Errors as of `ends`."""
-    ends(run, config, objective, vocabulary).put_between(objective, share)
 
 
 def _tell_changes(run: Path, config: Config) -> None:

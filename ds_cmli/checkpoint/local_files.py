@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.open_clip import LOCAL  # timm has the same mark
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.config.settings import flatten
@@ -18,7 +19,6 @@ from ds_cmli.config.sources import Source
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
-LOCAL = "local-dir:"  # before a folder in the place of a name of timm's or open_clip's
 NO_PATHS = ("demo", "hub", "random", "builtin", "source", "")
 # The files that are read from a folder.
 NAMES = {"data.tokenizer": re.compile(r".*\.(json|txt|model)")}

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading
-from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, NAMED, is_marked
+from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
 
 if TYPE_CHECKING:
     from open_clip import HFTokenizer, SimpleTokenizer
@@ -43,7 +43,7 @@ def load(name: str) -> "PreTrainedTokenizerFast":
     import open_clip
 
     model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
-    with loading(hub=not name.startswith("local-dir:")):
+    with loading(hub=not name.startswith(LOCAL)):
         given: Any = open_clip.get_tokenizer(model)
     shortens = getattr(given, "reduction_fn", None) is not None
     if shortens or getattr(given, "tokenizer_mode", None):

@@ -6,14 +6,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import sources
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
 from tests.export.test_library import TEXTS, export, run_of
 from tests.models.dual_models import start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
-from tests.models.open_clip_models import saved  # noqa: E402
+from tests.models.open_clip_models import losses, saved  # noqa: E402
 
 KINDS = ("vit", "convnext", "coca", "siglip", "roberta")
 WEIGHTS = "open_clip_model.safetensors"
@@ -23,10 +22,6 @@ WEIGHTS = "open_clip_model.safetensors"
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("open_clip")
     return {kind: saved(root / kind, kind) for kind in KINDS}
-
-
-def losses(folder):
-    return {sources.loss_of(sources.Source(str(folder)).config): 1.0, "cmli": 1.0}
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "roberta")) for kind in KINDS])

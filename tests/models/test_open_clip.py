@@ -20,7 +20,7 @@ from ds_cmli.models.student import Student
 from tests.models.dual_models import settings, start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
-from tests.models.open_clip_models import MODELS, saved  # noqa: E402
+from tests.models.open_clip_models import MODELS, losses, saved  # noqa: E402
 
 TEXTS = ["a red car", "Zebra! &amp; <b>", "two dogs sitting under a tree " * 20]
 PAIRS = 200
@@ -32,10 +32,6 @@ ALIKE = ("quick", "clipa", "token")  # as others are, in most
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("open_clip")
     return {name: saved(root / name, name) for name in KINDS}
-
-
-def losses(folder):
-    return {sources.loss_of(sources.Source(str(folder)).config): 1.0, "cmli": 1.0}
 
 
 @pytest.fixture(scope="session")
