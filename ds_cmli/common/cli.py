@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -120,7 +121,10 @@ def exit_code(command: click.Command) -> int:
         return _report(str(error))
     except click.ClickException as error:
         return _report(error.format_message())
-    except OSError as error:  # the file that the user named, or the disk, is at fault
+    except OSError as error:  # the file that the user named, or the system's limits, are at fault
+        if error.errno == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return _report(f"too many open files, ulimit -n is {limit}: raise it (ulimit -n 4096)")
         if error.filename is None:
             raise
         return _report(f"{error.strerror}: {error.filename!r}")

@@ -4,14 +4,15 @@ A process passes its batches on through shared memory (/dev/shm) and open files.
 traceback where that fails, drops the batch, and the training waits for it.
 """
 
-import errno
 import gc
 import multiprocessing.queues
 import os
 import resource
 import shutil
 import signal
+import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -35,6 +36,8 @@ SHORT = (
     "shared memory(shm)",
     "Bus error",
 )
+# What the system says, and multiprocessing where a file that is handed over cannot be opened.
+MANY_FILES = ("Too many open files", "items of ancdata")
 OPEN_FILES = 65536  # to which the limit of open files is raised, as far as this process may
 
 
@@ -104,11 +107,7 @@ class Loader(DataLoader):
             worker_init_fn=partial(_begin, self.writer, worker_init_fn),
             **options,
         )
-
-    def __del__(self) -> None:
-        for end in (self.reader, self.writer):
-            with suppress(OSError):
-                os.close(end)
+        weakref.finalize(self, _close, self.reader, self.writer)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]
         batches = None
@@ -136,7 +135,7 @@ class Loader(DataLoader):
         with suppress(OSError):  # no process has written why it ended
             text = os.read(self.reader, 1000).decode(errors="replace")
         text = text or str(error)
-        if "Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE:
+        if any(part in text for part in MANY_FILES):
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return (
                 f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: "
@@ -157,6 +156,12 @@ class Loader(DataLoader):
             f"a data loading process (pid {dead.pid}) has ended, {how}: start again to go on; "
             "where the system kills it for want of memory, with fewer --workers"
         )
+
+
+def _close(*files: int) -> None:
+    for file in files:
+        with suppress(OSError):
+            os.close(file)
 
 
 def _no_shared_memory(workers: int) -> str:
@@ -181,11 +186,12 @@ def _allow_open_files() -> None:
 def _begin(writer: int, init: WorkerInit | None, worker: int) -> None:
     """Begin a loading process: a batch that cannot be passed on ends it, and the training too.
 
-    The batch is passed on in a thread, whose error would otherwise be printed, and the batch
-    dropped.
+    The batch is passed on in two threads, one that describes it and one that hands over its files.
+    An error there would otherwise be printed, and the batch dropped; the second would try again,
+    and print, without end.
     """
 
-    def end(error: Exception, batch: object) -> NoReturn:
+    def end(error: BaseException, batch: object) -> NoReturn:
         os.write(writer, str(error)[:1000].encode())
         os._exit(1)
 
@@ -193,5 +199,6 @@ def _begin(writer: int, init: WorkerInit | None, worker: int) -> None:
     # would copy some 100 MB into this process. Frozen objects are skipped.
     gc.freeze()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore
+    sys.excepthook = lambda kind, error, trace: end(error, None)  # multiprocessing.resource_sharer
     if init is not None:
         init(worker)

@@ -1,6 +1,8 @@
 """Data loading processes that are killed, or lack shared memory or open files: one line, soon, and a checkpoint."""
 
+import errno
 import gc
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -53,6 +55,19 @@ def test_a_batch_that_cannot_be_passed_on_is_told(capfd):
         for _ in range(100):
             next(batches)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_batch_whose_files_cannot_be_handed_over_is_told(capfd):
+    def refuse(listener):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def without_files(worker):
+        multiprocessing.connection.Listener.accept = refuse
+
+    batches = iter(Loader(Ones(), batch_size=4, num_workers=1, worker_init_fn=without_files))
+    with pytest.raises(UserError, match=r"too many open files for --workers 1, ulimit -n is \d+: raise it"):
+        next(batches)
+    assert capfd.readouterr().err == ""
 
 
 class Fails:
