@@ -270,7 +270,7 @@ def write_figure(panel: Panel, path: str | Path) -> None:
     if len(matches) == 1:
         matches = {"": next(iter(matches.values()))}  # a single model is not named
     try:
-        Image.fromarray(sheet(panel.image, panel.text, matches)).save(path, optimize=True)
+        sheet(panel.image, panel.text, matches).save(path, optimize=True)
     except (OSError, ValueError) as error:
         raise UserError(f"the picture is {str(path)!r}: cannot write it: {error}") from None
 

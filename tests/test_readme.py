@@ -80,7 +80,7 @@ STARTED = [
 ELSEWHERE = {
     "git clone https://github.com/OWNER/ds-cmli && cd ds-cmli": "pyproject.toml: OWNER is to be filled in",
     "python3 -m venv .venv && . .venv/bin/activate": ".ci/run: CI's own environment",
-    "pip install --no-compile torch torchvision --index-url https://download.pytorch.org/whl/cpu": ".ci/run: needs a network",
+    "pip install --no-compile torch torchvision --index-url https://download.pytorch.org/whl/cpu": ".ci/run: a network",
     "pip install --no-compile -e .": ".ci/run: CI's own command, with the tests' packages",
     "pip install --no-compile -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",

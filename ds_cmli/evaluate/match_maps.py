@@ -16,7 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from ds_cmli.cmli.pair_scores import Match, match
-from ds_cmli.common.plots import ACCENT
+from ds_cmli.common.plots import ACCENT, SOFT
 from ds_cmli.data.aspect import unpacked
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
@@ -31,7 +31,9 @@ TILE = 176  # side of a word's tile in pixels
 GAP = 14
 LABEL, CAPTION = 20, 26  # heights of letters in pixels
 MOST = 5  # columns of words
-PAPER, INK, SOFT, LINE = (255, 255, 255), (29, 29, 31), (95, 99, 107), (214, 215, 220)
+INK, LINE = (29, 29, 31), (214, 215, 220)  # of frames
+LETTERS = ImageColor.getrgb(SOFT)
+GROUND = (*LETTERS, 0)  # no other colour at the letters' edges, on light and on dark pages
 FADED = 0.5  # of the grey picture behind a tint: how far it is from black to white paper
 TINT = 0.9  # share of the accent where a word fits best
 # Used for characters that Pillow's own font lacks, where they are installed.
@@ -39,8 +41,8 @@ FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "w
 NOWHERE = "\U0010ffff"  # a character that no font has
 
 
-def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> np.ndarray:
-    """Draw a caption, its picture, uint8 [3, H, W], and a block per model, as uint8 [h, w, 3].
+def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> Image.Image:
+    """Draw a caption, its picture, uint8 [3, H, W], and a block per model, on transparent ground.
 
     A tint rises with the square of where a similarity lies between the word's lowest and highest;
     a frame marks its best patch (the first, if tied).
@@ -52,16 +54,24 @@ def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> np.ndarray:
     heading = GAP + len(lines) * (CAPTION + 8)
     names = LABEL + 12 if any(matches) else 0
     tall = names + _row(_places(words, columns)[-1][0] + 1 if words > 2 * columns else 2) + GAP
-    out = Image.new("RGB", (width, heading + tall * len(matches)), PAPER)
+    out = Image.new("RGBA", (width, heading + tall * len(matches)), GROUND)
     pen = ImageDraw.Draw(out)
     for number, line in enumerate(lines):
-        pen.text((GAP, GAP + number * (CAPTION + 8)), line, font=font_for(line, CAPTION), fill=INK)
+        pen.text(
+            (GAP, GAP + number * (CAPTION + 8)), line, font=font_for(line, CAPTION), fill=LETTERS
+        )
     for block, (name, matched) in enumerate(matches.items()):
         top = heading + tall * block
         if names:
-            pen.text((GAP, top + 4), name, font=font_for(name, LABEL), fill=SOFT)
+            pen.text((GAP, top + 4), name, font=font_for(name, LABEL), fill=LETTERS)
         _draw_block(out, top + names, image, matched, columns)
-    return np.asarray(out)
+    return out
+
+
+def on_white(picture: Image.Image) -> np.ndarray:
+    """The picture as uint8 [h, w, 3]."""
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
 
 
 def _draw_block(out: Image.Image, top: int, image: Tensor, match: Match, columns: int) -> None:
@@ -77,7 +87,7 @@ def _draw_block(out: Image.Image, top: int, image: Tensor, match: Match, columns
         x, y = GAP + column * (TILE + GAP), top + _row(row)
         word, *more = wrapped(match.words[w], LABEL, TILE - LABEL)
         word += "…" if more else ""
-        pen.text((x, y + 2), word, font=font_for(word, LABEL), fill=INK)
+        pen.text((x, y + 2), word, font=font_for(word, LABEL), fill=LETTERS)
         out.paste(tile(small, match.similarity[w].numpy(), match.grid), (x, y + LABEL + 10))
         end = x + small.width, y + LABEL + 10 + small.height
         pen.rectangle((x - 1, y + LABEL + 9, *end), outline=LINE)
@@ -187,7 +197,7 @@ def draw(
     if distributed.is_main():
         for number, one in enumerate(found):
             # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
-            picture = sheet(one.image, one.text, {"": one.match})
+            picture = on_white(sheet(one.image, one.text, {"": one.match}))
             writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
 
 

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
-from ds_cmli.evaluate.match_maps import CAPTION, GAP, INK, LABEL, TILE, sheet, tile, wrapped
+from ds_cmli.common.plots import SOFT
+from ds_cmli.evaluate.match_maps import CAPTION, GAP, INK, LABEL, TILE, on_white, sheet, tile, wrapped
 
 
 def match(*words: str) -> SimpleNamespace:
@@ -29,11 +30,11 @@ def test_words_fill_two_rows_beside_the_picture_and_then_whole_rows():
     image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
     row = LABEL + 10 + TILE + GAP // 2
     for words, columns, rows in ((1, 1, 2), (6, 3, 2), (10, 5, 2), (11, 5, 3), (17, 5, 3), (18, 5, 4)):
-        found = sheet(image, "a", {"": match(*["a"] * words)})
-        assert found.shape[1] == GAP + (columns + 2) * (TILE + GAP), words
-        assert found.shape[0] == GAP + CAPTION + 8 + rows * row + GAP, words
+        width, height = sheet(image, "a", {"": match(*["a"] * words)}).size
+        assert width == GAP + (columns + 2) * (TILE + GAP), words
+        assert height == GAP + CAPTION + 8 + rows * row + GAP, words
     several = sheet(image, "a", {"one": match("a"), "two": match("a")})
-    assert several.shape[0] == GAP + CAPTION + 8 + 2 * (LABEL + 12 + 2 * row + GAP)
+    assert several.height == GAP + CAPTION + 8 + 2 * (LABEL + 12 + 2 * row + GAP)
 
 
 def test_a_text_without_blanks_and_a_word_that_no_font_has_are_drawn():
@@ -41,4 +42,16 @@ def test_a_text_without_blanks_and_a_word_that_no_font_has_are_drawn():
     assert "".join(lines) == "猫" * 200 + " end" and len(lines) > 5
     assert wrapped("", CAPTION, 300) == [""]
     image = torch.zeros(3, 4, 4, dtype=torch.uint8)
-    assert sheet(image, "ł 猫\U0010fffe", {"": match("猫" * 99, "ł", "")}).dtype == np.uint8
+    assert sheet(image, "ł 猫\U0010fffe", {"": match("猫" * 99, "ł", "")}).height > 0
+
+
+def test_the_ground_is_transparent_and_letters_are_one_grey_on_any_page():
+    picture = sheet(torch.full((3, 8, 8), 200, dtype=torch.uint8), "a word", {"": match("word")})
+    pixels = np.asarray(picture)
+    heading = pixels[: GAP + CAPTION]
+    assert (heading[..., :3] == ImageColor.getrgb(SOFT)).all()  # at the letters' edges too
+    assert {0, 255} <= {*heading[..., 3].flat} and pixels[-1, -1, 3] == 0
+    inside = pixels[GAP + CAPTION + 8 + LABEL + 10 + TILE, GAP + TILE]
+    assert inside.tolist() == [200, 200, 200, 255]
+    white = on_white(picture)
+    assert white.dtype == np.uint8 and white[-1, -1].tolist() == [255, 255, 255]
