@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli import backends, chunked
+from ds_cmli.cmli.triton.library import required
 from tests.conftest import ROOT
 
 ON_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 4, 16))
@@ -59,11 +60,19 @@ with assuming(Assumed([4, 4], False, "cuda", ((8, 0), 163 * 1024))), FakeTensorM
 """
 
 
+@pytest.mark.parametrize("pytorch, triton", [
+    ("2.8.0", "3.7.1"), ("2.13.0+cpu", "3.7.1"), ("2.14.1", "3.8.0"), ("2.15.0+cu132", "3.9.0"), ("3.0.0a0", "3.9.0"),
+])  # fmt: skip
+def test_the_triton_that_a_pytorch_requires(pytorch, triton):
+    assert required(pytorch) == triton
+
+
 def test_predictions_need_no_triton_and_kernels_do():
-    """Without a Triton the version is assumed that the CUDA build of PyTorch 2.13 requires."""
+    """Without a Triton the version is assumed that the CUDA build of PyTorch requires."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     known, refused, shapes = done.stdout.splitlines()
     assert shapes == "[2, 2] [2, 2] [2, 2, 3] [2, 2, 4]"
-    assert known.startswith("None | Triton 3.7.1 does not compile the kernels for compute capability 10.0")
+    version = required(torch.__version__)
+    assert ("None | None" in known) == (version == "3.9.0") != (f"Triton {version} does not compile" in known)
     assert refused == "backend='triton' runs on CUDA tensors, not on cpu: use backend='chunked'"

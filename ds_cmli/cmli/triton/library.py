@@ -9,8 +9,18 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-# Where neither a GPU nor Triton is here: the version that the CUDA build of PyTorch 2.13 requires.
-ASSUMED = "3.7.1"
+import torch
+
+# The Triton that the CUDA builds of PyTorch 2.13 and later require. Earlier ones differ in nothing
+# that a prediction asks.
+REQUIRED = {(2, 13): "3.7.1", (2, 14): "3.8.0", (2, 15): "3.9.0"}
+
+
+def required(pytorch: str) -> str:
+    """The version that the CUDA build of a version of PyTorch requires, as far as is known."""
+    major, minor = map(int, pytorch.split(".")[:2])
+    return REQUIRED[max(min(REQUIRED), min((major, minor), max(REQUIRED)))]
+
 
 if TYPE_CHECKING or find_spec("triton") is not None:
     import triton
@@ -20,5 +30,5 @@ else:
     def _unchanged(kernel: Callable | None = None, **_: object) -> Callable:
         return _unchanged if kernel is None else kernel
 
-    triton = SimpleNamespace(jit=_unchanged, __version__=ASSUMED)
+    triton = SimpleNamespace(jit=_unchanged, __version__=required(torch.__version__))
     tl = SimpleNamespace(constexpr=lambda value: value)
