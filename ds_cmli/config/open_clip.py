@@ -25,6 +25,7 @@ CONFIG = "open_clip_config.json"
 TYPE = "open_clip"  # of a model, as `model_type` in others' config.json
 NAMED = "open_clip:"
 LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
+PARTS = {"mean", "std", "model_cfg"}  # of `StudentConfig.source_config`
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
 # What of a model of open_clip acts in training alone: `student.patch_keep` is this package's.
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
@@ -54,6 +55,11 @@ class Named:
 def is_marked(name: str) -> bool:
     """Whether a name says by its beginning that it is open_clip's."""
     return name.startswith((NAMED, LOCAL, HUB))
+
+
+def loss_of(own: JsonObject) -> str:
+    """The loss whose temperature a model has."""
+    return "global" if own["model_cfg"].get("init_logit_bias") is None else "global_sigmoid"
 
 
 def described(source: "Source") -> JsonObject:

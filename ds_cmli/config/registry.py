@@ -9,9 +9,12 @@ memory prediction follow from the entries.
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
 from typing import Any, Literal
 
 from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.json_text import JsonObject
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,15 @@ TEXT = {
         "transformers' CLIP, GPT-2: pooled at the end token",
     ),
 }
+
+# The types of other libraries' dual encoders, with which a student can start (`student.source`),
+# and the module in `config`, `models` and `export` that knows them: transformers' or open_clip's.
+DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
+
+
+def of_dual(folder: str, own: JsonObject) -> ModuleType:
+    """The module in a folder that knows a dual encoder, by its `model_type`."""
+    return import_module(f"ds_cmli.{folder}.{DUAL[own['model_type']]}")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,16 @@ from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config import plugins
-from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compares_tokens
+from ds_cmli.config.registry import (
+    AUTO,
+    DUAL,
+    IMAGE,
+    LOSSES,
+    TEXT,
+    TRACKERS,
+    compares_tokens,
+    of_dual,
+)
 from ds_cmli.config.validation import (
     MOST,
     NameOf,
@@ -106,11 +115,8 @@ class StudentConfig:
         check_sizes("student.image_overrides", self.image_overrides)
         check_sizes("student.text_overrides", self.text_overrides)
         own = self.source_config
-        parts = {"model_type", "mean", "std", "vision_config", "text_config"}
-        whole = not own or (parts <= own.keys() and own["model_type"] in ("clip", "siglip"))
-        if own.get("model_type") == "open_clip":
-            whole = {"mean", "std", "model_cfg"} <= own.keys()
-        check(whole, "student.source_config", own, "it is filled from student.source")
+        known = own.get("model_type") in list(DUAL) and own.keys() >= of_dual("config", own).PARTS
+        check(known or not own, "student.source_config", own, "it is filled from student.source")
 
 
 @dataclass(config=STRICT)

@@ -1,7 +1,7 @@
 """`student.source`: a dual encoder as a whole, whose own files decide the settings of a student.
 
-It is a model of transformers (`CLIPModel`, `SiglipModel`), by a folder or its name on the hub, a
-model of open_clip (`config/open_clip.py`), or the folder of a run or of an export of this package.
+It is a model of transformers (`dual.py`), by a folder or its name on the hub, a model of open_clip
+(`open_clip.py`), or the folder of a run or of an export of this package.
 """
 
 import os
@@ -16,16 +16,13 @@ from ds_cmli.common.errors import UserError, check_regular
 from ds_cmli.common.json_text import JsonObject, read
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config import open_clip
+from ds_cmli.config.registry import DUAL, of_dual
 from ds_cmli.config.schema import Config, Sections, StudentConfig, load_config
 from ds_cmli.config.validation import shown
 
-# The types of model that transformers loads, and the loss whose temperature each has.
-LIBRARY = {"clip": "global", "siglip": "global_sigmoid"}
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 EXPORT = "ds_cmli"  # the type of an export of this package
 CONFIG = "config.json"
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
-INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 # Of a run, what says how pictures and texts are prepared.
 OF_DATA = ("image_size", "resize", "interpolation", "aspect_patch", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
@@ -210,16 +207,8 @@ def to_evaluate(source: Source) -> Config:
     losses = dict(source.config.get("losses") or ())  # of an export
     decided = applied({"student": {"source": source.name}}, {})
     if not losses:
-        losses = {loss_of(source.config): 1.0, "cmli": 1.0}
+        losses = {of_dual("config", source.config).loss_of(source.config): 1.0, "cmli": 1.0}
     return Config.from_dict({**decided, "loss": {"weights": losses}})
-
-
-def loss_of(own: JsonObject) -> str:
-    """The loss whose temperature a model of another library has, by its `model_type`."""
-    kind = own["model_type"]
-    if kind == open_clip.TYPE:
-        kind = "clip" if own["model_cfg"].get("init_logit_bias") is None else "siglip"
-    return LIBRARY[kind]
 
 
 def _allowed(key: str, value: object, decided: Sections) -> bool:
@@ -249,51 +238,15 @@ def _of_run(source: Source) -> Sections:
 
 def _of_library(source: Source) -> Sections:
     """The settings of a model of another library."""
-    from transformers import CONFIG_MAPPING
-
-    if source.config.get("model_type") == open_clip.TYPE:
-        return _whole(*open_clip.sections(source))
-    content = source.config
-    kind = content.get("model_type")
+    kind = source.config.get("model_type")
     if kind == "siglip2":
         raise source.error("a NaFlex model: give its variant of a fixed size, such as -patch16-224")
-    if kind not in LIBRARY:
-        known = ", ".join(LIBRARY)
+    if kind not in list(DUAL):  # a file of others may hold anything
+        known = ", ".join(DUAL)
         raise source.error(
             f"a model of the type {kind!r}: give one of {known}, a run or an export of this package"
         )
-    try:
-        with loading(hub=False):
-            config = CONFIG_MAPPING[kind].from_dict(content)
-    except Exception as error:  # a file of others may hold anything
-        raise source.error(f"its config.json cannot be used: {reason(error)}") from None
-    vision, text = config.vision_config, config.text_config
-    if source.weights is not None:
-        raise source.error("a file of weights: of a model of transformers, give its folder")
-    data = _of_processor(source, vision.image_size)
-    own = {"model_type": kind, "mean": data.pop("mean"), "std": data.pop("std")}
-    for name in ("vision_config", "text_config"):
-        own[name] = _plain(getattr(config, name).to_diff_dict())
-    embed_dim = vision.hidden_size
-    if kind == "clip":
-        embed_dim = own["projection_dim"] = config.projection_dim
-    elif text.projection_size != embed_dim:
-        raise source.error(
-            f"its texts have {text.projection_size} features and its pictures {embed_dim}: no "
-            "joint space"
-        )
-    data |= {
-        "tokenizer": source.name,
-        "context_length": text.max_position_embeddings,
-        "padding": "full" if kind == "siglip" else "longest",
-        "aspect_patch": 0,
-    }
-    return _whole(own, embed_dim, data)
-
-
-def _whole(own: JsonObject, embed_dim: int, data: JsonObject) -> Sections:
-    """The settings of a student that is a model of another library, E = `embed_dim` wide."""
-    kind = own["model_type"]
+    own, embed_dim, data = of_dual("config", source.config).sections(source)
     student: dict[str, object] = {
         **OF_TRAINING,
         "source_config": own,
@@ -310,51 +263,3 @@ def _whole(own: JsonObject, embed_dim: int, data: JsonObject) -> Sections:
         "embed_dim": embed_dim,
     }
     return {"student": student, "data": data}
-
-
-def _plain(config: JsonObject) -> JsonObject:
-    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-    return {name: value for name, value in config.items() if name not in noise}
-
-
-def _of_processor(source: Source, image_size: int) -> JsonObject:
-    """How its processor prepares pictures: the settings of `data`, and mean and deviation."""
-    content: Any = None
-    for name in PROCESSORS:
-        content = source.json(name) or content
-    if content is None:
-        raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
-    content = content.get("image_processor", content)
-    size, crop = _sides(content.get("size")), _sides(content.get("crop_size"))
-    interpolation = INTERPOLATIONS.get(content.get("resample", 3))
-    if interpolation is None:
-        raise source.error(f"its pictures are resampled by Pillow's {content['resample']!r}")
-    resize = "squash"
-    if content.get("do_center_crop"):
-        resize, size = "shortest", crop if size == crop[:1] * len(size) else ()
-    if set(size) != {image_size} or (resize == "squash" and len(size) == 1):
-        raise source.error(
-            f"its pictures are resized to {content.get('size')} and cut to "
-            f"{content.get('crop_size')}, and its encoder takes {image_size} pixels square"
-        )
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if content.get(name, True) is not True:
-            raise source.error(f"its pictures are prepared with {name} {content[name]!r}")
-    return {
-        "image_size": image_size,
-        "resize": resize,
-        "interpolation": interpolation,
-        "mean": content.get("image_mean"),
-        "std": content.get("image_std"),
-    }
-
-
-def _sides(size: object) -> tuple[int, ...]:
-    """Height and width of a processor's size, or the shortest side alone."""
-    if isinstance(size, int):
-        return (size,)
-    if isinstance(size, dict) and "shortest_edge" in size:
-        return (size["shortest_edge"],)
-    if isinstance(size, dict) and {"height", "width"} <= size.keys():
-        return size["height"], size["width"]
-    return ()

@@ -17,7 +17,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast, cpu_line
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import LOSSES
+from ds_cmli.config.registry import LOSSES, of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data import assets
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler, LengthGroups, Mixture
@@ -25,7 +25,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine.ema import check_average
 from ds_cmli.engine.parameter_groups import check_rates
-from ds_cmli.models import dual
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Patches of an image for which the kernels are tried: more take no other tiles.
@@ -83,7 +82,7 @@ def filled(
     def width() -> int:
         student = config.student
         if student.source_config:
-            return dual.width(student)
+            return int(of_dual("models", student.source_config).width(student))
         with torch.device("meta"):
             model: Any = timm.create_model(student.image_model, **student.image_overrides)
             return model.num_features

@@ -12,6 +12,7 @@ from ds_cmli.common import quiet
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
+from ds_cmli.config.registry import DUAL
 
 if TYPE_CHECKING:
     from ds_cmli.export.card import ExportedRun
@@ -45,7 +46,7 @@ class ExportOptions:
 @click.option(
     "--as",
     "kind",
-    type=click.Choice(["clip", "siglip", "open_clip"]),
+    type=click.Choice(list(DUAL)),
     help="Write the model of transformers or of open_clip that the run's student began as "
     "(student.source).",
 )

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
-from ds_cmli.config.open_clip import CONFIG, LOCAL, RESIZING
+from ds_cmli.config.open_clip import CONFIG, LOCAL, RESIZING, loss_of
 from ds_cmli.config.schema import Config
-from ds_cmli.config.sources import loss_of
 from ds_cmli.export.folder import Trained
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.open_clip import FILES, of_towers

@@ -12,10 +12,10 @@ from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
+from ds_cmli.config.registry import of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
-from ds_cmli.models import dual
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
     student, data = replace(config.student, source=""), config.data
     vocab_size = None
     if student.source_config:
-        vocab_size = dual.vocab_size(student)
+        vocab_size = of_dual("models", student.source_config).vocab_size(student)
     elif student.text_weights == "random" or Path(student.text_weights).is_file():
         if data.tokenizer == "builtin" or Path(data.tokenizer).is_dir():
             vocab_size = load_tokenizer(data.tokenizer, data.context_length).vocab_size

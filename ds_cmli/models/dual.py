@@ -20,7 +20,6 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
-from ds_cmli.config import open_clip
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.backbone import ImageBackbone, TakenPatches, TextBackbone
 from ds_cmli.models.transformers_text import Causal
@@ -153,11 +152,6 @@ def build(
     Raises:
         UserError: the weights cannot be loaded, or do not fit.
     """
-    if config.source_config["model_type"] == open_clip.TYPE:
-        from ds_cmli.models.open_clip import build as build_open_clip
-
-        image, text, begin = build_open_clip(config, pretrained)
-        return image, text, None if begin is None else Start(*begin)
     own, sizes = config.source_config, library(config)
     if not isinstance(torch.empty(0), FakeTensor):
         with torch.device("meta"):
@@ -200,20 +194,11 @@ def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:
 
 def vocab_size(config: StudentConfig) -> int:
     """The number of rows of the source's table of tokens."""
-    own = config.source_config
-    if own["model_type"] == open_clip.TYPE:
-        from ds_cmli.models.open_clip import transformers_config
-
-        if "text_config" in own:
-            return transformers_config(own).vocab_size
-        return own["model_cfg"]["text_cfg"].get("vocab_size", 49408)
     return library(config).text_config.vocab_size
 
 
 def width(config: StudentConfig) -> int:
     """The width of the image tower."""
-    if config.source_config["model_type"] == open_clip.TYPE:
-        return config.embed_dim
     return library(config).vision_config.hidden_size
 
 

@@ -19,6 +19,7 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.open_clip import HUB, NAMED, OF_TRAINING, Named
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.sources import Source
+from ds_cmli.models.dual import Start
 from ds_cmli.models.transformers_model import ATTENTION_DROPOUT, DROPOUT
 from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
 
@@ -80,14 +81,14 @@ def transformers_config(own: JsonObject) -> PreTrainedConfig:
 
 def build(
     config: StudentConfig, pretrained: bool
-) -> "tuple[OpenClipImage, OpenClipText, tuple[float, float | None] | None]":
+) -> "tuple[OpenClipImage, OpenClipText, Start | None]":
     """Both towers of the source, on the CPU in fp32.
 
     Args:
         pretrained: whether to load the source's weights; if not, they are random.
 
     Returns:
-        The towers, and ln(1/temperature) and the bias, if any; None for random weights.
+        The towers, and what the losses start with; None for random weights.
 
     Raises:
         UserError: open_clip cannot build the model, or its weights do not fit.
@@ -109,12 +110,25 @@ def build(
     if pretrained and config.source:
         _load(source, model)
         bias = model.logit_bias
-        start = model.logit_scale.item(), None if bias is None else bias.item()
+        start = Start(model.logit_scale.item(), None if bias is None else bias.item())
     try:
         image = OpenClipImage(model.visual, config.embed_dim, own["mean"], own["std"])
     except NoHead as error:
         raise source.error(f"{error}, which is not supported: give another model") from None
     return image, OpenClipText(model.text, config.embed_dim), start
+
+
+def vocab_size(config: StudentConfig) -> int:
+    """The number of rows of the source's table of tokens."""
+    own = config.source_config
+    if "text_config" in own:
+        return transformers_config(own).vocab_size
+    return own["model_cfg"]["text_cfg"].get("vocab_size", 49408)
+
+
+def width(config: StudentConfig) -> int:
+    """The width of the joint space."""
+    return config.embed_dim
 
 
 def _load(source: WeightsSource, model: nn.Module) -> None:

@@ -20,9 +20,9 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
+from ds_cmli.config.registry import of_dual
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.tokens import SpecialTokens
-from ds_cmli.models import dual
 from ds_cmli.models.backbone import (
     ImageBackbone,
     ImageRequest,
@@ -33,6 +33,7 @@ from ds_cmli.models.backbone import (
     attended_to,
 )
 from ds_cmli.models.blocks import whole
+from ds_cmli.models.dual import Start
 from ds_cmli.models.weights import check_room, count
 
 
@@ -105,15 +106,16 @@ class Student(nn.Module):
         """
         super().__init__()
         # What the losses over pairs start with; None: their own.
-        self.start: dual.Start | None = None
+        self.start: Start | None = None
         text: TextBackbone | None = None
         if config.source_config:
-            if vocab_size > dual.vocab_size(config):
+            towers = of_dual("models", config.source_config)
+            if vocab_size > towers.vocab_size(config):
                 raise UserError(
                     f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
-                    f"and its text encoder only {dual.vocab_size(config)}"
+                    f"and its text encoder only {towers.vocab_size(config)}"
                 )
-            self.image, text, self.start = dual.build(config, pretrained)
+            self.image, text, self.start = towers.build(config, pretrained)
         else:
             image = ImageRequest.of_student(config, image_size, pretrained)
             self.image = models.build(models.IMAGE, config.image_backbone, image)

@@ -86,7 +86,7 @@ def test_what_it_is_not_is_refused(sources, run, tmp_path):
             "--as", "siglip")  # fmt: skip
     refused("began as two encoders", run, tmp_path / "x", "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
-    refused("CLIPModel has no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")
+    refused("its models have no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])

@@ -66,6 +66,6 @@ def test_what_it_is_not_is_refused(folders, tmp_path):
     with pytest.raises(UserError, match=r"^--as is 'clip', and the run's student began as open_clip"):
         export(run, tmp_path / "x", "--as", "clip")
     run = run_of(folders["roberta"], tmp_path / "run2", losses(folders["roberta"]), trained=False, shared_blocks=1)
-    with pytest.raises(UserError, match="open_clip has no shared blocks, and the student has 1"):
+    with pytest.raises(UserError, match="its models have no shared blocks, and the student has 1"):
         export(run, tmp_path / "x", "--as", "open_clip")
     assert not (tmp_path / "x").exists()
