@@ -1,14 +1,21 @@
 """`student.source`: what a CLIP or SigLIP model of transformers decides of a student."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ds_cmli.config.sources import Source
 
-LOSSES = {"clip": "global", "siglip": "global_sigmoid"}  # of its training
+LOSSES = {
+    "clip": "global",
+    "siglip": "global_sigmoid",
+    "siglip2": "global_sigmoid",
+}  # of its training
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
 INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
 PARTS = {"mean", "std", "vision_config", "text_config"}  # of `StudentConfig.source_config`
@@ -33,7 +40,7 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     vision, text = config.vision_config, config.text_config
     if source.weights is not None:
         raise source.error("a file of weights: of a model of transformers, give its folder")
-    data = _of_processor(source, vision.image_size)
+    data = _of_processor(source, vision)
     own = {"model_type": kind, "mean": data.pop("mean"), "std": data.pop("std")}
     for name in ("vision_config", "text_config"):
         own[name] = _plain(getattr(config, name).to_diff_dict())
@@ -48,8 +55,7 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
     data |= {
         "tokenizer": source.name,
         "context_length": text.max_position_embeddings,
-        "padding": "full" if kind == "siglip" else "longest",
-        "aspect_patch": 0,
+        "padding": "longest" if kind == "clip" else "full",
     }
     return own, embed_dim, data
 
@@ -59,19 +65,51 @@ def _plain(config: JsonObject) -> JsonObject:
     return {name: value for name, value in config.items() if name not in noise}
 
 
-def _of_processor(source: "Source", image_size: int) -> JsonObject:
-    """How its processor prepares pictures: the settings of `data`, and mean and deviation."""
+def _of_processor(source: "Source", vision: "PreTrainedConfig") -> JsonObject:
+    """How its processor prepares pictures: the settings of `data`, and mean and deviation.
+
+    `vision`: the configuration of its image tower.
+    """
     content: Any = None
     for name in PROCESSORS:
         content = source.json(name) or content
     if content is None:
         raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
     content = content.get("image_processor", content)
-    size, crop = _sides(content.get("size")), _sides(content.get("crop_size"))
-    interpolation = INTERPOLATIONS.get(content.get("resample", 3))
+    of_square = vision.model_type != "siglip2_vision_model"
+    interpolation = INTERPOLATIONS.get(content.get("resample", 3 if of_square else 2))
     if interpolation is None:
         raise source.error(f"its pictures are resampled by Pillow's {content['resample']!r}")
-    resize = "squash"
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if content.get(name, True) is not True:
+            raise source.error(f"its pictures are prepared with {name} {content[name]!r}")
+    sizes = _square(source, content, vision) if of_square else _naflex(source, content, vision)
+    return {
+        **sizes,
+        "interpolation": interpolation,
+        "mean": content.get("image_mean"),
+        "std": content.get("image_std"),
+    }
+
+
+def _naflex(source: "Source", content: JsonObject, vision: "PreTrainedConfig") -> JsonObject:
+    """Sizes of pictures in their own aspect, of at most a square number of patches."""
+    patch, most = content.get("patch_size", 16), content.get("max_num_patches", 256)
+    if not isinstance(most, int) or most < 1 or math.isqrt(most) ** 2 != most:
+        raise source.error(f"its pictures have up to {most!r} patches: give a square number")
+    if not isinstance(patch, int) or patch != vision.patch_size:
+        raise source.error(
+            f"its pictures have patches of {patch!r} pixels, and its encoder of {vision.patch_size}"
+        )
+    if not vision.vision_use_head:
+        raise source.error("its image tower has no pooling, and so no joint space")
+    return {"image_size": math.isqrt(most) * patch, "resize": "naflex", "aspect_patch": patch}
+
+
+def _square(source: "Source", content: JsonObject, vision: "PreTrainedConfig") -> JsonObject:
+    """Sizes of square pictures."""
+    size, crop = _sides(content.get("size")), _sides(content.get("crop_size"))
+    image_size, resize = vision.image_size, "squash"
     if content.get("do_center_crop"):
         resize, size = "shortest", crop if size == crop[:1] * len(size) else ()
     if set(size) != {image_size} or (resize == "squash" and len(size) == 1):
@@ -79,16 +117,7 @@ def _of_processor(source: "Source", image_size: int) -> JsonObject:
             f"its pictures are resized to {content.get('size')} and cut to "
             f"{content.get('crop_size')}, and its encoder takes {image_size} pixels square"
         )
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if content.get(name, True) is not True:
-            raise source.error(f"its pictures are prepared with {name} {content[name]!r}")
-    return {
-        "image_size": image_size,
-        "resize": resize,
-        "interpolation": interpolation,
-        "mean": content.get("image_mean"),
-        "std": content.get("image_std"),
-    }
+    return {"image_size": image_size, "resize": resize, "aspect_patch": 0}
 
 
 def _sides(size: object) -> tuple[int, ...]:

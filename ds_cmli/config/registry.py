@@ -134,7 +134,7 @@ TEXT = {
 
 # The types of other libraries' dual encoders, with which a student can start (`student.source`),
 # and the module in `config`, `models` and `export` that knows them: transformers' or open_clip's.
-DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
+DUAL = {"clip": "dual", "siglip": "dual", "siglip2": "dual", "open_clip": "open_clip"}
 
 
 def of_dual(folder: str, own: JsonObject) -> ModuleType:

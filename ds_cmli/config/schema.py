@@ -42,7 +42,7 @@ ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
 TrackerName = Annotated[str, NameOf(TRACKERS)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
-Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow"]
+Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow", "naflex"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -161,7 +161,8 @@ class DataConfig:
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
-    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower.
+    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower. "naflex", as
+    # SigLIP 2's NaFlex: in its own aspect (`aspect_patch`), on the grid that this model takes.
     resize: Resize = "crop"
     interpolation: Interpolation = "bicubic"  # of resizing
     # 0: of each picture the central square. Otherwise the whole picture in its own aspect, on
@@ -202,7 +203,10 @@ class DataConfig:
         whole = not self.aspect_patch or self.image_size % self.aspect_patch == 0
         need = f"data.image_size is {self.image_size}, which must be a multiple"
         check(whole, "data.aspect_patch", self.aspect_patch, need)
-        square = self.resize == "crop" or not self.aspect_patch
+        naflex = self.resize == "naflex"
+        need = "it is of pictures of any aspect: give data.aspect_patch too"
+        check(not naflex or bool(self.aspect_patch), "data.resize", self.resize, need)
+        square = naflex or self.resize == "crop" or not self.aspect_patch
         need = f"pictures of any aspect (data.aspect_patch {self.aspect_patch}) are shown whole"
         check(square, "data.resize", self.resize, f"{need}: leave one of the two out")
 

@@ -214,6 +214,8 @@ def to_evaluate(source: Source) -> Config:
 def _allowed(key: str, value: object, decided: Sections) -> bool:
     """Whether the user's value of a setting that the source decides goes with it."""
     own = {**decided["student"], **decided["data"]}[key]
+    if key == "image_size" and decided["data"]["resize"] == "naflex":
+        return True  # it takes any number of patches
     # Texts that are not padded may be shorter: what is computed of them is the same.
     if key == "context_length" and decided["data"]["padding"] == "longest":
         return isinstance(value, int) and value <= own
@@ -239,8 +241,6 @@ def _of_run(source: Source) -> Sections:
 def _of_library(source: Source) -> Sections:
     """The settings of a model of another library."""
     kind = source.config.get("model_type")
-    if kind == "siglip2":
-        raise source.error("a NaFlex model: give its variant of a fixed size, such as -patch16-224")
     if kind not in list(DUAL):  # a file of others may hold anything
         known = ", ".join(DUAL)
         raise source.error(

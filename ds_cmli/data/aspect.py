@@ -35,6 +35,15 @@ def grid_of(width: int, height: int, side: int) -> Grid:
     return max(grids, key=value)
 
 
+@lru_cache(maxsize=4096)
+def naflex_grid(width: int, height: int, side: int, patch: int) -> Grid:
+    """The grid of at most side * side patches that SigLIP 2's own processor takes."""
+    from transformers.models.siglip2 import image_processing_siglip2 as siglip2
+
+    size = siglip2.get_image_size_for_max_num_patches(height, width, patch, side * side)
+    return size[0] // patch, size[1] // patch
+
+
 def laid_out(image: Tensor, patch: int, size: int) -> tuple[Tensor, Grid | None]:
     """A picture, [3, h * p, w * p], as a batch takes it: `packed`, and its grid.
 

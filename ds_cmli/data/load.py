@@ -119,7 +119,9 @@ def build_data(config: DataConfig, seed: int) -> Data:
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
-    silent = "val_source", "aspect_patch", *settings_of_some()
+    need = "the demo's scenes are square: give 0, or --data"
+    check(not config.aspect_patch, "data.aspect_patch", config.aspect_patch, need)
+    silent = "val_source", *settings_of_some()
     unused = [name for name in silent if getattr(config, name)]
     if config.val_split == "test":
         unused.append("val_split")

@@ -101,7 +101,7 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
             config = replace(config, **empty)
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
-        config = replace(config, aspect_patch=0)  # its scenes are square
+        config = replace(config, aspect_patch=0, resize="crop")  # its scenes are square
     return replace(config, source=name)
 
 

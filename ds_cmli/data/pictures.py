@@ -17,7 +17,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.aspect import Grid, grid_of, laid_out
+from ds_cmli.data.aspect import Grid, laid_out
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.transforms import Box, Framing, View, central_square
 
@@ -169,7 +169,7 @@ def _size(box: Box, framing: Framing) -> tuple[int, int]:
     size, side = framing.size, framing.side
     if not side:
         return size, size
-    rows, columns = grid_of(box[2] - box[0], box[3] - box[1], side)
+    rows, columns = framing.grid(box[2] - box[0], box[3] - box[1])
     return rows * size // side, columns * size // side
 
 

@@ -85,6 +85,10 @@ class CaptionTokenizer:
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
+        if full and tokenizer.padding_side == "left":
+            self.backend.enable_padding(
+                direction="left", length=positions, pad_id=pad_id, pad_token=tokenizer.pad_token
+            )
         self.positions, self.most_characters = positions, most_characters(positions)
         self.full, self.cleaning = full, open_clip_tokens.Cleaning.of(own)
         self.pad_id: int = pad_id

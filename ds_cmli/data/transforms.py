@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_cmli.config.schema import AugmentationName as Name
 from ds_cmli.config.schema import DataConfig, Interpolation, Resize
+from ds_cmli.data.aspect import Grid, grid_of, naflex_grid
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 View = Callable[[int, int], Box]  # the part that is shown, given a picture's width and height
@@ -56,6 +57,12 @@ class Framing:
         if self.side or self.resize.startswith("squash"):
             return whole(width, height)
         return central_square(width, height)
+
+    def grid(self, width: int, height: int) -> Grid:
+        """The grid of patches for a picture, where pictures have any aspect."""
+        if self.resize == "naflex":
+            return naflex_grid(width, height, self.side, self.size // self.side)
+        return grid_of(width, height, self.side)
 
     def resized(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize uint8 [3, H, W] to uint8 [3, *size], contiguous, with antialiasing.

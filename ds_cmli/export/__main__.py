@@ -89,6 +89,11 @@ def command(run: str, folder: str, **given: Any) -> None:
         hub.check(push)
     with_onnx = _with_onnx(onnx)
     trained = exported.load_run(Path(run), options.tokenizer, options.ema, options.interpolate)
+    if kind is None and trained.config.data.aspect_patch:
+        raise UserError(
+            f"{run!r} was trained with data.aspect_patch, and an export takes square pictures "
+            "alone: give --as siglip if it began as a NaFlex model, or use ds_cmli.inference.Model"
+        )
     if kind is not None:
         if onnx:
             raise UserError(f"--onnx has no effect with --as {kind}: leave it out")

@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, CLIPImageProcessor, PreTrainedModel, SiglipImageProcessor
+from transformers import (
+    AutoModel,
+    CLIPImageProcessor,
+    PreTrainedModel,
+    Siglip2ImageProcessor,
+    SiglipImageProcessor,
+)
 
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.dual import INTERPOLATIONS, loss_of
@@ -45,13 +51,15 @@ def assembled(objective: Objective, config: Config) -> PreTrainedModel:
             model.logit_scale.copy_(loss.logit_scale.reshape(model.logit_scale.shape))
             if hasattr(loss, "logit_bias"):
                 model.logit_bias.copy_(loss.logit_bias)
-        elif library.model_type == "siglip":  # as its own training starts
+        elif library.model_type != "clip":  # as its own training starts
             model.logit_scale.fill_(2.303)
             model.logit_bias.fill_(-10.0)
     return model.eval()
 
 
-def _processor(config: Config) -> CLIPImageProcessor | SiglipImageProcessor:
+def _processor(
+    config: Config,
+) -> CLIPImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
     own, side = config.student.source_config, config.data.image_size
     resample = {name: number for number, name in INTERPOLATIONS.items()}[config.data.interpolation]
     how: dict[str, Any] = {
@@ -59,6 +67,10 @@ def _processor(config: Config) -> CLIPImageProcessor | SiglipImageProcessor:
         "image_std": own["std"],
         "resample": resample,
     }
+    if config.data.resize == "naflex":
+        return Siglip2ImageProcessor(
+            patch_size=config.data.aspect_patch, max_num_patches=config.data.side**2, **how
+        )
     square = {"height": side, "width": side}
     if config.data.resize == "shortest":
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)

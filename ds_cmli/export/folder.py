@@ -78,11 +78,6 @@ def load_run(
             f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare "
             "no pairs: it has no scores to export; train with global or cmli too"
         )
-    if config.data.aspect_patch:
-        raise UserError(
-            f"{str(run)!r} was trained with data.aspect_patch, and an export takes square pictures "
-            "alone: use it by ds_cmli.inference.Model"
-        )
     whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
     words = CaptionTokenizer(whole, config.data.context_length, full=config.data.padding == "full")
     objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")

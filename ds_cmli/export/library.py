@@ -21,7 +21,7 @@ TOKENS = "token_maps.safetensors"
 def check(config: Config, kind: str) -> None:
     """Raise `UserError` unless the student of a run is a model of that kind."""
     own = config.student.source_config.get("model_type", "two encoders")
-    if own != kind:
+    if own not in (kind, f"{kind}2"):  # SigLIP 2's too
         raise UserError(f"--as is {kind!r}, and the run's student began as {own}")
     if config.student.shared_blocks:
         raise UserError(

@@ -107,10 +107,13 @@ class CMLIProcessor(ProcessorMixin):
         cleaning = open_clip_tokens.Cleaning.of(open_clip_tokens.own_of(self.tokenizer))
         if cleaning is not None:
             texts = list(map(cleaning, texts))
-        rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        full = self.padding == "full"
+        left = full and self.tokenizer.padding_side == "left"
+        rows = self.tokenizer(
+            texts, truncation=True, max_length=self.context_length, padding=left and "max_length"
+        )["input_ids"]
         if not all(rows):
             raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")
-        full = self.padding == "full"
         longest = self.context_length if whole or full else max(map(len, rows))
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id)

@@ -73,13 +73,13 @@ class DualImage(ImageBackbone):
 
     model: Any
 
-    def __init__(self, dual: PreTrainedModel, own: JsonObject):
+    def __init__(self, dual: PreTrainedModel, own: JsonObject, image_size: int):
         """`dual`: the model of transformers, `own`: `StudentConfig.source_config`."""
         super().__init__()
         self.model = dual.get_submodule("vision_model")
         config: Any = self.model.config
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
-        side = config.image_size // config.patch_size
+        side = image_size // config.patch_size
         self.grid, self.prefix = (side, side), 1
         self.mean, self.std = own["mean"], own["std"]
         self.taken: TakenPatches | None = None
@@ -139,11 +139,12 @@ class DualText(Causal):
 
 
 def build(
-    config: StudentConfig, pretrained: bool
+    config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[ImageBackbone, TextBackbone, Start | None]:
     """Both towers of the source, on the CPU in fp32.
 
     Args:
+        image_size: S.
         pretrained: whether to load the source's weights; if not, they are random.
 
     Returns:
@@ -159,11 +160,20 @@ def build(
         check_room("student.source", config.source, parameters)
     if not (pretrained and config.source):
         dual: Any = AutoModel.from_config(sizes, dtype=torch.float32)
-        return DualImage(dual, own), DualText(dual), None
+        return image_tower(dual, own, image_size), DualText(dual), None
     dual = _loaded(config.source, sizes)
     bias = getattr(dual, "logit_bias", None)
     start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
-    return DualImage(dual, own), DualText(dual), start
+    return image_tower(dual, own, image_size), DualText(dual), start
+
+
+def image_tower(dual: PreTrainedModel, own: JsonObject, image_size: int) -> DualImage:
+    """The image tower of a model of transformers; arguments as of `DualImage`."""
+    if own["model_type"] == "siglip2":
+        from ds_cmli.models.dual_naflex import DualNaFlex
+
+        return DualNaFlex(dual, own, image_size)
+    return DualImage(dual, own, image_size)
 
 
 def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:

@@ -80,11 +80,12 @@ def transformers_config(own: JsonObject) -> PreTrainedConfig:
 
 
 def build(
-    config: StudentConfig, pretrained: bool
+    config: StudentConfig, image_size: int, pretrained: bool
 ) -> "tuple[OpenClipImage, OpenClipText, Start | None]":
     """Both towers of the source, on the CPU in fp32.
 
     Args:
+        image_size: S, which is the source's.
         pretrained: whether to load the source's weights; if not, they are random.
 
     Returns:

@@ -115,7 +115,7 @@ class Student(nn.Module):
                     f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
                     f"and its text encoder only {towers.vocab_size(config)}"
                 )
-            self.image, text, self.start = towers.build(config, pretrained)
+            self.image, text, self.start = towers.build(config, image_size, pretrained)
         else:
             image = ImageRequest.of_student(config, image_size, pretrained)
             self.image = models.build(models.IMAGE, config.image_backbone, image)

@@ -16,6 +16,7 @@ from ds_cmli.config.validation import check
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, attended_to
+from ds_cmli.models.positions import at_patches
 
 
 def _problem(model: NaFlexVit) -> str:
@@ -83,7 +84,7 @@ class TimmNaFlex(ImageBackbone):
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
         x = embeds.norm(embeds.proj(patches))
-        x = x + self.positions(grid).to(x.dtype)
+        x = x + at_patches(embeds.pos_embed[0], self.grid, grid).to(x.dtype)
         first = [each for each in (embeds.cls_token, embeds.reg_token) if each is not None]
         x = torch.cat([*(each.expand(len(x), -1, -1) for each in first), x], 1)
         x = model.norm_pre(embeds.pos_drop(x))
@@ -94,29 +95,6 @@ class TimmNaFlex(ImageBackbone):
             return x
         mask = patch_mask(grid, patches.shape[1])
         return torch.cat([mean_of(x[:, model.num_prefix_tokens :], mask), x], 1)
-
-    def positions(self, grid: Tensor | None) -> Tensor:
-        """The learned positions at the centres of each picture's patches: fp32 [B, N, H].
-
-        They are interpolated linearly along both sides of the table, whose entries a square picture
-        has. Patches past a grid get some of them too. Without grids B is 1.
-        """
-        table = self.model.embeds.pos_embed[0].float()  # [rows, columns, H]
-        N = self.grid[0] * self.grid[1]
-        if grid is None:
-            grid = torch.tensor([self.grid], device=table.device)
-        columns = grid[:, 1:]  # [B, 1]
-        number = torch.arange(N, device=table.device)
-        place = number // columns, number % columns  # [B, N] each
-        sides = []
-        for at, count, entries in zip(place, grid.unbind(1), table.shape, strict=False):
-            centre = (at + 0.5) * (entries / count[:, None]) - 0.5
-            distance = centre.clamp(0, entries - 1)[..., None] - torch.arange(
-                entries, device=table.device
-            )
-            sides.append((1 - distance.abs()).clamp(min=0))  # [B, N, entries]
-        weights = sides[0][..., :, None] * sides[1][..., None, :]  # [B, N, rows, columns]
-        return weights.flatten(2) @ table.flatten(0, 1)
 
 
 def mean_of(patches: Tensor, mask: Tensor | None) -> Tensor:

@@ -15,16 +15,20 @@ from ds_cmli.export.__main__ import command
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
 from tests.conftest import free_port
-from tests.models.dual_models import clip, siglip, start
+from tests.drive_train import drive
+from tests.models.dual_models import clip, naflex, siglip, start
+from tests.models.test_any_aspect import of_many_aspects
 
 LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
+LOSSES["naflex"] = LOSSES["siglip"]
+AS = {"clip": "clip", "siglip": "siglip", "naflex": "siglip"}
 TEXTS = ["a red car", "two dogs,sitting under a tree"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
-    return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip")}
+    return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip"), "naflex": naflex(root / "naflex")}
 
 
 def run_of(source, folder, losses, trained=True, **student):
@@ -44,21 +48,30 @@ def export(run, folder, *options):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("kind", AS)
 def test_untrained_its_weights_are_the_sources_to_the_bit(kind, sources, tmp_path):
     run = run_of(sources[kind], tmp_path / "run", LOSSES[kind], trained=False)
-    folder = export(run, tmp_path / "back", "--as", kind)
+    folder = export(run, tmp_path / "back", "--as", AS[kind])
     given, back = load_file(sources[kind] / "model.safetensors"), load_file(folder / "model.safetensors")
     assert given.keys() == back.keys()
     for name, value in given.items():
         assert torch.equal(value, back[name]), name
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_trained_the_library_computes_its_features(kind, sources, tmp_path, pictures):
-    run = run_of(sources[kind], tmp_path / "run", LOSSES[kind])
+def after_ten_steps(source, folder, losses):
+    """The folder of a run of ten steps from the source."""
+    given = ["--preset", "tiny", "--steps", "10", "--losses", ",".join(losses), "--set", "run.match_maps=0"]
+    data = of_many_aspects(folder.with_name("pairs"))
+    assert drive([*given, *data, "--start-from", str(source), "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("trained", [run_of, pytest.param(after_ten_steps, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", AS)
+def test_trained_the_library_computes_its_features(kind, trained, sources, tmp_path, pictures, alone):
+    run = trained(sources[kind], tmp_path / "run", LOSSES[kind])
     shutil.copytree(sources[kind], tmp_path / "source")  # of which nothing is read
-    folder = export(run, tmp_path / "back", "--as", kind)
+    folder = export(run, tmp_path / "back", "--as", AS[kind])
     ours, theirs = Model.load(run, device="cpu"), AutoModel.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
     length = theirs.config.text_config.max_position_embeddings
@@ -70,6 +83,8 @@ def test_trained_the_library_computes_its_features(kind, sources, tmp_path, pict
     torch.testing.assert_close(ours.embed_images(pictures).cls, images, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.embed_texts(TEXTS).cls, texts, rtol=0, atol=1e-5)
     assert ours.objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
+    given, back = load_file(sources[kind] / "model.safetensors"), load_file(folder / "model.safetensors")
+    assert not torch.equal(given["logit_scale"], back["logit_scale"])
     maps = load_file(folder / TOKENS)
     own = ours.student.text.token_head.state_dict()  # type: ignore[union-attr]
     assert torch.equal(maps["text.weight"], own["weight"])
@@ -84,6 +99,9 @@ def test_what_it_is_not_is_refused(sources, run, tmp_path):
     began = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
     refused("^--as is 'siglip', and the run's student began as clip", began, tmp_path / "x",
             "--as", "siglip")  # fmt: skip
+    any_aspect = run_of(sources["naflex"], tmp_path / "run3", LOSSES["naflex"])
+    refused("with data.aspect_patch, and an export takes square pictures alone", any_aspect, tmp_path / "x")
+    refused("began as siglip2", any_aspect, tmp_path / "x", "--as", "clip")
     refused("began as two encoders", run, tmp_path / "x", "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
     refused("its models have no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
-from tests.export.test_library import TEXTS, export, run_of
+from tests.export.test_library import TEXTS, after_ten_steps, export, run_of
 from tests.models.dual_models import start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
@@ -25,7 +25,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind != "roberta")) for kind in KINDS])
-def test_there_and_back(kind, folders, tmp_path, pictures):
+def test_untrained_its_weights_are_the_sources_to_the_bit(kind, folders, tmp_path):
     given = folders[kind]
     run = run_of(given, tmp_path / "run", losses(given), trained=False)
     folder = export(run, tmp_path / "back", "--as", "open_clip")
@@ -33,8 +33,15 @@ def test_there_and_back(kind, folders, tmp_path, pictures):
     towers = {key for key in source if not key.startswith("text_decoder.")}
     assert towers == back.keys() and (towers == source.keys()) == (kind != "coca")
     assert all(torch.equal(source[key], back[key]) for key in back)
-    run = run_of(given, tmp_path / "trained", losses(given))
-    folder = export(run, tmp_path / "trained_back", "--as", "open_clip")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_ten_steps_the_library_computes_its_features(kind, folders, tmp_path, pictures):
+    given = folders[kind]
+    run = after_ten_steps(given, tmp_path / "run", losses(given))
+    folder = export(run, tmp_path / "back", "--as", "open_clip")
     theirs, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     ours, words = Model.load(run, device="cpu"), open_clip.get_tokenizer(f"local-dir:{folder}")
     with torch.no_grad():

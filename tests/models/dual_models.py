@@ -1,4 +1,4 @@
-"""Small CLIP and SigLIP models with random weights, as transformers saves them, with their processors."""
+"""Small CLIP, SigLIP and NaFlex models with random weights, as transformers saves them, with their processors."""
 
 from pathlib import Path
 
@@ -7,6 +7,10 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
+    Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -41,15 +45,38 @@ def siglip(folder: Path, **processor) -> Path:
     vision = {**SIZES, **PIXELS, "hidden_size": 32}
     words = text(max_position_embeddings=64, projection_size=32)
     model = SiglipModel(SiglipConfig(vision_config=vision, text_config=words))
+    return sigmoid(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
+
+
+def naflex(folder: Path, padding_side: str = "left", **processor) -> Path:
+    torch.manual_seed(0)
+    tokenizer = characters(padding_side)
+    vision = {**SIZES, "patch_size": 14, "num_patches": 25, "hidden_size": 32}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    words = {**SIZES, **ids, "hidden_size": 32, "max_position_embeddings": 64, "projection_size": 32}
+    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=words))
+    how = {"patch_size": 14, "max_num_patches": 16, **processor}
+    return sigmoid(folder, model, Siglip2ImageProcessor(**how), tokenizer)
+
+
+def characters(padding_side: str) -> Siglip2Tokenizer:
+    """Of letters and bytes, in lower case."""
+    letters = [*"\u2581abcdefghijklmnopqrstuvwxyz.,", *(f"<0x{byte:02X}>" for byte in range(256))]
+    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    vocabulary = {piece: number for number, piece in enumerate([*special, *letters])}
+    return Siglip2Tokenizer(vocab=vocabulary, merges=[], padding_side=padding_side)
+
+
+def sigmoid(folder: Path, model, processor, tokenizer=None) -> Path:
     torch.nn.init.constant_(model.logit_scale, 4.76)
     torch.nn.init.constant_(model.logit_bias, -12.9)
     for parameter in model.vision_model.head.parameters():  # whose biases are zeros
         torch.nn.init.normal_(parameter, std=0.2)
-    return saved(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
+    return saved(folder, model, processor, tokenizer)
 
 
-def saved(folder: Path, model, processor) -> Path:
-    for part in (model, processor, builtin_tokenizer()):
+def saved(folder: Path, model, processor, tokenizer=None) -> Path:
+    for part in (model, processor, tokenizer or builtin_tokenizer()):
         part.save_pretrained(folder)
     return folder
 

@@ -245,7 +245,10 @@ def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
         ),
         ({"teacher": {"overrides": SIZES}}, "teacher.model takes square pictures alone: give 0, or a model with"),
         ({"data": {"aspect_patch": 21, "image_size": 42}}, "student.image_model has patches of 14 pixels"),
-        ({"data": {"aspect_patch": 14, "image_size": 56, "source": "demo"}}, "it says nothing of the demo"),
+        (
+            {"data": {"aspect_patch": 14, "image_size": 56, "source": "demo"}},
+            "the demo's scenes are square: give 0, or --data",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(settings, line, source, tmp_path, capfd):

@@ -12,12 +12,16 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Siglip2Config,
+    Siglip2ImageProcessor,
+    Siglip2Model,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
 )
 
-from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.aspect import laid_out
+from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare
 from ds_cmli.data.tokens import WORDS as FILE
 from ds_cmli.data.transforms import Framing
@@ -46,11 +50,18 @@ def siglip():
     return SiglipModel(SiglipConfig(vision_config=vision, text_config=text)), SiglipImageProcessor(size=SIZE)
 
 
+def naflex():
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    text = {**sizes, "vocab_size": 400, "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    return Siglip2Model(Siglip2Config(vision_config=sizes, text_config=text)), Siglip2ImageProcessor()
+
+
 MODELS = {
     "clip B/32": lambda: clip(768, 12, 32, 512, 512),
     "clip B/16": lambda: clip(768, 12, 16, 512, 512),
     "clip L/14": lambda: clip(1024, 24, 14, 768, 768),
     "siglip B/16": siglip,
+    "siglip 2 NaFlex B/16": naflex,
 }
 
 
@@ -60,9 +71,10 @@ def test_it_equals_its_source_on_200_pairs(name, tmp_path):
     torch.manual_seed(0)
     model, processor = MODELS[name]()
     torch.nn.init.constant_(model.logit_scale, 4.5)
-    folder = dual_models.saved(tmp_path / "model", model, processor)
+    own_words = dual_models.characters("right") if "NaFlex" in name else None
+    folder = dual_models.saved(tmp_path / "model", model, processor, own_words)
     del model
-    losses = {"global_sigmoid" if name.startswith("siglip") else "global": 1.0, "cmli": 1.0}
+    losses = {"global_sigmoid" if "siglip" in name else "global": 1.0, "cmli": 1.0}
     objective, config, words = dual_models.start(folder, losses)
     theirs = AutoModel.from_pretrained(folder).eval()
     own_processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -74,14 +86,16 @@ def test_it_equals_its_source_on_200_pairs(name, tmp_path):
             coarse = noise.integers(0, 256, (9, 7, 3), np.uint8)
             pictures.append(Image.fromarray(coarse).resize(tuple(side)))
         texts = [" ".join(noise.choice(WORDS, 3 + (first + n) % 60)) for n in range(8)]
-        pixels = torch.stack([prepare(picture, framing) for picture in pictures])
+        prepared = [prepare(picture, framing) for picture in pictures]
+        shown = [laid_out(image, config.data.aspect_patch, config.data.image_size) for image in prepared]
+        pixels, grid = torch.stack([image for image, _ in shown]), stack_grids([grid for _, grid in shown])
         batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in texts])
-        cls, _ = objective.student.image_embeddings(pixels)
+        cls, _ = objective.student.image_embeddings(pixels, grid)
         text_cls, _ = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
         found.append((cls, text_cls))
         full = tokenizer(texts, padding="max_length", truncation=True, max_length=config.data.context_length,
                          return_tensors="pt")  # fmt: skip
-        if name.startswith("siglip"):
+        if "siglip" in name:
             full.pop("attention_mask", None)
         full.pop("token_type_ids", None)
         inputs = own_processor(images=pictures, return_tensors="pt")

@@ -12,7 +12,8 @@ from tests.config.test_mistakes import pairs
 from tests.covering import not_met
 from tests.drive_train import drive
 from tests.export.test_library import run_of
-from tests.models.dual_models import clip, siglip
+from tests.models.dual_models import clip, naflex, siglip
+from tests.models.test_any_aspect import NAFLEX, SIZES, of_many_aspects
 from tests.run_folder import write_run
 from tests.stranger.drive import check_memory, used
 
@@ -70,6 +71,7 @@ LORA = {
     "open_clip_convnext": {"image": ["fc1", "fc2"], "text": ["out_proj"]},
     "open_clip_siglip": {"image": ["qkv"], "text": ["in_proj"]},
 }
+OF_ANY_ASPECT = {"teacher.overrides": SIZES | NAFLEX}
 BATCH, STEPS, STOP = 8, 3, 1
 SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
 
@@ -98,7 +100,9 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
         settings |= SETTINGS.get(value, {})
     if "lora" in values and values[0] in LORA:
         settings["student.lora"] = LORA[values[0]]
-    loss = "global_sigmoid" if "siglip" in values[0] else "global"
+    if values[0] == "naflex":
+        settings |= OF_ANY_ASPECT
+    loss = "global_sigmoid" if values[0] in ("naflex", "siglip", "open_clip_siglip") else "global"
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]
     arguments += ["--start-from", str(source), "--losses", f"{loss},cmli,target_cmli"]
@@ -109,7 +113,11 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
 
 def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
     """A training, and another one that is interrupted, whose weights are then the same; its memory is predicted."""
-    given, content = asked(values, source, pairs(tmp_path / "pairs", count=40), tmp_path / "ds.json")
+    if values[0] == "naflex":
+        _, data = of_many_aspects(tmp_path / "pairs")
+    else:
+        data = pairs(tmp_path / "pairs", count=40)
+    given, content = asked(values, source, data, tmp_path / "ds.json")
     straight, broken = tmp_path / "run", tmp_path / "broken"
     tasks: list[dict] = [
         {"arguments": [*given, "--output-dir", str(straight)]},
@@ -122,7 +130,10 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 0]
     assert_same(straight, broken)
-    assert "refused" not in used(straight)
+    if values[0] == "naflex":  # which has an export as SigLIP alone
+        export.main([str(straight), str(tmp_path / "back"), "--as", "siglip"], standalone_mode=False)
+    else:
+        assert "refused" not in used(straight)
     if "compiled" not in values:
         config = load_config(straight / "config.json", "the run")
         check_memory(config, content, 1 + ("two" in values), SCALARS)
@@ -135,3 +146,8 @@ MARKED = [pytest.param(run, marks=pytest.mark.soak if "compiled" in run else pyt
 def test_a_training_from_a_source(run, sources, tmp_path, alone):
     values = run.split()
     train_and_break(values, sources[values[0]], tmp_path)
+
+
+@pytest.mark.parametrize("run", [run for run in MARKED if "siglip" in run.values[0]])
+def test_a_training_from_a_naflex_model(run, tmp_path, alone):
+    train_and_break(["naflex", *run.split()[1:]], naflex(tmp_path / "source"), tmp_path)
