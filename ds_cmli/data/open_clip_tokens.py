@@ -4,6 +4,7 @@ open_clip cleans a text before it splits it (ftfy, HTML's entities, blanks, case
 a tokenizer can say. How is kept under `OWN` in the tokenizer's `init_kwargs`, which its files hold.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 OWN = "open_clip"
-# The words of open_clip's `SimpleTokenizer`.
-WORDS = r"""(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+# The words of open_clip's `SimpleTokenizer`: after these, letters, one digit, other characters.
+ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WINDOW = 64  # characters among which that of a cleaned text is looked for
 WAYS = ("lower", "whitespace", "canonicalize")  # of cleaning
 
@@ -73,7 +74,7 @@ def _of_simple(given: "SimpleTokenizer", own: JsonObject) -> "PreTrainedTokenize
     backend = Tokenizer(models.BPE(given.encoder, merges, end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(WORDS), "removed", invert=True),
+            pre_tokenizers.Split(Regex(_words()), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -88,6 +89,22 @@ def _of_simple(given: "SimpleTokenizer", own: JsonObject) -> "PreTrainedTokenize
         name_or_path=DEFAULT_TOKENIZER,
         **{OWN: own | {"pad_id": 0}},
     )
+
+
+@cache
+def _words() -> str:
+    """Open_clip's regular expression, its classes written out: tokenizers has an older Unicode."""
+    import regex
+
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, sys.maxunicode + 1))))
+    classes = []
+    for kind in (r"\p{L}", r"\p{N}", r"^\s\p{L}\p{N}"):
+        ranges = []
+        for match in regex.finditer(f"[{kind}]+", every, regex.IGNORECASE):
+            ranges.append(rf"\x{{{ord(match[0][0]):X}}}-\x{{{ord(match[0][-1]):X}}}")
+        classes.append(f"[{''.join(ranges)}]")
+    letters, digits, others = classes
+    return f"{ENDINGS}|{letters}+|{digits}|{others}+"
 
 
 def _of_library(given: "HFTokenizer", own: JsonObject) -> "PreTrainedTokenizerFast":

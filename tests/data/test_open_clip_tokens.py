@@ -13,6 +13,7 @@ TEXTS = [
     "cafe\u0301 \u2019s \uff21 &amp; &lt;b&gt; x\u00b2 \u00bd \ufb01ne",
     "\u00c3\u00a9t\u00e9",
     "\u65e5\u672c\u8a9e \ud55c\uad6d\uc5b4 \u039f\u0394\u039f\u03a3 \u0130stanbul \U0001f600\U0001f603",
+    "\U0001e4d0\U0001e4d1 a\U00011f04b \U0001fae9! \U00011f50",  # of Unicode 15 and 16
     "3.14159 1st! a_b-c/d\\e",
     "tab\tand\nline  ",
     "\x00\x1b[31mred",
