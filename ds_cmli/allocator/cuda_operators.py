@@ -265,8 +265,6 @@ OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.isinf.default: _is_infinite,
     aten.native_layer_norm.default: cuda_layouts.layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
-    aten._fused_rms_norm.default: cuda_layouts.layer_norm,
-    aten._fused_rms_norm_backward.default: cuda_layouts.layer_norm_backward,
     aten._scaled_dot_product_flash_attention.default: cuda_attention.flash_forward,
     aten._scaled_dot_product_efficient_attention.default: cuda_attention.efficient_forward,
     aten._safe_softmax.default: cuda_attention.safe_softmax,
@@ -286,3 +284,6 @@ OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }
+if hasattr(aten, "_fused_rms_norm_backward"):  # PyTorch 2.9
+    OTHERS[aten._fused_rms_norm.default] = cuda_layouts.layer_norm
+    OTHERS[aten._fused_rms_norm_backward.default] = cuda_layouts.layer_norm_backward

@@ -183,10 +183,9 @@ PATCHES = {
     ),
     "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS, _NO_GPU),
     "torch: GPU's random numbers": Patch("torch.cuda torch.cuda.random", CUDA_RANDOM, _NO_GPU),
-    "torch: GPU's memory": Patch(
-        "torch.cuda torch.cuda.memory torch.accelerator torch.accelerator.memory",
-        CUDA_MEMORY,
-        _NO_GPU,
+    "torch: GPU's memory": Patch("torch.cuda torch.cuda.memory", CUDA_MEMORY, _NO_GPU),
+    "torch: accelerator's memory": Patch(
+        "torch.accelerator torch.accelerator.memory", CUDA_MEMORY, _NO_GPU
     ),
     "torch: GPU's own functions": Patch(
         "torch._C",
@@ -199,8 +198,9 @@ PATCHES = {
         "triton.runtime.jit:JITFunction triton.runtime.autotuner:Autotuner", "run", _NO_GPU
     ),
     "torch: CUDA": Patch(
-        "torch.version torch.cuda.nvtx torch._subclasses.fake_tensor:FakeTensorMode",
-        "cuda range_push range_pop mark avoid_device_init",
+        "torch.version torch.cuda.nvtx torch._subclasses.fake_tensor:FakeTensorMode "
+        "torch._subclasses.fake_tensor",
+        "cuda range_push range_pop mark avoid_device_init init_gpu_context",
         _NO_GPU,
     ),
     "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),

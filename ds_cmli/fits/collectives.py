@@ -110,7 +110,8 @@ class Rank(dist.ProcessGroup):
         copy_values(output, own)
         return self._over(output, own)
 
-    all_to_all_single = all_gather_single
+    all_to_all_single = gather_single = gather_into_tensor = all_gather_single
+    _allgather_base = alltoall_base = all_gather_single  # as PyTorch before 2.13 calls them
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
@@ -119,7 +120,7 @@ class Rank(dist.ProcessGroup):
             copy_values(output, own)
         return self._over(outputs, inputs)
 
-    alltoall = all_gather_single_coalesced
+    alltoall = allgather_into_tensor_coalesced = all_gather_single_coalesced
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None
@@ -129,7 +130,8 @@ class Rank(dist.ProcessGroup):
     def reduce_scatter_single(self, output: object, given: object, opts: object = None) -> Done:
         return self._over(output, given)
 
-    reduce_scatter_single_coalesced = reduce_scatter_single
+    _reduce_scatter_base = reduce_scatter_single_coalesced = reduce_scatter_single
+    reduce_scatter_tensor_coalesced = reduce_scatter_single
 
     def gather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None

@@ -45,6 +45,7 @@ class Streams:
         for name, function in functions.items():
             c_void_p.in_dll(library, name).value = cast(function, c_void_p).value
         self._followed += functions.values()
+        library.fits_register()
 
     def _recorded(self, stream: int) -> int:
         """An event's number: its place in the list of events."""

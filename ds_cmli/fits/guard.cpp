@@ -1,9 +1,10 @@
-// A CUDA device that has no memory and does nothing, for a build of PyTorch without CUDA. Autograd
-// and the generic code of operators ask for a device's guard and hooks even where tensors hold no
-// data.
+// A CUDA device that has no memory and does nothing, also where a build of PyTorch with CUDA has one
+// of its own. Autograd and the generic code of operators ask for a device's guard and hooks even
+// where tensors hold no data, and DDP for a timer.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/csrc/distributed/c10d/reducer_timer.hpp>
 
 namespace {
 
@@ -32,7 +33,10 @@ Stream stream_of(int64_t number) {
   return Stream(Stream::UNSAFE, ONLY, number);
 }
 
-struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+struct Guard final : c10::impl::DeviceGuardImplInterface {
+  DeviceType type() const override { return DeviceType::CUDA; }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
   Device exchangeDevice(Device) const override { return ONLY; }
   Device getDevice() const override { return ONLY; }
   Stream getStream(Device) const noexcept override { return stream_of(fits_stream); }
@@ -59,10 +63,10 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
     const auto offset = reinterpret_cast<const char*>(&any.data_ptr()) - storage;
     if (fits_used) fits_used(reinterpret_cast<const char*>(&data) - offset, stream.id());
   }
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
   void synchronizeDevice(const DeviceIndex) const override {}
 };
-
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
 struct Random final : at::CPUGeneratorImpl {
   Random() { device_ = ONLY; }
@@ -86,9 +90,21 @@ struct Hooks final : at::CUDAHooksInterface {
   }
 };
 
+// PyTorch chooses the hooks at their first use: before a build with CUDA registers its own.
+const bool chosen = [] {
+  const auto ours = [](at::CUDAHooksArgs args) -> std::unique_ptr<at::CUDAHooksInterface> {
+    return std::make_unique<Hooks>(args);
+  };
+  at::CUDAHooksRegistry()->Register("CUDAHooks", ours, c10::REGISTRY_FALLBACK);
+  return at::detail::getCUDAHooks().isBuilt();
+}();
+
 }  // namespace
 
-namespace at {
-using NoDevice = ::Hooks;
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, NoDevice)
-}  // namespace at
+// Registers the guard, and no timer, in place of those of a build with CUDA, which is loaded by now.
+extern "C" void fits_register() {
+  static Guard guard;
+  c10::impl::DeviceGuardImplRegistrar(DeviceType::CUDA, &guard);
+  const auto none = [](Device) { return std::unique_ptr<c10d::Timer>(); };
+  c10d::TimerRegistry()->Register(DeviceType::CUDA, none, c10::REGISTRY_PREFERRED);
+}

@@ -1,4 +1,8 @@
-"""Gives a build of PyTorch without CUDA a device of type cuda, by the library of `guard.cpp`."""
+"""Gives any build of PyTorch a device of type cuda that is not there, by two small libraries.
+
+That of `guard.cpp` is in place of what a build with CUDA has for a GPU, and that of `no_driver.cpp`
+in place of NVIDIA's driver, so that a GPU of this machine is not touched, whoever asks for it.
+"""
 
 import ctypes
 from importlib.metadata import version
@@ -9,36 +13,40 @@ from ds_cmli.common import native
 from ds_cmli.common.errors import UserError
 
 SOURCE = Path(__file__).parent / "guard.cpp"
+NO_DRIVER = SOURCE.with_name("no_driver.cpp")
+DRIVER = ("libcuda.so.1", "libnvidia-ml.so.1")
+OLDEST = (2, 8)  # of torch
 
-
-loaded: ctypes.CDLL | None = None  # the library
+loaded: ctypes.CDLL | None = None  # the library of guard.cpp
 
 
 def load() -> None:
-    """Load the library, which is compiled at the first use of each version of torch.
+    """Load the libraries, which are compiled at the first use of each version of torch.
 
-    It has to be called before torch is imported, as torch looks for a device's hooks only once.
+    It has to be called before torch is imported, as torch looks for a device's hooks only once, and
+    asks for the driver.
 
     Raises:
-        UserError: there is no compiler, or this build of torch has CUDA.
+        UserError: there is no compiler, or this version of torch is not known.
     """
     global loaded
+    for name in DRIVER:
+        ctypes.CDLL(str(native.library(NO_DRIVER, [f"-Wl,-soname,{name}"])))
     loaded = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
 
 
 def library() -> Path:
-    """Compile the library into the cache if it is not there."""
+    """Compile the library of `guard.cpp` into the cache if it is not there."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise UserError("fits needs PyTorch, which is not installed in this environment")
-    torch = Path(spec.origin).parent
-    if (torch / "lib" / "libtorch_cuda.so").exists():
-        raise UserError(
-            f"torch is {version('torch')}, a build with CUDA: fits runs with the CPU build so far: "
-            "install it in an environment of its own (pip --index-url "
-            "https://download.pytorch.org/whl/cpu), or give --engine null"
-        )
+    torch, installed = Path(spec.origin).parent, version("torch")
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        raise UserError(f"torch is {installed}: fits needs 2.8 or a later one")
     include = torch / "include"
     options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     options += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-    return native.library(SOURCE, options, version("torch"))
+    try:
+        return native.library(SOURCE, options, installed)
+    except UserError as reason:
+        raise UserError(f"torch is {installed}: {reason}") from None

@@ -6,6 +6,7 @@ The last write into tensors that they are given and allocate nothing.
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -23,7 +24,9 @@ from ds_cmli.common.patches import patched
 aten = torch.ops.aten
 INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products
 # A build of torch without CUDA would take the parts of these operators in place of them.
-WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
+WHOLE = ["silu_backward", "mish_backward"]
+if hasattr(aten, "_fused_rms_norm_backward"):  # PyTorch 2.9
+    WHOLE.append("_fused_rms_norm")
 IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
@@ -45,9 +48,11 @@ class CudaOperators:
             patched("torch: dropout", partial(self._on_gpu, _dropout)),
             torch.library._scoped_library("aten", "IMPL") as registered,
         ):
-            registered.impl("linear", _linear, "AutogradCUDA")
-            for name in WHOLE:  # tensors without data are answered before the kernel is called
-                registered.impl(name, torch.library.fallthrough_kernel, "CUDA")
+            with warnings.catch_warnings():  # of a build with CUDA, which has kernels of its own
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                registered.impl("linear", _linear, "AutogradCUDA")
+                for name in WHOLE:  # tensors without data are answered before the kernel is called
+                    registered.impl(name, torch.library.fallthrough_kernel, "CUDA")
             yield
 
     def _on_gpu(self, ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Callable:

@@ -203,7 +203,7 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU."""
     functions = device.functions(gpu, recorder)
-    marks = dict.fromkeys(("range_push", "range_pop", "mark"), lambda *_: 0)
+    marks = dict.fromkeys(("range_push", "range_pop", "mark", "init_gpu_context"), lambda *_: 0)
     replacements: dict[str, Callable] = {
         "torch: lengths for CTC": _with_lengths_of_host,
         "torch: resized storage": recorder.resizing,
@@ -215,7 +215,10 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
     }
     with ExitStack() as stack:
-        for name in OF_GPU:
+        names = [*OF_GPU]
+        if hasattr(torch.accelerator, "memory"):  # PyTorch 2.9
+            names.append("accelerator's memory")
+        for name in names:
             stack.enter_context(patched_each(f"torch: {name}", functions))
         stack.enter_context(
             patched_each("torch: CUDA", {**marks, "cuda": "13.0", "avoid_device_init": True})

@@ -107,7 +107,12 @@ class Values(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
             return grouped_product(*args, **kwargs)
         try:
-            out = _uncached(func, args) if func in OF_STORAGE else func(*args, **kwargs)
+            if func in OF_STORAGE:
+                out = _uncached(func, args)
+            elif func is aten._to_copy.default:
+                out = func(_without_data(args[0]), **kwargs)
+            else:
+                out = func(*args, **kwargs)
         except DynamicOutputShapeException:
             if func in OF_LENGTHS:
                 return self._as_on_a_cpu(func, args, kwargs)
@@ -216,6 +221,14 @@ def _uncached(func: OpOverload, args: tuple) -> Tensor:
         return func(*args)
     finally:
         mode.cache_enabled = before
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    """A tensor of the host without its data, which PyTorch before 2.9 would copy to the device."""
+    mode = active_fake_mode()
+    if mode is None or isinstance(tensor, FakeTensor):
+        return tensor
+    return mode.from_tensor(tensor)
 
 
 def _is_elsewhere(value: object) -> bool:

@@ -585,6 +585,41 @@ def test_unknown_devices():
     assert rooms(None, "24GB")[0].bytes == 24 * 10**9 and len(rooms(None, None)) > 5
 
 
+def test_a_gpu_of_this_machine_is_not_touched(tmp_path):
+    """Whoever asks for the driver or its management library is answered that there is no GPU."""
+    asks = (
+        "import ctypes, pynvml, torch\n"
+        "print('driver', ctypes.CDLL('libcuda.so.1').cuInit(0))\n"
+        "try:\n"
+        "    pynvml.nvmlInit()\n"
+        "except pynvml.NVMLError_DriverNotLoaded:\n"
+        "    print('not loaded')\n"
+        "layer = torch.nn.Linear(4, 4).cuda()\n"
+        "optimizer = torch.optim.SGD(layer.parameters(), 1e-3)\n"
+        "for step in range(2):\n"
+        "    layer(torch.ones(1, 4, device='cuda')).sum().backward()\n"
+        "    optimizer.step()\n"
+    )
+    done = fits("--gpu", "T4", "--", script(tmp_path, asks), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("driver 100\nnot loaded\n2 steps of ")
+
+
+@pytest.mark.parametrize("installed", ["2.7.1+cu126", "1.13.1"])
+def test_versions_of_torch_that_are_too_old(monkeypatch, installed):
+    monkeypatch.setattr(guard, "version", lambda _: installed)
+    with pytest.raises(UserError, match=re.escape(f"torch is {installed}: fits needs 2.8")):
+        guard.library()
+
+
+def test_a_version_of_torch_that_does_not_compile(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
+    (tmp_path / "guard.cpp").write_text("unknown;")
+    monkeypatch.setattr(guard, "SOURCE", tmp_path / "guard.cpp")
+    with pytest.raises(UserError, match=rf"torch is {re.escape(torch.__version__)}: .* cannot compile .*guard.cpp"):
+        guard.library()
+
+
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")

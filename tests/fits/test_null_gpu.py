@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,67 @@ def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
     assert "2 steps of program.py do not fit on 0.48 GB: they take 0." in done.stdout
     [history] = pickle.loads((tmp_path / "out.pickle").read_bytes())["device_traces"]
     assert sum(entry["action"] == "segment_alloc" for entry in history) > 1
+
+
+RECORDER = """
+#include <stdio.h>
+#include <stdlib.h>
+static int note(const char *name) {
+  FILE *file = fopen(getenv("RECORDED"), "a");
+  fprintf(file, "%s\\n", name);
+  fclose(file);
+  return ANSWER;
+}
+__attribute__((constructor)) static void loaded(void) { note("loaded"); }
+int cuInit(unsigned flags) { return note("cuInit"); }
+int nvmlInit_v2(void) { return note("nvmlInit_v2"); }
+"""
+COUNTING = """
+import ctypes, runpy, sys, torch
+sys.argv = sys.argv[1:]
+assert torch.__version__.endswith("+cu130")
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    library = ctypes.CDLL("libcudart.so.13")
+    for name in ("launches", "gemms", "mallocs", "h2d", "d2h", "stream_syncs", "device_syncs", "event_syncs"):
+        print(name, ctypes.c_long.in_dll(library, f"nullgpu_{name}").value)
+"""
+
+
+@pytest.mark.parametrize(
+    "answer, program",
+    [
+        (0, (LOOP, "bf16", "checkpoint")),
+        (0, (RANKS, "ddp")),
+        (0, (RANKS, "fsdp")),
+        (100, (LOOP, "fp32")),
+        (None, (LOOP, "fp16")),
+    ],
+    ids=["GPU", "GPU, DDP", "GPU, FSDP2", "driver alone", "no driver"],
+)
+def test_a_build_with_cuda_says_the_same_and_touches_no_gpu(answer, program, null_gpu, tmp_path):
+    """A stand-in for the driver, and the null GPU for CUDA's runtime, note who calls them: nobody."""
+    env, recorded = null_gpu("a100"), tmp_path / "recorded"
+    if answer is not None:
+        (tmp_path / "recorder.c").write_text(RECORDER)
+        for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+            options = ["-shared", "-fPIC", f"-DANSWER={answer}", f"-Wl,-soname,{name}", "recorder.c", "-o", name]
+            subprocess.run(["gcc", *options], cwd=tmp_path, check=True)
+        env |= {"LD_LIBRARY_PATH": f"{tmp_path}:{env['LD_LIBRARY_PATH']}", "RECORDED": str(recorded)}
+        calls = "import ctypes; print(ctypes.CDLL('libcuda.so.1').cuInit(0))"
+        called = subprocess.run([sys.executable, "-c", calls], env=env, check=True, capture_output=True, text=True)
+        assert int(called.stdout) == answer and recorded.read_text() == "loaded\ncuInit\n"
+        recorded.unlink()
+    ranks = ("--world-size", "2") if program[0] == RANKS else ()
+    of_cpu_build = told(tmp_path, *ranks, "--", *program)
+    asked = (*DEVICE, *ranks, "--", script(tmp_path, COUNTING), *program)
+    done = fresh(*asked, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["totals"] == of_cpu_build
+    counts = [line.split() for line in done.stdout.splitlines()[:8]]
+    assert [int(count) for _, count in counts] == [0] * 8
+    assert not recorded.exists() and "registration" not in done.stderr
 
 
 def test_one_of_several_ranks(null_gpu, tmp_path):
