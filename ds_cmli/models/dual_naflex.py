@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ds_cmli.common.json_text import JsonObject
+from ds_cmli.data.aspect import patch_mask
 from ds_cmli.models.backbone import attended_to
 from ds_cmli.models.dual import DualImage
 from ds_cmli.models.positions import at_patches
@@ -27,6 +28,7 @@ class DualNaFlex(DualImage):
     def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         yield from super().read_outside()
         yield self, self.model.embeddings.position_embedding.weight
+        yield self, self.model.head.probe
 
     def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
         """Encode normalised pixels [B, 3, S, S], as `data.aspect.packed` has laid them out.
@@ -45,4 +47,11 @@ class DualNaFlex(DualImage):
         for block in self.blocks:
             x = block(x, attended)
         x = self.model.post_layernorm(x)
-        return torch.cat([self.model.head(x, attended)[:, None], x], 1)
+        return torch.cat([self._pooled(x, patch_mask(grid, patches.shape[1])), x], 1)
+
+    def _pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, N, H], bool [B, N] -> [B, 1, H]. Which masks the head takes, its version decides."""
+        head = self.model.head
+        unused = None if mask is None else ~mask
+        pooled = head.attention(head.probe.expand(len(x), -1, -1), x, x, key_padding_mask=unused)[0]
+        return pooled + head.mlp(head.layernorm(pooled))
