@@ -21,7 +21,7 @@ class DualNaFlex(DualImage):
     """`Siglip2VisionModel`, up to its last norm; its pooled features are the class token."""
 
     def __init__(self, dual: PreTrainedModel, own: JsonObject, image_size: int):
-        """As of `DualImage`; `image_size`: S."""
+        """Takes what `DualImage` takes; `image_size`: S."""
         super().__init__(dual, own, image_size)
         self.aspect_patch: int = self.model.config.patch_size
 
