@@ -145,14 +145,14 @@ def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Opti
         split_tables,
     )
 
-    found = records.merge(plan, file, out)
-    compared = compare(plan, found)
-    tables = [runs_table(plan, found), arms_table(plan, found, plan.endpoints)]
+    lines = records.merge(plan, file, out)
+    compared = compare(plan, lines)
+    tables = [runs_table(plan, lines), arms_table(plan, lines, plan.endpoints)]
     if compared:
-        tables += [contrasts_table(compared), *split_tables(plan, found, compared)]
+        tables += [contrasts_table(compared), *split_tables(plan, lines, compared)]
     if plan.secondary:
-        tables.append(arms_table(plan, found, plan.secondary))
-        tables.append(secondary_table(plan, found))
+        tables.append(arms_table(plan, lines, plan.secondary))
+        tables.append(secondary_table(plan, lines))
     if compared and options.power is not None:
         tables.append(power_table(compared, options.power))
     for table in tables:

@@ -100,11 +100,11 @@ def command(
         if only is None:
             status.update(f"the whole step of {preset}")
             step = steps.whole_step(preset, setting.P if preset == "paper" else 1, device)
-    found = tables.sentences_found(rows, document, step)
-    for sentence in found:
+    judged = tables.sentences_found(rows, document, step)
+    for sentence in judged:
         console.print(sentence, highlight=False)
     console.print()
-    summary += found
+    summary += judged
 
     shown: list[Table] = [tables.arithmetic_table(every.values(), setting)]
     if rows:

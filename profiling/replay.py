@@ -95,10 +95,10 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     if len(files) == 2 and not as_json:
         for first, second in zip(*files, strict=False):
             print("\n".join(difference(first["holders"], second["holders"])))
-    asked = [
+    variants = [
         device["values"].get("what_if", {"fits": True}) for devices in files for device in devices
     ]
-    return 0 if all(answer["fits"] for answer in asked) else DOES_NOT_FIT
+    return 0 if all(answer["fits"] for answer in variants) else DOES_NOT_FIT
 
 
 def one(
@@ -291,7 +291,7 @@ def text(replayed: Any, settings_known: bool) -> str:
     return "\n".join(lines)
 
 
-def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
+def draw(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event; fragmentation is between the two."""
     from ds_cmli.common import plots
 
@@ -314,7 +314,7 @@ def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
             axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
     idle = reserved[most] - allocated[most] if points else 0
     finding = f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
-    written(figure, path, finding if points else "No event", what)
+    written(figure, path, finding if points else "No event", title)
 
 
 def main() -> None:

@@ -194,12 +194,12 @@ def picture(
     return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
 
 
-def written(figure: "Figure", path: Path | str, finding: str, what: str = "") -> None:
+def written(figure: "Figure", path: Path | str, finding: str, caption: str = "") -> None:
     """Write a figure, above it what it shows: the finding in bold, below it `what` was drawn."""
     size = min(12.0, 840 / max(1, len(finding)))  # a longer line is set smaller, so that it fits
     figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
-    if what:
-        figure.axes[0].set_title(what, size=9.5, weight="normal", color=plots.SOFT)
+    if caption:
+        figure.axes[0].set_title(caption, size=9.5, weight="normal", color=plots.SOFT)
     figure.set_layout_engine("constrained", w_pad=0.12)  # inches: no text touches the edge
     figure.savefig(path, dpi=200)
     plots.matplotlib("a picture").close(figure)

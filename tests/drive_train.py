@@ -33,8 +33,8 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
 
     end_step, one_step = Run.end_step, TrainEngine.step
 
-    def ended(run, found):
-        end_step(run, found)
+    def ended(run, result):
+        end_step(run, result)
         if run.state.step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 

@@ -18,8 +18,8 @@ def main(path: str, *command: str) -> None:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(path)
     socket.send_fds(connection, [b" "], [0, 1, 2])
-    asked = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}
-    connection.sendall(json.dumps(asked).encode() + b"\n")
+    request = {"command": command, "env": dict(os.environ), "cwd": os.getcwd()}
+    connection.sendall(json.dumps(request).encode() + b"\n")
     lines = connection.makefile("rb")
     pid = int(lines.readline())
     for number in CAUGHT:

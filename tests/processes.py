@@ -250,8 +250,8 @@ def _serve(connection: socket.socket) -> None:
     """Run what a process of forked_python.py asks for, as long as that lives."""
     with connection, connection.makefile("rb") as lines:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-        asked = json.loads(lines.readline())
-        program = Program(asked["command"], asked["env"], asked["cwd"], Descriptors(streams))
+        content = json.loads(lines.readline())
+        program = Program(content["command"], content["env"], content["cwd"], Descriptors(streams))
         SERVED.add(program)
         for stream in streams:
             os.close(stream)

@@ -8,15 +8,15 @@ MOST_WORDS, MOST_LINES = 30, 6
 def paragraphs(page: str) -> list[list[str]]:
     """The lines of each paragraph; a list's item is a paragraph of its own."""
     page = re.sub(r"(?ms)^---\n.*?^---\n|^ *```.*?^ *```$|<!--.*?-->", "", page)
-    found: list[list[str]] = [[]]
+    results: list[list[str]] = [[]]
     for line in page.splitlines():
         if not line.strip() or line.startswith(("#", "|", "![", ":::", "    ")):
-            found.append([])
+            results.append([])
             continue
         if re.match(r" *([-*]|\d+\.) ", line):
-            found.append([])
-        found[-1].append(line)
-    return [lines for lines in found if lines]
+            results.append([])
+        results[-1].append(line)
+    return [lines for lines in results if lines]
 
 
 def sentences(lines: list[str]) -> list[str]:
@@ -29,12 +29,12 @@ def sentences(lines: list[str]) -> list[str]:
 
 def complaints(page: str) -> list[str]:
     """A line for each paragraph that is too long, and for each sentence."""
-    found: list[str] = []
+    results: list[str] = []
     for lines in paragraphs(page):
         if len(lines) > MOST_LINES:
-            found.append(f"{len(lines)} lines: {lines[0]}")
+            results.append(f"{len(lines)} lines: {lines[0]}")
         for sentence in sentences(lines):
             words = [word for word in sentence.split() if re.search(r"\w", word)]
             if len(words) > MOST_WORDS:
-                found.append(f"{len(words)} words: {sentence}")
-    return found
+                results.append(f"{len(words)} words: {sentence}")
+    return results

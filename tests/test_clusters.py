@@ -35,23 +35,23 @@ def test_the_train_job_goes_on_after_85_and_ends_after_a_mistake():
     rules = job["podFailurePolicy"]["rules"]
     assert {rule["action"] for rule in rules} == {"FailJob"}
     exits = [rule.get("onExitCodes") for rule in rules]
-    assert [each and each["values"] for each in exits] == [[EXIT_CODE], None, [2]]
-    assert {each["containerName"] for each in exits if each} == {container["name"]} == {node["name"]}
+    assert [item and item["values"] for item in exits] == [[EXIT_CODE], None, [2]]
+    assert {item["containerName"] for item in exits if item} == {container["name"]} == {node["name"]}
     ends, goes_on = spec["failurePolicy"]["rules"]
     # As pkg/controller/job/pod_failure_policy.go of Kubernetes writes the message of a Job that has failed.
-    told = ["Container node for pod a/b failed with exit code 85 matching FailJob rule at index 0",
+    lines = ["Container node for pod a/b failed with exit code 85 matching FailJob rule at index 0",
             "Pod a/b has condition DisruptionTarget matching FailJob rule at index 1",
             "Container node for pod a/b failed with exit code 2 matching FailJob rule at index 2"]  # fmt: skip
     [pattern] = ends["onJobFailureMessagePatterns"]
-    assert [bool(re.search(pattern, message)) for message in told] == [False, False, True]
+    assert [bool(re.search(pattern, message)) for message in lines] == [False, False, True]
     assert (ends["action"], goes_on["action"]) == ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
     assert "onJobFailureMessagePatterns" not in goes_on
-    asked = TRAIN_JOB["spec"]["trainer"]
-    assert " ".join([*asked["command"], *asked["args"]]).endswith(f"{COMMAND} --output-dir /runs/cmli")
-    assert [variable["name"] for variable in asked["env"]] == [JOB]
+    options = TRAIN_JOB["spec"]["trainer"]
+    assert " ".join([*options["command"], *options["args"]]).endswith(f"{COMMAND} --output-dir /runs/cmli")
+    assert [variable["name"] for variable in options["env"]] == [JOB]
     assert TRAIN_JOB["spec"]["runtimeRef"]["name"] == RUNTIME["metadata"]["name"]
     grace = job["template"]["spec"]["terminationGracePeriodSeconds"]
-    assert f"--shutdown-timeout={grace - 30}" in asked["command"]
+    assert f"--shutdown-timeout={grace - 30}" in options["command"]
 
 
 def test_skypilots_own_schemas_take_the_task():

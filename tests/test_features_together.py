@@ -110,10 +110,10 @@ def sources(tmp_path_factory) -> dict[str, list[str]]:
         (folder / f"{k}.png").write_bytes(picture(k))
     (folder / "x.csv").write_text("filepath\ttitle\n" + "".join(f"{k % count}.png\tred apple {k}\n" for k in range(30)))
     (folder / "coco").mkdir()
-    found = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
-    found["coco"] = ["--data", str(coco(folder / "coco", count=count))]
-    found["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
-    return found
+    by_name = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
+    by_name["coco"] = ["--data", str(coco(folder / "coco", count=count))]
+    by_name["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
+    return by_name
 
 
 def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], dict]:

@@ -213,7 +213,7 @@ CLAIMS = [
 def blocks(language: str) -> list[str]:
     """Of all pages, the contents of the fenced blocks of a language; "": commands."""
     every = [pair for page in DOCS for pair in re.findall(r"(?ms)^```(\w*)\n(.*?)^```", page.read_text("utf-8"))]
-    return [body for found, body in every if found == language]
+    return [body for entry, body in every if entry == language]
 
 
 def commands() -> set[str]:
@@ -234,8 +234,8 @@ def test_options_of_trainings_exist():
     assert len(lines) > 60
     options = {"--help"} | {name for option in train.command.params for name in option.opts}
     for line in lines:
-        found = re.search(r"(?:ds_cmli/train\.py|slurm/train\.sh)(.*)", line)
-        for word in re.findall(r"(?<=\s)--[\w-]+", found[1]) if found else ():
+        match = re.search(r"(?:ds_cmli/train\.py|slurm/train\.sh)(.*)", line)
+        for word in re.findall(r"(?<=\s)--[\w-]+", match[1]) if match else ():
             assert word in options, line
 
 
@@ -254,7 +254,7 @@ def test_figures_are_those_of_the_code(name, sentence, figure):
 
 
 def test_numbers_of_finetune_are_the_presets():
-    page, found = (ROOT / "docs" / "finetune.md").read_text("utf-8"), []
+    page, result = (ROOT / "docs" / "finetune.md").read_text("utf-8"), []
     for section, key, rest in re.findall(r"(?m)^\| `(\w+)\.(\w+)`(.*) \|$", page):
         cells = [cell.strip() for cell in rest.split("|")]
         if len(cells) != 5:
@@ -265,8 +265,8 @@ def test_numbers_of_finetune_are_the_presets():
                 (value,) = value.values()
             written = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
             assert cell in (written, "the source's"), (name, key)
-            found.append(key)
-    assert len(found) == 20
+            result.append(key)
+    assert len(result) == 20
 
 
 def test_messages_of_troubleshooting_are_printed():
@@ -400,37 +400,37 @@ def test_a_training_as_it_stands(line, place):
 
 def ranks_of(launcher: int) -> list[psutil.Process]:
     """The processes from a launcher down that run `train.py` themselves."""
-    found = []
+    results = []
     process = psutil.Process(launcher)
-    for each in (process, *process.children(recursive=True)):
-        script = next((word for word in each.cmdline()[1:] if not word.startswith("-")), "")
+    for item in (process, *process.children(recursive=True)):
+        script = next((word for word in item.cmdline()[1:] if not word.startswith("-")), "")
         if script.endswith("ds_cmli/train.py"):
-            found.append(each)
-    return found
+            results.append(item)
+    return results
 
 
 def test_python_of_inference(place, monkeypatch):
     monkeypatch.chdir(place)
-    found = [body for body in blocks("python") if "ds_cmli.inference" in body]
-    assert len(found) == 2  # README and docs/use.md
-    for code in found:
+    result = [body for body in blocks("python") if "ds_cmli.inference" in body]
+    assert len(result) == 2  # README and docs/use.md
+    for code in result:
         code = re.sub(r"runs/[\w-]+", "RUN", code)
         exec(compile(code, "README", "exec"), {})
 
 
 def test_python_of_metrics():
     (code,) = [body for body in blocks("python") if "ds_cmli.evaluate" in body]
-    found: dict[str, object] = {}
-    exec(compile(re.sub(r"(?m)^(recalls|phrase_hits)", r"\1_ = \1", code), "docs/evaluate.md", "exec"), found)
-    assert found["recalls_"]["i2t_r1"] == 1.0 and found["phrase_hits_"].tolist() == [True]
+    by_name: dict[str, object] = {}
+    exec(compile(re.sub(r"(?m)^(recalls|phrase_hits)", r"\1_ = \1", code), "docs/evaluate.md", "exec"), by_name)
+    assert by_name["recalls_"]["i2t_r1"] == 1.0 and by_name["phrase_hits_"].tolist() == [True]
 
 
 def test_python_of_a_training(place, monkeypatch):
     monkeypatch.chdir(place)
     (code,) = [body for body in blocks("python") if "ds_cmli.fit(" in body]
-    found: dict[str, object] = {}
-    exec(compile(code, "docs/python.md", "exec"), found)
-    assert found["run"].metrics["step"] == 3 and found["losses"].values
+    by_name: dict[str, object] = {}
+    exec(compile(code, "docs/python.md", "exec"), by_name)
+    assert by_name["run"].metrics["step"] == 3 and by_name["losses"].values
 
 
 def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):

@@ -126,11 +126,11 @@ def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):
     file = tmp_path / "metrics.json"
     done = run("--checkpoint", str(folder), "--json", str(file), script="ds_cmli.evaluate")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(file.read_text())
+    content = json.loads(file.read_text())
     last = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
-    assert found.keys() == last.keys()
+    assert content.keys() == last.keys()
     # The run evaluated in bf16, this one the fp32 weights: a pair of 300 may change places.
-    assert all(abs(found[k] - last[k]) < 0.03 for k in last)
+    assert all(abs(content[k] - last[k]) < 0.03 for k in last)
 
 
 def test_two_ranks_and_accumulation(tmp_path):

@@ -36,15 +36,15 @@ def config(tmp_path_factory):
 
 
 def test_the_default_shows_different_pictures_that_can_be_used(config):
-    found = held_out(config, None, None, None)
-    assert [text for _, _, text in found] == [f"A 猫 of {i}, Caption 0!" for i in (2, 4, 5, 6)]
-    assert len({int(image[0, 0, 0]) for _, image, _ in found}) == 4
-    assert [title.split(":")[0].rsplit(" ", 1)[1] for title, _, _ in found] == ["0", "2", "3", "4"]
+    result = held_out(config, None, None, None)
+    assert [text for _, _, text in result] == [f"A 猫 of {i}, Caption 0!" for i in (2, 4, 5, 6)]
+    assert len({int(image[0, 0, 0]) for _, image, _ in result}) == 4
+    assert [title.split(":")[0].rsplit(" ", 1)[1] for title, _, _ in result] == ["0", "2", "3", "4"]
 
 
 def test_pairs_that_are_asked_for(config):
-    found = held_out(config, None, None, [0, 2, 6, 12])
-    assert [text[7:] for _, _, text in found] == [
+    result = held_out(config, None, None, [0, 2, 6, 12])
+    assert [text[7:] for _, _, text in result] == [
         "2, Caption 0!", "4, Caption 0!", "2, Caption 1!", "2, Caption 2!"
     ]  # fmt: skip
     with pytest.raises(UserError, match="--pairs has 1, which cannot be used"):

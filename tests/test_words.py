@@ -31,26 +31,26 @@ def words(file: Path) -> list[tuple[int, str]]:
     text = file.read_text(encoding="utf-8")
     if file.suffix != ".py":
         return list(enumerate(text.splitlines(), 1))
-    found = []
+    results = []
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if tokenize.tok_name[token.type] in ("STRING", "COMMENT", "FSTRING_MIDDLE"):
-            found += [(token.start[0] + i, line) for i, line in enumerate(token.string.splitlines())]
-    return found
+            results += [(token.start[0] + i, line) for i, line in enumerate(token.string.splitlines())]
+    return results
 
 
 def files() -> list[Path]:
-    found = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    result = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
     for folder in FOLDERS:
         for pattern in ("*.py", *TEXTS):
-            found += [file for file in sorted((ROOT / folder).rglob(pattern)) if RECORDS not in file.parents]
-    return found
+            result += [file for file in sorted((ROOT / folder).rglob(pattern)) if RECORDS not in file.parents]
+    return result
 
 
 @pytest.mark.parametrize("phrase", PHRASES)
 def test_no_such_phrase(phrase):
-    found = []
+    results = []
     for file in files():
         for number, line in words(file):
             if re.search(phrase, line) and line != IN_CAPTIONS:
-                found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
-    assert not found, f"{PHRASES[phrase]}:\n" + "\n".join(found)
+                results.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not results, f"{PHRASES[phrase]}:\n" + "\n".join(results)

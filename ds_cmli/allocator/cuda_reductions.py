@@ -228,8 +228,8 @@ def _summed(args: tuple, place: int, limits: Limits) -> Stage:
     if not _is_reduced(args, place):
         return ()
     shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
-    each = torch.empty(shape, dtype=args[0].dtype, device="meta")
-    return each.nbytes, *staging(each, [], accumulate_bytes(each.dtype), limits)
+    sums = torch.empty(shape, dtype=args[0].dtype, device="meta")
+    return sums.nbytes, *staging(sums, [], accumulate_bytes(sums.dtype), limits)
 
 
 def loss(args: tuple, limits: Limits) -> Inside:

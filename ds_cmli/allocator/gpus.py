@@ -43,13 +43,13 @@ class Limits(NamedTuple):
         """The limits of a GPU in this machine."""
         import torch
 
-        found = torch.cuda.get_device_properties(device)
-        most = found.shared_memory_per_block
+        properties = torch.cuda.get_device_properties(device)
+        most = properties.shared_memory_per_block
         return cls(
-            (found.major, found.minor),
-            found.multi_processor_count,
-            found.max_threads_per_multi_processor,
-            getattr(found, "shared_memory_per_block_optin", most),
+            (properties.major, properties.minor),
+            properties.multi_processor_count,
+            properties.max_threads_per_multi_processor,
+            getattr(properties, "shared_memory_per_block_optin", most),
         )
 
 

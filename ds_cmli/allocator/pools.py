@@ -42,11 +42,11 @@ class Recorded:
             insort(self.order, address)
         elif entry.action == "segment_free" and self.segments.pop(address, None) is not None:
             self.order.pop(bisect_left(self.order, address))
-        found = self.start.range_at.get(number)
-        if found is not None and found.first == number:
-            self.ranges.append(found)
-        if found is not None and found.last == number:
-            self.ranges.remove(found)
+        own = self.start.range_at.get(number)
+        if own is not None and own.first == number:
+            self.ranges.append(own)
+        if own is not None and own.last == number:
+            self.ranges.remove(own)
 
     def segment(self, address: int) -> int | None:
         """The address of the segment in which an address lies."""
@@ -63,8 +63,8 @@ class Recorded:
         if entry.pool is not None:
             return entry.pool
         if self.start.settings.expandable_segments:
-            found = range_with(self.ranges, entry.address)
-            return DEFAULT_POOL if found is None else found.pool
+            holder = range_with(self.ranges, entry.address)
+            return DEFAULT_POOL if holder is None else holder.pool
         segment = self.segment(entry.address)
         if segment is None:
             return DEFAULT_POOL
@@ -195,13 +195,13 @@ def infer_pools(
     those of them for which the history leaves no choice, as the default pool's own segments rule
     them out. `uncertain` as in `_Placement`.
     """
-    found = conflicts(start, trace, uncertain)
+    mismatches = conflicts(start, trace, uncertain)
     unknown = set(start.assumed_pools)
-    forced = {segment for segment in unknown if DEFAULT_POOL in found.of(segment)}
+    forced = {segment for segment in unknown if DEFAULT_POOL in mismatches.of(segment)}
     private = set(forced)
     undecided: dict[int, set[Owner]] = {}
     for segment in unknown - forced:
-        undecided[segment] = (found.of(segment) & unknown) - forced
+        undecided[segment] = (mismatches.of(segment) & unknown) - forced
     # Of two that exclude each other, at most one is the default pool's.
     late = _returned_late(trace)
 
@@ -215,7 +215,7 @@ def infer_pools(
             assert isinstance(other, int)
             undecided[other].discard(likeliest)
     returned_while_used = start.settings.max_split_size is not None
-    return _grouped(private, found, returned_while_used), forced
+    return _grouped(private, mismatches, returned_while_used), forced
 
 
 @dataclass
@@ -228,7 +228,7 @@ class PrivatePool:
     excluded: set[Owner] = field(default_factory=set)  # what cannot be in it
 
 
-def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> dict[int, Pool]:
+def _grouped(private: set[int], wrong: Conflicts, returned_while_used: bool) -> dict[int, Pool]:
     """Put the segments into as few private pools as possible: each into the first that can hold it.
 
     PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split
@@ -237,7 +237,7 @@ def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> 
     out: dict[int, Pool] = {}
     pools: list[PrivatePool] = []
     for segment in sorted(private):
-        last_used = found.last_used.get(segment, -1)
+        last_used = wrong.last_used.get(segment, -1)
         for pool in pools:
             used_after_return = pool.last_used >= segment or last_used >= pool.returned
             if segment not in pool.excluded and (returned_while_used or not used_after_return):
@@ -245,7 +245,7 @@ def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> 
         else:
             pool = PrivatePool((-1, len(pools)), returned=segment)
             pools.append(pool)
-        pool.excluded |= found.of(segment)
+        pool.excluded |= wrong.of(segment)
         pool.last_used = max(pool.last_used, last_used)
         out[segment] = pool.id
     return out

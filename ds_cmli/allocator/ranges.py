@@ -41,39 +41,39 @@ def find_ranges(state: State, trace: list[Entry]) -> int | None:
     """
     now = _at_the_end(state)  # the ranges that have memory after the event
     ranges = list(now)
-    extent = max((found.end - found.begin for found in now), default=0)
+    extent = max((known.end - known.begin for known in now), default=0)
     width = max(LEAST_WIDTH, extent, _reserved_peak(state, trace)) * 9 // 8
     for number, entry in reversed(list(enumerate(trace))):
         if entry.action == "segment_map":
-            found = next((one for one in now if one.holds(entry.address)), None)
-            if found is None:
+            known = next((one for one in now if one.holds(entry.address)), None)
+            if known is None:
                 return number
-            _undo_map(found, number, entry)
-            if found.mapped <= 0:
-                now.remove(found)
+            _undo_map(known, number, entry)
+            if known.mapped <= 0:
+                now.remove(known)
         elif entry.action == "segment_unmap":
-            found = _range_of(now, entry, width)
-            if found is None:
-                found = _new_range(number, entry)
-                now.append(found)
-                ranges.append(found)
-            _undo_unmap(found, number, entry)
-            if any(one.overlaps(found) for one in now):
+            known = _range_of(now, entry, width)
+            if known is None:
+                known = _new_range(number, entry)
+                now.append(known)
+                ranges.append(known)
+            _undo_unmap(known, number, entry)
+            if any(one.overlaps(known) for one in now):
                 return number
         else:
             continue
-        found.recorded = found.recorded or entry.pool
-        found.uses += 1
-        state.range_at[number] = found
-    for found in now:
-        found.first = -1
+        known.recorded = known.recorded or entry.pool
+        known.uses += 1
+        state.range_at[number] = known
+    for known in now:
+        known.first = -1
     state.ranges = list(now)
     certain = _name_pools(ranges)
-    for found in ranges:
-        if found.recorded is None:
-            state.assumed_pools.update(dict.fromkeys(found.unmapped, found.pool))
-        if found in certain:
-            state.private.update(found.unmapped)
+    for known in ranges:
+        if known.recorded is None:
+            state.assumed_pools.update(dict.fromkeys(known.unmapped, known.pool))
+        if known in certain:
+            state.private.update(known.unmapped)
     return None
 
 
@@ -103,18 +103,18 @@ def _reserved_peak(state: State, trace: list[Entry]) -> int:
     return peak
 
 
-def _undo_map(found: KnownRange, number: int, entry: Entry) -> None:
-    if not found.certain:
-        found.small, found.certain = entry.size % LARGE_SEGMENT != 0, True
-    found.mapped -= entry.size
-    found.first = number
+def _undo_map(known: KnownRange, number: int, entry: Entry) -> None:
+    if not known.certain:
+        known.small, known.certain = entry.size % LARGE_SEGMENT != 0, True
+    known.mapped -= entry.size
+    known.first = number
 
 
-def _undo_unmap(found: KnownRange, number: int, entry: Entry) -> None:
-    found.begin = min(found.begin, entry.address)
-    found.end = max(found.end, entry.address + entry.size)
-    found.mapped += entry.size
-    found.unmapped.append(number)
+def _undo_unmap(known: KnownRange, number: int, entry: Entry) -> None:
+    known.begin = min(known.begin, entry.address)
+    known.end = max(known.end, entry.address + entry.size)
+    known.mapped += entry.size
+    known.unmapped.append(number)
 
 
 def _new_range(number: int, entry: Entry) -> KnownRange:
@@ -129,26 +129,26 @@ def _range_of(now: list[KnownRange], entry: Entry, width: int) -> KnownRange | N
     """Find the nearest range that `entry`, which unmaps memory, can belong to."""
     small = entry.size % LARGE_SEGMENT != 0
     near = []
-    for found in now:
-        end, begin = max(found.end, entry.address + entry.size), min(found.begin, entry.address)
+    for known in now:
+        end, begin = max(known.end, entry.address + entry.size), min(known.begin, entry.address)
         if (
-            found.stream == entry.stream
-            and (found.small or not found.certain or not small)
-            and (entry.pool is None or found.recorded in (None, entry.pool))
+            known.stream == entry.stream
+            and (known.small or not known.certain or not small)
+            and (entry.pool is None or known.recorded in (None, entry.pool))
             and end - begin < width
-            and not _separated(now, found, entry.address)
+            and not _separated(now, known, entry.address)
         ):
-            near.append(found)
+            near.append(known)
     nearest = min(near, key=lambda one: one.distance(entry), default=None)
     if nearest is not None and not nearest.certain and small:
         nearest.small, nearest.certain = True, True
     return nearest
 
 
-def _separated(now: list[KnownRange], found: KnownRange, address: int) -> bool:
+def _separated(now: list[KnownRange], known: KnownRange, address: int) -> bool:
     """Whether another range begins between that of `found` and `address`."""
-    low, high = sorted((found.begin, address))
-    return any(other is not found and low < other.begin < high for other in now)
+    low, high = sorted((known.begin, address))
+    return any(other is not known and low < other.begin < high for other in now)
 
 
 def _name_pools(ranges: list[KnownRange]) -> set[KnownRange]:
@@ -160,17 +160,17 @@ def _name_pools(ranges: list[KnownRange]) -> set[KnownRange]:
     certain: set[KnownRange] = set()
     default: dict[tuple[bool, int], list[KnownRange]] = defaultdict(list)
     private: dict[tuple[bool, int], int] = defaultdict(int)
-    for found in sorted(ranges, key=lambda found: (found.recorded is None, -found.uses)):
-        key = found.small, found.stream
+    for known in sorted(ranges, key=lambda known: (known.recorded is None, -known.uses)):
+        key = known.small, known.stream
         beside = [
-            one for one in default[key] if found.first <= one.last and one.first <= found.last
+            one for one in default[key] if known.first <= one.last and one.first <= known.last
         ]
-        found.pool = found.recorded or DEFAULT_POOL
-        if found.recorded is None and beside:
-            found.pool = (-1, private[key])
+        known.pool = known.recorded or DEFAULT_POOL
+        if known.recorded is None and beside:
+            known.pool = (-1, private[key])
             private[key] += 1
             if any(other.recorded for other in beside):
-                certain.add(found)
-        if found.pool == DEFAULT_POOL:
-            default[key].append(found)
+                certain.add(known)
+        if known.pool == DEFAULT_POOL:
+            default[key].append(known)
     return certain

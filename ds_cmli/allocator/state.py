@@ -121,7 +121,7 @@ def _in_pools(mapped: dict[int, Mapped], pools: dict[int, Pool]) -> dict[int, Ma
 
 
 def range_with(ranges: Sequence[SegmentRange], address: int) -> SegmentRange | None:
-    return next((found for found in ranges if found.holds(address)), None)
+    return next((known for known in ranges if known.holds(address)), None)
 
 
 def joined(state: State) -> dict[int, Mapped]:
@@ -162,11 +162,11 @@ def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
 def _add_memory(allocator: CachingAllocator, state: State, address: int, part: Mapped) -> Block:
     """Give the model the memory of `part`; returns it as one free block."""
     if isinstance(allocator, ExpandableAllocator):
-        found = range_with(state.ranges, address)
-        assert found is not None
-        if found.begin not in allocator.segments:
-            allocator.add_range(found.begin, part.key)
-        return allocator.map_at(allocator.segments[found.begin], address, part.size)
+        known = range_with(state.ranges, address)
+        assert known is not None
+        if known.begin not in allocator.segments:
+            allocator.add_range(known.begin, part.key)
+        return allocator.map_at(allocator.segments[known.begin], address, part.size)
     segment = Segment(address, part.size, part.stream, part.small, part.pool)
     segment.number = state.numbers.get(address, 0)
     allocator.segments[address] = segment

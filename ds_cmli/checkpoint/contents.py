@@ -99,8 +99,8 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
     Raises:
         UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
     """
-    asked = _candidates(resume, folder) if distributed.is_main() else None
-    paths, error = distributed.broadcast_object(asked)  # collective
+    choice = _candidates(resume, folder) if distributed.is_main() else None
+    paths, error = distributed.broadcast_object(choice)  # collective
     if error is not None:
         raise UserError(error)
     lines: list[str] = []
@@ -170,8 +170,8 @@ def held(folder: Path) -> list[str]:
     lines, newest = [_made_by(folder)], latest(root)
     for name, damage in problems.items():
         mark = " (latest)" if name == newest else ""
-        what = _of_checkpoint(root / name) if damage is None else f"damaged: {damage}"
-        lines.append(f"  {FOLDER}/{name}{mark}: {what}")
+        content = _of_checkpoint(root / name) if damage is None else f"damaged: {damage}"
+        lines.append(f"  {FOLDER}/{name}{mark}: {content}")
     if not problems:
         lines.append("  no checkpoint")
     if (folder / REPLACED).is_dir():

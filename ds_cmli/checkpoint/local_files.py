@@ -36,8 +36,8 @@ def noted(config: Config) -> dict[str, object]:
         mine = _digests(config)
     gathered = distributed.gather_objects((this_node(), mine))  # collective
     first, expected = gathered[0]
-    for node, found in gathered:
-        for setting, digest in found.items():
+    for node, digests in gathered:
+        for setting, digest in digests.items():
             if digest != expected[setting]:
                 raise UserError(
                     f"{setting}: its files on {node} have another content than on {first}: give "
@@ -47,12 +47,12 @@ def noted(config: Config) -> dict[str, object]:
 
 
 def _digests(config: Config) -> dict[str, object]:
-    found: dict[str, object] = {}
+    digests: dict[str, object] = {}
     for setting, value in _values(config):
-        found[setting] = None
+        digests[setting] = None
         if value not in NO_PATHS:
-            found[setting] = of_value(value, NAMES.get(setting, OF_MODEL))
-    return found
+            digests[setting] = of_value(value, NAMES.get(setting, OF_MODEL))
+    return digests
 
 
 def _values(config: Config) -> Iterator[tuple[str, str]]:
@@ -84,11 +84,11 @@ def of_value(value: str, names: re.Pattern[str] = OF_MODEL) -> object:
 def _digest(path: Path, names: re.Pattern[str]) -> object:
     """The digest of a file, or those of the files in a folder by name; None: there is none."""
     if path.is_dir():
-        found = {}
+        digests = {}
         for file in sorted(path.iterdir()):
             if names.fullmatch(file.name):
-                found[file.name] = _digest(file, names)
-        return found
+                digests[file.name] = _digest(file, names)
+        return digests
     with suppress(OSError):  # the library that loads it tells why
         if os.path.isfile(path):  # a FIFO would never end
             return checksums.of_file(path)[:16]

@@ -278,5 +278,5 @@ def _place() -> str:
 def _started(pid: object) -> str | None:
     """The start time of a process, which tells it from a later one; None if it has ended."""
     # A damaged file may hold anything. A zombie counts as ended: it cannot write any more.
-    found = preemption.status(pid) if isinstance(pid, int) else None
-    return None if found is None else found[1][19]
+    process = preemption.status(pid) if isinstance(pid, int) else None
+    return None if process is None else process[1][19]

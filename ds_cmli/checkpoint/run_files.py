@@ -31,12 +31,12 @@ class RunFiles:
         """
         self.waiting += lines
         lock.check(self.folder)
-        told = self._mend()
+        warnings = self._mend()
         # First the checksums: a line without one has been written by another program.
         self._append(CHECKSUMS, checksums.of_lines(self.waiting), to_disk)
         self._append(METRICS, self.waiting, to_disk)
         self.waiting = b""
-        return told
+        return warnings
 
     def _append(self, name: str, lines: bytes, to_disk: bool) -> None:
         with open(self.folder / name, "ab", buffering=0) as file:

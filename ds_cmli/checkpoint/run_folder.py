@@ -228,22 +228,22 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
             file.writelines(damaged)
     files.publish(path.with_name(CHECKSUMS), checksums.of_lines(b"".join(kept)))
     files.publish(path, b"".join(kept))
-    told = []
+    warnings = []
     if len(damaged) > len(altered):
         count = len(damaged) - len(altered)
-        told.append(f"warning: {count} lines of {path} cannot be read: kept in {aside}")
+        warnings.append(f"warning: {count} lines of {path} cannot be read: kept in {aside}")
     if altered:
-        told.append(
+        warnings.append(
             f"warning: {path}: line {', '.join(altered)} does not agree with its checksum in "
             f"{CHECKSUMS}: kept in {aside}"
         )
     missing = expected - len(kept) - len(damaged)
     if missing > 0:
-        told.append(
+        warnings.append(
             f"warning: {path} has {len(kept)} of the {expected} lines up to step {state.step}: it "
             "was removed or cut off since; the run goes on without them"
         )
-    return told
+    return warnings
 
 
 def _set_aside(folder: Path, aside: Path) -> None:

@@ -163,10 +163,10 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
         with suppress(ValueError):
             entries = files.read_checksums(root / newest)
             return sum(entry["bytes"] for name, entry in entries.items() if name != FROZEN)
-    each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
+    per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
     size = sum(x.nbytes for bank in engine.objective.banks().values() for x in bank.buffers())
     for parameter in engine.objective.parameters():
-        of_it = each if parameter.requires_grad else BYTES_OF_FROZEN
+        of_it = per_parameter if parameter.requires_grad else BYTES_OF_FROZEN
         size += of_it * full_shape(parameter).numel()
     return size
 

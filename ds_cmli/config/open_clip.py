@@ -214,8 +214,8 @@ def _tokenizer(source: "Source", text: "CLIPTextCfg") -> str:
 def training_lines(own: JsonObject) -> list[str]:
     """Lines about settings of the source's own training that are not taken over."""
     vision = own.get("model_cfg", {}).get("vision_cfg", {})
-    found = [f"{name} {vision[name]}" for name in OF_TRAINING if vision.get(name)]
-    if not found:
+    settings = [f"{name} {vision[name]}" for name in OF_TRAINING if vision.get(name)]
+    if not settings:
         return []
-    more = "; student.patch_keep drops patches" if "patch_dropout" in found[0] else ""
-    return [f"student.source: {', '.join(found)} of its own training is not taken over{more}"]
+    more = "; student.patch_keep drops patches" if "patch_dropout" in settings[0] else ""
+    return [f"student.source: {', '.join(settings)} of its own training is not taken over{more}"]

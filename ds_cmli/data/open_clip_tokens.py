@@ -166,10 +166,10 @@ class Cleaning:
             return None
         out, place = [], 0
         for character in cleaned.lower():
-            found = lower.find(character, place, place + WINDOW)
-            place = max(place, found)
+            start = lower.find(character, place, place + WINDOW)
+            place = max(place, start)
             out.append(min(place, len(text)))
-            place += found >= 0
+            place += start >= 0
         return [*out, min(place, len(text))]
 
 

@@ -158,7 +158,7 @@ class GlobalBatchSampler:
         epoch, position = self.epoch, self.position
         while True:
             # Copied out of PyTorch's memory: --profile-memory would count them as the step's.
-            indices, turns = (each.numpy().copy() for each in self.mixture.order(self.seed, epoch))
+            indices, turns = (part.numpy().copy() for part in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 if self.groups is not None and (start == position or start % self.window == 0):
                     window = self._window(start)

@@ -207,22 +207,24 @@ def _unreachable(address: str, first_node: bool) -> str | None:
 
     The first node's own name may be a loopback address there, as on Debian.
     """
-    told, node = f"MASTER_ADDR is {address!r}", this_node()
+    given, node = f"MASTER_ADDR is {address!r}", this_node()
     remedy = (
         "set it to the first node's name or address, as all nodes see it, or under Slurm unset it"
     )
     if means_every_machine(address):
-        return f"{told}, by which every node means itself, and this run has several nodes: {remedy}"
+        return (
+            f"{given}, by which every node means itself, and this run has several nodes: {remedy}"
+        )
     if first_node and address.split(".")[0] in (node, socket.gethostname().split(".")[0]):
         return None
     try:
-        found = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None)]
+        addresses = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None)]
     except socket.gaierror as error:
         if error.errno != socket.EAI_NONAME:  # the name server may answer later
             return None
-        return f"{told}, a name that node {node} does not know: {remedy}"
-    if all(map(_is_own, found)):
-        return f"{told}, which on node {node} is {found[0]}, the node itself: {remedy}"
+        return f"{given}, a name that node {node} does not know: {remedy}"
+    if all(map(_is_own, addresses)):
+        return f"{given}, which on node {node} is {addresses[0]}, the node itself: {remedy}"
     return None
 
 
@@ -235,11 +237,11 @@ def means_every_machine(address: str) -> bool:
 def _is_own(address: str) -> bool:
     """Whether this is an IP address of the loopback network, or that of no machine."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
-    found = getattr(found, "ipv4_mapped", None) or found
-    return found.is_loopback or found.is_unspecified
+    parsed = getattr(parsed, "ipv4_mapped", None) or parsed
+    return parsed.is_loopback or parsed.is_unspecified
 
 
 def this_node() -> str:

@@ -120,20 +120,20 @@ def _end(backend: str, limit: float) -> None:
 def _line(backend: str, what: str) -> str:
     env = os.environ
     name = f"{backend.upper()}_SOCKET_IFNAME"
-    found = repr(env[name]) if name in env else "not set"
+    value = repr(env[name]) if name in env else "not set"
     return (
         f"the {env['WORLD_SIZE']} ranks met at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, but "
-        f"their first collective over {backend} {what}; {name} is {found}: {REMEDIES[backend]}"
+        f"their first collective over {backend} {what}; {name} is {value}: {REMEDIES[backend]}"
     )
 
 
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if local >= here:
+    count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if local >= count:
         rank = os.environ["RANK"]
-        message = f"rank {rank} has no GPU: its node has {here}; start one rank a GPU"
+        message = f"rank {rank} has no GPU: its node has {count}; start one rank a GPU"
         if rank != "0":  # the mistakes of rank 0 are printed anyway
             print(f"error: {message}", file=sys.stderr, flush=True)
         raise UserError(message)

@@ -245,8 +245,8 @@ def choose_device_of_gloo(store: dist.Store) -> None:
         return
     if _is_loopback(own):  # the first node may know itself by such an address
         own = _own_address(next(iter(addresses.values())))
-    for name, found in psutil.net_if_addrs().items():
-        if not _is_loopback(own) and own in [address.address for address in found]:
+    for name, entries in psutil.net_if_addrs().items():
+        if not _is_loopback(own) and own in [address.address for address in entries]:
             env["GLOO_SOCKET_IFNAME"] = name
 
 

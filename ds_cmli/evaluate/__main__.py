@@ -135,111 +135,111 @@ def command(
     from ds_cmli.config.sources import Source
 
     is_run = model is None or Source(model).has_own_data
-    asked = EvaluationOptions(model or checkpoint or "", is_run, **options)
+    request = EvaluationOptions(model or checkpoint or "", is_run, **options)
     if json_file:
         check_writable(json_file)
-    _check(asked)
-    config = _configured(asked)
+    _check(request)
+    config = _configured(request)
     from ds_cmli.distributed import process_group as distributed
 
     launchers.map_launcher_environment()
-    if not asked.boxes and not asked.zero_shot:
-        _take_data(config, asked)
+    if not request.boxes and not request.zero_shot:
+        _take_data(config, request)
     mode: Callable[[Config, EvaluationOptions], Metrics] = _retrieval
-    if asked.zero_shot:
+    if request.zero_shot:
         mode = _zero_shot
-    elif asked.boxes:
+    elif request.boxes:
         mode = _boxes
     try:
-        metrics = mode(config, asked)  # collective
+        metrics = mode(config, request)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:
         distributed.shutdown()
 
 
-def _configured(asked: EvaluationOptions) -> "Config":
+def _configured(request: EvaluationOptions) -> "Config":
     """The configuration of the run, or that by which another model is evaluated."""
     from ds_cmli.config.schema import load_config
     from ds_cmli.config.sources import Source, to_evaluate
 
-    if asked.is_run:
-        return load_config(Path(asked.model) / "config.json", "--checkpoint")
-    if asked.curve:
-        raise UserError(f"{asked.model!r} is no run, which has a source: leave out --curve")
-    given = asked.source or asked.boxes or asked.zero_shot
-    if asked.ema or not given:
+    if request.is_run:
+        return load_config(Path(request.model) / "config.json", "--checkpoint")
+    if request.curve:
+        raise UserError(f"{request.model!r} is no run, which has a source: leave out --curve")
+    given = request.source or request.boxes or request.zero_shot
+    if request.ema or not given:
         raise UserError(
-            f"{asked.model!r} is no run, which has averages and data of its own: give --data, and "
-            "leave out --ema"
+            f"{request.model!r} is no run, which has averages and data of its own: give --data, "
+            "and leave out --ema"
         )
-    return to_evaluate(Source(asked.model))
+    return to_evaluate(Source(request.model))
 
 
-def _check(asked: EvaluationOptions) -> None:
+def _check(request: EvaluationOptions) -> None:
     """Raise `UserError` for a wrong option, one that the mode does not read, or one it lacks."""
     for name, least in (("batch_size", 1), ("workers", 0), ("fold_size", 1)):
-        value = getattr(asked, name)
+        value = getattr(request, name)
         if value is not None and value < least:
             raise UserError(f"{_option(name)} is {value}: give at least {least}")
     for name in ("source", "image_root", "curve", "zero_shot", "class_names", "templates", "boxes"):
-        if getattr(asked, name) == "":
+        if getattr(request, name) == "":
             raise UserError(f"{_option(name)} is empty: give a value, or leave it out")
     mode, reads = "", {"source", "image_root", "split", "fold_size", "curve"}
-    if asked.zero_shot:
+    if request.zero_shot:
         mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
-    elif asked.boxes:
+    elif request.boxes:
         mode, reads = "boxes", {"boxes", "image_root", "split"}
-    for field in dataclasses.fields(asked)[5:]:
-        if field.name not in reads and getattr(asked, field.name) is not None:
+    for field in dataclasses.fields(request)[5:]:
+        if field.name not in reads and getattr(request, field.name) is not None:
             where = f"with {_option(mode)}" if mode else "without --zero-shot"
             raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
-    if asked.boxes and not asked.image_root:
+    if request.boxes and not request.image_root:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
-    plots.check_picture("--curve", asked.curve)
+    plots.check_picture("--curve", request.curve)
 
 
 def _option(name: str) -> str:
     return "--" + ("data" if name == "source" else name.replace("_", "-"))
 
 
-def _take_data(config: "Config", asked: EvaluationOptions) -> None:
+def _take_data(config: "Config", request: EvaluationOptions) -> None:
     """Put the requested data in the place of the run's own."""
     from ds_cmli.data.opening import evaluation_data
 
-    if asked.source:
-        config.data = evaluation_data(config.data, asked.source)
-        if asked.split is not None:  # it names a part, or the share that training would hold out
+    if request.source:
+        config.data = evaluation_data(config.data, request.source)
+        if request.split is not None:  # it names a part, or the share that training would hold out
             config.data = dataclasses.replace(config.data, val_source="")
-    if asked.image_root:
-        config.data = dataclasses.replace(config.data, image_root=asked.image_root)
+    if request.image_root:
+        config.data = dataclasses.replace(config.data, image_root=request.image_root)
 
 
-def _retrieval(config: "Config", asked: EvaluationOptions) -> Metrics:
+def _retrieval(config: "Config", request: EvaluationOptions) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
     from ds_cmli.checkpoint import interpolation
     from ds_cmli.data.load import build_eval_data
     from ds_cmli.evaluate.curve import draw_curve
     from ds_cmli.evaluate.split import evaluate_split
 
-    if asked.curve:
+    if request.curve:
         interpolation.check(config, "--curve")
-    data = build_eval_data(config.data, config.run.seed, asked.split)
+    data = build_eval_data(config.data, config.run.seed, request.split)
     say(*data.summary, *data.notices)
-    objective, how = _started(config, asked, data)  # collective
+    objective, how = _started(config, request, data)  # collective
     metrics: Metrics = {}
     for split, dataset in data.evals.items():
-        found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
-        metrics |= prefixed(f"eval/{split}/", found)
-        say(summary(split, found))
-    if asked.curve:
-        run = Path(asked.model)
+        figures = evaluate_split(objective, dataset, data, how, request.fold_size)  # collective
+        metrics |= prefixed(f"eval/{split}/", figures)
+        say(summary(split, figures))
+    if request.curve:
+        run = Path(request.model)
         ends = interpolation.ends(run, config, objective, data)
-        metrics |= draw_curve(asked.curve, ends, objective, data, how)  # collective
+        metrics |= draw_curve(request.curve, ends, objective, data, how)  # collective
     return metrics
 
 
-def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
+def _zero_shot(config: "Config", request: EvaluationOptions) -> Metrics:
     """Classify pictures. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
@@ -249,54 +249,54 @@ def _zero_shot(config: "Config", asked: EvaluationOptions) -> Metrics:
     from ds_cmli.evaluate.embed import padded_share
     from ds_cmli.evaluate.held_out import collate_pictures
 
-    assert asked.zero_shot is not None
-    templates = zero_shot.prompt_templates(asked.templates)
-    pictures = zero_shot.ClassPictures(asked.zero_shot, config.data)
-    names = zero_shot.class_names(pictures.folders, asked.class_names)
+    assert request.zero_shot is not None
+    templates = zero_shot.prompt_templates(request.templates)
+    pictures = zero_shot.ClassPictures(request.zero_shot, config.data)
+    names = zero_shot.class_names(pictures.folders, request.class_names)
     tokenizer = tokenizer_of(config.data)
-    objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective
+    objective, how = _started(config, request, EvalData(tokenizer=tokenizer))  # collective
     classifier = zero_shot.build_classifier(
         objective.eval(), tokenizer, names, templates, how
     )  # collective
     own = padded_share(len(pictures), distributed.rank(), distributed.world_size())
     loader = batches(pictures.pictures(own), how.batch_size, how.workers, collate_pictures)
-    found = zero_shot.classify(objective.student, loader, classifier, how)  # collective
-    say(classification(found))
-    return prefixed("zero_shot/", found)
+    figures = zero_shot.classify(objective.student, loader, classifier, how)  # collective
+    say(classification(figures))
+    return prefixed("zero_shot/", figures)
 
 
-def _boxes(config: "Config", asked: EvaluationOptions) -> Metrics:
+def _boxes(config: "Config", request: EvaluationOptions) -> Metrics:
     """Play the pointing game on photographs. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.evaluate.pointing_game import Entities, pointing_game
 
-    assert asked.boxes is not None and asked.image_root is not None
+    assert request.boxes is not None and request.image_root is not None
     tokenizer = tokenizer_of(config.data)
-    split = asked.split or "val"
-    entities = Entities(asked.boxes, asked.image_root, split, tokenizer, config.data)
-    objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective
-    found = pointing_game(objective.eval().student, entities, how)  # collective
-    say(pointing(found))
-    return prefixed("entities/", found)
+    split = request.split or "val"
+    entities = Entities(request.boxes, request.image_root, split, tokenizer, config.data)
+    objective, how = _started(config, request, EvalData(tokenizer=tokenizer))  # collective
+    figures = pointing_game(objective.eval().student, entities, how)  # collective
+    say(pointing(figures))
+    return prefixed("entities/", figures)
 
 
 def _started(
-    config: "Config", asked: EvaluationOptions, data: "EvalData"
+    config: "Config", request: EvaluationOptions, data: "EvalData"
 ) -> tuple["Objective", "EmbedSettings"]:
     """Start the process group, and load the student and the settings to embed with. Collective."""
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import EmbedSettings
 
     device = distributed.init()  # collective
-    if asked.is_run:
-        objective = load_objective(config, Path(asked.model), asked.ema, data, device)
+    if request.is_run:
+        objective = load_objective(config, Path(request.model), request.ema, data, device)
     else:
         from ds_cmli.engine import build_models
 
         objective, _ = build_models(config, data.vocab_size, special=data.special)
         objective.to(device)
-    return objective, EmbedSettings(asked.batch_size, device, asked.workers)
+    return objective, EmbedSettings(request.batch_size, device, request.workers)
 
 
 def load_objective(

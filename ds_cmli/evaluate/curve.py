@@ -37,12 +37,12 @@ def draw_curve(
     for share in SHARES:
         ends.put_between(objective, share)
         for split, dataset in data.evals.items():
-            found = evaluate_split(objective, dataset, data, how)  # collective
-            metrics |= prefixed(f"share/{share:g}/eval/{split}/", found)
+            figures = evaluate_split(objective, dataset, data, how)  # collective
+            metrics |= prefixed(f"share/{share:g}/eval/{split}/", figures)
             for score in SCORES:
-                if f"{score}/{MEASURE}" in found:
+                if f"{score}/{MEASURE}" in figures:
                     values = curves.setdefault(f"{split} {score}", [])
-                    values.append(found[f"{score}/{MEASURE}"])
+                    values.append(figures[f"{score}/{MEASURE}"])
     say(table(curves))
     if distributed.is_main():
         _draw(path, curves)

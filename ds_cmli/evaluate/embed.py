@@ -56,11 +56,11 @@ class Images:
 
     def select(self, keep: Tensor) -> "Images":
         """The pictures that a mask, bool [r], selects."""
-        found = self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
+        parts = self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
         grid = self.grid
         if grid is not None:
             grid = grid[keep]
-        return Images(*found, self.square, grid)
+        return Images(*parts, self.square, grid)
 
     def grid_of(self, row: int) -> Grid:
         """The numbers of rows and columns of one picture's patches."""
@@ -136,11 +136,11 @@ def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedS
         cells.append(batch.cell_picture[usable])
         if batch.grid is not None:
             grids.append(batch.grid[usable])
-    found = torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells)
+    parts = torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells)
     grid = None
     if grids:
         grid = torch.cat(grids)
-    return Images(*found, student.grid, grid, broken)
+    return Images(*parts, student.grid, grid, broken)
 
 
 def embed_texts(
@@ -223,8 +223,8 @@ def embed_share(
     # Broken pictures with all of their captions, and captions without a token, cannot be used.
     broken: dict[int, Bad] = {}
     without: list[int] = []
-    for found, others in distributed.gather_objects((images.broken, empty)):  # collective
-        broken |= found
+    for share, others in distributed.gather_objects((images.broken, empty)):  # collective
+        broken |= share
         without += others
     without.sort()
     keep = ~torch.isin(image_of, torch.tensor(sorted(broken), dtype=torch.int64))

@@ -161,11 +161,11 @@ def font_for(text: str, size: int) -> Font:
 def _fonts(size: int) -> list[Font]:
     if not features.check("freetype2"):
         return [ImageFont.load_default()]
-    found = [ImageFont.load_default(size)]
+    fonts = [ImageFont.load_default(size)]
     for name in FONTS:
         with suppress(OSError):
-            found.append(ImageFont.truetype(name, size))
-    return found
+            fonts.append(ImageFont.truetype(name, size))
+    return fonts
 
 
 @cache
@@ -193,9 +193,9 @@ def draw(
     """Write the match maps of `count` pairs with rank 0's writer. Collective if there are any."""
     if not count:
         return
-    found = match_maps(share, tokenizer, count)  # collective
+    maps = match_maps(share, tokenizer, count)  # collective
     if distributed.is_main():
-        for number, one in enumerate(found):
+        for number, one in enumerate(maps):
             # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
             picture = on_white(sheet(one.image, one.text, {"": one.match}))
             writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
@@ -222,9 +222,9 @@ def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[Ma
         spans = list(compress(tokenizer.spans(text), sample.tokens.valid))
         tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
         row = image_row[picture]
-        found = match(tokens, images.patches_of(row), text, spans, images.grid_of(row))
+        matches = match(tokens, images.patches_of(row), text, spans, images.grid_of(row))
         image = unpacked(sample.image, sample.grid, images.square[0])
-        mine[order] = MatchMap(image, text[: spans[-1][1]], found)
+        mine[order] = MatchMap(image, text[: spans[-1][1]], matches)
     everywhere: dict[int, MatchMap] = {}
     for maps in distributed.gather_objects(mine):  # collective
         everywhere |= maps

@@ -103,8 +103,8 @@ class RankCounts:
             above = (~(scores <= best) & negative).sum(axis)
             tied = (equal & negative).sum(axis)
             positives = (equal & block.is_positive).sum(axis)
-            found = torch.stack([above, tied, positives], 2)
-            counts.index_add_(1, queries, found.double().cpu())  # CPU-GPU sync
+            columns = torch.stack([above, tied, positives], 2)
+            counts.index_add_(1, queries, columns.double().cpu())  # CPU-GPU sync
 
     def recalls(self, pictures: Tensor, captions: Tensor) -> list[dict[str, float]]:
         """`i2t_r1` ... `t2i_r10` and their mean `mean_recall`, for each of the K kinds of scores.
@@ -191,9 +191,9 @@ def scene_hits(
         with a picture.
     """
     match = match_patches(tokens[None], patches[None])[0]  # [M]
-    found = pictures_of_patches(cells[None], grid)[0][match]  # [M]
+    pictures = pictures_of_patches(cells[None], grid)[0][match]  # [M]
     counted = token_picture >= 0
-    return torch.stack([((found == token_picture) & counted).sum(), counted.sum()]).double()
+    return torch.stack([((pictures == token_picture) & counted).sum(), counted.sum()]).double()
 
 
 def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor) -> Tensor:

@@ -71,8 +71,8 @@ class RetrievalScorer:
             present = images.patch_mask(rows, self.device)
             scores = cmli_scores(patches, tokens, mask, present)
             both = both_ways(cosines, scores, self.scales)
-            found = zip(*map(both.__getitem__, kinds(self.scales)), strict=True)
-            i2t, t2i = (torch.stack(scores).cpu() for scores in found)
+            by_kind = zip(*map(both.__getitem__, kinds(self.scales)), strict=True)
+            i2t, t2i = (torch.stack(scores).cpu() for scores in by_kind)
         pictures = images.number[rows]
         is_positive = pictures[:, None] == self.share.held_out.image_of[captions.number]
         return ScoreBlock(pictures, captions.number, i2t, t2i, is_positive)
@@ -128,9 +128,9 @@ def rank_counts(
             if fold_of is not None:
                 same = fold_of[block.pictures, None] == fold_of[image_of[block.captions]]
                 counts["fold/"].add(block, *scores, compared=same)
-    for found in counts.values():
-        distributed.sum_over_ranks(found.i2t)  # collective
-        distributed.sum_over_ranks(found.t2i)  # collective
+    for of_kind in counts.values():
+        distributed.sum_over_ranks(of_kind.i2t)  # collective
+        distributed.sum_over_ranks(of_kind.t2i)  # collective
     return counts
 
 
@@ -151,10 +151,10 @@ def _positives(
         how.heartbeat()
         if turn < len(own):
             number, rows = own[turn]
-            found = scorer.block(number, scorer.captions(rows)).positive_scores()
+            scores = scorer.block(number, scorer.captions(rows)).positive_scores()
             pictures = scorer.blocks[number]
-            best[:, pictures] = torch.maximum(best[:, pictures], found[0])
-            positives.append(found[1])
+            best[:, pictures] = torch.maximum(best[:, pictures], scores[0])
+            positives.append(scores[1])
     return best, positives
 
 

@@ -229,10 +229,10 @@ def classify(
         images, grid = batch.on(how.device)
         cls, patches = student.image_embeddings(images, grid)
         mask = patch_mask(grid, patches.shape[1])
-        found = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
+        class_scores = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
         usable = batch.usable()
         target = batch.target[usable]
-        hits.index_add_(2, target, top_hits(found[:, usable], target))
+        hits.index_add_(2, target, top_hits(class_scores[:, usable], target))
         counts += target.bincount(minlength=classes)
     distributed.sum_over_ranks(hits)  # collective
     distributed.sum_over_ranks(counts)  # collective

@@ -67,9 +67,9 @@ class Results:
     def table(self) -> str:
         """Recalls in Markdown, a row for each split and kind of scores."""
         rows = []
-        for split, found in self.splits.items():
+        for split, figures in self.splits.items():
             for score in (*SCORES, "chance"):
-                values = [found.get(f"{score}/{name}") for name in MEASURES]
+                values = [figures.get(f"{score}/{name}") for name in MEASURES]
                 if any(value is not None for value in values):
                     cells = ["-" if value is None else f"{value:.4f}" for value in values]
                     rows.append([split, score, *cells])
@@ -78,10 +78,10 @@ class Results:
     def lines(self) -> list[str]:
         """What accompanies the recalls, a line for each split."""
         out = []
-        for split, found in self.splits.items():
-            size = [f"{found[name]} {name}" for name in ("pairs", "pictures") if name in found]
-            if "pointing_game" in found:
-                size.append(f"pointing-game accuracy {found['pointing_game']:.4f} (chance 0.25)")
+        for split, figures in self.splits.items():
+            size = [f"{figures[name]} {name}" for name in ("pairs", "pictures") if name in figures]
+            if "pointing_game" in figures:
+                size.append(f"pointing-game accuracy {figures['pointing_game']:.4f} (chance 0.25)")
             if size:
                 out.append(f"`{split}`: {', '.join(size)}.\n")
         return out
@@ -89,7 +89,7 @@ class Results:
     def names(self) -> dict[str, str]:
         """The meaning of each name that the results use."""
         names = NAMES | {name: OF_SPLITS[name] for name in OF_SPLITS if name in self.splits}
-        if any("pointing_game" in found for found in self.splits.values()):
+        if any("pointing_game" in figures for figures in self.splits.values()):
             names["pointing-game accuracy"] = POINTING
         return names
 

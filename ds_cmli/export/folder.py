@@ -187,12 +187,12 @@ def _sizes(config: PreTrainedConfig) -> dict[str, object]:
     """The fields that have an effect and differ from the defaults of the model's family."""
     kind = type(config)
     usual = kind().to_dict()
-    found = json.loads(json.dumps(config.to_dict()))
+    sizes = json.loads(json.dumps(config.to_dict()))
     names = {*inspect.signature(kind).parameters, *UNDECLARED.get(config.model_type, ())}
     out = {}
-    for name in sorted(names & found.keys()):
-        if found[name] != usual.get(name) and without_effect(kind, name) is None:
-            out[name] = found[name]
+    for name in sorted(names & sizes.keys()):
+        if sizes[name] != usual.get(name) and without_effect(kind, name) is None:
+            out[name] = sizes[name]
     return out
 
 

@@ -82,8 +82,8 @@ class Scores(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image and per text."""
         cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
-        found = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
-        return found.i2t, found.t2i.t()
+        scores = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
+        return scores.i2t, scores.t2i.t()
 
 
 class OnnxFile(NamedTuple):
@@ -196,11 +196,11 @@ def _difference(tower: nn.Module, inputs: dict[str, Tensor], file: Path) -> floa
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    results = session.run(None, {name: value.numpy() for name, value in inputs.items()})
     with torch.no_grad():
         wanted = tower(*inputs.values())
     most = 0.0
-    for ours, theirs in zip(wanted, found, strict=True):
+    for ours, theirs in zip(wanted, results, strict=True):
         difference = np.abs(theirs.astype(np.float32) - ours.float().numpy()).max()
         most = float(np.maximum(most, difference))  # a NaN stays
     return most
@@ -248,10 +248,10 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
         try:
             plain: Any = timm.create_model(settings["image_model"], num_classes=0, **arguments)
             plain.load_state_dict(encoder.state_dict())
-            found = plain.eval().forward_features(pixels)
+            features = plain.eval().forward_features(pixels)
         except Exception:
             continue
-        if not torch.equal(found, wanted):
+        if not torch.equal(features, wanted):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         config = _timm_config(plain, side, arguments)
@@ -308,9 +308,9 @@ def write_text_encoder(
             encoder.save_pretrained(folder)
             whole.save_pretrained(folder)
             again = kind.from_pretrained(folder, dtype=torch.float32)
-        found = again.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        features = again.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         wanted = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        if not torch.equal(found, wanted):
+        if not torch.equal(features, wanted):
             problem = "it gives other features when it is read back"
     except Exception as error:
         problem = reason(error)

@@ -214,8 +214,8 @@ def _reaped(pid: int) -> bool:
 
 def _parent(pid: int) -> int:
     """The parent of a process; 0 if the process has ended."""
-    found = status(pid)
-    return 0 if found is None else int(found[1][1])
+    process = status(pid)
+    return 0 if process is None else int(process[1][1])
 
 
 def status(pid: int) -> tuple[str, list[str]] | None:

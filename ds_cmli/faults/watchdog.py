@@ -154,8 +154,8 @@ class Watchdog:
             return
         if error is not None:  # of a rank that was signalled before the first step, it may be
             preemption.end_start()
-        asked = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
-        if asked or self.world_size == 1:  # a single rank prints its own error
+        intended = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
+        if intended or self.world_size == 1:  # a single rank prints its own error
             self.mine.done = True
         else:
             # Another rank may be to blame; if none is found, this rank's error is reported.
@@ -231,12 +231,12 @@ class Watchdog:
                 self.reported = True
                 return
             self._leave()
-        here = []
+        messages = []
         for r, known in enumerate(self.heartbeats):
             if known is not None or self.store.check([str(r)]):
-                here.append(r)
+                messages.append(r)
         now = time.monotonic()
-        for r, text in zip(here, self.store.multi_get(list(map(str, here))), strict=True):
+        for r, text in zip(messages, self.store.multi_get(list(map(str, messages))), strict=True):
             old, new = self.heartbeats[r], Heartbeat(**json.loads(text))
             if old is None or old.alive != new.alive:
                 self.lived[r] = now

@@ -40,7 +40,7 @@ def with_cublas(
         out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))
 
     for number, event in enumerate(events):
-        for place in [each for each in given if number >= given[each] and each not in taken]:
+        for place in [key for key in given if number >= given[key] and key not in taken]:
             take(place, "backward" if place[0] else "forward")
         out.append(event)
         place = event.phase == "backward", event.stream

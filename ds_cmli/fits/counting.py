@@ -22,7 +22,7 @@ KINDS = ("requested", "allocated", "reserved")
 
 def mixed_releases() -> str:
     """The versions of torch that packages of this environment may be built for; "" if it is one."""
-    versions = {each.version for each in distributions(name="torch")}
+    versions = {package.version for package in distributions(name="torch")}
     releases = {version.split("+")[0] for version in versions}
     return " and ".join(sorted(versions)) if len(releases) > 1 else ""
 

@@ -76,7 +76,7 @@ def in_process_of_its_own(options: Sequence[str], program: Sequence[str], number
 
 def sentence(number: int, tried: dict[int, Tried], room: object, program: Sequence[str]) -> str:
     """The answer in one sentence."""
-    argument = next(place for place, each in enumerate(program) if PLACE in each)
+    argument = next(place for place, word in enumerate(program) if PLACE in word)
     name = program[argument].replace(PLACE, "").rstrip("=")
     if not name and argument and program[argument - 1].startswith("-"):
         name = program[argument - 1]

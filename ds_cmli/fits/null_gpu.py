@@ -105,7 +105,7 @@ class NullGpu:
                 processes.append(subprocess.Popen([*command, *program], env=env, stdout=out))
             code = _first_failure(processes)
             counted = [Counted(**json.loads(path.read_text())) for path in answers if path.exists()]
-        full = next((each for each in counted if each.full), None)
+        full = next((process for process in counted if process.full), None)
         if code and not full:
             raise SystemExit(code)
         return full or counted[self.world.rank]

@@ -127,7 +127,7 @@ class ProgramReport:
     @property
     def fits(self) -> bool:
         """Whether a device is known to have enough memory."""
-        return any(each.fits for each in self.answers) and not self.waited_for
+        return any(of_room.fits for of_room in self.answers) and not self.waited_for
 
     @property
     def margin(self) -> int:
@@ -143,7 +143,7 @@ class ProgramReport:
         largest += f", by {line}" if line else ""
         if len(self.rooms) > 1:
             zipped = zip(self.rooms, self.answers, strict=True)
-            fitting = [room.gpu for room, each in zipped if each.fits]
+            fitting = [room.gpu for room, of_room in zipped if of_room.fits]
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
             needed = _gb(first.totals["device"])
             return f"{said} need {needed} {where}{not_counted(self.waited_for)}; {largest}"
@@ -174,8 +174,8 @@ class ProgramReport:
 
     def to_dict(self) -> dict[str, object]:
         devices = {}
-        for room, each in zip(self.rooms, self.answers, strict=True):
-            devices[str(room)] = each.fits
+        for room, of_room in zip(self.rooms, self.answers, strict=True):
+            devices[str(room)] = of_room.fits
         answered = {**asdict(self.answers[0]), "margin": self.margin, "fits": devices}
         return {"steps": self.steps, **answered, "waited_for": self.waited_for}
 
@@ -185,8 +185,8 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     progress = recorder.progress
     yield from filter(None, (ended(progress.over, progress.steps, progress.asked),))
     if values.read:
-        what = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
-        yield f"\nstand-ins {what}: {_places(values.read)}"
+        reading = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
+        yield f"\nstand-ins {reading}: {_places(values.read)}"
     if values.bounded:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
     if values.by_cpu:
@@ -197,8 +197,8 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
             "what an optimizer keeps is counted among others and activations"
         )
     yield from sorted(recorder.inexact)
-    for what, count in ran.left_out.items():
-        yield f"{what}: {count} times"
+    for work, count in ran.left_out.items():
+        yield f"{work}: {count} times"
     yield from filter(None, (script.written(),))
 
 

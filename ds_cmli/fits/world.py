@@ -117,9 +117,9 @@ class _Store(dist.HashStore):
 
     def _written(self, key: str) -> str:
         """The key, or where another rank would write it, that of this rank."""
-        for each in (key, re.sub(r"\d+$", str(self.world.rank), key)):
-            if self.check([each]):
-                return each
+        for name in (key, re.sub(r"\d+$", str(self.world.rank), key)):
+            if self.check([name]):
+                return name
         raise NotFollowed(
             f"{lines.current()}: this waits for {key!r} in a store, which another rank would "
             "write, and fits runs one rank"

@@ -193,7 +193,7 @@ class Shortage:
     def _fewest(self, change: SettingsChange, size: int) -> tuple[SettingsChange, int]:
         """Leave out those parts of `change`, which needs `size`, without which it fits as well."""
         for part in change.parts:
-            rest = [each for each in change.parts if each != part]
+            rest = [part_left for part_left in change.parts if part_left != part]
             if rest:
                 less = self.step.changed(rest)
                 needed = self.needs(less)

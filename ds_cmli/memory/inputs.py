@@ -162,7 +162,7 @@ class StepBatches(list[Batch]):
         self.full = config.data.padding == "full"  # no text has padding that is not attended to
         positions: list[int | None] = [None] * ds_config.accumulation
         if texts is not None:
-            positions = [each[0][0] for each in texts]
+            positions = [rank[0][0] for rank in texts]
         super().__init__(longest_batch(config, ds_config.micro_batch, n) for n in positions)
 
     def _set_lengths(self, texts: Sequence[TextLengths]) -> None:

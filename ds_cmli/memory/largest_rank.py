@@ -45,7 +45,7 @@ def predict_largest(
             predictions[rank] = predict(
                 config, ds_config, world_size, target=target, gpu=gpu, rank=rank, options=options
             )
-        most = max(predictions.values(), key=lambda each: each.report.totals[total])
+        most = max(predictions.values(), key=lambda prediction: prediction.report.totals[total])
         if _contradicted(predictions) and len(predictions) < min(world_size, MOST_EACH):
             step = max(1, world_size // MOST_EACH)
             ranks = [rank for rank in range(0, world_size, step) if rank not in predictions]

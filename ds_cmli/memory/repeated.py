@@ -249,9 +249,9 @@ class _Repeated:
         self.traffic.add(run.done.moved)
         result = self._result_like(run, given, first)
         self.first = first
-        for each in args:
-            if isinstance(each, CachedBatch):  # pass 2 would have taken its features
-                each.features = None
+        for arg in args:
+            if isinstance(arg, CachedBatch):  # pass 2 would have taken its features
+                arg.features = None
         return result
 
     def _result_like(self, run: _Run, given: list[Tensor], first: int) -> Any:
@@ -286,4 +286,4 @@ class _Repeated:
 
 def _own_tensors(args: tuple) -> list[Tensor]:
     """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
-    return tensors([each for each in args if isinstance(each, Batch | CachedBatch)])
+    return tensors([arg for arg in args if isinstance(arg, Batch | CachedBatch)])

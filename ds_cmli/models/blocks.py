@@ -75,9 +75,9 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
             again, by_name = tree_unflatten(filled, inputs_as)
-            found, structure = tree_flatten(forward(*again, **by_name))
-            others = [(True, None) if _is_tensor(leaf) else (False, leaf) for leaf in found]
-            kept = [leaf for leaf in found if _is_tensor(leaf)]
+            outputs, structure = tree_flatten(forward(*again, **by_name))
+            others = [(True, None) if _is_tensor(leaf) else (False, leaf) for leaf in outputs]
+            kept = [leaf for leaf in outputs if _is_tensor(leaf)]
             return kept[0] if len(kept) == 1 else tuple(kept)
 
         given = checkpoint(call, *inputs)

@@ -193,10 +193,10 @@ def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:
             )
     except Exception as error:
         raise source.error(f"its weights cannot be loaded: {reason(error)}") from None
-    for what in ("missing_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[what]))
+    for problem in ("missing_keys", "mismatched_keys"):
+        keys = sorted(map(str, info[problem]))
         if keys:
-            kind = what.partition("_")[0]
+            kind = problem.partition("_")[0]
             raise source.error(f"{len(keys)} weights are {kind}, such as {keys[0]}: give them all")
     check_finite(source, dual)
     return dual.train()

@@ -44,16 +44,16 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
 
 
 def _check(encoder: nn.Module, part: str, name: str) -> None:
-    kinds = {found: type(module) for found, module in encoder.named_modules()}
-    named = [found for found in kinds if f".{found}".endswith(f".{name}")]
-    for found in named:
-        if kinds[found] is not nn.Linear:
+    kinds = {layer: type(module) for layer, module in encoder.named_modules()}
+    named = [layer for layer in kinds if f".{layer}".endswith(f".{name}")]
+    for layer in named:
+        if kinds[layer] is not nn.Linear:
             raise UserError(
-                f"student.lora.{part} has {name!r}: {found} is no nn.Linear but "
-                f"{kinds[found].__name__}: name linear layers"
+                f"student.lora.{part} has {name!r}: {layer} is no nn.Linear but "
+                f"{kinds[layer].__name__}: name linear layers"
             )
     if not named:
-        ends = {found.rpartition(".")[2] for found in kinds if kinds[found] is nn.Linear}
+        ends = {layer.rpartition(".")[2] for layer in kinds if kinds[layer] is nn.Linear}
         raise UserError(
             f"student.lora.{part} has {name!r}, which no layer's name ends with: "
             f"{nearest(name, ends)}"

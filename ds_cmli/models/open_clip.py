@@ -171,10 +171,10 @@ def _file(source: WeightsSource) -> Path:
         raise source.error(f"its weights cannot be fetched: {reason(why)}") from None
     if place.weights is not None:
         return place.path / place.weights
-    found = [place.path / file for file in FILES if (place.path / file).is_file()]
-    if not found:
+    files = [place.path / file for file in FILES if (place.path / file).is_file()]
+    if not files:
         kinds = ("*.safetensors", "*.bin", "*.pth", "*.pt")
-        found = sorted(file for kind in kinds for file in place.path.glob(kind))
-    if not found:
+        files = sorted(file for kind in kinds for file in place.path.glob(kind))
+    if not files:
         raise source.error(f"no weights there: give a folder with {FILES[0]}")
-    return found[0]
+    return files[0]

@@ -64,13 +64,13 @@ class Teacher(nn.Module):
     def _problem(self, side: int) -> str:
         """Encode an image: what does not fit is a `UserError` now, and no traceback later."""
         try:
-            found = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+            features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
         except Exception as error:
             return reason(error)
         rows, columns = self.grid
-        shapes = found.cls.shape, found.patches.shape
+        shapes = features.cls.shape, features.patches.shape
         fits = shapes == ((1, self.width), (1, rows * columns, self.width))
-        return "" if fits else f"gives {list(found.patches.shape)}"
+        return "" if fits else f"gives {list(features.patches.shape)}"
 
     def train(self, mode: bool = True):
         return super().train(False)

@@ -79,16 +79,16 @@ class TimmGrid(ImageBackbone):
 
 def blocks_of_stages(model: nn.Module, stages: list[str]) -> list[nn.Module]:
     """The blocks of a timm model's stages, by their names in its `feature_info`."""
-    found: list[nn.Module] = []
+    blocks: list[nn.Module] = []
     for number, name in enumerate(stages):
         stage = model.get_submodule(name)
         inside = getattr(stage, "blocks", stage)
         if isinstance(inside, nn.Sequential | nn.ModuleList):
-            found += list(inside)
+            blocks += list(inside)
         elif next(stage.parameters(), None) is not None:
             above = model.get_submodule(name.rpartition(".")[0])
             of_a_stack = isinstance(above, nn.Sequential | nn.ModuleList)
             # Otherwise it is the stem, whose input, the pixels, needs no gradient.
             if of_a_stack or number > 0:
-                found.append(stage)
-    return found
+                blocks.append(stage)
+    return blocks

@@ -96,9 +96,9 @@ def family(model: str) -> str:
             "or a file of weights), give an architecture of the transformers library, such as "
             "bert, t5 or clip"
         )
-    found = max(known, key=len)
-    part = getattr(CONFIG_MAPPING[found], "sub_configs", {}).get("text_config")
-    return getattr(part, "model_type", "") or found
+    longest = max(known, key=len)
+    part = getattr(CONFIG_MAPPING[longest], "sub_configs", {}).get("text_config")
+    return getattr(part, "model_type", "") or longest
 
 
 def _dashed(name: str) -> str:

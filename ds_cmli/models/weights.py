@@ -51,12 +51,12 @@ def weights_file(source: WeightsSource, needed: str) -> str:
     path = Path(source.weights)
     check_regular(f"{source.setting} is {source.weights!r}", path)
     if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()]
-        found = found or sorted(path.glob("*.safetensors"))
-        if len(found) == 1 or (found and found[0].name in FILES):
-            return _undamaged(source, found[0])
+        files = [path / name for name in FILES if (path / name).is_file()]
+        files = files or sorted(path.glob("*.safetensors"))
+        if len(files) == 1 or (files and files[0].name in FILES):
+            return _undamaged(source, files[0])
         raise source.error(
-            f"a folder with {len(found)} files of weights; give {needed}, or a folder with one"
+            f"a folder with {len(files)} files of weights; give {needed}, or a folder with one"
         )
     if not path.is_file():
         raise source.error(f"no such file; give 'hub', 'random' or {needed}")
@@ -167,7 +167,7 @@ def _prefix(wanted: Iterable[str], unused: Iterable[str]) -> str:
 
 
 def _blocks(keys: Iterable[str]) -> set[int]:
-    return {int(found[1]) for found in map(BLOCK.search, keys) if found}
+    return {int(block[1]) for block in map(BLOCK.search, keys) if block}
 
 
 def _count(keys: Sized, of: Sized) -> str:

@@ -67,11 +67,11 @@ def peaks(mode: str, script: Path, steps: int, library: Path | None = None) -> d
 def row(name: str, steps: int, library: Path) -> str:
     script = PROGRAMS / f"{name}.py"
     try:
-        counted, told = peaks("counted", script, steps, library), peaks("fits", script, steps)
+        counted, answered = peaks("counted", script, steps, library), peaks("fits", script, steps)
     except UserError as error:
         return f"| {name} | {error} |"
-    difference = f"{told['requested'] / counted['requested'] - 1:+.3%}"
-    cells = [f"{counted['requested']:,}", f"{told['requested']:,}", difference]
+    difference = f"{answered['requested'] / counted['requested'] - 1:+.3%}"
+    cells = [f"{counted['requested']:,}", f"{answered['requested']:,}", difference]
     cells += [f"{counted['others then']:,}", f"{counted['others']:,}"]
     return f"| {' | '.join((name, *cells))} |"
 

@@ -37,17 +37,17 @@ def parameters(name: str, limit: int) -> dict[str, int | str]:
         return json.loads(path.read_text())
 
 
-def row(name: str, totals: Totals, found: dict, margin: float) -> Row:
+def row(name: str, totals: Totals, model: dict, margin: float) -> Row:
     """Every estimate of one program, in bytes."""
-    size, largest, ranks = found["parameters"], found["largest"], RANKS.get(name, 1)
-    told, reserved = totals["fits"]["reserved"], totals["null"]["reserved"]
-    estimates = {FIT: told, with_margin(margin): int(told * (1 + margin))}
-    estimates[ACCELERATE] = accelerate_estimate(size, found["precision"])
+    size, largest, ranks = model["parameters"], model["largest"], RANKS.get(name, 1)
+    answered, reserved = totals["fits"]["reserved"], totals["null"]["reserved"]
+    estimates = {FIT: answered, with_margin(margin): int(answered * (1 + margin))}
+    estimates[ACCELERATE] = accelerate_estimate(size, model["precision"])
     for stage in (2, 3):
         estimate = deepspeed_estimate(stage, size, largest, ranks, offload=False)
         estimates[ZERO.format(stage)] = estimate
     estimates[RULE] = 16 * size
-    fails = {each: estimate < reserved for each, estimate in estimates.items()}
+    fails = {estimator: estimate < reserved for estimator, estimate in estimates.items()}
     return Row(name, reserved, estimates, fails)
 
 
@@ -56,16 +56,16 @@ def with_margin(margin: float) -> str:
 
 
 def measured(name: str, limit: int) -> Totals:
-    told, _ = fitted(name, 2, limit)
-    found, ended = counted(name, 2, limit)
-    if not told or not found:
+    answered, _ = fitted(name, 2, limit)
+    peaks, ended = counted(name, 2, limit)
+    if not answered or not peaks:
         raise UserError(f"{name} has no figures: {ended.mistake}")
-    return {"fits": told, "null": found}
+    return {"fits": answered, "null": peaks}
 
 
-def table(found: list[Row]) -> Iterator[str]:
+def table(rows: list[Row]) -> Iterator[str]:
     yield "| estimate | programs | median error | largest error | P(OOM) |\n|---|---|---|---|---|"
-    for name, values in summary(found, tuple(found[0].estimates)).items():
+    for name, values in summary(rows, tuple(rows[0].estimates)).items():
         errors = f"{values['median_relative_error']:.2%} | {values['maximum_relative_error']:.2%}"
         yield f"| {name} | {values['settings']} | {errors} | {values['p_oom']:.0%} |"
 
@@ -78,17 +78,19 @@ def command(names: tuple[str, ...], totals: str | None, seconds: int) -> None:
     """Compare estimates for the programs of profiling/fits/programs, or those NAMES."""
     known = json.loads(Path(totals).read_text()) if totals else {}
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, 2 steps\n")
-    found = []
+    rows = []
     for name in names or known or sorted(path.stem for path in PROGRAMS.glob("*.py")):
         try:
             its = known.get(name) or measured(name, seconds)
-            found.append(row(name, its, parameters(name, seconds), MARGIN))
+            rows.append(row(name, its, parameters(name, seconds), MARGIN))
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        errors = ", ".join(f"{each} {error:+.1%}" for each, error in found[-1].errors().items())
-        print(f"{name}: {found[-1].measured:,} B reserved; {errors}", flush=True)
-    print("", *table(found), sep="\n")
+        errors = ", ".join(
+            f"{estimator} {error:+.1%}" for estimator, error in rows[-1].errors().items()
+        )
+        print(f"{name}: {rows[-1].measured:,} B reserved; {errors}", flush=True)
+    print("", *table(rows), sep="\n")
 
 
 if __name__ == "__main__":

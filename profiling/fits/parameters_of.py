@@ -29,7 +29,7 @@ def counted() -> dict[str, object]:
     sizes: dict[int, tuple[int, torch.dtype]] = {}
     largest = 0
     for module in modules.values():
-        own = {id(each): _size(each) for each in module.parameters(recurse=False)}
+        own = {id(parameter): _size(parameter) for parameter in module.parameters(recurse=False)}
         largest = max(largest, sum(size for size, _ in own.values()))
         sizes |= own
     total = sum(size for size, _ in sizes.values())

@@ -118,9 +118,9 @@ class Row:
 
 
 def row(name: str, steps: int, null: bool, limit: int) -> Row:
-    told, ended = fitted(name, steps, limit)
-    found, last = counted(name, steps, limit) if null and told else ({}, ended)
-    return Row(name, told, ended, found, last.mistake)
+    answered, ended = fitted(name, steps, limit)
+    peaks, last = counted(name, steps, limit) if null and answered else ({}, ended)
+    return Row(name, answered, ended, peaks, last.mistake)
 
 
 def summary(rows: list[Row]) -> str:

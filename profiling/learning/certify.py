@@ -103,10 +103,12 @@ def real_tiles(run: str, tiles: int) -> Iterator[CutTile]:
 
 def report(kind: str, tiles: Iterable[CutTile]) -> int:
     """Print how the errors compare with their bounds; returns how many are above."""
-    found = [certified(tile) for tile in tiles]
-    shares = sorted(error / bound for error, bound in found if bound)
-    above = sum(error > bound for error, bound in found)
-    kinds = f"{len(found):,} {kind} tiles, in {len(shares):,} of which pairs were left out"
+    tiles_certified = [certified(tile) for tile in tiles]
+    shares = sorted(error / bound for error, bound in tiles_certified if bound)
+    above = sum(error > bound for error, bound in tiles_certified)
+    kinds = (
+        f"{len(tiles_certified):,} {kind} tiles, in {len(shares):,} of which pairs were left out"
+    )
     print(f"{kinds}: {above} above the bound", flush=True)
     if shares:
         print(f"error / bound: median {shares[len(shares) // 2]:.3f}, most {shares[-1]:.4f}")

@@ -82,7 +82,7 @@ class Endpoints:
         On the scenes of the primary endpoint.
         """
         share, scenes = self.unseen, self.scenes("unseen", self.pictures, SCENES)
-        found: dict[str, list[bool]] = {}
+        by_word: dict[str, list[bool]] = {}
         images, texts = share.images, share.texts
         shown = pictures_of_patches(images.cell_picture, images.square)  # [n, N]
         for image, text in share.pair_rows():
@@ -92,9 +92,9 @@ class Endpoints:
             hits = shown[image][match] == owners
             for word, hit, owner in zip(words, hits.tolist(), owners.tolist(), strict=True):
                 if owner >= 0:
-                    found.setdefault(word, []).append(hit)
-                    found.setdefault("all", []).append(hit)
-        return {word: sum(hits) / len(hits) for word, hits in found.items()}
+                    by_word.setdefault(word, []).append(hit)
+                    by_word.setdefault("all", []).append(hit)
+        return {word: sum(hits) / len(hits) for word, hits in by_word.items()}
 
     def probe(self) -> float:
         """Accuracy of a linear probe for the category of concepts that the student never saw.
@@ -193,8 +193,8 @@ def probe_accuracy(features: Tensor, classes: Tensor, train: int) -> float:
 Found = dict[str, float | str]
 
 
-def _recall(name: str, found: Retrieval) -> Found:
-    return {f"{name}/mean_recall": found.mean_recall, f"{name}/hits": found.hits}
+def _recall(name: str, retrieval: Retrieval) -> Found:
+    return {f"{name}/mean_recall": retrieval.mean_recall, f"{name}/hits": retrieval.hits}
 
 
 def _unseen(endpoints: Endpoints) -> Found:

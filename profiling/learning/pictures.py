@@ -42,9 +42,9 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     axis.set_yticks(range(len(compared)), labels)
     axis.tick_params(axis="y", labelsize=8 if len(compared) > 12 else 10)
     sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
-    what = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
+    caption = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
     if any(one.contrast.equivalence is not None for one in compared):
-        what += "; dotted: margin of equivalence"
+        caption += "; dotted: margin of equivalence"
     if sizes and sizes[-1] > FAR * sizes[len(sizes) // 2]:
         end = 2 * sizes[len(sizes) // 2]
         axis.set_xscale("symlog", linthresh=end, linscale=3)
@@ -54,7 +54,7 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     axis.grid(axis="x")
     named = f" in {compared[0].endpoint}" if endpoints == 1 else ""
     shown = sum(one.shown for one in compared)
-    written(figure, path, f"{shown} of {len(compared)} differences{named} are shown", what)
+    written(figure, path, f"{shown} of {len(compared)} differences{named} are shown", caption)
 
 
 def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:

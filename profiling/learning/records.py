@@ -31,15 +31,15 @@ Records = dict[tuple[str, int], Record]  # by arm and seed
 
 def record(plan: Plan, run: Run, folder: Path) -> None:
     """Write the line of a run that has ended. Raises `UserError` if it lacks an endpoint."""
-    found = read(folder).last("eval/") | _afterwards(folder)
+    figures = read(folder).last("eval/") | _afterwards(folder)
     line = {"arm": run.arm, "seed": str(run.seed)}
     for endpoint in plan.measured:
-        if endpoint not in found:
+        if endpoint not in figures:
             raise UserError(f"endpoints has {endpoint!r}, which run {folder} has not measured: "
-                            f"{nearest(endpoint, found)}")  # fmt: skip
-        line[endpoint] = repr(found[endpoint])
-        if hits_of(endpoint) in found:
-            line[hits_of(endpoint)] = str(found[hits_of(endpoint)])
+                            f"{nearest(endpoint, figures)}")  # fmt: skip
+        line[endpoint] = repr(figures[endpoint])
+        if hits_of(endpoint) in figures:
+            line[hits_of(endpoint)] = str(figures[hits_of(endpoint)])
     config = json.loads((folder / "config.json").read_text())
     line |= {
         "revision": str(config["revision"]),
@@ -79,13 +79,13 @@ def merge(plan: Plan, file: Path, out: Path) -> Records:
     Each says whether the plan had the run at its revision.
     """
     before = load(file)
-    found = dict(before)
+    lines = dict(before)
     for line in sorted(out.glob(f"*/{FILE}")):
-        found |= load(line)
-    found = {key: registered.fill(plan, line) for key, line in found.items()}
-    if found != before:
-        write(file, [found[key] for key in sorted(found)])
-    return found
+        lines |= load(line)
+    lines = {key: registered.fill(plan, line) for key, line in lines.items()}
+    if lines != before:
+        write(file, [lines[key] for key in sorted(lines)])
+    return lines
 
 
 def load(file: Path) -> Records:
@@ -117,11 +117,11 @@ def write(file: Path, lines: Sequence[Record]) -> None:
     new.replace(file)
 
 
-def missing(plan: Plan, runs: Sequence[Run], found: Records) -> list[Run]:
+def missing(plan: Plan, runs: Sequence[Run], records: Records) -> list[Run]:
     """The runs without a complete line. Raises `UserError` for a line of other settings."""
     out = []
     for run in runs:
-        line = found.get((run.arm, run.seed))
+        line = records.get((run.arm, run.seed))
         if line is not None and line["settings"] != run.described():
             raise UserError(
                 f"run {run.name} is there with other settings ({line['settings']}) than the plan "
@@ -132,17 +132,17 @@ def missing(plan: Plan, runs: Sequence[Run], found: Records) -> list[Run]:
     return out
 
 
-def hits(found: Records, arm: str, seed: int, endpoint: str) -> list[int]:
+def hits(records: Records, arm: str, seed: int, endpoint: str) -> list[int]:
     """How many of six recalls each scene of a run hits; [] where the endpoint is not such a one."""
-    cell = found.get((arm, seed), {}).get(hits_of(endpoint), "")
+    cell = records.get((arm, seed), {}).get(hits_of(endpoint), "")
     return [int(digit) for digit in cell]
 
 
-def values(found: Records, arm: str, seeds: Sequence[int], endpoint: str) -> dict[int, float]:
+def values(records: Records, arm: str, seeds: Sequence[int], endpoint: str) -> dict[int, float]:
     """An endpoint by seed, of the runs that are there."""
     out = {}
     for seed in seeds:
-        cell = found.get((arm, seed), {}).get(endpoint)
+        cell = records.get((arm, seed), {}).get(endpoint)
         if cell:
             out[seed] = float(cell)
     return out

@@ -63,7 +63,7 @@ class Compared:
         )
 
 
-def compare(plan: Plan, found: Records, later: bool | None = None) -> list[Compared]:
+def compare(plan: Plan, records: Records, later: bool | None = None) -> list[Compared]:
     """Every contrast at every endpoint.
 
     Args:
@@ -74,12 +74,12 @@ def compare(plan: Plan, found: Records, later: bool | None = None) -> list[Compa
     for endpoint in plan.endpoints:
         pairs, added, tests = [], [], []
         for contrast in plan.contrasts:
-            by_seed = paired(plan, found, contrast, endpoint)
-            added.append(added_later(found, contrast, endpoint, by_seed))
+            by_seed = paired(plan, records, contrast, endpoint)
+            added.append(added_later(records, contrast, endpoint, by_seed))
             if later is not None:
                 by_seed = {seed: x for seed, x in by_seed.items() if (seed in added[-1]) == later}
             pairs.append(by_seed)
-            scenes = by_scene(found, contrast, endpoint, list(by_seed))
+            scenes = by_scene(records, contrast, endpoint, list(by_seed))
             tests.append(difference(list(by_seed.values()), contrast.equivalence, scenes))
         # One that cannot be tested yet counts too, so that no p-value grows as runs come in.
         p_values = [1.0 if test is None else test.p for test in tests]
@@ -93,14 +93,14 @@ def compare(plan: Plan, found: Records, later: bool | None = None) -> list[Compa
 
 
 def added_later(
-    found: Records, contrast: Contrast, endpoint: str, seeds: Iterable[int]
+    records: Records, contrast: Contrast, endpoint: str, seeds: Iterable[int]
 ) -> frozenset[int]:
     """The seeds of pairs that the plan did not have, or not as planned ones, when they ran."""
     named = registered.decision(contrast, endpoint)
     out = set()
     for seed in seeds:
         for arm in (contrast.arm, contrast.against):
-            line = found[arm, seed]
+            line = records[arm, seed]
             known = line.get("in_plan", "") not in ("", registered.UNKNOWN)
             as_planned = not contrast.planned or named in line.get("planned", "").split("; ")
             if known and not (line["in_plan"] == registered.YES and as_planned):
@@ -108,21 +108,22 @@ def added_later(
     return frozenset(out)
 
 
-def paired(plan: Plan, found: Records, contrast: Contrast, endpoint: str) -> dict[int, float]:
+def paired(plan: Plan, records: Records, contrast: Contrast, endpoint: str) -> dict[int, float]:
     """The difference of an endpoint by seed, for the seeds of both arms."""
     one, other = (
-        values(found, name, plan.seeds(name), endpoint) for name in (contrast.arm, contrast.against)
+        values(records, name, plan.seeds(name), endpoint)
+        for name in (contrast.arm, contrast.against)
     )
     return {seed: one[seed] - other[seed] for seed in one if seed in other}
 
 
 def by_scene(
-    found: Records, contrast: Contrast, endpoint: str, seeds: Sequence[int]
+    records: Records, contrast: Contrast, endpoint: str, seeds: Sequence[int]
 ) -> np.ndarray | None:
     """The paired difference of each seed and scene, as recalls; None where hits are not known."""
     arms = []
     for arm in (contrast.arm, contrast.against):
-        arms.append([hits(found, arm, seed, endpoint) for seed in seeds])
+        arms.append([hits(records, arm, seed, endpoint) for seed in seeds])
     one, other = arms
     of_recall = endpoint.endswith("mean_recall") and bool(seeds)
     # Those of a run from before the number of scenes was changed cannot be paired.
@@ -146,22 +147,22 @@ def power_table(compared: Sequence[Compared], wanted: float) -> Table:
     return Table("Power", columns, rows, [f"{note} by a two-sided t-test at 5% with power 80%"])
 
 
-def secondary_table(plan: Plan, found: Records) -> Table:
+def secondary_table(plan: Plan, records: Records) -> Table:
     """The contrasts at the secondary endpoints: differences and their errors, without a test."""
     rows = []
     for contrast in plan.contrasts:
         row = [str(contrast)]
         for endpoint in plan.secondary:
-            row.append(mean_cell(paired(plan, found, contrast, endpoint), "+"))
+            row.append(mean_cell(paired(plan, records, contrast, endpoint), "+"))
         rows.append(row)
     return Table("Differences, not decided on", ["contrast", *plan.secondary], rows)
 
 
-def runs_table(plan: Plan, found: Records) -> Table:
+def runs_table(plan: Plan, records: Records) -> Table:
     """What is known of each arm's runs in addition to their endpoints."""
     rows, not_in_plan = [], dict[str, list[str]]()
     for arm in plan.arms:
-        lines = {seed: found[arm, seed] for seed in plan.seeds(arm) if (arm, seed) in found}
+        lines = {seed: records[arm, seed] for seed in plan.seeds(arm) if (arm, seed) in records}
         verdicts = {seed: line.get("in_plan") or registered.UNKNOWN for seed, line in lines.items()}
         for seed, verdict in verdicts.items():
             if verdict != registered.YES:
@@ -183,21 +184,21 @@ def runs_table(plan: Plan, found: Records) -> Table:
     return Table("Runs", ["arm", "in the plan", "seconds", "CPU"], rows, notes)
 
 
-def chance(found: Records, endpoint: str) -> float | None:
+def chance(records: Records, endpoint: str) -> float | None:
     """An endpoint of random scores; None where it is not known."""
     if not endpoint.endswith("mean_recall"):
         return CHANCES.get(endpoint.partition("/")[0])
-    for arm, seed in found:
-        if scenes := len(hits(found, arm, seed, endpoint)):
+    for arm, seed in records:
+        if scenes := len(hits(records, arm, seed, endpoint)):
             return statistics.fmean(min(1.0, k / scenes) for k in RECALLS)
     return None
 
 
-def arms_table(plan: Plan, found: Records, endpoints: Sequence[str]) -> Table:
-    chances = [chance(found, endpoint) for endpoint in endpoints]
+def arms_table(plan: Plan, records: Records, endpoints: Sequence[str]) -> Table:
+    chances = [chance(records, endpoint) for endpoint in endpoints]
     rows = [["chance", "", *("-" if value is None else f"{value:.4f}" for value in chances)]]
     for arm in plan.arms:
-        cells = [values(found, arm, plan.seeds(arm), endpoint) for endpoint in endpoints]
+        cells = [values(records, arm, plan.seeds(arm), endpoint) for endpoint in endpoints]
         of = len(plan.seeds(arm))
         rows.append([arm, f"{min(map(len, cells))} of {of}", *map(mean_cell, cells)])
     return Table("Arms", ["arm", "runs", *endpoints], rows)
@@ -206,9 +207,9 @@ def arms_table(plan: Plan, found: Records, endpoints: Sequence[str]) -> Table:
 def mean_cell(by_seed: dict[int, float], sign: str = "") -> str:
     if not by_seed:
         return "-"
-    found = mean([*by_seed.values()])
-    error = "" if found.error is None else f" ± {found.error:.4f}"
-    return f"{found.value:{sign}.4f}{error}"
+    interval = mean([*by_seed.values()])
+    error = "" if interval.error is None else f" ± {interval.error:.4f}"
+    return f"{interval.value:{sign}.4f}{error}"
 
 
 def contrasts_table(compared: Sequence[Compared], title: str = "Contrasts") -> Table:
@@ -243,14 +244,14 @@ def explored(compared: Sequence[Compared]) -> list[str]:
     return out
 
 
-def split_tables(plan: Plan, found: Records, compared: Sequence[Compared]) -> list[Table]:
+def split_tables(plan: Plan, records: Records, compared: Sequence[Compared]) -> list[Table]:
     """The planned contrasts that runs were added to later: without these, and over these alone."""
     if not any(one.contrast.planned and one.later for one in compared):
         return []
     out = []
     titles = {False: "Contrasts, over the runs in the plan", True: "Contrasts, over the other runs"}
     for later, title in titles.items():
-        parts = [c for c in compare(plan, found, later) if c.contrast.planned and c.later]
+        parts = [c for c in compare(plan, records, later) if c.contrast.planned and c.later]
         if parts:
             table = contrasts_table(parts, title)
             table.notes = table.notes[len(NOTES) :]

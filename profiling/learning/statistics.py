@@ -91,10 +91,10 @@ def bootstrap(x: np.ndarray) -> tuple[float, float]:
     """
     if np.ptp(x) == 0:
         return float(x[0]), float(x[0])
-    found = stats.bootstrap(
+    interval = stats.bootstrap(
         (x,), np.mean, n_resamples=RESAMPLES, method="BCa", rng=np.random.default_rng(0)
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap_of_both(scenes: np.ndarray) -> tuple[float, float]:

@@ -201,13 +201,15 @@ def accelerate_estimate(trained: int, precision: str) -> int:
     return max(estimate_training_usage(4 * trained, named).values())
 
 
-def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, dict[str, float]]:
+def summary(
+    measured: list[Row], names: tuple[str, ...] = ESTIMATORS
+) -> dict[str, dict[str, float]]:
     """Of each estimator: settings, median and maximum of the relative error's size, how many
     estimates are exact, the share that is too low, and P(OOM).
     """
     out = {}
     for name in names:
-        errors = [row.errors()[name] for row in found if name in row.estimates]
+        errors = [row.errors()[name] for row in measured if name in row.estimates]
         if not errors:
             continue
         sizes = [abs(error) for error in errors]
@@ -217,7 +219,7 @@ def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, 
             "maximum_relative_error": max(sizes),
             "exact": sizes.count(0),
             "too_low": sum(error < 0 for error in errors) / len(errors),
-            "p_oom": sum(row.fails[name] for row in found if name in row.fails) / len(errors),
+            "p_oom": sum(row.fails[name] for row in measured if name in row.fails) / len(errors),
         }
     return out
 
@@ -232,12 +234,12 @@ def command(first: int | None, plot: str | None, json_file: str | None) -> None:
     if json_file is not None:
         check_writable(json_file)
     quiet.silence()
-    found = []
+    table_rows = []
     for row in rows(settings()[:first]):
-        found.append(row)
+        table_rows.append(row)
         errors = "  ".join(f"{name} {error:+8.2%}" for name, error in row.errors().items())
         click.echo(f"{row.measured:13,} B  {errors}  {row.name}")
-    table = summary(found)
+    table = summary(table_rows)
     click.echo(f"\n{'':18} settings   median error   maximum error   too low   P(OOM)")
     for name, values in table.items():
         click.echo(
@@ -245,7 +247,7 @@ def command(first: int | None, plot: str | None, json_file: str | None) -> None:
             f"   {values['maximum_relative_error']:13.4%}   {values['too_low']:7.1%}   {values['p_oom']:6.1%}"
         )
     if json_file is not None:
-        content = {"rows": [vars(row) for row in found], "summary": table}
+        content = {"rows": [vars(row) for row in table_rows], "summary": table}
         Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
     if plot is not None:
         draw(table, Path(plot))
@@ -283,8 +285,8 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     most = rounded(table[OURS]["maximum_relative_error"]) if OURS in table else ""
     others = [values["median_relative_error"] for name, values in table.items() if name != OURS]
     finding = f"Our prediction is off by at most {most}, others by {min(others):.0%} to {max(others):.0%} in the median"
-    what = "relative error of the memory of a step; in brackets the number of settings"
-    written(figure, path, finding, what)
+    caption = "relative error of the memory of a step; in brackets the number of settings"
+    written(figure, path, finding, caption)
 
 
 def rounded(share: float) -> str:

@@ -123,11 +123,11 @@ def _operator(frames: list[Record]) -> str:
     names = [str(frame.get("name", "")) for frame in frames]
     for pattern in AUTOGRAD_NODES:
         for name in names:
-            found = re.search(pattern, name)
-            if found:
-                return f"backward pass: {found[1]}"
+            match = re.search(pattern, name)
+            if match:
+                return f"backward pass: {match[1]}"
     for name in reversed(names):
-        found = re.search(r"\bat::_ops::(\w+?)::", name)
-        if found:
-            return f"aten::{found[1]}"
+        match = re.search(r"\bat::_ops::(\w+?)::", name)
+        if match:
+            return f"aten::{match[1]}"
     return ""

@@ -63,8 +63,8 @@ class Problem:
 
         def product() -> None:
             for block in patches.split(16 * N):
-                found = out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block))
-                torch.mm(valid, block.t(), out=found)
+                scores = out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block))
+                torch.mm(valid, block.t(), out=scores)
 
         return product
 

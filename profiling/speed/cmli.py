@@ -104,9 +104,9 @@ def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -
         torch.cuda.reset_peak_memory_stats()
         problem.step(scores)
         return torch.cuda.max_memory_allocated() - before - gradients
-    inputs, found = (problem.image, problem.text), list[tuple[torch.Tensor, torch.Tensor]]()
-    forward = cpu_events.sizes(lambda: found.append(scores(*inputs, problem.mask)))
-    backward = cpu_events.sizes(lambda: torch.autograd.grad(found.pop(), inputs, problem.grads))
+    inputs, results = (problem.image, problem.text), list[tuple[torch.Tensor, torch.Tensor]]()
+    forward = cpu_events.sizes(lambda: results.append(scores(*inputs, problem.mask)))
+    backward = cpu_events.sizes(lambda: torch.autograd.grad(results.pop(), inputs, problem.grads))
     return max(*accumulate(forward), max(accumulate(backward, initial=sum(forward))) - gradients)
 
 
@@ -151,7 +151,7 @@ def breakdown(setting: str, B: int) -> dict[str, float]:
         steps.append(time.process_time() - started)
         shares.append(_shares(lambda: problem.step(scores)))
     step = statistics.median(steps)
-    parts = {kind: step * statistics.mean(each[kind] for each in shares) for kind in KINDS}
+    parts = {kind: step * statistics.mean(share[kind] for share in shares) for kind in KINDS}
     return {"step": step, **parts, "overhead": step - sum(parts.values())}
 
 

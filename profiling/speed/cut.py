@@ -60,7 +60,7 @@ def cached_step(objective: Objective, features: list[PairFeatures]) -> Callable[
     """A step's losses over pairs. It writes gradients over the features, so each time over a copy's."""
 
     def run() -> Tensor:
-        own = [copy.deepcopy(each) for each in features]
+        own = [copy.deepcopy(feature) for feature in features]
         objective.compare(CachedStep(own, torch.device("cpu")))
         return found(objective.cut)
 
@@ -69,16 +69,16 @@ def cached_step(objective: Objective, features: list[PairFeatures]) -> Callable[
 
 def whole(features: list[PairFeatures]) -> tuple[Tensor, Tensor, Tensor]:
     """Patches [B, N, D], tokens [B, M, D] and their mask [B, M] of all micro-batches."""
-    longest = max(each.token_mask.shape[1] for each in features)
+    longest = max(feature.token_mask.shape[1] for feature in features)
 
     def padded(x: Tensor) -> Tensor:
         out = x.new_zeros(len(x), longest, *x.shape[2:])
         out[:, : x.shape[1]] = x
         return out
 
-    image = torch.cat([each.features["patches"] for each in features])
-    text = torch.cat([padded(each.features["tokens"]) for each in features])
-    return image, text, torch.cat([padded(each.token_mask) for each in features])
+    image = torch.cat([feature.features["patches"] for feature in features])
+    text = torch.cat([padded(feature.features["tokens"]) for feature in features])
+    return image, text, torch.cat([padded(feature.token_mask) for feature in features])
 
 
 def plain_step(loss: CMLILoss, features: list[PairFeatures]) -> Callable[[], Tensor]:

@@ -86,32 +86,32 @@ def measured(training: Training, batches: int, train_steps: int) -> dict[str, An
     """Print the tables; the figures are those of `--json`."""
     config, data = training.config, training.data
     threads = torch.get_num_threads()
-    found: dict[str, Any] = {"image_size": config.data.image_size, "threads": threads}
+    figures: dict[str, Any] = {"image_size": config.data.image_size, "threads": threads}
     sampler = training.sampler()
     order = iter(sampler)
     by_wall, by_cpu = bare(data, [draw for _ in range(batches) for draw in next(order)])
-    found |= {"bare_per_s": by_wall, "bare_per_cpu_s": by_cpu}
+    figures |= {"bare_per_s": by_wall, "bare_per_cpu_s": by_cpu}
     click.echo(f"pairs/s of {config.data.source}, and per second of CPU time")
     click.echo(f"  decoding alone      {by_wall:>8.0f} {by_cpu:>8.0f}")
     for workers in (0, 1, 2):
         rate, per_cpu = loaded(training, workers, batches)
-        found[f"loader_{workers}_per_s"] = rate
+        figures[f"loader_{workers}_per_s"] = rate
         line = f"  {workers} loading processes {rate:>8.0f}"
         if workers:
             click.echo(f"{line} {'':8} ({rate / workers / by_wall:.2f} of decoding alone, each)")
         else:
-            found["loader_0_per_cpu_s"] = per_cpu
+            figures["loader_0_per_cpu_s"] = per_cpu
             click.echo(f"{line} {per_cpu:>8.0f} ({per_cpu / by_cpu:.2f} of decoding alone)")
 
     if train_steps:
         step = to_the_end(training.step(), training.device)
         for workers in (0, 1):
             seconds, share = waiting(step, training.loader(sampler, workers), train_steps)
-            found |= {f"step_{workers}_s": seconds, f"waiting_{workers}": share}
+            figures |= {f"step_{workers}_s": seconds, f"waiting_{workers}": share}
             click.echo(
                 f"  {workers} loading processes: a step takes {seconds:.3f} s, {share:.2%} of it waiting for its batch"
             )
-    return found
+    return figures
 
 
 if __name__ == "__main__":

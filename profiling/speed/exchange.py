@@ -76,14 +76,14 @@ def main(ranks: int, shape: tuple[int, ...], dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
         mp.spawn(one_rank, (ranks, f"{folder}/store", shape, dtype, results), nprocs=ranks)
-        found = dict(results)
+        figures = dict(results)
     B, N, M, D = shape
     print(f"{ranks} ranks, B={B} N={N} M={M} D={D}, {dtype}; rank 0, forward and backward")
     print(f"{'exchange':10}{'peak bytes':>14}{'bytes sent':>14}{'seconds':>9}")
     for exchange in EXCHANGES:
-        peak, sent, seconds, _ = found[exchange, 0]
+        peak, sent, seconds, _ = figures[exchange, 0]
         print(f"{exchange:10}{peak:14,}{sent:14,}{seconds:9.2f}")
-    pairs = [zip(found["gather", r][3], found["ring", r][3], strict=True) for r in range(ranks)]
+    pairs = [zip(figures["gather", r][3], figures["ring", r][3], strict=True) for r in range(ranks)]
     worst = max(((b - a).norm() / a.norm()).item() for rank in pairs for a, b in rank)
     print(f"largest relative difference of a gradient: {worst:.1e}")
 

@@ -36,9 +36,9 @@ class Machine(NamedTuple):
             label = re.match(r"\s*(\.L\w+):", line)
             if label:
                 labels[label[1]] = len(instructions)
-            found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-            if found:
-                instructions.append(found[1].strip())
+            match = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+            if match:
+                instructions.append(match[1].strip())
         loops, branches = {}, []
         for place, instruction in enumerate(instructions):
             jump = re.search(r"\bBRA.*`\((\.L\w+)\)", instruction)

@@ -119,12 +119,12 @@ def flash_maxsim(direction: Direction, masked: bool) -> list[Work]:
     configs = fitting(forward._get_configs(FAMILIES[direction.gpu.capability]), direction)
     constants = {"Lq": direction.L, "save_argmax": 1, "use_q_lengths": int(masked)}
     constants["input_dtype"] = int(direction.dtype == "bf16")
-    found = direction.forward(forward._maxsim_fwd_kernel.fn, constants, configs, direction.L)
+    result = direction.forward(forward._maxsim_fwd_kernel.fn, constants, configs, direction.L)
     # As its table has them: of a medium grid on an A100.
     warps, stages = {90: (1, 3), 80: (2, 3)}.get(direction.gpu.capability, (4, 2))
     sizes = {"Lq": direction.L, "Nq": direction.P, "B": direction.Q}
     machine = direction.compiled(training._maxsim_bwd_unified_kernel, sizes, warps, stages)
-    return [found, direction.atomic(machine, warps, direction.P * direction.L)]
+    return [result, direction.atomic(machine, warps, direction.P * direction.L)]
 
 
 def late_interaction_kernels(direction: Direction, masked: bool) -> list[Work]:
@@ -190,12 +190,12 @@ PEERS = {"late-interaction-kernels": late_interaction_kernels, "flash-maxsim": f
 def steps(gpu: GPU, dtype: str, sizes: Sizes, tokens: int) -> dict[str, list[Work]]:
     """A step of each installed package, `tokens` positions of all texts being valid."""
     I, J, N, M, D = sizes  # noqa: E741
-    found = {}
+    functions = {}
     for name, step in PEERS.items():
         if find_spec(name.replace("-", "_")) is None:
             click.echo(f"{name} is not installed: left out")
             continue
         patches = Direction(gpu, dtype, I, N, J, M, D, valid=I * N)
         texts = Direction(gpu, dtype, J, M, I, N, D, valid=tokens)
-        found[f"{name} {version(name)}"] = [*step(patches, False), *step(texts, True)]
-    return found
+        functions[f"{name} {version(name)}"] = [*step(patches, False), *step(texts, True)]
+    return functions

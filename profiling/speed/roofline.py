@@ -92,17 +92,17 @@ def row(part: str, phases: list[Work], gpu: GPU, efficiency: float) -> dict[str,
 def command(
     name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool, json_path: str | None
 ) -> None:
-    found = rows(name, dtype, lengths, efficiency, with_peers)
+    table = rows(name, dtype, lengths, efficiency, with_peers)
     sizes = f"{SIZES.I} x {SIZES.J} pairs, {SIZES.N} patches"
     click.echo(f"computed, not measured: {name}, {dtype}, {sizes}, lengths: {lengths}")
-    numbers = [key for key in found[0] if key not in ("part", "binds")]
+    numbers = [key for key in table[0] if key not in ("part", "binds")]
     click.echo(f"{'':30}" + "".join(f"{key:>18}" for key in numbers) + "  what binds")
-    for row in found:
+    for row in table:
         cells = "".join(f"{row[key]:18.3g}" for key in numbers)
         click.echo(f"{row['part']:30}{cells}  {row['binds']}")
     click.echo(f"ms: at {efficiency:.0%} of the limits, an assumption for every row alike")
     if json_path is not None:
-        Path(json_path).write_text(json.dumps(found, indent=1))
+        Path(json_path).write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -164,15 +164,15 @@ def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
     return lines
 
 
-def _from(found: list[int], of: list[int]) -> str:
+def _from(counts: list[int], of: list[int]) -> str:
     """Say "from 8 ranks on" if `found` are all numbers in `of` from 8 on, otherwise list them."""
-    if not found:
+    if not counts:
         return "nowhere"
-    whole = found == [p for p in of if p >= found[0]]
-    return f"from {found[0]:,} ranks on" if whole else "at " + ", ".join(f"{p:,}" for p in found)
+    whole = counts == [p for p in of if p >= counts[0]]
+    return f"from {counts[0]:,} ranks on" if whole else "at " + ", ".join(f"{p:,}" for p in counts)
 
 
-def _fits(found: list[int], of: Mapping[int, Any]) -> str:
-    if len(found) == len(of):
+def _fits(counts: list[int], of: Mapping[int, Any]) -> str:
+    if len(counts) == len(of):
         return f"up to {max(of):,} ranks at least" if of else "nowhere"
-    return "at " + ", ".join(f"{p:,}" for p in found) if found else "nowhere"
+    return "at " + ", ".join(f"{p:,}" for p in counts) if counts else "nowhere"

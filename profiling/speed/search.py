@@ -73,13 +73,13 @@ def searched(
         (results,) = index.search(model, text, K, candidates)
         times.append(1000 * (time.perf_counter() - started))
         names.append([result.name for result in results])
-    found = {"median_ms": statistics.median(times), "slowest_ms": max(times)}
-    return found | {"memory_bytes": max(0, memory("VmHWM") - before)}, names
+    figures = {"median_ms": statistics.median(times), "slowest_ms": max(times)}
+    return figures | {"memory_bytes": max(0, memory("VmHWM") - before)}, names
 
 
-def recall(found: list[list[str]], exact: list[list[str]], k: int) -> float:
+def recall(names: list[list[str]], exact: list[list[str]], k: int) -> float:
     """The share of the exact search's first k results that are among this one's first k."""
-    shares = [len(set(a[:k]) & set(b[:k])) / k for a, b in zip(found, exact, strict=True)]
+    shares = [len(set(a[:k]) & set(b[:k])) / k for a, b in zip(names, exact, strict=True)]
     return statistics.mean(shares)
 
 
@@ -104,8 +104,8 @@ def command(model_path: str, images: int, queries: int) -> dict[str, Any]:
     assets.fetch(["pictures"])
     size = model.image_size
     scenes = Scenes(Drawn("train", SEED, images, DemoPictures(size), model.tokenizer))
-    asked = range(0, images, max(1, images // queries))[:queries]
-    texts = [scenes.caption(i) for i in asked]
+    chosen = range(0, images, max(1, images // queries))[:queries]
+    texts = [scenes.caption(i) for i in chosen]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
@@ -127,7 +127,7 @@ def command(model_path: str, images: int, queries: int) -> dict[str, Any]:
     for row, values in rows.items():
         values["recall_1"] = recall(results[row], results["exact"], 1)
         values[f"recall_{K}"] = recall(results[row], results["exact"], K)
-        first = [names[0] == str(i) for names, i in zip(results[row], asked, strict=True)]
+        first = [names[0] == str(i) for names, i in zip(results[row], chosen, strict=True)]
         values["own_first"] = statistics.mean(first)
         cost = f"{values['median_ms']:6.1f} ms  {values['slowest_ms']:6.1f} ms  {values['memory_bytes'] / 1e6:5.0f} MB"
         share = (

@@ -137,12 +137,12 @@ class Program:
                 if block["address"] in waiting:
                     block["state"] = "active_pending_free"
         divisions = allocator.settings.roundup_power2_divisions
-        told = {
+        by_name = {
             "max_split_size": allocator.settings.max_split_size or -1,
             "roundup_power2_divisions": {"1": divisions, "2": divisions},
         }
         first = self.random.randrange(len(self.trace) * 3 // 4)
-        return {**content, "allocator_settings": told, "device_traces": [self.trace[first:]]}
+        return {**content, "allocator_settings": by_name, "device_traces": [self.trace[first:]]}
 
 
 def recorded(

@@ -43,8 +43,8 @@ def test_reductions_stage_their_partial_results(func, shape, arguments, blocks):
 
 
 def test_how_many_blocks_share_a_reduction_depends_on_the_gpu():
-    found = [held(aten.sum.default, empty(4096, 1536), gpu=gpu).after for gpu in (RTX_3090, A100, H100)]
-    assert found == [((984, 4),), ((1728, 4),), ((2112, 4),)]
+    bytes_held = [held(aten.sum.default, empty(4096, 1536), gpu=gpu).after for gpu in (RTX_3090, A100, H100)]
+    assert bytes_held == [((984, 4),), ((1728, 4),), ((2112, 4),)]
 
 
 def test_what_is_counted_is_copied_into_integers_first():
@@ -66,20 +66,20 @@ def heads(batch: int, number: int, rows: int, width: int, dtype: torch.dtype = b
 )
 def test_flash_attention_s_backward(shape, blocks):
     x = heads(*shape)
-    found = held(aten._scaled_dot_product_flash_attention_backward.default, x, x, x, x, x)
-    assert found == Inside(((),), (blocks,))
+    bytes_held = held(aten._scaled_dot_product_flash_attention_backward.default, x, x, x, x, x)
+    assert bytes_held == Inside(((),), (blocks,))
 
 
 def test_heads_that_share_keys_have_gradients_of_their_own():
     x, key = heads(8, 6, 64, 64), heads(8, 2, 64, 64)
-    found = held(aten._scaled_dot_product_flash_attention_backward.default, x, x, key, key, x)
-    assert found == Inside(((),), ((24_576, 1_572_864, 393_216, 393_216),))
+    bytes_held = held(aten._scaled_dot_product_flash_attention_backward.default, x, x, key, key, x)
+    assert bytes_held == Inside(((),), ((24_576, 1_572_864, 393_216, 393_216),))
 
 
 def test_a_gradient_of_another_layout_is_copied():
     x, grad = heads(8, 6, 64, 64), empty(8, 6, 64, 64)
-    found = held(aten._scaled_dot_product_flash_attention_backward.default, grad, x, x, x, x)
-    assert found == Inside(((393_216,),), ((393_216, 24_576, 1_572_864),))
+    bytes_held = held(aten._scaled_dot_product_flash_attention_backward.default, grad, x, x, x, x)
+    assert bytes_held == Inside(((393_216,),), ((393_216, 24_576, 1_572_864),))
 
 
 @pytest.mark.parametrize(
@@ -99,8 +99,10 @@ def test_a_gradient_of_another_layout_is_copied():
 )
 def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
     x = heads(*shape, dtype=dtype)
-    found = held(aten._scaled_dot_product_efficient_attention_backward.default, x, x, x, x, *[None] * 5, 0.0, gpu=gpu)
-    assert found == Inside(((),), tuple(blocks))
+    bytes_held = held(
+        aten._scaled_dot_product_efficient_attention_backward.default, x, x, x, x, *[None] * 5, 0.0, gpu=gpu
+    )
+    assert bytes_held == Inside(((),), tuple(blocks))
 
 
 @pytest.fixture(autouse=True)
@@ -182,17 +184,17 @@ def test_what_attention_s_forward_holds():
 def test_the_embedding_s_backward():
     indices, grad = torch.empty(4096, dtype=torch.int64, device="meta"), empty(4096, 384)
     arguments = grad, indices, 1837, -1, False
-    found = held(aten.embedding_dense_backward.default, *arguments)
-    assert found.before == ((32_768, 32_768, 32_768, 72_191), (32_768, 32_768))
-    assert found.after[-1] == (32_768, 32_768, 32_768, 8, 14_696, 14_696, 8, 17_968, 3_449_856)
+    bytes_held = held(aten.embedding_dense_backward.default, *arguments)
+    assert bytes_held.before == ((32_768, 32_768, 32_768, 72_191), (32_768, 32_768))
+    assert bytes_held.after[-1] == (32_768, 32_768, 32_768, 8, 14_696, 14_696, 8, 17_968, 3_449_856)
     sorting = held(aten.embedding_dense_backward.default, *arguments, gpu=H100).before[0]
     assert sorting == (32_768, 32_768, 32_768, 71_167)
 
 
 def test_a_small_table_s_gradient_is_added_up_in_fp32():
     indices, grad = torch.empty(4096, dtype=torch.int64, device="meta"), empty(4096, 384)
-    found = held(aten.embedding_dense_backward.default, grad, indices, 2, -1, False)
-    assert found.after[-1][-3:] == (3_288, 3_288, 3_072)
+    bytes_held = held(aten.embedding_dense_backward.default, grad, indices, 2, -1, False)
+    assert bytes_held.after[-1][-3:] == (3_288, 3_288, 3_072)
 
 
 def test_many_short_rows_of_a_layer_norm():
@@ -211,15 +213,15 @@ def test_a_convolution_s_gradients():
     grad = empty(64, 36, 384, dtype=fp32).transpose(1, 2).unflatten(2, (6, 6))
     x, weight = empty(64, 3, 84, 84, dtype=fp32), empty(384, 3, 14, 14, dtype=fp32)
     shape = [384], [14, 14], [0, 0], [1, 1], False, [0, 0], 1, [False, True, True]
-    found = held(aten.convolution_backward.default, grad, x, weight, *shape)
-    assert found == Inside(((3_538_944,), (3_538_944,)), ((3_538_944,), (7_077_888, 12)))
+    bytes_held = held(aten.convolution_backward.default, grad, x, weight, *shape)
+    assert bytes_held == Inside(((3_538_944,), (3_538_944,)), ((3_538_944,), (7_077_888, 12)))
 
 
 def test_accumulated_places_are_sorted():
     x, values = empty(64, 64, dtype=fp32), empty(64, dtype=fp32).expand(64)
     indices = [torch.empty(64, dtype=torch.int64, device="meta")] * 2
-    found = held(aten.index_put.default, x, indices, values, True)
-    assert found.after[-1] == (512, 512, 512, 512, 1)
+    bytes_held = held(aten.index_put.default, x, indices, values, True)
+    assert bytes_held.after[-1] == (512, 512, 512, 512, 1)
     assert held(aten.index_put.default, x, indices, values) == Inside()
 
 

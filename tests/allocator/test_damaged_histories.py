@@ -46,11 +46,11 @@ def test_a_damaged_history_is_replayed_or_refused(settings):
         for _ in range(r.choice((1, 2, 5))):
             damage(content, r)
         try:
-            found = replay_history(content, 0)
+            replayed = replay_history(content, 0)
         except UserError as error:
             assert "\n" not in str(error) and "device 0" in str(error)
             refused += 1
             continue
-        different += not found.exact
-        what_if(found.start, content["device_traces"][0], 100 * M)
+        different += not replayed.exact
+        what_if(replayed.start, content["device_traces"][0], 100 * M)
     assert refused > 30 and different

@@ -21,9 +21,9 @@ from tests.allocator.random_programs import M, recorded
 def test_every_address_is_found_again(first):
     ambiguous = 0
     for seed in range(first, first + 50):
-        found = replay_history(recorded(seed), 0)
-        assert found.exact, (seed, found)
-        ambiguous += found.ambiguous
+        replayed = replay_history(recorded(seed), 0)
+        assert replayed.exact, (seed, replayed)
+        ambiguous += replayed.ambiguous
     assert ambiguous  # the programs are such that not everything can be told
 
 
@@ -38,9 +38,9 @@ def test_every_address_is_found_again(first):
 )
 def test_every_address_is_found_again_under_the_settings_of_the_recording(settings):
     for seed in range(50):
-        found = replay_history(recorded(seed, settings=settings), 0)
-        assert found.exact, (seed, found)
-    assert found.segments_recorded
+        replayed = replay_history(recorded(seed, settings=settings), 0)
+        assert replayed.exact, (seed, replayed)
+    assert replayed.segments_recorded
 
 
 def test_another_allocators_choice_is_no_match():
@@ -69,9 +69,9 @@ def test_the_rest_behind_a_block_is_told_by_what_was_passed_over():
         {"action": "alloc", "addr": base, "size": 84 * eighth, "stream": 0},
         {"action": "free_completed", "addr": base + 64 * M, "size": 9 * M, "stream": 0},
     ]
-    found = replay_history({"segments": segments, "device_traces": [trace]}, 0)
-    assert found.exact and found.allocations == 1 and found.ambiguous == 1
-    assert found.allocated_peak == 20 * M + 9 * M + eighth + 512
+    replayed = replay_history({"segments": segments, "device_traces": [trace]}, 0)
+    assert replayed.exact and replayed.allocations == 1 and replayed.ambiguous == 1
+    assert replayed.allocated_peak == 20 * M + 9 * M + eighth + 512
 
 
 def test_two_threads_can_take_segments_at_once():
@@ -87,8 +87,8 @@ def test_two_threads_can_take_segments_at_once():
         {"address": address, "total_size": 20 * M, "stream": 0, "blocks": [{"size": 20 * M, "state": LIVE[0]}]}
         for address in (first, second)
     ]
-    found = replay_history({"segments": segments, "device_traces": [trace]}, 0)
-    assert found.exact and found.reserved_peak_replayed == 40 * M
+    replayed = replay_history({"segments": segments, "device_traces": [trace]}, 0)
+    assert replayed.exact and replayed.reserved_peak_replayed == 40 * M
 
 
 ORDINARY = {"address": 2**40, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
@@ -208,8 +208,8 @@ def test_what_other_tools_leave_out_or_write_differently_is_read(tmp_path):
         for segment in content["segments"]
     ]
     (tmp_path / "stripped.json").write_text(json.dumps({"segments": segments, "device_traces": [trace, []]}))
-    found = replay_history(snapshot.read(tmp_path / "stripped.json"), 0)
-    assert found.exact and found.allocations and found.out_of_memory > 0
+    replayed = replay_history(snapshot.read(tmp_path / "stripped.json"), 0)
+    assert replayed.exact and replayed.allocations and replayed.out_of_memory > 0
 
 
 def test_a_snapshot_of_ours_is_read(tmp_path):

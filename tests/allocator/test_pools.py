@@ -42,29 +42,29 @@ GRAPH = [*taken(B), *free(B), event("segment_free", B), event("alloc", A), *free
 
 
 def test_a_segment_that_was_taken_beside_a_free_one_was_of_another_pool():
-    found = replay_history(history(GRAPH, A), 0)
-    assert found.exact and found.allocations == 2
-    assert (found.released_private, found.released_unknown) == (1, 0)
-    assert (found.reserved_peak_replayed, found.allocated_peak) == (40 * M, 20 * M)
+    replayed = replay_history(history(GRAPH, A), 0)
+    assert replayed.exact and replayed.allocations == 2
+    assert (replayed.released_private, replayed.released_unknown) == (1, 0)
+    assert (replayed.reserved_peak_replayed, replayed.allocated_peak) == (40 * M, 20 * M)
 
 
 def test_a_what_if_keeps_a_private_pools_memory_apart():
     """The default pool's request takes C, though the graph's block at B is free."""
     trace = [event("alloc", A), *taken(B), *free(B), *taken(C), *free(C), *free(A), event("segment_free", B)]
-    found = replay_history(history(trace, A, C), 0)
-    assert found.exact and found.released_private == 1
-    assert what_if(found.start, trace, 60 * M).fits and not what_if(found.start, trace, 59 * M).fits
+    replayed = replay_history(history(trace, A, C), 0)
+    assert replayed.exact and replayed.released_private == 1
+    assert what_if(replayed.start, trace, 60 * M).fits and not what_if(replayed.start, trace, 59 * M).fits
 
 
 def test_an_event_that_tells_its_pool_is_believed():
     trace = [dict(one, pool_id=[0, 3] if one["addr"] == B else [0, 0]) for one in GRAPH]
-    found = replay_history(history(trace, A), 0)
-    assert found.exact and (found.released_private, found.released_unknown) == (0, 0)
+    replayed = replay_history(history(trace, A), 0)
+    assert replayed.exact and (replayed.released_private, replayed.released_unknown) == (0, 0)
     # Without a request that tells, and without being told, the segment counts as the default pool's.
     trace = [event("alloc", A), *taken(B), *free(B), event("segment_free", B), *free(A)]
-    found = replay_history(history(trace, A), 0)
-    assert found.exact and (found.released_private, found.released_unknown) == (0, 0)
-    assert found.start.taken[1].pool == (0, 0)
+    replayed = replay_history(history(trace, A), 0)
+    assert replayed.exact and (replayed.released_private, replayed.released_unknown) == (0, 0)
+    assert replayed.start.taken[1].pool == (0, 0)
     trace[1] = dict(trace[1], pool_id=(0, 3))
     assert replay_history(history(trace, A), 0).start.taken[1].pool == (0, 3)
 
@@ -75,9 +75,9 @@ def test_an_address_can_belong_to_one_pool_after_another():
     content = history(trace, A)
     content["segments"][0]["segment_pool_id"] = (0, 1)
     content["segments"] += history([], B)["segments"]
-    found = replay_history(content, 0)
-    assert found.exact and (found.released_private, found.released_unknown) == (0, 1)
-    assert [found.start.taken[number].pool for number in (0, 5, 7)] == [(0, 0), (0, 0), (0, 1)]
+    replayed = replay_history(content, 0)
+    assert replayed.exact and (replayed.released_private, replayed.released_unknown) == (0, 1)
+    assert [replayed.start.taken[number].pool for number in (0, 5, 7)] == [(0, 0), (0, 0), (0, 1)]
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(max_split_size=30 * M), Settings(expandable_segments=True)])
@@ -85,16 +85,16 @@ def test_what_is_told_is_true(settings):
     """The same programs with and without the pool in each event."""
     private = 0
     for seed in range(200, 230):
-        told = replay_history(recorded(seed, settings=settings, record_pools=True), 0)
+        replayed = replay_history(recorded(seed, settings=settings, record_pools=True), 0)
         content = recorded(seed, settings=settings)
-        found = replay_history(content, 0)
-        assert told.exact and found.exact and not told.released_private and not told.released_unknown
-        assert found.reserved_peak_replayed == told.reserved_peak_replayed
+        result = replay_history(content, 0)
+        assert replayed.exact and result.exact and not replayed.released_private and not replayed.released_unknown
+        assert result.reserved_peak_replayed == replayed.reserved_peak_replayed
         events = recorded(seed, settings=settings, record_pools=True)["device_traces"][0]
         released = [one["pool_id"] != (0, 0) for one in events if one["action"] in ("segment_free", "segment_unmap")]
-        assert found.released_private <= sum(released)
-        assert found.released_private + found.released_unknown <= len(released)
-        private += found.released_private
+        assert result.released_private <= sum(released)
+        assert result.released_private + result.released_unknown <= len(released)
+        private += result.released_private
     assert private > 50
 
 

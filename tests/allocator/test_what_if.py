@@ -168,10 +168,10 @@ def test_what_holds_memory_at_the_peak_is_named_by_the_users_line(tmp_path):
     assert "41,943,040 B  me/model.py:12 attend (1 blocks)" in done.output
     assert "31,457,280 B  nn/linear.py:9 forward (1 blocks)" in done.output
     assert "12,582,912 B  blocks of 12,582,912 B without a recorded stack (1 blocks)" in done.output
-    told = CliRunner().invoke(command, [path, "--limit", "75497472B"]).output.splitlines()
+    lines = CliRunner().invoke(command, [path, "--limit", "75497472B"]).output.splitlines()
     failed = "it does not fit in 75,497,472 B: allocation 3 of 12,582,912 B fails, and 10,485,760 B would have to go"
-    assert f"  what if: {failed}" in told
-    assert told[-2:] == [
+    assert f"  what if: {failed}" in lines
+    assert lines[-2:] == [
         "          41,943,040 B  me/model.py:12 attend (1 blocks)",
         "          31,457,280 B  nn/linear.py:9 forward (1 blocks)",
     ]
@@ -190,9 +190,9 @@ def test_two_snapshots_are_compared_by_what_holds_memory(tmp_path):
 def test_the_settings_that_reserve_least_come_first(tmp_path):
     path = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), [LIBRARY, LIBRARY])
     (line,) = CliRunner().invoke(command, [path, "--settings", "--json"]).output.splitlines()
-    found = json.loads(line)["settings"]
-    assert found["(nothing set)"] == 70 * M and found["expandable_segments:True"] == 80 * M
-    assert list(found.values()) == sorted(found.values())
+    content = json.loads(line)["settings"]
+    assert content["(nothing set)"] == 70 * M and content["expandable_segments:True"] == 80 * M
+    assert list(content.values()) == sorted(content.values())
 
 
 def test_a_picture_is_written(tmp_path):
@@ -221,7 +221,7 @@ def a_segment(device: int, address: int) -> dict[str, Any]:
 )  # fmt: skip
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_history_without_what_it_is_read_for_is_told(segments, traces, lines, as_json, tmp_path):
-    entries = [[{"action": action, "addr": 0, "size": 0, "stream": 0} for action in each] for each in traces]
+    entries = [[{"action": action, "addr": 0, "size": 0, "stream": 0} for action in item] for item in traces]
     content = {"segments": [a_segment(device, (1 + device) << 40) for device in segments], "device_traces": entries}
     path = tmp_path / "snapshot.json"
     path.write_text(json.dumps(content))

@@ -49,15 +49,15 @@ class Readers:
         return load_config(run / "config.json", "RUN").to_dict()
 
     def report(self, run):
-        found = read(run)
-        return found.settings, found.metrics
+        result = read(run)
+        return result.settings, result.metrics
 
     def weights(self, run):
-        found = []
+        results = []
         for name in GOOD.values():
             load_weights(run, self.objective, name)
-            found.append(sum(x.double().sum().item() for x in self.objective.state_dict().values()))
-        return found
+            results.append(sum(x.double().sum().item() for x in self.objective.state_dict().values()))
+        return results
 
     def bad(self, run):
         return sorted(BadFile(run / BAD_FILE, [])._begin())
@@ -107,19 +107,19 @@ def test_no_damage_gives_other_content(tmp_path, capfd):
                     for file in ("metrics.jsonl", "metrics.jsonl.crc32", BAD_FILE):
                         (other / file).unlink(), shutil.copy(run / file, other / file)
                 try:
-                    found = getattr(readers, name)(other)
+                    result = getattr(readers, name)(other)
                 except UserError as error:
                     assert "\n" not in str(error)
                     counts["refused"] += 1
                     continue
-                if found in expected[name]:
+                if result in expected[name]:
                     counts["as it was"] += 1
                     continue
                 assert name in ("lines", "bad", "report"), (path, number, name)
                 whole = expected[name][0]
                 if name == "report":  # lines cut off, as of a run that is being written
-                    found, whole = found[1], whole[1]
-                assert all(item in whole for item in found) and len(found) <= len(whole), (path, number, name)
+                    result, whole = result[1], whole[1]
+                assert all(item in whole for item in result) and len(result) <= len(whole), (path, number, name)
                 counts["a part, named"] += 1
             shutil.rmtree(other)
         path.write_bytes(kept)

@@ -86,15 +86,15 @@ def test_another_scheduler_names_its_job(tmp_path, monkeypatch):
     (tmp_path / NAME).unlink()
     started = [Lock(tmp_path) for _ in range(2)]
     started[0].mine["place"] = "there"
-    assert [each.take() for each in started] == [None, None]  # the second is a later start of the same job
+    assert [item.take() for item in started] == [None, None]  # the second is a later start of the same job
 
 
 def test_an_earlier_start_of_the_job_that_may_still_run_is_given_time(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(lock, "HANDOVER", 0.3)
-    here = {"pid": os.getppid(), "started": _started(os.getppid())}
+    expected = {"pid": os.getppid(), "started": _started(os.getppid())}
     gone = {"pid": os.getppid(), "started": "1"}
-    for who, waits in ((here, True), (gone, False), ({"place": "there"}, True)):
+    for who, waits in ((expected, True), (gone, False), ({"place": "there"}, True)):
         holder(tmp_path, job=["7", "0"], **who)
         began = time.monotonic()
         assert Lock(tmp_path).take() is None

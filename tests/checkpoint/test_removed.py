@@ -30,8 +30,8 @@ def arguments(tmp_path_factory) -> list[str]:
 def strike_at(monkeypatch, step: int, strike) -> None:
     end_step = Run.end_step
 
-    def ended(run, found):
-        end_step(run, found)
+    def ended(run, result):
+        end_step(run, result)
         if run.state.step == step:
             strike(run.checkpoints.folder)
 
@@ -96,10 +96,10 @@ def test_what_is_removed_in_mid_run_is_written_again_and_told(name, arguments, t
     assert drive([*arguments, str(tmp_path / "run")]) == 0
     assert_whole(tmp_path / "run")
     printed = capfd.readouterr()
-    told = [line for line in printed.out.splitlines() if line.startswith("warning")]
+    lines = [line for line in printed.out.splitlines() if line.startswith("warning")]
     if words:
-        (told_here,) = [line for line in told if words.format(tmp_path) in line]
-        assert all(line == told_here or "is gone: a checkpoint" in line for line in told)
+        (told_here,) = [line for line in lines if words.format(tmp_path) in line]
+        assert all(line == told_here or "is gone: a checkpoint" in line for line in lines)
     assert "Traceback" not in printed.err
 
 
@@ -196,8 +196,8 @@ def test_metrics_gone_between_two_starts_are_told(strike, had, arguments, tmp_pa
     assert "lines up to step" not in capfd.readouterr().out
     strike(folder)
     assert drive([*arguments, str(folder)]) == 0
-    (told,) = [line for line in capfd.readouterr().out.splitlines() if "lines up to step" in line]
-    assert told == (
+    (printed,) = [line for line in capfd.readouterr().out.splitlines() if "lines up to step" in line]
+    assert printed == (
         f"warning: {folder / 'metrics.jsonl'} has {had} of the 6 lines up to step 6: it was removed or cut off since; "
         "the run goes on without them"
     )

@@ -84,7 +84,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
 
     values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
 
-    def best(before, split, found, step):
+    def best(before, split, result, step):
         value = values[step]
         return before if value <= before.get("value", -1) else {"metric": "m", "value": value, "step": step}
 
@@ -140,7 +140,7 @@ def change_ranks(folder: Path, changes: tuple[tuple[str, str], ...]) -> Path:
     before += [(int(change[0]), stage, change, BREAK) for stage, change in changes]
     after = [(int(change[-1]), stage, change, None) for stage, change in changes]
     for part, world_size in product((before, after), (1, 2, 3)):
-        tasks = [task(*each) for each in part if each[0] == world_size]
+        tasks = [task(*item) for item in part if item[0] == world_size]
         expected = [85 if task["stop_at"] else 0 for task in tasks]
         if world_size > 1 and tasks:
             assert ranks(folder, world_size, tasks)[0] == expected
@@ -191,13 +191,13 @@ def samples_of_epoch(folder: Path, name: str) -> list[int]:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
-    found = restore.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
+    result = restore.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    rebatched = restore.rebatch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
+    rebatched = restore.rebatch(result, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
     assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError) as error:
-        restore.rebatch(found, DeepSpeedConfig.of({}))
+        restore.rebatch(result, DeepSpeedConfig.of({}))
     assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
@@ -205,11 +205,11 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkey
 def test_a_batch_once_rebatched_for_other_ranks_stays_so_at_every_later_start(monkeypatch):
     config, said = load_preset("tiny", {}), []  # 8 pairs per rank
 
-    def start(ranks, found):
+    def start(ranks, result):
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        asked = restore.rebatch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
-        resolved = asked.filled(config.optim, ranks, 20)
-        return restore.state_of(found, config, resolved, False, said.append)
+        options = restore.rebatch(result, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
+        resolved = options.filled(config.optim, ranks, 20)
+        return restore.state_of(result, config, resolved, False, said.append)
 
     state = start(2, None)
     assert (state.train_batch_size, state.world_size, state.rebatched) == (16, 2, False)
@@ -351,8 +351,8 @@ def test_moving_a_run_aside_may_be_stopped_anywhere(stopped, tmp_path, monkeypat
             with contextlib.suppress(Killed, OSError):
                 run_folder._put_back(folder, folder / "replaced")
             monkeypatch.setattr(os, "replace", replace)
-            found, error = contents._candidates("auto", folder)
-            assert error is None and [path.name for path in found] == ["step4", "step2"]
+            entry, error = contents._candidates("auto", folder)
+            assert error is None and [path.name for path in entry] == ["step4", "step2"]
             if (folder / "replaced").is_dir():
                 run_folder._put_back(folder, folder / "replaced")
             assert snapshot(folder) == before
@@ -450,9 +450,9 @@ def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch, capfd)
         writer.draw(step, loss=1.0)
         time.sleep(0.1)
     writer.close()
-    found = capfd.readouterr()
-    assert "Traceback" not in found.err
-    assert found.out.count("warning: metrics cannot be written now: [Errno 28]") == 1
+    printed = capfd.readouterr()
+    assert "Traceback" not in printed.err
+    assert printed.out.count("warning: metrics cannot be written now: [Errno 28]") == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_path, capfd):
@@ -526,8 +526,8 @@ def test_a_rank_whose_data_fail_ends_all_with_the_same_line(tmp_path):
     codes, output = ranks(tmp_path, 2, [{"arguments": [*arguments, "--output-dir", str(tmp_path / "run")],
                                          "mistakes": True}], timeout=120)  # fmt: skip
     assert codes == [2]
-    told = [line for line in output.splitlines() if line.startswith("error: rank ")]
-    assert len(told) == 2 and told[0] == told[1] and "100 samples in a row" in told[0]
+    lines = [line for line in output.splitlines() if line.startswith("error: rank ")]
+    assert len(lines) == 2 and lines[0] == lines[1] and "100 samples in a row" in lines[0]
 
 
 def test_deterministic_runs_repeat_their_bits(source, tmp_path):

@@ -46,8 +46,8 @@ def test_other_data_is_refused_with_what_differs(tmp_path):
 
 def test_of_many_differences_the_first_are_told():
     before = {f"sources.x.files.{k:05}.tar": 1 for k in range(1000)}
-    told = settings.differences(before, {}, True)
-    assert len(told) == settings.SHOWN + 1 and told[-1] == "980 more"
+    lines = settings.differences(before, {}, True)
+    assert len(lines) == settings.SHOWN + 1 and lines[-1] == "980 more"
 
 
 def test_a_setting_newer_than_the_run_counts_as_its_default():
@@ -77,8 +77,8 @@ def test_every_skipped_sample_is_in_the_runs_file_once_also_after_a_stop(tmp_pat
     assert drive(run, stop_at=2) == 85
     assert drive(run) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "bad.jsonl").read_text().splitlines()]
-    found = sorted((line["when"], line["name"], line["reason"].split(":")[0]) for line in lines)
-    assert found == [
+    result = sorted((line["when"], line["name"], line["reason"].split(":")[0]) for line in lines)
+    assert result == [
         ("evaluation", "002.png", "cannot identify image file"), ("load", "005.png", "empty caption"),
         ("training", "003.png", "cannot identify image file"), ("training", "011.png", "cannot identify image file"),
     ]  # fmt: skip

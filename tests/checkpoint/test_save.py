@@ -80,9 +80,9 @@ def test_each_file_damaged_is_found_and_the_one_before_used(run, damage):
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        found = contents.find("auto", run)
-        assert found.path.name == "step1", name
-        assert len(found.lines) == 1 and "step2 is damaged" in found.lines[0] and name in found.lines[0]
+        result = contents.find("auto", run)
+        assert result.path.name == "step1", name
+        assert len(result.lines) == 1 and "step2 is damaged" in result.lines[0] and name in result.lines[0]
         (newest / name).write_bytes(whole)
     assert contents.find("auto", run).path.name == "step2"
 

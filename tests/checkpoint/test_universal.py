@@ -48,8 +48,8 @@ class Setting:
 
     def build(self, layout: Layout, **more):
         stage, precision = layout
-        asked = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **more}
-        ds_config = DeepSpeedConfig.of(asked).filled(self.config.optim, self.ranks, STEPS)
+        settings = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **more}
+        ds_config = DeepSpeedConfig.of(settings).filled(self.config.optim, self.ranks, STEPS)
         return engine.build(self.config, ds_config, self.data.vocab_size, STEPS, self.device), ds_config
 
     def parts(self):
@@ -67,30 +67,30 @@ class Setting:
         state.capture(sampler, bad)
         assert checkpoint.save(folder, train_engine, state, 1).error is None
         if record:
-            found = {**whole(train_engine), "losses": self.losses(train_engine)}
+            by_name = {**whole(train_engine), "losses": self.losses(train_engine)}
             if distributed.is_main():
-                torch.save(found, folder / "record.pt")
+                torch.save(by_name, folder / "record.pt")
 
     def read(self, folder: Path, layout: Layout, **more) -> dict[str, float]:
         """Largest differences between what was written and what is there after loading, and in the next losses."""
         train_engine, ds_config = self.build(layout, **more)
-        found = contents.find("auto", folder)
-        assert found is not None
-        state = restore.state_of(found, self.config, ds_config, True, lambda line: None)
+        result = contents.find("auto", folder)
+        assert result is not None
+        state = restore.state_of(result, self.config, ds_config, True, lambda line: None)
         sampler, bad = self.parts()
         sampler.load_state_dict(state.sampler)
-        restore.load(found, state, train_engine, bad, False)
-        record, here = torch.load(folder / "record.pt"), whole(train_engine)
-        assert here["shared"] == record["shared"]
+        restore.load(result, state, train_engine, bad, False)
+        record, own = torch.load(folder / "record.pt"), whole(train_engine)
+        assert own["shared"] == record["shared"]
         if distributed.is_main():
-            assert not (found.path.parent / "universal.writing").exists()
+            assert not (result.path.parent / "universal.writing").exists()
         worst = {}
         for kind in ("weights", "averages", "moments"):
-            assert here[kind].keys() == record[kind].keys()
-            worst[kind] = max((here[kind][n] - x).abs().max().item() for n, x in record[kind].items())
+            assert own[kind].keys() == record[kind].keys()
+            worst[kind] = max((own[kind][n] - x).abs().max().item() for n, x in record[kind].items())
         for name, parameter in train_engine.objective.named_parameters():
             if not hasattr(parameter, "ds_id"):  # what the next forward pass uses
-                assert torch.equal(parameter.detach().float(), here["weights"][name].to(parameter.dtype).float())
+                assert torch.equal(parameter.detach().float(), own["weights"][name].to(parameter.dtype).float())
         losses = self.losses(train_engine)
         worst["losses"] = max(abs(a - b) for a, b in zip(losses, record["losses"], strict=True))
         return worst

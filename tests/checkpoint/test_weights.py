@@ -89,8 +89,8 @@ def test_a_flipped_bit_of_an_export_is_refused_here_and_found_by_sha256sum(run, 
     flip_a_bit_of_a_weight(folder / "model.safetensors")
     with pytest.raises(UserError, match="does not match the checksum"):
         Model.load(folder)
-    found = subprocess.run(check, cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 1 and found.stdout == "model.safetensors: FAILED\n"
+    process = subprocess.run(check, cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 1 and process.stdout == "model.safetensors: FAILED\n"
 
 
 def test_damaged_weights_are_no_start_of_another_run(run):

@@ -27,8 +27,8 @@ ON_GPU = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape
     ],
 )
 def test_gpus_that_do_not_run_the_kernels_are_known(capability, triton, reason):
-    found = backends.unsuited(capability, triton)
-    assert found is None if reason is None else re.search(reason, found)
+    result = backends.unsuited(capability, triton)
+    assert result is None if reason is None else re.search(reason, result)
 
 
 def test_where_the_kernels_do_not_run_the_reason_is_told(monkeypatch):

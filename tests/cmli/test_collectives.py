@@ -114,15 +114,15 @@ def mistaken(rank, world_size):
         "dtype": (image.half(), text.half(), mask) if first else (image, text, mask),
         "batch": (image[:1], text[:1], mask[:1]) if first else (image, text, mask),
     }
-    told = {}
+    by_name = {}
     for name, batch in batches.items():
         with pytest.raises((ValueError, TypeError)) as caught:
             CMLILoss()(*batch)
-        told[name] = str(caught.value)
+        by_name[name] = str(caught.value)
     loss = CMLILoss(0.02 + 0.01 * rank)
     with pytest.warns(UserWarning, match="logit_scale differs between ranks: wrap the loss in Distributed"):
         loss(image, text, mask)
-    return told
+    return by_name
 
 
 def test_a_mistake_of_one_rank_ends_all():
@@ -179,23 +179,23 @@ def in_bf16(rank, world_size):
     image, text, mask = batch(world_size)
     mine = slice(rank * B, (rank + 1) * B)
     image, text = (x[mine].bfloat16().requires_grad_() for x in (image, text))
-    found = {}
+    by_name = {}
     for exchange in ("gather", "ring", "auto"):
         # Texts of 2 x 3 x 6 x 4 features, in bf16 with a gradient in fp32.
         score = Scorer(exchange=exchange, gather_bytes=2 * 3 * 6 * 4 * (2 + 4))
         scores = score_global_batch(image, text, mask[mine], score=score)
-        found[exchange] = (
+        by_name[exchange] = (
             *(x.detach() for x in scores),
             *torch.autograd.grad(scores[0].sum() + scores[1].sum(), (image, text)),
         )
         assert score.goes_round(text) == (exchange == "ring")
         assert exchange != "auto" or replace(score, gather_bytes=score.gather_bytes - 1).goes_round(text)
-    return found
+    return by_name
 
 
 def test_a_ring_in_bf16_and_when_it_is_taken_by_itself():
-    for found in spawn(in_bf16, 2):
-        for ours, expected in zip(found["ring"], found["gather"], strict=True):
+    for entry in spawn(in_bf16, 2):
+        for ours, expected in zip(entry["ring"], entry["gather"], strict=True):
             assert ours.dtype == expected.dtype
             assert (ours - expected).norm() < 2**-7 * expected.norm()
 

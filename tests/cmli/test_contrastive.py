@@ -24,8 +24,8 @@ def test_contrastive_loss_takes_rows_from_one_matrix_and_columns_from_the_other(
     columns = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
     row_loss = math.log(1 + math.exp(-3))
     column_loss = (math.log(1 + math.exp(1)) + math.log(1 + math.exp(5))) / 2
-    found = contrastive_loss(rows, columns, torch.zeros(1)).item()
-    assert found == pytest.approx((row_loss + column_loss) / 2)
+    outcome = contrastive_loss(rows, columns, torch.zeros(1)).item()
+    assert outcome == pytest.approx((row_loss + column_loss) / 2)
 
 
 def test_contrastive_loss_of_a_block_row():
@@ -56,8 +56,8 @@ def test_contrastive_loss_of_tiles_that_do_not_meet_on_the_diagonal():
                     (math.e * columns).masked_fill(ignore, -math.inf).logsumexp(0)[part]
                 ),
             }
-            found = contrastive_loss(rows[tile], columns[tile], one, i + 1 - j, ignore=ignore[tile], **sums)
-            total += found * len(rows[tile]) / 6
+            outcome = contrastive_loss(rows[tile], columns[tile], one, i + 1 - j, ignore=ignore[tile], **sums)
+            total += outcome * len(rows[tile]) / 6
     assert_close(total, whole)
 
 

@@ -50,12 +50,12 @@ def test_small_weights_of_rows_and_columns_by_hand():
 def test_loss_and_temperature_are_exact_and_the_error_is_within_the_bound(delta):
     batch = alike(64)
     value, d_image, d_text, d_scale, _ = trained(batch, 0.0)
-    found = trained(batch, delta)
-    assert torch.equal(found[0], value) and torch.equal(found[3], d_scale)
-    kept, bound = found[4].tolist()
+    outcome = trained(batch, delta)
+    assert torch.equal(outcome[0], value) and torch.equal(outcome[3], d_scale)
+    kept, bound = outcome[4].tolist()
     assert 1 / 64 <= kept < 0.6
     exact = d_image, d_text
-    errors = [(a - b).norm(dim=2).sum().item() for a, b in zip(found[1:], exact, strict=False)]
+    errors = [(a - b).norm(dim=2).sum().item() for a, b in zip(outcome[1:], exact, strict=False)]
     assert 0 < max(errors) <= bound <= 50 * delta * (1 + 2**-7)
 
 
@@ -71,9 +71,9 @@ def test_indices_of_kept_pairs_found_again_give_the_same_bits(dtype):
 
 def test_the_bound_holds_for_any_tile():
     """Few and many pairs, sharp and flat, 16-bit features, masks of images and pairs that are no negatives."""
-    found = [certified(random_tile(seed)) for seed in range(100)]
-    assert all(error <= bound for error, bound in found)
-    assert max(error / bound for error, bound in found if bound) > 0.5 and sum(error > 0 for error, _ in found) > 50
+    result = [certified(random_tile(seed)) for seed in range(100)]
+    assert all(error <= bound for error, bound in result)
+    assert max(error / bound for error, bound in result if bound) > 0.5 and sum(error > 0 for error, _ in result) > 50
 
 
 def test_rows_and_columns_leave_out_no_more_than_allowed():

@@ -32,13 +32,13 @@ def threads():
 def test_threads_and_budgets_give_the_same_scores(threads, dtype):
     """Threads the same bits of gradients, too."""
     case = random_case(30, 70, 37, 20, 33, dtype=dtype, masked=True)
-    upstream, found = upstream_for(case), []
+    upstream, result = upstream_for(case), []
     for number in (1, 2, 5):
         threads(number)
-        found += [with_gradients(case, upstream, **options) for options in ({}, RECOMPUTE)]
+        result += [with_gradients(case, upstream, **options) for options in ({}, RECOMPUTE)]
         small = with_gradients(case, upstream, scratch_bytes=100)
-        assert all(map(torch.equal, small[:2], found[0][:2]))
-    assert all(torch.equal(a, b) for each in found for a, b in zip(each, found[0], strict=True))
+        assert all(map(torch.equal, small[:2], result[0][:2]))
+    assert all(torch.equal(a, b) for item in result for a, b in zip(item, result[0], strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -67,10 +67,10 @@ def test_argmax_positions_are_those_of_the_operators():
     case = random_case(9, 11, 18, 13, 3, dtype=torch.float32, masked=True)
     case = (*(x.round() for x in case[:2]), *case[2:])
     upstream = tuple(g.round() for g in upstream_for(case))
-    found = with_gradients(case, upstream)
+    result = with_gradients(case, upstream)
     with without_kernels():
         expected = with_gradients(case, upstream)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 

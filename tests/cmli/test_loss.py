@@ -93,19 +93,19 @@ def test_autocast_takes_the_wider_dtype(narrow, wide):
     text = TEXT.to(wide)
     expected = trained(CMLILoss(), IMAGE.to(narrow).to(wide), text, MASK)
     with torch.autocast("cpu", dtype=narrow):
-        found = trained(CMLILoss(), IMAGE.to(narrow), text, MASK)
+        outcome = trained(CMLILoss(), IMAGE.to(narrow), text, MASK)
         scores = cmli_scores(IMAGE.to(narrow), text, MASK)
-    assert [x.dtype for x in found] == [wide, narrow, wide, torch.float32]
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[2], expected[2])
-    assert torch.equal(found[1], expected[1].to(narrow))
+    assert [x.dtype for x in outcome] == [wide, narrow, wide, torch.float32]
+    assert torch.equal(outcome[0], expected[0]) and torch.equal(outcome[2], expected[2])
+    assert torch.equal(outcome[1], expected[1].to(narrow))
     assert all(map(torch.equal, scores, cmli_scores(IMAGE.to(narrow).to(wide), text, MASK)))
 
 
 def test_the_reference_is_not_narrowed_by_autocast():
     expected = cmli_scores(IMAGE, TEXT, MASK, backend="reference")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = cmli_scores(IMAGE, TEXT, MASK, backend="reference")
-    assert all(map(torch.equal, found, expected))
+        result = cmli_scores(IMAGE, TEXT, MASK, backend="reference")
+    assert all(map(torch.equal, result, expected))
 
 
 def test_scaled_gradients_in_fp16():
@@ -190,8 +190,8 @@ def test_without_gradients(mode):
 
 def test_other_layouts_of_memory():
     image, text = IMAGE.transpose(0, 2).contiguous().transpose(0, 2), TEXT[:1].expand(3, -1, -1)
-    found = trained(CMLILoss(), image, text, MASK.t().contiguous().t())
-    for ours, expected in zip(found, trained(CMLILoss(), IMAGE, text.contiguous(), MASK), strict=True):
+    outcome = trained(CMLILoss(), image, text, MASK.t().contiguous().t())
+    for ours, expected in zip(outcome, trained(CMLILoss(), IMAGE, text.contiguous(), MASK), strict=True):
         assert_close(ours, expected, atol=1e-6, rtol=1e-6)
 
 

@@ -21,14 +21,14 @@ I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])
     ],
 )
 def test_each_direction_takes_its_own_cmli_and_only_what_was_trained(scales, i2t, t2i):
-    found = both_ways(COSINES, (I2T, T2I), scales)
-    assert list(found) == ["global", "cmli", "combined"]
-    torch.testing.assert_close(found["combined"].i2t, torch.tensor(i2t))
-    torch.testing.assert_close(found["combined"].t2i, torch.tensor(t2i))
-    assert torch.equal(found["cmli"].i2t, I2T) and torch.equal(found["cmli"].t2i, T2I)
+    result = both_ways(COSINES, (I2T, T2I), scales)
+    assert list(result) == ["global", "cmli", "combined"]
+    torch.testing.assert_close(result["combined"].i2t, torch.tensor(i2t))
+    torch.testing.assert_close(result["combined"].t2i, torch.tensor(t2i))
+    assert torch.equal(result["cmli"].i2t, I2T) and torch.equal(result["cmli"].t2i, T2I)
     as_tensors = {kind: torch.tensor([scale]) for kind, scale in scales.items()}
     again = combined({"global": COSINES, "cmli": T2I}, as_tensors)
-    assert torch.equal(again, found["combined"].t2i)
+    assert torch.equal(again, result["combined"].t2i)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -38,7 +38,7 @@ def test_by_hand_in_every_precision(dtype):
     tokens = torch.tensor([[[1.0, 0.0], [9.0, 9.0]]], dtype=dtype)  # the second is padding
     mask = torch.tensor([[True, False]])
     scores = cmli_scores(patches, tokens, mask)
-    found = both_ways(torch.zeros_like(scores[0]), scores, {"global": 10.0, "cmli": 4.0})
+    result = both_ways(torch.zeros_like(scores[0]), scores, {"global": 10.0, "cmli": 4.0})
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
-    assert found["combined"].i2t.dtype == wanted
-    assert found["combined"].i2t.item() == 2.0 and found["combined"].t2i.item() == 4.0
+    assert result["combined"].i2t.dtype == wanted
+    assert result["combined"].i2t.item() == 2.0 and result["combined"].t2i.item() == 4.0

@@ -96,15 +96,15 @@ def gradients(rank, world_size):
         model = DistributedDataParallel(model)
     loss = model(patches[share], words[share])
     loss.backward()
-    found = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
-    return loss.detach(), found
+    by_name = {name.removeprefix("module."): p.grad for name, p in model.named_parameters()}
+    return loss.detach(), by_name
 
 
 def test_ddp_gives_the_gradients_of_one_process():
     expected, of_one = gradients(0, 1)
     ranks = spawn(gradients, 2)
     assert_close((ranks[0][0] + ranks[1][0]) / 2, expected)
-    for _, found in ranks:
-        assert found.keys() == of_one.keys() and "loss.logit_scale" in found
-        for name in found:
-            assert_close(found[name], of_one[name], rtol=1e-5, atol=1e-6, msg=name)
+    for _, result in ranks:
+        assert result.keys() == of_one.keys() and "loss.logit_scale" in result
+        for name in result:
+            assert_close(result[name], of_one[name], rtol=1e-5, atol=1e-6, msg=name)

@@ -15,14 +15,14 @@ def plane(angles):
 
 
 def test_selected_by_hand():
-    found = select(plane(IMAGE), plane(TEXT), MASK, 0.5, 1)
+    result = select(plane(IMAGE), plane(TEXT), MASK, 0.5, 1)
     # Distances to the nearest of the tokens 5, 20, 95, 170: 5, 20, 5, 30 and 5, 5, 10, 65. The first of equal ones.
-    assert [sorted(row) for row in found.patches.tolist()] == [[0, 2], [0, 1]]
+    assert [sorted(row) for row in result.patches.tolist()] == [[0, 2], [0, 1]]
     # Of one valid token in two: to the nearest patch token 5 has 5, token 95 has 5; 170 has 10, 20 has 10.
-    assert found.token_mask.tolist() == [[True, False], [True, False]]
-    image, text = found.of(plane(IMAGE), plane(TEXT))
+    assert result.token_mask.tolist() == [[True, False], [True, False]]
+    image, text = result.of(plane(IMAGE), plane(TEXT))
     assert image.shape == text.shape == (2, 2, 2)
-    torch.testing.assert_close(image[0, found.patches[0].argsort()], plane([0, 90]))
+    torch.testing.assert_close(image[0, result.patches[0].argsort()], plane([0, 90]))
 
 
 def test_padding_is_never_kept_and_budgets_change_nothing():

@@ -263,8 +263,8 @@ def only_kept_pairs_are_computed_again():
 
         kept = (~left_out).to(torch.uint8)
         *_, of_kept_i2t, of_kept_t2i = forward(sides, scratch, True, kept)
-        for found, whole in ((of_kept_i2t, arg_i2t), (of_kept_t2i, arg_t2i)):
-            assert torch.equal(found[~left_out], whole[~left_out]) and not found[left_out].any()
+        for entry, whole in ((of_kept_i2t, arg_i2t), (of_kept_t2i, arg_t2i)):
+            assert torch.equal(entry[~left_out], whole[~left_out]) and not entry[left_out].any()
 
         texts = Sequences(sides.token_mask, 9, 40, torch.device("cpu"))
         for tiles in text_tiles(texts, (16, 32)):
@@ -297,8 +297,8 @@ def peak_bytes_are_true():
             backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
         options = {"recompute": recompute, "scratch_bytes": scratch, "image_lengths": [sizes[2]] * sizes[0]}
         stated = cmli_peak_bytes(*sizes, dtype, backend="triton", **options)
-        found = first.peak, second.peak
-        assert found == (stated.forward, stated.backward), (sizes, scratch, recompute, found, stated)
+        result = first.peak, second.peak
+        assert result == (stated.forward, stated.backward), (sizes, scratch, recompute, result, stated)
 
 
 def test_peak_bytes_of_the_document_s_setting():

@@ -60,8 +60,8 @@ def compiled(kernel, pointers, constants, target, tiles):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(result.asm["cubin"])
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
-    return found["REG"], found["STACK"] + found["LOCAL"], result.metadata.shared, result.asm["ptx"]
+    matches = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr)}
+    return matches["REG"], matches["STACK"] + matches["LOCAL"], result.metadata.shared, result.asm["ptx"]
 
 
 def check(registers, spills, shared, ptx, target, dtype, allowed=SPILLS):
@@ -140,8 +140,8 @@ def test_forward(target, dtype):
         pytest.skip("the kernels do not run there")
     # Without argmax indices, and without image masks in fp16, the kernels are parts of these.
     variants = ((False, True), (True, True))[: 2 if dtype == torch.bfloat16 else 1]
-    for found in forward_kernels(target, dtype, variants):
-        check(*found, target, dtype)
+    for entry in forward_kernels(target, dtype, variants):
+        check(*entry, target, dtype)
     tiles = forward_tiles(N, M, D, dtype, divmod(target, 10), SHARED[target])
     assert max(tiles.tokens) >= 32
     assert dtype.itemsize > 2 or SHARED[target] < 128 * 1024 or tiles.rows >= N
@@ -151,8 +151,8 @@ def test_forward(target, dtype):
 def test_backward(target, dtype):
     if not suited(target):
         pytest.skip("the kernels do not run there")
-    for found in backward_kernels(target, dtype, ((False, True), (True, False))):  # d_image, d_text
-        check(*found, target, dtype, DENSE_SPILLS)
+    for entry in backward_kernels(target, dtype, ((False, True), (True, False))):  # d_image, d_text
+        check(*entry, target, dtype, DENSE_SPILLS)
 
 
 @pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)

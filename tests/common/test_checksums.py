@@ -22,12 +22,12 @@ def test_every_flipped_bit_of_an_object_is_noticed_or_changes_nothing():
     noticed = 0
     for bit in range(8 * len(text)):
         try:
-            found = parse(flipped(text, bit), dict)
-            checksums.verify(found)
+            result = parse(flipped(text, bit), dict)
+            checksums.verify(result)
         except ValueError:
             noticed += 1
         else:
-            assert found.items() >= CONTENT.items()  # a blank between, or the name of the checksum
+            assert result.items() >= CONTENT.items()  # a blank between, or the name of the checksum
     assert noticed > 0.8 * 8 * len(text)
 
 

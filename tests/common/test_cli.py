@@ -65,8 +65,8 @@ def test_an_option_that_is_given_twice(given, line, monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "argv", ["command", *given.split()])
     assert exit_code(command) == (2 if line else 0)
-    told = capsys.readouterr()
-    assert told.err == (f"error: {line}\n" if line else "") and (told.out == "taken\n") == (line is None)
+    printed = capsys.readouterr()
+    assert printed.err == (f"error: {line}\n" if line else "") and (printed.out == "taken\n") == (line is None)
 
 
 PRINTS = """

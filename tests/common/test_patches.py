@@ -393,8 +393,8 @@ def nccl_has_a_version() -> bool:
         return False
 
 
-def says_no_longer(what: object, *texts: str):
-    return lambda: not any(text in inspect.getsource(what) for text in texts)
+def says_no_longer(name: object, *texts: str):
+    return lambda: not any(text in inspect.getsource(name) for text in texts)
 
 
 def a_mode_sees_resized_storages() -> bool:
@@ -441,12 +441,12 @@ def saving_needs_no_data() -> bool:
 
 
 def a_thread_has_the_modes_of_its_first() -> bool:
-    found = []
+    results = []
     with FakeTensorMode():
-        thread = threading.Thread(target=lambda: found.append(torch.ones(3)))
+        thread = threading.Thread(target=lambda: results.append(torch.ones(3)))
         thread.start()
         thread.join()
-    return isinstance(found[0], FakeTensor)
+    return isinstance(results[0], FakeTensor)
 
 
 def loading_without_data_takes_a_function() -> bool:

@@ -127,10 +127,10 @@ class Case:
 
 def _places(value: Any, path: tuple = ()) -> list[tuple]:
     """The path of every key of nested objects."""
-    found = []
+    results = []
     for key, item in value.items() if isinstance(value, dict) else ():
-        found += [(*path, key), *_places(item, (*path, key))]
-    return found
+        results += [(*path, key), *_places(item, (*path, key))]
+    return results
 
 
 def change_json(draw: random.Random, content: dict[str, Any]) -> str:
@@ -334,8 +334,8 @@ def cases(count: int, seed: int, folder: Path) -> list[Case]:
             else:
                 case.options += change_options_validly(draw) if case.valid else change_options(draw, folder)
         case.json_text = json.dumps(content)
-        asked = [option for option in case.options if option != "--set" and not _is_the_presets(option)]
-        case.changed = bool(asked) or _explicit(content) != _explicit(shipped[case.like])
+        options = [option for option in case.options if option != "--set" and not _is_the_presets(option)]
+        case.changed = bool(options) or _explicit(content) != _explicit(shipped[case.like])
         if not case.valid and draw.random() < 0.1:
             case.json_text = draw.choice(TEXTS)
             case.changes = [f"the JSON is {case.json_text[:30]!r}"]
@@ -473,9 +473,9 @@ def judge(case: Case, dry: dict[str, Any], plain: str, real: dict[str, Any] | No
 
 
 def fuzz(
-    count: int, seed: int, first: int = 0, each: int = 10, only: set[int] | None = None, say=print
+    count: int, seed: int, first: int = 0, trained: int = 10, only: set[int] | None = None, say=print
 ) -> tuple[Counter, list[str]]:
-    """Figures, and the cases of which something does not hold; every `each`-th case is trained, too."""
+    """Figures, and the cases of which something does not hold; every `trained`-th case is trained, too."""
     figures: Counter[str] = Counter()
     failures = []
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
@@ -489,7 +489,7 @@ def fuzz(
                 unchanged = Case(0, (ROOT / "ds_configs" / case.like).read_text())
                 plain[case.like] = _told(worker([*_arguments(unchanged, folder), "--dry-run"]))
             real = None
-            if case.number % each == 0 or only is not None:
+            if case.number % trained == 0 or only is not None:
                 real = worker(_arguments(case, folder))
             wrong = judge(case, dry, plain.get(case.like, ""), real)
             figures["cases"] += 1
@@ -498,8 +498,8 @@ def fuzz(
             figures["of these refused"] += case.valid and dry["code"] == 2
             figures["trained"] += real is not None and real["code"] == 0
             figures["compared"] += real is not None
-            for what in wrong:
-                failures.append(f"case {case.number}: {'; '.join(case.changes)}: {what}")
+            for part in wrong:
+                failures.append(f"case {case.number}: {'; '.join(case.changes)}: {part}")
                 print(failures[-1])
             shutil.rmtree(folder / "run", ignore_errors=True)
             if figures["cases"] % 25 == 0:

@@ -27,5 +27,5 @@ class Counts:
             self.wrong.append(f"{way}: {case}")
 
     def line(self) -> str:
-        each = ", ".join(f"{self.ended[way]} {way}" for way in WAYS)
-        return f"{self.kind}: {sum(self.ended.values())} cases: {each}"
+        item = ", ".join(f"{self.ended[way]} {way}" for way in WAYS)
+        return f"{self.kind}: {sum(self.ended.values())} cases: {item}"

@@ -48,7 +48,7 @@ leave(exit_code(command))
 
 def soak_environments() -> Counts:
     """Every environment here is one that no launcher sets, so that none of them is to be taken."""
-    found = Counts("launchers' variables")
+    result = Counts("launchers' variables")
     base = {k: v for k, v in clean_environment().items() if not k.startswith("SLURM_")} | {"PYTHONPATH": str(ROOT)}
     for words in ENVIRONMENTS:
         pairs = re.findall(r"([A-Z_]+)=( |\S*)", words)
@@ -58,12 +58,12 @@ def soak_environments() -> Counts:
                 [sys.executable, "-c", START], env=env, cwd=ROOT, capture_output=True, text=True, timeout=90
             )
         except subprocess.TimeoutExpired:
-            found.add(words, "silent")
+            result.add(words, "silent")
             continue
         lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         if "Traceback" in done.stderr or done.returncode not in (0, 2):
             way = "traceback"
         else:
             way = "refused" if len(lines) == 1 and "MEETING" not in done.stdout else "silent"
-        found.add(words, way)
-    return found
+        result.add(words, way)
+    return result

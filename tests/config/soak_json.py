@@ -70,11 +70,11 @@ def json_cases(count: int, seed: int) -> list[tuple[str, dict[str, Any], dict[st
             name = draw.choice(places)
             inside = draw.choice([after, after["zero_optimization"], after["optimizer"]])
             inside[name] = draw.choice([{}, {"enabled": True}, {"device": "cpu"}, 1, True])
-            what = f"key {name!r} = {inside[name]}"
+            by_name = f"key {name!r} = {inside[name]}"
         elif way == "section":
             name, value = draw.choice(OTHERS)
             after[name] = value
-            what = f"{name} = {value}"
+            by_name = f"{name} = {value}"
         else:
             section = draw.choice([s for s in ("optimizer", "scheduler") if s in after])
             table = optimizers.OPTIMIZERS if section == "optimizer" else optimizers.SCHEDULERS
@@ -83,8 +83,8 @@ def json_cases(count: int, seed: int) -> list[tuple[str, dict[str, Any], dict[st
             name = draw.choice(fitting or known)
             value = draw.choice(MORE.get(name, [0.5]))
             after[section]["params"][name] = value
-            what = f"{after[section]['type']}: {name} = {value}"
-        out.append((what, before, after))
+            by_name = f"{after[section]['type']}: {name} = {value}"
+        out.append((by_name, before, after))
     return out
 
 
@@ -140,14 +140,14 @@ def json_way(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
 
 
 def soak_json(count: int, seed: int) -> Counts:
-    found = Counts("DeepSpeed JSON")
+    result = Counts("DeepSpeed JSON")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     use_no_compiler()
-    for what, before, after in json_cases(count, seed):
+    for part, before, after in json_cases(count, seed):
         if before == after:
             continue
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            name = what.rpartition(": ")[2].partition(" = ")[0]
+            name = part.rpartition(": ")[2].partition(" = ")[0]
             way = json_way(name, before, after)
-        found.add(what, way)
-    return found
+        result.add(part, way)
+    return result

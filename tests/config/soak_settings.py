@@ -100,7 +100,7 @@ def setting_way(answer: dict[str, Any], plain: tuple[Any, set[str]], name: str, 
 
 
 def soak_settings(folder: Path, contexts: list[str] | None = None) -> Counts:
-    found, worker = Counts("settings"), Worker()
+    entry, worker = Counts("settings"), Worker()
     write_data(folder)
     for name, content in {"plain": {}, **JSONS}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
@@ -117,9 +117,9 @@ def soak_settings(folder: Path, contexts: list[str] | None = None) -> Counts:
                 plains[twin] = outcome(worker(arguments(words, twin, 0, folder)), folder)
             for value in values:
                 answer = worker(arguments(words, name, value, folder))
-                found.add(
+                entry.add(
                     f"{context}: {name} = {value!r:.60}", setting_way(answer, plains[twin], name, context, folder)
                 )
-        print(context, found.line(), flush=True)
+        print(context, entry.line(), flush=True)
     worker.close()
-    return found
+    return entry

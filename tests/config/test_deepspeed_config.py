@@ -242,9 +242,9 @@ def test_whole_numbers_may_be_written_as_floats():
     zero = {"stage": 2, "reduce_bucket_size": 5e7}
     optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.5], "eps": 0.0, "lr": 2.0, "weight_decay": 0.9}}
     out = DeepSpeedConfig.of({"zero_optimization": zero, "scheduler": scheduler, "optimizer": optimizer})
-    found = (out.zero["reduce_bucket_size"], *out["scheduler"]["params"].values())
+    result = (out.zero["reduce_bucket_size"], *out["scheduler"]["params"].values())
     assert repr(out["optimizer"]) == repr(optimizer)
-    assert found == (50_000_000, 100, 1.0) and [type(value) for value in found] == [int, int, float]
+    assert result == (50_000_000, 100, 1.0) and [type(value) for value in result] == [int, int, float]
 
 
 def test_it_cannot_be_changed():
@@ -337,8 +337,8 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     theirs = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
     assert theirs <= optimizers.OPTIMIZERS.keys()
     base = torch.optim.lr_scheduler.LRScheduler
-    found = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
-    assert found - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys()
+    names = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
+    assert names - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys()
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,12 @@ def test_reasons_are_of_settings_that_exist():
         for field in dataclasses.fields(section.default_factory)
     }
     ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9, "report_to": []}}
-    found: set[str] = set()
+    result: set[str] = set()
     for preset, ranks, steps in (("tiny", 1, 1), ("tiny", 1, 2), ("demo", 2, 2), ("paper", 2, 1)):
         for more in ({}, {"optimizer": {"type": "SGD"}}):
             ds_config = DeepSpeedConfig.of({**more, "gradient_accumulation_steps": steps})
-            found |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
-    assert len(found) > 20 and found <= known
+            result |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
+    assert len(result) > 20 and result <= known
 
 
 def test_a_setting_is_named_as_it_was_given():

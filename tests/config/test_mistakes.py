@@ -231,9 +231,9 @@ def two_ranks(folders, arguments) -> list[tuple[int, str]]:
 
 
 def test_a_mistake_of_one_rank_alone_is_told(tmp_path):
-    run, here = ["--output-dir", str(tmp_path / "run")], ["--data", pairs(tmp_path / "pairs")]
+    run, own = ["--output-dir", str(tmp_path / "run")], ["--data", pairs(tmp_path / "pairs")]
     (code, error), (other_code, other_error) = two_ranks(
-        [tmp_path] * 2, [[*run, *here], [*run, "--data", str(tmp_path / "nowhere")]]
+        [tmp_path] * 2, [[*run, *own], [*run, "--data", str(tmp_path / "nowhere")]]
     )
     assert (code, other_code) == (2, 2), (error, other_error)
     (line,) = (line for line in error.splitlines() if line.startswith("error: "))
@@ -246,7 +246,7 @@ def test_an_output_folder_that_the_ranks_do_not_share(tmp_path):
     for folder in folders:
         folder.mkdir()
     data = pairs(tmp_path / "pairs")
-    found = two_ranks(folders, [["--data", data, "--output-dir", "run"]] * 2)
-    assert [code for code, _ in found] == [2, 2], found
-    assert "error: --output-dir is 'run': rank 1 does not see what rank 0 writes there" in found[0][1]
-    assert "Traceback" not in found[0][1] + found[1][1]
+    result = two_ranks(folders, [["--data", data, "--output-dir", "run"]] * 2)
+    assert [code for code, _ in result] == [2, 2], result
+    assert "error: --output-dir is 'run': rank 1 does not see what rank 0 writes there" in result[0][1]
+    assert "Traceback" not in result[0][1] + result[1][1]

@@ -125,5 +125,5 @@ def test_a_predicting_process_imports_them_too(plugins):
     plugins.load("tests.stranger.toy_plugin")
     config = load_preset("tiny", {"loss": {"weights": {"filip": 1.0}}})
     with Predictor(timeout_s=600) as predictor:
-        found = predictor.ask(Request(config, {"zero_optimization": {"stage": 2}}, 1, "cpu"))
-    assert found.report is not None, found.failed
+        result = predictor.ask(Request(config, {"zero_optimization": {"stage": 2}}, 1, "cpu"))
+    assert result.report is not None, result.failed

@@ -32,8 +32,8 @@ def test_overrides_win_over_the_preset():
 
 def test_losses_and_settings_are_parsed():
     assert parse_losses("global, cmli=0.5") == {"global": 1.0, "cmli": 0.5}
-    found = parse_settings(("student.layers=4", "data.source=some/folder", "optim.betas=[0.9,0.95]"))
-    assert found == {"student": {"layers": 4}, "data": {"source": "some/folder"}, "optim": {"betas": [0.9, 0.95]}}
+    result = parse_settings(("student.layers=4", "data.source=some/folder", "optim.betas=[0.9,0.95]"))
+    assert result == {"student": {"layers": 4}, "data": {"source": "some/folder"}, "optim": {"betas": [0.9, 0.95]}}
     assert load_preset("tiny", {"optim": {"betas": [0.9, 0.95]}}).optim.betas == (0.9, 0.95)
 
 

@@ -148,12 +148,12 @@ def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind, be
         return optimizer, getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
 
     def rates(optimizer, schedule, steps):
-        found = []
+        results = []
         for _ in range(steps):
-            found.append(optimizer.param_groups[0]["lr"])
+            results.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             schedule.step()
-        return found
+        return results
 
     old, going_on = made(before), made(now)
     rates(*old, 4)

@@ -22,7 +22,7 @@ def test_variables_of_launchers():
     shown(soak_environments())
 
 
-def shown(found: Counts) -> None:
-    print("\n".join(["", found.line(), *found.wrong]))
-    assert sum(found.ended.values()) >= 40
-    assert not found.wrong
+def shown(result: Counts) -> None:
+    print("\n".join(["", result.line(), *result.wrong]))
+    assert sum(result.ended.values()) >= 40
+    assert not result.wrong

@@ -283,6 +283,6 @@ def test_a_vit_survives_the_way_through_onnx(tmp_path):
         "blocks.0.ls2.gamma": gamma,
         "norm.weight": norm,
     }
-    found = load_file(tmp_path / "vit.safetensors")
-    assert found.keys() == want.keys()
-    assert all(torch.equal(found[name], value) for name, value in want.items())
+    result = load_file(tmp_path / "vit.safetensors")
+    assert result.keys() == want.keys()
+    assert all(torch.equal(result[name], value) for name, value in want.items())

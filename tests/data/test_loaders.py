@@ -105,8 +105,8 @@ def test_a_training_ends_in_one_line(before, words, tmp_path):
     if done.returncode in (1, 99) and "mount" in before:
         pytest.skip(f"cannot mount here: {done.stderr}")
     assert done.returncode == 2, done.stdout + done.stderr
-    (told,) = [line for line in done.stderr.splitlines() if line]
-    assert told.startswith(f"error: {words}")
+    (expected,) = [line for line in done.stderr.splitlines() if line]
+    assert expected.startswith(f"error: {words}")
     trained = "step 1/50" in done.stdout
     assert (tmp_path / "run" / "checkpoint" / "latest").is_file() == trained
 

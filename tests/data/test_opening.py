@@ -123,9 +123,9 @@ def test_a_line_for_each_source_counts_it(tmp_path):
         f"data: {tmp_path}/b.tar: 19 pictures with 19 captions to train on, 1 pictures with 1 captions held out, 0.246 "
         "of an epoch, none left out",
     ]
-    found = build(coco(tmp_path), val_source=str(tmp_path / "a"), max_bad_share=0.5)
-    assert found.summary[0].endswith("4 pictures with 10 captions to train on, none left out")
-    assert found.summary[1].startswith(f"data: {tmp_path}/a: 40 pictures with 79 captions to evaluate on, 1 left out")
+    result = build(coco(tmp_path), val_source=str(tmp_path / "a"), max_bad_share=0.5)
+    assert result.summary[0].endswith("4 pictures with 10 captions to train on, none left out")
+    assert result.summary[1].startswith(f"data: {tmp_path}/a: 40 pictures with 79 captions to evaluate on, 1 left out")
 
 
 def test_a_share_of_nothing_is_told(tmp_path):
@@ -179,7 +179,7 @@ def test_pictures_that_are_replaced_or_deleted_between_two_starts_are_noticed(tm
     image.write_bytes(content)
     assert mark(source, **settings) == before
     if settings:
-        before, replaced, deleted = (found["evaluated_on"] for found in (before, replaced, deleted))
+        before, replaced, deleted = (entry["evaluated_on"] for entry in (before, replaced, deleted))
     assert (replaced["bytes"] - before["bytes"], replaced["missing"]) == (4, 0)
     assert replaced["sizes"] != before["sizes"] != deleted["sizes"]
     assert deleted["missing"] == 1
@@ -213,9 +213,9 @@ def evaluated(run, name, split=None):
     """The pictures that `evaluate --data NAME` takes of a run with these settings, and its lines."""
     data = evaluation_data(DataConfig(image_size=8, tokenizer="builtin", **run), str(name))
     data.val_source = "" if split else data.val_source
-    found = build_eval_data(data, 0, split)
-    (pairs,) = found.evals.values()
-    return len(pairs.pictures), [*found.summary, *found.notices]
+    result = build_eval_data(data, 0, split)
+    (pairs,) = result.evals.values()
+    return len(pairs.pictures), [*result.summary, *result.notices]
 
 
 def of_kind(kind, folder):

@@ -42,9 +42,9 @@ def test_batches_report_bad_samples_once_an_epoch(tmp_path, workers):
     break_some(tmp_path)
     data = build(tmp_path)
     sampler = GlobalBatchSampler(10, 5, 0, 1, seed=0)
-    found = [batch for batch, _ in zip(train_loader(data, sampler, workers), range(2), strict=False)]
-    assert sorted(name for batch in found for name, _ in batch.bad) == ["002.png", "003.png", "004.png", "006.png"]
-    assert sorted(torch.cat([batch.index for batch in found]).tolist()) == list(range(10))
+    result = [batch for batch, _ in zip(train_loader(data, sampler, workers), range(2), strict=False)]
+    assert sorted(name for batch in result for name, _ in batch.bad) == ["002.png", "003.png", "004.png", "006.png"]
+    assert sorted(torch.cat([batch.index for batch in result]).tolist()) == list(range(10))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -121,9 +121,9 @@ def test_garbage_collection_in_a_loading_process_passes_over_what_was_there_befo
     write(tmp_path, rows(8))
     data, before = build(tmp_path), gc.get_freeze_count()
     sampler = GlobalBatchSampler(len(data.train), 2, 0, 1, seed=0)
-    told = tmp_path / "frozen"
-    next(iter(train_loader(data, sampler, 1, lambda worker: told.write_text(str(gc.get_freeze_count())))))
-    assert int(told.read_text()) > 10_000
+    lines = tmp_path / "frozen"
+    next(iter(train_loader(data, sampler, 1, lambda worker: lines.write_text(str(gc.get_freeze_count())))))
+    assert int(lines.read_text()) > 10_000
     assert gc.get_freeze_count() == before
 
 

@@ -187,9 +187,9 @@ def whole(file, size):
 def test_a_jpeg_decoded_at_a_reduced_scale_looks_as_one_decoded_whole(size, orientation):
     file = noise(1203, 801, orientation)
     picture = Image.open(file)
-    found = load_image(picture, Framing(size))
-    assert found.shape == (3, size, size) and found.dtype == torch.uint8 and found.is_contiguous()
-    assert (found.int() - whole(file, size).int()).abs().float().mean() < 1  # of 255
+    result = load_image(picture, Framing(size))
+    assert result.shape == (3, size, size) and result.dtype == torch.uint8 and result.is_contiguous()
+    assert (result.int() - whole(file, size).int()).abs().float().mean() < 1  # of 255
     reduced = {56: 4, 100: 4, 224: 1, 30: 8}[size] if orientation is None else 1
     assert max(picture.size) == -(-1203 // reduced)
 

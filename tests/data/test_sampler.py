@@ -74,8 +74,8 @@ def test_the_order_is_a_function_of_seed_and_epoch_alone():
 def test_ranks_share_a_mixture_as_they_share_a_source(ranks):
     mixture = Mixture([20, 10], [1, 2])
     samplers = [GlobalBatchSampler(mixture, 8 // ranks, rank, ranks, 1) for rank in range(ranks)]
-    found = [draw for parts in zip(*samplers, range(3), strict=False) for part in parts[:-1] for draw in part]
-    assert [tuple(draw) for draw in found] == draws(mixture, 1, 0)[:24]
+    result = [draw for parts in zip(*samplers, range(3), strict=False) for part in parts[:-1] for draw in part]
+    assert [tuple(draw) for draw in result] == draws(mixture, 1, 0)[:24]
 
 
 def take(sampler, count):
@@ -205,8 +205,8 @@ def test_groups_by_length_hold_what_the_windows_of_the_order_hold():
         order = permutation(103, 3, epoch)
         for window in range(3):
             first = 12 * epoch + 4 * window
-            found = [draw for batch in batches[first : first + 4] for draw in batch]
-            assert sorted(found) == sorted(Draw(k, epoch) for k in order[32 * window :][:32].tolist())
+            result = [draw for batch in batches[first : first + 4] for draw in batch]
+            assert sorted(result) == sorted(Draw(k, epoch) for k in order[32 * window :][:32].tolist())
 
 
 def test_each_group_has_its_share_of_a_windows_lengths_in_any_order():

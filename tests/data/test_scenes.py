@@ -67,9 +67,9 @@ data = build_data(CONFIG, seed=0)
 print(fingerprint(data.train, [5, 3, 19999]), fingerprint(data.evals["seen"], [7, 299]))
 """
     data.train[1]  # what was asked for before must not matter
-    here = [fingerprint(data.train, [5, 3, 19999]), fingerprint(data.evals["seen"], [7, 299])]
+    own = [fingerprint(data.train, [5, 3, 19999]), fingerprint(data.evals["seen"], [7, 299])]
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert other.stdout.split()[-2:] == here
+    assert other.stdout.split()[-2:] == own
 
 
 def test_the_seed_changes_training_scenes_and_not_validation_scenes(data):
@@ -176,14 +176,14 @@ def batches(loader, sampler, count):
 
 
 def test_loading_processes_change_nothing(data):
-    found = []
+    results = []
     for workers in (0, 2):
         global_state = torch.get_rng_state()
         sampler = GlobalBatchSampler(len(data.train), 4, 0, 1, seed=0)
-        found.append(batches(train_loader(data, sampler, workers), sampler, 5))
+        results.append(batches(train_loader(data, sampler, workers), sampler, 5))
         assert sampler.position == 20
         assert torch.equal(torch.get_rng_state(), global_state)
-    for one, two in zip(*found, strict=True):
+    for one, two in zip(*results, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

@@ -200,8 +200,8 @@ def damage_is(name: str, whole: bytes, content: bytes, place: range | None) -> s
     if name.endswith(".tar"):
         assert place is not None
         with tarfile.open(fileobj=io.BytesIO(whole)) as archive:
-            found = [(int(m.name.split(".")[0]), m.offset, m.offset_data + m.size) for m in archive]
-        touched = {k for k, start, stop in found if start < place.stop and stop > place.start}
+            result = [(int(m.name.split(".")[0]), m.offset, m.offset_data + m.size) for m in archive]
+        touched = {k for k, start, stop in result if start < place.stop and stop > place.start}
         return {f"{k:06}.png" for k in range(COUNT) if k not in touched}
     if not name.endswith(".json"):
         kept = set(content.decode(errors="replace").splitlines())
@@ -218,13 +218,13 @@ def damage_is(name: str, whole: bytes, content: bytes, place: range | None) -> s
 
 def what_is_there(data) -> Counter:
     """(picture, caption) of everything that can be trained on or evaluated on."""
-    found: Counter = Counter()
+    result: Counter = Counter()
     for pairs in (data.train, *data.evals.values()):
         for index in range(len(pairs.pictures)):
             with contextlib.suppress(Exception):  # told when it is met: `Sample.bad`
                 name = os.path.basename(pairs.pictures.name(index))
-                found.update((name, text) for text in pairs.pictures.captions(index))
-    return found
+                result.update((name, text) for text in pairs.pictures.captions(index))
+    return result
 
 
 def heard(data) -> list[str]:
@@ -247,13 +247,13 @@ def read(name: str, folder: Path) -> tuple[Counter, list[str]]:
 def end_of(name: str, folder: Path, left: set[str], before: tuple[Counter, list[str]]) -> str:
     """How a case ends. `left` are the pictures that the damage left as they were."""
     try:
-        found, lines = read(name, folder)
+        entry, lines = read(name, folder)
     except UserError as error:
         return "traceback" if "\n" in str(error) else "refused in one line"
     must = Counter({pair: n for pair, n in before[0].items() if pair[0] in left})
     if set(lines) - set(before[1]):
         return "told"
-    return "silent" if must - found else "unchanged"
+    return "silent" if must - entry else "unchanged"
 
 
 class Hang(BaseException):
@@ -298,7 +298,7 @@ def test_what_is_lost_of_damaged_data_is_told(tmp_path, monkeypatch):
                 examples.append(f"{name} {case}: silent")
             counts[name][end] += 1
     counts["all"] = sum(counts.values(), Counter())
-    for name, found in counts.items():
-        print(f"\n{name}: {sum(found.values())} cases, " + ", ".join(f"{found[end]} {end}" for end in ENDS), end="")
+    for name, result in counts.items():
+        print(f"\n{name}: {sum(result.values())} cases, " + ", ".join(f"{result[end]} {end}" for end in ENDS), end="")
     print("\n" + "\n".join(examples[:40]))
     assert not counts["all"].keys() & {"silent", "traceback", "hang"}

@@ -40,7 +40,7 @@ def campaign(files, read, cases=CASES * 6 // 5) -> dict[str, Counter]:
     counts: dict[str, Counter] = {}
     for path in files():
         kind = "*" + path.suffix if path.suffix else path.name
-        found = counts.setdefault(kind, Counter())
+        result = counts.setdefault(kind, Counter())
         chance = random.Random(path.name)
         for case in range(cases):
             if path not in files():  # it was made again by another name
@@ -51,16 +51,16 @@ def campaign(files, read, cases=CASES * 6 // 5) -> dict[str, Counter]:
             try:
                 same = read() == before
                 again = path not in files() or path.read_bytes() != content
-                found[("made again" if again else "read") if same else "OTHER CONTENT"] += 1
+                result[("made again" if again else "read") if same else "OTHER CONTENT"] += 1
             except UserError as error:
-                found["refused" if "\n" not in str(error) else "TRACEBACK"] += 1
+                result["refused" if "\n" not in str(error) else "TRACEBACK"] += 1
             except Exception as error:
-                found[f"TRACEBACK {type(error).__name__}"] += 1
+                result[f"TRACEBACK {type(error).__name__}"] += 1
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(whole)
-    for kind, found in counts.items():
-        print(f"\n{kind}: {sum(found.values())} cases, {dict(found)}", end="")
-    assert not [end for found in counts.values() for end in found if end.isupper() or end.startswith("TRACEBACK")]
+    for kind, result in counts.items():
+        print(f"\n{kind}: {sum(result.values())} cases, {dict(result)}", end="")
+    assert not [end for result in counts.values() for end in result if end.isupper() or end.startswith("TRACEBACK")]
     return counts
 
 

@@ -54,8 +54,8 @@ def main(file: str, exchange: str, source: str, micro_batch: int, stage: int, st
     step.engine._take_model_step = collect_then_update
     losses = []
     for _ in range(steps):
-        found = step.step([next(batches) for _ in range(accumulation)])
-        losses.append(distributed.mean_over_ranks(torch.stack([x.stacked() for x in found]).mean(0)))
+        result = step.step([next(batches) for _ in range(accumulation)])
+        losses.append(distributed.mean_over_ranks(torch.stack([x.stacked() for x in result]).mean(0)))
     if distributed.is_main():
         torch.save({"losses": torch.stack(losses), "gradients": gradients}, file)
     distributed.shutdown()

@@ -68,10 +68,10 @@ def test_a_network_device_that_is_not_there(tmp_path):
     ],
 )
 def test_the_network_device_of_gloo(monkeypatch, hostname, nodes, given, chosen):
-    here = own_address()
-    if here == "127.0.0.1":
+    own = own_address()
+    if own == "127.0.0.1":
         pytest.skip("this machine has no network")
-    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": here, "SLURMD_NODENAME": nodes[0], **given}
+    env = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": own, "SLURMD_NODENAME": nodes[0], **given}
     monkeypatch.setattr("os.environ", env)
     monkeypatch.setattr(socket, "gethostname", lambda: hostname)
     store = dist.HashStore()
@@ -80,7 +80,7 @@ def test_the_network_device_of_gloo(monkeypatch, hostname, nodes, given, chosen)
     name = env.get("GLOO_SOCKET_IFNAME")
     assert name == given.get("GLOO_SOCKET_IFNAME") or chosen
     if chosen:
-        assert here in [address.address for address in psutil.net_if_addrs()[name]]
+        assert own in [address.address for address in psutil.net_if_addrs()[name]]
 
 
 # Two nodes with a name, an address and a cable each; the names are those of a loopback address, as on Debian.

@@ -24,8 +24,8 @@ def test_srun_task_is_mapped(monkeypatch):
     env = {**slurm, "SLURM_JOB_ID": "40007", "MASTER_ADDR": "localhost"}
     monkeypatch.setattr("os.environ", env)
     launchers.map_launcher_environment()
-    found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    assert found == ["3", "4", "1", "localhost", "12007"]
+    result = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert result == ["3", "4", "1", "localhost", "12007"]
 
 
 def test_the_cpu_is_asked_for_where_a_launcher_has_given_gpus(monkeypatch):
@@ -91,9 +91,9 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, capsys, g
     monkeypatch.setattr("os.environ", dict(pair.split("=") for pair in given.split()))
     monkeypatch.setattr("sys.argv", ["command"])
     assert exit_code(click.command()(launchers.map_launcher_environment)) == 2
-    told = capsys.readouterr().err
+    printed = capsys.readouterr().err
     # Rank 0 speaks for all; rank 1 of a run of two is silent.
-    assert told.startswith("" if given.startswith("RANK=1 W") else f"error: {line}") and told.count("\n") <= 1
+    assert printed.startswith("" if given.startswith("RANK=1 W") else f"error: {line}") and printed.count("\n") <= 1
     with pytest.raises(UserError, match=line.replace("(", ".")):
         launchers.map_launcher_environment()
 

@@ -25,8 +25,8 @@ def messages(rank, world_size):
 
 
 def test_messages_between_ranks():
-    for found in spawn(messages, 2):
-        assert found == {
+    for entry in spawn(messages, 2):
+        assert entry == {
             "objects": [{"rank": 0}, {"rank": 1}],
             "broadcast": "from rank 1",
             "mean": [1.5, 4.0],

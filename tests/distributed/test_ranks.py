@@ -35,7 +35,7 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
         assert done.returncode == 0, done.stdout + done.stderr
         return torch.load(file)
     output = tmp_path / "output"
-    ranks = [Program(command, each | {"PYTHONPATH": str(ROOT)}, ROOT, output) for each in rank_environments(world_size)]
+    ranks = [Program(command, item | {"PYTHONPATH": str(ROOT)}, ROOT, output) for item in rank_environments(world_size)]
     assert [rank.wait(300) for rank in ranks] == [0] * world_size, output.read_text()
     return torch.load(file)
 

@@ -93,9 +93,9 @@ def test_two_steps_with_one_port_do_not_meet(ranks):
     job = 5000 + free_port() % 1000
     pairs = [(job + 1009, 0), (job, 1)]
     ranks.start(*(step_of(*pair, rank) for rank in (1, 0) for pair in pairs))
-    found = ranks.told(4)
-    assert all(met == [name] * 2 for _, name, (met, _), _ in found)
-    assert len({port for _, _, (_, port), _ in found}) == 2
+    result = ranks.told(4)
+    assert all(met == [name] * 2 for _, name, (met, _), _ in result)
+    assert len({port for _, _, (_, port), _ in result}) == 2
 
 
 @pytest.mark.slow

@@ -103,9 +103,9 @@ def embedded(train_engine, batch):
     objective = train_engine.objective.eval()
     with torch.no_grad():
         student, texts = objective.student, (batch.input_ids, batch.attention_mask)
-        found = [*student.image_embeddings(batch.image), *student.text_embeddings(*texts)]
+        result = [*student.image_embeddings(batch.image), *student.text_embeddings(*texts)]
     objective.train()
-    return found
+    return result
 
 
 def check(rank, ranks, layouts):

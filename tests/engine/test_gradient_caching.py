@@ -62,18 +62,18 @@ def gradients_of(train_engine, batches):
     """The mean losses of a step, and the gradients that its update is made from, before clipping."""
     from deepspeed.utils import safe_get_full_grad
 
-    found = {}
+    by_name = {}
     update = train_engine.engine._take_model_step
 
     def take(*arguments):
-        found.update((n, safe_get_full_grad(p).clone()) for n, p in train_engine.objective.named_parameters())
+        by_name.update((n, safe_get_full_grad(p).clone()) for n, p in train_engine.objective.named_parameters())
         update(*arguments)
 
     train_engine.engine._take_model_step = take
     losses = train_engine.step(batches)
     train_engine.engine._take_model_step = update
     assert not train_engine.skipped
-    return torch.stack([x.stacked() for x in losses]).mean(0), found
+    return torch.stack([x.stacked() for x in losses]).mean(0), by_name
 
 
 def assert_same(ours, theirs, limit=2e-5):  # a temperature's gradient is a sum of terms that cancel
@@ -170,8 +170,8 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
     else:
         device = torch.device("cpu")
         train_engine = WithoutDeepSpeed(objective, objective, teacher, device, torch.float64, [], accumulation=number)
-        found = train_engine._losses_and_gradients(batches, lambda: None, lambda: None)
-        total = torch.stack([losses.total for losses in found]).mean()
+        outcome = train_engine._losses_and_gradients(batches, lambda: None, lambda: None)
+        total = torch.stack([losses.total for losses in outcome]).mean()
     after = torch.rand(1).item()
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
@@ -193,8 +193,8 @@ def gathered_and_ring(rank, world_size, number, pairs=32, cut=0.0):
 @pytest.mark.parametrize("cut", [0.0, 0.2])
 def test_two_ranks_of_two_micro_batches_in_fp64(cut):
     one = in_fp64(0, 1, 1, kept=True, cut=cut)
-    for found in spawn(gathered_and_ring, 2, 2, 32, cut):
-        for loss, gradients, _, left_out in found:
+    for entry in spawn(gathered_and_ring, 2, 2, 32, cut):
+        for loss, gradients, _, left_out in entry:
             assert loss == pytest.approx(one[0], rel=1e-12)
             assert largest_difference(gradients, one[1]) < 1e-9
             torch.testing.assert_close(left_out, one[3])
@@ -224,11 +224,11 @@ def test_dropout_of_the_second_pass_is_that_of_the_first():
 
 
 def test_checkpointed_blocks_with_dropout_draw_the_same_again(device, data):
-    found = []
+    results = []
     for checkpointing in (False, True):
         train_engine = build(device, data, 8, 2, {"stage": 2}, dropout=0.3, checkpointing=checkpointing)
-        found.append(gradients_of(train_engine, micro_batches(data, 8, 2)))
-    assert_same(*found, limit=1e-6)
+        results.append(gradients_of(train_engine, micro_batches(data, 8, 2)))
+    assert_same(*results, limit=1e-6)
 
 
 @pytest.mark.parametrize("stage, what", [(2, "nan"), (3, "gradient")])

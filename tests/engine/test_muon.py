@@ -103,8 +103,8 @@ def test_hidden_matrices_alone_are_its():
     assert {"student.projection.weight", "student.image.model.blocks.0.attn.qkv.weight"} <= matrices
     assert convolutions == {"student.image.model.patch_embed.proj.weight"}
     assert not any("embed" in name or "token" in name or "norm" in name or "bias" in name for name in matrices)
-    found = {"student.image.model.cls_token", "student.image.model.pos_embed", "losses.cmli.logit_scale"}
-    assert found <= others and any("word_embeddings" in name for name in others)
+    expected = {"student.image.model.cls_token", "student.image.model.pos_embed", "losses.cmli.logit_scale"}
+    assert expected <= others and any("word_embeddings" in name for name in others)
 
 
 @pytest.mark.parametrize(
@@ -161,12 +161,12 @@ def test_what_cannot_be_is_one_line(more, line):
 
 
 def test_what_is_filled_for_it():
-    asked = content(3)
-    del asked["gradient_clipping"]
-    filled = DeepSpeedConfig.of(asked).filled(load_preset("tiny", {}).optim, 1, STEPS)
+    options = content(3)
+    del options["gradient_clipping"]
+    filled = DeepSpeedConfig.of(options).filled(load_preset("tiny", {}).optim, 1, STEPS)
     assert filled["gradient_clipping"] == 0 and filled.zero["reduce_scatter"] is False
     assert filled.notices == (
         "gradient_clipping is 0 with Muon at stage 3, where DeepSpeed would clip its orthogonalized updates",
     )
-    del asked["zero_optimization"]
-    assert DeepSpeedConfig.of(asked).filled(load_preset("tiny", {}).optim, 1, STEPS)["gradient_clipping"] == 1
+    del options["zero_optimization"]
+    assert DeepSpeedConfig.of(options).filled(load_preset("tiny", {}).optim, 1, STEPS)["gradient_clipping"] == 1

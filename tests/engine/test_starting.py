@@ -30,8 +30,8 @@ def lines(tmp_path, capsys):
         special = SpecialTokens(pad_id=1) if "siglip" in config.student.text_model else SpecialTokens()
         capsys.readouterr()
         build_models(config, VOCAB, special=special)
-        found = capsys.readouterr().out.splitlines()
-        return [line for line in found if "keys there not used: norm.bias, norm.weight" not in line]
+        printed = capsys.readouterr().out.splitlines()
+        return [line for line in printed if "keys there not used: norm.bias, norm.weight" not in line]
 
     return lines
 
@@ -111,8 +111,8 @@ def image(weights, kind, name):
 def test_what_is_lost_is_one_line(settings, expected, lines, weights):
     values = own(weights)
     values["student"] |= settings(weights) if callable(settings) else settings
-    found = lines(**values)
-    assert sum(bool(re.search(expected, line)) for line in found) == 1, found
+    result = lines(**values)
+    assert sum(bool(re.search(expected, line)) for line in result) == 1, result
 
 
 @pytest.mark.parametrize("settings", [{"lora": {"text": ["query"]}}, {"freeze_text": 2}, {"freeze_image": 1}])

@@ -47,8 +47,8 @@ def test_shares_of_time(monkeypatch):
     timer.mark(None)  # an evaluation
     timer.mark("data")
     timer.flops = 18e12
-    found = timer.lap(peak=4e12)
-    assert found == {
+    result = timer.lap(peak=4e12)
+    assert result == {
         "time/data": pytest.approx(1 / 9, abs=1e-4), "time/forward": pytest.approx(2.5 / 9, abs=1e-4),
         "time/loss": pytest.approx(1 / 9, abs=1e-4), "time/backward": pytest.approx(2.5 / 9, abs=1e-4),
         "time/step": 0.0, "time/exchange": pytest.approx(2 / 9, abs=1e-4), "tflops": 2.0, "mfu": 0.5,
@@ -61,8 +61,8 @@ def test_shares_of_time(monkeypatch):
 def test_an_mfu_that_would_be_shown_as_nothing_is_left_out(flops, columns):
     timer = StepTimer()
     timer.marks, timer.flops = [("forward", 0.0), (None, 1.0)], flops
-    found = timer.lap(peak=4e12)
-    assert {name: value for name, value in found.items() if not name.startswith("time/")} == columns
+    result = timer.lap(peak=4e12)
+    assert {name: value for name, value in result.items() if not name.startswith("time/")} == columns
 
 
 def test_a_peak_is_measured():

@@ -44,9 +44,9 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
 @pytest.mark.parametrize("loss", ["global", "cmli", "sparc", *OF_A_TEACHER])
 def test_each_loss_alone(device, data, batches, loss):
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
-    total, each = train_engine(batches[0])
-    assert list(each) == [loss]
-    assert total.item() == pytest.approx(2 * each[loss].item())
+    total, item = train_engine(batches[0])
+    assert list(item) == [loss]
+    assert total.item() == pytest.approx(2 * item[loss].item())
     assert (train_engine.teacher is None) == (loss in ("global", "cmli", "sparc"))
 
 
@@ -60,8 +60,8 @@ def test_a_loss_starts_at_its_step(device, data, batches, stage, accumulation):
         loss = {"weights": {"global": 1.0, "cmli": 0.5, "target_text": 2.0}, "start": start}
         one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
         train_engine = build(device, data, content, {"loss": loss, **one_block})
-        found = [train_engine.step(batches[accumulation * n :][:accumulation])[-1] for n in range(3)]
-        totals.append(found)
+        result = [train_engine.step(batches[accumulation * n :][:accumulation])[-1] for n in range(3)]
+        totals.append(result)
     parts = [{name: x.item() for name, x in losses.each.items()} for losses in totals[1]]
     assert totals[1][0].total.item() == pytest.approx(parts[0]["global"])
     assert totals[1][1].total.item() == pytest.approx(parts[1]["global"] + 2 * parts[1]["target_text"])
@@ -165,19 +165,19 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
 
 def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
     config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
-    asked, json = load_preset("tiny", {"loss": {"cmli_backend": "triton"}}), DeepSpeedConfig.of({})
+    outcome, json = load_preset("tiny", {"loss": {"cmli_backend": "triton"}}), DeepSpeedConfig.of({})
     monkeypatch.setattr(planning, "why_no_kernels", lambda *_: None)
-    here, line = engine.with_backend(config, json, gpu)
-    assert (here.loss.cmli_backend, line) == ("triton", None)
+    own, line = engine.with_backend(config, json, gpu)
+    assert (own.loss.cmli_backend, line) == ("triton", None)
     monkeypatch.setattr(planning, "why_no_kernels", lambda *_: "Failed to find C compiler.")
-    here, line = engine.with_backend(config, json, gpu)
-    assert here.loss.cmli_backend == "chunked"
+    own, line = engine.with_backend(config, json, gpu)
+    assert own.loss.cmli_backend == "chunked"
     assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
-    here, line = engine.with_backend(config, json, cpu)
-    assert (here.loss.cmli_backend, line) == ("chunked", None)
+    own, line = engine.with_backend(config, json, cpu)
+    assert (own.loss.cmli_backend, line) == ("chunked", None)
     for device in (cpu, gpu):
         with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run"):
-            engine.with_backend(asked, json, device)
+            engine.with_backend(outcome, json, device)
     without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
     assert engine.with_backend(without, json, cpu) == (without, None)
 

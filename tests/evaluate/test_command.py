@@ -49,14 +49,14 @@ def karpathy(path):
 @pytest.mark.parametrize("workers", ["0", "2"])
 def test_karpathys_test_split_with_five_captions_a_picture_and_folds(tmp_path, model, photographs, workers):
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--workers", workers]
-    printed, found = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test", "--fold-size", "3")
+    printed, result = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test", "--fold-size", "3")
     assert "test 30 pairs, 6 pictures" in printed and "    fold/combined  " in printed
-    assert found["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
+    assert result["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
     # Three pictures of which the first five hold them all.
-    assert found["eval/test/fold/global/t2i_r5"] == 1 and found["eval/test/fold/global/t2i_r1"] > 0
+    assert result["eval/test/fold/global/t2i_r5"] == 1 and result["eval/test/fold/global/t2i_r1"] > 0
     ways = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
-    mean = sum(found[f"eval/test/cmli/{way}"] for way in ways) / 6
-    assert found["eval/test/cmli/mean_recall"] == pytest.approx(mean)
+    mean = sum(result[f"eval/test/cmli/{way}"] for way in ways) / 6
+    assert result["eval/test/cmli/mean_recall"] == pytest.approx(mean)
     every = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "all")[1]
     assert every["eval/all/pictures"] == 12
 
@@ -71,10 +71,10 @@ def test_zero_shot(tmp_path, model):
     (tmp_path / "templates.txt").write_text("a photo of a {}.\na drawing of a {}.\n")
     for more in ([], ["--templates", str(tmp_path / "templates.txt")]):
         chosen = ["--zero-shot", str(tmp_path / "classes"), *more]
-        printed, found = evaluate(tmp_path, "--checkpoint", model, *chosen)
+        printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen)
         assert "11 pictures, 4 classes, 1 left out: 2.png (cannot identify" in printed
-        assert found["zero_shot/combined/top5"] == 1 and found["zero_shot/chance/top1"] == 0.25
-        assert 0 <= found["zero_shot/cmli/top1"] <= 1
+        assert result["zero_shot/combined/top5"] == 1 and result["zero_shot/chance/top1"] == 0.25
+        assert 0 <= result["zero_shot/cmli/top1"] <= 1
 
 
 def entities(path, photographs):
@@ -95,11 +95,11 @@ def entities(path, photographs):
 
 def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
     chosen = entities(tmp_path / "entities", photographs)
-    printed, found = evaluate(tmp_path, "--checkpoint", model, *chosen, "--split", "test")
+    printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen, "--split", "test")
     assert "6 phrases, 3 pictures, 100% of them" in printed
     # The box is the left half of what is seen: half of the patches' centres.
-    assert found["entities/chance/pointing_game"] == pytest.approx(0.5)
-    assert found["entities/pointing_game"] * 6 == pytest.approx(round(found["entities/pointing_game"] * 6))
+    assert result["entities/chance/pointing_game"] == pytest.approx(0.5)
+    assert result["entities/pointing_game"] * 6 == pytest.approx(round(result["entities/pointing_game"] * 6))
     with pytest.raises(UserError, match=r"--split is 'val': .* has the lists test; 'all' takes every picture"):
         evaluate(tmp_path, "--checkpoint", model, *chosen)
 

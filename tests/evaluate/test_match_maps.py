@@ -65,8 +65,8 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
     captions = torch.tensor([1, 3, 4])  # the first has no token, and the second picture is broken
     texts = Texts(captions, one[:3], one[:3], torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
     tokenizer = SimpleNamespace(spans=lambda text: [(0, 0), (0, 3), (0, 0)])
-    found = match_maps(Share(held_out, images, texts, captions, []), tokenizer, 4)
-    assert [(x.text, x.match.words, x.match.similarity.tolist()) for x in found] == [
+    result = match_maps(Share(held_out, images, texts, captions, []), tokenizer, 4)
+    assert [(x.text, x.match.words, x.match.similarity.tolist()) for x in result] == [
         ("猫11", ["猫11"], [[1.0]]),
         ("猫13", ["猫13"], [[1.0]]),
     ]

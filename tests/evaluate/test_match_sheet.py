@@ -16,12 +16,12 @@ def match(*words: str) -> SimpleNamespace:
 
 def test_each_patch_is_tinted_by_the_square_of_its_share():
     picture = Image.new("RGB", (80, 80), (155, 155, 155))  # behind a tint: 255 - (255 - 155) / 2 = 205
-    found = np.asarray(tile(picture, np.array([0.2, 0.2, 0.7, 0.45]), (2, 2)))
-    assert found[20, 20].tolist() == found[20, 60].tolist() == [205, 205, 205]
+    result = np.asarray(tile(picture, np.array([0.2, 0.2, 0.7, 0.45]), (2, 2)))
+    assert result[20, 20].tolist() == result[20, 60].tolist() == [205, 205, 205]
     # The accent is (111, 75, 216); of its ink 0.9 for the best patch, 0.9 / 4 for one halfway.
     best, half = ([205 * (1 - share * (1 - c / 255)) for c in (111, 75, 216)] for share in (0.9, 0.225))
-    assert np.abs(found[60, 20] - best).max() < 1 and np.abs(found[60, 60] - half).max() < 1
-    assert found[41, 1].tolist() == list(INK) != found[1, 1].tolist()  # a frame around the best
+    assert np.abs(result[60, 20] - best).max() < 1 and np.abs(result[60, 60] - half).max() < 1
+    assert result[41, 1].tolist() == list(INK) != result[1, 1].tolist()  # a frame around the best
     flat = np.asarray(tile(picture, np.ones(4), (2, 2)))  # fits everywhere alike
     assert flat[60, 60].tolist() == [205, 205, 205]
 

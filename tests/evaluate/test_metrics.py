@@ -19,21 +19,21 @@ def metrics(i2t, t2i=None, image_of=None):
 
 def test_recall_by_hand():
     # Image 0 finds its text first, image 1 second; text 0 finds its image first, text 1 first.
-    found = metrics([[3.0, 1.0], [2.0, 1.5]])
-    assert (found["i2t_r1"], found["i2t_r5"]) == (0.5, 1.0)
-    assert found["t2i_r1"] == 1.0
+    result = metrics([[3.0, 1.0], [2.0, 1.5]])
+    assert (result["i2t_r1"], result["i2t_r5"]) == (0.5, 1.0)
+    assert result["t2i_r1"] == 1.0
 
 
 def test_recall_takes_rows_and_columns_from_their_own_scores():
-    found = metrics([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]])
-    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 0.0)
+    result = metrics([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]])
+    assert (result["i2t_r1"], result["t2i_r1"]) == (1.0, 0.0)
 
 
 def test_any_own_caption_of_a_picture_counts():
     # Captions 0 and 1 are of picture 0. It finds its second one first; of the captions 0 does not find it.
-    found = metrics([[0.0, 3.0, 2.0], [1.0, 1.0, 2.5]], image_of=[0, 0, 1])
-    assert found["i2t_r1"] == 1.0
-    assert found["t2i_r1"] == pytest.approx(2 / 3)
+    result = metrics([[0.0, 3.0, 2.0], [1.0, 1.0, 2.5]], image_of=[0, 0, 1])
+    assert result["i2t_r1"] == 1.0
+    assert result["t2i_r1"] == pytest.approx(2 / 3)
 
 
 def test_perfect_scores_of_five_captions_a_picture_are_perfect():
@@ -46,26 +46,26 @@ def test_perfect_scores_of_five_captions_a_picture_are_perfect():
 def test_constant_scores_are_worth_chance(captions):
     image_of = torch.arange(12 * captions) // captions
     constant = torch.full((12, len(image_of)), 0.5)
-    found = recalls(constant, constant, image_of)
+    result = recalls(constant, constant, image_of)
     expected = chance(image_of)
-    assert found == pytest.approx({k: expected[f"chance/{k}"] for k in found})
-    assert [found[f"t2i_r{k}"] for k in RECALLS] == pytest.approx([k / 12 for k in RECALLS])
+    assert result == pytest.approx({k: expected[f"chance/{k}"] for k in result})
+    assert [result[f"t2i_r{k}"] for k in RECALLS] == pytest.approx([k / 12 for k in RECALLS])
     if captions == 5:
         drawn = [1 - math.comb(55, k) / math.comb(60, k) for k in RECALLS]
-        assert [found[f"i2t_r{k}"] for k in RECALLS] == pytest.approx(drawn)
+        assert [result[f"i2t_r{k}"] for k in RECALLS] == pytest.approx(drawn)
 
 
 def test_a_tie_counts_as_a_random_order():
     # The right text shares the first place with one other, and in row 1 the second place with two others.
-    found = metrics([[2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    assert found["i2t_r1"] == pytest.approx((0.5 + 0 + 1 + 1) / 4)
-    assert found["i2t_r5"] == 1.0
+    result = metrics([[2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert result["i2t_r1"] == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert result["i2t_r5"] == 1.0
 
 
 def test_scores_that_are_no_numbers_retrieve_nothing():
     assert set(metrics([[math.nan] * 12] * 12).values()) == {0.0}
-    found = metrics([[1.0, math.nan], [0.0, 1.0]])
-    assert (found["i2t_r1"], found["t2i_r1"]) == (0.5, 0.5)
+    result = metrics([[1.0, math.nan], [0.0, 1.0]])
+    assert (result["i2t_r1"], result["t2i_r1"]) == (0.5, 0.5)
 
 
 def test_chance_of_few_pairs_is_certainty():
@@ -103,9 +103,9 @@ def test_five_captions_a_picture_by_hand():
     t2i[0, :5] = t2i[1, 5:10] = t2i[2, 10:14] = 1
     t2i[0, 10:14] = 2
     t2i[0, 14] = t2i[1, 14] = 1
-    found = recalls(i2t, t2i, torch.arange(15) // 5)
+    result = recalls(i2t, t2i, torch.arange(15) // 5)
     by_hand = {"i2t_r1": 1 / 3, "i2t_r5": 2 / 3, "i2t_r10": 1, "t2i_r1": 10 / 15, "t2i_r5": 1, "t2i_r10": 1}
-    assert found == pytest.approx({**by_hand, "mean_recall": sum(by_hand.values()) / 6})
+    assert result == pytest.approx({**by_hand, "mean_recall": sum(by_hand.values()) / 6})
 
 
 def recall_by_sorting(i2t, t2i, image_of, k):
@@ -123,9 +123,9 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
     image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
     i2t, t2i = draw.normal(size=(2, m, len(image_of)))
     i2t[np.arange(m)[:, None] == image_of] += draw.uniform(0, 2)
-    found = recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
+    result = recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
     for k in RECALLS:
-        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
+        assert (result[f"i2t_r{k}"], result[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
     # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
     fold_of = np.arange(m) // (m // 2)
     counts = RankCounts.zeros(1, m, len(image_of))
@@ -140,7 +140,7 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
             block = ScoreBlock(rows, columns, *part, whole.is_positive[rows][:, columns])
             same = torch.tensor(fold_of)[rows, None] == torch.tensor(fold_of[image_of])[columns]
             counts.add(block, best[:, rows], own[:, columns], same)
-    found = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]
+    result = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]
     for k in RECALLS:
         expected = np.zeros(2)
         for fold in (0, 1):
@@ -149,7 +149,7 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
                 i2t[rows][:, columns], t2i[rows][:, columns], image_of[columns] - fold * m // 2, k
             )
             expected += np.array(values) * [0.5, columns.mean()]
-        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(expected)
+        assert (result[f"i2t_r{k}"], result[f"t2i_r{k}"]) == pytest.approx(expected)
 
 
 def test_they_are_found_from_the_package_alone():
@@ -160,8 +160,8 @@ def test_they_are_found_from_the_package_alone():
 
 def test_a_picture_without_a_caption_is_a_candidate_alone():
     # Caption 0 finds picture 2, which has none, before its own.
-    found = metrics([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]], image_of=[0, 1])
-    assert (found["i2t_r1"], found["t2i_r1"], found["t2i_r5"]) == (1.0, 0.5, 1.0)
+    result = metrics([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]], image_of=[0, 1])
+    assert (result["i2t_r1"], result["t2i_r1"], result["t2i_r5"]) == (1.0, 0.5, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_accuracies_by_hand():
     scores = torch.eye(6)[[0, 0, 1, 1]]
     scores[1, 2] = 2.0
     scores[3, 5] = 1.0
-    found = accuracies(scores, torch.tensor([0, 0, 1, 1]))
-    assert found == {"top1": (1 + 0 + 1 + 0.5) / 4, "top5": 1.0, "mean_per_class": (0.5 + 0.75) / 2}
+    result = accuracies(scores, torch.tensor([0, 0, 1, 1]))
+    assert result == {"top1": (1 + 0 + 1 + 0.5) / 4, "top5": 1.0, "mean_per_class": (0.5 + 0.75) / 2}
 
 
 def test_centres_of_patches_by_hand():
@@ -205,7 +205,7 @@ def test_hits_as_a_loop_over_phrases_finds_them(case):
     phrase = draw.integers(-1, phrases, count)
     view = (10.0, 20.0, 10.0 + 7 * columns, 20.0 + 9 * rows)
     boxes = [[tuple(sorted(draw.uniform(10, 60, 2)) + sorted(draw.uniform(20, 70, 2)))] for _ in range(phrases)]
-    boxes = [[(x0, y0, x1, y1) for x0, x1, y0, y1 in found] for found in boxes]
+    boxes = [[(x0, y0, x1, y1) for x0, x1, y0, y1 in entry] for entry in boxes]
     expected = []
     for number in range(phrases):
         own = [j for j in range(count) if phrase[j] == number]
@@ -215,9 +215,9 @@ def test_hits_as_a_loop_over_phrases_finds_them(case):
         best = max(range(rows * columns), key=lambda n: np.mean([patches[n] @ tokens[j] for j in own]))
         x, y = 10 + 7 * (best % columns + 0.5), 20 + 9 * (best // columns + 0.5)
         expected.append(any(x0 <= x <= x1 and y0 <= y <= y1 for x0, y0, x1, y1 in boxes[number]))
-    inside = torch.stack([patches_inside(found, view, (int(rows), int(columns))) for found in boxes])
-    found = phrase_hits(torch.tensor(patches), torch.tensor(tokens), torch.tensor(phrase), inside)
-    assert found.tolist() == expected
+    inside = torch.stack([patches_inside(entry, view, (int(rows), int(columns))) for entry in boxes])
+    entry = phrase_hits(torch.tensor(patches), torch.tensor(tokens), torch.tensor(phrase), inside)
+    assert entry.tolist() == expected
 
 
 @pytest.mark.parametrize("case", range(20))
@@ -231,7 +231,7 @@ def test_hits_of_scenes_as_a_loop_over_tokens_finds_them(case):
         best = max(range(16), key=lambda n: patches[n] @ tokens[j] / np.linalg.norm(patches[n]))
         row, column = divmod(best, 4)
         hits += names[j] >= 0 and cells[2 * (row // 2) + column // 2] == names[j]
-    found = scene_hits(
+    result = scene_hits(
         torch.tensor(patches), torch.tensor(tokens), torch.tensor(names), torch.tensor(cells).view(2, 2), (4, 4)
     )
-    assert found.tolist() == [hits, (names >= 0).sum()]
+    assert result.tolist() == [hits, (names >= 0).sum()]

@@ -36,8 +36,8 @@ def on_rank(rank, world_size):
 
 def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
     expected = on_rank(0, 1)
-    for found in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
-        assert found == pytest.approx(expected, abs=1e-9)
+    for entry in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
+        assert entry == pytest.approx(expected, abs=1e-9)
     # Scored in several blocks: the same again.
     monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
     monkeypatch.setattr("ds_cmli.evaluate.retrieval.CAPTIONS", 3)
@@ -110,19 +110,19 @@ def score(source, constant=False):
     return evaluate_split(stub, data.evals["val"], data, EmbedSettings(4, torch.device("cpu")))
 
 
-def recalls(found):
-    return {k: v for k, v in found.items() if k.split("/")[0] in ("global", "cmli", "combined")}
+def recalls(result):
+    return {k: v for k, v in result.items() if k.split("/")[0] in ("global", "cmli", "combined")}
 
 
 def test_perfect_embeddings_of_several_captions_a_picture_are_perfect_and_constant_ones_are_chance(tmp_path):
     folder(tmp_path)
-    found = score(tmp_path)
-    assert set(recalls(found).values()) == {1.0}
-    assert (found["pairs"], found["pictures"]) == (PICTURES * CAPTIONS, PICTURES)
-    found = score(tmp_path, constant=True)
-    for name, value in recalls(found).items():
-        assert value == pytest.approx(found[f"chance/{name.split('/')[1]}"])
-    text = summary("val", found)
+    result = score(tmp_path)
+    assert set(recalls(result).values()) == {1.0}
+    assert (result["pairs"], result["pictures"]) == (PICTURES * CAPTIONS, PICTURES)
+    result = score(tmp_path, constant=True)
+    for name, value in recalls(result).items():
+        assert value == pytest.approx(result[f"chance/{name.split('/')[1]}"])
+    text = summary("val", result)
     heading, ways, columns, *rows = text.splitlines()
     assert heading == "  val 15 pairs, 5 pictures" and max(map(len, text.splitlines())) < 80
     assert ways.split() == ["image", "to", "text", "text", "to", "image", "mean"]
@@ -145,15 +145,15 @@ def test_what_is_broken_is_left_out_counted_and_named(tmp_path, monkeypatch):
     break_some(tmp_path)
     monkeypatch.setattr("ds_cmli.data.bad.BadSamples.too_many", lambda *_: False)
     monkeypatch.setattr(Colours, "encode_text", whatever(Colours.encode_text))
-    found = score(tmp_path)
-    assert set(recalls(found).values()) == {1.0}
-    assert (found["pairs"], found["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
-    assert found["left_out"] == 2 * CAPTIONS + 2
-    assert found["chance/t2i_r1"] == pytest.approx(1 / 3)
-    told = " ".join(found["left_out_first"])
-    assert "1.png (cannot identify" in told and "4.png (no such file)" in told
-    assert "0.png (caption without a token)" in told and "3.png (empty caption)" in told
-    assert "9 pairs, 3 pictures, 8 left out: 3.png (empty caption), " in summary("val", found)
+    result = score(tmp_path)
+    assert set(recalls(result).values()) == {1.0}
+    assert (result["pairs"], result["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
+    assert result["left_out"] == 2 * CAPTIONS + 2
+    assert result["chance/t2i_r1"] == pytest.approx(1 / 3)
+    lines = " ".join(result["left_out_first"])
+    assert "1.png (cannot identify" in lines and "4.png (no such file)" in lines
+    assert "0.png (caption without a token)" in lines and "3.png (empty caption)" in lines
+    assert "9 pairs, 3 pictures, 8 left out: 3.png (empty caption), " in summary("val", result)
 
 
 def whatever(encode_text):
@@ -188,10 +188,10 @@ def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp
     results = spawn(counted_on_rank, 2, tmp_path)  # shares of 3 and 2
     assert sorted(file for _, opened in results for file in opened) == [f"{k}.png" for k in range(PICTURES)]
     assert [len(opened) for _, opened in results] == [3, 2]
-    for found, _ in results:
-        assert found == results[0][0]
-        assert set(recalls(found).values()) == {1.0}
-        assert (found["pairs"], found["left_out"]) == (12, 3)
+    for entry, _ in results:
+        assert entry == results[0][0]
+        assert set(recalls(entry).values()) == {1.0}
+        assert (entry["pairs"], entry["left_out"]) == (12, 3)
 
 
 def test_nothing_left_is_one_line(tmp_path):

@@ -77,8 +77,8 @@ def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
         prompts = range(c * templates, (c + 1) * templates)
         by_global[:, c] = unit(cls) @ unit(np.mean([text_cls[p] for p in prompts], 0))
         for i in range(count):
-            found = [unit(patches[i]) @ tokens[ends[p] - lengths[p] : ends[p]].T for p in prompts]
-            by_cmli[i, c] = np.mean([similarity.max(1).mean() for similarity in found])
+            result = [unit(patches[i]) @ tokens[ends[p] - lengths[p] : ends[p]].T for p in prompts]
+            by_cmli[i, c] = np.mean([similarity.max(1).mean() for similarity in result])
     expected = {"global": by_global, "cmli": by_cmli, "combined": 5 * by_global + 20 * by_cmli}
 
     numbers = torch.arange(classes * templates)
@@ -86,13 +86,13 @@ def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
     texts = Texts(numbers, torch.tensor(text_cls).float(), torch.tensor(tokens), places, torch.tensor(lengths))
     classifier = Classifier(texts, int(templates), {"global": 5.0, "cmli": 20.0})
     loader = batches(Numbered(target), 7, 0, collate_pictures)
-    found = classify(Given(cls.astype("float32"), patches), loader, classifier, EmbedSettings(7, torch.device("cpu")))
-    assert (found["pictures"], found["classes"]) == (count, classes)
+    result = classify(Given(cls.astype("float32"), patches), loader, classifier, EmbedSettings(7, torch.device("cpu")))
+    assert (result["pictures"], result["classes"]) == (count, classes)
     for name, scores in expected.items():
         best = scores.argmax(1)
-        assert found[f"{name}/top1"] == pytest.approx(accuracy_score(target, best))
-        assert found[f"{name}/top5"] == pytest.approx(top_k_accuracy_score(target, scores, k=5, labels=range(classes)))
-        assert found[f"{name}/mean_per_class"] == pytest.approx(balanced_accuracy_score(target, best))
+        assert result[f"{name}/top1"] == pytest.approx(accuracy_score(target, best))
+        assert result[f"{name}/top5"] == pytest.approx(top_k_accuracy_score(target, scores, k=5, labels=range(classes)))
+        assert result[f"{name}/mean_per_class"] == pytest.approx(balanced_accuracy_score(target, best))
 
 
 def folders(path):
@@ -107,10 +107,10 @@ def folders(path):
 def test_a_folder_of_class_folders(tmp_path):
     pictures = ClassPictures(str(folders(tmp_path / "data")), DataConfig(image_size=8))
     assert pictures.folders == ["blue_bird", "red_car"] and len(pictures) == 4
-    found = [pictures.pictures(range(4))[k] for k in range(4)]
-    assert [p.target for p in found if p.bad is None] == [0, 0, 1]
-    assert [int(p.image[2, 0, 0]) for p in found] == [255, 255, 0, 0]
-    assert found[3].bad[0] == "1.png" and found[3].bad[1].startswith("cannot identify image file")
+    result = [pictures.pictures(range(4))[k] for k in range(4)]
+    assert [p.target for p in result if p.bad is None] == [0, 0, 1]
+    assert [int(p.image[2, 0, 0]) for p in result] == [255, 255, 0, 0]
+    assert result[3].bad[0] == "1.png" and result[3].bad[1].startswith("cannot identify image file")
     assert class_names(pictures.folders, None) == ["blue bird", "red car"]
 
 
@@ -130,9 +130,9 @@ def test_a_hugging_face_data_set_with_labels(tmp_path, monkeypatch, broken):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "validation-00000-of-00001.parquet")
 
-    found = ClassPictures(f"hfds/{tmp_path / 'set'}", DataConfig(image_size=4))
-    assert found.folders == ["red", "dark_blue"] and class_names(found.folders, None) == ["red", "dark blue"]
-    pictures = list(found.pictures([0, 1, 2]))
+    result = ClassPictures(f"hfds/{tmp_path / 'set'}", DataConfig(image_size=4))
+    assert result.folders == ["red", "dark_blue"] and class_names(result.folders, None) == ["red", "dark blue"]
+    pictures = list(result.pictures([0, 1, 2]))
     assert [picture.target for picture in pictures if picture.bad is None] == ([0, 0] if broken else [0, 1, 0])
     assert (pictures[1].bad is not None) == broken
     for picture, colour in zip(pictures, colours, strict=True):
@@ -212,5 +212,5 @@ def classes_of_rank(rank, world):
 def test_ranks_share_the_prompts_and_lose_none():
     [one], several = spawn(classes_of_rank, 1), spawn(classes_of_rank, 3)
     for of_rank in several:
-        for found, expected in zip(of_rank, one, strict=True):
-            torch.testing.assert_close(found, expected)
+        for entry, expected in zip(of_rank, one, strict=True):
+            torch.testing.assert_close(entry, expected)

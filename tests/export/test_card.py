@@ -38,19 +38,19 @@ assert first["out"].logits_per_text.shape == (3, 2)
 @pytest.fixture(scope="module")
 def measured(run, tmp_path_factory):
     """The card's folder and what `evaluate_split` found of each split, with few pairs and ONNX."""
-    found = {}
+    by_name = {}
 
     def few(objective, dataset, *arguments):
         from torch.utils.data import Subset
 
         split = dataset.split
-        found[split] = evaluate_split(objective, Subset(dataset, range(40)), *arguments)
-        return found[split]
+        by_name[split] = evaluate_split(objective, Subset(dataset, range(40)), *arguments)
+        return by_name[split]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "evaluate_split", few)
         folder = export(run, tmp_path_factory.mktemp("card") / "model", "--onnx", "--measure")
-    return folder, found
+    return folder, by_name
 
 
 @pytest.mark.slow
@@ -83,10 +83,10 @@ def test_towers_as_onnx_give_the_trained_features_for_any_number_of_texts(measur
 
 @pytest.mark.slow
 def test_its_numbers_are_measured_on_what_is_exported(measured):
-    folder, found = measured
+    folder, result = measured
     card = (folder / "README.md").read_text()
-    assert set(found) == {"seen", "unseen"}
-    for split, values in found.items():
+    assert set(result) == {"seen", "unseen"}
+    for split, values in result.items():
         for score in ("combined", "cmli", "global", "chance"):
             cells = [f"{values[f'{score}/{name}']:.4f}" for name in MEASURES]
             assert f"| {split} | {score} | {' | '.join(cells)} |" in card
@@ -124,8 +124,8 @@ def test_what_cannot_be_measured_is_said_to_be_the_runs(run, tmp_path, capsys):
     ],
 )
 def test_licences(student, data, said):
-    found = " ".join(licences(Config.from_dict({"student": student, "data": data})).values())
-    assert said in found and "/home" not in found
+    result = " ".join(licences(Config.from_dict({"student": student, "data": data})).values())
+    assert said in result and "/home" not in result
 
 
 def test_a_run_without_results_has_none(tmp_path):

@@ -47,12 +47,12 @@ def test_inputs_and_features_are_those_of_the_training(trained, model, inputs, b
     assert torch.equal(model.token_mask(inputs["input_ids"], inputs["attention_mask"]), batch.token_mask)
     student, g = trained.student, trained.student.projection
     image, text = model.get_image_features(inputs["pixel_values"]), model.get_text_features(inputs["input_ids"])
-    for found, (cls, tokens) in (
+    for entry, (cls, tokens) in (
         (image, student.encode_image(batch.image)),
         (text, student.encode_text(batch.input_ids, batch.attention_mask)),
     ):
-        assert torch.equal(found.pooler_output, cls)
-        assert torch.equal(found.last_hidden_state, g(tokens))
+        assert torch.equal(entry.pooler_output, cls)
+        assert torch.equal(entry.last_hidden_state, g(tokens))
 
 
 @torch.no_grad()
@@ -62,8 +62,8 @@ def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch
     torch.testing.assert_close(out.logits_per_image, scores["combined"].i2t)
     torch.testing.assert_close(out.logits_per_text, scores["combined"].t2i.t())
     assert not torch.allclose(out.logits_per_text, out.logits_per_image.t())
-    found = model.cmli_scores(out.patch_embeds, out.token_embeds, out.token_mask)
-    torch.testing.assert_close(found, tuple(scores["cmli"]))
+    result = model.cmli_scores(out.patch_embeds, out.token_embeds, out.token_mask)
+    torch.testing.assert_close(result, tuple(scores["cmli"]))
     torch.testing.assert_close(out.loss, trained.objective.whole(batch, None)[0])
     alone = model(inputs["input_ids"][:1, :8], inputs["pixel_values"], inputs["attention_mask"][:1, :8])
     assert inputs["input_ids"].shape[1] > 8  # the padding that the longest text gives the others
@@ -79,19 +79,19 @@ def test_it_loads_in_16_bits_and_saves_itself(model, exported, inputs, tmp_path)
     assert half.scales() == model.scales() == model.to(torch.float32).scales()
     assert half.to(torch.float16).scales() == model.scales()
     half.to(torch.bfloat16)
-    found = half.get_image_features(inputs["pixel_values"]).pooler_output
-    assert found.dtype == torch.bfloat16
+    result = half.get_image_features(inputs["pixel_values"]).pooler_output
+    assert result.dtype == torch.bfloat16
     wanted = model.get_image_features(inputs["pixel_values"]).pooler_output
-    torch.testing.assert_close(found.float(), wanted, atol=0.1, rtol=0.1)
+    torch.testing.assert_close(result.float(), wanted, atol=0.1, rtol=0.1)
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).get_image_features(inputs["pixel_values"]).pooler_output
     assert torch.equal(again, wanted)
 
 
 def test_matches_are_those_of_the_training(trained, model, pictures):
-    found, wanted = model.match(pictures[0], TEXTS[1]), trained.match(pictures[0], TEXTS[1])
-    assert (found.words, found.spans, found.grid) == (wanted.words, wanted.spans, wanted.grid)
-    torch.testing.assert_close(found.similarity, wanted.similarity)
+    entry, wanted = model.match(pictures[0], TEXTS[1]), trained.match(pictures[0], TEXTS[1])
+    assert (entry.words, entry.spans, entry.grid) == (wanted.words, wanted.spans, wanted.grid)
+    torch.testing.assert_close(entry.similarity, wanted.similarity)
 
 
 def test_the_package_reads_it_back(trained, exported, pictures):
@@ -101,8 +101,8 @@ def test_the_package_reads_it_back(trained, exported, pictures):
         ("embed_images", pictures, ("cls", "patches")),
         ("embed_texts", TEXTS, ("cls", "tokens", "token_mask")),
     ):
-        found, wanted = getattr(again, embed)(given), getattr(trained, embed)(given)
-        assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in names)
+        entry, wanted = getattr(again, embed)(given), getattr(trained, embed)(given)
+        assert all(torch.equal(getattr(entry, name), getattr(wanted, name)) for name in names)
 
 
 LOADED = """
@@ -212,8 +212,8 @@ def test_without_a_mask_a_texts_end_counts_that_is_also_the_padding(tmp_path):
     run = make_run(tmp_path / "run", data={"tokenizer": str(tmp_path / "words")})
     folder = export(run, tmp_path / "model")
     model, inputs = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)(text=TEXTS)
-    found, wanted = model.get_text_features(inputs["input_ids"]), model.get_text_features(**inputs)
-    assert torch.equal(found.pooler_output, wanted.pooler_output)
+    entry, wanted = model.get_text_features(inputs["input_ids"]), model.get_text_features(**inputs)
+    assert torch.equal(entry.pooler_output, wanted.pooler_output)
 
 
 def test_mistakes_are_one_line(run, exported, tmp_path):

@@ -59,11 +59,11 @@ def test_an_export_of_this_package_needs_nothing_of_the_source(folders, tmp_path
     run = run_of(folders["coca"], tmp_path / "run", losses(folders["coca"]))
     wanted = Model.load(run, device="cpu")
     own = export(run, tmp_path / "own", "--no-measure", "--no-onnx")
-    found = Model.load(own, device="cpu")
+    result = Model.load(own, device="cpu")
     texts = ["Two  &amp; DOGS"]
-    assert torch.equal(found.embed_images(pictures).cls, wanted.embed_images(pictures).cls)
-    assert torch.equal(found.embed_texts(texts).tokens, wanted.embed_texts(texts).tokens)
-    assert found.tokenizer(texts[0]) == wanted.tokenizer(texts[0])
+    assert torch.equal(result.embed_images(pictures).cls, wanted.embed_images(pictures).cls)
+    assert torch.equal(result.embed_texts(texts).tokens, wanted.embed_texts(texts).tokens)
+    assert result.tokenizer(texts[0]) == wanted.tokenizer(texts[0])
     objective, config, _ = start(own, {"global": 1.0, "sparc": 1.0})
     assert config.data.padding == "full" and objective.student.image.grid == (4, 4)
 

@@ -59,14 +59,14 @@ FILES = {
 def test_an_open_file_is_decoded_as_in_training_and_left_as_it_was(processor, content):
     with Image.open(io.BytesIO(content)) as image:
         before = image.size, image.mode
-        found = processor(images=image)["pixel_values"]
-        assert torch.equal(found[0], decode(content, Framing(S), MOST))
+        result = processor(images=image)["pixel_values"]
+        assert torch.equal(result[0], decode(content, Framing(S), MOST))
         assert (image.size, image.mode) == before
         again = processor(images=image)["pixel_values"]
-        assert torch.equal(again, found)
+        assert torch.equal(again, result)
         image.load()
         loaded = processor(images=image)["pixel_values"]  # a JPEG is decoded whole now
-        assert (loaded.float() - found.float()).abs().mean() < (20 if image.format == "JPEG" else 1e-9)
+        assert (loaded.float() - result.float()).abs().mean() < (20 if image.format == "JPEG" else 1e-9)
 
 
 PIXELS = noise(80, 60, 3)
@@ -85,15 +85,15 @@ KINDS = {
 
 @pytest.mark.parametrize("given", KINDS.values(), ids=KINDS.keys())
 def test_pixels_in_memory(processor, given):
-    found = processor(images=given)["pixel_values"]
-    assert found.shape == (1, 3, S, S) and torch.equal(found, processor(images=PIXELS)["pixel_values"])
+    result = processor(images=given)["pixel_values"]
+    assert result.shape == (1, 3, S, S) and torch.equal(result, processor(images=PIXELS)["pixel_values"])
 
 
 def test_grey_ones(processor):
     grey = PIXELS[:, :, 0]
     for given in (grey, grey[:, :, None], torch.from_numpy(grey)[None], Image.fromarray(grey)):
-        found = processor(images=given)["pixel_values"]
-        assert torch.equal(found, processor(images=np.stack([grey] * 3, 2))["pixel_values"])
+        result = processor(images=given)["pixel_values"]
+        assert torch.equal(result, processor(images=np.stack([grey] * 3, 2))["pixel_values"])
 
 
 def test_arrays(processor):
@@ -115,8 +115,8 @@ def test_texts_are_truncated_as_in_training_whatever_the_tokenizer_says(exported
 
     AutoTokenizer.from_pretrained(tmp_path, truncation_side="left").save_pretrained(tmp_path)
     long = "one two three " * 30
-    (found,) = AutoProcessor.from_pretrained(tmp_path)(text=long)["input_ids"].tolist()
-    assert found == Model.load(tmp_path, "cpu").tokenizer(long).input_ids
+    (outcome,) = AutoProcessor.from_pretrained(tmp_path)(text=long)["input_ids"].tolist()
+    assert outcome == Model.load(tmp_path, "cpu").tokenizer(long).input_ids
 
 
 MISTAKES = {

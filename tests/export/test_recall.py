@@ -32,7 +32,7 @@ def test_recalls_of_the_exported_logits_are_those_of_the_evaluation(run, exporte
     data = build_data(config.data, config.run.seed)
     some = torch.utils.data.Subset(data.evals[split], range(PAIRS))
     objective = load_objective(config, run, False, data, "cpu")
-    found = evaluate_split(objective, some, data, EmbedSettings(16, torch.device("cpu")))
+    result = evaluate_split(objective, some, data, EmbedSettings(16, torch.device("cpu")))
 
     samples = [some[i] for i in range(PAIRS)]
     texts = [caption(data.evals[split], i) for i in range(PAIRS)]
@@ -41,4 +41,4 @@ def test_recalls_of_the_exported_logits_are_those_of_the_evaluation(run, exporte
     out = AutoModel.from_pretrained(exported)(**inputs)
     for way, logits in (("i2t", out.logits_per_image), ("t2i", out.logits_per_text)):
         for k, share in recalls(logits.numpy()).items():
-            assert found[f"combined/{way}_r{k}"] == pytest.approx(share, abs=1e-9), (way, k)
+            assert result[f"combined/{way}_r{k}"] == pytest.approx(share, abs=1e-9), (way, k)

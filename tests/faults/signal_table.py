@@ -182,7 +182,7 @@ def shell_code(code: int) -> int:
 
 def ranks_of(run: Path) -> list[int]:
     """The processes of a run's ranks, the last rank last; not their launchers or data loaders."""
-    found = {}
+    by_name = {}
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
@@ -197,8 +197,8 @@ def ranks_of(run: Path) -> list[int]:
         ):
             given = dict(word.split(b"=", 1) for word in env.split(b"\0") if b"=" in word)
             rank = given.get(b"RANK") or given.get(b"SLURM_PROCID") or b"0"
-            found[int(process.name)] = (int(parent), int(rank))
-    own = [(rank, pid) for pid, (parent, rank) in found.items() if parent not in found]
+            by_name[int(process.name)] = (int(parent), int(rank))
+    own = [(rank, pid) for pid, (parent, rank) in by_name.items() if parent not in by_name]
     return [pid for _, pid in sorted(own)]
 
 

@@ -59,9 +59,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def spoil(train_engine, what, monkeypatch) -> list:
+def spoil(train_engine, name, monkeypatch) -> list:
     """Make losses or gradients not finite until the hooks returned are removed and `monkeypatch` is undone."""
-    if what == "gradient":
+    if name == "gradient":
 
         def hook(module, inputs, output):
             if output.requires_grad:
@@ -69,7 +69,7 @@ def spoil(train_engine, what, monkeypatch) -> list:
 
         return [train_engine.objective.student.projection.register_forward_hook(hook)]
     poison = nonfinite.poison
-    monkeypatch.setattr(nonfinite, "poison", lambda loss: poison(loss + torch.tensor(float(what))))
+    monkeypatch.setattr(nonfinite, "poison", lambda loss: poison(loss + torch.tensor(float(name))))
     return []
 
 
@@ -205,10 +205,10 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     def overflowing(train_engine, micro_batches, heartbeat):  # the loss is finite, the gradients are not
         count[0] += 1
         hooks = spoil(train_engine, "gradient", monkeypatch) if count[0] > 3 else []
-        found = step(train_engine, micro_batches, heartbeat)
+        result = step(train_engine, micro_batches, heartbeat)
         for hook in hooks:
             hook.remove()
-        return found
+        return result
 
     monkeypatch.setattr(engine.TrainEngine, "step", overflowing)
     with pytest.raises(UserError, match="6 steps in a row were skipped"):

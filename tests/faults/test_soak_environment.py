@@ -132,9 +132,9 @@ def test_faults_of_the_surroundings_lose_nothing_and_are_told(tmp_path):
             folder = tmp_path / f"{ranks}-{name}".replace("/", "").replace(" ", "-")
             folder.mkdir()
             pairs(folder / "pairs", count=33)
-            found = one(name, ranks, folder, draw)
-            counts[found] += 1
-            bad += [f"{name} on {ranks}: {found}"] * (found != "told")
-            print(f"{name}, {ranks} ranks: {found}", flush=True)
+            result = one(name, ranks, folder, draw)
+            counts[result] += 1
+            bad += [f"{name} on {ranks}: {result}"] * (result != "told")
+            print(f"{name}, {ranks} ranks: {result}", flush=True)
     print(f"{sum(counts.values())} cases:", ", ".join(f"{word} {counts[word]}" for word in WORDS), flush=True)
     assert not bad, bad

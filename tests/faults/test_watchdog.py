@@ -111,7 +111,7 @@ def judged(heartbeats: list[Heartbeat], silent_s: float, old_s: float, after_s: 
     """What a reader says now and `after_s` later of a rank 0 that was last heard of `silent_s` ago."""
     said = []
     watchdog = Watchdog(TIMEOUT, dist.HashStore())
-    watchdog._end = lambda ranks, what: said.append(f"{ranks} {what}")
+    watchdog._end = lambda ranks, name: said.append(f"{ranks} {name}")
     now = time.monotonic()
     watchdog.heartbeats = heartbeats
     watchdog.progressed, watchdog.lived = [now - old_s, now], [now - silent_s, now]

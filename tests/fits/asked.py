@@ -56,7 +56,7 @@ def streams() -> None:
 def data() -> None:
     assert torch.rand(300, 300).numpy().shape == (300, 300) and len(torch.rand(300, 300).tolist()) == 300
     numbers, scores = torch.randint(9, (5,), device=DEVICE), torch.randn(32, 6, device=DEVICE)
-    assert [len(each) for each in numbers.unique(return_inverse=True, return_counts=True)] == [5, 5, 5]
+    assert [len(item) for item in numbers.unique(return_inverse=True, return_counts=True)] == [5, 5, 5]
     assert len(scores.masked_select(scores > 0)) == 32 * 6 and len(scores.unique(dim=0)) == 32
     assert torch.distributions.Categorical(logits=scores).sample().shape == (32,)  # which looks for a NaN
     assert torch.distributions.Categorical(probs=scores.softmax(-1)).entropy().shape == (32,)  # whose sums it checks

@@ -81,7 +81,7 @@ def held(dtype: torch.dtype, different: dict) -> list[int]:
     if of["dimensions"] < 4:
         sizes = [(B * H, *size[2:])[3 - of["dimensions"] :] for size in sizes]
     layouts = ("rows", of["layout"], of["layout"])
-    inputs = [made(*each, dtype).requires_grad_() for each in zip(sizes, layouts, strict=True)]
+    inputs = [made(*item, dtype).requires_grad_() for item in zip(sizes, layouts, strict=True)]
     mask = masked(of["mask"], rows, keys, dtype)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,7 @@ def share(device: torch.device) -> None:
     dist.all_gather_into_tensor(both, torch.tensor([7, 8]).to(device))
     if "alone" in sys.argv:
         assert both.tolist() == [7, 8] * size
-        assert objects == [{"rank": rank}] * size and [each.item() for each in sizes] == [7] * size
+        assert objects == [{"rank": rank}] * size and [item.item() for item in sizes] == [7] * size
     dist.barrier()
 
 
@@ -34,7 +34,7 @@ def meet() -> None:
     store = dist.TCPStore("localhost", 1, size, is_master=rank == 0)
     assert store.add("come", 1) == size
     store.set(f"name/{rank}", "mine")
-    assert store.multi_get([f"name/{each}" for each in range(size)]) == [b"mine"] * size
+    assert store.multi_get([f"name/{item}" for item in range(size)]) == [b"mine"] * size
 
 
 def main() -> None:

@@ -86,8 +86,8 @@ def test_a_linear_layer_by_hand(tmp_path):
         "    optimizer.step()\n"
         "    optimizer.zero_grad(set_to_none=False)\n",
     )
-    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle", "--plot", "out.svg")
-    done = fresh(*asked, "--", program, cwd=tmp_path)
+    options = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle", "--plot", "out.svg")
+    done = fresh(*options, "--", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "out.json").read_text())
     size = 4 << 20
@@ -175,10 +175,10 @@ for step in range(9):
 
 def test_backward_runs_on_the_streams_of_forward(tmp_path):
     """The gradient that is made on a stream of its own, [1024, 1024] fp32, lies in a segment of that stream."""
-    asked = ("--gpu", "A100 80GB", "--snapshot", "out.pickle")
-    done = fits(*asked, "--", script(tmp_path, ON_A_STREAM), cwd=tmp_path)
+    options = ("--gpu", "A100 80GB", "--snapshot", "out.pickle")
+    done = fits(*options, "--", script(tmp_path, ON_A_STREAM), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    taken = [each["stream"] for each in pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]]
+    taken = [content["stream"] for content in pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]]
     assert len(set(taken)) == 2
 
 
@@ -328,30 +328,30 @@ def test_what_operators_hold_at_most(tmp_path):
     """A tensor has 4 MiB. A gradient of rows is beside the function's result and that result's gradient."""
     done = fits("--gpu", "A100 80GB", "--", OPERATORS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[0])
+    content = json.loads(done.stdout.splitlines()[0])
     for name in ("silu", "mish", "index_select", "index"):
-        assert found[name][0] == 4 * MIB and found[name][1] < 12.01 * MIB  # nothing beside its gradient
-    assert found["softmax"] == [4 * MIB, 16 * MIB]  # the product of gradient and result
+        assert content[name][0] == 4 * MIB and content[name][1] < 12.01 * MIB  # nothing beside its gradient
+    assert content["softmax"] == [4 * MIB, 16 * MIB]  # the product of gradient and result
     # Half the rows of the mask, which a range tells, and backward's zeros, into which they are added.
-    assert found["index by a mask"][0] < 2.01 * MIB and found["index by a mask"][1] < 8.01 * MIB
+    assert content["index by a mask"][0] < 2.01 * MIB and content["index by a mask"][1] < 8.01 * MIB
     # Gradients that are views are added into a third one.
-    assert found["sum of two linear"][1] > 32 * MIB
+    assert content["sum of two linear"][1] > 32 * MIB
     # These keep what they reduce, of which the Huber loss holds a copy.
-    assert found["mse_loss"][0] > 8 * MIB and found["huber_loss"][0] > 4 * MIB
+    assert content["mse_loss"][0] > 8 * MIB and content["huber_loss"][0] > 4 * MIB
     # A copy of the input, and in backward of the same.
     for name, few in (("softmax", 0), ("RMS norm", 4096), ("layer norm", 8192)):
-        rows, columns = found[name], found[f"{name} by columns"]
+        rows, columns = content[name], content[f"{name} by columns"]
         assert columns[0] - rows[0] == 4 * MIB and columns[1] <= 16 * MIB + 2 * few
         assert rows[0] - 4 * MIB <= 2 * few
-    assert found["linear by columns"][0] == 8 * MIB  # its product and the copied input
+    assert content["linear by columns"][0] == 8 * MIB  # its product and the copied input
 
 
 def test_the_largest_results():
     boxes, scores = torch.zeros(7, 4), torch.zeros(7)
     assert largest_results("torchvision::nms", boxes, scores, 0.5).shape == (7,)
     assert largest_results("aten::masked_select", boxes, torch.zeros(3, 1, 1, dtype=torch.bool)).shape == (84,)
-    assert [each.shape for each in largest_results("aten::_unique2", boxes)] == [(28,), (7, 4), (28,)]
-    assert [each.shape for each in largest_results("aten::unique_dim", boxes, 1)] == [(7, 4), (4,), (4,)]
+    assert [item.shape for item in largest_results("aten::_unique2", boxes)] == [(28,), (7, 4), (28,)]
+    assert [item.shape for item in largest_results("aten::unique_dim", boxes, 1)] == [(7, 4), (4,), (4,)]
     assert [len(largest_results("aten::bincount", scores, None, least)) for least in (0, 3)] == [7, 3]
     assert largest_results("aten::repeat_interleave", scores) is None
 
@@ -481,16 +481,16 @@ def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     options += ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
     trainer = str(ROOT / "ds_cmli" / "train.py")
     world = () if ranks == 1 else ("--world-size", "2")
-    asked = ("--gpu", "A100 80GB", "--json", "out.json", *world, "--", trainer, "--output-dir", str(tmp_path / "run"))
-    done = fits(*asked, *options, cwd=tmp_path)
+    request = ("--gpu", "A100 80GB", "--json", "out.json", *world, "--", trainer, "--output-dir", str(tmp_path / "run"))
+    done = fits(*request, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())["totals"]
+    content = json.loads((tmp_path / "out.json").read_text())["totals"]
     one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
     config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}, **one_block})
     ds_json = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
     expected = predict(config, ds_json, ranks, gpu="A100 80GB").report.totals
-    assert found["reserved"] == expected["reserved"] and found["device"] == expected["device"]
-    assert 0 <= 1 - found["requested"] / expected["requested"] < 0.002
+    assert content["reserved"] == expected["reserved"] and content["device"] == expected["device"]
+    assert 0 <= 1 - content["requested"] / expected["requested"] < 0.002
 
 
 def test_another_rank_of_our_trainer_is_refused_at_once(tmp_path):
@@ -567,15 +567,15 @@ def test_refusals(arguments, line, monkeypatch, capsys):
 
 
 def test_without_a_null_gpu(monkeypatch, tmp_path):
-    asked = null_gpu.NullGpu(rooms("T4", None)[0], 2, World())
+    options = null_gpu.NullGpu(rooms("T4", None)[0], 2, World())
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(UserError, match=r"no null GPU can be built: python.* failed: ERROR: No matching"):
-        null_gpu.answer(asked, [LOOP], None)
+        null_gpu.answer(options, [LOOP], None)
     monkeypatch.setattr(null_gpu, "SOURCES", tmp_path / "absent")
     with pytest.raises(UserError, match="clone the repository"):
-        null_gpu.answer(asked, [LOOP], None)
+        null_gpu.answer(options, [LOOP], None)
 
 
 def test_unknown_devices():

@@ -36,7 +36,7 @@ def told(folder: Path, *arguments: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("switches", [("fp32",), ("fp16",), ("bf16", "fused"), ("bf16", "checkpoint")], ids=str)
 def test_requested_is_equal_and_reserved_is_close(switches, null_gpu, tmp_path):
-    without_data, counted = (told(tmp_path, "--engine", each, "--", LOOP, *switches) for each in ("fake", "null"))
+    without_data, counted = (told(tmp_path, "--engine", item, "--", LOOP, *switches) for item in ("fake", "null"))
     # The kernel of fp32's attention returns two numbers on the host, which count as the device's: 16 B in each layer.
     more = without_data["requested"] - counted["requested"]
     assert more == (3 * 16 if "fp32" in switches else 0)
@@ -124,7 +124,7 @@ def test_a_build_with_cuda_says_the_same_and_touches_no_gpu(answer, program, nul
 def test_one_of_several_ranks(null_gpu, tmp_path):
     """DDP: NCCL's thread may still hold its first bucket of 4 MiB in the second backward pass."""
     world = ("--world-size", "2", "--rank", "1", "--", RANKS, "ddp")
-    without_data, counted = (told(tmp_path, "--engine", each, *world) for each in ("fake", "null"))
+    without_data, counted = (told(tmp_path, "--engine", item, *world) for item in ("fake", "null"))
     for kind in ("reserved", "device"):
         assert without_data[kind] == counted[kind]
     assert without_data["requested"] - counted["requested"] in (0, 4 << 20)
@@ -165,7 +165,9 @@ def test_attention_holds_as_much_at_most(card, null_gpu, tmp_path):
     without_data, counted = printed
     assert len(counted) == 3 * 62
     low = {
-        name: (told, counted[name]) for name, told in without_data.items() if any(map(int.__lt__, told, counted[name]))
+        name: (lines, counted[name])
+        for name, lines in without_data.items()
+        if any(map(int.__lt__, lines, counted[name]))
     }
     assert not low
     equal = sum(taken == pytest.approx(counted[name], abs=24) for name, taken in without_data.items())
@@ -190,7 +192,7 @@ with torch.cuda.stream(side):
 def test_a_program_takes_as_much(text, null_gpu, tmp_path):
     """A CUDA graph's warm-up takes cuBLAS' workspaces on its own stream; a penalty needs a gradient's gradient."""
     program = script(tmp_path, text)
-    without_data, counted = (told(tmp_path, "--engine", each, "--", program) for each in ("fake", "null"))
+    without_data, counted = (told(tmp_path, "--engine", item, "--", program) for item in ("fake", "null"))
     assert without_data == counted
 
 
@@ -207,6 +209,6 @@ def test_operators_hold_as_much_at_most(null_gpu, tmp_path):
         done = fits("--engine", engine, "--gpu", "A100 80GB", "--", OPERATORS, cwd=tmp_path)
         printed += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(printed) == 2
-    without_data, counted = (each.pop("index by a mask") for each in printed)
+    without_data, counted = (item.pop("index by a mask") for item in printed)
     assert without_data == pytest.approx(counted, abs=1024)  # what cub holds to count a mask's places
     assert printed[0] == printed[1]

@@ -13,14 +13,14 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
 
 
-def steps(every: int, asked: int = 2) -> tuple[int, Progress]:
+def steps(every: int, options: int = 2) -> tuple[int, Progress]:
     """The steps of an optimizer beside one that steps after each `every` ones, until the end."""
-    often, seldom, progress = optimizer(), optimizer(), Progress(asked)
+    often, seldom, progress = optimizer(), optimizer(), Progress(options)
     for number in range(1, 1000):
-        for each in (often, seldom):
-            if each is often or number % every == 0:
+        for item in (often, seldom):
+            if item is often or number % every == 0:
                 progress.backward += 1
-                if progress.ends_after_step(each):
+                if progress.ends_after_step(item):
                     return number, progress
     raise AssertionError
 

@@ -49,9 +49,9 @@ def judge(figures: Iterable[Figure], record_property: Callable[[str, object], No
     assert not missed, "; ".join(missed)
 
 
-def prediction_figures(found: dict[str, Any]) -> list[Figure]:
+def prediction_figures(result: dict[str, Any]) -> list[Figure]:
     """Predicted beside measured peaks, and the allocator's model on the recorded requests where there are any."""
-    predicted, measured = found["predicted"]["totals"], found["measured"]["totals"]
+    predicted, measured = result["predicted"]["totals"], result["measured"]["totals"]
     out = []
     for name in ("requested", "allocated", "reserved", "device"):
         if name in predicted and measured.get(name):
@@ -59,8 +59,8 @@ def prediction_figures(found: dict[str, Any]) -> list[Figure]:
             error = predicted[name] / measured[name] - 1
             # "device" rests on the constants of the GPU, which are assumed until they are measured: it has no bar.
             out.append(Figure(f"{name}, predicted/measured - 1", error, PREDICTION_BARS.get(name), note))
-    if "allocator" in found:
-        model = found["allocator"]
+    if "allocator" in result:
+        model = result["allocator"]
         note = (
             f"{model['at_recorded_address']:,} of {model['allocations']:,} allocations at the recorded address, "
             f"{model['unknown']} unknown"
@@ -69,21 +69,21 @@ def prediction_figures(found: dict[str, Any]) -> list[Figure]:
     return out
 
 
-def exactness_figures(found: dict[str, float], dtype: str) -> list[Figure]:
+def exactness_figures(result: dict[str, float], dtype: str) -> list[Figure]:
     return [
-        Figure("scores, largest error", found["scores"], SCORES_BAR),
-        Figure("gradients, largest error / largest", found["gradients"], GRADIENT_BARS[dtype]),
-        Figure("repeats that differ in a bit", found["unequal_repeats"], 0),
+        Figure("scores, largest error", result["scores"], SCORES_BAR),
+        Figure("gradients, largest error / largest", result["gradients"], GRADIENT_BARS[dtype]),
+        Figure("repeats that differ in a bit", result["unequal_repeats"], 0),
     ]
 
 
-def speed_figures(found: dict[str, float]) -> list[Figure]:
+def speed_figures(result: dict[str, float]) -> list[Figure]:
     """Milliseconds of each backend beside those of "materialised"; the first backend alone has a bar."""
-    plain = found["materialised"]
-    backends = [name for name in found if name != "materialised"]
+    plain = result["materialised"]
+    backends = [name for name in result if name != "materialised"]
     return [
-        Figure(f"{name}, time / materialised", found[name] / plain, None if i else SPEED_BAR,
-               f"{found[name]:.2f} ms, materialised {plain:.2f} ms")
+        Figure(f"{name}, time / materialised", result[name] / plain, None if i else SPEED_BAR,
+               f"{result[name]:.2f} ms, materialised {plain:.2f} ms")
         for i, name in enumerate(backends)
     ]  # fmt: skip
 

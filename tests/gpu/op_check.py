@@ -51,23 +51,23 @@ def exactness(dtype_name: str, device: torch.device, backend: str) -> dict[str, 
         unequal_repeats: cases whose second run differs in a single bit.
     """
     dtype = DTYPES[dtype_name]
-    found = {"scores": 0.0, "gradients": 0.0, "unequal_repeats": 0.0}
+    figures = {"scores": 0.0, "gradients": 0.0, "unequal_repeats": 0.0}
     for shape in SHAPES:
         for masks in MASKS:
             inputs = case(shape, dtype, masks, False, device)
             expected = cmli_scores_reference(*(x.double() for x in inputs[:2]), *inputs[2:])
             scores = cmli_scores(*inputs, backend=backend)
-            found["scores"] = max(found["scores"], *map(_distance, scores, expected))
+            figures["scores"] = max(figures["scores"], *map(_distance, scores, expected))
             for recompute in (False, True):
                 inputs = case(shape, dtype, masks, True, device)
                 ours = _gradients(inputs, lambda *x: cmli_scores(*x, backend=backend, recompute=recompute))  # noqa: B023
                 again = _gradients(inputs, lambda *x: cmli_scores(*x, backend=backend, recompute=recompute))  # noqa: B023
-                found["unequal_repeats"] += not all(map(torch.equal, ours, again))
+                figures["unequal_repeats"] += not all(map(torch.equal, ours, again))
                 wide = (inputs[0].double(), inputs[1].double(), *inputs[2:])
                 for x, y in zip(ours, _gradients(wide, cmli_scores_reference), strict=True):
                     error = _distance(x, y) / max(y.abs().max().item(), 1e-30)  # CPU-GPU sync
-                    found["gradients"] = max(found["gradients"], error)
-    return found
+                    figures["gradients"] = max(figures["gradients"], error)
+    return figures
 
 
 def _distance(x: Tensor, y: Tensor) -> float:

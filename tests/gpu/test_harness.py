@@ -69,20 +69,20 @@ def test_bars_of_predictions():
     measured = {"requested": 1000, "allocated": 1000, "reserved": 1000, "device": 1000}
     predicted = {"requested": 1049, "allocated": 949, "reserved": 1099, "device": 500}
     model = {"allocations": 5, "at_recorded_address": 5, "unknown": 0, "error": -0.02}
-    found = {"predicted": {"totals": predicted}, "measured": {"totals": measured}, "allocator": model}
-    assert verdicts(prediction_figures(found)) == [True, False, True, None, False]
+    figures = {"predicted": {"totals": predicted}, "measured": {"totals": measured}, "allocator": model}
+    assert verdicts(prediction_figures(figures)) == [True, False, True, None, False]
     # The CPU's allocator knows requested bytes only.
-    del found["allocator"]
-    found["measured"] = {"totals": {"requested": 1000}}
-    assert [(f.name, f.passed) for f in prediction_figures(found)] == [("requested, predicted/measured - 1", True)]
+    del figures["allocator"]
+    figures["measured"] = {"totals": {"requested": 1000}}
+    assert [(f.name, f.passed) for f in prediction_figures(figures)] == [("requested, predicted/measured - 1", True)]
 
 
 def test_bars_of_the_op():
-    found = {"scores": 2e-5, "gradients": 1e-3, "unequal_repeats": 0.0}
-    assert verdicts(exactness_figures(found, "fp32")) == [False, False, True]
-    assert verdicts(exactness_figures(found, "bf16")) == [False, True, True]
-    found = {"scores": float("nan"), "gradients": float("inf"), "unequal_repeats": 1.0}
-    assert not any(verdicts(exactness_figures(found, "bf16")))
+    figures = {"scores": 2e-5, "gradients": 1e-3, "unequal_repeats": 0.0}
+    assert verdicts(exactness_figures(figures, "fp32")) == [False, False, True]
+    assert verdicts(exactness_figures(figures, "bf16")) == [False, True, True]
+    figures = {"scores": float("nan"), "gradients": float("inf"), "unequal_repeats": 1.0}
+    assert not any(verdicts(exactness_figures(figures, "bf16")))
     assert verdicts(speed_figures({"triton": 3.0, "chunked": 9.0, "materialised": 4.0})) == [True, None]
     assert verdicts(speed_figures({"chunked": 9.0, "materialised": 4.0})) == [False]
 
@@ -90,9 +90,9 @@ def test_bars_of_the_op():
 def test_bars_of_the_estimates():
     row = {"id": "E1", "implementation": "ours", "predicted_bytes": 10, "measured_bytes": 10, "measured_on": "a GPU"}
     rows = [row, {**row, "id": "E2", "measured_bytes": 11}, {**row, "id": "E3", "measured_bytes": None}]
-    found = estimate_figures(rows)
-    assert [(f.value, f.passed) for f in found] == [(0, True), (1, False), (1, False)]
-    assert found[-1].note == "E3"
+    result = estimate_figures(rows)
+    assert [(f.value, f.passed) for f in result] == [(0, True), (1, False), (1, False)]
+    assert result[-1].note == "E3"
 
 
 def test_every_figure_is_recorded_and_a_missed_bar_fails_the_test():
@@ -116,10 +116,10 @@ def test_a_setting_that_does_not_end_is_said():
 
 
 def test_the_op_on_the_cpu():
-    found = op_check.exactness("fp32", CPU, "chunked")
-    assert all(verdicts(exactness_figures(found, "fp32")))
-    found = op_check.speed("fp32", CPU, ["chunked"], shape=(4, 8, 49, 16, 64), repeats=3)
-    assert found["chunked"] > 0 and found["materialised"] > 0
+    result = op_check.exactness("fp32", CPU, "chunked")
+    assert all(verdicts(exactness_figures(result, "fp32")))
+    result = op_check.speed("fp32", CPU, ["chunked"], shape=(4, 8, 49, 16, 64), repeats=3)
+    assert result["chunked"] > 0 and result["materialised"] > 0
 
 
 class Report:
@@ -180,8 +180,8 @@ def test_the_whole_script_on_the_cpu(tmp_path):
 
     done = script(*where, "--only", "tiny", "--minutes", 0)
     assert done.returncode == 1
-    found = json.loads(paths[0].read_text())
-    assert (found["passed"], found["tests"], found["done"]) == (False, 1, 0)
+    content = json.loads(paths[0].read_text())
+    assert (content["passed"], content["tests"], content["done"]) == (False, 1, 0)
     assert "- test_predicted_against_measured[tiny]: no time left" in paths[1].read_text()
     done = script(*where, "--beside", paths[1])
     assert done.stderr == f"error: --beside is {str(paths[1])!r}: give a --json of this script\n"
@@ -200,13 +200,13 @@ def test_exactness_tells_a_wrong_backend(monkeypatch):
     right = op_check.exactness("fp32", CPU, "chunked")
     assert right["scores"] < 1e-6 and right["gradients"] < 1e-6 and right["unequal_repeats"] == 0
     monkeypatch.setattr(op_check, "cmli_scores", wrong)
-    found = op_check.exactness("fp32", CPU, "chunked")
-    assert found["scores"] >= 1e-4 and found["gradients"] > 1e-4
+    result = op_check.exactness("fp32", CPU, "chunked")
+    assert result["scores"] >= 1e-4 and result["gradients"] > 1e-4
     monkeypatch.setattr(
         op_check, "cmli_scores", lambda *x, **_: (real(*x)[0] * torch.rand(()), real(*x)[1] * torch.nan)
     )
-    found = op_check.exactness("fp32", CPU, "chunked")
-    assert found["scores"] == torch.inf and found["unequal_repeats"] > 0
+    result = op_check.exactness("fp32", CPU, "chunked")
+    assert result["scores"] == torch.inf and result["unequal_repeats"] > 0
 
 
 @pytest.mark.parametrize("dtype", op_check.DTYPES)

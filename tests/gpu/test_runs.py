@@ -73,9 +73,9 @@ def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     run.send_signal(signal.SIGTERM)
     codes += [limits.wait(run, 60), limits.wait(started(data, stopped), 200)]
     assert codes == [0, preemption.EXIT_CODE, 0], (codes, (tmp_path / "output").read_text()[-2000:])
-    found, expected = compared(stopped), compared(whole)
+    entry, expected = compared(stopped), compared(whole)
     weights = [folder / "student.safetensors" for folder in (stopped, whole)]
-    different = len(found) != len(expected) or sum(a != b for a, b in zip(found, expected, strict=False))
+    different = len(entry) != len(expected) or sum(a != b for a, b in zip(entry, expected, strict=False))
     last = next(line for line in reversed(expected) if "loss" in line)
     judge(
         [

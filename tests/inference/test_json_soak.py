@@ -81,36 +81,36 @@ def damages(text: bytes, draw: random.Random, leaves: int = LEAVES) -> Iterator[
         yield text[:place] + bytes([text[place] ^ (1 << draw.randrange(8))]) + text[place + 1 :]
 
 
-def tried(use: Callable[[], object], found: Counter, name: str, damage: bytes) -> None:
+def tried(use: Callable[[], object], result: Counter, name: str, damage: bytes) -> None:
     try:
         use()
-        found["read"] += 1
+        result["read"] += 1
     except (UserError, Refused) as error:
         text = str(error)
         fine = text and "\n" not in text and len(text) < 2000
-        found["refused" if fine else "FAILED"] += 1
+        result["refused" if fine else "FAILED"] += 1
         if not fine:
             failures.append(f"{name}: {damage[:200]!r}: {error!r:.300}")
     except BaseException as error:
-        found["FAILED"] += 1
+        result["FAILED"] += 1
         where = traceback.extract_tb(error.__traceback__)[-1]
         failures.append(f"{name}: {damage[:200]!r}: {error!r:.300} in {where.filename}:{where.lineno}")
 
 
 def campaign(file: Path, use: Callable[[], object], line: int | None = None, leaves: int = LEAVES) -> Counter:
     """What came of each damage of a file, or of one line of it."""
-    whole, found = file.read_bytes(), Counter()
+    whole, result = file.read_bytes(), Counter()
     lines = whole.split(b"\n")
     try:
         for damage in damages(whole if line is None else lines[line], random.Random(file.name), leaves):
             if line is not None:
                 damage = b"\n".join([*lines[:line], damage.replace(b"\n", b" "), *lines[line + 1 :]])
             file.write_bytes(damage)
-            tried(use, found, str(file), damage)
+            tried(use, result, str(file), damage)
     finally:
         file.write_bytes(whole)
-    print(f"{file.name}: {dict(found)}", flush=True)
-    return found
+    print(f"{file.name}: {dict(result)}", flush=True)
+    return result
 
 
 def picture() -> bytes:
@@ -213,12 +213,12 @@ def test_every_json_damaged(run, pictures, tmp_path, monkeypatch):
     student = run / "student.safetensors"
     data = student.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
-    found = Counter()
+    result = Counter()
     for header in damages(data[8 : 8 + size], random.Random(0), SLOW):
         student.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + size :])
-        tried(lambda: (tensor_file.damage(student), Model.load(run, "cpu")), found, "header", header)
+        tried(lambda: (tensor_file.damage(student), Model.load(run, "cpu")), result, "header", header)
     student.write_bytes(data)
-    total["safetensors header"] = found
+    total["safetensors header"] = result
 
     for name in ("zero2", "zero2_muon", "zero3"):
         path = tmp_path / f"{name}.json"
@@ -243,7 +243,7 @@ def test_every_json_damaged(run, pictures, tmp_path, monkeypatch):
         total[path.name] = campaign(path, lambda given=given: opened(given), line)
     member = json.dumps({"caption": "a dog", "id": 7, "tags": ["x"]}).encode()
     tar = tmp_path / "a.tar"
-    found = Counter()
+    result = Counter()
     for number, damage in enumerate(damages(member, random.Random(1))):
         with tarfile.open(tar, "w") as archive:
             for name, content in (("0.png", picture()), ("0.json", damage), ("1.png", picture()), ("1.json", member)):
@@ -251,8 +251,8 @@ def test_every_json_damaged(run, pictures, tmp_path, monkeypatch):
                 info.size, info.mtime = len(content), number
                 archive.addfile(info, io.BytesIO(content))
         data = open_sources(DataConfig(source=str(tar), val_source=str(tar)))
-        tried(lambda data=data: data.train[0].captions(0), found, "tar member", damage)
-    total["tar member"] = found
+        tried(lambda data=data: data.train[0].captions(0), result, "tar member", damage)
+    total["tar member"] = result
     for name, counts in total.items():
         print(f"{name}: {sum(counts.values())} damages, {dict(counts)}")
     print(f"{sum(map(Counter.total, total.values()))} damages of {len(total)} readings, {len(failures)} failures")

@@ -44,8 +44,8 @@ def test_scores_are_the_definitions(model, pictures):
         for j in range(3):
             similarity = images.patches[i] @ texts.tokens[j][texts.token_mask[j]].t()  # [N, M]
             for side, expected in enumerate((similarity.amax(1).mean(), similarity.amax(0).mean())):
-                found = scores["cmli"][side][i, j]
-                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+                result = scores["cmli"][side][i, j]
+                torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
                 cosine = scores["global"][side][i, j]
                 torch.testing.assert_close(cosine, images.cls[i] @ texts.cls[j])
     for side in ("i2t", "t2i"):
@@ -59,10 +59,10 @@ def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
     image = Image.open(file)
     pixels = np.array(image)
     kinds = [file, str(file), image, pixels, model.read(file), torch.from_numpy(pixels).permute(2, 0, 1)]
-    found = model.embed_images(kinds)
+    result = model.embed_images(kinds)
     for i in range(1, len(kinds)):
-        torch.testing.assert_close(found.patches[i], found.patches[0])
-    assert found.names == [str(file), str(file), "2", "3", "4", "5"]
+        torch.testing.assert_close(result.patches[i], result.patches[0])
+    assert result.names == [str(file), str(file), "2", "3", "4", "5"]
 
 
 def test_a_match_names_the_words_and_where_they_stand(model, pictures):

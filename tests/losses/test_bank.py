@@ -95,15 +95,15 @@ def built(name, **settings):
 
 def steps(loss, part, count=4):
     """Losses and gradients of some micro-batches, and what the bank holds after each."""
-    found = []
+    results = []
     for seed in range(count):
         inputs = Inputs(part, seed=seed)
         features = [x for x in vars(inputs.features).values() if isinstance(x, torch.Tensor)]
         value = loss(inputs)
         grads = torch.autograd.grad(value, [*features, loss.logit_scale], allow_unused=True)
         loss.bank.enter()
-        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
-    return found
+        results.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return results
 
 
 BUILT = [
@@ -150,7 +150,7 @@ def test_token_contrast_against_loops(duplicates):
         tokens = F.normalize(inputs.features.tokens, dim=2)
         texts = []
         for b in range(6):
-            each = []
+            results = []
             for m in range(4):
                 if not inputs.batch.token_mask[b, m]:
                     continue
@@ -163,8 +163,8 @@ def test_token_contrast_against_loops(duplicates):
                     if not (duplicates == "mask" and picture == ids[b]):
                         logits.append(F.normalize(patch, dim=0) @ tokens[b, m])
                 logits = torch.stack(logits) / 0.07
-                each.append(logits.logsumexp(0) - logits[0])
-            texts.append(torch.stack(each).mean() if each else torch.zeros((), dtype=F64))
+                results.append(logits.logsumexp(0) - logits[0])
+            texts.append(torch.stack(results).mean() if results else torch.zeros((), dtype=F64))
         assert_close(loss(inputs), torch.stack(texts).mean(), rtol=1e-6, atol=0)  # ln(1/0.07) is in fp32
         loss.bank.enter()
         for b in range(6):
@@ -197,7 +197,7 @@ def test_gradient_caching_enters_each_micro_batch_once(device, data, stage):
     """With losses over pairs, whose first pass must not fill the bank: the same as without."""
     loader = iter(rank_batches(data.train, data, 4))
     batches = [next(loader) for _ in range(6)]
-    found = []
+    results = []
     for weights in (BOTH, {"cmli": 1.0, **BOTH}):
         config = load_preset("tiny", {"loss": {"weights": weights, "bank": 20}, "optim": {"micro_batch": 4}})
         content = {"gradient_accumulation_steps": 3, "zero_optimization": {"stage": stage}}
@@ -208,10 +208,10 @@ def test_gradient_caching_enters_each_micro_batch_once(device, data, stage):
         train_engine.step(batches[3:])
         banks = train_engine.objective.banks()
         assert [bank.entered for bank in banks.values()] == [24, 24]
-        found.append({name: bank.features.clone() for name, bank in banks.items()})
+        results.append({name: bank.features.clone() for name, bank in banks.items()})
         ids = torch.cat([batch.pair_id[:, 0] for batch in batches])
         assert torch.equal(banks["cls_contrast"].picture_id, torch.cat([ids[20:], ids[4:20]]))
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
 def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
@@ -225,14 +225,14 @@ def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
     total, _ = objective.whole(batch, train_engine.teacher(batch.image))
     parameters = [p for p in objective.student.parameters() if p.requires_grad]
     expected = torch.autograd.grad(total, parameters, allow_unused=True)
-    found, update = [], train_engine.engine._take_model_step
+    results, update = [], train_engine.engine._take_model_step
 
     def collected(*arguments) -> None:
-        found.extend(None if p.grad is None else p.grad.clone() for p in parameters)
+        results.extend(None if p.grad is None else p.grad.clone() for p in parameters)
         update(*arguments)
 
     train_engine.engine._take_model_step = collected
     train_engine.step([batch])
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(results, expected, strict=True):
         assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
     assert [bank.entered for bank in objective.banks().values()] == [8, 8]

@@ -42,8 +42,8 @@ def _three_steps(rank: int, world: int, stage: int, sections: dict[str, dict]) -
     losses = []
     for step in range(3):
         numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
-        [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
-        losses.append(distributed.mean_over_ranks(found.stacked()))
+        [result] = train_engine.step([data.collate([data.train[n] for n in numbers])])
+        losses.append(distributed.mean_over_ranks(result.stacked()))
     banks = {name: dict(bank.named_buffers()) for name, bank in train_engine.objective.banks().items()}
     train_engine.engine.destroy()
     return torch.stack(losses), banks

@@ -49,11 +49,11 @@ def features(objective):
 @torch.no_grad()
 def test_only_the_features_are_kept(device, objective):
     batch = longest_batch(load_preset("tiny", {}), B)
-    found = objective.embed(batch)
-    shapes = {name: tuple(x.shape) for name, x in found.features.items()}
+    result = objective.embed(batch)
+    shapes = {name: tuple(x.shape) for name, x in result.features.items()}
     H = objective.student.width
     assert shapes["image_cls"] == shapes["text_cls"] == (B, H) and shapes["patches"] == (B, N, D)
-    assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.tensors())
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in result.tensors())
 
 
 def computed(objective, argmax_bytes, weights=None):
@@ -68,22 +68,22 @@ def computed(objective, argmax_bytes, weights=None):
     weights = weights or objective.config.weights
     losses = {name: objective.losses[name] for name in weights}
     step = CachedStep(cached, torch.device("cpu"))
-    found = PairLosses(step, losses, weights, score, argmax_bytes).gradients()
-    return found, [x for each in cached for x in each.tensors()], texts
+    outcome = PairLosses(step, losses, weights, score, argmax_bytes).gradients()
+    return outcome, [x for item in cached for x in item.tensors()], texts
 
 
 @pytest.mark.parametrize("budget, T", [(ROW * G, G), (ROW * G - 1, 11), (ROW * B, B), (ROW * B - 1, 3), (1, 1)])
 def test_argmax_indices_of_a_tile_stay_within_the_budget(device, objective, budget, T):
     whole, expected, _ = computed(objective, 1 << 30)
-    found, gradients, texts = computed(objective, budget)
+    entry, gradients, texts = computed(objective, budget)
     assert max(texts) == T and (budget >= T * ROW or T == 1)
     assert sum(texts) == 2 * G * K  # each tile once for the sums, and once with its gradient
-    torch.testing.assert_close(found.total, whole.total, rtol=1e-12, atol=0)
+    torch.testing.assert_close(entry.total, whole.total, rtol=1e-12, atol=0)
     for name in whole.losses:
-        torch.testing.assert_close(found.losses[name], whole.losses[name], rtol=1e-12, atol=0)
+        torch.testing.assert_close(entry.losses[name], whole.losses[name], rtol=1e-12, atol=0)
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
-    for ours, theirs in zip(found.parameters, whole.parameters, strict=True):
+    for ours, theirs in zip(entry.parameters, whole.parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
 
 

@@ -27,11 +27,11 @@ def test_contrastive_loss_ignores_by_hand():
     s = torch.tensor([[1.0, 9.0, 0.0], [8.0, 1.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
     pairs = torch.tensor([[4, 1], [4, 2], [5, 3]])
     ignore = losses.duplicates(pairs, pairs)
-    found = contrastive_loss(s, s, torch.zeros(1), ignore=ignore)
+    outcome = contrastive_loss(s, s, torch.zeros(1), ignore=ignore)
     # Rows and columns 0 and 1 are (1, 0) without what is ignored, row and column 2 is (1, 0, 0).
     expected = (2 * math.log(1 + math.exp(-1)) + math.log(1 + 2 * math.exp(-1))) / 3
-    assert found.item() == pytest.approx(expected)
-    found.backward()
+    assert outcome.item() == pytest.approx(expected)
+    outcome.backward()
     assert s.grad[0, 1] == s.grad[1, 0] == 0 and (s.grad[2, :2] > 0).all()
 
 
@@ -111,8 +111,8 @@ def test_target_cmli_is_the_mean_over_tokens_and_then_over_texts():
     tokens = torch.tensor([[[2.0], [5.0], [5.0]], [[0.0], [0.0], [0.0]]])
     mask = torch.tensor([[True, False, False], [True, True, True]])
     match = torch.zeros(2, 3, dtype=torch.long)
-    found = target_cmli_loss(patches, tokens, patches, match, mask, "sum")
-    assert found.item() == pytest.approx((0 + 2.0) / 2)
+    outcome = target_cmli_loss(patches, tokens, patches, match, mask, "sum")
+    assert outcome.item() == pytest.approx((0 + 2.0) / 2)
 
 
 def test_target_cmli_gradient_against_fp64():
@@ -126,20 +126,20 @@ def test_target_cmli_gradient_against_fp64():
         image = sum(((p[b, n] - teacher[b, n]) ** 2).sum() for b in range(3) for n in range(5)) / 15
         text = 0
         for b in range(3):
-            each = [((t[b, m] - teacher[b, match[b, m]]) ** 2).sum() for m in range(6) if mask[b, m]]
-            text = text + (sum(each) / len(each) if each else 0)
+            item = [((t[b, m] - teacher[b, match[b, m]]) ** 2).sum() for m in range(6) if mask[b, m]]
+            text = text + (sum(item) / len(item) if item else 0)
         return (image + text / 3) / 2
 
     def ours(p, t):
         return target_cmli_loss(p, t, teacher, match, mask, "sum")
 
-    expected, found = [], []
-    for function, grads in ((oracle, expected), (ours, found)):
+    expected, results = [], []
+    for function, grads in ((oracle, expected), (ours, results)):
         p, t = patches.clone().requires_grad_(), tokens.clone().requires_grad_()
         value = function(p, t)
         grads.extend([value.detach(), *torch.autograd.grad(value, (p, t))])
-    assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    assert found[2][1].abs().max() == 0
+    assert_close(results, expected, rtol=1e-12, atol=1e-12)
+    assert results[2][1].abs().max() == 0
     half = target_cmli_loss(patches.half(), tokens.half(), teacher.half(), match, mask, "sum")
     assert half.dtype == torch.float32
 

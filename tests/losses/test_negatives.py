@@ -78,13 +78,13 @@ def test_without_negatives_there_is_nothing_to_learn():
 def test_features_of_16_bits_are_compared_in_fp32():
     queries, targets, candidates, entries = given(torch.bfloat16)
     scale = torch.tensor([14.0])
-    found = contrast_loss(queries, targets, scale, compared(candidates, entries))
+    outcome = contrast_loss(queries, targets, scale, compared(candidates, entries))
     with torch.autocast("cpu", torch.bfloat16):
         again = contrast_loss(queries, targets, scale, compared(candidates, entries))
-    assert found.dtype == torch.float32 and torch.equal(found, again)
+    assert outcome.dtype == torch.float32 and torch.equal(outcome, again)
     wide = [x.double() for x in (queries, targets, candidates, entries)]
     expected = plain(wide[0], wide[1], scale.double(), wide[2], wide[3])
-    assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_close(outcome.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_memory_is_that_of_the_limit():

@@ -41,15 +41,15 @@ def built(pairs, duplicates="mask"):
 
 def steps(loss, part, count=4):
     """Loss and gradients of some micro-batches, and what the queue holds after each."""
-    found = []
+    results = []
     for seed in range(count):
         given = inputs(part, loss.config, seed)
         value = loss(given)
         leaves = [given.features.image_cls, given.features.text_cls, loss.logit_scale]
         grads = torch.autograd.grad(value, leaves)
         loss.bank.enter()
-        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
-    return found
+        results.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return results
 
 
 @pytest.mark.parametrize("duplicates", ["mask", "keep"])
@@ -135,14 +135,14 @@ def token_steps(part, pairs, duplicates="mask", count=4):
     loss = AllPairsCMLI(config)
     loss.bank = TokenQueue(pairs, N, LONGEST, D)
     loss = loss.double()
-    found = []
+    results = []
     for seed in range(count):
         given = with_tokens(part, config, seed)
         value = loss(given)
         grads = torch.autograd.grad(value, [*given.projected, loss.logit_scale])
         loss.bank.enter()
-        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
-    return found
+        results.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return results
 
 
 @pytest.mark.parametrize("duplicates", ["mask", "keep"])
@@ -204,15 +204,15 @@ def test_each_micro_batch_is_compared_with_those_before_it(stage, device, data):
     loader = iter(rank_batches(data.train, data, 4))
     batches = [next(loader) for _ in range(2)]
     content = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}}
-    found = {}
+    by_name = {}
     for negatives in ("queue:20", "micro_batch"):
         config = load_preset("tiny", {**QUEUE, "optim": {"negatives": negatives, "micro_batch": 4}})
         ds_config = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(content)), 1, 2)
         train_engine = engine.build(config, ds_config, data.vocab_size, 2, device)
         assert not train_engine.caching
-        found[negatives] = [losses.each for losses in train_engine.step(batches)]
+        by_name[negatives] = [losses.each for losses in train_engine.step(batches)]
         entered = [bank.entered.item() for bank in train_engine.objective.banks().values()]
         assert entered == ([8] if negatives == "queue:20" else [])
-    first, other = found.values()
+    first, other = by_name.values()
     assert first[0] == other[0]  # the queue is empty
     assert first[1]["global"] > other[1]["global"] and first[1]["cmli"] == other[1]["cmli"]

@@ -43,21 +43,21 @@ def test_by_hand():
 
 def test_each_text_weighs_the_same():
     patches, tokens, mask = inputs()
-    each = []
+    results = []
     for b in range(3):
         valid = tokens[b : b + 1, mask[b]]
-        each.append(sparc_loss(patches[b : b + 1], valid, torch.ones(1, valid.shape[1]).bool(), SCALE))
-    assert each[0] > 0 and each[1] > 0 and each[2] == 0
-    assert_close(sparc_loss(patches, tokens, mask, SCALE), torch.stack(each).mean())
+        results.append(sparc_loss(patches[b : b + 1], valid, torch.ones(1, valid.shape[1]).bool(), SCALE))
+    assert results[0] > 0 and results[1] > 0 and results[2] == 0
+    assert_close(sparc_loss(patches, tokens, mask, SCALE), torch.stack(results).mean())
 
 
 @pytest.mark.parametrize("padding", [1e6, torch.nan, torch.inf])
 def test_padding_takes_part_in_nothing(padding):
     patches, tokens, mask = inputs()
     other = tokens.masked_fill(~mask[:, :, None], padding).requires_grad_()
-    found = sparc_loss(patches, other, mask, SCALE)
-    assert_close(found, sparc_loss(patches, tokens, mask, SCALE), rtol=0, atol=0)
-    found.backward()
+    outcome = sparc_loss(patches, other, mask, SCALE)
+    assert_close(outcome, sparc_loss(patches, tokens, mask, SCALE), rtol=0, atol=0)
+    outcome.backward()
     assert other.grad.isfinite().all() and (other.grad[~mask] == 0).all() and (other.grad[mask][:6] != 0).any(1).all()
 
 
@@ -118,11 +118,11 @@ def test_a_token_of_zeros_learns_nothing():
 
 def test_features_of_16_bits_are_compared_in_fp32():
     patches, tokens, mask = inputs(torch.bfloat16)
-    found = sparc_loss(patches, tokens, mask, SCALE)
-    assert found.dtype == torch.float32
+    outcome = sparc_loss(patches, tokens, mask, SCALE)
+    assert outcome.dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
         again = sparc_loss(patches.float(), tokens.float(), mask, SCALE)
-    assert_close(again, found, rtol=0, atol=0)
+    assert_close(again, outcome, rtol=0, atol=0)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -48,8 +48,8 @@ def test_a_mean_of_16_bits_is_in_fp32():
     match = choose_patches(patch_similarities(tokens, patches), "attention", 4, 0.1)
     assert match.dtype == chosen_features(patches.bfloat16(), match).dtype == torch.float32
     with torch.autocast("cpu", torch.bfloat16):
-        found = target_text_loss(tokens, patches, match, mask)
-    assert_close(found, target_text_loss(tokens, patches, match, mask), rtol=0, atol=0)
+        outcome = target_text_loss(tokens, patches, match, mask)
+    assert_close(outcome, target_text_loss(tokens, patches, match, mask), rtol=0, atol=0)
 
 
 def objective(student, weights, **settings):
@@ -68,14 +68,14 @@ def test_the_parts_are_those_of_the_whole(match, target):
     batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, **masks})
     targets = Targets(torch.randn(3, 32), torch.randn(3, 16, 32))
     student = Student(config.student, 56, 99)
-    found = []
+    results = []
     for weights in ({"target_cmli": 1.0}, {"target_image": 0.5, "target_text": 0.5}):
         student.zero_grad()
-        total, each = objective(student, weights, match=match, target=target).whole(batch, targets)
+        total, item = objective(student, weights, match=match, target=target).whole(batch, targets)
         total.backward()
-        found.append((total.item(), student.text_out.weight.grad.clone(), each))
-    assert found[0][0] == found[1][0] == (found[1][2]["target_image"] + found[1][2]["target_text"]).item() / 2
-    assert torch.equal(found[0][1], found[1][1]) and found[0][1].abs().sum() > 0
+        results.append((total.item(), student.text_out.weight.grad.clone(), item))
+    assert results[0][0] == results[1][0] == (results[1][2]["target_image"] + results[1][2]["target_text"]).item() / 2
+    assert torch.equal(results[0][1], results[1][1]) and results[0][1].abs().sum() > 0
 
 
 def test_more_patches_than_an_image_has_are_refused():
@@ -89,8 +89,8 @@ def test_more_patches_than_an_image_has_are_refused():
 @pytest.mark.soak
 def test_training_with_the_parts(tmp_path, alone):
     settings = ("--set", "loss.target=top", "--set", "loss.target_top=3")
-    found = drive(tmp_path, "--losses", "cmli,target_image=0.5,target_text=2", *settings)
-    assert len(found["logged"]) == STEPS and "refused" not in found
-    for line in found["logged"]:
+    run_content = drive(tmp_path, "--losses", "cmli,target_image=0.5,target_text=2", *settings)
+    assert len(run_content["logged"]) == STEPS and "refused" not in run_content
+    for line in run_content["logged"]:
         parts = line["loss/cmli"] + 0.5 * line["loss/target_image"] + 2 * line["loss/target_text"]
         assert line["loss"] == pytest.approx(parts, rel=1e-5)

@@ -82,26 +82,26 @@ def setting(preset, stage, accumulation, checkpointing, precision, exchange, kin
 
 def pairwise(axes: dict[str, list]) -> list[tuple]:
     """Few settings in which any two values of two axes meet: always the one with the most new pairs is next."""
-    settings = {each: set(combinations(enumerate(each), 2)) for each in product(*axes.values())}
+    settings = {by_name: set(combinations(enumerate(by_name), 2)) for by_name in product(*axes.values())}
     left, chosen = set(chain.from_iterable(settings.values())), []
     while left:
-        chosen.append(max(settings, key=lambda each: len(settings[each] & left)))
+        chosen.append(max(settings, key=lambda by_name: len(settings[by_name] & left)))
         left -= settings[chosen[-1]]
     return chosen
 
 
-def measured(world_size: int, *each) -> tuple[dict[str, int], dict] | str:
+def measured(world_size: int, *item) -> tuple[dict[str, int], dict] | str:
     """The peak of each phase of that real rank which needs the most, and the counts of what it moves; or the line that
     refuses it."""
     port = free_port()
-    ranks = [_forked(_measure, rank, world_size, port, *each) for rank in range(world_size)]
+    ranks = [_forked(_measure, rank, world_size, port, *item) for rank in range(world_size)]
     results = [rank.get() for rank in ranks]
     refused = [result for result in results if isinstance(result, str)]
     return refused[0] if refused else max(results, key=lambda result: max(result[0].values()))
 
 
-def predicted(world_size: int, *each) -> tuple[dict[str, int], dict] | str:
-    return _forked(_predict, world_size, *each).get()
+def predicted(world_size: int, *item) -> tuple[dict[str, int], dict] | str:
+    return _forked(_predict, world_size, *item).get()
 
 
 def _forked(function, *arguments):
@@ -124,21 +124,21 @@ def _forked(function, *arguments):
     return results
 
 
-def _measure(rank: int, world_size: int, port: int, *each) -> tuple[dict[str, int], dict]:
+def _measure(rank: int, world_size: int, port: int, *item) -> tuple[dict[str, int], dict]:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    peaks = measure_phases(*setting(*each), world_size)
-    return peaks, counted_traffic(*setting(*each), world_size).counts
+    peaks = measure_phases(*setting(*item), world_size)
+    return peaks, counted_traffic(*setting(*item), world_size).counts
 
 
-def _predict(world_size: int, *each) -> tuple[dict[str, int], dict]:
+def _predict(world_size: int, *item) -> tuple[dict[str, int], dict]:
     traffic = Traffic()
 
     def watch(train_engine, step):
         traffic.counts.clear()  # of the rank that was predicted before
         return traffic.counting() if step else nullcontext()
 
-    prediction = predict_largest(*setting(*each), world_size, target="cpu", options=Options(watch=watch))
+    prediction = predict_largest(*setting(*item), world_size, target="cpu", options=Options(watch=watch))
     return prediction.report.phases, traffic.counts
 
 
@@ -147,17 +147,17 @@ def main() -> int:
     for axis, values in AXES.items():
         parser.add_argument(f"--{axis}", nargs="*", type=type(values[0]), default=values)
     parser.add_argument("--pairwise", action="store_true")
-    asked = vars(parser.parse_args())
-    few = asked.pop("pairwise")
+    options = vars(parser.parse_args())
+    few = options.pop("pairwise")
     missed = 0
-    for each in pairwise(asked) if few else product(*asked.values()):
-        world_size, _, stage, accumulation, checkpointing, precision, exchange, kind, _ = each
-        found, foreseen = measured(*each), predicted(*each)
-        if isinstance(found, str) or isinstance(foreseen, str):
-            missed += found != foreseen
-            print(f"{kind}, stage {stage}, {world_size} ranks, {precision}: refused: {found}, predicted {foreseen}")
+    for item in pairwise(options) if few else product(*options.values()):
+        world_size, _, stage, accumulation, checkpointing, precision, exchange, kind, _ = item
+        entry, foreseen = measured(*item), predicted(*item)
+        if isinstance(entry, str) or isinstance(foreseen, str):
+            missed += entry != foreseen
+            print(f"{kind}, stage {stage}, {world_size} ranks, {precision}: refused: {entry}, predicted {foreseen}")
             continue
-        (peaks, moved), (expected, expected_moved) = found, foreseen
+        (peaks, moved), (expected, expected_moved) = entry, foreseen
         ours, theirs = max(expected.values()), max(peaks.values())
         missed += abs(ours - theirs) > BAR or moved != expected_moved
         off = {name: expected[name] - size for name, size in peaks.items()}

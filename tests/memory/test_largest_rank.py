@@ -54,17 +54,17 @@ def test_random_settings_against_all_ranks():
         config, json, ranks = random_setting(seed)
         target, total = (("cpu", "requested"), ("cuda", "device"))[seed % 2]
         try:
-            each = [predict(config, json, ranks, target=target, rank=rank).report for rank in range(ranks)]
+            item = [predict(config, json, ranks, target=target, rank=rank).report for rank in range(ranks)]
         except UserError as error:
             refused += 1
             print(f"{seed}: refused: {error}")
             continue
         tried += 1
-        sizes = [report.totals[total] for report in each]
-        reserved = [report.totals.get("reserved", report.totals["requested"]) for report in each]
-        told: list[str] = []
-        largest = predict_largest(config, json, ranks, target=target, options=Options(tell=told.append)).report
-        predicted += sum(line.startswith("step 1") for line in told)
+        sizes = [report.totals[total] for report in item]
+        reserved = [report.totals.get("reserved", report.totals["requested"]) for report in item]
+        results: list[str] = []
+        largest = predict_largest(config, json, ranks, target=target, options=Options(tell=results.append)).report
+        predicted += sum(line.startswith("step 1") for line in results)
         lowest = min(lowest, reserved[-1] / max(reserved) - 1)
         if largest.totals[total] != max(sizes):
             missed.append((seed, largest.totals[total] / max(sizes) - 1))

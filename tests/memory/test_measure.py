@@ -38,9 +38,9 @@ def test_events_recorded_in_parts_are_those_of_one_piece():
                 held.pop(0)  # from an earlier part
         held.clear()
 
-    with measure_cpu.recording_in_parts() as (found, move):
+    with measure_cpu.recording_in_parts() as (entry, move):
         work(move)
-    sizes = [size for _, size in found]
+    sizes = [size for _, size in entry]
     assert sizes == cpu_events.sizes(lambda: work(lambda: None))
     assert sizes[:3] == [4000, 4000, -4000] and sum(sizes) == 0 and len(sizes) == 20
 
@@ -197,9 +197,9 @@ def test_what_cudas_counters_say(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "reserved_bytes.all.current": 30 << 20})
     monkeypatch.setattr(measure, "gpu_bytes", lambda device: 330 << 20)
-    found = measure.statistics(torch.device("cuda"))
+    result = measure.statistics(torch.device("cuda"))
     # 300 MiB beside the allocator's, and what it had reserved at its peak.
-    assert found == {"requested": 10, "allocated": 512, "reserved": 40 << 20, "device": 340 << 20}
+    assert result == {"requested": 10, "allocated": 512, "reserved": 40 << 20, "device": 340 << 20}
     monkeypatch.setattr(measure, "gpu_bytes", lambda device: None)
     assert "device" not in measure.statistics(torch.device("cuda"))
 

@@ -151,9 +151,9 @@ def test_a_ring_and_recomputed_argmaxes_for_losses_of_patches_and_tokens():
         ({"cmli": 1.0}, 1, "auto", {recomputed}),
         ({"global_sigmoid": 1.0}, 2, "auto", set()),
     ):
-        found = changes(ZERO2, ranks, True, {"loss": {"weights": weights, "cmli_exchange": exchange}})
-        assert {c.what for c in found if c.what.startswith("--set") and " and " not in c.what} == expected
-        for change in found:
+        outcome = changes(ZERO2, ranks, True, {"loss": {"weights": weights, "cmli_exchange": exchange}})
+        assert {c.what for c in outcome if c.what.startswith("--set") and " and " not in c.what} == expected
+        for change in outcome:
             assert change.what != ring or change.config.loss.cmli_exchange == "ring"
 
 
@@ -184,9 +184,9 @@ def test_every_part_of_a_proposal_helps():
     def needs(change):
         return (60 if change.ds_config.checkpointing else 100) * change.ds_config.micro_batch // 8
 
-    found = Shortage(Step(config, ds_config, 1, False), 35, needs).proposals()
+    result = Shortage(Step(config, ds_config, 1, False), 35, needs).proposals()
     batch = "(same pairs and negatives, by gradient caching)"
-    assert [(change.what, size) for change, size in found] == [
+    assert [(change.what, size) for change, size in result] == [
         (f"--micro-batch 2 with gradient_accumulation_steps 4 {batch}", 25),
         (
             '"activation_checkpointing": {} in the DeepSpeed JSON and '
@@ -209,18 +209,18 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     config = load_preset("tiny", {})
     ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
 
-    asked = []
+    results = []
 
     class Predictor:
         __enter__, __exit__ = (lambda self: self), (lambda *_: None)
 
         def __init__(self, timeout_s):
-            asked.clear()
+            results.clear()
 
         def ask(self, request):
-            size = 60 if "activation_checkpointing" in request.ds_config else 90 if asked else 100
+            size = 60 if "activation_checkpointing" in request.ds_config else 90 if results else 100
             size = 55 if request.ds_config["train_micro_batch_size_per_gpu"] == 2 else size
-            asked.append(request)
+            results.append(request)
             report = {"categories": {"data": 1, "teacher": 0, "CMLI op": 99}, "totals": {"requested": size}}
             return predict_subprocess.PredictionAnswer(report)
 
@@ -236,7 +236,7 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
         '"activation_checkpointing": {} in the DeepSpeed JSON: 60 B',
         "--micro-batch 2 with gradient_accumulation_steps 4 (same pairs and negatives, by gradient caching): 55 B",
     ]
-    assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
+    assert len(results) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
     # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.
     assert out_of_memory.advise(Step(config, ds_config, 1, False), 120, "")[4] == (
         "would fit in 90 B by prediction: --set loss.cmli_recompute=true: 90 B"

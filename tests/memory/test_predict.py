@@ -114,10 +114,10 @@ def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
     objective, _ = engine.build_models(*without_weights(config))
     groups = [sum(p.numel() for p in group["params"]) for group in engine.parameter_groups(objective, 0.1)]
     for world in (1, 64):
-        found = predict(config, ds_json(), world).report.categories
+        result = predict(config, ds_json(), world).report.categories
         share = sum(-(-numbers // (2 * world)) * 2 for numbers in groups)  # each padded to a multiple of 2 x ranks
-        assert found["master weights"] == 4 * share
-        assert found["optimizer states"] == 8 * share + 2 * 4  # two moments, and the count of each of two groups
+        assert result["master weights"] == 4 * share
+        assert result["optimizer states"] == 8 * share + 2 * 4  # two moments, and the count of each of two groups
 
 
 @pytest.mark.parametrize("name", ["demo", "ablation"])
@@ -271,27 +271,27 @@ def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
 
 @pytest.mark.slow
 def test_on_a_gpu_that_does_not_run_the_kernels_the_backend_is_chunked():
-    told, config = [], preset()
-    report = predict(config, ds_json(), 1, gpu="T4 16GB", options=Options(tell=told.append)).report
+    results, config = [], preset()
+    report = predict(config, ds_json(), 1, gpu="T4 16GB", options=Options(tell=results.append)).report
     assert report.setting["cmli_backend"] == "chunked"
-    assert any("8.0 or later, this GPU has 7.5" in line for line in told)
-    asked = replace(config, loss=replace(config.loss, cmli_backend="triton"))
+    assert any("8.0 or later, this GPU has 7.5" in line for line in results)
+    outcome = replace(config, loss=replace(config.loss, cmli_backend="triton"))
     with pytest.raises(UserError, match=r"'triton', which does not run \(the kernels need"):
-        predict(asked, ds_json(), 1, gpu="T4 16GB")
-    told.clear()
-    alone = replace(asked, loss=replace(asked.loss, weights={"global": 1.0}))
-    predict(alone, ds_json(), 1, gpu="T4 16GB", options=Options(tell=told.append))
-    assert not any("Triton" in line for line in told)  # no loss would use the kernels
+        predict(outcome, ds_json(), 1, gpu="T4 16GB")
+    results.clear()
+    alone = replace(outcome, loss=replace(outcome.loss, weights={"global": 1.0}))
+    predict(alone, ds_json(), 1, gpu="T4 16GB", options=Options(tell=results.append))
+    assert not any("Triton" in line for line in results)  # no loss would use the kernels
 
 
 def test_an_offloaded_optimizer_takes_nothing_from_the_device():
     offloaded = ds_json()
     offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     offloaded["zero_force_ds_cpu_optimizer"] = False
-    there, here = (predict(preset(), j, 1).report for j in (offloaded, ds_json()))
+    there, own = (predict(preset(), j, 1).report for j in (offloaded, ds_json()))
     assert there.categories["optimizer states"] == there.categories["master weights"] == 0
-    kept = here.categories["optimizer states"] + here.categories["master weights"]
-    assert there.totals["requested"] < here.totals["requested"] - 0.8 * kept
+    kept = own.categories["optimizer states"] + own.categories["master weights"]
+    assert there.totals["requested"] < own.totals["requested"] - 0.8 * kept
 
 
 def test_another_implementation_of_all_pairs():
@@ -333,9 +333,9 @@ def test_what_cannot_be_predicted_is_said():
 def test_the_largest_that_fits(room):
     for needs in (lambda n: 10 * n, lambda n: 1000 + n // 7, lambda n: 3 * n * n + (500 if n > 64 else 0)):
         calls = []
-        found = search.largest(lambda n: (calls.append(n), needs(n))[1], room, most=100_000)  # noqa: B023
+        result = search.largest(lambda n: (calls.append(n), needs(n))[1], room, most=100_000)  # noqa: B023
         expected = next((n for n in range(100_000, 0, -1) if needs(n) <= room), 0)
-        assert found == expected
+        assert result == expected
         assert len(calls) <= 40
 
 
@@ -391,13 +391,13 @@ def test_the_command_sweeps():
 def test_fit():
     config, ds_config = preset(losses=("global",)), ds_json()
     room = predict(config, search.with_batch(ds_config, 100), 2).report.totals["device"]
-    told: list[str] = []
-    found = search.fit(config, ds_config, 2, room, tell=told.append)
-    assert found.tried[found.micro_batch] <= room < found.tried[found.micro_batch + 1]
-    assert found.prediction.report.setting["micro_batch"] == found.micro_batch
-    assert len(found.tried) <= 8 and all(any(f"micro-batch {n}: " in line for line in told) for n in found.tried)
+    results: list[str] = []
+    result = search.fit(config, ds_config, 2, room, tell=results.append)
+    assert result.tried[result.micro_batch] <= room < result.tried[result.micro_batch + 1]
+    assert result.prediction.report.setting["micro_batch"] == result.micro_batch
+    assert len(result.tried) <= 8 and all(any(f"micro-batch {n}: " in line for line in results) for n in result.tried)
     # The preset's own micro-batch is smaller; one that is too large comes with what would make it fit.
-    assert found.asked <= found.micro_batch and found.changes == []
+    assert result.asked <= result.micro_batch and result.changes == []
 
 
 def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
@@ -413,10 +413,10 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
 
     monkeypatch.setattr(search, "predict_largest", bytes_of)
     one = search.fit(config, ds_config, 2, context + 13)
-    assert [what for what, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
+    assert [name for name, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
     several = search.fit(config, ds_config, 2, context + 10)
-    ((what, size),) = several.changes
-    assert size == context + 8 and '"stage": 3' in what and "offload_optimizer" in what
+    ((name, size),) = several.changes
+    assert size == context + 8 and '"stage": 3' in name and "offload_optimizer" in name
     nothing = search.fit(config, ds_config, 2, context + 7)
     assert nothing.micro_batch == 0 and nothing.changes == [] and list(nothing.tried) == [1]
 
@@ -433,11 +433,11 @@ def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
         return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
 
     monkeypatch.setattr(search, "predict_largest", bytes_of)
-    found = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
-    assert (found.micro_batch, found.asked) == (5, 8)
-    assert found.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
+    result = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
+    assert (result.micro_batch, result.asked) == (5, 8)
+    assert result.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
     room, six = (context + 5 * 10**9) / 1e9, (context + 6 * 10**9) / 1e9
-    assert fit_sentence(found, context + 5 * 10**9) == (
+    assert fit_sentence(result, context + 5 * 10**9) == (
         f"fits in {room:.2f} GB with micro-batch 5; 6 needs {six:.2f} GB; 8 would fit with "
         f'"activation_checkpointing": {{}} in the DeepSpeed JSON: {room - 1:.2f} GB'
     )
@@ -478,23 +478,23 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
 
     setting = {"micro_batch": 1, "zero_stage": 2, "world_size": 1}
     report = SimpleNamespace(totals={"device": device}, setting=setting, to_dict=dict)
-    found = SimpleNamespace(report=report)
+    result = SimpleNamespace(report=report)
     fitted = SimpleNamespace(
-        micro_batch=micro_batch, tried={1: device, 8: device}, changes=[], asked=1, prediction=found
+        micro_batch=micro_batch, tried={1: device, 8: device}, changes=[], asked=1, prediction=result
     )
-    monkeypatch.setattr(largest_rank, "predict_largest", lambda *_, **__: found)
+    monkeypatch.setattr(largest_rank, "predict_largest", lambda *_, **__: result)
     monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
     monkeypatch.setattr(command, "show", lambda _: None)
-    asked = command.PredictionOptions(1, None, gpu, (), fit, None, None)
-    assert command.single(None, None, asked)[1] == fits
+    options = command.PredictionOptions(1, None, gpu, (), fit, None, None)
+    assert command.single(None, None, options)[1] == fits
 
 
 def test_two_sizes_never_read_alike():
     from ds_cmli.memory.command import fit_sentence
 
     tried = {1663: 23_999_100_000, 1664: 24_000_500_000}
-    found = SimpleNamespace(micro_batch=1663, tried=tried, changes=[], asked=8)
-    assert fit_sentence(found, 24 * 10**9) == "fits in 24.0000 GB with micro-batch 1663; 1664 needs 24.0005 GB"
+    result = SimpleNamespace(micro_batch=1663, tried=tried, changes=[], asked=8)
+    assert fit_sentence(result, 24 * 10**9) == "fits in 24.0000 GB with micro-batch 1663; 1664 needs 24.0005 GB"
     none = SimpleNamespace(micro_batch=0, tried={1: 10**9 + 1}, changes=[], asked=1)
     assert fit_sentence(none, 10**9).startswith(
         "does not fit in 1.000000000 GB: one pair needs 1.000000001 GB; nothing that was tried makes 1 fit"
@@ -522,9 +522,9 @@ def test_what_fit_means_is_said_with_what_tensors_can_have():
 def test_the_rank_that_needs_the_most_is_predicted(stage):
     # Of many pairs activations weigh more than the gradients that are kept.
     config = preset(batch=1, losses=("global",))
-    each = [predict(config, ds_json(stage), 3, target="cpu", rank=rank).report for rank in (0, 2)]
+    item = [predict(config, ds_json(stage), 3, target="cpu", rank=rank).report for rank in (0, 2)]
     largest = predict_largest(config, ds_json(stage), 3, target="cpu").report
-    sizes = [report.totals["requested"] for report in each]
+    sizes = [report.totals["requested"] for report in item]
     assert largest.totals["requested"] == max(sizes)
     differ = stage in (1, 2)
     assert largest.setting["rank"] == (2 if differ else 0)

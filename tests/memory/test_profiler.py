@@ -97,9 +97,9 @@ def answer(port: int, route: str, **query):
     while True:
         try:
             body = urllib.request.urlopen(url, timeout=10).read()
-            found = json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-            if found["runs"] if route == "runs" else found:
-                return found
+            content = json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+            if content["runs"] if route == "runs" else content:
+                return content
         except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError):
             pass
         assert time.monotonic() < end, f"no answer to {url}"
@@ -117,15 +117,15 @@ def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)]
     with open(tmp_path / "tensorboard.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as board:
         try:
-            (found,) = (r for r in answer(port, "runs")["runs"] if r == "profile")
-            views = answer(port, "views", run=found)
+            (entry,) = (r for r in answer(port, "runs")["runs"] if r == "profile")
+            views = answer(port, "views", run=entry)
             assert "Memory" in views
-            workers = answer(port, "workers", run=found, view="Memory")
-            (span,) = answer(port, "spans", run=found, worker=workers[0])
-            memory = answer(port, "memory", run=found, worker=workers[0], span=span)
+            workers = answer(port, "workers", run=entry, view="Memory")
+            (span,) = answer(port, "spans", run=entry, worker=workers[0])
+            memory = answer(port, "memory", run=entry, worker=workers[0], span=span)
             rows = memory["rows"]["CPU"]
             assert {"aten::addmm", "ds_cmli::cmli_forward"} <= {row[0] for row in rows}
-            curve = answer(port, "memory_curve", run=found, worker=workers[0], span=span)
+            curve = answer(port, "memory_curve", run=entry, worker=workers[0], span=span)
             assert curve["metadata"]["peaks"]["CPU"]
         finally:
             board.terminate()

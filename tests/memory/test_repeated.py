@@ -38,8 +38,8 @@ def predicted(setting, monkeypatch, *, whole):
     with monkeypatch.context() as patch:
         if whole:
             patch.setattr(module, "Repeated", lambda *arguments: Probe())
-        found = module.predict(config, ds_config, ranks, target=target, options=module.Options(watch=watch))
-    return found, traffic.counts, len(forwards)
+        result = module.predict(config, ds_config, ranks, target=target, options=module.Options(watch=watch))
+    return result, traffic.counts, len(forwards)
 
 
 @pytest.mark.slow
@@ -53,11 +53,11 @@ def predicted(setting, monkeypatch, *, whole):
     ids=lambda setting: "-".join(map(str, setting)),
 )
 def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
-    found, moved, forwards = predicted(setting, monkeypatch, whole=False)
+    entry, moved, forwards = predicted(setting, monkeypatch, whole=False)
     expected, all_moved, all_forwards = predicted(setting, monkeypatch, whole=True)
     assert forwards < all_forwards == 2 * ACCUMULATION * (2 if setting[0] == "global_batch" else 1)
-    assert found.events == expected.events  # blocks, bytes, categories, phases and operators, in their order
-    assert found.report == expected.report
+    assert entry.events == expected.events  # blocks, bytes, categories, phases and operators, in their order
+    assert entry.report == expected.report
     assert moved == all_moved and moved
 
 
@@ -88,7 +88,7 @@ def test_uniform_loops_are_those_of_all_their_turns(
     ds_config = {
         "gradient_accumulation_steps": count, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}
     }  # fmt: skip
-    found = []
+    results = []
     for turns in (repeated.TURNS, 1000):
         monkeypatch.setattr(repeated, "TURNS", turns)
         traffic = Traffic()
@@ -101,8 +101,8 @@ def test_uniform_loops_are_those_of_all_their_turns(
         report = prediction.report
         # ZeRO-3 tells the other ranks once in which order modules ran: a list that leaves out the same turns.
         traffic.counts.pop(("rest", "broadcast"), None)
-        found.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
-    assert found[0][:-1] == found[1][:-1]
-    assert found[0][-1] < found[1][-1]
+        results.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
+    assert results[0][:-1] == results[1][:-1]
+    assert results[0][-1] < results[1][-1]
     if loss.get("cmli_exchange") == "ring":  # each micro-batch's texts and their gradients go round
-        assert found[0][-2]["text", "send"].calls >= 2 * (ranks - 1) * 2
+        assert results[0][-2]["text", "send"].calls >= 2 * (ranks - 1) * 2

@@ -15,10 +15,10 @@ from ds_cmli.memory.tracker import MemoryTracker
 
 
 def live(tracker: MemoryTracker) -> dict[str, int]:
-    found: dict[str, int] = {}
+    by_name: dict[str, int] = {}
     for event in tracker.events():
-        found[event.category] = found.get(event.category, 0) + event.bytes
-    return {category: size for category, size in found.items() if size}
+        by_name[event.category] = by_name.get(event.category, 0) + event.bytes
+    return {category: size for category, size in by_name.items() if size}
 
 
 def test_storages_are_counted_once_from_their_birth_to_their_end():
@@ -59,9 +59,9 @@ def test_streams_and_an_emptied_cache_are_recorded_for_a_gpu_alone():
                 a = torch.empty(100)
             tracker.record_emptied_cache()
             b = torch.empty(50)
-            found = [(event.bytes, event.stream) for event in tracker.events()]
+            result = [(event.bytes, event.stream) for event in tracker.events()]
         del a, b
-        return found
+        return result
 
     assert recorded(gpu=gpus.find("A100 80GB").limits) == [(400, 1), (0, 0), (200, 0)]
     assert [size for size, _ in recorded()] == [400, 200]
@@ -126,14 +126,14 @@ def tracked():
 def test_a_step_leaves_what_training_keeps(tracked):
     tracker, train_engine = tracked
     padded = 2 * sum(-(-sum(p.numel() for p in group) // 2) for group in train_engine.engine.optimizer.bit16_groups)
-    found = live(tracker)
+    result = live(tracker)
     buffers = sum(b.nbytes for b in train_engine.objective.buffers())
-    assert found["parameters"] == 2 * padded + buffers
-    assert found["master weights"] == 4 * padded
-    assert found["optimizer states"] == 2 * 4 * padded + 2 * 4  # two moments, and the count of each of two groups
+    assert result["parameters"] == 2 * padded + buffers
+    assert result["master weights"] == 4 * padded
+    assert result["optimizer states"] == 2 * 4 * padded + 2 * 4  # two moments, and the count of each of two groups
     teacher = train_engine.teacher
-    assert found["teacher"] == sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
-    assert "activations student" not in found and "data" not in found and "gradients" not in found
+    assert result["teacher"] == sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+    assert "activations student" not in result and "data" not in result and "gradients" not in result
 
 
 def test_a_step_has_every_category_in_its_phase(tracked):

@@ -91,10 +91,10 @@ def test_a_product_takes_what_the_allocator_reports(threads):
         sizes = cpu_sizes(lambda: torch.mm(a, b))
         with FakeTensorMode(allow_non_fake_inputs=True):
             fake = torch.empty(1024, 384, dtype=torch.bfloat16).t(), torch.empty(1024, 1536, dtype=torch.bfloat16)
-        found = workspace.workspace_bytes(torch.ops.aten.mm.default, fake, {})
+        result = workspace.workspace_bytes(torch.ops.aten.mm.default, fake, {})
     finally:
         torch.set_num_threads(before)
-    assert found == sum(size for size in sizes if size > 0) - 384 * 1536 * 2
+    assert result == sum(size for size in sizes if size > 0) - 384 * 1536 * 2
 
 
 def test_the_tracker_counts_it_while_the_operator_runs(asked):

@@ -80,16 +80,16 @@ def test_each_picture_is_encoded_as_alone_and_as_by_timm(model, more):
     mask = patch_mask(grid, 9).view(4, 1, 3, 1, 3, 1)
     there = mask.expand(4, 3, 3, 14, 3, 14).reshape(image.shape)
     pixels = torch.where(there, image.float(), noise) / 255
-    found = naflex(pixels, grid)
+    result = naflex(pixels, grid)
     prefix = naflex.prefix - (not naflex.has_class_token)
     for row, (h, w) in enumerate(GRIDS):
         patches, _ = batch_patchify(pixels[row : row + 1], (14, 14), channels_last=naflex.model.embeds.channels_last)
         number = torch.arange(h * w)
         coordinates = torch.stack([number // w, number % w], 1)[None]
         alone = naflex.model.forward_features(patches[:, : h * w], coordinates)["patches"][0]
-        assert_close(found[row, naflex.prefix : naflex.prefix + h * w], alone[prefix:], rtol=1e-4, atol=1e-5)
+        assert_close(result[row, naflex.prefix : naflex.prefix + h * w], alone[prefix:], rtol=1e-4, atol=1e-5)
         first = alone[0] if naflex.has_class_token else alone[prefix:].mean(0)
-        assert_close(found[row, 0], first, rtol=1e-4, atol=1e-5)
+        assert_close(result[row, 0], first, rtol=1e-4, atol=1e-5)
 
 
 def built(**more):
@@ -105,7 +105,7 @@ def built(**more):
 def test_losses_are_those_of_the_patches_that_there_are(match):
     objective, teacher, batch = built(loss={"weights": WEIGHTS, "match": match})
     targets = teacher(batch.image, batch.grid)
-    _, each = objective.whole(batch, targets)
+    _, item = objective.whole(batch, targets)
     features = objective._features(batch)
     project, counts = objective.student.projection, [h * w for h, w in GRIDS]
     tokens = F.normalize(project(features.tokens), dim=-1)
@@ -122,23 +122,23 @@ def test_losses_are_those_of_the_patches_that_there_are(match):
     s_i2t, s_t2i = (torch.cat(side) for side in zip(*rows, strict=True))
     scale, own = objective.losses["cmli"].logit_scale.exp(), torch.arange(4)
     expected = (F.cross_entropy(scale * s_i2t, own) + F.cross_entropy(scale * s_t2i.T, own)) / 2
-    assert_close(each["cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(item["cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
     expected = (torch.stack(of_images).mean() + torch.stack(of_texts).mean()) / 2
-    assert_close(each["target_cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
+    assert_close(item["target_cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_no_gradient_depends_on_the_other_cells():
     objective, teacher, batch = built()
-    found = []
+    results = []
     for fill in (0, 255):
         cells = batch.image.view(4, 3, 3, 14, 3, 14)
         there = patch_mask(batch.grid, 9).view(4, 1, 3, 1, 3, 1)
         batch.image = torch.where(there, cells, torch.full_like(cells, fill)).reshape(4, 3, 42, 42)
         objective.zero_grad()
         objective.whole(batch, teacher(batch.image, batch.grid))[0].backward()
-        found.append({name: p.grad for name, p in objective.named_parameters()})
-    for name, grad in found[0].items():
-        assert_close(grad, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        results.append({name: p.grad for name, p in objective.named_parameters()})
+    for name, grad in results[0].items():
+        assert_close(grad, results[1][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def of_many_aspects(folder: Path) -> list[str]:
@@ -197,8 +197,8 @@ def engine_of_rank(rank, world, source, stage, exchange, accumulation):
         for part in range(accumulation):
             first = 8 * step + (rank * accumulation + part) * 8 // world // accumulation
             batches.append(pairs.collate([pairs.train[first + n] for n in range(8 // world // accumulation)]))
-        found = train_engine.step(batches)
-        mean = torch.stack([micro.stacked() for micro in found]).mean(0)
+        result = train_engine.step(batches)
+        mean = torch.stack([micro.stacked() for micro in result]).mean(0)
         losses.append(distributed.mean_over_ranks(mean))
     return torch.stack(losses)
 

@@ -71,8 +71,8 @@ def test_gradients_are_the_same_and_come_once(kind, model):
     arrived: Counter[str] = Counter()
     for name, parameter in student.named_parameters():
         parameter.register_hook(lambda gradient, name=name: arrived.update([name]))
-    found = gradients()
-    assert_close(found, expected)
+    result = gradients()
+    assert_close(result, expected)
     assert set(arrived.values()) == {1}
 
 
@@ -94,15 +94,15 @@ def losses(compile_, stage, checkpointing, weights):
     train_engine = engine.build(
         config, engine.filled(config, DeepSpeedConfig.of(json), 1, 100), vocab_size, 100, distributed.init()
     )
-    found = []
+    results = []
     for step in range(3):
         torch.manual_seed(step)
         batch = longest_batch(config, 4)
         batch.image.random_(0, 256)
         batch.input_ids.random_(5, 200)
-        found.append(train_engine(batch)[0].item())
+        results.append(train_engine(batch)[0].item())
     train_engine.engine.destroy()
-    return found
+    return results
 
 
 # The blocks: of the image encoder, of the text encoder, and the one that both share.

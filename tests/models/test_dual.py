@@ -129,8 +129,8 @@ def test_the_value_path_is_pooling_over_one_patch(folders):
     model = AutoModel.from_pretrained(folders["siglip"])
     pooling, path = model.vision_model.head, ValuePath(model.vision_model.head, model.config.vision_config)
     patches = torch.randn(3, 5, 32)
-    each = torch.stack([pooling(patches[:, n : n + 1]) for n in range(5)], 1)
-    torch.testing.assert_close(path(patches), each)
+    item = torch.stack([pooling(patches[:, n : n + 1]) for n in range(5)], 1)
+    torch.testing.assert_close(path(patches), item)
 
 
 CONTRADICTIONS = [

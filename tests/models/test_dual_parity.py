@@ -79,7 +79,7 @@ def test_it_equals_its_source_on_200_pairs(name, tmp_path):
     theirs = AutoModel.from_pretrained(folder).eval()
     own_processor, tokenizer = AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     noise, framing = np.random.default_rng(0), Framing.of(config.data)
-    found, wanted = [], []
+    results, wanted = [], []
     for first in range(0, PAIRS, 8):
         pictures = []
         for side in noise.integers(100, 500, (8, 2)):
@@ -92,7 +92,7 @@ def test_it_equals_its_source_on_200_pairs(name, tmp_path):
         batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in texts])
         cls, _ = objective.student.image_embeddings(pixels, grid)
         text_cls, _ = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
-        found.append((cls, text_cls))
+        results.append((cls, text_cls))
         full = tokenizer(texts, padding="max_length", truncation=True, max_length=config.data.context_length,
                          return_tensors="pt")  # fmt: skip
         if "siglip" in name:
@@ -101,7 +101,7 @@ def test_it_equals_its_source_on_200_pairs(name, tmp_path):
         inputs = own_processor(images=pictures, return_tensors="pt")
         of_images, of_texts = theirs.get_image_features(**inputs), theirs.get_text_features(**full)
         wanted.append((F.normalize(of_images.pooler_output), F.normalize(of_texts.pooler_output)))
-    mine, own = ([torch.cat(part) for part in zip(*pairs, strict=True)] for pairs in (found, wanted))
+    mine, own = ([torch.cat(part) for part in zip(*pairs, strict=True)] for pairs in (results, wanted))
     difference = (mine[0] @ mine[1].T - own[0] @ own[1].T).abs().max().item()
     print(f"{name}: cosines differ by at most {difference:.1e}")
     assert difference < 1e-5

@@ -83,12 +83,12 @@ def test_any_two_values_of_two_axes_meet():
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("sources")
-    found = {"clip": clip(folder / "clip"), "siglip": siglip(folder / "siglip"), "export": folder / "export"}
+    by_name = {"clip": clip(folder / "clip"), "siglip": siglip(folder / "siglip"), "export": folder / "export"}
     (folder / "plain").mkdir()
     write_run(folder / "plain")
-    export.main([str(folder / "plain"), str(found["export"]), "--no-onnx", "--no-measure"], standalone_mode=False)
-    found["run"] = run_of(found["clip"], folder / "run", {"global": 1.0, "cmli": 1.0})
-    return found
+    export.main([str(folder / "plain"), str(by_name["export"]), "--no-onnx", "--no-measure"], standalone_mode=False)
+    by_name["run"] = run_of(by_name["clip"], folder / "run", {"global": 1.0, "cmli": 1.0})
+    return by_name
 
 
 def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[str], dict]:

@@ -37,9 +37,9 @@ def test_on_a_gpu_feature_maps_have_channels_last(monkeypatch, model):
         return [out]
 
     built.model.forward = noted
-    here = built(pixels)
+    own = built(pixels)
     monkeypatch.setattr(Probe, "on_gpu", lambda self, device: True)
-    torch.testing.assert_close(built(pixels), here)
+    torch.testing.assert_close(built(pixels), own)
     assert formats[1] == (True, True) and not formats[0][0]
     assert all(weight.is_contiguous() for weight in built.parameters())
 

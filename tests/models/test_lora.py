@@ -61,9 +61,9 @@ def test_merged_weights_give_the_same_without_adapters():
     assert adapted.student.lora_scale == 4.0  # 16 / 4
     weights = merged(adapted.state_dict(), adapted.student.lora_scale)
     plain.load_state_dict(weights)  # every name, and no other
-    for found, expected, other in zip(encoded(plain), encoded(adapted), before, strict=True):
-        assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        assert (found - other).abs().max() > 1e-3
+    for entry, expected, other in zip(encoded(plain), encoded(adapted), before, strict=True):
+        assert_close(entry, expected, rtol=1e-4, atol=1e-4)
+        assert (entry - other).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,11 @@ def test_teacher_features_are_the_mean_of_normalised_blocks():
     teacher = Teacher(dataclasses.replace(CONFIG.teacher, block=1, average_blocks=2), S, (4, 4))
     image, model = inputs()[0], teacher.image.model
     x = model._pos_embed(model.patch_embed(teacher.pixels(image, torch.float32)))
-    each = []
+    results = []
     for block in model.blocks:
         x = block(x)
-        each.append(torch.nn.functional.layer_norm(x, (32,)))
-    mean = torch.nn.functional.layer_norm((each[0] + each[1]) / 2, (32,))
+        results.append(torch.nn.functional.layer_norm(x, (32,)))
+    mean = torch.nn.functional.layer_norm((results[0] + results[1]) / 2, (32,))
     assert_close(teacher(image).cls, mean[:, 0])
     assert_close(teacher(image).patches, mean[:, 1:])
 
@@ -105,8 +105,8 @@ def test_models_of_other_tokens_average_too(model):
     size = {"embed_dim": 48, "depth": 3, "num_heads": 3}
     config = dataclasses.replace(CONFIG.teacher, model=model, overrides=size, block=2, average_blocks=3)
     teacher = Teacher(config, 112, (7, 7))
-    found = teacher(torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8))
-    assert found.patches.shape == (2, 49, 48) and found.patches.isfinite().all() and found.cls.isfinite().all()
+    result = teacher(torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8))
+    assert result.patches.shape == (2, 49, 48) and result.patches.isfinite().all() and result.cls.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -136,10 +136,10 @@ def test_other_teacher_width_goes_through_one_linear_head(student):
     image, ids, mask = inputs()
     masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
     batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, **masks})
-    total, each = objective.whole(batch, targets)
+    total, item = objective.whole(batch, targets)
     total.backward()
     assert objective.width_head.weight.grad.abs().sum() > 0
-    assert set(each) == {"target_cmli", "cls_kd"}
+    assert set(item) == {"target_cmli", "cls_kd"}
     assert Objective(student, config, teacher_width=32).width_head is None
 
 

@@ -107,8 +107,8 @@ def test_the_same_at_every_stage_and_on_two_ranks(tmp_path, cells):
         for stage, accumulation, exchange in some:
             name = f"{world_size}-{stage}-{accumulation}-{exchange}"
             file, out = tmp_path / f"{name}.json", tmp_path / name
-            asked = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
-            file.write_text(json.dumps({**asked, "activation_checkpointing": {}}))
+            settings = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+            file.write_text(json.dumps({**settings, "activation_checkpointing": {}}))
             given = ["--preset", "tiny", "--steps", str(STEPS), "--log-every", "1", "--data", data]
             given += ["--deepspeed_config", str(file), "--micro-batch", str(BATCH // world_size // accumulation)]
             given += ["--set", "student.patch_keep=0.5", "--set", "student.dropout=0", "--losses", "global,cmli"]

@@ -243,14 +243,14 @@ def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch):
 
     from ds_cmli.common import pretrained
 
-    asked = []
+    results = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
-    monkeypatch.setattr(pretrained, "_answers", lambda url: asked.append(url))
+    monkeypatch.setattr(pretrained, "_answers", lambda url: results.append(url))
     for settings in ({"image_weights": "hub"}, {"text_model": "bert-base-uncased", "text_weights": "hub"}):
         with pytest.raises(UserError, match=r"weights is 'hub'.*hub cannot be reached"):
             Student(dataclasses.replace(CONFIG.student, **settings), S, VOCAB)
-    assert len(asked) == 2
+    assert len(results) == 2
 
 
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}

@@ -76,7 +76,7 @@ def strided() -> list[list]:
     results = table.t() == 5, table[:, 1:] + table[:, :2], table[:, ::2] - 1, ~mask[:, 1:], table.t().contiguous()
     joined = torch.cat([table, table[:, :1]], 1), torch.cat([table.t(), table.t()], 1), torch.cat([table.t()[:1]] * 2)
     reduced = table.sum(1), table.sum(0), table.amax(1), (table > 3).any(0)
-    return [each.tolist() for each in (*results, *joined, (table > 3).cumsum(-1), *reduced)]
+    return [item.tolist() for item in (*results, *joined, (table > 3).cumsum(-1), *reduced)]
 
 
 def out_of_memory() -> bool:
@@ -92,7 +92,7 @@ def main() -> None:
     properties = torch.cuda.get_device_properties(0)
     launches = count("launches")
     torch.zeros(5, device="cuda").add_(1)
-    found = {
+    by_name = {
         "launches": count("launches") - launches,
         "name": properties.name,
         "capability": [properties.major, properties.minor],
@@ -102,7 +102,7 @@ def main() -> None:
         "events": events(),
         "reused": addresses_beside_a_copy(),
     }
-    print(json.dumps(found))
+    print(json.dumps(by_name))
 
 
 if __name__ == "__main__":

@@ -27,14 +27,14 @@ def main() -> None:
         work.wait()
     group = dist.new_group([1, 0])  # split off the first communicator
     dist.barrier(group)
-    found = {
-        "gathered": [len(each["text"]) for each in gathered],
+    by_name = {
+        "gathered": [len(item["text"]) for item in gathered],
         "broadcast": broadcast,
         "summed": summed.tolist(),
         "part": part.tolist(),
         "exchanged": exchanged.tolist(),
     }
-    print(json.dumps(found))
+    print(json.dumps(by_name))
     dist.destroy_process_group()
 
 

@@ -105,11 +105,11 @@ def recorded(call: Call) -> tuple[int, list[int]]:
     return most, [x.untyped_storage().nbytes() for x in results]
 
 
-def highest(found: Inside, results: list[int]) -> int:
+def highest(result: Inside, results: list[int]) -> int:
     """The most bytes of a call; the last stage before its results is still there when they come."""
-    last = sum(found.before[-1]) if found.before else 0
-    moments = [*map(sum, found.before), last + sum(results)]
-    return max(moments + [sum(stage) + sum(results) for stage in found.after])
+    last = sum(result.before[-1]) if result.before else 0
+    moments = [*map(sum, result.before), last + sum(results)]
+    return max(moments + [sum(stage) + sum(results) for stage in result.after])
 
 
 def main() -> int:
@@ -118,12 +118,12 @@ def main() -> int:
     for function, arguments in calls(limits):
         recorded((function, arguments))  # the first call may load what is kept
         most, results = recorded((function, arguments))
-        found = highest(inside(function, arguments, None, limits, False), results)
+        result = highest(inside(function, arguments, None, limits, False), results)
         number += 1
-        if abs(found - most) > CLOSE:
+        if abs(result - most) > CLOSE:
             wrong += 1
             shapes = [tuple(x.shape) for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
-            print(f"{function} {shapes}: {found:,} by formula, {most:,} by the allocator")
+            print(f"{function} {shapes}: {result:,} by formula, {most:,} by the allocator")
     print(f"{torch.cuda.get_device_name()}: {number} compared, {wrong} differ")
     return min(wrong, 1)
 

@@ -50,7 +50,7 @@ def measure_all(arguments: argparse.Namespace) -> int:
     from tests.gpu.measure_setting import measured
     from tests.gpu.settings import PAPER, SETTINGS
 
-    found, failed = {}, 0
+    by_name, failed = {}, 0
     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
         for setting in [*SETTINGS, *PAPER]:
             if arguments.only not in setting.name:
@@ -66,10 +66,10 @@ def measure_all(arguments: argparse.Namespace) -> int:
                 print(f"{setting.name:42s} failed {answer.failed}", flush=True)
                 continue
             result["predicted"] = answer.report
-            found[setting.name] = result
+            by_name[setting.name] = result
             print(f"{row(setting.name, result)} {time.monotonic() - started:4.0f} s", flush=True)
             if arguments.json:
-                arguments.json.write_text(json.dumps(found))
+                arguments.json.write_text(json.dumps(by_name))
     return 1 if failed else 0
 
 

@@ -19,11 +19,11 @@ COMMAND = [sys.executable, str(ROOT / "profiling" / "gpu_check.py"), "--json", "
 def test_killed_it_keeps_what_it_has(null_gpu, tmp_path):
     command, env = [*COMMAND, "--only", "test_two_gpus or paper"], null_gpu("3090", count=2)
     run = subprocess.Popen(command, env=env, cwd=tmp_path, process_group=0)
-    found, limit = tmp_path / "found.json", limits.Limit(run.pid, 300)
-    while not found.exists() and run.poll() is None and not limit.exceeded():
+    entry, limit = tmp_path / "found.json", limits.Limit(run.pid, 300)
+    while not entry.exists() and run.poll() is None and not limit.exceeded():
         time.sleep(0.1)
     os.killpg(run.pid, signal.SIGKILL)
-    content = json.loads(found.read_text())
+    content = json.loads(entry.read_text())
     assert content["done"] == 1 and content["tests"] > 2 and content["device"].startswith("a null GPU (")
     assert {(row["test"], row["note"]) for row in content["rows"]} == {
         ("test_two_gpus_give_the_gradients_of_one", "not real on a null GPU")

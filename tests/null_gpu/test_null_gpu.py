@@ -16,13 +16,13 @@ def checked(environment: dict[str, str]) -> dict:
 
 
 def test_work_is_pending_until_somebody_waits(null_gpu):
-    found = checked(null_gpu("4090", count=2))
-    assert (found["name"], found["capability"], found["devices"]) == ("NVIDIA GeForce RTX 4090", [8, 9], 2)
-    assert found["launches"] == 2
-    assert found["out of memory"]
-    assert found["events"] == [False, True, False, True]
-    assert found["reused"] == {"before": False, "after": True}
-    assert found["values"] == {
+    result = checked(null_gpu("4090", count=2))
+    assert (result["name"], result["capability"], result["devices"]) == ("NVIDIA GeForce RTX 4090", [8, 9], 2)
+    assert result["launches"] == 2
+    assert result["out of memory"]
+    assert result["events"] == [False, True, False, True]
+    assert result["reused"] == {"before": False, "after": True}
+    assert result["values"] == {
         "copied": [0, 1, 2],
         "filled": [7, 7],
         "compared": [True, False, True],
@@ -54,6 +54,6 @@ def test_work_is_pending_until_somebody_waits(null_gpu):
 
 
 def test_work_is_done_at_once_where_that_is_asked_for(null_gpu):
-    found = checked(null_gpu("t4") | {"NULLGPU_EVENTS": "done"})
-    assert found["events"] == [True] * 4
-    assert found["reused"] == {"before": True, "after": True}
+    result = checked(null_gpu("t4") | {"NULLGPU_EVENTS": "done"})
+    assert result["events"] == [True] * 4
+    assert result["reused"] == {"before": True, "after": True}

@@ -21,9 +21,9 @@ def counted(environment: dict[str, str], folder: Path, content: dict, *settings:
     for setting in settings:
         options += ["--set", setting]
     done = run(environment, "-m", "tests.null_gpu.count_syncs", *options)
-    found = [line for line in done.stdout.splitlines() if line.startswith('{"launches"')]
-    assert found, done.stdout + done.stderr
-    return json.loads(found[0])
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"launches"')]
+    assert lines, done.stdout + done.stderr
+    return json.loads(lines[0])
 
 
 @pytest.mark.parametrize(

@@ -45,8 +45,8 @@ def run(folder, seed: int, r1: float, **changes) -> str:
 
 def test_a_mean_has_the_standard_error_of_its_runs():
     assert str(mean([0.5])) == "0.500"
-    found = mean([0.4, 0.5, 0.6])  # deviation 0.1, over the root of 3
-    assert (found.value, found.count) == (pytest.approx(0.5), 3) and found.error == pytest.approx(0.1 / math.sqrt(3))
+    result = mean([0.4, 0.5, 0.6])  # deviation 0.1, over the root of 3
+    assert (result.value, result.count) == (pytest.approx(0.5), 3) and result.error == pytest.approx(0.1 / math.sqrt(3))
 
 
 def test_seeds_are_one_group_and_other_settings_another(tmp_path):

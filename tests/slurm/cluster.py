@@ -160,14 +160,14 @@ class Cluster:
     def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
         """Wait until the job is in one of `states`, by default ended; its fields."""
         ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        found: dict[str, str] = {}
+        by_name: dict[str, str] = {}
 
         def reached() -> bool:
-            found.update(self.job(job))
-            return found["JobState"] in (states or ended)
+            by_name.update(self.job(job))
+            return by_name["JobState"] in (states or ended)
 
-        poll(reached, timeout, lambda: f"job {job} is {found.get('JobState')}, awaited: {states or 'its end'}")
-        return found
+        poll(reached, timeout, lambda: f"job {job} is {by_name.get('JobState')}, awaited: {states or 'its end'}")
+        return by_name
 
     def wait_idle(self, timeout: float = 60, nodes: int = len(NODES)) -> None:
         def idle() -> bool:

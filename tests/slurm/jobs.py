@@ -23,16 +23,16 @@ def log(folder: Path, job: str) -> str:
 def finish(cluster: Cluster, folder: Path, job: str, state: str = "COMPLETED", timeout: float = 180) -> str:
     """Wait for the job's end, which must be `state`; its log."""
     try:
-        found = cluster.wait(job, timeout=timeout)
+        result = cluster.wait(job, timeout=timeout)
     except TimeoutError as error:
         raise AssertionError(f"{error}\n{log(folder, job)}") from None
     text = log(folder, job)
-    assert found["JobState"] == state, text
+    assert result["JobState"] == state, text
     return text
 
 
 def steps_done(run: Path) -> int:
     """The last step in metrics.jsonl, which may be in the middle of being written; 0 before the first."""
     file = run / "metrics.jsonl"
-    found = re.findall(r'^\{"step": (\d+),', file.read_text(), re.MULTILINE) if file.exists() else []
-    return int(found[-1]) if found else 0
+    matches = re.findall(r'^\{"step": (\d+),', file.read_text(), re.MULTILINE) if file.exists() else []
+    return int(matches[-1]) if matches else 0

@@ -104,7 +104,7 @@ def straight(folder: Path, options: list[str], ranks: int = 2) -> list[Program]:
 
 
 def interrupted(
-    cluster: Cluster, folder: Path, options: list[str], kinds: list[Callable], seed: int, *asked: str
+    cluster: Cluster, folder: Path, options: list[str], kinds: list[Callable], seed: int, *request: str
 ) -> tuple[Path, str]:
     """A job that meets `kinds`, each at a random step; its folder and its log.
 
@@ -112,10 +112,10 @@ def interrupted(
         asked: options of sbatch; of an array the last task meets them.
     """
     dice, steps = random.Random(seed), int(options[-1])
-    asked = (*(asked or ("--nodes=2",)), "--time=60", "--signal=TERM@90")
-    job = submit(cluster, folder, asked, *options, python=python())
-    if asked[0].startswith("--array=0-"):
-        job += f"_{asked[0].removeprefix('--array=0-')}"
+    request = (*(request or ("--nodes=2",)), "--time=60", "--signal=TERM@90")
+    job = submit(cluster, folder, request, *options, python=python())
+    if request[0].startswith("--array=0-"):
+        job += f"_{request[0].removeprefix('--array=0-')}"
     run = folder / "runs" / f"slurm-{job}"
     stops = [0]
     for number, kind in enumerate(kinds):
@@ -143,10 +143,10 @@ def same(run: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("steps, kinds", [(24, QUICK), pytest.param(120, KINDS, marks=pytest.mark.soak)])
 def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, options, steps, kinds):
-    asked = [*options, "--steps", str(steps)]
-    reference = straight(tmp_path / "straight", asked)
+    request = [*options, "--steps", str(steps)]
+    reference = straight(tmp_path / "straight", request)
     started = time.monotonic()
-    run, text = interrupted(cluster, tmp_path, asked, kinds, seed=random.randrange(1000))
+    run, text = interrupted(cluster, tmp_path, request, kinds, seed=random.randrange(1000))
     print(f"{time.monotonic() - started:.0f} s")
     assert [rank.wait(240) for rank in reference] == [0, 0]
     same(run, tmp_path / "straight")
@@ -156,9 +156,9 @@ def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, opti
 
 @pytest.mark.soak
 def test_every_signal_to_a_job_on_three_nodes(cluster, tmp_path, options):
-    asked = [*options, "--steps", "120"]
-    reference = straight(tmp_path / "straight", asked, ranks=3)
-    run, text = interrupted(cluster, tmp_path, asked, [*KINDS, *SIGNALS], 1, "--nodes=3")
+    request = [*options, "--steps", "120"]
+    reference = straight(tmp_path / "straight", request, ranks=3)
+    run, text = interrupted(cluster, tmp_path, request, [*KINDS, *SIGNALS], 1, "--nodes=3")
     assert [rank.wait(600) for rank in reference] == [0] * 3
     same(run, tmp_path / "straight")
     assert "Traceback" not in text
@@ -167,7 +167,7 @@ def test_every_signal_to_a_job_on_three_nodes(cluster, tmp_path, options):
 @pytest.mark.soak
 def test_every_signal_to_the_last_task_of_an_array(cluster, tmp_path, options):
     """Its number is the array's, by which Slurm would requeue the others, one of which has ended and one not."""
-    asked = [*options, "--steps", "300"]
+    request = [*options, "--steps", "300"]
     reference = straight(tmp_path / "straight", [*options, "--seed", "2", "--steps", "300"], ranks=1)
     kinds = [time_limit, term, requeue, user_signal_to_the_shell, *SIGNALS]
     run, text = interrupted(cluster, tmp_path, [*options, "--seed", "%a", "--steps", "300"], kinds, 2, "--array=0-2")
@@ -178,16 +178,16 @@ def test_every_signal_to_the_last_task_of_an_array(cluster, tmp_path, options):
     for task in (0, 1):
         finish(cluster, tmp_path, f"{array}_{task}", timeout=600)
         assert cluster.job(f"{array}_{task}")["Restarts"] == "0"
-        assert steps_done(run.with_name(f"slurm-{array}_{task}")) == int(asked[-1])
+        assert steps_done(run.with_name(f"slurm-{array}_{task}")) == int(request[-1])
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
 def test_three_times_as_many_interruptions(cluster, tmp_path, options, seed):
-    asked = [*options, "--steps", "120"]
-    reference = straight(tmp_path / "straight", asked)
+    request = [*options, "--steps", "120"]
+    reference = straight(tmp_path / "straight", request)
     kinds = [time_limit, *random.Random(seed).sample(3 * KINDS[1:], 3 * len(KINDS[1:]))]
-    run, text = interrupted(cluster, tmp_path, asked, kinds, seed)
+    run, text = interrupted(cluster, tmp_path, request, kinds, seed)
     assert [rank.wait(600) for rank in reference] == [0, 0]
     same(run, tmp_path / "straight")
     assert "Traceback" not in text

@@ -92,14 +92,14 @@ def test_one_task_for_each_gpu(cluster, layouts, options):
     per_node, gpus, cpus = LAYOUTS[options]
     folder, jobs = layouts
     text = finish(cluster, folder, jobs[options])
-    found = re.findall(r"^task (\d+) (\S+) local (\d+) (.*)", text, re.MULTILINE)
-    found.sort(key=lambda line: int(line[0]))
-    counts = [len(list(tasks)) for _, tasks in groupby(found, key=lambda line: line[1])]  # ranks lie in blocks
+    matches = re.findall(r"^task (\d+) (\S+) local (\d+) (.*)", text, re.MULTILINE)
+    matches.sort(key=lambda line: int(line[0]))
+    counts = [len(list(tasks)) for _, tasks in groupby(matches, key=lambda line: line[1])]  # ranks lie in blocks
     assert counts == per_node or (sum(counts) == per_node and len(counts) == 2), text
     local = [i for tasks in counts for i in range(tasks)]
-    assert [(int(rank), int(at)) for rank, _, at, _ in found] == list(enumerate(local))
+    assert [(int(rank), int(at)) for rank, _, at, _ in matches] == list(enumerate(local))
     given = f"threads {cpus or 1}: --output-dir runs/slurm-{jobs[options]} --seed %a a b"
-    assert {rest for *_, rest in found} == {f"gpus {gpus} cpus {cpus} {given}"}
+    assert {rest for *_, rest in matches} == {f"gpus {gpus} cpus {cpus} {given}"}
     assert text.count(f"check gpus {gpus}\n") == len(counts)
     assert f"job {jobs[options]}, start 0: {sum(counts)} tasks on {len(counts)} nodes" in text
 

@@ -19,8 +19,8 @@ pytestmark = pytest.mark.slurm
 
 
 def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in):
-    here = f"{tmp_path}/checking-$SLURM_JOB_ID"
-    python = stand_in("echo trained", f"[[ -e {here} ]] && exit 0; touch {here}; exec sleep 60")
+    own = f"{tmp_path}/checking-$SLURM_JOB_ID"
+    python = stand_in("echo trained", f"[[ -e {own} ]] && exit 0; touch {own}; exec sleep 60")
     signals = (("--signal=TERM",), ("--signal=USR1",), ("--batch", "--signal=USR1"), ("--batch", "--signal=HUP"))
     jobs = {submit(cluster, tmp_path, (), python=python): signal for signal in signals}
     for job, to in jobs.items():
@@ -57,8 +57,8 @@ def begun_before(limited):
 
 
 def test_a_signal_to_the_shell_reaches_the_tasks_and_the_job_is_requeued(cluster, tmp_path, stand_in):
-    told = tmp_path / "told"
-    job = submit(cluster, tmp_path, ("--nodes=2", "--time=60"), python=stand_in(TOLD.format(f"{told}-$SLURM_PROCID")))
+    lines = tmp_path / "told"
+    job = submit(cluster, tmp_path, ("--nodes=2", "--time=60"), python=stand_in(TOLD.format(f"{lines}-$SLURM_PROCID")))
     for rank in "01":
         poll((tmp_path / f"told-{rank}.begun").exists, 30, lambda: log(tmp_path, job), interval=0.05)
     cluster.command("scancel", "--batch", "--signal=USR2", job)

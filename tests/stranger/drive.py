@@ -41,24 +41,24 @@ def drive(folder: Path, *options: str) -> dict[str, object]:
     run = folder / "run"
     given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *ONE_BLOCK, *options]
     assert not train([*given, "--set", "run.log_every=1"])
-    found = {"logged": [line for line in metrics(run) if "loss" in line], **used(run)}
+    by_name = {"logged": [line for line in metrics(run) if "loss" in line], **used(run)}
     check_memory(load_config(run / "config.json", "the run"), DS_CONFIG, 2)
-    return found
+    return by_name
 
 
 def used(run: Path) -> dict[str, object]:
     """What is found by evaluating a run, and by exporting it, which may be refused. Files are written next to it."""
-    found: dict[str, object] = {}
+    by_name: dict[str, object] = {}
     evaluated, exported = run.with_name("evaluated.json"), run.with_name("exported")
     done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(evaluated)])
     assert done.exception is None, done.exception
-    found["evaluated"] = json.loads(evaluated.read_text())
+    by_name["evaluated"] = json.loads(evaluated.read_text())
     done = CliRunner().invoke(export, [str(run), str(exported), "--no-onnx", "--no-measure"])
     if done.exception is None:
         compare(run, exported)
     else:
-        found["refused"] = str(done.exception)
-    return found
+        by_name["refused"] = str(done.exception)
+    return by_name
 
 
 @torch.no_grad()

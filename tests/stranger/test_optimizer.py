@@ -88,9 +88,9 @@ def test_its_parameters_are_filled_and_checked():
 
 def test_its_memory_is_predicted_but_for_a_few_numbers():
     config = load_preset("tiny", {"optim": {"micro_batch": 4}})
-    asked = content(2)
-    asked["zero_optimization"]["reduce_bucket_size"] = 100_000
-    predicted = predict(config, asked, 1, target="cpu", options=Options(backend="fake")).report
-    measured = measure(config, asked, 1)
+    options = content(2)
+    options["zero_optimization"]["reduce_bucket_size"] = 100_000
+    predicted = predict(config, options, 1, target="cpu", options=Options(backend="fake")).report
+    measured = measure(config, options, 1)
     assert 0 <= measured.totals["requested"] - predicted.totals["requested"] < SCALARS
     assert predicted.categories["optimizer states"] == measured.categories["optimizer states"] > 0

@@ -40,5 +40,5 @@ class Grouping(Loss):
         logits = (l2_normalize(groups) @ tokens.mT) * temperature_scale(self.logit_scale)
         logits = logits.masked_fill(~mask[:, None], -1e4)  # [B, M, M]
         wanted = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-        each = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-        return (each * mask.flatten()).sum() / mask.sum().clamp(min=1)
+        item = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+        return (item * mask.flatten()).sum() / mask.sum().clamp(min=1)

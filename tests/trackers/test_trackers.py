@@ -62,15 +62,15 @@ def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_pa
     write(folder, "mlflow", [3], first_step=2)
     client = MlflowClient()
     experiment = client.get_experiment_by_name("ds-cmli")
-    (found,) = client.search_runs([experiment.experiment_id])
-    assert found.info.run_id == (folder / "mlflow" / "run-id").read_text() and found.info.run_name == "run"
-    points = client.get_metric_history(found.info.run_id, "loss/total")
+    (entry,) = client.search_runs([experiment.experiment_id])
+    assert entry.info.run_id == (folder / "mlflow" / "run-id").read_text() and entry.info.run_name == "run"
+    points = client.get_metric_history(entry.info.run_id, "loss/total")
     assert sorted((p.step, p.value) for p in points) == [(1, 3.5), (2, 3.5), (3, 3.5)]
-    assert found.data.metrics["retrieval/seen/combined/i2t_r1"] == 0.5
-    assert found.data.params["run.preset"] == "tiny" and found.data.params["losses"] == "global,cmli,target_cmli"
-    assert len([f for f in client.list_artifacts(found.info.run_id, "images") if f.path.endswith(".png")]) == 2
-    told = capfd.readouterr()
-    assert "warning" not in told.out and not told.err
+    assert entry.data.metrics["retrieval/seen/combined/i2t_r1"] == 0.5
+    assert entry.data.params["run.preset"] == "tiny" and entry.data.params["losses"] == "global,cmli,target_cmli"
+    assert len([f for f in client.list_artifacts(entry.info.run_id, "images") if f.path.endswith(".png")]) == 2
+    printed = capfd.readouterr()
+    assert "warning" not in printed.out and not printed.err
 
 
 def test_wandb_holds_numbers_and_pictures_offline(tmp_path, monkeypatch, capfd):
@@ -111,9 +111,9 @@ def test_what_a_tracker_raises_later_is_told_once_and_the_run_goes_on(tmp_path, 
 
 
 def test_one_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
-    found = importlib.util.find_spec
+    result = importlib.util.find_spec
     missing = ("wandb", "mlflow")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in missing else found(n, *a))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n in missing else result(n, *a))
     arguments = ["--preset", "tiny", "--output-dir", str(tmp_path / "run")]
     for name in missing:
         line = fail(train.command, [*arguments, "--set", f'run.report_to=["{name}"]'], monkeypatch, capsys)

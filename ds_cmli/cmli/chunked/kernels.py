@@ -145,8 +145,8 @@ class Scratch:
         columns = self.patches + LANES
         compared = columns * (D + tokens + ROWS + 2) + 2 * (tokens + LANES)
         listed = 2 * width * self.entries + 4 * (max(N, M) + 1)
-        each = max(compared * width + 16 * tokens, listed)
-        self.each = -(-each // 64) * 64
+        per_thread = max(compared * width + 16 * tokens, listed)
+        self.each = -(-per_thread // 64) * 64
         self.threads = max(1, min(torch.get_num_threads(), budget // 4 // self.each))
 
     def bytes(self) -> int:

@@ -126,6 +126,6 @@ class RecomputePlan(NamedTuple):
     ) -> "RecomputePlan":
         """The plan for J texts with `tokens` valid tokens: indices get half of the budget, and at
         least one image's."""
-        each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
-        images = min(I, max(1, scratch_bytes // 2 // each))
+        of_image = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
+        images = min(I, max(1, scratch_bytes // 2 // of_image))
         return cls(images, -(-I // images), scratch_bytes // 2)

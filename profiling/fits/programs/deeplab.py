@@ -11,7 +11,7 @@ for step in range(10):
     pictures, labels = torch.rand(4, 3, 256, 256).cuda(), torch.randint(21, (4, 256, 256)).cuda()
     out = model(pictures)
     loss = sum(
-        torch.nn.functional.cross_entropy(each, labels, ignore_index=255) for each in out.values()
+        torch.nn.functional.cross_entropy(head, labels, ignore_index=255) for head in out.values()
     )
     optimizer.zero_grad()
     loss.backward()

@@ -14,7 +14,7 @@ ROWS = 5  # of categories in a column below the stack
 CMLI = "CMLI op"  # of `CATEGORIES`
 
 
-def timeline(events: Sequence[Event], what: str, path: Path) -> None:
+def timeline(events: Sequence[Event], title: str, path: Path) -> None:
     """Draw the last step of a run's `events`, stacked by category, with its phases marked.
 
     The x axis counts events, not seconds. The title says what the all-pairs loss needs at the peak,
@@ -46,7 +46,7 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
     if peak[CMLI]:
         finding = f"The CMLI loss needs {readable(peak[CMLI])} of {readable(total)}"
-    written(figure, path, finding, what)
+    written(figure, path, finding, title)
 
 
 def list_below(axis: Any, peak: dict[str, int]) -> None:

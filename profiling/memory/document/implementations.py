@@ -108,7 +108,7 @@ def implementations(
     broadcast = partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y))
     stored = partial(cmli_loss, materialised_scores)
     ours = partial(cmli_loss, partial(cmli_scores, backend=backend))
-    found = {
+    table = {
         ("E1", "broadcast"): Implementation(global_all, broadcast),
         ("E1", "materialised"): Implementation(global_all, product),
         ("E1", "ours"): Implementation(global_row, product),
@@ -126,7 +126,7 @@ def implementations(
             partial(match_inputs, kept, s), materialised_match
         ),
     }
-    return {key: replace(one, device=device) for key, one in found.items()}
+    return {key: replace(one, device=device) for key, one in table.items()}
 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:
@@ -198,8 +198,8 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
         # Libraries' workspaces are found by running operators, for which the other ways are too large.
-        asked = implementation.device == "cpu" and implementation.op
-        tracker = MemoryTracker(text_lengths=lengths, gpu=gpu, workspaces=asked)
+        with_workspace = implementation.device == "cpu" and implementation.op
+        tracker = MemoryTracker(text_lengths=lengths, gpu=gpu, workspaces=with_workspace)
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:

@@ -17,13 +17,13 @@ def tell_from_process(
     process = context.Process(target=_tell, args=(sender, function, arguments), daemon=True)  # type: ignore[attr-defined]
     process.start()
     sender.close()  # the process has the other copy, so that its end ends the pipe
-    end, told = time.monotonic() + timeout_s, []
+    end, lines = time.monotonic() + timeout_s, []
     with suppress(EOFError):
         while receiver.poll(max(0.0, end - time.monotonic())):
-            told.append(receiver.recv())
+            lines.append(receiver.recv())
     process.kill()
     process.join()
-    return told
+    return lines
 
 
 def _tell(sender: Connection, function: Callable, arguments: tuple) -> None:

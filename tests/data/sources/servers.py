@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
         page = f'<ListBucketResult xmlns="{space}"><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>'
         self.answer(200, page.encode(), {"Content-Type": "application/xml"})
 
-    def api(self, name, what, revision):
+    def api(self, name, part, revision):
         commit = self.server.branches.get(revision, revision)
         files = self.server.revisions.get(commit)
         fault = self.next_fault("api")
@@ -125,14 +125,14 @@ class Handler(BaseHTTPRequestHandler):
         if name != OWNER_NAME or files is None:
             code = "RepoNotFound" if name != OWNER_NAME else "RevisionNotFound"
             return self.answer(404, b"{}", {"X-Error-Code": code, "X-Error-Message": "not found"})
-        if what == "revision":
-            found = {"id": name, "sha": commit, "siblings": [], "tags": [], "private": False, "downloads": 0}
+        if part == "revision":
+            answer = {"id": name, "sha": commit, "siblings": [], "tags": [], "private": False, "downloads": 0}
         else:
-            found = []
+            answer = []
             for path, content in files.items():
                 lfs = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
-                found.append({"type": "file", "path": path, "size": len(content), "oid": "0" * 40, "lfs": lfs})
-        self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
+                answer.append({"type": "file", "path": path, "size": len(content), "oid": "0" * 40, "lfs": lfs})
+        self.answer(200, json.dumps(answer).encode(), {"Content-Type": "application/json"})
 
     def content(self, name, content, etag, extra):
         size, first, last, status = len(content), 0, len(content), 200

@@ -24,8 +24,8 @@ def table(ks, image="image", caption="caption", as_image=False, **more):
     """A `Dataset` of pictures and captions, one text or two."""
     pictures = [{"bytes": picture(k), "path": None} if as_image else picture(k) for k in ks]
     columns = {image: pictures, caption: [f"red apple {k}" for k in ks], **more}
-    found = datasets().Dataset.from_dict(columns)
-    return found.cast_column(image, datasets().Image()) if as_image else found
+    result = datasets().Dataset.from_dict(columns)
+    return result.cast_column(image, datasets().Image()) if as_image else result
 
 
 def parquet(path, *arguments, **settings):
@@ -135,8 +135,8 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
 
 def test_captions_are_counted_and_measured_without_reading_them(tmp_path):
     texts = [["red apple", "", "pear"], None, [], ["x" * 2000, None, "y"], *[["red"]] * 4]
-    found = table(range(8), caption="other").add_column("captions", texts)
-    found.select([3, 0, 1, 2, 4, 5, 6, 7]).save_to_disk(str(tmp_path / "one"))
+    result = table(range(8), caption="other").add_column("captions", texts)
+    result.select([3, 0, 1, 2, 4, 5, 6, 7]).save_to_disk(str(tmp_path / "one"))
     data = build(tmp_path / "one", caption_key="captions", val_source=str(tmp_path / "one"), max_bad_share=0.5)
     (source,) = data.train.pictures.sources
     assert source.caption_counts().tolist() == [2, 2, 0, 0, 1, 1, 1, 1]

@@ -39,8 +39,8 @@ def test_karpathys_splits_are_used_as_they_are(tmp_path, filepath):
     assert line.startswith("the test part of ") and line.endswith(" is not used")
     data = build(tmp_path / "dataset_coco.json", val_split="test")
     assert [data.evals["test"].name(row) for row in range(2)] == [f"{prefix}4.png"] * 2
-    found = build(coco(tmp_path), val_source=str(tmp_path / "dataset_coco.json"))
-    assert found.evals["val"].name(0) == f"{prefix}3.png"
+    result = build(coco(tmp_path), val_source=str(tmp_path / "dataset_coco.json"))
+    assert result.evals["val"].name(0) == f"{prefix}3.png"
     assert "data.val_split is 'test', and" in user_error(lambda: build(coco(tmp_path), val_split="test"))
 
 

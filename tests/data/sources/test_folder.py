@@ -100,8 +100,8 @@ def test_a_train_folder_alone_has_a_share_held_out(tmp_path):
 
 def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
     (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\na.png,"a cat, asleep"\nb.png,dog\n', encoding="utf-8")
-    found = metadata(tmp_path / "metadata.csv")
-    assert (names(found), captions(found)) == (["a.png", "b.png"], [["a cat, asleep"], ["dog"]])
+    result = metadata(tmp_path / "metadata.csv")
+    assert (names(result), captions(result)) == (["a.png", "b.png"], [["a cat, asleep"], ["dog"]])
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,9 @@ def test_a_list_of_captions_is_accepted(tmp_path):
     some = rows(4)
     some[0]["text"], some[1]["text"] = ["red apple", "green pear", None, " "], []
     write(tmp_path, some)
-    found = metadata(tmp_path / "metadata.jsonl")
-    assert captions(found) == [["red apple", "green pear"], ["red apple"], ["red apple"]]
-    assert found.bad == [("001.png", "empty caption")]
+    result = metadata(tmp_path / "metadata.jsonl")
+    assert captions(result) == [["red apple", "green pear"], ["red apple"], ["red apple"]]
+    assert result.bad == [("001.png", "empty caption")]
 
 
 def test_csv_without_the_column_is_named(tmp_path):
@@ -257,8 +257,8 @@ def test_metadata_that_a_symlink_brings_in_is_refused_unless_allowed(tmp_path):
 
 def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
     write(tmp_path, [{"file_name": name, "text": "red"} for name in ("a.png", "./a.png", "b/../a.png", "b.png")], False)
-    found = metadata(tmp_path / "metadata.jsonl")
-    assert (names(found), captions(found)) == (["a.png", "b.png"], [["red"] * 3, ["red"]])
+    result = metadata(tmp_path / "metadata.jsonl")
+    assert (names(result), captions(result)) == (["a.png", "b.png"], [["red"] * 3, ["red"]])
 
 
 @pytest.mark.parametrize(

@@ -41,8 +41,8 @@ def test_every_kind_has_a_function_that_opens_it():
 )
 def test_a_source_is_recognised_by_what_it_is(tmp_path, files, name, kind, count):
     make(tmp_path, *files)
-    found, paths = recognise(f"{tmp_path}/{name}" if name else str(tmp_path))
-    assert (found, len(paths)) == (kind, count)
+    entry, paths = recognise(f"{tmp_path}/{name}" if name else str(tmp_path))
+    assert (entry, len(paths)) == (kind, count)
 
 
 @pytest.mark.parametrize(

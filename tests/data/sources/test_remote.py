@@ -174,8 +174,8 @@ def test_another_size_on_the_server_is_named(server, capsys):
     server.files["/data/00001.tar"] = b"new" * 500
     server.files["/data/00003.tar"] = b"more"
     capsys.readouterr()
-    found = contents(expand(name))
-    assert found == {**SHARDS, "data/00003.tar": b"more"}
+    result = contents(expand(name))
+    assert result == {**SHARDS, "data/00003.tar": b"more"}
     said = capsys.readouterr().out
     assert f"{name}00001.tar has changed on its server (1,001 bytes then, 1,500 now)" in said
     os.remove(files[1])
@@ -346,14 +346,14 @@ def test_a_file_that_changes_while_it_is_fetched(server):
 
 def test_two_names_of_the_same_files_at_once(server):
     fault(server, 1, ("wait", 0.3))
-    found = []
+    results = []
     names = (f"{server.url}/data/", f"{server.url}/data/*.tar", f"{server.url}/data/{{00000..00002}}.tar")
-    threads = [threading.Thread(target=lambda name=name: found.append(expand(name))) for name in names]
+    threads = [threading.Thread(target=lambda name=name: results.append(expand(name))) for name in names]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert [contents(files) for files in found] == [SHARDS] * 3
+    assert [contents(files) for files in results] == [SHARDS] * 3
     assert firsts(server, 1) == [0, 400, 800]
 
 
@@ -457,13 +457,13 @@ def test_progress_is_printed_now_and_then(server, named, monkeypatch, capsys):
 
 def test_those_that_wait_take_the_result_or_the_error(server, named):
     fault(server, 1, ("wait", 0.5))
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(expand(named))) for _ in range(3)]
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(expand(named))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found[0] == found[1] == found[2]
+    assert results[0] == results[1] == results[2]
     assert firsts(server, 0) in ([0], [0, 400, 800])
 
 

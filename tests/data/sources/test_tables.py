@@ -134,8 +134,8 @@ def test_open_clips_list_is_read_with_several_captions_of_an_image(tmp_path, sep
 def test_columns_and_separator_may_be_given(tmp_path):
     text = "a;filepath;b;title\n" + "".join(f"x;{k}.png;other;mine {k}\n" for k in range(4))
     path = write_csv(tmp_path, text)
-    found = train(path, separator=";", caption_key="b")
-    assert found.captions(0) == ["other"]
+    result = train(path, separator=";", caption_key="b")
+    assert result.captions(0) == ["other"]
     assert train(path, separator=";").captions(0) == ["mine 0"]
     assert train(write_csv(tmp_path, table()), separator="\\t").captions(0) == ["red apple 0"]
     assert "data.image_key (--csv-img-key) is 'img'" in user_error(lambda: train(path, separator=";", image_key="img"))

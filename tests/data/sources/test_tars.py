@@ -160,8 +160,8 @@ def test_a_json_that_is_not_to_be_read_is_a_bad_sample(tmp_path, content, reason
     some = [m for m in members(range(40)) if not m[0].endswith("txt")]
     some[1] = (some[1][0], content)
     data = build(tar(tmp_path / "a.tar", some), val_source=str(tar(tmp_path / "v" / "v.tar", members([9]))))
-    name, found = data.train[0].bad
-    assert name == "a.tar/000000.png" and found.startswith(reason)
+    name, result = data.train[0].bad
+    assert name == "a.tar/000000.png" and result.startswith(reason)
     assert "not read: the keys of .json url" in build(tar(tmp_path / "b.tar", some[2:])).summary[0]
 
 
@@ -323,9 +323,9 @@ def test_a_pickled_source_opens_its_files_again(tmp_path):
 
 def test_the_fingerprint_names_the_shards(tmp_path):
     shards = [tar(tmp_path / f"{k}.tar", members(range(10))) for k in range(2)]
-    found = tars(*shards).fingerprint()
-    assert found.pop("members") and found.pop("sampled")
-    assert found == {"pictures": 20, "files": {shard.name: shard.stat().st_size for shard in shards}}
+    result = tars(*shards).fingerprint()
+    assert result.pop("members") and result.pop("sampled")
+    assert result == {"pictures": 20, "files": {shard.name: shard.stat().st_size for shard in shards}}
 
 
 def number(value):

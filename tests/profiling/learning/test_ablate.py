@@ -32,8 +32,8 @@ equivalence = 0.05
 def steps(folder) -> list[int]:
     file = folder / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [line["step"] for line in found if "loss" in line]
+    content = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line["step"] for line in content if "loss" in line]
 
 
 def waited_for(true, seconds: float = 240) -> None:

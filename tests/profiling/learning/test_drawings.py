@@ -33,16 +33,16 @@ def a_set(tmp_path, monkeypatch):
 
 def test_concepts_are_drawn_anew_and_those_without_a_drawing_left_out(a_set, monkeypatch):
     pictures, wheel = a_set
-    found = redrawn(pictures, "openmoji")
-    names = [pictures.names[i] for i in sorted([*found.training, *found.held_out])]
+    result = redrawn(pictures, "openmoji")
+    names = [pictures.names[i] for i in sorted([*result.training, *result.held_out])]
     assert names == ["grinning face", "flag: Brazil"]
     face = pictures.names.index("grinning face")
-    assert found.images.shape == pictures.images.shape and found.names == pictures.names
-    upper, lower = found.images[face, :, 5], found.images[face, :, -5]
+    assert result.images.shape == pictures.images.shape and result.names == pictures.names
+    upper, lower = result.images[face, :, 5], result.images[face, :, -5]
     assert (upper == np.array([[255], [0], [0]])).all() and (lower == 255).all()
-    assert not np.array_equal(pictures.images[face], found.images[face])
+    assert not np.array_equal(pictures.images[face], result.images[face])
     wheel.unlink()  # drawn once: the second time the package is not read
-    assert np.array_equal(redrawn(pictures, "openmoji").images, found.images)
+    assert np.array_equal(redrawn(pictures, "openmoji").images, result.images)
 
 
 def test_another_content_is_refused(a_set):

@@ -16,9 +16,9 @@ def test_a_scene_hits_by_its_rank_and_a_tie_is_no_hit():
     best = torch.eye(4)
     endpoints = SimpleNamespace(scores=lambda share: (i2t, best))
     share = SimpleNamespace(texts=SimpleNamespace(number=torch.arange(4)))
-    found = Endpoints.retrieval(endpoints, share)
+    result = Endpoints.retrieval(endpoints, share)
     # Three of each way at most; among four candidates those at 5 and 10 are always hit.
-    assert found.hits == "6555" and found.mean_recall == pytest.approx((6 + 5 + 5 + 5) / 24)
+    assert result.hits == "6555" and result.mean_recall == pytest.approx((6 + 5 + 5 + 5) / 24)
 
 
 def test_own_preferred():

@@ -68,15 +68,15 @@ def test_the_order_depends_on_the_index_alone():
     torch.manual_seed(0)
     index, mask = torch.randint(20_000, (64,)), torch.rand(64, 12) < 0.7
     mask[0], mask[1] = False, torch.arange(12) == 3
-    found = others(index, mask)
+    result = others(index, mask)
     places = torch.arange(12)
     for b in range(64):  # another number of ranks, and another padding
-        assert torch.equal(others(index[b : b + 1], mask[b : b + 1])[0], found[b])
+        assert torch.equal(others(index[b : b + 1], mask[b : b + 1])[0], result[b])
         padded = torch.cat([mask[b], torch.zeros(4, dtype=torch.bool)])
-        assert torch.equal(others(index[b : b + 1], padded[None])[0, :12], found[b])
-        assert torch.equal(found[b].sort().values, places)  # a permutation
-        assert torch.equal(found[b][~mask[b]], places[~mask[b]])
-        assert mask[b].sum() < 2 or (found[b] != places)[mask[b]].all()
+        assert torch.equal(others(index[b : b + 1], padded[None])[0, :12], result[b])
+        assert torch.equal(result[b].sort().values, places)  # a permutation
+        assert torch.equal(result[b][~mask[b]], places[~mask[b]])
+        assert mask[b].sum() < 2 or (result[b] != places)[mask[b]].all()
     full = others(torch.arange(400), torch.ones(400, 4, dtype=torch.bool))
     drawn = full[:, 0].bincount(minlength=4)
     assert drawn[0] == 0 and (drawn[1:] > 100).all()  # 133 of each are expected

@@ -29,9 +29,9 @@ def out(tmp_path):
 def test_lines_of_folders_and_of_other_machines_are_one_file(out, tmp_path):
     file = tmp_path / "runs.csv"
     records.write(file, [line(7)])
-    found = records.merge(PLAN, file, out)
-    assert list(found) == [("exact", 7), ("exact", 1)]
-    assert records.load(file) == {key: dict.fromkeys(records.BESIDE, "") | found[key]
+    lines = records.merge(PLAN, file, out)
+    assert list(lines) == [("exact", 7), ("exact", 1)]
+    assert records.load(file) == {key: dict.fromkeys(records.BESIDE, "") | lines[key]
                                   for key in (("exact", 1), ("exact", 7))}  # fmt: skip
     assert file.read_text().splitlines()[1].startswith('exact,1,0.5,,,,"a, b",tiny')
     assert [path.name for path in tmp_path.glob("runs*")] == ["runs.csv"]  # nothing half written is left
@@ -48,28 +48,28 @@ def test_what_was_measured_afterwards_is_in_the_line_with_the_hits_of_scenes(tmp
     (tmp_path / records.MEASURED).write_text(json.dumps(measured))
     run = Run("exact", 3, "tiny", {})
     records.record(replace(PLAN, endpoints=[ENDPOINT, "unseen/mean_recall"]), run, tmp_path)
-    found = records.load(tmp_path / records.FILE)
-    assert found["exact", 3]["unseen/hits"] == "0060" and "probe/accuracy" not in found["exact", 3]
-    assert records.hits(found, "exact", 3, "unseen/mean_recall") == [0, 0, 6, 0]
-    assert records.hits(found, "exact", 3, ENDPOINT) == []
+    lines = records.load(tmp_path / records.FILE)
+    assert lines["exact", 3]["unseen/hits"] == "0060" and "probe/accuracy" not in lines["exact", 3]
+    assert records.hits(lines, "exact", 3, "unseen/mean_recall") == [0, 0, 6, 0]
+    assert records.hits(lines, "exact", 3, ENDPOINT) == []
     with pytest.raises(UserError, match="swap/captions"):
         records.record(replace(PLAN, endpoints=["swap/captions"]), run, tmp_path)
 
 
 def test_what_is_missing(out, tmp_path):
-    found = records.merge(PLAN, tmp_path / "runs.csv", out)
-    assert [run.name for run in records.missing(PLAN, PLAN.runs(), found)] == ["exact-0"]
+    lines = records.merge(PLAN, tmp_path / "runs.csv", out)
+    assert [run.name for run in records.missing(PLAN, PLAN.runs(), lines)] == ["exact-0"]
     # A line from before an endpoint was named does not count.
-    found["exact", 1][ENDPOINT] = ""
-    assert len(records.missing(PLAN, PLAN.runs(), found)) == 2
-    assert records.values(found, "exact", [0, 1], ENDPOINT) == {}
+    lines["exact", 1][ENDPOINT] = ""
+    assert len(records.missing(PLAN, PLAN.runs(), lines)) == 2
+    assert records.values(lines, "exact", [0, 1], ENDPOINT) == {}
 
 
 def test_a_line_of_other_settings_is_refused(out, tmp_path):
-    found = records.merge(PLAN, tmp_path / "runs.csv", out)
-    found["exact", 1]["settings"] = "tiny optim.lr=1"
+    lines = records.merge(PLAN, tmp_path / "runs.csv", out)
+    lines["exact", 1]["settings"] = "tiny optim.lr=1"
     with pytest.raises(UserError, match=r"run exact-1 is there with other settings \(tiny optim.lr=1\)"):
-        records.missing(PLAN, PLAN.runs(), found)
+        records.missing(PLAN, PLAN.runs(), lines)
 
 
 def test_another_file_is_refused(tmp_path):

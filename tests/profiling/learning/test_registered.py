@@ -98,14 +98,14 @@ def test_what_is_known_stays_and_contrasts_are_those_of_the_revision(committed):
 @pytest.mark.parametrize("name", ["plan", "cut", "thesis", "tuning"])
 def test_the_lines_of_docs_say_what_git_says(name):
     plan = load(LEARNING / f"{'plan' if name == 'tuning' else name}.toml", name == "tuning")
-    found = records.load(LEARNING / f"{name}.csv")
+    lines = records.load(LEARNING / f"{name}.csv")
     again = {}
-    for key, line in found.items():
+    for key, line in lines.items():
         again[key] = registered.fill(plan, {**line, "in_plan": "", "planned": ""})
     if {line["in_plan"] for line in again.values()} == {registered.UNKNOWN}:
         pytest.skip("no history of git")
-    assert again == found
-    later = [line["in_plan"] for line in found.values() if line["in_plan"] != registered.YES]
+    assert again == lines
+    later = [line["in_plan"] for line in lines.values() if line["in_plan"] != registered.YES]
     expected = {
         "plan": ["no, other settings"] * 15,
         "cut": ["no, other seeds"] * 16,
@@ -117,9 +117,9 @@ def test_the_lines_of_docs_say_what_git_says(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_the_tables_of_docs_are_of_the_lines(name):
-    plan, found = load(LEARNING / f"{name}.toml"), records.load(LEARNING / f"{name}.csv")
+    plan, lines = load(LEARNING / f"{name}.toml"), records.load(LEARNING / f"{name}.csv")
     page = (LEARNING / f"{PAGES[name]}.md").read_text()
-    for table in (runs_table(plan, found), arms_table(plan, found, plan.endpoints)):
+    for table in (runs_table(plan, lines), arms_table(plan, lines, plan.endpoints)):
         assert table.markdown() in page
 
 
@@ -134,12 +134,14 @@ def contrasts(page: str) -> dict[str, list[str]]:
 
 
 def test_the_sentences_of_docs_round_the_tables():
-    told = (ROOT / "docs" / "learning.md").read_text()
-    told = re.sub(r"\s+", " ", told[told.index("The planned contrasts, mean") : told.index("The thesis that asked")])
+    lines = (ROOT / "docs" / "learning.md").read_text()
+    lines = re.sub(
+        r"\s+", " ", lines[lines.index("The planned contrasts, mean") : lines.index("The thesis that asked")]
+    )
     tables = contrasts((LEARNING / "results.md").read_text())
     named = rf"({'|'.join(tables)}) ([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\)(?:, p = (\d[\d.]*\d|\d))?"
     seen = set()
-    for contrast, *figures, p in re.findall(named, told):
+    for contrast, *figures, p in re.findall(named, lines):
         _, _, _, difference, interval, _, _, holm = tables[contrast]
         exact = [difference.split()[0], *interval.split(" to ")]
         for figure, cell in zip(figures, exact, strict=True):
@@ -147,7 +149,7 @@ def test_the_sentences_of_docs_round_the_tables():
         bounds = [float(end) for end in exact[1:]]
         excludes_0 = bounds[0] * bounds[1] > 0
         adjusted = float(holm.removesuffix(" (exploratory)"))
-        shown = told.index(f"{contrast} {figures[0]}") < told.index("Not shown (")
+        shown = lines.index(f"{contrast} {figures[0]}") < lines.index("Not shown (")
         assert shown == (adjusted < 0.05), contrast
         assert not (excludes_0 and not shown) or float(p) == pytest.approx(adjusted, rel=0.05), contrast
         seen.add(contrast)
@@ -158,12 +160,12 @@ def test_the_sentences_of_docs_round_the_tables():
 def test_the_table_of_losses_rounds_the_tables():
     page = (LEARNING / "results.md").read_text()
     learning = (ROOT / "docs" / "learning.md").read_text()
-    told = learning[learning.index("| trained, 100 steps") : learning.index("All-pairs CMLI teaches")]
+    lines = learning[learning.index("| trained, 100 steps") : learning.index("All-pairs CMLI teaches")]
     tables = contrasts(page)
     every = {cells[3].split()[0]: cells for cells in tables.values()}
     chance = re.search(r"\| chance \|  \| ([\d.]+) \|", page)
     assert chance is not None and f"chance {float(chance[1]):.3f}" in learning
-    rows = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\) \| (.+) \|", told)
+    rows = re.findall(r"([+-][\d.]+) \(([+-][\d.]+) to ([+-][\d.]+)\) \| (.+) \|", lines)
     assert len(rows) == 11
     for difference, low, high, status in rows:
         matches = []

@@ -47,10 +47,10 @@ def test_a_table_of_arms():
 
 
 def test_chance_is_that_of_the_number_of_scenes():
-    found = {("base", 0): {"unseen/hits": "0" * 600, "seen/hits": "0" * 4}}
-    assert chance(found, "unseen/mean_recall") == pytest.approx(16 / 1800)
-    assert chance(found, "seen/mean_recall") == pytest.approx((1 / 4 + 1 + 1) / 3)
-    assert chance(found, "swap/pictures") == 0.5 and chance(found, "probe/accuracy") is None
+    by_name = {("base", 0): {"unseen/hits": "0" * 600, "seen/hits": "0" * 4}}
+    assert chance(by_name, "unseen/mean_recall") == pytest.approx(16 / 1800)
+    assert chance(by_name, "seen/mean_recall") == pytest.approx((1 / 4 + 1 + 1) / 3)
+    assert chance(by_name, "swap/pictures") == 0.5 and chance(by_name, "probe/accuracy") is None
 
 
 def test_secondary_endpoints_are_described_and_not_tested():
@@ -90,32 +90,32 @@ def test_runs_that_were_added_later_are_counted_apart():
     named = f"far - base in {ENDPOINT}"
     columns = {seed: {"in_plan": "yes", "planned": named} for seed in (0, 1)}
     columns[2] = {"in_plan": "no, other seeds", "planned": named}
-    found = {key: line | columns[key[1]] for key, line in FOUND.items()}
+    by_name = {key: line | columns[key[1]] for key, line in FOUND.items()}
     whole = plan(FAR, NEAR)
-    far, near = compare(whole, found)
+    far, near = compare(whole, by_name)
     # NEAR was not planned with this margin when its runs were made.
     assert far.later == {2} and near.later == {0, 1, 2}
     assert [row[2] for row in contrasts_table([far, near]).rows] == ["3, 1 not in the plan", "3, 3 not in the plan"]
-    before, after = split_tables(whole, found, [far, near])
+    before, after = split_tables(whole, by_name, [far, near])
     assert [row[2] for row in before.rows] == ["2", "0"] and after.rows[0][2] == "1, 1 not in the plan"
     assert split_tables(whole, FOUND, compare(whole, FOUND)) == []
-    runs = runs_table(whole, found)
+    runs = runs_table(whole, by_name)
     assert runs.rows[0] == ["base", "2 of 3", "-", "-: 3"]
     assert runs.notes[-1] == "in the plan: no, other seeds: base-2, near-2, far-2"
 
 
 def test_scenes_are_resampled_where_their_hits_are_known():
     endpoint = "unseen/mean_recall"
-    found = {}
+    by_name = {}
     for seed, (base, near) in enumerate((("0066", "0666"), ("0006", "0066"))):
         for arm, hits in (("base", base), ("near", near)):
-            found[arm, seed] = {endpoint: repr(sum(map(int, hits)) / 24), "unseen/hits": hits}
+            by_name[arm, seed] = {endpoint: repr(sum(map(int, hits)) / 24), "unseen/hits": hits}
     contrast = Contrast("near", "base", True)
     # Scene 1 in the run of seed 0, scene 2 in that of seed 1.
-    assert by_scene(found, contrast, endpoint, [0, 1]).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
-    assert by_scene(found, contrast, "swap/captions", [0, 1]) is None
+    assert by_scene(by_name, contrast, endpoint, [0, 1]).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    assert by_scene(by_name, contrast, "swap/captions", [0, 1]) is None
     of_both = Plan("tiny", plan().arms, [endpoint], [contrast])
-    (compared,) = compare(of_both, found)
+    (compared,) = compare(of_both, by_name)
     # Both seeds differ by 1/4; which scenes are drawn alone makes the interval.
     low, high = compared.found.interval
     assert compared.found.mean == 0.25 and compared.found.deviation == 0

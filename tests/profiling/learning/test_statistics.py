@@ -67,8 +67,8 @@ def test_the_runs_that_show_a_difference():
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, 4.0]])
 def test_a_difference_of_few_seeds(values):
-    found = difference(values)
-    low, high = found.interval
-    assert min(values) <= low < found.mean < high <= max(values)
-    assert found.count == len(values) and found.error > 0
+    figures = difference(values)
+    low, high = figures.interval
+    assert min(values) <= low < figures.mean < high <= max(values)
+    assert figures.count == len(values) and figures.error > 0
     assert difference(values[:1]) is None

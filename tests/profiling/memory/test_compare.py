@@ -184,8 +184,8 @@ def test_the_last_step_alone():
 def test_the_maxima_of_a_step_by_hand():
     rows = [(0, 5, "data"), (1, 3, "CMLI op"), (1, -3, "CMLI op"), (0, -5, "data"), (2, 4, "data")]
     step = [Event(block, size, category, "forward") for block, size, category in rows]
-    found = charts.maxima([Event(9, 10, "parameters", "init")], step)
-    held = [(i, {name: size for name, size in now.items() if size}) for i, now in found]
+    result = charts.maxima([Event(9, 10, "parameters", "init")], step)
+    held = [(i, {name: size for name, size in now.items() if size}) for i, now in result]
     assert held == [(1, {"parameters": 10, "data": 5, "CMLI op": 3}), (4, {"parameters": 10, "data": 4})]
 
 

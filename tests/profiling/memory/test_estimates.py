@@ -28,8 +28,8 @@ STORED = {
 
 
 def test_the_document_s_figures():
-    found = claims()
-    assert {id: claim.document_bytes for id, claim in found.items()} == {
+    figures = claims()
+    assert {id: claim.document_bytes for id, claim in figures.items()} == {
         "E1": 805_306_368,
         "E2": 6_576_668_672,
         "E3": 1_644_167_168,
@@ -37,29 +37,29 @@ def test_the_document_s_figures():
         "E5": None,
     }
     # As written, 256 texts and not 512: half of what it prints.
-    assert found["E2"].arithmetic_bytes == 3_288_334_336
-    assert found["E1"].arithmetic_bytes == 805_306_368
+    assert figures["E2"].arithmetic_bytes == 3_288_334_336
+    assert figures["E1"].arithmetic_bytes == 805_306_368
 
 
 def test_which_step_of_its_arithmetic_is_wrong():
-    found = claims()
-    assert {id: claim.arithmetic for id, claim in found.items()} == {
+    figures = claims()
+    assert {id: claim.arithmetic for id, claim in figures.items()} == {
         "E1": "right",
         "E2": "wrong: 256 * 12,544 = 3,211,264, not 6,422,528",
         "E3": "right",
         "E4": "no numbers of the document",
         "E5": "wrong: 196 * 62 = 12,152, not 12,544",
     }
-    assert [step.right for step in found["E2"].steps] == [True, False, True]
+    assert [step.right for step in figures["E2"].steps] == [True, False, True]
 
 
 def test_other_settings_have_no_printed_numbers():
-    found = claims(OTHER)
-    assert [(step.text, step.value) for step in found["E1"].steps] == [
+    figures = claims(OTHER)
+    assert [(step.text, step.value) for step in figures["E1"].steps] == [
         ("(96 * 2)^2", 36_864),
         ("36,864 * 512 * 4", 75_497_472),
     ]
-    assert {claim.arithmetic for claim in found.values()} == {"no numbers of the document"}
+    assert {claim.arithmetic for claim in figures.values()} == {"no numbers of the document"}
 
 
 def test_what_is_stored():

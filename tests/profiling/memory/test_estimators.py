@@ -39,14 +39,16 @@ def test_errors_and_failures_are_counted():
         Row("b", 200, {OURS: 200, RULE: 180}, {OURS: False, RULE: True}),
         Row("c", 400, {OURS: 396, RULE: 800}, {OURS: True, RULE: False}),
     ]
-    found = summary(rows)
-    assert found[OURS] == {
+    figures = summary(rows)
+    assert figures[OURS] == {
         "settings": 3, "median_relative_error": 0.0, "maximum_relative_error": pytest.approx(0.01), "exact": 2,
         "too_low": pytest.approx(1 / 3), "p_oom": pytest.approx(1 / 3),
     }  # fmt: skip
-    assert found[RULE]["median_relative_error"] == pytest.approx(0.5) and found[RULE]["p_oom"] == pytest.approx(2 / 3)
-    assert found[RULE]["too_low"] == pytest.approx(2 / 3) and found[DEEPSPEED]["too_low"] == 0
-    assert found[DEEPSPEED]["settings"] == 1 and found[DEEPSPEED]["maximum_relative_error"] == pytest.approx(2)
+    assert figures[RULE]["median_relative_error"] == pytest.approx(0.5) and figures[RULE]["p_oom"] == pytest.approx(
+        2 / 3
+    )
+    assert figures[RULE]["too_low"] == pytest.approx(2 / 3) and figures[DEEPSPEED]["too_low"] == 0
+    assert figures[DEEPSPEED]["settings"] == 1 and figures[DEEPSPEED]["maximum_relative_error"] == pytest.approx(2)
 
 
 def test_the_picture(tmp_path):

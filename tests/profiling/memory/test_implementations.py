@@ -32,8 +32,8 @@ def test_scores_and_gradients_are_the_reference_s(scores):
 
     def results(function):
         image, text = case[0].clone().requires_grad_(), case[1].clone().requires_grad_()
-        found = function(image, text, case[2])
-        return [*found, *torch.autograd.grad(found, (image, text), upstream)]
+        result = function(image, text, case[2])
+        return [*result, *torch.autograd.grad(result, (image, text), upstream)]
 
     for ours, theirs in zip(results(scores), results(cmli_scores_reference), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)

@@ -32,16 +32,16 @@ def test_benchmark_writes_what_it_measures(tmp_path):
 def test_extra_memory_is_what_the_op_is_known_to_take(dtype):
     I, J = 6, 8  # noqa: E741
     known = cmli_peak_bytes(I, J, N, M, D, DTYPES[dtype], text_lengths=[62] * J).extra
-    found = own_peak("chunked", "full", dtype, I, J, "cpu")
-    assert 0 <= known - found <= 2 * 4 * I * J  # in backward the gradients of the scores are given
+    result = own_peak("chunked", "full", dtype, I, J, "cpu")
+    assert 0 <= known - result <= 2 * 4 * I * J  # in backward the gradients of the scores are given
 
 
 def test_the_step_beside_a_plain_loop():
     done = run("--preset", "tiny", "--repeats", "1", "--json", script="profiling.speed.step")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["ratio"] > 0 and found["ratio_checkpointing"] > 0
-    assert found["ratio"] == round(found["trainer_s"] / found["plain_s"], 4)  # of one repetition
+    content = json.loads(done.stdout)
+    assert content["ratio"] > 0 and content["ratio_checkpointing"] > 0
+    assert content["ratio"] == round(content["trainer_s"] / content["plain_s"], 4)  # of one repetition
 
 
 def test_batches_of_like_length_beside_those_as_they_come():

@@ -10,7 +10,7 @@ def test_the_tables_are_printed_as_one_object():
     few = ["--preset", "tiny", "--batches", "2", "--train-steps", "1"]
     done = run(*few, "--json", script="profiling.speed.data")
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["loader_1_per_s"] > 0
-    assert 0 < found["waiting_0"] < 1 and 0 < found["waiting_1"] < 1
+    content = json.loads(done.stdout)
+    assert content["loader_1_per_s"] > 0
+    assert 0 < content["waiting_0"] < 1 and 0 < content["waiting_1"] < 1
     assert "of it waiting for its batch" in done.stderr

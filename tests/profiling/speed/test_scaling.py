@@ -17,9 +17,9 @@ def cost(ranks, exchange, memory=1, cached=False, checkpointing=False, **counts)
 
 
 def test_gathering_is_waited_for():
-    found = step_time(cost(4, "gather", all_gather=CallCount(2, 4 * 10**9)), RATES)
+    result = step_time(cost(4, "gather", all_gather=CallCount(2, 4 * 10**9)), RATES)
     # 3 of 4 GB at 1 GB/s, and two calls of log2(4) messages of 1 ms.
-    assert found == {"model": 3.0, "scores": 3.0, "text": pytest.approx(3.004), "rest": 0.0}
+    assert result == {"model": 3.0, "scores": 3.0, "text": pytest.approx(3.004), "rest": 0.0}
 
 
 def test_a_ring_is_hidden_behind_the_scores():
@@ -29,8 +29,8 @@ def test_a_ring_is_hidden_behind_the_scores():
 
 
 def test_what_is_computed_again():
-    found = step_time(cost(1, "gather", cached=True, checkpointing=True), RATES)
-    assert found == {"model": 5.0, "scores": 4.0, "text": 0.0, "rest": 0.0}
+    result = step_time(cost(1, "gather", cached=True, checkpointing=True), RATES)
+    assert result == {"model": 5.0, "scores": 4.0, "text": 0.0, "rest": 0.0}
     assert step_time(cost(4, "ring", cached=True), RATES)["scores"] == 4.0
     assert CallCount(1, 8 * 10**9).sent("all-reduce", 4) == 12 * 10**9  # to scatter the sums, and to gather them
 
