@@ -199,8 +199,8 @@ PATCHES = {
     ),
     "torch: CUDA": Patch(
         "torch.version torch.cuda.nvtx torch._subclasses.fake_tensor:FakeTensorMode "
-        "torch._subclasses.fake_tensor",
-        "cuda range_push range_pop mark avoid_device_init init_gpu_context",
+        "torch._subclasses.fake_tensor torch.backends.cudnn:m",
+        "cuda range_push range_pop mark avoid_device_init init_gpu_context _init is_available",
         _NO_GPU,
     ),
     "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),

@@ -203,7 +203,9 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU."""
     functions = device.functions(gpu, recorder)
-    marks = dict.fromkeys(("range_push", "range_pop", "mark", "init_gpu_context"), lambda *_: 0)
+    nothing = ("range_push", "range_pop", "mark", "init_gpu_context")
+    of_cudnn = ("_init", "is_available")
+    marks = dict.fromkeys((*nothing, *of_cudnn), lambda *_: 0)
     replacements: dict[str, Callable] = {
         "torch: lengths for CTC": _with_lengths_of_host,
         "torch: resized storage": recorder.resizing,

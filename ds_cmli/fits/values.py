@@ -121,7 +121,8 @@ class Values(TorchDispatchMode):
                 raise
             self.bounded[lines.current()] += 1
             return largest
-        except NotImplementedError:
+        # A build with CUDA tries it on the GPU.
+        except (NotImplementedError, torch.AcceleratorError):
             return self._as_on_a_cpu(func, args, kwargs)
         if func is aten._to_copy.default:
             return self._copied(args[0], out)
