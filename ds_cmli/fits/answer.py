@@ -10,13 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+import torch
+from torch import torch_version
+
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event, OutOfMemory, live_at_peak, peaks_of_phases
 from ds_cmli.allocator.cuda_layouts import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
+WITH_BIAS = str(torch.ops.aten.addmm.default)
 PRODUCTS = frozenset(map(str, MATRICES))
+LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
+KEEPS_WORKSPACES = torch_version.TorchVersion(torch.__version__) < (2, 15)
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 
@@ -26,26 +32,37 @@ def with_cublas(
     """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
     The program's thread and that of backward each take a workspace for a stream at their first
-    matrix product there, once its result has been allocated, and keep it.
+    matrix product there, once its result has been allocated, and keep it. From PyTorch 2.15 on each
+    product takes one and returns it, and one with a bias takes LT_WORKSPACE.
 
     Args:
         given: how many events precede a place's first product into a tensor that it was given.
     """
     out: list[Event] = []
-    taken = set[StreamPlace]()
+    taken, left = set[StreamPlace](), dict(given)
+    block = 0
 
-    def take(place: StreamPlace, phase: str) -> None:
-        taken.add(place)
-        block, size = -len(taken), workspaces // 2
+    def take(place: StreamPlace, phase: str, op: str = "") -> None:
+        nonlocal block
+        block -= 1
+        size = workspaces // 2
+        if op == WITH_BIAS and not KEEPS_WORKSPACES:
+            size = min(size, LT_WORKSPACE)
         out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))
+        if KEEPS_WORKSPACES:
+            taken.add(place)
+        else:
+            out.append(Event(block, -size, "temporaries", phase, "cuBLAS", place[1]))
 
     for number, event in enumerate(events):
-        for place in [key for key in given if number >= given[key] and key not in taken]:
-            take(place, "backward" if place[0] else "forward")
+        for place in [key for key in left if number >= left[key]]:
+            del left[place]
+            if place not in taken:
+                take(place, "backward" if place[0] else "forward")
         out.append(event)
         place = event.phase == "backward", event.stream
         if place not in taken and event.bytes > 0 and event.op in PRODUCTS:
-            take(place, event.phase)
+            take(place, event.phase, event.op)
     return out
 
 

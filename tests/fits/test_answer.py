@@ -1,12 +1,29 @@
 """What the answer adds to a program's events."""
 
 from ds_cmli.allocator.blocks import Event
+from ds_cmli.fits import answer
 from ds_cmli.fits.answer import with_cublas
 
 PRODUCT = "aten.mm.default"
 
 
-def test_where_cublas_takes_its_workspaces():
+def test_workspaces_of_a_product_alone(monkeypatch):
+    """As on the null GPU with PyTorch 2.15: 8,519,680 B for a product, 1 MiB for one with a bias."""
+    monkeypatch.setattr(answer, "KEEPS_WORKSPACES", False)
+    events = [
+        Event(0, 10, "activations", "forward", PRODUCT),
+        Event(1, 10, "activations", "forward", "aten.addmm.default"),
+    ]
+    own = [
+        Event(block, size, "temporaries", "forward", "cuBLAS")
+        for block, most in ((-1, 8_519_680), (-2, 1 << 20))
+        for size in (most, -most)
+    ]
+    assert with_cublas(events, 2 * 8_519_680) == [events[0], *own[:2], events[1], *own[2:]]
+
+
+def test_where_cublas_takes_its_workspaces(monkeypatch):
+    monkeypatch.setattr(answer, "KEEPS_WORKSPACES", True)  # before PyTorch 2.15
     events = [
         Event(0, 10, "activations", "forward"),
         Event(1, 10, "activations", "forward", PRODUCT),
