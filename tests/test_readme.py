@@ -125,7 +125,8 @@ ELSEWHERE = {
     "webdataset --output_folder cc12m --processes_count 16 --thread_count 64 --image_size 256 --resize_mode keep_ratio":
         "docs/finetune.md: another project's command",
     "img2dataset --url_list mscoco.parquet --input_format parquet --url_col URL --caption_col TEXT --output_format "
-    "webdataset --output_folder mscoco --processes_count 16 --thread_count 64 --image_size 256 --resize_mode keep_ratio":
+    "webdataset --output_folder mscoco --processes_count 16 --thread_count 64 --image_size 256 --resize_mode "
+    "keep_ratio":
         "docs/finetune.md: another project's command",
     "deepspeed ds_cmli/train.py --preset cc3m --data cc3m --val-data coco/dataset_coco.json --deepspeed_config "
     "ds_configs/zero2_bf16.json --output-dir runs/cc3m":

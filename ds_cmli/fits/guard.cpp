@@ -1,6 +1,6 @@
-// A CUDA device that has no memory and does nothing, also where a build of PyTorch with CUDA has one
-// of its own. Autograd and the generic code of operators ask for a device's guard and hooks even
-// where tensors hold no data, and DDP for a timer.
+// A CUDA device that has no memory and does nothing, also where a build of PyTorch with CUDA has
+// one of its own. Autograd and the generic code of operators ask for a device's guard and hooks
+// even where tensors hold no data, and DDP for a timer.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -101,7 +101,7 @@ const bool chosen = [] {
 
 }  // namespace
 
-// Registers the guard, and no timer, in place of those of a build with CUDA, which is loaded by now.
+// Registers the guard, and no timer, in place of those of a build with CUDA, loaded by now.
 extern "C" void fits_register() {
   static Guard guard;
   c10::impl::DeviceGuardImplRegistrar(DeviceType::CUDA, &guard);
