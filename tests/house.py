@@ -18,8 +18,8 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 45_855),
-    "files of the package": (140, 265),
+    "lines of the package": (20_000, 46_158),
+    "files of the package": (140, 269),
     "lines of memory/": (3_300, 3_849),
     "files of memory/": (20, 20),
     "rooms in a cycle of imports": (0, 0),
@@ -28,7 +28,7 @@ LIMITS = {
     "lines over 100 columns": (0, 0),
     "comprehensions in 1,000 lines of code": (20, 18.6),
     "comprehensions inside another": (0, 0),
-    "conditional expressions in 1,000 lines of code": (14, 13.2),
+    "conditional expressions in 1,000 lines of code": (14, 13.1),
     "functions of more than 7 parameters": (0, 1),
     "formatting switched off": (0, 9),
     "docstrings without a verb or noun at the start": (0, 0),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
-from torch import torch_version
 
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
@@ -22,7 +21,7 @@ from ds_cmli.fits.steps import CATEGORIES
 WITH_BIAS = str(torch.ops.aten.addmm.default)
 PRODUCTS = frozenset(map(str, MATRICES))
 LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
-KEEPS_WORKSPACES = torch_version.TorchVersion(torch.__version__) < (2, 15)
+KEEPS_WORKSPACES = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15)
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 

@@ -349,7 +349,9 @@ def write_data(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         with (folder / name / "metadata.jsonl").open("w") if count else contextlib.nullcontext(io.StringIO()) as file:
             for i in range(count):
-                Image.new("RGB", (60, 60), (5 * i, 200, 0)).save(folder / name / f"{i}.png")
+                picture = Image.new("RGB", (60, 60), (5 * i, 200, 0))
+                picture.paste((0, 0, 200), (0, 0, 20, 60))
+                picture.save(folder / name / f"{i}.png")
                 if name == "broken":
                     (folder / name / f"{i}.png").write_bytes(b"no picture")
                 text = " " if name == "captions" else f"a red square {i}"

@@ -36,7 +36,7 @@ VALUES: dict[str, list[Any]] = {
     "optim.reduce_once": [True], "run.compile": [], "optim.negatives": ["micro_batch"], "run.keep": [1],
     "run.patience": [2], "run.eval_every": [2, 9], "run.save_every": [1, 9], "run.log_every": [2, 9],
     "optim.betas": [[0.8, 0.9]], "run.match_maps": [1], "run.keep_best": [True], "data.max_pixels": [3600],
-    "loss.cmli_backend": ["chunked"],
+    "loss.cmli_backend": ["chunked"], "data.text_positions": [4], "optim.warmup_share": [0.5],
 }  # fmt: skip
 ACCUMULATED = {"accumulated"}  # where gradients are cached
 PAIRS = {*CONTEXTS} - {"demo"}
