@@ -174,9 +174,9 @@ def _links() -> list[tuple[int, int]] | None:
     """
     links: list[tuple[int, int]] = []
     child, started_by_another = os.getpid(), OF_DEEPSPEED in os.environ
-    while not _reaped(child):
-        links.append((child, _parent(child)))
-        child = links[-1][1]
+    while not _reaps(parent := _parent(child)):
+        links.append((child, parent))
+        child = parent
         if not _is_of_a_rank(child):
             if not started_by_another:
                 return links
@@ -198,7 +198,7 @@ def _orphaned(pid: int) -> bool:
 
     Then `pid` is in a process group that neither it nor its new parent leads.
     """
-    if not _reaped(pid) or str(pid) == os.environ.get("SLURM_TASK_PID"):
+    if not _reaps(_parent(pid)) or str(pid) == os.environ.get("SLURM_TASK_PID"):
         return False
     try:
         return os.getpgid(pid) not in (pid, os.getpgid(_parent(pid)))
@@ -206,10 +206,10 @@ def _orphaned(pid: int) -> bool:
         return True
 
 
-def _reaped(pid: int) -> bool:
-    parent = _parent(pid)
-    reaper = status(parent)
-    return parent <= 1 or (reaper is not None and reaper[0] in REAPERS)
+def _reaps(pid: int) -> bool:
+    """Whether a process is a parent of those whose own has ended."""
+    process = status(pid)
+    return pid <= 1 or (process is not None and process[0] in REAPERS)
 
 
 def _parent(pid: int) -> int:

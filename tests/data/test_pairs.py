@@ -124,7 +124,7 @@ def test_garbage_collection_in_a_loading_process_passes_over_what_was_there_befo
     lines = tmp_path / "frozen"
     next(iter(train_loader(data, sampler, 1, lambda worker: lines.write_text(str(gc.get_freeze_count())))))
     assert int(lines.read_text()) > 10_000
-    assert gc.get_freeze_count() == before
+    assert gc.get_freeze_count() <= before  # here nothing is frozen; what was so may have been freed
 
 
 def test_the_length_of_a_draw_is_that_of_the_caption_it_gets(tmp_path):

@@ -17,7 +17,7 @@ time.sleep(float(os.environ["BEFORE"]))  # imports, before a rank takes any noti
 from ds_cmli.faults import preemption
 preemption.install()
 print("ready", os.getpid(), flush=True)
-end = time.monotonic() + 4
+end = time.monotonic() + float(os.environ.get("PATIENCE", 4))
 while not preemption.requested() and time.monotonic() < end:
     time.sleep(0.02)
 print("stopped by", preemption.requested(), flush=True)
@@ -58,6 +58,7 @@ def prepared(folder, name: str, before: float) -> tuple[list[str], dict[str, str
 
 def start(folder, name: str, before: float = 0) -> subprocess.Popen:
     command, env = prepared(folder, name, before)
+    env["PATIENCE"] = "30"  # seconds; the machine may be busy
     # A group of its own, as an interactive shell gives it.
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, process_group=0)
 
