@@ -500,6 +500,7 @@ def class_tokens_are_no_matrices() -> bool:
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
     "torch: GPU's memory": a_gpu_is_found,
+    "torch: accelerator's memory": a_gpu_is_found,
     "torch: GPU's random numbers": a_gpu_is_found,
     "torch: scattered to GPUs": lambda: hasattr(torch._C, "_scatter"),
     "torch: data of the host": data_is_made_up,

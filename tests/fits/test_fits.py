@@ -16,7 +16,7 @@ from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.fits import guard, null_gpu
-from ds_cmli.fits.answer import Answer, Room
+from ds_cmli.fits.answer import KEEPS_WORKSPACES, Answer, Room
 from ds_cmli.fits.command import command
 from ds_cmli.fits.report import ProgramReport, rooms
 from ds_cmli.fits.results import largest_results
@@ -95,22 +95,24 @@ def test_a_linear_layer_by_hand(tmp_path):
     sizes = answer["categories"]
     assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer states"] == size
     # In the second backward pass: its gradient beside that of the first, cuBLAS' two workspaces of 8,519,680 B, and the
-    # input, the output and the output's gradient.
+    # input, the output and the output's gradient. From PyTorch 2.15 on there is one workspace, during a product alone.
+    kept, passing = (2 * 8_519_680, 0) if KEEPS_WORKSPACES else (0, 8_519_680)
     drawn = (tmp_path / "out.svg").read_text()
     for word in ("program.py on A100 80GB", "optimizer states", "reserved", " backward", " optimizer"):
         assert word in drawn
     assert answer["phase"] == "backward" and sizes["data"] == sizes["other"] == 0
-    assert sizes["activations"] == 3 * size and sizes["temporaries"] == size + 2 * 8_519_680
+    assert sizes["activations"] == 3 * size and sizes["temporaries"] == size + kept + passing
     assert answer["totals"]["requested"] == sum(sizes.values())
     # The output's gradient is made before backward. 2% of what is reserved should stay free.
     assert answer["phases"] == {
         "init": 2 * size,
-        "forward": 6 * size + 2 * 8_519_680,
-        "backward": 7 * size + 2 * 8_519_680,
-        "optimizer": 3 * size + 2 * 8_519_680,
+        "forward": (5 if passing else 6) * size + kept + passing,
+        "backward": 7 * size + kept + passing,
+        "optimizer": 3 * size + kept,
     }
-    assert answer["totals"]["reserved"] == 62_914_560 and answer["margin"] == 1_258_291
-    assert re.search(r"context +471,859,200  assumed\n  margin +1,258,291  not in device", done.stdout)
+    reserved, margin = (62_914_560, 1_258_291) if kept else (41_943_040, 838_860)
+    assert answer["totals"]["reserved"] == reserved and answer["margin"] == margin
+    assert re.search(rf"context +471,859,200  assumed\n  margin +{margin:,}  not in device", done.stdout)
     assert done.stdout.startswith("2 steps of program.py fit on A100 80GB (84.98 GB): they take ")
     assert done.stdout.splitlines()[0].endswith("0.02 GB of temporaries, by cuBLAS")
     assert "program.py:5" in done.stdout
@@ -127,10 +129,14 @@ def test_less_than_the_margin_free_is_told(limit, said):
 
 
 def test_the_graph_of_a_gradient_is_walked_as_in_the_thread_of_backward(tmp_path):
-    """A gradient penalty: PyTorch's allocator counts as much on a null GPU (45,553,692 B in the program's thread)."""
+    """A gradient penalty: PyTorch's allocator counts as much on a null GPU (45,553,692 B in the program's thread).
+
+    Where workspaces last, which is before PyTorch 2.15.
+    """
     done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", script(tmp_path, PENALTY), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out.json").read_text())["totals"]["requested"] == 45_685_792
+    requested = json.loads((tmp_path / "out.json").read_text())["totals"]["requested"]
+    assert requested == 45_685_792 or not KEEPS_WORKSPACES
     assert done.stdout.startswith("node 0\n")  # each thread numbers the nodes of its graphs from 0
 
 
@@ -228,7 +234,9 @@ def test_an_optimizer_of_its_own_and_tensors_of_a_class(tmp_path):
     assert "files that the program wrote: log.txt\n" in done.stdout
     assert "no optimizer of torch.optim did a step: each backward pass is taken for one" in done.stdout
     requested = json.loads((tmp_path / "out.json").read_text())["totals"]["requested"]
-    assert 0 <= requested - 4 * (4 << 20) - 2 * 8_519_680 < 20_000
+    size, workspace = 4 << 20, 8_519_680
+    most = 4 * size + 2 * workspace if KEEPS_WORKSPACES else 3 * size + workspace  # in the step, or in backward
+    assert 0 <= requested - most < 20_000
 
 
 def test_an_optimizer_of_its_own_beside_one_of_torch_waits_for_that(tmp_path):
