@@ -157,6 +157,21 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(block, True)
+            block.register_forward_pre_hook(_with_a_gradient)
+
+
+def _with_a_gradient(block: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
+    """Inputs that require a gradient, where the layers below a trained leaf module are frozen.
+
+    By the gradient of its input DeepSpeed knows when the block's backward pass ends.
+    """
+    tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
+    trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
+    if not trained or any(x.requires_grad for x in tensors):
+        return None
+    first, *rest = inputs
+    assert isinstance(first, Tensor)
+    return first.detach().requires_grad_(), *rest
 
 
 def whole(block: nn.Module) -> AbstractContextManager[object]:
