@@ -28,7 +28,7 @@ from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.patches import patched, patched_each
+from ds_cmli.common.patches import PATCHES, patched, patched_each
 from ds_cmli.fits import device, files, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.stand_ins import on_host
@@ -203,9 +203,7 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU."""
     functions = device.functions(gpu, recorder)
-    nothing = ("range_push", "range_pop", "mark", "init_gpu_context")
-    of_cudnn = ("_init", "is_available")
-    marks = dict.fromkeys((*nothing, *of_cudnn), lambda *_: 0)
+    nothing = dict.fromkeys(PATCHES["torch: CUDA"].attributes.split(), lambda *_: 0)
     replacements: dict[str, Callable] = {
         "torch: lengths for CTC": _with_lengths_of_host,
         "torch: resized storage": recorder.resizing,
@@ -223,7 +221,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         for name in names:
             stack.enter_context(patched_each(f"torch: {name}", functions))
         stack.enter_context(
-            patched_each("torch: CUDA", {**marks, "cuda": "13.0", "avoid_device_init": True})
+            patched_each("torch: CUDA", {**nothing, "cuda": "13.0", "avoid_device_init": True})
         )
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))

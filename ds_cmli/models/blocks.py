@@ -31,9 +31,12 @@ def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
     The forward method is replaced, not the module, so that parameter names do not change.
     """
     for block in blocks:
-        trained = any(parameter.requires_grad for parameter in block.parameters())
-        wrapped = _checkpointed(block.forward, checkpoint, trained)
+        wrapped = _checkpointed(block.forward, checkpoint, _is_trained(block))
         block.forward = wrapped  # type: ignore[method-assign]
+
+
+def _is_trained(block: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in block.parameters())
 
 
 def _is_tensor(leaf: object) -> bool:
@@ -157,7 +160,8 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(block, True)
-            block.register_forward_pre_hook(_with_a_gradient)
+            if _is_trained(block):
+                block.register_forward_pre_hook(_with_a_gradient)
 
 
 def _with_a_gradient(block: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
@@ -165,11 +169,9 @@ def _with_a_gradient(block: nn.Module, inputs: tuple[object, ...]) -> tuple[obje
 
     By the gradient of its input DeepSpeed knows when the block's backward pass ends.
     """
-    tensors = [x for x in inputs if isinstance(x, Tensor) and x.is_floating_point()]
-    trained = torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters())
-    if not trained or any(x.requires_grad for x in tensors):
-        return None
     first, *rest = inputs
+    if not torch.is_grad_enabled() or any(getattr(x, "requires_grad", False) for x in inputs):
+        return None
     assert isinstance(first, Tensor)
     return first.detach().requires_grad_(), *rest
 

@@ -13,9 +13,9 @@ def optimizer() -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
 
 
-def steps(every: int, options: int = 2) -> tuple[int, Progress]:
+def steps(every: int, enough: int = 2) -> tuple[int, Progress]:
     """The steps of an optimizer beside one that steps after each `every` ones, until the end."""
-    often, seldom, progress = optimizer(), optimizer(), Progress(options)
+    often, seldom, progress = optimizer(), optimizer(), Progress(enough)
     for number in range(1, 1000):
         for item in (often, seldom):
             if item is often or number % every == 0:
