@@ -107,6 +107,8 @@ def build(
     fields = TypeAdapter(section).json_schema()["properties"]
     if kind == "unexpected_keyword_argument":
         choice(f"setting of {name}", key, fields)
+    if kind == "missing":
+        raise UserError(f"{name}.{key} is missing: give it")
     needs: dict[str, None] = {}  # a setting of several types has an error for each of them
     for problem in errors:
         if problem["loc"][0] == key:

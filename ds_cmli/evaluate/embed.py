@@ -70,7 +70,7 @@ class Images:
         """The patches that one picture has: [h * w, D]."""
         return self.patches[row, : math.prod(self.grid_of(row))]
 
-    def patch_mask(self, rows: slice, device: torch.device) -> Tensor | None:
+    def patch_mask(self, rows: slice | Tensor, device: torch.device) -> Tensor | None:
         """The patches that some pictures have: bool [b, N]; None: all."""
         if self.grid is None:
             return None

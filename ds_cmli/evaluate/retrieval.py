@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.pair_scores import both_ways
+from ds_cmli.cmli.pair_scores import BothWays, both_ways
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import EmbedSettings, Share
+from ds_cmli.evaluate.embed import EmbedSettings, Images, Share
 from ds_cmli.evaluate.metrics import RankCounts, ScoreBlock
 
 PICTURES = 128  # pictures per block
@@ -30,6 +30,31 @@ def kinds(scales: dict[str, float]) -> list[str]:
     if "cmli" in scales:
         return ["global", "cmli", "combined"]
     return ["global"]
+
+
+def pair_scores(
+    images: Images,
+    rows: slice | Tensor,
+    captions: tuple[Tensor, Tensor, Tensor],
+    scales: dict[str, float],
+    device: torch.device,
+) -> dict[str, BothWays]:
+    """Each of `kinds(scales)` for r pictures and b captions, [r, b] on the CPU. CPU-GPU sync.
+
+    Args:
+        rows: of `images`, a range or int64 [r].
+        captions: as from `Texts.block`.
+    """
+    cls, tokens, mask = (part.to(device) for part in captions)
+    cosines = images.cls[rows].to(device) @ cls.t()
+    if "cmli" not in scales:
+        cosines = cosines.cpu()
+        return {"global": BothWays(cosines, cosines)}
+    scores = cmli_scores(
+        images.patches[rows].to(device), tokens, mask, images.patch_mask(rows, device)
+    )
+    both = both_ways(cosines, scores, scales)
+    return {kind: BothWays(*(way.cpu() for way in both[kind])) for kind in kinds(scales)}
 
 
 class Captions(NamedTuple):
@@ -61,18 +86,8 @@ class RetrievalScorer:
     def block(self, number: int, captions: Captions) -> ScoreBlock:
         """The scores of one block of pictures. CPU-GPU sync."""
         images, rows = self.share.images, self.blocks[number]
-        cls, tokens = captions.cls.to(self.device), captions.tokens.to(self.device)
-        mask = captions.token_mask.to(self.device)
-        cosines = images.cls[rows].to(self.device) @ cls.t()
-        if "cmli" not in self.scales:
-            i2t = t2i = cosines[None].cpu()
-        else:
-            patches = images.patches[rows].to(self.device)
-            present = images.patch_mask(rows, self.device)
-            scores = cmli_scores(patches, tokens, mask, present)
-            both = both_ways(cosines, scores, self.scales)
-            by_kind = zip(*map(both.__getitem__, kinds(self.scales)), strict=True)
-            i2t, t2i = (torch.stack(scores).cpu() for scores in by_kind)
+        both = pair_scores(images, rows, captions[1:], self.scales, self.device)
+        i2t, t2i = map(torch.stack, zip(*both.values(), strict=True))
         pictures = images.number[rows]
         is_positive = pictures[:, None] == self.share.held_out.image_of[captions.number]
         return ScoreBlock(pictures, captions.number, i2t, t2i, is_positive)

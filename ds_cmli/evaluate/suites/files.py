@@ -1,0 +1,86 @@
+"""Reads the lists of benchmarks: whatever is wrong is one line with the file and the place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeVar
+
+from ds_cmli.common.errors import UserError, printable
+from ds_cmli.common.json_text import parse, read
+
+Kind = TypeVar("Kind")
+NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
+
+
+class Entry(NamedTuple):
+    """A value of a list, with its place for messages."""
+
+    file: Path
+    place: str  # such as "entry 3" or "line 3"
+    value: object
+
+    def wrong(self, problem: str) -> NoReturn:
+        raise UserError(f"{self.file}, {self.place}: {problem}: fetch it again, or repair it")
+
+    def get(self, key: str, kind: type[Kind]) -> Kind:
+        """The value of a key, of the type `kind`. Raises `UserError`."""
+        if not isinstance(self.value, dict):
+            self.wrong(f"{type(self.value).__name__} where an object is needed")
+        if key not in self.value:
+            self.wrong(f"no {key!r}")
+        value = self.value[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            self.wrong(f"its {key!r} is {type(value).__name__}, and {NAMES[kind]} is needed")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text that is not empty. Raises `UserError`."""
+        text = self.get(key, str)
+        if not text.strip() or printable(text) != text:
+            self.wrong(f"its {key!r} is {text!r}, and a text of whole characters is needed")
+        return text
+
+    def picture(self, key: str, folder: Path, suffix: str = "") -> Path:
+        """The file in `folder` that a key names. Raises `UserError` if it is not there."""
+        name = self.text(key) + suffix
+        if "\0" in name or not (folder / name).is_file():
+            self.wrong(f"its picture {name!r} is not in {folder}")
+        return folder / name
+
+
+def json_entries(file: Path) -> Iterator[Entry]:
+    """The entries of a JSON file, which has a list, or an object of entries by number.
+
+    Raises:
+        UserError: it is no JSON or has no entry.
+    """
+    try:
+        content = read(file, object)
+    except (OSError, ValueError) as error:
+        _refuse(file, f"which cannot be read as JSON ({error})")
+    if not isinstance(content, list | dict) or not content:
+        _refuse(file, "which has no list of entries")
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    return (Entry(file, f"entry {key}", value) for key, value in entries)
+
+
+def json_lines(file: Path) -> Iterator[Entry]:
+    """The objects of a file with one on each line; blank lines are skipped. Raises `UserError`."""
+    count = 0
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        _refuse(file, f"which cannot be read ({error})")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        count += 1
+        try:
+            yield Entry(file, f"line {number}", parse(line, dict))
+        except ValueError as error:
+            Entry(file, f"line {number}", None).wrong(f"no JSON object ({error})")
+    if not count:
+        _refuse(file, "which is empty")
+
+
+def _refuse(file: Path, problem: str) -> NoReturn:
+    raise UserError(f"{file}, {problem}: fetch it again, or name another")

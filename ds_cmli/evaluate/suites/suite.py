@@ -1,0 +1,72 @@
+"""A suite of tasks: a TOML file with a table for each, `[NAME]` with its `kind` and settings."""
+
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import get_args, get_type_hints
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.config.validation import build, check, choice, shown
+from ds_cmli.evaluate.suites.task import Task
+
+ROOM = "ds_cmli.evaluate.suites"
+# Kind -> the class of its settings.
+TASKS: dict[str, str] = {
+    "sugarcrepe": f"{ROOM}.sugarcrepe:SugarCrepe",
+}
+
+
+def read_suite(file: str) -> dict[str, Task]:
+    """The tasks of a suite by name, with their lists read.
+
+    Raises:
+        UserError: the file is no TOML, or has no task, an unknown kind or key, or a missing file.
+    """
+    path = Path(file).expanduser()
+    setting = f"--suite is {file!r}"
+    try:
+        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{setting}: cannot read it: {error.strerror}") from None
+    except ValueError as error:  # tomllib's own, and that of bytes that are no UTF-8
+        raise UserError(f"{setting}, which is no TOML: {one_line(error)}") from None
+    if not content:
+        raise UserError(f"{setting}, which has no task: add a table [NAME] with its kind")
+    tasks = {name: _task(name, table, path.parent) for name, table in content.items()}
+    for task in tasks.values():
+        task.read()
+    return tasks
+
+
+def _task(name: str, table: object, folder: Path) -> Task:
+    """Build one task. Raises `UserError`."""
+    need = f"give a table [{name}] with its kind, one of {', '.join(TASKS)}"
+    check(isinstance(table, dict) and "kind" in table, f"--suite: {name}", table, need)
+    assert isinstance(table, dict)
+    choice(f"--suite: {name}.kind", table["kind"], list(TASKS))
+    task: type = resolve_name(TASKS[table["kind"]])
+    hints = get_type_hints(task)
+    settings = dict(table)
+    del settings["kind"]
+    for key in settings:
+        setting = f"--suite: {name}.{key}"
+        choice(f"setting of --suite: {name}", key, list(hints))
+        if Path in (hints[key], *get_args(hints[key])):
+            settings[key] = _existing(setting, settings[key], folder)
+    return build(task, f"--suite: {name}", settings, {})
+
+
+def _existing(setting: str, value: object, folder: Path) -> Path:
+    """The path of a setting, relative to the suite. Raises `UserError` if none is there."""
+    check(isinstance(value, str), setting, value, "give a path as a text")
+    assert isinstance(value, str)
+    path = folder / Path(value).expanduser()
+    if not value or "\0" in value or not path.exists():
+        where = f" in {str(folder)!r}" if value and not Path(value).is_absolute() else ""
+        raise UserError(f"{setting} is {shown(value)}: no such file or folder{where}")
+    return path

@@ -1,0 +1,86 @@
+"""The interface of a task, and its result: metrics whose samples can be drawn anew.
+
+Shapes: n samples, C classes, R resamples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_cmli.evaluate.model import EvaluatedModel
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric: the mean over classes of the sum of `hits` over the sum of `counts`.
+
+    An accuracy has one class, and each sample counts 1. A mean accuracy over categories has a class
+    for each; so has a mean intersection over union, with a picture's pixels as `hits` and `counts`.
+    Classes that no drawn sample counts for are left out.
+    """
+
+    hits: Tensor  # fp64 [n, C]
+    counts: Tensor  # fp64 [n, C]
+
+    @classmethod
+    def accuracy(cls, right: Tensor, counted: Tensor | None = None) -> "Measure":
+        """The share of `right`, [n] of 0 to 1, among the samples `counted`, bool [n]; None: all."""
+        counts = torch.ones(len(right), 1) if counted is None else counted[:, None]
+        return cls(right.double()[:, None] * counts.double(), counts.double())
+
+    @classmethod
+    def mean_of_groups(cls, right: Tensor, groups: Sequence[str]) -> "Measure":
+        """The mean over groups of the share of `right`, [n], among the group's samples."""
+        names = sorted(set(groups))
+        number = torch.tensor([names.index(group) for group in groups])
+        counts = torch.nn.functional.one_hot(number, len(names)).double()
+        return cls(right.double()[:, None] * counts, counts)
+
+    @classmethod
+    def by_group(cls, right: Tensor, groups: Sequence[str]) -> "dict[str, Measure]":
+        """The share of `right`, [n], in each group."""
+        out = {}
+        for name in dict.fromkeys(groups):
+            out[name] = cls.accuracy(right, torch.tensor([group == name for group in groups]))
+        return out
+
+    @property
+    def value(self) -> float:
+        return self.resampled(torch.ones(len(self.hits), 1, dtype=torch.float64)).item()
+
+    def resampled(self, times: Tensor) -> Tensor:
+        """The metric where each sample was drawn `times`, fp64 [n, R]: fp64 [R]."""
+        hits, counts = self.hits.t() @ times, self.counts.t() @ times  # [C, R]
+        shown = counts > 0
+        ratios = torch.where(shown, hits / counts.clamp(min=1e-300), 0.0)
+        return ratios.sum(0) / shown.sum(0).clamp(min=1)
+
+
+@dataclass
+class Measured:
+    """What one model did on one task."""
+
+    samples: int  # n, equal for all measures
+    measures: dict[str, Measure]  # by "<score>/<metric>"
+    # Further numbers, such as "chance/<metric>" and `truncated`, the captions that were.
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """A frozen dataclass of settings, checked when it is built.
+
+    Settings of the type `Path` are relative to the suite's folder, and checked to be there.
+    """
+
+    def read(self) -> None:
+        """Read the task's lists, before any model is loaded.
+
+        Raises:
+            UserError: one line with the file, the place and what to do.
+        """
+
+    def run(self, model: EvaluatedModel) -> Measured:
+        """Measure a model. Raises `UserError` for a picture that cannot be read."""

@@ -1,0 +1,48 @@
+"""What a suite's file may hold, and the line for each mistake."""
+
+import pytest
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.evaluate.suites.suite import read_suite
+from tests.evaluate.suites import lists
+
+
+def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
+    file = lists.write_suite(tmp_path, crepe=lists.sugarcrepe(tmp_path))
+    monkeypatch.chdir("/")
+    tasks = read_suite(file)
+    assert list(tasks) == ["crepe"]
+    assert tasks["crepe"].images == tmp_path / "val2017"
+    assert [q.group for q in tasks["crepe"].questions].count("swap_obj") == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "which has no task: add a table [NAME] with its kind"),
+        ("\ufeff[a", "which is no TOML: Expected"),
+        ("a = 3", "--suite: a is 3: give a table [a] with its kind, one of"),
+        ("[a]\nfiles = 'x'", "give a table [a] with its kind, one of"),
+        ("[a]\nkind = 'sugarcrep'", "--suite: a.kind is 'sugarcrep': did you mean 'sugarcrepe'?"),
+        ("[a]\nkind = ['sugarcrepe']", "--suite: a.kind is ['sugarcrepe']: "),
+        ("[a]\nkind = 'sugarcrepe'\nfile = '.'", "setting of --suite: a is 'file': did you mean 'files'?"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = '.'", "--suite: a.images is missing: give it"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = 'x'", "--suite: a.files is 'x': no such file or folder in '"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = ''", "--suite: a.files is '': no such file or folder"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = 3\nimages = '.'", "--suite: a.files is 3: give a path as a text"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = '.'\nimages = '.'", "has no .json file: give SugarCrepe's folder data/"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, text, words):
+    (tmp_path / "s.toml").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as error:
+        read_suite(str(tmp_path / "s.toml"))
+    assert words in str(error.value)
+
+
+def test_a_suite_that_is_not_there_or_no_text(tmp_path):
+    with pytest.raises(UserError, match="cannot read it: No such file"):
+        read_suite(str(tmp_path / "none.toml"))
+    (tmp_path / "s.toml").write_bytes(b"\xff\xfe[a]")
+    with pytest.raises(UserError, match="which is no TOML: 'utf-8' codec"):
+        read_suite(str(tmp_path / "s.toml"))
