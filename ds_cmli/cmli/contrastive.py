@@ -1,11 +1,12 @@
 """The contrastive loss of pair scores with a learned temperature, as pure functions of tensors.
 
-Shapes: a tile of the scores of all pairs, R images and T texts. Everything is computed in fp32, or
-in fp64 for fp64 inputs.
+Shapes: a tile of the scores of all pairs, R images and T texts; an image has K texts of its own.
+Everything is computed in fp32, or in fp64 for fp64 inputs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,16 +47,32 @@ def temperature_scale(logit_scale: Tensor, most: float = MAX_SCALE) -> Tensor:
     return (x + (x.clamp(max=math.log(most)) - x).detach()).exp()
 
 
-def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64, of the pairs in a tile [R, T]: row r and column first + r, where the
-    tile has both."""
-    rows, columns = scores.shape
-    start = max(0, -first)
-    r = torch.arange(start, max(start, min(rows, columns - first)), device=scores.device)
-    return r, r + first
+class Own(NamedTuple):
+    """Which columns of a tile are its rows' own texts: row r's are the K from first + r * K on."""
+
+    first: int = 0  # may lie outside of the tile
+    texts: int = 1  # K, the number of each image's own texts
+
+    @classmethod
+    def of(cls, first: "int | Own | None") -> "Own":
+        """Itself, or one text for each image from column `first` on; None: from 0 on."""
+        return first if isinstance(first, Own) else cls(first or 0)
+
+    def pairs(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and columns, int64, of the own pairs that the tile [R, T] has, image by image."""
+        rows, columns = scores.shape
+        start = max(0, -self.first)
+        stop = max(start, min(rows * self.texts, columns - self.first))
+        text = torch.arange(start, stop, device=scores.device)
+        return text // self.texts if self.texts > 1 else text, text + self.first
+
+    def of_each(self, scores: Tensor) -> Iterator[Tensor]:
+        """Yields the columns of the k-th text of every image, a view, for each of the K."""
+        for k in range(self.texts):
+            yield scores[:, (self.first + k) % self.texts :: self.texts]
 
 
-def check_tile(first: int | None, **tiles: Tensor | None) -> None:
+def check_tile(first: int | Own | None, **tiles: Tensor | None) -> None:
     """Raise ValueError unless all have one shape [R, T]; R = T for a whole batch, without
     `first`."""
     legend = "B B" if first is None else "R T"
@@ -66,7 +83,7 @@ def contrastive_loss(
     s_i2t: Tensor,
     s_t2i: Tensor,
     logit_scale: Tensor,
-    first: int | None = None,
+    first: int | Own | None = None,
     row_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(1),
     column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
     ignore: Tensor | None = None,
@@ -74,15 +91,19 @@ def contrastive_loss(
     """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, summed over the tile's pairs and
     divided by R.
 
+    Of K own texts each is the target of 1 / K of its image (Khosla et al., 2020, equation 2), and
+    the columns of all of them count alike.
+
     Args:
         s_i2t: [R, T] fp32 or fp64, images against texts, scored from the image's side (3).
         s_t2i: [R, T], the same scored from the text's side (4); the global loss passes one matrix
             twice.
         logit_scale: one element, ln(1/temperature).
         first: the column that belongs to row 0: row r's text is column first + r, if the tile has
-            it. None: the tile is the whole batch, as many texts as images.
-        row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile
-            has all of them.
+            it; or the columns of K texts of each image, as `Own`. None: the tile is the whole
+            batch, as many texts as images.
+        row_logsumexp: [R, T] -> [R], over all texts of the batch, or -> [R, K], what the k-th own
+            text is compared with. The default is right if the tile has all texts.
         column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of
             several ranks pass `collectives.column_logsumexp`.
         ignore: bool [R, T], images and texts that are no negatives of each other; None: there are
@@ -101,7 +122,9 @@ def contrastive_loss(
     if ignore is not None:
         rows.masked_fill_(ignore, -torch.inf)
         columns.masked_fill_(ignore, -torch.inf)
-    r, t = own_pairs(rows, first or 0)
-    row_loss = row_logsumexp(rows)[r] - rows[r, t]
+    own = Own.of(first)
+    r, t = own.pairs(rows)
+    sums = row_logsumexp(rows)  # [R] or [R, K]
+    row_loss = (sums[r] if sums.dim() == 1 else sums[r, (t - own.first) % own.texts]) - rows[r, t]
     column_loss = column_logsumexp(columns)[t] - columns[r, t]
-    return (row_loss.sum() + column_loss.sum()) / (2 * len(rows))
+    return (row_loss.sum() + column_loss.sum()) / (2 * len(rows) * own.texts)

@@ -1,7 +1,7 @@
 """Leaving out pairs whose softmax weight cannot count, with a bound on the gradient's error.
 
 In backward, the gradient of a pair's score is its softmax weight times a unit that all pairs share
-(the own pair's is less one unit). Each row leaves out small weights whose sum is at most `delta`,
+(an own pair's is less one unit). Each row leaves out small weights whose sum is at most `delta`,
 and so does each column, over the images of all ranks. Pairs that both leave out get a gradient of
 exactly 0, and the backends compute nothing for them. Loss and temperature come from the scores,
 and stay exact. docs/op.md derives the bound.
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import own_pairs, temperature_scale
+from ds_cmli.cmli.contrastive import Own, temperature_scale
 
 HALVINGS = 6  # of the range, in logarithms, in which the largest weight to leave out is sought
 BLOCK = 2**20  # elements of a matrix that are looked at together
@@ -47,44 +47,49 @@ class Cut:
         # The mean over ranks is that of the gradient of the global batch's mean loss.
         self.found: Tensor | None = None
 
-    def apply(self, s_i2t: Tensor, s_t2i: Tensor, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    def apply(
+        self, s_i2t: Tensor, s_t2i: Tensor, first: int | Own
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The same scores [R, G], whose gradients will be cut, and the `units` of `as_loss`.
 
-        `first`: the column of row 0's own text. Collective in backward.
+        `first`: the column of row 0's own text, or those of several. Collective in backward.
         """
         return _Cut.apply(s_i2t, s_t2i, self, first)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
-    def leave_out(self, grads: tuple[Tensor, Tensor], units: Tensor, first: int) -> None:
+    def leave_out(self, grads: tuple[Tensor, Tensor], units: Tensor, first: int | Own) -> None:
         """Set to 0, in place, the gradients of pairs that do not count, and note what they were.
 
         Collective.
 
         Args:
             grads: of s_i2t and s_t2i, [R, G] each, fp32 or fp64.
-            units: the gradient of those of `as_loss`.
-            first: the column of row 0's own text.
+            units: the gradient of those of `as_loss`. Of K own texts of an image each has 1 / K of
+                the unit of its column.
+            first: as in `apply`.
         """
-        (R, G), limit = grads[0].shape, self.delta * units[0]
-        own = own_pairs(grads[0], first)
-        of_own = [g[own] for g in grads]
+        (R, G), limit, own = grads[0].shape, self.delta * units[0], Own.of(first)
+        places = own.pairs(grads[0])
+        of_own = [g[places] for g in grads]
         for g in grads:
-            g.index_put_(own, g.new_zeros(()))  # a number would come from the host: a CPU-GPU sync
+            # A number would come from the host: a CPU-GPU sync.
+            g.index_put_(places, g.new_zeros(()))
         images = R * collectives.world_size(self.group)
-        columns = _threshold(self._of_columns(grads[1]), G, limit, images)  # collective
+        of_columns = self._of_columns(grads[1])
+        columns = _threshold(of_columns, G, limit / own.texts, images)  # collective
         left_out, pairs = limit.new_zeros(()), torch.zeros_like(limit, dtype=torch.int64)
         for rows in _blocks(grads[0]):
             i2t, t2i = grads[0][rows], grads[1][rows]
-            size, of_columns = i2t.abs(), t2i.abs()
+            size, other = i2t.abs(), t2i.abs()
             low = size < _threshold(_of_rows(size), len(i2t), limit, G)[:, None]
-            low &= of_columns < columns
-            left_out += size.add_(of_columns).masked_fill_(~low, 0.0).sum()
+            low &= other < columns
+            left_out += size.add_(other).masked_fill_(~low, 0.0).sum()
             pairs += low.sum()
             i2t.masked_fill_(low, 0.0)
             t2i.masked_fill_(low, 0.0)
         for g, before in zip(grads, of_own, strict=True):
-            g[own] = before
-        kept = 1 - (pairs - len(own[0])) / (R * G)
+            g[places] = before
+        kept = 1 - (pairs - len(places[0])) / (R * G)
         bound = ROUNDING * self.weight * left_out / units[1]
         self.found = torch.stack([kept, bound.to(kept.dtype)])
 

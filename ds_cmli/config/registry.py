@@ -55,7 +55,7 @@ LOSSES = {
         "ds_cmli.losses.over_pairs:GlobalContrastive",
         scores="global",
         kind="contrastive",
-        settings=("duplicates", "init_temperature"),
+        settings=("captions", "duplicates", "init_temperature"),
     ),
     "global_sigmoid": LossEntry(
         "ds_cmli.losses.over_pairs:GlobalSigmoid",
@@ -68,7 +68,7 @@ LOSSES = {
         "ds_cmli.losses.over_pairs:AllPairsCMLI",
         scores="cmli",
         kind="contrastive",
-        settings=("duplicates", "cmli_init_temperature", *OP),
+        settings=("captions", "duplicates", "cmli_init_temperature", *OP),
     ),
     "cmli_sigmoid": LossEntry(
         "ds_cmli.losses.over_pairs:CMLISigmoid",

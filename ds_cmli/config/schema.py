@@ -158,6 +158,11 @@ class DataConfig:
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
+    # K, how many captions of a picture a step takes, drawn without repetition as far as it has so
+    # many: all are its positives.
+    captions: Annotated[int, Field(ge=1, le=256)] = 1
+    # Whether the captions of training are the sentences of a picture's captions, each a text.
+    split_sentences: bool = False
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
@@ -242,6 +247,10 @@ class LossConfig:
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
+    # Of several captions of an image (`data.captions`), in the contrastive losses: "all" are
+    # compared with all texts of the batch at once; "each", the k-th ones with one another alone, as
+    # in DreamLIP.
+    captions: Literal["all", "each"] = "all"
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
     cmli_init_temperature: Temperature = 0.02
@@ -402,6 +411,12 @@ class Config:
             self._check_queue(self.optim.queue[1])
         if self.data.aspect_patch:
             self._check_any_aspect()
+        if self.data.captions > 1:
+            need = (
+                f"data.captions is {self.data.captions}, and a queue keeps one text of each image"
+            )
+            queue, negatives = self.optim.queue, self.optim.negatives
+            check(queue is None, "optim.negatives", negatives, f"{need}: give global_batch")
 
     def _check_queue(self, with_tokens: int) -> None:
         """Raise `UserError` for a queue that no loss compares with."""

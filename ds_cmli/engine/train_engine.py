@@ -205,8 +205,8 @@ class TrainEngine:
         """
         if not compares_tokens(self.objective.losses):
             return 0.0
-        (B, M), N = batch.input_ids.shape, self.objective.patches
-        G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
+        (C, M), N, B = batch.input_ids.shape, self.objective.patches, len(batch.index)
+        G = C * distributed.world_size() * (self.accumulation if self.caching else 1)
         D = self.objective.student.embed_dim
         share = self.objective.config.cmli_token_keep
         return 3 * 2.0 * B * G * kept(share, N) * kept(share, M) * D

@@ -209,11 +209,11 @@ class AgainstTeacher(Loss):
         """`contrast_loss` of each position of this rank's pairs.
 
         Args:
-            queries, targets: [B, M, H_t].
+            queries, targets: [C, M, H_t], a number of rows for each image.
             teacher: [B, H_t] or [B, N, H_t], this rank's features, which all ranks compare with.
 
         Returns:
-            [B, M]. Collective.
+            [C, M]. Collective.
         """
         everywhere = collectives.gather(teacher)  # [G, H_t] or [G, N, H_t], collective
         picture_id = collectives.gather(inputs.batch.pair_id)[:, 0]  # [G], collective
@@ -226,9 +226,9 @@ class AgainstTeacher(Loss):
             candidates.append(self.bank.candidates(by_picture))
             if self.training:
                 self.bank.offer(everywhere, picture_id)
-        B, M, _ = queries.shape
-        own = ids[distributed.rank() * B :][:B].repeat_interleave(M)  # [B * M]
+        B, (C, M, _) = len(teacher), queries.shape
+        own = ids[distributed.rank() * B :][:B].repeat_interleave(C * M // B)  # [C * M]
         compared = Compared(own, candidates, self.config.cmli_scratch_bytes)
         scale = temperature_scale(self.logit_scale)
         flat = queries.flatten(0, 1), targets.flatten(0, 1)
-        return contrast_loss(*flat, scale, compared).view(B, M)
+        return contrast_loss(*flat, scale, compared).view(C, M)

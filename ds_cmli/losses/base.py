@@ -1,7 +1,8 @@
 """The base class of losses, and the inputs that they are computed from.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, H student width, H_t
-teacher width, D embedding dimension.
+Shapes: B images per rank, each with K texts of its own; C = B * K texts, image by image; P ranks,
+G = C * P texts; N patches, M text positions, H student width, H_t teacher width, D embedding
+dimension.
 """
 
 import math
@@ -15,16 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import MAX_SCALE, upcast
+from ds_cmli.cmli.contrastive import MAX_SCALE, Own, upcast
 from ds_cmli.cmli.cut import Cut, as_loss
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.cmli.ring import Score
 from ds_cmli.cmli.token_keep import select
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import duplicates
+from ds_cmli.losses.functions import duplicates, ids_of_texts
 from ds_cmli.models.dual import Start
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
@@ -36,8 +38,8 @@ class Features:
 
     image_cls: Tensor  # [B, H]
     patches: Tensor  # [B, N, H]
-    text_cls: Tensor  # [B, H]
-    tokens: Tensor  # [B, M, H], padding and special tokens included
+    text_cls: Tensor  # [C, H]
+    tokens: Tensor  # [C, M, H], padding and special tokens included
     # int64 [B, N], where these patches are in the image; None: they are all.
     places: Tensor | None = None
     # bool [B, N], the patches that pictures of any aspect have; None: all.
@@ -82,16 +84,24 @@ class PairInputs(ABC):
 
     @property
     @abstractmethod
-    def first(self) -> int:
-        """The column of the pair scores that is row 0's own text.
+    def own(self) -> Own:
+        """The columns of the pair scores that are the rows' own texts, K each."""
 
-        It is out of range if the tile does not have it.
-        """
+    @property
+    def first(self) -> int:
+        """`own` of one text for each image: the column of row 0's. Raises `UserError` of more."""
+        if self.own.texts > 1:
+            raise UserError(
+                f"data.captions is {self.own.texts}: a loss here knows one caption of an image "
+                "(PairInputs.first): give 1, or let it take PairInputs.own"
+            )
+        return self.own.first
 
     @property
     @abstractmethod
     def duplicates(self) -> Tensor | None:
-        """The pairs of image and text that are no negatives: same picture or caption.
+        """The pairs of image and text that are no negatives, without own ones: the same picture, or
+        the text is one of the image's.
 
         bool [R, T]; None: the texts of all other pairs are negatives. Collective.
         """
@@ -121,7 +131,10 @@ class PairInputs(ABC):
 
 @dataclass
 class LossInputs(PairInputs):
-    """The inputs of a micro-batch whose negatives are the other pairs of the global micro-batch."""
+    """The inputs of a micro-batch whose negatives are the other pairs of the global micro-batch.
+
+    An image's K texts follow one another: texts b * K to b * K + K - 1 are those of image b.
+    """
 
     features: Features
     batch: Batch
@@ -134,15 +147,16 @@ class LossInputs(PairInputs):
     units: Tensor | None = None
 
     @property
-    def first(self) -> int:
-        return distributed.rank() * len(self.batch.index)
+    def own(self) -> Own:
+        texts = self.batch.pair_id.shape[1] - 1
+        return Own(distributed.rank() * len(self.batch.index) * texts, texts)
 
     @cached_property
     def duplicates(self) -> Tensor | None:
         ids = self.batch.pair_id
         if self.config.duplicates == "keep":
             return None
-        return duplicates(ids, collectives.gather(ids), self.first)  # collective
+        return duplicates(ids, ids_of_texts(collectives.gather(ids)), self.own)  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
@@ -154,7 +168,7 @@ class LossInputs(PairInputs):
 
     @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
-        """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [B, M, D]."""
+        """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [C, M, D]."""
         project = self.student.projection
         return project(self.features.patches), project(self.features.tokens)
 
@@ -170,7 +184,7 @@ class LossInputs(PairInputs):
         )  # collective
         if self.cut is None:
             return scores
-        s_i2t, s_t2i, self.units = self.cut.apply(*scores, self.first)  # collective in backward
+        s_i2t, s_t2i, self.units = self.cut.apply(*scores, self.own)  # collective in backward
         return s_i2t, s_t2i
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:

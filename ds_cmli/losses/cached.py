@@ -16,7 +16,8 @@ Where pairs are left out (`cmli.cut`), the first pass keeps the CMLI scores of a
 pairs (fp32, 8 bytes a pair). The losses are differentiated from them, and only the pairs whose
 gradients are left are computed a second time.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, R = K * B images of this rank.
+Shapes: A micro-batches of B images with K texts each, P ranks, G = A * B * K * P texts, R = A * B
+images of this rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,6 @@ from ds_cmli.cmli.inputs import Sides, Wanted
 from ds_cmli.cmli.op import cmli_gradients
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.losses.tiles import LARGER, Tile, TileSide, TileStatistics
@@ -126,8 +126,7 @@ class PairLosses:
             units[1] *= len(self.step) / len(images)  # the losses of a tile are a share
             for name, grad in images.gradients.items():
                 self.step.set_gradient(micro_batch, name, grad)
-        first = distributed.rank() * len(self.step)
-        cut.leave_out((self.kept[0], self.kept[1]), units, first)  # collective
+        cut.leave_out((self.kept[0], self.kept[1]), units, self.step.own)  # collective
 
     def _replace_kept(self, units: Tensor, images: TileSide, texts: TileSide) -> None:
         """Replace a tile's kept scores by their gradients, and `units` by that of the cut's."""
@@ -246,9 +245,8 @@ class PairLosses:
             self.step.heartbeat()
 
     def _tile(self, images: TileSide, texts: TileSide, tensors: dict[str, Tensor]) -> Tile:
-        own_texts = distributed.rank() * len(self.step)
         options = self.statistics, self.score, self.keep_duplicates
-        return Tile(images, texts, tensors, own_texts, *options)
+        return Tile(images, texts, tensors, self.step.own, *options)
 
     def _values(self, tile: Tile) -> dict[str, Tensor]:
         """Each loss of a tile: its share of the mean over this rank's images."""

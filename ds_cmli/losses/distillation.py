@@ -30,7 +30,7 @@ class TokenTargets(Loss):
 
     @torch.no_grad()
     def similarities(self, inputs: LossInputs) -> Tensor:
-        """What tokens and patches are matched by: [B, M, N] fp32 (fp64)."""
+        """What tokens and patches are matched by: [C, M, N] fp32 (fp64)."""
         features, project = inputs.features, inputs.student.projection
         patches = features.patches
         if self.config.match == "teacher":
@@ -41,10 +41,11 @@ class TokenTargets(Loss):
         similarity = functions.patch_similarities(project(features.tokens), project(patches))
         if features.patch_mask is None:
             return similarity
-        return similarity.masked_fill_(~features.patch_mask[:, None, :], -torch.inf)
+        mask = features.patch_mask.repeat_interleave(len(similarity) // len(patches), 0)  # [C, N]
+        return similarity.masked_fill_(~mask[:, None, :], -torch.inf)
 
     def counted(self, inputs: LossInputs) -> Tensor:
-        """The tokens that the loss is a mean over: bool [B, M]."""
+        """The tokens that the loss is a mean over: bool [C, M]."""
         return inputs.batch.token_mask
 
 
@@ -82,9 +83,9 @@ class TokenContrast(AgainstTeacher, TokenTargets):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         patches = inputs.teacher.patches
-        targets = functions.chosen_features(patches, self.match(inputs))  # [B, M, H_t]
+        targets = functions.chosen_features(patches, self.match(inputs))  # [C, M, H_t]
         tokens = inputs.to_teacher(inputs.features.tokens)
-        losses = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
+        losses = self.contrast(inputs, tokens, targets, patches)  # [C, M], collective
         return functions.masked_mean(losses, self.counted(inputs))
 
 
@@ -108,6 +109,9 @@ class ClsContrast(AgainstTeacher):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         features, teacher = inputs.features, inputs.teacher.cls
-        both = inputs.to_teacher(torch.stack([features.image_cls, features.text_cls], 1))
-        targets = teacher[:, None].expand(both.shape)  # [B, 2, H_t]
-        return self.contrast(inputs, both, targets, teacher).mean()  # collective
+        texts = features.text_cls.unflatten(0, (len(teacher), -1))  # [B, K, H]
+        both = inputs.to_teacher(torch.cat([features.image_cls[:, None], texts], 1))
+        targets = teacher[:, None].expand(both.shape)  # [B, 1 + K, H_t]
+        losses = self.contrast(inputs, both, targets, teacher)  # [B, 1 + K], collective
+        of_texts = losses[:, 1:].mean(1, keepdim=True)
+        return torch.cat([losses[:, :1], of_texts], 1).mean()

@@ -2,8 +2,9 @@
 
 See `cmli/contrastive.py` too.
 
-Shapes: B pairs, a tile of R images and T texts that are compared, N image patches, M text
-positions, H hidden size, D embedding dimension. Equation numbers are those of the source document.
+Shapes: B images, each with K texts of its own, C = B * K texts, image by image; a tile of R images
+and T texts that are compared, N image patches, M text positions, H hidden size, D embedding
+dimension. Equation numbers are those of the source document.
 Everything is computed in fp32, or in fp64 for fp64 inputs.
 """
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ds_cmli.cmli.contrastive import (
     MAX_SCALE,
+    Own,
     check_tile,
-    own_pairs,
     temperature_scale,
     unit_rows,
     upcast,
@@ -26,21 +27,23 @@ def sigmoid_loss(
     scores: Tensor,
     logit_scale: Tensor,
     bias: Tensor,
-    first: int | None = None,
+    first: int | Own | None = None,
     positives: Tensor | None = None,
     max_scale: float = MAX_SCALE,
 ) -> Tensor:
     """-log sigmoid(z * (t * score + b)), summed over texts and averaged over the tile's R images.
 
     This is SigLIP's loss. z is 1 for positives and -1 for all others (Zhai et al., 2023, equation
-    1). No normalisation over the batch: across ranks only the scores need the other ranks.
+    1). No normalisation over the batch: across ranks only the scores need the other ranks. With K
+    own texts of an image it is divided by K, as in FLAIR's code (Xiao et al., 2025).
 
     Args:
         scores: [R, T] fp32 or fp64, images against texts.
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
         first: the column that belongs to row 0: row r's text is column first + r, if the tile has
-            it. None: the tile is the whole batch, as many texts as images.
+            it; or the columns of K texts of each image, as `Own`. None: the tile is the whole
+            batch, as many texts as images.
         positives: bool [R, T], further positives, see `duplicates`; None: there are none.
         max_scale: the maximum of 1/temperature.
 
@@ -53,50 +56,72 @@ def sigmoid_loss(
     """
     check_tile(first, scores=scores, positives=positives)
     logits = temperature_scale(logit_scale, max_scale) * scores + upcast(bias)  # [R, T]
-    sign = torch.full_like(logits, -1.0)
+    own, sign = Own.of(first), torch.full_like(logits, -1.0)
     # A number would come from the host: a CPU-GPU sync.
-    sign.index_put_(own_pairs(logits, first or 0), sign.new_ones(()))
+    sign.index_put_(own.pairs(logits), sign.new_ones(()))
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
-    return -F.logsigmoid(sign * logits).sum(1).mean()
+    loss = -F.logsigmoid(sign * logits).sum(1).mean()
+    return loss / own.texts if own.texts > 1 else loss
 
 
-def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
+def duplicates(pair_id: Tensor, all_ids: Tensor, first: int | Own = 0) -> Tensor:
     """Images and texts of different pairs that also match: bool [R, T].
 
-    The pairs share the picture or the caption.
+    The text's picture is the same, or the text is equal to one of the image's own.
 
     Args:
-        pair_id: int64 [R, 2], of the images, hashes of picture and caption: equal for equal
-            pictures or captions.
-        all_ids: int64 [T, 2], the same of the texts.
-        first: the column that belongs to row 0, as in `sigmoid_loss`.
+        pair_id: int64 [R, 1 + K], of the images, hashes of the picture and its K captions: equal
+            for equal pictures or captions.
+        all_ids: int64 [T, 2], of the texts, hashes of picture and caption, see `ids_of_texts`.
+        first: the columns that belong to the rows, as in `sigmoid_loss`.
     """
+    own = Own.of(first)
     same = pair_id[:, :1] == all_ids[:, 0]
-    same |= pair_id[:, 1:] == all_ids[:, 1]
-    same.diagonal(first).fill_(False)  # a row's own text
+    for k in range(1, pair_id.shape[1]):
+        same |= pair_id[:, k : k + 1] == all_ids[:, 1]
+    for k, columns in enumerate(own.of_each(same)):
+        columns.diagonal((own.first + k) // own.texts).fill_(False)  # the rows' own k-th texts
     return same
+
+
+def ids_of_texts(pair_id: Tensor) -> Tensor:
+    """Hashes of picture and caption of each text: int64 [B, 1 + K] of images -> [C, 2]."""
+    if pair_id.shape[1] == 2:
+        return pair_id
+    captions = pair_id[:, 1:]
+    return torch.stack([pair_id[:, :1].expand_as(captions), captions], 2).flatten(0, 1)
+
+
+def by_image(texts: Tensor, images: int) -> Tensor:
+    """The positions of an image's texts one after another: [C, M, ...] -> [B, K * M, ...], a view.
+
+    Raises ValueError unless each of the `images` B has as many texts.
+    """
+    if len(texts) % images:
+        raise ValueError(f"{len(texts)} texts are no multiple of {images} images")
+    return texts.unflatten(0, (images, -1)).flatten(1, 2)
 
 
 def patch_similarities(tokens: Tensor, patches: Tensor) -> Tensor:
     """Cosine similarities of the tokens and patches of each positive pair.
 
     Args:
-        tokens: [B, M, D], projected by g; of any norm and any float dtype.
+        tokens: [C, M, D], projected by g; of any norm and any float dtype.
         patches: [B, N, D], projected by the same g: with two different random projections, matches
             are random.
 
     Returns:
-        [B, M, N] fp32 (fp64), without a gradient.
+        [C, M, N] fp32 (fp64), without a gradient.
 
     Raises:
         ValueError: on shapes that do not fit.
     """
-    check_shapes(tokens=(tokens, "B M D"), patches=(patches, "B N D"))
+    check_shapes(tokens=(tokens, "C M D"), patches=(patches, "B N D"))
     with torch.no_grad(), full_precision(tokens.device):
-        tokens = unit_rows(tokens)
+        tokens, shape = unit_rows(tokens), (*tokens.shape[:2], patches.shape[1])
         patches = unit_rows(patches)
-        return tokens @ patches.transpose(1, 2)
+        return (by_image(tokens, len(patches)) @ patches.transpose(1, 2)).view(shape)
 
 
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
@@ -105,7 +130,7 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     Arguments and errors are those of `patch_similarities`.
 
     Returns:
-        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
+        int64 [C, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
         index.
     """
     return patch_similarities(tokens, patches).argmax(2)
@@ -115,10 +140,10 @@ def choose_patches(similarity: Tensor, target: str, top: int, temperature: float
     """The patches whose teacher features are a token's target, given `patch_similarities`.
 
     Args:
-        similarity: [B, M, N] fp32 (fp64); a patch at -inf is not chosen.
-        target: "best", the most similar patch, as in the document: its index, int64 [B, M], with
+        similarity: [C, M, N] fp32 (fp64); a patch at -inf is not chosen.
+        target: "best", the most similar patch, as in the document: its index, int64 [C, M], with
             ties to the lowest; "top", the `top` best ones alike, or "attention", all of them by the
-            softmax of similarity / `temperature`: weights, [B, M, N], whose sum is 1.
+            softmax of similarity / `temperature`: weights, [C, M, N], whose sum is 1.
     """
     if target == "best":
         return similarity.argmax(2)
@@ -130,14 +155,15 @@ def choose_patches(similarity: Tensor, target: str, top: int, temperature: float
 
 
 def chosen_features(patches: Tensor, match: Tensor) -> Tensor:
-    """The features that `choose_patches` has chosen: [B, N, H], its result -> [B, M, H].
+    """The features that `choose_patches` has chosen: [B, N, H], its result -> [C, M, H].
 
     A mean is computed in fp32 (fp64); the feature of one patch keeps its dtype.
     """
+    shape, chosen = (*match.shape[:2], patches.shape[2]), by_image(match, len(patches))
     if match.dim() == 2:
-        return patches.gather(1, match[:, :, None].expand(-1, -1, patches.shape[2]))
+        return patches.gather(1, chosen[:, :, None].expand(-1, -1, shape[2])).view(shape)
     with full_precision(patches.device):
-        return match @ upcast(patches)
+        return (chosen @ upcast(patches)).view(shape)
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -192,22 +218,22 @@ def target_text_loss(
     mean over the M_j valid tokens of each text.
 
     Args:
-        student_tokens: [B, M, H].
+        student_tokens: [C, M, H].
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: of `choose_patches`, int64 [B, M] or [B, M, N].
-        token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
+        match: of `choose_patches`, int64 [C, M] or [C, M, N].
+        token_mask: bool [C, M], True = valid (not [CLS], [SEP], [PAD]).
         reduction: "mean" or "sum" over H, see `squared_distance`.
 
     Raises:
         ValueError: on shapes that do not fit.
     """
     check_shapes(
-        student_tokens=(student_tokens, "B M H"),
+        student_tokens=(student_tokens, "C M H"),
         teacher_patches=(teacher_patches, "B N H"),
-        match=(match, "B M N"[: 2 * match.dim() - 1]),
-        token_mask=(token_mask, "B M"),
+        match=(match, "C M N"[: 2 * match.dim() - 1]),
+        token_mask=(token_mask, "C M"),
     )
-    targets = chosen_features(teacher_patches, match)  # [B, M, H]
+    targets = chosen_features(teacher_patches, match)  # [C, M, H]
     return masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)
 
 
@@ -216,17 +242,18 @@ def cls_distillation_loss(
 ) -> Tensor:
     """Both class tokens regress the teacher's, the document's starting point: mean of both.
 
-    All are [B, H].
+    Of images [B, H], of texts [C, H].
 
     Raises ValueError on shapes that do not fit.
     """
     check_shapes(
         student_image=(student_image, "B H"),
-        student_text=(student_text, "B H"),
+        student_text=(student_text, "C H"),
         teacher_image=(teacher_image, "B H"),
     )
     image = squared_distance(student_image, teacher_image, reduction).mean()
-    text = squared_distance(student_text, teacher_image, reduction).mean()
+    texts = by_image(student_text[:, None], len(teacher_image))  # [B, K, H]
+    text = squared_distance(texts, teacher_image[:, None], reduction).mean()
     return (image + text) / 2
 
 
@@ -266,8 +293,8 @@ def sparc_loss(patches: Tensor, tokens: Tensor, token_mask: Tensor, logit_scale:
 
     Args:
         patches: [B, N, D], projected; of any float dtype, not normalised.
-        tokens: [B, M, D], projected into the same space.
-        token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]); the other tokens may have
+        tokens: [C, M, D], projected into the same space.
+        token_mask: bool [C, M], True = valid (not [CLS], [SEP], [PAD]); the other tokens may have
             any value.
         logit_scale: one element, ln(1/temperature).
 
@@ -278,17 +305,18 @@ def sparc_loss(patches: Tensor, tokens: Tensor, token_mask: Tensor, logit_scale:
         ValueError: on shapes that do not fit.
     """
     check_shapes(
-        patches=(patches, "B N D"), tokens=(tokens, "B M D"), token_mask=(token_mask, "B M")
+        patches=(patches, "B N D"), tokens=(tokens, "C M D"), token_mask=(token_mask, "C M")
     )
     with full_precision(tokens.device):
         patches = upcast(patches)
         tokens = upcast(tokens).masked_fill(~token_mask[:, :, None], 0.0)
-        groups = alignment_weights(patches, tokens) @ patches  # (5), [B, M, D]
+        weights = alignment_weights(patches, by_image(tokens, len(patches)))
+        groups = (weights @ patches).view_as(tokens)  # (5), [C, M, D]
         cosines = unit_rows(groups) @ unit_rows(tokens).transpose(1, 2)
-        logits = temperature_scale(logit_scale) * cosines  # [B, M, M], groups against tokens
+        logits = temperature_scale(logit_scale) * cosines  # [C, M, M], groups against tokens
     # A position that is not valid is compared with itself alone, which is finite and gives 0.
     compared = token_mask[:, :, None] & token_mask[:, None, :]
     compared |= torch.eye(token_mask.shape[1], dtype=torch.bool, device=token_mask.device)
     logits = logits.masked_fill(~compared, -torch.inf)
-    both = (logits.logsumexp(2) + logits.logsumexp(1)) / 2  # [B, M]
+    both = (logits.logsumexp(2) + logits.logsumexp(1)) / 2  # [C, M]
     return masked_mean(both - logits.diagonal(dim1=1, dim2=2), token_mask)  # (6)

@@ -5,6 +5,7 @@ document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorith
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,14 @@ class Contrastive(Loss):
 
     def logsumexps(self, inputs: PairInputs) -> LogSumExps:
         """The sums over rows and over columns, as `contrastive_loss` takes them. Collective."""
+        if self.config.captions == "each":
+            return partial(sums_of_each, inputs), inputs.column_logsumexp
         if self.bank is None:
             return inputs.row_logsumexp, inputs.column_logsumexp
         assert isinstance(inputs, LossInputs), "with a queue there is no gradient caching"
         by_id = self.config.duplicates == "mask"
         of_images, of_texts = self.bank.of_earlier(inputs, self.logit_scale, by_id)  # collective
-        first, end = inputs.first, inputs.first + len(of_texts)
+        first, end = inputs.own.first, inputs.own.first + len(of_texts)
 
         def rows(logits: Tensor) -> Tensor:
             return torch.logaddexp(inputs.row_logsumexp(logits), of_images)
@@ -48,8 +51,16 @@ class Contrastive(Loss):
         ignore = inputs.duplicates  # collective
         logsumexps = self.logsumexps(inputs)  # collective
         return contrastive_loss(
-            s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
+            s_i2t, s_t2i, self.logit_scale, inputs.own, *logsumexps, ignore
         )  # collective
+
+
+def sums_of_each(inputs: PairInputs, logits: Tensor) -> Tensor:
+    """log(sum(exp)) of each row over the k-th texts of all images, for each k: [R, T] -> [R, K].
+
+    The K contrasts of DreamLIP (Zheng et al., 2024).
+    """
+    return torch.stack(list(map(inputs.row_logsumexp, inputs.own.of_each(logits))), 1)
 
 
 class GlobalContrastive(Contrastive):
@@ -90,7 +101,7 @@ class GlobalSigmoid(Loss):
         """The loss of scores [R, T]. Collective."""
         positives = inputs.duplicates  # collective
         scale, bias, most = self.logit_scale, self.logit_bias, self.max_scale
-        return sigmoid_loss(scores, scale, bias, inputs.first, positives, most)
+        return sigmoid_loss(scores, scale, bias, inputs.own, positives, most)
 
     def start_from(self, start: Start) -> None:
         self.logit_scale.data.fill_(start.log_scale)

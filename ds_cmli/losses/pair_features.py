@@ -1,7 +1,7 @@
 """The features that gradient caching keeps, of a micro-batch and of a step, on device or host.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, N patches, M text positions, H
-student width, D embedding dimension.
+Shapes: A micro-batches of B images with K texts each, C = B * K, P ranks, G = A * C * P texts, N
+patches, M text positions, H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.contrastive import Own, upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tensors
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.functions import ids_of_texts
 from ds_cmli.losses.tiles import TileSide
 
 
@@ -26,14 +27,14 @@ from ds_cmli.losses.tiles import TileSide
 class PairFeatures:
     """The features of one micro-batch that losses over pairs need, or their gradients.
 
-    `features` has "image_cls" and "text_cls", [B, H], "patches", [B, N, D], and "tokens",
-    [B, M, D], as far as a loss compares them. They are not normalised, in the model's precision,
+    `features` has "image_cls", [B, H], "text_cls", [C, H], "patches", [B, N, D], and "tokens",
+    [C, M, D], as far as a loss compares them. They are not normalised, in the model's precision,
     and without a graph, except in `Objective.replay`.
     """
 
     features: dict[str, Tensor]
-    token_mask: Tensor  # bool [B, M], True = valid
-    pair_id: Tensor  # int64 [B, 2], hashes: equal for equal pictures or captions
+    token_mask: Tensor  # bool [C, M], True = valid
+    pair_id: Tensor  # int64 [B, 1 + K], hashes: equal for equal pictures or captions
     patch_mask: Tensor | None = None  # bool [B, N], the patches that there are; None: all
     selection: Selection | None = None  # which patches and tokens were kept, if only a share is
 
@@ -56,8 +57,14 @@ class CachedStep:
     heartbeat: Callable[[], None] = lambda: None  # called after each tile
 
     def __len__(self) -> int:
-        """The number of this rank's pairs, K * B."""
+        """The number of this rank's images, A * B."""
         return sum(map(len, self.features))
+
+    @property
+    def own(self) -> Own:
+        """Where the texts of this rank's images are among those of all ranks."""
+        texts = self.features[0].pair_id.shape[1] - 1
+        return Own(distributed.rank() * len(self) * texts, texts)
 
     def fetch(self, x: Tensor) -> Tensor:
         """A cached tensor on the device: a copy if it is on the host of a GPU."""
@@ -90,16 +97,17 @@ class CachedStep:
         """
         longest = max(f.token_mask.shape[1] for f in self.features)
         ids = torch.cat([self.fetch(f.pair_id) for f in self.features])
-        mask = torch.zeros(len(self), longest, dtype=torch.bool, device=self.device)
+        count = len(self) * self.own.texts
+        mask = torch.zeros(count, longest, dtype=torch.bool, device=self.device)
         own: dict[str, Tensor] = {}
         first = 0
         for f in self.features:
-            part = slice(first, first + len(f))
+            part = slice(first, first + len(f.token_mask))
             mask[part, : f.token_mask.shape[1]] = self.fetch(f.token_mask)
             for name, x in self._normalised(f, "text_cls", "tokens"):
                 if name not in own:
                     size = longest if name == "tokens" else x.shape[1]
-                    own[name] = x.new_zeros(len(self), size, *x.shape[2:])
+                    own[name] = x.new_zeros(count, size, *x.shape[2:])
                 own[name][part, : x.shape[1]] = x
             first = part.stop
         all_masks, go_round = None, False
@@ -111,12 +119,12 @@ class CachedStep:
                 own["tokens"], all_masks = collectives.gather_text(own["tokens"], mask)
         if "text_cls" in own:
             own["text_cls"] = collectives.gather_with_gradient(own["text_cls"])  # collective
-        texts = TileSide(0, collectives.gather(ids), own, all_masks)  # collective
+        of_all = ids_of_texts(collectives.gather(ids))  # collective
+        texts = TileSide(0, of_all, own, all_masks)
         if not go_round:
             return texts, None
         tokens = {"tokens": own.pop("tokens")}
-        first = distributed.rank() * len(self)
-        of_rank = texts.part(slice(first, first + len(self)))
+        of_rank = texts.part(slice(self.own.first, self.own.first + count))
         return texts, replace(of_rank, features=tokens, mask=mask)
 
     def set_gradient(self, f: PairFeatures, name: str, grad: Tensor) -> None:
@@ -133,8 +141,9 @@ class CachedStep:
             f.features[name].copy_(back)
 
     def set_text_gradients(self, name: str, grad: Tensor) -> None:
-        """Replace a feature of this rank's texts by its gradient, [K * B, ...] as above."""
+        """Replace a feature of this rank's texts by its gradient, [A * C, ...] as above."""
         first = 0
         for f in self.features:
-            self.set_gradient(f, name, grad[first : first + len(f)])
-            first += len(f)
+            end = first + len(f.token_mask)
+            self.set_gradient(f, name, grad[first:end])
+            first = end

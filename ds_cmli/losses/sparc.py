@@ -19,5 +19,5 @@ class Sparc(Loss):
     def forward(self, inputs: LossInputs) -> Tensor:
         project = inputs.student.projection
         patches = project(inputs.features.patches)  # [B, N, D]
-        tokens = project(inputs.features.tokens)  # [B, M, D]
+        tokens = project(inputs.features.tokens)  # [C, M, D]
         return sparc_loss(patches, tokens, inputs.batch.token_mask, self.logit_scale)

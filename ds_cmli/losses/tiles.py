@@ -1,7 +1,7 @@
 """A tile: the pairs of some images and some texts of a step with gradient caching.
 
 Shapes: a tile of R images and T texts, N patches, M text positions, H student width, D embedding
-dimension.
+dimension. An image has K texts of its own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_cmli.cmli import collectives
+from ds_cmli.cmli.contrastive import Own
 from ds_cmli.cmli.inputs import index_dtype
 from ds_cmli.cmli.ring import Score
 from ds_cmli.common.probe import probe
@@ -38,7 +39,7 @@ class TileSide:
     """
 
     first: int  # place of the first among this rank's images, or among the texts of all ranks
-    pair_id: Tensor  # int64 [.., 2]
+    pair_id: Tensor  # int64 [.., 1 + K] of images, [.., 2] of texts: see `functions.duplicates`
     features: dict[str, Tensor]
     mask: Tensor | None  # bool [.., N] or [.., M], True = valid; None: all patches are
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -171,7 +172,7 @@ class Tile(PairInputs):
     images: TileSide
     texts: TileSide
     tensors: dict[str, Tensor]
-    own_texts: int  # place of this rank's first text among those of all ranks
+    own_texts: Own  # where the texts of this rank's images are among those of all ranks
     statistics: TileStatistics
     score: Score
     keep_duplicates: bool
@@ -181,14 +182,15 @@ class Tile(PairInputs):
         self.statistics.begin_tile(self.images.place, self.texts.place)
 
     @property
-    def first(self) -> int:
-        return self.own_texts + self.images.first - self.texts.first
+    def own(self) -> Own:
+        first, texts = self.own_texts
+        return Own(first + self.images.first * texts - self.texts.first, texts)
 
     @cached_property
     def duplicates(self) -> Tensor | None:
         if self.keep_duplicates:
             return None
-        return duplicates(self.images.pair_id, self.texts.pair_id, self.first)
+        return duplicates(self.images.pair_id, self.texts.pair_id, self.own)
 
     @cached_property
     def global_scores(self) -> Tensor:

@@ -127,9 +127,9 @@ def test_features_of_16_bits_are_compared_in_fp32():
 
 def test_shapes_that_do_not_fit_are_refused():
     patches, tokens, mask = inputs()
-    with pytest.raises(ValueError, match=r"tokens has shape \[1, 6, 4\], \[B, M, D\]: B is 1, but 3 in patches"):
-        sparc_loss(patches, tokens[:1], mask, SCALE)
-    with pytest.raises(ValueError, match=r"token_mask has shape \[3, 1\], \[B, M\]: M is 1, but 6 in tokens"):
+    with pytest.raises(ValueError, match="1 texts are no multiple of 3 images"):
+        sparc_loss(patches, tokens[:1], mask[:1], SCALE)
+    with pytest.raises(ValueError, match=r"token_mask has shape \[3, 1\], \[C, M\]: M is 1, but 6 in tokens"):
         sparc_loss(patches, tokens, mask[:, :1], SCALE)
 
 

@@ -1,0 +1,174 @@
+"""Losses of several captions an image, against formulas in fp64 that go through images and texts one by one.
+
+B images with K texts each, N patches, M text positions, H student width, D embedding dimension.
+"""
+
+import math
+import random
+from functools import partial
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ds_cmli.cmli.contrastive import Own, contrastive_loss
+from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.cmli.ring import Scorer
+from ds_cmli.config.presets import load_preset
+from ds_cmli.losses import functions
+from ds_cmli.losses.cached import PairLosses
+from ds_cmli.losses.objective import Objective
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
+from ds_cmli.models.student import Student
+
+F64, LOSSES = torch.float64, ("global", "cmli", "global_sigmoid", "cmli_sigmoid")
+N, M, D = 5, 8, 16
+WIDE = [0, pytest.param(1, marks=pytest.mark.slow)]
+
+
+def matches(ids: list[list[int]], K: int) -> list[list[bool]]:
+    """Whether image i and text t match though t is none of the image's own: ids are picture and K captions."""
+    texts = [(row[0], caption) for row in ids for caption in row[1:]]
+    return [
+        [t // K != i and (ids[i][0] == picture or caption in ids[i][1:]) for t, (picture, caption) in enumerate(texts)]
+        for i in range(len(ids))
+    ]
+
+
+def contrast(s_i2t, s_t2i, scale, K, other, each):
+    """Each image's K texts among the texts, (each among the k-th ones), and each text's image among the images."""
+    B, total = len(s_i2t), 0.0
+    for i in range(B):
+        for k in range(K):
+            own = i * K + k
+            texts = [t for t in range(B * K) if not other[i][t] and (not each or t % K == k)]
+            images = [j for j in range(B) if not other[j][own]]
+            row = torch.stack([scale * s_i2t[i, t] for t in texts]).logsumexp(0) - scale * s_i2t[i, own]
+            column = torch.stack([scale * s_t2i[j, own] for j in images]).logsumexp(0) - scale * s_t2i[i, own]
+            total = total + (row + column) / (2 * B * K)
+    return total
+
+
+def sigmoids(scores, scale, bias, K, other):
+    B, total = len(scores), 0.0
+    for i in range(B):
+        for t in range(B * K):
+            sign = 1 if t // K == i or other[i][t] else -1
+            total = total + torch.log1p(torch.exp(-sign * (scale * scores[i, t] + bias))) / (B * K)
+    return total
+
+
+def random_ids(draw: random.Random, B: int, K: int) -> list[list[int]]:
+    """Pictures and captions of which some are equal, also among an image's own."""
+    most = draw.choice([3, 10, 1000])
+    return [[draw.randrange(most), *(draw.randrange(most) for _ in range(K))] for _ in range(B)]
+
+
+@pytest.mark.parametrize("wide", WIDE)
+def test_losses_of_scores_equal_the_formulas(wide):
+    for case in range(300 if wide else 20):
+        draw = random.Random(case)
+        torch.manual_seed(case)
+        B, K, each = draw.randint(1, 5), draw.randint(1, 4), draw.random() < 0.5
+        ids = random_ids(draw, B, K)
+        other = matches(ids, K)
+        ignore = functions.duplicates(torch.tensor(ids), functions.ids_of_texts(torch.tensor(ids)), Own(0, K))
+        assert ignore.tolist() == other
+        scores = torch.randn(2, B, B * K, dtype=F64, requires_grad=True)
+        own, log_scale, bias = Own(0, K), torch.randn(1, dtype=F64), torch.randn(1, dtype=F64)
+        rows = lambda x: x.logsumexp(1)  # noqa: E731
+        if each:
+            rows = lambda x, own=own: torch.stack([part.logsumexp(1) for part in own.of_each(x)], 1)  # noqa: E731
+        ours = contrastive_loss(*scores, log_scale, own, rows, ignore=ignore)
+        same(ours, contrast(*scores, log_scale.exp()[0], K, other, each), scores)
+        ours = functions.sigmoid_loss(scores[0], log_scale, bias, own, ignore)
+        same(ours, sigmoids(scores[0], log_scale.exp()[0], bias[0], K, other), scores)
+
+
+def same(ours, expected, leaf):
+    assert_close(ours, torch.as_tensor(expected, dtype=F64).reshape(ours.shape), rtol=1e-10, atol=1e-12)
+    grads = [torch.autograd.grad(x, leaf, allow_unused=True)[0] for x in (ours, expected)]
+    assert_close(*grads, rtol=1e-8, atol=1e-12)
+
+
+def test_own_texts_by_hand():
+    tile = torch.zeros(2, 5)
+    # Row 0's own two texts are columns 1 and 2, row 1's 3 and 4.
+    assert [x.tolist() for x in Own(1, 2).pairs(tile)] == [[0, 0, 1, 1], [1, 2, 3, 4]]
+    # The tile begins with the second of row 0's three, and ends with the last but one of row 1's.
+    assert [x.tolist() for x in Own(-1, 3).pairs(tile)] == [[0, 0, 1, 1, 1], [0, 1, 2, 3, 4]]
+    assert [x.tolist() for x in Own(9, 3).pairs(tile)] == [[], []]
+    columns = torch.arange(5).expand(2, 5)
+    assert [x[0].tolist() for x in Own(-1, 3).of_each(columns)] == [[2], [0, 3], [1, 4]]
+
+
+def test_several_positives_by_hand():
+    """Khosla et al. (2020), equation 2: lse - the mean of the two; 0 everywhere gives ln 4 and ln 2."""
+    s = torch.zeros(2, 4)
+    outcome = contrastive_loss(s, s, torch.zeros(1), Own(0, 2))
+    assert outcome.item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+
+
+@pytest.fixture(scope="module")
+def objective():
+    return made("all")
+
+
+def made(captions: str, weights: dict | None = None) -> Objective:
+    torch.manual_seed(0)
+    weights = weights or dict(zip(LOSSES, (1.0, 0.7, 0.2, 0.4), strict=True))
+    config = load_preset("tiny", {"loss": {"weights": weights, "captions": captions}, "data": {"captions": 2}})
+    student = Student(config.student, config.data.image_size, 300, config.data.context_length)
+    return Objective(student, config.loss, None).double()
+
+
+def random_step(seed: int, width: int) -> tuple[list[PairFeatures], int]:
+    """The features of one to three micro-batches, and K."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    A, B, K = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
+    ids, out = random_ids(draw, A * B, K), []
+    randn = partial(torch.randn, dtype=F64)
+    for a in range(A):
+        mask = torch.arange(M) < torch.randint(1, M + 1, (B * K, 1))
+        x = {"image_cls": randn(B, width), "text_cls": randn(B * K, width)}
+        x |= {"patches": randn(B, N, D), "tokens": randn(B * K, M, D)}
+        out.append(PairFeatures(x, mask, torch.tensor(ids[a * B : (a + 1) * B])))
+    return out, K
+
+
+def expected(step: list[PairFeatures], K: int, objective: Objective):
+    """The weighted loss of a step by the formulas, and the gradients of its features."""
+    leaves = [{name: x.clone().requires_grad_() for name, x in f.features.items()} for f in step]
+    image, text, patches, tokens = (torch.cat([f[name] for f in leaves]) for name in step[0].features)
+    unit = torch.nn.functional.normalize
+    mask, ids = torch.cat([f.token_mask for f in step]), torch.cat([f.pair_id for f in step]).tolist()
+    cosines = unit(image, dim=-1) @ unit(text, dim=-1).t()
+    both = cmli_scores_reference(unit(patches, dim=-1), unit(tokens, dim=-1), mask)
+    other, each, total = matches(ids, K), objective.config.captions == "each", 0.0
+    for name, weight in objective.config.weights.items():
+        loss, scores = objective.losses[name], both if name.startswith("cmli") else (cosines, cosines)
+        scale = loss.logit_scale.exp().clamp(max=loss.max_scale)[0]
+        if name.endswith("sigmoid"):
+            parts = [sigmoids(s, scale, loss.logit_bias[0], K, other) for s in scores]
+            total = total + weight * (parts[0] + parts[1]) / 2
+        else:
+            total = total + weight * contrast(*scores, scale, K, other, each)
+    grads = torch.autograd.grad(total, [x for f in leaves for x in f.values()])
+    return total.detach(), list(grads)
+
+
+@pytest.mark.parametrize("wide", WIDE)
+def test_gradient_caching_equals_the_formulas(wide, objective):
+    objectives = [objective, made("each")]
+    for case in range(300 if wide else 8):
+        chosen = objectives[case % 2]
+        step, K = random_step(case, chosen.student.width)
+        total, grads = expected(step, K, chosen)
+        budget = random.Random(case).choice([1, 40, 300, 1 << 30])
+        losses = {name: chosen.losses[name] for name in LOSSES}
+        cached = CachedStep(step, torch.device("cpu"))
+        outcome = PairLosses(cached, losses, chosen.config.weights, Scorer("chunked"), budget).gradients()
+        assert_close(outcome.total.reshape(()), total.reshape(()), rtol=1e-9, atol=1e-12)
+        for ours, theirs in zip([x for f in step for x in f.tensors()], grads, strict=True):
+            assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
