@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.torch_version import TorchVersion
 
 # The Triton that the CUDA builds of PyTorch 2.13 and later require. Earlier ones differ in nothing
 # that a prediction asks.
@@ -18,8 +19,8 @@ REQUIRED = {(2, 13): "3.7.1", (2, 14): "3.8.0", (2, 15): "3.9.0"}
 
 def required(pytorch: str) -> str:
     """The version that the CUDA build of a version of PyTorch requires, as far as is known."""
-    major, minor = map(int, pytorch.split(".")[:2])
-    return REQUIRED[max(min(REQUIRED), min((major, minor), max(REQUIRED)))]
+    earlier = [release for release in REQUIRED if TorchVersion(pytorch) >= release]
+    return REQUIRED[max(earlier, default=min(REQUIRED))]
 
 
 if TYPE_CHECKING or find_spec("triton") is not None:
