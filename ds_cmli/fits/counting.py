@@ -11,6 +11,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ds_cmli.common.cli import guard_streams, leave
@@ -30,12 +32,17 @@ def mixed_releases() -> str:
 def end_after_steps(progress: Progress) -> None:
     """End the program when its optimizers have done their steps."""
 
+    def before(module: nn.Module, _: tuple) -> None:
+        if progress.ends_before(module):
+            raise script.StepsDone
+
     def after(optimizer: Optimizer, *_: object) -> None:
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             progress.backward += 1  # else this is the trial of a schedule, say
         if progress.ends_after_step(optimizer):
             raise script.StepsDone
 
+    register_module_forward_pre_hook(before)
     register_optimizer_step_post_hook(after)
 
 
@@ -50,7 +57,7 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
     if snapshot:
         torch.cuda.memory._record_memory_history()
     try:
-        code = script.run(command, (torch.OutOfMemoryError,))
+        code = script.run(command, progress.ends_with, (torch.OutOfMemoryError,))
     except torch.OutOfMemoryError:
         full = True
         code = 1
@@ -59,7 +66,7 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
     stats = torch.cuda.memory_stats()
     counted: dict[str, object] = {kind: stats.get(f"{kind}_bytes.all.peak", 0) for kind in KINDS}
     counted["steps"] = min(progress.done.values(), default=0)
-    counted |= {"over": progress.over, "waited_for": progress.waited_for}
+    counted |= {"ending": [*progress.ending()], "waited_for": progress.waited_for}
     counted["written"] = script.written()
     counted["full"] = full or stats.get("num_ooms", 0) > 0
     if snapshot:

@@ -19,7 +19,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.fits.answer import Room
 from ds_cmli.fits.report import (
     check_training,
-    ended,
     not_counted,
     show_totals,
     verdict,
@@ -44,7 +43,7 @@ class Counted:
     allocated: int
     reserved: int
     steps: int  # optimizer steps that were done
-    over: bool  # whether the program was ended after them
+    ending: list[str]  # lines on what the program did not do until then
     waited_for: list[str]  # optimizers that had done none by then
     full: bool  # whether the device had too little memory
     written: str  # the line about files, or ""
@@ -162,9 +161,8 @@ class NullGpuAnswer:
         answer = verdict(self.asked.room, self.totals["device"], self.enough)
         print(f"{ran} {answer}{not_counted(self.counted.waited_for)}")
         show_totals(self.totals, self.asked.room, self.asked.world)
-        end = ended(self.counted.over, self.counted.steps, self.asked.steps)
-        lines = end, f"\n{NOT_COUNTED}", self.counted.written
-        print(*filter(None, lines), sep="\n")
+        lines = *self.counted.ending, NOT_COUNTED, self.counted.written
+        print("", *filter(None, lines), sep="\n")
 
     def to_dict(self) -> dict[str, object]:
         counted = {"steps": self.counted.steps, "waited_for": self.counted.waited_for}

@@ -83,12 +83,15 @@ def run(
         of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())
+        is_done = recorder.progress.ends_with
         try:
-            ran.code = script.run(command, (script.NotFollowed, UserError, *WITHOUT_DATA))
+            ran.code = script.run(command, is_done, (script.NotFollowed, UserError, *WITHOUT_DATA))
         except script.NotFollowed as reason:
-            raise UserError(str(reason)) from None
+            if not is_done(reason):
+                raise UserError(str(reason)) from None
         except WITHOUT_DATA as error:
-            raise UserError(_needs_values(error)) from None
+            if not is_done(error):
+                raise UserError(_needs_values(error)) from None
     return ran
 
 

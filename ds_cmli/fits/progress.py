@@ -1,17 +1,28 @@
 """How far a program's training has come: its backward passes, and the steps of each optimizer."""
 
 import gc
+import time
 from collections import Counter
 from collections.abc import Iterator
 
+import torch
+from torch import nn
 from torch.optim.optimizer import Optimizer
+
+from ds_cmli.common.errors import one_line
 
 PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
 MORE = 16  # steps of one optimizer beyond those asked for, in which the others can do one
+AFTER_S = 20.0  # seconds of what follows the steps, such as an evaluation of many batches
 
 
 class Progress:
-    """Counts until `asked` steps of each optimizer are done, or one has done MORE than those."""
+    """Counts until `asked` steps of each optimizer are done, or one has done MORE than those.
+
+    Each kind of step comes twice by then: the modules that run with gradients make the kind, as a
+    penalty every few steps is one more. What follows the last step, such as an evaluation, runs
+    until the next step begins.
+    """
 
     def __init__(self, asked: int):
         self.asked, self.done = asked, Counter[int]()
@@ -20,6 +31,13 @@ class Progress:
         self.passes, self.passed = 0, -1  # backward passes before a forward one, the last's number
         self.over = False  # whether the program need not go on
         self.waited_for: list[str] = []  # optimizers that have done no step until then
+        self.modules: set[int] = set()  # that ran with gradients since an optimizer's last step
+        self.kinds = Counter[tuple[int, frozenset[int]]]()  # steps by optimizer and modules
+        self.done_at: float | None = None  # the time at which all steps were done
+        self.trained: set[int] = set()  # modules that have run with gradients
+        self.evaluated = False  # whether a trained module has run without them
+        self.too_long = False  # whether what follows the steps was left after `AFTER_S`
+        self.error = ""  # with which the program ended after its steps
 
     @property
     def steps(self) -> int:
@@ -36,20 +54,73 @@ class Progress:
         self.over = self.passes == PASSES and not _optimizers()
         return self.over
 
+    def ends_before(self, module: nn.Module) -> bool:
+        """Whether a module's forward pass is not to be run, as all steps are done before it."""
+        key = id(module)
+        if torch.is_grad_enabled():
+            self.modules.add(key)
+            self.trained.add(key)
+            self.over = self.done_at is not None and module.training
+            return self.over or self.ends_before_forward()
+        self.evaluated |= key in self.trained
+        if self.done_at is not None and time.monotonic() - self.done_at > AFTER_S:
+            self.over = self.too_long = True
+        return self.over
+
     def ends_after_step(self, optimizer: Optimizer) -> bool:
-        """Whether all steps are done with this one."""
+        """Whether all steps were done before this one."""
         key = _first_parameter(optimizer)
         if key is None or self.stepped_after.get(key, -1) == self.backward:
             return False  # the trial of a schedule, say: nothing has been trained
+        if self.done_at is not None:
+            self.over = True
+            return True
         self.stepped_after[key] = self.backward
         self.done[key] += 1
+        self.kinds[key, frozenset(self.modules)] += 1
+        self.modules.clear()
         last = max(self.done.values()) >= self.asked + MORE
-        if not last and min(self.done.values()) < self.asked:
+        if not last and (min(self.done.values()) < self.asked or self.once):
             return False
         without = sorted(self._without_a_step())
-        self.over = last or not without
-        self.waited_for = without if self.over else []
-        return self.over
+        if last or not without:
+            self.done_at, self.waited_for = time.monotonic(), without
+        return False
+
+    def ends_with(self, error: BaseException) -> bool:
+        """Whether all steps were done before the program's error, or its exit."""
+        if self.done_at is None:
+            return False
+        if not isinstance(error, SystemExit) or error.code:
+            self.error = f"{type(error).__name__}: {one_line(error)}"
+        return True
+
+    def ending(self, saved: bool = True) -> Iterator[str]:
+        """Yield lines on what was not counted: the steps are not all that a program does.
+
+        Args:
+            saved: whether it has saved tensors, if that is known.
+        """
+        if self.over:
+            seen = {"an evaluation": self.evaluated, "saving": saved, "a smaller last batch": False}
+            missing = ", ".join(name for name, was in seen.items() if not was)
+            yield f"not seen until then: {missing}; give more --steps if one may need more"
+        elif self.steps < self.asked:
+            yield f"the program ended after {self.steps} of {self.asked} optimizer steps"
+        if self.once:
+            kinds = "kinds of steps" if self.once > 1 else "kind of step"
+            yield f"{self.once} {kinds} came once, by the modules that ran: give more --steps"
+        if self.too_long:
+            yield f"not counted: what follows the steps, after {AFTER_S:.0f} s of it"
+        if self.error:
+            yield f"not counted: what follows the steps, which ended in {self.error}"
+
+    @property
+    def once(self) -> int:
+        """The number of kinds of steps that have come once, if more than one step is asked for."""
+        if self.asked == 1:
+            return 0
+        return list(self.kinds.values()).count(1)
 
     def _without_a_step(self) -> Iterator[str]:
         """Yield the optimizers that have done no step, so that their states are missing."""

@@ -16,7 +16,7 @@ from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import ACCENT, COLOURS, SOFT, matplotlib
-from ds_cmli.fits import script
+from ds_cmli.fits import files, script
 from ds_cmli.fits.answer import Answer, Room, answer, with_cublas
 from ds_cmli.fits.program import Ran
 from ds_cmli.fits.stand_ins import NUMBER
@@ -75,17 +75,6 @@ def not_counted(waited_for: Sequence[str]) -> str:
         return ""
     waiting = " and ".join(waited_for)
     return f", but {waiting} did no step, and what that takes is not counted: give more --steps"
-
-
-def ended(over: bool, done: int, asked: int) -> str:
-    """What the steps that were counted are of the program's own.
-
-    Args:
-        over: whether the program was ended after them.
-    """
-    if over:
-        return "\nnot counted: what the program does after these steps, such as an evaluation"
-    return f"\nthe program ended after {done} of {asked} optimizer steps" if done < asked else ""
 
 
 def show_totals(totals: dict[str, int], room: Room, world: World) -> None:
@@ -183,10 +172,11 @@ class ProgramReport:
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     """Yield what the program asked for and did not get, a line each."""
     progress = recorder.progress
-    yield from filter(None, (ended(progress.over, progress.steps, progress.asked),))
+    yield ""
+    yield from progress.ending(saved=files.WITHOUT_VALUES in ran.left_out)
     if values.read:
         reading = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
-        yield f"\nstand-ins {reading}: {_places(values.read)}"
+        yield f"stand-ins {reading}: {_places(values.read)}"
     if values.bounded:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
     if values.by_cpu:

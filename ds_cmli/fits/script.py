@@ -3,7 +3,7 @@
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +21,16 @@ class StepsDone(BaseException):
     """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
 
 
-def run(command: Sequence[str], passed: tuple[type[BaseException], ...] = ()) -> int:
+def run(
+    command: Sequence[str],
+    is_done: Callable[[BaseException], bool],
+    passed: tuple[type[BaseException], ...] = (),
+) -> int:
     """Run `python COMMAND` and return its exit code, 0 where its steps are done.
 
     Args:
         command: a script and its arguments, or "-m", a module and its arguments.
+        is_done: whether they were done before an error, or an exit.
         passed: errors that are the caller's; all others are reported as Python does.
     """
     with _started_as_by_python(command):
@@ -37,12 +42,14 @@ def run(command: Sequence[str], passed: tuple[type[BaseException], ...] = ()) ->
         except StepsDone:
             pass
         except SystemExit as end:
-            return _exit_code(end)
+            return 0 if is_done(end) else _exit_code(end)
         except KeyboardInterrupt:
             raise
         except passed:
             raise
         except BaseException as error:
+            if is_done(error):
+                return 0
             own = of_program(error)
             sys.excepthook(type(error), error.with_traceback(own), own)
             return 1

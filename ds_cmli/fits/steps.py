@@ -45,7 +45,8 @@ CATEGORIES = (
 class StepRecorder(Recorder):
     """Records a program phase by phase until `steps` steps of each optimizer are done.
 
-    Phases: "init" until the first forward pass, then "forward", "backward" and "optimizer".
+    Phases: "init" until the first forward pass, then "forward", "backward" and "optimizer"; at last
+    "afterwards", what the program does after its steps and before the next one.
 
     Args:
         gpu: whose memory is recorded; None: the host's, without what operators hold inside.
@@ -188,7 +189,7 @@ class StepRecorder(Recorder):
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
             self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
             self._unmasked = None
-        if self.progress.ends_before_forward():
+        if self.progress.ends_before(module):
             raise StepsDone
         if isinstance(module, nn.RNNBase):
             self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")
@@ -208,9 +209,12 @@ class StepRecorder(Recorder):
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
-        self.outer, self.in_step = "forward", False
         if self.progress.ends_after_step(optimizer):
             raise StepsDone
+        self.outer, self.in_step = self._next_phase(), False
+
+    def _next_phase(self) -> str:
+        return "forward" if self.progress.done_at is None else "afterwards"
 
     def category(self, number: int) -> str:
         block = self.blocks[number]

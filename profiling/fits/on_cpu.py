@@ -43,11 +43,12 @@ def on_cpu(value: object) -> object:
 def counted(steps: int, command: list[str]) -> dict[str, int]:
     """The peaks below torch, and what libraries other than libc10 had then."""
     library = ctypes.CDLL(None)
-    end_after_steps(Progress(steps))
+    progress = Progress(steps)
+    end_after_steps(progress)
     if library.counting_begins():
         raise SystemExit("libc10 is not loaded")
     with OnCpu(), patched("torch: loading processes", lambda _: program.InThisProcess):
-        code = script.run(command)
+        code = script.run(command, progress.ends_with)
     if code:
         raise SystemExit(code)
     c10, others = (ctypes.c_size_t * 2).in_dll(library, "peaks")

@@ -109,6 +109,7 @@ def test_a_linear_layer_by_hand(tmp_path):
         "forward": (5 if passing else 6) * size + kept + passing,
         "backward": 7 * size + kept + passing,
         "optimizer": 3 * size + kept,
+        "afterwards": 4 * size + kept,  # the next step's input
     }
     reserved, margin = (62_914_560, 1_258_291) if kept else (41_943_040, 838_860)
     assert answer["totals"]["reserved"] == reserved and answer["margin"] == margin
@@ -278,9 +279,46 @@ def test_a_second_optimizer_is_waited_for(arguments, steps, code, tmp_path):
     assert re.match(rf"{steps} steps? of program.py fit on", done.stdout)
     said = ", but SGD did no step, and what that takes is not counted: give more --steps; the largest"
     assert (said in done.stdout) == (code == 3)
-    assert ("what the program does after these steps" in done.stdout) == (len(arguments) == 1)
+    assert ("not seen until then: an evaluation, saving, a smaller" in done.stdout) == (len(arguments) == 1)
     states = json.loads((tmp_path / "out.json").read_text())["categories"]["optimizer states"]
     assert (states > 4 * 1024 * 1024) == (arguments[0] != "99")
+
+
+EVALUATED = """
+import sys, torch
+model = torch.nn.Linear(64, 64).cuda()
+optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+for step in range(9):
+    model(torch.ones(8, 64, device="cuda")).mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 2:
+        with torch.no_grad():
+            model.eval()(torch.ones(2**16, 64, device="cuda"))
+        torch.save(model.state_dict(), "model.pt")
+        model.train()
+        exec("".join(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "then, line",
+    [
+        ("pass", "not seen until then: a smaller last batch; give more --steps if one may need more"),
+        ("raise KeyError('mine')", "not counted: what follows the steps, which ended in KeyError: 'mine'"),
+        ("sys.exit(5)", "not counted: what follows the steps, which ended in SystemExit: 5"),
+        (
+            "torch.multiprocessing.spawn(print, nprocs=2)",
+            "not counted: what follows the steps, which ended in NotFollowed: ",
+        ),
+    ],
+)
+def test_an_evaluation_and_saving_after_the_steps_count(then, line, tmp_path):
+    """[65536, 64] fp32 takes 16 MiB, as the input and as the output."""
+    done = fits("--limit", "2GB", "--json", "out.json", "--", script(tmp_path, EVALUATED), then, cwd=tmp_path)
+    assert done.returncode == 0 and line in done.stdout and "Traceback" not in done.stderr, done.stderr
+    phases = json.loads((tmp_path / "out.json").read_text())["phases"]
+    assert 32 << 20 < phases["afterwards"] < 50 << 20 and phases["forward"] < 20 << 20
 
 
 def test_gradients_move_with_their_module(tmp_path):

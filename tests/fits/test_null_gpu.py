@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.fits.test_fits import ADVERSARIAL, LOOP, OPERATORS, PENALTY, RANKS, fits, fresh, script
+from tests.fits.test_fits import ADVERSARIAL, EVALUATED, LOOP, OPERATORS, PENALTY, RANKS, fits, fresh, script
 
 pytestmark = pytest.mark.null_gpu
 DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
@@ -188,9 +188,10 @@ with torch.cuda.stream(side):
 """
 
 
-@pytest.mark.parametrize("text", [WARMED_UP, PENALTY], ids=["warm-up", "penalty"])
+@pytest.mark.parametrize("text", [WARMED_UP, PENALTY, EVALUATED], ids=["warm-up", "penalty", "evaluated"])
 def test_a_program_takes_as_much(text, null_gpu, tmp_path):
-    """A CUDA graph's warm-up takes cuBLAS' workspaces on its own stream; a penalty needs a gradient's gradient."""
+    """A CUDA graph's warm-up takes cuBLAS' workspaces on its own stream; a penalty needs a gradient's gradient; an
+    evaluation after the last step takes the most."""
     program = script(tmp_path, text)
     without_data, counted = (told(tmp_path, "--engine", item, "--", program) for item in ("fake", "null"))
     assert without_data == counted

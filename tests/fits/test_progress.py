@@ -15,13 +15,14 @@ def optimizer() -> torch.optim.Optimizer:
 
 def steps(every: int, enough: int = 2) -> tuple[int, Progress]:
     """The steps of an optimizer beside one that steps after each `every` ones, until the end."""
-    often, seldom, progress = optimizer(), optimizer(), Progress(enough)
+    often, seldom, progress, model = optimizer(), optimizer(), Progress(enough), torch.nn.Identity()
     for number in range(1, 1000):
+        if progress.ends_before(model):
+            return number - 1, progress
         for item in (often, seldom):
             if item is often or number % every == 0:
                 progress.backward += 1
-                if progress.ends_after_step(item):
-                    return number, progress
+                assert not progress.ends_after_step(item)
     raise AssertionError
 
 
@@ -38,7 +39,9 @@ def test_a_step_without_a_backward_pass_does_not_count():
     progress.backward = 0
     assert [progress.ends_after_step(alone) for _ in range(3)] == [False] * 3
     progress.backward = 1
-    assert progress.ends_after_step(alone) and not progress.waited_for
+    assert not progress.ends_after_step(alone) and progress.steps == 2 and not progress.waited_for
+    progress.backward = 2
+    assert progress.ends_after_step(alone)  # a program of functions: no module has begun the step
 
 
 def test_looking_for_optimizers_keeps_no_tensor():
@@ -54,3 +57,44 @@ def test_looking_for_optimizers_keeps_no_tensor():
         assert ended() is None
     finally:
         gc.enable()
+
+
+def test_each_kind_of_step_comes_twice():
+    """A penalty in the first of each four steps has a module of its own; two steps are asked for."""
+    progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Identity(), torch.nn.Identity()
+    for number in range(100):
+        modules = (usual, penalty) if number % 4 == 0 else (usual,)
+        if any([progress.ends_before(module) for module in modules]):
+            break
+        progress.backward += 1
+        assert not progress.ends_after_step(alone)
+    assert number == 5 and not progress.once
+    progress, seldom = Progress(2), torch.nn.Identity()
+    for number in range(100):
+        if any([progress.ends_before(module) for module in ((seldom, usual) if not number else (usual,))]):
+            break
+        progress.backward += 1
+        assert not progress.ends_after_step(alone)
+    assert number == 2 + MORE
+    [seen, once] = progress.ending(saved=False)
+    assert (
+        seen
+        == "not seen until then: an evaluation, saving, a smaller last batch; give more --steps if one may need more"
+    )
+    assert once == "1 kind of step came once, by the modules that ran: give more --steps"
+
+
+def test_an_evaluation_is_followed_for_a_while(monkeypatch):
+    progress, alone, model = Progress(1), optimizer(), torch.nn.Identity()
+    assert not progress.ends_before(model) and not progress.ends_with(KeyError("early"))
+    progress.backward = 0
+    assert not progress.ends_after_step(alone) and not progress.evaluated
+    with torch.no_grad():
+        assert not progress.ends_before(model) and progress.evaluated
+        monkeypatch.setattr("ds_cmli.fits.progress.AFTER_S", 0.0)
+        assert progress.ends_before(model) and progress.too_long
+    assert progress.ends_with(KeyError("late")) and progress.error == "KeyError: 'late'"
+    assert [*progress.ending()][1:] == [
+        "not counted: what follows the steps, after 0 s of it",
+        "not counted: what follows the steps, which ended in KeyError: 'late'",
+    ]
