@@ -18,7 +18,7 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 46_172),
+    "lines of the package": (20_000, 46_259),
     "files of the package": (140, 269),
     "lines of memory/": (3_300, 3_849),
     "files of memory/": (20, 20),

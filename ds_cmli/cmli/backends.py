@@ -31,7 +31,7 @@ def unsuited(capability: tuple[int, int], triton: str) -> str | None:
     if capability < LEAST_CAPABILITY:
         return f"the kernels need compute capability 8.0 or later, this GPU has {named}"
     # Its tensor memory: 16-bit forward kernels do not compile, and fp32 gradients are of TF32.
-    if capability[0] == 10 and TorchVersion(triton) < (3, 9):
+    if capability[0] == 10 and TorchVersion(triton) < "3.9":
         return (
             f"Triton {triton} does not compile the kernels for compute capability {named} (3.9 "
             "does), and rounds fp32 to TF32 there"

@@ -21,7 +21,7 @@ from ds_cmli.fits.steps import CATEGORIES
 WITH_BIAS = str(torch.ops.aten.addmm.default)
 PRODUCTS = frozenset(map(str, MATRICES))
 LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
-KEEPS_WORKSPACES = torch.__version__ < (2, 15)
+KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 

@@ -56,10 +56,12 @@ class Progress:
 
     def ends_before(self, module: nn.Module) -> bool:
         """Whether a module's forward pass is not to be run, as all steps are done before it."""
-        key = id(module)
+        # Programs make modules without parameters anew in each step.
+        key = id(module) if module._parameters else id(type(module))
         if torch.is_grad_enabled():
             self.modules.add(key)
-            self.trained.add(key)
+            if module._parameters:
+                self.trained.add(key)
             self.over = self.done_at is not None and module.training
             return self.over or self.ends_before_forward()
         self.evaluated |= key in self.trained
@@ -117,7 +119,7 @@ class Progress:
 
     @property
     def once(self) -> int:
-        """The number of kinds of steps that have come once, if more than one step is asked for."""
+        """The number of kinds of steps that have come once, 0 if one step is enough."""
         if self.asked == 1:
             return 0
         return list(self.kinds.values()).count(1)

@@ -18,7 +18,7 @@ import click
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits.report import MARGIN
-from profiling.fits.run_programs import GPU, PROGRAMS, RANKS, counted, fits, fitted
+from profiling.fits.run_programs import GPU, PROGRAMS, RANKS, fits, fitted
 from profiling.memory.estimators import RULE, Row, accelerate_estimate, deepspeed_estimate, summary
 from profiling.scripts import processor
 
@@ -56,8 +56,8 @@ def with_margin(margin: float) -> str:
 
 
 def measured(name: str, limit: int) -> Totals:
-    answered, _ = fitted(name, 2, limit)
-    peaks, ended = counted(name, 2, limit)
+    answered, _ = fitted(name, 2, "fake", limit)
+    peaks, ended = fitted(name, 2, "null", limit)
     if not answered or not peaks:
         raise UserError(f"{name} has no figures: {ended.mistake}")
     return {"fits": answered, "null": peaks}

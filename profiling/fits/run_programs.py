@@ -9,7 +9,6 @@ import json
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,37 +20,11 @@ from profiling.scripts import Ended, processor, run
 
 PROGRAMS = Path(__file__).parent / "programs"
 KINDS = ("requested", "allocated", "reserved")
-GPU, CARD = "A100 80GB", "a100"  # the same one by its name in gpus.json, and on the null GPU
+GPU = "A100 80GB"
 RANKS = dict.fromkeys(
     ("ddp_gpt2", "fsdp2_llama", "deepspeed_zero2", "deepspeed_zero3", "trainer_deepspeed"), 2
 )
 FITS = "import sys; sys.argv[0] = 'fits'; from ds_cmli.fits.command import main; main()"
-# Runs a program until each of its optimizers has done a number of steps, and prints what the allocator counted.
-COUNTED = """
-import collections, json, runpy, sys, torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
-steps, sys.argv, done = int(sys.argv[1]), sys.argv[2:], collections.Counter()
-
-class Done(BaseException):
-    pass
-
-def after(optimizer, *_):
-    done[id(optimizer.param_groups[0]["params"][0])] += 1
-    if min(done.values()) >= steps:
-        raise Done
-
-register_optimizer_step_post_hook(after)
-sys.path[0] = sys.argv[0].rpartition("/")[0]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except (Done, SystemExit):
-    pass
-stats = torch.cuda.memory_stats()
-kinds = ("requested", "allocated", "reserved")
-print("COUNTED" + json.dumps({kind: stats[f"{kind}_bytes.all.peak"] for kind in kinds}), flush=True)
-import os
-os._exit(0)
-"""
 
 
 def fits(name: str, options: list[str], limit: int, program: tuple[str, ...] = ()) -> Ended:
@@ -62,31 +35,17 @@ def fits(name: str, options: list[str], limit: int, program: tuple[str, ...] = (
     return run(command, limit)
 
 
-def fitted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
-    """What `fits` tells of a program: its totals, empty if there are none."""
+def fitted(name: str, steps: int, engine: str, limit: int) -> tuple[dict[str, int], Ended]:
+    """What `fits` tells of a program: its totals, empty if there are none.
+
+    Args:
+        engine: "fake", or "null", by which PyTorch's allocator counts on the null GPU.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answer.json"
-        ended = fits(name, ["--steps", str(steps), "--json", str(path)], limit)
+        options = ["--steps", str(steps), "--engine", engine, "--json", str(path)]
+        ended = fits(name, options, limit)
         return {} if ended.code else json.loads(path.read_text())["totals"], ended
-
-
-def counted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
-    """What PyTorch's allocator counts of a program on the null GPU, as its first rank."""
-    from tests.null_gpu.build import build
-    from tests.null_gpu.environment import environment
-
-    ranks = RANKS.get(name, 1)
-    command = [sys.executable, "-c", COUNTED, str(steps), str(PROGRAMS / f"{name}.py")]
-    envs = [environment(build(), CARD, ranks) for _ in range(ranks)]
-    if ranks > 1:
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "WORLD_SIZE": str(ranks)}
-        envs = [
-            env | meeting | {"RANK": str(n), "LOCAL_RANK": str(n)} for n, env in enumerate(envs)
-        ]
-    with ThreadPoolExecutor(ranks) as threads:
-        first, *_ = threads.map(lambda env: run(command, limit, env), envs)
-    lines = [line for line in first.out.splitlines() if line.startswith("COUNTED")]
-    return json.loads(lines[-1].removeprefix("COUNTED")) if lines else {}, first
 
 
 @dataclass
@@ -118,8 +77,8 @@ class Row:
 
 
 def row(name: str, steps: int, null: bool, limit: int) -> Row:
-    answered, ended = fitted(name, steps, limit)
-    peaks, last = counted(name, steps, limit) if null and answered else ({}, ended)
+    answered, ended = fitted(name, steps, "fake", limit)
+    peaks, last = fitted(name, steps, "null", limit) if null and answered else ({}, ended)
     return Row(name, answered, ended, peaks, last.mistake)
 
 

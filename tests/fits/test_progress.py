@@ -15,9 +15,9 @@ def optimizer() -> torch.optim.Optimizer:
 
 def steps(every: int, enough: int = 2) -> tuple[int, Progress]:
     """The steps of an optimizer beside one that steps after each `every` ones, until the end."""
-    often, seldom, progress, model = optimizer(), optimizer(), Progress(enough), torch.nn.Identity()
+    often, seldom, progress, model = optimizer(), optimizer(), Progress(enough), torch.nn.ReLU()
     for number in range(1, 1000):
-        if progress.ends_before(model):
+        if progress.ends_before(model) or progress.ends_before(torch.nn.GELU()):
             return number - 1, progress
         for item in (often, seldom):
             if item is often or number % every == 0:
@@ -61,7 +61,7 @@ def test_looking_for_optimizers_keeps_no_tensor():
 
 def test_each_kind_of_step_comes_twice():
     """A penalty in the first of each four steps has a module of its own; two steps are asked for."""
-    progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Identity(), torch.nn.Identity()
+    progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Linear(1, 1), torch.nn.ReLU()
     for number in range(100):
         modules = (usual, penalty) if number % 4 == 0 else (usual,)
         if any([progress.ends_before(module) for module in modules]):
@@ -69,7 +69,7 @@ def test_each_kind_of_step_comes_twice():
         progress.backward += 1
         assert not progress.ends_after_step(alone)
     assert number == 5 and not progress.once
-    progress, seldom = Progress(2), torch.nn.Identity()
+    progress, seldom = Progress(2), torch.nn.Linear(1, 1)
     for number in range(100):
         if any([progress.ends_before(module) for module in ((seldom, usual) if not number else (usual,))]):
             break
@@ -85,7 +85,7 @@ def test_each_kind_of_step_comes_twice():
 
 
 def test_an_evaluation_is_followed_for_a_while(monkeypatch):
-    progress, alone, model = Progress(1), optimizer(), torch.nn.Identity()
+    progress, alone, model = Progress(1), optimizer(), torch.nn.Linear(1, 1)
     assert not progress.ends_before(model) and not progress.ends_with(KeyError("early"))
     progress.backward = 0
     assert not progress.ends_after_step(alone) and not progress.evaluated

@@ -14,13 +14,16 @@ from torch.torch_version import TorchVersion
 
 # The Triton that the CUDA builds of PyTorch 2.13 and later require. Earlier ones differ in nothing
 # that a prediction asks.
-REQUIRED = {(2, 13): "3.7.1", (2, 14): "3.8.0", (2, 15): "3.9.0"}
+REQUIRED = {"2.13": "3.7.1", "2.14": "3.8.0", "2.15": "3.9.0"}
 
 
 def required(pytorch: str) -> str:
     """The version that the CUDA build of a version of PyTorch requires, as far as is known."""
-    earlier = [release for release in REQUIRED if TorchVersion(pytorch) >= release]
-    return REQUIRED[max(earlier, default=min(REQUIRED))]
+    version = REQUIRED["2.13"]
+    for release, brought in REQUIRED.items():
+        if TorchVersion(pytorch) >= release:
+            version = brought
+    return version
 
 
 if TYPE_CHECKING or find_spec("triton") is not None:
