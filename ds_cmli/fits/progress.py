@@ -12,16 +12,19 @@ from torch.optim.optimizer import Optimizer
 from ds_cmli.common.errors import one_line
 
 PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
-MORE = 16  # steps of one optimizer beyond those asked for, in which the others can do one
+MORE = 20  # steps of one optimizer beyond those asked for, in which the others can do one
+RUNS = 4  # of a module in a step; more, as over a text's length, are as many
 AFTER_S = 20.0  # seconds of what follows the steps, such as an evaluation of many batches
+
+StepKind = tuple[int, frozenset[tuple[int, int]]]  # the optimizer, and each module's runs
 
 
 class Progress:
     """Counts until `asked` steps of each optimizer are done, or one has done MORE than those.
 
-    Each kind of step comes twice by then: the modules that run with gradients make the kind, as a
-    penalty every few steps is one more. What follows the last step, such as an evaluation, runs
-    until the next step begins.
+    Each kind of step comes twice by then: which modules run with gradients, and whether once or
+    more often, makes the kind, as a penalty every few steps needs one more run. What follows the
+    last step, such as an evaluation, runs until the next step begins.
     """
 
     def __init__(self, asked: int):
@@ -31,8 +34,8 @@ class Progress:
         self.passes, self.passed = 0, -1  # backward passes before a forward one, the last's number
         self.over = False  # whether the program need not go on
         self.waited_for: list[str] = []  # optimizers that have done no step until then
-        self.modules: set[int] = set()  # that ran with gradients since an optimizer's last step
-        self.kinds = Counter[tuple[int, frozenset[int]]]()  # steps by optimizer and modules
+        self.modules = Counter[int]()  # runs with gradients since an optimizer's last step
+        self.kinds = Counter[StepKind]()
         self.done_at: float | None = None  # the time at which all steps were done
         self.trained: set[int] = set()  # modules that have run with gradients
         self.evaluated = False  # whether a trained module has run without them
@@ -59,7 +62,7 @@ class Progress:
         # Programs make modules without parameters anew in each step.
         key = id(module) if module._parameters else id(type(module))
         if torch.is_grad_enabled():
-            self.modules.add(key)
+            self.modules[key] = min(self.modules[key] + 1, RUNS)
             if module._parameters:
                 self.trained.add(key)
             self.over = self.done_at is not None and module.training
@@ -79,7 +82,7 @@ class Progress:
             return True
         self.stepped_after[key] = self.backward
         self.done[key] += 1
-        self.kinds[key, frozenset(self.modules)] += 1
+        self.kinds[key, frozenset(self.modules.items())] += 1
         self.modules.clear()
         last = max(self.done.values()) >= self.asked + MORE
         if not last and (min(self.done.values()) < self.asked or self.once):
@@ -106,7 +109,8 @@ class Progress:
         if self.over:
             seen = {"an evaluation": self.evaluated, "saving": saved, "a smaller last batch": False}
             missing = ", ".join(name for name, was in seen.items() if not was)
-            yield f"not seen until then: {missing}; give more --steps if one may need more"
+            more = "steps of another kind; give more --steps if one may need more"
+            yield f"not seen until then: {missing}, {more}"
         elif self.steps < self.asked:
             yield f"the program ended after {self.steps} of {self.asked} optimizer steps"
         if self.once:

@@ -200,7 +200,7 @@ def test_a_program_takes_as_much(text, null_gpu, tmp_path):
 def test_an_optimizer_that_has_not_stepped_is_no_fit(null_gpu, tmp_path):
     done = fits("--engine", "null", *DEVICE, "--", script(tmp_path, ADVERSARIAL), "100", cwd=tmp_path)
     assert done.returncode == 3, done.stderr
-    assert "18 steps of program.py fit on" in done.stdout and "but SGD did no step, and what that takes" in done.stdout
+    assert "22 steps of program.py fit on" in done.stdout and "but SGD did no step, and what that takes" in done.stdout
     assert json.loads((tmp_path / "out.json").read_text())["waited_for"] == ["SGD"]
 
 

@@ -59,6 +59,17 @@ def test_looking_for_optimizers_keeps_no_tensor():
         gc.enable()
 
 
+@pytest.mark.parametrize("again", [1, 2, 3])
+def test_a_step_in_which_a_module_runs_more_often_is_another_kind(again):
+    progress, alone, model = Progress(2), optimizer(), torch.nn.Linear(1, 1)
+    for number in range(100):
+        if any([progress.ends_before(model) for _ in range(1 + again * (number % 8 == 0))]):
+            break
+        progress.backward += 1
+        assert not progress.ends_after_step(alone)
+    assert number == 9 and not progress.once
+
+
 def test_each_kind_of_step_comes_twice():
     """A penalty in the first of each four steps has a module of its own; two steps are asked for."""
     progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Linear(1, 1), torch.nn.ReLU()
@@ -79,7 +90,7 @@ def test_each_kind_of_step_comes_twice():
     [seen, once] = progress.ending(saved=False)
     assert (
         seen
-        == "not seen until then: an evaluation, saving, a smaller last batch; give more --steps if one may need more"
+        == "not seen until then: an evaluation, saving, a smaller last batch, steps of another kind; give more --steps if one may need more"
     )
     assert once == "1 kind of step came once, by the modules that ran: give more --steps"
 
