@@ -88,10 +88,8 @@ def test_each_kind_of_step_comes_twice():
         assert not progress.ends_after_step(alone)
     assert number == 2 + MORE
     [seen, once] = progress.ending(saved=False)
-    assert (
-        seen
-        == "not seen until then: an evaluation, saving, a smaller last batch, steps of another kind; give more --steps if one may need more"
-    )
+    names = "an evaluation, saving, a smaller last batch, steps of another kind"
+    assert seen == f"not seen until then: {names}; give more --steps if one may need more"
     assert once == "1 kind of step came once, by the modules that ran: give more --steps"
 
 
