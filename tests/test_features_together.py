@@ -36,22 +36,23 @@ AXES = {
     "layers": ("-", "layers"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
     "order": ("-", "grouped"),
+    "captions": ("one", "several"),
 }
-IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"})
+IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"}, {"queue", "several"})
 # Twelve are the fewest, as there are four stages, and three values of other axes.
 RUNS = """
-zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped
-zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped
-zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped
-zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -
-zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -
-zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -
-zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped
-zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -
-zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped
-zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped
-zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -
-zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -
+zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped   one
+zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped   one
+zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped   one
+zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -         several
+zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -         one
+zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -         one
+zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped   one
+zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -         one
+zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped   several
+zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped   several
+zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -         several
+zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -         several
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -86,6 +87,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optim.lr_factors": {"image": 0.5},
     },
     "grouped": {"data.group_by_length": 2},
+    "several": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
 SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
@@ -104,11 +106,14 @@ def sources(tmp_path_factory) -> dict[str, list[str]]:
         tar(folder / "tars" / f"{k}.tar", some)
     write(folder / "folder", rows(count) + rows(count, "green pear"))
     (folder / "folder" / "003.png").write_bytes(b"no picture")
-    table(range(count)).to_parquet(str(folder / "x.parquet"))
-    table(range(count)).save_to_disk(str(folder / "saved"))
+    said = [f"red apple {k}. It is round! Or not?" for k in range(count)]
+    table(range(count), caption="text", text=said).to_parquet(str(folder / "x.parquet"))
+    table(range(count), caption="text", text=said).save_to_disk(str(folder / "saved"))
     for k in range(count):
         (folder / f"{k}.png").write_bytes(picture(k))
-    (folder / "x.csv").write_text("filepath\ttitle\n" + "".join(f"{k % count}.png\tred apple {k}\n" for k in range(30)))
+    (folder / "x.csv").write_text(
+        "filepath\ttitle\n" + "".join(f"{k % count}.png\tred apple {k}. Round.\n" for k in range(30))
+    )
     (folder / "coco").mkdir()
     by_name = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
     by_name["coco"] = ["--data", str(coco(folder / "coco", count=count))]

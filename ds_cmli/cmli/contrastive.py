@@ -64,7 +64,7 @@ class Own(NamedTuple):
         start = max(0, -self.first)
         stop = max(start, min(rows * self.texts, columns - self.first))
         text = torch.arange(start, stop, device=scores.device)
-        return text // self.texts if self.texts > 1 else text, text + self.first
+        return text // self.texts, text + self.first
 
     def of_each(self, scores: Tensor) -> Iterator[Tensor]:
         """Yields the columns of the k-th text of every image, a view, for each of the K."""

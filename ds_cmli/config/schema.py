@@ -417,6 +417,12 @@ class Config:
             )
             queue, negatives = self.optim.queue, self.optim.negatives
             check(queue is None, "optim.negatives", negatives, f"{need}: give global_batch")
+        if self.loss.captions == "each":
+            need = "data.captions is 1, so there is one contrast anyway: leave it out"
+            check(self.data.captions > 1, "loss.captions", "each", need)
+            contrasts = [name for name in self.loss.weights if "captions" in LOSSES[name].settings]
+            need = f"the losses are {', '.join(self.loss.weights)}, none of them contrastive"
+            check(bool(contrasts), "loss.captions", "each", f"{need}: leave it out")
 
     def _check_queue(self, with_tokens: int) -> None:
         """Raise `UserError` for a queue that no loss compares with."""

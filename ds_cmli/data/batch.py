@@ -1,12 +1,14 @@
 """One sample, a batch of samples, and the collate function between them.
 
-B pairs, M text positions (padded), S image size in pixels.
+B images with K texts each, C = B * K, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,11 @@ def caption_id(input_ids: list[int]) -> int:
     return int.from_bytes(digest, "big", signed=True)
 
 
+class Caption(NamedTuple):
+    tokens: Tokens
+    token_picture: list[int] | None = None  # as in `Sample`
+
+
 @dataclass
 class Sample:
     image: Tensor  # uint8 [3, S, S]; of any aspect, as `data.aspect.packed` has laid it out
@@ -38,18 +45,20 @@ class Sample:
     cell_picture: list[int] | None = None  # only for scenes, see `Batch`
     bad: Bad | None = None  # the requested sample and why it could not be used
     grid: Grid | None = None  # of a picture of any aspect
+    others: Sequence[Caption] = ()  # its further captions, if a step takes several
 
 
 @dataclass
 class Batch:
     image: Tensor  # uint8 [B, 3, S, S]
-    input_ids: Tensor  # int64 [B, M]
-    attention_mask: Tensor  # bool [B, M], False for padding
-    token_mask: Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
+    # int64 [C, M], image by image: rows b * K to b * K + K - 1 are the texts of image b.
+    input_ids: Tensor
+    attention_mask: Tensor  # bool [C, M], False for padding
+    token_mask: Tensor  # bool [C, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: Tensor  # int64 [B], position in the data set
-    # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions.
+    # int64 [B, 1 + K], hashes of the picture and its captions: equal for equal ones.
     pair_id: Tensor
-    token_picture: Tensor  # int64 [B, M], which picture of the scene the token names, or -1
+    token_picture: Tensor  # int64 [C, M], which picture of the scene the token names, or -1
     cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
@@ -75,24 +84,26 @@ class Collate:
         self.full = tokenizer.full
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        def each(name: str) -> list:
-            return list(map(attrgetter(name), samples))
+        texts = [*chain.from_iterable((sample, *sample.others) for sample in samples)]
 
-        ids = each("tokens.input_ids")
+        def each(name: str, of: Sequence[Sample | Caption] = samples) -> list:
+            return list(map(attrgetter(name), of))
+
+        ids = each("tokens.input_ids", texts)
         lengths = torch.tensor(list(map(len, ids)))
         if self.full:
             lengths = torch.full_like(lengths, self.positions)
         length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
         length = min(length, self.positions)
-        caption_ids = torch.tensor(list(map(caption_id, ids)))
+        caption_ids = torch.tensor(list(map(caption_id, ids))).view(len(samples), -1)
         return Batch(
             image=torch.stack(each("image")),
             input_ids=padded(ids, length, self.pad_id),
             attention_mask=torch.arange(length) < lengths[:, None],
-            token_mask=padded(each("tokens.valid"), length, False),
+            token_mask=padded(each("tokens.valid", texts), length, False),
             index=torch.tensor(each("index")),
-            pair_id=torch.stack([torch.tensor(each("image_id")), caption_ids], 1),
-            token_picture=padded(each("token_picture"), length, NO_PICTURE),
+            pair_id=torch.cat([torch.tensor(each("image_id"))[:, None], caption_ids], 1),
+            token_picture=padded(each("token_picture", texts), length, NO_PICTURE),
             cell_picture=stack_cells(each("cell_picture")),
             bad=list(filter(None, each("bad"))),
             padded=int(lengths.min()) < length,

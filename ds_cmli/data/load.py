@@ -135,6 +135,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     tokenizer = tokenizer_of(config)
     make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
     train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)
+    train.texts_each, train.each_picture = config.captions, config.split_sentences
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
         evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
@@ -179,9 +180,38 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         tokenizer=tokenizer,
         bad=left_out,
         summary=opened.summary,
-        notices=[*opened.notices, *oddities(everything, tokenizer, config.tokenizer)],
+        notices=[
+            *opened.notices,
+            *fewer_captions(train, config),
+            *oddities(everything, tokenizer, config.tokenizer),
+        ],
         fingerprint=opened.fingerprint,
     )
+
+
+def fewer_captions(train: TrainPairs, config: DataConfig) -> list[str]:
+    """Lines about sources of pictures with fewer than `data.captions` captions.
+
+    Only some pictures of large sources are read. Raises `UserError` if all have one alone.
+    """
+    lines: list[str] = []
+    most, kind = 1, "sentence" if config.split_sentences else "caption"
+    if config.captions == 1:
+        return lines
+    for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
+        counts = []
+        for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
+            with suppress(Exception):  # reported when it is used
+                counts.append(len(train.texts(first + index)))
+        few, most = sum(count < config.captions for count in counts), max([most, *counts])
+        if few:
+            lines.append(
+                f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
+                f"{kind}s than data.captions = {config.captions}: theirs are repeated"
+            )
+    need = f"no picture has more than one {kind}: give 1, or data that has several"
+    check(most > 1, "data.captions", config.captions, need)
+    return lines
 
 
 def _split(config: DataConfig) -> str:

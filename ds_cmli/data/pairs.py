@@ -3,7 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, cycle, islice
 
 import numpy as np
 import torch
@@ -14,7 +14,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.bad import NO_TOKEN, Bad, Refused
-from ds_cmli.data.batch import Sample
+from ds_cmli.data.batch import Caption, Sample
+from ds_cmli.data.captions import drawn, sentences
 from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
@@ -117,9 +118,9 @@ def describe(error: Exception) -> str:
 
 
 class TrainPairs(Dataset):
-    """A map-style data set of pictures, each with one of its captions and one view.
+    """A map-style data set of pictures, each with K of its captions and one view.
 
-    A hash chooses both for each turn. A sample whose picture or caption cannot be used is replaced
+    A hash chooses them for each turn. A sample whose picture or caption cannot be used is replaced
     by the next usable one of its source, which is always the same; `Sample.bad` records that.
 
     Raises:
@@ -130,6 +131,7 @@ class TrainPairs(Dataset):
         self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int
     ):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
+        self.config = config
         self.augmentation = Augmentation(config.augmentation, seed, self.pictures.framing)
 
     def __len__(self) -> int:
@@ -157,32 +159,42 @@ class TrainPairs(Dataset):
     def _pair(self, index: int, turn: int) -> Sample:
         captions, reason = [""], None
         try:
-            captions = self.pictures.captions(index)
+            captions = self.texts(index)
         except Exception as error:  # any error is reported in `Sample.bad`
             reason = describe(error)
-        tokens = self.tokenizer(captions[choice(len(captions), self.seed, turn, index)])
-        if reason is None and not any(tokens.valid):
+        texts = [self.tokenizer(captions[n]) for n in self._drawn(len(captions), turn, index)]
+        usable = list(filter(lambda tokens: any(tokens.valid), texts))
+        if reason is None and not usable:
             reason = NO_TOKEN
+        # In the place of a caption without a token the others are repeated.
+        texts = list(islice(cycle(usable or texts), len(texts)))
         image = self.pictures.black()
         if reason is None:
             with self.augmentation.seeded(turn, index):
                 image, reason = self.pictures.image(index, self.augmentation.view)
                 image, _ = self.augmentation.pixels(image)
-        return _sample(self.pictures, index, image, tokens, reason)
+        sample = _sample(self.pictures, index, image, texts[0], reason)
+        return replace(sample, others=list(map(Caption, texts[1:])))
+
+    def texts(self, index: int) -> list[str]:
+        """The captions of a picture, or their sentences. Raises as `Source.captions`."""
+        captions = self.pictures.captions(index)
+        return sentences(captions) if self.config.split_sentences else captions
+
+    def _drawn(self, count: int, turn: int, index: int) -> list[int]:
+        return drawn(count, self.config.captions, self.seed, turn, index)
 
     def text_length(self, draw: Draw) -> int:
-        """The bytes of the caption that a draw gets; 0 of one that is replaced."""
+        """The bytes of the longest caption that a draw gets; 0 of one that is replaced."""
+        index, turn = draw
         try:
-            sizes = self.pictures.caption_sizes(draw.sample)
+            if self.config.split_sentences:
+                sizes = list(map(len, map(str.encode, self.texts(index))))
+            else:
+                sizes = self.pictures.caption_sizes(index)
         except (ValueError, OSError):
             return 0
-        return sizes[choice(len(sizes), self.seed, draw.turn, draw.sample)]
-
-
-def choice(count: int, seed: int, turn: int, index: int) -> int:
-    """Which of `count` captions a picture gets at a turn: pseudorandom, a pure function."""
-    digest = hashlib.blake2b(f"{seed} {turn} {index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") % count
+        return max(sizes[n] for n in self._drawn(len(sizes), turn, index))
 
 
 class EvalPairs(Dataset):

@@ -11,8 +11,9 @@ import json
 import random
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,8 @@ from torch.utils.data import Dataset
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import AugmentationName as Name
 from ds_cmli.data import assets
-from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
+from ds_cmli.data.batch import NO_PICTURE, Caption, Sample, spans_of_tokens
+from ds_cmli.data.captions import drawn
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import Augmentation
@@ -48,6 +50,7 @@ MANY = (3, 4)  # pictures in scenes with sentences
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
+Text = tuple[str, list[tuple[int, int]]]  # a caption, and where each picture's name stands in it
 
 
 class DemoPictures:
@@ -93,7 +96,9 @@ class Scenes(Dataset):
 
     A scene shows one to four different pictures, each in its own quarter of a white image; its
     caption is their names in random order, or a sentence with three or four of them. A random patch
-    lies in the picture that a token of a name stands for with probability 1/4.
+    lies in the picture that a token of a name stands for with probability 1/4. Its further captions
+    (`data.captions`) name the pictures in other orders, with other words around them; as sentences
+    (`data.split_sentences`) each is of one picture.
 
     In training the probability of a scene is proportional to its number of pictures: scenes with
     more pictures teach more at the same cost.
@@ -108,7 +113,12 @@ class Scenes(Dataset):
         captions: "names" or "sentences", as `data.scenes`.
         augmentation: colour jitter and flips; a flip also swaps the quarters in
             `Sample.cell_picture`.
+
+    Attributes:
+        texts_each, each_picture: `data.captions` and `data.split_sentences`, of training.
     """
+
+    texts_each, each_picture = 1, False
 
     def __init__(
         self,
@@ -170,28 +180,40 @@ class Scenes(Dataset):
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = Draw.of(at)
-        sample = self.pair(index)
+        sample = self._sample(index, self.texts(Draw(index, turn)))
         with self.augmentation.seeded(turn, index):
             sample.image, flipped = self.augmentation.pixels(sample.image)
         if flipped and sample.cell_picture is not None:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
 
-    def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
-        """The caption, and where each name stands in it."""
-        first, others = self.words
-        draw = random.Random(f"words {self.split} {self.seed} {self.sentence_of(index)}")
-        caption, spans = "", []
-        for concept, _ in self.layout(index):
-            name = self.pictures.names[concept]
+    def caption(self, index: int, order: Sequence[int] = ()) -> Text:
+        """A caption that names pictures in this order; by default all, in that of the layout."""
+        layout, (first, others) = self.layout(index), self.words
+        key = f"words {self.split} {self.seed} {self.sentence_of(index)}"
+        draw = random.Random(key + (f" {order}" if order else ""))
+        caption, spans = "", [(0, 0)] * len(layout)
+        for picture in order or range(len(layout)):
+            name = self.pictures.names[layout[picture][0]]
             caption += draw.choice(others if caption else first)
-            spans.append((len(caption), len(caption) + len(name)))
+            spans[picture] = (len(caption), len(caption) + len(name))
             caption += name
         return caption, spans
 
+    def texts(self, draw: Draw) -> list[Text]:
+        """The captions that a draw gets."""
+        (index, turn), pictures = draw, len(self.layout(draw.sample))
+        orders: list[tuple[int, ...]] = [()]
+        if self.each_picture:
+            orders = [*permutations(range(pictures), 1)]
+        elif self.texts_each > 1:
+            orders += [*permutations(range(pictures))][1:]
+        numbers = drawn(len(orders), self.texts_each, self.seed, turn, index)
+        return [self.caption(index, orders[number]) for number in numbers]
+
     def text_length(self, draw: Draw) -> int:
-        """The bytes of the caption that a draw gets."""
-        return len(self.caption(draw.sample)[0].encode())
+        """The bytes of the longest caption that a draw gets."""
+        return max(len(caption.encode()) for caption, _ in self.texts(draw))
 
     def sentence_of(self, index: int) -> int:
         """The number by which the words around the names are drawn."""
@@ -205,10 +227,13 @@ class Scenes(Dataset):
         return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
 
     def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample without augmentation.
+        """The sample without augmentation, with one caption.
 
         `picture` is ignored: drawing the image costs almost nothing.
         """
+        return self._sample(index, [self.caption(index)])
+
+    def _sample(self, index: int, texts: Sequence[Text]) -> Sample:
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
@@ -216,15 +241,18 @@ class Scenes(Dataset):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-        caption, spans = self.caption(index)
-        tokens = self.tokenizer(caption)
+        captions = []
+        for caption, spans in texts:
+            tokens = self.tokenizer(caption)
+            captions.append(Caption(tokens, spans_of_tokens(tokens, spans)))
         return Sample(
             torch.from_numpy(image),
-            tokens,
+            captions[0].tokens,
             index,
             self.image_id(index),
-            token_picture=spans_of_tokens(tokens, spans),
+            token_picture=captions[0].token_picture,
             cell_picture=cell_picture,
+            others=captions[1:],
         )
 
 

@@ -205,9 +205,10 @@ def make_plan(
             "the ranks would take negatives from different numbers of pairs (ranks, pairs): "
             f"{sorted(answers)}"
         )
+    captions = f" of {config.data.captions} captions each" if config.data.captions > 1 else ""
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
-        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs{queue}"
+        f"{total} pairs{captions} a step; {steps} steps; negatives from {negatives} pairs{queue}"
     )
     say(*final.notices, try_out(final, steps))
     for name, start in config.loss.start.items():

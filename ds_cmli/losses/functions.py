@@ -61,8 +61,7 @@ def sigmoid_loss(
     sign.index_put_(own.pairs(logits), sign.new_ones(()))
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
-    loss = -F.logsigmoid(sign * logits).sum(1).mean()
-    return loss / own.texts if own.texts > 1 else loss
+    return -F.logsigmoid(sign * logits).sum(1).mean() / own.texts
 
 
 def duplicates(pair_id: Tensor, all_ids: Tensor, first: int | Own = 0) -> Tensor:

@@ -107,7 +107,7 @@ def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
     """The tokens that CMLI compares in each text of `longest_batch`, without special ones."""
     positions = config.data.context_length
-    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
+    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch * config.data.captions - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
@@ -118,13 +118,13 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     first: it lacks a token.
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
-    attention_mask = torch.ones(B, M, dtype=torch.bool)
+    C = B * config.data.captions
+    attention_mask = torch.ones(C, M, dtype=torch.bool)
     attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()
-    token_mask[:, 0] = False  # [CLS]
-    token_mask[:, -1] = False  # [SEP]
+    token_mask[:, :: M - 1] = False  # [CLS] and [SEP]
     token_mask[0, -2] = False
-    input_ids = torch.zeros(B, M, dtype=torch.int64)
+    input_ids = torch.zeros(C, M, dtype=torch.int64)
     # If all tokens are alike, gradients can be not finite, and the optimizer step is skipped.
     input_ids[:, ::2] = 3
     return Batch(
@@ -133,8 +133,8 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         attention_mask=attention_mask,
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),
-        pair_id=torch.arange(2 * B).view(B, 2),
-        token_picture=torch.zeros(B, M, dtype=torch.int64),
+        pair_id=torch.arange(B + C).view(B, -1),
+        token_picture=torch.zeros(C, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
         padded=config.data.padding != "full",

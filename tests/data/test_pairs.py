@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.captions import drawn
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
-from ds_cmli.data.pairs import choice
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from tests.data.sources.test_folder import build, rows, user_error, write
 
@@ -93,9 +93,9 @@ def test_a_picture_has_another_of_its_captions_at_each_turn_by_seed_and_index_al
 
     first = said(0)
     assert first == said(0) and set(first) == set(texts)
-    assert first == [texts[choice(3, 0, 0, k)] for k in range(20)]
+    assert first == [texts[drawn(3, 1, 0, 0, k)[0]] for k in range(20)]
     assert first != said(1) and first != said(0, seed=1)
-    counts = torch.tensor([choice(5, 0, turn, 7) for turn in range(5000)]).bincount()
+    counts = torch.tensor([drawn(5, 1, 0, turn, 7)[0] for turn in range(5000)]).bincount()
     assert counts.min() > 900  # all about equally often
 
 

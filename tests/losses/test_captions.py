@@ -6,22 +6,31 @@ B images with K texts each, N patches, M text positions, H student width, D embe
 import math
 import random
 from functools import partial
+from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ds_cmli.cmli.contrastive import Own, contrastive_loss
+from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.cmli.ring import Scorer
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.registry import LOSSES as REGISTERED
+from ds_cmli.config.registry import load
 from ds_cmli.losses import functions
+from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.cached import PairLosses
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.models.student import Student
+from tests.conftest import spawn
+from tests.stranger.drive import DS_CONFIG, check_memory
 
-F64, LOSSES = torch.float64, ("global", "cmli", "global_sigmoid", "cmli_sigmoid")
+CPU, F64, LOSSES = torch.device("cpu"), torch.float64, ("global", "cmli", "global_sigmoid", "cmli_sigmoid")
 N, M, D = 5, 8, 16
 WIDE = [0, pytest.param(1, marks=pytest.mark.slow)]
 
@@ -122,11 +131,11 @@ def made(captions: str, weights: dict | None = None) -> Objective:
     return Objective(student, config.loss, None).double()
 
 
-def random_step(seed: int, width: int) -> tuple[list[PairFeatures], int]:
-    """The features of one to three micro-batches, and K."""
+def random_step(seed: int, width: int, A: int = 0) -> tuple[list[PairFeatures], int]:
+    """The features of A micro-batches, 0: of one to three, and K."""
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    A, B, K = draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
+    A, B, K = A or draw.randint(1, 3), draw.randint(1, 4), draw.randint(1, 4)
     ids, out = random_ids(draw, A * B, K), []
     randn = partial(torch.randn, dtype=F64)
     for a in range(A):
@@ -167,8 +176,122 @@ def test_gradient_caching_equals_the_formulas(wide, objective):
         total, grads = expected(step, K, chosen)
         budget = random.Random(case).choice([1, 40, 300, 1 << 30])
         losses = {name: chosen.losses[name] for name in LOSSES}
-        cached = CachedStep(step, torch.device("cpu"))
+        cached = CachedStep(step, CPU)
         outcome = PairLosses(cached, losses, chosen.config.weights, Scorer("chunked"), budget).gradients()
         assert_close(outcome.total.reshape(()), total.reshape(()), rtol=1e-9, atol=1e-12)
         for ours, theirs in zip([x for f in step for x in f.tensors()], grads, strict=True):
             assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def on_rank(rank: int, world: int, captions: str, seed: int) -> dict:
+    """The loss and the gradients of features and temperatures of this rank's micro-batches, in one piece and cached."""
+    objective, of_each_way = made(captions), {}
+    weights = objective.config.weights
+    for exchange, delta, cached in product(("gather", "ring"), (0.0, 0.3), (False, True)):
+        step, _ = random_step(seed, objective.student.width, 4)
+        step = step[rank * 4 // world : (rank + 1) * 4 // world]
+        score, cut = Scorer("chunked", exchange=exchange), Cut(delta, weight=1.1) if delta else None
+        if cached:
+            losses = {name: objective.losses[name] for name in LOSSES}
+            outcome = PairLosses(CachedStep(step, CPU), losses, weights, score, 300, cut=cut).gradients()
+            total, grads, of_parameters = outcome.total, [x for f in step for x in f.tensors()], outcome.parameters
+            sizes = len(step), len(step[0].features)
+            grads = [torch.cat(grads[k :: sizes[1]]) for k in range(sizes[1])]
+        else:
+            leaves = [torch.cat([f.features[name] for f in step]).requires_grad_() for name in step[0].features]
+            image, text, patches, tokens = leaves
+            mask, ids = torch.cat([f.token_mask for f in step]), torch.cat([f.pair_id for f in step])
+            batch = SimpleNamespace(index=torch.arange(len(ids)), pair_id=ids, token_mask=mask)
+            student = SimpleNamespace(projection=torch.nn.Identity())
+            features = Features(image, patches, text, tokens)
+            inputs = LossInputs(features, batch, None, student, None, score, objective.config, cut)
+            total = sum(weight * objective.losses[name](inputs) for name, weight in weights.items())
+            both = torch.autograd.grad(total, [*leaves, *objective.losses.parameters()])
+            grads, of_parameters = list(both[:4]), list(both[4:])
+        found = [] if cut is None else [cut.found]
+        of_each_way[exchange, delta, cached] = [total.detach().reshape(()), *of_parameters, *found], grads
+    return of_each_way
+
+
+@pytest.mark.parametrize("captions, seed", [("all", 5), pytest.param("each", 8, marks=pytest.mark.slow)])
+def test_ranks_rings_cuts_and_caching_equal_one_piece(captions, seed, objective):
+    """Of two ranks, with the texts gathered and in a ring."""
+    step, K = random_step(seed, objective.student.width, 4)
+    assert K > 1
+    total, grads = expected(step, K, made(captions))
+    alone, ranks = on_rank(0, 1, captions, seed), spawn(on_rank, 2, captions, seed)
+    for way, (values, of_features) in alone.items():
+        whole, whole_grads = alone["gather", way[1], False]
+        for ours, theirs in zip(values, whole, strict=True):
+            assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+        assert_close(values[0], total.reshape(()), rtol=1e-9, atol=1e-12)
+        for n, (ours, theirs) in enumerate(zip(of_features, whole_grads, strict=True)):
+            assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+            if not way[1]:
+                assert_close(ours, torch.cat(grads[n::4]), rtol=1e-6, atol=1e-9)
+            assert_close(torch.cat([rank[way][1][n] for rank in ranks]) / 2, theirs, rtol=1e-6, atol=1e-9)
+        for n, theirs in enumerate(whole):
+            assert_close(sum(rank[way][0][n] for rank in ranks) / 2, theirs, rtol=1e-7, atol=1e-9)
+    assert (alone["gather", 0.3, True][0][-1] > 0).all()  # pairs were left out, with a bound on the error
+    assert alone["gather", 0.3, True][0][-1][0] < 1
+
+
+def test_a_loss_that_knows_one_caption_is_refused(objective):
+    step, K = random_step(5, objective.student.width)
+    inputs = PairLosses(CachedStep(step, CPU), {}, {}, Scorer("chunked"), 300)
+    tile = inputs._tile(next(iter(inputs.step.image_blocks()))[1], inputs.texts, {})
+    assert K > 1 and tile.own == Own(0, K)
+    with pytest.raises(UserError, match=f"data.captions is {K}: a loss here knows one caption of an image"):
+        tile.first  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("captions, accumulation", product(("all", "each"), (1, 2)))
+def test_predicted_memory_is_what_is_measured(captions, accumulation):
+    weights = {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.2, "cls_contrast": 0.3, "sparc": 0.3, "target_cmli": 1.0}
+    settings = {"loss": {"captions": captions, "weights": weights}, "data": {"captions": 3}}
+    small = {"student": {"layers": 1}, "teacher": {"block": 0}, "optim": {"micro_batch": 6}}
+    check_memory(load_preset("tiny", settings | small), {**DS_CONFIG, "gradient_accumulation_steps": accumulation}, 1)
+
+
+def test_losses_of_single_pairs_are_those_of_each_text_with_its_image():
+    """Equal to one caption an image, with images repeated."""
+    torch.manual_seed(0)
+    B, K, N, M, H = 3, 4, 5, 6, 7
+    patches, tokens, mask = torch.randn(B, N, H), torch.randn(B * K, M, H), torch.rand(B * K, M) < 0.7
+    images, scale = patches.repeat_interleave(K, 0), torch.ones(1)
+    assert_close(functions.patch_similarities(tokens, patches), functions.patch_similarities(tokens, images))
+    for target in ("best", "attention"):
+        match = functions.choose_patches(functions.patch_similarities(tokens, patches), target, 2, 0.1)
+        ours = functions.target_text_loss(tokens, patches, match, mask)
+        assert_close(ours, functions.target_text_loss(tokens, images, match, mask))
+    assert_close(functions.sparc_loss(patches, tokens, mask, scale), functions.sparc_loss(images, tokens, mask, scale))
+    ours = functions.cls_distillation_loss(patches[:, 0], tokens[:, 0], patches[:, 1])
+    expected = [(patches[:, 0] - patches[:, 1]), tokens[:, 0] - images[:, 1]]
+    assert_close(ours, (expected[0].square().mean() + expected[1].square().mean()) / 2)
+
+
+def test_contrasts_with_the_teacher_are_those_of_each_text_with_its_image():
+    """A bank's loss: means of images and of texts, and another image's teacher is no negative of the same picture."""
+    torch.manual_seed(0)
+    B, K, H = 3, 2, 8
+    config = load_preset("tiny", {"loss": {"weights": {"cls_contrast": 1.0}}, "data": {"captions": K}}).loss
+    loss = load(REGISTERED["cls_contrast"])(config)
+    image, texts, teacher = torch.randn(B, H), torch.randn(B * K, H), torch.randn(B, H)
+    ids = torch.tensor([[1, 5, 6], [1, 7, 8], [2, 9, 9]])  # the first two show one picture
+    inputs = SimpleNamespace(
+        features=Features(image, None, texts, None),
+        batch=SimpleNamespace(pair_id=ids),
+        teacher=SimpleNamespace(cls=teacher),
+        to_teacher=lambda x: x,
+    )
+    unit = torch.nn.functional.normalize
+    scale, losses = loss.logit_scale.exp(), []
+    for queries, owner in ((image, range(B)), (texts, [0, 0, 1, 1, 2, 2])):
+        logits = scale * unit(queries, dim=1) @ unit(teacher, dim=1).t()
+        rows = []
+        for row, own in zip(logits, owner, strict=True):
+            others = [j for j in range(B) if j == own or ids[j, 0] != ids[own, 0]]
+            rows.append(row[others].logsumexp(0) - row[own])
+        losses.append(torch.stack(rows).mean())
+    assert_close(loss(inputs), (losses[0] + losses[1]) / 2)

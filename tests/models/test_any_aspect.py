@@ -148,7 +148,7 @@ def of_many_aspects(folder: Path) -> list[str]:
     for number in range(63):
         size = draw.randrange(20, 90), draw.randrange(20, 90)
         Image.new("RGB", size, (draw.randrange(256), draw.randrange(256), number)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number} of {size}"}))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number} of {size}. It is small."}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     return ["--data", str(folder)]
 

@@ -21,7 +21,7 @@ class Filip(Loss):
     def forward(self, inputs: PairInputs) -> Tensor:
         i2t, t2i = inputs.cmli_scores  # [R, T] each, collective
         everywhere = inputs.row_logsumexp, inputs.column_logsumexp
-        return contrastive_loss(i2t, t2i, self.logit_scale, inputs.first, *everywhere, inputs.duplicates)
+        return contrastive_loss(i2t, t2i, self.logit_scale, inputs.own, *everywhere, inputs.duplicates)
 
 
 class Grouping(Loss):
