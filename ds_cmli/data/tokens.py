@@ -152,6 +152,10 @@ class CaptionTokenizer:
         valid = list(compress(tokens.input_ids, tokens.valid))
         return 2 * valid.count(self.unknown_id) > len(valid)
 
+    def truncates(self, text: str) -> bool:
+        """Whether a text has more tokens than `positions`."""
+        return len(text) > self.most_characters or bool(self._encoded(text)[0].overflowing)
+
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 

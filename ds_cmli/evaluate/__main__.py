@@ -7,7 +7,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,15 @@ sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import click
 
-from ds_cmli.common import plots
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
+from ds_cmli.config.sources import Source
 from ds_cmli.distributed import launchers
+from ds_cmli.evaluate.options import EvaluationOptions, check
 from ds_cmli.evaluate.report import Metrics, classification, pointing, prefixed, summary
 
 if TYPE_CHECKING:
-    import torch
-
     from ds_cmli.config.schema import Config
     from ds_cmli.data.load import EvalData
     from ds_cmli.evaluate.embed import EmbedSettings
@@ -37,30 +35,11 @@ SPLITS = ("val", "test", "all")
 what = partial(option, "What")
 retrieval = partial(option, "Retrieval")
 zero_shot = partial(option, "Zero-shot classification")
-
-
-@dataclass
-class EvaluationOptions:
-    """What the command line asks for."""
-
-    model: str
-    is_run: bool  # otherwise, what `student.source` takes
-    ema: bool
-    batch_size: int
-    workers: int
-    source: str | None
-    image_root: str | None
-    split: str | None
-    fold_size: int | None
-    curve: str | None
-    zero_shot: str | None
-    class_names: str | None
-    templates: str | None
-    boxes: str | None
+suite = partial(option, "Benchmarks")
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("model", required=False)
+@click.argument("models", nargs=-1, metavar="[MODEL ...]")
 @plugin_option
 @what("--checkpoint", help="A run's output folder, as MODEL.")
 @what(
@@ -71,6 +50,13 @@ class EvaluationOptions:
 @what("--batch-size", default=50, show_default=True, help="Pictures or captions per batch.")
 @what("--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @what("--json", "json_file", help="Write the metrics to this file too.")
+@suite(
+    "--suite",
+    metavar="FILE",
+    help="Run the benchmarks of a TOML file instead (docs/evaluation.md), of several MODELs side "
+    "by side.",
+)
+@suite("--page", metavar="FILE", help="Write the tables of --suite as an HTML page too.")
 @retrieval(
     "--data",
     "source",
@@ -119,7 +105,7 @@ class EvaluationOptions:
     "Sentences/.",
 )
 def command(
-    model: str | None, checkpoint: str | None, json_file: str | None, **options: Any
+    models: tuple[str, ...], checkpoint: str | None, json_file: str | None, **options: Any
 ) -> None:
     """Evaluate a model as papers report it: retrieval on held-out pairs, pointing-game accuracy on
     scenes.
@@ -127,18 +113,22 @@ def command(
     MODEL is a run's output folder, or what training may start from: an export, a CLIP or SigLIP
     model of transformers, or a model of open_clip, by its folder or its name on the hub.
 
-    With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
+    With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs,
+    with --suite it runs the benchmarks of a file.
     """
-    if (model is None) == (checkpoint is None):
-        given = "both are given" if model else "none is given"
-        raise UserError(f"MODEL or --checkpoint: {given}: give one")
-    from ds_cmli.config.sources import Source
-
-    is_run = model is None or Source(model).has_own_data
-    request = EvaluationOptions(model or checkpoint or "", is_run, **options)
-    if json_file:
-        check_writable(json_file)
-    _check(request)
+    suite = options["suite"] is not None
+    given = [*models, checkpoint] if checkpoint is not None else [*models]
+    if not given or (len(given) > 1 and not suite):
+        count = f"{len(given)} are" if given else "none is"
+        raise UserError(f"MODEL or --checkpoint: {count} given: give one")
+    is_run = checkpoint is not None or (not suite and Source(given[0]).has_own_data)
+    request = EvaluationOptions(tuple(given), is_run, **options)
+    for file in filter(None, (json_file, request.page)):
+        check_writable(file)
+    check(request)
+    if suite:
+        _suite(request, json_file)
+        return
     config = _configured(request)
     from ds_cmli.distributed import process_group as distributed
 
@@ -158,10 +148,31 @@ def command(
         distributed.shutdown()
 
 
+def _suite(request: EvaluationOptions, json_file: str | None) -> None:
+    """Measure the models on a suite."""
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.model import EvaluatedModel
+    from ds_cmli.evaluate.suites import compare
+    from ds_cmli.evaluate.suites.suite import read_suite
+
+    assert request.suite is not None
+    tasks = read_suite(request.suite)
+
+    def load(name: str) -> EvaluatedModel:
+        return EvaluatedModel.load(name, request.batch_size, request.workers, request.ema)
+
+    try:
+        results = compare.run_suite(tasks, request.models, load)
+        compare.print_results(results, request.models)
+        compare.write(results, request.models, json_file, request.page)
+    finally:
+        distributed.shutdown()
+
+
 def _configured(request: EvaluationOptions) -> "Config":
     """The configuration of the run, or that by which another model is evaluated."""
     from ds_cmli.config.schema import load_config
-    from ds_cmli.config.sources import Source, to_evaluate
+    from ds_cmli.config.sources import to_evaluate
 
     if request.is_run:
         return load_config(Path(request.model) / "config.json", "--checkpoint")
@@ -174,33 +185,6 @@ def _configured(request: EvaluationOptions) -> "Config":
             "and leave out --ema"
         )
     return to_evaluate(Source(request.model))
-
-
-def _check(request: EvaluationOptions) -> None:
-    """Raise `UserError` for a wrong option, one that the mode does not read, or one it lacks."""
-    for name, least in (("batch_size", 1), ("workers", 0), ("fold_size", 1)):
-        value = getattr(request, name)
-        if value is not None and value < least:
-            raise UserError(f"{_option(name)} is {value}: give at least {least}")
-    for name in ("source", "image_root", "curve", "zero_shot", "class_names", "templates", "boxes"):
-        if getattr(request, name) == "":
-            raise UserError(f"{_option(name)} is empty: give a value, or leave it out")
-    mode, reads = "", {"source", "image_root", "split", "fold_size", "curve"}
-    if request.zero_shot:
-        mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
-    elif request.boxes:
-        mode, reads = "boxes", {"boxes", "image_root", "split"}
-    for field in dataclasses.fields(request)[5:]:
-        if field.name not in reads and getattr(request, field.name) is not None:
-            where = f"with {_option(mode)}" if mode else "without --zero-shot"
-            raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
-    if request.boxes and not request.image_root:
-        raise UserError("--boxes needs --image-root: give the folder of the pictures")
-    plots.check_picture("--curve", request.curve)
-
-
-def _option(name: str) -> str:
-    return "--" + ("data" if name == "source" else name.replace("_", "-"))
 
 
 def _take_data(config: "Config", request: EvaluationOptions) -> None:
@@ -287,30 +271,14 @@ def _started(
     """Start the process group, and load the student and the settings to embed with. Collective."""
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import EmbedSettings
+    from ds_cmli.evaluate.model import load_objective, source_objective
 
     device = distributed.init()  # collective
     if request.is_run:
         objective = load_objective(config, Path(request.model), request.ema, data, device)
     else:
-        from ds_cmli.engine import build_models
-
-        objective, _ = build_models(config, data.vocab_size, special=data.special)
-        objective.to(device)
+        objective = source_objective(config, data, device)
     return objective, EmbedSettings(request.batch_size, device, request.workers)
-
-
-def load_objective(
-    config: "Config", folder: Path, ema: bool, data: "EvalData", device: "torch.device"
-) -> "Objective":
-    """Load the trained student with the temperatures of its scores, or with `ema` its average.
-
-    No teacher is built, because evaluation does not need it. Raises `UserError`.
-    """
-    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_student
-
-    objective = load_student(folder, config, data, AVERAGE if ema else WEIGHTS)
-    config.loss = objective.config
-    return objective.to(device)
 
 
 def main() -> None:

@@ -85,6 +85,8 @@ class EvaluatedModel:
 
         source = Source(name)
         device = distributed.init()  # collective
+        if distributed.world_size() > 1:
+            raise UserError("--suite runs in one process: start it without torchrun")
         if source.has_own_data:
             config = load_config(Path(name) / "config.json", "MODEL")
             data = EvalData(tokenizer=tokenizer_of(config.data))

@@ -10,12 +10,14 @@ Shapes: N patches, F phrases of a caption.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError, first_line
@@ -27,7 +29,7 @@ from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import Framing
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import EmbedSettings, embed_share
+from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.metrics import PixelBox, patches_inside, phrase_hits
 from ds_cmli.evaluate.report import Metrics
@@ -192,19 +194,9 @@ def pointing_game(student: "Student", entities: Entities, how: EmbedSettings) ->
     """
     held_out = HeldOut(entities)
     share = embed_share(student, held_out, Collate(entities.tokenizer), how)  # collective
-    images, texts = share.images, share.texts
-    sums = torch.zeros(4, dtype=torch.float64)  # hits, phrases, chance, visible phrases
-    for image, text in share.pair_rows():
-        caption = entities.captions[int(texts.number[text])]
-        view = Framing.of(entities.config).view(*caption.size)
-        grid, patches = images.grid_of(image), images.patches_of(image)
-        of_phrases = [patches_inside(boxes, view, grid) for boxes in caption.boxes]
-        inside = torch.stack(of_phrases)  # [F, N]
-        tokens = texts.tokens_of(text)
-        phrase = texts.token_picture[tokens]
-        hits = phrase_hits(patches, texts.tokens[tokens], phrase, inside)
-        chance, visible = inside.double().mean(1).sum(), inside.any(1).sum()
-        sums += torch.tensor([hits.sum(), len(hits), chance, visible], dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for _, of_caption in phrase_sums(share, entities):
+        sums += of_caption
     hits, phrases, chance, visible = distributed.sum_over_ranks(sums).tolist()  # collective
     out: Metrics = {
         "pointing_game": hits / phrases,
@@ -217,3 +209,24 @@ def pointing_game(student: "Student", entities: Entities, how: EmbedSettings) ->
         out["left_out"] = len(held_out.image_of) - len(share.captions)
         out["left_out_first"] = told(share.left_out)
     return out
+
+
+def phrase_sums(share: Share, entities: Entities) -> Iterator[tuple[int, Tensor]]:
+    """Yield the number of each caption of the share, and four sums over its phrases, fp64 [4].
+
+    Hits, phrases, the share of patches in their boxes, and phrases that have one there.
+    """
+    images, texts = share.images, share.texts
+    for image, text in share.pair_rows():
+        number = int(texts.number[text])
+        caption = entities.captions[number]
+        view = Framing.of(entities.config).view(*caption.size)
+        grid, patches = images.grid_of(image), images.patches_of(image)
+        of_phrases = [patches_inside(boxes, view, grid) for boxes in caption.boxes]
+        inside = torch.stack(of_phrases)  # [F, N]
+        tokens = texts.tokens_of(text)
+        phrase = texts.token_picture[tokens]
+        hits = phrase_hits(patches, texts.tokens[tokens], phrase, inside)
+        chance, visible = inside.double().mean(1).sum(), inside.any(1).sum()
+        sums = [hits.sum(), len(hits), chance, visible]
+        yield number, torch.tensor(sums, dtype=torch.float64)

@@ -11,7 +11,7 @@ from ds_cmli.checkpoint import save, write
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.evaluate.__main__ import load_objective
+from ds_cmli.evaluate.model import load_objective
 from ds_cmli.export.folder import load_run
 from ds_cmli.inference import Model
 from ds_cmli.models.weights import WeightsSource, weights_file

@@ -1,6 +1,8 @@
 """Reads the lists of benchmarks: whatever is wrong is one line with the file and the place."""
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
@@ -18,10 +20,14 @@ class Entry(NamedTuple):
     place: str  # such as "entry 3" or "line 3"
     value: object
 
+    @property
+    def keys(self) -> Collection[str]:
+        return self.value.keys() if isinstance(self.value, dict) else ()
+
     def wrong(self, problem: str) -> NoReturn:
         raise UserError(f"{self.file}, {self.place}: {problem}: fetch it again, or repair it")
 
-    def get(self, key: str, kind: type[Kind]) -> Kind:
+    def get(self, key: str | int, kind: type[Kind]) -> Kind:
         """The value of a key, of the type `kind`. Raises `UserError`."""
         if not isinstance(self.value, dict):
             self.wrong(f"{type(self.value).__name__} where an object is needed")
@@ -32,12 +38,17 @@ class Entry(NamedTuple):
             self.wrong(f"its {key!r} is {type(value).__name__}, and {NAMES[kind]} is needed")
         return value
 
-    def text(self, key: str) -> str:
+    def text(self, key: str | int) -> str:
         """A text that is not empty. Raises `UserError`."""
         text = self.get(key, str)
         if not text.strip() or printable(text) != text:
             self.wrong(f"its {key!r} is {text!r}, and a text of whole characters is needed")
         return text
+
+    def texts(self, key: str) -> list[str]:
+        """A list of texts that are not empty. Raises `UserError`."""
+        texts = enumerate(self.get(key, list))
+        return [Entry(self.file, f"{self.place}, {key}", {n: t}).text(n) for n, t in texts]
 
     def picture(self, key: str, folder: Path, suffix: str = "") -> Path:
         """The file in `folder` that a key names. Raises `UserError` if it is not there."""
@@ -53,24 +64,22 @@ def json_entries(file: Path) -> Iterator[Entry]:
     Raises:
         UserError: it is no JSON or has no entry.
     """
-    try:
-        content = read(file, object)
-    except (OSError, ValueError) as error:
-        _refuse(file, f"which cannot be read as JSON ({error})")
+    content = _json(file, object)
     if not isinstance(content, list | dict) or not content:
         _refuse(file, "which has no list of entries")
     entries = content.items() if isinstance(content, dict) else enumerate(content)
     return (Entry(file, f"entry {key}", value) for key, value in entries)
 
 
+def json_object(file: Path) -> Entry:
+    """The object of a JSON file. Raises `UserError`."""
+    return Entry(file, "its object", _json(file, dict))
+
+
 def json_lines(file: Path) -> Iterator[Entry]:
     """The objects of a file with one on each line; blank lines are skipped. Raises `UserError`."""
     count = 0
-    try:
-        lines = file.read_bytes().decode("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        _refuse(file, f"which cannot be read ({error})")
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text_of(file).split("\n"), 1):
         if not line.strip():
             continue
         count += 1
@@ -80,6 +89,44 @@ def json_lines(file: Path) -> Iterator[Entry]:
             Entry(file, f"line {number}", None).wrong(f"no JSON object ({error})")
     if not count:
         _refuse(file, "which is empty")
+
+
+def csv_rows(file: Path, columns: Sequence[str]) -> Iterator[Entry]:
+    """The rows of a CSV file by the names of its first line, which are `columns` in their order.
+
+    Raises:
+        UserError: it has other columns, a row of another length, an open quote, or no row.
+    """
+    rows = csv.reader(io.StringIO(text_of(file), newline=""), strict=True)
+    try:
+        if next(rows, []) != list(columns):
+            _refuse(file, f"whose first line is not {','.join(columns)}")
+        count = 0
+        for row in filter(None, rows):
+            count += 1
+            entry = Entry(file, f"line {rows.line_num}", dict(zip(columns, row, strict=False)))
+            if len(row) != len(columns):
+                entry.wrong(f"{len(row)} cells where {len(columns)} are needed")
+            yield entry
+    except csv.Error as error:
+        Entry(file, f"line {rows.line_num}", None).wrong(f"no CSV ({error})")
+    if not count:
+        _refuse(file, "which has no row")
+
+
+def _json(file: Path, kind: type[Kind]) -> Kind:
+    try:
+        return read(file, kind)
+    except (OSError, ValueError) as error:
+        _refuse(file, f"which cannot be read as JSON ({error})")
+
+
+def text_of(file: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark. Raises `UserError`."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        _refuse(file, f"which cannot be read ({error})")
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:

@@ -17,7 +17,21 @@ from ds_cmli.evaluate.suites.task import Task
 ROOM = "ds_cmli.evaluate.suites"
 # Kind -> the class of its settings.
 TASKS: dict[str, str] = {
+    "coco_order": f"{ROOM}.aro:Order",
+    "colorswap": f"{ROOM}.winoground:ColorSwap",
+    "dci": f"{ROOM}.long_captions:DCI",
+    "docci": f"{ROOM}.long_captions:DOCCI",
+    "flickr30k_order": f"{ROOM}.aro:Order",
+    "iiw": f"{ROOM}.long_captions:IIW",
+    "mmvp": f"{ROOM}.mmvp:MMVP",
+    "pointing_game": f"{ROOM}.pairs:PointingGame",
+    "retrieval": f"{ROOM}.pairs:Retrieval",
+    "sharegpt4v": f"{ROOM}.long_captions:ShareGPT4V",
     "sugarcrepe": f"{ROOM}.sugarcrepe:SugarCrepe",
+    "urban1k": f"{ROOM}.long_captions:Urban1k",
+    "vg_attribution": f"{ROOM}.aro:VGAttribution",
+    "vg_relation": f"{ROOM}.aro:VGRelation",
+    "winoground": f"{ROOM}.winoground:Winoground",
 }
 
 
@@ -57,7 +71,9 @@ def _task(name: str, table: object, folder: Path) -> Task:
         setting = f"--suite: {name}.{key}"
         choice(f"setting of --suite: {name}", key, list(hints))
         if Path in (hints[key], *get_args(hints[key])):
-            settings[key] = _existing(setting, settings[key], folder)
+            values = settings[key] if isinstance(settings[key], list) else [settings[key]]
+            paths = [_existing(setting, value, folder) for value in values]
+            settings[key] = paths if isinstance(settings[key], list) else paths[0]
     return build(task, f"--suite: {name}", settings, {})
 
 

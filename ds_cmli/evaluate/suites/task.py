@@ -32,12 +32,22 @@ class Measure:
         return cls(right.double()[:, None] * counts.double(), counts.double())
 
     @classmethod
-    def mean_of_groups(cls, right: Tensor, groups: Sequence[str]) -> "Measure":
+    def mean_of_groups(
+        cls, right: Tensor, groups: Sequence[str], counted: Tensor | None = None
+    ) -> "Measure":
         """The mean over groups of the share of `right`, [n], among the group's samples."""
-        names = sorted(set(groups))
-        number = torch.tensor([names.index(group) for group in groups])
-        counts = torch.nn.functional.one_hot(number, len(names)).double()
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+        number = torch.tensor([numbers[group] for group in groups])
+        counts = torch.nn.functional.one_hot(number, len(numbers)).double()
+        if counted is not None:
+            counts *= counted[:, None]
         return cls(right.double()[:, None] * counts, counts)
+
+    @classmethod
+    def mean(cls, measures: "Sequence[Measure]") -> "Measure":
+        """The mean of metrics of the same samples."""
+        hits = torch.cat([measure.hits for measure in measures], 1)
+        return cls(hits, torch.cat([measure.counts for measure in measures], 1))
 
     @classmethod
     def by_group(cls, right: Tensor, groups: Sequence[str]) -> "dict[str, Measure]":
@@ -67,6 +77,7 @@ class Measured:
     measures: dict[str, Measure]  # by "<score>/<metric>"
     # Further numbers, such as "chance/<metric>" and `truncated`, the captions that were.
     figures: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # lines for the user
 
 
 class Task(Protocol):
