@@ -246,6 +246,11 @@ def top_hits(scores: Tensor, target: Tensor) -> Tensor:
     return torch.stack([expected_hits(above, tied, positive, k) for k in TOP])
 
 
+def top_chances(classes: int) -> dict[str, float]:
+    """The accuracies of uninformative scores, `chance/top1` ..."""
+    return {f"chance/top{n}": min(1.0, n / classes) for n in TOP}
+
+
 def accuracies(scores: Tensor, target: Tensor) -> dict[str, float]:
     """The share of right classes, as `accuracies_by_class` gives it.
 

@@ -35,7 +35,7 @@ from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts
 from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatch
-from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_hits
+from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_chances, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.evaluate.retrieval import kinds
 
@@ -66,14 +66,14 @@ class ClassPictures:
         folders: the class names in the data, in the order of the class numbers.
     """
 
-    def __init__(self, source: str, config: DataConfig):
+    def __init__(self, source: str, config: DataConfig, setting: str = "--zero-shot"):
         """Open `source`: a folder, a .tar, or the validation part of "hfds/NAME", as timm names it.
 
         Raises:
             UserError: `source` is none of these, cannot be read, or has no picture or only a class.
         """
         self.config, self.size = config, config.image_size
-        where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
+        where, path = f"{setting} is {source!r}", Path(source).expanduser()
         if not path.exists() and not source.startswith("hfds/"):
             raise UserError(
                 f"{where}: give a folder that has a folder of pictures for each class, or hfds/NAME"
@@ -117,7 +117,7 @@ class ClassPictures:
             return Picture(black(self.size), number, bad=(name, first_line(error)))
 
 
-def class_names(folders: list[str], file: str | None) -> list[str]:
+def class_names(folders: list[str], file: str | None, setting: str = "--class-names") -> list[str]:
     """The names of the classes for the prompts.
 
     These are the folder names with blanks for underscores, or those in `file`.
@@ -137,18 +137,18 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         if file.endswith(".json"):
             names = parse(text, object)
     except (OSError, ValueError) as error:
-        raise UserError(f"--class-names is {file!r}, which cannot be read: {error}") from None
+        raise UserError(f"{setting} is {file!r}, which cannot be read: {error}") from None
     if isinstance(names, dict):
         missing = [folder for folder in folders if not isinstance(names.get(folder), str)]
         if missing:
-            raise UserError(f"--class-names is {file!r}: it has no name for {missing[0]!r}")
+            raise UserError(f"{setting} is {file!r}: it has no name for {missing[0]!r}")
         return [names[folder] for folder in folders]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'--class-names is {file!r}: give {{"folder": "name"}}, or a list of names')
+        raise UserError(f'{setting} is {file!r}: give {{"folder": "name"}}, or a list of names')
     names = list(filter(str.strip, names))
     if len(names) != len(folders):
         raise UserError(
-            f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes"
+            f"{setting} is {file!r}, with {len(names)} names: there are {len(folders)} classes"
         )
     return names
 
@@ -172,6 +172,11 @@ def prompt_templates(file: str | None) -> list[str]:
                 "class's name goes"
             )
     return lines
+
+
+def filled(names: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """The prompts of all names, those of a name after one another."""
+    return [template.replace("{}", name) for name in names for template in templates]
 
 
 @dataclass
@@ -205,7 +210,35 @@ class Classifier:
         return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
+@dataclass
+class Hits:
+    """What `metrics.top_hits` finds for r pictures that could be read."""
+
+    top: Tensor  # fp64 [len(TOP), K, r]
+    target: Tensor  # int64 [r], their classes
+    broken: dict[int, Bad]  # the other pictures, by number
+
+
 @torch.no_grad()
+def picture_hits(
+    student: "Student", loader: Iterable[PictureBatch], classifier: Classifier, how: EmbedSettings
+) -> Hits:
+    """Classify the pictures of a loader, in their order, which has as many batches on each rank."""
+    hits, targets = [], []
+    broken: dict[int, Bad] = {}
+    for batch in loader:
+        how.heartbeat()
+        broken |= batch.broken
+        images, grid = batch.on(how.device)
+        cls, patches = student.image_embeddings(images, grid)
+        mask = patch_mask(grid, patches.shape[1])
+        class_scores = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
+        usable = batch.usable()
+        targets.append(batch.target[usable])
+        hits.append(top_hits(class_scores[:, usable], targets[-1]))
+    return Hits(torch.cat(hits, 2), torch.cat(targets), broken)
+
+
 def classify(
     student: "Student", loader: Iterable[PictureBatch], classifier: Classifier, how: EmbedSettings
 ) -> Metrics:
@@ -220,25 +253,15 @@ def classify(
         could not be read `left_out` (their number) and `left_out_first` (the names of some).
     """
     scores, classes = kinds(classifier.scales), len(classifier.cls)
+    own = picture_hits(student, loader, classifier, how)
     hits = torch.zeros(len(TOP), len(scores), classes, dtype=torch.float64)
-    counts = torch.zeros(classes, dtype=torch.float64)
-    broken: dict[int, Bad] = {}
-    for batch in loader:
-        how.heartbeat()
-        broken |= batch.broken
-        images, grid = batch.on(how.device)
-        cls, patches = student.image_embeddings(images, grid)
-        mask = patch_mask(grid, patches.shape[1])
-        class_scores = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
-        usable = batch.usable()
-        target = batch.target[usable]
-        hits.index_add_(2, target, top_hits(class_scores[:, usable], target))
-        counts += target.bincount(minlength=classes)
+    hits.index_add_(2, own.target, own.top)
+    counts = own.target.bincount(minlength=classes).double()
     distributed.sum_over_ranks(hits)  # collective
     distributed.sum_over_ranks(counts)  # collective
     out: Metrics = {"pictures": int(counts.sum()), "classes": classes}
     lost: list[Bad] = []
-    for of_rank in distributed.gather_objects(broken):  # collective
+    for of_rank in distributed.gather_objects(own.broken):  # collective
         lost += of_rank.values()
     if not out["pictures"]:
         raise UserError(
@@ -248,7 +271,7 @@ def classify(
         out |= {"left_out": len(lost), "left_out_first": told(lost)}
     for k, score in enumerate(scores):
         out |= prefixed(f"{score}/", accuracies_by_class(hits[:, k], counts))
-    return out | {f"chance/top{n}": min(1.0, n / classes) for n in TOP}
+    return out | top_chances(classes)
 
 
 @torch.no_grad()
@@ -265,7 +288,7 @@ def build_classifier(
         UserError: a prompt has no valid token.
     """
     scales = objective.score_scales()  # collective under ZeRO-3
-    prompts = [template.replace("{}", name) for name in names for template in templates]
+    prompts = filled(names, templates)
     say(tell_cut(prompts, tokenizer.positions))
 
     def prompt(number: int) -> Sample:

@@ -50,6 +50,13 @@ class Entry(NamedTuple):
         texts = enumerate(self.get(key, list))
         return [Entry(self.file, f"{self.place}, {key}", {n: t}).text(n) for n, t in texts]
 
+    def entries(self, key: str) -> "Iterator[Entry]":
+        """The values of a list, of which there is one at least. Raises `UserError`."""
+        values = self.get(key, list)
+        if not values:
+            self.wrong(f"its {key!r} is empty")
+        return (Entry(self.file, f"{key}[{number}]", value) for number, value in enumerate(values))
+
     def picture(self, key: str, folder: Path, suffix: str = "") -> Path:
         """The file in `folder` that a key names. Raises `UserError` if it is not there."""
         name = self.text(key) + suffix
@@ -78,17 +85,11 @@ def json_object(file: Path) -> Entry:
 
 def json_lines(file: Path) -> Iterator[Entry]:
     """The objects of a file with one on each line; blank lines are skipped. Raises `UserError`."""
-    count = 0
-    for number, line in enumerate(text_of(file).split("\n"), 1):
-        if not line.strip():
-            continue
-        count += 1
+    for number, line in text_lines(file).items():
         try:
             yield Entry(file, f"line {number}", parse(line, dict))
         except ValueError as error:
             Entry(file, f"line {number}", None).wrong(f"no JSON object ({error})")
-    if not count:
-        _refuse(file, "which is empty")
 
 
 def csv_rows(file: Path, columns: Sequence[str]) -> Iterator[Entry]:
@@ -127,6 +128,15 @@ def text_of(file: Path) -> str:
         return file.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         _refuse(file, f"which cannot be read ({error})")
+
+
+def text_lines(file: Path) -> dict[int, str]:
+    """The lines that are not blank, by their numbers. Raises `UserError` if there is none."""
+    lines = enumerate(text_of(file).split("\n"), 1)
+    rows = {number: line.strip() for number, line in lines if line.strip()}
+    if not rows:
+        _refuse(file, "which is empty")
+    return rows
 
 
 def _refuse(file: Path, problem: str) -> NoReturn:

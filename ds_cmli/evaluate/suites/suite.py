@@ -17,7 +17,11 @@ from ds_cmli.evaluate.suites.task import Task
 ROOM = "ds_cmli.evaluate.suites"
 # Kind -> the class of its settings.
 TASKS: dict[str, str] = {
+    "ade20k": f"{ROOM}.segmentation:ADE20K",
+    "boxes": f"{ROOM}.boxes:Boxes",
+    "classification": f"{ROOM}.classification:Classification",
     "coco_order": f"{ROOM}.aro:Order",
+    "coco_stuff": f"{ROOM}.segmentation:COCOStuff",
     "colorswap": f"{ROOM}.winoground:ColorSwap",
     "dci": f"{ROOM}.long_captions:DCI",
     "docci": f"{ROOM}.long_captions:DOCCI",
@@ -31,6 +35,7 @@ TASKS: dict[str, str] = {
     "urban1k": f"{ROOM}.long_captions:Urban1k",
     "vg_attribution": f"{ROOM}.aro:VGAttribution",
     "vg_relation": f"{ROOM}.aro:VGRelation",
+    "voc": f"{ROOM}.segmentation:VOC",
     "winoground": f"{ROOM}.winoground:Winoground",
 }
 
