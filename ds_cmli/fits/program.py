@@ -178,8 +178,13 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
     """Inside, tensors have no data."""
 
     def compiling(_: Callable) -> Callable:
-        keep = _left_out(ran, "torch.compile ran as eager mode")
-        return lambda model=None, **_: keep(model) if model is not None else keep
+        keep = _left_out(ran, "torch.compile ran as eager mode, which may take more or less")
+
+        def run(model: object = None, *_: object, **__: object) -> object:
+            recorder.compiled = True
+            return keep if model is None else keep(model)
+
+        return run
 
     replacements: dict[str, Callable] = {
         "python: end of the process": _ending,
