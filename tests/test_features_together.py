@@ -37,22 +37,23 @@ AXES = {
     "schedule": ("-", "warmup"),
     "order": ("-", "grouped"),
     "captions": ("one", "several"),
+    "pooled": ("-", "flair"),
 }
 IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"}, {"queue", "several"})
 # Twelve are the fewest, as there are four stages, and three values of other axes.
 RUNS = """
-zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped   one
-zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped   one
-zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped   one
-zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -         several
-zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -         one
-zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -         one
-zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped   one
-zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -         one
-zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped   several
-zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped   several
-zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -         several
-zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -         several
+zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped   one     flair
+zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped   one     -
+zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped   one     -
+zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -         several -
+zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -         one     -
+zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -         one     flair
+zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped   one     flair
+zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -         one     flair
+zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped   several -
+zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped   several flair
+zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -         several flair
+zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -         several -
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -132,6 +133,8 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
     if {"aspect", "contrast"} <= {*values}:  # without what needs as many patches of every picture
         settings["loss.weights"] = {"global": 1.0, "cmli": 1.0, "cls_contrast": 0.5}
         del settings["teacher.average_blocks"]
+    if "flair" in values:
+        settings["loss.weights"] = {**settings["loss.weights"], "flair": 0.5}
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--eval-every", "3", "--micro-batch", str(micro_batch)]
     for name, value in settings.items():

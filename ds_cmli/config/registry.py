@@ -20,10 +20,10 @@ from ds_cmli.common.json_text import JsonObject
 @dataclass(frozen=True)
 class LossEntry:
     implementation: str  # a `losses.base.Loss`
-    # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its
+    # The pair scores that the loss compares, "global", "cmli" or "flair"; with gradient caching its
     # negatives are those of the whole step. "" if it treats each pair separately, and so can be
     # computed for each micro-batch.
-    scores: Literal["", "global", "cmli"] = ""
+    scores: Literal["", "global", "cmli", "flair"] = ""
     # The function of its scores, by which an exported model computes it: "contrastive"
     # (`cmli.contrastive.contrastive_loss`) or "sigmoid" (`losses.functions.sigmoid_loss`). "" if
     # it is neither.
@@ -99,6 +99,13 @@ LOSSES = {
         "ds_cmli.losses.distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
+    "flair": LossEntry(
+        "ds_cmli.losses.flair:Flair",
+        scores="flair",
+        kind="sigmoid",
+        several=True,
+        settings=("duplicates", "cmli_scratch_bytes"),
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ds_cmli.cmli.pair_scores import BothWays
+from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import Source, to_evaluate
@@ -121,6 +122,10 @@ class EvaluatedModel:
         """1/temperature of each kind of scores that the model's losses compare."""
         return self.objective.score_scales()
 
+    @cached_property
+    def flair(self) -> PooledScores | None:
+        return self.objective.flair_scores()
+
     def scores(
         self, images: Images, of_images: Tensor, texts: Texts, of_texts: Tensor
     ) -> dict[str, BothWays]:
@@ -128,7 +133,8 @@ class EvaluatedModel:
 
         fp32 [I, J] each, on the CPU. CPU-GPU sync.
         """
-        return pair_scores(images, of_images, texts.block(of_texts), self.scales, self.how.device)
+        captions, device = texts.block(of_texts), self.how.device
+        return pair_scores(images, of_images, captions, self.scales, device, self.flair)
 
     @torch.no_grad()
     def images(self, pictures: Sequence[PictureFile]) -> Images:

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
+from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, check_regular, first_line
 from ds_cmli.common.json_text import parse
@@ -186,6 +187,7 @@ class Classifier:
     texts: Texts
     templates: int  # T
     scales: dict[str, float]  # 1/temperature of each kind of scores: `Objective.score_scales`
+    flair: PooledScores | None = None  # `Objective.flair_scores`
 
     def __post_init__(self):
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
@@ -199,14 +201,20 @@ class Classifier:
         `patch_mask`: bool [B, N], the patches that there are; None: all.
         """
         by_global = image_cls @ self.cls.to(image_cls.device).t()
-        if "cmli" not in self.scales:
+        fine = kinds(self.scales)[1:-1]
+        if not fine:
             return by_global[None]
-        parts = []
+        parts: dict[str, list[Tensor]] = {kind: [] for kind in fine}
         for prompts in torch.arange(len(self.texts.number)).split(CLASSES * self.templates):
-            _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
-            i2t, _ = cmli_scores(patches, tokens, mask, patch_mask)  # [B, classes * T]
-            parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
-        scores = {"global": by_global, "cmli": torch.cat(parts, 1)}  # [B, C] each
+            cls, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
+            if "cmli" in fine:
+                parts["cmli"].append(cmli_scores(patches, tokens, mask, patch_mask)[0])
+            if self.flair is not None:
+                parts["flair"].append(self.flair(patches, cls, patch_mask=patch_mask))
+        scores = {"global": by_global}  # [B, C] each
+        for kind, of_prompts in parts.items():  # [B, classes * T]
+            of_classes = torch.cat(of_prompts, 1).unflatten(1, (-1, self.templates))
+            scores[kind] = of_classes.mean(2)
         return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
@@ -287,7 +295,7 @@ def build_classifier(
     Raises:
         UserError: a prompt has no valid token.
     """
-    scales = objective.score_scales()  # collective under ZeRO-3
+    scales, flair = objective.score_scales(), objective.flair_scores()  # collective under ZeRO-3
     prompts = filled(names, templates)
     say(tell_cut(prompts, tokenizer.positions))
 
@@ -310,4 +318,4 @@ def build_classifier(
     columns = []
     for field in fields(Texts):
         columns.append(torch.cat([getattr(part, field.name) for part in parts]))
-    return Classifier(Texts(*columns), len(templates), scales)
+    return Classifier(Texts(*columns), len(templates), scales, flair)

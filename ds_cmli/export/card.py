@@ -45,6 +45,7 @@ NAMES = {
     "global": "the cosine of the class tokens.",
     "cmli": "for i2t the mean over an image's patches of the similarity to the best token of the "
     "text, for t2i the mean over a text's tokens of the similarity to the best patch of the image.",
+    "flair": "the cosine of the text's class token with what it pools of the image's patches.",
     "combined": "the sum of what was trained of these, each times its learned 1/temperature: "
     "`logits_per_image` for i2t, `logits_per_text` for t2i.",
     "chance": "what scores without information give.",

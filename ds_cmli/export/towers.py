@@ -71,6 +71,7 @@ class Scores(nn.Module):
     def __init__(self, model: CMLIModel):
         super().__init__()
         self.scales = {kind: scale.item() for kind, scale in model.scales().items()}
+        self.flair = model.flair()
 
     def forward(
         self,
@@ -82,7 +83,8 @@ class Scores(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image and per text."""
         cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
-        scores = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
+        flair = self.flair and self.flair(patch_embeds, text_embeds, scratch_bytes=None)
+        scores = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales, flair)["combined"]
         return scores.i2t, scores.t2i.t()
 
 

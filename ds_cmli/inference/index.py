@@ -38,6 +38,7 @@ class Result:
     score: float  # "combined" from text to image, by which results are ordered
     global_score: float  # cosine similarity of the class tokens
     cmli_score: float  # s_t2i: the mean over the text's tokens of the similarity to the best patch
+    flair_score: float | None = None  # of a model that was trained with it
 
 
 class Index:
@@ -141,10 +142,15 @@ class Index:
         images = torch.from_numpy(self.cls[columns].astype(np.float32))
         return upcast(texts.cls[rows]) @ images.t()
 
-    def cmli_scores(self, texts: TextEmbeddings, j: int, numbers: Tensor) -> Tensor:
-        """s_t2i, by which images are ranked for text j, fp32 [images of `numbers`]."""
+    def fine_scores(
+        self, model: Model, texts: TextEmbeddings, j: int, numbers: Tensor
+    ) -> dict[str, Tensor]:
+        """s_t2i as "cmli", and "flair" where it was trained, by which images are ranked for text j.
+
+        fp32 [images of `numbers`].
+        """
         tokens, mask = texts.tokens[j : j + 1], texts.token_mask[j : j + 1]
-        out = []
+        parts: dict[str, list[Tensor]] = {"cmli": []}
         for part in numbers.split(AT_A_TIME):
             stored = self.patches[part.numpy()]
             if self.sums is not None and (_sums(stored) != self.sums[part.numpy()]).any():
@@ -153,8 +159,15 @@ class Index:
                     "checksums: build it anew"
                 )
             patches = torch.from_numpy(stored).to(tokens.dtype)
-            out.append(cmli_scores(patches, tokens, mask)[1][:, 0])
-        return torch.cat(out)
+            parts["cmli"].append(cmli_scores(patches, tokens, mask)[1][:, 0])
+            if model.flair is not None:
+                present = None
+                if model.config.data.aspect_patch:  # the others repeat the first, see `build`
+                    present = (patches != patches[:, :1]).any(2)
+                    present[:, 0] = True
+                scores = model.flair(patches, texts.cls[j : j + 1], patch_mask=present)
+                parts.setdefault("flair", []).append(scores[:, 0])
+        return {kind: torch.cat(scores) for kind, scores in parts.items()}
 
     def _check(self, model: Model) -> None:
         """Raise `UserError` if other weights than `model`'s have embedded the pictures."""
@@ -205,11 +218,14 @@ class Index:
         results = []
         for j in range(len(embedded)):
             order = numbers[j].sort().values  # in the order in which they lie in the file
-            fine = self.cmli_scores(embedded, j, order)[torch.searchsorted(order, numbers[j])]
-            total = combined({"global": coarse[j], "cmli": fine}, model.scales)
+            place = torch.searchsorted(order, numbers[j])
+            kinds = {"global": coarse[j]}
+            for kind, fine in self.fine_scores(model, embedded, j, order).items():
+                kinds[kind] = fine[place]
+            total = combined(kinds, model.scales)
             best = []
             for i in total.argsort(descending=True, stable=True)[:k].tolist():
-                scores = total[i].item(), coarse[j, i].item(), fine[i].item()
+                scores = [of_kind[i].item() for of_kind in (total, *kinds.values())]
                 best.append(Result(self.names[numbers[j, i]], *scores))
             results.append(best)
         return results

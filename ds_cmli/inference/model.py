@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
+from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
@@ -136,8 +137,13 @@ class Model:
 
     @cached_property
     def scales(self) -> dict[str, float]:
-        """1/temperature of the global and of the CMLI scores, as far as they were trained."""
+        """1/temperature of each kind of scores that was trained: "global", "cmli", "flair"."""
         return self.objective.score_scales()
+
+    @cached_property
+    def flair(self) -> PooledScores | None:
+        """FLAIR's scores of embeddings; None if they were not trained."""
+        return self.objective.flair_scores()
 
     @cached_property
     def digest(self) -> str:
@@ -231,14 +237,15 @@ class Model:
         Returns:
             For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is
             an image's in both. "global" are the cosines of the class tokens, equal both ways;
-            "cmli" are s_i2t and s_t2i, which are not; "combined" is the sum of what was trained,
-            each times 1/temperature.
+            "cmli" are s_i2t and s_t2i, which are not; "flair", where it was trained, is equal both
+            ways; "combined" is the sum of what was trained, each times 1/temperature.
         """
         with torch.inference_mode():
             cosines = upcast(images.cls) @ upcast(texts.cls).t()
             patches, mask = images.patches, images.patch_mask
             cmli = cmli_scores(patches, texts.tokens, texts.token_mask, mask)  # [I, J] each
-            return both_ways(cosines, cmli, self.scales)
+            flair = self.flair and self.flair(patches, texts.cls, patch_mask=mask)
+            return both_ways(cosines, cmli, self.scales, flair)
 
     def match(self, picture: PictureInput, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""

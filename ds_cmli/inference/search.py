@@ -93,6 +93,8 @@ def command(**arguments: Any) -> None:
             click.echo(text)
             for result in best:
                 parts = f"global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
+                if result.flair_score is not None:
+                    parts += f"  flair {result.flair_score:.3f}"
                 click.echo(f"  {result.score:8.3f}  {parts}  {result.name}")
         if options.page is not None:
             write_page(options.page, options.texts, results, note)

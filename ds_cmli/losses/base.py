@@ -20,6 +20,7 @@ from ds_cmli.cmli.contrastive import MAX_SCALE, Own, upcast
 from ds_cmli.cmli.cut import Cut, as_loss
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
+from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.cmli.ring import Score
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.common.errors import UserError
@@ -117,6 +118,10 @@ class PairInputs(ABC):
         """The CMLI scores s_i2t and s_t2i, each [R, T] fp32 (fp64). Collective."""
 
     @abstractmethod
+    def flair_scores(self, pooling: TextConditionedPooling) -> Tensor:
+        """Cosines of texts with what they pool of the patches: [R, T] fp32 (fp64). Collective."""
+
+    @abstractmethod
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         """log(sum(exp)) of each row over all texts of the batch, not only these T: [R, T] -> [R].
 
@@ -159,18 +164,31 @@ class LossInputs(PairInputs):
         return duplicates(ids, ids_of_texts(collectives.gather(ids)), self.own)  # collective
 
     @cached_property
-    def global_scores(self) -> Tensor:
-        image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
+    def all_text_cls(self) -> Tensor:
+        """The texts' class tokens of all ranks, normalised: [G, H] fp32 (fp64). Collective."""
         text = upcast(l2_normalize(self.features.text_cls))
-        text = collectives.gather_with_gradient(text)  # [G, H], collective
+        return collectives.gather_with_gradient(text)
+
+    @cached_property
+    def global_scores(self) -> Tensor:
+        image, text = upcast(l2_normalize(self.features.image_cls)), self.all_text_cls  # collective
         with full_precision(image.device):
             return image @ text.t()
 
     @cached_property
+    def projected_patches(self) -> Tensor:
+        """The patches that CMLI and FLAIR compare, not normalised: [B, N, D]."""
+        return self.student.projection(self.features.patches)
+
+    @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
         """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [C, M, D]."""
-        project = self.student.projection
-        return project(self.features.patches), project(self.features.tokens)
+        return self.projected_patches, self.student.projection(self.features.tokens)
+
+    def flair_scores(self, pooling: TextConditionedPooling) -> Tensor:
+        patches, mask = l2_normalize(self.projected_patches), self.features.patch_mask
+        scratch_bytes = self.config.cmli_scratch_bytes
+        return pooling(patches, self.all_text_cls, mask, scratch_bytes)  # collective
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
@@ -221,6 +239,9 @@ class Loss(nn.Module):
 
     def fit(self, patches: int, teacher_width: int | None) -> None:
         """Make what depends on N and H_t, which is None without a teacher. Raises `UserError`."""
+
+    def between(self, width: int, embed_dim: int) -> None:
+        """Make what depends on the student's widths, H and D."""
 
     def start_from(self, start: Start) -> None:
         """Begin as the source of the student was trained, if this is its loss."""

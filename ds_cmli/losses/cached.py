@@ -154,7 +154,8 @@ class PairLosses:
         function: Callable[[TileSide, TileSide], object] = self._differentiate
         larger = 1
         if self.kept is not None:  # the gradients of class tokens are known
-            images, function, larger = images.without("image_cls"), self._add_kept, LARGER
+            images = images.without("image_cls").without("all_patches")
+            function, larger = self._add_kept, LARGER
         images = images.with_zero_gradients()
         for texts in self._chunks(differentiated=True):  # collective
             self._over_tiles(function, images, texts, self.argmax_bytes, larger)
@@ -245,7 +246,7 @@ class PairLosses:
             self.step.heartbeat()
 
     def _tile(self, images: TileSide, texts: TileSide, tensors: dict[str, Tensor]) -> Tile:
-        options = self.statistics, self.score, self.keep_duplicates
+        options = self.statistics, self.score, self.keep_duplicates, self.argmax_bytes
         return Tile(images, texts, tensors, self.step.own, *options)
 
     def _values(self, tile: Tile) -> dict[str, Tensor]:

@@ -41,13 +41,13 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
-@pytest.mark.parametrize("loss", ["global", "cmli", "sparc", *OF_A_TEACHER])
+@pytest.mark.parametrize("loss", ["global", "cmli", "sparc", "flair", *OF_A_TEACHER])
 def test_each_loss_alone(device, data, batches, loss):
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
     total, item = train_engine(batches[0])
     assert list(item) == [loss]
     assert total.item() == pytest.approx(2 * item[loss].item())
-    assert (train_engine.teacher is None) == (loss in ("global", "cmli", "sparc"))
+    assert (train_engine.teacher is None) == (loss in ("global", "cmli", "sparc", "flair"))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -48,7 +48,7 @@ def test_the_mean_of_the_ranks_blocks_is_the_loss_of_the_batch(ranks):
 
 
 def test_each_has_a_temperature_and_a_bias_of_its_own():
-    for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli")):
+    for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli"), ("flair", "flair")):
         loss = load(LOSSES[name])(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
         assert LOSSES[name].scores == kind and not LOSSES[name].teacher
