@@ -58,7 +58,7 @@ def pair_scores(
         if flair is not None:
             pooled = flair(patches, cls, patch_mask=present)
     both = both_ways(cosines, cmli, scales, pooled)
-    return {kind: BothWays(*(way.cpu() for way in both[kind])) for kind in kinds(scales)}
+    return {kind: BothWays(*map(Tensor.cpu, both[kind])) for kind in kinds(scales)}
 
 
 class Captions(NamedTuple):
