@@ -7,10 +7,10 @@ VG-Relation and VG-Attribution are JSON lists of entries with `image_path`, the 
 """
 
 from abc import abstractmethod
-from collections import Counter
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -38,8 +38,8 @@ class _VisualGenome(Choices):
         """The category of an entry, by which accuracies are averaged."""
 
     @abstractmethod
-    def counted(self, groups: list[str]) -> list[bool]:
-        """Whether each question's category counts for the mean."""
+    def counted(self, groups: list[str]) -> np.ndarray:
+        """Whether each question's category counts for the mean: bool [n]."""
 
     @cached_property
     def questions(self) -> list[Question]:
@@ -61,8 +61,8 @@ class _VisualGenome(Choices):
         A tie is no hit.
         """
         right = first_is_best(i2t[:, 0])
-        groups = [question.group for question in self.questions]
-        counted = torch.tensor(self.counted(groups))
+        groups = self.groups
+        counted = torch.from_numpy(self.counted(groups))
         out = {"accuracy": Measure.accuracy(right)}
         if counted.any():
             out["mean"] = Measure.mean_of_groups(right, groups, counted)
@@ -77,9 +77,8 @@ class VGRelation(_VisualGenome):
     def group(self, entry: Entry) -> str:
         return entry.text("relation_name")
 
-    def counted(self, groups: list[str]) -> list[bool]:
-        left_out = LEFT_OUT.read_text().splitlines()
-        return [group not in left_out for group in groups]
+    def counted(self, groups: list[str]) -> np.ndarray:
+        return ~np.isin(groups, LEFT_OUT.read_text().splitlines())
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -88,14 +87,14 @@ class VGAttribution(_VisualGenome):
     images: Path
 
     def group(self, entry: Entry) -> str:
-        attributes = entry.get("attributes", list)
-        if len(attributes) != 2 or not all(isinstance(name, str) for name in attributes):
-            entry.wrong(f"its 'attributes' are {attributes!r}, and two texts are needed")
+        attributes = entry.texts("attributes")
+        if len(attributes) != 2:
+            entry.wrong(f"its 'attributes' are {attributes!r}, and two are needed")
         return "_".join(attributes)
 
-    def counted(self, groups: list[str]) -> list[bool]:
-        cases = Counter(groups)
-        return [cases[group] >= LEAST for group in groups]
+    def counted(self, groups: list[str]) -> np.ndarray:
+        _, number, cases = np.unique(groups, return_inverse=True, return_counts=True)
+        return cases[number] >= LEAST
 
 
 @dataclass(config=STRICT, frozen=True)

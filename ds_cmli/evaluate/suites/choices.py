@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ class Question:
 
 class Choices:
     """A task of questions: `suites.task.Task`."""
+
+    @property
+    def groups(self) -> list[str]:
+        return list(map(attrgetter("group"), self.questions))
 
     @cached_property
     @abstractmethod

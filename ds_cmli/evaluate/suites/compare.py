@@ -4,10 +4,10 @@ Shapes: n samples, R resamples.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ QUANTILES = (0.025, 0.975)
 Interval = tuple[float, float]
 
 
-class Metric(TypedDict):
+@dataclass
+class Metric:
     """A metric as the JSON has it; null for a model that lacks its kind of score."""
 
     values: list[float | None]  # of each model
@@ -66,19 +67,27 @@ def run_suite(
 
 def _result(task: Task, names: Sequence[str], of_models: Sequence[Measured]) -> TaskResult:
     result = TaskResult(type(task).__name__, of_models[0].samples)
-    columns = dict.fromkeys(metric for measured in of_models for metric in measured.measures)
-    drawn: dict[str, list[list[Tensor] | None]] = {}
-    for metric in columns:
-        drawn[metric] = [[] if metric in measured.measures else None for measured in of_models]
+    counts = {measured.samples for measured in of_models}
+    if len(counts) > 1:
+        raise UserError(f"--suite: the models have {counts} samples: give data that all can read")
+    drawn: dict[str, list[Tensor]] = {}
+    figures: dict[str, None] = {}
+    for measured in of_models:
+        drawn |= {metric: [] for metric in measured.measures}
+        figures |= dict.fromkeys(measured.figures)
     for times in _resamples(result.samples):
-        for metric, of_metric in drawn.items():
-            for measured, values in zip(of_models, of_metric, strict=True):
-                if values is not None:
-                    values.append(measured.measures[metric].resampled(times))
-    for metric, of_metric in drawn.items():
-        whole = [None if values is None else torch.cat(values) for values in of_metric]
-        result.metrics[metric] = _metric(metric, whole, of_models)
-    for figure in dict.fromkeys(name for measured in of_models for name in measured.figures):
+        for metric, parts in drawn.items():
+            parts.append(_values(of_models, metric, times))
+    once = torch.ones(result.samples, 1, dtype=torch.float64)
+    for metric, parts in drawn.items():
+        values, whole = _values(of_models, metric, once)[:, 0], torch.cat(parts, 1)
+        result.metrics[metric] = Metric(
+            _numbers(values),
+            _intervals(whole),
+            _numbers(values[1:] - values[0]),
+            _intervals(whole[1:] - whole[0]),
+        )
+    for figure in figures:
         result.figures[figure] = [measured.figures.get(figure) for measured in of_models]
     for name, measured in zip(names, of_models, strict=True):
         if measured.notes:
@@ -86,29 +95,26 @@ def _result(task: Task, names: Sequence[str], of_models: Sequence[Measured]) -> 
     return result
 
 
-def _metric(name: str, drawn: Sequence[Tensor | None], of_models: Sequence[Measured]) -> Metric:
-    """One metric of all models, from its resampled values, [R] of each."""
-    out: Metric = {"values": [], "intervals": [], "differences": [], "difference_intervals": []}
-    for measured, values in zip(of_models, drawn, strict=True):
-        value = measured.measures[name].value if values is not None else None
-        out["values"].append(value)
-        out["intervals"].append(_interval(values))
-    first, drawn_first = out["values"][0], drawn[0]
-    for value, values in zip(out["values"][1:], drawn[1:], strict=True):
-        difference, interval = None, None
-        if first is not None and drawn_first is not None and value is not None:
-            assert values is not None
-            difference, interval = value - first, _interval(values - drawn_first)
-        out["differences"].append(difference)
-        out["difference_intervals"].append(interval)
+def _values(of_models: Sequence[Measured], metric: str, times: Tensor) -> Tensor:
+    """A metric of each model on resamples, fp64 [models, R]; NaN of one that lacks it."""
+    out = torch.full((len(of_models), times.shape[1]), torch.nan, dtype=torch.float64)
+    for row, measured in zip(out, of_models, strict=True):
+        if metric in measured.measures:
+            row[:] = measured.measures[metric].resampled(times)
     return out
 
 
-def _interval(values: Tensor | None) -> Interval | None:
-    if values is None:
-        return None
-    low, high = np.quantile(values.numpy(), QUANTILES)
-    return float(low), float(high)
+def _numbers(values: Tensor) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]
+
+
+def _intervals(drawn: Tensor) -> list[Interval | None]:
+    """The interval of each row of [rows, R]; None of one with NaN."""
+    out: list[Interval | None] = []
+    for row in drawn.numpy():
+        low, high = np.quantile(row, QUANTILES).tolist()
+        out.append(None if math.isnan(low) else (low, high))
+    return out
 
 
 def _resamples(samples: int) -> Iterator[Tensor]:
@@ -126,24 +132,21 @@ def table(result: TaskResult) -> tuple[list[str], dict[str, list[str]]]:
 
     Of one model its value and interval; of several each value, then the differences to the first.
     """
-    models = len(next(iter(result.metrics.values()))["values"]) if result.metrics else 0
-    heads = [str(number) for number in range(1, models + 1)]
-    heads += [f"{number} - 1" for number in range(2, models + 1)]
-    rows = {}
+    rows, models = {}, 0
     for name, metric in result.metrics.items():
-        intervals: list[Interval | None] = [None] * models
-        if models == 1:
-            intervals = metric["intervals"]
-        cells = [_cell(*pair, "") for pair in zip(metric["values"], intervals, strict=True)]
-        pairs = zip(metric["differences"], metric["difference_intervals"], strict=True)
-        rows[name] = cells + [_cell(*pair, "+") for pair in pairs]
+        models = len(metric.values)
+        intervals = metric.intervals if models == 1 else [None] * models
+        cells = list(map(_cell, metric.values, intervals))
+        cells += map(_cell, metric.differences, metric.difference_intervals, "+" * models)
+        rows[name] = cells
     for name, values in result.figures.items():
         if name.startswith("chance/"):
-            rows[name] = [_cell(value, None, "") for value in values] + [""] * (models - 1)
-    return heads, rows
+            rows[name] = [*map(_cell, values), *[""] * (len(values) - 1)]
+    heads = list(map(str, range(1, models + 1)))
+    return heads + [f"{number} - 1" for number in heads[1:]], rows
 
 
-def _cell(value: float | None, interval: Interval | None, sign: str) -> str:
+def _cell(value: float | None, interval: Interval | None = None, sign: str = "") -> str:
     if value is None:
         return "-"
     text = f"{value:{sign}.3f}"
@@ -158,16 +161,15 @@ def print_results(results: Mapping[str, TaskResult], names: Sequence[str]) -> No
         say(f"  {number}: {name}")
     for task, result in results.items():
         heads, rows = table(result)
-        width = max(map(len, [*rows, ""])) + 2
-        widths = []
-        for column, head in enumerate(heads):
-            widths.append(max(len(head), *(len(cells[column]) for cells in rows.values())))
         say(f"  {task}: {result.kind}, {result.samples} samples")
-        for name, cells in {"": heads, **rows}.items():
-            line = "  ".join(cell.rjust(size) for cell, size in zip(cells, widths, strict=True))
-            say(f"    {name:{width}}{line}")
+        lines = [["", *heads], *([name, *cells] for name, cells in rows.items())]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for name, *cells in lines:
+            line = "  ".join(map(str.rjust, cells, widths[1:]))
+            say(f"    {name:{widths[0]}}  {line}")
         for name, notes in result.notes.items():
-            say(*(f"    {name}: {note}" for note in notes))
+            for note in notes:
+                say(f"    {name}: {note}")
 
 
 def write(

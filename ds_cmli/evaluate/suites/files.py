@@ -65,6 +65,14 @@ class Entry(NamedTuple):
         return folder / name
 
 
+def files_in(folder: Path, suffix: str) -> list[Path]:
+    """The files of a folder, sorted by name. Raises `UserError` if there is none."""
+    files = sorted(folder.glob(f"*{suffix}"))
+    if not files:
+        raise UserError(f"{folder} has no {suffix} file: name the folder that has them")
+    return files
+
+
 def json_entries(file: Path) -> Iterator[Entry]:
     """The entries of a JSON file, which has a list, or an object of entries by number.
 

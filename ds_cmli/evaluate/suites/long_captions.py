@@ -21,7 +21,14 @@ from ds_cmli.config.schema import STRICT, PositiveCount
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.pairs import black
 from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
-from ds_cmli.evaluate.suites.files import Entry, json_entries, json_lines, json_object, text_of
+from ds_cmli.evaluate.suites.files import (
+    Entry,
+    files_in,
+    json_entries,
+    json_lines,
+    json_object,
+    text_of,
+)
 from ds_cmli.evaluate.suites.pairs import recall
 from ds_cmli.evaluate.suites.task import Measured
 
@@ -37,10 +44,7 @@ class LongCaptions:
 
     @cached_property
     def pairs(self) -> list[tuple[Path, str]]:
-        pairs = list(self.read_pairs())
-        if not pairs:
-            raise UserError(f"{self} has no pair: give other files, or another split")
-        return pairs
+        return list(self.read_pairs())
 
     def read(self) -> None:
         assert self.pairs
@@ -85,9 +89,13 @@ class DOCCI(LongCaptions):
     split: Literal["train", "test", "qual_dev", "qual_test"] = "test"
 
     def read_pairs(self) -> Iterator[tuple[Path, str]]:
+        count = 0
         for entry in json_lines(self.file):
             if entry.text("split") == self.split:
+                count += 1
                 yield entry.picture("image_file", self.images), entry.text("description")
+        if not count:
+            raise UserError(f"{self.file} has no entry of the split {self.split!r}: give another")
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -96,7 +104,7 @@ class DCI(LongCaptions):
     images: Path  # photos/
 
     def read_pairs(self) -> Iterator[tuple[Path, str]]:
-        for file in sorted(self.files.glob("*.json")):
+        for file in files_in(self.files, ".json"):
             entry = json_object(file)
             caption = f"{entry.text('short_caption')}\n{entry.get('extra_caption', str)}"
             yield entry.picture("image", self.images), caption.strip()
@@ -107,14 +115,12 @@ class IIW(LongCaptions):
     files: Files  # data.jsonl of IIW-400, DCI_Test and DOCCI_Test
     images: Files  # the folder of the pictures of each file
 
-    def __post_init__(self) -> None:
+    def read_pairs(self) -> Iterator[tuple[Path, str]]:
         if len(self.files) != len(self.images):
             raise UserError(
-                f"iiw: files has {len(self.files)} and images {len(self.images)}: give each file "
-                "the folder of its pictures"
+                f"{len(self.files)} files and {len(self.images)} images: give each file the folder "
+                "of its pictures"
             )
-
-    def read_pairs(self) -> Iterator[tuple[Path, str]]:
         for file, images in zip(self.files, self.images, strict=True):
             for entry in json_lines(file):
                 key = "image" if "image" in entry.keys else "image/key"
@@ -128,7 +134,7 @@ class Urban1k(LongCaptions):
     images: Path  # image/
 
     def read_pairs(self) -> Iterator[tuple[Path, str]]:
-        for file in sorted(self.files.glob("*.txt")):
+        for file in files_in(self.files, ".txt"):
             # The first line alone is read by the authors.
             entry = Entry(file, "line 1", {"caption": text_of(file).partition("\n")[0]})
             picture = self.images / f"{file.stem}.jpg"

@@ -53,5 +53,5 @@ class MMVP(Choices):
         The first picture is chosen where it scores strictly higher, else the second, as published.
         """
         right = (t2i[:, 0, 0] > t2i[:, 1, 0]) & ~(t2i[:, 0, 1] > t2i[:, 1, 1])
-        groups = [question.group for question in self.questions]
+        groups = self.groups
         return {"mean": Measure.mean_of_groups(right, groups), **Measure.by_group(right, groups)}

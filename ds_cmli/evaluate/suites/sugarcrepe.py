@@ -11,11 +11,10 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import STRICT
 from ds_cmli.evaluate.model import PictureFile
 from ds_cmli.evaluate.suites.choices import Choices, Question, first_is_best
-from ds_cmli.evaluate.suites.files import json_entries
+from ds_cmli.evaluate.suites.files import files_in, json_entries
 from ds_cmli.evaluate.suites.task import Measure
 
 
@@ -27,17 +26,15 @@ class SugarCrepe(Choices):
     @cached_property
     def questions(self) -> list[Question]:
         out = []
-        for file in sorted(self.files.glob("*.json")):
+        for file in files_in(self.files, ".json"):
             for entry in json_entries(file):
                 picture = PictureFile(entry.picture("filename", self.images))
                 captions = entry.text("caption"), entry.text("negative_caption")
                 out.append(Question((picture,), captions, file.stem))
-        if not out:
-            raise UserError(f"{self.files} has no .json file: give SugarCrepe's folder data/")
         return out
 
     def measures(self, i2t: Tensor, t2i: Tensor) -> dict[str, Measure]:
         """The accuracy of each file, and `mean`, their mean; a tie is no hit, as published."""
         right = first_is_best(i2t[:, 0])
-        groups = [question.group for question in self.questions]
+        groups = self.groups
         return {"mean": Measure.mean_of_groups(right, groups), **Measure.by_group(right, groups)}

@@ -1,6 +1,7 @@
 """A suite of tasks: a TOML file with a table for each, `[NAME]` with its `kind` and settings."""
 
 import sys
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import get_args, get_type_hints
@@ -11,7 +12,7 @@ else:
     import tomli as tomllib
 
 from ds_cmli.common.errors import UserError, one_line
-from ds_cmli.config.validation import build, check, choice, shown
+from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.suites.task import Task
 
 ROOM = "ds_cmli.evaluate.suites"
@@ -56,9 +57,13 @@ def read_suite(file: str) -> dict[str, Task]:
         raise UserError(f"{setting}, which is no TOML: {one_line(error)}") from None
     if not content:
         raise UserError(f"{setting}, which has no task: add a table [NAME] with its kind")
-    tasks = {name: _task(name, table, path.parent) for name, table in content.items()}
-    for task in tasks.values():
-        task.read()
+    tasks = {}
+    for name, table in content.items():
+        tasks[name] = _task(name, table, path.parent)
+        try:
+            tasks[name].read()
+        except UserError as error:
+            raise UserError(f"--suite: {name}: {error}") from None
     return tasks
 
 
@@ -76,18 +81,21 @@ def _task(name: str, table: object, folder: Path) -> Task:
         setting = f"--suite: {name}.{key}"
         choice(f"setting of --suite: {name}", key, list(hints))
         if Path in (hints[key], *get_args(hints[key])):
-            values = settings[key] if isinstance(settings[key], list) else [settings[key]]
-            paths = [_existing(setting, value, folder) for value in values]
-            settings[key] = paths if isinstance(settings[key], list) else paths[0]
+            settings[key] = _existing(setting, settings[key], folder)
     return build(task, f"--suite: {name}", settings, {})
 
 
-def _existing(setting: str, value: object, folder: Path) -> Path:
-    """The path of a setting, relative to the suite. Raises `UserError` if none is there."""
+def _existing(setting: str, value: object, folder: Path) -> Path | list[Path]:
+    """The paths of a setting, relative to the suite. Raises `UserError` if one is not there."""
+    if isinstance(value, list):
+        return list(map(partial(_one, setting, folder), value))
+    return _one(setting, folder, value)
+
+
+def _one(setting: str, folder: Path, value: object) -> Path:
     check(isinstance(value, str), setting, value, "give a path as a text")
     assert isinstance(value, str)
     path = folder / Path(value).expanduser()
-    if not value or "\0" in value or not path.exists():
-        where = f" in {str(folder)!r}" if value and not Path(value).is_absolute() else ""
-        raise UserError(f"{setting} is {shown(value)}: no such file or folder{where}")
+    there = value and "\0" not in value and path.exists()
+    check(bool(there), setting, value, f"no such file or folder, from {str(folder)!r}")
     return path

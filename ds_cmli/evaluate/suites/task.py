@@ -5,8 +5,10 @@ Shapes: n samples, C classes, R resamples.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,26 +37,29 @@ class Measure:
     def mean_of_groups(
         cls, right: Tensor, groups: Sequence[str], counted: Tensor | None = None
     ) -> "Measure":
-        """The mean over groups of the share of `right`, [n], among the group's samples."""
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
-        number = torch.tensor([numbers[group] for group in groups])
-        counts = torch.nn.functional.one_hot(number, len(numbers)).double()
+        """The mean over groups of the share of `right`, [n], among the group's samples.
+
+        Args:
+            counted: bool [n], the samples that count; None: all.
+        """
+        counts = _members(groups)[1]
         if counted is not None:
-            counts *= counted[:, None]
+            counts = counts * counted[:, None]
         return cls(right.double()[:, None] * counts, counts)
 
     @classmethod
     def mean(cls, measures: "Sequence[Measure]") -> "Measure":
         """The mean of metrics of the same samples."""
-        hits = torch.cat([measure.hits for measure in measures], 1)
-        return cls(hits, torch.cat([measure.counts for measure in measures], 1))
+        hits = torch.cat(list(map(attrgetter("hits"), measures)), 1)
+        return cls(hits, torch.cat(list(map(attrgetter("counts"), measures)), 1))
 
     @classmethod
     def by_group(cls, right: Tensor, groups: Sequence[str]) -> "dict[str, Measure]":
         """The share of `right`, [n], in each group."""
         out = {}
-        for name in dict.fromkeys(groups):
-            out[name] = cls.accuracy(right, torch.tensor([group == name for group in groups]))
+        names, members = _members(groups)
+        for name, member in zip(names, members.t(), strict=True):
+            out[name] = cls.accuracy(right, member)
         return out
 
     @property
@@ -67,6 +72,12 @@ class Measure:
         shown = counts > 0
         ratios = torch.where(shown, hits / counts.clamp(min=1e-300), 0.0)
         return ratios.sum(0) / shown.sum(0).clamp(min=1)
+
+
+def _members(groups: Sequence[str]) -> tuple[list[str], Tensor]:
+    """The names of the groups, and which samples they have: fp64 [n, C]."""
+    names, number = np.unique(groups, return_inverse=True)
+    return names.tolist(), torch.from_numpy(np.eye(len(names))[number])
 
 
 @dataclass

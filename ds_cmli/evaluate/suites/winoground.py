@@ -15,11 +15,22 @@ from torch import Tensor
 from ds_cmli.config.schema import STRICT
 from ds_cmli.evaluate.model import PictureFile
 from ds_cmli.evaluate.suites.choices import Choices, Question
-from ds_cmli.evaluate.suites.files import json_entries, json_lines
+from ds_cmli.evaluate.suites.files import Entry, json_entries, json_lines
 from ds_cmli.evaluate.suites.task import Measure
 
 
 class _TwoByTwo(Choices):
+    """Settings are `file` and `images`."""
+
+    images: Path
+
+    def question(self, entry: Entry, sides: tuple[int, int], suffix: str = "") -> Question:
+        files, captions = [], []
+        for side in sides:
+            files.append(PictureFile(entry.picture(f"image_{side}", self.images, suffix)))
+            captions.append(entry.text(f"caption_{side}"))
+        return Question(tuple(files), tuple(captions))
+
     def measures(self, i2t: Tensor, t2i: Tensor) -> dict[str, Measure]:
         """`text`, `image` and `group`: the share of examples in which all choices are right.
 
@@ -28,8 +39,8 @@ class _TwoByTwo(Choices):
         """
         text = (i2t[:, 0, 0] > i2t[:, 0, 1]) & (i2t[:, 1, 1] > i2t[:, 1, 0])
         image = (t2i[:, 0, 0] > t2i[:, 1, 0]) & (t2i[:, 1, 1] > t2i[:, 0, 1])
-        hits = {"text": text, "image": image, "group": text & image}
-        return {name: Measure.accuracy(right) for name, right in hits.items()}
+        names = ("text", "image", "group")
+        return dict(zip(names, map(Measure.accuracy, (text, image, text & image)), strict=True))
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -39,12 +50,7 @@ class Winoground(_TwoByTwo):
 
     @cached_property
     def questions(self) -> list[Question]:
-        out = []
-        for entry in json_lines(self.file):
-            files = [entry.picture(f"image_{k}", self.images, ".png") for k in (0, 1)]
-            captions = entry.text("caption_0"), entry.text("caption_1")
-            out.append(Question((PictureFile(files[0]), PictureFile(files[1])), captions))
-        return out
+        return [self.question(entry, (0, 1), ".png") for entry in json_lines(self.file)]
 
 
 @dataclass(config=STRICT, frozen=True)
@@ -54,9 +60,4 @@ class ColorSwap(_TwoByTwo):
 
     @cached_property
     def questions(self) -> list[Question]:
-        out = []
-        for entry in json_entries(self.file):
-            files = [entry.picture(f"image_{k}", self.images) for k in (1, 2)]
-            captions = entry.text("caption_1"), entry.text("caption_2")
-            out.append(Question((PictureFile(files[0]), PictureFile(files[1])), captions))
-        return out
+        return [self.question(entry, (1, 2)) for entry in json_entries(self.file)]

@@ -15,6 +15,8 @@ Settings = dict[str, object]
 
 
 def picture(file: Path, number: int, size: tuple[int, int] = (24, 20)) -> None:
+    if file.exists():
+        return
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(file)

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_ties_are_counted_as_published():
     assert Order.measures(None, torch.ones(1, 1, 5), equal)["accuracy"].value == 1
     # The second statement's tie is its own picture, the first's is not.
     for t2i, value in (([[1.0, 1], [0, 1]], 1), ([[1.0, 0], [1, 1]], 0)):
-        game = type("game", (), {"questions": [type("q", (), {"group": "a"})]})
+        game = SimpleNamespace(groups=["a"])
         assert MMVP.measures(game, equal, torch.tensor([t2i]))["mean"].value == value
 
 

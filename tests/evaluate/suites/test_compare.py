@@ -67,14 +67,14 @@ def test_intervals_are_those_of_a_paired_bootstrap():
     tasks = {"task": SimpleNamespace(run=lambda model: both[model])}
     metric = compare.run_suite(tasks, ["0", "1"], int)["task"].metrics["a"]
     x = second.double() - first.double()
-    assert metric["differences"] == [pytest.approx(float(x.mean()))]
+    assert metric.differences == [pytest.approx(float(x.mean()))]
     # The normal approximation: 1.96 standard errors of the paired differences.
     half = 1.96 * float(x.std()) / math.sqrt(300)
-    low, high = metric["difference_intervals"][0]
+    low, high = metric.difference_intervals[0]
     assert low == pytest.approx(float(x.mean()) - half, abs=0.01)
     assert high == pytest.approx(float(x.mean()) + half, abs=0.01)
     half = 1.96 * float(first.double().std()) / math.sqrt(300)
-    assert metric["intervals"][0][1] - metric["intervals"][0][0] == pytest.approx(2 * half, rel=0.08)
+    assert metric.intervals[0][1] - metric.intervals[0][0] == pytest.approx(2 * half, rel=0.08)
 
 
 def test_equal_models_differ_by_nothing(tmp_path, run):

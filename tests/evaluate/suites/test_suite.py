@@ -27,10 +27,10 @@ def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
         ("[a]\nkind = ['sugarcrepe']", "--suite: a.kind is ['sugarcrepe']: "),
         ("[a]\nkind = 'sugarcrepe'\nfile = '.'", "setting of --suite: a is 'file': did you mean 'files'?"),
         ("[a]\nkind = 'sugarcrepe'\nfiles = '.'", "--suite: a.images is missing: give it"),
-        ("[a]\nkind = 'sugarcrepe'\nfiles = 'x'", "--suite: a.files is 'x': no such file or folder in '"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = 'x'", "--suite: a.files is 'x': no such file or folder, from '"),
         ("[a]\nkind = 'sugarcrepe'\nfiles = ''", "--suite: a.files is '': no such file or folder"),
         ("[a]\nkind = 'sugarcrepe'\nfiles = 3\nimages = '.'", "--suite: a.files is 3: give a path as a text"),
-        ("[a]\nkind = 'sugarcrepe'\nfiles = '.'\nimages = '.'", "has no .json file: give SugarCrepe's folder data/"),
+        ("[a]\nkind = 'sugarcrepe'\nfiles = '.'\nimages = '.'", "has no .json file: name the folder that has them"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, text, words):
