@@ -1,33 +1,32 @@
 """How far estimates are off for the programs of `programs/`: `python -m profiling.fits.estimators`
 
-Beside what PyTorch's allocator reserves on the null GPU stand `ds-cmli-memory fits`, accelerate's
-rule (`accelerate estimate-memory`, training with Adam), DeepSpeed's estimators of ZeRO-2 and 3, and
-the rule of thumb of 16 bytes a parameter. P(OOM) is the share of programs that reserve more than
-the estimate, so that a GPU of that size may be too small.
+The estimates of `estimates.py`, and those of `--estimate FILE.py`, against what PyTorch's allocator
+reserves on the null GPU. P(OOM) is the share of programs that reserve more than the estimate, so
+that a GPU of that size may be too small.
 """
 
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
-from ds_cmli.fits.report import MARGIN
+from profiling.fits.estimates import ESTIMATES, Estimate, Program, of_file
 from profiling.fits.run_programs import GPU, PROGRAMS, RANKS, fits, fitted
-from profiling.memory.estimators import RULE, Row, accelerate_estimate, deepspeed_estimate, summary
+from profiling.memory.estimators import Row, summary
 from profiling.scripts import processor
 
-FIT, ACCELERATE, ZERO = "`fits`", "accelerate", "DeepSpeed, ZeRO-{}"
 WRAPPER = Path(__file__).with_name("parameters_of.py")
 Totals = dict[str, dict[str, int]]  # by "fits" and "null", as they tell them
 
 
-def parameters(name: str, limit: int) -> dict[str, int | str]:
+def parameters(name: str, limit: int) -> dict[str, Any]:
     """What `parameters_of.py` writes of a program."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "parameters.json"
@@ -37,22 +36,20 @@ def parameters(name: str, limit: int) -> dict[str, int | str]:
         return json.loads(path.read_text())
 
 
-def row(name: str, totals: Totals, model: dict, margin: float) -> Row:
+def program(name: str, totals: Totals, limit: int) -> Program:
+    script = PROGRAMS / f"{name}.py"
+    known = parameters(name, limit)
+    return Program(script, RANKS.get(name, 1), **known, fits=totals["fits"]["reserved"])
+
+
+def row(name: str, its: Program, reserved: int, estimates: Mapping[str, Estimate]) -> Row:
     """Every estimate of one program, in bytes."""
-    size, largest, ranks = model["parameters"], model["largest"], RANKS.get(name, 1)
-    answered, reserved = totals["fits"]["reserved"], totals["null"]["reserved"]
-    estimates = {FIT: answered, with_margin(margin): int(answered * (1 + margin))}
-    estimates[ACCELERATE] = accelerate_estimate(size, model["precision"])
-    for stage in (2, 3):
-        estimate = deepspeed_estimate(stage, size, largest, ranks, offload=False)
-        estimates[ZERO.format(stage)] = estimate
-    estimates[RULE] = 16 * size
-    fails = {estimator: estimate < reserved for estimator, estimate in estimates.items()}
-    return Row(name, reserved, estimates, fails)
-
-
-def with_margin(margin: float) -> str:
-    return f"{FIT} and {margin:.0%}"
+    out = Row(name, reserved)
+    for estimator, estimate in estimates.items():
+        size = estimate(its)
+        if size is not None:
+            out.estimates[estimator], out.fails[estimator] = size, size < reserved
+    return out
 
 
 def measured(name: str, limit: int) -> Totals:
@@ -63,9 +60,9 @@ def measured(name: str, limit: int) -> Totals:
     return {"fits": answered, "null": peaks}
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: list[Row], names: tuple[str, ...]) -> Iterator[str]:
     yield "| estimate | programs | median error | largest error | P(OOM) |\n|---|---|---|---|---|"
-    for name, values in summary(rows, tuple(rows[0].estimates)).items():
+    for name, values in summary(rows, names).items():
         errors = f"{values['median_relative_error']:.2%} | {values['maximum_relative_error']:.2%}"
         yield f"| {name} | {values['settings']} | {errors} | {values['p_oom']:.0%} |"
 
@@ -74,15 +71,20 @@ def table(rows: list[Row]) -> Iterator[str]:
 @click.argument("names", nargs=-1)
 @click.option("--totals", type=click.Path(exists=True), help="What run_programs has kept.")
 @click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
-def command(names: tuple[str, ...], totals: str | None, seconds: int) -> None:
+@click.option("--estimate", "files", multiple=True, help="Another one: FILE.py. Repeatable.")
+def command(
+    names: tuple[str, ...], totals: str | None, seconds: int, files: tuple[str, ...]
+) -> None:
     """Compare estimates for the programs of profiling/fits/programs, or those NAMES."""
+    estimates = ESTIMATES | {Path(file).stem: of_file(file) for file in files}
     known = json.loads(Path(totals).read_text()) if totals else {}
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, 2 steps\n")
     rows = []
     for name in names or known or sorted(path.stem for path in PROGRAMS.glob("*.py")):
         try:
             its = known.get(name) or measured(name, seconds)
-            rows.append(row(name, its, parameters(name, seconds), MARGIN))
+            its_program = program(name, its, seconds)
+            rows.append(row(name, its_program, its["null"]["reserved"], estimates))
         except UserError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
@@ -90,7 +92,7 @@ def command(names: tuple[str, ...], totals: str | None, seconds: int) -> None:
             f"{estimator} {error:+.1%}" for estimator, error in rows[-1].errors().items()
         )
         print(f"{name}: {rows[-1].measured:,} B reserved; {errors}", flush=True)
-    print("", *table(rows), sep="\n")
+    print("", *table(rows, tuple(estimates)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
+
+from ds_cmli.common.errors import UserError
+from profiling.fits.estimates import ESTIMATES, Program, of_file
 from profiling.fits.estimators import WRAPPER, row, table
 
 PROGRAM = """
@@ -19,15 +25,34 @@ raise SystemExit
 
 def test_every_estimate_by_hand():
     """1,000 parameters, 600 of them in one layer: Adam in fp32 takes 16,000 B of them, without activations."""
-    totals = {"fits": {"reserved": 19_800}, "null": {"reserved": 20_000}}
-    figures = row("one", totals, {"parameters": 1000, "largest": 600, "precision": "fp32"}, 0.02)
+    program = Program(Path("one.py"), 1, parameters=1000, largest=600, precision="fp32", fits=19_800)
+    figures = row("one", program, 20_000, ESTIMATES)
     assert list(figures.estimates.values()) == [19_800, 20_196, 16_000, 20_000, 20_400, 16_000]
     assert list(figures.fails.values()) == [True, False, True, False, False, True]
-    totals["fits"]["reserved"] = 20_000
-    other = row("two", totals, {"parameters": 1000, "largest": 600, "precision": "bf16"}, 0.02)
-    lines = list(table([figures, other]))
+    other = row("two", replace(program, precision="bf16", fits=20_000), 20_000, ESTIMATES)
+    lines = list(table([figures, other], tuple(ESTIMATES)))
     assert lines[1] == "| `fits` | 2 | 0.50% | 1.00% | 50% |"
     assert lines[3] == "| accelerate | 2 | 40.00% | 60.00% | 100% |"  # in bf16 8 B a parameter
+
+
+@pytest.mark.parametrize(
+    "text, problem",
+    [
+        ("x = 1", "no function estimate"),
+        ("estimate = 1", "no function estimate"),
+        ("1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_an_estimate_of_another_file(text, problem, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def estimate(program):\n    return 2 * program.fits if program.ranks == 1 else None\n")
+    program = Program(Path("one.py"), 1, parameters=1000, largest=600, precision="fp32", fits=10)
+    mine = {"mine": of_file(str(path))}
+    rows = [row("one", program, 20, mine), row("two", replace(program, ranks=2), 20, mine)]
+    assert list(table(rows, ("mine",)))[1] == "| mine | 1 | 0.00% | 0.00% | 0% |"
+    path.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        of_file(str(path))
 
 
 def test_the_parameters_of_what_a_program_runs(tmp_path):
