@@ -6,7 +6,6 @@ B images with K texts each, C = B * K, M text positions (padded), S image size i
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -84,7 +83,9 @@ class Collate:
         self.full = tokenizer.full
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        texts = [*chain.from_iterable((sample, *sample.others) for sample in samples)]
+        texts: list[Sample | Caption] = []
+        for sample in samples:
+            texts += [sample, *sample.others]
 
         def each(name: str, of: Sequence[Sample | Caption] = samples) -> list:
             return list(map(attrgetter(name), of))
