@@ -152,6 +152,13 @@ ELSEWHERE = {
     "python -m ds_cmli.evaluate --checkpoint RUN --boxes Flickr30kEntities --image-root flickr30k-images "
     "--split test":
         "tests/evaluate/test_command.py: few boxes",
+    "ds-cmli-evaluate openai/clip-vit-base-patch32 --suite benchmarks.toml":
+        "tests/evaluate/suites/test_compare.py: small lists",
+    "ds-cmli-evaluate RUN OTHER --suite benchmarks.toml --json results.json --page results.html":
+        "tests/evaluate/suites/test_compare.py: small lists",
+    "python -c \"import json; from dataset_zoo import COCO_Order as Order; json.dump(Order(root_dir='coco')"
+    ".test_cases, open('coco/coco_order.json', 'w'))\"":
+        "docs/evaluation.md: another project's command",
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",

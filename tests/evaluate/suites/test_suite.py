@@ -1,10 +1,21 @@
 """What a suite's file may hold, and the line for each mistake."""
 
+import re
+import sys
+from dataclasses import MISSING, fields
+from pkgutil import resolve_name
+
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate.suites.suite import read_suite
+from ds_cmli.evaluate.suites.suite import TASKS, read_suite
+from tests.conftest import ROOT
 from tests.evaluate.suites import lists
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
@@ -14,6 +25,15 @@ def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
     assert list(tasks) == ["crepe"]
     assert tasks["crepe"].images == tmp_path / "val2017"
     assert [q.group for q in tasks["crepe"].questions].count("swap_obj") == 6
+
+
+def test_tasks_of_the_page_are_tasks():
+    """Each has its kind's settings."""
+    page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    for table in tomllib.loads("".join(re.findall(r"(?ms)^```toml\n(.*?)^```", page))).values():
+        settings = fields(resolve_name(TASKS[table.pop("kind")]))
+        required = {f.name for f in settings if f.default is MISSING and f.default_factory is MISSING}
+        assert required <= table.keys() <= {f.name for f in settings}
 
 
 @pytest.mark.parametrize(
