@@ -160,6 +160,10 @@ ELSEWHERE = {
     ".test_cases, open('coco/coco_order.json', 'w'))\"":
         "docs/evaluation.md: another project's command",
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
+    "python ds_cmli/train.py --data captions.json --set data.captions=4 --losses global,cmli": (
+        "tests/data/test_captions.py: a folder's pictures"
+    ),
+    'ds-cmli-memory fits --fit --gpu "A100 80GB" -- train.py --batch-size {}': "tests/fits/test_largest.py: a loop",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
