@@ -232,6 +232,7 @@ class Loss(nn.Module):
 
     logit_scale: nn.Parameter  # only in a loss with a temperature
     max_scale = MAX_SCALE  # the maximum of 1/temperature
+    sums = True  # whether it uses `row_logsumexp` or `column_logsumexp` of its inputs
 
     def __init__(self, config: LossConfig):
         super().__init__()

@@ -104,7 +104,9 @@ class PairLosses:
     def _collect(self, images: TileSide, texts: TileSide) -> None:
         """Add a tile to log(sum(exp)), and keep its scores where pairs are left out."""
         tile = self._tile(images, texts, images.features | texts.features)
-        self.statistics.end_tile(self.step.scale * self._weighted(self._values(tile)))
+        values = self._values(tile, only_sums=True)
+        if values:
+            self.statistics.end_tile(self.step.scale * self._weighted(values))
         if self.kept is not None:
             for kept, scores in zip(self._kept_of(images, texts), tile.cmli_scores, strict=True):
                 kept.copy_(scores)
@@ -249,10 +251,14 @@ class PairLosses:
         options = self.statistics, self.score, self.keep_duplicates, self.argmax_bytes
         return Tile(images, texts, tensors, self.step.own, *options)
 
-    def _values(self, tile: Tile) -> dict[str, Tensor]:
-        """Each loss of a tile: its share of the mean over this rank's images."""
-        share = len(tile.images) / len(self.step)
-        return {name: loss(tile) * share for name, loss in self.losses.items()}
+    def _values(self, tile: Tile, only_sums: bool = False) -> dict[str, Tensor]:
+        """Each loss of a tile, or each that uses sums: its share of the mean over this rank's
+        images."""
+        share, values = len(tile.images) / len(self.step), {}
+        for name, loss in self.losses.items():
+            if loss.sums or not only_sums:
+                values[name] = loss(tile) * share
+        return values
 
     def _weighted(self, values: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self.weights[name] * x for name, x in values.items()]).sum()

@@ -90,6 +90,7 @@ class GlobalSigmoid(Loss):
     # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a
     # small loss.
     init_temperature, init_bias = 0.1, -10.0
+    sums = False
     max_scale = MAX_SIGMOID_SCALE
 
     def __init__(self, config: LossConfig):

@@ -57,7 +57,7 @@ class Endpoints:
         self.model = Model.load(run)
         self.pictures = DemoPictures(self.model.config.data.image_size)
         self.scales = self.model.objective.score_scales()
-        self.kind = kinds(self.scales)[-1]  # the sum of both scores where all-pairs CMLI is trained
+        self.kind = kinds(self.scales)[-1]  # the sum of both scores where there is more than one
 
     def retrieval(self, share: Share) -> Retrieval:
         hits = torch.zeros(len(share.texts.number), dtype=torch.int64)
@@ -143,7 +143,9 @@ class Endpoints:
         cosines = images.cls @ cls.t()
         if self.kind == "global":
             return cosines, cosines.t()
-        both = both_ways(cosines, cmli_scores(images.patches, tokens, mask), self.scales)
+        pooled, cmli = self.model.flair, cmli_scores(images.patches, tokens, mask)
+        flair = pooled and pooled(images.patches, cls)
+        both = both_ways(cosines, cmli, self.scales, flair)
         i2t, t2i = both[self.kind]
         return i2t, t2i.t()
 
