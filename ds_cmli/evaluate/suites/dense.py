@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Resize
 from ds_cmli.data.aspect import Grid
 from ds_cmli.data.transforms import Box
@@ -24,7 +25,7 @@ from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
 from ds_cmli.evaluate.suites.masks import IGNORED
 
 PICTURES = 256  # how many pictures' patches are held at a time
-NAMES = 16  # how many names' maps are resized at a time
+PIXELS = 2**23  # of how many, over all names' maps, scores are in memory at a time
 
 
 class Part(NamedTuple):
@@ -89,6 +90,9 @@ def predicted(
         class_of: int64 [Q].
         scale: 1/temperature of the softmax over names.
         least: pixels whose best name has a lower probability are of class 0, the background.
+
+    Raises:
+        UserError: a score is NaN.
     """
     width, height = size
     times = vectors.new_zeros(height, width)
@@ -96,8 +100,9 @@ def predicted(
         times[top:bottom, left:right] += 1
     best = torch.full_like(times, -torch.inf)
     name, total = torch.zeros_like(times, dtype=torch.int64), best
-    for start in range(0, len(vectors), NAMES):
-        some = vectors[start : start + NAMES]
+    names = max(1, PIXELS // (width * height))
+    for start in range(0, len(vectors), names):
+        some = vectors[start : start + names]
         scores = vectors.new_zeros(len(some), height, width)
         for (left, top, right, bottom), patches, grid in parts:
             cosines = (some @ upcast(patches.to(some.device)).t()).view(1, len(some), *grid)
@@ -109,6 +114,8 @@ def predicted(
         best = torch.maximum(best, highest)
         if least:
             total = torch.logaddexp(total, (scale * scores).logsumexp(0))
+    if best.isnan().any():  # CPU-GPU sync
+        raise UserError("the model's scores are NaN: its weights are not finite")
     classes = class_of[name]
     if least:
         classes[(scale * best - total).exp() < least] = 0

@@ -200,6 +200,14 @@ def test_windows_cover_the_picture(size, share):
     assert shown.all() and len(boxes) <= math.prod(math.ceil(2 * (length / side - 1)) + 1 for length in size)
 
 
+def test_names_in_blocks(monkeypatch):
+    part = dense.Part((0, 0, 8, 6), torch.randn(6, 5, generator=torch.Generator().manual_seed(0)), (2, 3))
+    how = [part], (8, 6), torch.randn(40, 5, generator=torch.Generator().manual_seed(1)), torch.arange(40), 2.0, 0.3
+    expected = dense.predicted(*how)
+    monkeypatch.setattr(dense, "PIXELS", 3 * 48)
+    assert 0 < (expected == 0).sum() < 48 and torch.equal(dense.predicted(*how), expected)
+
+
 @pytest.mark.parametrize("case", range(10))
 def test_areas_as_torchmetrics_counts_them(case):
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -227,6 +235,12 @@ def test_other_models_segment(tmp_path):
         model = EvaluatedModel.load(str(folder), 3, 0)
         task = data.task(tmp_path, settings)
         check(task.run(model), model, task, VOC, VOC, LABELS.get, background=0.07)
+
+
+def test_scores_that_are_nan_are_no_class():
+    part = dense.Part((0, 0, 4, 3), torch.full((6, 5), torch.nan), (2, 3))
+    with pytest.raises(UserError, match="the model's scores are NaN"):
+        dense.predicted([part], (4, 3), torch.eye(5), torch.arange(5), 1.0)
 
 
 def broken_png(file):
