@@ -9,6 +9,7 @@ VG-Relation and VG-Attribution are JSON lists of entries with `image_path`, the 
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ds_cmli.evaluate.suites.choices import Choices, Question, first_is_best
 from ds_cmli.evaluate.suites.files import Entry, json_entries
 from ds_cmli.evaluate.suites.task import Measure
 
+OPTIONS = 5  # captions of a case of COCO-Order and Flickr30k-Order
 LEAST = 25  # cases of a pair of attributes that counts
 # Relations whose swap stays true or hardly occurs: the authors' notebook leaves them out of the
 # mean.
@@ -29,6 +31,8 @@ LEFT_OUT = Path(__file__).with_name("relations_left_out.txt")
 
 class _VisualGenome(Choices):
     """Entries of a part of a picture with a right and a wrong caption."""
+
+    chance: ClassVar[dict[str, float]] = {"mean": 1 / 2, "accuracy": 1 / 2}
 
     file: Path
     images: Path
@@ -99,18 +103,18 @@ class VGAttribution(_VisualGenome):
 
 @dataclass(config=STRICT, frozen=True)
 class Order(Choices):
+    chance: ClassVar[dict[str, float]] = {"accuracy": 1 / OPTIONS}
     file: Path  # a list of {"image", "caption_options"}
     images: Path
 
     @cached_property
     def questions(self) -> list[Question]:
-        out: list[Question] = []
+        out = []
         for entry in json_entries(self.file):
             picture = PictureFile(entry.picture("image", self.images))
             options = tuple(entry.texts("caption_options"))
-            count = len(out[0].captions) if out else 2
-            if len(options) < count or (out and len(options) > count):
-                entry.wrong(f"its 'caption_options' are {len(options)}, and {count} are needed")
+            if len(options) != OPTIONS:
+                entry.wrong(f"its 'caption_options' are {len(options)}, and {OPTIONS} are needed")
             out.append(Question((picture,), options))
         return out
 

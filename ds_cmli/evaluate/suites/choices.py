@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,6 +33,8 @@ class Question:
 class Choices:
     """A task of questions: `suites.task.Task`."""
 
+    chance: ClassVar[dict[str, float]]  # of random scores, by metric
+
     @property
     def groups(self) -> list[str]:
         return list(map(attrgetter("group"), self.questions))
@@ -52,7 +55,7 @@ class Choices:
         out: dict[str, Measure] = {}
         for kind, (i2t, t2i) in question_scores(model, self.questions).items():
             out |= prefixed(f"{kind}/", self.measures(i2t, t2i))
-        return Measured(len(self.questions), out)
+        return Measured(len(self.questions), out, prefixed("chance/", self.chance))
 
 
 def question_scores(model: EvaluatedModel, questions: Sequence[Question]) -> dict[str, BothWays]:

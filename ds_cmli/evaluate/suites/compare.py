@@ -55,10 +55,10 @@ def run_suite(
     measured: dict[str, list[Measured]] = {name: [] for name in tasks}
     for name in names:
         model = load(name)
-        say(f"model: {name}")
         for task, settings in tasks.items():
             try:
                 measured[task].append(settings.run(model))
+                say(f"{name}: {task} is measured")
             except UserError as error:
                 raise UserError(f"--suite: {task}: {error}") from None
         del model

@@ -133,6 +133,8 @@ def _json(file: Path, kind: type[Kind]) -> Kind:
 def text_of(file: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark. Raises `UserError`."""
     try:
+        if not file.is_file():  # a pipe could block for ever
+            raise ValueError("no regular file")
         return file.read_bytes().decode("utf-8-sig")
     except (OSError, ValueError) as error:
         _refuse(file, f"which cannot be read ({error})")

@@ -6,6 +6,7 @@ and 2 are a pair, and so on. The pictures are <pattern>/<number>.jpg.
 
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -22,6 +23,7 @@ PROMPT = "a photo of "  # before each statement, as published
 
 @dataclass(config=STRICT, frozen=True)
 class MMVP(Choices):
+    chance: ClassVar[dict[str, float]] = {"mean": 1 / 4}
     file: Path  # Questions.csv
     images: Path  # MMVP_VLM_Images, which has a folder for each pattern
 

@@ -7,6 +7,7 @@ replace_rel, swap_obj and swap_att.
 
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -20,6 +21,7 @@ from ds_cmli.evaluate.suites.task import Measure
 
 @dataclass(config=STRICT, frozen=True)
 class SugarCrepe(Choices):
+    chance: ClassVar[dict[str, float]] = {"mean": 1 / 2}
     files: Path  # the folder of the JSON files
     images: Path  # COCO's val2017
 

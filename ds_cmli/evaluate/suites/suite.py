@@ -11,7 +11,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.suites.task import Task
 
@@ -49,6 +49,7 @@ def read_suite(file: str) -> dict[str, Task]:
     """
     path = Path(file).expanduser()
     setting = f"--suite is {file!r}"
+    check_regular("--suite", path)
     try:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:

@@ -8,6 +8,7 @@ with `images/`.
 
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from pydantic.dataclasses import dataclass
 from torch import Tensor
@@ -21,6 +22,8 @@ from ds_cmli.evaluate.suites.task import Measure
 
 class _TwoByTwo(Choices):
     """Settings are `file` and `images`."""
+
+    chance: ClassVar[dict[str, float]] = {"text": 1 / 4, "image": 1 / 4, "group": 1 / 6}
 
     images: Path
 

@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -77,7 +78,7 @@ def test_sugarcrepe(tmp_path, model):
             expected[name] = correct / len(entries)
         expected["mean"] = sum(expected.values()) / 3
         assert values(result, kind) == pytest.approx(expected)
-        assert result.samples == 15
+        assert result.samples == 15 and result.figures == {"chance/mean": 0.5}
 
 
 @pytest.mark.parametrize("write", [lists.vg_relation, lists.vg_attribution], ids=["relation", "attribution"])
@@ -177,6 +178,18 @@ def test_ties_are_counted_as_published():
     for t2i, value in (([[1.0, 1], [0, 1]], 1), ([[1.0, 0], [1, 1]], 0)):
         game = SimpleNamespace(groups=["a"])
         assert MMVP.measures(game, equal, torch.tensor([t2i]))["mean"].value == value
+
+
+@pytest.mark.parametrize("write", lists.CHOICES, ids=lambda write: write.__name__)
+def test_chance_is_that_of_random_scores(tmp_path, write):
+    task, generator = read_suite(lists.write_suite(tmp_path, task=write(tmp_path)))["task"], np.random.default_rng(0)
+    shape = len(task.questions), len(task.questions[0].pictures), len(task.questions[0].captions)
+    for metric, chance in task.chance.items():
+        drawn = []
+        for _ in range(400):
+            scores = torch.from_numpy(generator.random(shape))
+            drawn.append(task.measures(scores, scores)[metric].value)
+        assert np.mean(drawn) == pytest.approx(chance, abs=0.03)
 
 
 def test_measures_by_hand():

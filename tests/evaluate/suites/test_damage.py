@@ -1,6 +1,7 @@
 """Every list with every damage: one line with the file, the place and what to do, before a model is loaded."""
 
 import json
+import os
 
 import pytest
 
@@ -167,6 +168,16 @@ def test_captions_of_urban1k(tmp_path, damage, words):
     settings = lists.urban1k(tmp_path)
     damage(tmp_path)
     assert words in refused(tmp_path, settings)
+
+
+def test_pipes_do_not_block(tmp_path):
+    settings = lists.winoground(tmp_path)
+    (tmp_path / "examples.jsonl").unlink()
+    os.mkfifo(tmp_path / "examples.jsonl")
+    assert "which cannot be read (no regular file)" in refused(tmp_path, settings)
+    os.mkfifo(tmp_path / "pipe.toml")
+    with pytest.raises(UserError, match="no regular file"):
+        read_suite(str(tmp_path / "pipe.toml"))
 
 
 @pytest.mark.parametrize(
