@@ -106,19 +106,23 @@ def csv_rows(file: Path, columns: Sequence[str]) -> Iterator[Entry]:
     Raises:
         UserError: it has other columns, a row of another length, an open quote, or no row.
     """
-    rows = csv.reader(io.StringIO(text_of(file), newline=""), strict=True)
+    rows = csv.reader(io.StringIO(text_of(file), newline=""))
+    if next(rows, []) != list(columns):
+        _refuse(file, f"whose first line is not {','.join(columns)}")
+    count, line = 0, rows.line_num + 1
     try:
-        if next(rows, []) != list(columns):
-            _refuse(file, f"whose first line is not {','.join(columns)}")
-        count = 0
-        for row in filter(None, rows):
-            count += 1
-            entry = Entry(file, f"line {rows.line_num}", dict(zip(columns, row, strict=False)))
-            if len(row) != len(columns):
+        for row in rows:
+            entry = Entry(file, f"line {line}", dict(zip(columns, row, strict=False)))
+            line = rows.line_num + 1
+            if "\n" in "".join(row):
+                entry.wrong("a quote is not closed")
+            if row and len(row) != len(columns):
                 entry.wrong(f"{len(row)} cells where {len(columns)} are needed")
-            yield entry
+            if row:
+                count += 1
+                yield entry
     except csv.Error as error:
-        Entry(file, f"line {rows.line_num}", None).wrong(f"no CSV ({error})")
+        Entry(file, f"line {line}", None).wrong(f"no CSV ({error})")
     if not count:
         _refuse(file, "which has no row")
 

@@ -25,7 +25,7 @@ PROMPT = "a photo of "  # before each statement, as published
 class MMVP(Choices):
     chance: ClassVar[dict[str, float]] = {"mean": 1 / 4}
     file: Path  # Questions.csv
-    images: Path  # MMVP_VLM_Images, which has a folder for each pattern
+    images: Path  # `MLLM_VLM Images`, which has a folder for each pattern
 
     @cached_property
     def questions(self) -> list[Question]:

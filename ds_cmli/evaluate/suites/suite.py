@@ -60,7 +60,7 @@ def read_suite(file: str) -> dict[str, Task]:
         raise UserError(f"{setting}, which has no task: add a table [NAME] with its kind")
     tasks = {}
     for name, table in content.items():
-        tasks[name] = _task(name, table, path.parent)
+        tasks[name] = _task(name, table, path.parent.absolute())
         try:
             tasks[name].read()
         except UserError as error:

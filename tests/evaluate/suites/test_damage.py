@@ -124,11 +124,10 @@ def test_a_list_with_something_that_is_no_object(tmp_path, write, name):
         ("6,Orientation", "6,Color", "line 7: a pair is an odd and an even"),
         ("6,Orientation", "six,Orientation", "line 7: a pair is an odd and an even"),
         ("5,Orientation", "305,Orientation", "305.jpg' is not there: fetch it again"),
-        ('""16"" on it"', '""16"" on it', "line 17: no CSV (unexpected end of data)"),
-        ('""7"" on it"', '""7"" on it', "line 9: no CSV (',' expected after '\"')"),
+        ('""16"" on it"', '""16"" on it', "line 17: a quote is not closed"),
+        ('""7"" on it"', '""7"" on it', "line 8: a quote is not closed"),
         ('7,Orientation,"', '7,Orientation,x,"', "line 8: 4 cells where 3 are needed"),
         ('7,Orientation,"', '7,"Orientation ', "line 8: 2 cells where 3 are needed"),
-        ('""7"" on it"', '"7" on it"', "line 8: no CSV (',' expected after '\"')"),
         ("a statement", "", ""),
     ],
 )
@@ -146,6 +145,20 @@ def test_questions_of_mmvp(tmp_path, old, new, words):
     before = read_suite(suite)["task"].questions
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     assert read_suite(suite)["task"].questions == before
+
+
+def test_questions_of_mmvp_as_other_programs_write_them(tmp_path):
+    """Blank lines, and quotes inside of a cell."""
+    suite = lists.write_suite(tmp_path, task=lists.mmvp(tmp_path))
+    before, file = read_suite(suite)["task"].questions, tmp_path / "Questions.csv"
+    text = file.read_text()
+    file.write_text(text.replace("\n", "\n\n") + "\n\n")
+    assert read_suite(suite)["task"].questions == before
+    file.write_text(text.replace('"' + lists.WORDS[3] + ', with a ""3"" on it"', '5" tall'))
+    assert read_suite(suite)["task"].questions[1].captions[0] == 'a photo of 5" tall'
+    file.write_text(text + '17,Color,"' + "x" * 200_000)
+    with pytest.raises(UserError, match=r"line 18: no CSV \(field larger"):
+        read_suite(suite)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"Question ID,Type,Statement\n"], ids=repr)
