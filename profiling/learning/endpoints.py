@@ -17,14 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.pair_scores import both_ways
+from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.config import plugins
 from ds_cmli.data.scenes import EVAL_SEED, DemoPictures, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.metrics import RECALLS, pictures_of_patches
-from ds_cmli.evaluate.retrieval import kinds
+from ds_cmli.evaluate.model import EvaluatedModel
+from ds_cmli.evaluate.retrieval import kinds, pair_scores
+from ds_cmli.evaluate.suites.class_texts import class_vectors
+from ds_cmli.evaluate.suites.dense import areas
+from ds_cmli.evaluate.suites.masks import IGNORED
 from ds_cmli.inference import Model
 from ds_cmli.losses.functions import match_patches
 from profiling.learning import records
@@ -57,7 +60,7 @@ class Endpoints:
         self.model = Model.load(run)
         self.pictures = DemoPictures(self.model.config.data.image_size)
         self.scales = self.model.objective.score_scales()
-        self.kind = kinds(self.scales)[-1]  # the sum of both scores where there is more than one
+        self.kind = kinds(self.scales)[-1]  # the sum of all scores where several are trained
 
     def retrieval(self, share: Share) -> Retrieval:
         hits = torch.zeros(len(share.texts.number), dtype=torch.int64)
@@ -95,6 +98,31 @@ class Endpoints:
                     by_word.setdefault(word, []).append(hit)
                     by_word.setdefault("all", []).append(hit)
         return {word: sum(hits) / len(hits) for word, hits in by_word.items()}
+
+    def segmentation(self) -> float:
+        """Mean intersection over union of patches: each is of the name, of all C, that fits best.
+
+        On the scenes of the primary endpoint; patches of empty quarters do not count.
+        """
+        scenes, concepts = self.scenes("unseen", self.pictures, SCENES), self.pictures.held_out
+        images, how = self.unseen.images, EmbedSettings(BATCH, self.model.device)
+        objective, tokenizer = self.model.objective, self.model.tokenizer
+        model = EvaluatedModel("", self.model.config, objective, tokenizer, how)
+        names = [self.pictures.names[concept] for concept in concepts]
+        vectors = class_vectors(model, names, ["{}"])
+        of_kind = vectors.get("cmli", vectors["global"])  # [C, D]
+        number = torch.full((len(self.pictures.names),), IGNORED)
+        number[concepts] = torch.arange(len(concepts))
+        shown = pictures_of_patches(images.cell_picture, images.square)  # [n, N]
+        total = torch.zeros(3, len(concepts), dtype=torch.int64)
+        for scene, row in enumerate(shown):
+            drawn = torch.tensor([*(concept for concept, _ in scenes.layout(scene)), -1])
+            mask = torch.where(row < 0, IGNORED, number[drawn[row]])
+            best = (upcast(images.patches_of(scene)) @ of_kind.t()).argmax(1)
+            total += areas(best, mask, len(concepts))
+        both, ours, theirs = total.double()
+        union = ours + theirs - both
+        return (both / union)[union > 0].mean().item()
 
     def probe(self) -> float:
         """Accuracy of a linear probe for the category of concepts that the student never saw.
@@ -138,14 +166,10 @@ class Endpoints:
 
     def scores(self, share: Share) -> tuple[Tensor, Tensor]:
         """[n, n] from the pictures' side, and from the captions', whose rows are captions."""
-        images, texts = share.images, share.texts
-        cls, tokens, mask = texts.block(torch.arange(len(texts.number)))
-        cosines = images.cls @ cls.t()
-        if self.kind == "global":
-            return cosines, cosines.t()
-        pooled, cmli = self.model.flair, cmli_scores(images.patches, tokens, mask)
-        flair = pooled and pooled(images.patches, cls)
-        both = both_ways(cosines, cmli, self.scales, flair)
+        captions = share.texts.block(torch.arange(len(share.texts.number)))
+        flair = self.model.flair
+        device = torch.device("cpu")
+        both = pair_scores(share.images, slice(None), captions, self.scales, device, flair)
         i2t, t2i = both[self.kind]
         return i2t, t2i.t()
 
@@ -222,6 +246,10 @@ def _matches(endpoints: Endpoints) -> Found:
     return {f"match/{name}": value for name, value in endpoints.matches().items()}
 
 
+def _segmentation(endpoints: Endpoints) -> Found:
+    return {"segmentation/miou": endpoints.segmentation()}
+
+
 def _probe(endpoints: Endpoints) -> Found:
     return {"probe/accuracy": endpoints.probe()}
 
@@ -236,6 +264,7 @@ MEASURES: dict[str, Callable[[Endpoints], Found]] = {
     "swap": partial(_linked, kind="swap"),
     "match": _matches,
     "probe": _probe,
+    "segmentation": _segmentation,
 }
 
 

@@ -37,6 +37,7 @@ AFTERWARDS = (
     *("unseen/mean_recall", "seen/mean_recall", "style/mean_recall"),
     *("one_name/captions", "one_name/pictures", "swap/captions", "swap/pictures"),
     *("match/all", "match/attribute", "match/head", "match/other", "probe/accuracy"),
+    "segmentation/miou",
 )
 # How an endpoint is named.
 FORM = (

@@ -44,3 +44,31 @@ def test_the_classes_of_words():
     by_word = {caption[:end].rsplit(" ", 1)[-1]: kind for end, kind in zip(ends, classes, strict=True)}
     assert by_word["red"] == "attribute" and by_word["heart"] == "head" and by_word["farmer"] == "head"
     assert by_word["and"] == "other"
+
+
+@pytest.mark.parametrize("wrong, miou", [(0, 1.0), (1, (0 + 0 + 1 / 2 + 0) / 4)])
+def test_the_patches_of_a_scene_are_its_names(wrong, miou, monkeypatch):
+    """One scene of 2 x 2 patches: concepts 2, 4 and 6 of 1, 2, 4 and 6, which are held out, and an empty quarter.
+
+    Wrong: the patch of 2 is of 1, which adds 1, and that of 6 of 4, which leaves 4 with one of two.
+    """
+    held_out = [1, 2, 4, 6]
+    layout = [(2, 0), (4, 1), (6, 3)]
+    classes = [0, 2, 1, 2] if wrong else [1, 2, 0, 3]
+    patches = torch.eye(4)[torch.tensor(classes)]
+    cells = torch.tensor([[[0, 1], [-1, 2]]])
+    images = SimpleNamespace(cell_picture=cells, square=(2, 2), patches_of=lambda row: patches)
+    model = SimpleNamespace(config=None, objective=None, tokenizer=None, device="cpu")
+    endpoints = SimpleNamespace(
+        model=model,
+        unseen=SimpleNamespace(images=images),
+        pictures=SimpleNamespace(names=list("abcdefg"), held_out=held_out),
+        scenes=lambda *_: SimpleNamespace(layout=lambda _: layout),
+    )
+
+    def vectors(_, names, prompts):
+        assert names == ["b", "c", "e", "g"] and prompts == ["{}"]
+        return {"global": torch.eye(4)}
+
+    monkeypatch.setattr("profiling.learning.endpoints.class_vectors", vectors)
+    assert Endpoints.segmentation(endpoints) == pytest.approx(miou)
