@@ -89,9 +89,9 @@ class EvaluatedModel:
         if distributed.world_size() > 1:
             raise UserError("--suite runs in one process: start it without torchrun")
         if source.has_own_data:
-            config = load_config(Path(name) / "config.json", "MODEL")
+            config = load_config(source.path / "config.json", "MODEL")
             data = EvalData(tokenizer=tokenizer_of(config.data))
-            objective = load_objective(config, Path(name), ema, data, device)
+            objective = load_objective(config, source.path, ema, data, device)
         else:
             if ema:
                 raise UserError(f"{name!r} is no run, which has averages: leave out --ema")

@@ -28,9 +28,11 @@ def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
 
 
 def test_tasks_of_the_page_are_tasks():
-    """Each has its kind's settings."""
+    """Each has its kind's settings, and each kind is there."""
     page = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
-    for table in tomllib.loads("".join(re.findall(r"(?ms)^```toml\n(.*?)^```", page))).values():
+    tables = tomllib.loads("".join(re.findall(r"(?ms)^```toml\n(.*?)^```", page)))
+    assert {table["kind"] for table in tables.values()} == TASKS.keys()
+    for table in tables.values():
         settings = fields(resolve_name(TASKS[table.pop("kind")]))
         required = {f.name for f in settings if f.default is MISSING and f.default_factory is MISSING}
         assert required <= table.keys() <= {f.name for f in settings}
