@@ -36,24 +36,28 @@ AXES = {
     "layers": ("-", "layers"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
     "order": ("-", "grouped"),
-    "captions": ("one", "several"),
+    "captions": ("single", "several", "wrong"),
     "pooled": ("-", "flair"),
 }
-IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"}, {"queue", "several"})
-# Twelve are the fewest, as there are four stages, and three values of other axes.
+IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"}, {"queue", "several"}, {"queue", "wrong"})
+# Twelve would be the fewest, as there are four stages, and three values of other axes.
 RUNS = """
-zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped   one     flair
-zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped   one     -
-zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped   one     -
-zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -         several -
-zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -         one     -
-zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -         one     flair
-zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped   one     flair
-zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -         one     flair
-zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped   several -
-zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped   several flair
-zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -         several flair
-zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -         several -
+zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped single  flair
+zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped several flair
+zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped single  -
+zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -       several flair
+zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -       single  flair
+zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -       wrong   flair
+zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped single  flair
+zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -       wrong   flair
+zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped wrong   flair
+zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped several -
+zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -       wrong   -
+zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -       several flair
+zero2 alone bf16 cached gather -          AdamW ema kept   target   -    -      -      -       single  -
+zero1 two   fp32 one    gather recomputed Muon  -   aspect target   -    -      -      grouped single  -
+zero1 alone bf16 cached gather -          AdamW -   square target   -    -      -      grouped several flair
+zero3 two   fp32 one    ring   -          AdamW ema kept   target   lora -      -      -       wrong   -
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -89,6 +93,13 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
     "grouped": {"data.group_by_length": 2},
     "several": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
+    "wrong": {
+        "data.captions": 2,
+        "data.split_sentences": True,
+        "data.negatives": "swap",
+        "data.negatives_count": 2,
+        "loss.negatives": "own",
+    },
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
 SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
@@ -103,7 +114,11 @@ def sources(tmp_path_factory) -> dict[str, list[str]]:
     """`--data` options of each kind of source, with several captions where there can be, and some broken pictures."""
     folder, count = tmp_path_factory.mktemp("sources"), 20
     for k in range(2):
-        some = [member for member in members(range(count * k, count * (k + 1))) if "7.png" not in member[0]]
+        some = [
+            member
+            for member in members(range(count * k, count * (k + 1)), "red apple {k}. Round.")
+            if "7.png" not in member[0]
+        ]
         tar(folder / "tars" / f"{k}.tar", some)
     write(folder / "folder", rows(count) + rows(count, "green pear"))
     (folder / "folder" / "003.png").write_bytes(b"no picture")

@@ -1,6 +1,7 @@
 """The contrastive loss of pair scores with a learned temperature, as pure functions of tensors.
 
-Shapes: a tile of the scores of all pairs, R images and T texts; an image has K texts of its own.
+Shapes: a tile of the scores of all pairs, R images and T texts; an image has W texts of its own,
+of which K are right and the last J are wrong.
 Everything is computed in fp32, or in fp64 for fp64 inputs.
 """
 
@@ -48,10 +49,16 @@ def temperature_scale(logit_scale: Tensor, most: float = MAX_SCALE) -> Tensor:
 
 
 class Own(NamedTuple):
-    """Which columns of a tile are its rows' own texts: row r's are the K from first + r * K on."""
+    """Which columns of a tile are its rows' own texts: row r's are the W from first + r * W on."""
 
     first: int = 0  # may lie outside of the tile
-    texts: int = 1  # K, the number of each image's own texts
+    texts: int = 1  # W, the number of each image's own texts
+    wrong: int = 0  # J, how many of them, the last ones, are wrong captions of the image
+
+    @property
+    def right(self) -> int:
+        """K."""
+        return self.texts - self.wrong
 
     @classmethod
     def of(cls, first: "int | Own | None") -> "Own":
@@ -59,12 +66,23 @@ class Own(NamedTuple):
         return first if isinstance(first, Own) else cls(first or 0)
 
     def pairs(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns, int64, of the own pairs that the tile [R, T] has, image by image."""
+        """Rows and columns, int64, of the right pairs that the tile [R, T] has, image by image."""
         rows, columns = scores.shape
         start = max(0, -self.first)
         stop = max(start, min(rows * self.texts, columns - self.first))
-        text = torch.arange(start, stop, device=scores.device)
-        return text // self.texts, text + self.first
+        right = torch.arange(self._right(start), self._right(stop), device=scores.device)
+        row = right // self.right
+        return row, right + row * self.wrong + self.first
+
+    def _right(self, count: int) -> int:
+        """How many of the first own texts, image by image, are right."""
+        images, rest = divmod(count, self.texts)
+        return images * self.right + min(rest, self.right)
+
+    def places(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each column the row whose own text it is, and which of its W: int64 [T] each."""
+        text = torch.arange(scores.shape[1], device=scores.device) - self.first
+        return text.div(self.texts, rounding_mode="floor"), text % self.texts
 
     def of_each(self, scores: Tensor) -> Iterator[Tensor]:
         """Yields the columns of the k-th text of every image, a view, for each of the K."""
@@ -91,8 +109,8 @@ def contrastive_loss(
     """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, summed over the tile's pairs and
     divided by R.
 
-    Of K own texts each is the target of 1 / K of its image (Khosla et al., 2020, equation 2), and
-    the columns of all of them count alike.
+    Of K right texts each is the target of 1 / K of its image (Khosla et al., 2020, equation 2), and
+    the columns of all of them count alike. Wrong texts are columns of the rows alone.
 
     Args:
         s_i2t: [R, T] fp32 or fp64, images against texts, scored from the image's side (3).
@@ -126,5 +144,7 @@ def contrastive_loss(
     r, t = own.pairs(rows)
     sums = row_logsumexp(rows)  # [R] or [R, K]
     row_loss = (sums[r] if sums.dim() == 1 else sums[r, (t - own.first) % own.texts]) - rows[r, t]
+    if own.wrong:  # a wrong text that counts for no image would have a sum of nothing
+        columns.masked_fill_(own.places(columns)[1] >= own.right, 0.0)
     column_loss = column_logsumexp(columns)[t] - columns[r, t]
-    return (row_loss.sum() + column_loss.sum()) / (2 * len(rows) * own.texts)
+    return (row_loss.sum() + column_loss.sum()) / (2 * len(rows) * own.right)

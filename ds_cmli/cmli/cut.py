@@ -64,8 +64,8 @@ class Cut:
 
         Args:
             grads: of s_i2t and s_t2i, [R, G] each, fp32 or fp64.
-            units: the gradient of those of `as_loss`. Of K own texts of an image each has 1 / K of
-                the unit of its column.
+            units: the gradient of those of `as_loss`. Of K right texts of an image each has 1 / K
+                of the unit of its column.
             first: as in `apply`.
         """
         (R, G), limit, own = grads[0].shape, self.delta * units[0], Own.of(first)
@@ -76,7 +76,7 @@ class Cut:
             g.index_put_(places, g.new_zeros(()))
         images = R * collectives.world_size(self.group)
         of_columns = self._of_columns(grads[1])
-        columns = _threshold(of_columns, G, limit / own.texts, images)  # collective
+        columns = _threshold(of_columns, G, limit / own.right, images)  # collective
         left_out, pairs = limit.new_zeros(()), torch.zeros_like(limit, dtype=torch.int64)
         for rows in _blocks(grads[0]):
             i2t, t2i = grads[0][rows], grads[1][rows]

@@ -23,6 +23,9 @@ def _of_data_and_models(config: Config) -> Iterator[Reason]:
             yield f"data.{name}", "the demo makes its own pictures"
     else:
         yield "data.scenes", "only the demo's pictures make scenes"
+    if not data.negatives:
+        for name in ("data.negatives_count", "loss.negatives"):
+            yield name, "data.negatives asks for no wrong captions"
     if not data.workers:
         yield "data.prefetch", "there is no loading process (--workers)"
     if student.text_weights not in ("hub", "random"):

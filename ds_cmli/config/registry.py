@@ -55,27 +55,27 @@ LOSSES = {
         "ds_cmli.losses.over_pairs:GlobalContrastive",
         scores="global",
         kind="contrastive",
-        settings=("captions", "duplicates", "init_temperature"),
+        settings=("captions", "duplicates", "init_temperature", "negatives"),
     ),
     "global_sigmoid": LossEntry(
         "ds_cmli.losses.over_pairs:GlobalSigmoid",
         scores="global",
         kind="sigmoid",
         several=True,
-        settings=("duplicates",),
+        settings=("duplicates", "negatives"),
     ),
     "cmli": LossEntry(
         "ds_cmli.losses.over_pairs:AllPairsCMLI",
         scores="cmli",
         kind="contrastive",
-        settings=("captions", "duplicates", "cmli_init_temperature", *OP),
+        settings=("captions", "duplicates", "cmli_init_temperature", "negatives", *OP),
     ),
     "cmli_sigmoid": LossEntry(
         "ds_cmli.losses.over_pairs:CMLISigmoid",
         scores="cmli",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", *OP),
+        settings=("duplicates", "negatives", *OP),
     ),
     "target_cmli": LossEntry(
         "ds_cmli.losses.distillation:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
@@ -104,7 +104,7 @@ LOSSES = {
         scores="flair",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", "cmli_scratch_bytes"),
+        settings=("cmli_scratch_bytes", "duplicates", "negatives"),
     ),
 }
 

@@ -163,6 +163,11 @@ class DataConfig:
     captions: Annotated[int, Field(ge=1, le=256)] = 1
     # Whether the captions of training are the sentences of a picture's captions, each a text.
     split_sentences: bool = False
+    # Wrong captions of each picture, which are no text's positives: "field", drawn from its list
+    # `negatives`, where a source has one; "swap", its captions with two words exchanged.
+    negatives: Literal["", "field", "swap"] = ""
+    # J, how many wrong captions of a picture a step takes; with fewer it has as many as there are.
+    negatives_count: Annotated[int, Field(ge=1, le=256)] = 1
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
@@ -216,6 +221,11 @@ class DataConfig:
         check(square, "data.resize", self.resize, f"{need}: leave one of the two out")
 
     @property
+    def texts(self) -> int:
+        """W, the texts of a picture in a step: its captions, and wrong ones."""
+        return self.captions + (self.negatives_count if self.negatives else 0)
+
+    @property
     def side(self) -> int:
         """Patches along a side of a square, where pictures have any aspect; 0: all are square."""
         return self.image_size // self.aspect_patch if self.aspect_patch else 0
@@ -251,6 +261,9 @@ class LossConfig:
     # compared with all texts of the batch at once; "each", the k-th ones with one another alone, as
     # in DreamLIP.
     captions: Literal["all", "each"] = "all"
+    # Which images are compared with a wrong caption (`data.negatives`): "all", as in NegCLIP, or
+    # its "own" alone, as in FG-CLIP.
+    negatives: Literal["all", "own"] = "all"
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
     cmli_init_temperature: Temperature = 0.02
@@ -411,12 +424,12 @@ class Config:
             self._check_queue(self.optim.queue[1])
         if self.data.aspect_patch:
             self._check_any_aspect()
-        if self.data.captions > 1:
-            need = (
-                f"data.captions is {self.data.captions}, and a queue keeps one text of each image"
-            )
+        if self.data.texts > 1:
+            need = f"a step takes {self.data.texts} texts of each image, of which a queue keeps one"
             queue, negatives = self.optim.queue, self.optim.negatives
             check(queue is None, "optim.negatives", negatives, f"{need}: give global_batch")
+        if self.data.negatives:
+            self._check_negatives()
         if self.loss.captions == "each":
             need = "data.captions is 1, so there is one contrast anyway: leave it out"
             check(self.data.captions > 1, "loss.captions", "each", need)
@@ -435,6 +448,18 @@ class Config:
             check(not self.loss.cmli_cut, "loss.cmli_cut", self.loss.cmli_cut, need)
             share = self.loss.cmli_token_keep
             check(share == 1, "loss.cmli_token_keep", share, need)
+
+    def _check_negatives(self) -> None:
+        """Raise `UserError` for wrong captions that a loss cannot compare, or none compares."""
+        negatives, names = self.data.negatives, self.loss.weights
+        scored = [name for name in names if LOSSES[name].scores]
+        need = f"the losses are {', '.join(names)}, none of which compares pairs: leave it out"
+        check(bool(scored), "data.negatives", negatives, need)
+        for name in scored:
+            need = f"the loss {name} knows no wrong captions: leave one of the two out"
+            check("negatives" in LOSSES[name].settings, "data.negatives", negatives, need)
+        need = "a wrong caption belongs to none of the contrasts: give all, or no data.negatives"
+        check(self.loss.captions == "all", "loss.captions", self.loss.captions, need)
 
     def _check_any_aspect(self) -> None:
         """Raise `UserError` for what needs as many patches of every picture."""

@@ -1,6 +1,6 @@
 """One sample, a batch of samples, and the collate function between them.
 
-B images with K texts each, C = B * K, M text positions (padded), S image size in pixels.
+B images with W texts each, C = B * W, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
@@ -19,6 +19,7 @@ from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 NO_PICTURE = -1
+ABSENT = -1  # in the place of a caption's hash
 # Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
 PAD_MULTIPLE = 8
 
@@ -32,6 +33,7 @@ def caption_id(input_ids: list[int]) -> int:
 class Caption(NamedTuple):
     tokens: Tokens
     token_picture: list[int] | None = None  # as in `Sample`
+    absent: bool = False  # whether it only takes the place of a wrong caption that there is not
 
 
 @dataclass
@@ -44,24 +46,27 @@ class Sample:
     cell_picture: list[int] | None = None  # only for scenes, see `Batch`
     bad: Bad | None = None  # the requested sample and why it could not be used
     grid: Grid | None = None  # of a picture of any aspect
-    others: Sequence[Caption] = ()  # its further captions, if a step takes several
+    # Its further texts, if a step takes several, of which the last `wrong` are wrong captions.
+    others: Sequence[Caption] = ()
+    wrong: int = 0
 
 
 @dataclass
 class Batch:
     image: Tensor  # uint8 [B, 3, S, S]
-    # int64 [C, M], image by image: rows b * K to b * K + K - 1 are the texts of image b.
+    # int64 [C, M], image by image: rows b * W to b * W + W - 1 are the texts of image b.
     input_ids: Tensor
     attention_mask: Tensor  # bool [C, M], False for padding
     token_mask: Tensor  # bool [C, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: Tensor  # int64 [B], position in the data set
-    # int64 [B, 1 + K], hashes of the picture and its captions: equal for equal ones.
+    # int64 [B, 1 + W], hashes of the picture and its captions: equal for equal ones.
     pair_id: Tensor
     token_picture: Tensor  # int64 [C, M], which picture of the scene the token names, or -1
     cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
     grid: Tensor | None = None  # int64 [B, 2], see `Sample`; None: the images are square
+    wrong: int = 0  # J, how many of an image's texts, the last ones, are wrong captions of it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
@@ -83,9 +88,9 @@ class Collate:
         self.full = tokenizer.full
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        texts: list[Sample | Caption] = []
+        texts: list[Caption] = []
         for sample in samples:
-            texts += [sample, *sample.others]
+            texts += Caption(sample.tokens, sample.token_picture), *sample.others
 
         def each(name: str, of: Sequence[Sample | Caption] = samples) -> list:
             return list(map(attrgetter(name), of))
@@ -96,19 +101,22 @@ class Collate:
             lengths = torch.full_like(lengths, self.positions)
         length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
         length = min(length, self.positions)
-        caption_ids = torch.tensor(list(map(caption_id, ids))).view(len(samples), -1)
+        pictures = torch.tensor(each("image_id"))[:, None]  # [B, 1]
+        caption_ids = torch.tensor(list(map(caption_id, ids)))
+        caption_ids[torch.tensor(each("absent", texts))] = ABSENT
         return Batch(
             image=torch.stack(each("image")),
             input_ids=padded(ids, length, self.pad_id),
             attention_mask=torch.arange(length) < lengths[:, None],
             token_mask=padded(each("tokens.valid", texts), length, False),
             index=torch.tensor(each("index")),
-            pair_id=torch.cat([torch.tensor(each("image_id"))[:, None], caption_ids], 1),
+            pair_id=torch.cat([pictures, caption_ids.view(len(samples), -1)], 1),
             token_picture=padded(each("token_picture", texts), length, NO_PICTURE),
             cell_picture=stack_cells(each("cell_picture")),
             bad=list(filter(None, each("bad"))),
             padded=int(lengths.min()) < length,
             grid=stack_grids(each("grid")),
+            wrong=samples[0].wrong,
         )
 
 

@@ -135,7 +135,10 @@ def _demo(config: DataConfig, seed: int) -> Data:
     tokenizer = tokenizer_of(config)
     make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
     train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)
+    need = "a scene's names say the same in any order: give field, for another name in one's place"
+    check(config.negatives != "swap", "data.negatives", config.negatives, need)
     train.texts_each, train.each_picture = config.captions, config.split_sentences
+    train.wrong_each = config.texts - config.captions
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
         evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
@@ -183,6 +186,7 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         notices=[
             *opened.notices,
             *fewer_captions(train, config),
+            *fewer_negatives(train, config),
             *oddities(everything, tokenizer, config.tokenizer),
         ],
         fingerprint=opened.fingerprint,
@@ -211,6 +215,33 @@ def fewer_captions(train: TrainPairs, config: DataConfig) -> list[str]:
             )
     need = f"no picture has more than one {kind}: give 1, or data that has several"
     check(most > 1, "data.captions", config.captions, need)
+    return lines
+
+
+def fewer_negatives(train: TrainPairs, config: DataConfig) -> list[str]:
+    """Lines about sources of pictures with fewer wrong captions than `data.negatives_count`.
+
+    Only some pictures of large sources are read. Raises `UserError` if none has any.
+    """
+    lines: list[str] = []
+    most, wanted = 0, config.negatives_count
+    if not config.negatives:
+        return lines
+    for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
+        counts = []
+        for index in range(first, first + len(source), max(1, len(source) // LOOKED_AT)):
+            with suppress(Exception):  # reported when it is used
+                counts.append(len(train.wrong_texts(index, 0, train.texts(index))))
+        few, most = sum(count < wanted for count in counts), max([most, *counts])
+        if few:
+            lines.append(
+                f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
+                f"wrong captions than data.negatives_count = {wanted}: they are compared with those"
+            )
+    need = "no picture has a list 'negatives' of wrong captions: add one, or give swap"
+    if config.negatives == "swap":
+        need = "no caption has two words that could be exchanged: leave it out"
+    check(most > 0, "data.negatives", config.negatives, need)
     return lines
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from dataclasses import replace
-from itertools import accumulate, cycle, islice
+from itertools import accumulate, chain, cycle, islice, repeat, zip_longest
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.bad import NO_TOKEN, Bad, Refused
 from ds_cmli.data.batch import Caption, Sample
-from ds_cmli.data.captions import drawn, sentences
+from ds_cmli.data.captions import drawn, sentences, swapped
 from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
@@ -64,6 +64,10 @@ class Pictures:
     def caption_sizes(self, index: int) -> list[int]:
         number, place = self.at(index)
         return self.sources[number].caption_sizes(place)
+
+    def negatives(self, index: int) -> list[str]:
+        number, place = self.at(index)
+        return self.sources[number].negatives(place)
 
     def image(self, index: int, view: View | None = None) -> tuple[Tensor, str | None]:
         """The part of the picture that `view` chooses, as `decode` gives it, and None.
@@ -168,13 +172,41 @@ class TrainPairs(Dataset):
             reason = NO_TOKEN
         # In the place of a caption without a token the others are repeated.
         texts = list(islice(cycle(usable or texts), len(texts)))
+        wrong: list[Caption] = []
+        if reason is None and self.config.negatives:
+            wrong, reason = self._wrong(index, turn, texts)
         image = self.pictures.black()
         if reason is None:
             with self.augmentation.seeded(turn, index):
                 image, reason = self.pictures.image(index, self.augmentation.view)
                 image, _ = self.augmentation.pixels(image)
         sample = _sample(self.pictures, index, image, texts[0], reason)
-        return replace(sample, others=list(map(Caption, texts[1:])))
+        return replace(sample, others=[*map(Caption, texts[1:]), *wrong], wrong=len(wrong))
+
+    def _wrong(
+        self, index: int, turn: int, right: list[Tokens]
+    ) -> tuple[list[Caption], str | None]:
+        """J wrong captions, the last ones absent where there are fewer; or none, and why."""
+        try:
+            texts = self.wrong_texts(index, turn, [tokens.text for tokens in right])
+        except Exception as error:  # any error is reported in `Sample.bad`
+            return [], describe(error)
+        captions = map(Caption, filter(lambda x: any(x.valid), map(self.tokenizer, texts)))
+        missing = Caption(right[0], absent=True)
+        count = self.config.negatives_count
+        return list(islice(chain(captions, repeat(missing)), count)), None
+
+    def wrong_texts(self, index: int, turn: int, right: list[str]) -> list[str]:
+        """At most J wrong captions of a picture at a turn. Raises as `Source.negatives`."""
+        count = self.config.negatives_count
+        if self.config.negatives == "swap":
+            of_each = []
+            for text in dict.fromkeys(right):
+                of_each.append(swapped(text, count, self.seed, turn, index))
+            return list(islice(filter(None, chain.from_iterable(zip_longest(*of_each))), count))
+        texts = self.pictures.negatives(index)
+        numbers = drawn(len(texts), min(count, len(texts)), self.seed, turn, index)
+        return list(map(texts.__getitem__, numbers))
 
     def texts(self, index: int) -> list[str]:
         """The captions of a picture, or their sentences. Raises as `Source.captions`."""

@@ -13,7 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import permutations
+from itertools import cycle, islice, permutations
 from pathlib import Path
 
 import numpy as np
@@ -115,10 +115,11 @@ class Scenes(Dataset):
             `Sample.cell_picture`.
 
     Attributes:
-        texts_each, each_picture: `data.captions` and `data.split_sentences`, of training.
+        texts_each, each_picture, wrong_each: `data.captions`, `data.split_sentences` and, of the
+            training's `data.negatives`, how many there are.
     """
 
-    texts_each, each_picture = 1, False
+    texts_each, each_picture, wrong_each = 1, False, 0
 
     def __init__(
         self,
@@ -180,16 +181,22 @@ class Scenes(Dataset):
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = Draw.of(at)
-        sample = self._sample(index, self.texts(Draw(index, turn)))
+        draw = Draw(index, turn)
+        sample = self._sample(index, self.texts(draw))
+        wrong = map(Caption, map(self.tokenizer, self.wrong_texts(draw)))
+        sample.others, sample.wrong = [*sample.others, *wrong], self.wrong_each
         with self.augmentation.seeded(turn, index):
             sample.image, flipped = self.augmentation.pixels(sample.image)
         if flipped and sample.cell_picture is not None:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
 
-    def caption(self, index: int, order: Sequence[int] = ()) -> Text:
-        """A caption that names pictures in this order; by default all, in that of the layout."""
-        layout, (first, others) = self.layout(index), self.words
+    def caption(self, index: int, order: Sequence[int] = (), shown: Layout | None = None) -> Text:
+        """A caption that names pictures in this order; by default all, in that of the layout.
+
+        `shown`: pictures that it names in the place of the scene's.
+        """
+        layout, (first, others) = shown or self.layout(index), self.words
         key = f"words {self.split} {self.seed} {self.sentence_of(index)}"
         draw = random.Random(key + (f" {order}" if order else ""))
         caption, spans = "", [(0, 0)] * len(layout)
@@ -202,6 +209,23 @@ class Scenes(Dataset):
 
     def texts(self, draw: Draw) -> list[Text]:
         """The captions that a draw gets."""
+        return [self.caption(draw.sample, order) for order in self._orders(draw)]
+
+    def wrong_texts(self, draw: Draw) -> list[str]:
+        """The captions with another name, of no picture of the scene, in the place of one."""
+        (index, turn), layout, texts = draw, self.layout(draw.sample), []
+        orders = islice(cycle(self._orders(draw)), self.wrong_each)
+        chance = random.Random(f"wrong {self.seed} {turn} {index}")
+        for order in orders:
+            shown, replaced = list(layout), chance.choice(order or range(len(layout)))
+            names = [concept for concept, _ in shown]
+            while (other := chance.choice(self.concepts)) in names:
+                pass
+            shown[replaced] = other, shown[replaced][1]
+            texts.append(self.caption(index, order, shown)[0])
+        return texts
+
+    def _orders(self, draw: Draw) -> list[tuple[int, ...]]:
         (index, turn), pictures = draw, len(self.layout(draw.sample))
         orders: list[tuple[int, ...]] = [()]
         if self.each_picture:
@@ -209,7 +233,7 @@ class Scenes(Dataset):
         elif self.texts_each > 1:
             orders += [*permutations(range(pictures))][1:]
         numbers = drawn(len(orders), self.texts_each, self.seed, turn, index)
-        return [self.caption(index, orders[number]) for number in numbers]
+        return list(map(orders.__getitem__, numbers))
 
     def text_length(self, draw: Draw) -> int:
         """The bytes of the longest caption that a draw gets."""

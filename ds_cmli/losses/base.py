@@ -1,13 +1,13 @@
 """The base class of losses, and the inputs that they are computed from.
 
-Shapes: B images per rank, each with K texts of its own; C = B * K texts, image by image; P ranks,
+Shapes: B images per rank, each with W texts of its own; C = B * W texts, image by image; P ranks,
 G = C * P texts; N patches, M text positions, H student width, H_t teacher width, D embedding
 dimension.
 """
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,9 +25,9 @@ from ds_cmli.cmli.ring import Score
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.batch import ABSENT, Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import duplicates, ids_of_texts
+from ds_cmli.losses import functions
 from ds_cmli.models.dual import Start
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
@@ -74,6 +74,7 @@ class PairInputs(ABC):
     them.
     """
 
+    config: LossConfig
     # What `cmli.cut` asks of the losses that compare the CMLI scores; None: no pair is left out.
     units: Tensor | None
 
@@ -86,7 +87,7 @@ class PairInputs(ABC):
     @property
     @abstractmethod
     def own(self) -> Own:
-        """The columns of the pair scores that are the rows' own texts, K each."""
+        """The columns of the pair scores that are the rows' own texts."""
 
     @property
     def first(self) -> int:
@@ -100,12 +101,31 @@ class PairInputs(ABC):
 
     @property
     @abstractmethod
+    def ids(self) -> tuple[Tensor, Tensor]:
+        """Hashes of the images and of the texts, as `duplicates` takes them. Collective."""
+
+    @cached_property
     def duplicates(self) -> Tensor | None:
         """The pairs of image and text that are no negatives, without own ones: the same picture, or
         the text is one of the image's.
 
         bool [R, T]; None: the texts of all other pairs are negatives. Collective.
         """
+        if self.config.duplicates == "keep":
+            return None
+        return functions.duplicates(*self.ids, self.own)  # collective
+
+    @cached_property
+    def left_out(self) -> Tensor | None:
+        """The wrong captions that do not count for an image: bool [R, T]; None: no text is wrong.
+
+        Collective.
+        """
+        if not self.own.wrong:
+            return None
+        images, texts = self.ids  # collective
+        absent, everywhere = texts[:, 1] == ABSENT, self.config.negatives == "all"
+        return functions.left_out(absent, self.own, len(images), everywhere)
 
     @property
     @abstractmethod
@@ -138,7 +158,8 @@ class PairInputs(ABC):
 class LossInputs(PairInputs):
     """The inputs of a micro-batch whose negatives are the other pairs of the global micro-batch.
 
-    An image's K texts follow one another: texts b * K to b * K + K - 1 are those of image b.
+    An image's texts follow one another: texts b * W to b * W + W - 1 are those of image b, first
+    the K right ones.
     """
 
     features: Features
@@ -150,18 +171,40 @@ class LossInputs(PairInputs):
     config: LossConfig = field(default_factory=LossConfig)
     cut: Cut | None = None
     units: Tensor | None = None
+    wrong: int = 0  # J, how many of an image's texts are wrong captions
+
+    @property
+    def right(self) -> "LossInputs":
+        """The same without wrong captions."""
+        if not self.wrong:
+            return self
+        texts, count, batch = self.own.texts, self.own.right, self.batch
+
+        def right(x: Tensor) -> Tensor:
+            return x.unflatten(0, (-1, texts))[:, :count].flatten(0, 1)
+
+        f = self.features
+        features = replace(f, text_cls=right(f.text_cls), tokens=right(f.tokens))
+        batch = replace(
+            batch,
+            input_ids=right(batch.input_ids),
+            attention_mask=right(batch.attention_mask),
+            token_mask=right(batch.token_mask),
+            token_picture=right(batch.token_picture),
+            pair_id=batch.pair_id[:, : 1 + count],
+            wrong=0,
+        )
+        return replace(self, features=features, batch=batch, wrong=0)
 
     @property
     def own(self) -> Own:
         texts = self.batch.pair_id.shape[1] - 1
-        return Own(distributed.rank() * len(self.batch.index) * texts, texts)
+        return Own(distributed.rank() * len(self.batch.index) * texts, texts, self.wrong)
 
     @cached_property
-    def duplicates(self) -> Tensor | None:
+    def ids(self) -> tuple[Tensor, Tensor]:
         ids = self.batch.pair_id
-        if self.config.duplicates == "keep":
-            return None
-        return duplicates(ids, ids_of_texts(collectives.gather(ids)), self.own)  # collective
+        return ids, functions.ids_of_texts(collectives.gather(ids), self.wrong)  # collective
 
     @cached_property
     def all_text_cls(self) -> Tensor:

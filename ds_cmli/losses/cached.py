@@ -16,12 +16,12 @@ Where pairs are left out (`cmli.cut`), the first pass keeps the CMLI scores of a
 pairs (fp32, 8 bytes a pair). The losses are differentiated from them, and only the pairs whose
 gradients are left are computed a second time.
 
-Shapes: A micro-batches of B images with K texts each, P ranks, G = A * B * K * P texts, R = A * B
+Shapes: A micro-batches of B images with W texts each, P ranks, G = A * B * W * P texts, R = A * B
 images of this rank.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
@@ -35,6 +35,7 @@ from ds_cmli.cmli.inputs import Sides, Wanted
 from ds_cmli.cmli.op import cmli_gradients
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
+from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.losses.tiles import LARGER, Tile, TileSide, TileStatistics
@@ -60,7 +61,7 @@ class PairLosses:
     weights: Mapping[str, float]  # of these losses, and perhaps of others
     score: ring.Score  # a `Scorer`, or `cmli_scores` with its options
     argmax_bytes: int  # limit for the argmax indices of a tile, which has at least one text
-    keep_duplicates: bool = False  # whether pairs of one picture or caption are negatives
+    config: LossConfig = field(default_factory=LossConfig)
     cut: Cut | None = None  # leaves out pairs
 
     def __post_init__(self) -> None:
@@ -248,7 +249,7 @@ class PairLosses:
             self.step.heartbeat()
 
     def _tile(self, images: TileSide, texts: TileSide, tensors: dict[str, Tensor]) -> Tile:
-        options = self.statistics, self.score, self.keep_duplicates, self.argmax_bytes
+        options = self.statistics, self.score, self.config, self.argmax_bytes
         return Tile(images, texts, tensors, self.step.own, *options)
 
     def _values(self, tile: Tile, only_sums: bool = False) -> dict[str, Tensor]:

@@ -30,12 +30,13 @@ def sigmoid_loss(
     first: int | Own | None = None,
     positives: Tensor | None = None,
     max_scale: float = MAX_SCALE,
+    ignore: Tensor | None = None,
 ) -> Tensor:
     """-log sigmoid(z * (t * score + b)), summed over texts and averaged over the tile's R images.
 
     This is SigLIP's loss. z is 1 for positives and -1 for all others (Zhai et al., 2023, equation
     1). No normalisation over the batch: across ranks only the scores need the other ranks. With K
-    own texts of an image it is divided by K, as in FLAIR's code (Xiao et al., 2025).
+    right texts of an image it is divided by K, as in FLAIR's code (Xiao et al., 2025).
 
     Args:
         scores: [R, T] fp32 or fp64, images against texts.
@@ -46,6 +47,7 @@ def sigmoid_loss(
             batch, as many texts as images.
         positives: bool [R, T], further positives, see `duplicates`; None: there are none.
         max_scale: the maximum of 1/temperature.
+        ignore: bool [R, T], pairs that do not count, see `left_out`; None: all count.
 
     Returns:
         A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it
@@ -54,42 +56,63 @@ def sigmoid_loss(
     Raises:
         ValueError: on shapes that do not fit.
     """
-    check_tile(first, scores=scores, positives=positives)
+    check_tile(first, scores=scores, positives=positives, ignore=ignore)
     logits = temperature_scale(logit_scale, max_scale) * scores + upcast(bias)  # [R, T]
     own, sign = Own.of(first), torch.full_like(logits, -1.0)
     # A number would come from the host: a CPU-GPU sync.
     sign.index_put_(own.pairs(logits), sign.new_ones(()))
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
-    return -F.logsigmoid(sign * logits).sum(1).mean() / own.texts
+    values = F.logsigmoid(sign * logits)
+    if ignore is not None:
+        values = values.masked_fill(ignore, 0.0)
+    return -values.sum(1).mean() / own.right
 
 
 def duplicates(pair_id: Tensor, all_ids: Tensor, first: int | Own = 0) -> Tensor:
     """Images and texts of different pairs that also match: bool [R, T].
 
-    The text's picture is the same, or the text is equal to one of the image's own.
+    The text is of the same picture, and right, or it is equal to one of the image's right ones.
 
     Args:
-        pair_id: int64 [R, 1 + K], of the images, hashes of the picture and its K captions: equal
-            for equal pictures or captions.
+        pair_id: int64 [R, 1 + W], of the images, hashes of the picture and its captions: equal for
+            equal pictures or captions.
         all_ids: int64 [T, 2], of the texts, hashes of picture and caption, see `ids_of_texts`.
         first: the columns that belong to the rows, as in `sigmoid_loss`.
     """
     own = Own.of(first)
     same = pair_id[:, :1] == all_ids[:, 0]
-    for k in range(1, pair_id.shape[1]):
-        same |= pair_id[:, k : k + 1] == all_ids[:, 1]
-    for k, columns in enumerate(own.of_each(same)):
+    for k in range(own.right):
+        same |= pair_id[:, k + 1 : k + 2] == all_ids[:, 1]
+    for k, columns in zip(range(own.right), own.of_each(same), strict=False):
         columns.diagonal((own.first + k) // own.texts).fill_(False)  # the rows' own k-th texts
     return same
 
 
-def ids_of_texts(pair_id: Tensor) -> Tensor:
-    """Hashes of picture and caption of each text: int64 [B, 1 + K] of images -> [C, 2]."""
+def left_out(absent: Tensor, own: Own, rows: int, everywhere: bool) -> Tensor:
+    """Wrong texts that an image is not compared with: bool [R, T].
+
+    Those that are `absent`, bool [T], and, unless they count `everywhere`, those of other images.
+    """
+    absent = absent.expand(rows, -1)
+    if everywhere:
+        return absent
+    image, place = own.places(absent)
+    other = image != torch.arange(rows, device=image.device)[:, None]
+    return absent | (other & (place >= own.right))
+
+
+def ids_of_texts(pair_id: Tensor, wrong: int = 0) -> Tensor:
+    """Hashes of picture and caption of each text: int64 [B, 1 + W] of images -> [C, 2].
+
+    The picture of the last `wrong` ones of an image is none.
+    """
     if pair_id.shape[1] == 2:
         return pair_id
     captions = pair_id[:, 1:]
-    return torch.stack([pair_id[:, :1].expand_as(captions), captions], 2).flatten(0, 1)
+    pictures = pair_id[:, :1].repeat(1, captions.shape[1])
+    pictures[:, captions.shape[1] - wrong :].bitwise_not_()
+    return torch.stack([pictures, captions], 2).flatten(0, 1)
 
 
 def by_image(texts: Tensor, images: int) -> Tensor:

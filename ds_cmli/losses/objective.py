@@ -112,7 +112,7 @@ class Objective(nn.Module):
         features = self._features(batch)
         with probe.losses():
             inputs = self._inputs(features, batch, targets)
-            values = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
+            values = {name: loss(_taken(inputs, name)) for name, loss in self.losses.items()}
         if self._over_pairs() and inputs.duplicates is not None:
             self.ignored.copy_(inputs.duplicates.sum())
         weights = self.config.weights_at(self.step)
@@ -139,7 +139,7 @@ class Objective(nn.Module):
             self.config.weights_at(self.step),
             self.score,
             self.config.cmli_scratch_bytes,
-            self.config.duplicates == "keep",
+            self.config,
             self.cut,
         )
         # Full precision of the scores, and of their gradients too.
@@ -161,7 +161,7 @@ class Objective(nn.Module):
         """
         features, weights = self._features(batch), self.config.weights_at(self.step)
         inputs = self._inputs(features, batch, targets)
-        values = {n: self.losses[n](inputs) for n in weights if not LOSSES[n].scores}
+        values = {n: self.losses[n](inputs.right) for n in weights if not LOSSES[n].scores}
         again = self._pair_features(features, batch, cached.selection)
         terms = [weights[name] * value for name, value in values.items()]
         for name, gradient in cached.features.items():
@@ -190,7 +190,8 @@ class Objective(nn.Module):
         student, head, score = self.student, self.width_head, self.score
         if targets is not None and features.places is not None:
             targets = targets.at(features.places)
-        return LossInputs(features, batch, targets, student, head, score, self.config, self.cut)
+        options = score, self.config, self.cut, None, batch.wrong
+        return LossInputs(features, batch, targets, student, head, *options)
 
     def _features(self, batch: Batch) -> Features:
         places, ids, mask = None, batch.input_ids, batch.attention_mask
@@ -224,7 +225,8 @@ class Objective(nn.Module):
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
             compared |= {"patches": patches, "tokens": tokens}
-        return PairFeatures(compared, mask, batch.pair_id, features.patch_mask, selection)
+        masks = features.patch_mask, selection
+        return PairFeatures(compared, mask, batch.pair_id, *masks, batch.wrong)
 
     def banks(self) -> dict[str, Bank]:
         """The banks of earlier features, by the name of their loss."""
@@ -272,6 +274,11 @@ class Objective(nn.Module):
                 with _whole([*loss.parameters()]):
                     return loss.pooling.fixed()  # type: ignore[union-attr, operator]
         return None
+
+
+def _taken(inputs: LossInputs, name: str) -> LossInputs:
+    """What a loss takes: of single pairs, those with right captions alone."""
+    return inputs if LOSSES[name].scores else inputs.right
 
 
 class _KnownGradient(torch.autograd.Function):

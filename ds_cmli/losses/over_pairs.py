@@ -48,7 +48,9 @@ class Contrastive(Loss):
 
     def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
         """The loss of scores, [R, T] each. Collective."""
-        ignore = inputs.duplicates  # collective
+        ignore, left_out = inputs.duplicates, inputs.left_out  # collectives
+        if left_out is not None:
+            ignore = left_out if ignore is None else ignore | left_out
         logsumexps = self.logsumexps(inputs)  # collective
         return contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, inputs.own, *logsumexps, ignore
@@ -102,7 +104,8 @@ class GlobalSigmoid(Loss):
         """The loss of scores [R, T]. Collective."""
         positives = inputs.duplicates  # collective
         scale, bias, most = self.logit_scale, self.logit_bias, self.max_scale
-        return sigmoid_loss(scores, scale, bias, inputs.own, positives, most)
+        ignore = inputs.left_out  # collective
+        return sigmoid_loss(scores, scale, bias, inputs.own, positives, most, ignore)
 
     def start_from(self, start: Start) -> None:
         self.logit_scale.data.fill_(start.log_scale)

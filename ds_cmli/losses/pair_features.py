@@ -1,6 +1,6 @@
 """The features that gradient caching keeps, of a micro-batch and of a step, on device or host.
 
-Shapes: A micro-batches of B images with K texts each, C = B * K, P ranks, G = A * C * P texts, N
+Shapes: A micro-batches of B images with W texts each, C = B * W, P ranks, G = A * C * P texts, N
 patches, M text positions, H student width, D embedding dimension.
 """
 
@@ -35,9 +35,10 @@ class PairFeatures:
 
     features: dict[str, Tensor]
     token_mask: Tensor  # bool [C, M], True = valid
-    pair_id: Tensor  # int64 [B, 1 + K], hashes: equal for equal pictures or captions
+    pair_id: Tensor  # int64 [B, 1 + W], hashes: equal for equal pictures or captions
     patch_mask: Tensor | None = None  # bool [B, N], the patches that there are; None: all
     selection: Selection | None = None  # which patches and tokens were kept, if only a share is
+    wrong: int = 0  # J, how many of an image's texts are wrong captions
 
     def __len__(self) -> int:
         return len(self.pair_id)
@@ -64,8 +65,9 @@ class CachedStep:
     @property
     def own(self) -> Own:
         """Where the texts of this rank's images are among those of all ranks."""
-        texts = self.features[0].pair_id.shape[1] - 1
-        return Own(distributed.rank() * len(self) * texts, texts)
+        one = self.features[0]
+        texts = one.pair_id.shape[1] - 1
+        return Own(distributed.rank() * len(self) * texts, texts, one.wrong)
 
     def fetch(self, x: Tensor) -> Tensor:
         """A cached tensor on the device: a copy if it is on the host of a GPU."""
@@ -120,7 +122,7 @@ class CachedStep:
                 own["tokens"], all_masks = collectives.gather_text(own["tokens"], mask)
         if "text_cls" in own:
             own["text_cls"] = collectives.gather_with_gradient(own["text_cls"])  # collective
-        of_all = ids_of_texts(collectives.gather(ids))  # collective
+        of_all = ids_of_texts(collectives.gather(ids), self.own.wrong)  # collective
         texts = TileSide(0, of_all, own, all_masks)
         if not go_round:
             return texts, None

@@ -1,7 +1,7 @@
 """A tile: the pairs of some images and some texts of a step with gradient caching.
 
 Shapes: a tile of R images and T texts, N patches, M text positions, H student width, D embedding
-dimension. An image has K texts of its own.
+dimension. An image has W texts of its own.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,9 +19,9 @@ from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.cmli.ring import Score
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
+from ds_cmli.config.schema import LossConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import PairInputs
-from ds_cmli.losses.functions import duplicates
 
 # A tile that saves no indices, or that leaves some of its pairs out, has so many times the pairs.
 LARGER = 8
@@ -41,7 +41,7 @@ class TileSide:
     """
 
     first: int  # place of the first among this rank's images, or among the texts of all ranks
-    pair_id: Tensor  # int64 [.., 1 + K] of images, [.., 2] of texts: see `functions.duplicates`
+    pair_id: Tensor  # int64 [.., 1 + W] of images, [.., 2] of texts: see `functions.duplicates`
     features: dict[str, Tensor]
     mask: Tensor | None  # bool [.., N] or [.., M], True = valid; None: all patches are
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class Tile(PairInputs):
     own_texts: Own  # where the texts of this rank's images are among those of all ranks
     statistics: TileStatistics
     score: Score
-    keep_duplicates: bool
+    config: LossConfig
     scratch_bytes: int  # of FLAIR's scores
 
     def __post_init__(self) -> None:
@@ -186,14 +186,12 @@ class Tile(PairInputs):
 
     @property
     def own(self) -> Own:
-        first, texts = self.own_texts
-        return Own(first + self.images.first * texts - self.texts.first, texts)
+        first = self.own_texts.first + self.images.first * self.own_texts.texts
+        return self.own_texts._replace(first=first - self.texts.first)
 
-    @cached_property
-    def duplicates(self) -> Tensor | None:
-        if self.keep_duplicates:
-            return None
-        return duplicates(self.images.pair_id, self.texts.pair_id, self.own)
+    @property
+    def ids(self) -> tuple[Tensor, Tensor]:
+        return self.images.pair_id, self.texts.pair_id
 
     @cached_property
     def global_scores(self) -> Tensor:

@@ -107,7 +107,7 @@ def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
     """The tokens that CMLI compares in each text of `longest_batch`, without special ones."""
     positions = config.data.context_length
-    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch * config.data.captions - 1)]
+    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch * config.data.texts - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
@@ -118,7 +118,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     first: it lacks a token.
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
-    C = B * config.data.captions
+    C = B * config.data.texts
     attention_mask = torch.ones(C, M, dtype=torch.bool)
     attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()
@@ -139,6 +139,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         bad=[],
         padded=config.data.padding != "full",
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
+        wrong=config.data.texts - config.data.captions,
     )
 
 

@@ -35,6 +35,7 @@ class OracleText(TargetText):
         batch = inputs.batch
         shown = pictures_of_patches(batch.cell_picture, inputs.student.grid)  # [B, N]
         token = batch.token_picture[:, :, None]
+        shown = shown.repeat_interleave(len(token) // len(shown), 0)  # of each text's image
         return (token >= 0) & (token == shown[:, None])
 
 
@@ -46,7 +47,8 @@ class ShuffledText(TargetText):
 
     def similarities(self, inputs: LossInputs) -> Tensor:
         similarity = super().similarities(inputs)
-        other = others(inputs.batch.index, inputs.batch.token_mask)
+        index, mask = inputs.batch.index, inputs.batch.token_mask
+        other = others(index.repeat_interleave(len(mask) // len(index)), mask)
         return similarity.gather(1, other[:, :, None].expand_as(similarity))
 
 

@@ -147,7 +147,7 @@ def test_a_batch_of_a_prediction_has_as_many_texts():
         ),
         (
             {"data": {"captions": 2}, "optim": {"negatives": "queue:30"}},
-            "optim.negatives is 'queue:30': data.captions is 2, and a queue keeps one text of each image",
+            "optim.negatives is 'queue:30': a step takes 2 texts of each image, of which a queue keeps one",
         ),
     ],
 )
