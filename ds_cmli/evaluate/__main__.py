@@ -162,9 +162,12 @@ def _suite(request: EvaluationOptions, json_file: str | None) -> None:
         return EvaluatedModel.load(name, request.batch_size, request.workers, request.ema)
 
     try:
-        results = compare.run_suite(tasks, request.models, load)
-        compare.print_results(results, request.models)
-        compare.write(results, request.models, json_file, request.page)
+        results, problems = compare.run_suite(tasks, request.models, load)
+        if results:
+            compare.print_results(results, request.models)
+            compare.write(results, request.models, json_file, request.page)
+        if problems:
+            raise UserError("; ".join(problems))
     finally:
         distributed.shutdown()
 

@@ -46,30 +46,42 @@ class TaskResult:
 
 def run_suite(
     tasks: Mapping[str, Task], names: Sequence[str], load: Callable[[str], EvaluatedModel]
-) -> dict[str, TaskResult]:
+) -> tuple[dict[str, TaskResult], list[str]]:
     """Measure each model on each task; one model is in memory at a time.
 
+    Returns the results, and a line for each task that a model cannot be measured on, as a picture
+    cannot be read: the others are measured nevertheless.
+
     Raises:
-        UserError: a model cannot be loaded, or a picture cannot be read.
+        UserError: a model cannot be loaded.
     """
     measured: dict[str, list[Measured]] = {name: [] for name in tasks}
+    problems: dict[str, str] = {}
     for name in names:
         model = load(name)
-        for task, settings in tasks.items():
+        for task in [task for task in tasks if task not in problems]:
             try:
-                measured[task].append(settings.run(model))
+                measured[task].append(tasks[task].run(model))
                 say(f"{name}: {task} is measured")
             except UserError as error:
-                raise UserError(f"--suite: {task}: {error}") from None
+                problems[task] = f"--suite: {task}: {error}"
         del model
-    return {task: _result(tasks[task], names, of_task) for task, of_task in measured.items()}
+    results: dict[str, TaskResult] = {}
+    for task in tasks:
+        if task in problems:
+            continue
+        try:
+            results[task] = _result(tasks[task], names, measured[task])
+        except UserError as error:
+            problems[task] = f"--suite: {task}: {error}"
+    return results, [*problems.values()]
 
 
 def _result(task: Task, names: Sequence[str], of_models: Sequence[Measured]) -> TaskResult:
     result = TaskResult(type(task).__name__, of_models[0].samples)
     counts = {measured.samples for measured in of_models}
     if len(counts) > 1:
-        raise UserError(f"--suite: the models have {counts} samples: give data that all can read")
+        raise UserError(f"the models have {counts} samples: give data that all can read")
     drawn: dict[str, list[Tensor]] = {}
     figures: dict[str, None] = {}
     for measured in of_models:

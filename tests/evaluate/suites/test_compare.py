@@ -78,7 +78,9 @@ def test_intervals_are_those_of_a_paired_bootstrap():
     first, second = (torch.from_numpy(rng.random(300) < share) for share in (0.5, 0.6))
     both = [Measured(300, {"a": Measure.accuracy(right)}) for right in (first, second)]
     tasks = {"task": SimpleNamespace(run=lambda model: both[model])}
-    metric = compare.run_suite(tasks, ["0", "1"], int)["task"].metrics["a"]
+    results, problems = compare.run_suite(tasks, ["0", "1"], int)
+    metric = results["task"].metrics["a"]
+    assert not problems
     x = second.double() - first.double()
     assert metric.differences == [pytest.approx(float(x.mean()))]
     # The normal approximation: 1.96 standard errors of the paired differences.
