@@ -30,6 +30,7 @@ class LossEntry:
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
+    boxes: bool = False  # whether it compares boxes with their phrases (`data.regions`)
     every_patch: bool = False  # whether every image must have all N patches
     settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
@@ -99,6 +100,7 @@ LOSSES = {
         "ds_cmli.losses.distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
+    "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),
     "flair": LossEntry(
         "ds_cmli.losses.flair:Flair",
         scores="flair",

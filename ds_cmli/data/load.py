@@ -13,6 +13,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import check
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
+from ds_cmli.data.boxes import Boxes
 from ds_cmli.data.opening import (
     open_all,
     open_sources,
@@ -121,7 +122,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
 def _demo(config: DataConfig, seed: int) -> Data:
     need = "the demo's scenes are square: give 0, or --data"
     check(not config.aspect_patch, "data.aspect_patch", config.aspect_patch, need)
-    silent = "val_source", *settings_of_some()
+    silent = "val_source", "boxes", *settings_of_some()
     unused = [name for name in silent if getattr(config, name)]
     if config.val_split == "test":
         unused.append("val_split")
@@ -139,6 +140,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     check(config.negatives != "swap", "data.negatives", config.negatives, need)
     train.texts_each, train.each_picture = config.captions, config.split_sentences
     train.wrong_each = config.texts - config.captions
+    train.regions = config.regions
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
         evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
@@ -166,6 +168,9 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         known = not config.group_by_length or source.caption_counts() is not None
         need = f"the captions of {source.where} are in .json, whose lengths only reading them tells"
         check(known, "data.group_by_length", config.group_by_length, f"{need}: leave it out")
+    given = bool(config.boxes) or not config.regions
+    need = f"data.regions is {config.regions}, and {config.source} has no boxes: name their file"
+    check(given, "data.boxes", config.boxes, need)
     tokenizer = tokenizer_of(config)
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
@@ -173,7 +178,10 @@ def _pairs(config: DataConfig, seed: int) -> Data:
     # in a loading process torch takes 5 s per process to end.
     for start in train.pictures.starts[:-1]:
         train[start]
-    TrainPairs(opened.validation, tokenizer, config, seed)[0]
+    TrainPairs(opened.validation, tokenizer, replace(config, regions=0), seed)[0]
+    if train.boxes is not None:
+        opened.fingerprint[config.boxes] = train.boxes.fingerprint
+        opened.notices.append(boxes_line(train, train.boxes))
     everything = [*opened.train, *opened.validation]
     return Data(
         train=train,
@@ -243,6 +251,26 @@ def fewer_negatives(train: TrainPairs, config: DataConfig) -> list[str]:
         need = "no caption has two words that could be exchanged: leave it out"
     check(most > 0, "data.negatives", config.negatives, need)
     return lines
+
+
+def boxes_line(train: TrainPairs, boxes: Boxes) -> str:
+    """What is there of boxes. Only some pictures of large data are looked at.
+
+    Raises `UserError` if none of them has a box.
+    """
+    pictures = range(0, len(train), max(1, len(train) // LOOKED_AT))
+    count = sum(1 for index in pictures if boxes.of(train.pictures.file(index)))
+    if not count:
+        raise UserError(
+            f"data.boxes is {boxes.path!r}: none of the {len(pictures)} pictures that were looked "
+            f"at has a box there, the first is {train.pictures.file(0)}: their files must have "
+            "the names that it has"
+        )
+    left_out = f", {boxes.left_out:,} without an area or a phrase left out" * bool(boxes.left_out)
+    return (
+        f"data.boxes: {len(boxes.keys):,} boxes with phrases{left_out}; {count} of "
+        f"{len(pictures)} pictures that were looked at have some"
+    )
 
 
 def _split(config: DataConfig) -> str:

@@ -9,7 +9,6 @@ boxes of these entity numbers. Phrases without a box stay in the caption, uneval
 Shapes: N patches, F phrases of a caption.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
+from ds_cmli.data.boxes import Phrase, PixelBox, parse_annotation, parse_sentence
 from ds_cmli.data.pairs import black
 from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
@@ -31,46 +31,13 @@ from ds_cmli.data.transforms import Framing
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
-from ds_cmli.evaluate.metrics import PixelBox, patches_inside, phrase_hits
+from ds_cmli.evaluate.metrics import patches_inside, phrase_hits
 from ds_cmli.evaluate.report import Metrics
 
 if TYPE_CHECKING:
     from ds_cmli.models.student import Student
 
-PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
 SUFFIXES = (".jpg", ".jpeg", ".png")
-
-
-@dataclass
-class Phrase:
-    start: int  # first character in the caption
-    end: int  # one after its last character
-    number: str  # the number of its entity
-
-
-def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
-    """The caption without its markup, and its phrases."""
-    text, phrases, last = "", [], 0
-    for match in PHRASE.finditer(line):
-        text += line[last : match.start()]
-        phrases.append(Phrase(len(text), len(text) + len(match[2]), match[1]))
-        text += match[2]
-        last = match.end()
-    return text + line[last:], phrases
-
-
-def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[PixelBox]]]:
-    """Width and height of the picture, and the boxes of each entity that has any."""
-    root = ElementTree.fromstring(text)
-    boxes: dict[str, list[PixelBox]] = {}
-    for item in root.iter("object"):
-        box = item.find("bndbox")
-        if box is not None:
-            sides = ("xmin", "ymin", "xmax", "ymax")
-            left, top, right, bottom = (float(box.findtext(side, "")) for side in sides)
-            for name in item.findall("name"):
-                boxes.setdefault(str(name.text), []).append((left, top, right, bottom))
-    return (int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))), boxes
 
 
 @dataclass

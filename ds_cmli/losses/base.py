@@ -41,6 +41,7 @@ class Features:
     patches: Tensor  # [B, N, H]
     text_cls: Tensor  # [C, H]
     tokens: Tensor  # [C, M, H], padding and special tokens included
+    phrase_cls: Tensor | None = None  # [F, H], of the phrases of `Batch.regions`
     # int64 [B, N], where these patches are in the image; None: they are all.
     places: Tensor | None = None
     # bool [B, N], the patches that pictures of any aspect have; None: all.

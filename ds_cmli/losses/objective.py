@@ -75,6 +75,7 @@ class Objective(nn.Module):
             if queue.with_tokens:
                 sizes = self.patches, queue.positions, student.embed_dim
                 self.losses["cmli"].bank = TokenQueue(queue.with_tokens, *sizes)
+        self.with_boxes = any(LOSSES[name].boxes for name in config.weights)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -195,11 +196,20 @@ class Objective(nn.Module):
 
     def _features(self, batch: Batch) -> Features:
         places, ids, mask = None, batch.input_ids, batch.attention_mask
+        regions, C, phrases = batch.regions, len(ids), None
+        if not self.with_boxes:
+            regions = None
+        if regions is not None:
+            ids = torch.cat([ids, regions.input_ids])
+            mask = torch.cat([mask, regions.attention_mask])
         if self.patch_keep is not None and self.training:
             places = self.patch_keep.places(batch.index, self.step)
         with self.student.text.knowing(batch.padded):
             x, patches, y, tokens = self.student(batch.image, ids, mask, places, batch.grid)
-        return Features(x, patches, y, tokens, places, patch_mask(batch.grid, self.patches))
+        if regions is not None:
+            y, phrases, tokens = y[:C], y[C:], tokens[:C]
+        present = patch_mask(batch.grid, self.patches)
+        return Features(x, patches, y, tokens, phrases, places, present)
 
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None
