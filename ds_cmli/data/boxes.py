@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import read
+from ds_cmli.common.json_text import JsonObject, read
 from ds_cmli.data.sources.base import sampled
 from ds_cmli.data.sources.listed import Strings
 from ds_cmli.data.transforms import Box
@@ -117,7 +117,7 @@ class Boxes:
 
 
 def _key(picture: str) -> int:
-    """63 bits, so that the next number fits too."""
+    """A hash of 63 bits, so that the next number fits into 64 too."""
     digest = hashlib.blake2b(picture.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -160,7 +160,7 @@ def _entities(folder: Path) -> Iterator[Boxed]:
                     yield Boxed(file.stem, size, around, words)
 
 
-def _coco(content: dict[str, Any]) -> Iterator[Boxed]:
+def _coco(content: JsonObject) -> Iterator[Boxed]:
     """The box of each object with the name of its category; none around many objects."""
     names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
     images = {entry["id"]: entry for entry in content["images"]}
@@ -173,7 +173,7 @@ def _coco(content: dict[str, Any]) -> Iterator[Boxed]:
             yield Boxed(PurePosixPath(name).stem, (image["width"], image["height"]), box, phrase)
 
 
-def _visual_genome(content: list[dict[str, Any]]) -> Iterator[Boxed]:
+def _visual_genome(content: list[JsonObject]) -> Iterator[Boxed]:
     for picture in content:
         for entry in picture["regions"]:
             left, top = entry["x"], entry["y"]

@@ -137,7 +137,7 @@ def test_ranks_equal_one(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), ("data.captions=2", "student.patch_keep=0.5")])
+@pytest.mark.parametrize("settings", [(), ("data.captions=2", "data.negatives=field", "student.patch_keep=0.5")])
 def test_scenes_train_with_their_quarters(tmp_path, alone, settings):
     given = [option for setting in ("data.regions=3", *settings) for option in ("--set", setting)]
     content = drive(tmp_path, "--losses", "global,regions=0.5", *given)
