@@ -193,64 +193,57 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         summary=opened.summary,
         notices=[
             *opened.notices,
-            *fewer_captions(train, config),
-            *fewer_negatives(train, config),
+            *fewer_texts(train, config),
             *oddities(everything, tokenizer, config.tokenizer),
         ],
         fingerprint=opened.fingerprint,
     )
 
 
-def fewer_captions(train: TrainPairs, config: DataConfig) -> list[str]:
-    """Lines about sources of pictures with fewer than `data.captions` captions.
+def fewer_texts(train: TrainPairs, config: DataConfig) -> list[str]:
+    """Lines about sources of pictures with fewer captions, or wrong ones, than a step takes.
 
-    Only some pictures of large sources are read. Raises `UserError` if all have one alone.
+    Raises `UserError` if no picture has a second caption, or a wrong one.
     """
     lines: list[str] = []
-    most, kind = 1, "sentence" if config.split_sentences else "caption"
-    if config.captions == 1:
-        return lines
-    for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
-        counts = []
-        for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
-            with suppress(Exception):  # reported when it is used
-                counts.append(len(train.texts(first + index)))
-        few, most = sum(count < config.captions for count in counts), max([most, *counts])
-        if few:
-            lines.append(
-                f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
-                f"{kind}s than data.captions = {config.captions}: theirs are repeated"
-            )
-    need = f"no picture has more than one {kind}: give 1, or data that has several"
-    check(most > 1, "data.captions", config.captions, need)
+    if config.captions > 1:
+        kind = "sentence" if config.split_sentences else "caption"
+        what = f"{kind}s than data.captions = {config.captions}: theirs are repeated"
+        most, lines = _fewer(train, config.captions, what, train.texts)
+        need = f"no picture has more than one {kind}: give 1, or data that has several"
+        check(most > 1, "data.captions", config.captions, need)
+    if config.negatives:
+        count = config.negatives_count
+        what = f"wrong captions than data.negatives_count = {count}: they are compared with those"
+        most, of_wrong = _fewer(train, count, what, train.wrong_texts)
+        need = "no picture has a list 'negatives' of wrong captions: add one, or give swap"
+        if config.negatives == "swap":
+            need = "no caption has two words that could be exchanged: leave it out"
+        check(most > 0, "data.negatives", config.negatives, need)
+        lines += of_wrong
     return lines
 
 
-def fewer_negatives(train: TrainPairs, config: DataConfig) -> list[str]:
-    """Lines about sources of pictures with fewer wrong captions than `data.negatives_count`.
+def _fewer(
+    train: TrainPairs, wanted: int, what: str, texts: Callable[[int], list[str]]
+) -> tuple[int, list[str]]:
+    """The most texts that a picture has, and a line for each source in which some have too few.
 
-    Only some pictures of large sources are read. Raises `UserError` if none has any.
+    Only some pictures of large sources are read.
     """
-    lines: list[str] = []
-    most, wanted = 0, config.negatives_count
-    if not config.negatives:
-        return lines
+    most, lines = 0, []
     for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
         counts = []
         for index in range(first, first + len(source), max(1, len(source) // LOOKED_AT)):
             with suppress(Exception):  # reported when it is used
-                counts.append(len(train.wrong_texts(index, 0, train.texts(index))))
+                counts.append(len(texts(index)))
         few, most = sum(count < wanted for count in counts), max([most, *counts])
         if few:
             lines.append(
                 f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
-                f"wrong captions than data.negatives_count = {wanted}: they are compared with those"
+                + what
             )
-    need = "no picture has a list 'negatives' of wrong captions: add one, or give swap"
-    if config.negatives == "swap":
-        need = "no caption has two words that could be exchanged: leave it out"
-    check(most > 0, "data.negatives", config.negatives, need)
-    return lines
+    return most, lines
 
 
 def boxes_line(train: TrainPairs, boxes: Boxes) -> str:

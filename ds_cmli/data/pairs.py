@@ -2,6 +2,7 @@
 
 import hashlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, chain, cycle, islice, repeat, zip_longest
 
@@ -221,8 +222,14 @@ class TrainPairs(Dataset):
         count = self.config.negatives_count
         return list(islice(chain(captions, repeat(missing)), count)), None
 
-    def wrong_texts(self, index: int, turn: int, right: list[str]) -> list[str]:
-        """At most J wrong captions of a picture at a turn. Raises as `Source.negatives`."""
+    def wrong_texts(
+        self, index: int, turn: int = 0, right: Sequence[str] | None = None
+    ) -> list[str]:
+        """At most J wrong captions of a picture at a turn, with these right ones, or with all.
+
+        Raises as `Source.negatives`.
+        """
+        right = self.texts(index) if right is None else right
         count = self.config.negatives_count
         if self.config.negatives == "swap":
             of_each = []

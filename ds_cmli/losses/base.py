@@ -27,7 +27,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import ABSENT, Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses import functions
+from ds_cmli.losses import functions, own_texts
 from ds_cmli.models.dual import Start
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
@@ -126,7 +126,7 @@ class PairInputs(ABC):
             return None
         images, texts = self.ids  # collective
         absent, everywhere = texts[:, 1] == ABSENT, self.config.negatives == "all"
-        return functions.left_out(absent, self.own, len(images), everywhere)
+        return own_texts.left_out(absent, self.own, len(images), everywhere)
 
     @property
     @abstractmethod
@@ -205,7 +205,7 @@ class LossInputs(PairInputs):
     @cached_property
     def ids(self) -> tuple[Tensor, Tensor]:
         ids = self.batch.pair_id
-        return ids, functions.ids_of_texts(collectives.gather(ids), self.wrong)  # collective
+        return ids, own_texts.ids_of_texts(collectives.gather(ids), self.wrong)  # collective
 
     @cached_property
     def all_text_cls(self) -> Tensor:

@@ -19,7 +19,7 @@ from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tensors
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import ids_of_texts
+from ds_cmli.losses.own_texts import ids_of_texts
 from ds_cmli.losses.tiles import TileSide
 
 

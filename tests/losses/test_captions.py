@@ -22,7 +22,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES as REGISTERED
 from ds_cmli.config.registry import load
 from ds_cmli.data.batch import ABSENT
-from ds_cmli.losses import functions
+from ds_cmli.losses import functions, own_texts
 from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.cached import PairLosses
 from ds_cmli.losses.objective import Objective
@@ -101,10 +101,10 @@ def test_losses_of_scores_equal_the_formulas(wide):
         each = not J and draw.random() < 0.5
         listed = random_ids(draw, B, K, J)
         of, own, ids = kinds(listed, J, everywhere), Own(0, K + J, J), torch.tensor(listed)
-        texts = functions.ids_of_texts(ids, J)
+        texts = own_texts.ids_of_texts(ids, J)
         other, out = (
             functions.duplicates(ids, texts, own),
-            functions.left_out(texts[:, 1] == ABSENT, own, B, everywhere),
+            own_texts.left_out(texts[:, 1] == ABSENT, own, B, everywhere),
         )
         assert (out | other).tolist() == [[kind in (OTHER, OUT) for kind in row] for row in of]
         scores = torch.randn(2, B, B * (K + J), dtype=F64, requires_grad=True)
