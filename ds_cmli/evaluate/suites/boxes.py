@@ -100,7 +100,7 @@ class Boxes:
         """
         names, pictures = self.content
         vectors = class_vectors(model, names, prompts(self.templates))
-        weights = torch.stack([*vectors.values()]).to(model.how.device)  # [K, C, D]
+        weights = torch.stack([*vectors.values()])  # [K, C, D]
         hits = torch.zeros(len(pictures), len(TOP), len(weights), len(names), dtype=torch.float64)
         counts = torch.zeros(len(pictures), len(names), dtype=torch.float64)
         shown = parts(seeing_whole(model), [(each.file, (0, 0, *each.size)) for each in pictures])

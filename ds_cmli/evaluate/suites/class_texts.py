@@ -75,7 +75,8 @@ def _published() -> ModuleType:
 def class_vectors(
     model: EvaluatedModel, names: Sequence[str], templates: Sequence[str]
 ) -> dict[str, Tensor]:
-    """What patches of unit length are multiplied with, for each kind of scores: fp32 [Q, D].
+    """What patches of unit length are multiplied with, for each kind of scores: fp32 [Q, D]
+    on the model's device.
 
     "global" is the class's text embedding (`zero_shot.Classifier`), projected as patches are and of
     unit length. "cmli", of a model that was trained by it, is the mean over the prompts of the mean
@@ -87,9 +88,9 @@ def class_vectors(
     for start in range(0, len(names), CLASSES):
         texts = model.texts(filled(names[start : start + CLASSES], templates))
         cls = Classifier(texts, count, {}).cls.to(weight.device, weight.dtype)
-        classes.append(F.normalize(upcast(student.projection(cls)), dim=-1).cpu())
+        classes.append(F.normalize(upcast(student.projection(cls)), dim=-1))
         means = torch.segment_reduce(upcast(texts.tokens), "mean", lengths=texts.length)
-        tokens.append(means.view(-1, count, means.shape[1]).mean(1))
+        tokens.append(means.view(-1, count, means.shape[1]).mean(1).to(weight.device))
     vectors = {"global": torch.cat(classes)}
     if "cmli" in model.scales:
         vectors["cmli"] = torch.cat(tokens)

@@ -59,8 +59,9 @@ def windows(size: tuple[int, int], side: float) -> list[Box]:
 
     Args:
         size: W, H.
-        side: of a square in pixels, at most the picture's shorter side.
+        side: of a square in pixels, at most the picture's shorter side; it is 1 at least.
     """
+    side = max(side, 1.0)
     starts = []
     for length in size:
         last = length - side
@@ -69,7 +70,8 @@ def windows(size: tuple[int, int], side: float) -> list[Box]:
     boxes = []
     for top in starts[1]:
         for left in starts[0]:
-            boxes.append((round(left), round(top), round(left + side), round(top + side)))
+            x, y = round(left), round(top)
+            boxes.append((x, y, max(round(left + side), x + 1), max(round(top + side), y + 1)))
     return boxes
 
 

@@ -106,22 +106,21 @@ class Segmentation:
     @torch.no_grad()
     def run(self, model: EvaluatedModel) -> Measured:
         """Segment all pictures: `<score>/miou`, and `<score>/pixel_accuracy` of all pixels."""
-        device, least = model.how.device, self.background or 0.0
         names, class_of = self.names
         vectors = class_vectors(model, names, prompts(self.templates))
-        classes = max(self.numbers.values()) + 1
+        class_of, classes = class_of.to(model.how.device), max(self.numbers.values()) + 1
         counted: dict[str, list[Tensor]] = defaultdict(list)
         for (picture, size), shown in zip(self.pictures, self._parts(model), strict=True):
-            mask = picture.classes(self.numbers).to(device)
+            mask = picture.classes(self.numbers).to(model.how.device)
             for kind, of_kind in vectors.items():
-                scale = model.scales.get(kind, SCALE)
-                pixels = predicted(
-                    shown, size, of_kind.to(device), class_of.to(device), scale, least
-                )
+                scale, least = model.scales.get(kind, SCALE), self.background or 0.0
+                pixels = predicted(shown, size, of_kind, class_of, scale, least)
                 counted[kind].append(areas(pixels, mask, classes).cpu())  # CPU-GPU sync
         measures = {}
         for kind, of_pictures in counted.items():
             both, ours, theirs = torch.stack(of_pictures, 1).double()  # [n, C] each
+            if not theirs.any():
+                raise UserError(f"{self.data}: no mask has a pixel of a class: give another split")
             measures[f"{kind}/miou"] = Measure(both, ours + theirs - both)
             of_all = both.sum(1, keepdim=True), theirs.sum(1, keepdim=True)
             measures[f"{kind}/pixel_accuracy"] = Measure(*of_all)

@@ -8,10 +8,10 @@ import torch
 import torchvision
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
+from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.suites import dense
 from tests.evaluate.suites import dense_data as data
-from tests.evaluate.suites.test_segmentation import texts_of, unit
+from tests.evaluate.suites.test_segmentation import patches_of, texts_of, unit
 from tests.models import dual_models
 from tests.run_folder import write_run
 
@@ -47,10 +47,10 @@ def test_accuracies_by_loops(tmp_path, models, lvis):
                     continue
                 image = next(image for image in content["images"] if image["id"] == annotation["image_id"])
                 file = tmp_path / "val2017" / image["coco_url"].split("/")[-1]
-                images = dense.seeing_whole(model).images([PictureFile(file)])
-                rows, columns = images.grid_of(0)
+                size = 0, 0, image["width"], image["height"]
+                patches, (rows, columns) = patches_of(model, file, size)
                 total = 0
-                for n, patch in enumerate(images.patches_of(0).numpy().astype(float)):
+                for n, patch in enumerate(patches.astype(float)):
                     x, y = n % columns * image["width"] / columns, n // columns * image["height"] / rows
                     cell = x, y, x + image["width"] / columns, y + image["height"] / rows
                     total = total + overlap(annotation["bbox"], cell) * patch

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.data.transforms import Framing
 from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
 from ds_cmli.evaluate.suites import dense
 from ds_cmli.evaluate.suites.task import Measure
@@ -61,10 +62,22 @@ def vectors_of(model, name):
 
 def cosines(model, file, box, vectors):
     """The scores of one view, at its pixels: [H, W, Q]."""
-    images = dense.seeing_whole(model).images([PictureFile(file, box)])
     left, top, right, bottom = box
-    patches = images.patches_of(0).float().numpy().reshape(*images.grid_of(0), -1)
-    return bilinear(patches @ vectors.T, bottom - top, right - left)
+    patches, grid = patches_of(model, file, box)
+    return bilinear(patches.reshape(*grid, -1) @ vectors.T, bottom - top, right - left)
+
+
+def patches_of(model, file, box):
+    """The patches of a part of a picture, resized to the model's square, or in its own aspect; and their grid."""
+    config = model.config.data
+    if config.aspect_patch:
+        images = model.images([PictureFile(file, box)])
+        return images.patches_of(0).float().numpy(), images.grid_of(0)
+    pixels = torch.from_numpy(np.array(Image.open(file).crop(box))).permute(2, 0, 1)
+    square = Framing.of(config).resized(pixels, (config.image_size, config.image_size))
+    with torch.no_grad():
+        _, patches = model.objective.student.image_embeddings(square[None])
+    return patches[0].float().numpy(), model.objective.student.grid
 
 
 def by_loops(model, task, names, class_of, kind, first, background=None, boxes=None):
@@ -164,7 +177,8 @@ def test_coco_stuff_has_171_classes(tmp_path, clip):
 
 
 def test_windows(tmp_path, clip):
-    task = data.task(tmp_path, data.voc(tmp_path) | {"shorter_side": 84})  # the model takes 56 pixels
+    # The model takes 56 pixels.
+    task = data.task(tmp_path, data.voc(tmp_path) | {"shorter_side": 84, "background": 0.1})
 
     def boxes(width, height):
         side = min(width, height) * 56 / 84
@@ -177,21 +191,37 @@ def test_windows(tmp_path, clip):
             out.append([*places, axis - side])
         return [(*map(round, (x, y)), *map(round, (x + side, y + side))) for y in out[0] for x in out[1]]
 
-    def first(value):
-        return LABELS.get(value) if value else None
-
     assert len(boxes(20, 14)) > 4
-    check(task.run(clip), clip, task, VOC, VOC, first, boxes=boxes)
+    check(task.run(clip), clip, task, VOC, VOC, LABELS.get, boxes=boxes, background=0.1)
     task = data.task(tmp_path, {"kind": "voc", "data": str(tmp_path), "shorter_side": 40})
     with pytest.raises(UserError, match=r"shorter_side is 40, and .* takes 56 pixels: give at least"):
         task.run(clip)
 
 
+def test_parts_that_overlap_have_their_mean():
+    draw = np.random.default_rng(0)
+    boxes, vectors = [(0, 0, 4, 4), (2, 0, 6, 4)], draw.normal(size=(3, 5))
+    patches = draw.normal(size=(2, 2, 2, 5))
+    total, times = np.zeros((4, 6, 3)), np.zeros((4, 6, 1))
+    for (left, top, right, bottom), of_part in zip(boxes, patches, strict=True):
+        total[top:bottom, left:right] += bilinear(of_part @ vectors.T, 4, 4)
+        times[top:bottom, left:right] += 1
+    probability = np.exp(2 * total / times)
+    probability /= probability.sum(2, keepdims=True)
+    least = float(np.median(probability.max(2)))
+    expected = np.where(probability.max(2) < least, 0, probability.argmax(2) + 1)
+    parts = [
+        dense.Part(box, torch.tensor(p).flatten(0, 1).float(), (2, 2)) for box, p in zip(boxes, patches, strict=True)
+    ]
+    result = dense.predicted(parts, (6, 4), torch.tensor(vectors).float(), torch.arange(1, 4), 2.0, least + 1e-6)
+    assert result.tolist() == expected.tolist()
+
+
 @pytest.mark.parametrize("size", [(20, 14), (14, 20), (15, 15), (1000, 333)])
-@pytest.mark.parametrize("share", [1.0, 0.667, 0.3])
+@pytest.mark.parametrize("share", [1.0, 0.667, 0.3, 0.01])
 def test_windows_cover_the_picture(size, share):
-    side = min(size) * share
-    boxes = dense.windows(size, side)
+    side = max(1, min(size) * share)
+    boxes = dense.windows(size, min(size) * share)
     shown = np.zeros(size)
     for left, top, right, bottom in boxes:
         assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
@@ -292,6 +322,11 @@ LIST = "ImageSets/Segmentation/val.txt"
         (PICTURE, lambda file: file.unlink(), "2007_000042.jpg cannot be read (no such file): fetch it again"),
         (PICTURE, lambda file: file.write_bytes(b"no"), "2007_000042.jpg cannot be read (cannot identify"),
         (PICTURE, turned, "2007_000042.jpg has the EXIF orientation 6, which masks and boxes do not know"),
+        (
+            PICTURE,
+            lambda file: file.write_bytes(file.read_bytes()[:-30]),
+            "2007_000042.jpg cannot be read (",
+        ),
         (LIST, lambda file: file.unlink(), "val.txt, which cannot be read ("),
         (LIST, lambda file: file.write_text("\n \n"), "val.txt, which is empty: fetch it again"),
         (LIST, lambda file: file.write_bytes(b"\xff\xfe"), "val.txt, which cannot be read ('utf-8' codec"),
@@ -341,14 +376,24 @@ def test_damage_of_names_is_one_line(tmp_path, dataset, file, change, words):
         ({"templates": ["a photo"]}, "write {} once in 'a photo', where the class's name goes"),
         ({"templates": []}, "write {} once in ''"),
         ({"classes": "names.txt"}, "names.txt has 2 lines: give one for each of 20 classes"),
+        ({"classes": "commas.txt"}, "commas.txt has ', ,' where a class's name is needed"),
         ({"data": "none"}, "task.data is 'none': no such file or folder"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, settings, words):
     (tmp_path / "names.txt").write_text("dog\ncat")
+    (tmp_path / "commas.txt").write_text("\n".join([", ,", *VOC[1:]]))
     with pytest.raises(UserError) as error:
         data.task(tmp_path, data.voc(tmp_path) | settings)
     assert words in str(error.value)
+
+
+def test_masks_of_no_class(tmp_path, clip):
+    settings = data.voc(tmp_path)
+    for mask in (tmp_path / "SegmentationClass").glob("*.png"):
+        Image.fromarray(np.array(Image.open(mask)) * 0 + 255).save(mask)
+    with pytest.raises(UserError, match="no mask has a pixel of a class: give another split"):
+        data.task(tmp_path, settings).run(clip)
 
 
 def test_a_folder_without_masks(tmp_path):
