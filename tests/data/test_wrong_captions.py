@@ -8,10 +8,12 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.effects import reasons
 from ds_cmli.config.schema import Config, DataConfig
+from ds_cmli.data.bad import Refused
 from ds_cmli.data.batch import ABSENT
 from ds_cmli.data.captions import swapped
 from ds_cmli.data.load import build_data
 from ds_cmli.data.sampler import Draw
+from ds_cmli.data.sources.base import texts_of
 from tests.data.sources.samples import members, picture, tar
 from tests.data.sources.test_arrow import table
 from tests.data.sources.test_coco import coco
@@ -129,11 +131,20 @@ def test_a_batch_has_them_after_the_captions_and_marks_those_that_lack(tmp_path)
     assert len(notices) == 1 and "have fewer wrong captions than data.negatives_count = 2" in notices[0]
 
 
-@pytest.mark.parametrize("value", ["a text", 3, {"a": 1}, [1], [["a"]]])
+@pytest.mark.parametrize("value", ["a text", 3, 0, False, {}, {"a": 1}, [1], [["a"]], '{"a": 1}'])
 def test_what_is_no_list_of_texts_is_one_line(value, tmp_path):
     write(tmp_path / "data", [{**row, "negatives": value} for row in rows(COUNT)])
     line = user_error(build, tmp_path / "data")
     assert "which cannot be used: its negatives are no list of texts; give a list of wrong captions, or null" in line
+
+
+def test_lists_by_hand():
+    for value in (None, [], "", "  ", "[]", "[null]", [" ", None]):
+        assert texts_of(value) == []
+    assert texts_of(' ["a", "b "] ') == texts_of(["a", None, "b"]) == ["a", "b"]
+    for value in ("[", '"a"', "a, b", '["\\ud800"]'):
+        with pytest.raises(Refused):
+            texts_of(value)
 
 
 def test_a_row_of_parquet_without_a_list_is_a_broken_sample(tmp_path, monkeypatch):

@@ -255,8 +255,11 @@ def texts_of(value: object) -> list[str]:
 
     Blank ones do not count. Raises `Refused` for anything else, such as a single text.
     """
-    with suppress(ValueError):
-        value = parse(value, list) if isinstance(value, str) and value.strip() else value or []
+    if value is None:
+        return []
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = parse(value.strip() or "[]", list)
     if not isinstance(value, list) or not all(isinstance(text, str | None) for text in value):
         raise Refused(f"its {NEGATIVES} are no list of texts")
     texts = list(filter(None, map(str.strip, filter(None, value))))
