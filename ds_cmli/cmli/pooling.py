@@ -1,6 +1,6 @@
 """FLAIR's pair scores: each text pools each image's patches by attention (Xiao et al., 2025).
 
-The method is that of arXiv 2412.03561, section 3.2, and of the authors' code: the text's class
+The method is that of arXiv 2412.03561, and of the authors' code: the text's class
 token, layer-normalised, is the query of a multi-head attention over the layer-normalised patches
 and an empty token, whose key and value are 0. The score is the cosine of what it pools with the
 text. The scale and shift of a layer norm are those of the linear layer that follows it.

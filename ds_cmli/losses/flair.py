@@ -1,4 +1,4 @@
-"""FLAIR's text-conditioned sigmoid loss (Xiao et al., 2025, arXiv 2412.03561, section 3.2).
+"""FLAIR's text-conditioned sigmoid loss (Xiao et al., 2025, arXiv 2412.03561).
 
 The paper adds the sigmoid loss of class tokens, `global_sigmoid`, and takes the mean of both.
 """

@@ -1,7 +1,7 @@
 """FG-CLIP's regional loss: boxes of pictures against their phrases (Xie et al., 2025).
 
-After arXiv 2505.05071, section 3.2, with all boxes of a micro-batch: a box's mean patch and its
-phrase's class token, both projected, in a contrast both ways.
+After arXiv 2505.05071, with all boxes of a micro-batch: a box's mean patch and its phrase's class
+token, both projected, in a contrast both ways.
 
 Shapes: B images of this rank with R regions each, F = B * R, P ranks, N patches, D embedding
 dimension.
