@@ -80,7 +80,10 @@ def ends(
     )
     _tell_changes(run, config)
     trained = {name: value.cpu().clone() for name, value in objective.state_dict().items()}
-    return Ends(begun.state_dict(), trained)
+    source = begun.state_dict()
+    for name in filter(lambda name: ".pooling." in name, trained):
+        del source[name]  # FLAIR's pooling is none of the source's: it started at random
+    return Ends(source, trained)
 
 
 def _tell_changes(run: Path, config: Config) -> None:
