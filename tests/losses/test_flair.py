@@ -43,22 +43,25 @@ def losses_of(images, texts, pair_id):
     return [value.detach(), *torch.autograd.grad(value, (images, texts, *loss.parameters()))]
 
 
-def batch(ranks):
+def batch(ranks, K=1):
+    """Images with K texts each, image by image."""
     generator = torch.Generator().manual_seed(1)
     G = B * ranks
     images = torch.randn(G, N, D, generator=generator, dtype=F64)
-    ids = torch.arange(G)[:, None].repeat(1, 2)
-    ids[-1, 0] = 0  # the last picture is the first again
-    return images, torch.randn(G, H, generator=generator, dtype=F64), ids
+    ids = torch.arange(G * (1 + K)).view(G, 1 + K)
+    ids[-1, 0] = ids[0, 0]  # the last picture is the first again
+    return images, torch.randn(K * G, H, generator=generator, dtype=F64), ids
 
 
-def on_rank(rank, ranks):
-    return losses_of(*(x[rank * B : (rank + 1) * B] for x in batch(ranks)))
+def on_rank(rank, ranks, K):
+    images, texts, ids = batch(ranks, K)
+    mine = slice(rank * B, (rank + 1) * B)
+    return losses_of(images[mine], texts[K * B * rank : K * B * (rank + 1)], ids[mine])
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_ranks_equal_one(ranks):
-    expected, results = losses_of(*batch(ranks)), spawn(on_rank, ranks)
+@pytest.mark.parametrize(("ranks", "K"), [(2, 2), pytest.param(3, 1, marks=pytest.mark.slow)])
+def test_ranks_equal_one(ranks, K):
+    expected, results = losses_of(*batch(ranks, K)), spawn(on_rank, ranks, K)
     assert_close(sum(r[0] for r in results) / ranks, expected[0], rtol=1e-10, atol=0)
     for place in (1, 2):
         of_ranks = torch.cat([r[place] for r in results]) / ranks
@@ -67,13 +70,14 @@ def test_ranks_equal_one(ranks):
         assert_close(sum(r[place] for r in results) / ranks, expected[place], rtol=1e-9, atol=1e-12)
 
 
-def test_the_loss_is_the_sigmoid_loss_of_the_pooled_cosines():
-    images, texts, ids = batch(2)
+@pytest.mark.parametrize("K", [1, 3])
+def test_the_loss_is_the_sigmoid_loss_of_the_pooled_cosines(K):
+    images, texts, ids = batch(2, K)
     loss = built()
     scores = loss.pooling(F.normalize(images, dim=2), F.normalize(texts, dim=1))
-    signs = 2 * torch.eye(6, dtype=F64) - 1
-    signs[0, 5] = signs[5, 0] = 1  # the same picture
-    expected = F.softplus(-signs * (scores / 0.07 - 10)).sum() / 6
+    signs = (2 * torch.eye(6, dtype=F64) - 1).repeat_interleave(K, 1)
+    signs[0, 5 * K :] = signs[5, :K] = 1  # the same picture
+    expected = F.softplus(-signs * (scores / 0.07 - 10)).sum() / (6 * K)
     assert_close(losses_of(images, texts, ids)[0], expected, rtol=1e-6, atol=0)  # 0.07 is one in fp32
 
 
