@@ -80,12 +80,12 @@ class Own(NamedTuple):
         return images * self.right + min(rest, self.right)
 
     def places(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each column the row whose own text it is, and which of its W: int64 [T] each."""
+        """The row whose own text each column is, and which of its W: int64 [T] each."""
         text = torch.arange(scores.shape[1], device=scores.device) - self.first
         return text.div(self.texts, rounding_mode="floor"), text % self.texts
 
     def of_each(self, scores: Tensor) -> Iterator[Tensor]:
-        """Yields the columns of the k-th text of every image, a view, for each of the K."""
+        """Yields the columns of the k-th text of every image, a view, for each of the W."""
         for k in range(self.texts):
             yield scores[:, (self.first + k) % self.texts :: self.texts]
 
