@@ -88,6 +88,7 @@ ELSEWHERE = {
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
     "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
     "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",
+    "python -m profiling.speed.maxsim": "tests/profiling/speed/test_benchmark.py: one repetition",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "

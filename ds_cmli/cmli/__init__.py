@@ -5,7 +5,7 @@ Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or d
 """
 
 from ds_cmli.cmli.loss import CMLILoss
-from ds_cmli.cmli.op import cmli_scores
+from ds_cmli.cmli.op import cmli_scores, maxsim
 from ds_cmli.cmli.peak_memory import PeakBytes, cmli_peak_bytes
 
-__all__ = ["CMLILoss", "PeakBytes", "cmli_peak_bytes", "cmli_scores"]
+__all__ = ["CMLILoss", "PeakBytes", "cmli_peak_bytes", "cmli_scores", "maxsim"]

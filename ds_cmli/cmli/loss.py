@@ -158,7 +158,7 @@ class CMLILoss(nn.Module):
         return loss if units is None else loss + as_loss(units, self.logit_scale, len(image))
 
     def _checked(self, arguments: Arguments) -> Arguments:
-        image, text, token_mask, image_mask = accepted(*arguments[:4])
+        image, text, token_mask, image_mask = accepted(*arguments[:4])[:4]
         ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
         check_pairs(image, text, ignore, collectives.world_size(self.group))
         device = self.logit_scale.device

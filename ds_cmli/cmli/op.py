@@ -1,4 +1,5 @@
-"""`cmli_scores`: all-pairs CMLI as one opaque, differentiable operator with several backends.
+"""`cmli_scores`: all-pairs CMLI as one opaque, differentiable operator with several backends; and
+`maxsim`, one direction of it.
 
 The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with
 torch.library, so that FakeTensorMode, torch.compile and activation checkpointing see their shapes
@@ -20,8 +21,8 @@ from ds_cmli.cmli.inputs import (
     accepted,
     check_inputs,
     full_precision,
-    index_dtype,
 )
+from ds_cmli.cmli.sequences import accepted_maxsim, of_each_query, packings, padded
 
 
 def cmli_scores(
@@ -68,24 +69,89 @@ def cmli_scores(
         RuntimeError: the backend cannot run here, or a derivative is requested that there is not:
             a second one, one in forward mode, or one under torch.func.
     """
-    inputs = accepted(image, text, token_mask, image_mask, backend, scratch_bytes)
-    image, text, token_mask, image_mask = inputs
-    backend = _chosen(backend, image)
+    sides = accepted(image, text, token_mask, image_mask, backend, scratch_bytes)
+    return _scores(sides, backend, scratch_bytes, recompute)
+
+
+def maxsim(
+    queries: Tensor,
+    documents: Tensor,
+    query_mask: Tensor | None = None,
+    document_mask: Tensor | None = None,
+    reduction: str = "sum",
+    *,
+    backend: str = "auto",
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    recompute: bool = False,
+) -> Tensor:
+    """Score every query with every document by late interaction, in one direction.
+
+    With S[l, k] = queries[q, l] . documents[c, k] over valid tokens l and k:
+        score[q, c] = sum over l of max over k of S[l, k]
+    ColBERT (arXiv 2004.12832), equation 3. It is s_t2i of `cmli_scores`, and computes and keeps
+    nothing of s_i2t: memory is the argmax indices (Q*C*L_q bytes, twice that for documents of over
+    256 tokens) and a bounded scratch.
+
+    Args:
+        queries: [Q, L_q, D], float64, float32, bfloat16 or float16, not normalised here. Packed:
+            [R, D], the tokens of all queries one after the other.
+        documents: [C, L_d, D], or packed [R, D], of the same dtype and device. [Q, K, L_d, D]: K of
+            each query's own, with which alone it is scored.
+        query_mask: [Q, L_q] bool, True = valid, in any pattern, or integers 0 and 1, at a CPU-GPU
+            sync; None = all. Of packed queries int32 or int64 [Q + 1], the row at which each begins
+            and then R (`cu_seqlens` of variable-length attention), at a CPU-GPU sync.
+        document_mask: likewise, [C, L_d], [C + 1] or [Q, K, L_d].
+        reduction: "sum" over a query's valid tokens, or their "mean".
+        backend, scratch_bytes, recompute: as in `cmli_scores`. The chunked backend computes no
+            padding; triton copies packed features to padded ones, of which it skips the tiles that
+            hold no valid token.
+
+    Returns:
+        [Q, C], or [Q, K] for each query's own, float32 (float64 for float64 inputs). Products are
+        summed in fp32, whatever the inputs. A masked token adds nothing and wins nothing. A query
+        without valid tokens scores 0, and a document without any scores 0 with every query, with
+        zero gradient: exclude it where 0 is no low score. Equal similarities: the lowest index
+        wins, and the gradient goes to it alone. NaN and inf propagate.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; one line says which and how.
+        RuntimeError: as `cmli_scores`.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
+    if isinstance(documents, Tensor) and documents.ndim == 4:
+        rows = []
+        for arguments in of_each_query(queries, documents, query_mask, document_mask):
+            row = maxsim(
+                *arguments,
+                reduction,
+                backend=backend,
+                scratch_bytes=scratch_bytes,
+                recompute=recompute,
+            )
+            rows.append(row)
+        return torch.cat(rows)
+    masks = query_mask, document_mask
+    sides, counts = accepted_maxsim(queries, documents, *masks, backend, scratch_bytes)
+    _, scores = _scores(sides, backend, scratch_bytes, recompute)  # [C, Q], means
+    if reduction == "sum":
+        scores = scores * counts
+    return scores.t().contiguous()
+
+
+def _scores(
+    sides: Sides, backend: str, scratch_bytes: int, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """Both scores [I, J] of checked arguments; the first is empty if one direction is wanted."""
+    backend = _chosen(backend, sides.image)
     if backend == "reference":
         from ds_cmli.cmli.reference import cmli_scores_reference
 
-        with full_precision(image.device):
-            return cmli_scores_reference(image, text, token_mask, image_mask)
-    differentiable = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-    s_i2t, s_t2i, _, _ = _forward(
-        image,
-        text,
-        token_mask,
-        image_mask,
-        backend,
-        scratch_bytes,
-        differentiable and not recompute,
-    )
+        with full_precision(sides.image.device):
+            return cmli_scores_reference(*padded(sides, *packings(sides))[:4])
+    needed = sides.image.requires_grad or sides.text.requires_grad
+    save_argmax = torch.is_grad_enabled() and needed and not recompute
+    s_i2t, s_t2i, _, _ = _forward(*sides[:4], backend, scratch_bytes, save_argmax, sides.one_way)
     return s_i2t, s_t2i
 
 
@@ -106,7 +172,7 @@ def cmli_gradients(
     Args:
         grads: the gradients [I, J] of s_i2t and s_t2i.
     """
-    check_inputs(*sides, backend, scratch_bytes)
+    check_inputs(*sides[:4], backend, scratch_bytes)
     backend = _chosen(backend, sides.image)
     if backend == "reference":
         image, text = sides.image.detach(), sides.text.detach()
@@ -117,7 +183,7 @@ def cmli_gradients(
         d_image, d_text = torch.autograd.grad(scores, (image, text), grads)
         return d_image, d_text
     none = sides.image.new_empty((0,), dtype=torch.uint8)
-    return _backward(*grads, *sides, none, none, backend, scratch_bytes, *wanted)
+    return _backward(*grads, *sides[:4], none, none, backend, scratch_bytes, *wanted)
 
 
 def _chosen(backend: str, image: Tensor) -> str:
@@ -133,8 +199,9 @@ def _forward_inside(
     backend: str,
     scratch_bytes: int,
     save_argmax: bool,
+    one_way: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask)
+    sides = Sides(image, text, token_mask, image_mask, one_way)
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
         return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
@@ -153,8 +220,9 @@ def _backward_inside(
     scratch_bytes: int,
     need_image: bool,
     need_text: bool,
+    one_way: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask)
+    sides = Sides(image, text, token_mask, image_mask, one_way)
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
     wanted = Wanted(need_image, need_text)
     with torch.autocast(image.device.type, enabled=False):
@@ -173,15 +241,8 @@ INSIDE = {
 
 
 @_forward.register_fake
-def _(image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax):
-    (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
-    score_dtype = torch.promote_types(image.dtype, torch.float32)
-    return (
-        image.new_empty((I, J), dtype=score_dtype),
-        image.new_empty((I, J), dtype=score_dtype),
-        image.new_empty((I, J, N) if save_argmax else (0,), dtype=index_dtype(M)),
-        image.new_empty((I, J, M) if save_argmax else (0,), dtype=index_dtype(N)),
-    )
+def _(image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax, one_way=False):
+    return Sides(image, text, token_mask, image_mask, one_way).new_results(save_argmax)
 
 
 @_backward.register_fake
@@ -198,6 +259,7 @@ def _(
     scratch_bytes,
     need_image,
     need_text,
+    one_way=False,
 ):
     d_image = image.new_empty(image.shape if need_image else (0,))
     d_text = text.new_empty(text.shape if need_text else (0,))
@@ -205,7 +267,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
+    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _, ctx.one_way = inputs
     # Without this, autograd would make zeros as gradients of the argmax indices too.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, token_mask, image_mask, *output[2:])
@@ -214,23 +276,21 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_i2t, grad_t2i, *_):
     need_image, need_text = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks them only once
-    image, text = saved[:2]
-    shape = image.shape[0], text.shape[0]
+    image, shape = saved[0], Sides(*saved[:4]).sizes()
     dtype = torch.promote_types(image.dtype, torch.float32)
     if grad_i2t is None:
-        grad_i2t = image.new_zeros(shape, dtype=dtype)
+        grad_i2t = image.new_zeros((0,) if ctx.one_way else shape, dtype=dtype)
     if grad_t2i is None:
         grad_t2i = image.new_zeros(shape, dtype=dtype)
-    d_image, d_text = _backward(
-        grad_i2t, grad_t2i, *saved, ctx.backend, ctx.scratch_bytes, need_image, need_text
-    )
+    options = ctx.backend, ctx.scratch_bytes, need_image, need_text, ctx.one_way
+    d_image, d_text = _backward(grad_i2t, grad_t2i, *saved, *options)
     gradients = (d_image if need_image else None, d_text if need_text else None)
-    return gradients + (None,) * 5
+    return gradients + (None,) * 6
 
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "cmli_scores has no second derivative: call backward without create_graph=True"
+        "cmli_scores and maxsim have no second derivative: call backward without create_graph=True"
     )
 
 

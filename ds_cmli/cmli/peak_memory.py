@@ -55,6 +55,8 @@ def cmli_peak_bytes(
     text_lengths: Sequence[int] | None = None,
     image_lengths: Sequence[int] | None = None,
     limits: tuple[tuple[int, int], int] | None = None,
+    one_way: bool = False,
+    packed: bool = False,
 ) -> PeakBytes:
     """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for
     contiguous arguments.
@@ -70,6 +72,8 @@ def cmli_peak_bytes(
             image_mask.
         limits: compute capability and shared memory of a block, in bytes, of the GPU that triton's
             tiles are for; None = the current one, or an A100 where there is none.
+        one_way: of `maxsim` instead, of J queries of up to M tokens and I documents of up to N.
+        packed: both sides are given packed, with both lengths.
 
     Equal to the allocator's count on a CPU, but for what PyTorch's operators hold inside, which is
     little next to a tile: products (oneDNN: about 65 KB a thread at D=256), and sorts. On a GPU the
@@ -77,8 +81,10 @@ def cmli_peak_bytes(
 
     Raises:
         ValueError: a backend whose memory is not known, or lengths that are not one number for each
-            sequence.
+            sequence, or packed sides without.
     """
+    if packed and (text_lengths is None or image_lengths is None):
+        raise ValueError("packed=True needs text_lengths and image_lengths")
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
     lengths: list[int] = []
@@ -93,24 +99,29 @@ def cmli_peak_bytes(
     with FakeTensorMode(), assuming(known):
         mask = None if image_lengths is None else torch.empty(I, N, dtype=torch.bool)
         features = torch.empty(I, N, D, dtype=dtype), torch.empty(J, M, D, dtype=dtype)
-        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask)
-        wide = torch.promote_types(dtype, torch.float32)
-        grads = torch.empty(I, J, dtype=wide), torch.empty(I, J, dtype=wide)
-        scores = 2 * grads[0].nbytes
+        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask, one_way)
+        if packed:
+            rows = sum(lengths[J:]), sum(lengths[:J])
+            features = torch.empty(rows[0], D, dtype=dtype), torch.empty(rows[1], D, dtype=dtype)
+            starts = torch.empty(J + 1, dtype=torch.int64), torch.empty(I + 1, dtype=torch.int64)
+            sides = Sides(*features, *starts, one_way)
+        grads = sides.new_results(False)[:2]
+        # With their gradients; the sums of one direction have a gradient in addition to the means'.
+        scores = (4 - one_way) * grads[1].nbytes
         of = backend_of(backend, *features)
         forward, largest, out = _peak(
-            lambda: of.forward(sides, scratch_bytes, not recompute), sides
+            lambda: of.forward(sides, scratch_bytes, not recompute), sides[:4]
         )
         argmax = out[2], out[3]
         saved = argmax[0].nbytes + argmax[1].nbytes
         wanted = Wanted(True, True)
         backward, _, gradients = _peak(
             lambda: of.backward(sides, grads, argmax, wanted, scratch_bytes),
-            (*sides, *grads, *argmax),
+            (*sides[:4], *grads, *argmax),
         )
         returned = gradients[0].nbytes + gradients[1].nbytes
     # When backward groups, the scores and their gradients are there as well.
-    extra = max(forward, 2 * scores + saved + backward - returned)
+    extra = max(forward, scores + saved + backward - returned)
     return PeakBytes(forward, saved, backward, returned, extra, largest)
 
 

@@ -73,19 +73,22 @@ def check(registers, spills, shared, ptx, target, dtype, allowed=SPILLS):
         assert "fma.rn.f32" in ptx and "tf32" not in ptx
 
 
-def forward_kernels(target, dtype, variants):
-    """What `compiled` gives of each tile width and each (masked, save) of `variants`."""
+def forward_kernels(target, dtype, variants, both=True):
+    """What `compiled` gives of each tile width and each (masked, save) of `variants`, of one direction or both."""
     tiles = forward_tiles(N, M, D, dtype, divmod(target, 10), SHARED[target])
     pointers = dict.fromkeys(("s_i2t", "s_t2i"), "fp32") | dict.fromkeys(("image", "text"), NAMES[dtype])
     pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "token_mask"), "i16")
     pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i32"}
     for tokens, (masked, save) in product(tiles.tokens, variants):
         constants = {"D": D, "ROWS": tiles.rows, "TOKENS": tokens, "BD": tiles.features, "BLOCKS": -(-N // tiles.rows)}
-        constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages}
+        constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages, "BOTH": both}
         yield compiled(forward_kernel, pointers, constants, target, tiles)
 
 
-def backward_kernels(target, dtype, variants):
+WAYS = ((True, True), (True, False), (False, True))  # both sides win positions, or P alone, or Q alone
+
+
+def backward_kernels(target, dtype, variants, wins=(True, True)):
     """What `compiled` gives of each (P masked, Q masked) of `variants`."""
     pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | dict.fromkeys(("p_win", "q_win"), "u8")
     pointers |= dict.fromkeys(("p_mask", "q_mask"), "i16")
@@ -96,16 +99,18 @@ def backward_kernels(target, dtype, variants):
         tiles = backward_tiles(D, dtype, divmod(target, 10), N if p_masked else M)
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": p_masked}
         constants |= {"Q_MASKED": q_masked, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
+        constants |= {"P_WINS": wins[0], "Q_WINS": wins[1]}
         yield compiled(gradient_kernel, pointers, constants, target, tiles)
 
 
-def sparse_kernels(target, dtype):
+def sparse_kernels(target, dtype, wins=(True, True)):
     """What `compiled` gives of the sparse gradient kernel for d_image and d_text."""
     pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | {"p_win": "u8", "p_mask": "i16"}
     pointers |= dict.fromkeys(("scale", "p_weight", "q_weight"), "fp32")
     pointers |= dict.fromkeys(("sparse", "p_ends", "kept", "kept_count", "lists", "starts"), "i32")
     for length, p_masked in ((N, False), (M, True)):
         constants = {"D": D, "BD": sparse_features(D, dtype), "P_MASKED": p_masked}
+        constants |= {"P_WINS": wins[0], "Q_WINS": wins[1]}
         constants |= {name: SPARSE[name] for name in ("STEP", "UNROLL")}
         constants |= {"TILES": Lists.of((1, length), (1, M), 1).tiles, "TWO_TERMS": dtype == torch.bfloat16}
         yield compiled(sparse_gradient_kernel, pointers, constants, target, Warps(4, 2))
@@ -165,6 +170,24 @@ def test_sparse_backward(target, dtype):
         assert ("mma.sync" in ptx) is (dtype.itemsize == 2) and "tf32" not in ptx and "atom" not in ptx
     for registers, spills, _, ptx in sorting_kernels(target):
         assert spills == 0 and registers <= 128 and "atom" not in ptx
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)
+def test_one_direction(target, dtype):
+    """Of `maxsim`: no more registers, spills and shared memory than both directions take."""
+    if not suited(target):
+        pytest.skip("the kernels do not run there")
+    ways = [forward_kernels(target, dtype, [(True, True)], both) for both in (False, True)]
+    for (registers, spills, shared, ptx), whole in zip(*ways, strict=True):
+        check(registers, spills, shared, ptx, target, dtype)
+        assert registers <= whole[0] + 8 and shared <= whole[2]
+    for wins in WAYS[1:]:
+        for entry in backward_kernels(target, dtype, [(True, True)], wins):
+            check(*entry, target, dtype, DENSE_SPILLS)
+        for registers, spills, shared, ptx in sparse_kernels(target, dtype, wins):
+            assert spills == 0 and registers <= 168 and shared <= SHARED[target]
+            assert "tf32" not in ptx and "atom" not in ptx
 
 
 @pytest.mark.parametrize("target", [75, 100])

@@ -55,15 +55,17 @@ def backward(
         grads: of both scores, [I, J] each.
         argmax: the indices that `forward` has saved.
     """
-    (I, N, D), (J, M, _) = sides.image.shape, sides.text.shape  # noqa: E741
+    I, J = sides.sizes()  # noqa: E741
     images, texts = pack_both(sides)
+    N, M, D = images.positions, texts.positions, sides.image.shape[-1]
     d_image = _gradient_of(images, wanted.image)
     d_text = _gradient_of(texts, wanted.text)
     plan, saved = RecomputePlan(I, 1, scratch_bytes), None
-    if argmax[0].numel():
-        saved = ArgmaxIndices(argmax[0].view(J, I * N), argmax[1].view(J * M, I))
+    if argmax[1].numel():
+        saved = ArgmaxIndices(argmax[0].view(J, -1), argmax[1].view(-1, I))
     else:
-        plan = RecomputePlan.of(I, N, J, sum(texts.lengths), M, scratch_bytes)
+        of_patches = 0 if sides.one_way else J
+        plan = RecomputePlan.of(I, N, of_patches, sum(texts.lengths), M, scratch_bytes)
     kernels = kernels_for(texts, images, plan.budget, grads)
     most_text, most_image = tile_sizes(N, M, D, images.features.dtype, plan.budget, backward=True)
     add = plan.number > 1
@@ -74,7 +76,7 @@ def backward(
         part = first, min(first + plan.images, I)
         if not images.lengths[part[1] - 1] or not texts.lengths[-1]:
             return  # all are empty
-        indices = saved or find_indices(texts, images, part, plan.budget, kernels)
+        indices = saved or find_indices(texts, images, part, plan.budget, kernels, sides.one_way)
         if kernels is not None:
             kernels.add_gradients(part, indices, d_image, text_total)
             return
@@ -126,7 +128,10 @@ class SideGradient:
         """Write the gradient to `into` [B * P, D], or add it if `add`."""
         own, other = self.own, self.other
         most, most_other = largest(self.own_chunks), largest(self.other_chunks)
-        indices = max(most.rows * most_other.sequences, most.sequences * most_other.rows)
+        one_way = not self.indices.arg_i2t.numel()
+        won = 0 if one_way and self.of_image else most.rows * most_other.sequences
+        lost = 0 if one_way and not self.of_image else most.sequences * most_other.rows
+        indices = max(won, lost)
         buffers = Buffers.new(most.rows, indices, own.features, own.wide)
         load_buffers = other.load_buffers(most_other.rows)
         for own_chunk in self.own_chunks:
@@ -134,18 +139,21 @@ class SideGradient:
             for other_chunk in self.other_chunks:
                 tile = BackwardTile(own, other, own_chunk, other_chunk, *self.grads)
                 table = other.load(other_chunk, load_buffers)  # [other_rows, D]
-                won, lost = self._indices(own_chunk, other_chunk)
-                add_won(tile, won, table, buffers, sums)
-                add_lost(tile, lost, table, buffers, sums)
+                if won:
+                    add_won(tile, self._won(own_chunk, other_chunk), table, buffers, sums)
+                if lost:
+                    add_lost(tile, self._lost(own_chunk, other_chunk), table, buffers, sums)
             own.store(own_chunk, sums, into, add)
 
-    def _indices(self, own: Chunk, other: Chunk) -> tuple[Tensor, Tensor]:
-        """The indices of a tile, `won` and `lost`."""
+    def _won(self, own: Chunk, other: Chunk) -> Tensor:
         if self.of_image:
-            i2t, t2i = self.indices.tile(other, own)
-            return i2t.t(), t2i.t()
-        i2t, t2i = self.indices.tile(own, other)
-        return t2i, i2t
+            return self.indices.of_patches(other, own).t()
+        return self.indices.of_tokens(own, other)
+
+    def _lost(self, own: Chunk, other: Chunk) -> Tensor:
+        if self.of_image:
+            return self.indices.of_tokens(other, own).t()
+        return self.indices.of_patches(own, other)
 
 
 class BackwardTile(NamedTuple):

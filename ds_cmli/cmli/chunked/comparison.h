@@ -39,7 +39,8 @@ void multiply(const T* const* rows, int64_t count, const T* patches, int64_t D, 
   }
 }
 
-// What pairs are compared for; each may be null.
+// What pairs are compared for; each may be null. Of one direction `i2t`, `indices->tokens` and
+// `d_i2t` are.
 struct Wanted {
   const Pairs *i2t, *t2i;      // the scores
   const Indices* indices;      // the argmax positions
@@ -100,7 +101,9 @@ struct Comparison {
       if (wide == 3 * L) product = multiply<T, 3>;
       if (tokens) product(rows, tokens, patches + from * image.D, image.D, S + from, columns);
     });
-    if (!write<false>()) write<true>();
+    bool both = wanted.i2t || (wanted.indices && wanted.indices->tokens);
+    if (!(both ? write<false, true>() : write<false, false>()))
+      both ? write<true, true>() : write<true, false>();
     tokens = waiting = 0;
   }
 
@@ -110,8 +113,8 @@ struct Comparison {
   }
 
   bool counts(int64_t j) const {
-    return !wanted.d_i2t || at<T>(*wanted.d_i2t, image, text, images.first, j) != 0 ||
-           at<T>(*wanted.d_t2i, image, text, images.first, j) != 0;
+    return !wanted.d_t2i || at<T>(*wanted.d_t2i, image, text, images.first, j) != 0 ||
+           (wanted.d_i2t && at<T>(*wanted.d_i2t, image, text, images.first, j) != 0);
   }
 
   // Write rows of features as columns, [D, L] with a stride.
@@ -140,21 +143,21 @@ struct Comparison {
   }
 
   // Write what is wanted; false if a similarity may be NaN, which only NANS knows how to treat.
-  template <bool NANS>
+  template <bool NANS, bool BOTH>
   bool write() {
-    Maxima<T, NANS> found(rest, columns, most);
+    Maxima<T, NANS, BOTH> found(rest, columns, most);
     const T* of_text = S;
     for (int64_t k = 0; k < waiting; ++k) {
       int64_t j = texts[k], M = text.length(j);
       for (int64_t i = images.first; i < images.stop; ++i) {
         int64_t N = image.length(i);
         found.find(of_text + image.first(i) - image.first(images.first), columns, N, M);
-        if (wanted.i2t) {
+        if (wanted.i2t)
           at<T>(*wanted.i2t, image, text, i, j) =
               found.sum(found.best_token, N) * static_cast<const T*>(image.scale)[i];
+        if (wanted.t2i)
           at<T>(*wanted.t2i, image, text, i, j) =
               found.sum(found.best_patch, M) * static_cast<const T*>(text.scale)[j];
-        }
         if (wanted.indices)
           found.keep(*wanted.indices, wanted.indices->of_patches(image, i, j), N,
                      wanted.indices->of_tokens(text, i, j), M);
@@ -173,7 +176,7 @@ void compare(const Side& text, const Side& image, Range texts, Range images, con
              int64_t patches, int64_t longest, char* scratch, int64_t each, int threads) {
   std::vector<Range> blocks;
   for (int64_t i = images.first; i < images.stop; ++i) {
-    bool more = !blocks.empty() && !wanted.d_i2t;
+    bool more = !blocks.empty() && !wanted.d_t2i;
     if (more && image.last[i] + 1 - image.first(blocks.back().first) <= patches)
       blocks.back().stop = i + 1;
     else

@@ -29,6 +29,7 @@ class _Pass(NamedTuple):
     images: PackedBatch
     scores: tuple[Tensor, Tensor] | None  # [I, J] each
     indices: ArgmaxIndices | None
+    one_way: bool  # what belongs to s_i2t is empty, and is not computed
 
 
 def forward(
@@ -36,19 +37,16 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute both scores [I, J] and the argmax indices.
 
-    The indices are returned as [I, J, N] and [I, J, M], empty unless `save_argmax`.
+    The indices are returned as `Sides.new_results` has them.
     """
-    image = sides.image
-    (I, N, D), (J, M, _) = image.shape, sides.text.shape  # noqa: E741
+    image, (I, J) = sides.image, sides.sizes()  # noqa: E741
     images, texts = pack_both(sides)
-    s_i2t = image.new_zeros((I, J), dtype=images.wide)
-    s_t2i = image.new_zeros((I, J), dtype=images.wide)
+    N, M, D = images.positions, texts.positions, image.shape[-1]
     # Zeros, because the scores of empty sequences are never written.
-    arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
-    arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
+    s_i2t, s_t2i, arg_i2t, arg_t2i = sides.new_results(save_argmax)
     indices = None
     if save_argmax:
-        indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
+        indices = ArgmaxIndices(arg_i2t.view(J, -1), arg_t2i.view(-1, I))
     kernels = kernels_for(texts, images, scratch_bytes)
     if kernels is not None:
         kernels.compare((0, I), (s_i2t, s_t2i), indices)
@@ -56,7 +54,8 @@ def forward(
     most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
     text_chunks = make_chunks(texts.lengths, most_text)
     image_chunks = make_chunks(images.lengths, most_image)
-    _compute_tiles(_Pass(texts, images, (s_i2t, s_t2i), indices), text_chunks, image_chunks)
+    wanted = _Pass(texts, images, (s_i2t, s_t2i), indices, sides.one_way)
+    _compute_tiles(wanted, text_chunks, image_chunks)
     return s_i2t, s_t2i, arg_i2t, arg_t2i
 
 
@@ -66,6 +65,7 @@ def find_indices(
     part: tuple[int, int],
     budget: int,
     kernels: Kernels | None,
+    one_way: bool,
 ) -> ArgmaxIndices:
     """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
 
@@ -74,7 +74,7 @@ def find_indices(
     N, M = images.positions, texts.positions
     first, stop = part
     sequence = max(first, images.lengths.count(0))
-    i2t = len(texts.lengths), sum(images.lengths[first:stop])
+    i2t = len(texts.lengths), 0 if one_way else sum(images.lengths[first:stop])
     t2i = sum(texts.lengths), stop - sequence
     indices = ArgmaxIndices(
         texts.features.new_empty(i2t, dtype=index_dtype(M)),
@@ -89,7 +89,7 @@ def find_indices(
     most_text, most_image = tile_sizes(N, M, D, dtype, budget, backward=False)
     text_chunks = make_chunks(texts.lengths, most_text)
     image_chunks = make_chunks(images.lengths, most_image, first, stop)
-    _compute_tiles(_Pass(texts, images, None, indices), text_chunks, image_chunks)
+    _compute_tiles(_Pass(texts, images, None, indices, one_way), text_chunks, image_chunks)
     return indices
 
 
@@ -115,9 +115,11 @@ def _fill_tile(
     image_chunk: Chunk,
     from_last: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Take both maxima of the similarities S [T, K], their means and their places."""
-    best_token = S.new_empty(text_chunk.number, image_chunk.height)  # [c, K]
-    for group in text_chunk.groups:
+    """Take the maxima of the similarities S [T, K], their means and their places."""
+    # Of one direction, there are no groups over whose tokens maxima are taken.
+    text_groups = () if wanted.one_way else text_chunk.groups
+    best_token = S.new_empty(text_chunk.number if text_groups else 0, image_chunk.height)  # [c, K]
+    for group in text_groups:
         torch.amax(group.by_sequence(S, 0), 1, out=best_token[group.sequences()])
     best_patch = S.new_empty(text_chunk.height, image_chunk.number)  # [T, i]
     for group in image_chunk.groups:
@@ -129,21 +131,21 @@ def _fill_tile(
     # The first position equal to its maximum, three times faster than an argmax: equality as 0 or
     # 1, times the distance from the last position, is largest at the first. Everything in place,
     # S and the maxima included.
-    arg_i2t, arg_t2i = wanted.indices.tile(text_chunk, image_chunk)
-    equal = torch.empty_like(S)
-    for group in text_chunk.groups:
-        best = best_token[group.sequences(), None]
-        torch.eq(group.by_sequence(S, 0), best, out=group.by_sequence(equal, 0))
-    equal *= from_last[0][text_chunk.rows(), None]
-    for group in text_chunk.groups:
-        torch.amax(group.by_sequence(equal, 0), 1, out=best_token[group.sequences()])
-    arg_i2t.copy_(best_token)
+    if text_groups:
+        equal = torch.empty_like(S)
+        for group in text_groups:
+            best = best_token[group.sequences(), None]
+            torch.eq(group.by_sequence(S, 0), best, out=group.by_sequence(equal, 0))
+        equal *= from_last[0][text_chunk.rows(), None]
+        for group in text_groups:
+            torch.amax(group.by_sequence(equal, 0), 1, out=best_token[group.sequences()])
+        wanted.indices.of_patches(text_chunk, image_chunk).copy_(best_token)
     for group in image_chunk.groups:
         group.by_sequence(S, 1).eq_(best_patch[:, group.sequences(), None])
     S *= from_last[1][image_chunk.rows()]
     for group in image_chunk.groups:
         torch.amax(group.by_sequence(S, 1), 2, out=best_patch[:, group.sequences()])
-    arg_t2i.copy_(best_patch)
+    wanted.indices.of_tokens(text_chunk, image_chunk).copy_(best_patch)
 
 
 def _write_means(
@@ -154,14 +156,15 @@ def _write_means(
     image_chunk: Chunk,
 ) -> None:
     """Write a tile's means of the maxima [c, K] over patches and [T, i] over tokens."""
-    texts, images, scores, _ = wanted
+    texts, images, scores = wanted.texts, wanted.images, wanted.scores
     assert scores is not None
     where = images.order[image_chunk.sequences(), None], texts.order[text_chunk.sequences()]
     mean = best_token.new_empty(text_chunk.number, image_chunk.number)  # [c, i]
-    for group in image_chunk.groups:
-        torch.sum(group.by_sequence(best_token, 1), 2, out=mean[:, group.sequences()])
-    mean *= images.scale[image_chunk.sequences()]
-    scores[0].index_put_(where, mean.t())
+    if not wanted.one_way:
+        for group in image_chunk.groups:
+            torch.sum(group.by_sequence(best_token, 1), 2, out=mean[:, group.sequences()])
+        mean *= images.scale[image_chunk.sequences()]
+        scores[0].index_put_(where, mean.t())
     for group in text_chunk.groups:
         torch.sum(group.by_sequence(best_patch, 0), 1, out=mean[group.sequences()])
     mean *= texts.scale[text_chunk.sequences(), None]

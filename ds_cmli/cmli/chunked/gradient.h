@@ -1,7 +1,7 @@
 // The gradient of one side's features, from the argmax positions.
 //
 // A row of it is the sum of rows of the other side: of those that it won, one of each sequence, and
-// of those that won it.
+// of those that won it. Of one direction only one of the two kinds is there.
 #pragma once
 
 #include <omp.h>
@@ -55,13 +55,13 @@ template <class T>
 struct Gradient {
   bool of_image;
   const Side &own, &other;
-  const Pairs &own_pairs, &other_pairs;
+  const Pairs *own_pairs, *other_pairs;  // null for the kind that is not there
   const Indices& indices;
   const void *won, *lost;  // positions of what own rows won, and of the own rows that others won
   int64_t won_bytes, lost_bytes;
 
-  Gradient(bool of_image, const Side& own, const Side& other, const Pairs& own_pairs,
-           const Pairs& other_pairs, const Indices& indices)
+  Gradient(bool of_image, const Side& own, const Side& other, const Pairs* own_pairs,
+           const Pairs* other_pairs, const Indices& indices)
       : of_image(of_image),
         own(own),
         other(other),
@@ -79,7 +79,8 @@ struct Gradient {
     int64_t rows = 0, stop = others.first;
     for (; stop < others.stop; ++stop) {
       int64_t more = rows + other.length(stop);
-      int64_t listed = (stop + 1 - others.first) * longest + more;
+      int64_t listed = own_pairs ? (stop + 1 - others.first) * longest : 0;
+      if (other_pairs) listed += more;
       bool near = more * own.D * int64_t(sizeof(T)) <= NEAR;
       if (stop > others.first && (listed > entries || !near)) break;
       rows = more;
@@ -95,18 +96,18 @@ struct Gradient {
     int32_t pairs = 0;
     for_pairs(sequence, group, [&](const Pair<T>& pair) {
       ++pairs;
-      for (int64_t k = 0; k < other.length(pair.sequence); ++k)
+      for (int64_t k = 0; other_pairs && k < other.length(pair.sequence); ++k)
         ++next[get(lost, lost_bytes, pair.lost + k) + 1];
     });
     if (!pairs) return;
-    for (int64_t p = 0; p < P; ++p) next[p + 1] += next[p] + pairs;
+    for (int64_t p = 0; p < P; ++p) next[p + 1] += next[p] + (own_pairs ? pairs : 0);
     for_pairs(sequence, group, [&](const Pair<T>& pair) {
       int32_t first = static_cast<int32_t>(other.first(pair.sequence));
-      for (int64_t p = 0; p < P; ++p) {
+      for (int64_t p = 0; own_pairs && p < P; ++p) {
         int32_t row = first + static_cast<int32_t>(get(won, won_bytes, pair.won + p));
         list[next[p]++] = {row, pair.of_won};
       }
-      for (int64_t k = 0; k < other.length(pair.sequence); ++k) {
+      for (int64_t k = 0; other_pairs && k < other.length(pair.sequence); ++k) {
         int32_t row = first + static_cast<int32_t>(k);
         list[next[get(lost, lost_bytes, pair.lost + k)]++] = {row, pair.of_lost};
       }
@@ -123,8 +124,8 @@ struct Gradient {
     T of_own_length = static_cast<const T*>(own.scale)[sequence];
     for (int64_t x = group.first; x < group.stop; ++x) {
       int64_t i = of_image ? sequence : x, j = of_image ? x : sequence;
-      T of_own = at<T>(own_pairs, image, text, i, j);
-      T of_other = at<T>(other_pairs, image, text, i, j);
+      T of_own = own_pairs ? at<T>(*own_pairs, image, text, i, j) : 0;
+      T of_other = other_pairs ? at<T>(*other_pairs, image, text, i, j) : 0;
       if (!other.length(x) || (of_own == 0 && of_other == 0)) continue;
       int64_t tokens = indices.of_patches(image, i, j), patches = indices.of_tokens(text, i, j);
       Pair<T> pair{x, of_own * of_own_length, of_other * static_cast<const T*>(other.scale)[x]};

@@ -19,7 +19,7 @@
   void gradient_##NAME(int of_image, const Side* own, const Side* other, Range owns, Range others, \
                        const Pairs* own_pairs, const Pairs* other_pairs, const Indices* indices,   \
                        T* out, int64_t entries, char* scratch, int64_t each, int threads) {        \
-    Gradient<T> of(of_image, *own, *other, *own_pairs, *other_pairs, *indices);                    \
+    Gradient<T> of(of_image, *own, *other, own_pairs, other_pairs, *indices);                      \
     gradient<T>(of, owns, others, out, entries, scratch, each, threads);                           \
   }
 

@@ -32,6 +32,7 @@ INSTRUCTIONS = {
 }
 BLOCK = 2**19  # bytes of the features of a thread's block of images, at the most
 ENTRIES = 2**14  # rows that a thread lists to add them, at the most
+FEW = 2**24  # multiplications for which other threads are not woken
 TOKENS, ROWS, LANES = 64, 8, 16  # `TOKENS`, and the most of `ROWS` and `L` of comparison.h
 Both = tuple[Tensor, Tensor]
 
@@ -94,7 +95,8 @@ class Indices(Structure):
     @classmethod
     def of(cls, indices: ArgmaxIndices, texts: PackedBatch) -> "Indices":
         i2t, t2i, sequence, row = indices
-        places = i2t.data_ptr(), t2i.data_ptr(), i2t.itemsize, t2i.itemsize
+        tokens = i2t.data_ptr() if i2t.numel() else None
+        places = tokens, t2i.data_ptr(), i2t.itemsize, t2i.itemsize
         return cls(*places, len(texts.lengths), sum(texts.lengths), sequence, row)
 
 
@@ -218,8 +220,10 @@ class Kernels:
 
     def _call(self, name: str, *arguments: object) -> None:
         function = getattr(load(), f"{name}_{str(self.dtype).removeprefix('torch.')}")
+        products = sum(self.texts.lengths) * sum(self.images.lengths) * self.texts.features.shape[1]
+        threads = self.sizes.threads if products > FEW else 1
         with torch.profiler.record_function(f"cmli: {name}"):
-            function(*arguments, self.scratch.data_ptr(), self.sizes.each, self.sizes.threads)
+            function(*arguments, self.scratch.data_ptr(), self.sizes.each, threads)
 
     def _sides(self) -> tuple[Side, Side]:
         return Side.of(self.texts), Side.of(self.images)
@@ -235,7 +239,10 @@ class Kernels:
 
 
 def _matrices(both: Both | None) -> tuple[Pairs | None, Pairs | None]:
-    return (None, None) if both is None else (Pairs.of(both[0]), Pairs.of(both[1]))
+    if both is None:
+        return None, None
+    # Of one direction, the first is empty.
+    return (Pairs.of(both[0]) if both[0].numel() else None), Pairs.of(both[1])
 
 
 def kernels_for(

@@ -1,4 +1,4 @@
-// Both maxima of a pair's similarities.
+// The maxima of a pair's similarities, in both directions or of each token alone.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 namespace {
 
 // The maxima of a pair's similarities [M, N] and their positions: the lowest of equal ones; if
-// NANS, the first NaN. Without NANS there must be none.
-template <class T, bool NANS>
+// NANS, the first NaN. Without NANS there must be none. Those of patches only if BOTH.
+template <class T, bool NANS, bool BOTH>
 struct Maxima : Vectors<T> {
   using typename Vectors<T>::Values;
   using typename Vectors<T>::Integers;
@@ -33,7 +33,7 @@ struct Maxima : Vectors<T> {
   }
 
   void find(const T* S, int64_t stride, int64_t N, int64_t M) {
-    for (int64_t n = 0; n < N; n += L) {
+    for (int64_t n = 0; BOTH && n < N; n += L) {
       store(best_token + n, this->lowest());
       store(token + n, Integers{});
     }
@@ -47,7 +47,7 @@ struct Maxima : Vectors<T> {
   }
 
   void keep(const Indices& to, int64_t of_patches, int64_t N, int64_t of_tokens, int64_t M) const {
-    put(to.tokens, to.token_bytes, of_patches, token, N);
+    if (BOTH) put(to.tokens, to.token_bytes, of_patches, token, N);
     put(to.patches, to.patch_bytes, of_tokens, patch, M);
   }
 
@@ -72,16 +72,16 @@ struct Maxima : Vectors<T> {
     for (int r = 0; r < R; ++r) best[r] = this->lowest(), where[r] = Integers{};
     for (int64_t n = 0; n < N; n += L) {
       int64_t at = std::min(n, N - L);
-      Values of_patch = load<Values>(best_token + at);
-      Integers which = load<Integers>(token + at);
+      Values of_patch = {};
+      Integers which = {};
+      if (BOTH) of_patch = load<Values>(best_token + at), which = load<Integers>(token + at);
       for (int r = 0; r < R; ++r) {
         Values value = load<Values>(S + (m + r) * stride + at);
         all += value;
-        take(value, Integers{} + static_cast<Integer>(m + r), of_patch, which);
+        if (BOTH) take(value, Integers{} + static_cast<Integer>(m + r), of_patch, which);
         take(value, lane + static_cast<Integer>(at), best[r], where[r]);
       }
-      store(best_token + at, of_patch);
-      store(token + at, which);
+      if (BOTH) store(best_token + at, of_patch), store(token + at, which);
     }
     // Rows share a vector, then lanes are compared, until the first R lanes are those of the rows.
     for (int bit = 1, left = R; bit < L; bit *= 2, left = (left + 1) / 2) {
@@ -111,7 +111,7 @@ struct Maxima : Vectors<T> {
     for (int64_t n = 0; n < N; ++n) {
       all[0] += row[n];
       if (over(row[n], best)) best = row[n], where = n;
-      if (over(row[n], best_token[n])) best_token[n] = row[n], token[n] = m;
+      if (BOTH && over(row[n], best_token[n])) best_token[n] = row[n], token[n] = m;
     }
     best_patch[m] = best, patch[m] = where;
   }

@@ -110,16 +110,17 @@ class PackedBatch:
     """The features of one side and the tables that find its valid rows.
 
     Args:
-        features: [B, P, D]
-        mask: [B, P] bool; None = all valid.
+        features: [B, P, D]; packed already: [R, D].
+        mask: [B, P] bool; None = all valid. Packed already: [B + 1], the row at which each begins.
         lengths: the valid positions of each sequence, on the host.
     """
 
     def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
-        B, P, D = features.shape
-        device = features.device
+        B, P, device = len(lengths), features.shape[-2], features.device
+        if features.ndim == 2:
+            P = max(1, *lengths)
         # Gradients get the strides of this, as the op promises them.
-        self.features, self.positions = features.contiguous().view(B * P, D), P
+        self.features, self.positions = features.contiguous().flatten(0, -2), P
         self.wide = torch.promote_types(features.dtype, torch.float32)
         order = sorted(range(B), key=lengths.__getitem__)
         self.lengths = [lengths[b] for b in order]
@@ -131,7 +132,12 @@ class PackedBatch:
         self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)
         # [R] each valid row's place in `features`; None if all rows are valid and in order
         self.source = None
-        if mask is not None:
+        if mask is not None and mask.ndim == 1:
+            if order != list(range(B)):
+                moved = mask[self.order].sub_(self.last - self.counts).sub_(1)
+                self.source = torch.repeat_interleave(moved, self.counts, output_size=sum(lengths))
+                self.source += torch.arange(len(self.source), device=device)
+        elif mask is not None:
             sorted_mask = mask.index_select(0, self.order).flatten()
             # nonzero_static instead of nonzero: the number is known, which avoids a CPU-GPU sync.
             valid = torch.nonzero_static(sorted_mask, size=sum(lengths))[:, 0]
@@ -177,6 +183,8 @@ class PackedBatch:
 class ArgmaxIndices(NamedTuple):
     """Argmax indices of all texts and of the images from number `sequence` on.
 
+    Of one direction, `arg_i2t` is empty.
+
     The first of these images begins at `row`. The package's docstring describes the layout.
     """
 
@@ -185,12 +193,14 @@ class ArgmaxIndices(NamedTuple):
     sequence: int = 0
     row: int = 0
 
-    def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
-        """The indices of one tile, views [c, K] and [T, i]."""
-        row, sequence = image.row - self.row, image.sequence - self.sequence
-        i2t = self.arg_i2t[text.sequences()].narrow(1, row, image.height)
-        t2i = self.arg_t2i[text.rows()].narrow(1, sequence, image.number)
-        return i2t, t2i
+    def of_patches(self, text: Chunk, image: Chunk) -> Tensor:
+        """The best tokens in one tile, a view [c, K]."""
+        return self.arg_i2t[text.sequences()].narrow(1, image.row - self.row, image.height)
+
+    def of_tokens(self, text: Chunk, image: Chunk) -> Tensor:
+        """The best patches in one tile, a view [T, i]."""
+        first = image.sequence - self.sequence
+        return self.arg_t2i[text.rows()].narrow(1, first, image.number)
 
 
 def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
@@ -198,11 +208,16 @@ def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
 
     Lengths go to the host, the one time that a GPU is waited for in forward, and in backward.
     """
-    (I, N, _), J = sides.image.shape, len(sides.text)  # noqa: E741
-    counts = sides.token_mask.sum(1)
+    I, J = sides.sizes()  # noqa: E741
+    counts = _counts(sides.token_mask)
     if sides.image_mask is not None:
-        counts = torch.cat([counts, sides.image_mask.sum(1)])
+        counts = torch.cat([counts, _counts(sides.image_mask)])
     known = assumed()
     lengths = counts.tolist() if known is None else known.lengths  # CPU-GPU sync
-    images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [N] * I)
+    images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [sides.image.shape[-2]] * I)
     return images, PackedBatch(sides.text, sides.token_mask, lengths[:J])
+
+
+def _counts(mask: Tensor) -> Tensor:
+    """The valid positions of each sequence of a side."""
+    return mask.diff() if mask.ndim == 1 else mask.sum(1)

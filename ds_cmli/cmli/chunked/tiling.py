@@ -125,7 +125,7 @@ class RecomputePlan(NamedTuple):
         scratch_bytes: int,
     ) -> "RecomputePlan":
         """The plan for J texts with `tokens` valid tokens: indices get half of the budget, and at
-        least one image's."""
+        least one image's. Of one direction J is 0: no patch has an index."""
         of_image = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
-        images = min(I, max(1, scratch_bytes // 2 // of_image))
+        images = min(I, max(1, scratch_bytes // 2 // max(1, of_image)))
         return cls(images, -(-I // images), scratch_bytes // 2)

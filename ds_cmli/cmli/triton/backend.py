@@ -60,7 +60,7 @@ def forward(
         kept: uint8 [I, J], 0 for pairs that are not computed; None: all are.
 
     Returns:
-        s_i2t, s_t2i [I, J] float32 (float64 for float64); arg_i2t [I, J, N], arg_t2i [I, J, M]: the
+        `Sides.new_results`: s_i2t, s_t2i; arg_i2t, arg_t2i: the
         winning token of each patch and the winning patch of each token, uint8 where the side they
         index is at most 256 long, else int16. Where nothing was computed (padding, empty texts,
         pairs that are not kept) they hold some valid index.
@@ -73,12 +73,9 @@ def forward(
     images = Sequences(sides.image_mask, I, N, image.device)
     texts = Sequences(sides.token_mask, J, M, image.device)
     tiles = forward_tiles(N, M, D, image.dtype, *device_limits(image.device))
-    s_i2t = image.new_zeros((I, J), dtype=torch.promote_types(image.dtype, torch.float32))
-    s_t2i = torch.zeros_like(s_i2t)
-    arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
-    arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
+    results = sides.new_results(save_argmax)
     sizes = Sizes(I, J, N, M, D)
-    _, i_step, j_step = partial_chunk(sizes, tiles, s_i2t.dtype.itemsize, scratch_bytes)
+    _, i_step, j_step = partial_chunk(sizes, tiles, results[0].itemsize, scratch_bytes)
     contiguous = sides._replace(image=image, text=text)
     suspect = _suspect(image, text)
     launch = Launch(contiguous, images, texts, suspect, tiles, save_argmax)
@@ -88,13 +85,11 @@ def forward(
             lists = text_tiles(_part(texts, of_texts), tiles.tokens)
             for i in range(0, I, i_step):
                 of_images = slice(i, i + i_step)
-                out = [s_i2t[of_images, of_texts], s_t2i[of_images, of_texts], arg_i2t, arg_t2i]
-                if save_argmax:
-                    out[2:] = arg_i2t[of_images, of_texts], arg_t2i[of_images, of_texts]
+                out = [x[of_images, of_texts] if x.numel() else x for x in results]
                 some = None if kept is None else kept[of_images, of_texts]
                 walks = [walk(tiles, TEXTS_PER_PROGRAM, some) for tiles in lists]
                 _launch_forward(launch, out, of_images, of_texts, walks, some)
-    return s_i2t, s_t2i, arg_i2t, arg_t2i
+    return results
 
 
 def backward(
@@ -118,31 +113,33 @@ def backward(
     """
     _check_device(sides.image)
     sides = sides._replace(image=sides.image.contiguous(), text=sides.text.contiguous())
-    image, text, token_mask, image_mask = sides
+    image, text, token_mask, image_mask, one_way = sides
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
     images = Sequences(image_mask, I, N, image.device)
     texts = Sequences(token_mask, J, M, image.device)
     wide = torch.promote_types(image.dtype, torch.float32)
     grad_i2t, grad_t2i = (grad.to(wide).contiguous() for grad in grads)
+    if sides.one_way:
+        grad_i2t = torch.zeros_like(grad_t2i)
     d_image = torch.zeros_like(image) if wanted.image else image.new_empty((0,))
     d_text = torch.zeros_like(text) if wanted.text else text.new_empty((0,))
     i_step, j_step = I, J
-    recompute = argmax[0].numel() == 0
+    recompute = argmax[1].numel() == 0
     if recompute:
         tiles = forward_tiles(N, M, image.shape[2], image.dtype, *device_limits(image.device))
-        pair_bytes = _pair_bytes(N, M) + _listed_pair(M, tiles)
+        pair_bytes = _pair_bytes(0 if one_way else N, M) + _listed_pair(M, tiles)
         i_step, j_step = _groups(I, J, pair_bytes, scratch_bytes // 2)
 
     def indices(i: slice, j: slice) -> tuple[Tensor, Tensor]:
         mask = None if image_mask is None else image_mask[i]
-        part = Sides(image[i], text[j], token_mask[j], mask)
+        part = Sides(image[i], text[j], token_mask[j], mask, one_way)
         # A pair without a gradient has no weight in the sums, whatever its indices are.
         kept = (grad_i2t[i, j] != 0).logical_or_(grad_t2i[i, j] != 0).view(torch.uint8)
         _, _, arg_i2t, arg_t2i = forward(part, scratch_bytes, True, kept)
-        return arg_i2t, arg_t2i
+        return arg_i2t.view(*kept.shape, -1), arg_t2i
 
     everything = slice(None)
-    shared = None if recompute else argmax
+    shared = None if recompute else (argmax[0].view(I, J, -1), argmax[1])
     if recompute and (i_step, j_step) == (I, J):
         shared = indices(everything, everything)
 
@@ -189,30 +186,31 @@ def _launch_forward(
     s_i2t, s_t2i, arg_i2t, arg_t2i = out
     image, text = launch.sides.image[of_images], launch.sides.text[of_texts]
     images, texts = _part(launch.images, of_images), _part(launch.texts, of_texts)
-    tiles, save = launch.tiles, launch.save
+    tiles, save, both = launch.tiles, launch.save, not launch.sides.one_way
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     blocks = math.ceil(N / tiles.rows)
     row_out, column_out, column_arg = s_i2t, s_t2i, arg_t2i
     if blocks > 1:
-        row_out = s_i2t.new_empty((I, blocks, J))
+        row_out = s_i2t.new_empty((I, blocks, J) if both else (0,))
         column_out = s_i2t.new_empty((I, blocks, J, M))
         column_arg = image.new_empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N))
     for width, tile in zip(tiles.tokens, walks, strict=True):
         launcher(forward_kernel, (I * blocks, math.ceil(J / TEXTS_PER_PROGRAM)))(
             row_out, column_out, arg_i2t, column_arg, image, text, images.mask, texts.mask,
             images.counts, texts.counts, launch.suspect, tile.first, tile.code,
-            s_i2t.stride(0), arg_i2t.stride(0), arg_t2i.stride(0), tile.code_stride,
+            s_t2i.stride(0), arg_i2t.stride(0), arg_t2i.stride(0), tile.code_stride,
             tile.first_stride, J, N, M, tile.slots, tile.unit, tile.last, D=D, ROWS=tiles.rows,
             TOKENS=width,
             BD=tiles.features, BLOCKS=blocks, MASKED=images.masked, SAVE=save, STAGES=tiles.stages,
-            num_warps=tiles.warps, num_stages=tiles.stages,
+            BOTH=both, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if blocks > 1:
         launcher(combine_kernel, (I * J,))(
             s_i2t, s_t2i, arg_t2i, row_out, column_out, column_arg, texts.mask,
             images.counts, texts.counts, images.counts if kept is None else kept,
-            s_i2t.stride(0), arg_t2i.stride(0), 0 if kept is None else kept.stride(0), J, M,
+            s_t2i.stride(0), arg_t2i.stride(0), 0 if kept is None else kept.stride(0), J, M,
             BLOCKS=blocks, WIDTH=power_of_two(M), SAVE=save, KEPT=kept is not None,
+            BOTH=both,
         )  # fmt: skip
 
 

@@ -7,7 +7,7 @@
 
 a, b are the winning token and patch (`arg_i2t`, `arg_t2i`), N_i and M_j count valid positions. Both
 lines are one formula with the roles changed, so there is one kernel: P is the side of the gradient,
-Q the source's.
+Q the source's. Of the texts' direction alone, each line has only its sum of b (P_WINS or Q_WINS).
 
 A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row
 once: no atomics, the same bits every time. Rows come in tiles of 16 positions listed over all
@@ -25,16 +25,20 @@ from ds_cmli.cmli.triton.library import tl, triton
 @triton.jit
 def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
              p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-             STEP: tl.constexpr):  # fmt: skip
+             STEP: tl.constexpr, P_WINS: tl.constexpr, Q_WINS: tl.constexpr):  # fmt: skip
     """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their
     coefficients [R]."""
     q = (here // q_slots).to(tl.int64)
     s = here % q_slots * 16 + tl.arange(0, STEP)
-    p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
-    inside = live[:, None] & (s < Q_LEN)[None, :]
-    q_won = tl.load(q_win + (p * q_win_p + q * q_win_q)[:, None] + s[None, :], mask=inside, other=0)
-    p_share = tl.load(p_grad + p * grad_p + q * grad_q, mask=live, other=0.0) * p_factor
-    q_share = tl.load(q_weight + p * Q + q, mask=live, other=0.0)
+    p_won, q_won, p_share, q_share = r, s[None, :], p_factor, p_factor  # of what is not there
+    if P_WINS:
+        p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
+        p_share = tl.load(p_grad + p * grad_p + q * grad_q, mask=live, other=0.0) * p_factor
+    if Q_WINS:
+        inside = live[:, None] & (s < Q_LEN)[None, :]
+        won = q_win + (p * q_win_p + q * q_win_q)[:, None] + s[None, :]
+        q_won = tl.load(won, mask=inside, other=0)
+        q_share = tl.load(q_weight + p * Q + q, mask=live, other=0.0)
     return p_won.to(tl.int32), q_won.to(tl.int32), p_share, q_share
 
 
@@ -43,12 +47,14 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
                p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p, q_win_q,
                grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr,
                STEP: tl.constexpr, Q_MASKED: tl.constexpr,
-               TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+               TWO_TERMS: tl.constexpr, STAGES: tl.constexpr,
+               P_WINS: tl.constexpr, Q_WINS: tl.constexpr):  # fmt: skip
     dtype = acc.dtype
     here = tl.load(code)
     p_won, q_won, p_share, q_share = _indices(
         here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
-        p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
+        p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+        STEP, P_WINS, Q_WINS)  # fmt: skip
     for t in tl.range(0, total, num_stages=STAGES):
         s = here % q_slots * 16 + tl.arange(0, STEP)
         row = (here // q_slots).to(tl.int64) * Q_LEN + s
@@ -60,8 +66,12 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
             source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0
         )
 
-        g = tl.where(p_won[:, :, None] == s[None, None, :], p_share[None, :, None], 0.0)
-        g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
+        if P_WINS:
+            g = tl.where(p_won[:, :, None] == s[None, None, :], p_share[None, :, None], 0.0)
+        if P_WINS and Q_WINS:
+            g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
+        if not P_WINS:
+            g = tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
         g = tl.reshape(g, [ROWS, STEP])
 
         # The next step's indices are loaded before this one's products, which hide their
@@ -69,7 +79,8 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         here = tl.load(code + t + 1)
         p_won, q_won, p_share, q_share = _indices(
             here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
-            p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
+            p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+            STEP, P_WINS, Q_WINS)  # fmt: skip
 
         main = g.to(source.dtype.element_ty)
         acc = tl.dot(main, x, acc, input_precision="ieee", out_dtype=dtype)
@@ -126,6 +137,8 @@ def gradient_kernel(
     Q_MASKED: tl.constexpr,
     TWO_TERMS: tl.constexpr,  # only with terms = 2
     STAGES: tl.constexpr,
+    P_WINS: tl.constexpr = True,  # otherwise p_win and p_grad are not read
+    Q_WINS: tl.constexpr = True,
 ):
     if tl.load(sparse) != 0:
         return
@@ -149,12 +162,12 @@ def gradient_kernel(
         acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
         p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
         q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS,
-        STAGES)  # fmt: skip
+        STAGES, P_WINS, Q_WINS)  # fmt: skip
     acc = _add_steps(
         acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
         p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
         q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS,
-        STAGES)  # fmt: skip
+        STAGES, P_WINS, Q_WINS)  # fmt: skip
 
     row = p[None, :] * P_LEN + r
     r_ok = r_inside

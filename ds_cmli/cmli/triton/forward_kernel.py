@@ -1,4 +1,5 @@
-"""The forward pass of the Triton backend: one tile product feeds the maxima of both directions.
+"""The forward pass of the Triton backend: one tile product feeds the maxima of both directions, or
+of the texts' alone.
 
 The similarities stay on the chip. A program owns a block of ROWS patches of one image and walks
 over the tiles of a group of texts. Where D fits, the block is loaded once and stays in shared
@@ -60,6 +61,7 @@ def forward_kernel(
     MASKED: tl.constexpr,
     SAVE: tl.constexpr,
     STAGES: tl.constexpr,
+    BOTH: tl.constexpr = True,  # otherwise s_i2t and arg_i2t are untouched
 ):
     i = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
@@ -114,12 +116,13 @@ def forward_kernel(
 
         # The index of a maximum is found by equality afterwards: fewer instructions than carrying
         # it along, and the lowest one wins a tie.
-        over_m = tl.where(m_ok[None, :], s, LOW)
-        row = tl.max(over_m, 1)
-        if SAVE:
-            row_m = tl.min(tl.where(over_m == row[:, None], m[None, :], NO_INDEX), 1)
-            best_m = tl.where(row > best, row_m, best_m)
-        best = tl.maximum(best, row)
+        if BOTH:
+            over_m = tl.where(m_ok[None, :], s, LOW)
+            row = tl.max(over_m, 1)
+            if SAVE:
+                row_m = tl.min(tl.where(over_m == row[:, None], m[None, :], NO_INDEX), 1)
+                best_m = tl.where(row > best, row_m, best_m)
+            best = tl.maximum(best, row)
 
         over_n = tl.where(n_ok[:, None], s, LOW)
         column = tl.max(over_n, 0)
@@ -136,14 +139,16 @@ def forward_kernel(
             tl.store(s_t2i + ((i * BLOCKS + block) * J + j) * M + m, column + poison, mask=m_inside)
 
         if tl.load(code + t + 1) // slots != j:  # the text ends with this tile
-            rows = tl.sum(tl.where(n_ok, best, 0.0), 0) + poison
+            if BOTH:
+                rows = tl.sum(tl.where(n_ok, best, 0.0), 0) + poison
+                if BLOCKS == 1:
+                    tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
+                else:
+                    tl.store(s_i2t + (i * BLOCKS + block) * J + j, rows)
             if BLOCKS == 1:
-                tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
                 mean = (columns + poison) / tl.load(text_count + j)
                 tl.store(s_t2i + i * score_stride + j, tl.where(n_count > 0, mean, 0.0))
-            else:
-                tl.store(s_i2t + (i * BLOCKS + block) * J + j, rows)
-            if SAVE:
+            if SAVE and BOTH:
                 tl.store(
                     arg_i2t + i * i2t_stride + j * N + n,
                     best_m.to(arg_i2t.dtype.element_ty),
@@ -175,6 +180,7 @@ def combine_kernel(
     WIDTH: tl.constexpr,
     SAVE: tl.constexpr,
     KEPT: tl.constexpr,
+    BOTH: tl.constexpr = True,
 ):
     """Scores of one pair from the results of the image's blocks, taken in order: the first of
     equals stays."""
@@ -195,7 +201,8 @@ def combine_kernel(
     rows = tl.zeros([], dtype)
     for block in range(BLOCKS):
         pair = (i * BLOCKS + block) * J + j
-        rows += tl.load(row_sum + pair)
+        if BOTH:
+            rows += tl.load(row_sum + pair)
         column = tl.load(column_max + pair * M + m, mask=ok, other=0.0)
         better = (column > best) | (column != column)
         if SAVE:
@@ -204,7 +211,8 @@ def combine_kernel(
         best = tl.where(better, column, best)
     if SAVE:
         tl.store(arg_t2i + i * t2i_stride + j * M + m, best_n.to(arg_t2i.dtype.element_ty), mask=ok)
-    tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
+    if BOTH:
+        tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
     columns = tl.sum(tl.where(ok, best, 0.0), 0)
     tl.store(s_t2i + i * score_stride + j, tl.where(n_count > 0, columns / m_count, 0.0))
 

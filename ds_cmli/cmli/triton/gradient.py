@@ -64,8 +64,12 @@ class OneSide(NamedTuple):
     """
 
     sequences: Sequences
-    indices: Tensor  # [I, J, positions]: what each position of this side won
+    # [I, J, positions]: what each position of this side won; [I, J, 0] if only the other side wins.
+    indices: Tensor
     grad: Tensor  # [I, J], of the score that is a mean over this side's positions
+
+    def wins(self) -> bool:
+        return self.indices.shape[2] > 0
 
 
 class Lists(NamedTuple):
@@ -189,7 +193,8 @@ def write_gradient(
     lists = Lists.of((P.sequences, P.length), (Q.sequences, Q.length), list_bytes)
     if lists is not None:
         inputs = (pairs.kept_count, P.ends, Q.ends, Q.counts, P.sequences, Q.sequences)
-        amounts = costs(out.dtype, device_limits(out.device)[0])
+        dense, gathered, listed = costs(out.dtype, device_limits(out.device)[0])
+        amounts = dense, gathered * p.wins(), listed * q.wins()
         launcher(choose_kernel, (1,))(pairs.sparse, *inputs, *amounts, CHUNK=CHUNK)
         write_sparse(out, source, p, q, p_axis, lists, pairs)
     write_dense(out, source, p, q, p_axis, pairs)
@@ -208,12 +213,13 @@ def write_sparse(
     P, Q = p.sequences, q.sequences
     D, features = out.shape[-1], sparse_features(out.shape[-1], out.dtype)
     integers, other = P.counts, 1 - p_axis
-    counts = integers.new_empty((lists.group, SEGMENTS, lists.tiles))
-    entries = integers.new_empty((lists.group, Q.sequences * Q.length))
-    starts = integers.new_empty((lists.group, lists.tiles + 1))
+    listed = lists.group * q.wins()
+    counts = integers.new_empty((listed, SEGMENTS, lists.tiles))
+    entries = integers.new_empty((listed, Q.sequences * Q.length))
+    starts = integers.new_empty((listed, lists.tiles + 1))
     sorting = {"TILES": lists.tiles, "WIDTH": lists.width, "SEGMENTS": SEGMENTS, "num_warps": 1}
     adding = {"D": D, "BD": features, "TILES": lists.tiles, "P_MASKED": P.masked, **SPARSE}
-    adding["TWO_TERMS"] = out.dtype == torch.bfloat16
+    adding |= {"TWO_TERMS": out.dtype == torch.bfloat16, "P_WINS": p.wins(), "Q_WINS": q.wins()}
     blocks, parts = math.ceil(P.length / 16), math.ceil(D / features)
     for start in range(0, P.sequences, lists.group):
         some = slice(start, start + lists.group)
@@ -223,7 +229,7 @@ def write_sparse(
         scale, kept, kept_count, p_weight, q_weight = (x[some] for x in pairs[:5])
         sorted_ = (counts, entries, starts, pairs.sparse, kept, kept_count, q_win, Q.mask)
         sizes = (q_win.stride(p_axis), q_win.stride(other), Q.sequences, Q.length, lists.bits)
-        for fill in (False, True):
+        for fill in (False, True) if q.wins() else ():
             step = {"FILL": fill, "MASKED": Q.masked, **sorting}
             launcher(sort_kernel, (number, SEGMENTS))(*sorted_, *sizes, **step)
         inputs = (pairs.sparse, P.mask[some], P.ends[some], scale, source, p_win)
@@ -255,5 +261,6 @@ def write_dense(
         P.sequences, Q.sequences, P.length, Q.length, rows.slots, long.slots,
         2 if two_terms else 1, D=out.shape[-1], BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step,
         P_MASKED=P.masked, Q_MASKED=Q.masked, TWO_TERMS=two_terms, STAGES=tiles.stages,
+        P_WINS=p.wins(), Q_WINS=q.wins(),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

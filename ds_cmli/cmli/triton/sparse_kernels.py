@@ -161,6 +161,8 @@ def sparse_gradient_kernel(
     TILES: tl.constexpr,
     P_MASKED: tl.constexpr,
     TWO_TERMS: tl.constexpr,
+    P_WINS: tl.constexpr = True,  # otherwise p_win is not read, and p has gathered nothing
+    Q_WINS: tl.constexpr = True,  # otherwise there are no lists
 ):
     if tl.load(sparse) == 0:
         return
@@ -182,34 +184,36 @@ def sparse_gradient_kernel(
 
     # What each row has won in each sequence of Q.
     acc = tl.zeros([16, BD], dtype)
-    for start in range(0, total, UNROLL):
-        for u in tl.static_range(UNROLL):
-            k = tl.minimum(start + u, total - 1)
-            q = tl.load(kept + p * Q + k).to(tl.int64)
-            weight = tl.where(start + u < total, tl.load(p_weight + p * Q + k), 0.0)
-            won = tl.load(p_win + p * win_p + q * win_q + readable).to(tl.int32)
-            x = tl.load(features + q * Q_LEN * D + won[:, None] * D, mask=d_ok, other=0.0)
-            acc += x.to(dtype) * weight
+    if P_WINS:
+        for start in range(0, total, UNROLL):
+            for u in tl.static_range(UNROLL):
+                k = tl.minimum(start + u, total - 1)
+                q = tl.load(kept + p * Q + k).to(tl.int64)
+                weight = tl.where(start + u < total, tl.load(p_weight + p * Q + k), 0.0)
+                won = tl.load(p_win + p * win_p + q * win_q + readable).to(tl.int32)
+                x = tl.load(features + q * Q_LEN * D + won[:, None] * D, mask=d_ok, other=0.0)
+                acc += x.to(dtype) * weight
 
     # What has won these rows: a matrix of coefficients [16, STEP] times the listed positions.
-    begin = tl.load(starts + p * (TILES + 1) + tile)
-    end = tl.load(starts + p * (TILES + 1) + tile + 1)
-    other = tl.zeros([16, BD], dtype)
-    for k in range(begin, end, STEP):
-        e = k + tl.arange(0, STEP)
-        entry = tl.load(lists + p * Q * Q_LEN + tl.minimum(e, end - 1))
-        q = entry >> (bits + 4)
-        s = (entry >> 4) - (q << bits)
-        at = q.to(tl.int64) * Q_LEN + s
-        x = tl.load(features + at[:, None] * D, mask=d_ok, other=0.0)
-        weight = tl.load(q_weight + p * Q + q, mask=e < end, other=0.0)
-        g = tl.where((entry % 16)[None, :] == row[:, None], weight[None, :], 0.0)
-        main = g.to(source.dtype.element_ty)
-        other = tl.dot(main, x, other, input_precision="ieee", out_dtype=dtype)
-        if TWO_TERMS:
-            rest = (g - main.to(dtype)).to(source.dtype.element_ty)
-            other = tl.dot(rest, x, other, input_precision="ieee", out_dtype=dtype)
-    acc += other
+    if Q_WINS:
+        begin = tl.load(starts + p * (TILES + 1) + tile)
+        end = tl.load(starts + p * (TILES + 1) + tile + 1)
+        other = tl.zeros([16, BD], dtype)
+        for k in range(begin, end, STEP):
+            e = k + tl.arange(0, STEP)
+            entry = tl.load(lists + p * Q * Q_LEN + tl.minimum(e, end - 1))
+            q = entry >> (bits + 4)
+            s = (entry >> 4) - (q << bits)
+            at = q.to(tl.int64) * Q_LEN + s
+            x = tl.load(features + at[:, None] * D, mask=d_ok, other=0.0)
+            weight = tl.load(q_weight + p * Q + q, mask=e < end, other=0.0)
+            g = tl.where((entry % 16)[None, :] == row[:, None], weight[None, :], 0.0)
+            main = g.to(source.dtype.element_ty)
+            other = tl.dot(main, x, other, input_precision="ieee", out_dtype=dtype)
+            if TWO_TERMS:
+                rest = (g - main.to(dtype)).to(source.dtype.element_ty)
+                other = tl.dot(rest, x, other, input_precision="ieee", out_dtype=dtype)
+        acc += other
 
     ok = inside
     if P_MASKED:

@@ -28,6 +28,16 @@ def test_benchmark_writes_what_it_measures(tmp_path):
     assert {"flash-maxsim", "late-interaction-kernels"} <= {row["name"] for row in rows}
 
 
+@pytest.mark.slow
+def test_one_direction_next_to_stored_similarities():
+    done = run("--repeats", "1", "--json", script="profiling.speed.maxsim")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for shape in json.loads(done.stdout).values():
+        assert shape["maxsim"]["extra_bytes"] < shape["both directions"]["extra_bytes"]
+        assert shape["maxsim"]["extra_bytes"] < 0.02 * shape["einsum, max, sum"]["extra_bytes"]
+        assert all(contender["gradients_differ"] < 1e-5 for contender in shape.values())
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_extra_memory_is_what_the_op_is_known_to_take(dtype):
     I, J = 6, 8  # noqa: E741
