@@ -50,6 +50,12 @@ def test_one_process():
     assert float(first.split()[1]) > 2 and float(last.split()[1]) < 0.5
 
 
+def test_maxsim():
+    names: dict = {}
+    assert run(recipe("maxsim"), names) == ["torch.Size([16, 4])"]
+    assert names["queries"].grad.any() and not names["documents"].grad[~names["document_mask"]].any()
+
+
 def test_accelerate_in_bf16():
     names = definitions()
     (last,) = run(recipe("Accelerator("), names)
