@@ -266,7 +266,7 @@ def test_ranks_rings_cuts_and_caching_equal_one_piece(way, seed, objective):
     for how, (values, of_features) in alone.items():
         whole, whole_grads = alone["gather", how[1], False]
         for ours, theirs in zip(values, whole, strict=True):
-            assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+            assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
         assert_close(values[0], total.reshape(()), rtol=1e-9, atol=1e-12)
         for n, (ours, theirs) in enumerate(zip(of_features, whole_grads, strict=True)):
             assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
@@ -274,7 +274,7 @@ def test_ranks_rings_cuts_and_caching_equal_one_piece(way, seed, objective):
                 assert_close(ours, torch.cat(grads[n::4]), rtol=1e-6, atol=1e-9)
             assert_close(torch.cat([rank[how][1][n] for rank in ranks]) / 2, theirs, rtol=1e-6, atol=1e-9)
         for n, theirs in enumerate(whole):
-            assert_close(sum(rank[how][0][n] for rank in ranks) / 2, theirs, rtol=1e-7, atol=1e-9)
+            assert_close(sum(rank[how][0][n] for rank in ranks) / 2, theirs, rtol=1e-6, atol=1e-9)
     assert (alone["gather", 0.3, True][0][-1] > 0).all()  # pairs were left out, with a bound on the error
     assert alone["gather", 0.3, True][0][-1][0] < 1
 
