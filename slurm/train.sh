@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on Slurm: sbatch [sbatch options] slurm/train.sh [options of ds_cmli/train.py]
 # Options before the script's name override the lines below; slurm/README.md has examples.
+# Only if it fits: DS_CMLI_FITS="8 x A100 80GB" bash slurm/train.sh [sbatch options] -- [options of ds_cmli/train.py]
 #SBATCH --job-name=ds-cmli
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00
@@ -40,6 +41,56 @@ pass_on() {
 }
 for name in TERM USR1 USR2 INT QUIT HUP; do trap "pass_on $name" "$name"; done
 # --- where things are
+set_up() { # DS_CMLI_SETUP: commands that prepare the environment, for instance "module load cuda"
+    [[ -n ${DS_CMLI_SETUP:-} ]] || return 0
+    set +u # the scripts of modules and conda use variables that are not set
+    eval "$DS_CMLI_SETUP" || die "node $node: DS_CMLI_SETUP failed: $DS_CMLI_SETUP"
+    set -u
+}
+words() { [[ -z $1 ]] || xargs printf '%s\n' <<<"$1"; } # split at spaces, but for words that are quoted
+# The command that starts Python: DS_CMLI_PYTHON, or that of an active environment, or that of the project's .venv.
+find_python() {
+    if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-} && -x $project/.venv/bin/python ]]; then
+        # Many shells activate conda's base environment by themselves: that is no choice.
+        if [[ -z ${CONDA_PREFIX:-} || ${CONDA_DEFAULT_ENV:-} == base ]]; then
+            DS_CMLI_PYTHON=$project/.venv/bin/python
+            [[ -z ${CONDA_PREFIX:-} ]] ||
+                echo "notice: runs $DS_CMLI_PYTHON and not conda's base environment: DS_CMLI_PYTHON names another"
+        fi
+    fi
+    python=("${DS_CMLI_PYTHON:-python3}")
+    # It is one program, whose path may hold spaces, or several words.
+    command -v "${python[0]}" >/dev/null || mapfile -t python < <(words "${python[0]}")
+}
+# Outside a job: predict whether a step fits on the GPUs that DS_CMLI_FITS names, and submit this script only then.
+submit_what_fits() {
+    [[ $DS_CMLI_FITS =~ ^([1-9][0-9]*)\ *x\ *(.+)$ ]] ||
+        die "DS_CMLI_FITS is '$DS_CMLI_FITS': give the number of all GPUs and their name, as in '8 x A100 80GB'"
+    local ranks=${BASH_REMATCH[1]} gpu=${BASH_REMATCH[2]} code=0 options=() answer
+    while (($#)) && [[ $1 != -- ]]; do options+=("$1") && shift; done
+    (($#)) || die "no -- between sbatch's options and those of the run: bash $0 [sbatch options] -- [options]"
+    shift
+    local project
+    project=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
+    answer=$(mktemp) || die "no temporary file can be made"
+    (set_up && find_python && PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" exec "${python[@]}" \
+        "$project/profiling/predict.py" --gpu "$gpu" --world-size "$ranks" "${@//%a/0}") \
+        >"$answer" 2>"$answer.errors" || code=$?
+    case $code in
+    0) echo "predicted: $(grep -m 1 ' needs .* GB and fits on ' "$answer")" ;;
+    3) echo "error: not submitted: $(grep -m 1 ' needs .* GB and does not fit on ' "$answer")" >&2 ;;
+    *) echo "error: not submitted: $(tail -n 1 "$answer.errors" | sed 's/^error: //')" >&2 ;;
+    esac
+    rm -f "$answer" "$answer.errors"
+    ((code == 0)) || exit "$((code == 3 ? 3 : 2))"
+    DS_CMLI_PREDICTED=$ranks exec sbatch "${options[@]}" "$(readlink -f "$0")" "$@"
+}
+if [[ -n ${DS_CMLI_FITS:-} && -z ${DS_CMLI_PREDICTED:-} ]]; then
+    [[ -z $ablation ]] || die "DS_CMLI_FITS is set, and is for slurm/train.sh alone: unset it"
+    [[ -z ${SLURM_JOB_ID:-} ]] ||
+        die "DS_CMLI_FITS is set, and nothing was predicted: bash slurm/train.sh [sbatch options] -- [options]"
+    submit_what_fits "$@"
+fi
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] $usage"
 for needed in srun scontrol; do
     command -v "$needed" >/dev/null || die "node $node: no $needed on PATH"
@@ -68,12 +119,7 @@ for word in "$@"; do
     esac
 done
 
-# DS_CMLI_SETUP: commands that prepare the environment, for instance "module load cuda"
-if [[ -n ${DS_CMLI_SETUP:-} ]]; then
-    set +u # the scripts of modules and conda use variables that are not set
-    eval "$DS_CMLI_SETUP" || die "node $node: DS_CMLI_SETUP failed: $DS_CMLI_SETUP"
-    set -u
-fi
+set_up
 # sbatch runs a copy from its spool folder, so Slurm gives the original's path, which its arguments may follow.
 given=$(scontrol show job "$job" | sed -n 's/^ *Command=//p' | head -n 1)
 script=$given
@@ -92,20 +138,8 @@ if [[ ! -f $project/$program ]]; then
 fi
 project=$(cd "$project" && pwd)
 
-# The command that starts Python: DS_CMLI_PYTHON, or that of an active environment, or that of the project's .venv.
-if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-} && -x $project/.venv/bin/python ]]; then
-    # Many shells activate conda's base environment by themselves: that is no choice.
-    if [[ -z ${CONDA_PREFIX:-} || ${CONDA_DEFAULT_ENV:-} == base ]]; then
-        DS_CMLI_PYTHON=$project/.venv/bin/python
-        [[ -z ${CONDA_PREFIX:-} ]] ||
-            echo "notice: runs $DS_CMLI_PYTHON and not conda's base environment: DS_CMLI_PYTHON names another"
-    fi
-fi
-words() { [[ -z $1 ]] || xargs printf '%s\n' <<<"$1"; } # split at spaces, but for words that are quoted
-mapfile -t extra < <(words "${DS_CMLI_SRUN:-}")          # options of srun, for instance of a container
-python=("${DS_CMLI_PYTHON:-python3}")
-# It is one program, whose path may hold spaces, or several words.
-command -v "${python[0]}" >/dev/null || mapfile -t python < <(words "${python[0]}")
+mapfile -t extra < <(words "${DS_CMLI_SRUN:-}") # options of srun, for instance of a container
+find_python
 if [[ " ${extra[*]-}" != *" --container"* ]]; then # otherwise the program is in the container
     found=$(command -v "${python[0]}") ||
         die "node $node: no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
@@ -212,6 +246,8 @@ else
     tasks=$SLURM_NNODES
     on_nodes="1(x$SLURM_NNODES)"
 fi
+[[ -z ${DS_CMLI_PREDICTED:-} || $tasks == "$DS_CMLI_PREDICTED" ]] ||
+    die "the job has $tasks ranks, and memory was predicted for those of DS_CMLI_FITS, '$DS_CMLI_FITS': name its GPUs"
 read -ra tasks_of <<<"$(each "$on_nodes")"
 read -ra cpus_of <<<"$(each "${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE(x$SLURM_NNODES)}")"
 per_node=0               # the most tasks that a node has

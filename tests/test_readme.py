@@ -167,6 +167,16 @@ ELSEWHERE = {
     'ds-cmli-memory fits --fit --gpu "A100 80GB" -- train.py --batch-size {}': "tests/fits/test_largest.py: a loop",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
+    "ds-cmli-memory plan --preset paper --world-size 2 --gpu T4": "tests/memory/test_plan.py: `tiny`",
+    "ds-cmli-memory plan --world-size 2 --gpu T4 --batch 256 -- train.py --deepspeed ds.json --bf16 "
+    "--per_device_train_batch_size {} --gradient_accumulation_steps {accumulation} --gradient_checkpointing "
+    "{checkpointing}":
+        "tests/fits/test_plan.py: a small Trainer",
+    'ds-cmli-memory --gpu "A100 80GB" --world-size 8 && sky jobs launch --name cmli clusters/sky.yaml':
+        "tests/slurm/test_script.py: the exit code; tests/test_clusters.py: its schema, and what it runs",
+    'DS_CMLI_FITS="32 x A100 80GB" bash slurm/train.sh --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 -- --preset '
+    "paper":
+        "tests/slurm/test_script.py: a stand-in",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
         "tests/memory/test_predict.py: small models",
     "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",

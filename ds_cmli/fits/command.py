@@ -83,11 +83,7 @@ def command(
     """Predict whether a PyTorch program's training fits on a GPU, without one."""
     if gpu and limit:
         raise UserError(f"--gpu is {gpu!r} and --limit {limit!r}: give one of them")
-    if not program or program == ("-m",):
-        raise UserError("no program is given: name its script behind --, or -m and its module")
-    if program[0] != "-m" and not Path(program[0]).is_file():
-        instead = "name the file that Python runs, without its launcher, or -m and a module"
-        raise UserError(f"the script {program[0]!r} is not there: {instead}")
+    check_program(program)
     if rank >= (world_size or 1):
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
     engine, files = named.pop("engine"), named
@@ -120,6 +116,15 @@ def command(
     answer.show(_name(program))
     _write(files["json_path"], answer.to_dict())
     return 0 if answer.fits else DOES_NOT_FIT
+
+
+def check_program(program: tuple[str, ...]) -> None:
+    """Raise `UserError` where the words name no program."""
+    if not program or program == ("-m",):
+        raise UserError("no program is given: name its script behind --, or -m and its module")
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        instead = "name the file that Python runs, without its launcher, or -m and a module"
+        raise UserError(f"the script {program[0]!r} is not there: {instead}")
 
 
 def _name(program: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ds_cmli.common.cli import DOES_NOT_FIT
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject
 
 PLACE = "{}"
 MOST = 1 << 20
@@ -56,22 +57,26 @@ def largest(attempt: Callable[[int], Tried]) -> tuple[int, dict[int, Tried]]:
 
 
 def in_process_of_its_own(options: Sequence[str], program: Sequence[str], number: int) -> Tried:
-    """Run the program with `number` at the place.
+    """Run the program with `number` at the place. Raises `UserError` as `answered` does."""
+    given = [argument.replace(PLACE, str(number)) for argument in program]
+    answer = answered(options, given, str(number))
+    return Tried(all(answer["fits"].values()), answer["totals"]["device"], answer["waited_for"])
+
+
+def answered(options: Sequence[str], program: Sequence[str], what: str) -> JsonObject:
+    """Run `fits` with the program, and return the figures that it writes.
 
     Raises:
-        UserError: it ends with an error of its own.
+        UserError: the program, run with `what`, ends with an error of its own.
     """
-    given = [argument.replace(PLACE, str(number)) for argument in program]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "answer.json"
-        command = [sys.executable, "-c", COMMAND, *options, "--json", str(path), "--", *given]
+        command = [sys.executable, "-c", COMMAND, *options, "--json", str(path), "--", *program]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode not in (0, DOES_NOT_FIT) or not path.exists():
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"with {number} the program ends with code {done.returncode}: {last}")
-        answer = json.loads(path.read_text())
-    fits = all(answer["fits"].values())
-    return Tried(fits, answer["totals"]["device"], answer["waited_for"])
+            raise UserError(f"with {what} the program ends with code {done.returncode}: {last}")
+        return json.loads(path.read_text())
 
 
 def sentence(number: int, tried: dict[int, Tried], room: object, program: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ class ChangedSetting:
 
     what: str  # as the user writes it
     loss: dict[str, object] = field(default_factory=dict)  # settings of the section "loss"
+    student: dict[str, object] = field(default_factory=dict)
     zero: dict[str, object] = field(default_factory=dict)  # of the JSON's "zero_optimization"
     json: dict[str, object] = field(default_factory=dict)  # of the DeepSpeed JSON itself
 
@@ -82,6 +83,7 @@ class Step:
         values, ds_config = self.config.to_dict(), self.ds_config
         for part in parts:
             values["loss"].update(part.loss)
+            values["student"].update(part.student)
             ds_config = ds_config.replaced(part.zero, **part.json)
         return SettingsChange(tuple(parts), Config.from_dict(values), ds_config)
 
