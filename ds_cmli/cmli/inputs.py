@@ -299,6 +299,11 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
                 )
 
 
+def valid_positions(mask: Tensor) -> Tensor:
+    """The valid positions of each sequence, by its mask or, packed, by where each begins."""
+    return mask.diff() if mask.ndim == 1 else mask.sum(1)
+
+
 def index_dtype(length: int) -> torch.dtype:
     """The dtype that indexes a side of this length in the saved argmax indices."""
     return torch.uint8 if length <= 256 else torch.int16

@@ -19,6 +19,7 @@ from ds_cmli.cmli.inputs import (
     check_tensors,
     promoted,
     refuse_other_derivatives,
+    valid_positions,
 )
 from ds_cmli.cmli.without_data import assumed
 
@@ -53,7 +54,7 @@ def accepted_maxsim(
     check_inputs(documents, queries, query_mask, document_mask, backend, scratch_bytes, MAXSIM)
     refuse_other_derivatives(MAXSIM.call, documents, queries)
     sides = Sides(documents, queries, query_mask, document_mask, True)
-    return sides, query_mask.diff() if queries.ndim == 2 else query_mask.sum(1)
+    return sides, valid_positions(query_mask)
 
 
 def of_each_query(
@@ -159,8 +160,9 @@ class Packing:
 
     def pad(self, x: Tensor, dim: int = 0) -> Tensor:
         """[.., R, ..] -> [.., B, P, ..], with any values outside of the sequences."""
-        if not x.shape[dim]:
-            return x.new_zeros((*x.shape[:dim], *self.rows.shape, *x.shape[dim + 1 :]))
+        if not x.shape[dim]:  # of no rows, a zero is some row
+            zero = x.new_zeros((*x.shape[:dim], 1, *x.shape[dim + 1 :]))
+            x = torch.cat([x, zero], dim)
         return x.index_select(dim, self.rows.flatten()).unflatten(dim, self.rows.shape)
 
     def pack(self, x: Tensor, rows: int, dim: int = 0) -> Tensor:

@@ -241,12 +241,14 @@ def test_opcheck(flat):
     queries, mask = torch.randn(3, 5, 8), torch.rand(3, 5) < 0.7
     if flat:
         queries, mask = torch.randn(7, 8), torch.tensor([0, 3, 3, 7])
-    sides = torch.randn(4, 6, 8).requires_grad_(), queries.requires_grad_(), mask, None
+    features = torch.randn(4, 6, 8), queries
     for save in (False, True):
         options = "chunked", 2**20, save, True
-        torch.library.opcheck(torch.ops.ds_cmli.cmli_forward, (*sides, *options))
-        results = torch.ops.ds_cmli.cmli_forward(*sides, *options)
-        backward = (*(x.detach() for x in results[:2]), *sides, *results[2:], "chunked", 2**20, True, True, True)
+        torch.library.opcheck(
+            torch.ops.ds_cmli.cmli_forward, (*(x.clone().requires_grad_() for x in features), mask, None, *options)
+        )
+        results = torch.ops.ds_cmli.cmli_forward(*features, mask, None, *options)
+        backward = (*results[:2], *features, mask, None, *results[2:], "chunked", 2**20, True, True, True)
         torch.library.opcheck(torch.ops.ds_cmli.cmli_backward, backward)
 
 

@@ -64,8 +64,8 @@ def backward(
     if argmax[1].numel():
         saved = ArgmaxIndices(argmax[0].view(J, -1), argmax[1].view(-1, I))
     else:
-        of_patches = 0 if sides.one_way else J
-        plan = RecomputePlan.of(I, N, of_patches, sum(texts.lengths), M, scratch_bytes)
+        texts_of_patches = J * (not sides.one_way)
+        plan = RecomputePlan.of(I, N, texts_of_patches, sum(texts.lengths), M, scratch_bytes)
     kernels = kernels_for(texts, images, plan.budget, grads)
     most_text, most_image = tile_sizes(N, M, D, images.features.dtype, plan.budget, backward=True)
     add = plan.number > 1
@@ -129,8 +129,8 @@ class SideGradient:
         own, other = self.own, self.other
         most, most_other = largest(self.own_chunks), largest(self.other_chunks)
         one_way = not self.indices.arg_i2t.numel()
-        won = 0 if one_way and self.of_image else most.rows * most_other.sequences
-        lost = 0 if one_way and not self.of_image else most.sequences * most_other.rows
+        won = most.rows * most_other.sequences * (not (one_way and self.of_image))
+        lost = most.sequences * most_other.rows * (self.of_image or not one_way)
         indices = max(won, lost)
         buffers = Buffers.new(most.rows, indices, own.features, own.wide)
         load_buffers = other.load_buffers(most_other.rows)

@@ -74,7 +74,7 @@ def find_indices(
     N, M = images.positions, texts.positions
     first, stop = part
     sequence = max(first, images.lengths.count(0))
-    i2t = len(texts.lengths), 0 if one_way else sum(images.lengths[first:stop])
+    i2t = len(texts.lengths), sum(images.lengths[first:stop]) * (not one_way)
     t2i = sum(texts.lengths), stop - sequence
     indices = ArgmaxIndices(
         texts.features.new_empty(i2t, dtype=index_dtype(M)),
@@ -118,7 +118,8 @@ def _fill_tile(
     """Take the maxima of the similarities S [T, K], their means and their places."""
     # Of one direction, there are no groups over whose tokens maxima are taken.
     text_groups = () if wanted.one_way else text_chunk.groups
-    best_token = S.new_empty(text_chunk.number if text_groups else 0, image_chunk.height)  # [c, K]
+    texts = text_chunk.number * (not wanted.one_way)
+    best_token = S.new_empty(texts, image_chunk.height)  # [c, K]
     for group in text_groups:
         torch.amax(group.by_sequence(S, 0), 1, out=best_token[group.sequences()])
     best_patch = S.new_empty(text_chunk.height, image_chunk.number)  # [T, i]

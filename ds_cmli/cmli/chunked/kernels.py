@@ -95,8 +95,7 @@ class Indices(Structure):
     @classmethod
     def of(cls, indices: ArgmaxIndices, texts: PackedBatch) -> "Indices":
         i2t, t2i, sequence, row = indices
-        tokens = i2t.data_ptr() if i2t.numel() else None
-        places = tokens, t2i.data_ptr(), i2t.itemsize, t2i.itemsize
+        places = i2t.data_ptr(), t2i.data_ptr(), i2t.itemsize, t2i.itemsize
         return cls(*places, len(texts.lengths), sum(texts.lengths), sequence, row)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.inputs import Sides
+from ds_cmli.cmli.inputs import Sides, valid_positions
 from ds_cmli.cmli.without_data import assumed
 
 
@@ -209,15 +209,10 @@ def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
     Lengths go to the host, the one time that a GPU is waited for in forward, and in backward.
     """
     I, J = sides.sizes()  # noqa: E741
-    counts = _counts(sides.token_mask)
+    counts = valid_positions(sides.token_mask)
     if sides.image_mask is not None:
-        counts = torch.cat([counts, _counts(sides.image_mask)])
+        counts = torch.cat([counts, valid_positions(sides.image_mask)])
     known = assumed()
     lengths = counts.tolist() if known is None else known.lengths  # CPU-GPU sync
     images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [sides.image.shape[-2]] * I)
     return images, PackedBatch(sides.text, sides.token_mask, lengths[:J])
-
-
-def _counts(mask: Tensor) -> Tensor:
-    """The valid positions of each sequence of a side."""
-    return mask.diff() if mask.ndim == 1 else mask.sum(1)

@@ -127,7 +127,7 @@ def backward(
     recompute = argmax[1].numel() == 0
     if recompute:
         tiles = forward_tiles(N, M, image.shape[2], image.dtype, *device_limits(image.device))
-        pair_bytes = _pair_bytes(0 if one_way else N, M) + _listed_pair(M, tiles)
+        pair_bytes = _pair_bytes(N * (not one_way), M) + _listed_pair(M, tiles)
         i_step, j_step = _groups(I, J, pair_bytes, scratch_bytes // 2)
 
     def indices(i: slice, j: slice) -> tuple[Tensor, Tensor]:
@@ -191,7 +191,7 @@ def _launch_forward(
     blocks = math.ceil(N / tiles.rows)
     row_out, column_out, column_arg = s_i2t, s_t2i, arg_t2i
     if blocks > 1:
-        row_out = s_i2t.new_empty((I, blocks, J) if both else (0,))
+        row_out = s_i2t.new_empty((I, blocks, J * both))
         column_out = s_i2t.new_empty((I, blocks, J, M))
         column_arg = image.new_empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N))
     for width, tile in zip(tiles.tokens, walks, strict=True):
