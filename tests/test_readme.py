@@ -161,6 +161,9 @@ ELSEWHERE = {
     ".test_cases, open('coco/coco_order.json', 'w'))\"":
         "docs/evaluation.md: another project's command",
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
+    "python ds_cmli/train.py --data pairs/ --set data.negatives=field --set data.negatives_count=2": (
+        "tests/data/test_wrong_captions.py: sources of each kind"
+    ),
     "python ds_cmli/train.py --data captions.json --set data.captions=4 --losses global,cmli": (
         "tests/data/test_captions.py: a folder's pictures"
     ),

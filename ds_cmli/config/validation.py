@@ -107,7 +107,7 @@ def build(
     fields = TypeAdapter(section).json_schema()["properties"]
     if kind == "unexpected_keyword_argument":
         choice(f"setting of {name}", key, fields)
-    if kind == "missing":
+    if kind == "missing" and errors[0]["loc"] == (key,):
         raise UserError(f"{name}.{key} is missing: give it")
     needs: dict[str, None] = {}  # a setting of several types has an error for each of them
     for problem in errors:

@@ -50,7 +50,7 @@ def by_both_directions(queries: Tensor, documents: Tensor) -> Tensor:
     return cmli_scores(documents, queries, mask)[1].t() * queries.shape[1]
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "einsum, max, sum": stored,
     "both directions": by_both_directions,
     "maxsim": maxsim,
