@@ -18,17 +18,17 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 46_259),
-    "files of the package": (140, 269),
-    "lines of memory/": (3_300, 3_849),
-    "files of memory/": (20, 20),
+    "lines of the package": (20_000, 51_286),
+    "files of the package": (140, 301),
+    "lines of memory/": (3_300, 4_079),
+    "files of memory/": (20, 21),
     "rooms in a cycle of imports": (0, 0),
     "own functions patched by name": (0, 0),
     "signatures with Any": (60, 51),
     "lines over 100 columns": (0, 0),
-    "comprehensions in 1,000 lines of code": (20, 18.6),
+    "comprehensions in 1,000 lines of code": (20, 18.4),
     "comprehensions inside another": (0, 0),
-    "conditional expressions in 1,000 lines of code": (14, 13.1),
+    "conditional expressions in 1,000 lines of code": (14, 12.9),
     "functions of more than 7 parameters": (0, 1),
     "formatting switched off": (0, 9),
     "docstrings without a verb or noun at the start": (0, 0),
