@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shlex
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -44,10 +45,19 @@ def predicted(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: 
     return prediction.report.totals["reserved"]
 
 
+def _end_with_parent() -> None:
+    """Wait for the end of the command, which may be a signal, and end this process with it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _prepare() -> None:
     """A process that predicts."""
     quiet.silence()
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Lines and warnings of libraries would be between those of the table.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
