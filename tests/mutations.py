@@ -224,8 +224,8 @@ MUTATIONS = (
         "match-padding",
         "a token's teacher patch may be one that its picture has not",
         "losses/distillation.py",
-        "similarity.masked_fill_(~features.patch_mask[:, None, :], -torch.inf)",
-        "similarity.masked_fill_(~features.patch_mask[:, None, :], 0.0)",
+        "similarity.masked_fill_(~mask[:, None, :], -torch.inf)",
+        "similarity.masked_fill_(~mask[:, None, :], 0.0)",
         ("losses", "models/test_any_aspect.py"),
     ),
     Mutation(

@@ -262,7 +262,7 @@ def test_options_of_trainings_exist():
     assert len(lines) > 60
     options = {"--help"} | {name for option in train.command.params for name in option.opts}
     for line in lines:
-        match = re.search(r"(?:ds_cmli/train\.py|slurm/train\.sh)(.*)", line)
+        match = re.search(r"(?:ds_cmli/train\.py|slurm/train\.sh(?=.* -- ).* -- |slurm/train\.sh)(.*)", line)
         for word in re.findall(r"(?<=\s)--[\w-]+", match[1]) if match else ():
             assert word in options, line
 

@@ -29,6 +29,7 @@ from profiling.speed.gpu_rates import GPU, Work
 from profiling.speed.instructions import Machine, machine_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+BOTH_WAYS = {"P_WINS": True, "Q_WINS": True}
 
 
 class Kernels:
@@ -63,7 +64,7 @@ class Kernels:
         types |= dict.fromkeys(("image_mask", "token_mask"), "i16")
         types |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32")
         constants = {"D": D, "ROWS": tiles.rows, "BD": tiles.features, "BLOCKS": blocks}
-        constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages}
+        constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages, "BOTH": True}
         instructions = flops = l2 = below = 0.0
         for width in tiles.tokens:
             last = width == tiles.tokens[-1]
@@ -93,7 +94,7 @@ class Kernels:
         types |= dict.fromkeys(("arg_t2i", "column_arg", "kept"), "u8") | {"token_mask": "i16"}
         types |= dict.fromkeys(("image_count", "text_count"), "i32")
         constants = {"BLOCKS": blocks, "WIDTH": power_of_two(self.sizes.M)}
-        constants |= {"SAVE": indices, "KEPT": False}
+        constants |= {"SAVE": indices, "KEPT": False, "BOTH": True}
         machine = self.machine(combine_kernel, types, constants, 4, 3)
         return 4 * self.sizes.I * self.sizes.J * machine.executed([blocks] * len(machine.loops))
 
@@ -117,7 +118,7 @@ class Kernels:
         two_terms = self.name == "bf16"
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step}
         constants |= {"P_MASKED": not of_image, "Q_MASKED": of_image}
-        constants |= {"TWO_TERMS": two_terms, "STAGES": tiles.stages}
+        constants |= {"TWO_TERMS": two_terms, "STAGES": tiles.stages} | BOTH_WAYS
         machine = self.machine(gradient_kernel, types, constants, tiles.warps, tiles.stages)
         programs = rows / tiles.rows * math.ceil(D / tiles.features)
         positions = long * tiles.step + short * 16
@@ -142,7 +143,7 @@ class Kernels:
         features = sparse_features(D, self.dtype)
         programs = row_tiles * math.ceil(D / features)
         constants = {"D": D, "BD": features, "STEP": step, "UNROLL": unroll, "TILES": lists.tiles}
-        constants |= {"P_MASKED": not of_image, "TWO_TERMS": two_terms}
+        constants |= {"P_MASKED": not of_image, "TWO_TERMS": two_terms} | BOTH_WAYS
         types = self.sparse_types()
         machine = self.machine(sparse_gradient_kernel, types, constants, warps, stages)
         steps = max(1.0, positions / row_tiles / step)
