@@ -59,11 +59,10 @@ class Progress:
 
     def ends_before(self, module: nn.Module) -> bool:
         """Whether a module's forward pass is not to be run, as all steps are done before it."""
-        # Programs make modules without parameters anew in each step.
-        key = id(module) if module._parameters else id(type(module))
+        key = id(module)
         if torch.is_grad_enabled():
-            self.modules[key] = min(self.modules[key] + 1, RUNS)
-            if module._parameters:
+            if module._parameters:  # others may be made anew in each step
+                self.modules[key] = min(self.modules[key] + 1, RUNS)
                 self.trained.add(key)
             self.over = self.done_at is not None and module.training
             return self.over or self.ends_before_forward()
@@ -94,7 +93,7 @@ class Progress:
 
     def ends_with(self, error: BaseException) -> bool:
         """Whether all steps were done before the program's error, or its exit."""
-        if self.done_at is None:
+        if self.done_at is None and not (self.done and self.steps >= self.asked):
             return False
         if not isinstance(error, SystemExit) or error.code:
             self.error = f"{type(error).__name__}: {one_line(error)}"

@@ -72,7 +72,7 @@ def test_a_step_in_which_a_module_runs_more_often_is_another_kind(again):
 
 def test_each_kind_of_step_comes_twice():
     """A penalty in the first of each four steps has a module of its own; two steps are asked for."""
-    progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Linear(1, 1), torch.nn.ReLU()
+    progress, alone, usual, penalty = Progress(2), optimizer(), torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     for number in range(100):
         modules = (usual, penalty) if number % 4 == 0 else (usual,)
         if any([progress.ends_before(module) for module in modules]):
