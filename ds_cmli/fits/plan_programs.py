@@ -32,7 +32,7 @@ KEYS = {"zero_optimization", MICRO_BATCH, "train_batch_size", STEPS}
 
 @dataclass(frozen=True)
 class DeepSpeedJson:
-    """The one that the program's words name; without any, it has no path and no content."""
+    """The file that the program's arguments name; without one, path and content are empty."""
 
     word: int = -1  # its place among the words
     path: str = ""

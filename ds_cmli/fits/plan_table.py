@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import tomllib
-
 from ds_cmli.allocator import gpus
 from ds_cmli.common.cli import DOES_NOT_FIT, option
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse_toml
 from ds_cmli.fits.plan import Line, Search, Step, Training, grid, in_order, size
 
 COUNTED = (
@@ -120,7 +119,7 @@ def read_prices(path: str) -> dict[str, float]:
     try:
         text = Path(path).read_text()
         if path.endswith(".toml"):
-            rows = list(tomllib.loads(text).items())
+            rows = list(parse_toml(text).items())
         else:
             lines = filter(None, csv.reader(text.splitlines()))
             rows = [(name, ",".join(rest)) for name, *rest in lines]

@@ -212,10 +212,8 @@ class StepRecorder(Recorder):
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         if self.progress.ends_after_step(optimizer):
             raise StepsDone
-        self.outer, self.in_step = self._next_phase(), False
-
-    def _next_phase(self) -> str:
-        return "forward" if self.progress.done_at is None else "afterwards"
+        self.outer = "forward" if self.progress.done_at is None else "afterwards"
+        self.in_step = False
 
     def category(self, number: int) -> str:
         block = self.blocks[number]

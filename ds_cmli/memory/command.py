@@ -17,13 +17,7 @@ import click
 
 from ds_cmli.allocator import gpus
 from ds_cmli.common import quiet
-from ds_cmli.common.cli import (
-    DOES_NOT_FIT,
-    GroupedCommand,
-    check_writable,
-    option,
-    run_command,
-)
+from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -12,12 +11,8 @@ from typing import Annotated, Any
 from pydantic import Field
 from pydantic.dataclasses import dataclass as checked
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import parse_toml
 from ds_cmli.config import plugins
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import STRICT, Config, Name, Sections
@@ -173,7 +168,7 @@ def load(path: Path, tuning: bool = False) -> Plan:
     """
     plugins.load(PLUGIN)
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = parse_toml(path.read_text(encoding="utf-8"))
         return replace(_plan(values, tuning, path.parent), file=path)
     except (UserError, ValueError) as error:
         raise UserError(f"PLAN is {str(path)!r}: {error}") from None

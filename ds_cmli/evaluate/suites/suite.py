@@ -1,17 +1,12 @@
 """A suite of tasks: a TOML file with a table for each, `[NAME]` with its `kind` and settings."""
 
-import sys
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import get_args, get_type_hints
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 from ds_cmli.common.errors import UserError, check_regular, one_line
+from ds_cmli.common.json_text import parse_toml
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.suites.task import Task
 
@@ -51,10 +46,10 @@ def read_suite(file: str) -> dict[str, Task]:
     setting = f"--suite is {file!r}"
     check_regular("--suite", path)
     try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        content = parse_toml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{setting}: cannot read it: {error.strerror}") from None
-    except ValueError as error:  # tomllib's own, and that of bytes that are no UTF-8
+    except ValueError as error:  # TOML's own, and that of bytes that are no UTF-8
         raise UserError(f"{setting}, which is no TOML: {one_line(error)}") from None
     if not content:
         raise UserError(f"{setting}, which has no task: add a table [NAME] with its kind")
