@@ -177,8 +177,10 @@ class LossInputs(PairInputs):
     @property
     def right(self) -> "LossInputs":
         """The same without wrong captions."""
-        if not self.wrong:
-            return self
+        return self._right if self.wrong else self  # not kept by itself, which would be a cycle
+
+    @cached_property
+    def _right(self) -> "LossInputs":
         texts, count, batch = self.own.texts, self.own.right, self.batch
 
         def right(x: Tensor) -> Tensor:
