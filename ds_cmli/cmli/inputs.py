@@ -32,6 +32,7 @@ class Sides(NamedTuple):
     image_mask: Tensor | None  # bool [I, N]; None: all are valid
     # Only s_t2i is wanted: what belongs to s_i2t (scores, gradients, argmax indices) is empty.
     one_way: bool = False
+    own: int = 0  # so many images belong to each text, which is compared with these alone; 0: all
 
     def sizes(self) -> tuple[int, int]:
         """The numbers of images and of texts, I and J."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.backends import backend_of
+from ds_cmli.cmli.chunked.kernels import suited
 from ds_cmli.cmli.inputs import (
     DEFAULT_SCRATCH_BYTES,
     Sides,
@@ -22,7 +23,13 @@ from ds_cmli.cmli.inputs import (
     check_inputs,
     full_precision,
 )
-from ds_cmli.cmli.sequences import accepted_maxsim, of_each_query, packings, padded
+from ds_cmli.cmli.sequences import (
+    accepted_maxsim,
+    accepted_own,
+    of_each_query,
+    packings,
+    padded,
+)
 
 
 def cmli_scores(
@@ -119,7 +126,8 @@ def maxsim(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
-    if isinstance(documents, Tensor) and documents.ndim == 4:
+    own = isinstance(documents, Tensor) and documents.ndim == 4
+    if own and not _at_once(documents, backend):
         rows = []
         for arguments in of_each_query(queries, documents, query_mask, document_mask):
             row = maxsim(
@@ -131,12 +139,20 @@ def maxsim(
             )
             rows.append(row)
         return torch.cat(rows)
-    masks = query_mask, document_mask
-    sides, counts = accepted_maxsim(queries, documents, *masks, backend, scratch_bytes)
+    masks, accept = (query_mask, document_mask), accepted_own if own else accepted_maxsim
+    sides, counts = accept(queries, documents, *masks, backend, scratch_bytes)
     _, scores = _scores(sides, backend, scratch_bytes, recompute)  # [C, Q], means
+    if own:
+        scores = scores.unflatten(0, (-1, sides.own)).diagonal(dim1=0, dim2=2)  # [K, Q]
     if reduction == "sum":
         scores = scores * counts
     return scores.t().contiguous()
+
+
+@torch.compiler.assume_constant_result
+def _at_once(documents: Tensor, backend: str) -> bool:
+    """Whether the kernels score each query's own documents in one call."""
+    return backend in ("auto", "chunked") and suited(documents.device.type, documents.dtype)
 
 
 def _scores(
@@ -151,7 +167,7 @@ def _scores(
             return cmli_scores_reference(*padded(sides, *packings(sides))[:4])
     needed = sides.image.requires_grad or sides.text.requires_grad
     save_argmax = torch.is_grad_enabled() and needed and not recompute
-    s_i2t, s_t2i, _, _ = _forward(*sides[:4], backend, scratch_bytes, save_argmax, sides.one_way)
+    s_i2t, s_t2i, _, _ = _forward(*sides[:4], backend, scratch_bytes, save_argmax, *sides[4:])
     return s_i2t, s_t2i
 
 
@@ -200,8 +216,9 @@ def _forward_inside(
     scratch_bytes: int,
     save_argmax: bool,
     one_way: bool = False,
+    own: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask, one_way)
+    sides = Sides(image, text, token_mask, image_mask, one_way, own)
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
         return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
@@ -221,8 +238,9 @@ def _backward_inside(
     need_image: bool,
     need_text: bool,
     one_way: bool = False,
+    own: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask, one_way)
+    sides = Sides(image, text, token_mask, image_mask, one_way, own)
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
     wanted = Wanted(need_image, need_text)
     with torch.autocast(image.device.type, enabled=False):
@@ -241,8 +259,10 @@ INSIDE = {
 
 
 @_forward.register_fake
-def _(image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax, one_way=False):
-    return Sides(image, text, token_mask, image_mask, one_way).new_results(save_argmax)
+def _(
+    image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax, one_way=False, own=0
+):
+    return Sides(image, text, token_mask, image_mask, one_way, own).new_results(save_argmax)
 
 
 @_backward.register_fake
@@ -260,6 +280,7 @@ def _(
     need_image,
     need_text,
     one_way=False,
+    own=0,
 ):
     d_image = image.new_empty(image.shape if need_image else (0,))
     d_text = text.new_empty(text.shape if need_text else (0,))
@@ -267,7 +288,7 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _, ctx.one_way = inputs
+    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _, *ctx.kind = inputs
     # Without this, autograd would make zeros as gradients of the argmax indices too.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, token_mask, image_mask, *output[2:])
@@ -279,13 +300,13 @@ def _differentiate(ctx, grad_i2t, grad_t2i, *_):
     image, shape = saved[0], Sides(*saved[:4]).sizes()
     dtype = torch.promote_types(image.dtype, torch.float32)
     if grad_i2t is None:
-        grad_i2t = image.new_zeros((0,) if ctx.one_way else shape, dtype=dtype)
+        grad_i2t = image.new_zeros((0,) if ctx.kind[0] else shape, dtype=dtype)
     if grad_t2i is None:
         grad_t2i = image.new_zeros(shape, dtype=dtype)
-    options = ctx.backend, ctx.scratch_bytes, need_image, need_text, ctx.one_way
+    options = ctx.backend, ctx.scratch_bytes, need_image, need_text, *ctx.kind
     d_image, d_text = _backward(grad_i2t, grad_t2i, *saved, *options)
     gradients = (d_image if need_image else None, d_text if need_text else None)
-    return gradients + (None,) * 6
+    return gradients + (None,) * 7
 
 
 def _no_second_derivative(ctx, *grads):

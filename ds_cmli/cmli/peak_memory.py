@@ -56,6 +56,7 @@ def cmli_peak_bytes(
     image_lengths: Sequence[int] | None = None,
     limits: tuple[tuple[int, int], int] | None = None,
     one_way: bool = False,
+    own: int = 0,
     packed: bool = False,
 ) -> PeakBytes:
     """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for
@@ -73,6 +74,7 @@ def cmli_peak_bytes(
         limits: compute capability and shared memory of a block, in bytes, of the GPU that triton's
             tiles are for; None = the current one, or an A100 where there is none.
         one_way: of `maxsim` instead, of J queries of up to M tokens and I documents of up to N.
+        own: of `maxsim` with so many documents of each query: one_way, and I = own * J.
         packed: both sides are given packed, with both lengths.
 
     Equal to the allocator's count on a CPU, but for what PyTorch's operators hold inside, which is
@@ -99,7 +101,7 @@ def cmli_peak_bytes(
     with FakeTensorMode(), assuming(known):
         mask = None if image_lengths is None else torch.empty(I, N, dtype=torch.bool)
         features = torch.empty(I, N, D, dtype=dtype), torch.empty(J, M, D, dtype=dtype)
-        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask, one_way)
+        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask, one_way, own)
         if packed:
             rows = sum(lengths[J:]), sum(lengths[:J])
             features = torch.empty(rows[0], D, dtype=dtype), torch.empty(rows[1], D, dtype=dtype)

@@ -80,12 +80,35 @@ def of_each_query(
     masks: list[Tensor | None] = [None] * len(documents)
     if document_mask is not None:
         masks = list(_of_positions("document_mask", document_mask, "documents", documents))
-    if not len(parts) == len(documents) > 0:
+    _check_owners(len(parts), documents)
+    return zip(parts, documents.unbind(), token_masks, masks, strict=True)
+
+
+def accepted_own(
+    queries: Tensor,
+    documents: Tensor,
+    query_mask: Tensor | None,
+    document_mask: Tensor | None,
+    backend: str,
+    scratch_bytes: int,
+) -> tuple[Sides, Tensor]:
+    """`accepted_maxsim` for each query's own documents [Q, K, L_d, D], which are images
+    [Q * K, L_d, D]."""
+    if document_mask is not None:
+        document_mask = _of_positions("document_mask", document_mask, "documents", documents)
+        document_mask = document_mask.flatten(0, 1)
+    arguments = queries, documents.flatten(0, 1), query_mask, document_mask
+    sides, counts = accepted_maxsim(*arguments, backend, scratch_bytes)
+    _check_owners(len(counts), documents)
+    return sides._replace(own=documents.shape[1]), counts
+
+
+def _check_owners(queries: int, documents: Tensor) -> None:
+    if not queries == len(documents) > 0:
         raise ValueError(
-            f"documents [Q, K, L_d, D] has shape {list(documents.shape)}: there are {len(parts)} "
+            f"documents [Q, K, L_d, D] has shape {list(documents.shape)}: there are {queries} "
             "queries, and at least one"
         )
-    return zip(parts, documents.unbind(), token_masks, masks, strict=True)
 
 
 def _of_positions(name: str, mask: Tensor, of: str, features: Tensor) -> Tensor:
@@ -187,9 +210,8 @@ def packings(sides: Sides) -> tuple[Packing | None, Packing | None]:
 
 def padded(sides: Sides, of_images: Packing | None, of_texts: Packing | None) -> Sides:
     """The same with no side packed."""
-    image, text, token_mask, image_mask, one_way = sides
     if of_images is not None:
-        image, image_mask = of_images.pad(image), of_images.valid
+        sides = sides._replace(image=of_images.pad(sides.image), image_mask=of_images.valid)
     if of_texts is not None:
-        text, token_mask = of_texts.pad(text), of_texts.valid
-    return Sides(image, text, token_mask, image_mask, one_way)
+        sides = sides._replace(text=of_texts.pad(sides.text), token_mask=of_texts.valid)
+    return sides

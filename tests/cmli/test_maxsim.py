@@ -195,6 +195,20 @@ def test_own_documents_equal_a_query_at_a_time():
         assert torch.equal(scores[q : q + 1], one)
 
 
+def test_own_documents_need_what_is_predicted():
+    queries, documents = torch.randn(6, 32, 16), torch.randn(24, 90, 16)
+    sides = Sides(documents, queries, torch.ones(6, 32).bool(), None, True, own=4)
+    lengths = {"text_lengths": [32] * 6, "dtype": torch.float32, "scratch_bytes": 2**19}
+    peak = cmli_peak_bytes(24, 6, 90, 32, 16, **lengths, one_way=True, own=4)
+    results = []
+    assert allocator_peak(lambda: results.extend(chunked.forward(sides, 2**19, True))) == peak.forward
+    if chunked.kernels.load():  # other pairs are not computed
+        assert results[1].unflatten(0, (6, 4)).diagonal(dim1=0, dim2=2).all() and (results[1] != 0).sum() == 24
+    grads = torch.empty(0), results[1]
+    back = allocator_peak(lambda: chunked.backward(sides, grads, results[2:], Wanted(True, True), 2**19))
+    assert back == peak.backward
+
+
 def test_only_what_one_direction_needs_is_kept():
     queries, documents = torch.randn(3, 5, 8, requires_grad=True), torch.randn(4, 60, 8, requires_grad=True)
 

@@ -66,7 +66,7 @@ def backward(
     else:
         texts_of_patches = J * (not sides.one_way)
         plan = RecomputePlan.of(I, N, texts_of_patches, sum(texts.lengths), M, scratch_bytes)
-    kernels = kernels_for(texts, images, plan.budget, grads)
+    kernels = kernels_for(texts, images, plan.budget, grads, sides.own)
     most_text, most_image = tile_sizes(N, M, D, images.features.dtype, plan.budget, backward=True)
     add = plan.number > 1
     text_total = d_text.to(texts.wide) if add else d_text

@@ -47,7 +47,7 @@ def forward(
     indices = None
     if save_argmax:
         indices = ArgmaxIndices(arg_i2t.view(J, -1), arg_t2i.view(-1, I))
-    kernels = kernels_for(texts, images, scratch_bytes)
+    kernels = kernels_for(texts, images, scratch_bytes, own=sides.own)
     if kernels is not None:
         kernels.compare((0, I), (s_i2t, s_t2i), indices)
         return s_i2t, s_t2i, arg_i2t, arg_t2i

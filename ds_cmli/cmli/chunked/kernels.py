@@ -157,15 +157,27 @@ class Scratch:
 class Kernels:
     """The kernels for both sides of a call; for its backward, with the gradients of the scores."""
 
-    def __init__(self, texts: PackedBatch, images: PackedBatch, budget: int, grads: Both | None):
+    def __init__(
+        self,
+        texts: PackedBatch,
+        images: PackedBatch,
+        budget: int,
+        grads: Both | None,
+        own: int,
+    ):
         self.texts, self.images = texts, images
         self.has_data = has_data(texts.features)
         self.grads: Both | None = None
         self.kept: Both | None = None
         if grads is not None:
             self.grads = grads[0].to(texts.wide), grads[1].to(texts.wide)
-            if self.has_data and self._few(self.grads):
+            if self.has_data and (own or self._few(self.grads)):
                 self.kept = self.grads
+        elif own:
+            J, new = len(texts.lengths), texts.features.new_zeros
+            of_texts = new(J, own, J)
+            of_texts.diagonal(dim1=0, dim2=2).fill_(1)
+            self.kept = new(0), of_texts.flatten(0, 1)
         self.dtype = texts.features.dtype
         sizes = images.positions, texts.positions, texts.features.shape[1]
         self.sizes = Scratch(sizes, self.dtype.itemsize, budget, grads is not None)
@@ -179,7 +191,8 @@ class Kernels:
     ) -> None:
         """Write the scores, the argmax indices, or both, of all texts and a part of the images.
 
-        In backward, where few pairs have a gradient, only of these.
+        Only of a text's own images, if there are such; in backward, where few pairs have a
+        gradient, only of these.
         """
         if not self.has_data:
             return
@@ -245,11 +258,11 @@ def _matrices(both: Both | None) -> tuple[Pairs | None, Pairs | None]:
 
 
 def kernels_for(
-    texts: PackedBatch, images: PackedBatch, budget: int, grads: Both | None = None
+    texts: PackedBatch, images: PackedBatch, budget: int, grads: Both | None = None, own: int = 0
 ) -> Kernels | None:
     """The kernels of a call; None where they do not run."""
     features, known = texts.features, assumed()
     device = features.device.type if known is None else known.device
     if not suited(device, features.dtype):
         return None
-    return Kernels(texts, images, budget, grads)
+    return Kernels(texts, images, budget, grads, own)

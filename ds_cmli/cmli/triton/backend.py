@@ -113,7 +113,7 @@ def backward(
     """
     _check_device(sides.image)
     sides = sides._replace(image=sides.image.contiguous(), text=sides.text.contiguous())
-    image, text, token_mask, image_mask, one_way = sides
+    image, text, token_mask, image_mask, one_way = sides[:5]
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
     images = Sequences(image_mask, I, N, image.device)
     texts = Sequences(token_mask, J, M, image.device)
