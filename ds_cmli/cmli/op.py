@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_cmli.cmli.backends import backend_of
 from ds_cmli.cmli.chunked.kernels import suited
 from ds_cmli.cmli.inputs import (
+    CMLI,
     DEFAULT_SCRATCH_BYTES,
     Sides,
     Wanted,
@@ -24,6 +25,7 @@ from ds_cmli.cmli.inputs import (
     full_precision,
 )
 from ds_cmli.cmli.sequences import (
+    MAXSIM,
     accepted_maxsim,
     accepted_own,
     of_each_query,
@@ -186,20 +188,22 @@ def cmli_gradients(
     arguments and the errors are those of `cmli_scores`.
 
     Args:
-        grads: the gradients [I, J] of s_i2t and s_t2i.
+        grads: the gradients [I, J] of s_i2t and s_t2i; of sides with `one_way` the first is empty,
+            and the second is that of the means of `maxsim`, [C, Q].
     """
-    check_inputs(*sides[:4], backend, scratch_bytes)
+    one_way = sides.one_way
+    check_inputs(*sides[:4], backend, scratch_bytes, MAXSIM if one_way else CMLI)
     backend = _chosen(backend, sides.image)
     if backend == "reference":
         image, text = sides.image.detach(), sides.text.detach()
         image.requires_grad_()
         text.requires_grad_()
         with torch.enable_grad():
-            scores = cmli_scores(image, text, sides.token_mask, sides.image_mask, backend=backend)
-        d_image, d_text = torch.autograd.grad(scores, (image, text), grads)
+            scores = _scores(sides._replace(image=image, text=text), backend, scratch_bytes, False)
+        d_image, d_text = torch.autograd.grad(scores[one_way:], (image, text), grads[one_way:])
         return d_image, d_text
     none = sides.image.new_empty((0,), dtype=torch.uint8)
-    return _backward(*grads, *sides[:4], none, none, backend, scratch_bytes, *wanted)
+    return _backward(*grads, *sides[:4], none, none, backend, scratch_bytes, *wanted, one_way)
 
 
 def _chosen(backend: str, image: Tensor) -> str:
