@@ -63,7 +63,7 @@ LOSSES = {
         scores="global",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", "negatives"),
+        settings=("duplicates", "init_bias", "negatives"),
     ),
     "cmli": LossEntry(
         "ds_cmli.losses.over_pairs:AllPairsCMLI",
@@ -76,7 +76,7 @@ LOSSES = {
         scores="cmli",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", "negatives", *OP),
+        settings=("duplicates", "init_bias", "negatives", *OP),
     ),
     "target_cmli": LossEntry(
         "ds_cmli.losses.distillation:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
@@ -106,7 +106,7 @@ LOSSES = {
         scores="flair",
         kind="sigmoid",
         several=True,
-        settings=("cmli_scratch_bytes", "duplicates", "negatives"),
+        settings=("cmli_scratch_bytes", "duplicates", "init_bias", "negatives"),
     ),
 }
 

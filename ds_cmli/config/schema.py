@@ -272,6 +272,10 @@ class LossConfig:
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
     cmli_init_temperature: Temperature = 0.02
+    # Of the sigmoid losses: which share of pairs they take for positives at first. null: the
+    # authors' -10, and -14 of `cmli_sigmoid`, with which batches of some hundred pairs or less
+    # learn little at first; ln(1/negatives) suits them, as -3.5 does 32 pairs.
+    init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
     # Of the all-pairs scores: plain PyTorch and C++ ("chunked"), or kernels for GPUs ("triton").
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
     cmli_recompute: bool = False  # whether backward finds the argmax indices again

@@ -98,7 +98,9 @@ class GlobalSigmoid(Loss):
     def __init__(self, config: LossConfig):
         super().__init__(config)
         self.logit_scale = log_scale(self.init_temperature)
-        self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
+        self.given_bias = config.init_bias
+        bias = self.init_bias if self.given_bias is None else self.given_bias
+        self.logit_bias = nn.Parameter(torch.tensor([bias]))
 
     def of_scores(self, inputs: PairInputs, scores: Tensor) -> Tensor:
         """The loss of scores [R, T]. Collective."""
@@ -109,7 +111,7 @@ class GlobalSigmoid(Loss):
 
     def start_from(self, start: Start) -> None:
         self.logit_scale.data.fill_(start.log_scale)
-        if start.bias is not None:
+        if start.bias is not None and self.given_bias is None:
             self.logit_bias.data.fill_(start.bias)
 
     def forward(self, inputs: PairInputs) -> Tensor:

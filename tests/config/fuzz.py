@@ -78,6 +78,7 @@ SETTINGS: dict[str, list[Any]] = {
     "teacher.average_blocks": [2],
     "loss.target": ["top", "attention"],
     "loss.init_temperature": [0.01, 0.5],
+    "loss.init_bias": [-3.5, 0],
     "loss.cmli_init_temperature": [0.1, 1],
     "loss.cmli_backend": ["chunked", "triton"],
     "loss.cmli_recompute": [True],

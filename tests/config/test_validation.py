@@ -182,6 +182,7 @@ def test_presets_and_random_weights_are_not_contradicted():
         ("cls_contrast", "loss.duplicates=keep", None), ("token_contrast", "loss.target=top", None),
         ("cls_kd", "teacher.average_blocks=2", None), ("sparc", "teacher.average_blocks=2", "without target_cmli"),
         ("global", "data.regions=2", "compares boxes"),
+        ("global", "loss.init_bias=-3", "without global_sigmoid"), ("flair", "loss.init_bias=-3", None),
         ("flair", "loss.cmli_scratch_bytes=2000000", None), ("flair", "loss.cmli_recompute=true", "without cmli"),
         ("target_image", "loss.match=student", "without target_cmli"), ("target_text", "loss.match=student", None),
     ],

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.functions import sigmoid_loss
+from ds_cmli.models.dual import Start
 
 SCALE, BIAS = torch.tensor([math.log(2.0)]), torch.tensor([-1.0])
 
@@ -52,3 +53,10 @@ def test_each_has_a_temperature_and_a_bias_of_its_own():
         loss = load(LOSSES[name])(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
         assert LOSSES[name].scores == kind and not LOSSES[name].teacher
+
+
+@pytest.mark.parametrize("name", ["global_sigmoid", "cmli_sigmoid", "flair"])
+def test_a_given_bias_is_kept_from_a_source_too(name):
+    loss = load(LOSSES[name])(LossConfig(weights={name: 1.0}, init_bias=-3.5))
+    loss.start_from(Start(log_scale=math.log(116.0), bias=-12.9))
+    assert loss.logit_bias.item() == -3.5
