@@ -98,6 +98,16 @@ PATCHES = {
         "is_tracing",
         "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync.",
     ),
+    "colpali_engine: scores": Patch(
+        "colpali_engine.loss.late_interaction_losses",
+        "maxsim_inbatch maxsim_kd",
+        "Its losses take no function of scores.",
+    ),
+    "colpali_engine: gather": Patch(
+        "colpali_engine.trainer.contrastive_trainer:ContrastiveTrainer",
+        "_compute_loss_from_outputs",
+        "It gathers all ranks' documents before it calls the loss.",
+    ),
     "huggingface_hub: offline": Patch(
         "huggingface_hub.constants",
         "HF_HUB_OFFLINE",

@@ -56,6 +56,14 @@ def test_maxsim():
     assert names["queries"].grad.any() and not names["documents"].grad[~names["document_mask"]].any()
 
 
+@pytest.mark.slow
+def test_colpali():
+    pytest.importorskip("colpali_engine", reason="colpali-engine is not installed")
+    names: dict = {}
+    run(recipe("MaxSimLoss("), names)
+    assert 1 < names["loss"].item() < 50 and names["model"].weight.grad.any()
+
+
 def test_accelerate_in_bf16():
     names = definitions()
     (last,) = run(recipe("Accelerator("), names)
