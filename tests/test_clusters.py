@@ -54,6 +54,18 @@ def test_the_train_job_goes_on_after_85_and_ends_after_a_mistake():
     assert f"--shutdown-timeout={grace - 30}" in options["command"]
 
 
+def test_what_is_predicted_first_has_the_ranks_that_the_files_request():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    trainer = TRAIN_JOB["spec"]["trainer"]
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": str(trainer["numProcPerNode"])}
+    name, number = SKY["resources"]["accelerators"].split(":")
+    for ranks, starts in (
+        (trainer["numNodes"] * trainer["numProcPerNode"], "kubectl apply -f clusters/trainjob.yaml"),
+        (SKY["num_nodes"] * int(number), "sky jobs launch --name cmli clusters/sky.yaml"),
+    ):
+        assert f'ds-cmli-memory --gpu "{name} 80GB" --world-size {ranks} && {starts}\n' in page
+
+
 def test_skypilots_own_schemas_take_the_task():
     """With `pip install skypilot`, which is too much for the tests' own requirements."""
     schemas = pytest.importorskip("sky.utils.schemas", reason="SkyPilot is not installed")

@@ -177,9 +177,11 @@ ELSEWHERE = {
         "tests/fits/test_plan.py: a small Trainer",
     'ds-cmli-memory --gpu "A100 80GB" --world-size 8 && sky jobs launch --name cmli clusters/sky.yaml':
         "tests/slurm/test_script.py: the exit code; tests/test_clusters.py: its schema, and what it runs",
+    'ds-cmli-memory --gpu "A100 80GB" --world-size 16 && kubectl apply -f clusters/trainjob.yaml':
+        "tests/test_clusters.py: its ranks, its schema, and what it runs",
     'DS_CMLI_FITS="32 x A100 80GB" bash slurm/train.sh --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 -- --preset '
     "paper":
-        "tests/slurm/test_script.py: a stand-in",
+        "tests/slurm/test_layouts.py: two ranks of `tiny`",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
         "tests/memory/test_predict.py: small models",
     "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",

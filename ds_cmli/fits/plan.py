@@ -16,6 +16,7 @@ from ds_cmli.allocator import gpus
 from ds_cmli.common.errors import UserError
 
 PLAIN_PASSES = 3  # forward, and backward, which counts as two
+MACHINE = 8  # GPUs that a machine has at most
 MOST_WORKERS = 4  # predictions at a time: each takes 1 to 2 GB of the host's memory
 
 
@@ -115,6 +116,25 @@ def size(gpu: str) -> int:
 
 def workers() -> int:
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def deepspeed(world_size: int) -> list[str]:
+    """DeepSpeed's launcher: by a hostfile where a machine has not so many GPUs."""
+    if world_size > MACHINE:
+        return ["deepspeed", "--hostfile", "hostfile"]
+    return ["deepspeed", "--num_gpus", str(world_size)]
+
+
+def torchrun(world_size: int) -> list[str]:
+    """PyTorch's launcher, which runs on each machine."""
+    nodes = math.ceil(world_size / MACHINE)
+    while world_size % nodes:
+        nodes += 1
+    words = ["torchrun", "--nproc_per_node", str(world_size // nodes)]
+    if nodes == 1:
+        return words
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "NODE:29400"]
+    return [*words, "--nnodes", str(nodes), *rendezvous]
 
 
 def grid(step: Step) -> tuple[list[Settings], list[str]]:

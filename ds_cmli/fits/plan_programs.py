@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import click
 
@@ -20,14 +21,16 @@ from ds_cmli.common.json_text import JsonObject, read
 from ds_cmli.fits import largest, plan_table
 from ds_cmli.fits.answer import Room
 from ds_cmli.fits.command import ProgramCommand, check_program
-from ds_cmli.fits.plan import Need, Settings, Step
+from ds_cmli.fits.plan import Need, Settings, Step, deepspeed, torchrun
 
 ACCUMULATION, CHECKPOINTING, LORA = "accumulation", "checkpointing", "lora"
 # "{checkpointing}" is True or False, "{checkpointing:--flag|}" the one text or the other.
 PLACE = re.compile(rf"\{{(|{ACCUMULATION}|{CHECKPOINTING}|{LORA})(?::([^|}}]*)\|([^}}]*))?\}}")
+LIKE_A_PLACE = re.compile(r"\{[A-Za-z_][^{}\"]*\}")
 MICRO_BATCH, STEPS = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+TRAIN_BATCH, ZERO, AUTO = "train_batch_size", "zero_optimization", "auto"
 # One of these makes a JSON that of DeepSpeed.
-KEYS = {"zero_optimization", MICRO_BATCH, "train_batch_size", STEPS}
+KEYS = {ZERO, MICRO_BATCH, TRAIN_BATCH, STEPS}
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,47 @@ class DeepSpeedJson:
     path: str = ""
     content: JsonObject = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for key in (MICRO_BATCH, STEPS, TRAIN_BATCH):
+            value = self.content.get(key, AUTO)
+            if value != AUTO and (type(value) is not int or value < 1):
+                self._refuse(key, value, f'give a number from 1 on, or "{AUTO}"')
+        offload: object = None
+        if isinstance(self.zero, dict):
+            offload = self.zero.get("offload_optimizer")
+        for key, value in ((ZERO, self.zero), (f"{ZERO}.offload_optimizer", offload or {})):
+            if not isinstance(value, dict):
+                self._refuse(key, value, "give an object")
+        if type(self.stage) is not int or self.stage not in range(4):
+            self._refuse(f"{ZERO}.stage", self.stage, "give one of 0 to 3")
+
+    def _refuse(self, key: str, value: object, what_to_do: str) -> NoReturn:
+        raise UserError(f"{self.path}: {key} is {json.dumps(value)}: {what_to_do}")
+
     def number(self, key: str) -> int:
-        value = self.content.get(key)
-        if isinstance(value, int):
-            return value
-        return 0
+        """The value; 0 for none, and for "auto"."""
+        value = self.content.get(key, AUTO)
+        if value == AUTO:
+            return 0
+        return value
 
     @property
     def zero(self) -> JsonObject:
-        return self.content.get("zero_optimization", {})
+        return self.content.get(ZERO, {})
+
+    @property
+    def stage(self) -> int:
+        return self.zero.get("stage", 0)
+
+    @property
+    def offloads(self) -> bool:
+        return (self.zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+    def micro_batch(self, world_size: int) -> int:
+        """The size as DeepSpeed takes it, from the batch of all ranks if need be; 0 for none."""
+        if self.number(MICRO_BATCH):
+            return self.number(MICRO_BATCH)
+        return self.number(TRAIN_BATCH) // (world_size * (self.number(STEPS) or 1))
 
 
 def find_json(program: tuple[str, ...]) -> DeepSpeedJson:
@@ -86,7 +121,7 @@ class Program:
         self.json = find_json(self.words)
         self.folder = tempfile.TemporaryDirectory()
         places = {match[1] for match in PLACE.finditer(" ".join(self.words))}
-        micro_batch = self.json.number(MICRO_BATCH)
+        micro_batch = self.json.micro_batch(self.world_size)
         if "" not in places and not micro_batch:
             raise UserError(
                 f"nothing sets the micro-batch: write {largest.PLACE} for it in the program's "
@@ -97,8 +132,7 @@ class Program:
             raise UserError(f"--batch is missing: the samples of a step where {largest.PLACE} is")
         own = Settings()
         if self.json.path:
-            offloaded = self.json.zero.get("offload_optimizer", {}).get("device", "none") != "none"
-            own = Settings(stage=self.json.zero.get("stage", 0), offload=offloaded)
+            own = Settings(stage=self.json.stage, offload=self.json.offloads)
         own = replace(own, **dict.fromkeys(places & {CHECKPOINTING, LORA}, False))
         accumulates = ACCUMULATION in places or micro_batch > 0
         self.step = Step(own, pairs, self.world_size, accumulates=accumulates)
@@ -121,11 +155,11 @@ class Program:
         zero = self.json.zero | {"stage": settings.stage}
         if settings.offload != self.step.own.offload:
             zero["offload_optimizer"] = {"device": ("none", "cpu")[bool(settings.offload)]}
-        content = self.json.content | {"zero_optimization": zero}
-        if self.json.number(MICRO_BATCH):
+        content = self.json.content | {ZERO: zero}
+        if self.json.micro_batch(self.world_size):
             content |= {MICRO_BATCH: micro_batch, STEPS: self.step.pairs // micro_batch}
-            if self.json.number("train_batch_size"):
-                content["train_batch_size"] = self.step.pairs * self.world_size
+            if self.json.number(TRAIN_BATCH):
+                content[TRAIN_BATCH] = self.step.pairs * self.world_size
         return content
 
     def measure(self, settings: Settings, micro_batch: int, gpu: str = "") -> Need:
@@ -145,11 +179,11 @@ class Program:
         words = self.changed(settings, micro_batch, self.write_to)
         launcher = ["python"]
         if self.json.path:
-            launcher = ["deepspeed", "--num_gpus", str(self.world_size)]
+            launcher = deepspeed(self.world_size)
             if words[0] == "-m":
                 words[0] = "--module"
         elif self.world_size > 1:
-            launcher = ["torchrun", "--nproc_per_node", str(self.world_size)]
+            launcher = torchrun(self.world_size)
         return shlex.join([*launcher, *words])
 
 
@@ -186,6 +220,8 @@ def command(
     check_program(program)
     names, priced = plan_table.devices(gpu, prices)
     planned = Program(program, names, world_size, batch, write_to)
+    for word in set(LIKE_A_PLACE.findall(PLACE.sub("", " ".join(program)))):
+        tell(f"{word} is no place of a plan, and stays as it is")
     if planned.json.path:
         check_writable(write_to)
     return plan_table.make(planned, names, priced, tell)

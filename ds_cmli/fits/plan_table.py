@@ -10,7 +10,7 @@ from ds_cmli.allocator import gpus
 from ds_cmli.common.cli import DOES_NOT_FIT, option
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse_toml
-from ds_cmli.fits.plan import Line, Search, Step, Training, grid, in_order, size
+from ds_cmli.fits.plan import MACHINE, Line, Search, Step, Training, grid, in_order, size
 
 COUNTED = (
     "work is counted, not measured: FLOPs in passes (forward 1, backward 2, a repeated forward 1), "
@@ -18,17 +18,9 @@ COUNTED = (
     "gradients between GPUs (a plain step: 2), and to and from the host by offload, as multiples "
     "of the weights'"
 )
-OPTIONS = (
-    (
-        ("--write", "write_to"),
-        {
-            "default": "plan.json",
-            "show_default": True,
-            "help": "The DeepSpeed JSON of the proposal.",
-        },
-    ),
-    (("--prices",), {"help": "Prices per hour: lines of GPU,PRICE (.csv) or GPU = PRICE (.toml)."}),
-    (("--gpu",), {"help": "GPU by name.  [those of --prices, or all that are listed]"}),
+SEVERAL_MACHINES = (
+    "on several machines: deepspeed's hostfile has a line NAME slots=GPUS for each of them, and "
+    "torchrun is started on each, with the name of one for NODE"
 )
 EXAMPLE = "A100 80GB,1.80"
 
@@ -49,6 +41,8 @@ def make(
     lines = in_order(search.lines(settings), step.own, prices)
     show(lines, step, prices)
     print(f"\n{COUNTED}")
+    if len(names) > 1:
+        print("lines have the operators of an A100, the proposal those of its own GPU")
     for reason in left_out:
         print(f"left out: {reason}")
     for refusal in search.refused:
@@ -66,6 +60,8 @@ def make(
             batch = f"micro-batch {line.micro_batch} x {times}"
             ranks = f"{step.world_size} x {gpu}"
             print(f"the least work that fits: {line.settings}, {batch}, on {ranks}: {taken}")
+            if step.world_size > MACHINE:
+                print(SEVERAL_MACHINES)
             print(training.start(line.settings, line.micro_batch))
             return 0
     print(f"nothing fits on {', '.join(names)}: a smaller model, more ranks or a larger GPU")
@@ -117,7 +113,7 @@ def read_prices(path: str) -> dict[str, float]:
         UserError: the file is not there, is empty, or has something that is no GPU or no price.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8-sig")
         if path.endswith(".toml"):
             rows = list(parse_toml(text).items())
         else:
@@ -136,7 +132,7 @@ def read_prices(path: str) -> dict[str, float]:
             known = ", ".join(gpus.all_gpus())
             raise UserError(f"--prices {path} has {name!r}: give one of {known}")
         if not price:
-            raise UserError(f"--prices {path}: {name} has {value!r}: give a price as a number")
+            raise UserError(f"--prices {path}: {name} has {value!r}: give a price above 0")
         if listed in prices:
             raise UserError(f"--prices {path} has {listed} twice: keep one")
         prices[listed] = price
@@ -173,6 +169,9 @@ def devices(gpu: str | None, prices_path: str | None) -> tuple[list[str], dict[s
 
 def plan_options(function: Callable) -> Callable:
     """The options of both plans."""
-    for names, more in OPTIONS:
-        function = option("Plan", *names, **more)(function)
-    return function
+    prices = "Prices per hour: lines of GPU,PRICE (.csv) or GPU = PRICE (.toml)."
+    written = {"default": "plan.json", "help": "The DeepSpeed JSON of the proposal."}
+    function = option("Plan", "--write", "write_to", show_default=True, **written)(function)
+    function = option("Plan", "--prices", help=prices)(function)
+    gpu = "GPU by name.  [those of --prices, or all that are listed]"
+    return option("Plan", "--gpu", help=gpu)(function)

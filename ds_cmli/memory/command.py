@@ -127,10 +127,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
 @add(*WHAT, *OUTPUT, *START)
 @option("Plan", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @plan_options
-@click.pass_context
-def plan_command(
-    context: click.Context, deepspeed_config: str, settings: tuple[str, ...], **options: Any
-) -> int:
+def plan_command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
     """Plan a training: which settings fit on which GPU, and which of them cost the least work.
 
     With a program behind --, plan that: see docs/fits.md.
@@ -144,7 +141,7 @@ def plan_command(
     check_writable(write_to)
     from ds_cmli.memory import plan
 
-    training = plan.Planned(config, ds_config, ranks, names, plan.words(context), write_to, tell)
+    training = plan.Planned(config, ds_config, ranks, names, plan.words(), write_to, tell)
     return plan_table.make(training, names, prices, tell)
 
 

@@ -1,21 +1,15 @@
 """The plan of this project's training: `ds-cmli-memory plan`."""
 
 import json
-import multiprocessing
-import os
 import shlex
-import threading
+import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import click
-import torch
+from queue import SimpleQueue
 
 from ds_cmli.allocator import gpus
-from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -23,7 +17,7 @@ from ds_cmli.fits import plan
 from ds_cmli.fits.report import DEFAULT_GPU
 from ds_cmli.memory.changes import CHECKPOINTING, MICRO_BATCH, OFFLOAD, ChangedSetting, zero_stage
 from ds_cmli.memory.changes import Step as ConfiguredStep
-from ds_cmli.memory.largest_rank import predict_largest
+from ds_cmli.memory.predict_subprocess import Predictor, Request
 
 # Ends of the names of attention's layers: timm's and BERT's, with CLIP's text encoder, those of
 # CLIP and SigLIP, open_clip's.
@@ -34,34 +28,13 @@ LORA = (
     {"image": ["in_proj"], "text": ["in_proj"]},
 )
 # Options of which the JSON of a line, or the plan itself, takes the place.
-NOT_TRAINING = {"micro_batch", "deepspeed_config", "world_size", "gpu", "prices", "write_to"}
+NOT_TRAINING = {
+    *("--micro-batch", "--deepspeed_config"),
+    *("--world-size", "--gpu", "--prices", "--write"),
+}
 WITHOUT_CHECKPOINTING = ChangedSetting("", json={"activation_checkpointing": None})
 WITHOUT_OFFLOAD = ChangedSetting("", zero={"offload_optimizer": {"device": "none"}})
-
-
-def predicted(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: str) -> int:
-    """The bytes that the rank with the most reserves, with the operators of `gpu`."""
-    prediction = predict_largest(config, ds_config, world_size, gpu=gpu, first=world_size - 1)
-    return prediction.report.totals["reserved"]
-
-
-def _end_with_parent() -> None:
-    """Wait for the end of the command, which may be a signal, and end this process with it."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _prepare() -> None:
-    """A process that predicts."""
-    quiet.silence()
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    # Lines and warnings of libraries would be between those of the table.
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.dup2(null, 2)
+LONGEST_S = 86_400  # of a plan
 
 
 @dataclass
@@ -91,8 +64,9 @@ class Planned:
         self.reference = DEFAULT_GPU
         if len(self.names) == 1:
             (self.reference,) = self.names
-        spawning = multiprocessing.get_context("spawn")
-        self.pool = ProcessPoolExecutor(plan.workers(), spawning, initializer=_prepare)
+        self.idle = SimpleQueue[Predictor]()
+        for _ in range(plan.workers()):
+            self.idle.put(Predictor(LONGEST_S))
         self.reserved: dict[tuple[plan.Settings, int, str], int] = {}
         self._find_lora()
 
@@ -120,21 +94,25 @@ class Planned:
         gpu = gpu or self.reference
         key = settings, micro_batch, gpu
         if key not in self.reserved:
-            changed = self.changed(settings, micro_batch)
-            made = self.pool.submit(predicted, *changed, self.world_size, gpu)
-            self.reserved[key] = made.result()
+            changed, predictor = self.changed(settings, micro_batch), self.idle.get()
+            answer = predictor.ask(Request(*changed, self.world_size, rank=None, gpu=gpu))
+            self.idle.put(predictor)
+            if answer.report is None:
+                raise UserError(answer.failed)
+            self.reserved[key] = answer.report["totals"]["reserved"]
         reserved = self.reserved[key]
-        fits = []
-        for name in self.names:
-            if gpus.device_bytes(reserved, name, self.world_size) <= plan.size(name):
-                fits.append(name)
-        return plan.Need(gpus.device_bytes(reserved, gpu, self.world_size), frozenset(fits))
+
+        def device(name: str) -> int:
+            return gpus.device_bytes(reserved, name, self.world_size)
+
+        fits = filter(lambda name: device(name) <= plan.size(name), self.names)
+        return plan.Need(device(gpu), frozenset(fits))
 
     def start(self, settings: plan.Settings, micro_batch: int) -> str:
         config, ds_config = self.changed(settings, micro_batch)
         Path(self.write_to).write_text(json.dumps(ds_config.raw(), indent=2) + "\n")
-        words = ["deepspeed", "--num_accelerators", str(self.world_size), *self.words]
-        words += ["--deepspeed_config", self.write_to]
+        words = plan.deepspeed(self.world_size)
+        words += [*self.words, "--deepspeed_config", self.write_to]
         if config.student.lora != self.config.student.lora:
             words += ["--set", f"student.lora={json.dumps(config.student.lora)}"]
         return shlex.join(words)
@@ -155,23 +133,15 @@ class Planned:
         print(f"without LoRA: {reason}")
 
 
-def words(context: click.Context) -> list[str]:
+def words() -> list[str]:
     """Return the program and the options of the command line that describe the training."""
     script = Path(__file__).parents[1] / "train.py"
     with suppress(ValueError):
         script = script.relative_to(Path.cwd())
-    out = [str(script)]
-    for parameter in context.command.params:
-        name = parameter.name or ""
-        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-        if not given or name in NOT_TRAINING:
-            continue
-        value, flag = context.params[name], parameter.opts[0]
-        if isinstance(parameter, click.Option) and parameter.is_flag:
-            out.append(flag)
-        elif isinstance(value, tuple):
-            for one in value:
-                out += [flag, str(one)]
-        else:
-            out += [flag, str(value)]
+    out, arguments = [str(script)], iter(sys.argv[1:])
+    for word in arguments:
+        if word.partition("=")[0] not in NOT_TRAINING:
+            out.append(word)
+        elif "=" not in word:
+            next(arguments)  # its value
     return out

@@ -4,10 +4,14 @@ Another one is compared without a change here by `estimators --estimate FILE.py`
 function `estimate(program: Program) -> int | None`.
 """
 
+import math
 import runpy
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.fits.report import MARGIN
@@ -26,6 +30,7 @@ class Program:
     fits: int  # bytes reserved by `ds-cmli-memory fits`, two steps
 
 
+Result = TypeVar("Result")
 Estimate = Callable[[Program], int | None]  # bytes that PyTorch reserves; None: it has none
 
 
@@ -63,13 +68,44 @@ ESTIMATES: dict[str, Estimate] = {
 }
 
 
-def of_file(path: str) -> Estimate:
-    """The function `estimate` of a file. Raises `UserError`."""
-    try:
-        function = runpy.run_path(path).get("estimate")
-    except Exception as error:  # whatever the file raises
-        why = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"--estimate is {path!r}, which does not run: {why}") from None
+def of_file(path: str, seconds: float) -> Estimate:
+    """The function `estimate` of a file, which raises `UserError` where it gives no number of bytes.
+
+    Args:
+        seconds: after which the file, and each call, is ended.
+
+    Raises:
+        UserError: the file does not run, or has no such function.
+    """
+
+    def run(function: Callable[..., Result], argument: object, when: str) -> Result:
+        try:
+            signal.signal(signal.SIGALRM, partial(_end, f"not done after {seconds:g} s"))
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            return function(argument)
+        except (Exception, SystemExit) as error:  # whatever a stranger's file raises
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise UserError(f"--estimate is {path!r}, which does not run{when}: {why}") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    function = run(runpy.run_path, path, "").get("estimate")
     if not callable(function):
         raise UserError(f"--estimate is {path!r}, which has no function estimate(program): add it")
-    return function
+
+    def estimate(program: Program) -> int | None:
+        size = run(function, program, f" with {program.script.stem}")
+        if size is None:
+            return None
+        if type(size) not in (int, float) or not 1 <= size < math.inf:
+            raise UserError(
+                f"--estimate is {path!r}, which gives {size!r} for {program.script.stem}: "
+                "return a number of bytes, or None"
+            )
+        return int(size)
+
+    return estimate
+
+
+def _end(why: str, *_: object) -> NoReturn:
+    raise TimeoutError(why)

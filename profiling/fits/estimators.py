@@ -46,7 +46,11 @@ def row(name: str, its: Program, reserved: int, estimates: Mapping[str, Estimate
     """Every estimate of one program, in bytes."""
     out = Row(name, reserved)
     for estimator, estimate in estimates.items():
-        size = estimate(its)
+        size = None
+        try:
+            size = estimate(its)
+        except UserError as error:
+            print(f"{name}: {error}", file=sys.stderr)
         if size is not None:
             out.estimates[estimator], out.fails[estimator] = size, size < reserved
     return out
@@ -76,7 +80,12 @@ def command(
     names: tuple[str, ...], totals: str | None, seconds: int, files: tuple[str, ...]
 ) -> None:
     """Compare estimates for the programs of profiling/fits/programs, or those NAMES."""
-    estimates = ESTIMATES | {Path(file).stem: of_file(file) for file in files}
+    estimates = dict(ESTIMATES)
+    for file in files:
+        own = Path(file).stem
+        if own in estimates:
+            raise UserError(f"--estimate is {file!r}, and the table has {own} already: rename it")
+        estimates[own] = of_file(file, seconds)
     known = json.loads(Path(totals).read_text()) if totals else {}
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, 2 steps\n")
     rows = []

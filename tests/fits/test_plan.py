@@ -9,7 +9,7 @@ import pytest
 from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits.plan import Need, Search, Settings, Step, Work, grid, in_order
-from ds_cmli.fits.plan_programs import Program, command
+from ds_cmli.fits.plan_programs import MICRO_BATCH, STEPS, Program, command
 from ds_cmli.fits.plan_table import devices, make, read_prices
 from tests.fits.test_fits import script
 
@@ -115,6 +115,8 @@ def test_prices(tmp_path):
         == {T4: 0.5, A100: 3.0}
         == read('T4 = 0.5\n"A100 80GB" = 3\n', "prices.toml")
     )
+    (tmp_path / "bom.csv").write_text("GPU,price\nT4,0.5\n", encoding="utf-8-sig")
+    assert read_prices(str(tmp_path / "bom.csv")) == {T4: 0.5}
     assert devices("a100 80gb", str(tmp_path / "prices.csv"))[0] == [A100]
     with pytest.raises(UserError, match="no price of H100"):
         devices("H100", str(tmp_path / "prices.csv"))
@@ -124,9 +126,10 @@ def test_prices(tmp_path):
         ("GPU,price\n", "a.csv", "which has no price"),
         ("T4,0.5\nTX,1\n", "a.csv", "has 'TX': give one of T4 16GB, "),
         ("TX,1\n", "a.csv", "has 'TX'"),
-        ("T4,cheap\n", "a.csv", "T4 has 'cheap': give a price as a number"),
-        ("T4,nan\n", "a.csv", "give a price as a number"),
-        ("T4,-1\n", "a.csv", "give a price as a number"),
+        ("T4,cheap\n", "a.csv", "T4 has 'cheap': give a price above 0"),
+        ("T4,nan\n", "a.csv", "give a price above 0"),
+        ("T4,-1\n", "a.csv", "give a price above 0"),
+        ("GPU;price\nT4;1\n", "a.csv", "has 'T4;1': give one of"),
         ("T4\n", "a.csv", "T4 has '': give a price"),
         ("T4,1\nT4 16GB,2\n", "a.csv", "T4 16GB twice"),
         ("T4 = true", "a.toml", "T4 has True"),
@@ -166,9 +169,35 @@ def test_a_program_is_changed_by_its_places_and_its_json(tmp_path):
     assert planned.start(planned.step.own, 6) == f"deepspeed --num_gpus 2 --module package --deepspeed_config={path}"
     changed = {"train_micro_batch_size_per_gpu": 6, "gradient_accumulation_steps": 2, "train_batch_size": 24}
     assert json.loads((tmp_path / "plan.json").read_text()) == changed | {"zero_optimization": {"stage": 0}}
+    # The batch of all ranks alone makes a micro-batch, as in DeepSpeed.
+    planned = program(tmp_path, {"train_batch_size": 24}, ("a.py", "--deepspeed_config={}"), batch=None)
+    assert (planned.step.pairs, planned.json_of(planned.step.own, 4)[STEPS]) == (12, 3)
     alone = Program(("a.py", "{}", "{lora}"), [T4], 1, 8, path)
     assert alone.start(Settings(lora=True), 8) == "python a.py 8 True" and alone.step.micro_batches == [8]
     assert Program(("a.py", "{}"), [T4], 2, 8, path).start(Settings(), 8) == "torchrun --nproc_per_node 2 a.py 8"
+    rendezvous = "--rdzv-backend c10d --rdzv-endpoint NODE:29400"
+    several = Program(("a.py", "{}"), [T4], 18, 8, path).start(Settings(), 8)
+    assert several == f"torchrun --nproc_per_node 6 --nnodes 3 {rendezvous} a.py 8"
+    assert program(tmp_path, auto, ranks=16).start(plain, 8).startswith("deepspeed --hostfile hostfile train.py ")
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ({MICRO_BATCH: -2}, f'{MICRO_BATCH} is -2: give a number from 1 on, or "auto"'),
+        ({MICRO_BATCH: True}, f'{MICRO_BATCH} is true: give a number from 1 on, or "auto"'),
+        ({MICRO_BATCH: 2, STEPS: "2"}, f'{STEPS} is "2": give a number from 1 on, or "auto"'),
+        ({"zero_optimization": 2}, "zero_optimization is 2: give an object"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: give one of 0 to 3"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is true: give one of 0 to 3"),
+        ({"zero_optimization": {"offload_optimizer": 1}}, "zero_optimization.offload_optimizer is 1: give an object"),
+    ],
+    ids=lambda value: str(value)[-40:],
+)  # fmt: skip
+def test_a_damaged_json_is_one_line(tmp_path, content, line):
+    with pytest.raises(UserError) as raised:
+        program(tmp_path, content)
+    assert str(raised.value) == f"{tmp_path / 'ds.json'}: {line}"
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

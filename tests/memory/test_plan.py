@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +15,10 @@ from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.fits.plan import Search, Settings, grid
 from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.plan import Planned
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, clean_environment, free_port
 from tests.fits.test_fits import COMMAND
 from tests.memory.test_predict import preset
+from tests.metrics_file import metrics
 
 T4 = "T4 16GB"
 
@@ -47,17 +49,19 @@ def test_each_line_is_a_prediction_of_its_own(planned):
 
 
 @pytest.mark.slow
-def test_the_printed_command_starts_the_training(tmp_path):
+def test_the_printed_command_trains(tmp_path):
     given = ("--preset", "tiny", "--set", "optim.steps=2")
-    command = [COMMAND, "plan", "--gpu", "T4", "--micro-batch", "4", *given]
+    command = [COMMAND, "plan", "--gpu", "T4", "--world-size", "2", "--micro-batch", "4", *given]
     with_package = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     run = partial(subprocess.run, cwd=tmp_path, env=with_package, capture_output=True, text=True, timeout=600)
     done = run(command)
     assert done.returncode == 0, done.stderr
     start = shlex.split(done.stdout.splitlines()[-1])
     script = str(ROOT / "ds_cmli" / "train.py")
-    first = ["deepspeed", "--num_accelerators", "1", script]
+    first = ["deepspeed", "--num_gpus", "2", script]
     assert start == [*first, *given, "--deepspeed_config", "plan.json"]
     assert json.loads((tmp_path / "plan.json").read_text())["train_micro_batch_size_per_gpu"] == 4
-    started = run([sys.executable, *start[3:], "--dry-run"])
-    assert started.returncode == 0, started.stderr
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", str(free_port())]
+    trained = run([*launcher, *start[1:], "--output-dir", "run"])
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2]
