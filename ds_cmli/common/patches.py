@@ -71,7 +71,8 @@ CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
 synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
-is_current_stream_capturing _is_in_bad_fork default_generators
+is_current_stream_capturing _is_in_bad_fork default_generators _exchange_device
+_maybe_exchange_device
 """
 CUDA_RANDOM = """
 manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
@@ -81,6 +82,11 @@ CUDA_MEMORY = """
 memory_stats mem_get_info empty_cache reset_peak_memory_stats reset_accumulated_memory_stats
 reset_max_memory_allocated reset_max_memory_cached set_per_process_memory_fraction
 _record_memory_history _dump_snapshot _snapshot
+"""
+INDUCTOR_DEVICE = """
+Event Stream current_device set_device device_count stream current_stream set_stream synchronize
+get_device_properties get_raw_stream exchange_device maybe_exchange_device is_bf16_supported
+is_available
 """
 PATCHES = {
     "timm: loaded keys": Patch(
@@ -199,7 +205,8 @@ PATCHES = {
     ),
     "torch: GPU's own functions": Patch(
         "torch._C",
-        "_cuda_attach_out_of_memory_observer _cuda_getCurrentRawStream",
+        "_cuda_attach_out_of_memory_observer _cuda_getCurrentRawStream "
+        "_cuda_cudaCachingAllocator_is_enabled",
         _NO_GPU,
         added=True,
     ),
@@ -213,7 +220,49 @@ PATCHES = {
         "cuda range_push range_pop mark avoid_device_init init_gpu_context _init is_available",
         _NO_GPU,
     ),
-    "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),
+    "torch: compiler": Patch("torch", "compile", "It compiles nothing where Triton is missing."),
+    "inductor: modes": Patch(
+        "torch.utils._python_dispatch:TorchDispatchMode",
+        "ignore_compile_internals",
+        "Nothing is compiled in a mode that does not leave compilation alone.",
+    ),
+    "inductor: device": Patch(
+        "torch._dynamo.device_interface:CudaInterface", INDUCTOR_DEVICE, _NO_GPU
+    ),
+    "inductor: beginning": Patch(
+        "torch:_TorchCompileInductorWrapper", "__call__", "Inductor is imported at its first use."
+    ),
+    "inductor: graph": Patch(
+        "torch._inductor.compile_fx", "compile_fx", "It raises where a GPU is needed to compile."
+    ),
+    "inductor: buffers": Patch(
+        "torch._C._dynamo.guards",
+        "_empty_strided_cuda _reinterpret_tensor assert_alignment",
+        "They make tensors of the device's memory, which is not there.",
+    ),
+    "inductor: kernels": Patch(
+        "torch._inductor.runtime.triton_heuristics:CachingAutotuner "
+        "torch._inductor.async_compile:AsyncCompile "
+        "torch._inductor.runtime.benchmarking:InductorBenchmarker",
+        "precompile triton cpp_pybinding benchmark_gpu",
+        _NO_GPU,
+    ),
+    "inductor: trials": Patch(
+        "torch._inductor.fx_passes.pad_mm torch._inductor.select_algorithm",
+        "no_dispatch _ALGORITHM_SELECTOR_CACHE",
+        "It measures products on the GPU while it compiles.",
+    ),
+    "inductor: constants": Patch(
+        "torch._inductor.fx_passes.joint_graph:UniformValueConstantFolder",
+        "_deduce_value",
+        "It computes constants on the GPU.",
+    ),
+    "inductor: CUDA graphs": Patch("torch._inductor.cudagraph_trees", "cudagraphify_impl", _NO_GPU),
+    "inductor: Triton's driver": Patch(
+        "triton.runtime.driver:driver torch._inductor.runtime.triton_helpers",
+        "_active set_driver_to_gpu",
+        _NO_GPU,
+    ),
     "torch: scaled step": Patch(
         "torch.amp:GradScaler",
         "_maybe_opt_step",

@@ -33,9 +33,12 @@ def end_after_steps(progress: Progress) -> None:
     """End the program when its optimizers have done their steps."""
 
     def before(module: nn.Module, _: tuple) -> None:
+        if torch.compiler.is_compiling():  # else what follows would divide the graph
+            return
         if progress.ends_before(module):
             raise script.StepsDone
 
+    @torch._disable_dynamo
     def after(optimizer: Optimizer, *_: object) -> None:
         if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             progress.backward += 1  # else this is the trial of a schedule, say

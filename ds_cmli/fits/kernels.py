@@ -51,6 +51,8 @@ class CudaOperators:
             with warnings.catch_warnings():  # of a build with CUDA, which has kernels of its own
                 warnings.filterwarnings("ignore", "Warning only once for all operators")
                 registered.impl("linear", _linear, "AutogradCUDA")
+                attention = "scaled_dot_product_attention"  # in compiled graphs
+                registered.impl(attention, self._attention, "AutogradCUDA")
                 for name in WHOLE:  # tensors without data are answered before the kernel is called
                     registered.impl(name, torch.library.fallthrough_kernel, "CUDA")
             yield
@@ -59,6 +61,8 @@ class CudaOperators:
         """`ours` for tensors of the GPU, `theirs` for those of the host."""
 
         def chosen(*args, **kwargs) -> Tensor:
+            if torch.compiler.is_compiling():  # the operator itself belongs into the graph
+                return theirs(*args, **kwargs)
             first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             return (ours if first.device.type == self.device else theirs)(*args, **kwargs)
 

@@ -12,12 +12,13 @@ LIBRARIES = tuple(
     os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")
 )
 INSTALLED = {"site-packages", "dist-packages"}  # this environment's, the user's or another's
+GENERATED = "ds-cmli-inductor-"  # what the name of a folder of generated code begins with
 OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
 
 @cache
 def is_users(filename: str) -> bool:
-    if filename.startswith("<"):
+    if filename.startswith("<") or GENERATED in filename:
         return False
     path = os.path.realpath(filename)
     return not path.startswith((OURS, *LIBRARIES)) and INSTALLED.isdisjoint(path.split(os.sep))

@@ -29,7 +29,7 @@ from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import PATCHES, patched, patched_each
-from ds_cmli.fits import device, files, kernels, lines, modules, script
+from ds_cmli.fits import compiled, device, files, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.stand_ins import on_host
 from ds_cmli.fits.steps import StepRecorder
@@ -70,9 +70,17 @@ def run(
     # Before torch is changed, as this imports its compiler, which looks at every function.
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
+        of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_without_data(ran, recorder))
+        reason = compiled.impossible()
         if gpu is not None:
-            stack.enter_context(_without_gpu(recorder, gpu, ran))
+            functions = stack.enter_context(_without_gpu(recorder, gpu, ran))
+            follower = compiled.Compiler(recorder, gpu, of_a_thread, functions)
+        if gpu is None or reason:
+            as_eager = compiled.AsEager(recorder, reason or "there is no GPU")
+            stack.enter_context(patched("torch: compiler", lambda _: as_eager))
+        else:
+            stack.enter_context(follower.following())
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
         if gpu is not None:
@@ -80,7 +88,6 @@ def run(
             entering = Thread(target=_enter_backward)
             entering.start()
             entering.join()
-        of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())
         is_done = recorder.progress.ends_with
@@ -177,15 +184,6 @@ def _left_out(ran: Ran, what: str) -> Callable:
 def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
     """Inside, tensors have no data."""
 
-    def compiling(_: Callable) -> Callable:
-        keep = _left_out(ran, "torch.compile ran as eager mode, which may take more or less")
-
-        def run(model: object = None, *_: object, **__: object) -> object:
-            recorder.compiled = True
-            return keep if model is None else keep(model)
-
-        return run
-
     replacements: dict[str, Callable] = {
         "python: end of the process": _ending,
         "torch: module conversion": lambda _: modules.apply,
@@ -193,7 +191,6 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
         "torch: subclasses of a tensor": _as_it_is,
         "torch: address of a tensor": modules.address_of_tensor,
         "torch: address of a storage": modules.address_of_storage,
-        "torch: compiler": compiling,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
@@ -208,8 +205,8 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
 
 
 @contextmanager
-def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
-    """Inside, torch finds one GPU."""
+def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[dict[str, object]]:
+    """Inside, torch finds one GPU; yields the functions that answer for it."""
     functions = device.functions(gpu, recorder)
     nothing = dict.fromkeys(PATCHES["torch: CUDA"].attributes.split(), lambda *_: 0)
     replacements: dict[str, Callable] = {
@@ -235,7 +232,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
             stack.enter_context(patched(name, replacement))
         kernels.leave_out_tritons(stack, _left_out(ran, "a kernel of Triton did not run"))
         stack.enter_context(CudaOperators(gpu.limits, "cuda", recorder.inexact.add).chosen())
-        yield
+        yield functions
 
 
 def _ending(leave: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:

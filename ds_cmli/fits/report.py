@@ -104,7 +104,7 @@ class ProgramReport:
     events: list[Event]
     world: World
     waited_for: list[str]  # optimizers that have done no step
-    compiled: bool  # whether the program compiles, which was left out
+    compiled: bool  # whether compiled code ran as eager mode
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "ProgramReport":

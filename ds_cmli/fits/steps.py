@@ -65,7 +65,7 @@ class StepRecorder(Recorder):
         self.awaited = Awaited()
         # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
         self.given: dict[tuple[bool, int], int] = {}
-        self.compiled = False  # whether it asks for `torch.compile`
+        self.compiled = False  # whether compiled code ran as eager mode
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
@@ -185,6 +185,8 @@ class StepRecorder(Recorder):
     # --- phases and categories
 
     def _before_module(self, module: nn.Module, _: tuple) -> None:
+        if torch.compiler.is_compiling():  # else what follows would divide the graph
+            return
         if self.outer in ("init", "optimizer"):
             self.outer = "forward"
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
@@ -198,6 +200,7 @@ class StepRecorder(Recorder):
             self.inexact.add("the workspaces that cuDNN takes in convolutions are not counted")
         self.claim("parameters", [*module._parameters.values(), *module._buffers.values()])
 
+    @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         self.outer, self.in_step = "optimizer", True
         self._claim_parameters(optimizer)
@@ -207,6 +210,7 @@ class StepRecorder(Recorder):
             self.claim("parameters", group["params"])
             self.claim("gradients", (parameter.grad for parameter in group["params"]))
 
+    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))

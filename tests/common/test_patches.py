@@ -252,6 +252,12 @@ def a_gpu_is_found() -> bool:
     return torch.cuda.is_available()
 
 
+def imported(library: str) -> str:
+    """The modules that come with a library."""
+    program = f"import sys, {library}; print(*sys.modules)"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
+
+
 def a_device_that_is_found_is_not_started() -> bool:
     with patched("torch: GPU", lambda _: lambda: True):
         return FakeTensorMode().avoid_device_init
@@ -522,6 +528,16 @@ NO_LONGER_NEEDED = {
         torch.version.cuda is not None and nvtx_is_there() and a_device_that_is_found_is_not_started()
     ),
     "torch: compiler": a_model_without_data_is_compiled,
+    "inductor: modes": lambda: TorchDispatchMode.ignore_compile_internals(),
+    "inductor: beginning": lambda: "torch._inductor.compile_fx" in imported("torch"),
+    "inductor: graph": a_gpu_is_found,
+    "inductor: device": a_gpu_is_found,
+    "inductor: buffers": a_gpu_is_found,
+    "inductor: kernels": a_gpu_is_found,
+    "inductor: trials": a_gpu_is_found,
+    "inductor: constants": a_gpu_is_found,
+    "inductor: CUDA graphs": a_gpu_is_found,
+    "inductor: Triton's driver": a_gpu_is_found,
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: data of a tensor": data_of_another_device_is_taken,
@@ -599,6 +615,7 @@ CHECKED = {
     "colpali_engine": "0.3.18",
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
+    "inductor": "2.13.0",
     "timm": "1.0.31",
     "python": "3.11",
     "safetensors": "0.8",
