@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import Unpack
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.inputs import DTYPES, Sides, Wanted
+from ds_cmli.cmli.inputs import DTYPES, Sides, Wanted, valid_positions
 from ds_cmli.cmli.loss import ScorerOptions
 from ds_cmli.cmli.op import cmli_gradients, maxsim
 from ds_cmli.cmli.ring import ReturnedGradient, Scorer, add_wide, chunks
@@ -29,7 +29,7 @@ def maxsim_across_ranks(
     query_mask: Tensor | None = None,
     document_mask: Tensor | None = None,
     reduction: str = "sum",
-    group: dist.ProcessGroup | None = None,
+    empty: float = 0.0,
     **options: Unpack[ScorerOptions],
 ) -> Tensor:
     """`maxsim` of this rank's queries with the documents of all ranks. Collective.
@@ -46,8 +46,8 @@ def maxsim_across_ranks(
     Args:
         queries, documents, query_mask, document_mask, reduction: as in `maxsim`, but for
             documents of each query. Q, C, L_q and L_d may differ between ranks; D and the dtype may
-            not, and every rank has a query and a document.
-        group: the process group; None: the default one. Without one it is `maxsim`.
+            not, and every rank has a query and a document. Without a process group it is `maxsim`.
+        empty: the score of a document without valid tokens.
         options: of `ring.Scorer`: `exchange` "gather", "ring" or "auto", `gather_bytes`, and those
             of `maxsim`. A ring keeps neither documents nor argmax indices of other ranks.
 
@@ -61,39 +61,48 @@ def maxsim_across_ranks(
             mistake; and where D or the dtype differ, or all ranks have the same documents: they
             have been gathered before.
     """
-    scorer, ranks = Scorer(**options), collectives.world_size(group)
-    if ranks < 1:
-        raise ValueError("this process is not in the process group given as `group`")
+    scorer, ranks, rank = Scorer(**options), collectives.world_size(), collectives.rank()
     arguments = queries, documents, query_mask, document_mask
-    of_op = {name: getattr(scorer, name) for name in ("backend", "scratch_bytes", "recompute")}
     if ranks == 1:
-        return maxsim(*arguments, reduction, **of_op)
-    sides, counts, facts = _checked_together(arguments, reduction, scorer, group)  # collective
+        scores = maxsim(*arguments, reduction, **scorer.of_op)
+        if document_mask is None:
+            return scores
+        return with_empty(scores, valid_positions(document_mask), empty)
+    sides, counts, facts = _checked_together(arguments, reduction, scorer)  # collective
     rows, lengths = _packed(sides)
     sizes: list[int] = facts[:, 0].tolist()  # rows of each rank
-    most, rank = facts[:, :2].amax(0).tolist(), collectives.rank(group)
-    lengths = F.pad(lengths, (0, most[1] - len(lengths)))
-    by_rank = collectives.gather(lengths[None], group)  # collective, [P, the most documents]
+    most_rows, most_documents = facts[:, :2].amax(0).tolist()
+    lengths = F.pad(lengths, (0, most_documents - len(lengths)))
+    by_rank = collectives.gather(lengths[None])  # collective, [P, the most documents]
     of_ranks = [by_rank[owner, :number] for owner, number in enumerate(facts[:, 1].tolist())]
-    rows = F.pad(rows, (0, 0, 0, max(1, most[0]) - len(rows)))  # of equal shape on all ranks
-    if scorer.goes_round(rows, group):
+    rows = F.pad(rows, (0, 0, 0, max(1, most_rows) - len(rows)))  # of equal shape on all ranks
+    order = [(rank - step) % ranks for step in range(ranks)]
+    lengths = torch.cat([of_ranks[owner] for owner in order])  # [G]
+    if scorer.goes_round(rows):
         each = [_starts(x) for x in of_ranks]
         scores = _Ring.apply(  # type: ignore[no-untyped-call]
-            sides.text, rows, sides.token_mask, each, sizes, group, scorer
+            sides.text, rows, sides.token_mask, each, sizes, scorer
         )  # collective
-        return scores if reduction == "mean" else scores * counts[:, None]
-    order = [(rank - step) % ranks for step in range(ranks)]
-    parts = collectives.gather_with_gradient(rows, group).split(len(rows))  # collective
-    gathered = torch.cat([parts[owner][: sizes[owner]] for owner in order])
-    starts = _starts(torch.cat([of_ranks[owner] for owner in order]))
-    return maxsim(sides.text, gathered, sides.token_mask, starts, reduction, **of_op)
+        if reduction == "sum":
+            scores = scores * counts[:, None]
+    else:
+        parts = collectives.gather_with_gradient(rows).split(len(rows))  # collective
+        gathered = torch.cat([parts[owner][: sizes[owner]] for owner in order])
+        masks = sides.token_mask, _starts(lengths)
+        scores = maxsim(sides.text, gathered, *masks, reduction, **scorer.of_op)
+    return with_empty(scores, lengths, empty)
+
+
+def with_empty(scores: Tensor, lengths: Tensor, empty: float) -> Tensor:
+    """The scores [Q, C] with `empty` for documents without valid tokens, by lengths [C] or
+    [Q, C]."""
+    return scores.masked_fill(lengths == 0, empty) if empty else scores
 
 
 def _checked_together(
     arguments: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
     reduction: str,
     scorer: Scorer,
-    group: dist.ProcessGroup | None,
 ) -> tuple[Sides, Tensor, Tensor]:
     """The sides, the tokens of each query, and of every rank its rows, documents and three facts
     that are compared: int64 [P, 5]. Collective, CPU-GPU sync."""
@@ -104,19 +113,22 @@ def _checked_together(
             raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
         checked = accepted_maxsim(*arguments, scorer.backend, scorer.scratch_bytes)
         image, mask = checked[0].image, checked[0].image_mask
-        rows = image[..., 0].numel() if mask is None or image.ndim == 2 else int(mask.sum())
+        rows = image[..., 0].numel()
+        if mask is not None and image.ndim == 3:
+            rows = int(mask.sum())  # CPU-GPU sync
         kind = image.shape[-1], DTYPES.index(image.dtype)
         own = [rows, checked[0].sizes()[0], *kind, _bits(image)]
     except (TypeError, ValueError, RuntimeError) as error:
         mistake = error
     # NCCL sends from GPUs alone, and what is wrong may be where the inputs are.
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    facts = collectives.agreed(torch.tensor(own, device=device), mistake, group).cpu()  # collective
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    facts = collectives.agreed(torch.tensor(own, device=device), mistake).cpu()  # collective
     assert checked is not None, "a mistake has been raised"
-    for name, values in (("D", facts[:, 2].tolist()), ("dtype", facts[:, 3].tolist())):
+    dtypes = [DTYPES[number] for number in facts[:, 3].tolist()]
+    for name, values in (("D", facts[:, 2].tolist()), ("dtype", dtypes)):
         if len(set(values)) > 1:
-            named = [str(DTYPES[x]) if name == "dtype" else str(x) for x in values]
-            raise ValueError(f"the ranks must agree in {name}, found {', '.join(named)}")
+            named = ", ".join(map(str, values))
+            raise ValueError(f"the ranks' documents must agree in {name}, found {named}")
     if facts[0, 4] and (facts == facts[0]).all():
         raise ValueError(
             f"the documents of all {len(facts)} ranks are the same: give each rank its own, not "
@@ -150,25 +162,24 @@ class _Ring(torch.autograd.Function):
     valid rows, are those of every rank."""
 
     @staticmethod
-    def forward(ctx, queries, rows, query_mask, starts, sizes, group, scorer):
+    def forward(ctx, queries, rows, query_mask, starts, sizes, scorer):
         ctx.save_for_backward(queries, rows, query_mask)
-        ctx.others = starts, sizes, group, scorer
+        ctx.others = starts, sizes, scorer
         scores = []
-        for owner, chunk, _ in _documents(rows, group):  # collective
+        for owner, chunk, _ in _documents(rows):  # collective
             documents = chunk[: sizes[owner], 0]
             arguments = queries, documents, query_mask, starts[owner], "mean"
-            options = {"backend": scorer.backend, "scratch_bytes": scorer.scratch_bytes}
-            scores.append(maxsim(*arguments, **options))
+            scores.append(maxsim(*arguments, **scorer.of_op))
         return torch.cat(scores, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         queries, rows, query_mask = ctx.saved_tensors
-        starts, sizes, group, scorer = ctx.others
+        starts, sizes, scorer = ctx.others
         wanted, wide = Wanted(*ctx.needs_input_grad[1::-1]), collectives.accumulated(rows.dtype)
-        of_queries, of_rows, column = None, ReturnedGradient(group), 0
-        for owner, chunk, _ in _documents(rows, group):  # collective
+        of_queries, of_rows, column = None, ReturnedGradient(None), 0
+        for owner, chunk, _ in _documents(rows):  # collective
             columns = slice(column, column := column + len(starts[owner]) - 1)
             sides = Sides(chunk[: sizes[owner], 0], queries, query_mask, starts[owner], True)
             d_documents, d_queries = cmli_gradients(
@@ -182,10 +193,13 @@ class _Ring(torch.autograd.Function):
                 of_queries = add_wide(of_queries, d_queries, wide)
             if wanted.image:
                 of_rows.add(owner, F.pad(d_documents, (0, 0, 0, len(rows) - sizes[owner])))
-        query_gradient = None if of_queries is None else of_queries.to(queries.dtype)
-        row_gradient = of_rows.sum().to(rows.dtype) if wanted.image else None  # collective
-        return query_gradient, row_gradient, *(None,) * 5
+        row_gradient = None
+        if wanted.text:
+            of_queries = of_queries.to(queries.dtype)
+        if wanted.image:
+            row_gradient = of_rows.sum().to(rows.dtype)  # collective
+        return of_queries, row_gradient, *(None,) * 4
 
 
-def _documents(rows, group):
-    return chunks(rows[:, None], torch.ones_like(rows[:, :1], dtype=torch.bool), group)
+def _documents(rows):
+    return chunks(rows[:, None], torch.ones_like(rows[:, :1], dtype=torch.bool), None)

@@ -32,9 +32,9 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
-def gather(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def gather(x: Tensor) -> Tensor:
     """[B, K] of every rank -> [G, K] in rank order, without a gradient. Collective."""
-    return x if world_size(group) == 1 else _all_gather(x, group)
+    return x if world_size() == 1 else _all_gather(x, None)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -11,7 +11,7 @@ D embedding dimension.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,12 @@ EXCHANGES = ("auto", "gather", "ring")
 TEXT, GRADIENT = 0, 1  # tags, by which gloo distinguishes simultaneous messages
 
 Score = Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
+
+
+class OpOptions(TypedDict):
+    backend: str
+    scratch_bytes: int
+    recompute: bool
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,13 @@ class Scorer:
     def __call__(
         self, image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        return cmli_scores(
-            image,
-            text,
-            token_mask,
-            image_mask,
-            backend=self.backend,
-            scratch_bytes=self.scratch_bytes,
-            recompute=self.recompute,
+        return cmli_scores(image, text, token_mask, image_mask, **self.of_op)
+
+    @property
+    def of_op(self) -> OpOptions:
+        """The options of `cmli_scores` and `maxsim`."""
+        return OpOptions(
+            backend=self.backend, scratch_bytes=self.scratch_bytes, recompute=self.recompute
         )
 
     def goes_round(self, text: Tensor, group: dist.ProcessGroup | None = None) -> bool:

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
+from tests.cmli.test_multi_vector import Encoder, columns, encoder, library
 from tests.conftest import LAUNCHER_VARIABLES, ROOT, rank_environments, spawn
 from tests.processes import CONTEXT
 
@@ -52,8 +53,35 @@ def test_one_process():
 
 def test_maxsim():
     names: dict = {}
-    assert run(recipe("maxsim"), names) == ["torch.Size([16, 4])"]
+    assert run(recipe("maxsim(queries"), names) == ["torch.Size([16, 4])"]
     assert names["queries"].grad.any() and not names["documents"].grad[~names["document_mask"]].any()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sentence_transformers(tmp_path, monkeypatch):
+    """With a tiny model in place of the published one."""
+    library("sentence_transformers", "6.0")
+    monkeypatch.chdir(tmp_path)
+    code = recipe("MultiVectorEncoderTrainer(")
+    published = 'MultiVectorEncoder("answerdotai/ModernBERT-base")'
+    assert published in code
+    names = {"tiny": encoder(True)}
+    run(code.replace(published, "tiny"), names)
+    assert names["trainer"].state.global_step == 3 and names["loss"].similarity_fct.across_ranks
+
+
+@pytest.mark.slow
+def test_pylate():
+    """With an encoder in place of its model, which it builds with sentence-transformers 5 alone."""
+    library("pylate", "1.5")
+    code = recipe("models.ColBERT(")
+    published = 'models.ColBERT("lightonai/GTE-ModernColBERT-v1")'
+    assert published in code
+    names = {"tiny": Encoder(True)}
+    names["tiny"].tokenize = lambda texts, is_query, pad=False: columns(range(len(texts)), 1, is_query)[0]
+    run(code.replace(published, "tiny"), names)
+    assert names["loss"].score_metric.across_ranks and names["tiny"].words.grad.any()
 
 
 @pytest.mark.slow
