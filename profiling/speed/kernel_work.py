@@ -29,15 +29,26 @@ from profiling.speed.gpu_rates import GPU, Work
 from profiling.speed.instructions import Machine, machine_code
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-BOTH_WAYS = {"P_WINS": True, "Q_WINS": True}
 
 
 class Kernels:
     """The op's kernels compiled for one GPU and dtype, and what they do for texts of given lengths."""
 
     def __init__(
-        self, gpu: GPU, dtype: str, sizes: Sizes, lengths: Iterable[int] | Mapping[int, int]
+        self,
+        gpu: GPU,
+        dtype: str,
+        sizes: Sizes,
+        lengths: Iterable[int] | Mapping[int, int],
+        one_way: bool = False,
     ):
+        """`one_way`: of `maxsim`, documents as images and queries as texts."""
+        self.both = not one_way
+        # Of arg_i2t and arg_t2i; and the bytes of a pair's.
+        self.indices = tuple("u8" if length <= 256 else "i16" for length in (sizes.M, sizes.N))
+        widths = [1 + (kind == "i16") for kind in self.indices]
+        self.token_bytes = sizes.M * widths[1]
+        self.pair_bytes = self.both * sizes.N * widths[0] + self.token_bytes
         self.gpu, self.name, self.dtype, self.sizes = gpu, dtype, DTYPES[dtype], sizes
         self.capability = divmod(gpu.capability, 10)
         self.lengths = Counter(lengths)  # texts of each length; a mapping is taken as it is
@@ -60,11 +71,11 @@ class Kernels:
         blocks, groups = math.ceil(N / tiles.rows), math.ceil(J / TEXTS_PER_PROGRAM)
         types = dict.fromkeys(("s_i2t", "s_t2i"), "fp32")
         types |= dict.fromkeys(("image", "text"), self.name)
-        types |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | {"suspect": "i1"}
+        types |= dict(zip(("arg_i2t", "arg_t2i"), self.indices, strict=True)) | {"suspect": "i1"}
         types |= dict.fromkeys(("image_mask", "token_mask"), "i16")
         types |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32")
         constants = {"D": D, "ROWS": tiles.rows, "BD": tiles.features, "BLOCKS": blocks}
-        constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages, "BOTH": True}
+        constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages, "BOTH": self.both}
         instructions = flops = l2 = below = 0.0
         for width in tiles.tokens:
             last = width == tiles.tokens[-1]
@@ -79,11 +90,11 @@ class Kernels:
             instructions += tiles.warps * programs * machine.executed([steps / groups, *in_turn])
             flops += 2 * I * blocks * tiles.rows * steps * width * D
             l2 += 2 * D * (programs * tiles.rows + I * blocks * steps * width)
-        written = indices * I * J * (N + M)  # those of pairs that are not kept too, as 0
-        dram = float(2 * D * (I * N + J * M) + written + 8 * I * J)
+        written = indices * I * J * self.pair_bytes  # those of pairs that are not kept too, as 0
+        dram = float(2 * D * (I * N + J * M) + written + 4 * (1 + self.both) * I * J)
         if blocks > 1:
             # Written, and read by `combine_kernel`.
-            partial = kept * I * J * blocks * (4 + (4 + indices) * M)
+            partial = kept * I * J * blocks * (4 * self.both + 4 * M + indices * self.token_bytes)
             dram, l2 = dram + 2 * partial, l2 + 2 * partial
             instructions += kept * self.combine(blocks, indices)
         return Work(flops, dram, l2 + written, instructions)
@@ -91,10 +102,11 @@ class Kernels:
     def combine(self, blocks: int, indices: bool) -> float:
         """Instructions that put the blocks of an image together."""
         types = dict.fromkeys(("s_i2t", "s_t2i", "row_sum", "column_max"), "fp32")
-        types |= dict.fromkeys(("arg_t2i", "column_arg", "kept"), "u8") | {"token_mask": "i16"}
+        types |= dict.fromkeys(("arg_t2i", "column_arg"), self.indices[1])
+        types |= {"kept": "u8", "token_mask": "i16"}
         types |= dict.fromkeys(("image_count", "text_count"), "i32")
         constants = {"BLOCKS": blocks, "WIDTH": power_of_two(self.sizes.M)}
-        constants |= {"SAVE": indices, "KEPT": False, "BOTH": True}
+        constants |= {"SAVE": indices, "KEPT": False, "BOTH": self.both}
         machine = self.machine(combine_kernel, types, constants, 4, 3)
         return 4 * self.sizes.I * self.sizes.J * machine.executed([blocks] * len(machine.loops))
 
@@ -110,22 +122,23 @@ class Kernels:
         long = sum(count * (n // tiles.step + (rests[n] > 16)) for n, count in step_lengths.items())
         short = sum(count for n, count in step_lengths.items() if 0 < rests[n] <= 16)
         types = dict.fromkeys(("out", "source"), self.name)
-        types |= dict.fromkeys(("p_win", "q_win"), "u8")
-        types |= dict.fromkeys(("p_mask", "q_mask"), "i16")
+        types |= self.won(of_image) | dict.fromkeys(("p_mask", "q_mask"), "i16")
         types |= dict.fromkeys(("scale", "p_grad", "q_weight"), "fp32")
         lists = [f"{name}_{part}" for name in ("p", "long", "short") for part in ("code", "first")]
         types |= dict.fromkeys(("sparse", "p_count", *lists), "i32")
         two_terms = self.name == "bf16"
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step}
         constants |= {"P_MASKED": not of_image, "Q_MASKED": of_image}
-        constants |= {"TWO_TERMS": two_terms, "STAGES": tiles.stages} | BOTH_WAYS
+        constants |= {"TWO_TERMS": two_terms, "STAGES": tiles.stages} | self.wins(of_image)
         machine = self.machine(gradient_kernel, types, constants, tiles.warps, tiles.stages)
         programs = rows / tiles.rows * math.ceil(D / tiles.features)
         positions = long * tiles.step + short * 16
         flops = 2 * rows * positions * D * (1 + two_terms)
-        l2 = programs * positions * tiles.features * 2 + I * J * (N + M) * D / tiles.features
+        l2 = (
+            programs * positions * tiles.features * 2 + I * J * self.pair_bytes * D / tiles.features
+        )
         written, read = (N * I, J * M) if of_image else (M * J, I * N)
-        dram = 2 * D * (2 * written + read) + I * J * (N + M)
+        dram = 2 * D * (2 * written + read) + I * J * self.pair_bytes
         return Work(flops, dram, l2, tiles.warps * programs * machine.executed([long, short]))
 
     def sparse(self, of_image: bool, kept: float = 1.0) -> Work | None:
@@ -136,21 +149,23 @@ class Kernels:
         if lists is None:
             return None
         row_tiles = I * math.ceil(N / 16) if of_image else self.lengths_sum(16) // 16
-        positions = kept * (I * self.tokens if of_image else J * I * N)
+        p_wins, q_wins = self.wins(of_image).values()
+        positions = q_wins * kept * (I * self.tokens if of_image else J * I * N)
         pairs = kept * q[0]  # of one sequence
         two_terms = self.name == "bf16"
         step, unroll, warps, stages = SPARSE.values()
         features = sparse_features(D, self.dtype)
         programs = row_tiles * math.ceil(D / features)
         constants = {"D": D, "BD": features, "STEP": step, "UNROLL": unroll, "TILES": lists.tiles}
-        constants |= {"P_MASKED": not of_image, "TWO_TERMS": two_terms} | BOTH_WAYS
-        types = self.sparse_types()
+        constants |= {"P_MASKED": not of_image, "TWO_TERMS": two_terms} | self.wins(of_image)
+        types = self.sparse_types(of_image)
         machine = self.machine(sparse_gradient_kernel, types, constants, warps, stages)
         steps = max(1.0, positions / row_tiles / step)
-        adding = machine.executed([math.ceil(pairs / unroll), steps]) * warps * programs
-        gathered = 16 * row_tiles * pairs
+        turns = [math.ceil(pairs / unroll)] * p_wins + [steps] * q_wins
+        adding = machine.executed(turns) * warps * programs
+        gathered = p_wins * 16 * row_tiles * pairs
         l2 = 2 * D * (gathered + positions) + programs / row_tiles * (12 * positions + 2 * gathered)
-        dram = 2 * D * (2 * p[0] * p[1] + q[0] * q[1]) + kept * I * J * (N + M)
+        dram = 2 * D * (2 * p[0] * p[1] + q[0] * q[1]) + kept * I * J * self.pair_bytes
         dram += 8 * positions + 20 * I * J
         flops = 2 * 16 * positions * D * (1 + two_terms)
         return Work(flops, dram, l2, self.listing(p, q, of_image, pairs) + adding)
@@ -159,18 +174,27 @@ class Kernels:
         """Instructions that list the kept pairs, so many of a sequence, and sort their positions."""
         lists, chunks = Lists.of(p, q, 2**30), math.ceil(q[0] / CHUNK)
         assert lists is not None
-        machine = self.machine(pairs_kernel, self.sparse_types(), {"WIDTH": CHUNK}, 4, 3)
+        types = self.sparse_types(masked)
+        machine = self.machine(pairs_kernel, types, {"WIDTH": CHUNK}, 4, 3)
         total = 4 * p[0] * machine.executed([chunks] * 2)
         constants = {"SEGMENTS": SEGMENTS, "TILES": lists.tiles, "WIDTH": lists.width}
         constants |= {"MASKED": masked}
-        for fill in (False, True):
+        for fill in (False, True) if self.wins(masked)["Q_WINS"] else ():
             given = constants | {"FILL": fill}
-            machine = self.machine(sort_kernel, self.sparse_types(), given, 1, 3)
+            machine = self.machine(sort_kernel, types, given, 1, 3)
             turns = [pairs / SEGMENTS, math.ceil(q[1] / lists.width)][: len(machine.loops)]
             total += machine.executed(turns) * p[0] * SEGMENTS
         return total
 
-    def sparse_types(self) -> dict[str, str]:
+    def wins(self, of_image: bool) -> dict[str, bool]:
+        """Whether the side of the gradient, and the other one, win positions."""
+        return {"P_WINS": self.both or not of_image, "Q_WINS": self.both or of_image}
+
+    def won(self, of_image: bool) -> dict[str, str]:
+        kinds = self.indices if of_image else self.indices[::-1]
+        return dict(zip(("p_win", "q_win"), kinds, strict=True))
+
+    def sparse_types(self, of_image: bool) -> dict[str, str]:
         lists = [
             "counts",
             "starts",
@@ -184,8 +208,7 @@ class Kernels:
         ]
         floats = ("scale", "p_weight", "q_weight", "p_grad", "q_grad")
         types = dict.fromkeys(lists, "i32") | dict.fromkeys(floats, "fp32")
-        types |= dict.fromkeys(("p_win", "q_win"), "u8")
-        types |= dict.fromkeys(("p_mask", "q_mask"), "i16")
+        types |= self.won(of_image) | dict.fromkeys(("p_mask", "q_mask"), "i16")
         return types | dict.fromkeys(("out", "source"), self.name)
 
     def backward(self, kept: float = 1.0) -> list[Work]:
@@ -198,7 +221,9 @@ class Kernels:
             if not of_image:
                 of_side = (J, I, text_steps, image_steps, I * N)
             sparse = None
-            if sparse_pays.fn(kept * I * J, *of_side, *costs(self.dtype, self.capability)):
+            dense, gathered, listed = costs(self.dtype, self.capability)
+            p_wins, q_wins = self.wins(of_image).values()
+            if sparse_pays.fn(kept * I * J, *of_side, dense, gathered * p_wins, listed * q_wins):
                 sparse = self.sparse(of_image, kept)
             chosen.append(sparse or self.dense(of_image))
         return chosen

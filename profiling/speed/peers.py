@@ -187,8 +187,11 @@ def one_hot(
 PEERS = {"late-interaction-kernels": late_interaction_kernels, "flash-maxsim": flash_maxsim}
 
 
-def steps(gpu: GPU, dtype: str, sizes: Sizes, tokens: int) -> dict[str, list[Work]]:
-    """A step of each installed package, `tokens` positions of all texts being valid."""
+def steps(
+    gpu: GPU, dtype: str, sizes: Sizes, tokens: int, one_way: bool = False
+) -> dict[str, list[Work]]:
+    """A step of each installed package, `tokens` positions of all texts being valid; `one_way`: of the texts alone,
+    queries without a mask and documents with one."""
     I, J, N, M, D = sizes  # noqa: E741
     functions = {}
     for name, step in PEERS.items():
@@ -197,5 +200,6 @@ def steps(gpu: GPU, dtype: str, sizes: Sizes, tokens: int) -> dict[str, list[Wor
             continue
         patches = Direction(gpu, dtype, I, N, J, M, D, valid=I * N)
         texts = Direction(gpu, dtype, J, M, I, N, D, valid=tokens)
-        functions[f"{name} {version(name)}"] = [*step(patches, False), *step(texts, True)]
+        of_patches = [] if one_way else step(patches, False)
+        functions[f"{name} {version(name)}"] = [*of_patches, *step(texts, not one_way)]
     return functions

@@ -4,7 +4,8 @@ What the op's Triton kernels must take on a GPU that need not be here: FLOPs, by
 counted in the compiled kernels, each against the GPU's rate; next to it the bare product and autograd on materialised
 similarities, the step when only a part of the pairs is kept and, with --peers, the kernels of installed packages. "By
 recompute" the forward saves no argmax indices, and those of the kept pairs are found again. The setting is one rank's
-block row of the source document, 256 images with 512 texts. All of it is computed, nothing measured.
+block row of the source document, 256 images with 512 texts; `colbert` and `colpali` are `maxsim` of 128 queries of 32
+tokens with 128 documents of 180 and 1,030. All of it is computed, nothing measured.
 """
 
 import json
@@ -21,6 +22,11 @@ from profiling.speed.gpu_rates import EFFICIENCY, GPU, GPUS, Work, at_limits
 from profiling.speed.kernel_work import DTYPES, Kernels
 
 SIZES = Sizes(I=256, J=512, N=196, M=64, D=256)
+# Of `maxsim`, documents as images and queries as texts.
+ONE_WAY = {
+    "colbert": Sizes(I=128, J=128, N=180, M=32, D=128),
+    "colpali": Sizes(I=128, J=128, N=1030, M=32, D=128),
+}
 KEPT = (1.0, 0.3, 0.1, 0.03)
 
 
@@ -30,37 +36,39 @@ def bare_product(sizes: Sizes, tokens: int) -> Work:
     return Work(2 * patches * tokens * sizes.D, 2 * sizes.D * (patches + tokens), 0)
 
 
-def materialised(sizes: Sizes) -> list[Work]:
+def materialised(sizes: Sizes, passes: int = 11) -> list[Work]:
     """Autograd in 16 bits on stored similarities, padding included.
 
     They are written by the product, and read twice by products of the backward; between these they pass 11 times: 2 to
     mask them, 2 for the maxima; back, 2 to fill zeros for the maxima's gradients, 2 to scatter into them, 3 to add them.
+    In one direction without masks twice: maxima, and zeros.
     """
     positions = sizes.I * sizes.J * sizes.N * sizes.M
     product = Work(2 * positions * sizes.D, 2 * positions, 0)
-    return [product, Work(0, 22 * positions, 0), product, product]
+    return [product, Work(0, 2 * passes * positions, 0), product, product]
 
 
 def rows(
-    name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool
+    name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool, shape: str = "cmli"
 ) -> list[dict[str, Any]]:
     """The table: a row for each part of a step."""
-    gpu, valid = GPUS[name], text_lengths(lengths, SIZES.J).tolist()
-    kernels = Kernels(gpu, dtype, SIZES, valid)
+    gpu, sizes, one_way = GPUS[name], ONE_WAY.get(shape, SIZES), shape in ONE_WAY
+    valid = [sizes.M] * sizes.J if one_way else text_lengths(lengths, sizes.J).tolist()
+    kernels = Kernels(gpu, dtype, sizes, valid, one_way)
     forward, scores = kernels.forward(), kernels.forward(indices=False)
     parts = {
-        "bare product": [bare_product(SIZES, sum(valid))],
-        "materialised autograd": materialised(SIZES),
+        "bare product": [bare_product(sizes, sum(valid))],
+        "materialised autograd": materialised(sizes, 2 if one_way else 11),
         "forward": [forward],
         "dense backward": [kernels.dense(True), kernels.dense(False)],
         "sparse backward": [work for work in (kernels.sparse(True), kernels.sparse(False)) if work],
     }
-    for kept in KEPT:
+    for kept in KEPT[:1] if one_way else KEPT:
         backward = kernels.backward(kept)
         parts[f"step, {kept:.0%} of the pairs kept"] = [forward, *backward]
         parts[f"by recompute, {kept:.0%} kept"] = [scores, kernels.forward(kept), *backward]
     if with_peers:
-        parts |= peers.steps(gpu, dtype, SIZES, sum(valid))
+        parts |= peers.steps(gpu, dtype, sizes, sum(valid), one_way)
     return [row(part, phases, gpu, efficiency) for part, phases in parts.items()]
 
 
@@ -84,16 +92,24 @@ def row(part: str, phases: list[Work], gpu: GPU, efficiency: float) -> dict[str,
 
 @click.command(help=__doc__)
 @click.option("--gpu", "name", default="a100", show_default=True, type=click.Choice(list(GPUS)))
+@click.option("--shape", default="cmli", show_default=True, type=click.Choice(["cmli", *ONE_WAY]))
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(DTYPES)))
 @click.option("--lengths", default="full", show_default=True, type=click.Choice(SETTINGS))
 @click.option("--efficiency", default=EFFICIENCY, show_default=True, help="Reached of the limits.")
 @click.option("--peers", "with_peers", is_flag=True, help="With kernels of installed packages.")
 @click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
 def command(
-    name: str, dtype: str, lengths: str, efficiency: float, with_peers: bool, json_path: str | None
+    name: str,
+    shape: str,
+    dtype: str,
+    lengths: str,
+    efficiency: float,
+    with_peers: bool,
+    json_path: str | None,
 ) -> None:
-    table = rows(name, dtype, lengths, efficiency, with_peers)
-    sizes = f"{SIZES.I} x {SIZES.J} pairs, {SIZES.N} patches"
+    table = rows(name, dtype, lengths, efficiency, with_peers, shape)
+    of = ONE_WAY.get(shape, SIZES)
+    sizes = f"{of.I} x {of.J} pairs, {of.N} positions"
     click.echo(f"computed, not measured: {name}, {dtype}, {sizes}, lengths: {lengths}")
     numbers = [key for key in table[0] if key not in ("part", "binds")]
     click.echo(f"{'':30}" + "".join(f"{key:>18}" for key in numbers) + "  what binds")

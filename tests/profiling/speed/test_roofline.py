@@ -8,7 +8,7 @@ from ds_cmli.cmli.triton.backend import Sizes
 from profiling.speed.gpu_rates import GPUS, Work, at_limits, rates_of
 from profiling.speed.instructions import Machine
 from profiling.speed.kernel_work import Kernels
-from profiling.speed.roofline import SIZES, bare_product, materialised, row
+from profiling.speed.roofline import ONE_WAY, SIZES, bare_product, materialised, row
 
 LISTING = """
 .text.kernel:
@@ -88,6 +88,25 @@ def test_what_the_kernels_take_on_one_gpu():
     assert indices.dram - scores.dram == indices.l2 - scores.l2 == 256 * 512 * (196 + 64)  # bytes of the indices
     captions = Kernels(a100, "bf16", SIZES, {10: 512})
     assert [work.flops for work in captions.backward(1.0)] == [captions.dense(side).flops for side in (True, False)]
+
+
+def test_one_direction_by_hand():
+    sizes = ONE_WAY["colpali"]
+    similarities = 128 * 128 * 1030 * 32
+    # Written, read twice by products; read for the maxima, filled with zeros for their gradients.
+    assert sum(work.dram for work in materialised(sizes, 2)) == 5 * similarities * 2
+    kernels = Kernels(GPUS["a100"], "bf16", sizes, [32] * 128, one_way=True)
+    assert kernels.pair_bytes == kernels.token_bytes == 32 * 2  # in 16 bits, for over 256 positions
+    assert kernels.wins(True) == {"P_WINS": False, "Q_WINS": True}  # tokens alone win
+
+
+@pytest.mark.slow
+def test_one_direction_takes_less():
+    sizes = Sizes(64, 64, 180, 32, 128)
+    both, one = (Kernels(GPUS["a100"], "bf16", sizes, [32] * 64, one_way) for one_way in (False, True))
+    for of in (lambda k: k.forward(), lambda k: k.dense(True), lambda k: k.sparse(True), lambda k: k.sparse(False)):
+        assert of(one).instructions < of(both).instructions and of(one).l2 < of(both).l2
+    assert one.forward().flops == both.forward().flops
 
 
 def test_twice_the_texts_take_twice_the_work():
