@@ -72,7 +72,7 @@ is_available is_initialized init _lazy_init is_bf16_supported device_count curre
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
 synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
 is_current_stream_capturing _is_in_bad_fork default_generators _exchange_device
-_maybe_exchange_device
+_maybe_exchange_device CUDAGraph
 """
 CUDA_RANDOM = """
 manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
@@ -262,6 +262,11 @@ PATCHES = {
         "triton.runtime.driver:driver torch._inductor.runtime.triton_helpers",
         "_active set_driver_to_gpu",
         _NO_GPU,
+    ),
+    "torch: scripts": Patch(
+        "torch.jit",
+        "script trace",
+        "Their parameters do not move without data, and traces need it.",
     ),
     "torch: scaled step": Patch(
         "torch.amp:GradScaler",

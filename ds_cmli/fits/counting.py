@@ -11,6 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
+from packaging.version import Version
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
@@ -25,17 +26,17 @@ KINDS = ("requested", "allocated", "reserved")
 def mixed_releases() -> str:
     """The versions of torch that packages of this environment may be built for; "" if it is one."""
     versions = {package.version for package in distributions(name="torch")}
-    releases = {version.split("+")[0] for version in versions}
+    releases = {Version(version).public for version in versions}
     return " and ".join(sorted(versions)) if len(releases) > 1 else ""
 
 
 def end_after_steps(progress: Progress) -> None:
     """End the program when its optimizers have done their steps."""
 
-    def before(module: nn.Module, _: tuple) -> None:
+    def before(module: nn.Module, inputs: tuple) -> None:
         if torch.compiler.is_compiling():  # else what follows would divide the graph
             return
-        if progress.ends_before(module):
+        if progress.ends_before(module, inputs):
             raise script.StepsDone
 
     @torch._disable_dynamo
@@ -84,7 +85,7 @@ def main() -> None:
     mixed = mixed_releases()
     if mixed:
         mistake = f"error: --engine null needs packages for one release of torch, and finds {mixed}"
-        print(f"{mistake}: install torch {torch.__version__.split('+')[0]}", file=sys.stderr)
+        print(f"{mistake}: install torch {Version(torch.__version__).public}", file=sys.stderr)
         leave(2)
     leave(count(int(steps), answer, snapshot, command))
 

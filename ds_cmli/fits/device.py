@@ -11,8 +11,9 @@ import torch
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
-from ds_cmli.fits import guard
+from ds_cmli.fits import guard, lines
 from ds_cmli.fits.recorder import Recorder
+from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.streams import Stream, StreamEvent, Work
 
@@ -120,6 +121,16 @@ class Memory:
         self.peaks = self.follow()
 
 
+class NoGraph:
+    """In place of `torch.cuda.CUDAGraph`, which takes memory from a pool of its own."""
+
+    def __init__(self, *_: object, **__: object):
+        raise NotFollowed(
+            f"{lines.current()}: fits does not follow CUDA graphs, which take memory "
+            "of their own: let this run leave them out"
+        )
+
+
 def _always(value: object) -> Callable[..., object]:
     return lambda *_, **__: value
 
@@ -191,5 +202,6 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
         "device": nullcontext,
         "Stream": Stream,
         "Event": StreamEvent,
+        "CUDAGraph": NoGraph,
     }
     return by_name

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.version import Version
+
 from ds_cmli.common import native
 from ds_cmli.common.errors import UserError
 
@@ -41,7 +43,7 @@ def library() -> Path:
     if spec is None or spec.origin is None:
         raise UserError("fits needs PyTorch, which is not installed in this environment")
     torch, installed = Path(spec.origin).parent, version("torch")
-    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+    if Version(installed).release < OLDEST:
         raise UserError(f"torch is {installed}: fits needs 2.8 or a later one")
     include = torch / "include"
     options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]

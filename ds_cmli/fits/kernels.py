@@ -23,6 +23,16 @@ from ds_cmli.common.patches import patched
 
 aten = torch.ops.aten
 INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products
+# What takes workspaces of unknown sizes from torch's allocator, by NVIDIA's library.
+LIBRARIES = {
+    "cuFFT": "_fft_c2c _fft_c2r _fft_r2c",
+    "cuSOLVER": "_linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd "
+    "cholesky_inverse geqrf linalg_cholesky_ex linalg_eig linalg_householder_product "
+    "linalg_inv_ex linalg_ldl_factor_ex linalg_lstsq linalg_lu_factor_ex linalg_qr ormqr",
+}
+OF_LIBRARY = {
+    getattr(aten, name): library for library, names in LIBRARIES.items() for name in names.split()
+}
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ["silu_backward", "mish_backward"]
 if hasattr(aten, "_fused_rms_norm_backward"):  # PyTorch 2.9

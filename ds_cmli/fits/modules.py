@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch import UntypedStorage as Storage
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+from ds_cmli.fits import lines
+from ds_cmli.fits.script import NotFollowed
 
 Function = Callable[[Tensor], Tensor]
 
@@ -18,6 +22,10 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
         for part in self.children():
             part._apply(function)
     for parameter in self._parameters.values():
+        if is_lazy(parameter):
+            raise NotFollowed(
+                f"{lines.current()}: fits does not follow {type(self).__name__}: give its sizes"
+            )
         if parameter is not None:
             gradient = parameter.grad  # which a converted parameter has no more
             _convert(parameter, function)

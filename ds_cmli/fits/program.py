@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,7 @@ from threading import Thread
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
 from ds_cmli.allocator.gpus import Gpu
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.patches import PATCHES, patched, patched_each
 from ds_cmli.fits import compiled, device, files, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
@@ -43,6 +44,8 @@ WITHOUT_DATA = (
     UnsupportedOperatorException,
 )
 OF_GPU = ("GPU", "GPU's memory", "GPU's random numbers", "GPU's own functions")
+# Errors of torch's own, which tensors without data cause, and no mistake of the program.
+OF_TORCH = re.compile("INTERNAL ASSERT|data is not allocated yet|associated to a python object")
 PATIENCE = 2.0  # seconds for a task of a pool, which may wait for its first thread
 
 
@@ -69,6 +72,9 @@ def run(
     ran = Ran()
     # Before torch is changed, as this imports its compiler, which looks at every function.
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    # A copied tensor, such as a teacher's, stays in it: views of another mode's are not views.
+    without_data.__deepcopy__ = lambda _: without_data  # type: ignore[attr-defined]
+    without_data.create_symbolic_nested_int = _no_nested  # type: ignore[method-assign]
     with ExitStack() as stack:
         of_a_thread = partial(_entered, (without_data, recorder, values))
         stack.enter_context(_without_data(ran, recorder))
@@ -90,7 +96,14 @@ def run(
             entering.join()
         stack.enter_context(_threads_entered(of_a_thread))
         stack.enter_context(of_a_thread())
-        is_done = recorder.progress.ends_with
+
+        def is_done(error: BaseException) -> bool:
+            if recorder.progress.ends_with(error):
+                return True
+            if isinstance(error, RuntimeError) and OF_TORCH.search(str(error)):
+                raise UserError(_needs_values(error)) from None
+            return False
+
         try:
             ran.code = script.run(command, is_done, (script.NotFollowed, UserError, *WITHOUT_DATA))
         except script.NotFollowed as reason:
@@ -163,11 +176,19 @@ def _threads_entered(entered: Callable[[], AbstractContextManager[None]]) -> Ite
         yield
 
 
-def _needs_values(error: BaseException) -> str:
+def _no_nested(**_: object) -> NoReturn:
+    """Replaces what gives a jagged tensor the sign of its lengths, by which PyTorch compares."""
+    raise script.NotFollowed(
+        f"{lines.current()}: fits does not follow nested tensors: let this run pad them"
+    )
+
+
+def _needs_values(error: Exception) -> str:
     frames = traceback.extract_tb(script.of_program(error))
     users = [frame for frame in frames if lines.is_users(frame.filename)]
     at = f"{users[-1].filename}:{users[-1].lineno}: " if users else ""
-    return f"{at}this needs values, which fits does not have: {type(error).__name__}: {error}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return f"{at}this needs values, which fits does not have: {reason}"
 
 
 def _left_out(ran: Ran, what: str) -> Callable:
@@ -184,6 +205,16 @@ def _left_out(ran: Ran, what: str) -> Callable:
 def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
     """Inside, tensors have no data."""
 
+    def scripting(script_: Callable) -> Callable:
+        keep = _left_out(ran, "torch.jit ran as eager mode, which may take more or less")
+
+        def run(model: object, *args: object, **kwargs: object) -> object:
+            if script_.__name__ == "script" and not isinstance(model, nn.Module):
+                return script_(model, *args, **kwargs)  # functions run on tensors without data
+            return keep(model)
+
+        return run
+
     replacements: dict[str, Callable] = {
         "python: end of the process": _ending,
         "torch: module conversion": lambda _: modules.apply,
@@ -191,6 +222,7 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
         "torch: subclasses of a tensor": _as_it_is,
         "torch: address of a tensor": modules.address_of_tensor,
         "torch: address of a storage": modules.address_of_storage,
+        "torch: scripts": scripting,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,

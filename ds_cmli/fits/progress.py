@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from ds_cmli.common.errors import one_line
@@ -14,7 +14,9 @@ from ds_cmli.common.errors import one_line
 PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
 MORE = 20  # steps of one optimizer beyond those asked for, in which the others can do one
 RUNS = 4  # of a module in a step; more, as over a text's length, are as many
-AFTER_S = 20.0  # seconds of what follows the steps, such as an evaluation of many batches
+AFTER_S = (
+    20.0  # seconds of CPU time of what follows the steps, such as an evaluation of many batches
+)
 
 StepKind = tuple[int, frozenset[tuple[int, int]]]  # the optimizer, and each module's runs
 
@@ -36,7 +38,9 @@ class Progress:
         self.waited_for: list[str] = []  # optimizers that have done no step until then
         self.modules = Counter[int]()  # runs with gradients since an optimizer's last step
         self.kinds = Counter[StepKind]()
-        self.done_at: float | None = None  # the time at which all steps were done
+        self.elements = 0  # of the largest input of these runs
+        self.sizes: dict[StepKind, set[int]] = {}  # those of the steps of a kind
+        self.done_at: float | None = None  # the CPU time at which all steps were done
         self.trained: set[int] = set()  # modules that have run with gradients
         self.evaluated = False  # whether a trained module has run without them
         self.too_long = False  # whether what follows the steps was left after `AFTER_S`
@@ -57,17 +61,19 @@ class Progress:
         self.over = self.passes == PASSES and not _optimizers()
         return self.over
 
-    def ends_before(self, module: nn.Module) -> bool:
+    def ends_before(self, module: nn.Module, inputs: tuple[object, ...] = ()) -> bool:
         """Whether a module's forward pass is not to be run, as all steps are done before it."""
         key = id(module)
         if torch.is_grad_enabled():
             if module._parameters:  # others may be made anew in each step
                 self.modules[key] = min(self.modules[key] + 1, RUNS)
                 self.trained.add(key)
+                sizes = [x.numel() for x in inputs if isinstance(x, Tensor)]
+                self.elements = max(self.elements, *sizes, 0)
             self.over = self.done_at is not None and module.training
             return self.over or self.ends_before_forward()
         self.evaluated |= key in self.trained
-        if self.done_at is not None and time.monotonic() - self.done_at > AFTER_S:
+        if self.done_at is not None and time.process_time() - self.done_at > AFTER_S:
             self.over = self.too_long = True
         return self.over
 
@@ -81,14 +87,17 @@ class Progress:
             return True
         self.stepped_after[key] = self.backward
         self.done[key] += 1
-        self.kinds[key, frozenset(self.modules.items())] += 1
+        kind = key, frozenset(self.modules.items())
+        self.kinds[kind] += 1
+        self.sizes.setdefault(kind, set()).add(self.elements)
         self.modules.clear()
+        self.elements = 0
         last = max(self.done.values()) >= self.asked + MORE
         if not last and (min(self.done.values()) < self.asked or self.once):
             return False
         without = sorted(self._without_a_step())
         if last or not without:
-            self.done_at, self.waited_for = time.monotonic(), without
+            self.done_at, self.waited_for = time.process_time(), without
         return False
 
     def ends_with(self, error: BaseException) -> bool:
@@ -105,8 +114,13 @@ class Progress:
         Args:
             saved: whether it has saved tensors, if that is known.
         """
+        differ = any(len(sizes) > 1 for sizes in self.sizes.values())
         if self.over:
-            seen = {"an evaluation": self.evaluated, "saving": saved, "a smaller last batch": False}
+            seen = {
+                "an evaluation": self.evaluated,
+                "saving": saved,
+                "a smaller last batch": differ,
+            }
             missing = ", ".join(name for name, was in seen.items() if not was)
             more = "steps of another kind; give more --steps if one may need more"
             yield f"not seen until then: {missing}, {more}"
@@ -115,6 +129,8 @@ class Progress:
         if self.once:
             kinds = "kinds of steps" if self.once > 1 else "kind of step"
             yield f"{self.once} {kinds} came once, by the modules that ran: give more --steps"
+        if differ:
+            yield "steps had inputs of different sizes: if larger ones follow, give more --steps"
         if self.too_long:
             yield f"not counted: what follows the steps, after {AFTER_S:.0f} s of it"
         if self.error:

@@ -22,6 +22,7 @@ from ds_cmli.allocator import attention_choice, cuda_operators
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside, Stage
+from ds_cmli.fits import lines
 
 # Autograd accumulates gradients, where the first is no view, and scatters those of maxima in place,
 # but not under a dispatch mode: there these operators return a new tensor, and their argument is
@@ -136,10 +137,14 @@ class Recorder(TorchDispatchMode):
         for stage in inside.after:
             own.enter(stage)
         own.enter(())
-        if func in IN_PLACE and self.phase == "backward" and not grad and place < len(self.log):
+        if func in IN_PLACE and place < len(self.log) and self._is_accumulating(grad):
             known = None if args[0]._is_view() else self.block_of(args[0])
             self.in_place_at, self.in_place_of = place, -1 if known is None else known
         return out
+
+    def _is_accumulating(self, grad: bool) -> bool:
+        """Whether autograd itself, and no function of the program, has called the operator."""
+        return self.phase == "backward" and not grad and lines.is_autograds()
 
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None

@@ -36,11 +36,11 @@ def largest_results(operator: str, first: Tensor, *rest: object, **options: obje
 def unknown_results(operator: str, *args: Tensor) -> tuple[Tensor | None, ...] | Tensor | None:
     """The results of kernels that a CPU does not have, of recurrent cells and of normalisation over
     several ranks; None for others."""
-    first, rows = args[0], len(args[0])
+    first = args[0]
     if operator == "aten::_thnn_fused_gru_cell":
-        return torch.empty_like(args[2]), first.new_empty(rows, 5 * args[2].shape[1])
+        return torch.empty_like(args[2]), first.new_empty(len(first), 5 * args[2].shape[1])
     if operator == "aten::_thnn_fused_gru_cell_backward":
-        gates = [first.new_empty(rows, 3 * first.shape[1]) for _ in range(2)]
+        gates = [first.new_empty(len(first), 3 * first.shape[1]) for _ in range(2)]
         biases = [first.new_empty(3 * first.shape[1]) if args[2] else None for _ in range(2)]
         return *gates, torch.empty_like(first), *biases
     if operator in ("aten::batch_norm_elemt", "aten::batch_norm_backward_elemt"):

@@ -1,6 +1,7 @@
 """Known values of tensors without data, and stand-ins for unknown ones.
 
-A tensor remembers its values, or a truth value its likely one, as an attribute.
+A tensor remembers its values as an attribute, or, of whole numbers and truth values, the likely
+one of all its elements.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,10 @@ aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
 ALL, ANY = (aten.all, aten._is_all_true), (aten.any, aten._is_any_true)  # right, and wrong
+# Whole numbers that are not known, such as generated words, equal no other: a loop until all texts
+# have ended goes on, but not for ever.
+EQUAL, EXTREME = (aten.eq, aten.ne, aten.isin), (aten.max, aten.amax, aten.min, aten.amin)
+MOST_UNEQUAL = 4096  # times that a line reads so
 RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
 
@@ -28,10 +33,21 @@ def known_values(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "fits_values", None)
 
 
+def likely(tensor: Tensor) -> int | None:
+    """The one value that all elements likely have; None if nothing is known of them."""
+    known = known_values(tensor)
+    if known is None or tensor.dtype.is_floating_point:
+        return getattr(tensor, "fits_likely", None)
+    with _disable_current_modes():
+        first = known.flatten()[:1]
+        return int(first) if len(first) and bool((known == first).all()) else None
+
+
 def stand_in(tensor: Tensor) -> float | int | bool:
-    if tensor.dtype == torch.bool:
-        return getattr(tensor, "fits_truth", False)
-    return NUMBER if tensor.dtype.is_floating_point else 0
+    if tensor.dtype.is_floating_point:
+        return NUMBER
+    value = likely(tensor) or 0
+    return bool(value) if tensor.dtype == torch.bool else value
 
 
 def known_or_stand_ins(tensor: Tensor) -> Tensor:
@@ -91,6 +107,8 @@ def remember(
 ) -> None:
     """Compute the result's values if all operands are known, and else a result's likely truth."""
     known = all_known(leaves)
+    if not known:
+        _remember_likely(func, args, kwargs, leaves, out)
     if func._schema.is_mutable and not known:
         for leaf in leaves:
             if getattr(leaf, "fits_values", None) is not None:
@@ -106,18 +124,41 @@ def remember(
     known = known or (func in RANGES and not out.dtype.is_floating_point)
     if known and out.numel() <= SMALL:
         out.fits_values = computed(func, args, kwargs, known_values)  # type: ignore[attr-defined]
-    elif out.dtype == torch.bool:
-        if func.overloadpacket in ALL + ANY:
-            out.fits_truth = func.overloadpacket in ALL  # type: ignore[attr-defined]
-            return
-        truth = computed(func, args, kwargs, one)
-        with _disable_current_modes():
-            if isinstance(truth, Tensor):
-                likely = bool(truth.all())
-            else:  # the sizes that it is given are not those of one element
-                truths = [x for x in leaves if isinstance(x, Tensor) and x.dtype == torch.bool]
-                likely = bool(truths) and all(map(stand_in, truths))
-        out.fits_truth = likely  # type: ignore[attr-defined]
+
+
+def _remember_likely(
+    func: OpOverload, args: tuple, kwargs: dict[str, object], leaves: list[object], out: object
+) -> None:
+    if not isinstance(out, FakeTensor) or out.dtype.is_floating_point or out.dtype.is_complex:
+        return
+    packet, tensors = func.overloadpacket, [x for x in leaves if isinstance(x, Tensor)]
+    truths = [x for x in tensors if x.dtype == torch.bool]
+    guessed = all(likely(x) is not None for x in tensors if not x.dtype.is_floating_point)
+    unequal = any(getattr(x, "fits_unequal", False) for x in truths)
+    value: object = None
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        unequal = False
+    elif out.dtype != torch.bool:
+        of_each = torch.Tag.pointwise in func.tags or packet in EXTREME
+        value = computed(func, args, kwargs, one) if of_each and guessed and tensors else None
+    elif packet in ALL + ANY:
+        value = stand_in(args[0]) if unequal else packet in ALL
+    elif packet in EQUAL and not guessed:
+        value, unequal = packet is aten.ne, True
+    else:
+        value = computed(func, args, kwargs, one)
+        if value is None:  # the sizes that it is given are not those of one element
+            value = bool(truths) and all(map(stand_in, truths))
+    out.fits_likely = _of_one(value)  # type: ignore[attr-defined]
+    out.fits_unequal = unequal  # type: ignore[attr-defined]
+
+
+def _of_one(value: object) -> int | None:
+    """The number that a result of tensors of one element holds."""
+    if not isinstance(value, Tensor):
+        return int(value) if isinstance(value, bool | int) else None
+    with _disable_current_modes():
+        return int(value.all() if value.dtype == torch.bool else value.flatten()[0])
 
 
 def computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> object:

@@ -117,6 +117,9 @@ class StepRecorder(Recorder):
         is_view = isinstance(func, OpOverload) and func.is_view  # others run functions
         if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
+        library = kernels.OF_LIBRARY.get(getattr(func, "overloadpacket", None))
+        if library is not None and result is not None and result.device.type == self.device:
+            self.inexact.add(f"the workspaces of {library} are not counted")
         if func in kernels.INTO_GIVEN:
             self.given.setdefault((self.phase == "backward", self.stream), len(self.log))
         if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
@@ -184,7 +187,7 @@ class StepRecorder(Recorder):
 
     # --- phases and categories
 
-    def _before_module(self, module: nn.Module, _: tuple) -> None:
+    def _before_module(self, module: nn.Module, inputs: tuple) -> None:
         if torch.compiler.is_compiling():  # else what follows would divide the graph
             return
         if self.outer in ("init", "optimizer"):
@@ -192,7 +195,7 @@ class StepRecorder(Recorder):
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
             self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
             self._unmasked = None
-        if self.progress.ends_before(module):
+        if self.progress.ends_before(module, inputs):
             raise StepsDone
         if isinstance(module, nn.RNNBase):
             self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")

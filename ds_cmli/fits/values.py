@@ -26,6 +26,7 @@ from ds_cmli.fits import lines
 from ds_cmli.fits.results import grouped_product, largest_results, like, unknown_results
 from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.stand_ins import (
+    MOST_UNEQUAL,
     SMALL,
     all_known,
     computed,
@@ -110,6 +111,11 @@ class Values(TorchDispatchMode):
             if func in OF_STORAGE:
                 out = _uncached(func, args)
             elif func is aten._to_copy.default:
+                if args[0].layout != torch.strided:
+                    raise NotFollowed(
+                        f"{lines.current()}: fits does not follow sparse matrices: let this run "
+                        "take dense ones"
+                    )
                 out = func(_without_data(args[0]), **kwargs)
             else:
                 out = func(*args, **kwargs)
@@ -171,8 +177,12 @@ class Values(TorchDispatchMode):
         if known is not None:
             with _disable_current_modes():
                 return known.item()
-        self.read[lines.current()] += 1
-        return stand_in(tensor)
+        line = lines.current()
+        self.read[line] += 1
+        value = stand_in(tensor)
+        if getattr(tensor, "fits_unequal", False) and self.read[line] > MOST_UNEQUAL:
+            return not value
+        return value
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""

@@ -307,6 +307,15 @@ def a_model_without_data_is_compiled() -> bool:
         return finished([str(folder / "program.py")], clean_environment(), folder, folder, 60).returncode == 0
 
 
+def a_model_without_data_is_traced() -> bool:
+    with FakeTensorMode():
+        try:
+            torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
+        except RuntimeError:
+            return False
+    return True
+
+
 def a_scaled_step_reads_nothing() -> bool:
     return ".item()" not in inspect.getsource(torch.amp.GradScaler._maybe_opt_step)
 
@@ -538,6 +547,7 @@ NO_LONGER_NEEDED = {
     "inductor: constants": a_gpu_is_found,
     "inductor: CUDA graphs": a_gpu_is_found,
     "inductor: Triton's driver": a_gpu_is_found,
+    "torch: scripts": a_model_without_data_is_traced,
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: data of a tensor": data_of_another_device_is_taken,

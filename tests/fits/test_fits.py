@@ -194,7 +194,7 @@ def test_backward_runs_on_the_streams_of_forward(tmp_path):
 
 
 OWN = """
-import os, torch
+import copy, os, torch
 from torch.utils.data import dataloader
 
 class Named(torch.Tensor):
@@ -215,6 +215,9 @@ assert layer.weight.is_cuda and layer.weight.grad is None
 parts = [torch.ones(2, 512, device="cuda") for _ in range(2)]
 assert len({part.data_ptr() for part in parts}) == 2 and parts[0][1].data_ptr() - parts[0].data_ptr() == 2048
 assert parts[0].untyped_storage().data_ptr() == parts[0].data_ptr() and not parts[0].data_ptr() % 512
+teacher = copy.deepcopy(layer)
+assert teacher.weight.t().untyped_storage()._cdata == teacher.weight.untyped_storage()._cdata
+del teacher
 optimizer = Momentum(layer.weight)
 for name in ("log.txt", "gone.txt"):
     open(name, "w").close()
@@ -573,6 +576,7 @@ def test_a_mistake_is_the_programs_own(tmp_path):
             "program.py:3: this asks for cuda:1, a second",
         ),
         ("import torch.distributed as dist\ndist.recv_object_list([None])", "program.py:2: recv_object_list: fits"),
+        ("import torch\ntorch.cuda.CUDAGraph()", "program.py:2: fits does not follow CUDA graphs"),
     ],
 )
 def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):

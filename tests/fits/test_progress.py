@@ -93,6 +93,20 @@ def test_each_kind_of_step_comes_twice():
     assert once == "1 kind of step came once, by the modules that ran: give more --steps"
 
 
+@pytest.mark.parametrize("rows, differ", [((8, 8), False), ((8, 5), True), ((5, 8), True)])
+def test_inputs_of_different_sizes_are_told(rows, differ):
+    """Of the same kind of step, as with growing texts, or a smaller last batch."""
+    progress, alone, model = Progress(2), optimizer(), torch.nn.Linear(1, 1)
+    for number in rows:
+        assert not progress.ends_before(model, (torch.ones(number, 1), None))
+        progress.backward += 1
+        assert not progress.ends_after_step(alone)
+    assert progress.ends_before(model, (torch.ones(99, 1),))
+    seen, *sizes = progress.ending(saved=False)
+    assert ("a smaller last batch" in seen) is not differ
+    assert sizes == ["steps had inputs of different sizes: if larger ones follow, give more --steps"] * differ
+
+
 def test_an_evaluation_is_followed_for_a_while(monkeypatch):
     progress, alone, model = Progress(1), optimizer(), torch.nn.Linear(1, 1)
     assert not progress.ends_before(model) and not progress.ends_with(KeyError("early"))
