@@ -2,29 +2,32 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from ds_cmli.common import plots
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.report.runs import columns_of, read
 from profiling.learning.plan import Run
 from profiling.learning.report import Compared
-from profiling.scripts import picture, plain, written
+from profiling.scripts import NARROW, picture, plain, written
 
+LABEL = 24  # characters in a line of a contrast's label
 FAR = 5  # times the median difference
 
 
 def draw_differences(compared: Sequence[Compared], path: str) -> None:
-    """Draw each contrast that has runs: seeds as dots, the mean with its 95% interval.
+    """Draw each contrast that has runs, in the plan's first endpoint.
 
-    Planned contrasts have a colour, exploratory ones are grey. Contrasts with a label are drawn
-    alone, if there are any. Where one difference is far larger
-    than the others, the scale is logarithmic beyond these.
+    Seeds are dots, with the mean and its 95% interval. Planned contrasts have a colour, exploratory
+    ones are grey. Contrasts with a label are drawn alone, if there are any. Where one difference is
+    far larger than the others, the scale is logarithmic beyond these.
     """
+    endpoint = compared[0].endpoint if compared else ""
     labelled = [one for one in compared if one.contrast.label]
-    compared = [one for one in labelled or compared if one.by_seed]
-    endpoints = len({one.endpoint for one in compared})
-    height = 1.2 + (0.6 if endpoints > 1 else 0.4) * len(compared)
-    figure, axis = picture(height)
+    compared = [one for one in labelled or compared if one.by_seed and one.endpoint == endpoint]
+    labels = [fill(one.contrast.label or str(one.contrast), LABEL) for one in compared]
+    height = 1.6 + sum(0.3 + 0.16 * label.count("\n") for label in labels)
+    figure, axis = picture(height, width=NARROW)
     for row, one in enumerate(compared):
         colour = plots.ACCENT if one.contrast.planned else plots.SOFT
         dots = list(one.by_seed.values())
@@ -36,15 +39,13 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
             axis.plot(one.found.interval, [row + 0.2] * 2, color=colour, linewidth=2)
             axis.plot(one.found.mean, row + 0.2, "D", color=colour, markersize=5)
     axis.axvline(0, color=plots.SOFT, linewidth=0.8)
-    labels = [one.contrast.label or str(one.contrast) for one in compared]
-    if endpoints > 1:
-        labels = [f"{label}\n{one.endpoint}" for label, one in zip(labels, compared, strict=True)]
     axis.set_yticks(range(len(compared)), labels)
-    axis.tick_params(axis="y", labelsize=8 if len(compared) > 12 else 10)
     sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
-    caption = "paired by seed (dots); mean and 95% interval; coloured: planned, grey: exploratory"
+    caption = "dots: seeds; line: mean, 95% interval"
+    if {one.contrast.planned for one in compared} == {True, False}:
+        caption += "\ncoloured: planned; grey: exploratory"
     if any(one.contrast.equivalence is not None for one in compared):
-        caption += "; dotted: margin of equivalence"
+        caption += "\ndotted: margin of equivalence"
     if sizes and sizes[-1] > FAR * sizes[len(sizes) // 2]:
         end = 2 * sizes[len(sizes) // 2]
         axis.set_xscale("symlog", linthresh=end, linscale=3)
@@ -52,9 +53,9 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
         axis.set_xlabel(f"logarithmic beyond ±{end:.2g}")
     axis.invert_yaxis()
     axis.grid(axis="x")
-    named = f" in {compared[0].endpoint}" if endpoints == 1 else ""
     shown = sum(one.shown for one in compared)
-    written(figure, path, f"{shown} of {len(compared)} differences{named} are shown", caption)
+    finding = f"{shown} of {len(compared)} differences are shown\nin {endpoint}"
+    written(figure, path, finding, caption)
 
 
 def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
