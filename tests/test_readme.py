@@ -480,6 +480,6 @@ def test_python_of_exported_models_is_named():
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 13
+    assert len(blocks("python")) == 16
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")
