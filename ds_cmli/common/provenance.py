@@ -6,6 +6,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -40,10 +41,10 @@ def _output(*command: str) -> str:
 
 def version() -> str:
     """The version of this package, as it was installed."""
-    try:
-        return metadata.version("ds-cmli")
-    except metadata.PackageNotFoundError:
-        return "from its sources"
+    for name in ("ds-cmli", "ds-cmli-op"):  # where both are installed, the first one's is imported
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(name)
+    return "from its sources"
 
 
 def versions() -> dict[str, str]:

@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-import numpy as np
-
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event
@@ -215,11 +213,13 @@ def draw_events(path: str, events: list[Event], answer: Answer, room: Room, titl
         UserError: matplotlib is missing.
     """
     pyplot = matplotlib("--plot")
+    import numpy as np  # matplotlib needs it, PyTorch does not
+
     changes = np.zeros((len(CATEGORIES), len(events)), dtype=np.int64)  # [C, E]
     for number, event in enumerate(events):
         changes[CATEGORIES.index(event.category), number] = event.bytes
     live = changes.cumsum(1)  # [C, E]
-    at = _drawn(live.sum(0))  # [P]
+    at = _drawn(live.sum(0).tolist())  # [P]
     for_tensors = room.bytes - (answer.totals["device"] - answer.totals["reserved"])
     replayed = replay(events, limit=for_tensors if answer.fits else None)
     reserved = np.array([size for *_, size in replayed.timeline])  # [E]
@@ -238,10 +238,11 @@ def draw_events(path: str, events: list[Event], answer: Answer, room: Room, titl
     pyplot.close(figure)
 
 
-def _drawn(total: np.ndarray) -> np.ndarray:
+def _drawn(total: Sequence[int]) -> list[int]:
     """The events to draw, [P]: of each of as many parts of equal length the one with the most."""
-    edges = np.linspace(0, len(total), min(POINTS, len(total)) + 1).astype(int)
-    return np.array([begin + total[begin:end].argmax() for begin, end in pairwise(edges)])
+    parts = min(POINTS, len(total))
+    edges = [len(total) * part // parts for part in range(parts + 1)]
+    return [max(range(begin, end), key=total.__getitem__) for begin, end in pairwise(edges)]
 
 
 def _mark_phases(axis, events: list[Event]) -> None:
