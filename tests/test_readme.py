@@ -83,6 +83,8 @@ ELSEWHERE = {
     "pip install --no-compile torch torchvision --index-url https://download.pytorch.org/whl/cpu": ".ci/run: a network",
     "pip install --no-compile -e .": ".ci/run: CI's own command, with the tests' packages",
     "pip install --no-compile -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
+    "pip install ./op": "tests/test_op_wheel.py: its wheel, without a network",
+    "python op/hub_kernel.py my-kernel": "tests/test_op_wheel.py: another folder",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
