@@ -55,10 +55,11 @@ class Environment:
         (self.site,) = folder.glob("lib/python*/site-packages")
         self.variables = clean_environment() | {"DS_CMLI_CACHE": str(folder / "cache")}
         for name in BROUGHT:
-            for path in map(Path, sys.path):
-                module = next((path / name for name in (name, f"{name}.py") if (path / name).exists()), None)
-                if module and not (self.site / module.name).exists():
-                    os.symlink(module, self.site / module.name)
+            for folder in map(Path, sys.path):
+                for pattern in (name, f"{name}.py", f"{name}-*.dist-info"):
+                    for place in folder.glob(pattern):
+                        if not (self.site / place.name).exists():
+                            os.symlink(place, self.site / place.name)
 
     def pip(self, *words):
         command = [sys.executable, "-m", "pip", "--python", str(self.python), "--disable-pip-version-check", *words]
