@@ -28,6 +28,7 @@ scores.sum().backward()
 print(ds_cmli.__file__, provenance.version())
 """
 PROGRAM = """
+import torch
 
 model = torch.nn.Linear(1024, 1024, device="cuda")
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -119,6 +120,7 @@ def test_the_hub_kernel_is_loaded_and_equals_the_reference(tmp_path):
     script = f"""
 import sys
 sys.modules["ds_cmli"] = None  # its import is an error
+import torch
 from pathlib import Path
 from kernels import get_local_kernel
 from kernels._rust import Digest, DigestAlgorithm, Metadata
