@@ -237,7 +237,7 @@ PATCHES = {
     ),
     "inductor: buffers": Patch(
         "torch._C._dynamo.guards",
-        "_empty_strided_cuda _reinterpret_tensor assert_alignment",
+        "_empty_strided_cuda _reinterpret_tensor assert_alignment assert_size_stride",
         "They make tensors of the device's memory, which is not there.",
     ),
     "inductor: kernels": Patch(
@@ -256,6 +256,24 @@ PATCHES = {
         "torch._inductor.fx_passes.joint_graph:UniformValueConstantFolder",
         "_deduce_value",
         "It computes constants on the GPU.",
+    ),
+    "inductor: optimizers": Patch(
+        "torch._dynamo.variables.optimizer:OptimizerVariable "
+        "torch.optim:Adam torch.optim:AdamW torch.optim:SGD torch.optim:RMSprop torch.optim:NAdam "
+        "torch.optim:RAdam torch.optim:Adamax torch.optim:Adadelta torch.optim:Adagrad "
+        "torch.optim:ASGD torch.optim:Rprop torch.optim:Adafactor",
+        "move_step_if_cpu _init_group",
+        "Dynamo makes an optimizer's states on the GPU while it compiles.",
+    ),
+    "inductor: constants of a graph": Patch(
+        "torch.fx.experimental.proxy_tensor",
+        "unset_fake_temporarily",
+        "It computes constants on the GPU.",
+    ),
+    "inductor: layouts": Patch(
+        "torch._C",
+        "_conv_determine_backend_memory_format",
+        "It answers for a build without cuDNN, which does not keep channels last.",
     ),
     "inductor: CUDA graphs": Patch("torch._inductor.cudagraph_trees", "cudagraphify_impl", _NO_GPU),
     "inductor: Triton's driver": Patch(

@@ -15,7 +15,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
+from ds_cmli.allocator.cuda_layouts import suggested
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.patches import PATCHES, patched, patched_each
 from ds_cmli.fits import lines
@@ -94,10 +96,10 @@ class OnHost(TorchDispatchMode):
     """Makes on the host what is made on the device: constants of one element that are folded."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") is not None:
-            kwargs["device"] = torch.device("cpu")
-        return func(*args, **kwargs)
+        def here(x: object) -> object:
+            return torch.device("cpu") if isinstance(x, torch.device) else x
+
+        return func(*tree_map(here, args), **tree_map(here, kwargs or {}))
 
 
 class Compiler:
@@ -130,8 +132,18 @@ class Compiler:
             self.stack.enter_context(patched_each("inductor: device", of_device))
             whole = classmethod(lambda _: True)  # type: ignore[var-annotated]
             self.stack.enter_context(patched("inductor: modes", lambda _: whole))
+            self.stack.enter_context(patched("inductor: optimizers", self._in_modes))
             self.stack.enter_context(patched("inductor: beginning", self._beginning))
             yield
+
+    def _in_modes(self, function: Callable) -> Callable:
+        def run(*args: object, **options: object) -> object:
+            if torch._C._len_torch_dispatch_stack():  # it is not compiled now
+                return function(*args, **options)
+            with self.entered():
+                return function(*args, **options)
+
+        return run
 
     def _beginning(self, compile: Callable) -> Callable:
         """Change Inductor at its first use, as its import takes seconds."""
@@ -152,6 +164,7 @@ class Compiler:
             "_empty_strided_cuda": _empty_strided,
             "_reinterpret_tensor": _reinterpreted,
             "assert_alignment": _nothing,
+            "assert_size_stride": _nothing,
             "set_driver_to_gpu": _nothing,
             "_active": Driver(self.gpu),
             "precompile": _prepare,
@@ -169,6 +182,8 @@ class Compiler:
         for name in ("buffers", "kernels", "trials", "Triton's driver", "CUDA graphs"):
             stack.enter_context(patched_each(f"inductor: {name}", replacements))
         stack.enter_context(patched("inductor: constants", _folded_on_host))
+        stack.enter_context(patched("inductor: constants of a graph", _computed_on_host))
+        stack.enter_context(patched("inductor: layouts", _as_of_cudnn))
         stack.enter_context(patched("inductor: graph", self._compiling))
 
     def _compiling(self, compile_fx: Callable) -> Callable:
@@ -264,6 +279,26 @@ def _prepare(self, *_: object, **__: object) -> None:
     """Replaces `CachingAutotuner.precompile`: it then measures kernels that do nothing."""
     self.launchers = [Launcher(config) for config in self.configs or [None]]
     self.configs = None
+
+
+def _computed_on_host(unset: Callable[[], AbstractContextManager]) -> Callable:
+    @contextmanager
+    def run() -> Iterator[None]:
+        with unset(), OnHost():
+            yield
+
+    return run
+
+
+def _as_of_cudnn(determine: Callable) -> Callable:
+    """The layout of a convolution's result, as of `returned` in `allocator/cuda_operators.py`."""
+
+    def run(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
+        depthwise = backend is torch._C._ConvBackend.CudaDepthwise2d
+        last = suggested(x, weight) is torch.channels_last and not depthwise
+        return torch.channels_last if last else determine(x, weight, backend)
+
+    return run
 
 
 def _folded_on_host(fold: Callable) -> Callable:
