@@ -66,11 +66,12 @@ class AsEager:
 class Launcher:
     """A kernel of one configuration, which does nothing."""
 
-    n_regs = n_spills = shared = 0
+    n_regs = 255  # the most, with which Inductor measures most kernels
+    n_spills = shared = 0
     store_cubin = False
 
     def __init__(self, config: object):
-        self.config, self.cache_hash = config, str(id(self))
+        self.config, self.cache_hash, self.kernel = config, str(id(self)), self
 
     def __call__(self, *_: object, **__: object) -> None:
         pass
@@ -192,6 +193,7 @@ class Compiler:
         from torch._inductor.exc import InductorError
 
         def run(graph: torch.fx.GraphModule, *args: object, **options: object) -> Callable:
+            self.recorder.compiled = True
             try:
                 return compile_fx(graph, *args, **options)
             except Exception as error:
@@ -279,6 +281,10 @@ def _prepare(self, *_: object, **__: object) -> None:
     """Replaces `CachingAutotuner.precompile`: it then measures kernels that do nothing."""
     self.launchers = [Launcher(config) for config in self.configs or [None]]
     self.configs = None
+    if self._could_rblock_scale:  # a kernel that is measured since it takes many registers
+        self.compile_results = [*self.launchers]
+        self.launchers += map(Launcher, self._iter_rblock_scale_candidates())
+        self.compile_results = []
 
 
 def _computed_on_host(unset: Callable[[], AbstractContextManager]) -> Callable:

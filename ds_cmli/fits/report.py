@@ -27,7 +27,7 @@ SIZE = (9, 4.5)  # inches, of a picture
 POINTS = 1500  # more cannot be distinguished
 # Of reserved: what the model may be too low by, see docs/fits-accuracy.md.
 MARGIN = 0.02
-# What a compiled program may reserve more than in eager mode: while Inductor measures kernels it
+# What a compiled program may reserve more than predicted: while Inductor measures kernels it
 # fills the L2 cache (at most 126 MiB, a B200's), and a segment of 20 MiB may be left then.
 COMPILED_BYTES = 146 << 20
 
@@ -102,7 +102,7 @@ class ProgramReport:
     events: list[Event]
     world: World
     waited_for: list[str]  # optimizers that have done no step
-    compiled: bool  # whether compiled code ran as eager mode
+    compiled: bool  # whether compiled code ran
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "ProgramReport":

@@ -65,7 +65,7 @@ class StepRecorder(Recorder):
         self.awaited = Awaited()
         # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
         self.given: dict[tuple[bool, int], int] = {}
-        self.compiled = False  # whether compiled code ran as eager mode
+        self.compiled = False  # whether compiled code ran
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
