@@ -1,6 +1,7 @@
 """Trainings in which any two features meet: interrupted as if never, evaluated, exported, their memory predicted."""
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -25,81 +26,107 @@ AXES = {
     "stage": ("zero0", "zero1", "zero2", "zero3"),
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
-    "negatives": ("one", "cached", "queue"),  # one micro-batch, or two
+    "step": ("one", "micro", "cached", "queue"),  # one micro-batch, or two, and what is compared
     "exchange": ("gather", "ring"),
-    "checkpointing": ("-", "recomputed"),
+    "checkpointing": ("-", "again"),
     "optimizer": ("AdamW", "Muon"),
     "average": ("-", "ema"),
     "pictures": ("square", "kept", "aspect"),
-    "losses": ("target", "contrast", "sparc"),
+    "losses": ("target", "banks", "sparc", "sigmoid"),
     "adapters": ("-", "lora"),
-    "layers": ("-", "layers"),  # some are frozen, and each has its own rate
+    "layers": ("-", "part"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
-    "order": ("-", "grouped"),
-    "captions": ("single", "several", "wrong"),
+    "order": ("-", "group"),
+    "captions": ("K1", "K2", "each"),
+    "negatives": ("right", "f-all", "f-own", "s-all", "s-own"),
     "pooled": ("-", "flair"),
+    "boxes": ("-", "boxes"),
+    "compared": ("all", "cut", "top"),
+    "duplicates": ("mask", "keep"),
 }
-IMPOSSIBLE = ({"aspect", "sparc"}, {"Muon", "warmup"}, {"layers", "warmup"}, {"queue", "several"}, {"queue", "wrong"})
-# Twelve would be the fewest, as there are four stages, and three values of other axes.
+ALONE = ("K2", "each", *AXES["negatives"][1:], "cut", "top")  # no queue takes these
+IMPOSSIBLE = (
+    {"aspect", "sparc"},
+    {"aspect", "top"},
+    {"Muon", "warmup"},
+    {"part", "warmup"},
+    *({"queue", value} for value in ALONE),
+    *({"each", value} for value in AXES["negatives"][1:]),
+)
 RUNS = """
-zero2 alone bf16 queue  ring   recomputed AdamW ema square target   lora -      warmup grouped single  flair
-zero3 alone bf16 cached gather -          Muon  -   aspect target   -    layers -      grouped several flair
-zero1 two   bf16 queue  gather -          Muon  -   square sparc    -    layers -      grouped single  -
-zero3 alone bf16 one    gather recomputed AdamW ema square contrast lora layers -      -       several flair
-zero0 two   fp32 queue  ring   -          Muon  ema aspect contrast -    layers -      -       single  flair
-zero1 alone fp32 one    ring   recomputed Muon  -   aspect target   lora -      -      -       wrong   flair
-zero3 two   fp32 queue  ring   recomputed AdamW -   kept   sparc    lora -      warmup grouped single  flair
-zero0 alone fp32 cached gather recomputed AdamW -   square sparc    lora layers -      -       wrong   flair
-zero2 two   bf16 cached gather recomputed AdamW -   aspect contrast -    -      warmup grouped wrong   flair
-zero0 two   bf16 one    ring   recomputed AdamW -   kept   target   -    -      warmup grouped several -
-zero1 alone fp32 cached ring   -          AdamW ema kept   contrast lora -      warmup -       wrong   -
-zero2 alone fp32 one    gather -          Muon  ema kept   sparc    lora layers -      -       several flair
-zero2 alone bf16 cached gather -          AdamW ema kept   target   -    -      -      -       single  -
-zero1 two   fp32 one    gather recomputed Muon  -   aspect target   -    -      -      grouped single  -
-zero1 alone bf16 cached gather -          AdamW -   square target   -    -      -      grouped several flair
-zero3 two   fp32 one    ring   -          AdamW ema kept   target   lora -      -      -       wrong   -
+zero0 alone bf16 cached gather again Muon  ema square target  -    part -      group K2   s-own flair -     top keep
+zero3 alone fp32 micro  gather -     AdamW ema kept   target  -    part -      group each right flair boxes cut keep
+zero1 alone fp32 one    ring   -     AdamW ema square target  -    -    warmup -     K2   f-own -     -     all mask
+zero2 alone fp32 micro  ring   -     Muon  ema kept   sparc   -    part -      -     K1   s-all flair boxes all mask
+zero1 alone fp32 queue  ring   -     Muon  ema aspect sigmoid -    part -      group K1   right flair -     all keep
+zero0 alone bf16 queue  gather again Muon  ema square sparc   -    part -      -     K1   right -     -     all keep
+zero1 alone bf16 cached ring   again AdamW -   aspect sigmoid -    -    warmup group each right flair boxes all keep
+zero2 alone bf16 cached gather again Muon  ema aspect sigmoid lora part -      -     K2   f-own flair boxes cut keep
+zero2 alone fp32 one    gather -     AdamW -   aspect sigmoid lora -    warmup group K2   s-own flair -     all mask
+zero1 alone fp32 one    ring   -     Muon  ema square banks   lora part -      -     K2   right flair boxes cut keep
+zero2 alone bf16 one    ring   again Muon  ema square banks   lora part -      -     K1   f-all -     boxes all keep
+zero1 two   bf16 micro  ring   -     AdamW -   aspect target  -    part -      -     K1   f-all -     -     cut keep
+zero1 two   fp32 micro  gather again AdamW ema square sparc   -    -    -      -     K1   s-own -     boxes cut keep
+zero3 two   fp32 micro  ring   -     Muon  ema kept   banks   -    part -      -     K1   s-own flair -     all mask
+zero3 two   bf16 cached ring   -     AdamW -   aspect banks   -    -    warmup group K2   s-all -     -     cut keep
+zero0 two   fp32 cached ring   again Muon  -   kept   target  -    part -      group K1   s-all flair -     cut mask
+zero3 two   bf16 cached gather again AdamW ema square sigmoid -    -    warmup group K1   s-all -     -     all mask
+zero2 two   fp32 queue  ring   again AdamW -   kept   target  lora -    warmup -     K1   right flair boxes all mask
+zero2 two   bf16 cached ring   -     Muon  ema square sparc   lora part -      group each right -     -     top mask
+zero3 two   bf16 one    ring   again Muon  -   square sparc   lora -    -      group K1   f-own -     -     top keep
+zero0 two   fp32 micro  gather again AdamW -   kept   sigmoid lora -    warmup group K2   f-all flair -     top mask
+zero3 two   fp32 queue  gather again AdamW -   aspect banks   lora -    warmup -     K1   right flair boxes all mask
+zero0 two   fp32 one    ring   again Muon  -   aspect banks   lora part -      -     each right flair -     cut mask
+zero1 two   fp32 one    gather again AdamW -   kept   sparc   lora -    warmup group K2   s-all -     boxes top mask
+zero0 two   bf16 micro  gather -     AdamW -   kept   banks   lora part -      -     K1   f-own -     boxes top keep
+zero3 two   bf16 cached ring   -     Muon  ema square sparc   lora -    -      -     K1   f-all flair -     cut keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in range(4)},
     "bf16": {"bf16": {"enabled": True}},
+    "micro": {"gradient_accumulation_steps": 2},
     "cached": {"gradient_accumulation_steps": 2},
     "queue": {"gradient_accumulation_steps": 2},
-    "recomputed": {"activation_checkpointing": {}},
+    "again": {"activation_checkpointing": {}},
     "AdamW": {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
     "Muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}, "gradient_clipping": 0},
     "warmup": {"scheduler": {"type": "WarmupLR", "params": WARMUP}},
 }
 SETTINGS: dict[str, dict[str, object]] = {
+    "micro": {"optim.negatives": "micro_batch"},
     "queue": {"optim.negatives": "queue:30,tokens:12"},
     "ring": {"loss.cmli_exchange": "ring"},
     "ema": {"optim.ema_decay": 0.9},
     "kept": {"student.patch_keep": 0.5},
     "aspect": {f"{section}.{name}": x for section, values in ANY_ASPECT.items() for name, x in values.items()},
     "target": {"loss.weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, "teacher.block": 0},
-    "contrast": {
+    "banks": {
         "loss.weights": {"global": 1.0, "cmli": 1.0, "token_contrast": 1.0, "cls_contrast": 0.5},
         "loss.bank": 30,
         "loss.start": {"cls_contrast": 2},
         "teacher.average_blocks": 2,
     },
     "sparc": {"loss.weights": {"global": 1.0, "cmli": 1.0, "sparc": 0.5}},
+    "sigmoid": {"loss.weights": {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.3, "cmli_sigmoid": 0.2}},
     "lora": {"student.lora": {"image": ["qkv", "mlp.fc1"]}, "student.lora_rank": 4},
-    "layers": {
+    "part": {
         "student.freeze_image": 1,
         "student.freeze_text": 2,
         "optim.layer_decay": 0.5,
         "optim.lr_factors": {"image": 0.5},
     },
-    "grouped": {"data.group_by_length": 2},
-    "several": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
-    "wrong": {
-        "data.captions": 2,
-        "data.split_sentences": True,
-        "data.negatives": "swap",
-        "data.negatives_count": 2,
-        "loss.negatives": "own",
-    },
+    "group": {"data.group_by_length": 2},
+    "K2": {"data.captions": 2},
+    "each": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
+    "f-all": {"data.negatives": "field", "data.negatives_count": 2},
+    "f-own": {"data.negatives": "field", "loss.negatives": "own"},
+    "s-all": {"data.negatives": "swap"},
+    "s-own": {"data.negatives": "swap", "data.negatives_count": 2, "loss.negatives": "own"},
+    "boxes": {"data.regions": 2},
+    "cut": {"loss.cmli_cut": 0.02},
+    "top": {"loss.cmli_token_keep": 0.5},
+    "keep": {"loss.duplicates": "keep"},
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
 SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
@@ -109,47 +136,78 @@ def test_any_two_values_of_two_axes_meet():
     assert [pair for pair in not_met(AXES, RUNS) if {*pair} not in IMPOSSIBLE] == []
 
 
+WRONG = {"negatives": ["blue apple", "red pear"]}
+NAMELESS, ONE_CAPTION = ("x.parquet", "saved"), ("tars", "x.parquet", "saved")  # no boxes, or no second caption
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, list[str]]:
-    """`--data` options of each kind of source, with several captions where there can be, and some broken pictures."""
+    """`--data` options of each kind of source, with wrong captions, several ones where there can be, broken pictures.
+
+    "boxes": a file with boxes for some pictures of all of them that have names.
+    """
     folder, count = tmp_path_factory.mktemp("sources"), 20
     for k in range(2):
-        some = [
-            member
-            for member in members(range(count * k, count * (k + 1)), "red apple {k}. Round.")
-            if "7.png" not in member[0]
-        ]
+        some = []
+        for name, content in members(range(count * k, count * (k + 1)), "red apple {k}. Round."):
+            if "7.png" not in name:
+                wrong = json.dumps({**json.loads(content), **WRONG}).encode() if "json" in name else content
+                some.append((name, wrong))
         tar(folder / "tars" / f"{k}.tar", some)
-    write(folder / "folder", rows(count) + rows(count, "green pear"))
+    write(folder / "folder", [{**row, **WRONG} for row in rows(count) + rows(count, "green pear")])
     (folder / "folder" / "003.png").write_bytes(b"no picture")
-    said = [f"red apple {k}. It is round! Or not?" for k in range(count)]
-    table(range(count), caption="text", text=said).to_parquet(str(folder / "x.parquet"))
-    table(range(count), caption="text", text=said).save_to_disk(str(folder / "saved"))
+    said, wrong = [f"red apple {k}. It is round! Or not?" for k in range(count)], [WRONG["negatives"]] * count
+    table(range(count), caption="text", text=said, negatives=wrong).to_parquet(str(folder / "x.parquet"))
+    table(range(count), caption="text", text=said, negatives=wrong).save_to_disk(str(folder / "saved"))
     for k in range(count):
         (folder / f"{k}.png").write_bytes(picture(k))
-    (folder / "x.csv").write_text(
-        "filepath\ttitle\n" + "".join(f"{k % count}.png\tred apple {k}. Round.\n" for k in range(30))
-    )
+    lines = [f'{k % count}.png\tred apple {k}. Round.\t["blue apple"]\n' for k in range(30)]
+    (folder / "x.csv").write_text("filepath\ttitle\tnegatives\n" + "".join(lines))
     (folder / "coco").mkdir()
+    annotations = coco(folder / "coco", count=count)
+    content = json.loads(annotations.read_text())
+    content["images"] = [{**image, **WRONG} for image in content["images"]]
+    annotations.write_text(json.dumps(content))
+    genome = []
+    for k, digits in product(range(63), (1, 3, 6, 12)):
+        region = {"x": 1, "y": 2, "width": 5, "height": 4, "phrase": f"part of {k % 9}"}
+        genome.append({"id": f"{k:0{digits}}", "regions": [region] * (k % 3)})
+    (folder / "boxes.json").write_text(json.dumps(genome))
     by_name = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
-    by_name["coco"] = ["--data", str(coco(folder / "coco", count=count))]
+    by_name["coco"] = ["--data", str(annotations)]
     by_name["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
+    by_name["boxes"] = ["--set", f"data.boxes={folder}/boxes.json"]
     return by_name
+
+
+def chosen(values: list[str], number: int, sources: dict[str, list[str]], folder: Path) -> list[str]:
+    """The options of a source that has what the values ask for."""
+    if "aspect" in values:
+        source, file = of_many_aspects(folder), folder / "metadata.jsonl"
+        wrong = [{**json.loads(line), **WRONG} for line in file.read_text().splitlines()]
+        second = [{**line, "text": "a square"} for line in wrong]
+        file.write_text("\n".join(map(json.dumps, wrong + second)))
+    else:
+        lacking = ("boxes", *NAMELESS * ("boxes" in values), *ONE_CAPTION * ("K2" in values))
+        names = [name for name in sources if name not in lacking]
+        source = sources[names[number % len(names)]]
+    return source + sources["boxes"] * ("boxes" in values)
 
 
 def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], dict]:
     """The arguments of a training, and its DeepSpeed JSON."""
     content: dict = {}
     settings: dict[str, object] = {"student.dropout": 0.2, "run.match_maps": 1, "data.max_bad_share": 0.2}
-    settings["student.layers"] = 2 if "layers" in values else 1
+    settings["student.layers"] = 2 if "part" in values else 1
     for value in values:
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
-    if {"aspect", "contrast"} <= {*values}:  # without what needs as many patches of every picture
+    if {"aspect", "banks"} <= {*values}:  # without what needs as many patches of every picture
         settings["loss.weights"] = {"global": 1.0, "cmli": 1.0, "cls_contrast": 0.5}
         del settings["teacher.average_blocks"]
-    if "flair" in values:
-        settings["loss.weights"] = {**settings["loss.weights"], "flair": 0.5}
+    for value, name in (("flair", "flair"), ("boxes", "regions")):
+        if value in values:
+            settings["loss.weights"] = {**settings["loss.weights"], name: 0.5}
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--eval-every", "3", "--micro-batch", str(micro_batch)]
     for name, value in settings.items():
@@ -165,7 +223,7 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))  # of other processes
     monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
-    source = of_many_aspects(tmp_path / "aspects") if "aspect" in values else [*sources.values()][number % len(sources)]
+    source = chosen(values, number, sources, tmp_path / "aspects")
     given, content = asked(values, source, tmp_path / "ds.json")
     straight, broken = tmp_path / "run", tmp_path / "broken"
     tasks: list[dict] = [{"arguments": [*given, "--output-dir", str(straight)]}]

@@ -2,8 +2,8 @@
 
 Three published formats are read. Flickr30k Entities (Plummer et al., 2015): a folder with
 `Annotations/ID.xml`, the boxes of numbered entities, and `Sentences/ID.txt`, captions such as
-`[/EN#5/people Two men] on [/EN#6/vehicles a boat]`. COCO (Lin et al., 2014): a JSON object with
-"images", "annotations" and "categories", whose names are the phrases. Visual Genome (Krishna et
+`[/EN#5/people Two men] on [/EN#6/vehicles a boat]`. COCO (Lin et al., 2014): the JSON object of
+`coco_boxes.py`, whose classes' names are the phrases. Visual Genome (Krishna et
 al., 2017): a JSON list of pictures with their "regions". A picture is known by the name of its file
 without folder and suffix, in Visual Genome by its id.
 """
@@ -21,11 +21,12 @@ import numpy as np
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, read
+from ds_cmli.common.lists import Entry
+from ds_cmli.data.coco_boxes import CocoBoxes
 from ds_cmli.data.sources.base import sampled
 from ds_cmli.data.sources.listed import Strings
-from ds_cmli.data.transforms import Box
+from ds_cmli.data.transforms import Box, PixelBox
 
-PixelBox = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 ShareBox = tuple[float, float, float, float]  # the same as shares of a view's width and height
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
 
@@ -90,6 +91,8 @@ class Boxes:
                 numbers.extend((*entry.size, *entry.box))
                 self.phrases.append(entry.phrase.strip())
             self.fingerprint = {"boxes": len(keys), "content": sampled(_files(place))}
+        except UserError as error:
+            raise UserError(f"data.boxes: {error}") from None
         except (OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
             raise UserError(
                 f"data.boxes is {path!r}, which cannot be read ({type(error).__name__}: {error}): "
@@ -135,7 +138,7 @@ def _entries(place: Path) -> Iterator[Boxed]:
         return
     content: Any = read(place, object, finite=True)
     if isinstance(content, dict):
-        yield from _coco(content)
+        yield from _coco(Entry(place, "its object", content))
     else:
         yield from _visual_genome(content)
 
@@ -160,17 +163,13 @@ def _entities(folder: Path) -> Iterator[Boxed]:
                     yield Boxed(file.stem, size, around, words)
 
 
-def _coco(content: JsonObject) -> Iterator[Boxed]:
+def _coco(whole: Entry) -> Iterator[Boxed]:
     """The box of each object with the name of its category; none around many objects."""
-    names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-    images = {entry["id"]: entry for entry in content["images"]}
-    for entry in content["annotations"]:
-        if not entry.get("iscrowd"):
-            image, (left, top, width, height) = images[entry["image_id"]], entry["bbox"]
-            name = image.get("file_name") or image["coco_url"]
-            phrase = names[entry["category_id"]].replace("_", " ")  # as LVIS's names have
-            box = left, top, left + width, top + height
-            yield Boxed(PurePosixPath(name).stem, (image["width"], image["height"]), box, phrase)
+    coco = CocoBoxes(whole)
+    for annotation in coco.annotations():
+        picture = coco.pictures[annotation.picture]
+        name, phrase = PurePosixPath(picture.name).stem, coco.names[annotation.label]
+        yield Boxed(name, picture.size, annotation.box, phrase)
 
 
 def _visual_genome(content: list[JsonObject]) -> Iterator[Boxed]:

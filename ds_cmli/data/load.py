@@ -14,6 +14,8 @@ from ds_cmli.config.validation import check
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.boxes import Boxes
+from ds_cmli.data.demo_pictures import DemoPictures
+from ds_cmli.data.numbered import of_sources
 from ds_cmli.data.opening import (
     open_all,
     open_sources,
@@ -21,9 +23,9 @@ from ds_cmli.data.opening import (
     settings_of_some,
     source_line,
 )
-from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
+from ds_cmli.data.pairs import EvalPairs, TrainPairs
 from ds_cmli.data.sampler import Draw, Mixture
-from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
+from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Scenes
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import (
     CaptionTokenizer,

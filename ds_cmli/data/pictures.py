@@ -94,6 +94,16 @@ def decode(content: bytes, framing: Framing, max_pixels: int, view: View | None 
     """Decode a file's content with `load_image`: uint8 [3, S, S], or of a grid's size.
 
     Raises:
+        Exception: as `opened`; OSError, or any other that a decoder raises for damaged data.
+    """
+    with opened(content, max_pixels) as image:
+        return load_image(image, framing, view)
+
+
+def opened(content: bytes, max_pixels: int) -> Image.Image:
+    """Open a picture, whose pixels are not decoded yet.
+
+    Raises:
         Refused: the format is unknown, or the picture has more than `max_pixels` pixels.
         Exception: OSError, or any other exception that a decoder raises for damaged data.
     """
@@ -105,14 +115,12 @@ def decode(content: bytes, framing: Framing, max_pixels: int, view: View | None 
         raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
     except UnidentifiedImageError:
         raise Refused(f"cannot identify image file: none of {', '.join(formats())}") from None
-    with image:
-        tile = _tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1)
-        for width, height in (image.size, tile):
-            if width * height > max_pixels:
-                raise Refused(
-                    f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
-                )
-        return load_image(image, framing, view)
+    tile = _tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1)
+    for width, height in (image.size, tile):
+        if width * height > max_pixels:
+            image.close()
+            raise Refused(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+    return image
 
 
 def shown(content: bytes, config: DataConfig) -> tuple[Tensor, Grid | None]:

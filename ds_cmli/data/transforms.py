@@ -20,6 +20,7 @@ from ds_cmli.config.schema import DataConfig, Interpolation, Resize
 from ds_cmli.data.aspect import Grid, grid_of, naflex_grid
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+PixelBox = tuple[float, float, float, float]  # the same, also between pixels
 View = Callable[[int, int], Box]  # the part that is shown, given a picture's width and height
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, Subset
 from ds_cmli.data.aspect import Grid
 from ds_cmli.data.bad import NO_TOKEN, Bad
 from ds_cmli.data.batch import Sample, stack_cells, stack_grids
-from ds_cmli.data.pairs import black
+from ds_cmli.data.numbered import black
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
 Read = TypeVar("Read")

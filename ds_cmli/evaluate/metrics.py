@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.data.transforms import PixelBox
 from ds_cmli.evaluate.report import prefixed
 from ds_cmli.losses.functions import match_patches
 
 RECALLS = (1, 5, 10)
 TOP = (1, 5)
-PixelBox = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 def expected_hits(above: Tensor, tied: Tensor, positive: Tensor, k: int) -> Tensor:

@@ -3,33 +3,30 @@
 Shapes: r pictures, t captions.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ds_cmli.cmli.pair_scores import BothWays
-from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import Source, to_evaluate
 from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.loaders import batches
-from ds_cmli.data.pairs import black, describe
-from ds_cmli.data.pictures import decode, formats, most_bytes, prepare, read_file
+from ds_cmli.data.numbered import black, describe
+from ds_cmli.data.pictures import decode, most_bytes, opened, prepare, read_file
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.data.transforms import Box, Framing
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Images, Texts, embed_images, embed_texts
 from ds_cmli.evaluate.held_out import NumberedView, Picture, collate_pictures
 from ds_cmli.evaluate.retrieval import pair_scores
+from ds_cmli.losses.scoring import Scoring
 
 if TYPE_CHECKING:
     from ds_cmli.data.load import EvalData
@@ -66,7 +63,7 @@ class PictureFile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvaluatedModel:
+class EvaluatedModel(Scoring):
     """A model in one process, which embeds lists of pictures and of texts."""
 
     name: str
@@ -110,21 +107,12 @@ class EvaluatedModel:
             if picture.box is None:
                 image = decode(content, framing, data.max_pixels)
             else:
-                opened = Image.open(io.BytesIO(content), formats=formats())
-                image = prepare(opened.convert("RGB").crop(picture.box), framing)
+                with opened(content, data.max_pixels) as whole:
+                    image = prepare(whole.crop(picture.box), framing)
             image, grid = laid_out(image, data.aspect_patch, data.image_size)
             return Picture(image, 0, grid=grid)
         except Exception as error:  # decoders raise nearly any exception for damaged files
             return Picture(black(data.image_size), 0, bad=(str(picture.file), describe(error)))
-
-    @cached_property
-    def scales(self) -> dict[str, float]:
-        """1/temperature of each kind of scores that the model's losses compare."""
-        return self.objective.score_scales()
-
-    @cached_property
-    def flair(self) -> PooledScores | None:
-        return self.objective.flair_scores()
 
     def scores(
         self, images: Images, of_images: Tensor, texts: Texts, of_texts: Tensor

@@ -23,11 +23,11 @@ from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
-from ds_cmli.data.boxes import Phrase, PixelBox, parse_annotation, parse_sentence
-from ds_cmli.data.pairs import black
+from ds_cmli.data.boxes import Phrase, parse_annotation, parse_sentence
+from ds_cmli.data.numbered import black
 from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
-from ds_cmli.data.transforms import Framing
+from ds_cmli.data.transforms import Framing, PixelBox
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut

@@ -30,7 +30,7 @@ from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.bad import Bad, told
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.loaders import batches
-from ds_cmli.data.pairs import black
+from ds_cmli.data.numbered import black
 from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed

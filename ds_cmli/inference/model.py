@@ -22,7 +22,6 @@ from tqdm import tqdm
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
-from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
@@ -32,6 +31,7 @@ from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut, tokenizer_of
 from ds_cmli.data.transforms import Framing
 from ds_cmli.losses.objective import Objective
+from ds_cmli.losses.scoring import Scoring
 from ds_cmli.models.student import Student
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -72,7 +72,7 @@ class TextEmbeddings:
         return len(self.texts)
 
 
-class Model:
+class Model(Scoring):
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
     def __init__(
@@ -134,16 +134,6 @@ class Model:
     def grid(self) -> tuple[int, int]:
         """The number of rows and of columns of patches; N is their product."""
         return self.student.grid
-
-    @cached_property
-    def scales(self) -> dict[str, float]:
-        """1/temperature of each kind of scores that was trained: "global", "cmli", "flair"."""
-        return self.objective.score_scales()
-
-    @cached_property
-    def flair(self) -> PooledScores | None:
-        """FLAIR's scores of embeddings; None if they were not trained."""
-        return self.objective.flair_scores()
 
     @cached_property
     def digest(self) -> str:

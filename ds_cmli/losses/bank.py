@@ -18,7 +18,8 @@ from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.base import Loss, log_scale
+from ds_cmli.losses.inputs import LossInputs
 from ds_cmli.losses.negatives import Candidates, Compared, contrast_loss, log_sum_exp
 
 SCRATCH_BYTES = 2**26  # limit of a tile of the products with a queue

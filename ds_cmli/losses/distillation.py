@@ -12,7 +12,8 @@ from torch import Tensor
 from ds_cmli.config.validation import check
 from ds_cmli.losses import functions
 from ds_cmli.losses.bank import AgainstTeacher
-from ds_cmli.losses.base import Loss, LossInputs
+from ds_cmli.losses.base import Loss
+from ds_cmli.losses.inputs import LossInputs
 
 
 class TokenTargets(Loss):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.contrastive import MAX_SCALE
 from ds_cmli.cmli.pooling import TextConditionedPooling
-from ds_cmli.losses.base import PairInputs
+from ds_cmli.losses.inputs import PairInputs
 from ds_cmli.losses.over_pairs import GlobalSigmoid
 from ds_cmli.models.dual import Start
 

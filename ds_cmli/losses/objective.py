@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.contrastive import temperature_scale
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.pooling import PooledScores
@@ -21,9 +21,10 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.bank import Bank, PairQueue, TokenQueue
-from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
+from ds_cmli.losses.base import Loss
 from ds_cmli.losses.cached import PairGradients, PairLosses
-from ds_cmli.losses.pair_features import CachedStep, PairFeatures
+from ds_cmli.losses.inputs import Features, LossInputs, WidthHead
+from ds_cmli.losses.pair_features import CachedStep, KnownGradient, PairFeatures
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -166,12 +167,12 @@ class Objective(nn.Module):
         again = self._pair_features(features, batch, cached.selection)
         terms = [weights[name] * value for name, value in values.items()]
         for name, gradient in cached.features.items():
-            terms.append(_KnownGradient.apply(again.features[name], gradient, factor))
+            terms.append(KnownGradient.apply(again.features[name], gradient, factor))
         # Every micro-batch adds the whole gradient of the losses' parameters, which the average
         # over them then keeps.
         for p, of_p in zip(self.pair_parameters(), pairs.parameters, strict=True):
             if of_p is not None:
-                terms.append(_KnownGradient.apply(p, of_p, 1.0))
+                terms.append(KnownGradient.apply(p, of_p, 1.0))
         total = torch.stack(terms).sum() + pairs.total
         values = tree_map(values, Tensor.detach) | pairs.losses
         return total, {name: values[name] for name in weights}
@@ -289,21 +290,6 @@ class Objective(nn.Module):
 def _taken(inputs: LossInputs, name: str) -> LossInputs:
     """What a loss takes: of single pairs, those with right captions alone."""
     return inputs if LOSSES[name].scores else inputs.right
-
-
-class _KnownGradient(torch.autograd.Function):
-    """Returns zero; its backward gives `gradient` times `factor` as the gradient of `x`."""
-
-    @staticmethod
-    def forward(ctx, x, gradient, factor):
-        ctx.save_for_backward(gradient)
-        ctx.factor, ctx.dtype = factor, x.dtype
-        return torch.zeros((), dtype=upcast(x[:0]).dtype, device=x.device)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * (grad * ctx.factor).to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 def _whole(parameters: list[Tensor]) -> AbstractContextManager:

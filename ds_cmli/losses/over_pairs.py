@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ds_cmli.cmli.contrastive import MAX_SCALE, MAX_SIGMOID_SCALE, contrastive_loss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import PairQueue, TokenQueue
-from ds_cmli.losses.base import Loss, LossInputs, PairInputs, log_scale
+from ds_cmli.losses.base import Loss, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
+from ds_cmli.losses.inputs import LossInputs, PairInputs
 from ds_cmli.models.dual import Start
 
 LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]

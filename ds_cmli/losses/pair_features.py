@@ -150,3 +150,18 @@ class CachedStep:
             end = first + len(f.token_mask)
             self.set_gradient(f, name, grad[first:end])
             first = end
+
+
+class KnownGradient(torch.autograd.Function):
+    """Returns zero; its backward gives `gradient` times `factor` as the gradient of `x`."""
+
+    @staticmethod
+    def forward(ctx, x, gradient, factor):
+        ctx.save_for_backward(gradient)
+        ctx.factor, ctx.dtype = factor, x.dtype
+        return torch.zeros((), dtype=upcast(x[:0]).dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (grad * ctx.factor).to(gradient.dtype)).to(ctx.dtype), None, None

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.base import Loss, log_scale
 from ds_cmli.losses.functions import sparc_loss
+from ds_cmli.losses.inputs import LossInputs
 
 
 class Sparc(Loss):

@@ -22,7 +22,7 @@ from ds_cmli.common import checksums
 from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.data.scenes import DemoPictures, on_white, shrunk
+from ds_cmli.data.demo_pictures import DemoPictures, on_white, shrunk
 
 SIDE = 72  # pixels, as Twemoji's
 Svgs = dict[str, str]  # SVG markup by an emoji's code points, "1f469-200d-1f33e"; without fe0f

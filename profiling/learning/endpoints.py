@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.config import plugins
-from ds_cmli.data.scenes import EVAL_SEED, DemoPictures, Scenes
+from ds_cmli.data.demo_pictures import DemoPictures
+from ds_cmli.data.scenes import EVAL_SEED, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.metrics import RECALLS, pictures_of_patches

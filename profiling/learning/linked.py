@@ -10,7 +10,8 @@ import random
 from collections.abc import Sequence
 from itertools import permutations
 
-from ds_cmli.data.scenes import EVAL_SEED, MANY, DemoPictures, Layout, Scenes
+from ds_cmli.data.demo_pictures import DemoPictures
+from ds_cmli.data.scenes import EVAL_SEED, MANY, Layout, Scenes
 from ds_cmli.data.tokens import CaptionTokenizer
 
 KINDS = ("one_name", "swap")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ds_cmli.evaluate.metrics import pictures_of_patches
-from ds_cmli.losses.base import LossInputs
 from ds_cmli.losses.distillation import TargetText
+from ds_cmli.losses.inputs import LossInputs
 
 POSITIONS = 2**16  # more than a text has (`data.context_length`)
 

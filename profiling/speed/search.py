@@ -96,7 +96,7 @@ def command(model_path: str, images: int, queries: int) -> dict[str, Any]:
     import torch
 
     from ds_cmli.data import assets
-    from ds_cmli.data.scenes import DemoPictures
+    from ds_cmli.data.demo_pictures import DemoPictures
     from ds_cmli.data.scenes import Scenes as Drawn
     from ds_cmli.inference import Index, Model
 

@@ -12,7 +12,7 @@ from ds_cmli.common import cache as cache_module
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
-from ds_cmli.data.scenes import DemoPictures
+from ds_cmli.data.demo_pictures import DemoPictures
 
 WHEEL = "ds_cmli_fake-1.0-py3-none-any.whl"
 

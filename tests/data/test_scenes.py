@@ -10,10 +10,11 @@ from tokenizers import normalizers, pre_tokenizers
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
-from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, DemoPictures
+from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES
 from ds_cmli.data.tokens import WORDS
 
 CONFIG = DataConfig(image_size=56, tokenizer="builtin", context_length=32)

@@ -10,7 +10,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.gradient_caching import CachingEngine
-from ds_cmli.losses.base import Features, LossInputs
+from ds_cmli.losses.inputs import Features, LossInputs
 from tests.batches import rank_batches
 from tests.conftest import spawn
 from tests.faults.test_nonfinite import everything, same, spoil

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -11,19 +12,20 @@ from ds_cmli.cmli import backends
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
 from tests.batches import rank_batches
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
-OF_A_TEACHER = ("target_cmli", "target_image", "target_text", "token_contrast", "cls_kd", "cls_contrast")
-
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
-    loader = iter(rank_batches(data.train, data, 8))
-    return [next(loader) for _ in range(6)]
+    """Six, with boxes."""
+    with mock.patch.object(data.train, "regions", 2):
+        loader = iter(rank_batches(data.train, data, 8))
+        return [next(loader) for _ in range(6)]
 
 
 def build(device, data, ds_config, overrides=None, steps=6):
@@ -41,13 +43,15 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
-@pytest.mark.parametrize("loss", ["global", "cmli", "sparc", "flair", *OF_A_TEACHER])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_alone(device, data, batches, loss):
-    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
+    changes = {"loss": {"weights": {loss: 2.0}}, "data": {"regions": 2 * LOSSES[loss].boxes}}
+    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, changes)
     total, item = train_engine(batches[0])
     assert list(item) == [loss]
     assert total.item() == pytest.approx(2 * item[loss].item())
-    assert (train_engine.teacher is None) == (loss in ("global", "cmli", "sparc", "flair"))
+    assert (train_engine.teacher is None) == (not LOSSES[loss].teacher)
+    assert total.item() > 0
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -80,6 +84,18 @@ def test_a_start_after_the_end_gets_a_line(data, capsys, monkeypatch):
         planning.make_plan(config, DeepSpeedConfig.of({}), 100, lambda draw: 0)
         said = capsys.readouterr().out
         assert said.count("loss.start: cmli counts from step 20 on, and the run has 20 steps") == lines
+
+
+@pytest.mark.parametrize("negatives, lines", [("global_batch", 1), ("micro_batch", 0)])
+def test_boxes_within_micro_batches_get_a_line(capsys, monkeypatch, negatives, lines):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
+    loss = {"weights": {"global": 1.0, "regions": 1.0}}
+    changes = {"loss": loss, "data": {"regions": 2}, "optim": {"micro_batch": 4, "negatives": negatives}}
+    config = load_preset("tiny", changes)
+    planning.make_plan(config, DeepSpeedConfig.of({"gradient_accumulation_steps": 2}), 100, lambda draw: 0)
+    printed = capsys.readouterr().out
+    assert printed.count("regions compares the boxes of a micro-batch of all ranks, 4 pairs, alone") == lines
 
 
 def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):

@@ -23,8 +23,8 @@ from ds_cmli.config.registry import LOSSES as REGISTERED
 from ds_cmli.config.registry import load
 from ds_cmli.data.batch import ABSENT
 from ds_cmli.losses import functions, own_texts
-from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.cached import PairLosses
+from ds_cmli.losses.inputs import Features, LossInputs
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.models.student import Student

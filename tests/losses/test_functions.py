@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.losses import functions as losses
-from ds_cmli.losses.base import Features, LossInputs
+from ds_cmli.losses.inputs import Features, LossInputs
 
 F64 = torch.float64
 

@@ -14,7 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import PairQueue, TokenQueue
-from ds_cmli.losses.base import Features, LossInputs
+from ds_cmli.losses.inputs import Features, LossInputs
 from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
 from tests.batches import rank_batches
 from tests.conftest import spawn

@@ -12,9 +12,10 @@ from torch.testing import assert_close
 
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.config.schema import LossConfig, load_config
+from ds_cmli.data.aspect import overlaps
 from ds_cmli.data.batch import Regions as Boxes
-from ds_cmli.losses.base import Features, LossInputs
-from ds_cmli.losses.regions import Regions, overlaps
+from ds_cmli.losses.inputs import Features, LossInputs
+from ds_cmli.losses.regions import Regions
 from tests.checkpoint.test_restore import AUGMENTED, assert_same, json_file, ranks
 from tests.conftest import spawn
 from tests.drive_train import drive as train

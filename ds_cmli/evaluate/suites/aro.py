@@ -16,10 +16,10 @@ import torch
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ds_cmli.common.lists import Entry, json_entries
 from ds_cmli.config.schema import STRICT
 from ds_cmli.evaluate.model import PictureFile
 from ds_cmli.evaluate.suites.choices import Choices, Question, first_is_best
-from ds_cmli.evaluate.suites.files import Entry, json_entries
 from ds_cmli.evaluate.suites.task import Measure
 
 OPTIONS = 5  # captions of a case of COCO-Order and Flickr30k-Order

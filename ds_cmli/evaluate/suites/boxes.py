@@ -9,26 +9,24 @@ Shapes: n pictures, F boxes of a picture, C classes.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.lists import json_object
 from ds_cmli.config.schema import STRICT
-from ds_cmli.evaluate.metrics import TOP, PixelBox, top_chances, top_hits
+from ds_cmli.data.coco_boxes import Annotation, CocoBoxes
+from ds_cmli.data.transforms import PixelBox
+from ds_cmli.evaluate.metrics import TOP, top_chances, top_hits
 from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.suites.class_texts import Templates, class_vectors, prompts
 from ds_cmli.evaluate.suites.dense import parts, pooled, seeing_whole
-from ds_cmli.evaluate.suites.files import Entry, json_object
 from ds_cmli.evaluate.suites.masks import picture_size
 from ds_cmli.evaluate.suites.task import Measure, Measured
 
-Value = TypeVar("Value")
 ROUNDED = 1.0  # pixels by which a box may exceed its picture
 
 
@@ -55,23 +53,14 @@ class Boxes:
     @cached_property
     def content(self) -> tuple[list[str], list[Boxed]]:
         """The names of the classes, and the pictures that have boxes. Raises `UserError`."""
-        whole = json_object(self.annotations)
-        names: dict[int, str] = {}
-        for entry in whole.entries("categories"):
-            # LVIS's names have underscores.
-            names[_new(entry, names)] = entry.text("name").replace("_", " ")
-        names = dict(sorted(names.items()))
-        class_of = dict(zip(names, range(len(names)), strict=True))
+        coco = CocoBoxes(json_object(self.annotations))
         pictures: dict[int, Boxed] = {}
-        for entry in whole.entries("images"):
-            size = entry.get("width", int), entry.get("height", int)
-            pictures[_new(entry, pictures)] = Boxed(self._file(entry), size)
-        for entry in whole.entries("annotations"):
-            picture = _known(entry, "image_id", pictures)
-            label = _known(entry, "category_id", class_of)
-            if not ("iscrowd" in entry.keys and entry.get("iscrowd", int)):  # a box of many objects
-                picture.boxes.append(_box(entry, picture.size))
-                picture.classes.append(label)
+        for number, picture in coco.pictures.items():
+            pictures[number] = Boxed(self._file(picture.name), picture.size)
+        for annotation in coco.annotations():
+            boxed = pictures[annotation.picture]
+            boxed.boxes.append(_inside(annotation, boxed.size))
+            boxed.classes.append(annotation.label)
         shown = [picture for picture in pictures.values() if picture.boxes]
         if not shown:
             raise UserError(f"{self.annotations} has no box: fetch it again, or name another")
@@ -82,13 +71,13 @@ class Boxes:
                     f"the picture {picture.file} has {size[0]} x {size[1]} pixels, and in "
                     f"{self.annotations} {picture.size[0]} x {picture.size[1]}: fetch it again"
                 )
-        return list(names.values()), shown
+        return coco.names, shown
 
-    def _file(self, entry: Entry) -> Path:
+    def _file(self, name: str) -> Path:
         """The picture's file, which LVIS names by the address of COCO's."""
-        if "file_name" in entry.keys:
-            return self.images / entry.text("file_name")
-        *_, folder, name = f"/{entry.text('coco_url')}".split("/")
+        if "://" not in name:
+            return self.images / name
+        *_, folder, name = name.split("/")
         file = self.images / folder / name
         return file if file.is_file() else self.images / name
 
@@ -122,35 +111,16 @@ class Boxes:
         return Measured(len(pictures), measures, figures)
 
 
-def _new(entry: Entry, before: Mapping[int, object]) -> int:
-    """The number of an entry, unlike those before. Raises `UserError`."""
-    key = entry.get("id", int)
-    if key in before:
-        entry.wrong(f"its 'id' {key} is that of another")
-    return key
-
-
-def _known(entry: Entry, key: str, known: Mapping[int, Value]) -> Value:
-    """What the number that an entry has under `key` names. Raises `UserError`."""
-    number = entry.get(key, int)
-    if number not in known:
-        entry.wrong(f"its {key!r} is {number}, which is not in the file")
-    return known[number]
-
-
-def _box(entry: Entry, size: tuple[int, int]) -> PixelBox:
+def _inside(annotation: Annotation, size: tuple[int, int]) -> PixelBox:
     """The part of the picture that a box shows: left, top, right, bottom. Raises `UserError`."""
-    values = entry.get("bbox", list)
-    numbers = set(map(type, values)) <= {int, float} and all(map(math.isfinite, values))
-    if len(values) != 4 or not numbers:
-        entry.wrong(f"its bbox is {values}, and four numbers are needed")
-    left, top, wide, high = values
-    if wide <= 0 or high <= 0:
-        entry.wrong(f"its bbox is {values}, a box without area")
-    right, bottom = left + wide, top + high
+    left, top, right, bottom = annotation.box
+    entry, given = annotation.entry, f"its bbox is {annotation.entry.get('bbox', list)}"
+    if left >= right or top >= bottom:
+        entry.wrong(f"{given}, a box without area")
+    outside = f"{given}, outside of its picture of {size[0]} x {size[1]} pixels"
     if min(left, top) < -ROUNDED or right > size[0] + ROUNDED or bottom > size[1] + ROUNDED:
-        entry.wrong(f"its bbox is {values}, outside of its picture of {size[0]} x {size[1]} pixels")
+        entry.wrong(outside)
     box = max(left, 0.0), max(top, 0.0), min(right, float(size[0])), min(bottom, float(size[1]))
     if box[0] >= box[2] or box[1] >= box[3]:
-        entry.wrong(f"its bbox is {values}, outside of its picture of {size[0]} x {size[1]} pixels")
+        entry.wrong(outside)
     return box

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.contrastive import unit_rows, upcast
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Resize
-from ds_cmli.data.aspect import Grid
-from ds_cmli.data.transforms import Box
-from ds_cmli.evaluate.metrics import PixelBox
+from ds_cmli.data.aspect import Grid, overlaps
+from ds_cmli.data.transforms import Box, PixelBox
 from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
 from ds_cmli.evaluate.suites.masks import IGNORED
 
@@ -144,13 +143,6 @@ def pooled(patches: Tensor, grid: Grid, size: tuple[int, int], boxes: list[Pixel
         size: W, H.
         boxes: in pixels; each overlaps the picture.
     """
-    box = torch.tensor(boxes, dtype=torch.float64)
-    shares = []
-    for axis, patches_of_axis in ((1, grid[0]), (0, grid[1])):
-        cell = torch.arange(patches_of_axis, dtype=torch.float64)
-        first, last = box[:, axis::2].t()[:, :, None] * patches_of_axis / size[axis]
-        shares.append((torch.minimum(last, cell + 1) - torch.maximum(first, cell)).clamp(min=0))
-    rows, columns = shares
-    weights = (rows[:, :, None] * columns[:, None]).flatten(1)  # [F, N]
-    weights /= weights.sum(1, keepdim=True)
-    return F.normalize(weights.float().to(patches.device) @ upcast(patches), dim=-1)
+    shares = torch.tensor([boxes], dtype=torch.float64) / torch.tensor([*size, *size])
+    weights = overlaps(shares, torch.tensor([grid]), len(patches))[0].float()
+    return unit_rows(weights.to(patches.device) @ upcast(patches))

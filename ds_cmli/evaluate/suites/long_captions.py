@@ -17,11 +17,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.schema import STRICT, PositiveCount
-from ds_cmli.data.batch import Collate, Sample
-from ds_cmli.data.pairs import black
-from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
-from ds_cmli.evaluate.suites.files import (
+from ds_cmli.common.lists import (
     Entry,
     files_in,
     json_entries,
@@ -29,6 +25,10 @@ from ds_cmli.evaluate.suites.files import (
     json_object,
     text_of,
 )
+from ds_cmli.config.schema import STRICT, PositiveCount
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.numbered import black
+from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
 from ds_cmli.evaluate.suites.pairs import recall
 from ds_cmli.evaluate.suites.task import Measured
 

@@ -11,10 +11,10 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ds_cmli.common.lists import csv_rows
 from ds_cmli.config.schema import STRICT
 from ds_cmli.evaluate.model import PictureFile
 from ds_cmli.evaluate.suites.choices import Choices, Question
-from ds_cmli.evaluate.suites.files import csv_rows
 from ds_cmli.evaluate.suites.task import Measure
 
 COLUMNS = ("Question ID", "Type", "Statement")

@@ -22,12 +22,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.lists import Entry, text_lines
 from ds_cmli.config.schema import STRICT
 from ds_cmli.data.transforms import Box
 from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.suites.class_texts import Templates, class_vectors, prompts
 from ds_cmli.evaluate.suites.dense import Part, areas, parts, predicted, seeing_whole, windows
-from ds_cmli.evaluate.suites.files import Entry, text_lines
 from ds_cmli.evaluate.suites.masks import IGNORED, Labelled
 from ds_cmli.evaluate.suites.task import Measure, Measured
 

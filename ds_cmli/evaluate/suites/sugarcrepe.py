@@ -12,10 +12,10 @@ from typing import ClassVar
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ds_cmli.common.lists import files_in, json_entries
 from ds_cmli.config.schema import STRICT
 from ds_cmli.evaluate.model import PictureFile
 from ds_cmli.evaluate.suites.choices import Choices, Question, first_is_best
-from ds_cmli.evaluate.suites.files import files_in, json_entries
 from ds_cmli.evaluate.suites.task import Measure
 
 

@@ -1,14 +1,16 @@
 """Classes of boxes of COCO's and LVIS's files, against accuracies computed one box at a time."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate.model import EvaluatedModel
+from ds_cmli.evaluate.model import EvaluatedModel, PictureFile
 from ds_cmli.evaluate.suites import dense
 from tests.evaluate.suites import dense_data as data
 from tests.evaluate.suites.test_segmentation import patches_of, texts_of, unit
@@ -84,6 +86,17 @@ def test_whole_cells_as_means_of_patches(case):
     if ratio:
         aligned = torchvision.ops.roi_align(patches.permute(2, 0, 1)[None], cells, 1, sampling_ratio=1, aligned=True)
         torch.testing.assert_close(result[0], aligned.flatten() / aligned.norm())
+
+
+def test_a_part_of_a_picture_is_decoded_as_whole_ones_are(tmp_path, models):
+    """Transparent pixels are white, and data.max_pixels holds."""
+    file, model = tmp_path / "a.png", models[0]
+    Image.new("RGBA", (40, 30), (255, 0, 0, 0)).save(file)
+    part = model.read(PictureFile(file, (0, 0, 20, 20)))
+    assert part.bad is None and part.image.min() == 255
+    config = replace(model.config, data=replace(model.config.data, max_pixels=1199))
+    part = replace(model, config=config).read(PictureFile(file, (0, 0, 20, 20)))
+    assert part.bad == (str(file), "40 x 30 pixels, more than data.max_pixels = 1199")
 
 
 def entry(key, number, **values):

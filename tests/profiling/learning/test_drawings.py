@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.scenes import DemoPictures
+from ds_cmli.data.demo_pictures import DemoPictures
 from profiling.learning import drawings
 from profiling.learning.drawings import SETS, redrawn
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_cmli.data.scenes import DemoPictures, Scenes
+from ds_cmli.data.demo_pictures import DemoPictures
+from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import load_tokenizer
 from profiling.learning.endpoints import Endpoints, own_preferred, probe_accuracy, word_classes
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_cmli.data.scenes import DemoPictures
+from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.tokens import load_tokenizer
 from profiling.learning.linked import COLOURS, KINDS, PERSONS, LinkedScenes
 

@@ -1,4 +1,4 @@
-"""Reads the lists of benchmarks: whatever is wrong is one line with the file and the place."""
+"""Reads lists of benchmarks and data: what is wrong is one line with the file and the place."""
 
 import csv
 import io
