@@ -28,6 +28,7 @@ TABLES: dict[str, tuple[dict, type]] = {
     "TEXT": (registry.TEXT, registry.BackboneEntry),
     "SOURCES": (registry.SOURCES, registry.SourceEntry),
     "TRACKERS": (registry.TRACKERS, registry.TrackerEntry),
+    "TASKS": (registry.TASKS, registry.TaskEntry),
 }
 # The names that each plugin has added, of those that the user named and those of entry points.
 _given: dict[str, list[str]] = {}
@@ -161,6 +162,6 @@ plugin_option = option(
     is_eager=True,  # before options whose values a plugin may add
     expose_value=False,
     callback=_load_all,
-    help="Import a module that registers losses, backbones, sources or trackers (docs/plugins.md). "
-    "Repeatable.",
+    help="Import a module that registers losses, backbones, sources, trackers or tasks "
+    "(docs/plugins.md). Repeatable.",
 )

@@ -1,4 +1,4 @@
-"""The tables of what a run can be built from: losses, backbones, sources, trackers.
+"""The tables of what a run can be built from: losses, backbones, sources, trackers; of tasks.
 
 A new one is a file of its own and one entry here, or one that a plugin adds (`plugins.py`).
 Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
@@ -247,7 +247,42 @@ TRACKERS = {
 }
 
 
-def load(entry: LossEntry | BackboneEntry | SourceEntry | TrackerEntry) -> Any:
+@dataclass(frozen=True)
+class TaskEntry:
+    """A kind of task of a suite (`ds-cmli-evaluate --suite`)."""
+
+    implementation: str  # an `evaluate.suites.task.Task`
+
+
+SUITES = "ds_cmli.evaluate.suites"
+TASKS = {
+    "ade20k": TaskEntry(f"{SUITES}.segmentation:ADE20K"),
+    "boxes": TaskEntry(f"{SUITES}.boxes:Boxes"),
+    "classification": TaskEntry(f"{SUITES}.classification:Classification"),
+    "coco_order": TaskEntry(f"{SUITES}.aro:Order"),
+    "coco_stuff": TaskEntry(f"{SUITES}.segmentation:COCOStuff"),
+    "colorswap": TaskEntry(f"{SUITES}.winoground:ColorSwap"),
+    "dci": TaskEntry(f"{SUITES}.long_captions:DCI"),
+    "docci": TaskEntry(f"{SUITES}.long_captions:DOCCI"),
+    "flickr30k_order": TaskEntry(f"{SUITES}.aro:Order"),
+    "iiw": TaskEntry(f"{SUITES}.long_captions:IIW"),
+    "mmvp": TaskEntry(f"{SUITES}.mmvp:MMVP"),
+    "pointing_game": TaskEntry(f"{SUITES}.pairs:PointingGame"),
+    "retrieval": TaskEntry(f"{SUITES}.pairs:Retrieval"),
+    "sharegpt4v": TaskEntry(f"{SUITES}.long_captions:ShareGPT4V"),
+    "sugarcrepe": TaskEntry(f"{SUITES}.sugarcrepe:SugarCrepe"),
+    "urban1k": TaskEntry(f"{SUITES}.long_captions:Urban1k"),
+    "vg_attribution": TaskEntry(f"{SUITES}.aro:VGAttribution"),
+    "vg_relation": TaskEntry(f"{SUITES}.aro:VGRelation"),
+    "voc": TaskEntry(f"{SUITES}.segmentation:VOC"),
+    "winoground": TaskEntry(f"{SUITES}.winoground:Winoground"),
+}
+
+
+Entry = LossEntry | BackboneEntry | SourceEntry | TrackerEntry | TaskEntry
+
+
+def load(entry: Entry) -> Any:
     """Import the implementation of an entry and return it.
 
     Raises:

@@ -21,7 +21,7 @@ from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.base import PairInputs
+from ds_cmli.losses.inputs import PairInputs
 
 # A tile that saves no indices, or that leaves some of its pairs out, has so many times the pairs.
 LARGER = 8

@@ -2,38 +2,14 @@
 
 from functools import partial
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import get_args, get_type_hints
 
 from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.json_text import parse_toml
+from ds_cmli.config import plugins
+from ds_cmli.config.registry import TASKS, load
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.suites.task import Task
-
-ROOM = "ds_cmli.evaluate.suites"
-# Kind -> the class of its settings.
-TASKS: dict[str, str] = {
-    "ade20k": f"{ROOM}.segmentation:ADE20K",
-    "boxes": f"{ROOM}.boxes:Boxes",
-    "classification": f"{ROOM}.classification:Classification",
-    "coco_order": f"{ROOM}.aro:Order",
-    "coco_stuff": f"{ROOM}.segmentation:COCOStuff",
-    "colorswap": f"{ROOM}.winoground:ColorSwap",
-    "dci": f"{ROOM}.long_captions:DCI",
-    "docci": f"{ROOM}.long_captions:DOCCI",
-    "flickr30k_order": f"{ROOM}.aro:Order",
-    "iiw": f"{ROOM}.long_captions:IIW",
-    "mmvp": f"{ROOM}.mmvp:MMVP",
-    "pointing_game": f"{ROOM}.pairs:PointingGame",
-    "retrieval": f"{ROOM}.pairs:Retrieval",
-    "sharegpt4v": f"{ROOM}.long_captions:ShareGPT4V",
-    "sugarcrepe": f"{ROOM}.sugarcrepe:SugarCrepe",
-    "urban1k": f"{ROOM}.long_captions:Urban1k",
-    "vg_attribution": f"{ROOM}.aro:VGAttribution",
-    "vg_relation": f"{ROOM}.aro:VGRelation",
-    "voc": f"{ROOM}.segmentation:VOC",
-    "winoground": f"{ROOM}.winoground:Winoground",
-}
 
 
 def read_suite(file: str) -> dict[str, Task]:
@@ -42,6 +18,7 @@ def read_suite(file: str) -> dict[str, Task]:
     Raises:
         UserError: the file is no TOML, or has no task, an unknown kind or key, or a missing file.
     """
+    plugins.load_installed()
     path = Path(file).expanduser()
     setting = f"--suite is {file!r}"
     check_regular("--suite", path)
@@ -69,7 +46,7 @@ def _task(name: str, table: object, folder: Path) -> Task:
     check(isinstance(table, dict) and "kind" in table, f"--suite: {name}", table, need)
     assert isinstance(table, dict)
     choice(f"--suite: {name}.kind", table["kind"], list(TASKS))
-    task: type = resolve_name(TASKS[table["kind"]])
+    task: type = load(TASKS[table["kind"]])
     hints = get_type_hints(task)
     settings = dict(table)
     del settings["kind"]

@@ -3,12 +3,15 @@
 import re
 import sys
 from dataclasses import MISSING, fields
-from pkgutil import resolve_name
+from pathlib import Path
 
 import pytest
+from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate.suites.suite import TASKS, read_suite
+from ds_cmli.config.registry import TASKS, load
+from ds_cmli.config.schema import STRICT
+from ds_cmli.evaluate.suites.suite import read_suite
 from tests.conftest import ROOT
 from tests.evaluate.suites import lists
 
@@ -16,6 +19,14 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+@dataclass(config=STRICT, frozen=True)
+class Mine:
+    list: Path
+
+    def read(self) -> None:
+        """Nothing."""
 
 
 def test_tasks_and_paths_from_the_suites_folder(tmp_path, monkeypatch):
@@ -33,9 +44,18 @@ def test_tasks_of_the_page_are_tasks():
     tables = tomllib.loads("".join(re.findall(r"(?ms)^```toml\n(.*?)^```", page)))
     assert {table["kind"] for table in tables.values()} == TASKS.keys()
     for table in tables.values():
-        settings = fields(resolve_name(TASKS[table.pop("kind")]))
+        settings = fields(load(TASKS[table.pop("kind")]))
         required = {f.name for f in settings if f.default is MISSING and f.default_factory is MISSING}
         assert required <= table.keys() <= {f.name for f in settings}
+
+
+def test_a_kind_may_be_a_plugins(tmp_path, monkeypatch, plugins):
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "TASKS['mine'] = TaskEntry('tests.evaluate.suites.test_suite:Mine')"
+    (tmp_path / "plugin_task.py").write_text(f"from ds_cmli.config.registry import TASKS, TaskEntry\n{body}\n")
+    plugins.load("plugin_task")
+    (tmp_path / "s.toml").write_text("[a]\nkind = 'mine'\nlist = 's.toml'\n")
+    assert read_suite(str(tmp_path / "s.toml")) == {"a": Mine(tmp_path / "s.toml")}
 
 
 @pytest.mark.parametrize(
