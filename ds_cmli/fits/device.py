@@ -122,7 +122,7 @@ class Memory:
 
 
 class NoGraph:
-    """In place of `torch.cuda.CUDAGraph`, which takes memory from a pool of its own."""
+    """Replaces `torch.cuda.CUDAGraph`, which takes memory from a pool of its own."""
 
     def __init__(self, *_: object, **__: object):
         raise NotFollowed(
