@@ -76,6 +76,20 @@ class Machine(NamedTuple):
         return total
 
 
+class Uncounted(Machine):
+    """Stands for a kernel that is not compiled."""
+
+    def without(self, rare: str) -> "Machine":
+        return self
+
+    def executed(self, trips: Sequence[float]) -> float:
+        return 0.0
+
+
+def uncounted(*_: object) -> Machine:
+    return Uncounted([], [], [])
+
+
 @functools.cache
 def machine_code(
     kernel: Any,

@@ -9,6 +9,7 @@ tokens with 128 documents of 180 and 1,030. All of it is computed, nothing measu
 """
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import click
 
 from ds_cmli.cmli.triton.backend import Sizes
 from ds_cmli.common.cli import run_command
-from profiling.speed import peers
+from ds_cmli.common.patches import replaced
+from profiling.speed import kernel_work, peers
 from profiling.speed.baselines import SETTINGS, text_lengths
 from profiling.speed.gpu_rates import EFFICIENCY, GPU, GPUS, Work, at_limits
+from profiling.speed.instructions import uncounted
 from profiling.speed.kernel_work import DTYPES, Kernels
 
 SIZES = Sizes(I=256, J=512, N=196, M=64, D=256)
@@ -97,6 +100,7 @@ def row(part: str, phases: list[Work], gpu: GPU, efficiency: float) -> dict[str,
 @click.option("--lengths", default="full", show_default=True, type=click.Choice(SETTINGS))
 @click.option("--efficiency", default=EFFICIENCY, show_default=True, help="Reached of the limits.")
 @click.option("--peers", "with_peers", is_flag=True, help="With kernels of installed packages.")
+@click.option("--bytes-only", is_flag=True, help="No instructions: nothing is compiled.")
 @click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
 def command(
     name: str,
@@ -105,9 +109,13 @@ def command(
     lengths: str,
     efficiency: float,
     with_peers: bool,
+    bytes_only: bool,
     json_path: str | None,
 ) -> None:
-    table = rows(name, dtype, lengths, efficiency, with_peers, shape)
+    with ExitStack() as stack:
+        for module in (kernel_work, peers) if bytes_only else ():
+            stack.enter_context(replaced(module, "machine_code", uncounted))
+        table = rows(name, dtype, lengths, efficiency, with_peers, shape)
     of = ONE_WAY.get(shape, SIZES)
     sizes = f"{of.I} x {of.J} pairs, {of.N} positions"
     click.echo(f"computed, not measured: {name}, {dtype}, {sizes}, lengths: {lengths}")
