@@ -41,7 +41,6 @@ class Patch:
 
 
 ZERO = "deepspeed.runtime.zero"
-ACCELERATOR = "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator"
 COORDINATOR = f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator"
 _READS_VALUES = (
     "It reads values from tensors, which have none in a prediction, where ranks are alike."
@@ -49,8 +48,6 @@ _READS_VALUES = (
 _MAKES_VIEWS = (
     "A loop over all ranks makes views, which takes minutes in a prediction for many ranks."
 )
-_ASKS_HERE = "It answers for the machine that predicts, not for the device that is predicted."
-_WAITS = "It waits for the GPU, for each group of parameters, to learn nothing that decides."
 _CHOOSES_KERNELS = (
     "A GPU chooses other kernels than the CPU that predicts; autograd leaves modes of torch "
     "functions, so that they would not see what activation checkpointing computes again."
@@ -97,12 +94,8 @@ PATCHES = {
     "transformers: mask": Patch(
         "transformers.masking_utils",
         "is_tracing",
-        "It takes a tensor without data for a traced one, and keeps the mask of unpadded texts.",
-    ),
-    "transformers: values of a mask": Patch(
-        "transformers.masking_utils",
-        "is_tracing",
-        "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync.",
+        "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync; and takes "
+        "a tensor without data for a traced one, and keeps the mask of unpadded texts.",
     ),
     "colpali_engine: scores": Patch(
         "colpali_engine.loss.late_interaction_losses",
@@ -162,14 +155,11 @@ PATCHES = {
         "flatten_dense_tensors_aligned",
         "It flattens on the host if the device has no room; in a prediction both have type cpu.",
     ),
-    "deepspeed: norms": Patch(
-        f"{ZERO}.stage_1_and_2 {ZERO}.stage3", "mask_nan_or_inf_with_val_inplace", _WAITS
+    "deepspeed: norm asked again": Patch(
+        f"{ZERO}.stage_1_and_2",
+        "is_invalid_grad_norm",
+        "It waits for the GPU, for each group of parameters, to learn nothing that decides.",
     ),
-    "deepspeed: norm asked again": Patch(f"{ZERO}.stage_1_and_2", "is_invalid_grad_norm", _WAITS),
-    "deepspeed: device has fp16": Patch(ACCELERATOR, "is_fp16_supported", _ASKS_HERE),
-    "deepspeed: free memory": Patch(ACCELERATOR, "available_memory", _ASKS_HERE),
-    "deepspeed: stream": Patch(ACCELERATOR, "stream", _ASKS_HERE),
-    "deepspeed: emptied cache": Patch(ACCELERATOR, "empty_cache", _ASKS_HERE),
     "torch: linear": Patch(
         "torch.nn.functional",
         "linear",
@@ -367,13 +357,10 @@ PATCHES = {
     ),
     "torch: collectives": Patch(
         "torch.distributed:ProcessGroup",
-        "allgather _allgather_base all_gather_single allreduce broadcast",
-        "gloo's thread releases tensors a moment later, where the profiler does not see it.",
-    ),
-    "torch: scattering collectives": Patch(
-        "torch.distributed:ProcessGroup",
-        "_reduce_scatter_base reduce_scatter_single",
-        "gloo's thread releases tensors and its copies of them a moment later.",
+        "allgather _allgather_base all_gather_single allreduce broadcast _reduce_scatter_base "
+        "reduce_scatter_single",
+        "gloo's thread releases tensors, and its copies of what it scatters, a moment later, where "
+        "the profiler does not see it.",
     ),
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ds_cmli.common.patches import patch_for_good, patched
+from ds_cmli.common.patches import patched
 from ds_cmli.distributed.process_group import CollectiveFlags
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def attach(engine: "DeepSpeedEngine") -> None:
     """
     optimizer: Optimizer = engine.optimizer
     _clear_padding(engine)
-    patch_for_good("deepspeed: norms", _mask_on_device)
+    if hasattr(optimizer, "get_grad_norm_direct"):  # ZeRO
+        _fill_numbers(optimizer)
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
@@ -70,7 +71,6 @@ def _look_once(optimizer: Optimizer) -> None:
     if hasattr(optimizer, "offload_optimizer"):  # stage 3
         if not optimizer.offload_optimizer:
             optimizer.check_overflow = lambda partition_gradients=True: None
-            _fill_numbers(optimizer)
         return
     if not hasattr(optimizer, "check_grad_overflow"):  # no ZeRO
         return
@@ -86,7 +86,7 @@ def _look_once(optimizer: Optimizer) -> None:
 
 
 def _fill_numbers(optimizer: Optimizer) -> None:
-    """Keep stage 3 from copying a number to the device, for each group, at a CPU-GPU sync."""
+    """Keep ZeRO from copying numbers to the device, for each group, at a CPU-GPU sync."""
     norm_of = optimizer.get_grad_norm_direct
 
     def norm(*arguments: object) -> Tensor:
@@ -103,11 +103,6 @@ class _Filled(TorchFunctionMode):
         if func is torch.tensor:
             return torch.full((), *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
-
-
-def _mask_on_device(norm: Tensor, device: object = None, val: float = -1.0) -> None:
-    """Set a norm that is not finite to -1, in place, without CPU-GPU sync."""
-    norm.masked_fill_(norm.isfinite().logical_not(), val)
 
 
 def _clear_padding(engine: "DeepSpeedEngine") -> None:

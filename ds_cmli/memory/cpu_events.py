@@ -53,14 +53,13 @@ def seen_by_the_profiler() -> Iterator[None]:
     dropped by then is freed in that thread, which the profiler does not record, so it would be
     counted as if it were never freed.
     """
-    with (
-        patched("torch: collectives", lambda method: _to_the_end(method, 0.0)),
-        patched("torch: scattering collectives", lambda method: _to_the_end(method, COPY_S)),
-    ):
+    with patched("torch: collectives", _to_the_end):
         yield
 
 
-def _to_the_end(method: Callable, seconds: float) -> Callable:
+def _to_the_end(method: Callable) -> Callable:
+    seconds = COPY_S if "reduce_scatter" in method.__name__ else 0.0
+
     def run(group: dist.ProcessGroup, *arguments: object) -> "_Work | None":
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         before = _uses(tensors)

@@ -5,9 +5,12 @@ What lies on the host is left out of the record, and what moves to the device is
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor, nn
 
 from ds_cmli import engine
@@ -87,34 +90,41 @@ def free_bytes(tracker: MemoryTracker, gpu: str, world_size: int) -> int:
     return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
 
 
+@dataclass(eq=False)
+class PredictedDevice(CPU_Accelerator):
+    """DeepSpeed's accelerator: it answers for the predicted device, and not for this machine."""
+
+    tracker: MemoryTracker
+    free: Callable[[], int]  # bytes
+    overlaps: bool  # whether what is done on streams of DeepSpeed's own is recorded as such
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def is_fp16_supported(self) -> bool:
+        return self.tracker.gpu is not None or super().is_fp16_supported()
+
+    def available_memory(self, device_index: int | None = None) -> int:
+        return self.free()
+
+    def empty_cache(self) -> None:
+        self.tracker.record_emptied_cache()
+
+    def stream(self, stream: object) -> AbstractContextManager[None]:
+        """CUDA's allocator keeps streams apart; one is named by the module that switches to it."""
+        if self.overlaps:
+            return self.tracker.on_stream(sys._getframe(1).f_globals["__name__"])
+        return nullcontext()
+
+
 @contextmanager
-def overlapping(tracker: MemoryTracker) -> Iterator[None]:
-    """Inside, what DeepSpeed does on streams of its own, to overlap communication and computation,
-    is recorded as such: CUDA's allocator keeps the memory of streams apart.
+def answering(device: PredictedDevice) -> Iterator[None]:
+    """Inside, DeepSpeed asks `device`, and its stages 1 and 2 flatten parameters as there.
 
-    A stream is named by the module that switches to it.
+    They copy each group of parameters into one flat buffer: on the device if it has room, otherwise
+    on the host, after the group's parameters have left the device.
     """
-
-    def stream(accelerator: object, stream: object) -> AbstractContextManager[None]:
-        return tracker.on_stream(sys._getframe(1).f_globals["__name__"])
-
-    with patched("deepspeed: stream", lambda _: stream):
-        yield
-
-
-@contextmanager
-def flattened_where_there_is_room(
-    tracker: MemoryTracker, free: Callable[[], int]
-) -> Iterator[None]:
-    """Inside, DeepSpeed's stages 1 and 2 flatten parameters on the device if `free` bytes suffice.
-
-    They copy each group of parameters into one flat buffer: otherwise on the host, after the
-    group's parameters have left the device. Where they empty the allocator's cache, that is
-    recorded.
-    """
-
-    def emptied(accelerator: object) -> None:
-        tracker.record_emptied_cache()
+    tracker, accelerator = device.tracker, get_accelerator()
 
     def flattened(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(
@@ -134,9 +144,11 @@ def flattened_where_there_is_room(
         return run
 
     with (
-        patched("deepspeed: free memory", lambda _: lambda self, *index: free()),
         patched("deepspeed: flattened parameters", flattened),
-        patched("deepspeed: emptied cache", lambda _: emptied),
         patched("torch: copy to the host", lambda _: lambda x: HostMemory(tracker).to_host(x)),
     ):
-        yield
+        set_accelerator(device)
+        try:
+            yield
+        finally:
+            set_accelerator(accelerator)

@@ -141,8 +141,9 @@ def predict(
     with (
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
-        host_memory.flattened_where_there_is_room(tracker, free),
-        host_memory.overlapping(tracker) if setup.cuda and _overlaps(setup.json) else nullcontext(),
+        host_memory.answering(
+            host_memory.PredictedDevice(tracker, free, setup.cuda and _overlaps(setup.json))
+        ),
     ):
         events, sizes, shares = _record(setup, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles

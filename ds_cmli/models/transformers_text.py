@@ -93,7 +93,7 @@ class Transformer(TextBackbone):
         if not self.padded:
             return self.model(input_ids=input_ids).last_hidden_state
         # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
-        with patched("transformers: values of a mask", lambda _: lambda tensor=None: True):
+        with patched("transformers: mask", lambda _: lambda tensor=None: True):
             return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
 
