@@ -39,9 +39,14 @@ RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher",
 
 
 def _setting(group: str, name: str, place: str, help: str, **more: Any) -> Decorator:
-    """Declare an option of the setting `place`, such as "optim.lr"."""
+    """Declare an option of the setting `place`, such as "optim.lr", of the type of its default."""
     section, _, key = place.partition(".")
     PLACES[name.removeprefix("--").replace("-", "_")] = (section, key)
+    default = getattr(getattr(Config(), section), key)
+    if isinstance(default, bool):
+        more |= {"is_flag": True, "default": None}
+    elif isinstance(default, int | float):
+        more["type"] = type(default)
     return option(group, name, help=help, **more)
 
 
@@ -116,23 +121,20 @@ WHAT = (
         "data.caption_key",
         f"Column of the caption, in {source_kinds('and', 'caption_key')}.  [detected]",
     ),
-    _data("--workers", "data.workers", "Data loading processes per rank.  [preset]", type=int),
-    _length("--steps", "optim.steps", "Number of optimizer steps.  [preset]", type=int),
+    _data("--workers", "data.workers", "Data loading processes per rank.  [preset]"),
+    _length("--steps", "optim.steps", "Number of optimizer steps.  [preset]"),
     _length("--epochs", "optim.epochs", "Epochs, instead of --steps.  [preset]", type=float),
     _length(
         "--micro-batch",
         "optim.micro_batch",
         'Pairs per rank, where the JSON says "auto".  [preset]',
-        type=int,
     ),
-    _length("--lr", "optim.lr", 'Learning rate, where the JSON says "auto".  [preset]', type=float),
-    _length("--seed", "run.seed", "Seed of weights, data order and scenes.  [0]", type=int),
+    _length("--lr", "optim.lr", 'Learning rate, where the JSON says "auto".  [preset]'),
+    _length("--seed", "run.seed", "Seed of weights, data order and scenes.  [0]"),
     _length(
         "--deterministic",
         "run.deterministic",
         "Reproduce every bit on the same kind of device; slower on a GPU.",
-        is_flag=True,
-        default=None,
     ),
     option(
         "DeepSpeed",
@@ -143,30 +145,21 @@ WHAT = (
 )
 OUTPUT = (
     _output(
-        "--output-dir",
-        "run.output_dir",
-        "Folder of the run.  [runs/<preset>-<date and time>]",
+        "--output-dir", "run.output_dir", "Folder of the run.  [runs/<preset>-<date and time>]"
     ),
-    _output("--log-every", "run.log_every", "Log every so many steps.  [preset]", type=int),
+    _output("--log-every", "run.log_every", "Log every so many steps.  [preset]"),
     _output(
-        "--eval-every",
-        "run.eval_every",
-        "Steps between evaluations; 0: only at the end.  [preset]",
-        type=int,
+        "--eval-every", "run.eval_every", "Steps between evaluations; 0: only at the end.  [preset]"
     ),
     _checkpoints(
-        "--save-every",
-        "run.save_every",
-        "Steps between checkpoints; 0: by time alone.  [preset]",
-        type=int,
+        "--save-every", "run.save_every", "Steps between checkpoints; 0: by time alone.  [preset]"
     ),
     _checkpoints(
         "--save-minutes",
         "run.save_minutes",
         "Minutes between checkpoints; 0: by steps alone.  [15]",
-        type=float,
     ),
-    _checkpoints("--keep", "run.keep", "Number of newest checkpoints to keep.  [2]", type=int),
+    _checkpoints("--keep", "run.keep", "Number of newest checkpoints to keep.  [2]"),
 )
 START = (
     option(

@@ -266,8 +266,9 @@ def test_opcheck(flat):
         torch.library.opcheck(torch.ops.ds_cmli.cmli_backward, backward)
 
 
-SIZES = {"I": 20, "J": 24, "N": 180, "M": 32, "D": 64}
-LENGTHS = [1 + (7 * j) % 32 for j in range(23)] + [32], [(11 * i) % 181 for i in range(19)] + [180]
+SIZES = {"I": 8, "J": 10, "N": 60, "M": 16, "D": 32}
+LENGTHS = [1 + (7 * j) % 16 for j in range(9)] + [16], [(11 * i) % 61 for i in range(7)] + [60]
+SCRATCH = 2**15
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -276,42 +277,42 @@ LENGTHS = [1 + (7 * j) % 32 for j in range(23)] + [32], [(11 * i) % 181 for i in
 def test_memory_is_predicted(monkeypatch, flat, recompute, compiled):
     """To the byte, of forward and backward; and it is a fraction of both directions' argmax indices."""
     monkeypatch.setattr("ds_cmli.cmli.chunked.tiling.ONEDNN", False)
-    queries, documents = torch.randn(24, 32, 64), torch.randn(20, 180, 64)
-    masks = [lengths_mask(lengths, most) for lengths, most in zip(LENGTHS, (32, 180), strict=True)]
+    queries, documents = torch.randn(10, 16, 32), torch.randn(8, 60, 32)
+    masks = [lengths_mask(lengths, most) for lengths, most in zip(LENGTHS, (16, 60), strict=True)]
     sides = Sides(documents, queries, *masks, True)
     if flat:
         (queries, starts), (documents, of_documents) = packed(queries, LENGTHS[0]), packed(documents, LENGTHS[1])
         sides = Sides(documents, queries, starts, of_documents, True)
     with torch.enable_grad() if compiled else without_kernels():
-        options = {"recompute": recompute, "packed": flat, "scratch_bytes": 2**19, "dtype": torch.float32}
+        options = {"recompute": recompute, "packed": flat, "scratch_bytes": SCRATCH, "dtype": torch.float32}
         lengths = dict(zip(("text_lengths", "image_lengths"), LENGTHS, strict=True))
         peak = cmli_peak_bytes(**SIZES, **options, **lengths, one_way=True)
         results = []
-        held = allocator_peak(lambda: results.extend(chunked.forward(sides, 2**19, not recompute)))
+        held = allocator_peak(lambda: results.extend(chunked.forward(sides, SCRATCH, not recompute)))
         assert held == peak.forward
         assert (
             sum(x.nbytes for x in results[2:])
             == peak.saved
-            == (not recompute) * 20 * queries[..., 0].numel() * (1 + flat)
+            == (not recompute) * 8 * queries[..., 0].numel() * (1 + flat)
         )
-        grads = torch.empty(0), torch.randn(20, 24)
-        back = allocator_peak(lambda: chunked.backward(sides, grads, results[2:], Wanted(True, True), 2**19))
+        grads = torch.empty(0), torch.randn(8, 10)
+        back = allocator_peak(lambda: chunked.backward(sides, grads, results[2:], Wanted(True, True), SCRATCH))
         if compiled:  # sorts and bags of operators hold more
             assert back == peak.backward
         assert peak.gradients == queries.nbytes + documents.nbytes
 
 
 def test_a_step_needs_what_is_predicted():
-    queries, documents = torch.randn(24, 32, 64, requires_grad=True), torch.randn(20, 180, 64, requires_grad=True)
-    mask, upstream = torch.ones(24, 32).bool(), torch.randn(24, 20)
+    queries, documents = torch.randn(10, 16, 32, requires_grad=True), torch.randn(8, 60, 32, requires_grad=True)
+    mask, upstream = torch.ones(10, 16).bool(), torch.randn(10, 8)
 
     def step():
         torch.autograd.grad(maxsim(queries, documents, mask), (queries, documents), upstream)
 
-    peak = cmli_peak_bytes(**SIZES, dtype=torch.float32, one_way=True, text_lengths=[32] * 24)
-    scores = 24 * 20 * 4
+    peak = cmli_peak_bytes(**SIZES, dtype=torch.float32, one_way=True, text_lengths=[16] * 10)
+    scores = 10 * 8 * 4
     # The incoming gradient is there before; int64 [Q] are the numbers of tokens.
-    assert abs(allocator_peak(step) - max(peak.forward, peak.extra + peak.gradients - scores)) <= 2 * 24 * 8
+    assert abs(allocator_peak(step) - max(peak.forward, peak.extra + peak.gradients - scores)) <= 2 * 10 * 8
 
 
 GOOD = {"queries": torch.zeros(2, 3, 4), "documents": torch.zeros(5, 6, 4)}

@@ -65,11 +65,12 @@ GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    """All cases, some at a time: they mostly wait."""
+def outcomes(tmp_path_factory, request):
+    """The cases of the tests that run, some at a time: they mostly wait."""
+    tests = [item.callspec.params for item in request.session.items if "outcomes" in getattr(item, "fixturenames", ())]
     with ThreadPoolExecutor(4) as pool:
         folder = tmp_path_factory.mktemp("ranks")
-        cases = [*STOPS, *((fate, 1) for fate in GOES_ON)]
+        cases = list({(test["fate"], test.get("victim", 1)): None for test in tests if "fate" in test})
         yield dict(zip(cases, pool.map(lambda case: two_ranks(folder, *case), cases), strict=True))
 
 
@@ -92,8 +93,9 @@ def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
 
 
 @pytest.mark.slow
-def test_an_error_on_all_ranks_is_left_to_them(outcomes):
-    codes, output, took = outcomes["agrees", 1]
+@pytest.mark.parametrize("fate", GOES_ON[-1:])
+def test_an_error_on_all_ranks_is_left_to_them(outcomes, fate):
+    codes, output, took = outcomes[fate, 1]
     assert codes == [1, 1]
     assert output.count("UserError: too many broken images") == 2 and "error: rank" not in output
     assert took < SLACK
