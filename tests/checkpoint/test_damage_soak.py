@@ -21,6 +21,7 @@ from ds_cmli.engine import build_models
 from ds_cmli.report.runs import read
 from tests.checkpoint.test_restore import TINY
 from tests.config.test_mistakes import pairs
+from tests.data.test_soak_cache import damaged
 from tests.drive_train import drive
 
 pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("alone")]
@@ -75,14 +76,6 @@ class Readers:
 
     def held(self, run):
         return contents.held(run)
-
-
-def damaged(content: bytes, draw: random.Random, cut: bool) -> bytes:
-    if cut:
-        return content[: draw.randrange(len(content))]
-    out = bytearray(content)
-    out[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    return bytes(out)
 
 
 def test_no_damage_gives_other_content(tmp_path, capfd):

@@ -252,16 +252,6 @@ def change_json_validly(draw: random.Random, content: dict[str, Any], folder: Pa
 
 
 def change_options_validly(draw: random.Random) -> list[str]:
-    kind = draw.choice(["set", "set", "set", "option", "losses", "profile"])
-    if kind == "losses":
-        chosen = draw.sample([*LOSSES], draw.choice([1, 2, 3]))
-        return ["--losses", ",".join(name + draw.choice(["", "=0.5", "=2"]) for name in chosen)]
-    if kind == "profile":
-        return draw.choice([["--profile", "1:2"], ["--profile-memory", "1"], ["--profile-memory", "2"]])
-    if kind == "option":
-        options = {o: SETTINGS[name] for o, place in PLACES.items() if (name := ".".join(place)) in SETTINGS}
-        option = draw.choice([o for o in options if o not in ("deterministic", "losses")])
-        return [f"--{option.replace('_', '-')}", str(draw.choice(options[option]))]
     name = draw.choice([*SETTINGS])
     value = draw.choice(SETTINGS[name])
     return ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]

@@ -26,8 +26,8 @@ pytestmark = pytest.mark.soak
 CASES = int(os.environ.get("SOAK_CASES", "200"))  # flipped bits of each file; a fifth as many are truncated
 
 
-def damaged(whole: bytes, chance: random.Random, case: int) -> bytes:
-    if case % 6 == 0:
+def damaged(whole: bytes, chance: random.Random, cut: bool) -> bytes:
+    if cut:
         return whole[: chance.randrange(len(whole))]
     content = bytearray(whole)
     content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
@@ -46,7 +46,7 @@ def campaign(files, read, cases=CASES * 6 // 5) -> dict[str, Counter]:
             if path not in files():  # it was made again by another name
                 path = next(file for file in files() if file.suffix == path.suffix)
             whole = path.read_bytes()
-            content = damaged(whole, chance, case)
+            content = damaged(whole, chance, case % 6 == 0)
             path.write_bytes(content)
             try:
                 same = read() == before
