@@ -108,6 +108,25 @@ def test_lines_say_what_is_accepted():
     )
     load_preset("tiny", {"loss": {"start": {"target_cmli": 3}, "cmli_cut": 0.1}})
     assert line(loss={"bank": -1}) == "loss.bank is -1: Input should be greater than or equal to 0 (0: none)"
+    assert line(data={"group_by_length": 1}).startswith("data.group_by_length is 1: one batch has none to exchange")
+    queue = {"negatives": "queue:8,tokens:4"}
+    for negatives in ("queue", "queue:0"):
+        assert f"is {negatives!r}: Input should be 'micro_batch' or 'global_batch' or: " in line(
+            optim={"negatives": negatives}
+        )
+    for has, lacks in (("cmli", "global"), ("global", "cmli")):
+        assert line(loss={"weights": {has: 1.0}}, optim=queue) == (
+            f"optim.negatives is 'queue:8,tokens:4': the losses are {has}, without {lacks}, which has the queue: "
+            "leave it out"
+        )
+    assert line(loss={"cmli_cut": 0.1}, optim=queue) == (
+        "loss.cmli_cut is 0.1: it leaves out pairs or tokens, which a queue with tokens compares: leave it out"
+    )
+    assert line(loss={"weights": {"global": 1.0}, "cmli_cut": 0.001}) == (
+        "loss.cmli_cut is 0.001: the losses are global, without all-pairs scores: leave it out"
+    )
+    assert line(loss={"cmli_cut": 1}) == "loss.cmli_cut is 1: Input should be less than 1 (0: off)"
+    assert line(loss={"cmli_cut": True}) == "loss.cmli_cut is True: Input should be a valid number (0: off)"
     assert line(loss={"match": "techer"}) == "loss.match is 'techer': Input should be 'teacher' or 'student'"
     assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: Input should be 'teacher' or 'student'"
     assert line(optim={"lr": float("inf")}) == "optim.lr is inf: Input should be a finite number"

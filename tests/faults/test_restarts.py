@@ -81,6 +81,7 @@ def resumed_from(run: Path) -> list[int]:
     return [int(step) for step in re.findall(r"resuming from \S+step0*(\d+)\n", Path(f"{run}.log").read_text())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
 def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(rank, options, unbroken, tmp_path):
     run = tmp_path / "run"

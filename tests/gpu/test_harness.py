@@ -170,6 +170,7 @@ def test_the_files(tmp_path):
     assert (tables.rows[-1]["passed"], tables.rows[-1]["note"]) == (False, "longer than 60 s")
 
 
+@pytest.mark.slow
 def test_the_whole_script_on_the_cpu(tmp_path):
     paths = tmp_path / "found.json", tmp_path / "found.md"
     where = ("--json", paths[0], "--markdown", paths[1])

@@ -13,6 +13,7 @@ from profiling.speed.late_losses import losses
 from tests.conftest import run
 
 
+@pytest.mark.slow
 def test_benchmark_writes_what_it_measures(tmp_path):
     file = tmp_path / "rows.json"
     options = ["--batch", "4", "--setting", "captions", "--repeats", "1", "--no-memory"]
@@ -62,6 +63,7 @@ def test_extra_memory_is_what_the_op_is_known_to_take(dtype):
     assert 0 <= known - result <= 2 * 4 * I * J  # in backward the gradients of the scores are given
 
 
+@pytest.mark.slow
 def test_the_step_beside_a_plain_loop():
     done = run("--preset", "tiny", "--repeats", "1", "--json", script="profiling.speed.step")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -70,6 +72,7 @@ def test_the_step_beside_a_plain_loop():
     assert content["ratio"] == round(content["trainer_s"] / content["plain_s"], 4)  # of one repetition
 
 
+@pytest.mark.slow
 def test_batches_of_like_length_beside_those_as_they_come():
     few = ["--preset", "tiny", "--group", "4", "--json"]
     done = run(*few, script="profiling.speed.lengths")

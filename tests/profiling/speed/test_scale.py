@@ -24,6 +24,7 @@ def test_a_table_of_two_exchanges(tmp_path):
     assert ring["seconds"]["step"] > 0 and "a ring takes less memory" in done.stdout
 
 
+@pytest.mark.slow
 def test_scores_computed_for_a_gpu():
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
     from profiling.speed.scaling import Rates, StepCost
