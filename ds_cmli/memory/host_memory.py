@@ -6,7 +6,6 @@ What lies on the host is left out of the record, and what moves to the device is
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from deepspeed.accelerator import get_accelerator, set_accelerator
@@ -82,30 +81,27 @@ def recorded_from_the_engine_on(
     return models
 
 
-def free_bytes(tracker: MemoryTracker, gpu: str, world_size: int) -> int:
-    """The bytes that are free on the device once its allocator has returned all free segments."""
-    allocator = CachingAllocator()
-    replay(tracker.events(), allocator=allocator)
-    allocator.empty_cache()
-    return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
-
-
-@dataclass(eq=False)
 class PredictedDevice(CPU_Accelerator):
     """DeepSpeed's accelerator: it answers for the predicted device, and not for this machine."""
 
-    tracker: MemoryTracker
-    free: Callable[[], int]  # bytes
-    overlaps: bool  # whether what is done on streams of DeepSpeed's own is recorded as such
-
-    def __post_init__(self) -> None:
+    def __init__(self, tracker: MemoryTracker, gpu: str, world_size: int, overlaps: bool):
+        """`overlaps`: what is done on streams of DeepSpeed's own is recorded as such."""
         super().__init__()
+        self.tracker, self.gpu, self.world_size = tracker, gpu, world_size
+        self.overlaps = overlaps
 
     def is_fp16_supported(self) -> bool:
         return self.tracker.gpu is not None or super().is_fp16_supported()
 
     def available_memory(self, device_index: int | None = None) -> int:
-        return self.free()
+        """The bytes that are free once the GPU's allocator has returned all free segments."""
+        if self.tracker.gpu is None:
+            return 1 << 60
+        allocator = CachingAllocator()
+        replay(self.tracker.events(), allocator=allocator)
+        allocator.empty_cache()
+        reserved = gpus.device_bytes(allocator.reserved, self.gpu, self.world_size)
+        return gpus.find(self.gpu).total.bytes - reserved
 
     def empty_cache(self) -> None:
         self.tracker.record_emptied_cache()

@@ -133,17 +133,12 @@ def predict(
         "cpu", lengths, workspaces=not setup.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
-    def free() -> int:
-        if setup.cuda:
-            return host_memory.free_bytes(tracker, gpu, world_size)
-        return 1 << 60
-
+    overlaps = setup.cuda and _overlaps(setup.json)
+    device = host_memory.PredictedDevice(tracker, gpu, world_size, overlaps)
     with (
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
-        host_memory.answering(
-            host_memory.PredictedDevice(tracker, free, setup.cuda and _overlaps(setup.json))
-        ),
+        host_memory.answering(device),
     ):
         events, sizes, shares = _record(setup, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
