@@ -31,12 +31,8 @@ def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
     The forward method is replaced, not the module, so that parameter names do not change.
     """
     for block in blocks:
-        wrapped = _checkpointed(block.forward, checkpoint, _is_trained(block))
-        block.forward = wrapped  # type: ignore[method-assign]
-
-
-def _is_trained(block: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in block.parameters())
+        block.forward = _checkpointed(block.forward, checkpoint)  # type: ignore[method-assign]
+        _give_gradient(block)
 
 
 def _is_tensor(leaf: object) -> bool:
@@ -47,8 +43,8 @@ def _is_float(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Callable:
-    """Return `forward` under `checkpoint`; `trained`: any parameter of the block is trained."""
+def _checkpointed(forward: Callable, checkpoint: Callable) -> Callable:
+    """Return `forward` under `checkpoint`, where an input requires a gradient."""
 
     def run(*args: object, **kwargs: object) -> object:
         if not torch.is_grad_enabled():
@@ -60,11 +56,7 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
         places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
         inputs = [leaves[i] for i in places]
         if not any(x.requires_grad for x in inputs):
-            if not trained:
-                return forward(*args, **kwargs)
-            # The layers below are frozen. Without an input that requires a gradient, the block's
-            # parameters get none.
-            inputs = [x.detach().requires_grad_() for x in inputs]
+            return forward(*args, **kwargs)
         # Only the checkpoint holds the tensors, so it alone decides when they are freed.
         for i in places:
             leaves[i] = None
@@ -160,20 +152,27 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
             from deepspeed.utils import set_z3_leaf_module
 
             set_z3_leaf_module(block, True)
-            if _is_trained(block):
-                block.register_forward_pre_hook(_with_a_gradient)
+            _give_gradient(block)
 
 
-def _with_a_gradient(block: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...] | None:
-    """Inputs that require a gradient, where the layers below a trained leaf module are frozen.
+def _give_gradient(block: nn.Module) -> None:
+    """Let an input of a trained block require a gradient, also where the layers below are frozen.
 
-    By the gradient of its input DeepSpeed knows when the block's backward pass ends.
+    Without one a checkpoint gives the block's parameters none, and DeepSpeed does not know when the
+    backward pass of a leaf module ends.
     """
-    first, *rest = inputs
-    if not torch.is_grad_enabled() or any(getattr(x, "requires_grad", False) for x in inputs):
-        return None
-    assert isinstance(first, Tensor)
-    return first.detach().requires_grad_(), *rest
+    if any(parameter.requires_grad for parameter in block.parameters()):
+        block.register_forward_pre_hook(_with_a_gradient, with_kwargs=True)
+
+
+def _with_a_gradient(block: nn.Module, *inputs: object) -> object:
+    """The arguments and keyword arguments of a call, of which a tensor requires a gradient."""
+    leaves, structure = tree_flatten(inputs)
+    floats = list(filter(_is_float, leaves))
+    if torch.is_grad_enabled() and not any(x.requires_grad for x in floats):
+        place = next(i for i, leaf in enumerate(leaves) if leaf is floats[0])
+        leaves[place] = floats[0].detach().requires_grad_()
+    return tree_unflatten(leaves, structure)
 
 
 def whole(block: nn.Module) -> AbstractContextManager[object]:
