@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ from ds_cmli.common import quiet
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
+from ds_cmli.common.patches import environment
 from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
@@ -83,7 +83,8 @@ def fit(
     start = LaunchOptions(
         resume, False, False, False, Profiles(), callbacks=tuple(callbacks), raises=True
     )
-    with _own_environment(), warnings.catch_warnings():
+    # A start sets the variables of a rank where no launcher has.
+    with environment({}, *OF_A_RANK), warnings.catch_warnings():
         map_launcher_environment()
         quiet.silence()
         say(plugins.line())
@@ -153,16 +154,3 @@ def _check_callbacks(callbacks: Sequence[Tracker]) -> None:
     for number, callback in enumerate(callbacks):
         good = isinstance(callback, Tracker) and not isinstance(callback, type)
         check(good, f"callbacks[{number}]", callback, need)
-
-
-@contextmanager
-def _own_environment() -> Iterator[None]:
-    """Restore the variables of a rank, which a start sets where no launcher has."""
-    before = {name: os.environ.get(name) for name in OF_A_RANK}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

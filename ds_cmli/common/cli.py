@@ -6,7 +6,6 @@ import errno
 import io
 import json
 import os
-import resource
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from ds_cmli.common import provenance
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, too_many_files
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -123,8 +122,7 @@ def exit_code(command: click.Command) -> int:
         return _report(error.format_message())
     except OSError as error:  # the file that the user named, or the system's limits, are at fault
         if error.errno == errno.EMFILE:
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            return _report(f"too many open files, ulimit -n is {limit}: raise it (ulimit -n 4096)")
+            return _report(too_many_files())
         if error.filename is None:
             raise
         return _report(f"{error.strerror}: {error.filename!r}")

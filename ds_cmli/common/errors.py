@@ -1,6 +1,7 @@
 """The one exception that a user is meant to read: one line without traceback, exit code 2."""
 
 import os
+import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def nearest(name: str, known: Iterable[object]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"known: {', '.join(names)}"
+
+
+def too_many_files(where: str = "") -> str:
+    """The line for a process that may open no more files, without what else to do."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"too many open files{where}, ulimit -n is {limit}: raise it (ulimit -n 4096)"
 
 
 def check_regular(setting: str, *paths: Path) -> None:

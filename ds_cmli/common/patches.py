@@ -413,9 +413,9 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def environment(values: dict[str, str]) -> Iterator[None]:
-    """Set these variables in this process's environment, inside."""
-    before = {name: os.environ.get(name) for name in values}
+def environment(values: Mapping[str, str], *others: str) -> Iterator[None]:
+    """Set these variables in this process's environment, inside; `others` are restored too."""
+    before = {name: os.environ.get(name) for name in (*values, *others)}
     os.environ.update(values)
     try:
         yield

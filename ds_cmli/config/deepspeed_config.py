@@ -15,7 +15,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, Section, read
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
+from ds_cmli.config.deepspeed_effects import beyond_the_run, without_effect
+from ds_cmli.config.deepspeed_keys import BATCH_KEYS, FILLED
 from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, OptimizerEntry, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check

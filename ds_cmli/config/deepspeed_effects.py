@@ -8,11 +8,7 @@ from typing import Any
 
 from ds_cmli.common.json_text import Section
 from ds_cmli.config import deepspeed_keys as keys
-
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# Parameters of the optimizer that are filled from `OptimConfig`.
-FILLED = ("lr", "betas", "eps", "weight_decay")
-
+from ds_cmli.config.deepspeed_keys import BATCH_KEYS, FILLED
 
 Idle = tuple[str, Sequence[str], str]  # a section, keys of it that have no effect, and why
 

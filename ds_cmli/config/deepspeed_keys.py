@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import pydantic
 
 from ds_cmli.common import quiet
+from ds_cmli.config.optimizers import SCHEDULERS
 from ds_cmli.config.validation import PydanticType, integer, no_effect, number, one_of, refused
 
 
@@ -197,6 +198,9 @@ def sections() -> dict[str, dict[str, PydanticType]]:
     return out
 
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# Parameters of the optimizer that are filled from `OptimConfig`.
+FILLED = ("lr", "betas", "eps", "weight_decay")
 # The package that a section needs if it is enabled.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
@@ -208,21 +212,10 @@ WIDTHS: dict[str, Callable[[int], int]] = {
 }
 # The keys for which "auto" is filled, as by Hugging Face's integration.
 AUTO = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "fp16.enabled",
-    "bf16.enabled",
-    "optimizer.params.lr",
-    "optimizer.params.betas",
-    "optimizer.params.eps",
-    "optimizer.params.weight_decay",
-    "scheduler.params.warmup_min_lr",
-    "scheduler.params.warmup_max_lr",
-    "scheduler.params.warmup_num_steps",
-    "scheduler.params.total_num_steps",
-    *(f"zero_optimization.{key}" for key in WIDTHS),
+    *(*BATCH_KEYS, "gradient_clipping", "fp16.enabled", "bf16.enabled"),
+    *map("optimizer.params.{}".format, FILLED),
+    *map("scheduler.params.{}".format, SCHEDULERS["WarmupDecayLR"].filled),
+    *map("zero_optimization.{}".format, WIDTHS),
 }
 # Keys of zero_optimization that only some stages read; at others a line says that they are idle.
 STAGES = {

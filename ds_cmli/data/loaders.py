@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, too_many_files
 from ds_cmli.data.load import Data
 from ds_cmli.data.sampler import GlobalBatchSampler
 
@@ -136,11 +136,8 @@ class Loader(DataLoader):
             text = os.read(self.reader, 1000).decode(errors="replace")
         text = text or str(error)
         if any(part in text for part in MANY_FILES):
-            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-            return (
-                f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: "
-                "raise it (ulimit -n 4096), or give fewer --workers"
-            )
+            line = too_many_files(f" for --workers {self.num_workers}")
+            return f"{line}, or give fewer --workers"
         if any(part in text for part in SHORT):
             return _no_shared_memory(self.num_workers)
         for process in processes:
