@@ -30,7 +30,7 @@ GRAPHS = 1 << 30  # a stream, as CUDA graphs have memory of their own
 
 
 def impossible() -> str:
-    """Why Inductor cannot be followed here, or ""."""
+    """Return why Inductor cannot be followed here, or ""."""
     if torch.__version__ < OLDEST:  # compared as versions
         return f"torch is {torch.__version__}, and {OLDEST} or a later one is needed to follow it"
     return "" if find_spec("triton") else "install triton to follow it"
@@ -207,7 +207,7 @@ class Compiler:
         return run
 
     def _measure(self, kernel: Callable[[], object], *_: object, **__: object) -> float:
-        """What measuring a kernel allocates; all take 1 ms."""
+        """Allocate what measuring a kernel does; all take 1 ms."""
         kernel()
         size = L2_MIB.get(self.gpu.capability, max(L2_MIB.values())) << 20
         cache = torch.empty(size // 4, dtype=torch.int, device="cuda")
@@ -224,10 +224,10 @@ class Compiler:
         if len(choices) > 1:
             example = AlgorithmSelectorCache.benchmark_example_value
             with self.entered():
-                tensors = [example(node) for node in (*inputs, layout)]
+                tensors = list(map(example, (*inputs, layout)))
                 self._measure(_nothing)
                 del tensors
-            of_library = (x for x in choices if isinstance(x, ExternKernelCaller))
+            of_library = filter(lambda x: isinstance(x, ExternKernelCaller), choices)
             choices = [next(of_library, choices[0])]
         return AlgorithmSelectorCache()(name, choices, inputs, layout, *rest, **more)
 
@@ -279,7 +279,7 @@ def _loaded(_: object, name: str, source: str, *__: object, **___: object) -> ob
 
 def _prepare(self, *_: object, **__: object) -> None:
     """Replaces `CachingAutotuner.precompile`: it then measures kernels that do nothing."""
-    self.launchers = [Launcher(config) for config in self.configs or [None]]
+    self.launchers = list(map(Launcher, self.configs or [None]))
     self.configs = None
     if self._could_rblock_scale:  # a kernel that is measured since it takes many registers
         self.compile_results = [*self.launchers]
