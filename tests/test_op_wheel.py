@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 # The libraries that `pip install torch` brings, and those of fits; what is not named is not there.
 BROUGHT = ("torch", "torchgen", "functorch", "filelock", "typing_extensions", "sympy", "mpmath", "networkx", "jinja2")
-BROUGHT += ("markupsafe", "fsspec", "click", "tomli")
+BROUGHT += ("markupsafe", "fsspec", "click", "packaging", "tomli")
 RUN = """
 import ds_cmli, torch
 from ds_cmli.cmli import maxsim
