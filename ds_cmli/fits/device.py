@@ -166,7 +166,8 @@ _dump_snapshot
 def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` and `torch.cuda.memory` for this GPU, by name."""
     streams, memory = Streams(recorder), Memory(recorder)
-    by_name: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))
+    # Each a function of its own: torch.compile has a rule for each function, by its identity.
+    by_name: dict[str, object] = {name: _always(None) for name in NOTHING.split()}
     for name in ("is_available", "is_initialized", "is_bf16_supported", "can_device_access_peer"):
         by_name[name] = _always(True)
     for name in ("peak_memory_stats", "max_memory_allocated", "max_memory_cached"):
