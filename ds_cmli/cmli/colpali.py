@@ -64,9 +64,7 @@ class MaxSimLoss(nn.Module):
                 "alone: leave it False, or give the trainer the loss itself"
             )
         self.loss, self.options = loss, options
-        scorer = Scorer(**options)
-        self.of_op = {"backend": scorer.backend, "scratch_bytes": scorer.scratch_bytes}
-        self.of_op["recompute"] = scorer.recompute
+        self.of_op = Scorer(**options).of_op
         _exchange_in_trainer()
 
     def forward(self, *arguments: Tensor, **named: Tensor | int) -> Tensor:

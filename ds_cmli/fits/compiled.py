@@ -229,13 +229,14 @@ class Compiler:
                 del tensors
             of_library = filter(lambda x: isinstance(x, ExternKernelCaller), choices)
             choices = [next(of_library, choices[0])]
-        return AlgorithmSelectorCache()(name, choices, inputs, layout, *rest, **more)
+        choose: Callable[..., object] = AlgorithmSelectorCache()
+        return choose(name, choices, inputs, layout, *rest, **more)
 
     def _graphed(
         self, model: Callable, _: list, fixed: Sequence[int] = (), *__: object, **___: object
     ) -> Callable:
         """Let a CUDA graph allocate in a pool of its own, where it copies changing inputs to."""
-        fixed = frozenset(fixed)
+        places = frozenset(fixed)
 
         def run(inputs: list) -> object:
             before, self.recorder.stream = self.recorder.stream, GRAPHS
@@ -243,7 +244,7 @@ class Compiler:
                 copies = list[object]()
                 for number, x in enumerate(inputs):
                     moved = isinstance(x, Tensor) and x.device.type == "cuda"
-                    copies.append(x.clone() if moved and number not in fixed else x)
+                    copies.append(x.clone() if moved and number not in places else x)
                 inputs.clear()
                 return model(copies)
             finally:
@@ -300,7 +301,7 @@ def _as_of_cudnn(determine: Callable) -> Callable:
     """The layout of a convolution's result, as of `returned` in `allocator/cuda_operators.py`."""
 
     def run(x: Tensor, weight: Tensor, backend: object) -> torch.memory_format:
-        depthwise = backend is torch._C._ConvBackend.CudaDepthwise2d
+        depthwise = backend is torch._C._ConvBackend.CudaDepthwise2d  # type: ignore[attr-defined]
         last = suggested(x, weight) is torch.channels_last and not depthwise
         return torch.channels_last if last else determine(x, weight, backend)
 

@@ -22,7 +22,7 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
         for part in self.children():
             part._apply(function)
     for parameter in self._parameters.values():
-        if is_lazy(parameter):
+        if parameter is not None and is_lazy(parameter):
             raise NotFollowed(
                 f"{lines.current()}: fits does not follow {type(self).__name__}: give its sizes"
             )

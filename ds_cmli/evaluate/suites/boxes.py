@@ -61,15 +61,15 @@ class Boxes:
             boxed = pictures[annotation.picture]
             boxed.boxes.append(_inside(annotation, boxed.size))
             boxed.classes.append(annotation.label)
-        shown = [picture for picture in pictures.values() if picture.boxes]
+        shown = [boxed for boxed in pictures.values() if boxed.boxes]
         if not shown:
             raise UserError(f"{self.annotations} has no box: fetch it again, or name another")
-        for picture in shown:
-            size = picture_size(picture.file)
-            if size != picture.size:
+        for boxed in shown:
+            size = picture_size(boxed.file)
+            if size != boxed.size:
                 raise UserError(
-                    f"the picture {picture.file} has {size[0]} x {size[1]} pixels, and in "
-                    f"{self.annotations} {picture.size[0]} x {picture.size[1]}: fetch it again"
+                    f"the picture {boxed.file} has {size[0]} x {size[1]} pixels, and in "
+                    f"{self.annotations} {boxed.size[0]} x {boxed.size[1]}: fetch it again"
                 )
         return coco.names, shown
 
