@@ -267,7 +267,7 @@ def test_opcheck(flat):
 
 
 SIZES = {"I": 8, "J": 10, "N": 60, "M": 16, "D": 32}
-LENGTHS = [1 + (7 * j) % 16 for j in range(9)] + [16], [(11 * i) % 61 for i in range(7)] + [60]
+LENGTHS = [1 + (7 * j) % 16 for j in range(9)] + [16], [(55 * i) % 61 for i in range(7)] + [60]
 SCRATCH = 2**15
 
 
