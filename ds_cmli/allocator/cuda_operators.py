@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.allocator import cuda_attention, cuda_layouts, cuda_reductions
+from ds_cmli.allocator import cuda_attention, cuda_distances, cuda_layouts, cuda_reductions
 from ds_cmli.allocator.cuda_layouts import MATRICES, TRANSFERS, suggested
 from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
 from ds_cmli.allocator.gpus import Limits
@@ -233,6 +233,9 @@ def returned(func: OpOverload, args: tuple, out: object) -> object:
     """
     if func in cuda_reductions.LOSSES:
         return cuda_reductions.loss_returned(func, args, out)
+    if func in cuda_distances.UNFOLDING:
+        assert isinstance(out, Tensor)
+        return cuda_distances.unfolding_returned(args[0], out)
     if func in CONVOLUTIONS:
         x, weight = args[CONVOLUTIONS[func] :][:2]
         depthwise = _depthwise(weight, args[8 + CONVOLUTIONS[func]])
@@ -281,6 +284,11 @@ OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.smooth_l1_loss.default: cuda_reductions.loss,
     aten.huber_loss.default: cuda_reductions.huber_loss,
     aten.binary_cross_entropy_with_logits.default: cuda_reductions.loss_of_logits,
+    aten._pdist_backward.default: cuda_distances.pdist_backward,
+    aten._cdist_backward.default: cuda_distances.cdist_backward,
+    aten._euclidean_dist.default: cuda_distances.euclidean,
+    aten.im2col.default: cuda_distances.unfold,
+    aten.col2im.default: cuda_distances.fold,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }

@@ -29,6 +29,7 @@ def calls(limits: Limits) -> Iterator[Call]:
     yield from attention(limits)
     yield from lookups()
     yield from layers()
+    yield from distances()
 
 
 def reductions() -> Iterator[Call]:
@@ -92,6 +93,26 @@ def layers() -> Iterator[Call]:
     for tensor, grad in itertools.product((x, last), (x, last)):
         yield aten.convolution.default, (tensor, weight, None, *shape)
         yield aten.convolution_backward.default, (grad, tensor, weight, [64], *shape, [True] * 3)
+
+
+def distances() -> Iterator[Call]:
+    for n, m, d in ((2, 3, 8), (40, 50, 16), (300, 20, 128), (1, 700, 64)):
+        x, y = empty(n, d, dtype=torch.float32), empty(m, d, dtype=torch.float32)
+        both = x.expand(3, n, d).contiguous(), y.expand(3, m, d).contiguous()
+        for left, right in ((x, y), both):
+            yield aten._euclidean_dist.default, (left, right)
+            of_pairs = empty(*left.shape[:-1], m, dtype=torch.float32)
+            yield aten._cdist_backward.default, (of_pairs, left, right, 1.0, of_pairs)
+        pairs = empty(n * (n - 1) // 2, dtype=torch.float32)
+        yield aten._pdist_backward.default, (pairs, x, 2.0, pairs)
+    image = empty(4, 32, 48, 40)
+    for kernel, padding, stride in (([3, 3], [1, 1], [1, 1]), ([4, 4], [0, 0], [4, 4]), ([1, 1], [0, 0], [2, 2])):
+        shape = kernel, [1, 1], padding, stride
+        for x in (image, image.transpose(2, 3), image[0]):
+            yield aten.im2col.default, (x, *shape)
+            columns = aten.im2col(x, *shape)
+            for spread in (columns, columns.mT.contiguous().mT):
+                yield aten.col2im.default, (spread, list(x.shape[-2:]), *shape)
 
 
 def recorded(call: Call) -> tuple[int, list[int]]:
