@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from ds_cmli.allocator.cuda_reductions import staging
 from ds_cmli.allocator.gpus import Limits
