@@ -151,10 +151,13 @@ def maxsim(
     return scores.t().contiguous()
 
 
-@torch.compiler.assume_constant_result
 def _at_once(documents: Tensor, backend: str) -> bool:
     """Whether the kernels score each query's own documents in one call."""
     return backend in ("auto", "chunked") and suited(documents.device.type, documents.dtype)
+
+
+# What `torch.compiler.assume_constant_result` sets, without the second that its import takes.
+_at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _scores(
