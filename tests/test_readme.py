@@ -57,6 +57,8 @@ SLOW = [
     "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
     "docs/pictures/learning.png",
     "python profiling/ablate.py docs/learning/cut.toml --report --markdown docs/learning/cut.md",
+    "python profiling/ablate.py docs/learning/methods.toml --report --markdown docs/learning/methods-results.md --plot "
+    "docs/pictures/methods.png",
 ]
 
 # Trainings that are started as they stand, with the mark `slow`, and stopped in their first steps.
