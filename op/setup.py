@@ -29,7 +29,7 @@ class BuildWithPath(build_py):
         (Path(self.build_lib) / f"{FOLDER}.pth").write_text(f"{FOLDER}\n")
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
-        """Leave the trainer's modules out, which are beside the parts."""
+        """Leave out the trainer's modules, in the same folder as the parts."""
         modules = super().find_package_modules(package, package_dir)
         return [module for module in modules if package != PACKAGE or module[1] == "__init__"]
 

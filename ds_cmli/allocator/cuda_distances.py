@@ -80,7 +80,7 @@ def fold(args: tuple, limits: Limits) -> Inside:
 
 def _resized(x: Tensor, numbers: int) -> Inside:
     """A block of the size of `x`, which stays until a larger result has its own."""
-    block = (x.numel() * x.dtype.itemsize,)
+    block = (x.nbytes,)
     copies = contiguous_copies(x)
     if numbers > x.numel():
         return Inside((block,), (block + copies,))

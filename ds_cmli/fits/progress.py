@@ -14,9 +14,8 @@ from ds_cmli.common.errors import one_line
 PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
 MORE = 20  # steps of one optimizer beyond those asked for, in which the others can do one
 RUNS = 4  # of a module in a step; more, as over a text's length, are as many
-AFTER_S = (
-    20.0  # seconds of CPU time of what follows the steps, such as an evaluation of many batches
-)
+# Seconds of CPU time of what follows the steps, such as an evaluation of many batches.
+AFTER_S = 20.0
 
 StepKind = tuple[int, frozenset[tuple[int, int]]]  # the optimizer, and each module's runs
 
