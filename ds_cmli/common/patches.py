@@ -271,6 +271,11 @@ PATCHES = {
         "_active set_driver_to_gpu",
         _NO_GPU,
     ),
+    "torch: backward": Patch(
+        "torch.autograd",
+        "_engine_run_backward",
+        "After a backward pass nothing says that it ran, and DeepSpeed steps once without one.",
+    ),
     "torch: scripts": Patch(
         "torch.jit",
         "script trace",

@@ -17,6 +17,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from ds_cmli.common.cli import guard_streams, leave
+from ds_cmli.common.patches import patch_for_good
 from ds_cmli.fits import script
 from ds_cmli.fits.progress import Progress
 
@@ -39,13 +40,17 @@ def end_after_steps(progress: Progress) -> None:
         if progress.ends_before(module, inputs):
             raise script.StepsDone
 
+    def runs_backward(*arguments: object, **options: object) -> object:
+        progress.backward += 1  # DeepSpeed also steps without one, to make optimizer states
+        return run_backward(*arguments, **options)
+
     @torch._disable_dynamo
     def after(optimizer: Optimizer, *_: object) -> None:
-        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
-            progress.backward += 1  # else this is the trial of a schedule, say
         if progress.ends_after_step(optimizer):
             raise script.StepsDone
 
+    run_backward = torch.autograd._engine_run_backward
+    patch_for_good("torch: backward", runs_backward)
     register_module_forward_pre_hook(before)
     register_optimizer_step_post_hook(after)
 

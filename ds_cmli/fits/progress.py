@@ -81,7 +81,8 @@ class Progress:
         key = _first_parameter(optimizer)
         if key is None or self.stepped_after.get(key, -1) == self.backward:
             return False  # the trial of a schedule, say: nothing has been trained
-        if self.done_at is not None:
+        # DeepSpeed's optimizer does a step for each group of parameters, after one backward pass.
+        if self.done_at is not None and self.backward not in self.stepped_after.values():
             self.over = True
             return True
         self.stepped_after[key] = self.backward
@@ -118,11 +119,11 @@ class Progress:
             seen = {
                 "an evaluation": self.evaluated,
                 "saving": saved,
-                "a smaller last batch": differ,
+                "inputs of another size": differ,
+                "steps of another kind": False,
             }
             missing = ", ".join(name for name, was in seen.items() if not was)
-            more = "steps of another kind; give more --steps if one may need more"
-            yield f"not seen until then: {missing}, {more}"
+            yield f"not seen until then: {missing}; give more --steps if one may need more"
         elif self.steps < self.asked:
             yield f"the program ended after {self.steps} of {self.asked} optimizer steps"
         if self.once:

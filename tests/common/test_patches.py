@@ -295,6 +295,11 @@ def a_model_without_data_is_compiled() -> bool:
         return finished([str(folder / "program.py")], clean_environment(), folder, folder, 60).returncode == 0
 
 
+def the_last_backward_pass_has_a_number():
+    torch.ones((), requires_grad=True).backward()
+    return torch._C._current_graph_task_id() != -1
+
+
 def a_model_without_data_is_traced() -> bool:
     with FakeTensorMode():
         try:
@@ -538,6 +543,7 @@ NO_LONGER_NEEDED = {
     "inductor: layouts": a_gpu_is_found,
     "inductor: CUDA graphs": a_gpu_is_found,
     "inductor: Triton's driver": a_gpu_is_found,
+    "torch: backward": the_last_backward_pass_has_a_number,
     "torch: scripts": a_model_without_data_is_traced,
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,

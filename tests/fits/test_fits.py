@@ -284,7 +284,7 @@ def test_a_second_optimizer_is_waited_for(arguments, steps, code, tmp_path):
     assert re.match(rf"{steps} steps? of program.py fit on", done.stdout)
     said = ", but SGD did no step, and what that takes is not counted: give more --steps; the largest"
     assert (said in done.stdout) == (code == 3)
-    assert ("not seen until then: an evaluation, saving, a smaller" in done.stdout) == (len(arguments) == 1)
+    assert ("not seen until then: an evaluation, saving, inputs" in done.stdout) == (len(arguments) == 1)
     states = json.loads((tmp_path / "out.json").read_text())["categories"]["optimizer states"]
     assert (states > 4 * 1024 * 1024) == (arguments[0] != "99")
 
@@ -309,7 +309,7 @@ for step in range(9):
 @pytest.mark.parametrize(
     "then, line",
     [
-        ("pass", "not seen until then: a smaller last batch, steps of another kind; give more --steps"),
+        ("pass", "not seen until then: inputs of another size, steps of another kind; give more --steps"),
         ("raise KeyError('mine')", "not counted: what follows the steps, which ended in KeyError: 'mine'"),
         ("sys.exit(5)", "not counted: what follows the steps, which ended in SystemExit: 5"),
         (

@@ -46,6 +46,26 @@ def test_requested_is_equal_and_reserved_is_close(switches, null_gpu, tmp_path):
     assert without_data["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--losses", "global_sigmoid,flair", "--set", "data.captions=2", "--set", "data.split_sentences=true"),
+        ("--losses", "cmli,regions", "--set", "data.regions=4"),
+    ],
+    ids=["flair", "regions"],
+)
+def test_our_own_trainer_with_zero_2(options, null_gpu, tmp_path):
+    """DeepSpeed's steps before the first pass, one for each group of parameters, are not those asked for."""
+    trainer = (str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", "--set", "loss.cmli_backend=chunked")
+    trainer += ("--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json"), *options)
+    without_data, counted = (
+        told(tmp_path, "--engine", item, "--", *trainer, "--output-dir", str(tmp_path / item))
+        for item in ("fake", "null")
+    )
+    assert without_data["requested"] - counted["requested"] == 16  # a number on the host
+    assert without_data["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
+
+
 def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
     """Beside a context of 471,859,200 B, 480 MB leave less than a segment of 20 MiB."""
     limit = ("--limit", "480MB", "--json", "out.json", "--snapshot", "out.pickle")

@@ -88,9 +88,27 @@ def test_each_kind_of_step_comes_twice():
         assert not progress.ends_after_step(alone)
     assert number == 2 + MORE
     [seen, once] = progress.ending(saved=False)
-    names = "an evaluation, saving, a smaller last batch, steps of another kind"
+    names = "an evaluation, saving, inputs of another size, steps of another kind"
     assert seen == f"not seen until then: {names}; give more --steps if one may need more"
     assert once == "1 kind of step came once, by the modules that ran: give more --steps"
+
+
+def test_an_optimizer_that_steps_once_for_each_group():
+    """As DeepSpeed's, which also steps before the first pass, with gradients of zeros."""
+    progress, alone, model, other = Progress(1), optimizer(), torch.nn.Linear(1, 1), torch.nn.Parameter(torch.ones(1))
+    alone.add_param_group({"params": [other]})
+    groups = alone.param_groups
+
+    def all_groups() -> None:
+        for group in groups:
+            alone.param_groups = [group]
+            assert not progress.ends_after_step(alone)
+
+    all_groups()
+    assert not progress.done and not progress.ends_before(model)
+    progress.backward += 1
+    all_groups()
+    assert progress.steps == 1 and len(progress.done) == 2 and progress.ends_before(model)
 
 
 @pytest.mark.parametrize("rows, differ", [((8, 8), False), ((8, 5), True), ((5, 8), True)])
@@ -103,7 +121,7 @@ def test_inputs_of_different_sizes_are_told(rows, differ):
         assert not progress.ends_after_step(alone)
     assert progress.ends_before(model, (torch.ones(99, 1),))
     seen, *sizes = progress.ending(saved=False)
-    assert ("a smaller last batch" in seen) is not differ
+    assert ("inputs of another size" in seen) is not differ
     assert sizes == ["steps had inputs of different sizes: if larger ones follow, give more --steps"] * differ
 
 
