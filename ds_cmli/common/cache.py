@@ -15,10 +15,17 @@ DIGEST_BYTES = 32
 
 
 def cache_folder() -> Path:
-    """The first that is set of $DS_CMLI_CACHE and $XDG_CACHE_HOME/ds-cmli, or ~/.cache/ds-cmli."""
-    if os.environ.get("DS_CMLI_CACHE"):
-        return Path(os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
+    """The first that is set of $DS_CMLI_CACHE and $XDG_CACHE_HOME/ds-cmli, or ~/.cache/ds-cmli.
+
+    Raises `UserError` where that is in a home folder, and the user has none.
+    """
+    own = os.environ.get("DS_CMLI_CACHE")
+    folder = Path(own or os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        folder = folder.expanduser().absolute()
+    except RuntimeError:
+        raise UserError(f"no home folder for {folder}: set DS_CMLI_CACHE") from None
+    return folder if own else folder / "ds-cmli"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.common.cache import cache_folder, is_sealed, locked, seal
@@ -36,8 +37,10 @@ def library(source: Path, options: Sequence[str], also: str = "") -> Path:
 
 
 def _compile(source: Path, options: Sequence[str], built: Path) -> None:
-    named = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    compiler = shlex.split(named)  # such as "ccache g++"
+    named = os.environ.get("CXX", "").strip() or shutil.which("c++") or "g++"
+    compiler = [named]
+    with suppress(ValueError):  # a quotation that does not end
+        compiler = shlex.split(named)  # such as "ccache g++"
     if not shutil.which(compiler[0]):
         raise UserError(
             f"{source.name} is compiled at its first use, which finds no compiler {named!r}: "
@@ -47,8 +50,11 @@ def _compile(source: Path, options: Sequence[str], built: Path) -> None:
         out = Path(folder) / built.name
         command = [*compiler, "-shared", "-fPIC", str(source), "-o", str(out), *options]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise UserError(f"{named} cannot compile {source}: {(errors or ['?'])[0]}")
+        if done.returncode or not out.exists():
+            lines = done.stderr.splitlines()
+            errors = [line for line in lines if "error" in line] or [*lines[-1:], "no message"]
+            raise UserError(
+                f"{named} cannot compile {source} ({errors[0]}): CXX names another compiler"
+            )
         seal(out)  # what follows the sections of a library is not loaded
         out.replace(built)

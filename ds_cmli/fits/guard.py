@@ -32,9 +32,13 @@ def load() -> None:
         UserError: there is no compiler, or this version of torch is not known.
     """
     global loaded
-    for name in DRIVER:
-        ctypes.CDLL(str(native.library(NO_DRIVER, [f"-Wl,-soname,{name}"])))
-    loaded = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+    drivers = [native.library(NO_DRIVER, [f"-Wl,-soname,{name}"]) for name in DRIVER]
+    try:
+        for driver in drivers:
+            ctypes.CDLL(str(driver))
+        loaded = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+    except OSError as reason:  # such as a file system without programs
+        raise UserError(f"{reason}: set DS_CMLI_CACHE to another folder") from None
 
 
 def library() -> Path:

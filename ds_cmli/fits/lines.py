@@ -9,15 +9,16 @@ from types import FrameType
 
 import torch
 
-# Folders of libraries: what lies elsewhere is the user's own.
-LIBRARIES = tuple(
-    os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")
-)
 INSTALLED = {"site-packages", "dist-packages"}  # this environment's, the user's or another's
 GENERATED = "ds-cmli-inductor-"  # what the name of a folder of generated code begins with
 OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
-
-TORCH = os.path.dirname(os.path.realpath(torch.__file__))
+TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep  # wherever it is installed
+# Folders of libraries: what lies elsewhere is the user's own.
+LIBRARIES = (
+    OURS,
+    TORCH,
+    *(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib")),
+)
 # Which call operators, and modes of dispatch, by Python.
 DISPATCH = tuple(os.path.join(TORCH, name) for name in ("_ops.py", "_compile.py", "_dynamo/"))
 
@@ -27,7 +28,7 @@ def is_users(filename: str) -> bool:
     if filename.startswith("<") or GENERATED in filename:
         return False
     path = os.path.realpath(filename)
-    return not path.startswith((OURS, *LIBRARIES)) and INSTALLED.isdisjoint(path.split(os.sep))
+    return not path.startswith(LIBRARIES) and INSTALLED.isdisjoint(path.split(os.sep))
 
 
 def current() -> str:

@@ -1,6 +1,15 @@
 import random
 
-from ds_cmli.common.cache import is_sealed, seal
+import pytest
+
+from ds_cmli.common.cache import cache_folder, is_sealed, seal
+from ds_cmli.common.errors import UserError
+
+
+def test_a_user_without_a_home_folder(monkeypatch):
+    monkeypatch.setenv("DS_CMLI_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(UserError, match="no home folder for ~nobody-of-this-name/cache: set DS_CMLI_CACHE"):
+        cache_folder()
 
 
 def test_damage_of_a_sealed_file_is_found(tmp_path):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 
 from ds_cmli.common.cache import is_sealed
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.native import library
 
 
@@ -18,3 +19,21 @@ def test_a_damaged_library_is_compiled_again(tmp_path, monkeypatch):
         built.write_bytes(damaged)
         assert library(source, ["-O1"]) == built and is_sealed(built)
     assert ctypes.CDLL(str(built)).seven() == 7
+
+
+@pytest.mark.parametrize(
+    ("named", "line"),
+    [
+        ("no-such-compiler", "finds no compiler 'no-such-compiler': install g\\+\\+, or set CXX"),
+        ("'g++", 'finds no compiler "\'g\\+\\+"'),
+        ("true", r"true cannot compile .*five.cpp \(no message\): CXX names another compiler"),
+        ("false", r"false cannot compile .*five.cpp \(no message\)"),
+    ],
+)
+def test_a_compiler_that_is_none(named, line, tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", named)
+    (tmp_path / "five.cpp").write_text("")
+    with pytest.raises(UserError, match=line):
+        library(tmp_path / "five.cpp", [])
+    assert not list(tmp_path.rglob("*.so"))
