@@ -90,8 +90,8 @@ ELSEWHERE = {
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
-    "python -m profiling.speed.roofline --shape colpali --gpu a100 --peers --bytes-only": (
-        "tests/profiling/speed/test_roofline.py: by hand"
+    "python -m profiling.speed.roofline --shape colpali --gpu a100 --peers": (
+        "tests/profiling/speed/test_roofline.py: a few kernels"
     ),
     "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
     "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",

@@ -182,8 +182,9 @@ class Kernels:
         for fill in (False, True) if self.wins(masked)["Q_WINS"] else ():
             given = constants | {"FILL": fill}
             machine = self.machine(sort_kernel, types, given, 1, 3)
-            turns = [pairs / SEGMENTS, math.ceil(q[1] / lists.width)][: len(machine.loops)]
-            total += machine.executed(turns) * p[0] * SEGMENTS
+            # Where a thread has several tiles, a loop of five instructions waits for their stores.
+            turns = [pairs / SEGMENTS, math.ceil(q[1] / lists.width), 1.0]
+            total += machine.executed(turns[: len(machine.loops)]) * p[0] * SEGMENTS
         return total
 
     def wins(self, of_image: bool) -> dict[str, bool]:

@@ -102,6 +102,7 @@ def random_cases():
 @check
 def long_sides():
     compare(1, 2, 300, 5, 33, torch.float32, 1)  # int16 indices
+    compare(2, 2, 1030, 33, 4, torch.float32, 2, axes=(0,))  # more tiles than one matrix of the usual size takes
     compare(1, 2, 5, 270, 20, torch.float16, 2)  # positions sorted in several parts
     compare(1, 2, 9, 7, 300, torch.float16, 3)  # features in several programs
     compare(1, 300, 3, 1, 8, torch.float32, 4, kept=0.1, axes=(0,))  # pairs looked at in several parts
@@ -149,8 +150,8 @@ def test_sides_that_are_too_long_take_no_lists():
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
     from ds_cmli.cmli.triton.gradient import Lists
 
-    assert Lists.of((4, 1024), (4, 64), 2**20).group == 4
-    assert Lists.of((4, 1025), (4, 64), 2**20) is None
+    assert Lists.of((4, 4096), (4, 64), 2**20)[1:] == (256, 16, 4)
+    assert Lists.of((4, 4097), (4, 64), 2**20) is None
     assert Lists.of((4, 64), (2**21, 64), 2**20) is None
 
 

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from ds_cmli.cmli.backends import unsuited  # noqa: E402
 from ds_cmli.cmli.triton.backward_kernel import gradient_kernel  # noqa: E402
 from ds_cmli.cmli.triton.forward_kernel import forward_kernel  # noqa: E402
-from ds_cmli.cmli.triton.gradient import CHUNK, SEGMENTS, SPARSE, Lists, sparse_features  # noqa: E402
+from ds_cmli.cmli.triton.gradient import CHUNK, LONGEST, SEGMENTS, SPARSE, Lists, sparse_features  # noqa: E402
 from ds_cmli.cmli.triton.sparse_kernels import pairs_kernel, sort_kernel, sparse_gradient_kernel  # noqa: E402
 from ds_cmli.cmli.triton.tiles import (  # noqa: E402
     BLOCK,
@@ -113,11 +113,11 @@ def sparse_kernels(target, dtype, wins=(True, True)):
         yield compiled(sparse_gradient_kernel, pointers, constants, target, Warps(4, 2))
 
 
-def sorting_kernels(target):
-    """What `compiled` gives of the kernels that list tiles, pairs and positions, for d_image."""
+def sorting_kernels(target, length=N):
+    """What `compiled` gives of the kernels that list tiles, pairs and positions, for images of so many patches."""
     kept = dict.fromkeys(("out_code", "out_first", "code", "first"), "i32") | {"kept": "u8"}
     yield compiled(kept_tiles_kernel, kept, {"WIDTH": BLOCK}, target, Warps(4))
-    lists = Lists.of((1, N), (1, M), 1)
+    lists = Lists.of((1, length), (1, M), 1)
     floats = dict.fromkeys(("scale", "p_weight", "q_weight", "p_grad", "q_grad"), "fp32")
     integers = dict.fromkeys(("kept", "kept_count", "p_count", "q_count"), "i32")
     yield compiled(pairs_kernel, floats | integers, {"WIDTH": CHUNK}, target, Warps(4))
@@ -185,6 +185,8 @@ def test_one_direction(target, dtype):
         for registers, spills, shared, ptx in sparse_kernels(target, dtype, wins):
             assert spills == 0 and registers <= 168 and shared <= SHARED[target]
             assert "tf32" not in ptx and "atom" not in ptx
+    for registers, spills, *_ in sorting_kernels(target, LONGEST):
+        assert spills == 0 and registers <= 168
 
 
 @pytest.mark.parametrize("target", [75, 100])

@@ -28,7 +28,9 @@ CHUNK = 256  # pairs or sequences that are looked at together
 # Of the sparse gradient kernel: listed positions a product takes, sequences that a row gathers from
 # at a time. Four warps take 80 to 165 registers: three programs share a multiprocessor.
 SPARSE = {"STEP": 32, "UNROLL": 4, "num_warps": 4, "num_stages": 2}
-LONGEST = 1024  # positions: the warp that sorts holds a matrix of 16 of Q and all tiles of P
+# Positions: the warp that sorts holds a matrix of 16 of Q or more and all tiles of P, of
+# `SORTED` entries or more. With 256 tiles it takes up to 168 registers, with 512 all.
+LONGEST, SORTED = 4096, 1024
 
 
 class Costs(NamedTuple):
@@ -95,7 +97,7 @@ class Lists(NamedTuple):
         if p_length > LONGEST or Q << bits >= 2**27:
             return None
         tiles = max(2, power_of_two(p_length) // 16)
-        width = max(16, min(power_of_two(q_length), LONGEST // tiles))
+        width = max(16, min(power_of_two(q_length), SORTED // tiles))
         one = 4 * (Q * q_length + SEGMENTS * tiles + tiles + 1)
         return cls(bits, tiles, width, min(P, max(1, list_bytes // one)))
 

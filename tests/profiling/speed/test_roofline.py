@@ -81,7 +81,7 @@ def test_what_the_kernels_take_on_one_gpu():
     dense, sparse, few = kernels.dense(True), kernels.sparse(True), kernels.sparse(True, 0.03)
     assert dense.flops == 2 * 2 * 256 * 208 * 512 * 64 * 256  # two terms; rows in tiles of 16, texts in steps of 32
     assert 0.3 < sparse.instructions / dense.instructions < 0.6
-    assert few.instructions < sparse.instructions / 10
+    assert few.instructions < sparse.instructions / 5
     assert sum(work.l2 for work in kernels.backward(1.0)) == sparse.l2 + kernels.sparse(False).l2
     indices, scores = kernels.forward(), kernels.forward(indices=False)
     assert indices.flops == scores.flops and scores.instructions < 0.8 * indices.instructions
@@ -107,6 +107,8 @@ def test_one_direction_takes_less():
     for of in (lambda k: k.forward(), lambda k: k.dense(True), lambda k: k.sparse(True), lambda k: k.sparse(False)):
         assert of(one).instructions < of(both).instructions and of(one).l2 < of(both).l2
     assert one.forward().flops == both.forward().flops
+    pages = Kernels(GPUS["a100"], "bf16", ONE_WAY["colpali"], [32] * 128, one_way=True)
+    assert pages.sparse(True).instructions < pages.dense(True).instructions / 5
 
 
 def test_twice_the_texts_take_twice_the_work():
