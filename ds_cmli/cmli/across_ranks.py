@@ -19,7 +19,7 @@ from ds_cmli.cmli import collectives
 from ds_cmli.cmli.inputs import DTYPES, Sides, Wanted, valid_positions
 from ds_cmli.cmli.loss import ScorerOptions
 from ds_cmli.cmli.op import cmli_gradients, maxsim
-from ds_cmli.cmli.ring import ReturnedGradient, Scorer, add_wide, chunks
+from ds_cmli.cmli.ring import ReturnedGradient, Scorer, add_wide, passed
 from ds_cmli.cmli.sequences import accepted_maxsim
 
 
@@ -112,6 +112,8 @@ def _checked_together(
         if reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
         checked = accepted_maxsim(*arguments, scorer.backend, scorer.scratch_bytes)
+        if checked[0].own:
+            raise ValueError("documents of each query are not gathered: give them to maxsim")
         image, mask = checked[0].image, checked[0].image_mask
         rows = image[..., 0].numel()
         if mask is not None and image.ndim == 3:
@@ -166,9 +168,8 @@ class _Ring(torch.autograd.Function):
         ctx.save_for_backward(queries, rows, query_mask)
         ctx.others = starts, sizes, scorer
         scores = []
-        for owner, chunk, _ in _documents(rows):  # collective
-            documents = chunk[: sizes[owner], 0]
-            arguments = queries, documents, query_mask, starts[owner], "mean"
+        for owner, chunk in _passed(rows):  # collective
+            arguments = queries, chunk[: sizes[owner]], query_mask, starts[owner], "mean"
             scores.append(maxsim(*arguments, **scorer.of_op))
         return torch.cat(scores, 1)
 
@@ -179,9 +180,9 @@ class _Ring(torch.autograd.Function):
         starts, sizes, scorer = ctx.others
         wanted, wide = Wanted(*ctx.needs_input_grad[1::-1]), collectives.accumulated(rows.dtype)
         of_queries, of_rows, column = None, ReturnedGradient(None), 0
-        for owner, chunk, _ in _documents(rows):  # collective
+        for owner, chunk in _passed(rows):  # collective
             columns = slice(column, column := column + len(starts[owner]) - 1)
-            sides = Sides(chunk[: sizes[owner], 0], queries, query_mask, starts[owner], True)
+            sides = Sides(chunk[: sizes[owner]], queries, query_mask, starts[owner], True)
             d_documents, d_queries = cmli_gradients(
                 (grad.new_empty(0), grad[:, columns].t().contiguous()),
                 sides,
@@ -201,5 +202,5 @@ class _Ring(torch.autograd.Function):
         return of_queries, row_gradient, *(None,) * 4
 
 
-def _documents(rows):
-    return chunks(rows[:, None], torch.ones_like(rows[:, :1], dtype=torch.bool), None)
+def _passed(rows):
+    return passed(rows.clone(memory_format=torch.contiguous_format), None)  # it is overwritten

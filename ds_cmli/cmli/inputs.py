@@ -220,11 +220,7 @@ def check_inputs(
                 f"{name} must be a bool tensor with True = valid, or integers 0 and 1, not "
                 f"{mask.dtype}: pass mask > 0 if it holds 0 and 1, but an additive mask is none"
             )
-        if mask.shape != features.shape[:2]:
-            raise ValueError(
-                f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
-                f"{list(features.shape[:2])}"
-            )
+        check_positions(name, mask, of, features)
     for name, tensor in tensors.items():
         if tensor.device != image.device:
             raise ValueError(
@@ -242,6 +238,15 @@ def check_tensors(tensors: Mapping[str, Tensor]) -> None:
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, not {tensor.layout}")
+
+
+def check_positions(name: str, mask: Tensor, of: str, features: Tensor) -> None:
+    """Raise ValueError unless a mask is one of the features' positions, their shape without D."""
+    if mask.shape != features.shape[:-1]:
+        raise ValueError(
+            f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
+            f"{list(features.shape[:-1])}"
+        )
 
 
 def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:

@@ -24,14 +24,7 @@ from ds_cmli.cmli.inputs import (
     check_inputs,
     full_precision,
 )
-from ds_cmli.cmli.sequences import (
-    MAXSIM,
-    accepted_maxsim,
-    accepted_own,
-    of_each_query,
-    packings,
-    padded,
-)
+from ds_cmli.cmli.sequences import MAXSIM, accepted_maxsim, of_each_query, packings, padded
 
 
 def cmli_scores(
@@ -128,24 +121,17 @@ def maxsim(
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
-    own = isinstance(documents, Tensor) and documents.ndim == 4
-    if own and not _at_once(documents, backend):
-        rows = []
-        for arguments in of_each_query(queries, documents, query_mask, document_mask):
-            row = maxsim(
-                *arguments,
-                reduction,
-                backend=backend,
-                scratch_bytes=scratch_bytes,
-                recompute=recompute,
-            )
-            rows.append(row)
-        return torch.cat(rows)
-    masks, accept = (query_mask, document_mask), accepted_own if own else accepted_maxsim
-    sides, counts = accept(queries, documents, *masks, backend, scratch_bytes)
-    _, scores = _scores(sides, backend, scratch_bytes, recompute)  # [C, Q], means
-    if own:
-        scores = scores.unflatten(0, (-1, sides.own)).diagonal(dim1=0, dim2=2)  # [K, Q]
+    arguments = queries, documents, query_mask, document_mask, backend, scratch_bytes
+    sides, counts = accepted_maxsim(*arguments)
+    if sides.own and not _at_once(sides.image, backend):
+        columns = []
+        for one in of_each_query(sides):
+            columns.append(_scores(one, backend, scratch_bytes, recompute)[1])
+        scores = torch.cat(columns, 1)  # [K, Q], means
+    else:
+        _, scores = _scores(sides, backend, scratch_bytes, recompute)  # [C, Q], means
+        if sides.own:
+            scores = scores.unflatten(0, (-1, sides.own)).diagonal(dim1=0, dim2=2)  # [K, Q]
     if reduction == "sum":
         scores = scores * counts
     return scores.t().contiguous()
@@ -226,8 +212,7 @@ def _forward_inside(
     own: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sides = Sides(image, text, token_mask, image_mask, one_way, own)
-    # Autocast would run the products inside in 16 bits.
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
 
 
@@ -250,7 +235,7 @@ def _backward_inside(
     sides = Sides(image, text, token_mask, image_mask, one_way, own)
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
     wanted = Wanted(need_image, need_text)
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image.device):
         return backend_of(backend, image, text).backward(
             sides, grads, argmax, wanted, scratch_bytes
         )

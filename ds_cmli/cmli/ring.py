@@ -217,21 +217,27 @@ class TextChunk(NamedTuple):
     mask: Tensor  # bool [B, M]
 
 
-def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[TextChunk]:
-    """Yields the chunk of each rank in turn, this rank's first.
+def passed(chunk: Tensor, group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor]]:
+    """Yields each rank and its chunk in turn, this rank's first, contiguous and of equal shape.
 
-    Yielded tensors are valid until the next ones are requested; meanwhile they are sent on.
-    Collective.
+    Yielded tensors, of which this rank's own is one, are valid until the next is requested;
+    meanwhile they are sent on. Collective.
     """
     rank, ranks = collectives.rank(group), collectives.world_size(group)
-    chunk, other = pack(text, mask), None
+    other = None
     for step in probe.turns(range(ranks)):
         transfer = None
         if step < ranks - 1:
             transfer = Transfer(chunk, other, TEXT, group)  # collective
-        yield TextChunk((rank - step) % ranks, *unpack(chunk, text))
+        yield (rank - step) % ranks, chunk
         if transfer is not None:
             chunk, other = transfer.wait(), chunk
+
+
+def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[TextChunk]:
+    """Yields the texts of each rank in turn as `passed` does. Collective."""
+    for owner, chunk in passed(pack(text, mask), group):  # collective
+        yield TextChunk(owner, *unpack(chunk, text))
 
 
 class ReturnedGradient:

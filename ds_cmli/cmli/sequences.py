@@ -5,7 +5,7 @@ Shape legend: Q queries of L_q tokens, C documents of L_d, K documents of each q
 R tokens of all sequences of a packed side.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from ds_cmli.cmli.inputs import (
     Sides,
     boolean,
     check_inputs,
+    check_positions,
     check_tensors,
     promoted,
     refuse_other_derivatives,
@@ -37,13 +38,23 @@ def accepted_maxsim(
     backend: str,
     scratch_bytes: int,
 ) -> tuple[Sides, Tensor]:
-    """The arguments of `maxsim` for documents of all queries, documents as images and queries as
-    texts; and the valid tokens of each query [Q].
+    """The arguments of `maxsim`, documents as images and queries as texts; and the valid tokens of
+    each query [Q].
+
+    Each query's own documents [Q, K, L_d, D] are images [Q * K, L_d, D].
 
     Raises:
         TypeError, ValueError, RuntimeError: as `inputs.accepted`.
     """
     check_tensors({"queries": queries, "documents": documents})
+    shape = list(documents.shape)
+    if documents.ndim == 4:
+        if document_mask is not None:
+            document_mask = boolean("document_mask", document_mask)
+            check_tensors({"document_mask": document_mask})
+            check_positions("document_mask", document_mask, "documents", documents)
+            document_mask = document_mask.flatten(0, 1)
+        documents = documents.flatten(0, 1)
     documents, queries = promoted(documents, queries)
     if document_mask is not None or documents.ndim == 2:
         document_mask = _mask("document_mask", document_mask, "documents", documents)
@@ -54,73 +65,30 @@ def accepted_maxsim(
     check_inputs(documents, queries, query_mask, document_mask, backend, scratch_bytes, MAXSIM)
     refuse_other_derivatives(MAXSIM.call, documents, queries)
     sides = Sides(documents, queries, query_mask, document_mask, True)
-    return sides, valid_positions(query_mask)
+    counts = valid_positions(query_mask)
+    if len(shape) == 4:
+        if shape[0] != len(counts):
+            raise ValueError(
+                f"documents [Q, K, L_d, D] has shape {shape}: there are {len(counts)} queries"
+            )
+        sides = sides._replace(own=shape[1])
+    return sides, counts
 
 
-def of_each_query(
-    queries: Tensor, documents: Tensor, query_mask: Tensor | None, document_mask: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]:
-    """The arguments of `maxsim` for each query alone with its documents [K, L_d, D].
-
-    Raises:
-        TypeError, ValueError: the numbers of queries differ, or a mask does not fit.
-    """
-    check_tensors({"queries": queries})
-    token_masks: list[Tensor | None] = [None] * len(queries)
-    if queries.ndim == 2:
-        starts = _mask("query_mask", query_mask, "queries", queries)
-        lengths = starts.diff().tolist()  # CPU-GPU sync
-        parts = queries.split(lengths)
-        token_masks = [starts.new_tensor([0, length]) for length in lengths]
+def of_each_query(sides: Sides) -> Iterator[Sides]:
+    """Yields each query alone with its own documents. CPU-GPU sync for packed queries."""
+    if sides.text.ndim == 2:
+        lengths = sides.token_mask.diff().tolist()  # CPU-GPU sync
+        texts = sides.text.split(lengths)
+        token_masks = [sides.token_mask.new_tensor([0, length]) for length in lengths]
     else:
-        parts = queries.split(1)
-        if query_mask is not None:
-            query_mask = _of_positions("query_mask", query_mask, "queries", queries)
-            token_masks = list(query_mask.split(1))
-    masks: list[Tensor | None] = [None] * len(documents)
-    if document_mask is not None:
-        masks = list(_of_positions("document_mask", document_mask, "documents", documents))
-    _check_owners(len(parts), documents)
-    return zip(parts, documents.unbind(), token_masks, masks, strict=True)
-
-
-def accepted_own(
-    queries: Tensor,
-    documents: Tensor,
-    query_mask: Tensor | None,
-    document_mask: Tensor | None,
-    backend: str,
-    scratch_bytes: int,
-) -> tuple[Sides, Tensor]:
-    """`accepted_maxsim` for each query's own documents [Q, K, L_d, D], which are images
-    [Q * K, L_d, D]."""
-    if document_mask is not None:
-        document_mask = _of_positions("document_mask", document_mask, "documents", documents)
-        document_mask = document_mask.flatten(0, 1)
-    arguments = queries, documents.flatten(0, 1), query_mask, document_mask
-    sides, counts = accepted_maxsim(*arguments, backend, scratch_bytes)
-    _check_owners(len(counts), documents)
-    return sides._replace(own=documents.shape[1]), counts
-
-
-def _check_owners(queries: int, documents: Tensor) -> None:
-    if not queries == len(documents) > 0:
-        raise ValueError(
-            f"documents [Q, K, L_d, D] has shape {list(documents.shape)}: there are {queries} "
-            "queries, and at least one"
-        )
-
-
-def _of_positions(name: str, mask: Tensor, of: str, features: Tensor) -> Tensor:
-    """A mask as bool; ValueError if it is not one of these features' positions."""
-    mask = boolean(name, mask)
-    check_tensors({name: mask})
-    if mask.shape != features.shape[:-1]:
-        raise ValueError(
-            f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
-            f"{list(features.shape[:-1])}"
-        )
-    return mask
+        texts, token_masks = sides.text.split(1), list(sides.token_mask.split(1))
+    image_masks: Sequence[Tensor | None] = [None] * len(texts)
+    if sides.image_mask is not None:
+        image_masks = sides.image_mask.split(sides.own)
+    images = sides.image.split(sides.own)
+    for parts in zip(images, texts, token_masks, image_masks, strict=True):
+        yield Sides(*parts, True)
 
 
 def _mask(name: str, mask: Tensor | None, of: str, features: Tensor) -> Tensor:
