@@ -276,17 +276,6 @@ def one_predictor(monkeypatch, predicting_process):
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.fixture(autouse=True)
-def launcher_variables():
-    """What a test starts in this process sets them, and another library would take them for a launcher's."""
-    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
-    yield
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-
-
 def set_one_process(patch: pytest.MonkeyPatch) -> None:
     """Set the environment of a training of one process."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
@@ -298,16 +287,45 @@ def alone(monkeypatch):
     set_one_process(monkeypatch)
 
 
-@pytest.fixture(autouse=True)
+@contextlib.contextmanager
 def same_environment():
-    """What a command sets in this process, as of a launcher or of plugins, is not there for the next test."""
+    """What is set inside, as of a launcher or of plugins, the next test would take for the user's."""
     before, given = dict(os.environ), dict(given_plugins)
+    try:
+        yield
+    finally:
+        given_plugins.clear()
+        given_plugins.update(given)
+        if dict(os.environ) != before:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def environment_of_a_file():
+    with same_environment():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def environment_of_a_test():
+    with same_environment():
+        yield
+
+
+def _group_is_up() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
+@pytest.fixture(autouse=True)
+def same_process_group():
+    """A group that a test leaves up would be that of all later ones in this process."""
+    before = _group_is_up()
     yield
-    given_plugins.clear()
-    given_plugins.update(given)
-    if dict(os.environ) != before:
-        os.environ.clear()
-        os.environ.update(before)
+    if _group_is_up() and not before:
+        sys.modules["torch.distributed"].destroy_process_group()
+        pytest.fail("the test has left a process group up")
 
 
 def clean_environment() -> dict[str, str]:

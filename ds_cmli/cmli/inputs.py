@@ -249,32 +249,6 @@ def check_positions(name: str, mask: Tensor, of: str, features: Tensor) -> None:
         )
 
 
-def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
-    """Raise ValueError or TypeError unless these are B pairs and `ignore` bool [B, B * ranks]."""
-    if ranks < 1:
-        raise ValueError("this process is not in the process group given to the loss as `group`")
-    if len(image) != len(text):
-        raise ValueError(
-            f"image has {len(image)} rows and text has {len(text)}: row b of both must be a pair; "
-            "cmli_scores compares other numbers of them"
-        )
-    if ignore is None:
-        return
-    expected = [len(image), ranks * len(image)]
-    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
-        kind = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
-        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {kind}")
-    if list(ignore.shape) != expected:
-        raise ValueError(
-            f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
-            "images against the texts of all ranks"
-        )
-    if ignore.device != image.device:
-        raise ValueError(
-            f"ignore is on {ignore.device} and image on {image.device}: move them together"
-        )
-
-
 def check_options(backend: str, scratch_bytes: int) -> None:
     """Raise ValueError or TypeError if one of them is none."""
     if backend not in BACKENDS:

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict, Unpack
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, unit_rows
 from ds_cmli.cmli.cut import Cut, as_loss, check_cut
-from ds_cmli.cmli.inputs import DTYPES, accepted, boolean, check_pairs
+from ds_cmli.cmli.inputs import DTYPES, accepted, boolean
 from ds_cmli.cmli.ring import DEFAULT_SCORER, Scorer, ring_scores
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`
@@ -160,7 +160,7 @@ class CMLILoss(nn.Module):
     def _checked(self, arguments: Arguments) -> Arguments:
         image, text, token_mask, image_mask = accepted(*arguments[:4])[:4]
         ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
-        check_pairs(image, text, ignore, collectives.world_size(self.group))
+        _check_pairs(image, text, ignore, collectives.world_size(self.group))
         device = self.logit_scale.device
         if device != image.device:
             raise ValueError(
@@ -193,3 +193,29 @@ class CMLILoss(nn.Module):
                 stacklevel=5,
             )
         return checked
+
+
+def _check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
+    """Raise ValueError or TypeError unless these are B pairs and `ignore` bool [B, B * ranks]."""
+    if ranks < 1:
+        raise ValueError("this process is not in the process group given to the loss as `group`")
+    if len(image) != len(text):
+        raise ValueError(
+            f"image has {len(image)} rows and text has {len(text)}: row b of both must be a pair; "
+            "cmli_scores compares other numbers of them"
+        )
+    if ignore is None:
+        return
+    expected = [len(image), ranks * len(image)]
+    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
+        kind = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
+        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {kind}")
+    if list(ignore.shape) != expected:
+        raise ValueError(
+            f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
+            "images against the texts of all ranks"
+        )
+    if ignore.device != image.device:
+        raise ValueError(
+            f"ignore is on {ignore.device} and image on {image.device}: move them together"
+        )

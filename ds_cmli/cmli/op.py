@@ -123,7 +123,9 @@ def maxsim(
         raise ValueError(f"reduction={reduction!r} is unknown; it must be sum or mean")
     arguments = queries, documents, query_mask, document_mask, backend, scratch_bytes
     sides, counts = accepted_maxsim(*arguments)
-    if sides.own and not _at_once(sides.image, backend):
+    # The kernels alone score each query's own documents in one call.
+    device, dtype = sides.image.device.type, sides.image.dtype
+    if sides.own and not (backend in ("auto", "chunked") and suited(device, dtype)):
         columns = []
         for one in of_each_query(sides):
             columns.append(_scores(one, backend, scratch_bytes, recompute)[1])
@@ -135,15 +137,6 @@ def maxsim(
     if reduction == "sum":
         scores = scores * counts
     return scores.t().contiguous()
-
-
-def _at_once(documents: Tensor, backend: str) -> bool:
-    """Whether the kernels score each query's own documents in one call."""
-    return backend in ("auto", "chunked") and suited(documents.device.type, documents.dtype)
-
-
-# What `torch.compiler.assume_constant_result` sets, without the second that its import takes.
-_at_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _scores(
@@ -236,9 +229,8 @@ def _backward_inside(
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
     wanted = Wanted(need_image, need_text)
     with full_precision(image.device):
-        return backend_of(backend, image, text).backward(
-            sides, grads, argmax, wanted, scratch_bytes
-        )
+        chosen = backend_of(backend, image, text)
+        return chosen.backward(sides, grads, argmax, wanted, scratch_bytes)
 
 
 _forward = torch.library.custom_op("ds_cmli::cmli_forward", _forward_inside, mutates_args=())

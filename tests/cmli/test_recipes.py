@@ -11,15 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from tests.cmli.test_multi_vector import Encoder, columns, encoder, library
-from tests.conftest import LAUNCHER_VARIABLES, ROOT, rank_environments, spawn
+from tests.conftest import ROOT, rank_environments, spawn
 from tests.processes import CONTEXT
-
-
-@pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    """accelerate and Lightning would go by what a process group of another file has set in this process."""
-    for name in LAUNCHER_VARIABLES:
-        monkeypatch.delenv(name, raising=False)
 
 
 def recipe(word: str) -> str:
@@ -93,6 +86,9 @@ def test_colpali():
 
 
 def test_accelerate_in_bf16():
+    from accelerate import state
+
+    state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' trainers
     names = definitions()
     (last,) = run(recipe("Accelerator("), names)
     assert names["accelerator"].mixed_precision == "bf16"

@@ -627,15 +627,7 @@ CHECKED = {
 }
 
 
-@pytest.fixture
-def no_group():
-    """A library that another file's tests use may have left a process group up."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_group")
 @pytest.mark.parametrize("name", PATCHES)
 def test_the_installed_library_still_needs_the_patch(name, monkeypatch):
     patch = PATCHES[name]

@@ -131,6 +131,10 @@ def suited(device: str, dtype: torch.dtype) -> bool:
     return device == "cpu" and dtype in (torch.float32, torch.float64) and load() is not None
 
 
+# What `torch.compiler.assume_constant_result` sets, without the second that its import takes.
+suited._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Scratch:
     """Memory of the kernels' threads, which sizes and budget alone decide, but for their number.
 
