@@ -59,6 +59,7 @@ class CachingAllocator:
         self.requested = self.allocated = self.reserved = 0
         self.next_address = FIRST_ADDRESS
         self.taken = 0  # segments
+        self.retries = 0  # requests for which all cached memory was returned
 
     def malloc(
         self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL
@@ -162,6 +163,7 @@ class CachingAllocator:
             if self.reserved + taken > self.limit:
                 self._release_oversize((pool, small, stream), size)
             if self.reserved + taken > self.limit:
+                self.retries += 1
                 self.empty_cache()
             if self.reserved + taken > self.limit:
                 raise self._out_of_memory(requested, taken, event)
@@ -254,6 +256,7 @@ class Replay:
     timeline: list[tuple[int, int, int]]
     segments: list[Segment]  # those reserved at the end
     actions: list[Action]
+    retries: int  # requests for which the device had no room until all cached memory was returned
 
 
 def replay(
@@ -287,4 +290,11 @@ def replay(
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
     requested, allocated, reserved = map(max, zip((0, 0, 0), *timeline, strict=True))
     segments = list(allocator.segments.values())
-    return Replay(requested, allocated, reserved, timeline, segments, allocator.actions)
+    actions, retries = allocator.actions, allocator.retries
+    return Replay(requested, allocated, reserved, timeline, segments, actions, retries)
+
+
+def by_retries(count: int) -> str:
+    """What a sentence says of what fits only by so many retries of the allocator; 0: nothing."""
+    tries = "1 retry" if count == 1 else f"{count} retries"
+    return f", only as PyTorch's allocator returns its cache ({tries})" if count else ""

@@ -6,14 +6,14 @@ occupies there.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
+from ds_cmli.allocator.allocator import Replay, replay
 from ds_cmli.allocator.blocks import Event, OutOfMemory, live_at_peak, peaks_of_phases
 from ds_cmli.allocator.cuda_layouts import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
@@ -21,6 +21,7 @@ from ds_cmli.fits.steps import CATEGORIES
 WITH_BIAS = str(torch.ops.aten.addmm.default)
 PRODUCTS = frozenset(map(str, MATRICES))
 LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
+WITHOUT_LIMIT = 1 << 44  # bytes of a device, more than any needs
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
@@ -86,11 +87,25 @@ class Room:
         return size if self.limit is not None else f"{self.gpu} ({size})"
 
 
+def on_device(events: Sequence[Event], room: Room, world_size: int) -> tuple[Replay, int]:
+    """Replay events where no more than the room can be reserved, else without a limit.
+
+    Returns also the bytes that the process then occupies: more than the room's do not fit.
+    """
+    outside = gpus.device_bytes(0, room.gpu, world_size)
+    try:
+        replayed = replay(events, limit=room.bytes - outside)
+    except OutOfMemory:
+        replayed = replay(events)
+    return replayed, replayed.reserved_peak + outside
+
+
 @dataclass
 class Answer:
     """What a program's steps take on one device."""
 
     fits: bool
+    retries: int  # of the allocator, which then returned its cache for lack of room
     totals: dict[str, int]  # peaks: "requested", "allocated", "reserved", "device"
     categories: dict[str, int]  # live at the moment of the requested peak, which they add up to
     phase: str  # of that moment
@@ -107,12 +122,7 @@ def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -
         lines: of the user's code, of each block.
         world_size: above 1, one NCCL communicator is added.
     """
-    outside = gpus.device_bytes(0, room.gpu, world_size)
-    fits = True
-    try:
-        replayed = replay(events, limit=room.bytes - outside)
-    except OutOfMemory:
-        fits, replayed = False, replay(events)
+    replayed, device = on_device(events, room, world_size)
     live = live_at_peak(events)
     sums: Counter[tuple[str, str]] = Counter()
     for event in live:
@@ -126,11 +136,12 @@ def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -
         "requested": replayed.requested_peak,
         "allocated": replayed.allocated_peak,
         "reserved": replayed.reserved_peak,
-        "device": replayed.reserved_peak + outside,
+        "device": device,
     }
     tensor = top.bytes, top.op, _line(top, lines)
+    phases, fits = peaks_of_phases(events), device <= room.bytes
     return Answer(
-        fits, totals, categories, live[-1].phase, peaks_of_phases(events), largest, tensor
+        fits, replayed.retries, totals, categories, live[-1].phase, phases, largest, tensor
     )
 
 

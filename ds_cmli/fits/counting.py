@@ -77,6 +77,7 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
     counted["steps"] = min(progress.done.values(), default=0)
     counted |= {"ending": [*progress.ending()], "waited_for": progress.waited_for}
     counted["written"] = script.written()
+    counted["retries"] = stats.get("num_alloc_retries", 0)
     counted["full"] = full or stats.get("num_ooms", 0) > 0
     if snapshot:
         torch.cuda.memory._dump_snapshot(snapshot)

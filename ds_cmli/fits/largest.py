@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from ds_cmli.allocator.allocator import by_retries
 from ds_cmli.common.cli import DOES_NOT_FIT
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
@@ -22,6 +23,7 @@ class Tried(NamedTuple):
 
     fits: bool
     device: int  # bytes
+    retries: int = 0  # of the allocator, which then returned its cache for lack of room
     waited_for: Sequence[str] = ()  # optimizers that have done no step
 
 
@@ -60,7 +62,8 @@ def in_process_of_its_own(options: Sequence[str], program: Sequence[str], number
     """Run the program with `number` at the place. Raises `UserError` as `answered` does."""
     given = [argument.replace(PLACE, str(number)) for argument in program]
     answer = answered(options, given, str(number))
-    return Tried(all(answer["fits"].values()), answer["totals"]["device"], answer["waited_for"])
+    (fits,), (retries,) = answer["fits"].values(), answer["retries"].values()
+    return Tried(fits, answer["totals"]["device"], retries, answer["waited_for"])
 
 
 def answered(options: Sequence[str], program: Sequence[str], what: str) -> JsonObject:
@@ -90,5 +93,5 @@ def sentence(number: int, tried: dict[int, Tried], room: object, program: Sequen
     with_more = f"; {number + 1} would take {more.device / 1e9:.2f} GB" if more else ""
     if not number:
         return f"not even {name} 1 fits on {room}{with_more}"
-    taken = f"{tried[number].device / 1e9:.2f} GB"
+    taken = f"{tried[number].device / 1e9:.2f} GB{by_retries(tried[number].retries)}"
     return f"{name} {number} is the largest that fits on {room}: it takes {taken}{with_more}"

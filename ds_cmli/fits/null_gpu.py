@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ds_cmli.allocator import gpus
 from ds_cmli.common.errors import UserError
-from ds_cmli.fits.answer import Room
+from ds_cmli.fits.answer import WITHOUT_LIMIT, Room
 from ds_cmli.fits.report import (
     check_training,
     not_counted,
@@ -28,7 +28,6 @@ from ds_cmli.fits.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "tests" / "null_gpu"
-WITHOUT_LIMIT = 1 << 44  # bytes
 NOT_COUNTED = (
     "not counted: cuDNN's workspaces and its attention, in whose place is PyTorch's own, and "
     "what depends on computed values, which are 0 there"
@@ -46,6 +45,7 @@ class Counted:
     ending: list[str]  # lines on what the program did not do until then
     waited_for: list[str]  # optimizers that had done none by then
     full: bool  # whether the device had too little memory
+    retries: int  # of the allocator, which then returned its cache for lack of room
     written: str  # the line about files, or ""
 
 
@@ -158,7 +158,7 @@ class NullGpuAnswer:
 
     def show(self, program: str) -> None:
         ran = what_ran(program, self.counted.steps, self.asked.world)
-        answer = verdict(self.asked.room, self.totals["device"], self.enough)
+        answer = verdict(self.asked.room, self.totals["device"], self.enough, self.counted.retries)
         print(f"{ran} {answer}{not_counted(self.counted.waited_for)}")
         show_totals(self.totals, self.asked.room, self.asked.world)
         lines = *self.counted.ending, NOT_COUNTED, self.counted.written
@@ -166,7 +166,9 @@ class NullGpuAnswer:
 
     def to_dict(self) -> dict[str, object]:
         counted = {"steps": self.counted.steps, "waited_for": self.counted.waited_for}
-        return {**counted, "totals": self.totals, "fits": {str(self.asked.room): self.enough}}
+        name = str(self.asked.room)
+        fits = {"fits": {name: self.enough}, "retries": {name: self.counted.retries}}
+        return {**counted, "totals": self.totals, **fits}
 
 
 def answer(null_gpu: NullGpu, program: Sequence[str], snapshot: str | None) -> NullGpuAnswer:

@@ -82,7 +82,8 @@ class Need(NamedTuple):
     """What a prediction says."""
 
     device: int  # bytes
-    fits: frozenset[str]  # names of the GPUs
+    # By GPU on which it fits: retries of the allocator, which then returned its cache.
+    fits: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,18 @@ class Line:
     micro_batch: int
     device: int  # bytes
     work: Work
-    gpus: tuple[str, ...]  # on which no larger micro-batch fits, from the smallest GPU on
+    # On which no larger micro-batch fits, from the smallest on, with the retries of the allocator.
+    gpus: Mapping[str, int]
 
     def order(self, own: Settings, prices: Mapping[str, float]) -> tuple[float, ...]:
-        """Sort the least work first: of the same model, without offload, then FLOPs, then bytes."""
+        """Sort the least work first: of the same model, without retries and offload, then FLOPs."""
         settings, work = self.settings, self.work
         cheapest = ((prices.get(name, math.inf), size(name)) for name in self.gpus)
         gpu = min(cheapest, default=(math.inf, self.device))
         return (
             not self.gpus,
             settings.lora != own.lora,
+            all(self.gpus.values()),
             work.to_host,
             work.flops,
             work.between_gpus,
@@ -237,8 +240,8 @@ class Search:
         for micro_batch, on in largest.items():
             at = micro_batch or candidates[-1]
             work = self.training.step.work(settings, at)
-            on = on if micro_batch else []
-            lines.append(Line(settings, at, known[at].device, work, tuple(on)))
+            fits = {name: known[at].fits[name] for name in on if micro_batch}
+            lines.append(Line(settings, at, known[at].device, work, fits))
         return lines
 
 

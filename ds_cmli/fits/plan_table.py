@@ -2,11 +2,13 @@
 
 import csv
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import by_retries
 from ds_cmli.common.cli import DOES_NOT_FIT, option
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse_toml
@@ -22,6 +24,7 @@ SEVERAL_MACHINES = (
     "on several machines: deepspeed's hostfile has a line NAME slots=GPUS for each of them, and "
     "torchrun is started on each, with the name of one for NODE"
 )
+RETRIED = "* only as PyTorch's allocator returns its cache and tries again, which takes time"
 EXAMPLE = "A100 80GB,1.80"
 
 
@@ -40,6 +43,8 @@ def make(
     search = Search(training, names, tell)
     lines = in_order(search.lines(settings), step.own, prices)
     show(lines, step, prices)
+    if any(any(line.gpus.values()) for line in lines):
+        print(RETRIED)
     print(f"\n{COUNTED}")
     if len(names) > 1:
         print("lines have the operators of an A100, the proposal those of its own GPU")
@@ -56,6 +61,7 @@ def make(
             if prices:
                 print(cheapest(lines, step, prices))
             taken = f"{need.device / 1e9:.2f} of {size(gpu) / 1e9:.2f} GB"
+            taken += by_retries(need.fits[gpu])
             times = step.pairs // line.micro_batch
             batch = f"micro-batch {line.micro_batch} x {times}"
             ranks = f"{step.world_size} x {gpu}"
@@ -79,7 +85,8 @@ def show(lines: Sequence[Line], step: Step, prices: Mapping[str, float]) -> None
         row += [f"{line.work.between_gpus:d}", f"{line.work.to_host:.2f}"]
         if prices:
             row.append(f"{cost(line, step, prices):,.2f}".replace("inf", "-"))
-        rows.append([*row, ", ".join(line.gpus) or "none, it is too large"])
+        fitting = [f"{name}{'*' * bool(retries)}" for name, retries in line.gpus.items()]
+        rows.append([*row, ", ".join(fitting) or "none, it is too large"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = map(str.rjust, row[:-1], widths)
@@ -117,7 +124,7 @@ def read_prices(path: str) -> dict[str, float]:
         if path.endswith(".toml"):
             rows = list(parse_toml(text).items())
         else:
-            lines = filter(None, csv.reader(text.splitlines()))
+            lines = filter(None, csv.reader(text.splitlines(), strict=True))
             rows = [(name, ",".join(rest)) for name, *rest in lines]
     except OSError as error:
         raise UserError(f"--prices is {path!r}: {error.strerror}") from None
@@ -126,13 +133,15 @@ def read_prices(path: str) -> dict[str, float]:
     prices: dict[str, float] = {}
     for number, (name, value) in enumerate(rows):
         listed, price = gpus.listed_name(name), _price(value)
-        if not (number or listed or price) and not path.endswith(".toml"):
+        if not (number or listed or re.search(r"\d", str(value)) or path.endswith(".toml")):
             continue  # a CSV's names of columns
         if not listed:
             known = ", ".join(gpus.all_gpus())
             raise UserError(f"--prices {path} has {name!r}: give one of {known}")
         if not price:
-            raise UserError(f"--prices {path}: {name} has {value!r}: give a price above 0")
+            raise UserError(
+                f"--prices {path}: {name} has {value!r}: give a price above 0, a plain number"
+            )
         if listed in prices:
             raise UserError(f"--prices {path} has {listed} twice: keep one")
         prices[listed] = price

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
+from ds_cmli.allocator.allocator import by_retries, replay
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import ACCENT, COLOURS, SOFT, matplotlib
@@ -62,11 +62,11 @@ def what_ran(program: str, steps: int, world: World) -> str:
     return f"{'1 step' if steps == 1 else f'{steps} steps'} of {program}{rank}"
 
 
-def verdict(room: Room, needed: int, fits: bool) -> str:
+def verdict(room: Room, needed: int, fits: bool, retries: int) -> str:
     """Whether steps that need so many bytes of the device fit."""
     if fits:
         left = f"{_gb(max(room.bytes - needed, 0))} are free"
-        return f"fit on {room}: they take {_gb(needed)}, {left}"
+        return f"fit on {room}: they take {_gb(needed)}, {left}{by_retries(retries)}"
     return f"do not fit on {room}: they take {_gb(needed)}"
 
 
@@ -135,11 +135,15 @@ class ProgramReport:
         largest += f", by {line}" if line else ""
         if len(self.rooms) > 1:
             zipped = zip(self.rooms, self.answers, strict=True)
-            fitting = [room.gpu for room, of_room in zipped if of_room.fits]
+            fitting = [
+                room.gpu + by_retries(of_room.retries).replace(", ", " ")
+                for room, of_room in zipped
+                if of_room.fits
+            ]
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
             needed = _gb(first.totals["device"])
             return f"{said} need {needed} {where}{not_counted(self.waited_for)}; {largest}"
-        verdict_line = verdict(room, first.totals["device"], first.fits)
+        verdict_line = verdict(room, first.totals["device"], first.fits, first.retries)
         free = room.bytes - first.totals["device"]
         if first.fits and free < self.margin:
             verdict_line += f", less than the margin of {_gb(self.margin)}"
@@ -166,11 +170,12 @@ class ProgramReport:
         print(f"  {'single tensor':20} {size:>18,}  {line}  ({op})")
 
     def to_dict(self) -> dict[str, object]:
-        devices = {}
+        fits, retries = {}, {}
         for room, of_room in zip(self.rooms, self.answers, strict=True):
-            devices[str(room)] = of_room.fits
-        answered = {**asdict(self.answers[0]), "margin": self.margin, "fits": devices}
-        return {"steps": self.steps, **answered, "waited_for": self.waited_for}
+            fits[str(room)], retries[str(room)] = of_room.fits, of_room.retries
+        answered = {**asdict(self.answers[0]), "margin": self.margin, "fits": fits}
+        waited_for = {"retries": retries, "waited_for": self.waited_for}
+        return {"steps": self.steps, **answered, **waited_for}
 
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:

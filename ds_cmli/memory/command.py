@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import by_retries
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError
@@ -195,6 +196,7 @@ def single(
         prediction = predict_largest(config, ds_config, ranks, target="cpu", options=options)
         tell("")
     else:
+        options = Options(limit=gpus.find(gpu).total.bytes, tell=tell)
         prediction = predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
         tell("")
         print(sentence(prediction.report, gpu))
@@ -271,7 +273,8 @@ def sentence(report: Report, gpu: str) -> str:
     if needed_bytes > total:
         verdict = f"does not fit on a {gpu} ({has} GB), by {difference} GB"
         return f"{step} needs {needed} GB and {verdict}: --fit {gpu!r} finds what does"
-    return f"{step} needs {needed} GB and fits on a {gpu} ({has} GB), {difference} GB are left"
+    left = f"{difference} GB are left{by_retries(report.retries)}"
+    return f"{step} needs {needed} GB and fits on a {gpu} ({has} GB), {left}"
 
 
 def fit_sentence(fitted: "Fit", room: int) -> str:
@@ -283,6 +286,7 @@ def fit_sentence(fitted: "Fit", room: int) -> str:
         out = f"does not fit in {size} GB: one pair needs {one_more} GB"
     else:
         out = f"fits in {size} GB with micro-batch {fitted.micro_batch}"
+        out += by_retries(fitted.prediction.report.retries)
         if more is not None:
             out += f"; {fitted.micro_batch + 1} needs {one_more} GB"
     if change:

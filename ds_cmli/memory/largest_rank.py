@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.fits.answer import Room, on_device
 from ds_cmli.memory.predict import DEFAULT_GPU, PLAIN, Options, Prediction, predict
 from ds_cmli.memory.shares import requested_peak
 
@@ -50,7 +49,7 @@ def predict_largest(
             step = max(1, world_size // MOST_EACH)
             ranks = [rank for rank in range(0, world_size, step) if rank not in predictions]
             continue
-        others = _of_other_ranks(most, total, gpu, world_size)
+        others = _of_other_ranks(most, total, Room(gpu, options.limit), world_size)
         rank = max(others.keys() - predictions, key=others.__getitem__, default=-1)
         if len(predictions) >= MOST_RANKS or others.get(rank, 0) <= most.report.totals[total]:
             return most
@@ -83,7 +82,7 @@ def _contradicted(predictions: Mapping[int, Prediction]) -> bool:
 
 
 def _of_other_ranks(
-    prediction: Prediction, total: str, gpu: str, world_size: int
+    prediction: Prediction, total: str, room: Room, world_size: int
 ) -> dict[int, int]:
     """The totals of those ranks that request the most, by the events of the predicted one."""
     shares = prediction.shares
@@ -95,8 +94,7 @@ def _of_other_ranks(
         sizes[rank] = requested_peak(events[rank])
     if total == "requested":
         return sizes
-    on_device = {}
-    for rank in sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]:
-        reserved = replay(events[rank]).reserved_peak
-        on_device[rank] = gpus.device_bytes(reserved, gpu, world_size)
-    return on_device
+    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]
+    for rank in largest:
+        _, sizes[rank] = on_device(events[rank], room, world_size)
+    return {rank: sizes[rank] for rank in largest}

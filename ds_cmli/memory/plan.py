@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 
-from ds_cmli.allocator import gpus
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -67,7 +66,7 @@ class Planned:
         self.idle = SimpleQueue[Predictor]()
         for _ in range(plan.workers()):
             self.idle.put(Predictor(LONGEST_S))
-        self.reserved: dict[tuple[plan.Settings, int, str], int] = {}
+        self.known: dict[tuple[plan.Settings, int, str], plan.Need] = {}
         self._find_lora()
 
     def changed(self, settings: plan.Settings, micro_batch: int) -> tuple[Config, DeepSpeedConfig]:
@@ -93,20 +92,15 @@ class Planned:
         """Predict a line, with the operators of `gpu`, or else of one GPU for all."""
         gpu = gpu or self.reference
         key = settings, micro_batch, gpu
-        if key not in self.reserved:
+        if key not in self.known:
             changed, predictor = self.changed(settings, micro_batch), self.idle.get()
-            answer = predictor.ask(Request(*changed, self.world_size, rank=None, gpu=gpu))
+            request = Request(*changed, self.world_size, rank=None, gpu=gpu, on=self.names)
+            answer = predictor.ask(replace(request, limit=plan.size(gpu)))
             self.idle.put(predictor)
             if answer.report is None:
                 raise UserError(answer.failed)
-            self.reserved[key] = answer.report["totals"]["reserved"]
-        reserved = self.reserved[key]
-
-        def device(name: str) -> int:
-            return gpus.device_bytes(reserved, name, self.world_size)
-
-        fits = filter(lambda name: device(name) <= plan.size(name), self.names)
-        return plan.Need(device(gpu), frozenset(fits))
+            self.known[key] = plan.Need(answer.report["totals"]["device"], answer.fits)
+        return self.known[key]
 
     def start(self, settings: plan.Settings, micro_batch: int) -> str:
         config, ds_config = self.changed(settings, micro_batch)

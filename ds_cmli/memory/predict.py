@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.backends import why_not_on
@@ -27,7 +26,7 @@ from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.distributed.traffic import Traffic
-from ds_cmli.fits.answer import with_cublas
+from ds_cmli.fits.answer import WITHOUT_LIMIT, Room, on_device, with_cublas
 from ds_cmli.memory import host_memory, inputs
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.repeated import Repeated
@@ -72,6 +71,7 @@ class Options:
         watch: called with the engine and the step's number, counted from 0; each step runs inside
             the context that it returns. If that context yields a `Traffic`, the whole step is
             counted in it, also the micro-batches that are not run because `texts` is None.
+        limit: bytes of the device.
         tell: called with lines about the progress.
     """
 
@@ -79,6 +79,7 @@ class Options:
     texts: Sequence[inputs.TextLengths] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
+    limit: int = WITHOUT_LIMIT
     tell: Callable[[str], None] = silent
 
 
@@ -150,10 +151,12 @@ def predict(
     workspace = hardware.DETERMINISTIC_CUBLAS if fixed else None
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
     events = with_cublas(events, card.cublas_bytes(workspace))
-    report, replayed = summarise(events, setting, "predicted"), replay(events)
+    report = summarise(events, setting, "predicted")
+    replayed, occupied = on_device(events, Room(gpu, options.limit), world_size)
     report.totals["allocated"] = replayed.allocated_peak
     report.totals["reserved"] = replayed.reserved_peak
-    report.totals["device"] = gpus.device_bytes(replayed.reserved_peak, gpu, world_size)
+    report.totals["device"] = occupied
+    report.retries = replayed.retries
     return Prediction(report, events, sum(sizes), max(sizes), shares)
 
 

@@ -53,6 +53,7 @@ class Report:
     phases: dict[str, int]  # the requested peak of each phase
     # Peaks: "requested", and "allocated", "reserved" and "device" where they are known.
     totals: dict[str, int]
+    retries: int = 0  # of the allocator, which then returned its cache for lack of room
 
     def to_dict(self) -> JsonObject:
         return dict(vars(self))

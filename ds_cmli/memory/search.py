@@ -10,10 +10,10 @@ import numpy as np
 
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
+from ds_cmli.fits.answer import Room, on_device
 from ds_cmli.memory.changes import SettingsChange, Shortage, Step
 from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Options, Prediction, silent
@@ -76,7 +76,7 @@ def sweep(
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
-        options = Options(tell=tell)
+        options = Options(limit=gpus.find(gpu).total.bytes, tell=tell)
         last = ranks - 1
         yield values, predict_largest(config, changed, ranks, gpu=gpu, first=last, options=options)
 
@@ -144,7 +144,7 @@ def _weights(points: list[int], n: int) -> dict[int, float]:
 
 
 def estimated_bytes(
-    known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int
+    known: dict[int, Prediction], micro_batch: int, room: Room, world_size: int
 ) -> int:
     """Estimate the bytes on the device for a micro-batch from at least two predictions.
 
@@ -165,7 +165,7 @@ def estimated_bytes(
     events = []
     for event, size in zip(base.events, np.rint(sizes), strict=True):
         events.append(replace(event, bytes=max(int(size), 1) * int(np.sign(event.bytes))))
-    return gpus.device_bytes(replay(events).reserved_peak, gpu, world_size)
+    return on_device(events, room, world_size)[1]
 
 
 @dataclass
@@ -175,7 +175,7 @@ class Fitting:
     config: Config
     ds_config: DeepSpeedConfig
     world_size: int
-    gpu: str
+    room: Room
     tell: Callable[[str], None]
     predictions: dict[int, Prediction] = field(default_factory=dict)  # by micro-batch
     sizes: dict[str, int] = field(default_factory=dict)  # of the changes that were tried
@@ -189,7 +189,7 @@ class Fitting:
         return self.predictions[micro_batch].report.totals["device"]
 
     def estimate(self, micro_batch: int) -> int:
-        return estimated_bytes(self.predictions, micro_batch, self.gpu, self.world_size)
+        return estimated_bytes(self.predictions, micro_batch, self.room, self.world_size)
 
     def needs_with(self, change: SettingsChange) -> int:
         if change.what not in self.sizes:
@@ -198,9 +198,9 @@ class Fitting:
         return self.sizes[change.what]
 
     def _predicted(self, name: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
-        options = Options(tell=lambda line: self.tell(f"{name}: {line}"))
+        options = Options(limit=self.room.bytes, tell=lambda line: self.tell(f"{name}: {line}"))
         prediction = predict_largest(
-            config, ds_config, self.world_size, gpu=self.gpu, first=self.rank, options=options
+            config, ds_config, self.world_size, gpu=self.room.gpu, first=self.rank, options=options
         )
         self.rank = prediction.report.setting["rank"]
         options.tell(f"{prediction.report.totals['device']:,} B on the device")
@@ -227,7 +227,7 @@ def fit(
         tell: called with lines about the progress.
     """
     ds_config = DeepSpeedConfig.of(ds_config)
-    fitting = Fitting(config, ds_config, world_size, gpu, tell)
+    fitting = Fitting(config, ds_config, world_size, Room(gpu, room), tell)
     best = largest(fitting.needs, room, estimate=fitting.estimate)
     wanted = 1
     if best:

@@ -1,10 +1,24 @@
 """What the answer adds to a program's events."""
 
+import pytest
+
+from ds_cmli.allocator import gpus
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.fits import answer
-from ds_cmli.fits.answer import with_cublas
+from ds_cmli.fits.answer import Room, on_device, with_cublas
 
 PRODUCT = "aten.mm.default"
+
+
+@pytest.mark.parametrize("room, reserved, retries", [(80, 80, 0), (79, 50, 1), (50, 50, 1), (49, 80, 0)])
+def test_a_program_may_fit_as_the_cache_is_returned(room, reserved, retries):
+    """30 MiB that are free again are too small for 50; without a limit both are kept, 80 in all."""
+    events = [Event(block, size << 20, "other", "forward") for block, size in ((0, 30), (0, -30), (1, 50))]
+    outside = gpus.device_bytes(0, "T4", 2)
+    replayed, occupied = on_device(events, Room("T4", (room << 20) + outside), 2)
+    assert (occupied, replayed.reserved_peak, replayed.retries) == (
+        (reserved << 20) + outside, reserved << 20, retries
+    )  # fmt: skip
 
 
 def test_workspaces_of_a_product_alone(monkeypatch):

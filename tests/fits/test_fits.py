@@ -125,9 +125,10 @@ def test_a_linear_layer_by_hand(tmp_path):
 @pytest.mark.parametrize("limit, said", [(102_100_000, ""), (101_900_000, ", less than the margin of 0.00 GB")])
 def test_less_than_the_margin_free_is_told(limit, said):
     sizes = {"requested": 90_000_000, "allocated": 95_000_000, "reserved": 100_000_000, "device": 100_000_000}
-    answer = Answer(True, sizes, {}, "backward", {}, [(1, "other", "")], (1, "mm", ""))
+    answer = Answer(True, 2, sizes, {}, "backward", {}, [(1, "other", "")], (1, "mm", ""))
     report = ProgramReport(2, [Room("T4 16GB", limit)], [answer], [], World(None, 0), [], False)
-    assert f" are free{said}; the largest" in report.sentence("program.py")
+    retried = ", only as PyTorch's allocator returns its cache (2 retries)"
+    assert f" are free{retried}{said}; the largest" in report.sentence("program.py")
     report.compiled, report.rooms = True, [Room("T4 16GB", 100_000_000 + report.margin + 1)]
     assert ", less than the margin of 0.16 GB" in report.sentence("program.py")
 

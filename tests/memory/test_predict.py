@@ -415,7 +415,8 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
         size = 100 if ds_config.stage < 3 else 13
         size -= 5 * ("offload_optimizer" in ds_config.zero)
         totals = {"device": context + size, "requested": size}
-        return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
+        report = SimpleNamespace(totals=totals, setting={"rank": 0}, retries=0)
+        return SimpleNamespace(report=report, events=[])
 
     monkeypatch.setattr(search, "predict_largest", bytes_of)
     one = search.fit(config, ds_config, 2, context + 13)
@@ -436,7 +437,8 @@ def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
     def bytes_of(config, ds_config, world_size, **options):
         size = 10**9 * ds_config.micro_batch // (2 if ds_config.checkpointing else 1)
         totals = {"device": context + size, "requested": size}
-        return SimpleNamespace(report=SimpleNamespace(totals=totals, setting={"rank": 0}), events=[])
+        report = SimpleNamespace(totals=totals, setting={"rank": 0}, retries=0)
+        return SimpleNamespace(report=report, events=[])
 
     monkeypatch.setattr(search, "predict_largest", bytes_of)
     result = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
@@ -453,11 +455,14 @@ def test_the_answer_comes_first():
     from ds_cmli.memory.command import sentence
 
     setting = {"micro_batch": 64, "zero_stage": 2, "world_size": 4}
-    report = SimpleNamespace(totals={"device": 20 * 10**9}, setting=setting)
+    report = SimpleNamespace(totals={"device": 20 * 10**9}, setting=setting, retries=0)
     total = gpus.find(DEFAULT_GPU).total.bytes / 1e9
     step = "micro-batch 64 with ZeRO-2 over 4 GPUs needs"
     expected = f"{step} 20.00 GB and fits on a {DEFAULT_GPU} ({total:.2f} GB), {total - 20:.2f} GB are left"
     assert sentence(report, DEFAULT_GPU) == expected
+    retried = ", only as PyTorch's allocator returns its cache (2 retries)"
+    report.retries = 2
+    assert sentence(report, DEFAULT_GPU) == expected + retried
     report.totals["device"] = 30 * 10**9
     expected = f"{step} 30.00 GB and does not fit on a {DEFAULT_GPU} ({total:.2f} GB), by {30 - total:.2f} GB"
     assert sentence(report, DEFAULT_GPU) == f"{expected}: --fit {DEFAULT_GPU!r} finds what does"
@@ -483,7 +488,7 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
     from ds_cmli.memory import command, largest_rank, search
 
     setting = {"micro_batch": 1, "zero_stage": 2, "world_size": 1}
-    report = SimpleNamespace(totals={"device": device}, setting=setting, to_dict=dict)
+    report = SimpleNamespace(totals={"device": device}, setting=setting, to_dict=dict, retries=0)
     result = SimpleNamespace(report=report)
     fitted = SimpleNamespace(
         micro_batch=micro_batch, tried={1: device, 8: device}, changes=[], asked=1, prediction=result
@@ -499,7 +504,8 @@ def test_two_sizes_never_read_alike():
     from ds_cmli.memory.command import fit_sentence
 
     tried = {1663: 23_999_100_000, 1664: 24_000_500_000}
-    result = SimpleNamespace(micro_batch=1663, tried=tried, changes=[], asked=8)
+    fits = SimpleNamespace(report=SimpleNamespace(retries=0))
+    result = SimpleNamespace(micro_batch=1663, tried=tried, changes=[], asked=8, prediction=fits)
     assert fit_sentence(result, 24 * 10**9) == "fits in 24.0000 GB with micro-batch 1663; 1664 needs 24.0005 GB"
     none = SimpleNamespace(micro_batch=0, tried={1: 10**9 + 1}, changes=[], asked=1)
     assert fit_sentence(none, 10**9).startswith(

@@ -45,7 +45,9 @@ API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attrib
 
 API CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
 
-API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
+API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) {
+  return (CUresult)cudaStreamIsCapturing(stream, (enum cudaStreamCaptureStatus *)status); // the numbers are the same
+}
 static CUresult launch(unsigned x, unsigned y, unsigned z, unsigned shared, void *stream) {
   COUNT(driver_launches);
   enqueue(stream);

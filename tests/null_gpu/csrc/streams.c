@@ -6,6 +6,7 @@
 // - or 1,024 further launches went to its stream, as a host cannot run further ahead of a card;
 // - or it was asked for 100,000 times, so that a loop that polls it ends.
 // With NULLGPU_EVENTS=done every event is done at once.
+// What a captured graph holds is carried out while it is captured, and not again when the graph is launched.
 #include "null_gpu.h"
 #include <stdlib.h>
 #include <string.h>
@@ -19,6 +20,7 @@ typedef struct Stream {
   int device;
   long launched, done;       // numbers of pieces of work
   struct Waits *waits;       // for other streams
+  long capture;              // the number of the graph that it is captured to; 0: none
 } Stream;
 typedef struct Waits {
   struct Waits *next;
@@ -30,6 +32,7 @@ typedef struct {
   long number;               // the last piece of work before it
   long asked;
   double milliseconds;       // when it was recorded
+  long capture;              // of its stream then
 } Event;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -103,14 +106,52 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
   if (greatest) *greatest = -5;
   return cudaSuccess;
 }
+static long capture_of(cudaStream_t stream) {
+  pthread_mutex_lock(&lock);
+  long capture = stream_of(stream)->capture;
+  pthread_mutex_unlock(&lock);
+  return capture;
+}
 API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  *status = cudaStreamCaptureStatusNone;
+  *status = capture_of(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, unsigned long long *id,
                                          cudaGraph_t *graph, const cudaGraphNode_t **nodes, const cudaGraphEdgeData **edges, size_t *count) {
-  if (status) *status = cudaStreamCaptureStatusNone;
-  if (id) *id = 0;
+  if (status) cudaStreamIsCapturing(stream, status);
+  if (id) *id = capture_of(stream);
+  return cudaSuccess;
+}
+API cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+  static long last = 0;
+  pthread_mutex_lock(&lock);
+  stream_of(stream)->capture = ++last;
+  pthread_mutex_unlock(&lock);
+  return cudaSuccess;
+}
+API cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+  pthread_mutex_lock(&lock);
+  long capture = stream_of(stream)->capture;
+  for (Stream *s = streams; s; s = s->next)
+    if (s->capture == capture) s->capture = 0;
+  pthread_mutex_unlock(&lock);
+  *graph = new_handle();
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+  *count = 1; // of an empty graph torch warns
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiate(cudaGraphExec_t *runnable, cudaGraph_t graph, unsigned long long flags) {
+  *runnable = new_handle();
+  return cudaSuccess;
+}
+API cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *runnable, cudaGraph_t graph, unsigned long long flags) {
+  return cudaGraphInstantiate(runnable, graph, flags);
+}
+API cudaError_t cudaGraphLaunch(cudaGraphExec_t runnable, cudaStream_t stream) {
+  COUNT(launches);
+  enqueue(stream);
   return cudaSuccess;
 }
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
@@ -145,7 +186,7 @@ API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
   clock_gettime(CLOCK_MONOTONIC, &now);
   pthread_mutex_lock(&lock);
   Stream *s = stream_of(stream);
-  *(Event *)event = (Event){s, s->launched, 0, now.tv_sec * 1e3 + now.tv_nsec / 1e6};
+  *(Event *)event = (Event){s, s->launched, 0, now.tv_sec * 1e3 + now.tv_nsec / 1e6, s->capture};
   pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
@@ -175,6 +216,7 @@ API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsi
   Event *e = (Event *)event;
   pthread_mutex_lock(&lock);
   Stream *s = stream_of(stream);
+  if (e->capture && e->capture == e->stream->capture) s->capture = e->capture;
   if (e->stream && e->stream != s && e->stream->done < e->number) {
     Waits *w = s->waits;
     while (w && w->other != e->stream) w = w->next;
