@@ -257,9 +257,8 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[dict[st
             names.append("accelerator's memory")
         for name in names:
             stack.enter_context(patched_each(f"torch: {name}", functions))
-        stack.enter_context(
-            patched_each("torch: CUDA", {**nothing, "cuda": "13.0", "avoid_device_init": True})
-        )
+        constants = {"cuda": torch.version.cuda or "13.0", "avoid_device_init": True}
+        stack.enter_context(patched_each("torch: CUDA", nothing | constants))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
         kernels.leave_out_tritons(stack, _left_out(ran, "a kernel of Triton did not run"))

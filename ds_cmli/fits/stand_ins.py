@@ -17,6 +17,7 @@ aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
 ALL, ANY = (aten.all, aten._is_all_true), (aten.any, aten._is_any_true)  # right, and wrong
+CHECKS = aten._is_all_true, aten._is_any_true  # by which torch.distributions raises
 # Whole numbers that are not known, such as generated words, equal no other: a loop until all texts
 # have ended goes on, but not for ever.
 EQUAL, EXTREME = (aten.eq, aten.ne, aten.isin), (aten.max, aten.amax, aten.min, aten.amin)
@@ -142,7 +143,8 @@ def _remember_likely(
         of_each = torch.Tag.pointwise in func.tags or packet in EXTREME
         value = computed(func, args, kwargs, one) if of_each and guessed and tensors else None
     elif packet in ALL + ANY:
-        value = stand_in(args[0]) if unequal else packet in ALL
+        checked = packet in CHECKS or not unequal
+        value = packet in ALL if checked else stand_in(args[0])
     elif packet in EQUAL and not guessed:
         value, unequal = packet is aten.ne, True
     else:

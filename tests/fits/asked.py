@@ -58,7 +58,8 @@ def data() -> None:
     numbers, scores = torch.randint(9, (5,), device=DEVICE), torch.randn(32, 6, device=DEVICE)
     assert [len(item) for item in numbers.unique(return_inverse=True, return_counts=True)] == [5, 5, 5]
     assert len(scores.masked_select(scores > 0)) == 32 * 6 and len(scores.unique(dim=0)) == 32
-    assert torch.distributions.Categorical(logits=scores).sample().shape == (32,)  # which looks for a NaN
+    choice = torch.distributions.Categorical(logits=scores)  # looks for a NaN
+    assert choice.log_prob(choice.sample()).shape == (32,)  # which is checked
     assert torch.distributions.Categorical(probs=scores.softmax(-1)).entropy().shape == (32,)  # whose sums it checks
     assert not (scores <= scores + 1).any() and (scores < 0).all()  # programs raise on the other answer
     ends, experts = torch.tensor([10, 32], dtype=torch.int32, device=DEVICE), torch.randn(2, 8, 16, device=DEVICE)

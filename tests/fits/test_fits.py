@@ -648,7 +648,7 @@ def test_a_gpu_of_this_machine_is_not_touched(tmp_path):
         "try:\n"
         "    pynvml.nvmlInit()\n"
         "except pynvml.NVMLError_DriverNotLoaded:\n"
-        "    print('not loaded')\n"
+        "    print('not loaded, CUDA', torch.version.cuda)\n"
         "layer = torch.nn.Linear(4, 4).cuda()\n"
         "optimizer = torch.optim.SGD(layer.parameters(), 1e-3)\n"
         "for step in range(2):\n"
@@ -657,7 +657,7 @@ def test_a_gpu_of_this_machine_is_not_touched(tmp_path):
     )
     done = fits("--gpu", "T4", "--", script(tmp_path, asks), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("driver 100\nnot loaded\n2 steps of ")
+    assert done.stdout.startswith(f"driver 100\nnot loaded, CUDA {torch.version.cuda or '13.0'}\n2 steps of ")
 
 
 @pytest.mark.parametrize("installed", ["2.7.1+cu126", "1.13.1"])
