@@ -287,10 +287,15 @@ def alone(monkeypatch):
     set_one_process(monkeypatch)
 
 
+def _group_is_up() -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
+
+
 @contextlib.contextmanager
-def same_environment():
-    """What is set inside, as of a launcher or of plugins, the next test would take for the user's."""
-    before, given = dict(os.environ), dict(given_plugins)
+def same_process():
+    """What commands set inside, as of a launcher or of plugins, or a process group, is not there for the next test."""
+    before, given, grouped = dict(os.environ), dict(given_plugins), _group_is_up()
     try:
         yield
     finally:
@@ -299,33 +304,20 @@ def same_environment():
         if dict(os.environ) != before:
             os.environ.clear()
             os.environ.update(before)
+        if _group_is_up() and not grouped:
+            sys.modules["torch.distributed"].destroy_process_group()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def environment_of_a_file():
-    with same_environment():
+def process_of_a_file():
+    with same_process():
         yield
 
 
 @pytest.fixture(autouse=True)
-def environment_of_a_test():
-    with same_environment():
+def process_of_a_test():
+    with same_process():
         yield
-
-
-def _group_is_up() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
-
-
-@pytest.fixture(autouse=True)
-def same_process_group():
-    """A group that a test leaves up would be that of all later ones in this process."""
-    before = _group_is_up()
-    yield
-    if _group_is_up() and not before:
-        sys.modules["torch.distributed"].destroy_process_group()
-        pytest.fail("the test has left a process group up")
 
 
 def clean_environment() -> dict[str, str]:
