@@ -325,7 +325,7 @@ PATCHES = {
     ),
     "torch: shapes of sharded results": Patch(
         "torch.distributed.tensor._sharding_prop:ShardingPropagator",
-        "propagate_op_sharding_non_cached",
+        "_propagate_tensor_meta_non_cached",
         "It makes tensors without data of its own, which take no memory on a GPU.",
     ),
     "torch: resized storage": Patch(

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
@@ -244,7 +244,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[dict[st
     replacements: dict[str, Callable] = {
         "torch: lengths for CTC": _with_lengths_of_host,
         "torch: resized storage": recorder.resizing,
-        "torch: shapes of sharded results": recorder.unrecorded,
+        "torch: shapes of sharded results": _without_modes,
         "torch: pinned memory": lambda _: lambda self, *_, **__: self,
         "torch: other streams": lambda _: (
             lambda tensor, stream: recorder.record_stream(tensor, stream)
@@ -283,6 +283,19 @@ def _as_it_is(convert: Callable) -> Callable:
 
     def run(tensor: Tensor, wanted: type) -> Tensor:
         return tensor if isinstance(tensor, FakeTensor) else convert(tensor, wanted)
+
+    return run
+
+
+def _without_modes(function: Callable) -> Callable:
+    """A function whose tensors take no memory on a GPU.
+
+    PyTorch 2.8 and 2.9 give them a FakeTensorMode that takes no tensors with data.
+    """
+
+    def run(*args: object, **kwargs: object) -> object:
+        with _disable_current_modes():
+            return function(*args, **kwargs)
 
     return run
 

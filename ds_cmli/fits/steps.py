@@ -166,15 +166,6 @@ class StepRecorder(Recorder):
 
         return run
 
-    def unrecorded(self, function: Callable) -> Callable:
-        """A function whose tensors take no memory on a GPU."""
-
-        def run(*args: object, **kwargs: object) -> object:
-            with self.paused():
-                return function(*args, **kwargs)
-
-        return run
-
     def see_exchanged(self, tensors: list[object]) -> None:
         """Note the tensors of a collective."""
         for tensor in _parts(tensors):
