@@ -26,7 +26,7 @@ from ds_cmli.data import assets, scenes
 from ds_cmli.data.sources import base
 from ds_cmli.faults import preemption
 from ds_cmli.inference import index
-from ds_cmli.losses import flair, over_pairs, regions, sparc
+from ds_cmli.losses import over_pairs, regions, sparc
 from ds_cmli.memory import out_of_memory
 from profiling.learning import endpoints
 from tests import drive_train
@@ -234,7 +234,7 @@ CLAIMS = [
     ("docs/train.md", "tokens, SigLIP's sigmoid loss | * |\n| `target_cmli`", over_pairs.CMLISigmoid.init_temperature),
     ("docs/train.md", "(SPARC, Bica et al., 2024) | * |", sparc.Sparc.init_temperature),
     ("docs/train.md", "see [below](#boxes-with-phrases) | * |", regions.Regions.init_temperature),
-    ("docs/train.md", "(FLAIR, Xiao et al., 2025) | * |", flair.Flair.init_temperature),
+    ("docs/train.md", "(FLAIR, Xiao et al., 2025) | * |", over_pairs.Flair.init_temperature),
     ("docs/clusters.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
     ("docs/use.md", "| *, the default |", index.CANDIDATES),
     ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/fits/programs").glob("*.py")))),

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 
 from ds_cmli.checkpoint import universal
 from ds_cmli.checkpoint.contents import ResumePoint
@@ -199,7 +198,11 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         load_averages(path, train_engine)
         load_banks(path, train_engine.objective)
         if with_changes:
-            _apply_rates(engine, fresh, of_schedule)
+            # This start's rates, weight decay and schedule, which loading has overwritten.
+            for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
+                group.update(new)
+            groups = engine.optimizer.param_groups
+            schedule.with_new_settings(engine.lr_scheduler, of_schedule, groups)
         states = [*engine.optimizer.state.values()]
         mine = not_finite({"weights": parts(engine), "optimizer": states})
         bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective
@@ -218,12 +221,3 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             f"{refused_code(error) or line}: give the run's own settings, or another --output-dir "
             "for a new run"
         ) from error
-
-
-def _apply_rates(
-    engine: DeepSpeedEngine, fresh: list[dict[str, object]], of_schedule: dict[str, object]
-) -> None:
-    """Apply this start's rates, weight decay and schedule, which loading has overwritten."""
-    for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
-        group.update(new)
-    schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)

@@ -119,14 +119,17 @@ def _checked_together(
         if mask is not None and image.ndim == 3:
             rows = int(mask.sum())  # CPU-GPU sync
         kind = image.shape[-1], DTYPES.index(image.dtype)
-        own = [rows, checked[0].sizes()[0], *kind, _bits(image)]
+        # The bits of the sum, by which equal features are recognised; 0 if it is not finite.
+        total = image.detach().sum(dtype=torch.float32)
+        bits = total.view(torch.int32).where(total.isfinite(), 0)
+        own = [rows, checked[0].sizes()[0], *kind, int(bits)]  # CPU-GPU sync
     except (TypeError, ValueError, RuntimeError) as error:
         mistake = error
     # NCCL sends from GPUs alone, and what is wrong may be where the inputs are.
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     facts = collectives.agreed(torch.tensor(own, device=device), mistake).cpu()  # collective
     assert checked is not None, "a mistake has been raised"
-    dtypes = [DTYPES[number] for number in facts[:, 3].tolist()]
+    dtypes = list(map(DTYPES.__getitem__, facts[:, 3].tolist()))
     for name, values in (("D", facts[:, 2].tolist()), ("dtype", dtypes)):
         if len(set(values)) > 1:
             named = ", ".join(map(str, values))
@@ -137,12 +140,6 @@ def _checked_together(
             "yet gathered (gather_across_devices=False)"
         )
     return *checked, facts
-
-
-def _bits(x: Tensor) -> int:
-    """The sum's, by which equal features are recognised; 0 if it is not finite."""
-    total = x.detach().sum(dtype=torch.float32)
-    return int(total.view(torch.int32)) if total.isfinite() else 0  # CPU-GPU sync
 
 
 def _packed(sides: Sides) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,7 @@
 The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with
 torch.library, so that FakeTensorMode, torch.compile and activation checkpointing see their shapes
 and never look inside.
-The operators return what `forward` and `backward` of a backend do, which is chosen inside them
-(`backends.py`).
+They return what `forward` and `backward` of a backend do, chosen inside them (`backends.py`).
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
@@ -177,9 +176,8 @@ def cmli_gradients(
     check_inputs(*sides[:4], backend, scratch_bytes, MAXSIM if one_way else CMLI)
     backend = _chosen(backend, sides.image)
     if backend == "reference":
-        image, text = sides.image.detach(), sides.text.detach()
-        image.requires_grad_()
-        text.requires_grad_()
+        image = sides.image.detach().requires_grad_()
+        text = sides.text.detach().requires_grad_()
         with torch.enable_grad():
             scores = _scores(sides._replace(image=image, text=text), backend, scratch_bytes, False)
         d_image, d_text = torch.autograd.grad(scores[one_way:], (image, text), grads[one_way:])
@@ -227,10 +225,9 @@ def _backward_inside(
 ) -> tuple[Tensor, Tensor]:
     sides = Sides(image, text, token_mask, image_mask, one_way, own)
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
-    wanted = Wanted(need_image, need_text)
     with full_precision(image.device):
         chosen = backend_of(backend, image, text)
-        return chosen.backward(sides, grads, argmax, wanted, scratch_bytes)
+        return chosen.backward(sides, grads, argmax, Wanted(need_image, need_text), scratch_bytes)
 
 
 _forward = torch.library.custom_op("ds_cmli::cmli_forward", _forward_inside, mutates_args=())

@@ -14,7 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, BackboneEntry, source_kinds
+from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, SOURCES, TEXT, BackboneEntry
 from ds_cmli.config.schema import (
     Config,
     RunConfig,
@@ -36,6 +36,16 @@ DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 PLACES: dict[str, tuple[str, str]] = {}
 # The settings that `--init random` sets.
 RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))
+
+
+def source_kinds(joint: str, setting: str = "") -> str:
+    """The kinds of sources for --help, such as "CSV or JSON": all, or those that read a setting."""
+    entries = [entry for entry in SOURCES.values() if entry.short]
+    if setting:
+        readers = [entry for entry in entries if setting in entry.settings]
+        entries = sorted(readers, key=lambda entry: entry.short.lower())
+    *others, last = [entry.short for entry in entries]
+    return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 def _setting(group: str, name: str, place: str, help: str, **more: Any) -> Decorator:

@@ -102,7 +102,7 @@ LOSSES = {
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
     "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),
     "flair": LossEntry(
-        "ds_cmli.losses.flair:Flair",
+        "ds_cmli.losses.over_pairs:Flair",
         scores="flair",
         kind="sigmoid",
         several=True,
@@ -224,16 +224,6 @@ SOURCES = {
 }
 
 
-def source_kinds(joint: str, setting: str = "") -> str:
-    """The kinds of sources for --help, such as "CSV or JSON": all, or those that read a setting."""
-    entries = [entry for entry in SOURCES.values() if entry.short]
-    if setting:
-        readers = [entry for entry in entries if setting in entry.settings]
-        entries = sorted(readers, key=lambda entry: entry.short.lower())
-    *others, last = [entry.short for entry in entries]
-    return f"{', '.join(others)} {joint} {last}" if others else last
-
-
 @dataclass(frozen=True)
 class TrackerEntry:
     implementation: str  # a `trackers.Tracker`
@@ -249,9 +239,7 @@ TRACKERS = {
 
 @dataclass(frozen=True)
 class TaskEntry:
-    """A kind of task of a suite (`ds-cmli-evaluate --suite`)."""
-
-    implementation: str  # an `evaluate.suites.task.Task`
+    implementation: str  # an `evaluate.suites.task.Task` of `ds-cmli-evaluate --suite`
 
 
 SUITES = "ds_cmli.evaluate.suites"

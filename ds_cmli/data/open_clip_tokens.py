@@ -42,6 +42,7 @@ def load(name: str) -> "PreTrainedTokenizerFast":
         Exception: those of the libraries, if there is none.
     """
     import open_clip
+    from open_clip.tokenizer import get_clean_fn
 
     model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
     with loading(hub=not name.startswith(LOCAL)):
@@ -52,16 +53,11 @@ def load(name: str) -> "PreTrainedTokenizerFast":
             f"data.tokenizer is {name!r}, which shortens or marks texts in a way of its own: give "
             "a model with another tokenizer"
         )
-    own: JsonObject = {"clean": _way(given.clean_fn)}
+    cleans = list(map(get_clean_fn, WAYS))
+    own: JsonObject = {"clean": WAYS[cleans.index(given.clean_fn)]}
     if isinstance(given, open_clip.SimpleTokenizer):
         return _of_simple(given, own)
     return _of_library(given, own)
-
-
-def _way(clean: Callable[[str], str]) -> str:
-    from open_clip.tokenizer import get_clean_fn
-
-    return next(way for way in WAYS if get_clean_fn(way) is clean)
 
 
 def _of_simple(given: "SimpleTokenizer", own: JsonObject) -> "PreTrainedTokenizerFast":

@@ -153,7 +153,8 @@ def load_image(image: Image.Image, framing: Framing, view: View | None = None) -
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         box = view(*image.size)
         if framing.resize == "crop":
-            scale = _reduce(image, min(_ratios(box, framing)))
+            height, width = _size(box, framing)
+            scale = _reduce(image, min((box[2] - box[0]) / width, (box[3] - box[1]) / height))
     ImageOps.exif_transpose(image, in_place=True)
     box = box or view(*image.size)
     if white:
@@ -179,12 +180,6 @@ def _size(box: Box, framing: Framing) -> tuple[int, int]:
         return size, size
     rows, columns = framing.grid(box[2] - box[0], box[3] - box[1])
     return rows * size // side, columns * size // side
-
-
-def _ratios(box: Box, framing: Framing) -> tuple[float, float]:
-    """The number of the picture's pixels per pixel of the result, along both sides."""
-    height, width = _size(box, framing)
-    return (box[2] - box[0]) / width, (box[3] - box[1]) / height
 
 
 def prepare(picture: Image.Image | np.ndarray | Tensor, framing: Framing) -> Tensor:

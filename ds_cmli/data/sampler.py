@@ -161,7 +161,9 @@ class GlobalBatchSampler:
             indices, turns = (part.numpy().copy() for part in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 if self.groups is not None and (start == position or start % self.window == 0):
-                    window = self._window(start)
+                    first = start - start % self.window
+                    end = min(first + self.window, self.batches_per_epoch * self.global_batch)
+                    window = slice(first, end)  # without a dropped last batch
                     draws = list(map(Draw, indices[window].tolist(), turns[window].tolist()))
                     key = (self.seed, epoch, window.start, self.global_batch)
                     order = self.groups.order(draws, self.global_batch, *key)
@@ -175,12 +177,6 @@ class GlobalBatchSampler:
     def window(self) -> int:
         """How many samples are arranged together; 0 without groups."""
         return 0 if self.groups is None else self.groups.batches * self.global_batch
-
-    def _window(self, position: int) -> slice:
-        """The places of the order that are arranged with this one, without a dropped last batch."""
-        start = position - position % self.window
-        end = self.batches_per_epoch * self.global_batch
-        return slice(start, min(start + self.window, end))
 
     def checked(self, batch: Batch) -> Batch:
         """Return the loader's micro-batch unchanged.

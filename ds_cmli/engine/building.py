@@ -14,7 +14,6 @@ from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
-from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -219,11 +218,16 @@ def _initialize(
     """Build DeepSpeed's engine. Raises `UserError` for what it refuses. Collective."""
     import deepspeed
 
+    json = ds_config.raw()
+    if not json.get("steps_per_print"):
+        # The timer whose lines it would print waits for the GPU twice a micro-batch.
+        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
+        throughput.setdefault("enabled", False)
     try:
         engine, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=groups,  # type: ignore[arg-type]
-            config=_without_timer(ds_config),
+            config=json,
             lr_scheduler=scheduler,  # type: ignore[arg-type]
         )
         return engine
@@ -241,18 +245,6 @@ def _initialize(
         if library not in deepspeed_keys.PACKAGES.values():
             raise
         raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
-
-
-def _without_timer(ds_config: DeepSpeedConfig) -> JsonObject:
-    """The JSON with DeepSpeed's timer of the throughput off, unless it asks for its lines.
-
-    The timer waits for the GPU twice a micro-batch.
-    """
-    json = ds_config.raw()
-    if not ds_config.get("steps_per_print"):
-        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
-        throughput.setdefault("enabled", False)
-    return json
 
 
 def _undo_first_update(optimizer: Any) -> None:

@@ -10,6 +10,7 @@ that do not compare pairs.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -112,16 +113,14 @@ class CachingEngine(TrainEngine):
         gradients, cached.features = cached.features, None
         assert gradients is not None, "pass 2 runs once"
         if self.cache_on_host:
-            gradients = tree_map(gradients, self._to_device)
+            to_device = partial(probe.to_device, device=self.device, non_blocking=True)
+            gradients = tree_map(gradients, to_device)
         batch = batch.to(self.device, non_blocking=True)
         factor = self.accumulation / self.scale
         return self.forward(
             batch,
             lambda targets: self.engine(Objective.replay, batch, targets, gradients, pairs, factor),
         )
-
-    def _to_device(self, x: Tensor) -> Tensor:
-        return probe.to_device(x, self.device, non_blocking=True)
 
 
 def keep_orders_apart(engine: "DeepSpeedEngine", objective: Objective) -> None:

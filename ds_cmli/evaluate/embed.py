@@ -5,7 +5,7 @@ patches, M text positions, T valid tokens of all t captions, H hidden size, D em
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,10 +17,12 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.data.aspect import Grid, grid_at, patch_mask
 from ds_cmli.data.bad import NO_TOKEN, Bad, told
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.loaders import WorkerInit, batches
+from ds_cmli.data.numbered import black
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.held_out import FILLER, HeldOut, PictureBatch, collate_pictures
+from ds_cmli.evaluate.held_out import FILLER, HeldOut, NumberedView, PictureBatch, collate_pictures
 
 if TYPE_CHECKING:
     from ds_cmli.models.student import Student
@@ -166,6 +168,22 @@ def embed_texts(
         places.append(batch.token_picture[valid])
         lengths.append(length[kept])
     return Texts(*map(torch.cat, (numbers, classes, tokens, places, lengths))), empty
+
+
+def embed_listed(
+    student: "Student",
+    tokenizer: CaptionTokenizer,
+    texts: Sequence[str],
+    numbers: Sequence[int],
+    how: EmbedSettings,
+) -> tuple[Texts, list[int]]:
+    """What `embed_texts` returns, of the texts of these numbers in a list."""
+
+    def sample(number: int) -> Sample:
+        return Sample(black(0), tokenizer(texts[number]), number, image_id=0)
+
+    view = NumberedView(sample, numbers)
+    return embed_texts(student, batches(view, how.batch_size, 0, Collate(tokenizer)), how)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_cmli.cmli.pair_scores import Match, match
 from ds_cmli.common.plots import ACCENT, SOFT
 from ds_cmli.data.aspect import unpacked
+from ds_cmli.data.demo_pictures import on_white
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Share, rows_of
@@ -66,12 +67,6 @@ def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> Image.Image
             pen.text((GAP, top + 4), name, font=font_for(name, LABEL), fill=LETTERS)
         _draw_block(out, top + names, image, matched, columns)
     return out
-
-
-def on_white(picture: Image.Image) -> np.ndarray:
-    """The picture as uint8 [h, w, 3]."""
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
 
 
 def _draw_block(out: Image.Image, top: int, image: Tensor, match: Match, columns: int) -> None:
@@ -197,7 +192,7 @@ def draw(
     if distributed.is_main():
         for number, one in enumerate(maps):
             # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
-            picture = on_white(sheet(one.image, one.text, {"": one.match}))
+            picture = np.asarray(on_white(sheet(one.image, one.text, {"": one.match})))
             writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
 
 

@@ -16,14 +16,13 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import Source, to_evaluate
 from ds_cmli.data.aspect import laid_out
-from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.loaders import batches
 from ds_cmli.data.numbered import black, describe
 from ds_cmli.data.pictures import decode, most_bytes, opened, prepare, read_file
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.data.transforms import Box, Framing
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import EmbedSettings, Images, Texts, embed_images, embed_texts
+from ds_cmli.evaluate.embed import EmbedSettings, Images, Texts, embed_images, embed_listed
 from ds_cmli.evaluate.held_out import NumberedView, Picture, collate_pictures
 from ds_cmli.evaluate.retrieval import pair_scores
 from ds_cmli.losses.scoring import Scoring
@@ -141,13 +140,8 @@ class EvaluatedModel(Scoring):
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Texts:
         """Embed texts, in their order. Raises `UserError` for one without a token."""
-
-        def sample(number: int) -> Sample:
-            return Sample(black(0), self.tokenizer(texts[number]), number, image_id=0)
-
-        shown = NumberedView(sample, range(len(texts)))
-        loader = batches(shown, self.how.batch_size, 0, Collate(self.tokenizer))
-        embedded, empty = embed_texts(self.objective.student, loader, self.how)
+        numbers, student = range(len(texts)), self.objective.student
+        embedded, empty = embed_listed(student, self.tokenizer, texts, numbers, self.how)
         if empty:
             raise UserError(f"the caption {texts[empty[0]]!r} has no token: repair its list")
         return embedded

@@ -28,13 +28,11 @@ from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.bad import Bad, told
-from ds_cmli.data.batch import Collate, Sample
-from ds_cmli.data.loaders import batches
 from ds_cmli.data.numbered import black
 from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts
+from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_listed
 from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatch
 from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_chances, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
@@ -298,17 +296,12 @@ def build_classifier(
     scales, flair = objective.score_scales(), objective.flair_scores()  # collective under ZeRO-3
     prompts = filled(names, templates)
     say(tell_cut(prompts, tokenizer.positions))
-
-    def prompt(number: int) -> Sample:
-        return Sample(black(0), tokenizer(prompts[number]), number, image_id=0)
-
     # One range of the prompts a rank, so that those of all ranks follow each other in order.
     count = -(-len(prompts) // distributed.world_size())
     first = distributed.rank() * count
     own = list(range(first, min(len(prompts), first + count)))
     own += [FILLER] * (count - len(own))
-    loader = batches(NumberedView(prompt, own), how.batch_size, 0, Collate(tokenizer))
-    embedded = embed_texts(objective.student, loader, how)
+    embedded = embed_listed(objective.student, tokenizer, prompts, own, how)
     parts, without = zip(*distributed.gather_objects(embedded), strict=True)  # collective
     empty = list(chain.from_iterable(without))
     if empty:

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +139,7 @@ def _with_onnx(onnx: bool | None) -> bool:
     """Whether to write ONNX. Raises `UserError` for --onnx where it is not installed."""
     from ds_cmli.export import towers
 
-    installed = towers.onnx_installed()
+    installed = all(map(find_spec, towers.NEEDS))
     if onnx and not installed:
         raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
     return installed if onnx is None else onnx
@@ -152,19 +153,19 @@ def _write(
     with_onnx: bool,
 ) -> list[str]:
     """Write a model of this package; returns lines for the user about what was written."""
-    from ds_cmli.export import card, towers
+    from ds_cmli.export import card, encoders, towers
     from ds_cmli.export import folder as exported
 
     model = exported.write_model(out, trained)
     results = card.find_results(out, source, options.tokenizer, options.measure)
     card.write_card(out, source, model, results, with_onnx)
     image, ids, mask = exported.example(model)
-    text = out / towers.TEXT
+    text = out / encoders.TEXT
     of = "the run's" if source.share is None else "those of the interpolated weights"
     lines = [
         f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit",
-        towers.write_image_encoder(out / towers.IMAGE, model, image),
-        towers.write_text_encoder(text, model, trained.tokenizer, ids, mask),
+        encoders.write_image_encoder(out / encoders.IMAGE, model, image),
+        encoders.write_text_encoder(text, model, trained.tokenizer, ids, mask),
     ]
     if with_onnx:
         lines += towers.write_onnx(out / "onnx", model, image, ids, mask)

@@ -7,10 +7,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ds_cmli.common.errors import UserError, one_line
-from ds_cmli.export import towers
+from ds_cmli.export import encoders
 
 # Folders that an earlier export may have and this one not: their files are of other weights.
-FOLDERS = (towers.IMAGE, towers.TEXT, "onnx")
+FOLDERS = (encoders.IMAGE, encoders.TEXT, "onnx")
 
 
 def check(name: str) -> None:

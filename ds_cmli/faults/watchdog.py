@@ -371,12 +371,9 @@ class Watchdog:
 
 def _lost_a_rank(error: BaseException | None) -> bool:
     """Whether torch.distributed raised this error because another rank is gone."""
-    if not isinstance(error, RuntimeError):
-        return isinstance(error, dist.DistError)
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(
-        word in text for word in ("gloo", "NCCL", "Connection")
-    )
+    words = ("gloo", "NCCL", "Connection")
+    named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return named or isinstance(error, dist.DistError)
 
 
 def _position(thread: int) -> tuple[bool, str]:

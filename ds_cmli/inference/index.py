@@ -137,11 +137,6 @@ class Index:
     def __len__(self) -> int:
         return len(self.names)
 
-    def global_scores(self, texts: TextEmbeddings, rows: slice, columns: slice) -> Tensor:
-        """Cosines of class tokens, fp32 [texts of `rows`, images of `columns`]."""
-        images = torch.from_numpy(self.cls[columns].astype(np.float32))
-        return upcast(texts.cls[rows]) @ images.t()
-
     def fine_scores(
         self, model: Model, texts: TextEmbeddings, j: int, numbers: Tensor
     ) -> dict[str, Tensor]:
@@ -212,7 +207,8 @@ class Index:
                 raise UserError(f"the text is {text!r}, which has no word: give one to search for")
 
         def score(rows: slice, columns: slice) -> Tensor:
-            return self.global_scores(embedded, rows, columns)
+            images = torch.from_numpy(self.cls[columns].astype(np.float32))
+            return upcast(embedded.cls[rows]) @ images.t()  # cosines of class tokens
 
         coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
         results = []

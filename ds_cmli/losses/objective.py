@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
-from ds_cmli.config.registry import LOSSES, load
+from ds_cmli.config.registry import LOSSES, load, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
@@ -114,7 +114,10 @@ class Objective(nn.Module):
         features = self._features(batch)
         with probe.losses():
             inputs = self._inputs(features, batch, targets)
-            values = {name: loss(_taken(inputs, name)) for name, loss in self.losses.items()}
+            values = {}
+            for name, loss in self.losses.items():
+                # Of single pairs, those with right captions alone.
+                values[name] = loss(inputs if LOSSES[name].scores else inputs.right)
         if self._over_pairs() and inputs.duplicates is not None:
             self.ignored.copy_(inputs.duplicates.sum())
         weights = self.config.weights_at(self.step)
@@ -178,22 +181,17 @@ class Objective(nn.Module):
         return total, {name: values[name] for name in weights}
 
     def _over_pairs(self) -> dict[str, Loss]:
-        chosen: dict[str, Loss] = {}
-        for name in self.config.weights:
-            if LOSSES[name].scores:
-                chosen[name] = self.losses[name]  # type: ignore[assignment]
-        return chosen
+        return {name: cast(Loss, self.losses[name]) for name in over_pairs(self.config.weights)}
 
     def pair_parameters(self) -> list[nn.Parameter]:
         """The parameters of the losses over pairs, which `replay` uses outside of their modules."""
         return [p for loss in self._over_pairs().values() for p in loss.parameters()]
 
     def _inputs(self, features: Features, batch: Batch, targets: Targets | None) -> LossInputs:
-        student, head, score = self.student, self.width_head, self.score
         if targets is not None and features.places is not None:
             targets = targets.at(features.places)
-        options = score, self.config, self.cut, None, batch.wrong
-        return LossInputs(features, batch, targets, student, head, *options)
+        options = self.score, self.config, self.cut, None, batch.wrong
+        return LossInputs(features, batch, targets, self.student, self.width_head, *options)
 
     def _features(self, batch: Batch) -> Features:
         places, ids, mask = None, batch.input_ids, batch.attention_mask
@@ -285,11 +283,6 @@ class Objective(nn.Module):
                 with _whole([*loss.parameters()]):
                     return loss.pooling.fixed()  # type: ignore[union-attr, operator]
         return None
-
-
-def _taken(inputs: LossInputs, name: str) -> LossInputs:
-    """What a loss takes: of single pairs, those with right captions alone."""
-    return inputs if LOSSES[name].scores else inputs.right
 
 
 def _whole(parameters: list[Tensor]) -> AbstractContextManager:

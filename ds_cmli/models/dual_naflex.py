@@ -14,7 +14,7 @@ from ds_cmli.common.json_text import JsonObject
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.models.backbone import attended_to
 from ds_cmli.models.dual import DualImage
-from ds_cmli.models.positions import at_patches
+from ds_cmli.models.timm_naflex import at_patches
 
 
 class DualNaFlex(DualImage):

@@ -132,7 +132,10 @@ def create(request: ImageRequest, sized: bool = True) -> Created:
                     raise
                 model = _built(build)  # a model without `img_size` takes images of any size
     except Exception as error:
-        raise _not_built(request, error) from None
+        place = f"{source.setting} is {weights!r}, the model {request.model!r}"
+        if request.overrides:
+            place += f" with {request.prefix}overrides {dict(request.overrides)}"
+        raise UserError(f"{place}: cannot build it: {reason(error)}") from None
     if given is not None:
         check_finite(source, model)
     return Created(model, source, given)
@@ -146,13 +149,6 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
         with unset_fake_temporarily(), torch.device("meta"):
             model = build()
         return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-
-
-def _not_built(request: ImageRequest, error: Exception) -> UserError:
-    place = f"{request.source.setting} is {request.weights!r}, the model {request.model!r}"
-    if request.overrides:
-        place += f" with {request.prefix}overrides {dict(request.overrides)}"
-    return UserError(f"{place}: cannot build it: {reason(error)}")
 
 
 def _watched(file: str | None, given: Given | None) -> AbstractContextManager[None]:
@@ -290,11 +286,7 @@ def cut(model: Any, last: int) -> None:
 
 
 def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
-    """Print what the user may not expect of a model.
-
-    Args:
-        pooling: what replaces its missing class token; None: it has one.
-    """
+    """Print what the user may not expect; `pooling` stands for a missing class token."""
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -13,10 +13,9 @@ from timm.models.naflexvit import NaFlexVit, batch_patchify
 from torch import Tensor, nn
 
 from ds_cmli.config.validation import check
-from ds_cmli.data.aspect import patch_mask
+from ds_cmli.data.aspect import Grid, patch_mask
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, attended_to
-from ds_cmli.models.positions import at_patches
 
 
 def _problem(model: NaFlexVit) -> str:
@@ -103,3 +102,37 @@ def mean_of(patches: Tensor, mask: Tensor | None) -> Tensor:
         return patches.mean(1, keepdim=True)
     kept = patches.masked_fill(~mask[..., None], 0).sum(1, keepdim=True)
     return kept / mask.sum(1)[:, None, None].clamp(min=1)
+
+
+def at_patches(table: Tensor, square: Grid, grid: Tensor | None, antialias: bool = False) -> Tensor:
+    """The learned positions at the centres of each picture's patches, interpolated linearly.
+
+    A picture of the table's own grid gets its entries. Patches past a grid get some of them too.
+
+    Args:
+        table: [rows, columns, H].
+        square: the patches of a square picture; N is their product.
+        grid: int64 [B, 2]; None: all are square, and B is 1.
+        antialias: whether smaller grids average over the entries between their patches.
+
+    Returns:
+        fp32 [B, N, H].
+    """
+    table = table.float()
+    if grid is None:
+        grid = torch.tensor([square], device=table.device)
+    columns = grid[:, 1:]  # [B, 1]
+    number = torch.arange(square[0] * square[1], device=table.device)
+    place = number // columns, number % columns  # [B, N] each
+    sides = []
+    for at, count, entries in zip(place, grid.unbind(1), table.shape, strict=False):
+        scale = entries / count[:, None]
+        centre = ((at + 0.5) * scale - 0.5).clamp(0, entries - 1)
+        distance = (centre[..., None] - torch.arange(entries, device=table.device)).abs()
+        if not antialias:
+            sides.append((1 - distance).clamp(min=0))  # [B, N, entries]
+            continue
+        near = (1 - distance / scale.clamp(min=1)[..., None]).clamp(min=0)
+        sides.append(near / near.sum(-1, keepdim=True))
+    weights = sides[0][..., :, None] * sides[1][..., None, :]  # [B, N, rows, columns]
+    return weights.flatten(2) @ table.flatten(0, 1)

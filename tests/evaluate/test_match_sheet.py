@@ -7,7 +7,8 @@ import torch
 from PIL import Image, ImageColor
 
 from ds_cmli.common.plots import SOFT
-from ds_cmli.evaluate.match_maps import CAPTION, GAP, INK, LABEL, TILE, on_white, sheet, tile, wrapped
+from ds_cmli.data.demo_pictures import on_white
+from ds_cmli.evaluate.match_maps import CAPTION, GAP, INK, LABEL, TILE, sheet, tile, wrapped
 
 
 def match(*words: str) -> SimpleNamespace:
@@ -53,5 +54,5 @@ def test_the_ground_is_transparent_and_letters_are_one_grey_on_any_page():
     assert {0, 255} <= {*heading[..., 3].flat} and pixels[-1, -1, 3] == 0
     inside = pixels[GAP + CAPTION + 8 + LABEL + 10 + TILE, GAP + TILE]
     assert inside.tolist() == [200, 200, 200, 255]
-    white = on_white(picture)
+    white = np.asarray(on_white(picture))
     assert white.dtype == np.uint8 and white[-1, -1].tolist() == [255, 255, 255]

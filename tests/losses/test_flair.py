@@ -12,9 +12,9 @@ from torch.testing import assert_close
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.flair import Flair
 from ds_cmli.losses.inputs import Features, LossInputs
 from ds_cmli.losses.objective import Objective
+from ds_cmli.losses.over_pairs import Flair
 from ds_cmli.losses.pair_features import CachedStep
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student

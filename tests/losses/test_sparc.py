@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.functions import alignment_weights, sparc_loss
+from ds_cmli.losses.sparc import alignment_weights, sparc_loss
 
 F64 = torch.float64
 SCALE = torch.tensor([math.log(2.0)])

@@ -7,7 +7,8 @@ import pytest
 from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.registry import SOURCES, SourceEntry, source_kinds
+from ds_cmli.config.options import source_kinds
+from ds_cmli.config.registry import SOURCES, SourceEntry
 from ds_cmli.data.sources.find import accepted
 from ds_cmli.evaluate.__main__ import command as evaluate
 from tests.checkpoint.test_restore import assert_same

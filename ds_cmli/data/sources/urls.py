@@ -89,10 +89,11 @@ class Urls:
 
     def listed(self) -> Listing:
         whole, urls, names = False, list[str](), braces(self.name)
+        one = len(names) == 1 and not self.http
         for url in names:
             if WILDCARD.search(url):
                 matches = self.files.glob(url)
-            elif url.endswith("/") or (len(names) == 1 and self._is_folder(url)):
+            elif url.endswith("/") or (one and self.files.isdir(url)):
                 entries, whole = self.files.ls(url, detail=True), True
                 matches = [entry["name"] for entry in entries if entry["type"] == "file"]
             else:
@@ -106,9 +107,6 @@ class Urls:
                 files[url] = file or File(url, NO_SIZE)
         check_there(self.name, urls, missing)
         return Listing(files, urls, whole)
-
-    def _is_folder(self, url: str) -> bool:
-        return not self.http and self.files.isdir(url)
 
     def _file(self, url: str) -> File | None:
         """What the server tells of a file; None if it has none."""

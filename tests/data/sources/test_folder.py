@@ -295,7 +295,7 @@ def test_captions_of_unknown_tokens_are_counted(tmp_path):
 
 
 def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.data.load.LOOKED_AT", 10)
+    monkeypatch.setattr("ds_cmli.data.oddities.LOOKED_AT", 10)
     write(tmp_path, rows(400, "\u4e2d"))
     (line,) = build(tmp_path).notices
     assert line.startswith("20 of 20 captions looked at")

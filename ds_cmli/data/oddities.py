@@ -1,0 +1,143 @@
+"""Lines about what is unusual in the data: long or unknown captions, few of a picture, boxes."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.config.validation import check
+from ds_cmli.data.boxes import Boxes
+from ds_cmli.data.pairs import TrainPairs
+from ds_cmli.data.sources.base import Source
+from ds_cmli.data.tokens import CaptionTokenizer, most_characters
+
+# About as many samples per source are checked for unknown tokens, in half a second.
+LOOKED_AT = 5000
+# Characters of a caption that is named as long, or `A_POSITION` for each position if that is more.
+UNUSUAL = 1000
+A_POSITION = 16
+
+
+def fewer_texts(train: TrainPairs, config: DataConfig) -> list[str]:
+    """Lines about sources of pictures with fewer captions, or wrong ones, than a step takes.
+
+    Raises `UserError` if no picture has a second caption, or a wrong one.
+    """
+    lines: list[str] = []
+    if config.captions > 1:
+        kind = "sentence" if config.split_sentences else "caption"
+        what = f"{kind}s than data.captions = {config.captions}: theirs are repeated"
+        most, lines = _fewer(train, config.captions, what, train.texts)
+        need = f"no picture has more than one {kind}: give 1, or data that has several"
+        check(most > 1, "data.captions", config.captions, need)
+    if config.negatives:
+        count = config.negatives_count
+        what = f"wrong captions than data.negatives_count = {count}: they are compared with those"
+        most, of_wrong = _fewer(train, count, what, train.wrong_texts)
+        need = "no picture has a list 'negatives' of wrong captions: add one, or give swap"
+        if config.negatives == "swap":
+            need = "no caption has two words that could be exchanged: leave it out"
+        check(most > 0, "data.negatives", config.negatives, need)
+        lines += of_wrong
+    return lines
+
+
+def _fewer(
+    train: TrainPairs, wanted: int, what: str, texts: Callable[[int], list[str]]
+) -> tuple[int, list[str]]:
+    """The most texts that a picture has, and a line for each source in which some have too few.
+
+    Only some pictures of large sources are read.
+    """
+    most, lines = 0, []
+    for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
+        counts = []
+        for index in range(first, first + len(source), max(1, len(source) // LOOKED_AT)):
+            with suppress(Exception):  # reported when it is used
+                counts.append(len(texts(index)))
+        few, most = sum(count < wanted for count in counts), max([most, *counts])
+        if few:
+            lines.append(
+                f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
+                + what
+            )
+    return most, lines
+
+
+def boxes_line(train: TrainPairs, boxes: Boxes) -> str:
+    """What is there of boxes. Only some pictures of large data are looked at.
+
+    Raises `UserError` if none of them has a box.
+    """
+    pictures = range(0, len(train), max(1, len(train) // LOOKED_AT))
+    count = sum(1 for index in pictures if boxes.of(train.pictures.file(index)))
+    if not count:
+        raise UserError(
+            f"data.boxes is {boxes.path!r}: none of the {len(pictures)} pictures that were looked "
+            f"at has a box there, the first is {train.pictures.file(0)}: their files must have "
+            "the names that it has"
+        )
+    left_out = f", {boxes.left_out:,} without an area or a phrase left out" * bool(boxes.left_out)
+    return (
+        f"data.boxes: {len(boxes.keys):,} boxes with phrases{left_out}; {count} of "
+        f"{len(pictures)} pictures that were looked at have some"
+    )
+
+
+def oddities(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+    """Lines about captions that are very long, or that the tokenizer `name` does not know."""
+    long = [_long(source, tokenizer) for source in sources]
+    # Each line once, as a source may be both trained on and evaluated on.
+    return [*dict.fromkeys(filter(None, long)), *_unknown(sources, tokenizer, name)]
+
+
+def _long(source: Source, tokenizer: CaptionTokenizer) -> str:
+    """A line about the captions of more characters than usual; "" if there is none."""
+    limit = max(UNUSUAL, A_POSITION * tokenizer.positions)
+    sizes = source.caption_bytes()
+    candidates = np.flatnonzero(sizes > limit)
+    largest = candidates[np.argsort(-sizes[candidates], kind="stable")][:LOOKED_AT].tolist()
+    long = []
+    for index in largest:
+        lengths = map(len, _captions(source, index))
+        long += [(length, index) for length in lengths if length > limit]
+    if not long:
+        return ""
+    longest, index = max(long)
+    line = (
+        f"{len(long)} captions of {source.where} have more than {limit:,} characters, the longest "
+        f"{longest:,}, of {source.name(index)}: a model reads the first data.context_length = "
+        f"{tokenizer.positions} tokens"
+    )
+    most = most_characters(tokenizer.positions)
+    return line + (f", and no character after the first {most:,}" if longest > most else "")
+
+
+def _unknown(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+    """A line about captions in a language that the tokenizer does not know.
+
+    Only some captions of large sources are read.
+    """
+    looked_at, unread = 0, []
+    for source in sources:
+        for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
+            captions = _captions(source, index)
+            looked_at += len(captions)
+            unknown = sum(map(tokenizer.mostly_unknown, captions))
+            unread += [(source, index)] * unknown
+    if not unread:
+        return []
+    source, index = unread[0]
+    return [
+        f"{len(unread)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = "
+        f"{name!r} does not know, the first of {source.name(index)}: give a tokenizer of their "
+        "language"
+    ]
+
+
+def _captions(source: Source, index: int) -> list[str]:
+    with suppress(Exception):  # samples that cannot be read are reported when they are used
+        return source.captions(index)
+    return []
