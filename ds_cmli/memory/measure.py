@@ -115,8 +115,7 @@ class Measurement:
 
     def __enter__(self) -> "Measurement":
         objective = self.train_engine.objective
-        hook = objective.register_forward_pre_hook(self._note_texts)
-        self._measuring.callback(hook.remove)
+        self._measuring.enter_context(objective.register_forward_pre_hook(self._note_texts))
         cuda = self.train_engine.device.type == "cuda"
         self._measuring.enter_context(self._on_cuda() if cuda else self._on_cpu())
         return self

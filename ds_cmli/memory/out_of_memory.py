@@ -150,7 +150,9 @@ def ending(
                     _leave()
             # Another rank ran out first; here that showed as a broken connection, or this rank ran
             # out later.
-            _wait_for(message)
+            end = time.monotonic() + WAIT_SECONDS
+            while message.exists() and message.stat().st_size == 0 and time.monotonic() < end:
+                time.sleep(0.2)
             _leave()
 
 
@@ -251,12 +253,6 @@ def _lift_limits() -> None:
                 break
             except (ValueError, OSError):
                 continue  # above the hard limit, which only the superuser may raise
-
-
-def _wait_for(message: Path) -> None:
-    end = time.monotonic() + WAIT_SECONDS
-    while message.exists() and message.stat().st_size == 0 and time.monotonic() < end:
-        time.sleep(0.2)
 
 
 def _leave() -> None:

@@ -134,8 +134,10 @@ def predict(
         "cpu", lengths, workspaces=not setup.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
-    overlaps = setup.cuda and _overlaps(setup.json)
-    device = host_memory.PredictedDevice(tracker, gpu, world_size, overlaps)
+    # Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3.
+    overlaps = (setup.json.get("zero_optimization") or {}).get("overlap_comm")
+    overlaps = setup.json.stage == 3 if overlaps is None else overlaps and setup.json.stage > 0
+    device = host_memory.PredictedDevice(tracker, gpu, world_size, bool(setup.cuda and overlaps))
     with (
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
@@ -158,12 +160,6 @@ def predict(
     report.totals["device"] = occupied
     report.retries = replayed.retries
     return Prediction(report, events, sum(sizes), max(sizes), shares)
-
-
-def _overlaps(json: DeepSpeedConfig) -> bool:
-    """Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3."""
-    overlaps = (json.get("zero_optimization") or {}).get("overlap_comm")
-    return json.stage == 3 if overlaps is None else bool(overlaps) and json.stage > 0
 
 
 class _Resolved(NamedTuple):

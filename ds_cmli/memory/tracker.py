@@ -80,10 +80,11 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
     begins."""
     student, reported = train_engine.objective.student, _Phases(enter)
     reported.begin("forward")
-    with ExitStack() as stack:
-        stack.enter_context(probe.subscribed(reported))
-        stack.callback(student.register_forward_pre_hook(reported.before_student).remove)
-        stack.callback(student.register_forward_hook(lambda *_: reported.begin("loss")).remove)
+    with (
+        probe.subscribed(reported),
+        student.register_forward_pre_hook(reported.before_student),
+        student.register_forward_hook(lambda *_: reported.begin("loss")),
+    ):
         yield
 
 
@@ -238,8 +239,7 @@ class MemoryTracker(Recorder, Probe):
 
         with ExitStack() as stack:
             self._follow_optimizer(train_engine, stack)
-            kept = train_engine.objective.register_forward_hook(self._claim_cached)
-            stack.callback(kept.remove)
+            stack.enter_context(train_engine.objective.register_forward_hook(self._claim_cached))
             stack.enter_context(phases(train_engine, enter))
             yield
 
@@ -272,11 +272,8 @@ class MemoryTracker(Recorder, Probe):
                     self.claim("data", vars(batch).values())
 
         hook = train_engine.objective.register_forward_pre_hook(claim_batch)
-        try:
-            with self.attach(train_engine):
-                yield
-        finally:
-            hook.remove()
+        with hook, self.attach(train_engine):
+            yield
 
     def _claim_cached(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, PairFeatures):
