@@ -54,7 +54,7 @@ def euclidean(args: tuple, limits: Limits) -> Inside:
     item, norms = x.dtype.itemsize, [side.numel() // side.shape[-1] for side in (x, y)]
     (n, m), (of_x, of_y) = [count * item for count in norms], (x.nbytes, y.nbytes)
     left, right = of_x + 2 * n, of_y + 2 * m
-    squares = (of_x, n), (n, n, of_y, m), (n, n, m, m, of_x, left), (left, m, m, right)
+    squares = (of_x, n), (n, n, of_y, m), (n, n, m, m, of_x, left), (m, m, left, right)
     both = (left, right)
     return Inside((*squares, both), (both,))
 

@@ -148,7 +148,7 @@ def _sorted_pairs(n: int, largest: int, limits: Limits) -> Stage:
 
 def _embedding(args: tuple, limits: Limits) -> Inside:
     """Embedding.cpp (`embedding_symint`): indices of two and more dimensions become contiguous."""
-    return Inside((contiguous_copies(args[1]),))
+    return Inside((contiguous_copies(args[1]),)) if args[1].dim() > 1 else NOTHING
 
 
 def _embedding_backward(args: tuple, limits: Limits) -> Inside:
@@ -245,6 +245,9 @@ def returned(func: OpOverload, args: tuple, out: object) -> object:
         assert isinstance(out, tuple)
         normalised, mean, inverse_deviation = out
         return normalised, mean.float(), inverse_deviation.float()
+    if func is aten._scaled_dot_product_efficient_attention.default:
+        assert isinstance(out, tuple)  # the last two are numbers on the host
+        return *out[:2], *(torch.empty_like(number, device="cpu") for number in out[2:])
     return out
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 # The sizes in bytes of the blocks that an operator holds at one moment, in the order of their
-# allocation. Blocks at the beginning of a stage that equal those of the stage before it stay.
+# allocation. Blocks of the stage before it that a stage has too, in their order, stay.
 Stage = tuple[int, ...]
 
 

@@ -276,6 +276,7 @@ PATCHES = {
         "_engine_run_backward",
         "After a backward pass nothing says that it ran, and DeepSpeed steps once without one.",
     ),
+    "torch: copied parameter": Patch("torch:Tensor", "__deepcopy__", _NO_DATA),
     "torch: scripts": Patch(
         "torch.jit",
         "script trace",
@@ -310,6 +311,9 @@ PATCHES = {
     ),
     "torch: processes of a program": Patch(
         "torch.multiprocessing", "spawn", "What other processes do is not followed."
+    ),
+    "python: processes": Patch(
+        "multiprocessing.process:BaseProcess", "start", "What other processes do is not followed."
     ),
     "torch: NCCL": Patch("torch.distributed torch.cuda.nccl", "is_nccl_available version", _NO_GPU),
     "torch: DDP": Patch(

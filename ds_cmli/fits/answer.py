@@ -19,7 +19,9 @@ from ds_cmli.allocator.cuda_layouts import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
 WITH_BIAS = str(torch.ops.aten.addmm.default)
-PRODUCTS = frozenset(map(str, MATRICES))
+_aten = torch.ops.aten
+OF_VECTORS = _aten.mv.default, _aten.addmv.default, _aten.dot.default, _aten.vdot.default
+PRODUCTS = frozenset(map(str, (*MATRICES, *OF_VECTORS, _aten._euclidean_dist.default)))
 LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
 WITHOUT_LIMIT = 1 << 44  # bytes of a device, more than any needs
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions

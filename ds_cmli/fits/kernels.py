@@ -61,6 +61,7 @@ class CudaOperators:
             with warnings.catch_warnings():  # of a build with CUDA, which has kernels of its own
                 warnings.filterwarnings("ignore", "Warning only once for all operators")
                 registered.impl("linear", _linear, "AutogradCUDA")
+                registered.impl("one_hot", _one_hot, "CUDA")
                 attention = "scaled_dot_product_attention"  # in compiled graphs
                 registered.impl(attention, self._attention, "AutogradCUDA")
                 for name in WHOLE:  # tensors without data are answered before the kernel is called
@@ -136,10 +137,18 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.matmul(x, columns)
     if x.dim() == 2:
         return torch.addmm(bias, x, columns)
-    if x.dim() == 3 and x.is_contiguous():
-        return torch.addmm(bias, x.flatten(0, 1), columns).unflatten(0, x.shape[:2])
+    if x.dim() > 2 and x.is_contiguous():
+        return torch.addmm(bias, x.flatten(0, -2), columns).unflatten(0, x.shape[:-1])
     product = torch.matmul(x, columns)
     return product + bias if isinstance(bias, DTensor) else product.add_(bias)
+
+
+def _one_hot(places: Tensor, classes: int = -1) -> Tensor:
+    """PyTorch's aten/src/ATen/native/Onehot.cpp for tensors with data."""
+    if classes < 0:
+        classes = int(places.max().item()) + 1
+    ones = places.new_zeros((*places.shape, classes))
+    return ones.scatter_(-1, places.unsqueeze(-1), 1)
 
 
 def _dropout(input, p=0.5, training=True, inplace=False):

@@ -38,6 +38,20 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
     return self
 
 
+def copied(copy: Callable[[Tensor, dict], Tensor]) -> Callable[[Tensor, dict], Tensor]:
+    """Replace `Tensor.__deepcopy__`: a parameter's copy has no gradient, as one with data."""
+
+    def run(self: Tensor, memo: dict[int, object]) -> Tensor:
+        if not (isinstance(self, FakeTensor) and isinstance(self, nn.Parameter)):
+            return copy(self, memo)
+        if id(self) not in memo:
+            data = self.data.clone(memory_format=torch.preserve_format)
+            memo[id(self)] = nn.Parameter(data, self.requires_grad)
+        return memo[id(self)]  # type: ignore[return-value]
+
+    return run
+
+
 def data_of_any_device(known: Descriptor) -> property:
     """Replace `Tensor.data`, which FSDP sets to move parameters."""
 

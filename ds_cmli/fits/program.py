@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
@@ -89,6 +90,7 @@ def run(
             stack.enter_context(follower.following())
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
+        stack.callback(register_optimizer_step_post_hook(values.in_step.begin_step).remove)
         if gpu is not None:
             # Each thread numbers the nodes of its graphs: the program's own begins at 0.
             entering = Thread(target=_enter_backward)
@@ -221,6 +223,7 @@ def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
         "torch: data of a tensor": modules.data_of_any_device,
         "torch: subclasses of a tensor": _as_it_is,
         "torch: address of a tensor": modules.address_of_tensor,
+        "torch: copied parameter": modules.copied,
         "torch: address of a storage": modules.address_of_storage,
         "torch: scripts": scripting,
         "torch: scaled step": lambda _: _step,

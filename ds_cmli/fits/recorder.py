@@ -61,20 +61,25 @@ class OwnBlocks:
     """The blocks that an operator holds inside, recorded from one stage to the next."""
 
     def __init__(self, recorder: "Recorder", category: str, op: OpOverload):
-        self.recorder, self.category, self.op = recorder, category, op
+        self.recorder, self.category, self.op = recorder, category, f"{op}, inside"
         self.held: list[tuple[int, int]] = []  # each block and its bytes
 
     def enter(self, stage: Stage) -> None:
         sizes = [size for size in stage if size]
-        kept = 0
-        for (_, size), wanted in zip(self.held, sizes, strict=False):
-            if size != wanted:
-                break
-            kept += 1
-        while len(self.held) > kept:
-            self.recorder._end(*self.held.pop())
-        for size in sizes[kept:]:
-            self.held.append((self.recorder._begin(size, self.category, self.op), size))
+        kept: dict[int, int] = {}  # blocks by their places in this stage
+        place = len(sizes)
+        for block, size in reversed(self.held):
+            if size in sizes[:place]:
+                place -= sizes[place - 1 :: -1].index(size) + 1
+                kept[place] = block
+            else:
+                self.recorder._end(block, size)
+        self.held.clear()
+        for place, size in enumerate(sizes):
+            block = kept.get(place, -1)
+            if block < 0:
+                block = self.recorder._begin(size, self.category, self.op)
+            self.held.append((block, size))
 
 
 class Live(NamedTuple):
@@ -174,6 +179,8 @@ class Recorder(TorchDispatchMode):
     def _see(self, tensor: Tensor, category: str | None, op: OpOverload | str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
+            return
+        if tensor._is_zerotensor():  # of forward-mode differentiation, without memory
             return
         self._see_storage(tensor.untyped_storage(), category, op)
 

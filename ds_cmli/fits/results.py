@@ -38,7 +38,8 @@ def unknown_results(operator: str, *args: Tensor) -> tuple[Tensor | None, ...] |
     several ranks; None for others."""
     first = args[0]
     if operator == "aten::_thnn_fused_gru_cell":
-        return torch.empty_like(args[2]), first.new_empty(len(first), 5 * args[2].shape[1])
+        workspace = first.new_empty(len(first), 5 * args[2].shape[1])  # which a GPU allocates first
+        return torch.empty_like(args[2]), workspace
     if operator == "aten::_thnn_fused_gru_cell_backward":
         gates = [first.new_empty(len(first), 3 * first.shape[1]) for _ in range(2)]
         biases = [first.new_empty(3 * first.shape[1]) if args[2] else None for _ in range(2)]

@@ -4,6 +4,7 @@ A tensor remembers its values as an attribute, or, of whole numbers and truth va
 one of all its elements.
 """
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+MOST_READ = 50  # stand-ins that a line reads in a step before numbers are small, as errors become
 ALL, ANY = (aten.all, aten._is_all_true), (aten.any, aten._is_any_true)  # right, and wrong
 CHECKS = aten._is_all_true, aten._is_any_true  # by which torch.distributions raises
 # Whole numbers that are not known, such as generated words, equal no other: a loop until all texts
@@ -44,9 +46,23 @@ def likely(tensor: Tensor) -> int | None:
         return int(first) if len(first) and bool((known == first).all()) else None
 
 
+class Readings(Counter[str]):
+    """How many stand-ins each line has read since the last optimizer step."""
+
+    small = False  # whether numbers are: a loop until an error is small is to end
+
+    def see(self, line: str) -> None:
+        self[line] += 1
+        Readings.small |= self[line] > MOST_READ
+
+    def begin_step(self, *_: object) -> None:
+        self.clear()
+        Readings.small = False
+
+
 def stand_in(tensor: Tensor) -> float | int | bool:
     if tensor.dtype.is_floating_point:
-        return NUMBER
+        return torch.finfo(tensor.dtype).tiny if Readings.small else NUMBER
     value = likely(tensor) or 0
     return bool(value) if tensor.dtype == torch.bool else value
 
@@ -135,6 +151,7 @@ def _remember_likely(
     packet, tensors = func.overloadpacket, [x for x in leaves if isinstance(x, Tensor)]
     truths = [x for x in tensors if x.dtype == torch.bool]
     guessed = all(likely(x) is not None for x in tensors if not x.dtype.is_floating_point)
+    guessed |= packet is aten.remainder and args[1] == 1  # 0: torch's test for a whole number
     unequal = any(getattr(x, "fits_unequal", False) for x in truths)
     value: object = None
     if torch.Tag.nondeterministic_seeded in func.tags:

@@ -28,6 +28,7 @@ from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.stand_ins import (
     MOST_UNEQUAL,
     SMALL,
+    Readings,
     all_known,
     computed,
     known_or_stand_ins,
@@ -47,7 +48,11 @@ READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 COMPARISONS = {aten.equal.default, aten.allclose.default}
 OF_LENGTHS = {aten._ctc_loss.Tensor, aten._ctc_loss.default, aten._pack_padded_sequence.default}
 OF_STORAGE = {aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+FILLING = {
+    aten.index_put.default: aten.masked_fill.Tensor,
+    aten.index_put_.default: aten.masked_fill_.Tensor,
+}
+INDEXING = {aten.index.Tensor, *FILLING}
 
 
 class Values(TorchDispatchMode):
@@ -60,6 +65,7 @@ class Values(TorchDispatchMode):
         self.rank = rank
         self.gpus: set[int] = set()  # the numbers by which the program has named its GPU
         self.read: Counter[str] = Counter()  # stand-ins by the line that read them
+        self.in_step = Readings()
         self.by_cpu: Counter[str] = Counter()  # operators that know no sizes without data
         self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
         self.turn = RLock()  # of a thread, for one operator
@@ -96,6 +102,8 @@ class Values(TorchDispatchMode):
             return False  # the layer then takes its padded texts, as tensors of lists have no sizes
         if func is aten.nonzero.default:
             return self._places(args[0])
+        if func in FILLING and _is_filling(*args):
+            func, args = FILLING[func], (args[0], args[1][0], args[2])
         if func in INDEXING:
             args = (args[0], [*self._indices(args[1])], *args[2:])
         if torch.Tag.dynamic_output_shape in func.tags and all_known(leaves):
@@ -103,7 +111,7 @@ class Values(TorchDispatchMode):
             if values is not None:
                 return tree_map(lambda value: on_device(value, args[0].device), values)
         if func in COMPARISONS:
-            self.read[lines.current()] += 1
+            self._see_reading()
             return computed(func, args, kwargs, known_values if all_known(leaves) else one)
         if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
             return grouped_product(*args, **kwargs)
@@ -177,12 +185,18 @@ class Values(TorchDispatchMode):
         if known is not None:
             with _disable_current_modes():
                 return known.item()
-        line = lines.current()
-        self.read[line] += 1
+        line = self._see_reading()
         value = stand_in(tensor)
         if getattr(tensor, "fits_unequal", False) and self.read[line] > MOST_UNEQUAL:
             return not value
         return value
+
+    def _see_reading(self) -> str:
+        """The line that reads a stand-in."""
+        line = lines.current()
+        self.read[line] += 1
+        self.in_step.see(line)
+        return line
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
@@ -190,7 +204,7 @@ class Values(TorchDispatchMode):
         if to_host:
             Stream.current.synchronize()
         if to_host and out.numel() <= SMALL:
-            self.read[lines.current()] += 1
+            self._see_reading()
             known = known_values(source)
             with _disable_current_modes():
                 if known is not None:
@@ -220,6 +234,14 @@ class Values(TorchDispatchMode):
                 yield index
             else:
                 yield from self._places(index).unbind(1)
+
+
+def _is_filling(x: Tensor, indices: list[Tensor | None], value: Tensor, add: bool = False) -> bool:
+    """Whether PyTorch fills `x[mask] = number` by the mask itself (`canDispatchToMaskedFill`)."""
+    mask = indices[0]
+    if mask is None or len(indices) > 1 or add or mask.dtype is not torch.bool:
+        return False
+    return mask.shape == x.shape and value.numel() == 1 and value.device.type == "cpu"
 
 
 def _uncached(func: OpOverload, args: tuple) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -55,6 +56,7 @@ class World:
             "python: connection to another rank": self._connecting,
             "torch: backend of a group": lambda make: _alone(make, stack),
             "torch: processes of a program": lambda _: _spawn,
+            "python: processes": _starting,
             "torch: patience of NCCL": lambda _: timedelta(minutes=10),
             "torch: DDP": lambda _: _nothing,
         }
@@ -152,6 +154,23 @@ def _spawn(function: Callable, args: tuple = (), nprocs: int = 1, **_: object) -
             "one: let it start one, or run as a launcher starts it, and give --world-size"
         )
     function(0, *args)
+
+
+def _starting(start: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
+    """Replaces the start of a process: one that runs the program's own code may train."""
+
+    def run(process: BaseProcess) -> None:
+        for function in (process.run, getattr(process, "_target", None)):
+            code = getattr(function, "__code__", None)
+            if code is not None and lines.is_users(code.co_filename) and not process.daemon:
+                raise NotFollowed(
+                    f"{lines.current()}: the program starts {code.co_name} in a process of its "
+                    "own, and fits follows one: let it call that itself, or run as a launcher "
+                    "starts it, and give --world-size"
+                )
+        start(process)
+
+    return run
 
 
 def _not_received(*_: object, **__: object) -> NoReturn:

@@ -1,9 +1,11 @@
 """Replacing attributes and variables for a while; and that each patch of a library is still needed."""
 
 import contextlib
+import copy
 import importlib
 import inspect
 import io
+import multiprocessing.process
 import os
 import socket
 import subprocess
@@ -339,6 +341,13 @@ def a_tensor_without_data_is_of_any_class() -> bool:
             return False
 
 
+def a_copied_parameter_has_no_gradient() -> bool:
+    with FakeTensorMode():
+        weight = torch.nn.Parameter(torch.ones(2))
+        weight.grad = torch.ones(2)
+        return copy.deepcopy(weight).grad is None
+
+
 def tensors_without_data_have_addresses() -> bool:
     with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
         one, other = torch.ones(2), torch.ones(2)
@@ -550,6 +559,7 @@ NO_LONGER_NEEDED = {
     "torch: data of a tensor": data_of_another_device_is_taken,
     "torch: address of a tensor": tensors_without_data_have_addresses,
     "torch: address of a storage": tensors_without_data_have_addresses,
+    "torch: copied parameter": a_copied_parameter_has_no_gradient,
     "torch: subclasses of a tensor": a_tensor_without_data_is_of_any_class,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,
@@ -565,6 +575,7 @@ NO_LONGER_NEEDED = {
     "torch: NCCL": lambda: dist.is_nccl_available() and nccl_has_a_version(),
     "torch: patience of NCCL": lambda: dist.distributed_c10d.default_pg_nccl_timeout is not None,
     "torch: processes of a program": lambda: not hasattr(torch.multiprocessing, "spawn"),
+    "python: processes": lambda: not hasattr(multiprocessing.process.BaseProcess, "start"),
     "torch: DDP": says_no_longer(
         DistributedDataParallel, "_verify_param_shape_across_processes(", "set_runtime_stats_and_log("
     ),

@@ -554,6 +554,26 @@ def test_another_rank_of_our_trainer_is_refused_at_once(tmp_path):
     assert "this connects to rank 0, and fits runs rank 1 alone: give --rank 0" in done.stderr
 
 
+def test_a_loop_ends_that_waits_for_a_small_number(tmp_path):
+    """A loss is 2.0 for 50 readings of a step, and small then; an action that is drawn is a possible one."""
+    text = (
+        "import torch\n"
+        "layer = torch.nn.Linear(8, 8).cuda()\n"
+        "optimizer = torch.optim.SGD(layer.parameters(), 1e-3)\n"
+        "for step in range(9):\n"
+        "    chances = torch.distributions.Categorical(logits=layer(torch.ones(4, 8, device='cuda')))\n"
+        "    loss = -chances.log_prob(chances.sample()).mean()\n"
+        "    readings = 0\n"
+        "    while loss.detach() > 0.1: readings += 1\n"
+        "    print(readings)\n"
+        "    loss.backward()\n"
+        "    optimizer.step()\n"
+    )
+    done = fits("--", script(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("51\n51\n") and "2 steps" in done.stdout
+
+
 def test_a_mistake_is_the_programs_own(tmp_path):
     done = fits("--", LOOP, "fp32", "mistake", cwd=tmp_path)
     assert done.returncode == 1
@@ -575,6 +595,10 @@ def test_a_mistake_is_the_programs_own(tmp_path):
         (
             "import torch\ntorch.ones(1).cuda()\ntorch.ones(1, device='cuda:1')",
             "program.py:3: this asks for cuda:1, a second",
+        ),
+        (
+            "import multiprocessing\ndef work(): 0\nmultiprocessing.Process(target=work).start()",
+            "program.py:3: the program starts work in a process of its own",
         ),
         ("import torch.distributed as dist\ndist.recv_object_list([None])", "program.py:2: recv_object_list: fits"),
         ("import torch\ntorch.cuda.CUDAGraph()", "program.py:2: fits does not follow CUDA graphs"),
