@@ -7,6 +7,7 @@ JSON; the snapshot may be "".
 
 import json
 import sys
+from collections.abc import Callable
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def end_after_steps(progress: Progress) -> None:
         if progress.ends_after_step(optimizer):
             raise script.StepsDone
 
-    run_backward = torch.autograd._engine_run_backward
+    run_backward: Callable[..., object] = torch.autograd._engine_run_backward
     patch_for_good("torch: backward", runs_backward)
     register_module_forward_pre_hook(before)
     register_optimizer_step_post_hook(after)
