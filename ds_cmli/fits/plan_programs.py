@@ -172,8 +172,10 @@ class Program:
         answer = largest.answered(options, words, f"micro-batch {micro_batch}")
         if answer["waited_for"]:
             raise UserError(f"{' and '.join(answer['waited_for'])} did no step")
-        fitting = (name for name in names if answer["fits"][str(Room(name))])
-        fits = {name: answer["retries"][str(Room(name))] for name in fitting}
+        fits = {}
+        for name in names:
+            if answer["fits"][str(Room(name))]:
+                fits[name] = answer["retries"][str(Room(name))]
         return Need(answer["totals"]["device"], fits)
 
     def start(self, settings: Settings, micro_batch: int) -> str:

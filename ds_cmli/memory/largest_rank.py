@@ -94,7 +94,7 @@ def _of_other_ranks(
         sizes[rank] = requested_peak(events[rank])
     if total == "requested":
         return sizes
-    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]
-    for rank in largest:
-        _, sizes[rank] = on_device(events[rank], room, world_size)
-    return {rank: sizes[rank] for rank in largest}
+    occupied = {}
+    for rank in sorted(sizes, key=sizes.__getitem__, reverse=True)[:REPLAYED]:
+        _, occupied[rank] = on_device(events[rank], room, world_size)
+    return occupied

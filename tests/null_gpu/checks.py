@@ -26,6 +26,31 @@ def addresses_beside_a_copy() -> dict[str, bool]:
     return {"before": before, "after": torch.empty(1 << 20, device="cuda").data_ptr() == address}
 
 
+def captured() -> list[object]:
+    """Whether streams are captured: before, inside, one that waits there, another, after; then the pool's segments."""
+    graph, joins, other, states = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream(), []
+
+    def note(stream: torch.cuda.Stream | None = None) -> None:
+        with torch.cuda.stream(stream):
+            states.append(torch.cuda.is_current_stream_capturing())
+
+    note()
+    x, launched = torch.ones(3 << 20, device="cuda"), count("launches")
+    with torch.cuda.graph(graph):
+        note()
+        joins.wait_stream(torch.cuda.current_stream())
+        y = x + 1
+        note(joins)
+        note(other)
+        torch.cuda.current_stream().wait_stream(joins)
+    note()
+    note(joins)
+    inside = count("launches") - launched
+    graph.replay()
+    pools = [part["total_size"] for part in torch.cuda.memory_snapshot() if part["segment_pool_id"] == graph.pool()]
+    return [*states, pools == [y.nbytes], count("launches") - launched - inside]
+
+
 def events() -> list[bool]:
     """Whether an event is done: at once, after a stream that waits for it was waited for, after 1,024 more launches."""
     stream, waits, done = torch.cuda.Stream(), torch.cuda.Stream(), []
@@ -100,6 +125,7 @@ def main() -> None:
         "values": values(),
         "out of memory": out_of_memory(),
         "events": events(),
+        "captured": captured(),
         "reused": addresses_beside_a_copy(),
     }
     print(json.dumps(by_name))

@@ -21,6 +21,8 @@ def test_work_is_pending_until_somebody_waits(null_gpu):
     assert result["launches"] == 2
     assert result["out of memory"]
     assert result["events"] == [False, True, False, True]
+    # 12 MiB in the graph's pool, and one launch of it.
+    assert result["captured"] == [False, True, True, False, False, False, True, 1]
     assert result["reused"] == {"before": False, "after": True}
     assert result["values"] == {
         "copied": [0, 1, 2],
