@@ -225,6 +225,11 @@ PATCHES = {
     "inductor: graph": Patch(
         "torch._inductor.compile_fx", "compile_fx", "It raises where a GPU is needed to compile."
     ),
+    "inductor: buckets": Patch(
+        "torch._dynamo.backends.distributed:DDPOptimizer",
+        "compile_fn",
+        "What it divides a graph into is not compiled for tensors without data.",
+    ),
     "inductor: buffers": Patch(
         "torch._C._dynamo.guards",
         "_empty_strided_cuda _reinterpret_tensor assert_alignment assert_size_stride",

@@ -26,6 +26,7 @@ from ds_cmli.fits.steps import StepRecorder
 # Of its L2 cache, by a GPU's capability: Inductor fills it between measurements.
 L2_MIB = {(7, 5): 4, (8, 0): 40, (8, 6): 6, (8, 9): 72, (9, 0): 50, (10, 0): 126, (12, 0): 96}
 OLDEST = "2.13"  # of torch: earlier ones do not compile for tensors without data
+UNDIVIDED = "torch.compile divided no graph by DDP's buckets, which may take more or less"
 GRAPHS = 1 << 30  # a stream, as CUDA graphs have memory of their own
 
 
@@ -135,6 +136,7 @@ class Compiler:
             self.stack.enter_context(patched("inductor: modes", lambda _: whole))
             self.stack.enter_context(patched("inductor: optimizers", self._in_modes))
             self.stack.enter_context(patched("inductor: beginning", self._beginning))
+            self.stack.enter_context(patched("inductor: buckets", self._undivided))
             yield
 
     def _in_modes(self, function: Callable) -> Callable:
@@ -158,9 +160,13 @@ class Compiler:
         return run
 
     def _change_inductor(self, stack: ExitStack) -> None:
+        from torch._dynamo import trace_rules
         from torch._functorch import config
         from torch._inductor.utils import fresh_cache
 
+        # What follows the program may run where Dynamo compiles all that is called.
+        for package in ("ds_cmli.fits", "ds_cmli.allocator"):
+            trace_rules.add(package)
         replacements: dict[str, object] = {
             "_empty_strided_cuda": _empty_strided,
             "_reinterpret_tensor": _reinterpreted,
@@ -203,6 +209,15 @@ class Compiler:
                 first = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 AsEager(self.recorder, f"{type(error).__name__}: {first}").note()
                 return graph.forward
+
+        return run
+
+    def _undivided(self, _: Callable) -> Callable:
+        """Compile as one graph what DDP would divide by its buckets of gradients."""
+
+        def run(buckets, graph: torch.fx.GraphModule, inputs: list) -> Callable:
+            self.recorder.inexact.add(UNDIVIDED)
+            return buckets.backend_compile_fn(graph, inputs)
 
         return run
 

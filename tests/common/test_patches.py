@@ -550,6 +550,7 @@ NO_LONGER_NEEDED = {
     "inductor: constants of a graph": a_gpu_is_found,
     "inductor: optimizers": a_gpu_is_found,
     "inductor: layouts": a_gpu_is_found,
+    "inductor: buckets": a_gpu_is_found,
     "inductor: CUDA graphs": a_gpu_is_found,
     "inductor: Triton's driver": a_gpu_is_found,
     "torch: backward": the_last_backward_pass_has_a_number,

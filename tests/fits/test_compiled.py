@@ -65,3 +65,16 @@ def test_a_network_takes_what_inductor_plans(tmp_path):
     else:
         assert as_eager not in done.stdout
         assert (totals["requested"], totals["reserved"]) == (122_388_684, 144_703_488)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Inductor is not followed without Triton")
+def test_a_compiled_network_of_several_ranks_runs_with_a_line(tmp_path):
+    """Dynamo meets what follows the program there, and compiles none of it."""
+    joined = 'torch.distributed.init_process_group("nccl")\nmodel = nn.parallel.DistributedDataParallel(model)\n'
+    program = script(tmp_path, NETWORK.replace("compiled =", joined + "compiled ="))
+    done = fits("--world-size", "2", *GPU, program, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch.compile divided no graph by DDP's buckets, which may take more or less" in done.stdout
+    # PyTorch's own allocator counts 174,063,616 on the null GPU.
+    assert json.loads((tmp_path / "out.json").read_text())["totals"]["reserved"] >= 174_063_616
