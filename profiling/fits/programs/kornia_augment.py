@@ -7,6 +7,7 @@ from torchvision.models import efficientnet_b0
 augment = K.AugmentationSequential(
     K.RandomHorizontalFlip(), K.RandomAffine(15.0), K.ColorJiggle(0.1, 0.1, 0.1, 0.1)
 )
+torch.manual_seed(0)  # the order of augmentations, and so the memory
 model = efficientnet_b0(num_classes=10).cuda()
 optimizer = torch.optim.NAdam(model.parameters(), 1e-3)
 for step in range(10):
