@@ -1,4 +1,4 @@
-"""A small GPT that is compiled, which runs as eager mode: x-transformers 2.31.10."""
+"""A small GPT that is compiled: x-transformers 2.31.10."""
 
 import torch
 from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
