@@ -155,6 +155,16 @@ def properties(gpu: Gpu) -> SimpleNamespace:
     )
 
 
+class RandomNumbers(torch.Generator):
+    """Those of a GPU, whose state is 16 bytes on the host, and has no values here."""
+
+    def get_state(self) -> torch.Tensor:
+        return torch.zeros(16, dtype=torch.uint8)
+
+    def set_state(self, state: torch.Tensor) -> "RandomNumbers":
+        return self
+
+
 NOTHING = """
 init _lazy_init set_device manual_seed manual_seed_all seed seed_all
 set_rng_state set_rng_state_all ipc_collect
@@ -173,7 +183,7 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
     for name in ("peak_memory_stats", "max_memory_allocated", "max_memory_cached"):
         by_name[f"reset_{name}"] = memory.reset_peaks
     major, minor = gpu.capability
-    generator = torch.Generator("cuda")
+    generator = RandomNumbers("cuda")
     by_name |= {
         "device_count": _always(1),
         "current_device": _always(0),
@@ -189,8 +199,8 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
         "default_generators": (generator,),
         "memory_stats": memory.stats,
         "mem_get_info": lambda *_: (gpu.usable - memory.follow()["reserved"], gpu.total.bytes),
-        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-        "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
+        "get_rng_state": lambda *_: generator.get_state(),
+        "get_rng_state_all": lambda: [generator.get_state()],
         "_cuda_attach_out_of_memory_observer": _always(None),
         "_cuda_getCurrentRawStream": _always(0),
         "_cuda_cudaCachingAllocator_is_enabled": _always(True),

@@ -60,7 +60,7 @@ def test_our_own_trainer_with_zero_2(options, null_gpu, tmp_path):
         told(tmp_path, "--engine", item, "--", *trainer, "--output-dir", str(tmp_path / item))
         for item in ("fake", "null")
     )
-    assert without_data["requested"] - counted["requested"] == 16  # a number on the host
+    assert without_data["requested"] == counted["requested"]
     assert without_data["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
 
 
