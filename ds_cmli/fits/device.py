@@ -156,7 +156,7 @@ def properties(gpu: Gpu) -> SimpleNamespace:
 
 
 class RandomNumbers(torch.Generator):
-    """Those of a GPU, whose state is 16 bytes on the host, and has no values here."""
+    """A GPU's generator, whose state of 16 bytes on the host has no values here."""
 
     def get_state(self) -> torch.Tensor:
         return torch.zeros(16, dtype=torch.uint8)

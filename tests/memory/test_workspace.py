@@ -103,7 +103,7 @@ def test_the_tracker_counts_it_while_the_operator_runs(asked):
         y = OP(x)
         del x, y
     assert [event.bytes for event in tracker.events()] == [20, 1024, 20, -1024, -20, -20]
-    assert tracker.events()[1] == Event(1, 1024, "temporaries", "init", str(OP))
+    assert tracker.events()[1] == Event(1, 1024, "temporaries", "init", f"{OP}, inside")
 
 
 def test_without_being_asked_for_the_tracker_runs_nothing(asked):
