@@ -24,6 +24,10 @@ CHECKS = aten._is_all_true, aten._is_any_true  # by which torch.distributions ra
 # have ended goes on, but not for ever.
 EQUAL, EXTREME = (aten.eq, aten.ne, aten.isin), (aten.max, aten.amax, aten.min, aten.amin)
 MOST_UNEQUAL = 4096  # times that a line reads so
+FILLED = {
+    *(aten.ones, aten.ones_like, aten.new_ones, aten.zeros, aten.zeros_like, aten.new_zeros),
+    *(aten.full, aten.full_like, aten.new_full, aten.fill_, aten.zero_),
+}
 RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
 
@@ -158,7 +162,9 @@ def _remember_likely(
         unequal = False
     elif out.dtype != torch.bool:
         of_each = torch.Tag.pointwise in func.tags or packet in EXTREME
-        value = computed(func, args, kwargs, one) if of_each and guessed and tensors else None
+        filled = packet in FILLED and out.numel() <= SMALL
+        if filled or (of_each and guessed and tensors):
+            value = computed(func, args, kwargs, one)
     elif packet in ALL + ANY:
         checked = packet in CHECKS or not unequal
         value = packet in ALL if checked else stand_in(args[0])

@@ -62,6 +62,12 @@ def data() -> None:
     assert choice.log_prob(choice.sample()).shape == (32,)  # which is checked
     assert torch.distributions.Categorical(probs=scores.softmax(-1)).entropy().shape == (32,)  # whose sums it checks
     assert not (scores <= scores + 1).any() and (scores < 0).all()  # programs raise on the other answer
+    unfinished, length = torch.ones(8, dtype=torch.long, device=DEVICE), 0  # texts grow to their greatest length
+    while unfinished.max() != 0:
+        length += 1
+        ends = torch.isin(torch.randint(9, (8,), device=DEVICE), torch.tensor([5], device=DEVICE))
+        unfinished = unfinished & ~(torch.full((8,), length == 12, device=DEVICE) | ends)
+    assert length == 12
     ends, experts = torch.tensor([10, 32], dtype=torch.int32, device=DEVICE), torch.randn(2, 8, 16, device=DEVICE)
     assert torch.equal(scores, scores * 2) and not torch.equal(ends, ends + 1)  # of the second, the values are known
     rows = torch.randn(32, 8, device=DEVICE)
