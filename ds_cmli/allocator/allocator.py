@@ -256,9 +256,7 @@ class Replay:
     timeline: list[tuple[int, int, int]]
     segments: list[Segment]  # those reserved at the end
     actions: list[Action]
-    retries: int = (
-        0  # requests for which the device had no room until all cached memory was returned
-    )
+    retries: int = 0  # requests that had no room until all cached memory was returned
 
 
 def replay(
