@@ -97,6 +97,11 @@ PATCHES = {
         "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync; and takes "
         "a tensor without data for a traced one, and keeps the mask of unpadded texts.",
     ),
+    "transformers: beams": Patch(
+        "transformers.generation.utils:GenerationMixin",
+        "_check_early_stop_heuristic",
+        "A search by beams ends by scores, which have no values: it is to reach its full length.",
+    ),
     "colpali_engine: scores": Patch(
         "colpali_engine.loss.late_interaction_losses",
         "maxsim_inbatch maxsim_kd",

@@ -128,6 +128,9 @@ def remember(
 ) -> None:
     """Compute the result's values if all operands are known, and else a result's likely truth."""
     known = all_known(leaves)
+    base = getattr(args[0], "_base", None) if args and func._schema.is_mutable else None
+    if base is not None:  # a part of it has been written
+        base.fits_likely, base.fits_filled = None, False
     if not known:
         _remember_likely(func, args, kwargs, leaves, out)
     if func._schema.is_mutable and not known:
@@ -152,6 +155,8 @@ def _remember_likely(
 ) -> None:
     if not isinstance(out, FakeTensor) or out.dtype.is_floating_point or out.dtype.is_complex:
         return
+    # Inference mode does not know of which tensor another one is a part.
+    filled = func.overloadpacket in FILLED and not torch.is_inference_mode_enabled()
     packet, tensors = func.overloadpacket, [x for x in leaves if isinstance(x, Tensor)]
     truths = [x for x in tensors if x.dtype == torch.bool]
     guessed = all(likely(x) is not None for x in tensors if not x.dtype.is_floating_point)
@@ -162,11 +167,11 @@ def _remember_likely(
         unequal = False
     elif out.dtype != torch.bool:
         of_each = torch.Tag.pointwise in func.tags or packet in EXTREME
-        filled = packet in FILLED and out.numel() <= SMALL
-        if filled or (of_each and guessed and tensors):
+        if (filled and out.numel() <= SMALL) or (of_each and guessed and tensors):
             value = computed(func, args, kwargs, one)
     elif packet in ALL + ANY:
-        checked = packet in CHECKS or not unequal
+        decided = unequal or getattr(args[0], "fits_filled", False)
+        checked = packet in CHECKS or not decided
         value = packet in ALL if checked else stand_in(args[0])
     elif packet in EQUAL and not guessed:
         value, unequal = packet is aten.ne, True
@@ -176,6 +181,7 @@ def _remember_likely(
             value = bool(truths) and all(map(stand_in, truths))
     out.fits_likely = _of_one(value)  # type: ignore[attr-defined]
     out.fits_unequal = unequal  # type: ignore[attr-defined]
+    out.fits_filled = filled  # type: ignore[attr-defined]
 
 
 def _of_one(value: object) -> int | None:

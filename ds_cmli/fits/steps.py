@@ -3,7 +3,8 @@
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +68,14 @@ class StepRecorder(Recorder):
         self.given: dict[tuple[bool, int], int] = {}
         self.compiled = False  # whether compiled code ran
         self.inexact: set[str] = set()  # what takes other memory on a GPU
-        self._unmasked: ExitStack | None = None
+        self._stack = ExitStack()  # of what is entered once libraries have been imported
+        self._by_module = dict(OF_LIBRARIES)
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """Inside, follow the modules and optimizers of this process."""
         with ExitStack() as stack:
-            self._unmasked = stack
+            self._stack = stack
             stack.callback(register_module_forward_pre_hook(self._before_module).remove)
             stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
             stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
@@ -183,9 +185,10 @@ class StepRecorder(Recorder):
             return
         if self.outer in ("init", "optimizer"):
             self.outer = "forward"
-        if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
-            self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
-            self._unmasked = None
+        for name in self._by_module.keys() & sys.modules.keys():
+            patch, function = self._by_module.pop(name)
+            with suppress(AttributeError):  # of a version without it
+                self._stack.enter_context(patched(patch, partial(_instead, function)))
         if self.progress.ends_before(module, inputs):
             raise StepsDone
         if isinstance(module, nn.RNNBase):
@@ -247,5 +250,19 @@ def _parts(tensors: Iterable[object]) -> Iterator[Tensor]:
             yield tensor
 
 
+def _instead(function: object, original: object) -> object:
+    return function
+
+
 def _no_tracing(tensor: Tensor | None = None) -> bool:
     return False
+
+
+def _go_on(is_early_stop_heuristic_unsatisfied: Tensor, **_: object) -> Tensor:
+    return is_early_stop_heuristic_unsatisfied
+
+
+OF_LIBRARIES = {
+    "transformers.masking_utils": ("transformers: mask", _no_tracing),
+    "transformers.generation.utils": ("transformers: beams", staticmethod(_go_on)),
+}

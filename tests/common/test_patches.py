@@ -91,6 +91,15 @@ def transformers_looks_at_a_mask_without_data() -> bool:
         return not masking_utils.is_tracing(torch.ones(2, 3, dtype=torch.bool))
 
 
+def beams_end_by_their_length() -> bool:
+    """Also where no open beam can do better than those that have ended."""
+    from transformers import GenerationMixin
+
+    yes, ended, still_open = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1), torch.full((1, 1), -4.0)
+    check = GenerationMixin._check_early_stop_heuristic
+    return bool(check(yes, still_open, ended, yes, 5, 9, 1, early_stopping=False, length_penalty=1.0))
+
+
 def transformers_reads_no_mask_for_padding() -> bool:
     from transformers import masking_utils
 
@@ -599,6 +608,7 @@ NO_LONGER_NEEDED = {
     "transformers: mask": lambda: (
         transformers_looks_at_a_mask_without_data() and transformers_reads_no_mask_for_padding()
     ),
+    "transformers: beams": beams_end_by_their_length,
     "huggingface_hub: offline": the_hub_is_asked_once,
     "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
     "deepspeed: recovery script": deepspeed_writes_no_recovery_script,

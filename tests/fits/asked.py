@@ -67,7 +67,10 @@ def data() -> None:
         length += 1
         ends = torch.isin(torch.randint(9, (8,), device=DEVICE), torch.tensor([5], device=DEVICE))
         unfinished = unfinished & ~(torch.full((8,), length == 12, device=DEVICE) | ends)
-    assert length == 12
+    assert length == 12 and torch.ones(3, dtype=torch.bool, device=DEVICE).any()
+    left = torch.ones(3, dtype=torch.bool, device=DEVICE)
+    left[0] = False
+    assert not left.any()  # so that a loop ends
     ends, experts = torch.tensor([10, 32], dtype=torch.int32, device=DEVICE), torch.randn(2, 8, 16, device=DEVICE)
     assert torch.equal(scores, scores * 2) and not torch.equal(ends, ends + 1)  # of the second, the values are known
     rows = torch.randn(32, 8, device=DEVICE)
