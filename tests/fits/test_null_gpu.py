@@ -104,7 +104,7 @@ def test_the_largest_batch_of_a_plan_is_that_of_the_null_gpu(null_gpu, tmp_path,
     planned = Program((script(tmp_path, PLANNED), "--deepspeed_config", "ds.json"), [gpu], 2, None, "plan.json")
     [line] = Search(planned, [gpu], lambda line: None).lines([planned.step.own])
     sizes = planned.step.micro_batches
-    assert line.gpus == (gpu,) and 1 < line.micro_batch < 16
+    assert line.gpus == {gpu: 0} and 1 < line.micro_batch < 16
     for micro_batch, code in ((line.micro_batch, 0), (sizes[sizes.index(line.micro_batch) - 1], 3)):
         words = planned.changed(line.settings, micro_batch, "plan.json")
         device = ("--engine", "null", "--gpu", gpu, "--world-size", "2", "--json", "out.json")
