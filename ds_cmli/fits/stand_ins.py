@@ -155,9 +155,9 @@ def _remember_likely(
 ) -> None:
     if not isinstance(out, FakeTensor) or out.dtype.is_floating_point or out.dtype.is_complex:
         return
-    # Inference mode does not know of which tensor another one is a part.
-    filled = func.overloadpacket in FILLED and not torch.is_inference_mode_enabled()
     packet, tensors = func.overloadpacket, [x for x in leaves if isinstance(x, Tensor)]
+    # Inference mode does not know of which tensor another one is a part.
+    filled = packet in FILLED and not torch.is_inference_mode_enabled()
     truths = [x for x in tensors if x.dtype == torch.bool]
     guessed = all(likely(x) is not None for x in tensors if not x.dtype.is_floating_point)
     guessed |= packet is aten.remainder and args[1] == 1  # 0: torch's test for a whole number
