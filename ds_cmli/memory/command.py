@@ -18,7 +18,7 @@ import click
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import by_retries
 from ds_cmli.common import quiet
-from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, check_writable, option, run_command
+from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -32,8 +32,6 @@ from ds_cmli.config.options import (
     resolve_config,
 )
 from ds_cmli.config.schema import Config
-from ds_cmli.fits import plan_table
-from ds_cmli.fits.plan_table import plan_options
 from ds_cmli.memory.report import Report, gigabytes, show
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
 
 # A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
 # imported. Programs of `fits` choose their device themselves.
-OF_PROGRAMS = sys.argv[1:2] == ["fits"] or (sys.argv[1:2] == ["plan"] and "--" in sys.argv)
+OF_PROGRAMS = sys.argv[1:2] == ["fits"]
 if not OF_PROGRAMS:
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
@@ -122,28 +120,6 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         text = json.dumps(content, indent=2) + "\n"
         write(own.json_path, "--json", lambda: path.write_text(text))
     return 0 if fits else DOES_NOT_FIT
-
-
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@add(*WHAT, *OUTPUT, *START)
-@option("Plan", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
-@plan_options
-def plan_command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
-    """Plan a training: which settings fit on which GPU, and which of them cost the least work.
-
-    With a program behind --, plan that: see docs/fits.md.
-    """
-    ranks, gpu, prices_path, write_to = map(
-        options.pop, ("world_size", "gpu", "prices", "write_to")
-    )
-    config = resolve_config(settings, options)
-    ds_config = DeepSpeedConfig.load(deepspeed_config)
-    names, prices = plan_table.devices(gpu, prices_path)
-    check_writable(write_to)
-    from ds_cmli.memory import plan
-
-    training = plan.Planned(config, ds_config, ranks, names, plan.words(), write_to, tell)
-    return plan_table.make(training, names, prices, tell)
 
 
 @dataclass
@@ -344,15 +320,9 @@ def write(path: str, setting: str, function: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    subcommand = sys.argv[1] if len(sys.argv) > 1 else ""
-    if subcommand in ("fits", "plan"):
+    if OF_PROGRAMS:
         del sys.argv[1]
-    if subcommand == "fits":
         from ds_cmli.fits.command import main as fits
 
         fits()
-    if subcommand == "plan" and OF_PROGRAMS:
-        from ds_cmli.fits.plan_programs import main as plan_programs
-
-        plan_programs()
-    run_command(plan_command if subcommand == "plan" else command)
+    run_command(command)

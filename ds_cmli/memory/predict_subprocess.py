@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import environment_without_rank
-from ds_cmli.fits.answer import WITHOUT_LIMIT, Room, on_device
+from ds_cmli.fits.answer import WITHOUT_LIMIT
 
 
 def without_gpu() -> dict[str, str]:
@@ -48,7 +48,6 @@ class Request:
     rank: int | None = 0  # None: that which needs the most
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
     limit: int = WITHOUT_LIMIT  # as in `Options`
-    on: Sequence[str] = ()  # GPUs, for `PredictionAnswer.fits`
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
 
@@ -62,7 +61,6 @@ class PredictionAnswer:
     report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
     fails: bool = False  # whether a training run would fail for that reason, too
-    fits: dict[str, int] = field(default_factory=dict)  # as `plan.Need.fits`, of the request's `on`
     expandable: int = 0  # what a GPU's allocator would reserve with expandable segments, in bytes
 
 
@@ -141,12 +139,7 @@ def answer(request: JsonObject) -> PredictionAnswer:
         if request["target"] == "cuda":
             allocator = ExpandableAllocator(None, Settings(expandable_segments=True))
             expandable = replay(prediction.events, allocator=allocator).reserved_peak
-        fits = {}
-        for room in map(Room, request["on"]):
-            replayed, device = on_device(prediction.events, room, request["world_size"])
-            if device <= room.bytes:
-                fits[room.gpu] = replayed.retries
-        return PredictionAnswer(prediction.report.to_dict(), fits=fits, expandable=expandable)
+        return PredictionAnswer(prediction.report.to_dict(), expandable=expandable)
     except Exception as error:  # after any error the next request must still be answered
         why = " ".join(str(error).split())
         if not isinstance(error, UserError):

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.fits.plan import Search
-from ds_cmli.fits.plan_programs import Program
 from tests.conftest import ROOT
 from tests.fits.test_fits import ADVERSARIAL, EVALUATED, LOOP, OPERATORS, PENALTY, RANKS, fits, fresh, script
 
@@ -78,40 +76,6 @@ def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
     assert "2 steps of program.py do not fit on 0.48 GB: they take 0." in done.stdout
     [history] = pickle.loads((tmp_path / "out.pickle").read_bytes())["device_traces"]
     assert sum(entry["action"] == "segment_alloc" for entry in history) > 1
-
-
-PLANNED = """
-import sys, deepspeed, torch
-from torch import nn
-model = nn.Sequential(*(nn.Linear(1024, 1024) for _ in range(4)))
-engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=sys.argv[2])
-samples = engine.train_micro_batch_size_per_gpu() * 2**15
-for step in range(9):
-    for _ in range(engine.gradient_accumulation_steps()):
-        engine.backward(engine(torch.randn(samples, 1024, device="cuda")).square().mean())
-        engine.step()
-"""
-
-
-def test_the_largest_batch_of_a_plan_is_that_of_the_null_gpu(null_gpu, tmp_path, monkeypatch):
-    """A step of 16 samples of 128 MiB on each of two ranks: the line's micro-batch fits, the next larger does not."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    optimizer = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
-    content = {"train_micro_batch_size_per_gpu": 16, "optimizer": optimizer, "zero_optimization": {"stage": 2}}
-    Path("ds.json").write_text(json.dumps(content))
-    gpu = "T4 16GB"
-    planned = Program((script(tmp_path, PLANNED), "--deepspeed_config", "ds.json"), [gpu], 2, None, "plan.json")
-    [line] = Search(planned, [gpu], lambda line: None).lines([planned.step.own])
-    sizes = planned.step.micro_batches
-    assert line.gpus == {gpu: 0} and 1 < line.micro_batch < 16
-    for micro_batch, code in ((line.micro_batch, 0), (sizes[sizes.index(line.micro_batch) - 1], 3)):
-        words = planned.changed(line.settings, micro_batch, "plan.json")
-        device = ("--engine", "null", "--gpu", gpu, "--world-size", "2", "--json", "out.json")
-        done = fits(*device, "--", *words, cwd=tmp_path)
-        assert done.returncode == code, done.stdout + done.stderr
-        counted = json.loads(Path("out.json").read_text())["totals"]["device"]
-        assert counted == pytest.approx(planned.measure(line.settings, micro_batch).device, rel=0.02)
 
 
 RECORDER = """
