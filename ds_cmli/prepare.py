@@ -36,14 +36,9 @@ class LaunchOptions:
     resume: str
     with_changes: bool  # --resume-with-changes
     dry_run: bool
-    report: bool  # --resume-report
     profiles: Profiles
     callbacks: "tuple[Tracker, ...]" = ()
     raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
-
-    @property
-    def trains_nothing(self) -> bool:
-        return self.dry_run or self.report
 
 
 @dataclass(frozen=True)
@@ -164,7 +159,7 @@ def prepare(
         plan.sampler.load_state_dict(state.sampler)
     profiles = start.profiles.left(plan.total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)  # type: ignore[arg-type]
-    if distributed.is_main() and not start.trains_nothing:
+    if distributed.is_main() and not start.dry_run:
         bad.file = BadFile(folder / BAD_FILE, data.bad)
     followed = replace(start, resume=resume, profiles=profiles)
     flags = CollectiveFlags()  # collective
@@ -198,7 +193,7 @@ def next_batch(
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     ready.place.watchdog.heartbeat()
-    if not ready.start.trains_nothing:
+    if not ready.start.dry_run:
         preemption.begin()
     signalled = preemption.requested() is not None
     failed, stop, due = ready.flags.any(batch is None, signalled, save_due())  # collective

@@ -59,7 +59,6 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         options.pop("resume"),
         options.pop("resume_with_changes"),
         options.pop("dry_run"),
-        options.pop("resume_report"),
         profiles,
     )
     config = resolve_config(settings, options)
@@ -92,7 +91,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():
-        from ds_cmli.checkpoint import contents, lock, run_folder
+        from ds_cmli.checkpoint import lock, run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
     from ds_cmli.rehearse import rehearse
@@ -114,20 +113,14 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
             device = distributed.connect(store)  # collective
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
-            folder = run_folder.make(config, start.resume, start.trains_nothing)  # collective
-            if start.report:
-                say(*contents.held(folder))  # collective
+            folder = run_folder.make(config, start.resume, start.dry_run)  # collective
             with lock.held(folder):  # collective
                 place = RankContext(device, folder, watchdog)
                 ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
                     return Ended(0, folder)
-                if start.report:
-                    say(contents.going_on(ready.point is None, ready.state, ready.plan))
                 if start.dry_run:
                     return Ended(rehearse(ready), folder)  # collective
-                if start.report:
-                    return Ended(0, folder)
                 return Ended(build_and_train(ready), folder)  # collectives
     finally:
         if not theirs:

@@ -187,12 +187,6 @@ START = (
         help="Resume even if settings differ from the run's.",
     ),
     option(
-        "Checkpoints",
-        "--resume-report",
-        is_flag=True,
-        help="Print what --output-dir holds and how this start would resume it, or why not; stop.",
-    ),
-    option(
         "Profiling",
         "--profile",
         metavar="FIRST:LAST",
