@@ -25,7 +25,6 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import assets, scenes
 from ds_cmli.data.sources import base
 from ds_cmli.faults import preemption
-from ds_cmli.inference import index
 from ds_cmli.losses import over_pairs, regions, sparc
 from ds_cmli.memory import out_of_memory
 from profiling.learning import endpoints
@@ -42,12 +41,8 @@ DEFAULTS = Config()
 HERE = [
     "python ds_cmli/train.py --help",
     "python -m ds_cmli.visualize RUN --pairs 0,1,2 --output maps.html",
-    "ds-cmli-search INDEX --build PICTURES --model RUN",
-    'ds-cmli-search INDEX "a red car" --page results.html',
     "python -m ds_cmli.report RUN --output report.html",
 ]
-SCRIPTS = {"ds-cmli-search": "ds_cmli.inference.search"}
-
 # The same in processes of their own, with the mark `slow`.
 SLOW = [
     "python -m ds_cmli.export RUN DIR",
@@ -195,7 +190,6 @@ ELSEWHERE = {
     "python profiling/compare_estimates.py": "tests/profiling/memory/test_compare.py: small sizes",
     "python -m profiling.memory.estimators --plot estimators.png":
         "tests/profiling/memory/test_estimators.py: the first settings",
-    "python -m profiling.speed.search --model RUN": "tests/profiling/speed/test_search.py: 80 pictures",
     "python -m profiling.speed.lengths --preset ablation": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "python -m profiling.speed.step": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
@@ -236,7 +230,6 @@ CLAIMS = [
     ("docs/train.md", "see [below](#boxes-with-phrases) | * |", regions.Regions.init_temperature),
     ("docs/train.md", "(FLAIR, Xiao et al., 2025) | * |", over_pairs.Flair.init_temperature),
     ("docs/clusters.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
-    ("docs/use.md", "| *, the default |", index.CANDIDATES),
     ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/fits/programs").glob("*.py")))),
     ("docs/troubleshooting.md", "hangs: no progress for * s", f"{DEFAULTS.run.watchdog:.0f}"),
     ("docs/troubleshooting.md", "`run.most_skipped` (*)", DEFAULTS.run.most_skipped),
@@ -379,7 +372,7 @@ def place(tmp_path_factory):
 def test_a_command_as_it_stands(line, place, monkeypatch, capfd):
     monkeypatch.chdir(place)
     program, *arguments = shlex.split(line)
-    path, module = None, SCRIPTS.get(program)
+    path, module = None, None
     if arguments[0] == "-m":
         module, arguments = arguments[1], arguments[2:]
     elif program == "python":

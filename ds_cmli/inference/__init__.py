@@ -1,4 +1,4 @@
-"""Uses a trained student: embeddings, scores, matches of words and patches, search in a folder.
+"""Uses a trained student: embeddings, scores and matches of words and patches.
 
 from ds_cmli.inference import Model
 
@@ -8,7 +8,6 @@ model.scores(images, texts)["combined"].t2i  # [I, J], ranks images for a text; 
 """
 
 from ds_cmli.cmli.pair_scores import Match
-from ds_cmli.inference.index import Index, Result, topk
 from ds_cmli.inference.model import ImageEmbeddings, Model, TextEmbeddings
 
-__all__ = ["ImageEmbeddings", "Index", "Match", "Model", "Result", "TextEmbeddings", "topk"]
+__all__ = ["ImageEmbeddings", "Match", "Model", "TextEmbeddings"]

@@ -4,12 +4,10 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 S image side.
 """
 
-import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
@@ -135,14 +132,6 @@ class Model(Scoring):
         """The number of rows and of columns of patches; N is their product."""
         return self.student.grid
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the weights and temperatures, unlike those of other weights."""
-        sha256 = hashlib.sha256()
-        for value in self.objective.state_dict().values():
-            sha256.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return sha256.hexdigest()
-
     def read(self, picture: PictureInput) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
 
@@ -166,16 +155,13 @@ class Model(Scoring):
 
     @torch.inference_mode()
     def embed_images(
-        self,
-        pictures: str | Path | Sequence[PictureInput],
-        batch_size: int = 32,
-        progress: bool = False,
+        self, pictures: str | Path | Sequence[PictureInput], batch_size: int = 32
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         files = list_pictures(pictures)
         cls, patches, grids = [], [], []
         patch = self.config.data.aspect_patch
-        for start in _steps(len(files), batch_size, progress, "images"):
+        for start in _steps(len(files), batch_size, "images"):
             read = [self.read(file) for file in files[start : start + batch_size]]
             shown = [laid_out(image, patch, self.image_size) for image in read]
             images = torch.stack([image for image, _ in shown]).to(self.device)
@@ -193,9 +179,7 @@ class Model(Scoring):
         return embeddings
 
     @torch.inference_mode()
-    def embed_texts(
-        self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False
-    ) -> TextEmbeddings:
+    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128) -> TextEmbeddings:
         """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -211,7 +195,7 @@ class Model(Scoring):
         samples = [Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)]
         whole = self.collate(samples)
         cls, tokens = [], []
-        for start in _steps(len(texts), batch_size, progress, "texts"):
+        for start in _steps(len(texts), batch_size, "texts"):
             part = slice(start, start + batch_size)
             ids = whole.input_ids[part].to(self.device)
             mask = whole.attention_mask[part].to(self.device)
@@ -272,9 +256,9 @@ def list_pictures(pictures: str | Path | Sequence[PictureInput]) -> list[Picture
     return files
 
 
-def _steps(length: int, batch_size: int, progress: bool, kind: str) -> Iterable[int]:
+def _steps(length: int, batch_size: int, kind: str) -> range:
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give at least 1")
     if not length:
         raise UserError(f"no {kind} are given: give at least one")
-    return tqdm(range(0, length, batch_size), kind, disable=not progress, leave=False)
+    return range(0, length, batch_size)

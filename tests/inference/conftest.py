@@ -13,11 +13,6 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run_without_global(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("cmli"), ("cmli",))
-
-
-@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     noise = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from ds_cmli.config.registry import IMAGE
 from ds_cmli.data.aspect import laid_out, patch_mask
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.inference import Index, Model
+from ds_cmli.inference import Model
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.backbone import ImageRequest
 from tests.conftest import spawn
@@ -177,11 +177,8 @@ def test_a_run_is_used(source, tmp_path):
     assert model.match(wide, "picture of red").similarity.shape[1] == 8
     texts = model.embed_texts(["picture of red", "blue"])
     scores, alone = model.scores(both, texts), model.scores(model.embed_images([wide]), texts)
-    index, _ = Index.build(tmp_path / "index", model, [wide, square])
-    fine = index.fine_scores(model, texts, 0, torch.arange(2))
     for kind in ("cmli", "flair"):
         assert_close(scores[kind].i2t[0], alone[kind].i2t[0], rtol=1e-3, atol=1e-3)
-        assert_close(fine[kind], scores[kind].t2i[:, 0], rtol=1e-3, atol=1e-3)
 
 
 def engine_of_rank(rank, world, source, stage, exchange, accumulation):
