@@ -333,14 +333,8 @@ if ((code == 0 && !signalled)); then
     [[ $on_nodes != *,* ]] || where+=": $on_nodes"
     echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($where)," \
         "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node; code of $project"
-    output=()
-    if [[ ${DS_CMLI_RANK_OUTPUT:-0} == 1 && -z $ablation ]]; then
-        mkdir -p "$run" || die "cannot write to $run"
-        output=(--output="$run/rank-%t.out" --open-mode=append)
-        echo "job $job: the output of each rank is in $run/rank-N.out"
-    fi
-    finish "${cores[@]}" ${output[@]+"${output[@]}"} --ntasks="$tasks" --ntasks-per-node="$per_node" \
-        --kill-on-bad-exit=0 --wait=300 ${extra[@]+"${extra[@]}"} \
+    finish "${cores[@]}" --ntasks="$tasks" --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=300 \
+        ${extra[@]+"${extra[@]}"} \
         "${python[@]}" "$project/$program" "${options[@]}" ${share[@]+"${share[@]}"}
 elif ((code == 0)); then
     code=$PREEMPTED # the signal came before the run began
