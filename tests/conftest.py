@@ -38,7 +38,6 @@ LONGEST_FIRST = (
     "tests/cmli/test_triton.py",
     "tests/checkpoint/test_universal.py",
     "tests/memory/test_real_ranks.py",
-    "tests/engine/test_muon.py",
     "tests/checkpoint/test_resume_data.py",
     "tests/engine/test_ema.py",
     "tests/test_train.py",

@@ -29,7 +29,6 @@ AXES = {
     "step": ("one", "micro", "cached", "queue"),  # one micro-batch, or two, and what is compared
     "exchange": ("gather", "ring"),
     "checkpointing": ("-", "again"),
-    "optimizer": ("AdamW", "Muon"),
     "average": ("-", "ema"),
     "pictures": ("square", "kept", "aspect"),
     "losses": ("target", "banks", "sparc", "sigmoid"),
@@ -48,38 +47,39 @@ ALONE = ("K2", "each", *AXES["negatives"][1:], "cut", "top")  # no queue takes t
 IMPOSSIBLE = (
     {"aspect", "sparc"},
     {"aspect", "top"},
-    {"Muon", "warmup"},
     {"part", "warmup"},
     *({"queue", value} for value in ALONE),
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero0 alone bf16 cached gather again Muon  ema square target  -    part -      group K2   s-own flair -     top keep
-zero3 alone fp32 micro  gather -     AdamW ema kept   target  -    part -      group each right flair boxes cut keep
-zero1 alone fp32 one    ring   -     AdamW ema square target  -    -    warmup -     K2   f-own -     -     all mask
-zero2 alone fp32 micro  ring   -     Muon  ema kept   sparc   -    part -      -     K1   s-all flair boxes all mask
-zero1 alone fp32 queue  ring   -     Muon  ema aspect sigmoid -    part -      group K1   right flair -     all keep
-zero0 alone bf16 queue  gather again Muon  ema square sparc   -    part -      -     K1   right -     -     all keep
-zero1 alone bf16 cached ring   again AdamW -   aspect sigmoid -    -    warmup group each right flair boxes all keep
-zero2 alone bf16 cached gather again Muon  ema aspect sigmoid lora part -      -     K2   f-own flair boxes cut keep
-zero2 alone fp32 one    gather -     AdamW -   aspect sigmoid lora -    warmup group K2   s-own flair -     all mask
-zero1 alone fp32 one    ring   -     Muon  ema square banks   lora part -      -     K2   right flair boxes cut keep
-zero2 alone bf16 one    ring   again Muon  ema square banks   lora part -      -     K1   f-all -     boxes all keep
-zero1 two   bf16 micro  ring   -     AdamW -   aspect target  -    part -      -     K1   f-all -     -     cut keep
-zero1 two   fp32 micro  gather again AdamW ema square sparc   -    -    -      -     K1   s-own -     boxes cut keep
-zero3 two   fp32 micro  ring   -     Muon  ema kept   banks   -    part -      -     K1   s-own flair -     all mask
-zero3 two   bf16 cached ring   -     AdamW -   aspect banks   -    -    warmup group K2   s-all -     -     cut keep
-zero0 two   fp32 cached ring   again Muon  -   kept   target  -    part -      group K1   s-all flair -     cut mask
-zero3 two   bf16 cached gather again AdamW ema square sigmoid -    -    warmup group K1   s-all -     -     all mask
-zero2 two   fp32 queue  ring   again AdamW -   kept   target  lora -    warmup -     K1   right flair boxes all mask
-zero2 two   bf16 cached ring   -     Muon  ema square sparc   lora part -      group each right -     -     top mask
-zero3 two   bf16 one    ring   again Muon  -   square sparc   lora -    -      group K1   f-own -     -     top keep
-zero0 two   fp32 micro  gather again AdamW -   kept   sigmoid lora -    warmup group K2   f-all flair -     top mask
-zero3 two   fp32 queue  gather again AdamW -   aspect banks   lora -    warmup -     K1   right flair boxes all mask
-zero0 two   fp32 one    ring   again Muon  -   aspect banks   lora part -      -     each right flair -     cut mask
-zero1 two   fp32 one    gather again AdamW -   kept   sparc   lora -    warmup group K2   s-all -     boxes top mask
-zero0 two   bf16 micro  gather -     AdamW -   kept   banks   lora part -      -     K1   f-own -     boxes top keep
-zero3 two   bf16 cached ring   -     Muon  ema square sparc   lora -    -      -     K1   f-all flair -     cut keep
+zero3 alone bf16 micro  gather again ema square sparc   -    -    warmup -     K2   right flair boxes cut mask
+zero2 two   fp32 one    ring   -     -   kept   sparc   lora part -      group K1   s-own -     -     all keep
+zero0 alone fp32 cached gather again ema kept   banks   lora -    -      group K2   f-own flair -     top keep
+zero1 two   fp32 cached ring   -     -   aspect sigmoid -    -    warmup -     K1   f-all -     boxes cut mask
+zero0 two   bf16 micro  ring   -     -   square target  lora part -      -     each right -     -     top mask
+zero1 alone bf16 one    gather again -   aspect banks   -    part -      group K1   s-all -     boxes all keep
+zero3 two   fp32 queue  ring   again ema aspect sigmoid lora part -      -     K1   right flair -     all keep
+zero2 alone bf16 one    gather -     ema kept   target  -    -    warmup group K2   f-all flair boxes all mask
+zero2 alone fp32 micro  ring   again ema square banks   lora -    warmup group each right flair boxes cut keep
+zero1 two   fp32 one    ring   -     ema square sigmoid lora -    warmup -     K2   s-all flair -     top mask
+zero3 alone bf16 cached gather again ema aspect target  -    part -      -     K2   s-own -     -     cut mask
+zero3 two   bf16 micro  gather -     -   kept   sigmoid -    part -      group K1   f-own -     boxes top mask
+zero0 alone bf16 queue  gather -     -   square banks   -    -    warmup group K1   right -     boxes all mask
+zero2 alone fp32 cached gather again -   square sparc   lora part -      -     K2   f-all flair -     top keep
+zero1 two   bf16 cached gather again -   kept   sparc   -    -    warmup -     each right flair boxes all keep
+zero0 two   fp32 one    ring   again ema aspect target  -    -    warmup -     K1   f-own flair boxes cut keep
+zero1 two   fp32 micro  ring   -     -   square banks   lora -    warmup -     K2   s-own flair boxes all keep
+zero0 two   bf16 micro  gather again ema kept   sparc   lora -    warmup -     K1   s-all flair boxes cut keep
+zero3 alone bf16 one    gather again -   aspect sigmoid lora part -      -     each right flair -     all mask
+zero3 alone fp32 micro  ring   again ema aspect banks   -    -    -      -     K2   f-all flair boxes cut mask
+zero1 two   fp32 micro  gather -     -   square sparc   -    -    warmup group K2   f-own flair -     all keep
+zero2 alone bf16 cached gather again -   aspect sigmoid -    part -      group K2   s-all flair boxes all keep
+zero1 two   fp32 queue  ring   again -   kept   target  -    -    warmup -     K1   right -     boxes all mask
+zero0 two   fp32 micro  gather again ema kept   sigmoid -    -    warmup group K2   s-own -     -     top keep
+zero2 alone bf16 queue  gather -     ema kept   sparc   -    -    warmup group K1   right flair -     all keep
+zero3 two   bf16 one    gather -     ema square target  lora part -      -     K1   s-all -     -     top keep
+zero0 two   bf16 one    gather -     -   aspect target  -    -    warmup -     K2   f-all flair boxes cut mask
+zero2 alone bf16 cached ring   again -   square target  -    -    -      group K1   f-own flair boxes top keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -89,8 +89,6 @@ JSON: dict[str, dict] = {
     "cached": {"gradient_accumulation_steps": 2},
     "queue": {"gradient_accumulation_steps": 2},
     "again": {"activation_checkpointing": {}},
-    "AdamW": {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
-    "Muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}, "gradient_clipping": 0},
     "warmup": {"scheduler": {"type": "WarmupLR", "params": WARMUP}},
 }
 SETTINGS: dict[str, dict[str, object]] = {

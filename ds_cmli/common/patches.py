@@ -5,7 +5,6 @@ needs the patch.
 """
 
 import importlib
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -51,10 +50,6 @@ _MAKES_VIEWS = (
 _CHOOSES_KERNELS = (
     "A GPU chooses other kernels than the CPU that predicts; autograd leaves modes of torch "
     "functions, so that they would not see what activation checkpointing computes again."
-)
-_COMPILES = (
-    "It compiles at the first step, which needs a compiler and takes minutes, and what compiled "
-    "code needs of memory cannot be predicted."
 )
 _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
@@ -132,16 +127,6 @@ PATCHES = {
         "deepspeed.runtime.engine:DeepSpeedEngine",
         "_copy_recovery_script",
         "It copies a script into each checkpoint that writes the weights of student.safetensors.",
-    ),
-    "deepspeed: matrices for Muon": Patch(
-        "deepspeed",
-        "set_optimizer_flags",
-        "It takes class tokens and tables of position biases for matrices.",
-    ),
-    "deepspeed: compiled updates": Patch(
-        f"{ZERO}.muon.original_muon {ZERO}.muon.muon_optimizer",
-        "muon_update zeropower_via_newtonschulz5 zeropower_via_gram_newtonschulz",
-        _COMPILES,
     ),
     "deepspeed: ranks compared": Patch(
         f"{ZERO}.utils", "assert_lst_len_same_as_other_ranks", _READS_VALUES
@@ -406,12 +391,6 @@ def patch_for_good(name: str, value: object) -> None:
     """Replace the attributes of the entry `name` by `value` for the rest of the process."""
     for owner, attribute in PATCHES[name].targets():
         setattr(owner, attribute, value)
-
-
-def uncompiled_for_good(name: str) -> None:
-    """Replace functions that `torch.compile` has wrapped by themselves."""
-    for owner, attribute in PATCHES[name].targets():
-        setattr(owner, attribute, inspect.unwrap(getattr(owner, attribute)))
 
 
 @contextmanager

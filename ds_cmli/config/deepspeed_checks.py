@@ -32,7 +32,6 @@ def checked(content: Section) -> JsonObject:
     _precisions(content)
     _zero(content)
     _optimizer_with_zero(content)
-    _orthogonalizing(content)
     _outputs(content)
     for section, model in keys.models().items():
         if section in content:
@@ -191,39 +190,6 @@ def _optimizer_with_zero(content: Section) -> None:
         raise UserError(
             'zero_force_ds_cpu_optimizer is true: add "torch_adam": false to optimizer.params for '
             "DeepSpeed's own optimizer, which is compiled at its first use, or remove it"
-        )
-
-
-def _orthogonalizing(content: Section) -> None:
-    """Refuse what DeepSpeed (0.19.8) cannot do, or does wrongly, with Muon."""
-    kind = optimizer_name(content.get("optimizer", {}).get("type", "AdamW"))
-    zero = content.get("zero_optimization", {})
-    stage, clip = zero.get("stage", 0), content.get("gradient_clipping", "auto")
-    if not optimizers.OPTIMIZERS[kind].orthogonalizes or not stage:
-        return
-    if clip not in ("auto", 0):
-        raise UserError(
-            f"gradient_clipping is {clip!r}: at stage {stage} DeepSpeed clips {kind}'s "
-            "orthogonalized updates by it, not the gradients: give 0, or take stage 0"
-        )
-    if _offloads(zero, "optimizer"):
-        raise UserError(
-            f"optimizer.type is {kind!r}: its states cannot be offloaded here: leave out "
-            "zero_optimization.offload_optimizer, or take AdamW"
-        )
-    if stage == 3 and zero.get("reduce_scatter"):
-        raise UserError(
-            f"zero_optimization.reduce_scatter is true: {kind} needs whole gradients at stage 3: "
-            "give false, or leave it out"
-        )
-    in_fp32 = content.get("data_types", {}).get("grad_accum_dtype") == "fp32"
-    halves = [
-        name for name in ("bf16", "fp16") if content.get(name, {}).get("enabled") in (True, "auto")
-    ]
-    if in_fp32 and ((stage == 1 and "bf16" in halves) or (stage == 2 and halves)):
-        raise UserError(
-            "data_types.grad_accum_dtype is 'fp32': with it DeepSpeed does not orthogonalize "
-            f"{kind}'s updates in bf16 at stage 1, and ends some ranks at stage 2: leave it out"
         )
 
 

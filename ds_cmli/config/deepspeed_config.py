@@ -233,15 +233,6 @@ class DeepSpeedConfig(Mapping):
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
             out["gradient_clipping"] = optim.grad_clip
-            if self.optimizer_entry.orthogonalizes and self.stage and optim.grad_clip:
-                out["gradient_clipping"] = 0.0
-                notices.append(
-                    f"gradient_clipping is 0 with {self.optimizer_type} at stage {self.stage}, "
-                    "where DeepSpeed would clip its orthogonalized updates"
-                )
-        if self.optimizer_entry.orthogonalizes and self.stage == 3:
-            # DeepSpeed (0.19.8) gathers whole gradients for it at this stage.
-            out["zero_optimization"]["reduce_scatter"] = False
         params = self._fill_optimizer(out, optim, notices)
         self._check_for_the_run(world_size, total_steps)
         for key, size in keys.WIDTHS.items():
@@ -263,11 +254,10 @@ class DeepSpeedConfig(Mapping):
         entry = self.optimizer_entry
         if entry.chosen and "torch_adam" not in params:
             params["torch_adam"] = True
-            if not entry.orthogonalizes:
-                notices.append(
-                    f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled "
-                    'first: "torch_adam": false in its params asks for it'
-                )
+            notices.append(
+                f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled "
+                'first: "torch_adam": false in its params asks for it'
+            )
         for key in FILLED:
             taken = key in entry.takes and key not in entry.kinds
             if taken and params.get(key, "auto") == "auto":

@@ -26,8 +26,6 @@ class OptimizerEntry:
     compiled: bool = False  # whether DeepSpeed has only its own, compiled at first use, for GPUs
     zero_tested: bool = False  # whether ZeRO takes it without `zero_allow_untested_optimizer`
     one_group: bool = False  # whether ZeRO gives all parameters the settings of one group
-    # Whether it orthogonalizes the updates of matrices, and leaves all else to an auxiliary AdamW.
-    orthogonalizes: bool = False
     why_not: str = ""  # why it cannot train here
 
     required: ClassVar[tuple[str, ...]] = ()  # no optimizer needs a parameter
@@ -119,22 +117,6 @@ OPTIMIZERS = _named(
         ),
         OptimizerEntry("LBFGS", any_case=True, why_not="it needs the loss several times a step"),
         OptimizerEntry("SparseAdam", any_case=True, why_not="no gradient here is sparse"),
-        OptimizerEntry(
-            "Muon",
-            _names(
-                "lr muon_lr adam_lr momentum ns_method betas eps weight_decay foreach torch_adam"
-            ),
-            {
-                "muon_lr": number(0, above=True),
-                "adam_lr": number(0, above=True),
-                "momentum": number(0, 1),
-                "ns_method": one_of("gram", "standard"),
-                "torch_adam": one_of(True),
-            },
-            any_case=True,
-            zero_tested=True,
-            orthogonalizes=True,
-        ),
         OptimizerEntry("MuAdam", any_case=True, why_not=_NO_MUP),
         OptimizerEntry("MuAdamW", any_case=True, why_not=_NO_MUP),
         OptimizerEntry("MuSGD", any_case=True, why_not=_NO_MUP),

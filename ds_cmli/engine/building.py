@@ -27,10 +27,8 @@ from ds_cmli.engine.gradient_caching import CachingEngine, keep_orders_apart
 from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
-    muon_rates,
     parameter_groups,
     rates_without_effect,
-    tagged_for_muon,
 )
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.starting import start_lines
@@ -166,8 +164,7 @@ def build(
     cast_buffers(objective.student.image, dtype)
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
-    decay, rates = params.get("weight_decay", 0.0), muon_rates(ds_config)
-    groups = parameter_groups(objective, decay, config.optim, lr, rates)
+    groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
     names: list[list[str]] = []
@@ -175,8 +172,7 @@ def build(
         names.append([name_of[id(parameter)] for parameter in group["params"]])
     warmup = config.optim.warmup_steps(total_steps)
     scheduler = schedule.maker(ds_config, warmup, total_steps)
-    with tagged_for_muon(groups):
-        engine = _initialize(ds_config, objective, groups, scheduler)
+    engine = _initialize(ds_config, objective, groups, scheduler)
     if ds_config.stage == 3:
         # ZeRO-3 gathers others where their module is called, and in training alone where not.
         for encoder in (objective.student.image, objective.student.text):

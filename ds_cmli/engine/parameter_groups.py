@@ -1,24 +1,15 @@
-"""The optimizer's parameter groups: what is trained, what decays, and the learning rates.
-
-Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), as DeepSpeed has it,
-orthogonalizes the momentum of each hidden matrix. All other parameters are updated by an auxiliary
-AdamW.
-"""
+"""The optimizer's parameter groups: what is trained, what decays, and the learning rates."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import JsonObject
-from ds_cmli.common.patches import patched, uncompiled_for_good
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import OWN_RATES, OWN_RATES_IF_GIVEN
 from ds_cmli.config.schema import Config, OptimConfig
 
-MUON_RATES = {"muon_lr", "adam_lr"}  # of Muon's matrices, and of all else
 ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
 # Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
 # position embeddings and of position biases, class and other tokens.
@@ -97,44 +88,7 @@ def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
 
 class ParameterGroup(NamedTuple):
     rate: float  # the factor of its learning rate
-    muon: bool  # whether its parameters are matrices that Muon updates
     decays: bool  # whether its parameters get weight decay
-
-
-class MuonRates(NamedTuple):
-    """Factors of the learning rate under Muon."""
-
-    matrices: float  # of the parameters that it updates
-    others: float  # of those of the auxiliary AdamW
-
-
-def muon_rates(ds_config: DeepSpeedConfig) -> MuonRates | None:
-    """The factors of the JSON's learning rate; None if the optimizer is another one."""
-    if not ds_config.optimizer_entry.orthogonalizes:
-        return None
-    params = ds_config.optimizer_params
-    lr = params["lr"]
-    return MuonRates(params.get("muon_lr", lr) / lr, params.get("adam_lr", lr) / lr)
-
-
-@contextmanager
-def tagged_for_muon(groups: list[JsonObject]) -> Iterator[None]:
-    """Inside, DeepSpeed's engine takes the matrices that `groups` name, and runs uncompiled."""
-    if not any("use_muon" in group for group in groups):
-        yield
-        return
-    matrices = set()
-    for group in groups:
-        if group["use_muon"]:
-            matrices |= set(map(id, group["params"]))
-
-    def tag(config: object, model: nn.Module) -> None:
-        for parameter in model.parameters():
-            parameter.use_muon = id(parameter) in matrices  # type: ignore[attr-defined]
-
-    uncompiled_for_good("deepspeed: compiled updates")
-    with patched("deepspeed: matrices for Muon", lambda _: tag):
-        yield
 
 
 def parameter_groups(
@@ -142,7 +96,6 @@ def parameter_groups(
     weight_decay: float,
     optim: OptimConfig | None = None,
     lr: float = 1.0,
-    muon: MuonRates | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the trained parameters for the optimizer, the highest learning rate first.
 
@@ -151,7 +104,6 @@ def parameter_groups(
 
     Args:
         lr: the learning rate that the factors multiply.
-        muon: divide the parameters into those that Muon updates and others, by the key "use_muon".
     """
     spared = _spared(module)
     where = depths(module) if optim is not None else {}
@@ -164,19 +116,11 @@ def parameter_groups(
         table = any(word in last for word in NO_MATRIX)
         rate = factor(where[name], optim) if optim is not None else 1.0
         decays = not (vector or table or id(parameter) in spared)
-        # DeepSpeed (0.19.8) fails for convolutions; embeddings of patches are no hidden layers.
-        hidden = muon is not None and decays and parameter.dim() == 2 and "embed" not in name
-        if muon is not None:
-            rate *= muon.matrices if hidden else muon.others
-        groups.setdefault(ParameterGroup(rate, hidden, decays), []).append(parameter)
+        groups.setdefault(ParameterGroup(rate, decays), []).append(parameter)
     one_rate = all(group.rate == 1.0 for group in groups)
     out: list[dict[str, Any]] = []
-    for group in sorted(groups, key=lambda group: (-group.rate, not group.muon, not group.decays)):
+    for group in sorted(groups, key=lambda group: (-group.rate, not group.decays)):
         options: dict[str, Any] = {"params": groups[group]}
-        if muon is not None:
-            options["use_muon"] = group.muon
-        if group.muon:  # in the order that DeepSpeed gives them
-            options["params"].sort(key=lambda parameter: parameter.size(), reverse=True)
         options["weight_decay"] = weight_decay if group.decays else 0.0
         if not one_rate:
             options["lr"] = group.rate * lr
@@ -217,8 +161,6 @@ def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
         rates["optim.layer_decay"] = optim.layer_decay
     if optim.lr_factors:
         rates["optim.lr_factors"] = optim.lr_factors
-    for name in MUON_RATES & json.optimizer_params.keys():
-        rates[f"optimizer.params.{name}"] = json.optimizer_params[name]
     if rates and kind in (*OWN_RATES, *OWN_RATES_IF_GIVEN):
         name = min(rates)
         raise UserError(

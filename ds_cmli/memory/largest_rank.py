@@ -59,8 +59,7 @@ def predict_largest(
 def _to_begin_with(ds_config: DeepSpeedConfig, world_size: int, first: int | None) -> list[int]:
     """The ranks that are predicted in any case."""
     last, middle = world_size - 1, world_size // 2
-    muon = ds_config.optimizer_entry.orthogonalizes
-    if ds_config.stage not in ((1, 2, 3) if muon else (1, 2)):
+    if ds_config.stage not in (1, 2):
         return [first or 0]
     if first is None:
         return list(dict.fromkeys([last, 0, middle]))

@@ -2,8 +2,8 @@
 
 DeepSpeed divides each group of parameters by elements. A rank keeps the whole reduced gradient of
 each parameter of which it has a part, all in one buffer, from when the first of them has been
-reduced; with Muon also the momentum of such matrices. DeepSpeed's own table says which ranks have a
-part of a parameter, and the record when it is reduced: so follow the events of every other rank.
+reduced. DeepSpeed's own table says which ranks have a part of a parameter, and the record when it
+is reduced: so follow the events of every other rank.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ class Method(NamedTuple):
 METHODS = {
     "copy_grads_in_partition": Method(True, True, None),
     "_build_compact_grad_partition_buffer": Method(False, True, 0),
-    "_muon_momentum_buffer": Method(True, False, 1),
-    "_muon_staging_momentum": Method(True, False, 1),
 }
 
 

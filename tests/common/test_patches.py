@@ -17,7 +17,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -514,15 +513,6 @@ def a_state_without_values_is_set() -> bool:
     return True
 
 
-def class_tokens_are_no_matrices() -> bool:
-    import deepspeed
-
-    model = nn.Module()
-    model.class_token = nn.Parameter(torch.zeros(1, 1, 4))
-    deepspeed.set_optimizer_flags(SimpleNamespace(optimizer_name="muon", optimizer_params={}), model)
-    return not model.class_token.use_muon
-
-
 def colpali_has_no_scores_of_its_own() -> bool:
     from colpali_engine.loss.late_interaction_losses import ColbertModule
 
@@ -612,8 +602,6 @@ NO_LONGER_NEEDED = {
     "huggingface_hub: offline": the_hub_is_asked_once,
     "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
     "deepspeed: recovery script": deepspeed_writes_no_recovery_script,
-    "deepspeed: matrices for Muon": class_tokens_are_no_matrices,
-    "deepspeed: compiled updates": no_loop("deepspeed.runtime.zero.muon.original_muon", "@compiler.compile()"),
     "deepspeed: ranks compared": ranks_are_compared_without_data,
     "deepspeed: rank 0 copied": rank_0_is_copied_without_data,
     "deepspeed: gathered parameters": no_loop(

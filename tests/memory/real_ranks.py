@@ -41,7 +41,7 @@ AXES: dict[str, list] = {
     "checkpointing": ["off", "on"],
     "precision": ["bf16", "fp32"],
     "exchange": ["gather", "ring"],
-    "kind": ["document", "contrast", "plain", "queue", "patch_keep", "lora", "muon", "aspect"],
+    "kind": ["document", "contrast", "plain", "queue", "patch_keep", "lora", "aspect"],
     "blocks": [2],  # of each encoder and of the teacher
 }
 DOCUMENT = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
@@ -58,7 +58,6 @@ KINDS: dict[str, tuple[dict, dict]] = {
     "patch_keep": ({"loss": DOCUMENT, "student": {"patch_keep": 0.5}}, {}),
     "lora": ({"loss": DOCUMENT, "student": {"lora": ADAPTERS}}, {}),
     "aspect": ({"loss": DOCUMENT, **ASPECT}, {}),
-    "muon": ({"loss": DOCUMENT}, {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}}),
 }
 
 

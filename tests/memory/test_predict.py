@@ -87,7 +87,7 @@ CELLS = {
         preset(loss={**CONTRAST, "target": "top"}, teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2
     ),
 }  # fmt: skip
-# Of the same loss or stage as one above; checkpointing is in tests/engine/test_muon.py too.
+# Of the same loss or stage as one above.
 MORE = {
     "ZeRO-1, accumulation": (preset(losses=("global", "cmli", "cls_kd")), ds_json(1, accumulation=2), 2),
     "checkpointing": (preset(**TWO_BLOCKS), ds_json(2, checkpointing=True), 2),

@@ -25,37 +25,34 @@ AXES = {
     "negatives": ("one", "cached"),  # one micro-batch, or two
     "exchange": ("gather", "ring"),
     "checkpointing": ("-", "recomputed"),
-    "optimizer": ("AdamW", "Muon"),
     "average": ("-", "ema"),  # with a rate for each layer
     "trained": ("-", "lora", "locked"),  # locked: the whole image tower
     "compile": ("-", "compiled"),
 }
 # Sixteen are the fewest, as there are four sources and four stages.
 RUNS = """
-clip   zero1 alone bf16 cached gather -          Muon  ema -      -
-siglip zero3 two   fp32 one    ring   -          Muon  -   lora   -
-run    zero3 alone fp32 cached gather -          AdamW ema locked -
-export zero2 alone bf16 one    ring   recomputed AdamW ema -      -
-siglip zero0 alone fp32 one    gather recomputed AdamW ema -      -
-run    zero1 two   bf16 one    ring   recomputed Muon  ema locked -
-clip   zero2 two   fp32 one    ring   -          AdamW ema lora   -
-run    zero2 alone fp32 one    gather -          AdamW -   -      -
-clip   zero3 two   bf16 cached ring   -          Muon  -   -      compiled
-export zero1 alone fp32 cached gather -          AdamW -   lora   compiled
-siglip zero2 alone bf16 cached gather recomputed Muon  -   locked compiled
-export zero0 two   bf16 one    ring   recomputed Muon  -   lora   compiled
-clip   zero0 alone bf16 cached ring   recomputed AdamW ema locked compiled
-run    zero0 two   fp32 cached gather -          Muon  -   lora   compiled
-export zero3 alone fp32 cached ring   recomputed Muon  ema locked compiled
-siglip zero1 alone bf16 cached gather recomputed AdamW -   -      compiled
+run    zero1 two   bf16 one    ring   -          ema locked compiled
+clip   zero3 alone fp32 cached ring   recomputed -   lora   -
+siglip zero0 two   fp32 one    gather -          -   -      -
+export zero2 alone bf16 cached gather recomputed ema -      compiled
+export zero1 alone fp32 cached gather -          -   locked -
+siglip zero3 two   bf16 one    gather recomputed ema lora   compiled
+run    zero2 two   bf16 cached ring   -          -   lora   -
+run    zero0 alone fp32 cached ring   recomputed ema -      compiled
+clip   zero0 alone bf16 one    gather -          ema locked compiled
+siglip zero2 alone fp32 cached ring   recomputed -   locked compiled
+export zero0 two   fp32 one    ring   recomputed ema lora   -
+clip   zero1 two   fp32 cached gather recomputed -   -      -
+run    zero3 two   fp32 one    gather -          ema -      compiled
+clip   zero2 two   fp32 one    gather recomputed -   -      -
+siglip zero1 two   bf16 one    ring   recomputed -   lora   -
+export zero3 two   fp32 cached ring   recomputed ema locked compiled
 """.strip().splitlines()
 JSON: dict[str, dict] = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in range(4)},
     "bf16": {"bf16": {"enabled": True}},
     "cached": {"gradient_accumulation_steps": 2},
     "recomputed": {"activation_checkpointing": {}},
-    "AdamW": {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
-    "Muon": {"optimizer": {"type": "Muon", "params": {"muon_lr": 0.02}}, "gradient_clipping": 0},
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "ring": {"loss.cmli_exchange": "ring"},
