@@ -150,9 +150,7 @@ def build_and_train(ready: Prepared) -> int:
         if raises:
             afterwards.callback(release, engine.engine)
         restore.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
-        run_folder.settle(
-            ready.start.resume, ready.point, folder, config, plan.deepspeed
-        )  # collective
+        run_folder.settle(ready.point, folder, config, plan.deepspeed)  # collective
         say(counts_line(engine.objective, engine.teacher))
         if ready.point is not None and ready.point.changed:
             rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1

@@ -13,7 +13,6 @@ from ds_cmli.distributed import process_group as distributed
 
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
-REPLACED = "replaced"  # an earlier run while a run that starts over in its folder has no checkpoint
 
 
 def step_of(name: str) -> int:
@@ -74,7 +73,7 @@ class ResumePoint:
     changed: bool = False  # whether this start has other settings, by --resume-with-changes
 
     def is_of(self, folder: Path) -> bool:
-        """Whether it is a checkpoint of the run in `folder`, or of the run that it replaces."""
+        """Whether it is a checkpoint of the run in `folder`."""
         return folder.resolve() in self.path.resolve().parents
 
     @property
@@ -109,8 +108,8 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
         lines.append(f"checkpoint {path} is damaged: {damage}; trying the one before")
     if lines:
         raise UserError(
-            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never "
-            "starts over"
+            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: give another "
+            "--output-dir to start over"
         )
     return None
 
@@ -126,14 +125,14 @@ def problem(path: Path) -> str | None:
 
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     """The checkpoints in the order in which to try them, and what is wrong with `--resume`."""
-    if resume == "never":
-        return [], None
     of_run = folder / FOLDER
     known = _paths(of_run)
+    if resume == "never":
+        if not known:
+            return [], None
+        return [], f"--resume is 'never', and {folder} has a run: give another --output-dir"
     if resume == "auto":
-        # A run that started over and ended before its first checkpoint resumes from the run that it
-        # was to replace.
-        return known or _paths(folder / REPLACED / FOLDER), None
+        return known, None
     path = Path(resume).absolute()
     if path.is_dir() and path.name in names(path.parent):
         root, paths = path.parent, [path]

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its creation, and an earlier run in it."""
+"""The folder of a run: its name, its creation, and the records of an earlier start in it."""
 
 import itertools
 import os
@@ -17,7 +17,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BAD_FILE
 from ds_cmli.distributed import process_group as distributed
@@ -27,8 +26,6 @@ METRICS = "metrics.jsonl"
 CHECKSUMS = METRICS + checksums.LINES
 DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
-# With those of `TRACKERS`, of which each has a folder of its name.
-OF_A_RUN = (METRICS, CHECKSUMS, BAD_FILE, "config.json")
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -130,7 +127,7 @@ def requeued(resume: str, folder: Path) -> str:
 
 
 def settle(
-    resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
+    point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
 ) -> None:
     """Remove from the run's folder the records of steps after that at which the run continues.
 
@@ -142,7 +139,7 @@ def settle(
     error = None
     if distributed.is_main():
         try:
-            _settle(resume, point, folder, config, ds_config)
+            _settle(point, folder, config, ds_config)
         except OSError as caught:
             error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     error = distributed.broadcast_object(error)  # collective
@@ -151,24 +148,14 @@ def settle(
 
 
 def _settle(
-    resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
+    point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
 ) -> None:
     root = folder / checkpoint.FOLDER
-    aside = folder / checkpoint.REPLACED
     checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
-    if resume == "never":
-        _set_aside(folder, aside)
-    elif aside.is_dir():
-        kept = aside / checkpoint.FOLDER
-        if not kept.exists() or not checkpoint.names(root):
-            _put_back(folder, aside)
-            if point is not None and point.path.parent == kept:
-                point.path = root / point.path.name
     state, expected = TrainState(), 0
     if point is None:
         checkpoint.remove(folder / BAD_FILE)
-        if resume != "never":
-            _keep_former(folder / METRICS)
+        _keep_former(folder / METRICS)
     else:
         state, name = point.state, point.path.name
         if point.path.parent.absolute() == root.absolute():
@@ -244,35 +231,3 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
             "was removed or cut off since; the run goes on without them"
         )
     return warnings
-
-
-def _set_aside(folder: Path, aside: Path) -> None:
-    """Move an earlier run aside for a new one, whose first checkpoint removes it."""
-    root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
-    # The last run also started over, and has no checkpoint.
-    if kept.exists() and not checkpoint.names(root):
-        for name in (*OF_A_RUN, *TRACKERS, checkpoint.FOLDER):
-            checkpoint.remove(folder / name)
-        return
-    if kept.exists():
-        checkpoint.remove(aside)
-    if checkpoint.names(root):
-        aside.mkdir(exist_ok=True)
-        for name in (*OF_A_RUN, *TRACKERS):
-            if (folder / name).exists() and not (aside / name).exists():
-                os.replace(folder / name, aside / name)
-        # Last, because until then the files moved aside still belong to the run in `folder`.
-        os.replace(root, kept)
-        files.sync_folder(aside)
-        files.sync_folder(folder)
-    checkpoint.remove(root)
-
-
-def _put_back(folder: Path, aside: Path) -> None:
-    """Undo `_set_aside`, even if it or this function was interrupted halfway."""
-    for name in (*OF_A_RUN, *TRACKERS, checkpoint.FOLDER):
-        if (aside / name).exists():
-            checkpoint.remove(folder / name)
-            os.replace(aside / name, folder / name)
-    files.sync_folder(folder)
-    aside.rmdir()

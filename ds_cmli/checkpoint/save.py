@@ -20,7 +20,6 @@ from ds_cmli.checkpoint import files, lock
 from ds_cmli.checkpoint.contents import (
     FOLDER,
     LATEST,
-    REPLACED,
     candidates,
     latest,
     names,
@@ -194,7 +193,6 @@ def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -
     for other in names(root):
         if other not in kept:
             remove(root / other)
-    remove(folder / REPLACED)
 
 
 def _publish_student(folder: Path) -> str:

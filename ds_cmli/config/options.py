@@ -178,7 +178,7 @@ START = (
         default="auto",
         show_default=True,
         metavar="auto|never|PATH",
-        help="auto: resume the run in --output-dir. never: start over. PATH: resume another run.",
+        help="auto: resume the run in --output-dir. never: a new run. PATH: resume another run.",
     ),
     option(
         "Checkpoints",

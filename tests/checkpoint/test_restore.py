@@ -1,10 +1,8 @@
 """Interrupted and resumed runs against unbroken ones: the same metrics, weights and samples."""
 
-import contextlib
 import functools
 import json
 import math
-import os
 import random
 import shutil
 import time
@@ -16,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli.checkpoint import contents, files, restore
+from ds_cmli.checkpoint import files, restore
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
@@ -288,86 +286,27 @@ def test_resume_by_path_goes_on_in_another_folder_or_the_same(copied, source, tm
         drive([*arguments, "--resume", str(tmp_path), "--output-dir", str(tmp_path / "other")])
 
 
-def test_never_starts_over(copied, source):
-    arguments = [*TINY, *source, "--output-dir", str(copied), "--resume", "never"]
-    assert drive(arguments, stop_at=1) == 85
-    assert [p.name for p in (copied / "checkpoint").glob("step*")] == ["step1"]
-    assert metrics(copied) == []
-
-
-class Killed(Exception):
-    pass
+def test_never_is_refused_where_there_is_a_run(copied, source):
+    before = snapshot(copied)
+    with pytest.raises(UserError, match=r"--resume is 'never', and .* has a run: give another --output-dir"):
+        drive([*TINY, *source, "--output-dir", str(copied), "--resume", "never"])
+    assert snapshot(copied) == before
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_path, monkeypatch, capfd):
-    arguments = [*TINY, *source, "--output-dir", str(copied)]
-
-    def killed(run):
-        raise Killed
-
-    for _ in range(2):  # also where it starts over again
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Run, "save", killed)
-            drive([*arguments, "--resume", "never", "--save-every", "5"])
-        kept = copied / contents.REPLACED / "checkpoint"
-        assert sorted(path.name for path in kept.glob("step*")) == ["step2", "step4"]
-        assert [line["step"] for line in metrics(copied)] == [3, 5]
-    again = Path(shutil.copytree(copied, tmp_path / "again"))
-    # Going on means going on with the run that was to be replaced.
-    assert drive(arguments) == 0
-    assert f"resuming from {copied / contents.REPLACED / 'checkpoint' / 'step4'}" in capfd.readouterr().out
-    assert [line["step"] for line in metrics(copied)] == [3, 5, 6, 9, 10, 12, 12]
-    assert not (copied / contents.REPLACED).exists()
-    # The first checkpoint of the new run ends the old one.
-    assert drive([*arguments[:-1], str(again), "--resume", "never"], stop_at=1) == 85
-    assert not (again / contents.REPLACED).exists()
-    assert [p.name for p in (again / "checkpoint").glob("step*")] == ["step1"]
-
-
-def test_moving_a_run_aside_may_be_stopped_anywhere(stopped, tmp_path, monkeypatch):
-    from ds_cmli.checkpoint import run_folder
-
-    before = snapshot(stopped)
-    replace = os.replace
-    for moves in range(4):
-        for more in range(5):
-            folder = Path(shutil.copytree(stopped, tmp_path / f"{moves}-{more}"))
-            left = [moves]
-
-            def one(source, target, left=left):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise Killed
-                replace(source, target)
-
-            monkeypatch.setattr(os, "replace", one)
-            with pytest.raises(Killed):
-                run_folder._set_aside(folder, folder / "replaced")
-            left[0] = more
-            with contextlib.suppress(Killed, OSError):
-                run_folder._put_back(folder, folder / "replaced")
-            monkeypatch.setattr(os, "replace", replace)
-            entry, error = contents._candidates("auto", folder)
-            assert error is None and [path.name for path in entry] == ["step4", "step2"]
-            if (folder / "replaced").is_dir():
-                run_folder._put_back(folder, folder / "replaced")
-            assert snapshot(folder) == before
-
-
-def test_never_is_done_with_once_a_slurm_job_is_requeued(copied, source, monkeypatch, capfd):
-    arguments = [*TINY, *source, "--output-dir", str(copied), "--resume", "never"]
+def test_never_is_done_with_once_a_slurm_job_is_requeued(source, tmp_path, monkeypatch, capfd):
+    arguments = [*TINY, *source, "--output-dir", str(tmp_path / "new"), "--resume", "never"]
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     assert drive(arguments, stop_at=1) == 85
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert drive(arguments, stop_at=2) == 85
-    assert f"resuming from {copied / 'checkpoint' / 'step1'}" in capfd.readouterr().out
-    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, requeued before it has saved
-    assert drive(arguments, stop_at=1) == 85
-    assert "resuming" not in capfd.readouterr().out
+    assert f"resuming from {tmp_path / 'new' / 'checkpoint' / 'step1'}" in capfd.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job's run is not gone on with
+    with pytest.raises(UserError, match="has a run"):
+        drive(arguments)
 
 
 def assert_same_weights(folder: Path, other: Path) -> None:
