@@ -3,7 +3,6 @@
 import os
 import tempfile
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +34,6 @@ class ExportOptions:
     tokenizer: str | None
     ema: bool
     interpolate: float | None
-    onnx: bool | None
     measure: bool
     push: str | None
 
@@ -62,11 +60,6 @@ class ExportOptions:
     help="Weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
 )
 @click.option(
-    "--onnx/--no-onnx",
-    default=None,
-    help="Also write both towers as ONNX.  [default: where the extra 'export' is installed]",
-)
-@click.option(
     "--measure/--no-measure",
     default=True,
     show_default=True,
@@ -79,7 +72,7 @@ def command(run: str, folder: str, **given: Any) -> None:
     Without --as, it is a model of this package.
     """
     options = ExportOptions(**given)
-    kind, onnx, push = options.kind, options.onnx, options.push
+    kind, push = options.kind, options.push
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
@@ -88,7 +81,6 @@ def command(run: str, folder: str, **given: Any) -> None:
 
     if push is not None:
         hub.check(push)
-    with_onnx = _with_onnx(onnx)
     trained = exported.load_run(Path(run), options.tokenizer, options.ema, options.interpolate)
     if kind is None and trained.config.data.aspect_patch:
         raise UserError(
@@ -96,8 +88,6 @@ def command(run: str, folder: str, **given: Any) -> None:
             "alone: give --as siglip if it began as a NaFlex model, or use ds_cmli.inference.Model"
         )
     if kind is not None:
-        if onnx:
-            raise UserError(f"--onnx has no effect with --as {kind}: leave it out")
         library.check(trained.config, kind)
     parent = target.resolve().parent
     try:
@@ -112,10 +102,7 @@ def command(run: str, folder: str, **given: Any) -> None:
             lines = library.write(out, trained, kind)
         else:
             source = card.ExportedRun(Path(run), trained.config, options.ema, options.interpolate)
-            lines = _write(out, trained, source, options, with_onnx)
-            if not with_onnx:
-                reason = {None: "pip install 'ds-cmli[export]'", False: "--no-onnx is given"}
-                lines.append(f"no ONNX: {reason[onnx]}")
+            lines = _write(out, trained, source, options)
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
         exported.write_checksums(out)
@@ -135,41 +122,27 @@ def command(run: str, folder: str, **given: Any) -> None:
         click.echo(f"pushed to {hub.push(target, push)}")
 
 
-def _with_onnx(onnx: bool | None) -> bool:
-    """Whether to write ONNX. Raises `UserError` for --onnx where it is not installed."""
-    from ds_cmli.export import towers
-
-    installed = all(map(find_spec, towers.NEEDS))
-    if onnx and not installed:
-        raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
-    return installed if onnx is None else onnx
-
-
 def _write(
     out: Path,
     trained: "Trained",
     source: "ExportedRun",
     options: ExportOptions,
-    with_onnx: bool,
 ) -> list[str]:
     """Write a model of this package; returns lines for the user about what was written."""
-    from ds_cmli.export import card, encoders, towers
+    from ds_cmli.export import card, encoders
     from ds_cmli.export import folder as exported
 
     model = exported.write_model(out, trained)
     results = card.find_results(out, source, options.tokenizer, options.measure)
-    card.write_card(out, source, model, results, with_onnx)
+    card.write_card(out, source, model, results)
     image, ids, mask = exported.example(model)
     text = out / encoders.TEXT
     of = "the run's" if source.share is None else "those of the interpolated weights"
-    lines = [
+    return [
         f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit",
         encoders.write_image_encoder(out / encoders.IMAGE, model, image),
         encoders.write_text_encoder(text, model, trained.tokenizer, ids, mask),
     ]
-    if with_onnx:
-        lines += towers.write_onnx(out / "onnx", model, image, ids, mask)
-    return lines
 
 
 def main() -> None:

@@ -191,9 +191,9 @@ def _parsed(line: bytes) -> dict[str, Any]:
 
 
 def write_card(
-    folder: Path, source: ExportedRun, model: CMLIModel, results: Results | None, onnx: bool
+    folder: Path, source: ExportedRun, model: CMLIModel, results: Results | None
 ) -> None:
-    """Write `README.md` for the model that was exported to `folder`; `onnx`: with ONNX files."""
+    """Write `README.md` for the model that was exported to `folder`."""
     config, student = source.config, model.student
     data, installed = config.data, versions()
     rows, columns = student.grid
@@ -220,7 +220,6 @@ def write_card(
         D=config.student.embed_dim,
         S=data.image_size,
         M=data.context_length,
-        onnx=onnx,
         results=results,
         names=results.names() if results else NAMES,
         versions=", ".join(libraries),

@@ -10,7 +10,7 @@ from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.export import encoders
 
 # Folders that an earlier export may have and this one not: their files are of other weights.
-FOLDERS = (encoders.IMAGE, encoders.TEXT, "onnx")
+FOLDERS = (encoders.IMAGE, encoders.TEXT)
 
 
 def check(name: str) -> None:

@@ -79,7 +79,7 @@ def test_a_flipped_bit_of_an_export_is_refused_here_and_found_by_sha256sum(run, 
 
     (run / "metrics.jsonl").write_text(json.dumps({"step": 7, "eval/seen/global/i2t_r1": 0.1}) + "\n")
     folder = tmp_path / "a model"
-    command.main([str(run), str(folder), "--no-onnx"], standalone_mode=False)
+    command.main([str(run), str(folder)], standalone_mode=False)
     check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
     assert subprocess.run(check, cwd=folder).returncode == 0
     listed = {line.split("  ", 1)[1] for line in (folder / "SHA256SUMS").read_text().splitlines()}

@@ -34,7 +34,7 @@ def make_run(folder, student=None, losses=("global", "cmli"), data=None):
 
 
 def export(run, folder, *options):
-    command.main([str(run), str(folder), "--no-onnx", "--no-measure", *options], standalone_mode=False)
+    command.main([str(run), str(folder), "--no-measure", *options], standalone_mode=False)
     return folder
 
 

@@ -1,43 +1,32 @@
 """The model card: numbers of what is exported, licences, and code that runs in its folder."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
-from transformers import AutoModel
 
 from ds_cmli.checkpoint.save import FOLDER
-from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.config.schema import Config
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.export import card
 from ds_cmli.export.card import MEASURES, licences
-from ds_cmli.export.folder import example
 from tests.conftest import clean_environment
 from tests.export.conftest import export, make_run
 
-# Runs the blocks of the card, in its folder.
+# Runs the block of the card, in its folder.
 BLOCKS = """
 import re
-spaces = []
-for block in re.findall(r"(?ms)^```python\\n(.*?)^```", open("README.md").read()):
-    spaces.append({})
-    exec(compile(block, "README.md", "exec"), spaces[-1])
-first, second = spaces
-for name in ("logits_per_image", "logits_per_text"):
-    difference = abs(first["out"][name].numpy() - second[name]).max()
-    assert difference < 1e-3, (name, difference)
-assert first["out"].logits_per_text.shape == (3, 2)
+(block,) = re.findall(r"(?ms)^```python\\n(.*?)^```", open("README.md").read())
+exec(compile(block, "README.md", "exec"))
+assert out.logits_per_text.shape == (3, 2)
 """
 
 
 @pytest.fixture(scope="module")
 def measured(run, tmp_path_factory):
-    """The card's folder and what `evaluate_split` found of each split, with few pairs and ONNX."""
+    """The card's folder and what `evaluate_split` found of each split, with few pairs."""
     by_name = {}
 
     def few(objective, dataset, *arguments):
@@ -49,36 +38,18 @@ def measured(run, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(card, "evaluate_split", few)
-        folder = export(run, tmp_path_factory.mktemp("card") / "model", "--onnx", "--measure")
+        folder = export(run, tmp_path_factory.mktemp("card") / "model", "--measure")
     return folder, by_name
 
 
 @pytest.mark.slow
-def test_its_code_runs_and_onnx_gives_the_same(measured, tmp_path):
-    pytest.importorskip("onnxruntime")
+def test_its_code_runs(measured, tmp_path):
     folder, _ = measured
     env = clean_environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", BLOCKS]
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tensor([") == 2
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_towers_as_onnx_give_the_trained_features_for_any_number_of_texts(measured):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    folder, _ = measured
-    assert {path.name for path in (folder / "onnx").glob("*.onnx")} == {"image.onnx", "text.onnx", "scores.onnx"}
-    model = AutoModel.from_pretrained(folder)
-    _, ids, mask = example(model)
-    session = onnxruntime.InferenceSession(folder / "onnx" / "text.onnx")
-    ids, mask = ids[[0, 1, 0], :9], mask[[0, 1, 0], :9]
-    cls, tokens, valid = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
-    assert torch.equal(torch.from_numpy(valid), model.token_mask(ids, mask))
-    wanted = model.get_text_features(ids, mask)
-    torch.testing.assert_close(torch.from_numpy(cls), l2_normalize(wanted.pooler_output), atol=1e-5, rtol=0)
-    torch.testing.assert_close(torch.from_numpy(tokens), l2_normalize(wanted.last_hidden_state), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -133,4 +104,3 @@ def test_a_run_without_results_has_none(tmp_path):
     (run / "metrics.jsonl").unlink()
     card = (export(run, tmp_path / "model") / "README.md").read_text()
     assert "None: the model was not measured" in card
-    assert not re.search(r"onnx", card)

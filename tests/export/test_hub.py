@@ -69,7 +69,7 @@ class Server(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     server.address = f"http://127.0.0.1:{server.server_port}"
-    server.files, server.full = {"notes.md": b"mine", "onnx/text.onnx": b"of former weights"}, False
+    server.files, server.full = {"notes.md": b"mine", "text_encoder/text.onnx": b"of former weights"}, False
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
