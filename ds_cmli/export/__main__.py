@@ -35,7 +35,6 @@ class ExportOptions:
     ema: bool
     interpolate: float | None
     measure: bool
-    push: str | None
 
 
 @click.command()
@@ -65,22 +64,19 @@ class ExportOptions:
     show_default=True,
     help="Evaluate the exported model for its card.",
 )
-@click.option("--push", metavar="NAME", help="Upload DIR to the Hugging Face Hub as NAME.")
 def command(run: str, folder: str, **given: Any) -> None:
     """Write the student of RUN into the new folder DIR.
 
     Without --as, it is a model of this package.
     """
     options = ExportOptions(**given)
-    kind, push = options.kind, options.push
+    kind = options.kind
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
-    from ds_cmli.export import card, hub, library
+    from ds_cmli.export import card, library
     from ds_cmli.export import folder as exported
 
-    if push is not None:
-        hub.check(push)
     trained = exported.load_run(Path(run), options.tokenizer, options.ema, options.interpolate)
     if kind is None and trained.config.data.aspect_patch:
         raise UserError(
@@ -118,8 +114,6 @@ def command(run: str, folder: str, **given: Any) -> None:
         lines += FORMATS.splitlines()
     for line in lines:
         click.echo(line)
-    if push is not None:
-        click.echo(f"pushed to {hub.push(target, push)}")
 
 
 def _write(
