@@ -18,15 +18,6 @@ if TYPE_CHECKING:
     from ds_cmli.export.card import ExportedRun
     from ds_cmli.export.folder import Trained
 
-FORMATS = """\
-open_clip: by --as open_clip, of a student that began as a model of open_clip. Blocks over both \
-modalities have no place in its models.
-sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a \
-PyLate ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds \
-pictures and texts under shared blocks, nor scores both ways. Their \
-indexes take the unit vectors of \
-get_text_features and get_image_features."""
-
 
 @dataclass
 class ExportOptions:
@@ -110,8 +101,6 @@ def command(run: str, folder: str, **given: Any) -> None:
     lines.append(
         f"{name}: `sha256sum --check {name}` in the folder tells whether a file is damaged"
     )
-    if kind is None:
-        lines += FORMATS.splitlines()
     for line in lines:
         click.echo(line)
 
@@ -123,20 +112,14 @@ def _write(
     options: ExportOptions,
 ) -> list[str]:
     """Write a model of this package; returns lines for the user about what was written."""
-    from ds_cmli.export import card, encoders
+    from ds_cmli.export import card
     from ds_cmli.export import folder as exported
 
     model = exported.write_model(out, trained)
     results = card.find_results(out, source, options.tokenizer, options.measure)
     card.write_card(out, source, model, results)
-    image, ids, mask = exported.example(model)
-    text = out / encoders.TEXT
     of = "the run's" if source.share is None else "those of the interpolated weights"
-    return [
-        f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit",
-        encoders.write_image_encoder(out / encoders.IMAGE, model, image),
-        encoders.write_text_encoder(text, model, trained.tokenizer, ids, mask),
-    ]
+    return [f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit"]
 
 
 def main() -> None:

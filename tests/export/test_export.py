@@ -4,9 +4,7 @@ import subprocess
 import sys
 
 import pytest
-import timm
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -158,17 +156,6 @@ def test_without_the_package_the_error_names_it(exported, tmp_path):
     assert "ds_cmli" in done.stderr and "pip install ds_cmli" in done.stderr
 
 
-@torch.no_grad()
-def test_encoders_stand_alone_in_their_libraries(model, exported, inputs):
-    image = timm.create_model(f"local-dir:{exported}/image_encoder_timm", pretrained=True).eval()
-    pixels = model.student.pixels(inputs["pixel_values"], torch.float32)
-    assert torch.equal(image.forward_features(pixels), model.student.image(pixels))
-    text = AutoModel.from_pretrained(exported / "text_encoder")
-    assert type(text) is transformers.BertModel
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    assert torch.equal(text(ids, mask).last_hidden_state, model.student.text(ids, mask))
-
-
 def test_others_may_read_it(exported):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (exported, *exported.rglob("*")))
 
@@ -179,27 +166,24 @@ T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
 
 
 @pytest.mark.parametrize(
-    "student, losses, told",
+    "student, losses",
     [
-        ({"image_model": "eva02_tiny_patch14_224", "image_overrides": SMALL}, ("cmli",), "no timm checkpoint"),
+        ({"image_model": "eva02_tiny_patch14_224", "image_overrides": SMALL}, ("cmli",)),
         (
             {"image_model": "resnet18", "image_overrides": {"layers": [1, 1, 1, 1]}, "text_model": "clip",
              "text_overrides": BERT},
             ("cmli_sigmoid", "global_sigmoid"),
-            "CLIPTextModel",
         ),
         (
             {"image_model": "swin_tiny_patch4_window7_224", "text_model": "t5", "text_overrides": T5,
              "image_overrides": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}},
             ("global",),
-            "T5EncoderModel",
         ),
     ],
 )  # fmt: skip
-def test_backbones_of_all_kinds(student, losses, told, tmp_path, capsys):
+def test_backbones_of_all_kinds(student, losses, tmp_path):
     run = make_run(tmp_path / "run", student, losses, {"image_size": 64 if "resnet18" in student.values() else 56})
     folder = export(run, tmp_path / "model")  # which compares the features
-    assert told in capsys.readouterr().out
     trained, again = Model.load(run, "cpu"), Model.load(folder, "cpu")
     assert torch.equal(trained.embed_texts(TEXTS).tokens, again.embed_texts(TEXTS).tokens)
 
