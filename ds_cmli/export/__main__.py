@@ -2,9 +2,7 @@
 
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,19 +11,6 @@ from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.registry import DUAL
-
-if TYPE_CHECKING:
-    from ds_cmli.export.card import ExportedRun
-    from ds_cmli.export.folder import Trained
-
-
-@dataclass
-class ExportOptions:
-    kind: str | None
-    tokenizer: str | None
-    ema: bool
-    interpolate: float | None
-    measure: bool
 
 
 @click.command()
@@ -49,26 +34,26 @@ class ExportOptions:
     type=click.FloatRange(0, 1),
     help="Weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
 )
-@click.option(
-    "--measure/--no-measure",
-    default=True,
-    show_default=True,
-    help="Evaluate the exported model for its card.",
-)
-def command(run: str, folder: str, **given: Any) -> None:
+def command(
+    run: str,
+    folder: str,
+    kind: str | None,
+    tokenizer: str | None,
+    ema: bool,
+    interpolate: float | None,
+) -> None:
     """Write the student of RUN into the new folder DIR.
 
     Without --as, it is a model of this package.
     """
-    options = ExportOptions(**given)
-    kind = options.kind
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
-    from ds_cmli.export import card, library
     from ds_cmli.export import folder as exported
+    from ds_cmli.export import library
+    from ds_cmli.export.readme import write_readme
 
-    trained = exported.load_run(Path(run), options.tokenizer, options.ema, options.interpolate)
+    trained = exported.load_run(Path(run), tokenizer, ema, interpolate)
     if kind is None and trained.config.data.aspect_patch:
         raise UserError(
             f"{run!r} was trained with data.aspect_patch, and an export takes square pictures "
@@ -88,8 +73,13 @@ def command(run: str, folder: str, **given: Any) -> None:
         if kind is not None:
             lines = library.write(out, trained, kind)
         else:
-            source = card.ExportedRun(Path(run), trained.config, options.ema, options.interpolate)
-            lines = _write(out, trained, source, options)
+            exported.write_model(out, trained)
+            weights = "the averaged weights (EMA)" if ema else "the weights"
+            if interpolate is not None:
+                weights = f"{interpolate:g} of the way from student.source to {weights}"
+            weights += " of its run"
+            write_readme(out, target.resolve().name, trained.config, weights)
+            lines = [f"loads by AutoModel and AutoProcessor, with {weights}"]
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
         exported.write_checksums(out)
@@ -103,23 +93,6 @@ def command(run: str, folder: str, **given: Any) -> None:
     )
     for line in lines:
         click.echo(line)
-
-
-def _write(
-    out: Path,
-    trained: "Trained",
-    source: "ExportedRun",
-    options: ExportOptions,
-) -> list[str]:
-    """Write a model of this package; returns lines for the user about what was written."""
-    from ds_cmli.export import card
-    from ds_cmli.export import folder as exported
-
-    model = exported.write_model(out, trained)
-    results = card.find_results(out, source, options.tokenizer, options.measure)
-    card.write_card(out, source, model, results)
-    of = "the run's" if source.share is None else "those of the interpolated weights"
-    return [f"loads by AutoModel and AutoProcessor, features equal to {of} to the bit"]
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sou
         ends = between["0"][name], between["1"][name]
         torch.testing.assert_close(value, 0.75 * ends[0] + 0.25 * ends[1])
         assert name not in plain or (torch.equal(ends[0], source[name]) and torch.equal(ends[1], plain[name]))
-    own = export(run, tmp_path / "own", "--interpolate", "0.25", "--no-measure")
+    own = export(run, tmp_path / "own", "--interpolate", "0.25")
     name = "student.text.token_head.weight"
     assert torch.equal(load_file(own / "model.safetensors")[name], between["0.25"]["text.weight"])
     assert "0.25 of the way from student.source to the weights" in (own / "README.md").read_text()
@@ -141,7 +141,7 @@ def test_without_a_source_nothing_is_interpolated(sources, run, tmp_path):
 
 def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
     run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
-    own = export(run, tmp_path / "own", "--no-measure")
+    own = export(run, tmp_path / "own")
     wanted = Model.load(run, device="cpu")
     pixels = torch.stack([wanted.read(picture) for picture in pictures])
     for place in (run, own, run / "student.safetensors"):

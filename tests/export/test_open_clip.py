@@ -58,7 +58,7 @@ def test_after_ten_steps_the_library_computes_its_features(kind, folders, tmp_pa
 def test_an_export_of_this_package_needs_nothing_of_the_source(folders, tmp_path, pictures):
     run = run_of(folders["coca"], tmp_path / "run", losses(folders["coca"]))
     wanted = Model.load(run, device="cpu")
-    own = export(run, tmp_path / "own", "--no-measure")
+    own = export(run, tmp_path / "own")
     result = Model.load(own, device="cpu")
     texts = ["Two  &amp; DOGS"]
     assert torch.equal(result.embed_images(pictures).cls, wanted.embed_images(pictures).cls)

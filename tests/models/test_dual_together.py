@@ -83,7 +83,7 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     by_name = {"clip": clip(folder / "clip"), "siglip": siglip(folder / "siglip"), "export": folder / "export"}
     (folder / "plain").mkdir()
     write_run(folder / "plain")
-    export.main([str(folder / "plain"), str(by_name["export"]), "--no-measure"], standalone_mode=False)
+    export.main([str(folder / "plain"), str(by_name["export"])], standalone_mode=False)
     by_name["run"] = run_of(by_name["clip"], folder / "run", {"global": 1.0, "cmli": 1.0})
     return by_name
 

@@ -82,7 +82,7 @@ def test_flair_keeps_its_pooling_between_the_weights_and_is_left_out_of_the_libr
     train(given, start, "global,flair", run, "--steps", "2", stage=3)
     said = python("-m", "ds_cmli.export", str(run), str(tmp_path / "x"), "--as", "clip", "--interpolate", "0.5")
     assert "the pooling of the loss flair is left out" in said
-    python("-m", "ds_cmli.export", str(run), str(tmp_path / "half"), "--interpolate", "0.5", "--no-measure")
+    python("-m", "ds_cmli.export", str(run), str(tmp_path / "half"), "--interpolate", "0.5")
     trained = load_file(run / "student.safetensors")
     half, poolings = load_file(tmp_path / "half" / "model.safetensors"), 0
     for name, value in trained.items():

@@ -53,7 +53,7 @@ def used(run: Path) -> dict[str, object]:
     done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(evaluated)])
     assert done.exception is None, done.exception
     by_name["evaluated"] = json.loads(evaluated.read_text())
-    done = CliRunner().invoke(export, [str(run), str(exported), "--no-measure"])
+    done = CliRunner().invoke(export, [str(run), str(exported)])
     if done.exception is None:
         compare(run, exported)
     else:
