@@ -1,4 +1,4 @@
-"""Blocks and segments of CUDA's caching allocator, its constants and its settings.
+"""Blocks and segments of CUDA's caching allocator, and its constants.
 
 "Rule 1" and so on are the rules listed in the docstring of `allocator`.
 """
@@ -13,9 +13,6 @@ LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
-# The id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too.
-Pool = tuple[int, int]
-DEFAULT_POOL = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -58,33 +55,8 @@ def peaks_of_phases(events: Sequence[Event]) -> dict[str, int]:
     return most
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of PYTORCH_ALLOC_CONF, with sizes in bytes. By default everything is off."""
-
-    # A block of this size or more is not split. It serves no request below this size, and only
-    # requests that are less than 20 MiB smaller than the block.
-    max_split_size: int | None = None
-    # Requests are rounded up to this many steps between two powers of two.
-    roundup_power2_divisions: int = 0
-    # If more than this share of the limit is reserved when a new segment is needed, wholly free
-    # segments of the large pool that are at least as old as their mean are returned first.
-    garbage_collection_threshold: float = 0.0
-    expandable_segments: bool = False  # modelled in `expandable`
-    by_address: bool = False  # rule 3 as before torch 2.13; no setting of PyTorch's
-
-
-DEFAULTS = Settings()
-
-
-def rounded(requested: int, divisions: int = 0) -> int:
-    """Rule 1; requests above `divisions` * 512 B follow roundup_power2_divisions, if it is on."""
-    if divisions > 1 and requested > MIN_BLOCK * divisions:
-        floor = 1 << (requested.bit_length() - 1)
-        step = floor >> (divisions.bit_length() - 1)
-        if requested == floor:
-            return requested
-        return -(-requested // step) * step
+def rounded(requested: int) -> int:
+    """Rule 1."""
     return -(-requested // MIN_BLOCK) * MIN_BLOCK
 
 
@@ -129,12 +101,10 @@ class Block:
     event: Event | None = None  # the allocation, while the block is in use
     before: "Block | None" = None
     after: "Block | None" = None
-    freed_at: int = 0  # when it was freed, counted in requests to its pool until then
-    mapped: bool = True  # False: address space of an expandable segment without memory behind it
 
     @property
     def free(self) -> bool:
-        return not self.requested and self.mapped
+        return not self.requested
 
     @property
     def place(self) -> Place:
@@ -143,23 +113,22 @@ class Block:
 
 @dataclass(eq=False)
 class Segment:
-    """The memory that one call of cudaMalloc returned; in `expandable`, a range of addresses."""
+    """The memory that one call of cudaMalloc returned."""
 
     address: int
     size: int
     stream: int
     small: bool
-    pool: Pool = DEFAULT_POOL
     first: Block = field(init=False)
     event: Event | None = None  # the allocation that needed a new segment
-    number: int = 0  # in the order in which segments were taken; at most 0: before the history
+    number: int = 0  # in the order in which segments were taken
 
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)
 
     @property
-    def key(self) -> tuple[Pool, bool, int]:
-        return self.pool, self.small, self.stream
+    def key(self) -> tuple[bool, int]:
+        return self.small, self.stream
 
     @property
     def free(self) -> bool:
@@ -177,9 +146,7 @@ class Segment:
 class Action:
     """One action of the allocator, named as in `torch.cuda.memory._record_memory_history`."""
 
-    # One of alloc, free_requested, free_completed, segment_alloc, segment_free, segment_map or
-    # segment_unmap.
-    name: str
+    name: str  # one of alloc, free_requested, free_completed, segment_alloc and segment_free
     address: int
     bytes: int  # for alloc and free_*: the requested bytes
     stream: int

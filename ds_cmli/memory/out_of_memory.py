@@ -40,7 +40,6 @@ PHRASES = (
     "out of memory",
     "ALLOC_FAILED",
 )
-EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 ADVICE_SECONDS = 120  # limit for all predictions together; the other ranks wait meanwhile
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -221,10 +220,6 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
             return changed["totals"][total]
 
         fitting = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
-    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
-    expandable = "expandable_segments:True" in settings
-    if 0 < answer.expandable <= room and not expandable:
-        fitting.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
     for name, size in fitting:
         lines.append(f"would fit in {room:,} B by prediction: {name}: {size:,} B")
     if not fitting:

@@ -18,9 +18,6 @@ from typing import Any
 import torch
 
 from ds_cmli.allocator import snapshot
-from ds_cmli.allocator.allocator import replay
-from ds_cmli.allocator.blocks import Settings
-from ds_cmli.allocator.expandable import ExpandableAllocator
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, Section
@@ -61,7 +58,6 @@ class PredictionAnswer:
     report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
     fails: bool = False  # whether a training run would fail for that reason, too
-    expandable: int = 0  # what a GPU's allocator would reserve with expandable segments, in bytes
 
 
 class Predictor:
@@ -135,11 +131,7 @@ def answer(request: JsonObject) -> PredictionAnswer:
         )
         if request["snapshot"]:
             snapshot.write(prediction.events, request["snapshot"])
-        expandable = 0
-        if request["target"] == "cuda":
-            allocator = ExpandableAllocator(None, Settings(expandable_segments=True))
-            expandable = replay(prediction.events, allocator=allocator).reserved_peak
-        return PredictionAnswer(prediction.report.to_dict(), expandable=expandable)
+        return PredictionAnswer(prediction.report.to_dict())
     except Exception as error:  # after any error the next request must still be answered
         why = " ".join(str(error).split())
         if not isinstance(error, UserError):

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 
 from ds_cmli import engine  # noqa: E402
 from ds_cmli.allocator import gpus  # noqa: E402
-from ds_cmli.allocator.history import replay_history  # noqa: E402
+from ds_cmli.allocator.allocator import CachingAllocator  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.memory import measure, predict_subprocess  # noqa: E402
@@ -29,14 +29,36 @@ def measured(config: Config, ds_config: dict[str, Any], world: int) -> dict[str,
     """Peaks on this GPU, and the error of the allocator's model on the recorded requests."""
     measure.record_history()
     totals = measure_gpu.peaks(config, ds_config, world)
-    replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
-    model = {
-        "allocations": replayed.allocations,
-        "at_recorded_address": replayed.at_recorded_address,
-        "unknown": replayed.unknown,
-        "error": replayed.reserved_peak_replayed / replayed.reserved_peak_recorded - 1,
-    }
-    return {"measured": {"totals": totals}, "allocator": model}
+    trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
+    return {"measured": {"totals": totals}, "allocator": modelled(trace)}
+
+
+def modelled(trace: list[dict[str, Any]]) -> dict[str, float]:
+    """The allocator's model on a history that is whole: from its first allocation on."""
+    allocator, live, begins = CachingAllocator(), {}, {}
+    reserved = peak = peak_of_model = allocations = at_address = unknown = segment = 0
+    for before, entry in zip([None, *trace], trace, strict=False):
+        action, address, size = entry["action"], entry["addr"], entry["size"]
+        if action == "segment_alloc":
+            reserved, segment = reserved + size, address
+        elif action == "segment_free":
+            reserved -= size
+            if before["action"] != action:
+                allocator.empty_cache()
+        elif action == "alloc":
+            block = live[address] = allocator.malloc(size, entry["stream"])
+            # Where the device has put each of the model's segments.
+            begin = begins.setdefault(block.segment.address, segment)
+            allocations += 1
+            at_address += address == begin + block.address - block.segment.address
+        elif action == "free_completed":
+            block = live.pop(address, None)
+            unknown += block is None
+            if block is not None:
+                allocator.free(block)
+        peak, peak_of_model = max(peak, reserved), max(peak_of_model, allocator.reserved)
+    model = {"allocations": allocations, "at_recorded_address": at_address, "unknown": unknown}
+    return {**model, "error": peak_of_model / peak - 1}
 
 
 def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:

@@ -246,35 +246,6 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     ]
 
 
-def test_expandable_segments_are_proposed_first_where_only_fragments_are_missing(monkeypatch):
-    config = load_preset("tiny", {})
-    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
-
-    class Predictor:
-        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
-
-        def __init__(self, timeout_s):
-            pass
-
-        def ask(self, request):
-            report = {"categories": {"data": 50}, "totals": {"requested": 50, "reserved": 100}}
-            return predict_subprocess.PredictionAnswer(report, expandable=60)
-
-    monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
-    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
-
-    def proposals(room: int) -> list[str]:
-        return out_of_memory.advise(Step(config, ds_config, 1, True), room, "")[3:]
-
-    assert proposals(70) == [
-        "would fit in 70 B by prediction: PYTORCH_ALLOC_CONF=expandable_segments:True in the environment: 60 B"
-    ]
-    assert proposals(50) == ["no setting that was tried would fit in 50 B: a smaller model or more memory"]
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    assert proposals(70) == ["no setting that was tried would fit in 70 B: a smaller model or more memory"]
-
-
 def test_the_predicting_process_answers_each_request_and_names_what_fails(predicting_process):
     config = load_preset("tiny", {})
     wrong = {**ZERO2, "train_batch_size": 3, "train_micro_batch_size_per_gpu": 8}
