@@ -77,8 +77,6 @@ def allowed(schema: dict) -> str:
         inner = allowed(values) if isinstance(values, dict) else ""
         keys = allowed(names) if "enum" in names else ""
         return "object" + (f" of {keys}" if keys else "") + (f": {inner}" if inner else "")
-    if kind == "string" and schema.get("pattern", "").startswith("^queue"):
-        return "`queue:N`, `queue:N,tokens:K`"
     words = {
         "integer": "integer",
         "number": "number",

@@ -205,14 +205,6 @@ MUTATIONS = (
         ("inference", "models/test_any_aspect.py"),
     ),
     Mutation(
-        "bank-pictures",
-        "every rank compares with the pictures of rank 0",
-        "losses/bank.py",
-        "own = ids[distributed.rank() * B :][:B]",
-        "own = ids[:B]",
-        ("losses",),
-    ),
-    Mutation(
         "cached-scale",
         "with gradient caching the temperatures' gradients keep the loss scale of fp16",
         "losses/cached.py",

@@ -5,10 +5,8 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors import safe_open
 
-from ds_cmli.checkpoint.weights import BANKS
 from ds_cmli.config.schema import load_config
 from tests.checkpoint.test_restore import AUGMENTED, assert_same, json_file, ranks
 from tests.covering import not_met
@@ -26,12 +24,12 @@ AXES = {
     "stage": ("zero0", "zero1", "zero2", "zero3"),
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
-    "step": ("one", "micro", "cached", "queue"),  # one micro-batch, or two, and what is compared
+    "step": ("one", "micro", "cached"),  # one micro-batch, or two, and what is compared
     "exchange": ("gather", "ring"),
     "checkpointing": ("-", "again"),
     "average": ("-", "ema"),
     "pictures": ("square", "kept", "aspect"),
-    "losses": ("target", "banks", "sparc", "sigmoid"),
+    "losses": ("target", "sparc", "sigmoid"),
     "adapters": ("-", "lora"),
     "layers": ("-", "part"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
@@ -43,43 +41,36 @@ AXES = {
     "compared": ("all", "cut", "top"),
     "duplicates": ("mask", "keep"),
 }
-ALONE = ("K2", "each", *AXES["negatives"][1:], "cut", "top")  # no queue takes these
 IMPOSSIBLE = (
     {"aspect", "sparc"},
     {"aspect", "top"},
     {"part", "warmup"},
-    *({"queue", value} for value in ALONE),
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero3 alone bf16 micro  gather again ema square sparc   -    -    warmup -     K2   right flair boxes cut mask
-zero2 two   fp32 one    ring   -     -   kept   sparc   lora part -      group K1   s-own -     -     all keep
-zero0 alone fp32 cached gather again ema kept   banks   lora -    -      group K2   f-own flair -     top keep
-zero1 two   fp32 cached ring   -     -   aspect sigmoid -    -    warmup -     K1   f-all -     boxes cut mask
-zero0 two   bf16 micro  ring   -     -   square target  lora part -      -     each right -     -     top mask
-zero1 alone bf16 one    gather again -   aspect banks   -    part -      group K1   s-all -     boxes all keep
-zero3 two   fp32 queue  ring   again ema aspect sigmoid lora part -      -     K1   right flair -     all keep
-zero2 alone bf16 one    gather -     ema kept   target  -    -    warmup group K2   f-all flair boxes all mask
-zero2 alone fp32 micro  ring   again ema square banks   lora -    warmup group each right flair boxes cut keep
-zero1 two   fp32 one    ring   -     ema square sigmoid lora -    warmup -     K2   s-all flair -     top mask
-zero3 alone bf16 cached gather again ema aspect target  -    part -      -     K2   s-own -     -     cut mask
-zero3 two   bf16 micro  gather -     -   kept   sigmoid -    part -      group K1   f-own -     boxes top mask
-zero0 alone bf16 queue  gather -     -   square banks   -    -    warmup group K1   right -     boxes all mask
-zero2 alone fp32 cached gather again -   square sparc   lora part -      -     K2   f-all flair -     top keep
-zero1 two   bf16 cached gather again -   kept   sparc   -    -    warmup -     each right flair boxes all keep
-zero0 two   fp32 one    ring   again ema aspect target  -    -    warmup -     K1   f-own flair boxes cut keep
-zero1 two   fp32 micro  ring   -     -   square banks   lora -    warmup -     K2   s-own flair boxes all keep
-zero0 two   bf16 micro  gather again ema kept   sparc   lora -    warmup -     K1   s-all flair boxes cut keep
-zero3 alone bf16 one    gather again -   aspect sigmoid lora part -      -     each right flair -     all mask
-zero3 alone fp32 micro  ring   again ema aspect banks   -    -    -      -     K2   f-all flair boxes cut mask
-zero1 two   fp32 micro  gather -     -   square sparc   -    -    warmup group K2   f-own flair -     all keep
-zero2 alone bf16 cached gather again -   aspect sigmoid -    part -      group K2   s-all flair boxes all keep
-zero1 two   fp32 queue  ring   again -   kept   target  -    -    warmup -     K1   right -     boxes all mask
-zero0 two   fp32 micro  gather again ema kept   sigmoid -    -    warmup group K2   s-own -     -     top keep
-zero2 alone bf16 queue  gather -     ema kept   sparc   -    -    warmup group K1   right flair -     all keep
-zero3 two   bf16 one    gather -     ema square target  lora part -      -     K1   s-all -     -     top keep
-zero0 two   bf16 one    gather -     -   aspect target  -    -    warmup -     K2   f-all flair boxes cut mask
-zero2 alone bf16 cached ring   again -   square target  -    -    -      group K1   f-own flair boxes top keep
+zero1 alone fp32 cached gather again -   aspect sigmoid lora part -      group K2   right -     -     cut mask
+zero0 alone fp32 one    ring   -     -   square target  lora -    warmup group K2   s-all -     -     top keep
+zero2 alone fp32 micro  ring   -     -   square sparc   lora part -      -     K1   f-all flair boxes top keep
+zero3 alone fp32 one    gather -     -   aspect sigmoid -    -    warmup group each right -     boxes all mask
+zero2 alone bf16 cached gather -     ema aspect sigmoid -    -    warmup group K1   s-all flair boxes all mask
+zero3 alone fp32 one    gather -     ema kept   target  -    part -      -     K2   f-all -     -     top keep
+zero1 alone bf16 micro  ring   -     ema kept   sigmoid lora -    warmup group K2   s-all flair boxes cut keep
+zero0 alone bf16 cached gather again -   kept   target  -    -    warmup -     K2   f-all flair boxes all mask
+zero0 alone bf16 one    ring   again -   aspect target  -    part -      group K1   right -     -     cut keep
+zero2 alone bf16 one    gather again -   kept   sparc   lora part -      group K2   s-own flair boxes cut keep
+zero0 alone fp32 micro  ring   -     ema aspect sigmoid lora -    -      group K2   f-own -     boxes cut mask
+zero1 alone bf16 micro  gather again -   square target  -    part -      -     each right flair -     cut keep
+zero1 alone bf16 one    gather again -   square sparc   lora -    warmup -     K2   f-own flair boxes all keep
+zero0 two   fp32 micro  ring   -     ema aspect target  lora -    warmup -     K1   s-own flair -     all keep
+zero1 two   bf16 micro  gather -     -   kept   sparc   -    -    -      group K1   f-all -     boxes cut mask
+zero3 two   fp32 one    gather -     -   aspect sigmoid lora part -      -     K1   f-all -     -     all mask
+zero2 two   fp32 cached ring   again ema kept   sparc   -    part -      group each right -     -     top mask
+zero0 two   fp32 cached gather -     -   square sparc   lora -    warmup group each right -     boxes cut mask
+zero3 two   bf16 cached ring   again ema kept   target  -    part -      -     K2   s-own -     -     all keep
+zero1 two   fp32 micro  gather again ema square sigmoid -    -    warmup group K1   s-own -     -     top mask
+zero2 two   bf16 cached ring   again -   kept   target  -    part -      -     K1   f-own flair -     top mask
+zero3 two   fp32 micro  ring   -     -   kept   target  lora part -      -     K1   f-own flair boxes cut mask
+zero3 two   bf16 cached gather again -   square sparc   lora part -      -     K2   s-all flair -     cut mask
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -87,23 +78,19 @@ JSON: dict[str, dict] = {
     "bf16": {"bf16": {"enabled": True}},
     "micro": {"gradient_accumulation_steps": 2},
     "cached": {"gradient_accumulation_steps": 2},
-    "queue": {"gradient_accumulation_steps": 2},
     "again": {"activation_checkpointing": {}},
     "warmup": {"scheduler": {"type": "WarmupLR", "params": WARMUP}},
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "micro": {"optim.negatives": "micro_batch"},
-    "queue": {"optim.negatives": "queue:30,tokens:12"},
     "ring": {"loss.cmli_exchange": "ring"},
     "ema": {"optim.ema_decay": 0.9},
     "kept": {"student.patch_keep": 0.5},
     "aspect": {f"{section}.{name}": x for section, values in ANY_ASPECT.items() for name, x in values.items()},
-    "target": {"loss.weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, "teacher.block": 0},
-    "banks": {
-        "loss.weights": {"global": 1.0, "cmli": 1.0, "token_contrast": 1.0, "cls_contrast": 0.5},
-        "loss.bank": 30,
-        "loss.start": {"cls_contrast": 2},
-        "teacher.average_blocks": 2,
+    "target": {
+        "loss.weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
+        "loss.start": {"target_cmli": 2},
+        "teacher.block": 0,
     },
     "sparc": {"loss.weights": {"global": 1.0, "cmli": 1.0, "sparc": 0.5}},
     "sigmoid": {"loss.weights": {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.3, "cmli_sigmoid": 0.2}},
@@ -200,9 +187,6 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
     for value in values:
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
-    if {"aspect", "banks"} <= {*values}:  # without what needs as many patches of every picture
-        settings["loss.weights"] = {"global": 1.0, "cmli": 1.0, "cls_contrast": 0.5}
-        del settings["teacher.average_blocks"]
     for value, name in (("flair", "flair"), ("boxes", "regions")):
         if value in values:
             settings["loss.weights"] = {**settings["loss.weights"], name: 0.5}
@@ -233,25 +217,14 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 85, 0]
     assert_same(straight, broken)
-    assert_same_banks(straight, broken)
     config = load_config(straight / "config.json", "the run")
     for line in metrics(straight):
         if "loss" in line and line["step"] > 1:
             parts = sum(weight * line[f"loss/{name}"] for name, weight in config.loss.weights.items())
             assert line["loss"] == pytest.approx(parts, rel=1e-5)
     with safe_open(straight / "student.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "lora" in name or "bank" in name]  # noqa: SIM118
+        assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
     refused = used(straight).get("refused", "")
     assert ("takes square pictures" in refused) if "aspect" in values else not refused
     predicted = check_memory(config, content, 1 + ("two" in values), SCALARS)
     assert (predicted["EMA weights"] > 0) == ("ema" in values)
-
-
-def assert_same_banks(run: Path, other: Path) -> None:
-    files = [folder / "checkpoint" / f"step{STEPS}" / BANKS for folder in (run, other)]
-    assert files[0].exists() == files[1].exists()
-    if files[0].exists():
-        banks = [torch.load(file) for file in files]
-        for name, bank in banks[0].items():
-            assert all(torch.equal(value, banks[1][name][key]) for key, value in bank.items())
-            assert bank["entered"] == STEPS * BATCH

@@ -63,7 +63,6 @@ STARTED = [
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json",
     "torchrun --nproc_per_node 2 ds_cmli/train.py",
     "python ds_cmli/train.py --losses global,cmli=0.5",
-    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096,tokens:256",
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5",
     "python ds_cmli/train.py --profile-memory 2",
     "python ds_cmli/train.py --profile 5:8",

@@ -19,7 +19,7 @@ from ds_cmli.checkpoint.train_state import (
     read_of_rank,
     redistribute,
 )
-from ds_cmli.checkpoint.weights import load_averages, load_banks, load_frozen, load_module, parts
+from ds_cmli.checkpoint.weights import load_averages, load_frozen, load_module, parts
 from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
@@ -196,7 +196,6 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
                 )
         load_frozen(path, train_engine.objective)  # collectives
         load_averages(path, train_engine)
-        load_banks(path, train_engine.objective)
         if with_changes:
             # This start's rates, weight decay and schedule, which loading has overwritten.
             for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):

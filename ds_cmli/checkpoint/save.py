@@ -1,9 +1,9 @@
 """Writes a checkpoint next to the last one, and publishes it by a rename.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
-`student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of earlier
-features, `frozen.safetensors` of one with frozen weights, and `checksums.json`. As frozen weights
-stay the same, their file is a hard link to that of the checkpoint before where the disk has links.
+`student_ema.safetensors` of a run with averaged weights, `frozen.safetensors` of one with frozen
+weights, and `checksums.json`. As frozen weights stay the same, their file is a hard link to that of
+the checkpoint before where the disk has links.
 `checkpoint/latest` names the newest complete checkpoint; until that file is replaced, the one
 before is valid. Names of incomplete files and folders end in `.writing`. A folder `stepN.K` is a
 later checkpoint of the same step.
@@ -163,7 +163,7 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
             entries = files.read_checksums(root / newest)
             return sum(entry["bytes"] for name, entry in entries.items() if name != FROZEN)
     per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
-    size = sum(x.nbytes for bank in engine.objective.banks().values() for x in bank.buffers())
+    size = 0
     for parameter in engine.objective.parameters():
         of_it = per_parameter if parameter.requires_grad else BYTES_OF_FROZEN
         size += of_it * full_shape(parameter).numel()

@@ -16,8 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ds_cmli.common.cli import say
-from ds_cmli.config.registry import LOSSES, over_pairs
+from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.models.weights import AVERAGE, WEIGHTS, load_weights
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
 
 FROZEN = "frozen.safetensors"  # a checkpoint's weights that are not trained
-BANKS = "banks.pt"  # the earlier features of losses with a bank, which are no weights
 
 
 def parts(engine: DeepSpeedEngine) -> dict[str, Tensor]:
@@ -151,19 +149,6 @@ def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
         for name, parameter in train_engine.objective.named_parameters():
             if parameter.requires_grad:
                 set_master_weight(train_engine.engine, parameter, file.get_tensor(name))
-
-
-def load_banks(checkpoint: Path, objective: Objective) -> None:
-    """Load a verified checkpoint's banks; one of another size, or without any, starts empty."""
-    path = checkpoint / BANKS
-    saved = torch.load(path, "cpu", weights_only=True) if path.is_file() else {}
-    for name, bank in objective.banks().items():
-        if name not in saved or saved[name]["features"].shape != bank.features.shape:
-            setting = "optim.negatives" if LOSSES[name].scores else "loss.bank"
-            say(f"{setting}: the bank of {name} starts empty, the checkpoint has none of its size")
-            continue
-        for key, buffer in bank.named_buffers():
-            buffer.copy_(saved[name][key])
 
 
 def load_student(

@@ -17,7 +17,6 @@ from ds_cmli.checkpoint.files import CheckpointWriter, FileEntry, NotFinite
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
-    BANKS,
     FROZEN,
     WEIGHTS,
     frozen,
@@ -69,10 +68,6 @@ def write(
             exclude_frozen_parameters=True,
         )
     writer.write_tensors(state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
-    banks = train_engine.objective.banks()
-    if banks and distributed.is_main():  # they are the same on all ranks
-        content = {name: dict(bank.named_buffers()) for name, bank in banks.items()}
-        writer.write_tensors(content, writing / BANKS)
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     averages = full_averages(train_engine)  # collectives
     linked = 0

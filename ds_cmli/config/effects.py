@@ -84,7 +84,7 @@ def _of_accumulation(config: Config, stage: int, accumulation: int) -> Iterator[
     if cached and not over_pairs(config.loss.weights):
         cached = False
         why = f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
-    if not cached and not config.optim.queue:
+    if not cached:
         yield "optim.negatives", why
     if config.optim.negatives != "global_batch":
         cached = False

@@ -48,8 +48,6 @@ OP = (
 
 # The settings of a token's target among the teacher's patches.
 TARGET = ("cmli_init_temperature", "match", "target", "target_top")
-# The settings of a contrast with the teacher's features.
-CONTRAST = ("bank", "cmli_scratch_bytes", "duplicates")
 
 LOSSES = {
     "global": LossEntry(
@@ -89,15 +87,6 @@ LOSSES = {
     ),
     "cls_kd": LossEntry(
         "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
-    ),
-    "token_contrast": LossEntry(
-        "ds_cmli.losses.distillation:TokenContrast",
-        teacher=True,
-        every_patch=True,
-        settings=(*CONTRAST, *TARGET),
-    ),
-    "cls_contrast": LossEntry(
-        "ds_cmli.losses.distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
     "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),

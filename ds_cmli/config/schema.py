@@ -55,13 +55,6 @@ NotNegative = Annotated[float, Field(ge=0, le=MOST)]
 Factor = Annotated[float, Field(ge=1e-9, le=MOST)]
 PairCount = Annotated[int, Field(ge=1, le=10**6)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-QueueText = Annotated[
-    str,
-    Field(
-        pattern="^queue:[1-9][0-9]{0,6}(,tokens:[1-9][0-9]{0,6})?$",
-        description="queue:N or queue:N,tokens:K, with N and K of 1 to 9999999",
-    ),
-]
 Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature is at most 100")]
 
 
@@ -256,9 +249,6 @@ class LossConfig:
     # over `cmli_init_temperature`.
     target: Literal["best", "top", "attention"] = "best"
     target_top: PositiveCount = 4  # how many matches `target` "top" averages
-    # The number of teacher features of earlier micro-batches that each contrast with the teacher
-    # keeps as further negatives.
-    bank: Annotated[int, Field(ge=0, le=10**7, description="0: none")] = 0
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
@@ -338,10 +328,8 @@ class OptimConfig:
     micro_batch: PairCount = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
-    # one large batch). "queue:N": of its micro-batch, and in the loss "global" with those of the N
-    # pairs before, too, as the student was then; "queue:N,tokens:K": also in the loss "cmli" with
-    # those of the K pairs before.
-    negatives: Literal["micro_batch", "global_batch"] | QueueText = "global_batch"
+    # one large batch).
+    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
     # Whether gradient caching keeps the features of a step in the host's memory.
     cache_on_host: bool = False
     # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
@@ -356,14 +344,6 @@ class OptimConfig:
                 f"optim.steps is {self.steps} and optim.epochs is {self.epochs}: "
                 "give one of the two"
             )
-
-    @property
-    def queue(self) -> tuple[int, int] | None:
-        """The pairs in the queue of negatives, and how many with their tokens; None: no queue."""
-        if not self.negatives.startswith("queue:"):
-            return None
-        pairs, _, tokens = self.negatives.removeprefix("queue:").partition(",tokens:")
-        return int(pairs), int(tokens or 0)
 
     def warmup_steps(self, total_steps: int) -> int:
         return max(1, round(self.warmup_share * total_steps))
@@ -429,14 +409,8 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        if self.optim.queue:
-            self._check_queue(self.optim.queue[1])
         if self.data.aspect_patch:
             self._check_any_aspect()
-        if self.data.texts > 1:
-            need = f"a step takes {self.data.texts} texts of each image, of which a queue keeps one"
-            queue, negatives = self.optim.queue, self.optim.negatives
-            check(queue is None, "optim.negatives", negatives, f"{need}: give global_batch")
         if self.data.negatives:
             self._check_negatives()
         for name in self.loss.weights:
@@ -448,18 +422,6 @@ class Config:
             contrasts = [name for name in self.loss.weights if "captions" in LOSSES[name].settings]
             need = f"the losses are {', '.join(self.loss.weights)}, none of them contrastive"
             check(bool(contrasts), "loss.captions", "each", f"{need}: leave it out")
-
-    def _check_queue(self, with_tokens: int) -> None:
-        """Raise `UserError` for a queue that no loss compares with."""
-        names, negatives = self.loss.weights, self.optim.negatives
-        for name in ("global", "cmli") if with_tokens else ("global",):
-            need = f"the losses are {', '.join(names)}, without {name}, which has the queue"
-            check(name in names, "optim.negatives", negatives, f"{need}: leave it out")
-        if with_tokens:
-            need = "it leaves out pairs or tokens, which a queue with tokens compares: leave it out"
-            check(not self.loss.cmli_cut, "loss.cmli_cut", self.loss.cmli_cut, need)
-            share = self.loss.cmli_token_keep
-            check(share == 1, "loss.cmli_token_keep", share, need)
 
     def _check_negatives(self) -> None:
         """Raise `UserError` for wrong captions that a loss cannot compare, or none compares."""

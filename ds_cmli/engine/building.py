@@ -34,7 +34,7 @@ from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.starting import start_lines
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses.objective import Objective, Queue
+from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import cast_buffers
 from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
 from ds_cmli.models.lora import add_adapters
@@ -73,10 +73,8 @@ def build_models(
     keep, share = None, config.student.patch_keep
     if share < 1:
         keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
-    width, queue = teacher.width if teacher else None, None
-    if config.optim.queue:
-        queue = Queue(*config.optim.queue, data.context_length)
-    objective = Objective(student, config.loss, width, keep, queue)
+    width = teacher.width if teacher else None
+    objective = Objective(student, config.loss, width, keep)
     if run is not None:
         load_weights(run.path, objective, run.weights, "student.source", partial=True)
     if pretrained:  # weights that are loaded have theirs merged
@@ -178,7 +176,6 @@ def build(
         for encoder in (objective.student.image, objective.student.text):
             for module, parameter in encoder.read_outside():
                 deepspeed.zero.register_external_parameter(module, parameter)
-    cast_buffers(objective.losses, dtype)  # the banks
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:

@@ -194,12 +194,6 @@ def make_plan(
     final = filled(config, ds_config, ranks, steps)
     in_parts = micro_batch * ranks
     negatives = total if compares_all(config, final) else in_parts
-    queue = ""
-    if config.optim.queue:
-        earlier, with_tokens = config.optim.queue
-        queue = f", of the loss global from {earlier} earlier ones, too"
-        if with_tokens:
-            queue += f", of cmli from {with_tokens}"
     answers = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
     if len(answers) > 1:
         raise UserError(
@@ -209,7 +203,7 @@ def make_plan(
     captions = f" of {config.data.captions} captions each" if config.data.captions > 1 else ""
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
-        f"{total} pairs{captions} a step; {steps} steps; negatives from {negatives} pairs{queue}"
+        f"{total} pairs{captions} a step; {steps} steps; negatives from {negatives} pairs"
     )
     for name in config.loss.weights:
         if LOSSES[name].boxes and negatives > in_parts:

@@ -133,10 +133,7 @@ class TrainEngine:
         self.mark("backward")
         loss = nonfinite.poison(total) * self.missing_scale
         with probe.step_phase("backward"):
-            share = self.engine.backward(loss)
-        for bank in self.objective.banks().values():
-            bank.enter()
-        return share
+            return self.engine.backward(loss)
 
     def _update(self) -> None:
         # The rate of this update: `engine.step` sets that of the next one.

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ds_cmli.config.validation import check
 from ds_cmli.losses import functions
-from ds_cmli.losses.bank import AgainstTeacher
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.inputs import LossInputs
 
@@ -76,20 +75,6 @@ class TargetCMLI(TargetText, TargetImage):
         return (TargetImage.forward(self, inputs) + text) / 2
 
 
-class TokenContrast(AgainstTeacher, TokenTargets):
-    """Equation (9) as a contrast: each token is to find the teacher patch that it matches.
-
-    Its negatives are the teacher's patches of other images, and a bank of them.
-    """
-
-    def forward(self, inputs: LossInputs) -> Tensor:
-        patches = inputs.teacher.patches
-        targets = functions.chosen_features(patches, self.match(inputs))  # [C, M, H_t]
-        tokens = inputs.to_teacher(inputs.features.tokens)
-        losses = self.contrast(inputs, tokens, targets, patches)  # [C, M], collective
-        return functions.masked_mean(losses, self.counted(inputs))
-
-
 class ClsDistillation(Loss):
     """The class tokens of image and text regress the teacher's: the mean of both."""
 
@@ -100,19 +85,3 @@ class ClsDistillation(Loss):
             inputs.teacher.cls,
             self.config.mse_reduction,
         )
-
-
-class ClsContrast(AgainstTeacher):
-    """The class tokens of image and text are to find the teacher's: the mean of both.
-
-    Its negatives are the teacher's class tokens of other images, and a bank of them.
-    """
-
-    def forward(self, inputs: LossInputs) -> Tensor:
-        features, teacher = inputs.features, inputs.teacher.cls
-        texts = features.text_cls.unflatten(0, (len(teacher), -1))  # [B, K, H]
-        both = inputs.to_teacher(torch.cat([features.image_cls[:, None], texts], 1))
-        targets = teacher[:, None].expand(both.shape)  # [B, 1 + K, H_t]
-        losses = self.contrast(inputs, both, targets, teacher)  # [B, 1 + K], collective
-        of_texts = losses[:, 1:].mean(1, keepdim=True)
-        return torch.cat([losses[:, :1], of_texts], 1).mean()

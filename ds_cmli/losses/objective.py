@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ds_cmli.config.registry import LOSSES, load, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
-from ds_cmli.losses.bank import Bank, PairQueue, TokenQueue
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.cached import PairGradients, PairLosses
 from ds_cmli.losses.inputs import Features, LossInputs, WidthHead
@@ -33,14 +32,6 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 PartResult = TypeVar("PartResult")
 
 
-class Queue(NamedTuple):
-    """How many earlier pairs have their features as negatives."""
-
-    pairs: int  # class tokens, of the loss global
-    with_tokens: int  # patches and tokens, of the loss cmli; 0: none
-    positions: int  # M, the length of the longest text
-
-
 class Objective(nn.Module):
     ignored: Tensor
     step = 1  # the optimizer step in progress, by which `config.start` goes
@@ -51,13 +42,11 @@ class Objective(nn.Module):
         config: LossConfig,
         teacher_width: int | None = None,
         patch_keep: PatchKeep | None = None,
-        queue: Queue | None = None,
     ):
         """Build the losses that the configuration names.
 
         Args:
             patch_keep: which patches the student sees in training; None: all.
-            queue: what the contrastive losses keep of earlier pairs as negatives; None: nothing.
         """
         super().__init__()
         self.config = config
@@ -71,11 +60,6 @@ class Objective(nn.Module):
             if student.start is not None:
                 loss.start_from(student.start)  # type: ignore[operator]
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
-        if queue is not None:
-            self.losses["global"].bank = PairQueue(queue.pairs, student.width)
-            if queue.with_tokens:
-                sizes = self.patches, queue.positions, student.embed_dim
-                self.losses["cmli"].bank = TokenQueue(queue.with_tokens, *sizes)
         self.with_boxes = any(LOSSES[name].boxes for name in config.weights)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
@@ -236,14 +220,6 @@ class Objective(nn.Module):
             compared |= {"patches": patches, "tokens": tokens}
         masks = features.patch_mask, selection
         return PairFeatures(compared, mask, batch.pair_id, *masks, batch.wrong)
-
-    def banks(self) -> dict[str, Bank]:
-        """The banks of earlier features, by the name of their loss."""
-        out: dict[str, Bank] = {}
-        for name, loss in self.losses.items():
-            if isinstance(bank := getattr(loss, "bank", None), Bank):
-                out[name] = bank
-        return out
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name.

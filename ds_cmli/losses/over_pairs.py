@@ -14,47 +14,27 @@ from torch import Tensor, nn
 from ds_cmli.cmli.contrastive import MAX_SCALE, MAX_SIGMOID_SCALE, contrastive_loss
 from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Loss, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
-from ds_cmli.losses.inputs import LossInputs, PairInputs
+from ds_cmli.losses.inputs import PairInputs
 from ds_cmli.models.dual import Start
 
 LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Contrastive(Loss):
-    def __init__(self, config: LossConfig):
-        super().__init__(config)
-        self.bank: PairQueue | TokenQueue | None = None
-
     def logsumexps(self, inputs: PairInputs) -> LogSumExps:
-        """The sums over rows and over columns, as `contrastive_loss` takes them. Collective."""
+        """The sums over rows and over columns, as `contrastive_loss` takes them."""
         if self.config.captions == "each":
             return partial(sums_of_each, inputs), inputs.column_logsumexp
-        if self.bank is None:
-            return inputs.row_logsumexp, inputs.column_logsumexp
-        assert isinstance(inputs, LossInputs), "with a queue there is no gradient caching"
-        by_id = self.config.duplicates == "mask"
-        of_images, of_texts = self.bank.of_earlier(inputs, self.logit_scale, by_id)  # collective
-        first, end = inputs.own.first, inputs.own.first + len(of_texts)
-
-        def rows(logits: Tensor) -> Tensor:
-            return torch.logaddexp(inputs.row_logsumexp(logits), of_images)
-
-        def columns(logits: Tensor) -> Tensor:
-            sums = inputs.column_logsumexp(logits)  # [T], collective
-            own = torch.logaddexp(sums[first:end], of_texts)
-            return sums.slice_scatter(own, 0, first, end)
-
-        return rows, columns
+        return inputs.row_logsumexp, inputs.column_logsumexp
 
     def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
         """The loss of scores, [R, T] each. Collective."""
         ignore, left_out = inputs.duplicates, inputs.left_out  # collectives
         if left_out is not None:
             ignore = left_out if ignore is None else ignore | left_out
-        logsumexps = self.logsumexps(inputs)  # collective
+        logsumexps = self.logsumexps(inputs)
         return contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, inputs.own, *logsumexps, ignore
         )  # collective

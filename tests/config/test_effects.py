@@ -39,8 +39,6 @@ ACCUMULATION = {"gradient_accumulation_steps": 2}
         ("optim.negatives=micro_batch", {}, {}, 1, "optim.negatives has no effect: a step is one micro-batch"),
         ("optim.negatives=micro_batch", {}, ACCUMULATION, 1, None),
         ("optim.negatives=micro_batch", {"losses": "cls_kd"}, ACCUMULATION, 1, "which compare no pairs"),
-        ("optim.negatives=queue:8", {}, {}, 1, None),
-        ("optim.cache_on_host=true optim.negatives=queue:8", {}, ACCUMULATION, 1, "'queue:8', which caches no gradi"),
         ("optim.cache_on_host=true", {}, {}, 1, "optim.cache_on_host has no effect: a step is one micro-batch"),
         ("optim.cache_on_host=true optim.negatives=micro_batch", {}, ACCUMULATION, 1, "which caches no gradients"),
         ("optim.cache_on_host=true", {}, ACCUMULATION, 1, None),

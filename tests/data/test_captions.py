@@ -145,10 +145,6 @@ def test_a_batch_of_a_prediction_has_as_many_texts():
             {"data": {"captions": 2}, "loss": {"captions": "each", "weights": {"cmli_sigmoid": 1.0}}},
             "loss.captions is 'each': the losses are cmli_sigmoid, none of them contrastive",
         ),
-        (
-            {"data": {"captions": 2}, "optim": {"negatives": "queue:30"}},
-            "optim.negatives is 'queue:30': a step takes 2 texts of each image, of which a queue keeps one",
-        ),
     ],
 )
 def test_mistakes(sections, line):

@@ -217,10 +217,6 @@ def test_a_scenes_wrong_captions_have_a_name_of_none_of_its_pictures():
             {"data": {"negatives": "field", "captions": 2}, "loss": {"captions": "each"}},
             "loss.captions is 'each': a wrong caption belongs to none of the contrasts",
         ),
-        (
-            {"data": {"negatives": "field"}, "optim": {"negatives": "queue:30"}},
-            "optim.negatives is 'queue:30': a step takes 2 texts of each image, of which a queue keeps one",
-        ),
     ],
 )
 def test_mistakes(sections, line):

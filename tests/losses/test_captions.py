@@ -19,8 +19,6 @@ from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.registry import LOSSES as REGISTERED
-from ds_cmli.config.registry import load
 from ds_cmli.data.batch import ABSENT
 from ds_cmli.losses import functions, own_texts
 from ds_cmli.losses.cached import PairLosses
@@ -292,7 +290,7 @@ def test_a_loss_that_knows_one_caption_is_refused(objective):
 @pytest.mark.slow
 @pytest.mark.parametrize("captions, accumulation", product(("all", "each"), (1, 2)))
 def test_predicted_memory_is_what_is_measured(captions, accumulation):
-    weights = {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.2, "cls_contrast": 0.3, "sparc": 0.3, "target_cmli": 1.0}
+    weights = {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.2, "sparc": 0.3, "target_cmli": 1.0}
     settings = {"loss": {"captions": captions, "weights": weights}, "data": {"captions": 3}}
     small = {"student": {"layers": 1}, "teacher": {"block": 0}, "optim": {"micro_batch": 6}}
     check_memory(load_preset("tiny", settings | small), {**DS_CONFIG, "gradient_accumulation_steps": accumulation}, 1)
@@ -313,29 +311,3 @@ def test_losses_of_single_pairs_are_those_of_each_text_with_its_image():
     ours = functions.cls_distillation_loss(patches[:, 0], tokens[:, 0], patches[:, 1])
     expected = [(patches[:, 0] - patches[:, 1]), tokens[:, 0] - images[:, 1]]
     assert_close(ours, (expected[0].square().mean() + expected[1].square().mean()) / 2)
-
-
-def test_contrasts_with_the_teacher_are_those_of_each_text_with_its_image():
-    """A bank's loss: means of images and of texts, and another image's teacher is no negative of the same picture."""
-    torch.manual_seed(0)
-    B, K, H = 3, 2, 8
-    config = load_preset("tiny", {"loss": {"weights": {"cls_contrast": 1.0}}, "data": {"captions": K}}).loss
-    loss = load(REGISTERED["cls_contrast"])(config)
-    image, texts, teacher = torch.randn(B, H), torch.randn(B * K, H), torch.randn(B, H)
-    ids = torch.tensor([[1, 5, 6], [1, 7, 8], [2, 9, 9]])  # the first two show one picture
-    inputs = SimpleNamespace(
-        features=Features(image, None, texts, None),
-        batch=SimpleNamespace(pair_id=ids),
-        teacher=SimpleNamespace(cls=teacher),
-        to_teacher=lambda x: x,
-    )
-    unit = torch.nn.functional.normalize
-    scale, losses = loss.logit_scale.exp(), []
-    for queries, owner in ((image, range(B)), (texts, [0, 0, 1, 1, 2, 2])):
-        logits = scale * unit(queries, dim=1) @ unit(teacher, dim=1).t()
-        rows = []
-        for row, own in zip(logits, owner, strict=True):
-            others = [j for j in range(B) if j == own or ids[j, 0] != ids[own, 0]]
-            rows.append(row[others].logsumexp(0) - row[own])
-        losses.append(torch.stack(rows).mean())
-    assert_close(loss(inputs), (losses[0] + losses[1]) / 2)

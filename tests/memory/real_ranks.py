@@ -41,20 +41,17 @@ AXES: dict[str, list] = {
     "checkpointing": ["off", "on"],
     "precision": ["bf16", "fp32"],
     "exchange": ["gather", "ring"],
-    "kind": ["document", "contrast", "plain", "queue", "patch_keep", "lora", "aspect"],
+    "kind": ["document", "plain", "patch_keep", "lora", "aspect"],
     "blocks": [2],  # of each encoder and of the teacher
 }
 DOCUMENT = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
-CONTRAST = {"weights": dict.fromkeys(("cmli", "token_contrast", "cls_contrast"), 1.0), "bank": 1000}
 NAFLEX = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14, "use_naflex": True}
 ASPECT = {"data": {"aspect_patch": 14}, "student": {"image_overrides": NAFLEX}, "teacher": {"overrides": NAFLEX}}
 ADAPTERS = {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}
-# kind: (settings, keys of the JSON); with accumulation all but `plain` and `queue` cache gradients
+# kind: (settings, keys of the JSON); with accumulation all but `plain` cache gradients
 KINDS: dict[str, tuple[dict, dict]] = {
     "document": ({"loss": DOCUMENT}, {}),
-    "contrast": ({"loss": CONTRAST}, {}),
     "plain": ({"loss": DOCUMENT, "optim": {"negatives": "micro_batch"}}, {}),
-    "queue": ({"loss": DOCUMENT, "optim": {"negatives": "queue:1000,tokens:8"}}, {}),
     "patch_keep": ({"loss": DOCUMENT, "student": {"patch_keep": 0.5}}, {}),
     "lora": ({"loss": DOCUMENT, "student": {"lora": ADAPTERS}}, {}),
     "aspect": ({"loss": DOCUMENT, **ASPECT}, {}),

@@ -35,11 +35,6 @@ from profiling.memory.measure_cpu import measure
 from tests.conftest import run
 
 ALL = ("global", "cmli", "target_cmli")
-CONTRAST = {
-    "weights": {"global": 1.0, "token_contrast": 1.0, "cls_contrast": 1.0},
-    "bank": 3000,
-    "cmli_scratch_bytes": 2**20,
-}
 # For what does not depend on their number: a prediction takes a second for each.
 ONE_BLOCK = {"student": {"layers": 1}, "teacher": {"block": 0}}
 TWO_BLOCKS = {"student": {}, "teacher": {}}  # the preset's own
@@ -83,8 +78,8 @@ CELLS = {
     "flair, cut, accumulation": (
         preset(loss={"weights": {"cmli": 1.0, "flair": 1.0}, "cmli_cut": 1e-3}), ds_json(3, accumulation=3), 2
     ),
-    "contrast with the teacher, accumulation": (
-        preset(loss={**CONTRAST, "target": "top"}, teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2
+    "teacher's blocks averaged, accumulation": (
+        preset(teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2
     ),
 }  # fmt: skip
 # Of the same loss or stage as one above.
@@ -93,7 +88,6 @@ MORE = {
     "checkpointing": (preset(**TWO_BLOCKS), ds_json(2, checkpointing=True), 2),
     "demo, checkpointing": (preset("demo", **TWO_BLOCKS), ds_json(2, bucket=5_000_000, checkpointing=True), 2),
     "cut": (preset(loss={"weights": {"cmli": 0.5, "cmli_sigmoid": 1.0}, "cmli_cut": 1e-3}), ds_json(), 2),
-    "contrast with the teacher": (preset(loss=CONTRAST), ds_json(), 2),
 }
 
 

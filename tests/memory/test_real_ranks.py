@@ -13,10 +13,6 @@ from tests.conftest import run
         # Each of its values is in one of those below.
         pytest.param("2", "2", "gather", "document", marks=pytest.mark.soak),
         ("3", "3", "ring", "document"),
-        # Also in test_predict.py, of shares of ranks, and the bank of real ones in tests/losses/test_bank.py.
-        pytest.param("2", "2", "gather", "contrast", marks=pytest.mark.soak),
-        pytest.param("2", "3", "gather", "queue", marks=pytest.mark.soak),
-        ("2", "2", "gather", "queue"),
         ("2", "2", "gather", "aspect"),
     ],
 )

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, merged and refused; its checkpoints. Other ranks: tests/losses/test_banks_of_runs.py."""
+"""LoRA: what is trained, merged and refused; its checkpoints, on other ranks too."""
 
 import re
 from importlib.util import find_spec
@@ -14,8 +14,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models, building
 from ds_cmli.models.lora import merged
-from tests.checkpoint.test_restore import assert_same, json_file, source  # noqa: F401
+from tests.checkpoint.test_restore import assert_same, json_file, ranks, source  # noqa: F401
 from tests.drive_train import drive as train
+from tests.metrics_file import metrics
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install 'ds-cmli[test]'")
@@ -110,3 +111,16 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
     monkeypatch.setattr(building, "build_models", others)
     assert train(broken) == 0
     assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
+    straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
+    arguments = [*SOME, "--steps", "8", *source]
+    arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+    assert train([*arguments, *straight]) == 0
+    assert train([*arguments, *broken], stop_at=5) == 85
+    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
+    assert codes == [0]
+    losses = [[line["loss"] for line in metrics(tmp_path / run) if "loss" in line] for run in ("straight", "broken")]
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -18,7 +18,7 @@ from tests.export.conftest import export, make_run
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-LOSSES = dict.fromkeys(("global", "cmli", "target_cmli", "sparc", "token_contrast"), 1.0)
+LOSSES = dict.fromkeys(("global", "cmli", "target_cmli", "sparc"), 1.0)
 STEPS, BATCH = 3, 8
 
 
@@ -38,7 +38,7 @@ def test_the_choice_is_of_sample_and_step_alone():
 def build(share: float, side: int = 56, **settings):
     given = {
         "student": {"patch_keep": share, **settings},
-        "loss": {"weights": LOSSES, "bank": 100},
+        "loss": {"weights": LOSSES},
         "data": {"image_size": side},
     }
     config = load_preset("tiny", given)
