@@ -80,7 +80,7 @@ def fit(
     """
     _check_callbacks(callbacks)
     resolved, given = _resolved(config, data)
-    start = LaunchOptions(resume, False, False, Profiles(), callbacks=tuple(callbacks), raises=True)
+    start = LaunchOptions(resume, False, Profiles(), callbacks=tuple(callbacks), raises=True)
     # A start sets the variables of a rank where no launcher has.
     with environment({}, *OF_A_RANK), warnings.catch_warnings():
         map_launcher_environment()

@@ -1,4 +1,4 @@
-"""What a start decides before an engine is built: the loop and the dry run both begin from it."""
+"""What a start decides before an engine is built: the loop begins from it."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -35,7 +35,6 @@ class LaunchOptions:
 
     resume: str
     with_changes: bool  # --resume-with-changes
-    dry_run: bool
     profiles: Profiles
     callbacks: "tuple[Tracker, ...]" = ()
     raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
@@ -159,7 +158,7 @@ def prepare(
         plan.sampler.load_state_dict(state.sampler)
     profiles = start.profiles.left(plan.total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)  # type: ignore[arg-type]
-    if distributed.is_main() and not start.dry_run:
+    if distributed.is_main():
         bad.file = BadFile(folder / BAD_FILE, data.bad)
     followed = replace(start, resume=resume, profiles=profiles)
     flags = CollectiveFlags()  # collective
@@ -193,8 +192,7 @@ def next_batch(
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     ready.place.watchdog.heartbeat()
-    if not ready.start.dry_run:
-        preemption.begin()
+    preemption.begin()
     signalled = preemption.requested() is not None
     failed, stop, due = ready.flags.any(batch is None, signalled, save_due())  # collective
     if failed:

@@ -2,7 +2,7 @@
 
 The same script starts under `deepspeed`, `torchrun`, `srun` and plain `python`. It reads top to
 bottom: configuration, processes, the engine, and the loop. What there is to go on from is found in
-`prepare.py`; a dry run goes on in `rehearse.py` from there.
+`prepare.py`.
 """
 
 import sys
@@ -12,6 +12,7 @@ import sys
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import contextlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -55,12 +56,8 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     """
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
-    start = LaunchOptions(
-        options.pop("resume"),
-        options.pop("resume_with_changes"),
-        options.pop("dry_run"),
-        profiles,
-    )
+    dry_run = options.pop("dry_run")
+    start = LaunchOptions(options.pop("resume"), options.pop("resume_with_changes"), profiles)
     config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())
@@ -68,6 +65,10 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     given = how_given(settings, options)
     print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), given)
+    if dry_run:
+        check_early(config, ds_config, start)
+        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
+        return 0
     return train(config, ds_config, start).code
 
 
@@ -94,7 +95,6 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
         from ds_cmli.checkpoint import lock, run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
-    from ds_cmli.rehearse import rehearse
 
     ds_config = on_this_device(ds_config)
 
@@ -113,14 +113,12 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
             device = distributed.connect(store)  # collective
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
-            folder = run_folder.make(config, start.resume, start.dry_run)  # collective
+            folder = run_folder.make(config, start.resume)  # collective
             with lock.held(folder):  # collective
                 place = RankContext(device, folder, watchdog)
                 ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
                     return Ended(0, folder)
-                if start.dry_run:
-                    return Ended(rehearse(ready), folder)  # collective
                 return Ended(build_and_train(ready), folder)  # collectives
     finally:
         if not theirs:

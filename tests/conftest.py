@@ -61,7 +61,6 @@ LONGEST_FIRST = (
     "tests/data/test_loaders.py",
     "tests/profiling/learning/test_ablate.py",
     "tests/profiling/speed/test_scale.py",
-    "tests/test_rehearse.py",
     "tests/checkpoint/test_kill.py",
     "tests/data/test_assets.py",
     "tests/cmli/test_sparse_backward.py",

@@ -10,6 +10,10 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ds_cmli import train
+from ds_cmli.common.cli import exit_code
+from ds_cmli.config.presets import PRESETS
+from ds_cmli.distributed.launchers import OF_A_RANK
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port, rank_environments, run
 from tests.processes import Program
@@ -154,14 +158,17 @@ def test_two_ranks_and_accumulation(tmp_path):
     assert {"cut/kept", "cut/bound"} <= set(events.Tags()["scalars"])
 
 
-@pytest.mark.soak  # tests/test_rehearse.py has it in this process
-def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):
-    done = run(*TINY, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    printed, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{\n") :])
-    assert "optimizer states" in done.stdout  # the predicted memory
-    assert printed["config"]["student"]["layers"] == 1
-    assert printed["deepspeed"]["train_micro_batch_size_per_gpu"] == 8
+@pytest.mark.parametrize("preset", [*PRESETS.keys() - {"finetune"}])  # which needs a model to start from
+def test_a_dry_run_prints_the_resolved_configuration_and_ends(preset, tmp_path, monkeypatch, capsys):
+    given = ["--preset", preset, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["train.py", *given])
+    for name in OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
+    assert exit_code(train.command) == 0
+    out = capsys.readouterr().out
+    printed = json.loads(out[out.index("{\n") :])
+    assert printed["config"]["student"]["layers"] == 1 and printed["config"]["run"]["preset"] == preset
+    assert printed["deepspeed"]["zero_optimization"]["stage"] == 2
     assert not (tmp_path / "run").exists()
 
 

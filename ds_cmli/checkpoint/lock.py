@@ -68,14 +68,12 @@ def check(folder: Path) -> None:
 def held(folder: Path) -> Iterator[None]:
     """A context in which rank 0 holds the lock on the run's folder for all ranks. Collective.
 
-    A dry run, which has no folder, takes no lock.
-
     Raises:
         UserError: on every rank, if another run holds the lock.
     """
     lock = Lock(folder)
     error = distributed.broadcast_object(
-        lock.take() if distributed.is_main() and folder.is_dir() else None
+        lock.take() if distributed.is_main() else None
     )  # collective
     if error is not None:
         raise UserError(error)

@@ -28,14 +28,14 @@ DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
 
 
-def make(config: Config, resume: str, dry_run: bool) -> Path:
-    """Create the run's folder. A dry run removes what it has created. Collective."""
+def make(config: Config, resume: str) -> Path:
+    """Create the run's folder. Collective."""
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    made: tuple[Path, list[Path], str] | None = None
+    made: tuple[Path, str] | None = None
     if distributed.is_main():
-        made = (*_make(base, named=bool(name)), f".shared-{uuid.uuid4().hex}")
-    folder, new, mark = distributed.broadcast_object(made)  # collective
+        made = _make(base, named=bool(name)), f".shared-{uuid.uuid4().hex}"
+    folder, mark = distributed.broadcast_object(made)  # collective
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,9 +51,8 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
         nodes, seen = zip(*answers, strict=True)
     finally:
         if distributed.is_main():
-            _remove([folder / mark])
-            if dry_run:
-                _remove(new)
+            with suppress(OSError):
+                (folder / mark).unlink()
     if not all(seen):
         blind = distributed.named(seen.index(False), nodes)
         raise UserError(
@@ -73,18 +72,10 @@ def _named(resume: str, output_dir: str) -> str:
     return str(path.parent if path.name == checkpoint.FOLDER else path)
 
 
-def _missing(folder: Path) -> list[Path]:
-    """The metrics file and the folders that will be created, innermost first."""
-    with suppress(OSError):
-        return [path for path in (folder / METRICS, folder, *folder.parents) if not path.exists()]
-    return []
-
-
-def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
-    """Create the run's folder, which must be new unless `named`; returns it and all new paths."""
+def _make(base: Path, named: bool) -> Path:
+    """Create the run's folder, which must be new unless `named`."""
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
-        new = _missing(folder)
         with suppress(OSError):  # the first rank that writes there reports the error
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -92,18 +83,8 @@ def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
             except FileExistsError:
                 if not named:
                     continue
-        return folder, new
+        return folder
     raise AssertionError
-
-
-def _remove(paths: list[Path]) -> None:
-    """Remove files and empty folders; errors are ignored."""
-    for path in paths:
-        with suppress(OSError):
-            if path.is_dir():
-                path.rmdir()
-            else:
-                path.unlink()
 
 
 def requeued(resume: str, folder: Path) -> str:

@@ -203,7 +203,7 @@ START = (
         "DeepSpeed",
         "--dry-run",
         is_flag=True,
-        help="Check everything, print the resolved configuration, and stop.",
+        help="Print the resolved configuration, and stop.",
     ),
     # Users pass it by habit; the JSON is always read.
     option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True),

@@ -57,7 +57,6 @@ class Request:
 class PredictionAnswer:
     report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
-    fails: bool = False  # whether a training run would fail for that reason, too
 
 
 class Predictor:
@@ -112,7 +111,6 @@ class Predictor:
 
 
 def answer(request: JsonObject) -> PredictionAnswer:
-    from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.largest_rank import predict_largest
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 
@@ -136,7 +134,7 @@ def answer(request: JsonObject) -> PredictionAnswer:
         why = " ".join(str(error).split())
         if not isinstance(error, UserError):
             why = f"{type(error).__name__}: {why[:300]}"
-        return PredictionAnswer(None, why, not isinstance(error, NotPredictable))
+        return PredictionAnswer(None, why)
 
 
 def main() -> None:

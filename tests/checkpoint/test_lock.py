@@ -218,6 +218,6 @@ def test_a_run_that_goes_on_elsewhere_is_not_touched(tmp_path, source):  # noqa:
 def test_names_made_in_the_same_second_differ(tmp_path):
     base = tmp_path / "runs" / "tiny-20260101-000000"
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _: run_folder._make(base, False)[0], range(8)))
+        folders = list(pool.map(lambda _: run_folder._make(base, False), range(8)))
     assert len(set(folders)) == 8 and all(folder.is_dir() for folder in folders)
-    assert run_folder._make(base, True)[0] == base  # a name that was given is what is used
+    assert run_folder._make(base, True) == base  # a name that was given is what is used

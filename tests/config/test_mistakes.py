@@ -134,17 +134,14 @@ def fail(command, arguments, monkeypatch, capsys) -> str:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_training_mistakes(name, tmp_path, monkeypatch, capsys, one_predictor):
+def test_training_mistakes(name, tmp_path, monkeypatch, capsys):
     arguments, words = MISTAKES[name]
     if callable(arguments):
         arguments = arguments(tmp_path)
     given = {"--preset": "tiny", "--output-dir": str(tmp_path / "run")}
     defaults = [part for pair in given.items() if pair[0] not in arguments for part in pair]
-    before = {*tmp_path.rglob("*")}
-    dry = fail(train.command, [*defaults, *arguments, "--dry-run"], monkeypatch, capsys)
-    assert {*tmp_path.rglob("*")} == before
     line = fail(train.command, [*defaults, *arguments], monkeypatch, capsys)
-    assert words in line and words in dry
+    assert words in line
     print(f"{name}: {line}")
 
 

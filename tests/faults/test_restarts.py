@@ -121,8 +121,8 @@ def test_a_node_is_lost_and_fewer_ranks_go_on_with_the_same_batches(options, unb
 def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
     config, request = load_preset("tiny", {"run": {"output_dir": folder}}), DeepSpeedConfig.of({})
     monkeypatch.setenv("WORLD_SIZE", "1")
-    check_early(config, request, LaunchOptions(resume, False, False, Profiles(None, None)))
+    check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     line = f"torchrun's --max-restarts is 3, --output-dir '{folder}' and --resume '{resume}': give a folder, "
     with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
-        check_early(config, request, LaunchOptions(resume, False, False, Profiles(None, None)))
+        check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))
