@@ -78,17 +78,11 @@ ELSEWHERE = {
     "pip install --no-compile torch torchvision --index-url https://download.pytorch.org/whl/cpu": ".ci/run: a network",
     "pip install --no-compile -e .": ".ci/run: CI's own command, with the tests' packages",
     "pip install --no-compile -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
-    "pip install ./op": "tests/test_op_wheel.py: its wheel, without a network",
-    "python op/hub_kernel.py my-kernel": "tests/test_op_wheel.py: another folder",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
-    "python -m profiling.speed.roofline --shape colpali --gpu a100 --peers": (
-        "tests/profiling/speed/test_roofline.py: a few kernels"
-    ),
     "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
     "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",
-    "python -m profiling.speed.maxsim": "tests/profiling/speed/test_benchmark.py: one repetition",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
@@ -476,8 +470,8 @@ def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):
 def test_python_of_exported_models_is_named():
     """tests/export runs it: DIR is a folder that a fresh process loads with and without trust.
 
-    tests/cmli/test_recipes.py runs those of the all-pairs op, tests/test_op_wheel.py the kernel's.
+    tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 17
+    assert len(blocks("python")) == 10
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")

@@ -4,9 +4,8 @@ the loss on them.
 Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or data.
 """
 
-from ds_cmli.cmli.across_ranks import maxsim_across_ranks
 from ds_cmli.cmli.loss import CMLILoss
-from ds_cmli.cmli.op import cmli_scores, maxsim
+from ds_cmli.cmli.op import cmli_scores
 from ds_cmli.cmli.peak_memory import PeakBytes, cmli_peak_bytes
 
 __all__ = [
@@ -14,6 +13,4 @@ __all__ = [
     "PeakBytes",
     "cmli_peak_bytes",
     "cmli_scores",
-    "maxsim",
-    "maxsim_across_ranks",
 ]

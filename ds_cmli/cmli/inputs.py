@@ -3,7 +3,6 @@
 Every wrong argument is one readable line, before any work is done.
 """
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -20,11 +19,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Sides(NamedTuple):
-    """The tensors that the op scores: I images and J texts, of which either may be packed.
-
-    Features of a packed side are the valid rows alone, [R, D], and its mask is int64 [J + 1], the
-    row at which each sequence begins, and R.
-    """
+    """The tensors that the op scores: I images and J texts."""
 
     image: Tensor  # [I, N, D]
     text: Tensor  # [J, M, D]
@@ -36,15 +31,12 @@ class Sides(NamedTuple):
 
     def sizes(self) -> tuple[int, int]:
         """The numbers of images and of texts, I and J."""
-        images, texts = len(self.image), len(self.text)
-        if self.image.ndim == 2 and self.image_mask is not None:
-            images = len(self.image_mask) - 1
-        return images, len(self.token_mask) - 1 if self.text.ndim == 2 else texts
+        return len(self.image), len(self.text)
 
     def new_results(self, save_argmax: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Zeros for s_i2t, s_t2i [I, J] and the argmax indices [I, J, N], [I, J, M].
 
-        The indices are empty unless `save_argmax`; those of packed texts are [I, R].
+        The indices are empty unless `save_argmax`.
         """
         (I, J), N, M = self.sizes(), self.image.shape[-2], self.text.shape[-2]  # noqa: E741
         both, new = not self.one_way, self.image.new_zeros
@@ -56,21 +48,6 @@ class Sides(NamedTuple):
             new((I, J, N) if both and save_argmax else (0,), dtype=index_dtype(M)),
             new(of_tokens, dtype=index_dtype(N)),
         )
-
-
-class Names(NamedTuple):
-    """What messages call a function and its arguments."""
-
-    call: str
-    image: str
-    text: str
-    token_mask: str
-    image_mask: str
-    image_shape: str
-    text_shape: str
-
-
-CMLI = Names("cmli_scores", "image", "text", "token_mask", "image_mask", "[I, N, D]", "[J, M, D]")
 
 
 class Wanted(NamedTuple):
@@ -98,7 +75,7 @@ def accepted(
     token_mask = boolean("token_mask", token_mask)
     image_mask = None if image_mask is None else boolean("image_mask", image_mask)
     check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
-    refuse_other_derivatives(CMLI.call, image, text)
+    refuse_other_derivatives("cmli_scores", image, text)
     return Sides(image, text, token_mask, image_mask)
 
 
@@ -167,86 +144,67 @@ def check_inputs(
     image_mask: Tensor | None,
     backend: str,
     scratch_bytes: int,
-    names: Names = CMLI,
 ) -> None:
-    """Raise ValueError or TypeError for the first thing wrong, from shapes and types alone.
-
-    Features of two dimensions are packed, where `names` are those of `maxsim`.
-    """
-    tensors = {names.image: image, names.text: text, names.token_mask: token_mask}
+    """Raise ValueError or TypeError for the first thing wrong, from shapes and types alone."""
+    tensors = {"image": image, "text": text, "token_mask": token_mask}
     if image_mask is not None:
-        tensors[names.image_mask] = image_mask
-    check_tensors(tensors)
-
-    for name, tensor, legend in (
-        (names.image, image, names.image_shape),
-        (names.text, text, names.text_shape),
-    ):
-        packed = tensor.ndim == 2 and names is not CMLI
-        if tensor.ndim != 3 and not packed:
-            raise ValueError(
-                f"{name} must have 3 dimensions {legend}, not shape {list(tensor.shape)}"
-            )
-        if 0 in tensor.shape[packed:]:
-            raise ValueError(f"{name} {legend} has an empty dimension: shape {list(tensor.shape)}")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}"
-            )
-        if tensor.shape[1] > LONGEST_SIDE and not packed:
-            raise ValueError(
-                f"{name} {legend} has {tensor.shape[1]} positions; "
-                f"at most {LONGEST_SIDE} are supported"
-            )
-    if image.dtype != text.dtype:
-        raise TypeError(
-            f"{names.image} is {image.dtype} and {names.text} is {text.dtype}: "
-            "cast one of them, the dtypes must be equal"
-        )
-    if image.shape[-1] != text.shape[-1]:
-        raise ValueError(
-            f"{names.image} has D={image.shape[-1]} features and {names.text} has "
-            f"D={text.shape[-1]}: project both to one space first"
-        )
-
-    for name, mask, of, features in (
-        (names.token_mask, token_mask, names.text, text),
-        (names.image_mask, image_mask, names.image, image),
-    ):
-        if mask is None or features.ndim == 2:  # `sequences` checks the masks of packed features
-            continue
-        if mask.dtype != torch.bool:
-            raise TypeError(
-                f"{name} must be a bool tensor with True = valid, or integers 0 and 1, not "
-                f"{mask.dtype}: pass mask > 0 if it holds 0 and 1, but an additive mask is none"
-            )
-        check_positions(name, mask, of, features)
-    for name, tensor in tensors.items():
-        if tensor.device != image.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and {names.image} on {image.device}: "
-                "move them to one device"
-            )
-
-    check_options(backend, scratch_bytes)
-
-
-def check_tensors(tensors: Mapping[str, Tensor]) -> None:
-    """Raise TypeError for what is no tensor, or a sparse one."""
+        tensors["image_mask"] = image_mask
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name} must be a dense tensor, not {tensor.layout}")
 
-
-def check_positions(name: str, mask: Tensor, of: str, features: Tensor) -> None:
-    """Raise ValueError unless a mask is one of the features' positions, their shape without D."""
-    if mask.shape != features.shape[:-1]:
-        raise ValueError(
-            f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
-            f"{list(features.shape[:-1])}"
+    for name, tensor, legend in (("image", image, "[I, N, D]"), ("text", text, "[J, M, D]")):
+        if tensor.ndim != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions {legend}, not shape {list(tensor.shape)}"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} {legend} has an empty dimension: shape {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}"
+            )
+        if tensor.shape[1] > LONGEST_SIDE:
+            raise ValueError(
+                f"{name} {legend} has {tensor.shape[1]} positions; "
+                f"at most {LONGEST_SIDE} are supported"
+            )
+    if image.dtype != text.dtype:
+        raise TypeError(
+            f"image is {image.dtype} and text is {text.dtype}: "
+            "cast one of them, the dtypes must be equal"
         )
+    if image.shape[-1] != text.shape[-1]:
+        raise ValueError(
+            f"image has D={image.shape[-1]} features and text has D={text.shape[-1]}: "
+            "project both to one space first"
+        )
+
+    for name, mask, of, features in (
+        ("token_mask", token_mask, "text", text),
+        ("image_mask", image_mask, "image", image),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"{name} must be a bool tensor with True = valid, or integers 0 and 1, not "
+                f"{mask.dtype}: pass mask > 0 if it holds 0 and 1, but an additive mask is none"
+            )
+        if mask.shape != features.shape[:-1]:
+            raise ValueError(
+                f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
+                f"{list(features.shape[:-1])}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.device != image.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and image on {image.device}: move them to one device"
+            )
+
+    check_options(backend, scratch_bytes)
 
 
 def check_options(backend: str, scratch_bytes: int) -> None:
@@ -277,11 +235,6 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
                     f"{name} has shape {shape}, {expected}: "
                     f"{letter} is {size}, but {first} in {where}"
                 )
-
-
-def valid_positions(mask: Tensor) -> Tensor:
-    """The valid positions of each sequence, by its mask or, packed, by where each begins."""
-    return mask.diff() if mask.ndim == 1 else mask.sum(1)
 
 
 def index_dtype(length: int) -> torch.dtype:

@@ -55,9 +55,6 @@ def cmli_peak_bytes(
     text_lengths: Sequence[int] | None = None,
     image_lengths: Sequence[int] | None = None,
     limits: tuple[tuple[int, int], int] | None = None,
-    one_way: bool = False,
-    own: int = 0,
-    packed: bool = False,
 ) -> PeakBytes:
     """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for
     contiguous arguments.
@@ -73,9 +70,6 @@ def cmli_peak_bytes(
             image_mask.
         limits: compute capability and shared memory of a block, in bytes, of the GPU that triton's
             tiles are for; None = the current one, or an A100 where there is none.
-        one_way: of `maxsim` instead, of J queries of up to M tokens and I documents of up to N.
-        own: of `maxsim` with so many documents of each query: one_way, and I = own * J.
-        packed: both sides are given packed, with both lengths.
 
     Equal to the allocator's count on a CPU, but for what PyTorch's operators hold inside, which is
     little next to a tile: products (oneDNN: about 65 KB a thread at D=256), and sorts. On a GPU the
@@ -83,10 +77,8 @@ def cmli_peak_bytes(
 
     Raises:
         ValueError: a backend whose memory is not known, or lengths that are not one number for each
-            sequence, or packed sides without.
+            sequence.
     """
-    if packed and (text_lengths is None or image_lengths is None):
-        raise ValueError("packed=True needs text_lengths and image_lengths")
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
     lengths: list[int] = []
@@ -101,15 +93,9 @@ def cmli_peak_bytes(
     with FakeTensorMode(), assuming(known):
         mask = None if image_lengths is None else torch.empty(I, N, dtype=torch.bool)
         features = torch.empty(I, N, D, dtype=dtype), torch.empty(J, M, D, dtype=dtype)
-        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask, one_way, own)
-        if packed:
-            rows = sum(lengths[J:]), sum(lengths[:J])
-            features = torch.empty(rows[0], D, dtype=dtype), torch.empty(rows[1], D, dtype=dtype)
-            starts = torch.empty(J + 1, dtype=torch.int64), torch.empty(I + 1, dtype=torch.int64)
-            sides = Sides(*features, *starts, one_way)
+        sides = Sides(*features, torch.empty(J, M, dtype=torch.bool), mask)
         grads = sides.new_results(False)[:2]
-        # With their gradients; the sums of one direction have a gradient in addition to the means'.
-        scores = (4 - one_way) * grads[1].nbytes
+        scores = 4 * grads[1].nbytes  # with their gradients
         of = backend_of(backend, *features)
         forward, largest, out = _peak(
             lambda: of.forward(sides, scratch_bytes, not recompute), sides[:4]

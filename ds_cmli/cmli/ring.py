@@ -65,7 +65,7 @@ class Scorer:
 
     @property
     def of_op(self) -> OpOptions:
-        """The options of `cmli_scores` and `maxsim`."""
+        """The options of `cmli_scores`."""
         return OpOptions(
             backend=self.backend, scratch_bytes=self.scratch_bytes, recompute=self.recompute
         )

@@ -97,16 +97,6 @@ PATCHES = {
         "_check_early_stop_heuristic",
         "A search by beams ends by scores, which have no values: it is to reach its full length.",
     ),
-    "colpali_engine: scores": Patch(
-        "colpali_engine.loss.late_interaction_losses",
-        "maxsim_inbatch maxsim_kd",
-        "Its losses take no function of scores.",
-    ),
-    "colpali_engine: gather": Patch(
-        "colpali_engine.trainer.contrastive_trainer:ContrastiveTrainer",
-        "_compute_loss_from_outputs",
-        "It gathers all ranks' documents before it calls the loss.",
-    ),
     "huggingface_hub: offline": Patch(
         "huggingface_hub.constants",
         "HF_HUB_OFFLINE",

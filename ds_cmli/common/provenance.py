@@ -41,9 +41,8 @@ def _output(*command: str) -> str:
 
 def version() -> str:
     """The version of this package, as it was installed."""
-    for name in ("ds-cmli", "ds-cmli-op"):  # where both are installed, the first one's is imported
-        with suppress(metadata.PackageNotFoundError):
-            return metadata.version(name)
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version("ds-cmli")
     return "from its sources"
 
 

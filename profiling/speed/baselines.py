@@ -3,8 +3,7 @@
 Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and
 other implementations of the scores: `broadcast` stores every product of every dot product,
 `materialised` lets a matrix product store one number for each. Each of these takes image [I, N, D],
-text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I, J]. Libraries that
-know one direction are called in both; they come with `pip install -e '.[bench]'`.
+text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I, J].
 """
 
 from collections.abc import Callable
@@ -126,25 +125,3 @@ def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     t2i = S.amax(-1).masked_fill(~token, 0.0).sum(-1) / token.sum(-1).clamp(min=1e-6)
     i2t = S.masked_fill(~token[..., None], -torch.finfo(S.dtype).max).amax(-2).mean(-1)
     return i2t.t(), t2i.t()
-
-
-def sentence_transformers(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from sentence_transformers.util import maxsim
-
-    t2i = maxsim(text, image, a_mask=mask).t() / mask.sum(1)
-    return maxsim(image, text, b_mask=mask) / image.shape[1], t2i
-
-
-def late_interaction_kernels(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from late_interaction_kernels import maxsim
-
-    t2i = maxsim(text, image, q_mask=mask).t() / mask.sum(1)
-    return maxsim(image, text, d_mask=mask) / image.shape[1], t2i
-
-
-def flash_maxsim(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_maxsim import flash_maxsim_batched_train as maxsim
-
-    lengths = mask.sum(1).to(torch.int32)
-    s_i2t = maxsim(image, text, doc_lengths=lengths) / image.shape[1]
-    return s_i2t, maxsim(text, image, query_lengths=lengths).t() / lengths

@@ -1,8 +1,8 @@
 """python -m profiling.speed.cmli [--json FILE]
 
 The all-pairs CMLI scores and everything else that computes them, in one run: time of forward and
-of forward and backward, extra memory, and where our own time goes. Peers come with
-`pip install -e '.[bench]'`; one that is missing or does not run here is a row that says so.
+of forward and backward, extra memory, and where our own time goes. One that does not run
+here is a row that says so.
 
 Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is
 no lower bound where that product (MKL) is not the fastest, as on AMD's processors.
@@ -46,9 +46,6 @@ def ours(**options) -> Scores:
 CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
     "naive autograd": (baselines.naive, ("fp32",), False),
     "x-clip": (baselines.x_clip, ("fp32",), False),
-    "sentence-transformers": (baselines.sentence_transformers, ("fp32",), False),
-    "late-interaction-kernels": (baselines.late_interaction_kernels, ("fp32",), False),
-    "flash-maxsim": (baselines.flash_maxsim, ("fp32",), False),
     "chunked": (ours(backend="chunked"), ("fp32", "bf16", "fp16"), True),
     "triton": (ours(backend="triton"), ("fp32", "bf16", "fp16"), True),
 }

@@ -4,13 +4,11 @@ import io
 import re
 from contextlib import redirect_stdout
 
-import pytest
 import torch
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from tests.cmli.test_multi_vector import Encoder, columns, encoder, library
 from tests.conftest import ROOT, rank_environments, spawn
 from tests.processes import CONTEXT
 
@@ -42,67 +40,6 @@ def test_one_process():
     torch.manual_seed(0)
     first, *_, last = run(recipe("CMLILoss("), {})
     assert float(first.split()[1]) > 2 and float(last.split()[1]) < 0.5
-
-
-def test_maxsim():
-    names: dict = {}
-    assert run(recipe("maxsim(queries"), names) == ["torch.Size([16, 4])"]
-    assert names["queries"].grad.any() and not names["documents"].grad[~names["document_mask"]].any()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_sentence_transformers(tmp_path, monkeypatch):
-    """With a tiny model in place of the published one."""
-    library("sentence_transformers", "6.0")
-    monkeypatch.chdir(tmp_path)
-    code = recipe("MultiVectorEncoderTrainer(")
-    published = 'MultiVectorEncoder("answerdotai/ModernBERT-base")'
-    assert published in code
-    names = {"tiny": encoder(True)}
-    run(code.replace(published, "tiny"), names)
-    assert names["trainer"].state.global_step == 3 and names["loss"].similarity_fct.across_ranks
-
-
-@pytest.mark.slow
-def test_pylate():
-    """With an encoder in place of its model, which it builds with sentence-transformers 5 alone."""
-    library("pylate", "1.5")
-    code = recipe("models.ColBERT(")
-    published = 'models.ColBERT("lightonai/GTE-ModernColBERT-v1")'
-    assert published in code
-    names = {"tiny": Encoder(True)}
-    names["tiny"].tokenize = lambda texts, is_query, pad=False: columns(range(len(texts)), 1, is_query)[0]
-    run(code.replace(published, "tiny"), names)
-    assert names["loss"].score_metric.across_ranks and names["tiny"].words.grad.any()
-
-
-@pytest.mark.slow
-def test_colpali():
-    pytest.importorskip("colpali_engine", reason="colpali-engine is not installed")
-    names: dict = {}
-    run(recipe("MaxSimLoss("), names)
-    assert 1 < names["loss"].item() < 50 and names["model"].weight.grad.any()
-
-
-def test_accelerate_in_bf16():
-    from accelerate import state
-
-    state.AcceleratorState._reset_state(reset_partial_state=True)  # of other tests' trainers
-    names = definitions()
-    (last,) = run(recipe("Accelerator("), names)
-    assert names["accelerator"].mixed_precision == "bf16"
-    assert float(last) < 0.5
-    assert {p.dtype for p in names["model"].parameters()} == {torch.float32}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_lightning_in_bf16(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = definitions()
-    *_, last = run(recipe("LightningModule"), names)
-    assert names["trainer"].precision == "bf16-mixed" and names["trainer"].global_step == 100
-    assert float(last) < 0.5
 
 
 def ddp(rank, environments):

@@ -172,7 +172,7 @@ def test_sparse_backward(target, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)
 def test_one_direction(target, dtype):
-    """Of `maxsim`: no more registers and shared memory than both directions take, and spills only where they spill."""
+    """No more registers and shared memory than both directions take, and spills only where they spill."""
     if not suited(target):
         pytest.skip("the kernels do not run there")
     ways = [forward_kernels(target, dtype, [(True, True)], both) for both in (False, True)]

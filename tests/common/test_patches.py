@@ -513,18 +513,6 @@ def a_state_without_values_is_set() -> bool:
     return True
 
 
-def colpali_has_no_scores_of_its_own() -> bool:
-    from colpali_engine.loss.late_interaction_losses import ColbertModule
-
-    return "= maxsim_inbatch(" not in inspect.getsource(ColbertModule)
-
-
-def colpali_gathers_no_documents() -> bool:
-    from colpali_engine.trainer.contrastive_trainer import ContrastiveTrainer
-
-    return "= concat_all_gather(" not in inspect.getsource(ContrastiveTrainer)
-
-
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
     "torch: GPU's memory": a_gpu_is_found,
@@ -592,8 +580,6 @@ NO_LONGER_NEEDED = {
     "python: threads": a_thread_has_the_modes_of_its_first,
     "python: tasks of pools": says_no_longer(ThreadPoolExecutor.submit, "_work_queue.put("),
     "torch: types for all parameters at once": every_type_is_updated_at_once,
-    "colpali_engine: scores": colpali_has_no_scores_of_its_own,
-    "colpali_engine: gather": colpali_gathers_no_documents,
     "timm: loaded keys": timm_tells_which_keys_it_loads,
     "transformers: mask": lambda: (
         transformers_looks_at_a_mask_without_data() and transformers_reads_no_mask_for_padding()
@@ -624,7 +610,6 @@ NO_LONGER_NEEDED = {
 
 # Of each library the last version for which the need of its patches was checked.
 CHECKED = {
-    "colpali_engine": "0.3.18",
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
     "inductor": "2.13.0",
@@ -639,11 +624,8 @@ CHECKED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PATCHES)
-def test_the_installed_library_still_needs_the_patch(name, monkeypatch):
+def test_the_installed_library_still_needs_the_patch(name):
     patch = PATCHES[name]
-    if name.startswith("colpali_engine"):
-        pytest.importorskip("colpali_engine", reason="colpali-engine is not installed")
-        monkeypatch.setitem(sys.modules, "pynvml", None)  # by which its trainer asks for a GPU
     assert patch.targets() and patch.reason
     version = CHECKED[name.partition(":")[0]]
     assert not NO_LONGER_NEEDED[name](), f"{name}: the patch of {version} is no longer needed: remove it"

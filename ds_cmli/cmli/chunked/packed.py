@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.inputs import Sides, valid_positions
+from ds_cmli.cmli.inputs import Sides
 from ds_cmli.cmli.without_data import assumed
 
 
@@ -110,15 +110,13 @@ class PackedBatch:
     """The features of one side and the tables that find its valid rows.
 
     Args:
-        features: [B, P, D]; packed already: [R, D].
-        mask: [B, P] bool; None = all valid. Packed already: [B + 1], the row at which each begins.
+        features: [B, P, D].
+        mask: [B, P] bool; None = all valid.
         lengths: the valid positions of each sequence, on the host.
     """
 
     def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
-        B, P, device = len(lengths), features.shape[-2], features.device
-        if features.ndim == 2:
-            P = max(1, *lengths)
+        (B, P, _), device = features.shape, features.device
         # Gradients get the strides of this, as the op promises them.
         self.features, self.positions = features.contiguous().flatten(0, -2), P
         self.wide = torch.promote_types(features.dtype, torch.float32)
@@ -132,12 +130,7 @@ class PackedBatch:
         self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)
         # [R] each valid row's place in `features`; None if all rows are valid and in order
         self.source = None
-        if mask is not None and mask.ndim == 1:
-            if order != list(range(B)):
-                moved = mask[self.order].sub_(self.last - self.counts).sub_(1)
-                self.source = torch.repeat_interleave(moved, self.counts, output_size=sum(lengths))
-                self.source += torch.arange(len(self.source), device=device)
-        elif mask is not None:
+        if mask is not None:
             sorted_mask = mask.index_select(0, self.order).flatten()
             # nonzero_static instead of nonzero: the number is known, which avoids a CPU-GPU sync.
             valid = torch.nonzero_static(sorted_mask, size=sum(lengths))[:, 0]
@@ -209,9 +202,9 @@ def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
     Lengths go to the host, the one time that a GPU is waited for in forward, and in backward.
     """
     I, J = sides.sizes()  # noqa: E741
-    counts = valid_positions(sides.token_mask)
+    counts = sides.token_mask.sum(1)
     if sides.image_mask is not None:
-        counts = torch.cat([counts, valid_positions(sides.image_mask)])
+        counts = torch.cat([counts, sides.image_mask.sum(1)])
     known = assumed()
     lengths = counts.tolist() if known is None else known.lengths  # CPU-GPU sync
     images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [sides.image.shape[-2]] * I)

@@ -1,7 +1,6 @@
 """All-pairs CMLI on a GPU by Triton kernels that never store the similarities: the backend's two
 functions."""
 
-from ds_cmli.cmli.triton.backend import Sizes
-from ds_cmli.cmli.triton.packed import backward, forward
+from ds_cmli.cmli.triton.backend import Sizes, backward, forward
 
 __all__ = ["Sizes", "backward", "forward"]
