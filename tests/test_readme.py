@@ -109,7 +109,6 @@ ELSEWHERE = {
     "--output-dir runs/photos":
         "tests/models/test_dual_training.py: a small model by its folder",
     "python -m ds_cmli.report runs/photos": "tests/report/test_report.py: runs of `tiny`",
-    "python -m ds_cmli.evaluate runs/photos --curve curve.png": "tests/models/test_dual_training.py: a small run",
     "python -m ds_cmli.export runs/photos photos-clip --as clip --interpolate 0.5":
         "tests/models/test_dual_training.py: a small run",
     "pip install img2dataset": "docs/finetune.md: another project's command",

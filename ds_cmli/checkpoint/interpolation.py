@@ -21,7 +21,6 @@ from ds_cmli.losses.objective import Objective
 from ds_cmli.models.weights import say
 
 if TYPE_CHECKING:
-    from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import CaptionTokenizer
 
 SOURCE = "student.source"
@@ -46,20 +45,18 @@ class Ends:
         objective.load_state_dict(between)
 
 
-def check(config: Config, option: str) -> None:
+def check(config: Config) -> None:
     """Raise `UserError` unless the student of a run began as a whole model that is still there."""
     source = Source(config.student.source)
     if not source.name:
         raise UserError(
-            f"{option} has no effect: the run has no {SOURCE}, between which and the trained "
-            "weights it would be: leave it out"
+            f"--interpolate has no effect: the run has no {SOURCE}, between which and the "
+            "trained weights it would be: leave it out"
         )
     applied({"student": {"source": source.name}}, {})  # it can be read
 
 
-def ends(
-    run: Path, config: Config, objective: Objective, vocabulary: "CaptionTokenizer | EvalData"
-) -> Ends:
+def ends(run: Path, config: Config, objective: Objective, vocabulary: "CaptionTokenizer") -> Ends:
     """The weights that a run started from and those of `objective`, which it ended with.
 
     The source is read again, from where it was. Adapters of LoRA are merged in the trained weights,

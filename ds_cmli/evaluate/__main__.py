@@ -76,12 +76,6 @@ suite = partial(option, "Benchmarks")
     metavar="PICTURES",
     help="Also average retrieval over folds of so many pictures: 1000 for COCO 1k.",
 )
-@retrieval(
-    "--curve",
-    metavar="PICTURE",
-    help="Also draw recall over interpolated weights, from student.source's to the run's, into a "
-    ".png, .svg or .pdf.",
-)
 @zero_shot(
     "--zero-shot",
     metavar="FOLDER",
@@ -179,8 +173,6 @@ def _configured(request: EvaluationOptions) -> "Config":
 
     if request.is_run:
         return load_config(Path(request.model) / "config.json", "--checkpoint")
-    if request.curve:
-        raise UserError(f"{request.model!r} is no run, which has a source: leave out --curve")
     given = request.source or request.boxes or request.zero_shot
     if request.ema or not given:
         raise UserError(
@@ -204,13 +196,9 @@ def _take_data(config: "Config", request: EvaluationOptions) -> None:
 
 def _retrieval(config: "Config", request: EvaluationOptions) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
-    from ds_cmli.checkpoint import interpolation
     from ds_cmli.data.load import build_eval_data
-    from ds_cmli.evaluate.curve import draw_curve
     from ds_cmli.evaluate.split import evaluate_split
 
-    if request.curve:
-        interpolation.check(config, "--curve")
     data = build_eval_data(config.data, config.run.seed, request.split)
     say(*data.summary, *data.notices)
     objective, how = _started(config, request, data)  # collective
@@ -219,10 +207,6 @@ def _retrieval(config: "Config", request: EvaluationOptions) -> Metrics:
         figures = evaluate_split(objective, dataset, data, how, request.fold_size)  # collective
         metrics |= prefixed(f"eval/{split}/", figures)
         say(summary(split, figures))
-    if request.curve:
-        run = Path(request.model)
-        ends = interpolation.ends(run, config, objective, data)
-        metrics |= draw_curve(request.curve, ends, objective, data, how)  # collective
     return metrics
 
 

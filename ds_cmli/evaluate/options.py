@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass
 
-from ds_cmli.common import plots
 from ds_cmli.common.errors import UserError
 
 
@@ -20,7 +19,6 @@ class EvaluationOptions:
     image_root: str | None
     split: str | None
     fold_size: int | None
-    curve: str | None
     zero_shot: str | None
     class_names: str | None
     templates: str | None
@@ -43,7 +41,7 @@ def check(request: EvaluationOptions) -> None:
         name = field.name
         if getattr(request, name) == "":
             raise UserError(f"{option_of(name)} is empty: give a value, or leave it out")
-    mode, reads = "", {"source", "image_root", "split", "fold_size", "curve"}
+    mode, reads = "", {"source", "image_root", "split", "fold_size"}
     if request.suite:
         mode, reads = "suite", {"suite", "page"}
     elif request.zero_shot:
@@ -57,7 +55,6 @@ def check(request: EvaluationOptions) -> None:
             raise UserError(f"{option_of(field.name)} has no effect {where}: leave it out")
     if request.boxes and not request.image_root:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
-    plots.check_picture("--curve", request.curve)
 
 
 def option_of(name: str) -> str:

@@ -72,7 +72,7 @@ def load_run(
     """
     config = load_config(run / "config.json", "the run")
     if share is not None:
-        interpolation.check(config, "--interpolate")
+        interpolation.check(config)
     if not over_pairs(config.loss.weights):
         raise UserError(
             f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare "

@@ -133,10 +133,6 @@ def test_without_a_source_nothing_is_interpolated(sources, run, tmp_path):
     shutil.rmtree(tmp_path / "gone")
     with pytest.raises(UserError, match=r"^student.source is [^\n]*: no such file or folder$"):
         export(began, tmp_path / "x", "--interpolate", "0.5")
-    with pytest.raises(UserError, match=r"^--curve has no effect: the run has no student.source"):
-        evaluate.main([str(run), "--curve", str(tmp_path / "c.png")], standalone_mode=False)
-    with pytest.raises(UserError, match="is no run, which has a source: leave out --curve"):
-        evaluate.main([str(sources["clip"]), "--curve", str(tmp_path / "c.png")], standalone_mode=False)
 
 
 def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
@@ -173,22 +169,3 @@ def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
         evaluate.main([str(sources["siglip"])], standalone_mode=False)
     with pytest.raises(UserError, match="MODEL or --checkpoint: none is given"):
         evaluate.main(["--data", data], standalone_mode=False)
-
-
-def test_the_curve_from_the_source_to_the_run(sources, tmp_path, capsys, monkeypatch):
-    from tests.config.test_mistakes import pairs
-
-    process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in {**process, "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    run, data = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"]), pairs(tmp_path / "pairs", count=12)
-    out, picture = tmp_path / "metrics.json", tmp_path / "curve.svg"
-    how = ["--data", data, "--json", str(out)]
-    evaluate.main([str(run), "--curve", str(picture), *how], standalone_mode=False)
-    metrics, printed = json.loads(out.read_text()), capsys.readouterr().out
-    assert "mean recall over the share of the trained weights\n    share  val combined  val cmli  val global" in printed
-    assert picture.stat().st_size > 1000 and len(printed.split("    share  val")[1].splitlines()) == 13
-    evaluate.main([str(sources["clip"]), *how], standalone_mode=False)
-    for name, value in json.loads(out.read_text()).items():
-        assert metrics[f"share/0/{name}"] == value
-        assert metrics[f"share/1/{name}"] == metrics[name]
