@@ -1,4 +1,4 @@
-"""Draws match maps: `python -m ds_cmli.visualize RUN --pairs 0,1,2`, as one page and as pictures.
+"""Draws match maps, a PNG for each pair: `python -m ds_cmli.visualize RUN --pairs 0,1,2`.
 
 For each word of a caption they show its best patches of the picture, for each patch its best word;
 those of several runs are shown side by side, on the same pairs.
@@ -9,19 +9,15 @@ Shapes: S image side in pixels, N image patches, M words.
 from __future__ import annotations
 
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from PIL import Image
 
-from ds_cmli.common import documents
-from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.plots import COLOURS
 from ds_cmli.config.plugins import plugin_option
 
 if TYPE_CHECKING:
@@ -37,7 +33,6 @@ DEFAULT = 4  # pairs that are shown if none are given
 class Panel:
     """One caption and its picture, with the matches of one or several models."""
 
-    title: str
     text: str
     image: Tensor  # uint8 [3, S, S]
     matches: dict[str, Match]  # model's name -> its match; all have the same words
@@ -54,7 +49,6 @@ class MatchMapOptions:
     image: str | None
     text: str | None
     output: str
-    pictures: str | None
 
 
 @click.command()
@@ -73,8 +67,13 @@ class MatchMapOptions:
 )
 @click.option("--image", default=None, help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", default=None, help="The text for --image.")
-@click.option("--output", default="match-maps.html", show_default=True, help="HTML page to write.")
-@click.option("--pictures", default=None, metavar="FOLDER", help="Folder for a PNG of each pair.")
+@click.option(
+    "--output",
+    default="match-maps",
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder for a PNG of each pair.",
+)
 def command(**options: Any) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
     chosen = MatchMapOptions(**options)
@@ -85,31 +84,27 @@ def command(**options: Any) -> None:
     numbers = None
     if chosen.pairs is not None:
         numbers = list(map(_number, chosen.pairs.split(",")))
-    check_writable(chosen.output)
+    folder = Path(chosen.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output is {chosen.output!r}: cannot make it: {error.strerror}"
+        ) from None
 
     from ds_cmli.inference import Model
 
     models = {_name(run, chosen.runs): Model.load(run) for run in chosen.runs}
     first = next(iter(models.values()))
     if chosen.image is not None and chosen.text is not None:
-        shown = [(Path(chosen.image).name, first.read(chosen.image), chosen.text)]
+        shown = [(first.read(chosen.image), chosen.text)]
     else:
         shown = held_out(first.config, chosen.source, chosen.split, numbers)
-    panels = [panel(models, title, pixels, caption) for title, pixels, caption in shown]
-    write_page(panels, chosen.output)
+    panels = [panel(models, pixels, caption) for pixels, caption in shown]
+    for number, one in enumerate(panels):
+        write_figure(one, folder / f"match-{number}.png")
     many = "s" if len(panels) > 1 else ""
     click.echo(f"match maps of {len(panels)} pair{many}: {chosen.output}")
-    if chosen.pictures is not None:
-        folder = Path(chosen.pictures)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"--pictures is {chosen.pictures!r}: cannot make it: {error.strerror}"
-            ) from None
-        for number, one in enumerate(panels):
-            write_figure(one, folder / f"match-{number}.png")
-        click.echo(f"pictures of them: {chosen.pictures}")
 
 
 def _number(part: str) -> int:
@@ -128,8 +123,8 @@ def _name(run: str, runs: tuple[str, ...]) -> str:
 
 def held_out(
     config: Config, source: str | None, split: str | None, numbers: Sequence[int] | None
-) -> list[tuple[str, Tensor, str]]:
-    """Pairs of a held-out split, as (title, picture uint8 [3, S, S], caption as it is written).
+) -> list[tuple[Tensor, str]]:
+    """Pairs of a held-out split, as (picture uint8 [3, S, S], caption as it is written).
 
     Args:
         numbers: as `in_turns` counts them; None: the first `DEFAULT` that can be used.
@@ -152,17 +147,15 @@ def held_out(
         raise UserError(f"--split is {split!r}: give one of {', '.join(data.evals)}")
     pairs = HeldOut(data.evals[split])
     order = in_turns(pairs.image_of.tolist())
-    out: list[tuple[str, Tensor, str]] = []
+    out: list[tuple[Tensor, str]] = []
     for number in range(len(order)) if numbers is None else numbers:
         if number >= len(order):
             raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
         row = order[number]
         sample = pairs.pairs.pair(pairs.rows[row])
         if sample.bad is None:
-            file = pairs.file(row)
-            title = f"{split} {number}" if file.isdigit() else f"{split} {number}: {file}"
             image = unpacked(sample.image, sample.grid, config.data.side)
-            out.append((title, image, sample.tokens.text))
+            out.append((image, sample.tokens.text))
         elif numbers is not None:
             name, reason = sample.bad
             raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")
@@ -189,7 +182,7 @@ def in_turns(image_of: Sequence[int]) -> list[int]:
     return [caption for _, caption in sorted(turns)]
 
 
-def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> Panel:
+def panel(models: Mapping[str, Model], image: Tensor, text: str) -> Panel:
     """The panel of a picture [3, S, S] and a text, with the match of each model.
 
     Raises:
@@ -205,57 +198,10 @@ def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> 
         if match.spans != first.spans:
             raise UserError(
                 f"{name} divides {text!r} into other words than {next(iter(matches))}: show them "
-                "in two pages"
+                "one by one"
             )
         matches[name] = match
-    return Panel(title, text, image, matches)
-
-
-def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
-    """Write one HTML page that needs no network; hovering a word shows its patches, and vice versa.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    shown = list(map(_values, panels))
-    values = {"title": title, "panels": shown, "colours": COLOURS}
-    documents.write_page(path, "the page", "ds_cmli.inference", "maps.html.jinja", **values)
-
-
-def _values(panel: Panel) -> dict[str, object]:
-    """What the template reads of a panel."""
-    models = []
-    for name, match in panel.matches.items():
-        rows, columns = match.grid
-        similarity = list(map(_rounded, match.similarity.tolist()))
-        models.append({"name": name, "rows": rows, "columns": columns, "similarity": similarity})
-    buffer = io.BytesIO()
-    Image.fromarray(panel.image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return {
-        "title": panel.title,
-        "pieces": pieces(panel.text, next(iter(panel.matches.values())).spans),
-        "image": documents.data_url(buffer.getvalue(), "png"),
-        "aspect": panel.image.shape[2] / panel.image.shape[1],
-        "models": models,
-    }
-
-
-def _rounded(row: list[float]) -> list[float]:
-    return [round(value, 3) for value in row]
-
-
-def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int | None]]:
-    """The text in pieces: each word with its number, and the text between words with None."""
-    out: list[tuple[str, int | None]] = []
-    position = 0
-    for number, (start, end) in enumerate(spans):
-        if start > position:
-            out.append((text[position:start], None))
-        out.append((text[start:end], number))
-        position = max(position, end)
-    if text[position:]:
-        out.append((text[position:], None))
-    return out
+    return Panel(text, image, matches)
 
 
 def write_figure(panel: Panel, path: str | Path) -> None:

@@ -40,7 +40,7 @@ DEFAULTS = Config()
 # Run as they stand, in a folder with a run in the sizes of `tiny` and a folder of pictures.
 HERE = [
     "python ds_cmli/train.py --help",
-    "python -m ds_cmli.visualize RUN --pairs 0,1,2 --output maps.html",
+    "python -m ds_cmli.visualize RUN --pairs 0,1,2 --output maps",
     "python -m ds_cmli.report RUN --output report.html",
 ]
 # The same in processes of their own, with the mark `slow`.
