@@ -63,7 +63,7 @@ STARTED = [
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json",
     "torchrun --nproc_per_node 2 ds_cmli/train.py",
     "python ds_cmli/train.py --losses global,cmli=0.5",
-    "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5",
+    "python ds_cmli/train.py --set student.patch_keep=0.5",
     "python ds_cmli/train.py --profile-memory 2",
     "python ds_cmli/train.py --profile 5:8",
     'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'',
@@ -122,14 +122,6 @@ ELSEWHERE = {
     "webdataset --output_folder mscoco --processes_count 16 --thread_count 64 --image_size 256 --resize_mode "
     "keep_ratio":
         "docs/finetune.md: another project's command",
-    "deepspeed ds_cmli/train.py --preset cc3m --data cc3m --val-data coco/dataset_coco.json --deepspeed_config "
-    "ds_configs/zero2_bf16.json --output-dir runs/cc3m":
-        "tests/models/test_dual_training.py: two small towers",
-    "deepspeed ds_cmli/train.py --preset cc3m --data cc12m --deepspeed_config ds_configs/zero2_bf16.json "
-    "--output-dir runs/cc12m":
-        "tests/models/test_dual_training.py: two small towers",
-    "python -m ds_cmli.evaluate runs/cc3m --data coco/dataset_coco.json --split test":
-        "tests/evaluate/test_command.py: small JSON",
     "deepspeed ds_cmli/train.py --start-from runs/coco --data other/dataset.csv --losses global,cmli,sparc":
         "tests/models/test_dual_training.py: a small run",
     "python -m ds_cmli.export runs/coco coco-clip --as clip": "tests/export/test_library.py",
@@ -278,16 +270,15 @@ def test_numbers_of_finetune_are_the_presets():
     page, result = (ROOT / "docs" / "finetune.md").read_text("utf-8"), []
     for section, key, rest in re.findall(r"(?m)^\| `(\w+)\.(\w+)`(.*) \|$", page):
         cells = [cell.strip() for cell in rest.split("|")]
-        if len(cells) != 5:
+        if len(cells) != 3:
             continue  # of another table
-        for name, cell in (("finetune", cells[1]), ("cc3m", cells[3])):
-            value = PRESETS[name].get(section, {}).get(key, getattr(getattr(DEFAULTS, section), key))
-            if isinstance(value, dict):
-                (value,) = value.values()
-            written = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            assert cell in (written, "the source's"), (name, key)
-            result.append(key)
-    assert len(result) == 20
+        value = PRESETS["finetune"].get(section, {}).get(key, getattr(getattr(DEFAULTS, section), key))
+        if isinstance(value, dict):
+            (value,) = value.values()
+        written = ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert cells[1] in (written, "the source's"), key
+        result.append(key)
+    assert len(result) == 10
 
 
 def test_messages_of_troubleshooting_are_printed():

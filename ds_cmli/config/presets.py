@@ -45,20 +45,6 @@ def merged(*layers: Sections) -> Sections:
 PRESETS: dict[str, Sections] = {
     "quick": merged(DEMO, QUICK),
     "demo": DEMO,
-    # For experiments with many runs (docs/learning.md): two to three minutes a run. The teacher is
-    # of another origin than the student's encoder.
-    "ablation": {
-        "student": {
-            "image_overrides": {"patch_size": 16},
-            "layers": 3,
-            "dropout": 0.0,
-            "freeze_image": 1,
-            "freeze_text": 1,
-        },
-        "teacher": {"model": "tf_efficientnet_lite0", "block": 3},
-        "data": {"image_size": 64, "scenes": "sentences"},
-        "optim": {"lr": 6e-4, "warmup_share": 0.15, "micro_batch": 32, "steps": 100},
-    },
     # The document's setting. It names neither GPU nor models, so the models here are an assumption.
     "paper": {
         "student": {
@@ -78,7 +64,7 @@ PRESETS: dict[str, Sections] = {
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },
     # A CLIP or SigLIP, by --start-from, on one's own pictures. docs/finetune.md has the sources of
-    # these numbers and of those of "cc3m".
+    # these numbers.
     "finetune": {
         "data": {"workers": 8, "augmentation": {"random_resized_crop": 0.9}},
         "loss": {"weights": {"global": 1.0, "cmli": 1.0}},
@@ -91,43 +77,6 @@ PRESETS: dict[str, Sections] = {
             "epochs": 6,
         },
         "run": {"log_every": 50, "eval_every": 100, "save_every": 500, "keep_best": True},
-    },
-    # Two towers from nothing: ViT-B/16 with CLIP's text encoder on CC3M, on eight GPUs.
-    "cc3m": {
-        "student": {
-            "image_model": "vit_base_patch16_224",
-            "image_weights": "random",
-            "text_model": "clip_text_model",
-            "text_weights": "random",
-            "text_overrides": {
-                "hidden_size": 512,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 8,
-                "intermediate_size": 2048,
-                "max_position_embeddings": 77,
-            },
-            "layers": 12,
-            "shared_blocks": 0,
-            "dropout": 0.0,
-        },
-        "data": {
-            "image_size": 224,
-            "context_length": 77,
-            "tokenizer": "openai/clip-vit-base-patch16",
-            "workers": 8,
-            "augmentation": {"random_resized_crop": 0.9},
-        },
-        "loss": {"weights": {"global": 1.0, "cmli": 1.0}},
-        "optim": {
-            "lr": 5e-4,
-            "eps": 1e-8,
-            "weight_decay": 0.5,
-            "warmup_share": 0.0227,  # 2,000 of 88,219 steps
-            "micro_batch": 128,
-            "steps": None,
-            "epochs": 32,
-        },
-        "run": {"log_every": 100, "eval_every": 2000, "save_every": 2000, "keep_best": True},
     },
     # For tests: only the pictures are downloaded, and a step takes well under a second.
     "tiny": {

@@ -102,17 +102,3 @@ def test_the_lines_of_the_page(given, tmp_path):
     python("-m", "ds_cmli.export", str(run), str(tmp_path / "x"), "--as", "clip", "--interpolate", "0.5")
     begun, half = (load_file(folder / "model.safetensors") for folder in (given[0] / "clip", tmp_path / "x"))
     assert begun.keys() == half.keys() and (half["logit_scale"] != begun["logit_scale"]).all()
-
-
-def test_cc3m_in_small(given, tmp_path):
-    image = {"embed_dim": 32, "depth": 12, "num_heads": 2}
-    text = {"hidden_size": 32, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 64}
-    how = (
-        "--set",
-        f"student.image_overrides={json.dumps(image)}",
-        "--set",
-        f"student.text_overrides={json.dumps(text)}",
-    )
-    how += ("--set", "data.tokenizer=builtin", "--steps", "2", "--micro-batch", "4", "--workers", "0")
-    assert "image 0." in command(given, tmp_path / "run", "--preset", "cc3m", *how)
-    assert lines(tmp_path / "run")[-1]["step"] == 2
