@@ -132,7 +132,7 @@ def prepare(
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
     point = contents.find(resume, folder)  # collective
     batch = restore.rebatch(point, ds_config)
-    plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
+    plan = make_plan(config, batch, data.mixture)  # collective
     with place.watchdog.slow(together=True):  # large files on a slow disk
         local = local_files.noted(config)  # collective
     state = restore.state_of(

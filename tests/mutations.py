@@ -117,14 +117,6 @@ MUTATIONS = (
         ("config", "engine"),
     ),
     Mutation(
-        "resumed-window",
-        "a run that resumes within a window of captions of like length takes its rest ungrouped",
-        "data/sampler.py",
-        "(start == position or start % self.window == 0)",
-        "start % self.window == 0",
-        ("data", "checkpoint/test_resume_data.py"),
-    ),
-    Mutation(
         "aspect-mask",
         "a picture of any aspect has one patch of padding",
         "data/aspect.py",

@@ -33,7 +33,6 @@ AXES = {
     "adapters": ("-", "lora"),
     "layers": ("-", "part"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
-    "order": ("-", "group"),
     "captions": ("K1", "K2", "each"),
     "negatives": ("right", "f-all", "f-own", "s-all", "s-own"),
     "pooled": ("-", "flair"),
@@ -48,29 +47,30 @@ IMPOSSIBLE = (
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero1 alone fp32 cached gather again -   aspect sigmoid lora part -      group K2   right -     -     cut mask
-zero0 alone fp32 one    ring   -     -   square target  lora -    warmup group K2   s-all -     -     top keep
-zero2 alone fp32 micro  ring   -     -   square sparc   lora part -      -     K1   f-all flair boxes top keep
-zero3 alone fp32 one    gather -     -   aspect sigmoid -    -    warmup group each right -     boxes all mask
-zero2 alone bf16 cached gather -     ema aspect sigmoid -    -    warmup group K1   s-all flair boxes all mask
-zero3 alone fp32 one    gather -     ema kept   target  -    part -      -     K2   f-all -     -     top keep
-zero1 alone bf16 micro  ring   -     ema kept   sigmoid lora -    warmup group K2   s-all flair boxes cut keep
-zero0 alone bf16 cached gather again -   kept   target  -    -    warmup -     K2   f-all flair boxes all mask
-zero0 alone bf16 one    ring   again -   aspect target  -    part -      group K1   right -     -     cut keep
-zero2 alone bf16 one    gather again -   kept   sparc   lora part -      group K2   s-own flair boxes cut keep
-zero0 alone fp32 micro  ring   -     ema aspect sigmoid lora -    -      group K2   f-own -     boxes cut mask
-zero1 alone bf16 micro  gather again -   square target  -    part -      -     each right flair -     cut keep
-zero1 alone bf16 one    gather again -   square sparc   lora -    warmup -     K2   f-own flair boxes all keep
-zero0 two   fp32 micro  ring   -     ema aspect target  lora -    warmup -     K1   s-own flair -     all keep
-zero1 two   bf16 micro  gather -     -   kept   sparc   -    -    -      group K1   f-all -     boxes cut mask
-zero3 two   fp32 one    gather -     -   aspect sigmoid lora part -      -     K1   f-all -     -     all mask
-zero2 two   fp32 cached ring   again ema kept   sparc   -    part -      group each right -     -     top mask
-zero0 two   fp32 cached gather -     -   square sparc   lora -    warmup group each right -     boxes cut mask
-zero3 two   bf16 cached ring   again ema kept   target  -    part -      -     K2   s-own -     -     all keep
-zero1 two   fp32 micro  gather again ema square sigmoid -    -    warmup group K1   s-own -     -     top mask
-zero2 two   bf16 cached ring   again -   kept   target  -    part -      -     K1   f-own flair -     top mask
-zero3 two   fp32 micro  ring   -     -   kept   target  lora part -      -     K1   f-own flair boxes cut mask
-zero3 two   bf16 cached gather again -   square sparc   lora part -      -     K2   s-all flair -     cut mask
+zero0 two   bf16 micro  ring   -     -   square sigmoid lora -    warmup K2   right flair -     top mask
+zero2 two   fp32 one    gather again ema kept   target  -    part -      K1   f-own -     boxes cut keep
+zero3 alone bf16 cached gather again -   aspect sigmoid -    -    -      K1   s-all flair -     all keep
+zero1 alone fp32 cached ring   -     ema kept   sparc   lora -    warmup K2   s-own -     boxes all mask
+zero3 alone bf16 one    ring   again ema square sparc   lora part -      each right -     boxes top keep
+zero1 two   fp32 one    ring   -     -   aspect target  -    part -      K2   f-all flair -     cut mask
+zero0 alone fp32 micro  gather again ema aspect target  lora -    warmup K1   f-all flair boxes cut keep
+zero2 two   bf16 micro  gather -     -   kept   sparc   -    -    warmup each right flair -     all mask
+zero0 two   bf16 cached gather -     ema square target  -    part -      K1   s-own -     -     top keep
+zero1 two   fp32 micro  gather again ema square sigmoid lora part -      K2   s-all -     boxes cut keep
+zero2 alone bf16 one    ring   -     -   aspect sigmoid lora -    warmup K2   f-own -     -     all mask
+zero3 alone bf16 micro  ring   again -   kept   sigmoid lora -    warmup K1   s-own flair boxes cut mask
+zero3 two   fp32 cached ring   -     ema aspect target  lora -    warmup each right flair -     cut mask
+zero0 alone fp32 one    ring   -     -   kept   sparc   -    -    warmup K1   s-all flair boxes top mask
+zero2 alone bf16 cached gather -     -   square sigmoid -    part -      K2   f-all -     -     all mask
+zero1 alone bf16 cached gather -     -   square sparc   lora -    warmup K1   f-own flair boxes top mask
+zero3 alone fp32 cached gather -     -   kept   sparc   -    part -      K2   f-all flair boxes top mask
+zero2 alone fp32 one    ring   -     ema aspect target  lora -    warmup K2   s-own -     -     all keep
+zero1 alone fp32 one    ring   -     ema square sigmoid -    -    warmup each right -     boxes cut mask
+zero0 two   bf16 micro  gather again ema aspect target  -    part -      K1   f-own -     -     all mask
+zero2 two   bf16 one    gather again -   kept   target  -    -    warmup K1   s-all -     boxes top keep
+zero1 alone bf16 cached gather again ema kept   sparc   lora -    warmup K1   right -     -     cut mask
+zero3 two   fp32 one    ring   again ema kept   sigmoid -    -    -      K2   f-own flair -     all keep
+zero0 alone bf16 cached ring   -     -   aspect sigmoid -    -    -      each right -     boxes cut keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -101,7 +101,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optim.layer_decay": 0.5,
         "optim.lr_factors": {"image": 0.5},
     },
-    "group": {"data.group_by_length": 2},
     "K2": {"data.captions": 2},
     "each": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
     "f-all": {"data.negatives": "field", "data.negatives_count": 2},

@@ -173,7 +173,6 @@ ELSEWHERE = {
     "python profiling/compare_estimates.py": "tests/profiling/memory/test_compare.py: small sizes",
     "python -m profiling.memory.estimators --plot estimators.png":
         "tests/profiling/memory/test_estimators.py: the first settings",
-    "python -m profiling.speed.lengths --preset ablation": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "python -m profiling.speed.step": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
         "tests/profiling/learning/test_ablate.py: `tiny`",

@@ -187,9 +187,6 @@ class DataConfig:
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead
-    # How many global micro-batches, one after another in the random order, exchange their pairs so
-    # that each has captions of like length; Hugging Face's Trainer takes 50.
-    group_by_length: Annotated[int, Field(ge=0, le=10**6, description="0: off")] = 0
     # Transforms of training pictures with their strengths: for random_resized_crop the smallest
     # share of the picture's area, for horizontal_flip its probability (note that captions name left
     # and right), for color_jitter the change of brightness, contrast and saturation.
@@ -205,9 +202,6 @@ class DataConfig:
         count = self.held_out or 0.0
         need = "give a share below 1, or a whole number of pictures"
         check(count < 1 or count.is_integer(), "data.held_out", self.held_out, need)
-        several = self.group_by_length != 1
-        need = "one batch has none to exchange pairs with: give 2 or more, 0 for off"
-        check(several, "data.group_by_length", self.group_by_length, need)
         whole = not self.aspect_patch or self.image_size % self.aspect_patch == 0
         need = f"data.image_size is {self.image_size}, which must be a multiple"
         check(whole, "data.aspect_patch", self.aspect_patch, need)

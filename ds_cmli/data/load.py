@@ -1,6 +1,5 @@
 """The data that a run trains and evaluates on, from the demo's scenes or the kinds of `sources`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +21,7 @@ from ds_cmli.data.opening import (
     source_line,
 )
 from ds_cmli.data.pairs import EvalPairs, TrainPairs
-from ds_cmli.data.sampler import Draw, Mixture
+from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Scenes
 from ds_cmli.data.tokens import (
     CaptionTokenizer,
@@ -60,7 +59,6 @@ class Data(EvalData):
 
     train: Dataset
     mixture: Mixture  # decides which samples of `train` an epoch takes
-    text_length: Callable[[Draw], int]  # of a draw's caption in `train`, in bytes
     bad: list[Bad]  # samples that were left out at load and are to be reported
     # Identifies the data, as JSON; must be equal when a run resumes.
     fingerprint: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -139,7 +137,6 @@ def _demo(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=Mixture([len(train)]),
-        text_length=train.text_length,
         evals=evals,
         tokenizer=tokenizer,
         bad=[],
@@ -156,10 +153,6 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
         left_out += bad.at_load
-    for source in opened.train:
-        known = not config.group_by_length or source.caption_counts() is not None
-        need = f"the captions of {source.where} are in .json, whose lengths only reading them tells"
-        check(known, "data.group_by_length", config.group_by_length, f"{need}: leave it out")
     given = bool(config.boxes) or not config.regions
     need = f"data.regions is {config.regions}, and {config.source} has no boxes: name their file"
     check(given, "data.boxes", config.boxes, need)
@@ -178,7 +171,6 @@ def _pairs(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=opened.mixture,
-        text_length=train.text_length,
         evals={_split(config): validation},
         tokenizer=tokenizer,
         bad=left_out,

@@ -56,10 +56,6 @@ class Pictures:
         number, place = self.at(index)
         return self.sources[number].captions(place)
 
-    def caption_sizes(self, index: int) -> list[int]:
-        number, place = self.at(index)
-        return self.sources[number].caption_sizes(place)
-
     def negatives(self, index: int) -> list[str]:
         number, place = self.at(index)
         return self.sources[number].negatives(place)

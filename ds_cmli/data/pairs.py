@@ -157,18 +157,6 @@ class TrainPairs(Dataset):
     def _drawn(self, count: int, turn: int, index: int) -> list[int]:
         return drawn(count, self.config.captions, self.seed, turn, index)
 
-    def text_length(self, draw: Draw) -> int:
-        """The bytes of the longest caption that a draw gets; 0 of one that is replaced."""
-        index, turn = draw
-        try:
-            if self.config.split_sentences:
-                sizes = list(map(len, map(str.encode, self.texts(index))))
-            else:
-                sizes = self.pictures.caption_sizes(index)
-        except (ValueError, OSError):
-            return 0
-        return max(sizes[n] for n in self._drawn(len(sizes), turn, index))
-
 
 class EvalPairs(Dataset):
     """A map-style data set of all n captions of all pictures, as `evaluate.held_out` takes it.

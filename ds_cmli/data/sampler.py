@@ -6,11 +6,9 @@ world_size, G = B*P the global micro-batch.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,25 +90,6 @@ class Draw(NamedTuple):
         return at if isinstance(at, Draw) else cls(at, 0)
 
 
-@dataclass(frozen=True)
-class LengthGroups:
-    """Batches of captions of like length, as by `group_by_length` of Hugging Face's Trainer."""
-
-    batches: int  # how many global micro-batches exchange their samples: a window of the order
-    length: Callable[[Draw], int]  # of a draw's caption, in any unit; the same on all ranks
-
-    def order(self, window: list[Draw], size: int, *key: int) -> np.ndarray:
-        """The order of a window's draws, a multiple of `size` of them, as int64 indices.
-
-        Sorted by length they are cut into batches, and these are shuffled. Within a batch they
-        stand as in the window, so that no rank gets its longest captions.
-        """
-        lengths = np.fromiter(map(self.length, window), np.int64, len(window))
-        batches = np.argsort(lengths, kind="stable").reshape(-1, size)
-        batches.sort(axis=1)
-        return batches[permutation(len(batches), *key).numpy()].ravel()
-
-
 class GlobalBatchSampler:
     """A batch sampler that yields lists of B `Draw`s without end, across epochs.
 
@@ -121,9 +100,6 @@ class GlobalBatchSampler:
     Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a
     loader's prefetching does not. The position counts samples of the global order, so a run on any
     other number of ranks can resume from it.
-
-    With `groups` the samples of each window, which may reach to the end of the epoch, are arranged
-    by their length. The order is then a function of the global micro-batch's size, too.
     """
 
     def __init__(
@@ -133,12 +109,11 @@ class GlobalBatchSampler:
         rank: int,
         world_size: int,
         seed: int,
-        groups: LengthGroups | None = None,
     ):
         self.mixture = Mixture([samples]) if isinstance(samples, int) else samples
         self.length, self.seed = self.mixture.draws, seed
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        self.epoch, self.position, self.groups = 0, 0, groups
+        self.epoch, self.position = 0, 0
         if self.length < self.global_batch:
             raise UserError(
                 f"the training set has {self.length} samples, fewer than one global batch of "
@@ -160,23 +135,10 @@ class GlobalBatchSampler:
             # Copied out of PyTorch's memory: --profile-memory would count them as the step's.
             indices, turns = (part.numpy().copy() for part in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
-                if self.groups is not None and (start == position or start % self.window == 0):
-                    first = start - start % self.window
-                    end = min(first + self.window, self.batches_per_epoch * self.global_batch)
-                    window = slice(first, end)  # without a dropped last batch
-                    draws = list(map(Draw, indices[window].tolist(), turns[window].tolist()))
-                    key = (self.seed, epoch, window.start, self.global_batch)
-                    order = self.groups.order(draws, self.global_batch, *key)
-                    indices[window], turns[window] = indices[window][order], turns[window][order]
                 first = start + self.rank * self.micro_batch
                 window = slice(first, first + self.micro_batch)
                 yield list(map(Draw, indices[window].tolist(), turns[window].tolist()))
             epoch, position = epoch + 1, 0
-
-    @property
-    def window(self) -> int:
-        """How many samples are arranged together; 0 without groups."""
-        return 0 if self.groups is None else self.groups.batches * self.global_batch
 
     def checked(self, batch: Batch) -> Batch:
         """Return the loader's micro-batch unchanged.
@@ -202,15 +164,15 @@ class GlobalBatchSampler:
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        names = ("epoch", "position", "length", "seed", "window", "global_batch")
+        names = ("epoch", "position", "length", "seed")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state`, of another number of ranks or another micro-batch size too.
 
         Raises:
-            UserError: the state belongs to another order: its training set had another length, its
-                seed differs, or, within an epoch, what is grouped by length.
+            UserError: the state belongs to another order: its training set had another length, or
+                its seed differs.
         """
         for name, own in (("length", self.length), ("seed", self.seed)):
             if state.get(name) != own:
@@ -218,12 +180,4 @@ class GlobalBatchSampler:
                     f"the run to resume has a training set's {name} of {state.get(name)}, this one "
                     f"{own}: resume with the same data and --seed"
                 )
-        former = state.get("window", 0), state.get("global_batch", self.global_batch)
-        now = self.window, self.global_batch
-        if state["position"] and former != now and any((former[0], self.window)):
-            raise UserError(
-                f"the run to resume groups windows of {former[0]} pairs by length for batches of "
-                f"{former[1]}, this one {now[0]} for {now[1]}: within an epoch some pairs would "
-                "come twice and others not: give the former data.group_by_length and batch"
-            )
         self.epoch, self.position = state["epoch"], state["position"]

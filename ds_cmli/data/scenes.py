@@ -199,10 +199,6 @@ class Scenes(Dataset):
         numbers = drawn(len(orders), self.texts_each, self.seed, turn, index)
         return list(map(orders.__getitem__, numbers))
 
-    def text_length(self, draw: Draw) -> int:
-        """The bytes of the longest caption that a draw gets."""
-        return max(len(caption.encode()) for caption, _ in self.texts(draw))
-
     def sentence_of(self, index: int) -> int:
         """The number by which the words around the names are drawn."""
         return index

@@ -20,7 +20,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data import assets
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler, LengthGroups, Mixture
+from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine.ema import check_average
@@ -172,21 +172,14 @@ def make_plan(
     config: Config,
     ds_config: DeepSpeedConfig,
     samples: int | Mixture,
-    text_length: Callable[[Draw], int],
 ) -> Plan:
     """Plan a run, and print how its batch is made up. Collective.
-
-    Args:
-        text_length: as `Data.text_length`, for `data.group_by_length`.
 
     Raises `UserError` if the batch cannot be made up.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
-    groups, batches = None, config.data.group_by_length
-    if batches:
-        groups = LengthGroups(batches, text_length)
-    sampler = GlobalBatchSampler(samples, micro_batch, rank, ranks, config.run.seed, groups)
+    sampler = GlobalBatchSampler(samples, micro_batch, rank, ranks, config.run.seed)
     steps = config.optim.steps
     if steps is None:
         assert config.optim.epochs is not None

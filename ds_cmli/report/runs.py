@@ -28,7 +28,6 @@ SAME_PAIRS = (
     "tokenizer",
     "workers",
     "prefetch",
-    "group_by_length",
     "augmentation",
     "max_bad_share",
 )

@@ -35,7 +35,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.load import Data, build_data
 from ds_cmli.data.loaders import train_loader
-from ds_cmli.data.sampler import GlobalBatchSampler, LengthGroups
+from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.models.blocks import checkpoint_blocks
 from profiling.scripts import CLOCKS, clock_option, compare, prints_json, to_the_end
@@ -65,9 +65,9 @@ class Training:
         yield cls(config, ds_config, build_data(config.data, config.run.seed), device)
         distributed.shutdown()
 
-    def sampler(self, groups: LengthGroups | None = None) -> GlobalBatchSampler:
+    def sampler(self) -> GlobalBatchSampler:
         pairs, seed = self.data.mixture, self.config.run.seed
-        return GlobalBatchSampler(pairs, self.ds_config.micro_batch, 0, 1, seed, groups)
+        return GlobalBatchSampler(pairs, self.ds_config.micro_batch, 0, 1, seed)
 
     def loader(self, sampler: GlobalBatchSampler, workers: int = 0) -> Iterator[Batch]:
         prefetch = self.config.data.prefetch

@@ -8,7 +8,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
-from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive
+from tests.checkpoint.test_restore import drive
 from tests.data.sources.samples import members, tar
 from tests.data.sources.test_arrow import datasets
 from tests.data.sources.test_folder import rows, write
@@ -105,41 +105,3 @@ def test_what_an_earlier_version_did_not_note_of_a_source_is_no_difference():
     assert len(settings.differences({**now, "sources.a/b.csv.bytes": 4}, now, True)) == 1
     more = {"sources.a.files.1.tar": 7}
     assert len(settings.differences({"sources.a.pictures": 3}, {"sources.a.pictures": 3, **more}, True)) == 1
-
-
-def of_many_lengths(folder, count=70):
-    """`--data` with captions of 1 to 23 words; 66 pairs are trained on, which are four windows of 16 and 2 more."""
-    some = rows(count)
-    for k, row in enumerate(some):
-        row["text"] = "red apple" + k * 17 % 23 * " pear"
-    write(folder, some)
-    return ["--data", str(folder), "--set", "data.group_by_length=4"]
-
-
-@pytest.mark.slow
-def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(tmp_path):
-    """An epoch has 16 batches; the second begins in the midst of the last part.
-
-    On two ranks: tests/test_features_together.py, and the order alone in tests/data/test_sampler.py.
-    """
-    run = [*TINY, "--steps", "20", *AUGMENTED]
-    run += [*of_many_lengths(tmp_path / "data"), "--workers", "2"]
-    straight, broken = ([*run, "--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
-    assert drive(straight, seen=str(tmp_path / "straight.seen")) == 0
-    for place in (2, 7, 17):
-        assert drive(broken, stop_at=place, seen=str(tmp_path / "broken.seen")) == 85
-    assert drive(broken, seen=str(tmp_path / "broken.seen")) == 0
-    assert_same(tmp_path / "straight", tmp_path / "broken")
-    seen = [(tmp_path / f"{name}.seen.0").read_text().splitlines() for name in ("straight", "broken")]
-    assert len(seen[0]) == 20 and seen[0] == seen[1]
-
-
-def test_groups_by_length_need_the_batch_they_began_with(tmp_path, capfd):
-    run = [*TINY, *of_many_lengths(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
-    assert drive(run, stop_at=3) == 85
-    other = [word.replace("length=4", "length=8") for word in run]
-    assert drive([*other, "--resume-with-changes"], mistakes=True) == 2
-    line = (
-        "windows of 16 pairs by length for batches of 4, this one 32 for 4: within an epoch some pairs would come twice"
-    )
-    assert line in capfd.readouterr().out

@@ -69,7 +69,6 @@ SETTINGS: dict[str, list[Any]] = {
     "data.max_bad_share": [0, 0.5],
     "data.max_pixels": [3600, 10**6],
     "data.follow_symlinks": [True],
-    "data.group_by_length": [2, 50],
     "loss.weights": [{"cmli": 1}, {"global": 0.5, "cls_kd": 2}, {"global_sigmoid": 1, "cmli_sigmoid": 0.1}],
     "loss.mse_reduction": ["sum"],
     "loss.match": ["student"],

@@ -125,13 +125,3 @@ def test_garbage_collection_in_a_loading_process_passes_over_what_was_there_befo
     next(iter(train_loader(data, sampler, 1, lambda worker: lines.write_text(str(gc.get_freeze_count())))))
     assert int(lines.read_text()) > 10_000
     assert gc.get_freeze_count() <= before  # here nothing is frozen; what was so may have been freed
-
-
-def test_the_length_of_a_draw_is_that_of_the_caption_it_gets(tmp_path):
-    texts = ["red apple", "a green pear", "été"]
-    write(tmp_path / "train", [row for text in texts for row in rows(20, text)])
-    write(tmp_path / "val", rows(1))
-    train = build(tmp_path).train
-    draws = [Draw(k, turn) for k in range(20) for turn in range(3)]
-    assert [train.text_length(draw) for draw in draws] == [len(train[draw].tokens.text.encode()) for draw in draws]
-    assert {train.text_length(draw) for draw in draws} == {9, 12, 5}

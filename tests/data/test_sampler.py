@@ -1,12 +1,11 @@
 from collections import Counter
-from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler, LengthGroups, Mixture, permutation
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
 from ds_cmli.memory import cpu_events
 
 
@@ -172,87 +171,3 @@ def test_the_order_of_the_samples_does_not_count_as_memory_of_a_step():
     batches = iter(GlobalBatchSampler(1000, 4, 0, 1, 0))
     sizes = cpu_events.sizes(lambda: next(batches))
     assert max(sizes) >= 8 * 1000 and sum(sizes) == 0
-
-
-def length(draw):
-    """As of a caption: it depends on the turn, too, and several have the same."""
-    return (7 * draw.sample + 3 * draw.turn) % 19
-
-
-def grouped(micro_batch, world_size, state=None, batches=4, samples=103):
-    """The samplers of all ranks: 103 samples are 12 batches of 8 and 7 more, in windows of 4 batches."""
-    groups = LengthGroups(batches, length)
-    ranks = [GlobalBatchSampler(samples, micro_batch, r, world_size, 3, groups) for r in range(world_size)]
-    for sampler in ranks:
-        if state:
-            sampler.load_state_dict(state)
-    return ranks
-
-
-def taken(ranks, count):
-    parts = zip(*ranks, strict=True)
-    return [[draw for part in batch for draw in part] for batch, _ in zip(parts, range(count), strict=False)]
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_groups_by_length_are_the_same_on_any_number_of_ranks(world_size):
-    assert taken(grouped(8 // world_size, world_size), 30) == taken(grouped(8, 1), 30)
-
-
-def test_groups_by_length_hold_what_the_windows_of_the_order_hold():
-    batches = taken(grouped(8, 1), 36)
-    for epoch in range(3):
-        order = permutation(103, 3, epoch)
-        for window in range(3):
-            first = 12 * epoch + 4 * window
-            result = [draw for batch in batches[first : first + 4] for draw in batch]
-            assert sorted(result) == sorted(Draw(k, epoch) for k in order[32 * window :][:32].tolist())
-
-
-def test_each_group_has_its_share_of_a_windows_lengths_in_any_order():
-    batches = taken(grouped(8, 1), 12)
-    places = []
-    for window in range(3):
-        spans = [(min(map(length, b)), max(map(length, b))) for b in batches[4 * window :][:4]]
-        ordered = sorted(spans)
-        assert all(a[1] <= b[0] for a, b in pairwise(ordered))
-        places.append([ordered.index(span) for span in spans])
-    assert len(set(map(tuple, places))) > 1 and places != [[0, 1, 2, 3]] * 3
-    # No rank has the longest captions of a batch.
-    assert any(length(batch[0]) > length(batch[-1]) for batch in batches)
-
-
-def test_a_window_that_the_epoch_cuts_off_is_grouped_too():
-    batches = taken(grouped(8, 1, batches=5), 12)  # windows of 5, 5 and 2 batches
-    spans = sorted((min(map(length, b)), max(map(length, b))) for b in batches[10:])
-    assert spans[0][1] <= spans[1][0]
-
-
-@pytest.mark.parametrize("position", range(0, 30, 5))
-def test_groups_by_length_resume_within_a_window(position):
-    whole = taken(grouped(8, 1), 30)
-    [sampler] = grouped(8, 1)
-    for _ in range(position):
-        sampler.advance()
-    assert taken(grouped(4, 2, sampler.state_dict()), 30 - position) == whole[position:]
-
-
-@pytest.mark.parametrize("batch, batches", [(8, 5), (4, 4), (4, 8)])
-def test_other_groups_are_refused_within_an_epoch_alone(batch, batches):
-    [sampler] = grouped(8, 1)
-    fresh = sampler.state_dict()
-    sampler.advance()
-    grouped(batch, 1, fresh, batches)
-    with pytest.raises(UserError, match="groups windows of 32 pairs by length for batches of 8, this one"):
-        grouped(batch, 1, sampler.state_dict(), batches)
-    with pytest.raises(UserError, match="this one 0 for 8"):
-        GlobalBatchSampler(103, 8, 0, 1, 3).load_state_dict(sampler.state_dict())
-
-
-def test_a_state_of_before_there_were_groups_goes_on_without():
-    sampler = GlobalBatchSampler(103, 8, 0, 1, 3)
-    sampler.advance()
-    state = {name: sampler.state_dict()[name] for name in ("epoch", "position", "length", "seed")}
-    GlobalBatchSampler(103, 8, 0, 1, 3).load_state_dict(state)
-    with pytest.raises(UserError, match="windows of 0 pairs"):
-        grouped(8, 1, state)

@@ -13,7 +13,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES
 from ds_cmli.data.tokens import WORDS
 
@@ -196,8 +196,3 @@ def test_a_restarted_loader_goes_on_where_the_trainer_was(data):
     fresh = GlobalBatchSampler(len(data.train), 4, 0, 1, seed=0)
     whole = batches(train_loader(data, fresh, workers=0), fresh, 4)
     assert [b[2].tolist() for b in first + second] == [b[2].tolist() for b in whole]
-
-
-def test_the_length_of_a_draw_is_that_of_its_caption(data):
-    lengths = [data.train.text_length(Draw(k, 1)) for k in range(20)]
-    assert lengths == [len(data.train[k].tokens.text.encode()) for k in range(20)] and len(set(lengths)) > 5

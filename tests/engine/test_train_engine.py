@@ -81,7 +81,7 @@ def test_a_start_after_the_end_gets_a_line(data, capsys, monkeypatch):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
     for start, lines in ((20, 1), (19, 0)):
         config = load_preset("tiny", {"loss": {"start": {"cmli": start}}})
-        planning.make_plan(config, DeepSpeedConfig.of({}), 100, lambda draw: 0)
+        planning.make_plan(config, DeepSpeedConfig.of({}), 100)
         said = capsys.readouterr().out
         assert said.count("loss.start: cmli counts from step 20 on, and the run has 20 steps") == lines
 
@@ -93,7 +93,7 @@ def test_boxes_within_micro_batches_get_a_line(capsys, monkeypatch, negatives, l
     loss = {"weights": {"global": 1.0, "regions": 1.0}}
     changes = {"loss": loss, "data": {"regions": 2}, "optim": {"micro_batch": 4, "negatives": negatives}}
     config = load_preset("tiny", changes)
-    planning.make_plan(config, DeepSpeedConfig.of({"gradient_accumulation_steps": 2}), 100, lambda draw: 0)
+    planning.make_plan(config, DeepSpeedConfig.of({"gradient_accumulation_steps": 2}), 100)
     printed = capsys.readouterr().out
     assert printed.count("regions compares the boxes of a micro-batch of all ranks, 4 pairs, alone") == lines
 

@@ -71,10 +71,6 @@ class Source(ABC):
         """
         return []
 
-    def caption_sizes(self, index: int) -> list[int]:
-        """The bytes of each of `captions`, the same in every process. Raises as that does."""
-        return [len(caption.encode()) for caption in self.captions(index)]
-
     @abstractmethod
     def name(self, index: int) -> str:
         """The picture's name in messages."""
@@ -147,9 +143,6 @@ class SourcePart(Source):
 
     def negatives(self, index: int) -> list[str]:
         return self.source.negatives(int(self.indices[index]))
-
-    def caption_sizes(self, index: int) -> list[int]:
-        return self.source.caption_sizes(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))

@@ -152,12 +152,6 @@ class Tars(Source):
                 lines += unused("the keys of .json", values, (used, *self.wrong_key))
         return lines
 
-    def caption_sizes(self, index: int) -> list[int]:
-        _, row = self._row(index)
-        if row["text"] and not self.caption_key:
-            return [int(row["text_size"])]
-        return super().caption_sizes(index)
-
     def name(self, index: int) -> str:
         """The shard's name and the image's name in it."""
         shard, row = self._row(index)

@@ -6,14 +6,12 @@ import random
 import shutil
 import tarfile
 
-import numpy as np
 import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources import tar_index
-from ds_cmli.data.sources.base import SourcePart
 from ds_cmli.data.sources.tar_members import scan
 from ds_cmli.data.sources.tars import MOST_OPEN, Tars
 from tests.data.sources.samples import build, members, picture, shown, tar
@@ -362,20 +360,3 @@ def test_a_text_that_is_no_caption_by_its_size_is_not_read(tmp_path, monkeypatch
     with pytest.raises(Refused, match=r"1,001 bytes of text"):
         source.captions(4)
     assert source.captions(5) == ["red apple 5"]
-
-
-def test_how_long_a_txt_is_is_known_without_reading_it(tmp_path, monkeypatch):
-    source = tars(tar(tmp_path / "a.tar", members(range(8, 12))))
-    monkeypatch.setattr(source, "_bytes", None)
-    assert [source.caption_sizes(k) for k in range(4)] == [[11], [11], [12], [12]]
-    part = SourcePart(source, np.array([2, 0]), [])
-    assert [part.caption_sizes(k) for k in range(2)] == [[12], [11]]
-
-
-def test_captions_in_json_are_not_grouped_by_length(tmp_path):
-    some = [member for member in members(range(40)) if not member[0].endswith(".txt")]
-    tar(tmp_path / "a.tar", some)
-    need = r"data.group_by_length is 4: the captions of .* are in .json, whose lengths only reading them tells: leave"
-    with pytest.raises(UserError, match=need):
-        build(tmp_path, group_by_length=4)
-    build(tmp_path)

@@ -45,16 +45,6 @@ def test_the_step_beside_a_plain_loop():
     assert content["ratio"] == round(content["trainer_s"] / content["plain_s"], 4)  # of one repetition
 
 
-@pytest.mark.slow
-def test_batches_of_like_length_beside_those_as_they_come():
-    few = ["--preset", "tiny", "--group", "4", "--json"]
-    done = run(*few, script="profiling.speed.lengths")
-    assert done.returncode == 0, done.stdout + done.stderr
-    plain, grouped = json.loads(done.stdout).values()
-    assert grouped["length"] < plain["length"] and grouped["padding"] < plain["padding"]
-    assert plain["ratio"] == 1 and grouped["ratio"] == grouped["pairs_per_s"] / plain["pairs_per_s"]
-
-
 def test_where_a_step_goes_adds_up_on_a_busy_machine():
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     try:
