@@ -14,12 +14,9 @@
 #SBATCH --signal=TERM@90
 set -uo pipefail
 
-PREEMPTED=85 # exit code of train.py and ablate.py: saved, to be continued
+PREEMPTED=85 # exit code of train.py: saved, to be continued
 
-ablation= # whether slurm/ablate.sh has read this file
-((${#BASH_SOURCE[@]} == 1)) || ablation=yes
-usage="slurm/train.sh [options]" program=ds_cmli/train.py
-[[ -z $ablation ]] || usage="slurm/ablate.sh PLAN.toml [options]" program=profiling/ablate.py
+program=ds_cmli/train.py
 node=${SLURMD_NODENAME:-$(hostname)}
 # The last task of an array has the array's own number, by which Slurm would requeue all of its tasks.
 job=${SLURM_JOB_ID:-}
@@ -32,7 +29,7 @@ die() {
 # --- signals: Slurm sends most of them to the tasks. Those that only this shell gets are passed on to the tasks, as USR1
 # because srun would obey a TERM itself and kill them.
 step=
-[[ -n $ablation ]] || signalled=0
+signalled=0
 pass_on() {
     signalled=1
     [[ -n $step ]] || return
@@ -86,12 +83,11 @@ submit_what_fits() {
     DS_CMLI_PREDICTED=$ranks exec sbatch "${options[@]}" "$(readlink -f "$0")" "$@"
 }
 if [[ -n ${DS_CMLI_FITS:-} && -z ${DS_CMLI_PREDICTED:-} ]]; then
-    [[ -z $ablation ]] || die "DS_CMLI_FITS is set, and is for slurm/train.sh alone: unset it"
     [[ -z ${SLURM_JOB_ID:-} ]] ||
         die "DS_CMLI_FITS is set, and nothing was predicted: bash slurm/train.sh [sbatch options] -- [options]"
     submit_what_fits "$@"
 fi
-[[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] $usage"
+[[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] slurm/train.sh [options]"
 for needed in srun scontrol; do
     command -v "$needed" >/dev/null || die "node $node: no $needed on PATH"
 done
@@ -103,18 +99,16 @@ job_field() {
     scontrol show job "$job" | sed -En "/^ *(JobState|Requeue|PreemptEligibleTime)=/s/^(.* )?$1=([^ ]*).*/\2/p" |
         head -n 1
 }
-[[ -z $ablation || ${1:--} != -* ]] || die "the plan comes first: $usage"
 # An option of sbatch behind the script's name would be one of the program. Some are of both.
 theirs=$(sbatch --help 2>/dev/null)
 for word in "$@"; do
     case $word in
     --profile | --profile=* | --help | -h | --) ;;
-    --out | --out=* | --power | --power=*) ;;
     --* | -[A-Za-z]*)
         name=${word%%=*}
         [[ $name == --* ]] || name=${name:0:2}
         ! grep -qE -- "^ *(-[A-Za-z], )?$name" <<<"$theirs" ||
-            die "$word is an option of sbatch: sbatch options go before the script: sbatch $word ... ${usage%% *}"
+            die "$word is an option of sbatch: sbatch options go before the script: sbatch $word ... slurm/train.sh"
         ;;
     esac
 done
@@ -130,11 +124,11 @@ for project in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." "$(dirname "
 done
 if [[ ! -f $project/$program ]]; then
     [[ $given != "(null)" ]] ||
-        die "the script was read from standard input, which does not say where the project is: sbatch ${usage%% *}," \
+        die "the script was read from standard input, which does not say where the project is: sbatch slurm/train.sh," \
             "or submit from the project's folder and not from ${SLURM_SUBMIT_DIR:-.}"
     [[ -f $script ]] ||
         die "node $node: there is no $given here: the project must be visible from all nodes"
-    die "no $program next to $script or in ${SLURM_SUBMIT_DIR:-.}: submit ${usage%% *} from the project's folder"
+    die "no $program next to $script or in ${SLURM_SUBMIT_DIR:-.}: submit slurm/train.sh from the project's folder"
 fi
 project=$(cd "$project" && pwd)
 
@@ -149,35 +143,21 @@ fi
 
 # --- the run's folder is named after the job, so that a requeued job finds what it has saved
 options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-run= tuning= share=()
+run=
 for ((i = 0; i < ${#options[@]}; i++)); do
-    case ${ablation:+ablation }${options[i]} in
-    "ablation --tuning") tuning=-tuning ;;
-    --output-dir | "ablation --out") run=${options[i + 1]:-} ;;
-    --output-dir=* | "ablation --out="*) run=${options[i]#*=} ;;
+    case ${options[i]} in
+    --output-dir) run=${options[i + 1]:-} ;;
+    --output-dir=*) run=${options[i]#*=} ;;
     esac
 done
-if [[ -n $ablation ]]; then # its runs have a folder each in this one
-    plan=${1##*/}
-    run=${run:-runs/ablate-${plan%.*}$tuning}
-    # The task's share of the runs, whatever numbers the array begins with and counts by.
-    [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] ||
-        share=(--task $(((SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN) / ${SLURM_ARRAY_TASK_STEP:-1}))
-            --tasks "$SLURM_ARRAY_TASK_COUNT")
-elif [[ -z $run ]]; then
+if [[ -z $run ]]; then
     run=runs/slurm-$job
     options=(--output-dir "$run" ${options[@]+"${options[@]}"})
 fi
 # What to type where the job is not requeued.
-[[ -f $script ]] || script=$project/${usage%% *}
+[[ -f $script ]] || script=$project/slurm/train.sh
 go_on="to go on, in $PWD: sbatch [sbatch options]$(printf ' %q' "$script" "${options[@]}")"
-saved_steps() {
-    local latest sum=0
-    for latest in "$run"/checkpoint/latest "$run"/*/checkpoint/latest; do
-        [[ ! -f $latest ]] || sum=$((sum + 10#0$(tr -dc 0-9 <"$latest")))
-    done
-    echo "$sum"
-}
+saved_steps() { echo $((10#0$(cat "$run/checkpoint/latest" 2>/dev/null | tr -dc 0-9))); }
 first_step=$(saved_steps)
 # Starts that gain no step are counted: a run that is always stopped before its first step would be requeued for ever.
 most=${DS_CMLI_REQUEUE_MOST:-3}
@@ -189,7 +169,7 @@ if [[ $lead =~ @([0-9]+)$ ]]; then lead=$((10#${BASH_REMATCH[1]})); else lead=60
 ((limit <= 0 || 2 * lead <= limit)) ||
     echo "notice: the time limit is $limit s, and $lead s before it the run gets its signal (unless --signal says" \
         "otherwise): that is more than half of it; ask for a longer --time"
-file=$run/starts-without-a-step${ablation:+-${SLURM_ARRAY_TASK_ID:-}}
+file=$run/starts-without-a-step
 count_start() {
     (($(saved_steps) > first_step)) && rm -f "$file" && return
     local starts=$((10#0$(cat "$file" 2>/dev/null | tr -dc 0-9) + 1))
@@ -222,12 +202,7 @@ each() { # "3,1(x2)", as Slurm writes what each node has, to "3 1 1 "
     done
 }
 gpus=${SLURM_GPUS_ON_NODE:-0}
-if [[ -n $ablation ]]; then
-    ((SLURM_NNODES == 1)) || die "a task of an ablation trains on one node, and has $SLURM_NNODES: leave out --nodes"
-    ((gpus < 2)) || echo "notice: a task of an ablation trains on one GPU, and has $gpus"
-    tasks=1
-    on_nodes=1
-elif ((gpus > 0)); then
+if ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
     # Lines "Nodes=n[1-2] ... GRES=gpu:a100:2(IDX:0,3),gpu:h100:1(IDX:2)", one for nodes that have the same.
     numbers=$(scontrol show job -d "$job" | awk -F "GRES=" '/^ *Nodes=/ {
@@ -300,7 +275,7 @@ if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
     if [[ ! -d $copy ]]; then
         new=$copy.$job # tasks of an array may share the run's folder
         rm -rf "$new"
-        mkdir -p "$new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} ${ablation:+"$project/profiling"} "$new" ||
+        mkdir -p "$new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$new" ||
             die "no snapshot in $copy"
         PYTHONPATH=$project srun "${common[@]}" --nodes=1 --ntasks=1 ${extra[@]+"${extra[@]}"} "${python[@]}" -c \
             "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$new/REVISION"
@@ -335,7 +310,7 @@ if ((code == 0 && !signalled)); then
         "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node; code of $project"
     finish "${cores[@]}" --ntasks="$tasks" --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=300 \
         ${extra[@]+"${extra[@]}"} \
-        "${python[@]}" "$project/$program" "${options[@]}" ${share[@]+"${share[@]}"}
+        "${python[@]}" "$project/$program" "${options[@]}"
 elif ((code == 0)); then
     code=$PREEMPTED # the signal came before the run began
 elif ((code <= 128)); then

@@ -4,6 +4,7 @@ A command that is new or changed fails here until it is entered in one of the ta
 """
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -27,7 +28,6 @@ from ds_cmli.data.sources import base
 from ds_cmli.faults import preemption
 from ds_cmli.losses import over_pairs, regions, sparc
 from ds_cmli.memory import out_of_memory
-from profiling.learning import endpoints
 from tests import drive_train
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.prose import complaints
@@ -49,11 +49,6 @@ SLOW = [
     "python profiling/predict.py --preset paper --world-size 2",
     "python profiling/predict.py --preset paper --world-size 2 --fit 24GB",
     'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8',
-    "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
-    "docs/pictures/learning.png",
-    "python profiling/ablate.py docs/learning/cut.toml --report --markdown docs/learning/cut.md",
-    "python profiling/ablate.py docs/learning/methods.toml --report --markdown docs/learning/methods-results.md --plot "
-    "docs/pictures/methods.png",
 ]
 
 # Trainings that are started as they stand, with the mark `slow`, and stopped in their first steps.
@@ -79,10 +74,15 @@ ELSEWHERE = {
     "pip install --no-compile -e .": ".ci/run: CI's own command, with the tests' packages",
     "pip install --no-compile -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
-    "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
     "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
     "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",
+    "sbatch --array=0-4 --gpus-per-node=1 --cpus-per-gpu=8 slurm/train.sh --losses global,cmli --seed %a "
+    "--output-dir runs/without/%a":
+        "tests/slurm/test_around.py: arrays",
+    "sbatch --array=0-4 --gpus-per-node=1 --cpus-per-gpu=8 slurm/train.sh --losses global,cmli,target_cmli=0.1 "
+    "--seed %a --output-dir runs/with/%a":
+        "tests/slurm/test_around.py: arrays",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
@@ -174,26 +174,17 @@ ELSEWHERE = {
     "python -m profiling.memory.estimators --plot estimators.png":
         "tests/profiling/memory/test_estimators.py: the first settings",
     "python -m profiling.speed.step": "tests/profiling/speed/test_benchmark.py: `tiny`",
-    "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
-        "tests/profiling/learning/test_ablate.py: `tiny`",
-    "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/learning/test_ablate.py: a plan of `tiny`",
-    "python profiling/ablate.py docs/learning/cut.toml --report --curve cut/kept kept.png":
-        "tests/profiling/learning/test_ablate.py",
     "python profiling/gpu_check.py": "tests/gpu/test_harness.py: what it runs; whole it needs a GPU",
 }  # fmt: skip
 
 # Sentences with figures, and what the code has. A star in a sentence stands for the figure.
-CHANCE_600, CHANCE_300 = f"{16 / (3 * endpoints.SCENES):.3f}", f"{16 / (3 * scenes.EVAL_SCENES):.3f}"
+CHANCE = f"{16 / (3 * scenes.EVAL_SCENES):.3f}"  # of mean recall
 FETCHED = sum(assets.ASSETS[name].megabytes for name in ("pictures", "vit", "minilm"))
 (LEAD,) = re.findall(r"--signal=\S*TERM@(\d+)", (ROOT / "slurm" / "train.sh").read_text("utf-8"))
 CLAIMS = [
     ("README.md", "downloads * MB of pictures and weights", FETCHED),
-    ("README.md", "chance * |\n| Target-CMLI", CHANCE_600),
     ("docs/install.md", "The demo's assets, * MB", FETCHED),
-    ("docs/learning.md", "held-out concepts, chance *.", CHANCE_600),
-    ("docs/learning.md", "n scenes is 16/3n: * on", CHANCE_600),
-    ("docs/learning.md", f"{CHANCE_600} on 600, * on 300", CHANCE_300),
-    ("docs/train.md", "scores, chance *. Each caption", CHANCE_300),
+    ("docs/train.md", "scores, chance *. Each caption", CHANCE),
     ("docs/train.md", "and 0.34; chance is *.", f"{1 / scenes.EVAL_SCENES:.3f}"),
     ("docs/train.md", "| training | * |", f"{scenes.TRAIN_SCENES:,}"),
     ("docs/train.md", "held out | * new scenes", scenes.EVAL_SCENES),
@@ -444,6 +435,19 @@ def test_python_of_a_training(place, monkeypatch):
     assert by_name["run"].metrics["step"] == 3 and by_name["losses"].values
 
 
+def test_python_of_results(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for arm, gain in (("without", 0.0), ("with", 0.1)):
+        for seed in range(5):
+            folder = tmp_path / "runs" / arm / str(seed)
+            folder.mkdir(parents=True)
+            lines = ({"step": 1, "loss": 2.0}, {"step": 1, "eval/unseen/combined/mean_recall": gain * (1 + seed)})
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (code,) = [body for body in blocks("python") if "import pandas" in body]
+    exec(compile(code, "docs/results.md", "exec"), {})
+    assert capsys.readouterr().out.endswith("\n+0.3000 +- 0.1963\n")  # of 0.1 to 0.5: 2.776 * 0.1581 / sqrt(5)
+
+
 def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for body in blocks("python"):
@@ -461,6 +465,6 @@ def test_python_of_exported_models_is_named():
 
     tests/cmli/test_recipes.py runs those of the all-pairs op.
     """
-    assert len(blocks("python")) == 10
+    assert len(blocks("python")) == 11
     (code,) = [body for body in blocks("python") if "AutoModel" in body]
     compile(code, "docs/use.md", "exec")

@@ -20,7 +20,7 @@ DEMO: Sections = {
         "text_overrides": MINILM_SIZES,  # needed for `--init random`
         "dropout": 0.0,  # dropout is for longer trainings
     },
-    # More of Target-CMLI was no better in the experiment of docs/learning.md.
+    # More of Target-CMLI was no better in the experiment of docs/results.md.
     "loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 0.1}},
     "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
 }

@@ -30,7 +30,7 @@ def stand_in(tmp_path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(
             "#!/bin/bash\nscript=$1; shift; run=$2\n"
-            f"case $script in\n*check.py) {check} ;;\n*train.py | *ablate.py) {train} ;;\nesac\n"
+            f"case $script in\n*check.py) {check} ;;\n*train.py) {train} ;;\nesac\n"
         )
         file.chmod(0o755)
         return str(file)

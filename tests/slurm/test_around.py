@@ -1,4 +1,4 @@
-"""What slurm/train.sh does around a run, and slurm/ablate.sh around its runs, with a stand-in in Python's place."""
+"""What slurm/train.sh does around a run, with a stand-in in Python's place."""
 
 import shutil
 import sys
@@ -13,8 +13,7 @@ from tests.slurm.jobs import finish, log
 
 pytestmark = pytest.mark.slurm
 
-# script: the options of a run, and where its folder is set
-SCRIPTS = {"train.sh": ((), "--output-dir"), "ablate.sh": (("plan.toml",), "--out")}
+SCRIPT = str(ROOT / "slurm" / "train.sh")
 ONCE = "[[ $SLURM_RESTART_COUNT ]] && exit 0; {}"
 
 
@@ -55,26 +54,23 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def jobs(cluster, tmp_path_factory):
-    """All cases with both scripts, submitted at once: their folders and ids."""
+    """All cases, submitted at once: their folders and ids."""
     submitted = {}
-    for script, (options, setting) in SCRIPTS.items():
-        for name, case in CASES.items():
-            folder = tmp_path_factory.mktemp("case")
-            python = folder / "my python"
-            python.write_text(f"#!/bin/bash\n[[ $1 == *check.py ]] && exit 0\n{case.train}\n")
-            python.chmod(0o755)
-            env = {"DS_CMLI_PYTHON": f"env 'A=b c' '{python}'", **case.env}
-            sbatch = [word.replace("\t", " ") for word in case.sbatch.split(" ") if word]
-            given = [*options, *([f"{setting}={case.folder}"] if case.folder else ())]
-            path = str(ROOT / "slurm" / script)
-            submitted[script, name] = folder, cluster.submit(*sbatch, path, *given, cwd=folder, **env)
+    for name, case in CASES.items():
+        folder = tmp_path_factory.mktemp("case")
+        python = folder / "my python"
+        python.write_text(f"#!/bin/bash\n[[ $1 == *check.py ]] && exit 0\n{case.train}\n")
+        python.chmod(0o755)
+        env = {"DS_CMLI_PYTHON": f"env 'A=b c' '{python}'", **case.env}
+        sbatch = [word.replace("\t", " ") for word in case.sbatch.split(" ") if word]
+        given = [f"--output-dir={case.folder}"] if case.folder else []
+        submitted[name] = folder, cluster.submit(*sbatch, SCRIPT, *given, cwd=folder, **env)
     return submitted
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("name", CASES)
-def test_what_both_scripts_do(cluster, jobs, script, name):
-    folder, job = jobs[script, name]
+def test_what_the_script_does(cluster, jobs, name):
+    folder, job = jobs[name]
     case = CASES[name]
     text = finish(cluster, folder, job, state=case.ends[0])
     assert case.said in text and case.unsaid not in text, text
@@ -87,29 +83,21 @@ def restarts(cluster: Cluster, array: str, tasks: int) -> list[str]:
 
 def test_the_last_task_of_an_array_is_requeued_alone(cluster, tmp_path, stand_in):
     python = stand_in(f"[[ $SLURM_ARRAY_TASK_ID != 2 ]] && exit 0; sleep 2; {ONCE.format('exit 85')}")
-    arrays = {}
-    for script, (options, _) in SCRIPTS.items():
-        path = str(ROOT / "slurm" / script)
-        arrays[script] = cluster.submit("--array=0-2", path, *options, cwd=tmp_path, DS_CMLI_PYTHON=python)
-    for script, array in arrays.items():
-        texts = [finish(cluster, tmp_path, f"{array}_{task}") for task in range(3)]
-        assert f"job {array}_2: requeued\n" in texts[2], (script, texts)
-        assert restarts(cluster, array, 3) == ["0", "0", "1"]
-        assert cluster.job(f"{array}_2")["JobId"] == array  # what makes it the last
+    array = cluster.submit("--array=0-2", SCRIPT, cwd=tmp_path, DS_CMLI_PYTHON=python)
+    texts = [finish(cluster, tmp_path, f"{array}_{task}") for task in range(3)]
+    assert f"job {array}_2: requeued\n" in texts[2], texts
+    assert restarts(cluster, array, 3) == ["0", "0", "1"]
+    assert cluster.job(f"{array}_2")["JobId"] == array  # what makes it the last
 
 
 def test_a_job_that_ends_while_it_is_being_preempted_is_not_started_again(cluster, tmp_path, stand_in):
     python = stand_in(f"touch {tmp_path}/begun-$SLURM_JOB_ID; trap 'exit 0' TERM USR1; while true; do sleep 0.1; done")
-    jobs = []
-    for script, (options, _) in SCRIPTS.items():
-        wants = ("--exclusive", "--time=60", str(ROOT / "slurm" / script))
-        jobs.append(cluster.submit(*wants, *options, cwd=tmp_path, DS_CMLI_PYTHON=python))
-        poll((tmp_path / f"begun-{jobs[-1]}").exists, 30, partial(log, tmp_path, jobs[-1]))
+    job = cluster.submit("--exclusive", "--time=60", SCRIPT, cwd=tmp_path, DS_CMLI_PYTHON=python)
+    poll((tmp_path / f"begun-{job}").exists, 30, partial(log, tmp_path, job))
     cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
-    for job in jobs:
-        cluster.wait(job, "PREEMPTED", "COMPLETED", timeout=60)
-        text = log(tmp_path, job)
-        assert cluster.job(job)["Restarts"] == "0" and "requeued" not in text, text
+    cluster.wait(job, "PREEMPTED", "COMPLETED", timeout=60)
+    text = log(tmp_path, job)
+    assert cluster.job(job)["Restarts"] == "0" and "requeued" not in text, text
     cluster.wait_idle()
 
 
@@ -117,27 +105,25 @@ def test_a_second_checkout_runs_its_own_package(cluster, tmp_path):
     """The environment of this Python has another one's installed."""
     project = tmp_path / "second"
     shutil.copytree(ROOT / "slurm", project / "slurm")
-    for program in ("ds_cmli/train.py", "profiling/ablate.py"):
-        (project / program).parent.mkdir()
-        (project / program).write_text("import ds_cmli\nprint('runs', ds_cmli.__file__)\n")
+    (project / "ds_cmli").mkdir()
+    (project / "ds_cmli" / "train.py").write_text("import ds_cmli\nprint('runs', ds_cmli.__file__)\n")
     (project / "ds_cmli" / "__init__.py").touch()
     (project / "slurm" / "check.py").write_text("")
-    for script, (options, _) in SCRIPTS.items():
-        job = cluster.submit(str(project / "slurm" / script), *options, cwd=tmp_path, DS_CMLI_PYTHON=sys.executable)
-        text = finish(cluster, tmp_path, job)
-        assert f"runs {project}/ds_cmli/__init__.py\n" in text and f"; code of {project}\n" in text, text
+    job = cluster.submit(str(project / "slurm" / "train.sh"), cwd=tmp_path, DS_CMLI_PYTHON=sys.executable)
+    text = finish(cluster, tmp_path, job)
+    assert f"runs {project}/ds_cmli/__init__.py\n" in text and f"; code of {project}\n" in text, text
 
 
 def test_tasks_of_an_array_make_one_snapshot(cluster, tmp_path, stand_in):
     project = tmp_path / "project"
-    for name in ("ds_cmli/train.py", "ds_configs/zero2.json", "profiling/ablate.py"):
+    for name in ("ds_cmli/train.py", "ds_configs/zero2.json"):
         (project / name).parent.mkdir(parents=True)
         (project / name).write_text("first")
     shutil.copytree(ROOT / "slurm", project / "slurm")
-    script = (str(project / "slurm" / "ablate.sh"), "plan.toml")
+    script = (str(project / "slurm" / "train.sh"), "--output-dir=runs/of-all")
     env = {"DS_CMLI_SNAPSHOT": "1", "DS_CMLI_PYTHON": stand_in('echo "runs $(cat $script), $PYTHONPATH"')}
     array = cluster.submit("--array=0-2", *script, cwd=tmp_path, **env)
     text = "".join(finish(cluster, tmp_path, f"{array}_{task}") for task in range(3))
-    code = tmp_path / "runs" / "ablate-plan" / "code"
+    code = tmp_path / "runs" / "of-all" / "code"
     assert text.count(f"runs first, {code}") == 3, text
     assert (code / "REVISION").exists() and [*code.parent.glob("code*")] == [code]
