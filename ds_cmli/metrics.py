@@ -52,7 +52,7 @@ class Writer:
         Raises `UserError` if one cannot be opened.
         """
         self.files, self.told = RunFiles(folder), set[str]()
-        self.lines = self.files.contents[METRICS].count(b"\n")
+        self.lines = self.files.lines()
         self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
         self.trackers = {
             name: registry.load(registry.TRACKERS[name])(folder, first_step) for name in report_to
@@ -170,7 +170,7 @@ class Writer:
 
     def _write(self, lines: bytes, to_disk: bool = False) -> None:
         try:
-            self.say(*self.files.append(lines, to_disk))
+            self.files.append(lines, to_disk)
         except OSError as error:
             self._tell(error)
 

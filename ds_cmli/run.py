@@ -130,7 +130,6 @@ class Run:
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
         values |= self.meter.lap()  # CPU-GPU sync
         self.writer.log(state.step, values, peak_memory_bytes=peak_memory_bytes())
-        self.writer.say(*self.checkpoints.missing())
         state.sums.zero_()
         state.micro_batches = 0
 
@@ -198,13 +197,12 @@ class Run:
 
     def save_done(self) -> None:
         """Save a checkpoint of what has been trained, unless the last one holds it. Collectives."""
-        if not self.checkpoints.holds(self.state):  # collective
+        if not self.checkpoints.holds(self.state):
             self.save()  # collectives
 
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
         self.writer.flush(to_disk=True)
-        self.writer.say(*self.checkpoints.missing())
         self.bad.gather(self.flags)  # collective
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
         self.state.metrics_lines = self.writer.lines_at(self.state.step, self.state.evaluated)

@@ -223,8 +223,6 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     run.writer.say(*run.bad.summary(run.flags))  # collective
     run.writer.close()
-    if run.checkpoints.error is None:
-        run.save_done()  # collectives: it may have been removed meanwhile
     run.writer.say(*run.checkpoints.closing_lines(state))  # collective
     return 0
 

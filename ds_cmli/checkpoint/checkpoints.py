@@ -4,13 +4,11 @@ import time
 from pathlib import Path
 
 from ds_cmli.checkpoint.contents import FOLDER, latest
-from ds_cmli.checkpoint.files import CHECKSUMS
 from ds_cmli.checkpoint.save import BEST_WEIGHTS, Saved, save, save_student
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import RunConfig
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
 WRITTEN = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST_WEIGHTS)
@@ -22,29 +20,11 @@ class Checkpoints:
     def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
         self.folder, self.engine, self.settings = folder, engine, settings
         self.saved, self.saved_at = self._mark(state), time.monotonic()
-        self.name = latest(folder / FOLDER)  # of the last checkpoint
         self.error: str | None = None  # why the last one could not be written
-        self.gone, self.told_gone = False, False
-
-    def _is_there(self) -> bool:
-        """Whether the last checkpoint still lies in the folder; True if there has been none."""
-        return self.name is None or (self.folder / FOLDER / self.name / CHECKSUMS).is_file()
-
-    def missing(self) -> list[str]:
-        """A line, on rank 0 and once, if the last checkpoint is not there any more.
-
-        The next one is then due at once. Other ranks do not look: a folder on a network shows them
-        a new checkpoint late.
-        """
-        if not distributed.is_main() or self.told_gone or self._is_there():
-            return []
-        self.gone = self.told_gone = True
-        gone = self.folder / FOLDER / str(self.name)
-        return [f"warning: {gone} is gone: a checkpoint is written anew"]
 
     def due(self) -> bool:
-        """Whether a checkpoint is due by this rank's clock, or because the last one is gone."""
-        return self.gone or 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
+        """Whether a checkpoint is due by this rank's clock."""
+        return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
     def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
         """Whether the last evaluation ends the run, or has found the best result, which is kept."""
@@ -52,18 +32,16 @@ class Checkpoints:
         return state.out_of_patience(self.settings.patience) or best
 
     def holds(self, state: TrainState) -> bool:
-        """Whether `state` is that of the last checkpoint, or that of the start. Collective."""
-        weights = self.name is None or (self.folder / WEIGHTS).is_file()
-        mine = self.saved == self._mark(state) and self._is_there() and weights
-        return distributed.broadcast_object(mine)  # collective
+        """Whether `state` is that of the last checkpoint, or that of the start."""
+        return self.saved == self._mark(state)
 
     def save(self, state: TrainState) -> Saved:
         """Save a checkpoint of `state`. Collective."""
         keep_best = self.settings.keep_best
         saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
-        self.error, self.gone = saved.error, False
+        self.error = saved.error
         if saved.error is None:
-            self.saved, self.name, self.told_gone = self._mark(state), saved.name, False
+            self.saved = self._mark(state)
         self.saved_at = time.monotonic()
         return saved
 
@@ -86,7 +64,7 @@ class Checkpoints:
             UserError: its last checkpoint is missing; the student's weights are there if there was
                 room for them.
         """
-        if not self.holds(state):  # collective
+        if not self.holds(state):
             kept = ""
             if save_student(self.folder, self.engine):  # collectives
                 kept = f"; {self.folder / WEIGHTS} has the weights of step {state.step}"

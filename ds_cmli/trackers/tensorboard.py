@@ -28,7 +28,6 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         self.folder, self.first_step = folder, first_step
         self.events: SummaryWriter | None = None
-        self.file = ""  # that of `events`
         self.results: dict[str, float] = {}  # the last value of each held-out metric
         threading.excepthook = _without_full_disks(threading.excepthook)
 
@@ -55,18 +54,12 @@ class TensorBoard:
     @contextmanager
     def _opened(self, step: int) -> Iterator[SummaryWriter]:
         try:
-            # The file may have been removed, or its folder renamed.
-            if self.events is not None and not Path(self.file).is_file():
-                self.events.close()
-                self.events = None
             if self.events is None:
                 # `purge_step` hides what an interrupted run wrote after the step from which this
                 # one resumes.
                 self.events = SummaryWriter(
                     str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1)
                 )
-                writer = self.events.file_writer.event_writer  # type: ignore
-                self.file = writer._file_name
                 self.events.add_text("configuration", trackers.configuration(self.folder), step)
             yield self.events
         except OSError:

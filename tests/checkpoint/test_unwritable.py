@@ -1,4 +1,4 @@
-"""A run's folder, or files in it, removed, renamed, replaced or read-only while it trains, and between two starts."""
+"""A run's folder that cannot be written while it trains, and files removed between two starts."""
 
 import json
 import shutil
@@ -50,71 +50,13 @@ def assert_whole(folder: Path) -> None:
     assert list((folder / "tensorboard").glob("events*"))
 
 
-def rename(folder):
-    folder.rename(folder.with_name("renamed"))
-
-
-def replace(folder):
-    rename(folder)
-    folder.mkdir()
-
-
-def remove_parts(*names):
-    def strike(folder):
-        for name in names:
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    return strike
+def remove(folder):
+    (folder / "metrics.jsonl").unlink()
 
 
 def cut(folder):
     with (folder / "metrics.jsonl").open("r+b") as file:
         file.truncate(100)
-
-
-GONE = "in {}/run: removed, renamed or cut off meanwhile, written again"
-# what happens: (how, words of the one line about it)
-STRIKES = {
-    "renamed": (rename, GONE),
-    "removed": (shutil.rmtree, GONE),
-    "replaced": (replace, GONE),
-    "metrics removed": (remove_parts("metrics.jsonl"), f"metrics.jsonl {GONE}"),
-    "metrics cut off": (cut, f"metrics.jsonl {GONE}"),
-    "config removed": (remove_parts("config.json"), f"config.json {GONE}"),
-    "checkpoints removed": (remove_parts("checkpoint"), "checkpoint/step3 is gone: a checkpoint is written anew"),
-    "trackers removed": (remove_parts("tensorboard"), ""),
-    "weights removed": (remove_parts("student.safetensors", "student_ema.safetensors"), ""),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STRIKES)
-def test_what_is_removed_in_mid_run_is_written_again_and_told(name, arguments, tmp_path, monkeypatch, capfd):
-    strike, words = STRIKES[name]
-    strike_at(monkeypatch, 5, strike)
-    assert drive([*arguments, str(tmp_path / "run")]) == 0
-    assert_whole(tmp_path / "run")
-    printed = capfd.readouterr()
-    lines = [line for line in printed.out.splitlines() if line.startswith("warning")]
-    if words:
-        (told_here,) = [line for line in lines if words.format(tmp_path) in line]
-        assert all(line == told_here or "is gone: a checkpoint" in line for line in lines)
-    assert "Traceback" not in printed.err
-
-
-def test_what_is_removed_after_the_last_checkpoint_is_written_again(arguments, tmp_path, monkeypatch):
-    save = Run.save
-
-    def saved(run):
-        save(run)
-        if run.state.step == STEPS and (tmp_path / "run" / "checkpoint" / "step3").exists():
-            shutil.rmtree(tmp_path / "run")
-
-    monkeypatch.setattr(Run, "save", saved)
-    assert drive([*arguments, str(tmp_path / "run")]) == 0
-    assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == f"step{STEPS}"
-    assert tensor_file.damage(tmp_path / "run" / "student.safetensors") is None
 
 
 def checkpoints_a_file(folder):
@@ -187,7 +129,7 @@ def test_a_first_checkpoint_without_room_has_none_before_it(arguments, tmp_path,
     assert "the one before" not in out
 
 
-@pytest.mark.parametrize("strike, had", [(remove_parts("metrics.jsonl"), 0), (cut, 0)])
+@pytest.mark.parametrize("strike, had", [(remove, 0), (cut, 0)])
 def test_metrics_gone_between_two_starts_are_told(strike, had, arguments, tmp_path, capfd):
     folder = tmp_path / "run"
     assert drive([*arguments, str(folder)], stop_at=5) == 85
