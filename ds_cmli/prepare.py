@@ -121,7 +121,7 @@ def prepare(
     Returns:
         None if the run is finished already; a line says so.
     """
-    from ds_cmli.checkpoint import contents, local_files, restore, run_folder
+    from ds_cmli.checkpoint import contents, restore, run_folder
     from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
@@ -133,11 +133,7 @@ def prepare(
     point = contents.find(resume, folder)  # collective
     batch = restore.rebatch(point, ds_config)
     plan = make_plan(config, batch, data.mixture)  # collective
-    with place.watchdog.slow(together=True):  # large files on a slow disk
-        local = local_files.noted(config)  # collective
-    state = restore.state_of(
-        point, config, plan.deepspeed, with_changes, say, data.fingerprint, local
-    )
+    state = restore.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
     finished = state.step == plan.total_steps and state.evaluated
     finished = finished or state.out_of_patience(config.run.patience)
     own = point is None or (point.is_of(folder) and not point.changed)

@@ -6,19 +6,14 @@ parameters too.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ds_cmli.checkpoint import contents, local_files
-from ds_cmli.checkpoint.train_state import read_shared
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
-from ds_cmli.config.settings import FILES, flatten
 from ds_cmli.config.sources import Source, applied
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.weights import say
 
 if TYPE_CHECKING:
     from ds_cmli.data.tokens import CaptionTokenizer
@@ -56,7 +51,7 @@ def check(config: Config) -> None:
     applied({"student": {"source": source.name}}, {})  # it can be read
 
 
-def ends(run: Path, config: Config, objective: Objective, vocabulary: "CaptionTokenizer") -> Ends:
+def ends(config: Config, objective: Objective, vocabulary: "CaptionTokenizer") -> Ends:
     """The weights that a run started from and those of `objective`, which it ended with.
 
     The source is read again, from where it was. Adapters of LoRA are merged in the trained weights,
@@ -75,20 +70,8 @@ def ends(run: Path, config: Config, objective: Objective, vocabulary: "CaptionTo
         vocabulary.vocab_size,
         special=vocabulary.special,
     )
-    _tell_changes(run, config)
     trained = {name: value.cpu().clone() for name, value in objective.state_dict().items()}
     source = begun.state_dict()
     for name in filter(lambda name: ".pooling." in name, trained):
         del source[name]  # FLAIR's pooling is none of the source's: it started at random
     return Ends(source, trained)
-
-
-def _tell_changes(run: Path, config: Config) -> None:
-    """Print a line if the source's files are not those from which the run started."""
-    name, checkpoint = config.student.source, contents.latest(run / contents.FOLDER)
-    if checkpoint is None:
-        return
-    before = read_shared(run / contents.FOLDER / checkpoint).config
-    now = flatten({f"{FILES}{SOURCE}": local_files.of_value(Source(name).files)})
-    if any(before.get(file, digest) != digest for file, digest in now.items()):
-        say(f"warning: {SOURCE} {name!r} has other files than when the run started")

@@ -79,18 +79,16 @@ def state_of(
     with_changes: bool,
     say: Callable[[str], None],
     fingerprint: Mapping[str, object] | None = None,
-    local: Mapping[str, object] | None = None,
 ) -> TrainState:
     """The state to continue from, or a fresh one, with the settings and the batch of this start.
 
     Args:
         fingerprint: `Data.fingerprint`, which is compared like the settings.
-        local: `local_files.noted`, compared likewise.
 
     Raises:
         UserError: the run to resume had other settings, which are listed, without `with_changes`.
     """
-    now = settings.compared(config, ds_config, fingerprint, local)
+    now = settings.compared(config, ds_config, fingerprint)
     if point is None:
         # What a source gives before training is evaluated first.
         state = TrainState(evaluated=not config.student.source)

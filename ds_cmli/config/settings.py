@@ -30,7 +30,6 @@ FREE = {
 }
 # What earlier versions did not note of their sources, and what cannot be compared with theirs.
 NEWER = re.compile(r"sources\..*\.(bytes|missing|sizes|members|sampled|evaluated_on\..*)")
-FILES = "files."  # before the names of settings: the digests of the files that they name
 SHOWN = 20  # maximum number of differences in a message, as hundreds of data files may differ
 # How the global batch is split over ranks. If the number of ranks changes, these change and the
 # global batch does not.
@@ -47,23 +46,18 @@ def flatten(value: object, path: str = "") -> JsonObject:
     return out
 
 
-def compared(
-    config: Config, ds_config: Section, data: Section | None = None, files: Section | None = None
-) -> JsonObject:
+def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
     """The settings that must not change, as JSON values.
 
     For instance `{"student.layers": 6, "deepspeed.gradient_clipping": 1.0}`.
 
     Args:
         data: `Data.fingerprint`, which identifies the data.
-        files: digests by setting, of `checkpoint/local_files.py`.
     """
     deepspeed = {key: value for key, value in ds_config.items() if key != "checkpoint"}
     settings = flatten({**config.to_dict(), "deepspeed": deepspeed})
     if data:
         settings |= flatten({"sources": dict(data)})
-    if files:
-        settings |= flatten(dict(files), FILES[:-1])
     for name in FREE:
         settings.pop(name, None)
     return json.loads(json.dumps(settings))
@@ -83,29 +77,15 @@ def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[s
     before = _with_defaults(_renamed(before), now)
     names = {*before, *now}
     names -= {name for name in now if NEWER.fullmatch(name) and name not in before}
-    if not any(name.startswith(FILES) for name in before):  # of an earlier version
-        names -= {name for name in now if name.startswith(FILES)}
     if not same_ranks:
         names -= BATCH_SPLIT
     lines = []
     for name in sorted(names):
-        if before.get(name, name) == now.get(name, name):
-            continue
-        if name.startswith(FILES):
-            lines.append(f"{name.removeprefix(FILES)}: {_other_file(before, now, name)}")
-        else:
+        if before.get(name, name) != now.get(name, name):
             lines.append(f"{name}: {_value(before, name)} -> {_value(now, name)}")
     if len(lines) <= SHOWN:
         return lines
     return [*lines[:SHOWN], f"{len(lines) - SHOWN} more"]
-
-
-def _other_file(before: JsonObject, now: JsonObject, name: str) -> str:
-    if not before.get(name):
-        return "a local file, which was none"
-    if not now.get(name):
-        return "the local file is gone"
-    return "the file has another content"
 
 
 def _value(settings: JsonObject, name: str) -> str:

@@ -82,7 +82,7 @@ def load_run(
     words = CaptionTokenizer(whole, config.data.context_length, full=config.data.padding == "full")
     objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")
     if share is not None:
-        interpolation.ends(run, config, objective, words).put_between(objective, share)
+        interpolation.ends(config, objective, words).put_between(objective, share)
     for name, loss in objective.losses.items():
         if not hasattr(loss, "logit_scale"):
             raise UserError(f"{str(run)!r}: its loss {name} has no temperature: it has no export")

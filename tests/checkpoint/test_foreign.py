@@ -9,8 +9,8 @@ import torch
 from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint.train_state import read_shared
 from ds_cmli.common.errors import UserError
-from tests.checkpoint.test_unwritable import arguments  # noqa: F401
 from tests.checkpoint.test_save import Evil
+from tests.checkpoint.test_unwritable import arguments  # noqa: F401
 from tests.conftest import set_one_process
 from tests.drive_train import drive
 

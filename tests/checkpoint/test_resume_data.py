@@ -1,6 +1,7 @@
 """Runs on every kind of source, stopped in the middle of an epoch and resumed, against unbroken ones."""
 
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
+from ds_cmli.data.sources import base
 from tests.checkpoint.test_restore import drive
 from tests.data.sources.samples import members, tar
 from tests.data.sources.test_arrow import datasets
@@ -105,3 +107,18 @@ def test_what_an_earlier_version_did_not_note_of_a_source_is_no_difference():
     assert len(settings.differences({**now, "sources.a/b.csv.bytes": 4}, now, True)) == 1
     more = {"sources.a.files.1.tar": 7}
     assert len(settings.differences({"sources.a.pictures": 3}, {"sources.a.pictures": 3, **more}, True)) == 1
+
+
+def test_every_bit_of_small_data_counts_and_sampled_blocks_of_large_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(base, "BLOCK_BYTES", 8)
+    monkeypatch.setattr(base, "BLOCKS", 16)
+    file, other = tmp_path / "file", tmp_path / "other"
+    file.write_bytes(random.randbytes(60))  # twice at most 16 blocks of 8 bytes: all of it is read
+    for place in range(60):
+        content = bytearray(file.read_bytes())
+        content[place] ^= 1
+        other.write_bytes(content)
+        assert base.sampled([other]) != base.sampled([file])
+        assert base.sampled([file, other]) != base.sampled([other, file])
+    file.write_bytes(random.randbytes(1000))
+    assert base.sampled([file] * 99) == base.sampled([file] * 99) != base.sampled([file])
