@@ -83,8 +83,6 @@ ELSEWHERE = {
     "sbatch --array=0-4 --gpus-per-node=1 --cpus-per-gpu=8 slurm/train.sh --losses global,cmli,target_cmli=0.1 "
     "--seed %a --output-dir runs/with/%a":
         "tests/slurm/test_around.py: arrays",
-    "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
-    "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
     "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
     "--output-dir runs/cmli":
         "tests/faults/test_restarts.py: two ranks of `tiny`",
@@ -128,7 +126,6 @@ ELSEWHERE = {
     "python -m ds_cmli.export RUN DIR --as clip": "tests/export/test_library.py",
     "python ds_cmli/train.py --plugin my_cmli --losses global,warm=0.5": "tests/test_readme.py: `tiny`",
     "python -m ds_cmli.evaluate --plugin my_cmli --checkpoint RUN": "tests/config/test_plugins.py: the option",
-    "sbatch --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 slurm/train.sh --preset paper": "tests/slurm/test_layouts.py",
     "python -m ds_cmli.evaluate --checkpoint runs/quick-... --data demo": "tests/test_train.py: a run of `tiny`",
     "python -m ds_cmli.evaluate --checkpoint RUN --data coco/dataset_coco.json --split test --fold-size 1000":
         "tests/evaluate/test_command.py: small JSON",
@@ -155,21 +152,8 @@ ELSEWHERE = {
     'ds-cmli-memory fits --fit --gpu "A100 80GB" -- train.py --batch-size {}': "tests/fits/test_largest.py: a loop",
     'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
         "tests/fits/test_null_gpu.py: a smaller loop",
-    "ds-cmli-memory plan --preset paper --world-size 2 --gpu T4": "tests/memory/test_plan.py: `tiny`",
-    "ds-cmli-memory plan --world-size 2 --gpu T4 --batch 256 -- train.py --deepspeed ds.json --bf16 "
-    "--per_device_train_batch_size {} --gradient_accumulation_steps {accumulation} --gradient_checkpointing "
-    "{checkpointing}":
-        "tests/fits/test_plan.py: a small Trainer",
-    'ds-cmli-memory --gpu "A100 80GB" --world-size 8 && sky jobs launch --name cmli clusters/sky.yaml':
-        "tests/slurm/test_script.py: the exit code; tests/test_clusters.py: its schema, and what it runs",
-    'ds-cmli-memory --gpu "A100 80GB" --world-size 16 && kubectl apply -f clusters/trainjob.yaml':
-        "tests/test_clusters.py: its ranks, its schema, and what it runs",
-    'DS_CMLI_FITS="32 x A100 80GB" bash slurm/train.sh --nodes=4 --gpus-per-node=8 --cpus-per-gpu=8 -- --preset '
-    "paper":
-        "tests/slurm/test_layouts.py: two ranks of `tiny`",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
         "tests/memory/test_predict.py: small models",
-    "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",
     "python profiling/compare_estimates.py": "tests/profiling/memory/test_compare.py: small sizes",
     "python -m profiling.memory.estimators --plot estimators.png":
         "tests/profiling/memory/test_estimators.py: the first settings",
@@ -202,7 +186,7 @@ CLAIMS = [
     ("docs/train.md", "(SPARC, Bica et al., 2024) | * |", sparc.Sparc.init_temperature),
     ("docs/train.md", "see [below](#boxes-with-phrases) | * |", regions.Regions.init_temperature),
     ("docs/train.md", "(FLAIR, Xiao et al., 2025) | * |", over_pairs.Flair.init_temperature),
-    ("docs/clusters.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
+    ("docs/train.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
     ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/fits/programs").glob("*.py")))),
     ("docs/troubleshooting.md", "hangs: no progress for * s", f"{DEFAULTS.run.watchdog:.0f}"),
     ("docs/troubleshooting.md", "`run.most_skipped` (*)", DEFAULTS.run.most_skipped),

@@ -19,7 +19,7 @@ PHRASES = {
     r"[Ss]teps between two logged": "steps from one logged step to the next",
 }
 TEXTS = ("*.md", "*.jinja", "*.cpp", "*.h", "*.sh", "*.yaml")
-FOLDERS = ("ds_cmli", "docs", "slurm", "clusters", "profiling")
+FOLDERS = ("ds_cmli", "docs", "slurm", "profiling")
 RECORDS = ROOT / "docs" / "learning"  # plans and their results stay as they were written
 IN_CAPTIONS = '" beside "'  # a word of the demo's sentences
 
