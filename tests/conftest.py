@@ -67,8 +67,8 @@ LONGEST_FIRST = (
     "tests/cmli/test_triton_compile.py",
     "tests/profiling/memory/test_compare.py",
 )
-# Folders whose files run in one process: a machine can run only one Slurm, and the others' servers take 5 and 12 s.
-TOGETHER = ("tests/slurm", "tests/fits", "tests/null_gpu")
+# Folders whose files run in one process: a machine can run only one Slurm, and the null GPU's server takes 12 s.
+TOGETHER = ("tests/slurm", "tests/null_gpu")
 
 
 def place(nodeid: str) -> str:

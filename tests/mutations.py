@@ -182,7 +182,7 @@ MUTATIONS = (
     ),
     Mutation(
         "device-memory",
-        "what a GPU holds outside the allocator leaves no less room for a program",
+        "what a GPU holds outside the allocator leaves no less room for a step",
         "fits/answer.py",
         "replay(events, limit=room.bytes - outside)",
         "replay(events, limit=room.bytes)",

@@ -51,11 +51,10 @@ _CHOOSES_KERNELS = (
     "A GPU chooses other kernels than the CPU that predicts; autograd leaves modes of torch "
     "functions, so that they would not see what activation checkpointing computes again."
 )
-_NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
+_NO_GPU = "It asks the driver, and a predicted step is to find a GPU without one."
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
 OBJECTS = """
-all_gather_object gather_object broadcast_object_list scatter_object_list send_object_list
-recv_object_list
+all_gather_object gather_object broadcast_object_list scatter_object_list
 """
 _NO_DATA = "It does not know tensors without data as what they stand for."
 _NO_ADDRESS = "All tensors without data have the address 0, by which programs tell them apart."
@@ -64,7 +63,7 @@ is_available is_initialized init _lazy_init is_bf16_supported device_count curre
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
 synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
 is_current_stream_capturing _is_in_bad_fork default_generators _exchange_device
-_maybe_exchange_device CUDAGraph
+_maybe_exchange_device
 """
 CUDA_RANDOM = """
 manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
@@ -74,11 +73,6 @@ CUDA_MEMORY = """
 memory_stats mem_get_info empty_cache reset_peak_memory_stats reset_accumulated_memory_stats
 reset_max_memory_allocated reset_max_memory_cached set_per_process_memory_fraction
 _record_memory_history _dump_snapshot _snapshot
-"""
-INDUCTOR_DEVICE = """
-Event Stream current_device set_device device_count stream current_stream set_stream synchronize
-get_device_properties get_raw_stream exchange_device maybe_exchange_device is_bf16_supported
-is_available
 """
 PATCHES = {
     "timm: loaded keys": Patch(
@@ -91,11 +85,6 @@ PATCHES = {
         "is_tracing",
         "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync; and takes "
         "a tensor without data for a traced one, and keeps the mask of unpadded texts.",
-    ),
-    "transformers: beams": Patch(
-        "transformers.generation.utils:GenerationMixin",
-        "_check_early_stop_heuristic",
-        "A search by beams ends by scores, which have no values: it is to reach its full length.",
     ),
     "huggingface_hub: offline": Patch(
         "huggingface_hub.constants",
@@ -161,7 +150,6 @@ PATCHES = {
     ),
     "torch: address of a tensor": Patch("torch:Tensor", "data_ptr", _NO_ADDRESS),
     "torch: address of a storage": Patch("torch:UntypedStorage", "data_ptr", _NO_ADDRESS),
-    "torch: subclasses of a tensor": Patch("torch:Tensor", "as_subclass", _NO_DATA),
     "torch: copy to the host": Patch(
         "torch:Tensor",
         "cpu",
@@ -180,7 +168,6 @@ PATCHES = {
         _NO_GPU,
         added=True,
     ),
-    "torch: scattered to GPUs": Patch("torch.nn.parallel.comm", "scatter", _NO_GPU),
     "triton: kernels": Patch(
         "triton.runtime.jit:JITFunction triton.runtime.autotuner:Autotuner", "run", _NO_GPU
     ),
@@ -190,90 +177,8 @@ PATCHES = {
         "cuda range_push range_pop mark avoid_device_init init_gpu_context _init is_available",
         _NO_GPU,
     ),
-    "torch: compiler": Patch("torch", "compile", "It compiles nothing where Triton is missing."),
-    "inductor: modes": Patch(
-        "torch.utils._python_dispatch:TorchDispatchMode",
-        "ignore_compile_internals",
-        "Nothing is compiled in a mode that does not leave compilation alone.",
-    ),
-    "inductor: device": Patch(
-        "torch._dynamo.device_interface:CudaInterface", INDUCTOR_DEVICE, _NO_GPU
-    ),
-    "inductor: beginning": Patch(
-        "torch:_TorchCompileInductorWrapper", "__call__", "Inductor is imported at its first use."
-    ),
-    "inductor: graph": Patch(
-        "torch._inductor.compile_fx", "compile_fx", "It raises where a GPU is needed to compile."
-    ),
-    "inductor: buckets": Patch(
-        "torch._dynamo.backends.distributed:DDPOptimizer",
-        "compile_fn",
-        "What it divides a graph into is not compiled for tensors without data.",
-    ),
-    "inductor: buffers": Patch(
-        "torch._C._dynamo.guards",
-        "_empty_strided_cuda _reinterpret_tensor assert_alignment assert_size_stride",
-        "They make tensors of the device's memory, which is not there.",
-    ),
-    "inductor: kernels": Patch(
-        "torch._inductor.runtime.triton_heuristics:CachingAutotuner "
-        "torch._inductor.async_compile:AsyncCompile "
-        "torch._inductor.runtime.benchmarking:InductorBenchmarker",
-        "precompile triton cpp_pybinding benchmark_gpu",
-        _NO_GPU,
-    ),
-    "inductor: trials": Patch(
-        "torch._inductor.fx_passes.pad_mm torch._inductor.select_algorithm",
-        "no_dispatch _ALGORITHM_SELECTOR_CACHE",
-        "It measures products on the GPU while it compiles.",
-    ),
-    "inductor: constants": Patch(
-        "torch._inductor.fx_passes.joint_graph:UniformValueConstantFolder",
-        "_deduce_value",
-        "It computes constants on the GPU.",
-    ),
-    "inductor: optimizers": Patch(
-        "torch._dynamo.variables.optimizer:OptimizerVariable "
-        "torch.optim:Adam torch.optim:AdamW torch.optim:SGD torch.optim:RMSprop torch.optim:NAdam "
-        "torch.optim:RAdam torch.optim:Adamax torch.optim:Adadelta torch.optim:Adagrad "
-        "torch.optim:ASGD torch.optim:Rprop torch.optim:Adafactor",
-        "move_step_if_cpu _init_group",
-        "Dynamo makes an optimizer's states on the GPU while it compiles.",
-    ),
-    "inductor: constants of a graph": Patch(
-        "torch.fx.experimental.proxy_tensor",
-        "unset_fake_temporarily",
-        "It computes constants on the GPU.",
-    ),
-    "inductor: layouts": Patch(
-        "torch._C",
-        "_conv_determine_backend_memory_format",
-        "It answers for a build without cuDNN, which does not keep channels last.",
-    ),
-    "inductor: CUDA graphs": Patch("torch._inductor.cudagraph_trees", "cudagraphify_impl", _NO_GPU),
-    "inductor: Triton's driver": Patch(
-        "triton.runtime.driver:driver torch._inductor.runtime.triton_helpers",
-        "_active set_driver_to_gpu",
-        _NO_GPU,
-    ),
-    "torch: backward": Patch(
-        "torch.autograd",
-        "_engine_run_backward",
-        "After a backward pass nothing says that it ran, and DeepSpeed steps once without one.",
-    ),
     "torch: copied parameter": Patch("torch:Tensor", "__deepcopy__", _NO_DATA),
-    "torch: scripts": Patch(
-        "torch.jit",
-        "script trace",
-        "Their parameters do not move without data, and traces need it.",
-    ),
-    "torch: scaled step": Patch(
-        "torch.amp:GradScaler",
-        "_maybe_opt_step",
-        "It reads from the device whether a gradient has overflowed.",
-    ),
     "torch: formatted number": Patch("torch:Tensor", "__format__", _NO_DATA),
-    "torch: lengths for CTC": Patch("torch.nn.functional", "ctc_loss", _NO_DATA),
     "torch: data of the host": Patch(
         "torch._subclasses.fake_tensor:FakeTensor", "numpy tolist", _NO_DATA
     ),
@@ -288,58 +193,20 @@ PATCHES = {
         "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),
     "torch: store of ranks": Patch("torch.distributed", "TCPStore", _WAITS_FOR_RANKS),
-    "python: connection to another rank": Patch("socket", "create_connection", _WAITS_FOR_RANKS),
     "torch: backend of a group": Patch(
         "torch.distributed.distributed_c10d",
         "_new_process_group_helper",
         "It makes a communicator of NCCL, which a build without CUDA does not have.",
     ),
-    "torch: processes of a program": Patch(
-        "torch.multiprocessing", "spawn", "What other processes do is not followed."
-    ),
-    "python: processes": Patch(
-        "multiprocessing.process:BaseProcess", "start", "What other processes do is not followed."
-    ),
     "torch: NCCL": Patch("torch.distributed torch.cuda.nccl", "is_nccl_available version", _NO_GPU),
-    "torch: DDP": Patch(
-        "torch.nn.parallel.distributed torch.distributed:Logger",
-        "_verify_param_shape_across_processes set_runtime_stats_and_log",
-        "It compares the ranks and times the GPU, which are not there.",
-    ),
     "torch: patience of NCCL": Patch(
         "torch.distributed.distributed_c10d", "default_pg_nccl_timeout", _NO_GPU
     ),
     "torch: objects of ranks": Patch(
         "torch.distributed torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
     ),
-    "torch: shapes of sharded results": Patch(
-        "torch.distributed.tensor._sharding_prop:ShardingPropagator",
-        "_propagate_tensor_meta_non_cached",
-        "It makes tensors without data of its own, which take no memory on a GPU.",
-    ),
-    "torch: resized storage": Patch(
-        "torch:UntypedStorage",
-        "resize_",
-        "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
-    ),
-    "python: end of the process": Patch("os", "_exit", "The answer comes at its end."),
     "python: threads": Patch(
         "threading:Thread", "_bootstrap_inner", "Modes of torch are of one thread alone."
-    ),
-    "python: tasks of pools": Patch(
-        "concurrent.futures:ThreadPoolExecutor", "submit", "Their order is another each time."
-    ),
-    "torch: saving": Patch("torch", "save", "There are no values to save."),
-    "torch: loading": Patch("torch", "load", _NO_DATA),
-    "torch: device of a loaded tensor": Patch(
-        "torch._utils", "_restore_device_fake_mode", "A dispatch mode does not see these tensors."
-    ),
-    "torch: state of random numbers": Patch("torch torch.random", "set_rng_state", _NO_DATA),
-    "safetensors: loading": Patch(
-        "safetensors.torch", "load_file", "It writes to tensors at their addresses."
-    ),
-    "safetensors: saving": Patch(
-        "safetensors.torch", "save_file", "It reads tensors at their addresses."
     ),
     "torch: types for all parameters at once": Patch(
         "torch.optim.optimizer torch.utils._foreach_utils", "_foreach_supported_types", _NO_DATA

@@ -1,11 +1,10 @@
-"""The answer to whether a recorded program fits: its events through the allocator's model.
+"""Whether recorded steps fit: their events through the allocator's model.
 
 All sizes are bytes: "requested" is what the program asked for, "allocated" what the caching
 allocator handed out for it, "reserved" what it took from the device, "device" all that the process
 occupies there.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,9 +13,8 @@ import torch
 
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import Replay, replay
-from ds_cmli.allocator.blocks import Event, OutOfMemory, live_at_peak, peaks_of_phases
+from ds_cmli.allocator.blocks import Event, OutOfMemory
 from ds_cmli.allocator.cuda_layouts import MATRICES
-from ds_cmli.fits.steps import CATEGORIES
 
 WITH_BIAS = str(torch.ops.aten.addmm.default)
 _aten = torch.ops.aten
@@ -100,52 +98,3 @@ def on_device(events: Sequence[Event], room: Room, world_size: int) -> tuple[Rep
     except OutOfMemory:
         replayed = replay(events)
     return replayed, replayed.reserved_peak + outside
-
-
-@dataclass
-class Answer:
-    """What a program's steps take on one device."""
-
-    fits: bool
-    retries: int  # of the allocator, which then returned its cache for lack of room
-    totals: dict[str, int]  # peaks: "requested", "allocated", "reserved", "device"
-    categories: dict[str, int]  # live at the moment of the requested peak, which they add up to
-    phase: str  # of that moment
-    phases: dict[str, int]  # the most that is live in each phase, in their order
-    # The largest sums at that moment by category and line of the user's code.
-    largest: list[tuple[int, str, str]]
-    tensor: tuple[int, str, str]  # the largest single block then: bytes, operator, line
-
-
-def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -> Answer:
-    """Replay a program's events on a device.
-
-    Args:
-        lines: of the user's code, of each block.
-        world_size: above 1, one NCCL communicator is added.
-    """
-    replayed, device = on_device(events, room, world_size)
-    live = live_at_peak(events)
-    sums: Counter[tuple[str, str]] = Counter()
-    for event in live:
-        sums[event.category, _line(event, lines)] += event.bytes
-    categories = dict.fromkeys(CATEGORIES, 0)
-    for (category, _), size in sums.items():
-        categories[category] += size
-    largest = [(size, category, line) for (category, line), size in sums.most_common(5)]
-    top = max(live, key=lambda event: event.bytes)
-    totals = {
-        "requested": replayed.requested_peak,
-        "allocated": replayed.allocated_peak,
-        "reserved": replayed.reserved_peak,
-        "device": device,
-    }
-    tensor = top.bytes, top.op, _line(top, lines)
-    phases, fits = peaks_of_phases(events), device <= room.bytes
-    return Answer(
-        fits, replayed.retries, totals, categories, live[-1].phase, phases, largest, tensor
-    )
-
-
-def _line(event: Event, lines: list[str]) -> str:
-    return lines[event.block] if event.block >= 0 else "cuBLAS"

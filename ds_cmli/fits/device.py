@@ -11,9 +11,8 @@ import torch
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
-from ds_cmli.fits import guard, lines
+from ds_cmli.fits import guard
 from ds_cmli.fits.recorder import Recorder
-from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.streams import Stream, StreamEvent, Work
 
@@ -121,16 +120,6 @@ class Memory:
         self.peaks = self.follow()
 
 
-class NoGraph:
-    """Replaces `torch.cuda.CUDAGraph`, which takes memory from a pool of its own."""
-
-    def __init__(self, *_: object, **__: object):
-        raise NotFollowed(
-            f"{lines.current()}: fits does not follow CUDA graphs, which take memory "
-            "of their own: let this run leave them out"
-        )
-
-
 def _always(value: object) -> Callable[..., object]:
     return lambda *_, **__: value
 
@@ -176,7 +165,6 @@ _dump_snapshot
 def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` and `torch.cuda.memory` for this GPU, by name."""
     streams, memory = Streams(recorder), Memory(recorder)
-    # Each a function of its own: torch.compile has a rule for each function, by its identity.
     by_name: dict[str, object] = {name: _always(None) for name in NOTHING.split()}
     for name in ("is_available", "is_initialized", "is_bf16_supported", "can_device_access_peer"):
         by_name[name] = _always(True)
@@ -213,6 +201,5 @@ def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
         "device": nullcontext,
         "Stream": Stream,
         "Event": StreamEvent,
-        "CUDAGraph": NoGraph,
     }
     return by_name

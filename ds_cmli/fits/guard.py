@@ -45,10 +45,10 @@ def library() -> Path:
     """Compile the library of `guard.cpp` into the cache if it is not there."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
-        raise UserError("fits needs PyTorch, which is not installed in this environment")
+        raise UserError("PyTorch is not installed in this environment")
     torch, installed = Path(spec.origin).parent, version("torch")
     if Version(installed).release < OLDEST:
-        raise UserError(f"torch is {installed}: fits needs 2.8 or a later one")
+        raise UserError(f"torch is {installed}: give 2.8 or a later one")
     include = torch / "include"
     options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
     options += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]

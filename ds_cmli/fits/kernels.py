@@ -23,16 +23,6 @@ from ds_cmli.common.patches import patched
 
 aten = torch.ops.aten
 INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products
-# What takes workspaces of unknown sizes from torch's allocator, by NVIDIA's library.
-LIBRARIES = {
-    "cuFFT": "_fft_c2c _fft_c2r _fft_r2c",
-    "cuSOLVER": "_linalg_det _linalg_eigh _linalg_slogdet _linalg_solve_ex _linalg_svd "
-    "cholesky_inverse geqrf linalg_cholesky_ex linalg_eig linalg_householder_product "
-    "linalg_inv_ex linalg_ldl_factor_ex linalg_lstsq linalg_lu_factor_ex linalg_qr ormqr",
-}
-OF_LIBRARY = {
-    getattr(aten, name): library for library, names in LIBRARIES.items() for name in names.split()
-}
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ["silu_backward", "mish_backward"]
 if hasattr(aten, "_fused_rms_norm_backward"):  # PyTorch 2.9
@@ -45,11 +35,10 @@ class CudaOperators:
 
     Args:
         device: the type of device that tensors of the GPU have here.
-        note: takes a line about what is counted as something else.
     """
 
-    def __init__(self, gpu: Limits, device: str, note: Callable[[str], object] = str):
-        self.gpu, self.device, self.note = gpu, device, note
+    def __init__(self, gpu: Limits, device: str):
+        self.gpu, self.device = gpu, device
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
@@ -72,8 +61,6 @@ class CudaOperators:
         """`ours` for tensors of the GPU, `theirs` for those of the host."""
 
         def chosen(*args, **kwargs) -> Tensor:
-            if torch.compiler.is_compiling():  # the operator itself belongs into the graph
-                return theirs(*args, **kwargs)
             first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
             return (ours if first.device.type == self.device else theirs)(*args, **kwargs)
 
@@ -90,7 +77,6 @@ class CudaOperators:
         call = Attention(query, key, value, attn_mask, dropout_p, is_causal, grouped)
         kernel = attention_choice.chosen(call, self.gpu)
         if kernel == attention_choice.CUDNN:
-            self.note("cuDNN's attention is counted as PyTorch's own, its workspaces are unknown")
             kernel = attention_choice.without_cudnn(call, self.gpu)
         if kernel == attention_choice.FLASH:
             width = query.shape[-1]

@@ -8,10 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch import UntypedStorage as Storage
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.parameter import is_lazy
-
-from ds_cmli.fits import lines
-from ds_cmli.fits.script import NotFollowed
 
 Function = Callable[[Tensor], Tensor]
 
@@ -22,10 +18,6 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
         for part in self.children():
             part._apply(function)
     for parameter in self._parameters.values():
-        if parameter is not None and is_lazy(parameter):
-            raise NotFollowed(
-                f"{lines.current()}: fits does not follow {type(self).__name__}: give its sizes"
-            )
         if parameter is not None:
             gradient = parameter.grad  # which a converted parameter has no more
             _convert(parameter, function)
@@ -53,7 +45,7 @@ def copied(copy: Callable[[Tensor, dict], Tensor]) -> Callable[[Tensor, dict], T
 
 
 def data_of_any_device(known: Descriptor) -> property:
-    """Replace `Tensor.data`, which FSDP sets to move parameters."""
+    """Replace `Tensor.data`, which is set to move parameters."""
 
     def assign(self: Tensor, new: Tensor) -> None:
         of_a_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)

@@ -4,11 +4,14 @@ Works on real and on fake tensors. What an operator allocates and frees internal
 a GPU's operators formulas give it (`allocator/cuda_operators.py`).
 """
 
+import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -22,7 +25,6 @@ from ds_cmli.allocator import attention_choice, cuda_operators
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside, Stage
-from ds_cmli.fits import lines
 
 # Autograd accumulates gradients, where the first is no view, and scatters those of maxima in place,
 # but not under a dispatch mode: there these operators return a new tensor, and their argument is
@@ -149,7 +151,7 @@ class Recorder(TorchDispatchMode):
 
     def _is_accumulating(self, grad: bool) -> bool:
         """Whether autograd itself, and no function of the program, has called the operator."""
-        return self.phase == "backward" and not grad and lines.is_autograds()
+        return self.phase == "backward" and not grad and _is_autograds()
 
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
@@ -170,11 +172,6 @@ class Recorder(TorchDispatchMode):
         for tensor in results:
             if isinstance(tensor, Tensor):
                 self._see(tensor, category, func)
-
-    def see(self, tensor: Tensor, op: str) -> None:
-        """Record a tensor that no operator has returned."""
-        if self.recording:
-            self._see(tensor, None, op)
 
     def _see(self, tensor: Tensor, category: str | None, op: OpOverload | str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
@@ -290,3 +287,23 @@ class Recorder(TorchDispatchMode):
             yield
         finally:
             self.stream = before
+
+
+OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
+TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
+# Which call operators, and modes of dispatch, by Python.
+DISPATCH = tuple(os.path.join(TORCH, name) for name in ("_ops.py", "_compile.py", "_dynamo/"))
+
+
+def _is_autograds() -> bool:
+    """Whether the operator that is dispatched now comes from autograd, not from a function."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _dispatches(frame.f_code.co_filename, frame.f_code.co_name):
+        frame = frame.f_back
+    return frame is None or frame.f_code.co_name == "_engine_run_backward"
+
+
+@cache
+def _dispatches(filename: str, function: str) -> bool:
+    path = os.path.realpath(filename)
+    return function == "__torch_dispatch__" or path.startswith((OURS, *DISPATCH))

@@ -4,7 +4,6 @@ A tensor remembers its values as an attribute, or, of whole numbers and truth va
 one of all its elements.
 """
 
-from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -17,13 +16,9 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
-MOST_READ = 50  # stand-ins that a line reads in a step before numbers are small, as errors become
 ALL, ANY = (aten.all, aten._is_all_true), (aten.any, aten._is_any_true)  # right, and wrong
-CHECKS = aten._is_all_true, aten._is_any_true  # by which torch.distributions raises
-# Whole numbers that are not known, such as generated words, equal no other: a loop until all texts
-# have ended goes on, but not for ever.
+# Whole numbers that are not known equal no other.
 EQUAL, EXTREME = (aten.eq, aten.ne, aten.isin), (aten.max, aten.amax, aten.min, aten.amin)
-MOST_UNEQUAL = 4096  # times that a line reads so
 FILLED = {
     *(aten.ones, aten.ones_like, aten.new_ones, aten.zeros, aten.zeros_like, aten.new_zeros),
     *(aten.full, aten.full_like, aten.new_full, aten.fill_, aten.zero_),
@@ -50,23 +45,9 @@ def likely(tensor: Tensor) -> int | None:
         return int(first) if len(first) and bool((known == first).all()) else None
 
 
-class Readings(Counter[str]):
-    """How many stand-ins each line has read since the last optimizer step."""
-
-    small = False  # whether numbers are: a loop until an error is small is to end
-
-    def see(self, line: str) -> None:
-        self[line] += 1
-        Readings.small |= self[line] > MOST_READ
-
-    def begin_step(self, *_: object) -> None:
-        self.clear()
-        Readings.small = False
-
-
 def stand_in(tensor: Tensor) -> float | int | bool:
     if tensor.dtype.is_floating_point:
-        return torch.finfo(tensor.dtype).tiny if Readings.small else NUMBER
+        return NUMBER
     value = likely(tensor) or 0
     return bool(value) if tensor.dtype == torch.bool else value
 
@@ -171,8 +152,7 @@ def _remember_likely(
             value = computed(func, args, kwargs, one)
     elif packet in ALL + ANY:
         decided = unequal or getattr(args[0], "fits_filled", False)
-        checked = packet in CHECKS or not decided
-        value = packet in ALL if checked else stand_in(args[0])
+        value = stand_in(args[0]) if decided else packet in ALL
     elif packet in EQUAL and not guessed:
         value, unequal = packet is aten.ne, True
     else:

@@ -1,17 +1,15 @@
 """Records a program's allocations by phase and category until its optimizer steps are done."""
 
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import (
     Optimizer,
@@ -25,10 +23,8 @@ from ds_cmli.allocator.cuda_operators import CONVOLUTIONS
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
-from ds_cmli.fits import kernels, lines
-from ds_cmli.fits.progress import Progress
+from ds_cmli.fits import kernels
 from ds_cmli.fits.recorder import Recorder
-from ds_cmli.fits.script import StepsDone
 from ds_cmli.fits.streams import Awaited, Stream
 
 CATEGORIES = (
@@ -43,6 +39,40 @@ CATEGORIES = (
 )
 
 
+class StepsDone(BaseException):
+    """Ends what runs. Like SystemExit it is no `Exception`, which programs catch."""
+
+
+class Progress:
+    """Counts until `asked` steps of each optimizer are done."""
+
+    def __init__(self, asked: int):
+        self.asked, self.done = asked, Counter[int]()
+        self.backward = -1  # autograd's number of the last backward pass
+        self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        key = _first_parameter(optimizer)
+        # A step that follows no backward pass is the trial of a schedule, say.
+        if key is not None and self.stepped_after.get(key, -1) != self.backward:
+            self.stepped_after[key] = self.backward
+            self.done[key] += 1
+
+    def are_done(self) -> bool:
+        return min(self.done.values(), default=0) >= self.asked
+
+
+def _first_parameter(optimizer: Optimizer) -> int | None:
+    """The one by which an optimizer and its wrapper are known; None if it has none now.
+
+    ZeRO-3 gives its optimizer the parameters of one group at a time.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return id(parameter)
+    return None
+
+
 class StepRecorder(Recorder):
     """Records a program phase by phase until `steps` steps of each optimizer are done.
 
@@ -50,24 +80,20 @@ class StepRecorder(Recorder):
     "afterwards", what the program does after its steps and before the next one.
 
     Args:
-        gpu: whose memory is recorded; None: the host's, without what operators hold inside.
+        gpu: whose memory is recorded.
     """
 
-    def __init__(self, gpu: Limits | None, steps: int):
-        super().__init__("cpu" if gpu is None else "cuda", gpu)
+    def __init__(self, gpu: Limits, steps: int):
+        super().__init__("cuda", gpu)
         self.progress = Progress(steps)
         self.outer = "init"  # the phase outside backward
         self.in_step = False  # whether an optimizer's step is running
-        self.lines: list[str] = []  # of the user's code that allocated each block
         self.copied: set[int] = set()  # blocks that are copies from the host
         self.exchanged: set[int] = set()  # blocks that went through a collective
-        self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
         self.tried: set[tuple[object, ...]] = set()  # convolutions, with cudnn.benchmark
         self.awaited = Awaited()
         # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
         self.given: dict[tuple[bool, int], int] = {}
-        self.compiled = False  # whether compiled code ran
-        self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._stack = ExitStack()  # of what is entered once libraries have been imported
         self._by_module = dict(OF_LIBRARIES)
 
@@ -112,16 +138,9 @@ class StepRecorder(Recorder):
         first = len(self.blocks)
         super()._see_results(func, args, out, category)
         result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
-        if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention":
-            self.inexact.add(
-                "flex_attention is taken as compiled: without torch.compile it holds all scores"
-            )
         is_view = isinstance(func, OpOverload) and func.is_view  # others run functions
         if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
-        library = kernels.OF_LIBRARY.get(getattr(func, "overloadpacket", None))
-        if library is not None and result is not None and result.device.type == self.device:
-            self.inexact.add(f"the workspaces of {library} are not counted")
         if func in kernels.INTO_GIVEN:
             self.given.setdefault((self.phase == "backward", self.stream), len(self.log))
         if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
@@ -135,7 +154,6 @@ class StepRecorder(Recorder):
     def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
         for ended, bytes_of_it in self.awaited.over():
             super()._end(ended, bytes_of_it)
-        self.lines.append(lines.current())
         return super()._begin(size, category, op)
 
     def _end(self, block: int, size: int) -> None:
@@ -153,21 +171,6 @@ class StepRecorder(Recorder):
         if stream.stream_id != self.blocks[block].stream:
             self.awaited.use(block, stream)
 
-    def resizing(self, resize: Callable) -> Callable:
-        """A function in place of `UntypedStorage.resize_` whose allocations are recorded."""
-
-        def run(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
-            key = storage._cdata
-            known = key in self.live
-            out = resize(storage, size)
-            if known or key in self.emptied:
-                self._see_storage(storage, None, "resize_")
-            if known and not size:
-                self.emptied[key] = weakref.ref(storage, lambda _: self.emptied.pop(key, None))
-            return out
-
-        return run
-
     def see_exchanged(self, tensors: list[object]) -> None:
         """Note the tensors of a collective."""
         for tensor in _parts(tensors):
@@ -181,23 +184,16 @@ class StepRecorder(Recorder):
     # --- phases and categories
 
     def _before_module(self, module: nn.Module, inputs: tuple) -> None:
-        if torch.compiler.is_compiling():  # else what follows would divide the graph
-            return
         if self.outer in ("init", "optimizer"):
             self.outer = "forward"
         for name in self._by_module.keys() & sys.modules.keys():
             patch, function = self._by_module.pop(name)
             with suppress(AttributeError):  # of a version without it
                 self._stack.enter_context(patched(patch, partial(_instead, function)))
-        if self.progress.ends_before(module, inputs):
+        if torch.is_grad_enabled() and module.training and self.progress.are_done():
             raise StepsDone
-        if isinstance(module, nn.RNNBase):
-            self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")
-        if isinstance(module, nn.modules.conv._ConvNd):
-            self.inexact.add("the workspaces that cuDNN takes in convolutions are not counted")
         self.claim("parameters", [*module._parameters.values(), *module._buffers.values()])
 
-    @torch._disable_dynamo
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:
         self.outer, self.in_step = "optimizer", True
         self._claim_parameters(optimizer)
@@ -207,13 +203,11 @@ class StepRecorder(Recorder):
             self.claim("parameters", group["params"])
             self.claim("gradients", (parameter.grad for parameter in group["params"]))
 
-    @torch._disable_dynamo
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
-        if self.progress.ends_after_step(optimizer):
-            raise StepsDone
-        self.outer = "forward" if self.progress.done_at is None else "afterwards"
+        self.progress.note_step(optimizer)
+        self.outer = "afterwards" if self.progress.are_done() else "forward"
         self.in_step = False
 
     def category(self, number: int) -> str:
@@ -238,15 +232,8 @@ def _described(x: object) -> object:
 
 
 def _parts(tensors: Iterable[object]) -> Iterator[Tensor]:
-    """The tensors themselves, and what wrappers such as a DTensor hold."""
     for tensor in tensors:
-        if isinstance(tensor, DTensor):
-            yield tensor._local_tensor
-        elif isinstance(tensor, Tensor) and tensor.layout == torch.sparse_coo:
-            yield from (tensor._indices(), tensor._values())
-        elif isinstance(tensor, Tensor):
-            while is_functorch_wrapped_tensor(tensor):
-                tensor = get_unwrapped(tensor)
+        if isinstance(tensor, Tensor):
             yield tensor
 
 
@@ -258,11 +245,6 @@ def _no_tracing(tensor: Tensor | None = None) -> bool:
     return False
 
 
-def _go_on(is_early_stop_heuristic_unsatisfied: Tensor, **_: object) -> Tensor:
-    return is_early_stop_heuristic_unsatisfied
-
-
 OF_LIBRARIES = {
     "transformers.masking_utils": ("transformers: mask", _no_tracing),
-    "transformers.generation.utils": ("transformers: beams", staticmethod(_go_on)),
 }

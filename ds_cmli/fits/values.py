@@ -2,10 +2,9 @@
 
 Small tensors on the host have data: masks, indices, what a DataLoader makes. Copies of whole
 numbers and truth values to the device remember theirs, and so does what is computed of them alone.
-All others are stood in for, and each reading of a stand-in is counted.
+All others are stood in for.
 """
 
-from collections import Counter
 from threading import RLock
 
 import torch
@@ -13,25 +12,16 @@ from torch import Tensor
 from torch._guards import active_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
-    DynamicOutputShapeException,
     FakeTensor,
-    UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_cmli.fits import lines
-from ds_cmli.fits.results import grouped_product, largest_results, like, unknown_results
-from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.stand_ins import (
-    MOST_UNEQUAL,
     SMALL,
-    Readings,
     all_known,
     computed,
-    known_or_stand_ins,
     known_values,
     on_device,
     one,
@@ -46,7 +36,6 @@ FACTORIES = {aten.empty.memory_format, aten.empty_strided.default, aten.randint.
 FACTORIES |= {getattr(aten, name).default for name in MADE}
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 COMPARISONS = {aten.equal.default, aten.allclose.default}
-OF_LENGTHS = {aten._ctc_loss.Tensor, aten._ctc_loss.default, aten._pack_padded_sequence.default}
 OF_STORAGE = {aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
 FILLING = {
     aten.index_put.default: aten.masked_fill.Tensor,
@@ -60,14 +49,8 @@ class Values(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self, rank: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.rank = rank
-        self.gpus: set[int] = set()  # the numbers by which the program has named its GPU
-        self.read: Counter[str] = Counter()  # stand-ins by the line that read them
-        self.in_step = Readings()
-        self.by_cpu: Counter[str] = Counter()  # operators that know no sizes without data
-        self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
         self.turn = RLock()  # of a thread, for one operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -79,12 +62,7 @@ class Values(TorchDispatchMode):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)  # the host's memory is not asked about
-        device = kwargs.get("device")
-        if isinstance(device, torch.device) and device.type != "cpu" and device.index is not None:
-            self._see_named(device)
         if isinstance(func, HigherOrderOperator):
-            if func.name() == "run_dtensor_rng_op":  # moves the generator around an operator
-                return args[2](*args[3:], **kwargs)
             return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and func.namespace == "aten" and func._can_decompose():
             with self:  # elsewhere autograd has done so
@@ -92,14 +70,10 @@ class Values(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
-        if any(map(_is_named, leaves)):
-            args, kwargs = tree_map(_unnamed, (args, kwargs))
         if func in READS or func in COMPARISONS or torch.Tag.dynamic_output_shape in func.tags:
             Stream.current.synchronize()
         if func in READS:
             return self._value(args[0])
-        if func is aten._nested_tensor_from_mask_left_aligned.default:
-            return False  # the layer then takes its padded texts, as tensors of lists have no sizes
         if func is aten.nonzero.default:
             return self._places(args[0])
         if func in FILLING and _is_filling(*args):
@@ -111,49 +85,19 @@ class Values(TorchDispatchMode):
             if values is not None:
                 return tree_map(lambda value: on_device(value, args[0].device), values)
         if func in COMPARISONS:
-            self._see_reading()
             return computed(func, args, kwargs, known_values if all_known(leaves) else one)
-        if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
-            return grouped_product(*args, **kwargs)
-        try:
-            if func in OF_STORAGE:
-                out = _uncached(func, args)
-            elif func is aten._to_copy.default:
-                if args[0].layout != torch.strided:
-                    raise NotFollowed(
-                        f"{lines.current()}: fits does not follow sparse matrices: let this run "
-                        "take dense ones"
-                    )
-                out = func(_without_data(args[0]), **kwargs)
-            else:
-                out = func(*args, **kwargs)
-        except DynamicOutputShapeException:
-            if func in OF_LENGTHS:
-                return self._as_on_a_cpu(func, args, kwargs)
-            largest = largest_results(func.name(), *args, **kwargs)
-            if largest is None:
-                raise
-            self.bounded[lines.current()] += 1
-            return largest
-        # A build with CUDA tries it on the GPU.
-        except (NotImplementedError, torch.AcceleratorError):
-            return self._as_on_a_cpu(func, args, kwargs)
+        if func in OF_STORAGE:
+            out = _uncached(func, args)
+        elif func is aten._to_copy.default:
+            out = func(_without_data(args[0]), **kwargs)
+        else:
+            out = func(*args, **kwargs)
         if func is aten._to_copy.default:
             return self._copied(args[0], out)
         remember(func, args, kwargs, leaves, out)
         return out
 
-    def _see_named(self, device: torch.device) -> None:
-        self.gpus.add(device.index)
-        if len(self.gpus) > 1 and self.gpus - {0, self.rank}:
-            raise NotFollowed(
-                f"{lines.current()}: this asks for {device}, a second GPU, and fits has one for "
-                "each rank: give --world-size, or let the program name one"
-            )
-
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        if func is aten.is_pinned.default:
-            return True  # as DDP with `find_unused_parameters` asks of what it has pinned
         if func in FACTORIES:
             elements = 1
             for size in next((x for x in args if isinstance(x, list | tuple)), ()):
@@ -163,40 +107,12 @@ class Values(TorchDispatchMode):
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
-    def _as_on_a_cpu(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        """The results, as a CPU computes them, of an operator that knows no sizes without data."""
-        if not func._schema.returns:
-            return None  # it works in place
-        out: object = unknown_results(func.name(), *args)
-        if out is None:
-            out = computed(func, args, kwargs, known_or_stand_ins)
-            if out is None and str(func._schema.returns[0].type) == "bool":
-                return False  # whether a library's kernel is taken
-            if out is None:
-                raise UnsupportedOperatorException(func)
-            self.by_cpu[str(func)] += 1
-            # Sizes of the parts of a packed sequence stay on the host.
-            moved = torch.Tensor.is_floating_point if func in OF_LENGTHS else torch.is_tensor
-            out = tree_map(lambda x: like(x, args[0].device) if moved(x) else x, out)
-        return out
-
     def _value(self, tensor: Tensor) -> float | int | bool:
         known = known_values(tensor)
         if known is not None:
             with _disable_current_modes():
                 return known.item()
-        line = self._see_reading()
-        value = stand_in(tensor)
-        if getattr(tensor, "fits_unequal", False) and self.read[line] > MOST_UNEQUAL:
-            return not value
-        return value
-
-    def _see_reading(self) -> str:
-        """The line that reads a stand-in."""
-        line = lines.current()
-        self.read[line] += 1
-        self.in_step.see(line)
-        return line
+        return stand_in(tensor)
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
@@ -204,7 +120,6 @@ class Values(TorchDispatchMode):
         if to_host:
             Stream.current.synchronize()
         if to_host and out.numel() <= SMALL:
-            self._see_reading()
             known = known_values(source)
             with _disable_current_modes():
                 if known is not None:
@@ -220,7 +135,6 @@ class Values(TorchDispatchMode):
         """The result of `nonzero`; of unknown values the largest possible one."""
         known = known_values(tensor)
         if known is None:
-            self.bounded[lines.current()] += 1
             shape = tensor.numel(), tensor.dim()
             return torch.zeros(shape, dtype=torch.int64, device=tensor.device)
         with _disable_current_modes():
@@ -271,18 +185,3 @@ def _is_elsewhere(value: object) -> bool:
     return isinstance(value, FakeTensor) or (
         isinstance(value, Tensor) and value.device.type != "cpu"
     )
-
-
-def _is_named(value: object) -> bool:
-    """Whether a tensor is of a class, such as fastai's, that only names what it holds."""
-    if type(value) in (Tensor, FakeTensor, Parameter) or not isinstance(value, Tensor):
-        return False
-    return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
-
-
-def _unnamed(value: object) -> object:
-    """The tensor itself in place of one of a class that FakeTensorMode refuses."""
-    if not _is_named(value):
-        return value
-    with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
-        return value.as_subclass(Tensor)  # type: ignore[attr-defined]

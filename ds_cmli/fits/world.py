@@ -1,4 +1,4 @@
-"""Runs a program as one rank of a world that is not there.
+"""Runs as one rank of a world that is not there.
 
 Where it gathers objects of the other ranks, it finds this rank's.
 """
@@ -6,21 +6,17 @@ Where it gathers objects of the other ranks, it finds this rank's.
 import copy
 import os
 import re
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.process import BaseProcess
-from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from ds_cmli.common.patches import environment, patched, patched_each
-from ds_cmli.fits import kernels, lines
+from ds_cmli.fits import kernels
 from ds_cmli.fits.collectives import Rank
-from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.steps import StepRecorder
 
 NAME = "this_rank_alone"  # of the backend, as it is registered with PyTorch
@@ -29,7 +25,7 @@ NCCL = {"is_nccl_available": lambda: True, "version": lambda: (2, 29, 7)}
 
 @dataclass(frozen=True)
 class World:
-    """The ranks that a program runs among; without a number its process groups have one rank."""
+    """The ranks of a run; without a number its process groups have one rank."""
 
     size: int | None = None
     rank: int = 0
@@ -45,20 +41,14 @@ class World:
             "all_gather_object": _all_gather_object,
             "gather_object": _gather_object,
             "broadcast_object_list": _nothing,
-            "send_object_list": _nothing,
-            "recv_object_list": _not_received,
             "scatter_object_list": _scatter_object_list,
         }
         stack = ExitStack()
         replacements: dict[str, Callable] = {
             "torch: meeting of ranks": lambda _: self._meet,
             "torch: store of ranks": lambda _: _Store,
-            "python: connection to another rank": self._connecting,
             "torch: backend of a group": lambda make: _alone(make, stack),
-            "torch: processes of a program": lambda _: _spawn,
-            "python: processes": _starting,
             "torch: patience of NCCL": lambda _: timedelta(minutes=10),
-            "torch: DDP": lambda _: _nothing,
         }
         with stack:
             if self.size is not None:
@@ -80,19 +70,6 @@ class World:
         """Replaces `rendezvous`, which waits for the other ranks."""
         size = world_size if world_size > 0 else self.size or 1
         yield dist.HashStore(), rank if rank >= 0 else self.rank, size
-
-    def _connecting(self, connect: Callable) -> Callable:
-        """Replaces `socket.create_connection`, by which a program would look for rank 0."""
-
-        def run(address: tuple[str, int], *args: object, **options: object) -> socket.socket:
-            if self.rank and address[1] == int(os.environ["MASTER_PORT"]):
-                raise NotFollowed(
-                    f"{lines.current()}: this connects to rank 0, and fits runs rank "
-                    f"{self.rank} alone: give --rank 0"
-                )
-            return connect(address, *args, **options)
-
-        return run
 
 
 class _Store(dist.HashStore):
@@ -122,10 +99,7 @@ class _Store(dist.HashStore):
         for name in (key, re.sub(r"\d+$", str(self.world.rank), key)):
             if self.check([name]):
                 return name
-        raise NotFollowed(
-            f"{lines.current()}: this waits for {key!r} in a store, which another rank would "
-            "write, and fits runs one rank"
-        )
+        raise KeyError(f"another rank would write {key!r} to the store")
 
 
 def _alone(make: Callable, stack: ExitStack) -> Callable:
@@ -144,40 +118,6 @@ def _alone(make: Callable, stack: ExitStack) -> Callable:
         return group, kept
 
     return run
-
-
-def _spawn(function: Callable, args: tuple = (), nprocs: int = 1, **_: object) -> None:
-    """Replaces `torch.multiprocessing.spawn`: one process is this one."""
-    if nprocs > 1:
-        raise NotFollowed(
-            f"{lines.current()}: the program starts {nprocs} processes itself, and fits follows "
-            "one: let it start one, or run as a launcher starts it, and give --world-size"
-        )
-    function(0, *args)
-
-
-def _starting(start: Callable[[BaseProcess], None]) -> Callable[[BaseProcess], None]:
-    """Replaces the start of a process: one that runs the program's own code may train."""
-
-    def run(process: BaseProcess) -> None:
-        for function in (process.run, getattr(process, "_target", None)):
-            code = getattr(function, "__code__", None)
-            if code is not None and lines.is_users(code.co_filename) and not process.daemon:
-                raise NotFollowed(
-                    f"{lines.current()}: the program starts {code.co_name} in a process of its "
-                    "own, and fits follows one: let it call that itself, or run as a launcher "
-                    "starts it, and give --world-size"
-                )
-        start(process)
-
-    return run
-
-
-def _not_received(*_: object, **__: object) -> NoReturn:
-    raise NotFollowed(
-        f"{lines.current()}: recv_object_list: fits does not know what another rank sends; let the "
-        "program give what it needs of it, as sizes, itself"
-    )
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -38,10 +38,8 @@ if TYPE_CHECKING:
     from ds_cmli.memory.search import Fit
 
 # A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
-# imported. Programs of `fits` choose their device themselves.
-OF_PROGRAMS = sys.argv[1:2] == ["fits"]
-if not OF_PROGRAMS:
-    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+# imported.
+os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 CPU = "cpu"
 
@@ -320,9 +318,4 @@ def write(path: str, setting: str, function: Callable[[], object]) -> None:
 
 
 def main() -> None:
-    if OF_PROGRAMS:
-        del sys.argv[1]
-        from ds_cmli.fits.command import main as fits
-
-        fits()
     run_command(command)

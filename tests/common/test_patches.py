@@ -4,40 +4,25 @@ import contextlib
 import copy
 import importlib
 import inspect
-import io
-import multiprocessing.process
 import os
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import warnings
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from pathlib import Path
-from typing import ClassVar
 
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.distributed.tensor._op_schema import _rebuild_tensor_from_dtensor_meta
-from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ds_cmli.allocator import gpus
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
 from ds_cmli.engine.building import use_no_compiler
 from ds_cmli.memory.fake import fake_world, process_group
-from tests.conftest import clean_environment
-from tests.processes import finished
 
 
 class Base:
@@ -88,15 +73,6 @@ def transformers_looks_at_a_mask_without_data() -> bool:
 
     with FakeTensorMode():
         return not masking_utils.is_tracing(torch.ones(2, 3, dtype=torch.bool))
-
-
-def beams_end_by_their_length() -> bool:
-    """Also where no open beam can do better than those that have ended."""
-    from transformers import GenerationMixin
-
-    yes, ended, still_open = torch.ones(1, 1, dtype=torch.bool), torch.zeros(1, 1), torch.full((1, 1), -4.0)
-    check = GenerationMixin._check_early_stop_heuristic
-    return bool(check(yes, still_open, ended, yes, 5, 9, 1, early_stopping=False, length_penalty=1.0))
 
 
 def transformers_reads_no_mask_for_padding() -> bool:
@@ -250,12 +226,6 @@ def a_gpu_is_found() -> bool:
     return torch.cuda.is_available()
 
 
-def imported(library: str) -> str:
-    """The modules that come with a library."""
-    program = f"import sys, {library}; print(*sys.modules)"
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout
-
-
 def a_device_that_is_found_is_not_started() -> bool:
     with patched("torch: GPU", lambda _: lambda: True):
         return FakeTensorMode().avoid_device_init
@@ -278,51 +248,6 @@ def data_is_made_up() -> bool:
     return True
 
 
-def lengths_on_the_host_go_beside_scores_elsewhere() -> bool:
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        scores, lengths = torch.zeros(9, 2, 5, device="meta"), torch.tensor([4, 4])
-        try:
-            F.ctc_loss(scores, torch.ones(2, 4, device="meta").long(), lengths + 5, lengths)
-        except RuntimeError:
-            return False
-    return True
-
-
-COMPILED = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-FakeTensorMode(allow_non_fake_inputs=True).__enter__()
-torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
-"""
-
-
-def a_model_without_data_is_compiled() -> bool:
-    """In a process of its own, which ends with a segmentation fault."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "program.py").write_text(COMPILED)
-        return finished([str(folder / "program.py")], clean_environment(), folder, folder, 60).returncode == 0
-
-
-def the_last_backward_pass_has_a_number():
-    torch.ones((), requires_grad=True).backward()
-    return torch._C._current_graph_task_id() != -1
-
-
-def a_model_without_data_is_traced() -> bool:
-    with FakeTensorMode():
-        try:
-            torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))
-        except RuntimeError:
-            return False
-    return True
-
-
-def a_scaled_step_reads_nothing() -> bool:
-    return ".item()" not in inspect.getsource(torch.amp.GradScaler._maybe_opt_step)
-
-
 def a_number_without_data_is_formatted() -> bool:
     with FakeTensorMode():
         try:
@@ -336,17 +261,6 @@ def data_of_another_device_is_taken() -> bool:
     with FakeTensorMode():
         moved.data = torch.ones(2, device="cuda")
     return moved.device.type == "cuda"
-
-
-def a_tensor_without_data_is_of_any_class() -> bool:
-    class Named(torch.Tensor):
-        pass
-
-    with FakeTensorMode():
-        try:
-            return isinstance(torch.ones(2).as_subclass(Named), FakeTensor)
-        except RuntimeError:
-            return False
 
 
 def a_copied_parameter_has_no_gradient() -> bool:
@@ -401,16 +315,6 @@ def a_store_waits_for_nobody() -> bool:
     return True
 
 
-def a_connection_needs_nobody() -> bool:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    try:
-        socket.create_connection(("127.0.0.1", port)).close()
-    except OSError:
-        return False
-    return True
-
-
 def nccl_has_a_version() -> bool:
     try:
         return bool(torch.cuda.nccl.version())
@@ -420,14 +324,6 @@ def nccl_has_a_version() -> bool:
 
 def says_no_longer(name: object, *texts: str):
     return lambda: not any(text in inspect.getsource(name) for text in texts)
-
-
-def a_mode_sees_resized_storages() -> bool:
-    with TorchDispatchMode() as mode, pytest.MonkeyPatch.context() as patch:
-        seen: list[object] = []
-        patch.setattr(type(mode), "__torch_dispatch__", lambda *args, **_: seen.append(args))
-        torch.UntypedStorage(8).resize_(0)
-    return bool(seen)
 
 
 def deepspeed_has_its_kernels() -> bool:
@@ -447,24 +343,6 @@ def streams_are_there() -> bool:
     return True
 
 
-LEAVING = """
-import os
-try:
-    os._exit(0)
-except SystemExit:
-    print("answers")
-"""
-
-
-def saving_needs_no_data() -> bool:
-    with FakeTensorMode():
-        try:
-            torch.save(torch.ones(1000), io.BytesIO())
-        except AttributeError:
-            return False
-    return True
-
-
 def a_thread_has_the_modes_of_its_first() -> bool:
     results = []
     with FakeTensorMode():
@@ -474,117 +352,38 @@ def a_thread_has_the_modes_of_its_first() -> bool:
     return isinstance(results[0], FakeTensor)
 
 
-def loading_without_data_takes_a_function() -> bool:
-    file = io.BytesIO()
-    torch.save(torch.ones(3), file)
-    file.seek(0)
-    with FakeTensorMode():
-        try:
-            torch.load(file, map_location=lambda storage, _: storage)
-        except RuntimeError:
-            return False
-    return True
-
-
-def a_mode_sees_loaded_tensors() -> bool:
-    class Seen(TorchDispatchMode):
-        storages: ClassVar[set[tuple[str, int]]] = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor):
-                self.storages.add((out.device.type, out.untyped_storage()._cdata))
-            return out
-
-    file = io.BytesIO()
-    torch.save(torch.ones(3), file)
-    file.seek(0)
-    with FakeTensorMode(), Seen() as seen:
-        loaded = torch.load(file, map_location="cuda")
-    return ("cuda", loaded.untyped_storage()._cdata) in seen.storages
-
-
-def a_state_without_values_is_set() -> bool:
-    with FakeTensorMode():
-        try:
-            torch.set_rng_state(torch.zeros(5056, dtype=torch.uint8))
-        except RuntimeError:
-            return False
-    return True
-
-
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
     "torch: GPU's memory": a_gpu_is_found,
     "torch: accelerator's memory": a_gpu_is_found,
     "torch: GPU's random numbers": a_gpu_is_found,
-    "torch: scattered to GPUs": lambda: hasattr(torch._C, "_scatter"),
     "torch: data of the host": data_is_made_up,
-    "torch: lengths for CTC": lengths_on_the_host_go_beside_scores_elsewhere,
     "triton: kernels": a_gpu_is_found,
     "torch: CUDA": lambda: (
         torch.version.cuda is not None and nvtx_is_there() and a_device_that_is_found_is_not_started()
     ),
-    "torch: compiler": a_model_without_data_is_compiled,
-    "inductor: modes": lambda: TorchDispatchMode.ignore_compile_internals(),
-    "inductor: beginning": lambda: "torch._inductor.compile_fx" in imported("torch"),
-    "inductor: graph": a_gpu_is_found,
-    "inductor: device": a_gpu_is_found,
-    "inductor: buffers": a_gpu_is_found,
-    "inductor: kernels": a_gpu_is_found,
-    "inductor: trials": a_gpu_is_found,
-    "inductor: constants": a_gpu_is_found,
-    "inductor: constants of a graph": a_gpu_is_found,
-    "inductor: optimizers": a_gpu_is_found,
-    "inductor: layouts": a_gpu_is_found,
-    "inductor: buckets": a_gpu_is_found,
-    "inductor: CUDA graphs": a_gpu_is_found,
-    "inductor: Triton's driver": a_gpu_is_found,
-    "torch: backward": the_last_backward_pass_has_a_number,
-    "torch: scripts": a_model_without_data_is_traced,
-    "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: data of a tensor": data_of_another_device_is_taken,
     "torch: address of a tensor": tensors_without_data_have_addresses,
     "torch: address of a storage": tensors_without_data_have_addresses,
     "torch: copied parameter": a_copied_parameter_has_no_gradient,
-    "torch: subclasses of a tensor": a_tensor_without_data_is_of_any_class,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,
     "torch: other streams": streams_are_there,
     "torch: GPU's own functions": lambda: hasattr(torch._C, "_cuda_attach_out_of_memory_observer"),
-    "python: end of the process": lambda: (
-        "answers" in subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True).stdout
-    ),
     "torch: meeting of ranks": a_group_waits_for_nobody,
     "torch: store of ranks": a_store_waits_for_nobody,
-    "python: connection to another rank": a_connection_needs_nobody,
     "torch: backend of a group": dist.is_nccl_available,
     "torch: NCCL": lambda: dist.is_nccl_available() and nccl_has_a_version(),
     "torch: patience of NCCL": lambda: dist.distributed_c10d.default_pg_nccl_timeout is not None,
-    "torch: processes of a program": lambda: not hasattr(torch.multiprocessing, "spawn"),
-    "python: processes": lambda: not hasattr(multiprocessing.process.BaseProcess, "start"),
-    "torch: DDP": says_no_longer(
-        DistributedDataParallel, "_verify_param_shape_across_processes(", "set_runtime_stats_and_log("
-    ),
     "torch: objects of ranks": says_no_longer(dist.all_gather_object, "all_gather("),
-    "torch: shapes of sharded results": says_no_longer(_rebuild_tensor_from_dtensor_meta, "torch.empty_strided("),
-    "torch: resized storage": a_mode_sees_resized_storages,
     "deepspeed: kernels": deepspeed_has_its_kernels,
-    "torch: saving": saving_needs_no_data,
-    "torch: loading": loading_without_data_takes_a_function,
-    "torch: device of a loaded tensor": a_mode_sees_loaded_tensors,
-    "torch: state of random numbers": a_state_without_values_is_set,
-    "safetensors: saving": says_no_longer(safetensors.torch._to_ndarray, ".data_ptr()"),
-    "safetensors: loading": says_no_longer(safetensors.torch.load_file, ".get_tensors()"),
     "python: threads": a_thread_has_the_modes_of_its_first,
-    "python: tasks of pools": says_no_longer(ThreadPoolExecutor.submit, "_work_queue.put("),
     "torch: types for all parameters at once": every_type_is_updated_at_once,
     "timm: loaded keys": timm_tells_which_keys_it_loads,
     "transformers: mask": lambda: (
         transformers_looks_at_a_mask_without_data() and transformers_reads_no_mask_for_padding()
     ),
-    "transformers: beams": beams_end_by_their_length,
     "huggingface_hub: offline": the_hub_is_asked_once,
     "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
     "deepspeed: recovery script": deepspeed_writes_no_recovery_script,
@@ -612,10 +411,8 @@ NO_LONGER_NEEDED = {
 CHECKED = {
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
-    "inductor": "2.13.0",
     "timm": "1.0.31",
     "python": "3.11",
-    "safetensors": "0.8",
     "torch": "2.13.0",
     "transformers": "5.24.0",
     "triton": "3.9.0",

@@ -1,14 +1,9 @@
-"""The environment in which a Python process has null GPUs.
+"""The environment in which a Python process has null GPUs."""
 
-`python -m tests.null_gpu.environment CARD` builds the null GPU and prints it as JSON, or else why there is none.
-"""
-
-import json
 import os
-import sys
 from pathlib import Path
 
-from tests.null_gpu.build import NoNullGPU, build, library
+from tests.null_gpu.build import library
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What a launcher, or a user of this machine's own GPUs, may have set.
@@ -35,16 +30,3 @@ def environment(folder: Path, card: str = "a100", count: int = 1) -> dict[str, s
         "TRITON_LIBCUDA_PATH": lib,
         "TRITON_CACHE_DIR": str(folder / "triton"),
     }
-
-
-def main(card: str) -> int:
-    try:
-        print(json.dumps(environment(build(), card)))
-    except NoNullGPU as reason:
-        print(reason)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
