@@ -1,0 +1,136 @@
+"""Runs by the command, broken and resumed, against unbroken ones: the same losses, weights, samples."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests import make, ranks
+
+STEPS = {"--steps": 4, "--log-every": 4, "--save-every": 2, "--keep": 3}
+SETTINGS = {"student.dropout": 0.3, "optim.ema_decay": 0.5, "student.freeze_image": 1, "student.layers": 2}
+
+
+def arguments(folder: Path, run: Path, options: dict | None = None, settings: dict | None = None) -> list[str]:
+    """With dropout and averages, and an epoch that ends between the second step and the last."""
+    source = folder / "pairs"
+    if not source.exists():
+        make.pairs(source, 31)
+    ds_config = make.json_file(folder / "ds.json", {"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0})
+    own = {"--data": source, "--deepspeed_config": ds_config, "--output-dir": run, **STEPS}
+    return make.small(own | (options or {}), SETTINGS | (settings or {}))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    assert make.train(*arguments(folder, folder / "run")) == 0
+    return folder / "run"
+
+
+def assert_same(run: Path, other: Path) -> None:
+    for name in ("student.safetensors", "student_ema.safetensors"):
+        assert (run / name).read_bytes() == (other / name).read_bytes(), name
+    measured = ("_s", "tflops", "memory_bytes")
+    lines = [
+        [{k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith(measured)} for line in every]
+        for every in map(make.lines, (run, other))
+    ]
+    assert lines[0] == lines[1] and lines[0]
+
+
+def test_a_run_goes_on_to_the_bit(straight, tmp_path):
+    """From step 2 of 4, within what one line of the metrics is the mean over."""
+    at = straight / "checkpoint" / "step2"
+    assert make.train(*arguments(straight.parent, tmp_path / "run", {"--resume": at})) == 0
+    assert_same(tmp_path / "run", straight)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(straight, tmp_path, capsys):
+    run = Path(shutil.copytree(straight, tmp_path / "run"))
+    (damaged,) = (run / "checkpoint" / "step4").glob("*optim_states.pt")
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    assert make.train(*arguments(straight.parent, run)) == 0
+    printed = capsys.readouterr().out
+    assert damaged.name in printed and str(run / "checkpoint" / "step2") in printed
+    assert_same(run, straight)
+
+
+def test_the_newest_are_kept_and_named(straight, tmp_path):
+    assert sorted(path.name for path in (straight / "checkpoint").iterdir()) == ["latest", "step2", "step4"]
+    assert (straight / "checkpoint" / "latest").read_text() == "step4"
+    run = tmp_path / "run"
+    assert make.train(*arguments(straight.parent, run, {"--keep": 1, "--steps": 2, "--save-every": 1})) == 0
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["latest", "step2"]
+
+
+def test_frozen_weights_stay_the_bytes_they_were(straight):
+    trained, averaged = (load_file(straight / f"student{name}.safetensors") for name in ("", "_ema"))
+    sections = {"student": {"freeze_image": 1, "layers": 2}, "data": {"source": str(straight.parent / "pairs")}}
+    objective, _ = make.models(**sections)
+    for name, p in objective.named_parameters():
+        of_run = trained[name]
+        assert torch.equal(of_run, p) == torch.equal(averaged[name], p), name
+        if not p.requires_grad:
+            assert torch.equal(of_run, p), name
+
+
+def test_averages_follow_the_weights(tmp_path):
+    """After one update half of the first weights and half of the new ones."""
+    run = tmp_path / "run"
+    assert make.train(*arguments(tmp_path, run, {"--steps": 1})) == 0
+    objective, _ = make.models(student={"layers": 2}, data={"source": str(tmp_path / "pairs")})
+    trained, averaged = (load_file(run / f"student{name}.safetensors") for name in ("", "_ema"))
+    for name, p in objective.named_parameters():
+        torch.testing.assert_close(averaged[name], (p.detach() + trained[name]) / 2, rtol=1e-6, atol=1e-7)
+    assert not torch.equal(averaged["student.projection.weight"], trained["student.projection.weight"])
+
+
+# Several ranks.
+
+
+def run_of_rank(rank: int, world: int, every: list[list[str]]) -> list[int]:
+    from ds_cmli.train import command
+
+    codes = []
+    for argv in every:
+        codes.append(command.main([*argv, "--set", "run.watchdog=0"], standalone_mode=False))
+    return codes
+
+
+def runs(world: int, *every: list[str]) -> None:
+    for argv in every:
+        assert ranks.run(run_of_rank, world, [argv], group=False) == [[0]] * world
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    runs(2, arguments(folder, folder / "run", {"--micro-batch": 4}))
+    return folder / "run"
+
+
+def test_two_ranks_go_on_to_the_bit(of_two_ranks, tmp_path):
+    at = of_two_ranks / "checkpoint" / "step2"
+    runs(2, arguments(of_two_ranks.parent, tmp_path / "run", {"--micro-batch": 4, "--resume": at}))
+    assert_same(tmp_path / "run", of_two_ranks)
+
+
+def test_one_rank_goes_on_with_the_batches_and_states_of_two(tmp_path):
+    """Without dropout the losses and weights are those of two ranks that had gone on, to rounding."""
+    of_each = {"--micro-batch": 4, "--log-every": 1}
+    settings = {"student.dropout": 0.0}
+    runs(2, arguments(tmp_path, tmp_path / "two", of_each, settings))
+    at = tmp_path / "two" / "checkpoint" / "step2"
+    assert make.train(*arguments(tmp_path, tmp_path / "one", {**of_each, "--resume": at}, settings)) == 0
+    two, one = ([line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("two", "one"))
+    assert one == pytest.approx(two, rel=1e-4)
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["deepspeed"]["train_batch_size"] == 8
+    for name in ("student.safetensors", "student_ema.safetensors"):
+        two, one = (load_file(tmp_path / run / name) for run in ("two", "one"))
+        assert max((two[key] - one[key]).abs().max() for key in two) < 1e-4

@@ -1,0 +1,122 @@
+"""Recall, accuracies and the pointing game by hand; and the command's numbers by the scores of the model itself."""
+
+import json
+import os
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from ds_cmli.evaluate import metrics
+from tests import make, ranks
+
+
+def recall(i2t: list, t2i: list | None = None, image_of: list | None = None) -> dict[str, float]:
+    scores = torch.tensor(i2t)
+    return metrics.recalls(
+        scores, scores if t2i is None else torch.tensor(t2i), torch.tensor(image_of or list(range(len(i2t[0]))))
+    )
+
+
+def test_recall_of_images_goes_by_rows_and_of_texts_by_columns_of_their_own_scores():
+    right, wrong = [[2.0, 1.0], [1.0, 2.0]], [[1.0, 2.0], [2.0, 1.0]]
+    assert recall(right, wrong)["i2t_r1"] == 1 and recall(right, wrong)["t2i_r1"] == 0
+    assert recall([[3.0, 2.0], [0.0, 1.0]], [[3.0, 2.0], [0.0, 1.0]])["t2i_r1"] == 0.5
+
+
+def test_a_tie_is_a_random_order():
+    assert recall([[1.0] * 4] * 4)["i2t_r1"] == pytest.approx(0.25)
+    scores = [[1.0, 1.0, 0.0, 0.0], [0.0, 2.0, 0.0, 0.0], [5.0, 5.0, 4.0, 0.0], [1.0, 2.0, 3.0, 3.0]]
+    assert recall(scores)["i2t_r1"] == pytest.approx((0.5 + 1 + 0 + 0.5) / 4)
+
+
+def test_a_picture_finds_any_of_its_captions_and_each_caption_its_picture():
+    scores = [[1.0, 9.0, 5.0, 0.0], [2.0, 1.0, 3.0, 4.0]]  # captions 0 and 1 of picture 0
+    found = recall(scores, scores, [0, 0, 1, 1])
+    assert found["i2t_r1"] == 1 and found["t2i_r1"] == 0.5
+    assert found["mean_recall"] == pytest.approx((1 + 1 + 1 + 0.5 + 1 + 1) / 6)
+
+
+def test_what_is_no_number_finds_nothing():
+    scores = [[float("nan"), 1.0], [0.0, 1.0]]
+    assert recall(scores)["i2t_r1"] == 0.5
+    assert recall([[float("nan")] * 2] * 2)["i2t_r1"] == 0
+
+
+def test_accuracies_by_class_weigh_classes_alike():
+    scores = torch.eye(6)[[0, 0, 0, 1, 2]]
+    found = metrics.accuracies(scores, torch.tensor([0, 0, 0, 1, 5]))
+    assert found["top1"] == pytest.approx(4 / 5) and found["mean_per_class"] == pytest.approx(2 / 3)
+    # The wrong class 2 has 1, and of the right one and four others with 0 four more are among the first five.
+    assert found["top5"] == pytest.approx((4 + 0.8) / 5)
+
+
+def test_hits_of_scenes_and_phrases():
+    patches, tokens = torch.eye(16), torch.eye(16)[[0, 3, 15, 5]]
+    cells = torch.tensor([[7, 8], [-1, 9]])  # pictures by quarter of a grid of 4 x 4
+    hits = metrics.scene_hits(patches, tokens, torch.tensor([7, 8, 8, -1]), cells, (4, 4))
+    assert hits.tolist() == [2.0, 3.0]
+    inside = metrics.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 4)).view(4, 4)
+    assert inside.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+    found = metrics.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), inside.flatten().repeat(2, 1))
+    assert found.tolist() == [True, False]
+
+
+# The command.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    source = make.pairs(folder / "pairs", 9)
+    rows = [{"file_name": f"{n % 8}.png", "text": f"a red square {n}"} for n in range(12)]  # two captions of four
+    Path(source, "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sections = {"data": {"source": source, "val_source": source}, "loss": {"weights": {"global": 1.0, "cmli": 1.0}}}
+    make.run_folder(folder / "run", **sections)
+    return folder / "run"
+
+
+def evaluated(*arguments: str) -> dict[str, float]:
+    from ds_cmli.evaluate.__main__ import command
+
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    with mock.patch.dict(os.environ, one):
+        assert not command.main(list(arguments), standalone_mode=False)
+    return json.loads(Path(arguments[-1]).read_text())
+
+
+def test_the_command_has_the_recalls_of_the_models_own_scores(run, tmp_path):
+    from ds_cmli.inference import Model
+
+    found = evaluated("--checkpoint", str(run), "--json", str(tmp_path / "found.json"))
+    model, source = Model.load(run, device="cpu"), run.parent / "pairs"
+    texts = [f"a red square {n}" for n in range(12)]
+    images = [str(source / f"{n}.png") for n in range(8)]
+    scores = model.scores(model.embed_images(images), model.embed_texts(texts))
+    image_of = torch.tensor([n % 8 for n in range(12)])
+    for kind in ("global", "cmli", "combined"):
+        expected = metrics.recalls(scores[kind].i2t, scores[kind].t2i, image_of)
+        for name, value in expected.items():
+            (key,) = [key for key in found if key.endswith(f"{kind}/{name}") and "chance" not in key]
+            assert found[key] == pytest.approx(value, abs=1e-6), key
+
+
+def prompts_of_rank(rank: int, world: int, folder: str, run: str, out: str) -> dict:
+    from ds_cmli.evaluate.__main__ import command
+
+    more = ["--zero-shot", folder, "--templates", f"{out}/templates.txt", "--json", f"{out}/{world}.json"]
+    command.main(["--checkpoint", run, *more], standalone_mode=False)
+    return json.loads(Path(f"{out}/{world}.json").read_text()) if rank == 0 else {}
+
+
+def test_zero_shot_of_two_ranks_is_that_of_one(run, tmp_path):
+    """Three classes of three templates and 7 pictures: nothing divides by two."""
+    for n in range(7):
+        (tmp_path / "classes" / f"class_{n % 3}").mkdir(parents=True, exist_ok=True)
+        make.picture(n).save(tmp_path / "classes" / f"class_{n % 3}" / f"{n}.png")
+    (tmp_path / "templates.txt").write_text("a photo of {}\n{} here\nthe {}\n")
+    arguments = str(tmp_path / "classes"), str(run), str(tmp_path)
+    one, two = (ranks.run(prompts_of_rank, world, *arguments, group=False)[0] for world in (1, 2))
+    assert one == pytest.approx(two) and any(key.endswith("cmli/mean_per_class") for key in one)
+    assert [value for key, value in one.items() if key.endswith("pictures")] == [7]

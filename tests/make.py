@@ -1,0 +1,166 @@
+"""What tests build: pictures, tables, tars, JSON, runs, batches, engines. Each is small and made by a seed."""
+
+import io
+import json
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
+from ds_cmli.data.batch import Batch
+
+# One layer everywhere, and a data set of its own for each test: the smallest training there is.
+SMALL = {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}}
+
+
+def picture(number: int, side: int = 40) -> Image.Image:
+    """A picture unlike those of other numbers: stripes in two colours."""
+    image = Image.new("RGB", (side, side), (number * 53 % 256, number * 101 % 256, number * 197 % 256))
+    image.paste((255 - number * 31 % 256, number * 71 % 256, 90), (0, number * 7 % side, side, side))
+    return image
+
+
+def pairs(
+    folder: Path, count: int = 24, broken: Sequence[int] = (), empty: Sequence[int] = (), column: str = "text"
+) -> str:
+    """A folder of pictures with a table of captions, those of the numbers damaged."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        picture(number).save(folder / f"{number}.png")
+        if number in broken:
+            (folder / f"{number}.png").write_bytes(b"not a picture")
+        text = "" if number in empty else f"a red square {number}"
+        lines.append(json.dumps({"file_name": f"{number}.png", column: text}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder)
+
+
+def tar(path: Path, count: int = 24, first: int = 0) -> str:
+    """A WebDataset tar: `N.png` and `N.txt`."""
+    with tarfile.open(path, "w") as archive:
+        for number in range(first, first + count):
+            data = io.BytesIO()
+            picture(number).save(data, "png")
+            for suffix, content in (("png", data.getvalue()), ("txt", f"a blue circle {number}".encode())):
+                entry = tarfile.TarInfo(f"{number:04}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+    return str(path)
+
+
+def json_file(path: Path, content: object) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def config(**sections: dict) -> Config:
+    """The preset `tiny` of one layer, with other settings."""
+    return load_preset("tiny", {name: {**SMALL.get(name, {}), **sections.get(name, {})} for name in SMALL | sections})
+
+
+def models(**sections: dict) -> tuple[nn.Module, nn.Module | None]:
+    """The objective, with its student and losses, and the teacher if a loss needs it."""
+    from ds_cmli.engine import build_models
+
+    chosen = config(**sections)
+    return build_models(chosen, data_of(chosen).vocab_size)
+
+
+def data_of(chosen: Config):
+    from ds_cmli.data.load import build_data
+
+    return build_data(chosen.data, chosen.run.seed)
+
+
+def batches(data, size: int, number: int, rank: int = 0, world: int = 1) -> list[Batch]:
+    """A rank's micro-batches: the samples rank, rank + world, ... of the training set in their order."""
+    samples = range(rank, len(data.train), world)
+    parts = [samples[start : start + size] for start in range(0, size * number, size)]
+    return [data.collate([data.train[sample] for sample in part]) for part in parts]
+
+
+def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: int = 1, **sections: dict):
+    """The engine that the trainer would build; in `device`'s process group."""
+    from ds_cmli import engine
+    from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+
+    chosen = config(**sections)
+    resolved = engine.filled(chosen, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world, steps)
+    return engine.build(chosen, resolved, data_of(chosen).vocab_size, steps, device)
+
+
+def step(trained, micro_batches: list[Batch]) -> dict[str, float]:
+    """Train one optimizer step; the means of the losses over its micro-batches, by name."""
+    losses = trained.step(micro_batches)
+    means = {name: torch.stack([of.each[name] for of in losses]).mean().item() for name in losses[0].each}
+    return {"total": torch.stack([of.total for of in losses]).mean().item(), **means}
+
+
+def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Train one step; its losses, and the whole gradients that the optimizer gets, by parameter."""
+    from deepspeed.utils import safe_get_full_grad
+
+    found, inner = {}, trained.engine
+    update = inner.step
+
+    def stepped(*arguments, **more):
+        if inner.is_gradient_accumulation_boundary():
+            found.update((n, safe_get_full_grad(p).clone()) for n, p in trained.objective.named_parameters())
+        return update(*arguments, **more)
+
+    with mock.patch.object(inner, "step", stepped):
+        return step(trained, micro_batches), found
+
+
+def train(*arguments: str) -> int:
+    """The exit code of `ds-cmli-train` in this process, as the only rank; without the watchdog, which would end it."""
+    from ds_cmli.train import command
+    from tests.engines import released
+
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    with mock.patch.dict(os.environ, one), released():
+        return command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
+
+
+def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:
+    """The arguments of the smallest training, with other options and settings (by --set)."""
+    every: dict[str, object] = {"run.match_maps": 0, "data.workers": 0}
+    every |= {f"{section}.{name}": value for section, of in SMALL.items() for name, value in of.items()}
+    words = ["--preset", "tiny"]
+    for name, value in (every | (settings or {})).items():
+        words += ["--set", f"{name}={value}"]
+    for name, value in options.items():
+        words += [name, str(value)]
+    return words
+
+
+def lines(folder: Path, key: str = "loss") -> list[dict]:
+    """The lines of a run's metrics that have `key`."""
+    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in every if key in line]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "student.safetensors")
+
+
+def run_folder(folder: Path, **sections: dict) -> Path:
+    """A run as training leaves it, with random weights."""
+    from safetensors.torch import save_file
+
+    chosen = config(**sections)
+    objective, _ = models(**sections)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, folder / "student.safetensors")
+    (folder / "config.json").write_text(json.dumps({"config": chosen.to_dict()}))
+    return folder

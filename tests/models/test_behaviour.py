@@ -1,0 +1,121 @@
+"""Student and teacher by what they give: masks, places, norms, weights."""
+
+import pytest
+import torch
+
+from tests import make
+
+LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
+
+
+@pytest.fixture(scope="module")
+def built():
+    objective, teacher = make.models(loss=LOSSES)
+    return objective.eval(), teacher
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (3, 3, 56, 56), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def texts(length: int, attended: int) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randint(5, 90, (3, length), generator=g), torch.arange(length).expand(3, -1) < attended
+
+
+@torch.no_grad()
+def test_padding_changes_no_text(built, images):
+    """Neither what stands in it, nor how long it is, also in the blocks that image and text share."""
+    student = built[0].student
+    for block in student.shared.parameters():
+        block.add_(torch.randn(block.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+    ids, mask = texts(12, 5)
+    *_, cls, tokens = student(images, ids, mask)
+    other = ids.clone()
+    other[:, 5:] = 7
+    for again, shown in ((other, mask), (ids[:, :8], mask[:, :8]), (ids[:, :5], mask[:, :5])):
+        *_, of_cls, of_tokens = student(images, again, shown)
+        torch.testing.assert_close(of_cls, cls, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_tokens[:, :5], tokens[:, :5], rtol=1e-4, atol=1e-5)
+    *_, changed, _ = student(images, ids.index_fill(1, torch.tensor([4]), 7), mask)
+    assert (changed - cls).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch_nor_on_texts(built, images):
+    student = built[0].student
+    cls, patches, *_ = student(images, *texts(8, 8))
+    assert patches.shape == (3, 16, 32) and cls.shape == (3, 32)
+    alone = student(images[1:2], *(x[:1] for x in texts(8, 3)))
+    torch.testing.assert_close(alone[0], cls[1:2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(alone[1], patches[1:2], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["student", "teacher"])
+def test_patches_lie_row_by_row_without_the_class_token(of):
+    """With attention and MLP at 0 a patch's features are those of its pixels and place."""
+    objective, teacher = make.models(loss=LOSSES)
+    model = objective.student if of == "student" else teacher
+    for name, parameter in model.image.named_parameters():
+        if ".blocks." in f".{name}" and name.endswith(("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")):
+            parameter.zero_()
+    dark = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
+    for row, column in ((0, 1), (2, 0), (3, 3)):
+        light = dark.clone()
+        light[:, :, 14 * row : 14 * row + 14, 14 * column : 14 * column + 14] = 255
+        found = []
+        for image in (dark, light):
+            found.append(model(image).patches if of == "teacher" else model.encode_image(image)[1])
+        moved = (found[0] - found[1]).abs().amax(2)[0] > 1e-6
+        assert moved.nonzero().flatten().tolist() == [4 * row + column]
+
+
+def test_the_teacher_gives_normalised_features_of_frozen_weights(built, images):
+    teacher = built[1]
+    targets = teacher(images)
+    assert targets.patches.shape == (3, 16, 32) and not targets.patches.requires_grad
+    for x in (targets.cls, targets.patches):
+        assert x.mean(-1).abs().max() < 1e-3 and (x.var(-1, correction=0) - 1).abs().max() < 0.05
+    assert not any(p.requires_grad for p in teacher.parameters())
+    teacher.train()
+    assert torch.equal(teacher(images).patches, targets.patches)
+
+
+@torch.no_grad()
+def test_the_teachers_patches_are_resampled_to_the_students_grid():
+    """A teacher of 7 x 7 patches: what is at one side of its picture is at that side of the student's grid."""
+    overrides = {"embed_dim": 32, "depth": 1, "num_heads": 2, "patch_size": 8}
+    _, teacher = make.models(loss=LOSSES, teacher={"overrides": overrides})
+    assert teacher.image.grid == (7, 7)
+    for name, parameter in teacher.image.named_parameters():
+        if name.endswith(("attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias", "pos_embed")):
+            parameter.zero_()
+    left = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
+    left[..., :14] = 255
+    x = teacher(left).patches.view(4, 4, 32)
+    torch.testing.assert_close(x, x[:1].expand(4, 4, 32), rtol=1e-3, atol=1e-3)
+    assert (x[:, 0] - x[:, 3]).norm() > 1 and (x[:, 2] - x[:, 3]).norm() < 1e-2
+
+
+def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
+    weight = built[0].student.projection.weight
+    torch.testing.assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
+    assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
+
+
+def test_a_longer_student_begins_with_the_layers_of_a_shorter_one():
+    """The first layers of the encoder are kept, and not its last."""
+    one, two = (make.models(loss=LOSSES, student={"layers": layers})[0].student.image for layers in (1, 2))
+    short, long = (dict(image.named_parameters()) for image in (one, two))
+    assert any(".1." in name for name in long) and not any(".1." in name for name in short)
+    kept = [name for name in short if ".blocks.0." in name]
+    assert kept and all(torch.equal(short[name], long[name]) for name in kept)
+
+
+def test_weights_of_a_file_arrive_and_those_of_a_run_too(tmp_path):
+    run = make.run_folder(tmp_path / "run", loss=LOSSES, run={"seed": 5})
+    objective, _ = make.models(loss=LOSSES, student={"source": str(run)})
+    saved = make.weights(run)
+    assert all(torch.equal(p, saved[name]) for name, p in objective.named_parameters())
