@@ -1,0 +1,43 @@
+"""What can be wrong in options, settings and DeepSpeed's JSON: see tests/test_mistakes.py."""
+
+from tests import make
+
+
+def ds_json(content: object):
+    return lambda here: make.json_file(here / "ds.json", content)
+
+
+JSON = "train --deepspeed_config {here}/ds.json"
+
+MISTAKES = [
+    ("train --preset dmeo", "--preset"),
+    ("train --stpes 3", "--stpes"),
+    ("train --steps -3", "--steps"),
+    ("train --steps many", "many"),
+    ("train --steps 3 --epochs 1", "optim.steps"),
+    ("train --steps 3 --steps=5", "--steps"),
+    ("train --lr -1", "--lr"),
+    ("train --micro-batch 0", "--micro-batch"),
+    ("train --losses global,clmi", "'cmli'"),
+    ("train --losses ''", "--losses"),
+    ("train --losses cmli=big", "--losses"),
+    ("train --set student.layres=2", "'layers'"),
+    ("train --set student.layers", "student.layers"),
+    ("train --set student.layers=two", "layers"),
+    ("train --set student.layers=1 --set student.layers=2", "student.layers"),
+    ("train --set optim.ema_decay=1.5", "optim.ema_decay"),
+    ("train --profile 30:31", "--profile"),
+    ("train --profile-memory 0", "--profile-memory"),
+    ("train --deepspeed_config {here}/ds.json", "ds.json"),
+    (JSON, "ds.json", ds_json('{"fp16": ')),
+    (JSON, "'fp16'", ds_json('{"fp16": {}, "fp16": {}}')),
+    (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {}})),
+    (JSON, "zero_optimization.stage", ds_json({"zero_optimization": {"stage": 7}})),
+    (JSON, "'stage'", ds_json({"zero_optimization": {"stge": 2}})),
+    (JSON, "bf16", ds_json({"fp16": {"enabled": True}, "bf16": {"enabled": True}})),
+    (JSON, "optimizer.type", ds_json({"optimizer": {"type": "AdamWW", "params": {}}})),
+    (JSON, "'weight_decay'", ds_json({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}})),
+    (JSON, "scheduler.type", ds_json({"scheduler": {"type": "WarmupRL"}})),
+    (JSON, "gradient_clipping", ds_json({"gradient_clipping": -1.0})),
+    (JSON, "train_batch_size", ds_json({"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2})),
+]

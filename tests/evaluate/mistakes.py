@@ -1,0 +1,41 @@
+"""What can be wrong in an evaluation and in match maps: see tests/test_mistakes.py."""
+
+from pathlib import Path
+
+from tests import make
+
+SMALL = {"loss": {"weights": {"global": 1.0, "cmli": 1.0}}}
+
+
+def run(here: Path) -> None:
+    source = make.pairs(here / "pairs", 9)
+    make.run_folder(here / "run", data={"source": source, "val_source": source}, **SMALL)
+
+
+def classes(here: Path) -> None:
+    run(here)
+    for name in ("cat", "dog"):
+        (here / "classes" / name).mkdir(parents=True)
+        make.picture(1).save(here / "classes" / name / "1.png")
+    (here / "names.txt").write_text("one\n")
+    (here / "templates.txt").write_text("a photo\n")
+
+
+RUN = "evaluate --checkpoint {here}/run"
+
+MISTAKES = [
+    ("evaluate --checkpoint {here}/nowhere", "nowhere"),
+    ("evaluate --checkpoint {here}", "--checkpoint"),
+    (RUN + " --data {here}/nowhere", "nowhere", run),
+    (RUN + " --split tset", "--split", run),
+    (RUN + " --fold-size 4", "--fold-size", run),
+    (RUN + " --ema", "--ema", run),
+    (RUN + " --json {here}/nowhere/found.json", "found.json", run),
+    (RUN + " --zero-shot {here}/nowhere", "--zero-shot", run),
+    (RUN + " --zero-shot {here}/classes --class-names {here}/names.txt", "names.txt", classes),
+    (RUN + " --zero-shot {here}/classes --templates {here}/templates.txt", "templates.txt", classes),
+    (RUN + " --class-names {here}/names.txt", "--class-names", classes),
+    ("visualize {here}/nowhere", "nowhere"),
+    ("visualize {here}/run --image {here}/pairs/0.png", "--text", run),
+    ("visualize {here}/run --pairs first", "--pairs", run),
+]

@@ -1,0 +1,10 @@
+"""What can be wrong in a prediction: see tests/test_mistakes.py."""
+
+MISTAKES = [
+    ("memory --gpu 'No Such Card'", "--gpu"),
+    ("memory --fit much", "--fit"),
+    ("memory --world-size 0", "--world-size"),
+    ("memory --json {here}/nowhere/report.json", "report.json"),
+    ("memory --set student.layers=9", "student.layers"),
+    ("memory --deepspeed_config {here}/ds.json", "ds.json"),
+]
