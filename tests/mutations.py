@@ -165,7 +165,8 @@ ROWS = (
     # Memory: the allocator's rules, and what several ranks share.
     ("memory-rest", "allocator/allocator.py",
      MEMORY + "test_a_rest_of_a_large_block_is_used_again_if_it_has_more_than_a_mebibyte",
-     "return left > SMALL_REQUEST and", "return left >= SMALL_REQUEST and"),
+     "if left >= MIN_BLOCK if small else left > SMALL_REQUEST:",
+     "if left >= MIN_BLOCK if small else left >= SMALL_REQUEST:"),
     ("memory-segment", "allocator/blocks.py", MEMORY + "test_requests_are_rounded_and_segments_have_their_pools_sizes",
      "if size < MIN_LARGE_SEGMENT_REQUEST:", "if size <= MIN_LARGE_SEGMENT_REQUEST:"),
     ("memory-neighbours", "allocator/allocator.py",
