@@ -35,7 +35,6 @@ AXES = {
     "schedule": ("-", "warmup"),
     "captions": ("K1", "K2", "each"),
     "negatives": ("right", "f-all", "f-own", "s-all", "s-own"),
-    "pooled": ("-", "flair"),
     "boxes": ("-", "boxes"),
     "compared": ("all", "cut", "top"),
     "duplicates": ("mask", "keep"),
@@ -47,30 +46,28 @@ IMPOSSIBLE = (
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero0 two   bf16 micro  ring   -     -   square sigmoid lora -    warmup K2   right flair -     top mask
-zero2 two   fp32 one    gather again ema kept   target  -    part -      K1   f-own -     boxes cut keep
-zero3 alone bf16 cached gather again -   aspect sigmoid -    -    -      K1   s-all flair -     all keep
-zero1 alone fp32 cached ring   -     ema kept   sparc   lora -    warmup K2   s-own -     boxes all mask
-zero3 alone bf16 one    ring   again ema square sparc   lora part -      each right -     boxes top keep
-zero1 two   fp32 one    ring   -     -   aspect target  -    part -      K2   f-all flair -     cut mask
-zero0 alone fp32 micro  gather again ema aspect target  lora -    warmup K1   f-all flair boxes cut keep
-zero2 two   bf16 micro  gather -     -   kept   sparc   -    -    warmup each right flair -     all mask
-zero0 two   bf16 cached gather -     ema square target  -    part -      K1   s-own -     -     top keep
-zero1 two   fp32 micro  gather again ema square sigmoid lora part -      K2   s-all -     boxes cut keep
-zero2 alone bf16 one    ring   -     -   aspect sigmoid lora -    warmup K2   f-own -     -     all mask
-zero3 alone bf16 micro  ring   again -   kept   sigmoid lora -    warmup K1   s-own flair boxes cut mask
-zero3 two   fp32 cached ring   -     ema aspect target  lora -    warmup each right flair -     cut mask
-zero0 alone fp32 one    ring   -     -   kept   sparc   -    -    warmup K1   s-all flair boxes top mask
-zero2 alone bf16 cached gather -     -   square sigmoid -    part -      K2   f-all -     -     all mask
-zero1 alone bf16 cached gather -     -   square sparc   lora -    warmup K1   f-own flair boxes top mask
-zero3 alone fp32 cached gather -     -   kept   sparc   -    part -      K2   f-all flair boxes top mask
-zero2 alone fp32 one    ring   -     ema aspect target  lora -    warmup K2   s-own -     -     all keep
-zero1 alone fp32 one    ring   -     ema square sigmoid -    -    warmup each right -     boxes cut mask
-zero0 two   bf16 micro  gather again ema aspect target  -    part -      K1   f-own -     -     all mask
-zero2 two   bf16 one    gather again -   kept   target  -    -    warmup K1   s-all -     boxes top keep
-zero1 alone bf16 cached gather again ema kept   sparc   lora -    warmup K1   right -     -     cut mask
-zero3 two   fp32 one    ring   again ema kept   sigmoid -    -    -      K2   f-own flair -     all keep
-zero0 alone bf16 cached ring   -     -   aspect sigmoid -    -    -      each right -     boxes cut keep
+zero0 alone fp32 cached ring   again -   square sparc   -    part -      K1   s-all -     all mask
+zero3 alone fp32 micro  gather again -   aspect target  lora part -      K1   s-all -     all keep
+zero0 alone bf16 micro  ring   again -   aspect sigmoid -    -    warmup K2   s-own boxes cut mask
+zero2 alone bf16 micro  gather -     -   square sparc   lora part -      each right -     top mask
+zero0 alone fp32 micro  gather again -   square target  -    -    warmup K1   f-all -     top mask
+zero1 alone bf16 one    gather again -   square sigmoid lora part -      K2   s-all boxes cut mask
+zero1 alone fp32 one    gather again ema kept   target  lora -    warmup each right -     cut keep
+zero2 alone fp32 one    gather -     ema square sigmoid -    part -      K1   f-all boxes cut keep
+zero1 alone bf16 micro  gather -     ema kept   sparc   -    -    warmup K1   s-own -     all keep
+zero3 alone fp32 micro  gather -     -   kept   target  -    -    -      K1   f-own -     top keep
+zero0 alone bf16 one    gather again ema aspect sigmoid -    -    warmup K2   right boxes cut mask
+zero1 two   bf16 cached ring   again ema kept   sigmoid lora -    -      K1   f-own -     top mask
+zero3 two   bf16 one    gather again ema square sparc   lora -    warmup K1   s-own -     top mask
+zero2 two   bf16 cached gather -     ema aspect sigmoid -    part -      K1   right boxes all mask
+zero2 two   fp32 cached ring   again -   square target  lora part -      K1   s-own boxes cut keep
+zero0 two   fp32 one    ring   again -   kept   sigmoid lora part -      each right boxes cut keep
+zero3 two   bf16 cached ring   -     ema kept   sparc   lora part -      K2   f-all boxes cut mask
+zero2 two   fp32 one    gather -     -   aspect target  -    -    warmup K2   f-own boxes all keep
+zero2 two   bf16 cached ring   -     ema kept   target  lora -    warmup K2   s-all boxes top mask
+zero0 two   bf16 micro  ring   -     ema square sparc   -    part -      K2   f-own -     cut mask
+zero1 two   bf16 one    gather again ema aspect target  lora part -      K2   f-all -     all mask
+zero3 two   bf16 cached gather again ema aspect sigmoid -    -    warmup each right -     all mask
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -186,7 +183,7 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
     for value in values:
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
-    for value, name in (("flair", "flair"), ("boxes", "regions")):
+    for value, name in (("boxes", "regions"),):
         if value in values:
             settings["loss.weights"] = {**settings["loss.weights"], name: 0.5}
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)

@@ -185,7 +185,6 @@ CLAIMS = [
     ("docs/train.md", "tokens, SigLIP's sigmoid loss | * |\n| `target_cmli`", over_pairs.CMLISigmoid.init_temperature),
     ("docs/train.md", "(SPARC, Bica et al., 2024) | * |", sparc.Sparc.init_temperature),
     ("docs/train.md", "see [below](#boxes-with-phrases) | * |", regions.Regions.init_temperature),
-    ("docs/train.md", "(FLAIR, Xiao et al., 2025) | * |", over_pairs.Flair.init_temperature),
     ("docs/train.md", "`loss.cmli_gather_bytes` (* GiB)", DEFAULTS.loss.cmli_gather_bytes // 2**30),
     ("docs/fits-accuracy.md", "holds * short programs", len(list((ROOT / "profiling/fits/programs").glob("*.py")))),
     ("docs/troubleshooting.md", "hangs: no progress for * s", f"{DEFAULTS.run.watchdog:.0f}"),

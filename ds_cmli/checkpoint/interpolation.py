@@ -72,6 +72,4 @@ def ends(config: Config, objective: Objective, vocabulary: "CaptionTokenizer") -
     )
     trained = {name: value.cpu().clone() for name, value in objective.state_dict().items()}
     source = begun.state_dict()
-    for name in filter(lambda name: ".pooling." in name, trained):
-        del source[name]  # FLAIR's pooling is none of the source's: it started at random
     return Ends(source, trained)

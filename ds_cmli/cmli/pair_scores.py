@@ -29,7 +29,7 @@ def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor])
     temperature.
 
     Args:
-        scores: "global", "cmli" and "flair", of any equal shape, as far as `scales` has them.
+        scores: "global" and "cmli", of any equal shape, as far as `scales` has them.
         scales: 1/temperature of each kind that the model's losses compare. If there is none, as in
             a distillation alone, the cosines count, by which evaluation ranks too.
     """
@@ -42,21 +42,17 @@ def both_ways(
     cosines: Tensor,
     cmli: tuple[Tensor, Tensor] | None,
     scales: Mapping[str, float | Tensor],
-    flair: Tensor | None = None,
 ) -> dict[str, BothWays]:
-    """All kinds of scores: "global", those of "cmli" and "flair" that are given, and "combined".
+    """All kinds of scores: "global", "cmli" if it is given, and "combined".
 
     Args:
         cosines: [I, J], of the class tokens: the same both ways.
         cmli: s_i2t and s_t2i, [I, J] each.
         scales: as in `combined`.
-        flair: [I, J], of `pooling.pooled_cosines`: the same both ways.
     """
     kinds = {"global": BothWays(cosines, cosines)}
     if cmli is not None:
         kinds["cmli"] = BothWays(*cmli)
-    if flair is not None:
-        kinds["flair"] = BothWays(flair, flair)
     ways = zip(*kinds.values(), strict=True)
     both = [combined(dict(zip(kinds, way, strict=True)), scales) for way in ways]
     return {**kinds, "combined": BothWays(*both)}

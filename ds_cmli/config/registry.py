@@ -20,10 +20,10 @@ from ds_cmli.common.json_text import JsonObject
 @dataclass(frozen=True)
 class LossEntry:
     implementation: str  # a `losses.base.Loss`
-    # The pair scores that the loss compares, "global", "cmli" or "flair"; with gradient caching its
+    # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its
     # negatives are those of the whole step. "" if it treats each pair separately, and so can be
     # computed for each micro-batch.
-    scores: Literal["", "global", "cmli", "flair"] = ""
+    scores: Literal["", "global", "cmli"] = ""
     # The function of its scores, by which an exported model computes it: "contrastive"
     # (`cmli.contrastive.contrastive_loss`) or "sigmoid" (`losses.functions.sigmoid_loss`). "" if
     # it is neither.
@@ -90,13 +90,6 @@ LOSSES = {
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
     "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),
-    "flair": LossEntry(
-        "ds_cmli.losses.over_pairs:Flair",
-        scores="flair",
-        kind="sigmoid",
-        several=True,
-        settings=("cmli_scratch_bytes", "duplicates", "init_bias", "negatives"),
-    ),
 }
 
 

@@ -267,7 +267,7 @@ class LossConfig:
     # all-pairs scores of training compare. This is FILIP's approximation, which keeps 0.25; below 1
     # the scores are not exact.
     cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # The most scratch memory of the all-pairs scores, and of FLAIR's.
+    # The most scratch memory of the all-pairs scores.
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
     # The largest sum of softmax weights that each row and each column of the all-pairs scores may
     # leave out in backward, whose pairs are then not computed. Loss and temperature stay exact, and

@@ -121,7 +121,7 @@ class EvaluatedModel(Scoring):
         fp32 [I, J] each, on the CPU. CPU-GPU sync.
         """
         captions, device = texts.block(of_texts), self.how.device
-        return pair_scores(images, of_images, captions, self.scales, device, self.flair)
+        return pair_scores(images, of_images, captions, self.scales, device)
 
     @torch.no_grad()
     def images(self, pictures: Sequence[PictureFile]) -> Images:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
 Metric = TypeVar("Metric")
 
-SCORES = ("combined", "flair", "cmli", "global")
+SCORES = ("combined", "cmli", "global")
 POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
 
 

@@ -4,7 +4,7 @@ No rank ever holds a whole row of the score matrix. Each rank keeps its own pict
 captions. Captions are communicated: each block of them is broadcast from its rank to all others,
 which score it against their own pictures, block by block. Tied scores are treated exactly.
 
-Shapes: K kinds of scores (global, cmli, flair, combined), n captions, m pictures; a block has r of
+Shapes: K kinds of scores (global, cmli, combined), n captions, m pictures; a block has r of
 the pictures and b of the captions.
 """
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import BothWays, both_ways
-from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Images, Share
 from ds_cmli.evaluate.metrics import RankCounts, ScoreBlock
@@ -28,8 +27,7 @@ CAPTIONS = 512  # captions per block, at most
 
 def kinds(scales: dict[str, float]) -> list[str]:
     """The kinds of scores to evaluate, given 1/temperature of the kinds that the losses compare."""
-    fine = [kind for kind in ("cmli", "flair") if kind in scales]
-    return ["global", *fine, "combined"] if fine else ["global"]
+    return ["global", "cmli", "combined"] if "cmli" in scales else ["global"]
 
 
 def pair_scores(
@@ -38,26 +36,20 @@ def pair_scores(
     captions: tuple[Tensor, Tensor, Tensor],
     scales: dict[str, float],
     device: torch.device,
-    flair: PooledScores | None = None,
 ) -> dict[str, BothWays]:
     """Each of `kinds(scales)` for r pictures and b captions, [r, b] on the CPU. CPU-GPU sync.
 
     Args:
         rows: of `images`, a range or int64 [r].
         captions: as from `Texts.block`.
-        flair: `Objective.flair_scores`.
     """
     cls, tokens, mask = (part.to(device) for part in captions)
     cosines = images.cls[rows].to(device) @ cls.t()
-    cmli = pooled = None
-    if len(kinds(scales)) > 1:
+    cmli = None
+    if "cmli" in scales:
         patches = images.patches[rows].to(device)
-        present = images.patch_mask(rows, device)
-        if "cmli" in scales:
-            cmli = cmli_scores(patches, tokens, mask, present)
-        if flair is not None:
-            pooled = flair(patches, cls, patch_mask=present)
-    both = both_ways(cosines, cmli, scales, pooled)
+        cmli = cmli_scores(patches, tokens, mask, images.patch_mask(rows, device))
+    both = both_ways(cosines, cmli, scales)
     return {kind: BothWays(*map(Tensor.cpu, both[kind])) for kind in kinds(scales)}
 
 
@@ -77,7 +69,6 @@ class RetrievalScorer:
     share: Share
     scales: dict[str, float]
     device: torch.device
-    flair: PooledScores | None = None  # of a model that compares by it
 
     def __post_init__(self):
         starts = range(0, len(self.share.images.number), PICTURES)
@@ -91,7 +82,7 @@ class RetrievalScorer:
     def block(self, number: int, captions: Captions) -> ScoreBlock:
         """The scores of one block of pictures. CPU-GPU sync."""
         images, rows = self.share.images, self.blocks[number]
-        both = pair_scores(images, rows, captions[1:], self.scales, self.device, self.flair)
+        both = pair_scores(images, rows, captions[1:], self.scales, self.device)
         i2t, t2i = map(torch.stack, zip(*both.values(), strict=True))
         pictures = images.number[rows]
         is_positive = pictures[:, None] == self.share.held_out.image_of[captions.number]
@@ -116,7 +107,6 @@ def rank_counts(
     scales: dict[str, float],
     how: EmbedSettings,
     fold_of: Tensor | None = None,
-    flair: PooledScores | None = None,
 ) -> dict[str, RankCounts]:
     """Compare the positives with all candidates, over the pictures and captions of all ranks.
 
@@ -124,14 +114,13 @@ def rank_counts(
         share: this rank's pictures, and exactly their captions.
         scales: 1/temperature of each kind of scores, from `Objective.score_scales`.
         fold_of: int64 [m], the fold of each picture.
-        flair: `Objective.flair_scores`.
 
     Returns:
         The counts over all pairs at "", and with `fold_of` within folds at "fold/", on every rank.
 
     Collective.
     """
-    scorer = RetrievalScorer(share, scales, how.device, flair)
+    scorer = RetrievalScorer(share, scales, how.device)
     own = scorer.own_captions()
     plan = distributed.gather_objects((len(scorer.blocks), len(own)))  # collective
     blocks, captions = map(list, zip(*plan, strict=True))  # the numbers of each rank's

@@ -2,8 +2,8 @@
 
 These are retrieval, and pointing-game accuracy if it is known what each token names. Recall at 1, 5
 and 10, from image to text and from text to image, is measured with each kind of scores: the cosine
-similarity of the class tokens (global), CMLI (cmli) and FLAIR's (flair) where they are trained, and
-the sum of the trained logits (combined).
+similarity of the class tokens (global), CMLI (cmli) where it is trained, and the sum of the trained
+logits (combined).
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def evaluate_split(
             f"--fold-size is {fold_size}: the split has {held_out.images} pictures, which is no "
             "multiple"
         )
-    scales, flair = objective.score_scales(), objective.flair_scores()  # collective under ZeRO-3
+    scales = objective.score_scales()  # collective under ZeRO-3
     was_training = objective.training
     objective.eval()
     share = embed_share(objective.student, held_out, data.collate, how)  # collective
@@ -72,7 +72,7 @@ def evaluate_split(
         out["left_out_first"] = told(share.left_out)
     out |= chance(image_of[captions])
     fold_of = None if fold_size is None else torch.arange(held_out.images) // fold_size
-    counted = rank_counts(share, scales, how, fold_of, flair)  # collective
+    counted = rank_counts(share, scales, how, fold_of)  # collective
     for prefix, counts in counted.items():
         recalls = counts.recalls(pictures, captions)
         for score, values in zip(kinds(scales), recalls, strict=True):

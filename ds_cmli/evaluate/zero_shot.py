@@ -21,7 +21,6 @@ from torch.utils.data import Dataset
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
-from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, check_regular, first_line
 from ds_cmli.common.json_text import parse
@@ -185,7 +184,6 @@ class Classifier:
     texts: Texts
     templates: int  # T
     scales: dict[str, float]  # 1/temperature of each kind of scores: `Objective.score_scales`
-    flair: PooledScores | None = None  # `Objective.flair_scores`
 
     def __post_init__(self):
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
@@ -199,20 +197,14 @@ class Classifier:
         `patch_mask`: bool [B, N], the patches that there are; None: all.
         """
         by_global = image_cls @ self.cls.to(image_cls.device).t()
-        fine = kinds(self.scales)[1:-1]
-        if not fine:
+        if "cmli" not in self.scales:
             return by_global[None]
-        parts: dict[str, list[Tensor]] = {kind: [] for kind in fine}
+        of_prompts = []
         for prompts in torch.arange(len(self.texts.number)).split(CLASSES * self.templates):
-            cls, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
-            if "cmli" in fine:
-                parts["cmli"].append(cmli_scores(patches, tokens, mask, patch_mask)[0])
-            if self.flair is not None:
-                parts["flair"].append(self.flair(patches, cls, patch_mask=patch_mask))
-        scores = {"global": by_global}  # [B, C] each
-        for kind, of_prompts in parts.items():  # [B, classes * T]
-            of_classes = torch.cat(of_prompts, 1).unflatten(1, (-1, self.templates))
-            scores[kind] = of_classes.mean(2)
+            _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
+            of_prompts.append(cmli_scores(patches, tokens, mask, patch_mask)[0])  # [B, classes * T]
+        of_classes = torch.cat(of_prompts, 1).unflatten(1, (-1, self.templates))
+        scores = {"global": by_global, "cmli": of_classes.mean(2)}  # [B, C] each
         return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
@@ -293,7 +285,7 @@ def build_classifier(
     Raises:
         UserError: a prompt has no valid token.
     """
-    scales, flair = objective.score_scales(), objective.flair_scores()  # collective under ZeRO-3
+    scales = objective.score_scales()  # collective under ZeRO-3
     prompts = filled(names, templates)
     say(tell_cut(prompts, tokenizer.positions))
     # One range of the prompts a rank, so that those of all ranks follow each other in order.
@@ -311,4 +303,4 @@ def build_classifier(
     columns = []
     for field in fields(Texts):
         columns.append(torch.cat([getattr(part, field.name) for part in parts]))
-    return Classifier(Texts(*columns), len(templates), scales, flair)
+    return Classifier(Texts(*columns), len(templates), scales)

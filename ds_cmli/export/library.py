@@ -53,8 +53,6 @@ def write(folder: Path, trained: Trained, kind: str) -> list[str]:
         f"{TOKENS}: the maps of patches and tokens into the joint space, which the library does "
         "not read"
     )
-    if trained.objective.flair_scores() is not None:
-        lines.append("the pooling of the loss flair is left out: the library's model has none")
     if loss not in trained.objective.losses:
         lines.append(f"no loss {loss} was trained: temperature and bias are those of a new model")
     return lines

@@ -27,7 +27,6 @@ from ds_cmli.cmli.contrastive import (
 )
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import Match, both_ways, match
-from ds_cmli.cmli.pooling import PooledScores, TextConditionedPooling
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.config import plugins
 from ds_cmli.config.registry import LOSSES
@@ -53,7 +52,7 @@ class PairLoss(nn.Module):
     In 16 bits a temperature would be rounded by up to 2%, and the kinds of scores weigh otherwise.
     """
 
-    def __init__(self, name: str, student: Student):
+    def __init__(self, name: str):
         super().__init__()
         entry = LOSSES[name]
         self.name, self.scores, self.kind = name, entry.scores, entry.kind
@@ -61,9 +60,6 @@ class PairLoss(nn.Module):
         self.max_scale = MAX_SIGMOID_SCALE if cosines else MAX_SCALE
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1)) if entry.kind == "sigmoid" else None
-        self.pooling: TextConditionedPooling | None = None
-        if entry.scores == "flair":
-            self.pooling = TextConditionedPooling(student.width, student.embed_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PairLoss":
         """Follow `to`, `half` and the like, but change only the device."""
@@ -116,7 +112,7 @@ class CMLIModel(PreTrainedModel):
         # transformers builds models on meta, where backbones cannot compute their constants.
         with torch.device("cpu"):
             self.student = build_student(config)
-            pair_losses = {name: PairLoss(name, self.student) for name, _ in config.losses}
+            pair_losses = {name: PairLoss(name) for name, _ in config.losses}
             self.losses = nn.ModuleDict(pair_losses)
         saved = self.state_dict().keys()
         self.constants = {name: x for name, x in self.named_buffers() if name not in saved}
@@ -200,14 +196,6 @@ class CMLIModel(PreTrainedModel):
             out.setdefault(loss.scores, temperature_scale(loss.logit_scale, loss.max_scale))
         return out
 
-    def flair(self) -> PooledScores | None:
-        """FLAIR's scores of normalised patches and class tokens; None if they were not trained."""
-        for loss in self.losses.values():
-            assert isinstance(loss, PairLoss)
-            if loss.pooling is not None:
-                return loss.pooling.fixed()
-        return None
-
     def forward(
         self,
         input_ids: Tensor,
@@ -226,9 +214,7 @@ class CMLIModel(PreTrainedModel):
         image_cls, text_cls = l2_normalize(image_cls), l2_normalize(text_cls)
         mask = self.token_mask(input_ids, attention_mask)
         cosines = upcast(image_cls) @ upcast(text_cls).t()  # [I, J]
-        cmli, pooled = self.cmli_scores(patches, tokens, mask), self.flair()
-        flair = pooled and pooled(l2_normalize(patches), text_cls)
-        scores = both_ways(cosines, cmli, self.scales(), flair)
+        scores = both_ways(cosines, self.cmli_scores(patches, tokens, mask), self.scales())
         loss = None
         if return_loss:
             if len(image_cls) != len(text_cls):

@@ -211,15 +211,14 @@ class Model(Scoring):
         Returns:
             For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is
             an image's in both. "global" are the cosines of the class tokens, equal both ways;
-            "cmli" are s_i2t and s_t2i, which are not; "flair", where it was trained, is equal both
-            ways; "combined" is the sum of what was trained, each times 1/temperature.
+            "cmli" are s_i2t and s_t2i, which are not; "combined" is the sum of what was
+            trained, each times 1/temperature.
         """
         with torch.inference_mode():
             cosines = upcast(images.cls) @ upcast(texts.cls).t()
             patches, mask = images.patches, images.patch_mask
             cmli = cmli_scores(patches, texts.tokens, texts.token_mask, mask)  # [I, J] each
-            flair = self.flair and self.flair(patches, texts.cls, patch_mask=mask)
-            return both_ways(cosines, cmli, self.scales, flair)
+            return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: PictureInput, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""

@@ -34,9 +34,6 @@ class Loss(nn.Module):
     def fit(self, patches: int, teacher_width: int | None) -> None:
         """Make what depends on N and H_t, which is None without a teacher. Raises `UserError`."""
 
-    def between(self, width: int, embed_dim: int) -> None:
-        """Make what depends on the student's widths, H and D."""
-
     def start_from(self, start: Start) -> None:
         """Begin as the source of the student was trained, if this is its loss."""
 

@@ -157,7 +157,7 @@ class PairLosses:
         function: Callable[[TileSide, TileSide], object] = self._differentiate
         larger = 1
         if self.kept is not None:  # the gradients of class tokens are known
-            images = images.without("image_cls").without("all_patches")
+            images = images.without("image_cls")
             function, larger = self._add_kept, LARGER
         images = images.with_zero_gradients()
         for texts in self._chunks(differentiated=True):  # collective
@@ -249,7 +249,7 @@ class PairLosses:
             self.step.heartbeat()
 
     def _tile(self, images: TileSide, texts: TileSide, tensors: dict[str, Tensor]) -> Tile:
-        options = self.statistics, self.score, self.config, self.argmax_bytes
+        options = self.statistics, self.score, self.config
         return Tile(images, texts, tensors, self.step.own, *options)
 
     def _values(self, tile: Tile, only_sums: bool = False) -> dict[str, Tensor]:

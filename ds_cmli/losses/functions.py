@@ -37,7 +37,7 @@ def sigmoid_loss(
 
     This is SigLIP's loss. z is 1 for positives and -1 for all others (Zhai et al., 2023, equation
     1). No normalisation over the batch: across ranks only the scores need the other ranks. With K
-    right texts of an image it is divided by K, as in FLAIR's code (Xiao et al., 2025).
+    right texts of an image it is divided by K, as in the code of FLAIR (Xiao et al., 2025).
 
     Args:
         scores: [R, T] fp32 or fp64, images against texts.

@@ -17,7 +17,6 @@ from ds_cmli.cmli.contrastive import Own, upcast
 from ds_cmli.cmli.cut import Cut, as_loss
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
-from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.cmli.ring import Score
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.common.errors import UserError
@@ -135,10 +134,6 @@ class PairInputs(ABC):
         """The CMLI scores s_i2t and s_t2i, each [R, T] fp32 (fp64). Collective."""
 
     @abstractmethod
-    def flair_scores(self, pooling: TextConditionedPooling) -> Tensor:
-        """Cosines of texts with what they pool of the patches: [R, T] fp32 (fp64). Collective."""
-
-    @abstractmethod
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         """log(sum(exp)) of each row over all texts of the batch, not only these T: [R, T] -> [R].
 
@@ -219,18 +214,13 @@ class LossInputs(PairInputs):
 
     @cached_property
     def projected_patches(self) -> Tensor:
-        """The patches that CMLI and FLAIR compare, not normalised: [B, N, D]."""
+        """The patches that CMLI compares, not normalised: [B, N, D]."""
         return self.student.projection(self.features.patches)
 
     @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
         """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [C, M, D]."""
         return self.projected_patches, self.student.projection(self.features.tokens)
-
-    def flair_scores(self, pooling: TextConditionedPooling) -> Tensor:
-        patches, mask = l2_normalize(self.projected_patches), self.features.patch_mask
-        scratch_bytes = self.config.cmli_scratch_bytes
-        return pooling(patches, self.all_text_cls, mask, scratch_bytes)  # collective
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ds_cmli.cmli.contrastive import temperature_scale
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import full_precision
-from ds_cmli.cmli.pooling import PooledScores
 from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
 from ds_cmli.common.probe import probe
@@ -56,7 +55,6 @@ class Objective(nn.Module):
         if patch_keep is not None:
             self.patches = patch_keep.kept
         for loss in self.losses.values():
-            loss.between(student.width, student.embed_dim)  # type: ignore[operator]
             if student.start is not None:
                 loss.start_from(student.start)  # type: ignore[operator]
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
@@ -114,9 +112,8 @@ class Objective(nn.Module):
         """The features of a micro-batch. Under no_grad: no graph and no activation checkpoints."""
         cached = self._pair_features(self._features(batch), batch)
         for name, x in cached.features.items():
-            # A class token is a view of its sequence, whose memory would be kept. All patches get
-            # another gradient than those that CMLI compares.
-            if x.untyped_storage().nbytes() > x.nbytes or name == "all_patches":
+            # A class token is a view of its sequence, whose memory would be kept.
+            if x.untyped_storage().nbytes() > x.nbytes:
                 cached.features[name] = x.clone()
         return cached
 
@@ -203,15 +200,8 @@ class Objective(nn.Module):
         mask, share = batch.token_mask, self.config.cmli_token_keep
         if "global" in kinds:
             compared |= {"image_cls": features.image_cls, "text_cls": features.text_cls}
-        if "flair" in kinds:
-            compared["text_cls"] = features.text_cls
-        if kinds & {"cmli", "flair"}:
-            compared["patches"] = self.student.projection(features.patches)
         if "cmli" in kinds:
-            patches = compared["patches"]
-            # Of the tiles' patches and tokens CMLI alone may leave out some.
-            if "flair" in kinds and (share < 1 or self.cut is not None):
-                compared["all_patches"] = patches
+            patches = self.student.projection(features.patches)
             tokens = self.student.projection(features.tokens)
             if share < 1:
                 if selection is None:
@@ -240,25 +230,13 @@ class Objective(nn.Module):
     def score_scales(self) -> dict[str, float]:
         """1/temperature for each kind of pair scores: that of the first loss that compares them.
 
-        The kinds are "global", "cmli" and "flair". CPU-GPU sync; collective if ZeRO-3 partitions
-        them.
+        The kinds are "global" and "cmli". CPU-GPU sync; collective if ZeRO-3 partitions them.
         """
         out: dict[str, float] = {}
         for name, scale in self.scales().items():
             if LOSSES[name].scores:
                 out.setdefault(LOSSES[name].scores, scale)
         return out
-
-    def flair_scores(self) -> PooledScores | None:
-        """The scores of the first loss that compares FLAIR's, with the weights as they are now.
-
-        None if no loss does. Collective if ZeRO-3 partitions them.
-        """
-        for name, loss in self.losses.items():
-            if LOSSES[name].scores == "flair":
-                with _whole([*loss.parameters()]):
-                    return loss.pooling.fixed()  # type: ignore[union-attr, operator]
-        return None
 
 
 def _whole(parameters: list[Tensor]) -> AbstractContextManager:

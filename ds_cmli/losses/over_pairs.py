@@ -1,5 +1,4 @@
-"""The losses over pairs: a contrastive and a sigmoid one, on cosines of class tokens and on CMLI,
-and a sigmoid one on FLAIR's scores.
+"""The losses over pairs: a contrastive and a sigmoid one, on cosines of class tokens and on CMLI.
 
 Contrastive: CLIP (Radford et al., 2021), and on all-pairs CMLI equations (1) to (4) of the source
 document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorithm 1).
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli.contrastive import MAX_SCALE, MAX_SIGMOID_SCALE, contrastive_loss
-from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.base import Loss, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
@@ -117,23 +115,3 @@ class CMLISigmoid(GlobalSigmoid):
         s_i2t, s_t2i = inputs.cmli_scores  # collective
         both = self.of_scores(inputs, s_i2t) + self.of_scores(inputs, s_t2i)  # collective
         return inputs.with_units(both / 2, self.logit_scale)
-
-
-class Flair(GlobalSigmoid):
-    """FLAIR's text-conditioned sigmoid loss (Xiao et al., 2025, arXiv 2412.03561).
-
-    The paper adds `global_sigmoid`, and takes the mean of both.
-    """
-
-    init_temperature = 0.07  # this, the bias and the maximum are those of the authors' code
-    max_scale = MAX_SCALE
-    pooling: TextConditionedPooling
-
-    def between(self, width: int, embed_dim: int) -> None:
-        self.pooling = TextConditionedPooling(width, embed_dim)
-
-    def start_from(self, start: Start) -> None:
-        """Its scores are no cosines of class tokens: it starts as without a source."""
-
-    def forward(self, inputs: PairInputs) -> Tensor:
-        return self.of_scores(inputs, inputs.flair_scores(self.pooling))  # collectives

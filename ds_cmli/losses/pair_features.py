@@ -28,9 +28,8 @@ class PairFeatures:
     """The features of one micro-batch that losses over pairs need, or their gradients.
 
     `features` has "image_cls", [B, H], "text_cls", [C, H], "patches", [B, N, D], and "tokens",
-    [C, M, D], as far as a loss compares them, and "all_patches" for FLAIR where CMLI leaves out
-    patches or pairs. They are not normalised, in the model's precision, and without a graph, except
-    in `Objective.replay`.
+    [C, M, D], as far as a loss compares them. They are not normalised, in the model's precision,
+    and without a graph, except in `Objective.replay`.
     """
 
     features: dict[str, Tensor]
@@ -81,7 +80,7 @@ class CachedStep:
 
     @torch.no_grad()
     def _images(self, f: PairFeatures, first: int) -> TileSide:
-        images = dict(self._normalised(f, "image_cls", "patches", "all_patches"))
+        images = dict(self._normalised(f, "image_cls", "patches"))
         mask = None if f.patch_mask is None else self.fetch(f.patch_mask)
         return TileSide(first, self.fetch(f.pair_id), images, mask)
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import Own
 from ds_cmli.cmli.inputs import index_dtype
-from ds_cmli.cmli.pooling import TextConditionedPooling
 from ds_cmli.cmli.ring import Score
 from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
@@ -35,9 +34,8 @@ ROWS, COLUMNS = 1, 0  # the dimension of a tile's logits over which each of them
 class TileSide:
     """Normalised features of some images or texts, and where their gradients are added up.
 
-    The names of an image's are "image_cls", [H] fp32 (fp64), and "patches", [N, D], or of FLAIR's
-    "all_patches"; of a text's "text_cls" and "tokens", [M, D]. Only those are there that a loss
-    compares.
+    The names of an image's are "image_cls", [H] fp32 (fp64), and "patches", [N, D]; of a text's
+    "text_cls" and "tokens", [M, D]. Only those are there that a loss compares.
     """
 
     first: int  # place of the first among this rank's images, or among the texts of all ranks
@@ -178,7 +176,6 @@ class Tile(PairInputs):
     statistics: TileStatistics
     score: Score
     config: LossConfig
-    scratch_bytes: int  # of FLAIR's scores
 
     def __post_init__(self) -> None:
         self.units = self.tensors.get("units")
@@ -204,10 +201,6 @@ class Tile(PairInputs):
         probe.texts_from(self.texts.first)
         patches, tokens = self.tensors["patches"], self.tensors["tokens"]
         return self.score(patches, tokens, self.texts.mask, self.images.mask)
-
-    def flair_scores(self, pooling: TextConditionedPooling) -> Tensor:
-        patches = self.tensors.get("all_patches", self.tensors.get("patches"))
-        return pooling(patches, self.tensors["text_cls"], self.images.mask, self.scratch_bytes)
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         return self.statistics.logsumexp(logits, ROWS)

@@ -25,7 +25,7 @@ def main(file: str, exchange: str, source: str, micro_batch: int, stage: int, st
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
-    weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 1.0, "flair": 1.0}
+    weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 1.0}
     loss = {"weights": weights, "cmli_exchange": exchange}
     config = load_preset("tiny", {"optim": {"micro_batch": micro_batch}, "loss": loss, "data": {"source": source}})
     device = distributed.init()

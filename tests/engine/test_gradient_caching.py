@@ -16,7 +16,6 @@ from tests.conftest import spawn
 from tests.faults.test_nonfinite import everything, same, spoil
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
-WEIGHTS["flair"] = 0.5
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 # Nothing is kept gathered: the losses' parameters, which gradient caching uses outside their modules, neither.
 NOTHING_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}

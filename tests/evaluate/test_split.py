@@ -100,9 +100,6 @@ class Stub(torch.nn.Module):
         super().__init__()
         self.student = student
 
-    def flair_scores(self):
-        return None
-
     def score_scales(self):
         return {"cmli": 10.0, "global": 10.0}
 

@@ -26,7 +26,7 @@ ROW = B * (N + M)  # bytes of the argmax indices of B images and a text: one eac
 @pytest.fixture(scope="module")
 def objective():
     torch.manual_seed(0)
-    weights = {"global": 1.0, "cmli": 0.7, "cmli_sigmoid": 0.4, "flair": 0.6}
+    weights = {"global": 1.0, "cmli": 0.7, "cmli_sigmoid": 0.4}
     config = load_preset("tiny", {"loss": {"weights": weights}})
     student = Student(config.student, config.data.image_size, 300, config.data.context_length)
     return Objective(student, config.loss, None).double()

@@ -167,7 +167,7 @@ def test_a_run_with_boxes_goes_on_as_if_uninterrupted(tmp_path, alone, stage, ra
         "data.regions": 3,
         "data.captions": 2,
         "data.split_sentences": True,
-        "loss.weights": {"global": 1.0, "cmli": 1.0, "flair": 0.5, "regions": 0.5},
+        "loss.weights": {"global": 1.0, "cmli": 1.0, "regions": 0.5},
         "student.dropout": 0.2,
         "student.layers": 1,
         "run.match_maps": 0,

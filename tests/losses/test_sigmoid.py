@@ -49,13 +49,13 @@ def test_the_mean_of_the_ranks_blocks_is_the_loss_of_the_batch(ranks):
 
 
 def test_each_has_a_temperature_and_a_bias_of_its_own():
-    for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli"), ("flair", "flair")):
+    for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli")):
         loss = load(LOSSES[name])(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
         assert LOSSES[name].scores == kind and not LOSSES[name].teacher
 
 
-@pytest.mark.parametrize("name", ["global_sigmoid", "cmli_sigmoid", "flair"])
+@pytest.mark.parametrize("name", ["global_sigmoid", "cmli_sigmoid"])
 def test_a_given_bias_is_kept_from_a_source_too(name):
     loss = load(LOSSES[name])(LossConfig(weights={name: 1.0}, init_bias=-3.5))
     loss.start_from(Start(log_scale=math.log(116.0), bias=-12.9))

@@ -72,12 +72,6 @@ CELLS = {
     "cut, accumulation": (
         preset(loss={"weights": {"global": 1.0, "cmli": 1.0}, "cmli_cut": 1e-3}), ds_json(1, accumulation=3), 2
     ),
-    "flair, in tiles": (
-        preset(loss={"weights": {"global_sigmoid": 1.0, "flair": 1.0}, "cmli_scratch_bytes": 2**20}), ds_json(2), 2
-    ),
-    "flair, cut, accumulation": (
-        preset(loss={"weights": {"cmli": 1.0, "flair": 1.0}, "cmli_cut": 1e-3}), ds_json(3, accumulation=3), 2
-    ),
     "teacher's blocks averaged, accumulation": (
         preset(teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2
     ),

@@ -76,22 +76,6 @@ def test_a_run_starts_another(given, tmp_path):
     assert first[same] == last[same]
 
 
-@pytest.mark.slow
-def test_flair_keeps_its_pooling_between_the_weights_and_is_left_out_of_the_library(given, tmp_path):
-    start, run = given[0] / "clip", tmp_path / "run"
-    train(given, start, "global,flair", run, "--steps", "2", stage=3)
-    said = python("-m", "ds_cmli.export", str(run), str(tmp_path / "x"), "--as", "clip", "--interpolate", "0.5")
-    assert "the pooling of the loss flair is left out" in said
-    python("-m", "ds_cmli.export", str(run), str(tmp_path / "half"), "--interpolate", "0.5")
-    trained = load_file(run / "student.safetensors")
-    half, poolings = load_file(tmp_path / "half" / "model.safetensors"), 0
-    for name, value in trained.items():
-        if ".pooling." in name:
-            poolings += 1
-            assert torch.equal(value, half[name])
-    assert poolings == 6 and not torch.equal(half["losses.flair.logit_bias"], trained["losses.flair.logit_bias"])
-
-
 def test_the_lines_of_the_page(given, tmp_path):
     """`docs/finetune.md`: before, fine-tuned, exported."""
     start, run = str(given[0] / "clip"), tmp_path / "run"

@@ -50,7 +50,7 @@ class Classification:
         """
         templates, classes = prompts(self.templates), len(self.names)
         texts = model.texts(zero_shot.filled(self.names, templates))
-        classifier = zero_shot.Classifier(texts, len(templates), model.scales, model.flair)
+        classifier = zero_shot.Classifier(texts, len(templates), model.scales)
         pictures = self.pictures(model.config.data)
         shown = pictures.pictures(range(len(pictures)))
         loader = batches(shown, model.how.batch_size, model.how.workers, collate_pictures)

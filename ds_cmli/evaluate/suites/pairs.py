@@ -45,7 +45,7 @@ def recall(model: EvaluatedModel, dataset: Dataset, collate: Callable) -> Measur
     """
     held_out = HeldOut(dataset)
     share = embed_share(model.objective.student, held_out, collate, model.how)
-    counts = rank_counts(share, model.scales, model.how, flair=model.flair)[""]
+    counts = rank_counts(share, model.scales, model.how)[""]
     out = _measured(share)
     for number, kind in enumerate(kinds(model.scales)):
         of_kind = RankCounts(counts.i2t[number], counts.t2i[number])

@@ -62,16 +62,6 @@ def test_accuracies_by_loops(tmp_path, model):
             assert measured.measures[f"{kind}/mean_per_class"].value == pytest.approx(np.mean(by_class))
 
 
-def test_flair_models(tmp_path):
-    """Classify by FLAIR's scores too; patches are compared by what their pooling begins with."""
-    (tmp_path / "run").mkdir()
-    model = EvaluatedModel.load(str(write_run(tmp_path / "run", ("global", "flair"))), 3, 0)
-    measured = data.task(tmp_path, folders(tmp_path / "val", "cat", "dog")).run(model)
-    assert {name.split("/")[0] for name in measured.measures} == {"global", "flair", "combined"}
-    measured = data.task(tmp_path, data.voc(tmp_path)).run(model)
-    assert set(measured.measures) == {"global/miou", "global/pixel_accuracy"}
-
-
 def test_imagenets_folders_have_the_published_names(tmp_path):
     task = data.task(
         tmp_path, folders(tmp_path / "val", "n01440764", "n01443537", "n15075141") | {"templates": "openai"}

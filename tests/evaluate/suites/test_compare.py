@@ -55,19 +55,6 @@ def test_two_models_side_by_side(tmp_path, run):
     assert max(map(len, printed.split("  crepe: ")[1].split("  long: ")[0].splitlines())) < 80
 
 
-def test_a_model_with_another_kind_of_score(tmp_path, run):
-    """FLAIR's pooling is compared next to the class tokens, by each kind of task."""
-    (tmp_path / "flair").mkdir()
-    other = write_run(tmp_path / "flair", losses=("global", "flair"))
-    suite = lists.write_suite(tmp_path, a=lists.winoground(tmp_path), b=lists.docci(tmp_path))
-    evaluate(other, run, "--suite", suite, "--json", tmp_path / "x.json")
-    for task in ("a", "b"):
-        metrics = json.loads((tmp_path / "x.json").read_text())["tasks"][task]["metrics"]
-        kinds = {name.split("/")[0]: metric["values"] for name, metric in metrics.items()}
-        assert set(kinds) == {"global", "flair", "cmli", "combined"}
-        assert kinds["flair"][1] is None and kinds["cmli"][0] is None
-
-
 def test_one_model_has_intervals_of_its_own(tmp_path, run):
     printed = evaluate("--checkpoint", run, "--suite", lists.write_suite(tmp_path, a=lists.colorswap(tmp_path)))
     assert "a: ColorSwap, 6 samples" in printed and printed.count("[") == 9
