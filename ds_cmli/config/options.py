@@ -107,7 +107,7 @@ WHAT = (
     _data(
         "--data",
         "data.source",
-        f"'demo', or pairs as {source_kinds('or')}, also by hf://datasets/OWNER/NAME or a URL "
+        f"'demo', or pairs as {source_kinds('or')}, also by hf://datasets/OWNER/NAME "
         "(docs/train.md). Repeat it to mix, each with a share as WHAT::0.7.  [preset]",
         multiple=True,
         metavar="WHAT",

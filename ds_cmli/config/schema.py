@@ -135,7 +135,7 @@ class TeacherConfig:
 class DataConfig:
     """`data/`."""
 
-    # "demo" (scenes), or what `registry.py` lists, also by hf:// or a URL; several are mixed:
+    # "demo" (scenes), or what `registry.py` lists, also by hf://; several are mixed:
     # ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     # The demo's captions: "names" of one to four pictures, or "sentences" of three or four, which

@@ -63,9 +63,9 @@ def status_of(error: BaseException | None) -> int | None:
     """The status of HTTP that an error, or its cause, is about; None if no server answered."""
     while error is not None:
         response = getattr(error, "response", None)
-        for status in (getattr(error, "status", None), getattr(response, "status_code", None)):
-            if isinstance(status, int):
-                return status
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status
         error = error.__cause__
     return None
 

@@ -126,10 +126,10 @@ def recognise(name: str) -> tuple[str, list[Path]]:
 
 
 def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
-    """Choose the files of a URL that are to be fetched.
+    """Choose the files of a name of the hub that are to be fetched.
 
     Args:
-        in_folder: whether the URL is that of a folder, which may hold others too.
+        in_folder: whether the name is that of a folder, which may hold others too.
 
     Raises:
         UserError: they are of several kinds or of none, or a package that reads them is missing.
@@ -140,8 +140,7 @@ def _shards(name: str, paths: list[str], in_folder: bool) -> list[str]:
     if len(by_kind) != 1 or not (in_folder or len(files) == len(paths)):
         raise UserError(
             f"data.source is {name!r}, which names files of several kinds, or of none: accepted "
-            f"by a URL, which ends in / for a folder, are {SOURCES['tars'].what}; "
-            f"{SOURCES['parquet'].what}"
+            f"of the hub are {SOURCES['tars'].what}; {SOURCES['parquet'].what}"
         )
     _check_package(name, kind)
     return list(map(by_path.__getitem__, files))
@@ -194,11 +193,11 @@ def expand(pattern: str) -> list[Path]:
     `{00000..00019}` and `{a,b}` are expanded, `*`, `?` and `[]` matched. A name without a pattern
     is returned even if it does not exist.
 
-    Files of a URL are fetched, where they are missing, and their copies are returned.
+    Files of the hub are fetched, where they are missing, and their copies are returned.
 
     Raises:
-        UserError: some files of a pattern do not exist, no file matches, or files of a URL cannot
-            be fetched.
+        UserError: some files of a pattern do not exist, no file matches, or files of the hub
+            cannot be fetched.
     """
     if pattern.startswith("pipe:"):
         raise UserError(f"data.source is {pattern!r}, a command: download what it gives first")

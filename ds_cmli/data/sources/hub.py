@@ -26,12 +26,9 @@ class Hub:
 
     Attributes:
         revision: of all files together, once they are listed.
-        cache: the folder in which the files lie; `home` is the environment variable that sets it.
+        cache: the folder in which the files lie.
         remedy: what to do where there is no network.
-        has_digests: whether the stamp of a file is the digest of its content.
     """
-
-    home, has_digests = "HF_HOME", True
 
     def __init__(self, name: str):
         from huggingface_hub import constants

@@ -19,11 +19,9 @@ Count = Callable[[int], None]  # called with each number of bytes that has come
 
 
 class File(NamedTuple):
-    path: str  # in the data set of the hub, or the URL
+    path: str  # in the data set of the hub
     size: int  # bytes
-    # What its server tells of its content: the hub its SHA-256, or git's id of a small file; others
-    # an ETag or a time, or nothing.
-    stamp: str = ""
+    stamp: str = ""  # its SHA-256, or git's id of a small file, where the hub tells it
 
 
 class Listing(NamedTuple):

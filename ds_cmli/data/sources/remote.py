@@ -1,4 +1,4 @@
-"""Data by name, `hf://datasets/OWNER/NAME` and URLs, as local files: fetched once, checked, kept.
+"""Data by name, `hf://datasets/OWNER/NAME`, as local files: fetched once, checked, kept.
 
 One process fetches; those that wait for it take its result, or its error. A record for each name
 holds the size, the stamp and the digest of each file. A local copy is taken as it is while its size
@@ -8,14 +8,13 @@ and time are those of the record, and compared with the digest otherwise.
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from ds_cmli.common.pretrained import loading
 from ds_cmli.data.sources.attempts import Pause, of_disk, patiently, refuses, why_of
 from ds_cmli.data.sources.hub import START, Hub
 from ds_cmli.data.sources.patterns import Count, File, Listing
-from ds_cmli.data.sources.urls import Urls
 
 LOOK_SECONDS, TELL_SECONDS = 0.5, 30  # between two looks at the progress, and two lines of it
 AT_ONCE = 8  # files
@@ -69,7 +67,7 @@ class Record:
 
 
 def is_remote(name: str) -> bool:
-    return re.match(r"[a-z0-9]+://", name) is not None
+    return name.startswith(START)
 
 
 def local_copies(name: str, choose: Choose) -> list[Path]:
@@ -79,12 +77,11 @@ def local_copies(name: str, choose: Choose) -> list[Path]:
         UserError: as `choose`; the name is wrong, its server cannot be reached or refuses, the disk
             is too small, or the content is not what the hub says.
     """
-    place = Hub(name) if name.startswith(START) else Urls(name)
+    place = Hub(name)
     home = cache_folder() / "remote" / "records"
     path = home / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
     before = _time(path)
-    library = loading(hub=True) if isinstance(place, Hub) else nullcontext()
-    with library, locked(home, f"{path.stem}.lock", f"what is fetched of {name}"):
+    with loading(hub=True), locked(home, f"{path.stem}.lock", f"what is fetched of {name}"):
         record = Record.read(path)
         # Otherwise another process did it, while this one waited.
         if _time(path) == before or record.error == ENDED:
@@ -112,7 +109,7 @@ class _Copies:
     """The local copies of a name, brought up to date by the process that holds its lock."""
 
     name: str
-    place: Hub | Urls
+    place: Hub
     record: Record
     path: Path  # the record's
 
@@ -128,7 +125,7 @@ class _Copies:
             if refuses(error):
                 raise UserError(
                     f"data.source is {self.name!r}: its server refuses it ({why}): check the name, "
-                    "and whether it needs credentials, such as HF_TOKEN or AWS_PROFILE"
+                    "and whether it needs credentials, such as HF_TOKEN"
                 ) from None
             listing = self._without_network(why)
         paths = choose(listing.paths, listing.whole)
@@ -192,16 +189,11 @@ class _Copies:
         ):
             print(f"{path} has changed since it was fetched", flush=True)
             return False
-        if (size, stamp) != (file.size, file.stamp):
-            self.record.notices.append(
-                f"{file.path} has changed on its server ({size:,} bytes then, {file.size:,} now): "
-                f"using the copy of then; remove {path} to fetch it again"
-            )
         self.record.files[str(path)] = (size, stamp, digest, status.st_mtime_ns)
         return True
 
     def _agrees(self, file: File, digest: str) -> bool:
-        return not self.place.has_digests or file.stamp in ("", digest)
+        return file.stamp in ("", digest)
 
     def _fetch(self, missing: list[File]) -> None:
         """Fetch files, several at a time; those that are complete stay if one fails."""
@@ -215,7 +207,7 @@ class _Copies:
         if size > free:
             raise UserError(
                 f"data.source is {self.name!r}: {size / 1e9:.2f} GB are to be fetched to "
-                f"{place.cache}, where {free / 1e9:.2f} GB are free: set {place.home} to a folder "
+                f"{place.cache}, where {free / 1e9:.2f} GB are free: set HF_HOME to a folder "
                 "on a larger disk"
             )
         self.record.write(self.path)  # a start without a network then knows what is missing
@@ -254,7 +246,7 @@ class _Copies:
     def _not_written(self, error: Exception) -> UserError:
         return UserError(
             f"data.source is {self.name!r}: it cannot be written to {self.place.cache} "
-            f"({one_line(error)}): set {self.place.home} to another folder"
+            f"({one_line(error)}): set HF_HOME to another folder"
         )
 
     def _one(self, file: File, count: Count, pause: Pause) -> Known:

@@ -1,4 +1,4 @@
-"""A server on this machine: a hub of data sets and models, an S3 of one bucket, a server of files; with faults."""
+"""A hub of data sets and models on this machine, with faults."""
 
 import hashlib
 import json
@@ -6,20 +6,19 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 OWNER_NAME = "red/apples"
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files` (path -> content): of the plain server by /PATH, of the hub by its API.
+    """Serves the files of a data set and of models.
 
     Attributes:
         revisions: commit -> files of the data set red/apples; `branches`: name -> commit.
         models: OWNER/NAME -> files.
         faults: path -> what its next requests of content do instead, in order: a status, ("cut", bytes) to end the
-            connection there, ("bytes", content) for other content of the same size, ("wait", seconds),
-            ("change", content) for content that the file has from then on.
+            connection there, ("bytes", content) for other content of the same size, ("wait", seconds).
         log: (method, path, Range) of each request.
     """
 
@@ -27,8 +26,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.revisions, self.branches, self.models = {}, {}, {}, {}
-        self.faults, self.log, self.ranges, self.etags, self.headers = {}, [], True, True, []
+        self.revisions, self.branches, self.models = {}, {}, {}
+        self.faults, self.log, self.headers = {}, [], []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def commit(self, files, branch="main"):
@@ -69,22 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(name, files[name], digest, extra)
         if parts[2:3] == ["resolve"] or parts[:2] == ["api", "models"]:
             return self.of_model(parts)
-        if "list-type" in self.path:
-            return self.bucket(parse_qs(urlsplit(self.path).query))
-        if path.endswith("/"):
-            fault = self.next_fault("page")
-            if fault:
-                return self.answer(fault, b"")
-            if path in self.server.files:
-                return self.answer(200, self.server.files[path], {"Content-Type": "text/html"})
-            names = [name for name in self.server.files if name.startswith(path) and name != path]
-            names = sorted({name[len(path) :].split("/")[0] for name in names})
-            page = "".join(f'<a href="{name}">{name}</a>' for name in names).encode()
-            return self.answer(200, page, {"Content-Type": "text/html"})
-        content = self.server.files.get(path)
-        if content is None:
-            return self.answer(404, b"")
-        self.content(path, content, hashlib.md5(content).hexdigest(), {})
+        self.answer(404, b"")
 
     def of_model(self, parts):
         """A file of a model. Of its API nothing is there, which transformers asks for optional files."""
@@ -96,25 +80,6 @@ class Handler(BaseHTTPRequestHandler):
             code = "RepoNotFound" if files is None else "EntryNotFound"
             return self.answer(404, b"", {**commit, "X-Error-Code": code})
         self.content("/".join(parts[4:]), content, hashlib.sha256(content).hexdigest(), commit)
-
-    def bucket(self, query):
-        """S3's ListObjectsV2 of the bucket "bucket", which is the folder /bucket/."""
-        prefix, slash = query.get("prefix", [""])[0], "delimiter" in query
-        entries, folders = "", set()
-        for name, content in sorted(self.server.files.items()):
-            key = name.removeprefix("/bucket/")
-            if not key.startswith(prefix):
-                continue
-            inner = key[len(prefix) :].partition("/")
-            if slash and inner[1]:
-                folders.add(prefix + inner[0] + "/")
-                continue
-            size, etag = len(content), hashlib.md5(content).hexdigest()
-            entries += f"<Contents><Key>{key}</Key><Size>{size}</Size><ETag>&quot;{etag}&quot;</ETag></Contents>"
-        entries += "".join(f"<CommonPrefixes><Prefix>{name}</Prefix></CommonPrefixes>" for name in sorted(folders))
-        space = "http://s3.amazonaws.com/doc/2006-03-01/"
-        page = f'<ListBucketResult xmlns="{space}"><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>'
-        self.answer(200, page.encode(), {"Content-Type": "application/xml"})
 
     def api(self, name, part, revision):
         commit = self.server.branches.get(revision, revision)
@@ -137,12 +102,11 @@ class Handler(BaseHTTPRequestHandler):
     def content(self, name, content, etag, extra):
         size, first, last, status = len(content), 0, len(content), 200
         wanted = self.headers.get("Range")
-        if wanted and self.server.ranges:
+        if wanted:
             start, _, end = wanted.removeprefix("bytes=").partition("-")
             first, last, status = int(start), int(end or size - 1) + 1, 206
             extra = {**extra, "Content-Range": f"bytes {first}-{last - 1}/{size}"}
-        if self.server.etags:
-            extra = {**extra, "ETag": f'"{etag}"'}
+        extra = {**extra, "ETag": f'"{etag}"'}
         self.server.log.append((self.command, name, first))
         fault = None if self.command == "HEAD" else self.next_fault(name)
         if isinstance(fault, int):
@@ -150,8 +114,6 @@ class Handler(BaseHTTPRequestHandler):
         kind, value = fault or ("", None)
         if kind == "wait":
             time.sleep(value)
-        if kind == "change":
-            self.server.files[name] = value
         if kind == "bytes":
             content = value
         self.answer(status, content[first:last], extra, value if kind == "cut" else None)

@@ -1,4 +1,4 @@
-"""Trainings from a hub and from URLs, started by their commands: ranks, signals, and going on without the server."""
+"""Trainings from a hub, started by their commands: ranks, signals, and going on without the server."""
 
 import signal
 import subprocess
@@ -14,16 +14,15 @@ from tests.data.sources.servers import OWNER_NAME, serving
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(params=["hub", "http"])
-def data(request, tmp_path):
+@pytest.fixture
+def data(tmp_path):
     """A server of two shards, their name, and the environment of a process that uses it."""
     with serving() as server:
         files = {}
         for n in range(2):
             files[f"{n:05}.tar"] = tar(tmp_path / "t.tar", members(range(20 * n, 20 * n + 20))).read_bytes()
         server.commit(files)
-        server.files = {f"/{name}": content for name, content in files.items()}
-        name = f"hf://datasets/{OWNER_NAME}" if request.param == "hub" else f"{server.url}/*.tar"
+        name = f"hf://datasets/{OWNER_NAME}"
         folders = {"DS_CMLI_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
         yield server, name, {**clean_environment(), **folders, "HF_ENDPOINT": server.url}
 
@@ -36,7 +35,7 @@ def start(data, output, *launcher, steps=2, **more):
 
 def full(server):
     """The shards whose first byte was sent, with each time it was."""
-    return sorted(path.strip("/") for path, first in server.fetched() if first == 0 and path.endswith(".tar"))
+    return sorted(path for path, first in server.fetched() if first == 0 and path.endswith(".tar"))
 
 
 def test_ranks_share_one_fetch_and_the_run_goes_on_without_the_server(data, tmp_path):
@@ -60,7 +59,7 @@ def test_ranks_share_one_fetch_and_the_run_goes_on_without_the_server(data, tmp_
 
 def test_an_error_of_the_server_ends_all_ranks_by_one_line(data, tmp_path):
     server = data[0]
-    server.faults["00001.tar"] = server.faults["/00001.tar"] = [403] * 99
+    server.faults["00001.tar"] = [403] * 99
     process = start(data, tmp_path / "run", "torchrun", "--nproc_per_node", "2")
     out, _ = process.communicate(timeout=300)
     assert process.returncode and out.count("cannot be fetched (HTTP 403)") == 1, out
@@ -69,7 +68,7 @@ def test_an_error_of_the_server_ends_all_ranks_by_one_line(data, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_a_fetch_and_the_next_start_goes_on(data, tmp_path, number):
     server = data[0]
-    server.faults["00001.tar"] = server.faults["/00001.tar"] = [("wait", 60)]
+    server.faults["00001.tar"] = [("wait", 60)]
     process = start(data, tmp_path / "run")
     for line in process.stdout:
         if line.startswith("fetching 2 files of"):
