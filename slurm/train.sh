@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Train on Slurm: sbatch [sbatch options] slurm/train.sh [options of ds_cmli/train.py]
 # Options before the script's name override the lines below; slurm/README.md has examples.
-# Only if it fits: DS_CMLI_FITS="8 x A100 80GB" bash slurm/train.sh [sbatch options] -- [options of ds_cmli/train.py]
 #SBATCH --job-name=ds-cmli
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00
@@ -59,34 +58,6 @@ find_python() {
     # It is one program, whose path may hold spaces, or several words.
     command -v "${python[0]}" >/dev/null || mapfile -t python < <(words "${python[0]}")
 }
-# Outside a job: predict whether a step fits on the GPUs that DS_CMLI_FITS names, and submit this script only then.
-submit_what_fits() {
-    [[ $DS_CMLI_FITS =~ ^([1-9][0-9]*)\ *x\ *(.+)$ ]] ||
-        die "DS_CMLI_FITS is '$DS_CMLI_FITS': give the number of all GPUs and their name, as in '8 x A100 80GB'"
-    local ranks=${BASH_REMATCH[1]} gpu=${BASH_REMATCH[2]} code=0 options=() answer
-    while (($#)) && [[ $1 != -- ]]; do options+=("$1") && shift; done
-    (($#)) || die "no -- between sbatch's options and those of the run: bash $0 [sbatch options] -- [options]"
-    shift
-    local project
-    project=$(cd "$(dirname "$(readlink -f "$0")")/.." && pwd)
-    answer=$(mktemp) || die "no temporary file can be made"
-    (set_up && find_python && PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}" exec "${python[@]}" \
-        "$project/profiling/predict.py" --gpu "$gpu" --world-size "$ranks" "${@//%a/0}") \
-        >"$answer" 2>"$answer.errors" || code=$?
-    case $code in
-    0) echo "predicted: $(grep -m 1 ' needs .* GB and fits on ' "$answer")" ;;
-    3) echo "error: not submitted: $(grep -m 1 ' needs .* GB and does not fit on ' "$answer")" >&2 ;;
-    *) echo "error: not submitted: $(tail -n 1 "$answer.errors" | sed 's/^error: //')" >&2 ;;
-    esac
-    rm -f "$answer" "$answer.errors"
-    ((code == 0)) || exit "$((code == 3 ? 3 : 2))"
-    DS_CMLI_PREDICTED=$ranks exec sbatch "${options[@]}" "$(readlink -f "$0")" "$@"
-}
-if [[ -n ${DS_CMLI_FITS:-} && -z ${DS_CMLI_PREDICTED:-} ]]; then
-    [[ -z ${SLURM_JOB_ID:-} ]] ||
-        die "DS_CMLI_FITS is set, and nothing was predicted: bash slurm/train.sh [sbatch options] -- [options]"
-    submit_what_fits "$@"
-fi
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] slurm/train.sh [options]"
 for needed in srun scontrol; do
     command -v "$needed" >/dev/null || die "node $node: no $needed on PATH"
@@ -221,8 +192,6 @@ else
     tasks=$SLURM_NNODES
     on_nodes="1(x$SLURM_NNODES)"
 fi
-[[ -z ${DS_CMLI_PREDICTED:-} || $tasks == "$DS_CMLI_PREDICTED" ]] ||
-    die "the job has $tasks ranks, and memory was predicted for those of DS_CMLI_FITS, '$DS_CMLI_FITS': name its GPUs"
 read -ra tasks_of <<<"$(each "$on_nodes")"
 read -ra cpus_of <<<"$(each "${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE(x$SLURM_NNODES)}")"
 per_node=0               # the most tasks that a node has
@@ -269,20 +238,6 @@ look_for_silent_node() {
         silent=$(grep -m 1 -o 'node [^ :]*' <<<"$answer" || echo "a node")
 }
 
-# DS_CMLI_SNAPSHOT=1: all starts of the job run the code as it was at the first start.
-if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
-    copy=$(realpath -m "$run/code")
-    if [[ ! -d $copy ]]; then
-        new=$copy.$job # tasks of an array may share the run's folder
-        rm -rf "$new"
-        mkdir -p "$new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$new" ||
-            die "no snapshot in $copy"
-        PYTHONPATH=$project srun "${common[@]}" --nodes=1 --ntasks=1 ${extra[@]+"${extra[@]}"} "${python[@]}" -c \
-            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$new/REVISION"
-        mv -T "$new" "$copy" 2>/dev/null || rm -rf "$new" # another task has been faster
-    fi
-    project=$copy
-fi
 # Python's environment may have the package of another checkout installed.
 export PYTHONPATH="$project${PYTHONPATH:+:$PYTHONPATH}"
 

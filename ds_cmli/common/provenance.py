@@ -18,13 +18,9 @@ PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 def revision() -> str | None:
     """The source tree's git commit, with "+" if sources were changed; None if there is none.
 
-    Untracked files inside the package count as changes. A copy of the sources records its revision
-    in a file REVISION.
+    Untracked files inside the package count as changes.
     """
     package = Path(__file__).parent.parent
-    kept = package.parent / "REVISION"
-    if kept.is_file():
-        return kept.read_text().strip() or None
     git = ["git", "-C", str(package)]
     try:
         head = _output(*git, "rev-parse", "HEAD")

@@ -20,5 +20,3 @@ def test_revision_tells_changed_sources_and_not_output(tmp_path, monkeypatch):
     (module.parent / "new.py").unlink()
     module.write_text("changed")
     assert provenance.revision() == clean + "+"
-    (tmp_path / "REVISION").write_text("of a copy\n")
-    assert provenance.revision() == "of a copy"

@@ -112,18 +112,3 @@ def test_a_second_checkout_runs_its_own_package(cluster, tmp_path):
     job = cluster.submit(str(project / "slurm" / "train.sh"), cwd=tmp_path, DS_CMLI_PYTHON=sys.executable)
     text = finish(cluster, tmp_path, job)
     assert f"runs {project}/ds_cmli/__init__.py\n" in text and f"; code of {project}\n" in text, text
-
-
-def test_tasks_of_an_array_make_one_snapshot(cluster, tmp_path, stand_in):
-    project = tmp_path / "project"
-    for name in ("ds_cmli/train.py", "ds_configs/zero2.json"):
-        (project / name).parent.mkdir(parents=True)
-        (project / name).write_text("first")
-    shutil.copytree(ROOT / "slurm", project / "slurm")
-    script = (str(project / "slurm" / "train.sh"), "--output-dir=runs/of-all")
-    env = {"DS_CMLI_SNAPSHOT": "1", "DS_CMLI_PYTHON": stand_in('echo "runs $(cat $script), $PYTHONPATH"')}
-    array = cluster.submit("--array=0-2", *script, cwd=tmp_path, **env)
-    text = "".join(finish(cluster, tmp_path, f"{array}_{task}") for task in range(3))
-    code = tmp_path / "runs" / "of-all" / "code"
-    assert text.count(f"runs first, {code}") == 3, text
-    assert (code / "REVISION").exists() and [*code.parent.glob("code*")] == [code]

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from itertools import groupby
 
 import pytest
@@ -12,7 +10,7 @@ from ds_cmli.train import command
 from tests.conftest import ROOT, rank_environments
 from tests.metrics_file import metrics
 from tests.processes import Program, python
-from tests.slurm.jobs import SCRIPT, finish, log, steps_done, submit
+from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 pytestmark = pytest.mark.slurm
 
@@ -40,29 +38,6 @@ def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
     plain = [Program(command, env, ROOT, output) for env in rank_environments(ranks)]
     assert [process.wait(300) for process in plain] == [0] * ranks, output.read_text()
     assert metrics(tmp_path / "runs" / f"slurm-{job}") == metrics(tmp_path / "plain")
-
-
-def test_a_step_is_predicted_before_its_job(cluster, tmp_path):
-    """By the real predictor: the job trains on two ranks if it fits, and else is not submitted."""
-    env = cluster.environment() | {"DS_CMLI_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "DS_CMLI_FITS": "2 x T4"}
-
-    def start(micro_batch: int) -> subprocess.CompletedProcess:
-        options = (*TINY, "--losses", "global", "--micro-batch", str(micro_batch))
-        command = ["bash", SCRIPT, "--parsable", "--ntasks=2", "--", *options]
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-
-    done = start(4)
-    assert done.returncode == 0, done.stderr
-    predicted, job = done.stdout.splitlines()
-    assert re.fullmatch(
-        r"predicted: micro-batch 4 with ZeRO-2 over 2 GPUs .*needs 0\.\d+ GB and fits on a T4 .*", predicted
-    )
-    finish(cluster, tmp_path, job, timeout=600)
-    assert steps_done(tmp_path / "runs" / f"slurm-{job}") == 3
-    done = start(200_000)
-    assert (done.returncode, done.stdout) == (3, "")
-    refused = r"error: not submitted: micro-batch 200000 with ZeRO-2 over 2 GPUs .*needs .* GB and does not fit on .*\n"
-    assert re.fullmatch(refused, done.stderr), done.stderr
 
 
 STAND_IN = """\

@@ -200,22 +200,6 @@ def test_what_tasks_are_given(cluster, tmp_path, stand_in):
         assert given == {name: own[name] for name in given} and len(given) == 3
 
 
-def test_a_snapshot_keeps_the_code_of_the_first_start(cluster, tmp_path, stand_in):
-    project = tmp_path / "project"
-    for name in ("ds_cmli", "ds_configs"):
-        (project / name).mkdir(parents=True)
-    (project / "ds_cmli" / "train.py").write_text("first")
-    shutil.copytree(ROOT / "slurm", project / "slurm")
-    edit = f'echo "runs $(cat $script), $PYTHONPATH"; [[ $(cat {project}/ds_cmli/train.py) == second ]] && exit 0; '
-    edit += f"echo second > {project}/ds_cmli/train.py; exit 85"
-    job = cluster.submit("--time=60", str(project / "slurm" / "train.sh"), cwd=tmp_path, DS_CMLI_SNAPSHOT="1",
-                         DS_CMLI_PYTHON=stand_in(edit))  # fmt: skip
-    text = finish(cluster, tmp_path, job, timeout=60)
-    code = tmp_path / f"runs/slurm-{job}/code"
-    assert text.count(f"runs first, {code}") == 2, text
-    assert (code / "REVISION").exists()
-
-
 MEETS = """
 import os
 from ds_cmli.distributed import process_group as distributed
@@ -240,45 +224,3 @@ def test_a_job_is_told_before_its_time_limit(cluster, limited):
     text = finish(cluster, folder, job, timeout=240)
     assert "told by TERM" in text and "went on" in text, text
     assert "preempted (exit code 85)" in text and f"job {job}: requeued\n" in text
-
-
-def test_a_job_that_cannot_fit_is_not_submitted(cluster, tmp_path, stand_in):
-    """The prediction runs here, before `sbatch`; the job names the same number of GPUs."""
-    python = tmp_path / "python"
-    words = "micro-batch 8 with ZeRO-2 over 4 GPUs needs 1.00 GB and"
-    python.write_text(
-        "#!/bin/bash\ncase $1 in\n"
-        f'*predict.py) echo "$@" >{tmp_path}/asked; [[ $* != *paper* ]] || '
-        f'{{ echo "{words} does not fit on a T4 (15 GB), by 2 GB"; exit 3; }}\n'
-        f'[[ $* != *moon* ]] || {{ echo "error: no moon" >&2; exit 2; }}; echo "{words} fits on a T4 (15 GB)" ;;\n'
-        '*train.py) echo "trained: $*" ;;\nesac\n'
-    )
-    python.chmod(0o755)
-    env = cluster.environment() | {"DS_CMLI_PYTHON": str(python)}
-
-    def start(fits: str, *arguments: str) -> subprocess.CompletedProcess:
-        command = ["bash", SCRIPT, "--parsable", "--nodes=2", "--gpus-per-node=2", *arguments]
-        more = {"DS_CMLI_FITS": fits}
-        return subprocess.run(command, env=env | more, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    done = start("4 x T4", "--", "--seed", "3 4")
-    assert done.returncode == 0, done.stderr
-    predicted, job = done.stdout.splitlines()
-    assert predicted == f"predicted: {words} fits on a T4 (15 GB)"
-    assert (tmp_path / "asked").read_text().endswith("predict.py --gpu T4 --world-size 4 --seed 3 4\n")
-    assert finish(cluster, tmp_path, job).count("--seed 3 4\n") == 4
-    for fits, given, code, line in (
-        ("4 x T4", ("--", "--preset", "paper"), 3, f"not submitted: {words} does not fit on a T4 (15 GB), by 2 GB"),
-        ("4 x T4", ("--", "--preset", "moon"), 2, "not submitted: no moon"),
-        ("T4", ("--",), 2, "DS_CMLI_FITS is 'T4': give the number of all GPUs and their name, as in '8 x A100 80GB'"),
-        ("4 x T4", (), 2, f"no -- between sbatch's options and those of the run: bash {SCRIPT} [sbatch options] -- "
-         "[options]"),
-    ):  # fmt: skip
-        done = start(fits, *given)
-        assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {line}\n")
-    job = start("2 x T4", "--").stdout.splitlines()[-1]
-    assert "the job has 4 ranks, and memory was predicted for those of DS_CMLI_FITS, '2 x T4'" in finish(
-        cluster, tmp_path, job, state="FAILED"
-    )
-    job = cluster.submit(SCRIPT, cwd=tmp_path, DS_CMLI_FITS="1 x T4")
-    assert "error: DS_CMLI_FITS is set, and nothing was predicted: " in finish(cluster, tmp_path, job, state="FAILED")
