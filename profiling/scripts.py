@@ -15,7 +15,6 @@ import click
 from ds_cmli.common import plots
 from ds_cmli.common.cli import json_on_stdout
 from ds_cmli.common.documents import is_numeric, markdown_table
-from ds_cmli.common.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
-Number = TypeVar("Number", int, float)
 Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -45,17 +43,6 @@ def prints_json(measured: Callable[..., object]) -> Callable[..., None]:
                 print_json(figures)
 
     return run
-
-
-def listed(setting: str, text: str, kind: type[Number]) -> list[Number]:
-    """Positive numbers with commas between them; `UserError` otherwise."""
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(number > 0 for number in numbers):
-        raise UserError(f"{setting} is {text!r}: give positive numbers with commas between them")
-    return numbers
 
 
 def compare(

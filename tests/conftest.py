@@ -59,7 +59,6 @@ LONGEST_FIRST = (
     "tests/faults/test_preemption.py",
     "tests/models/test_blocks.py",
     "tests/data/test_loaders.py",
-    "tests/profiling/speed/test_scale.py",
     "tests/checkpoint/test_kill.py",
     "tests/data/test_assets.py",
     "tests/cmli/test_sparse_backward.py",

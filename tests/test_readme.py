@@ -75,7 +75,6 @@ ELSEWHERE = {
     "pip install --no-compile -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "python -m ds_cmli.evaluate --checkpoint runs/mine": "tests/evaluate/test_command.py: a run of `tiny`",
-    "python -m profiling.speed.roofline --gpu a100 --peers": "tests/profiling/speed/test_roofline.py: a few kernels",
     "python -m profiling.speed.cmli": "tests/profiling/speed/test_benchmark.py: `tiny`",
     "sbatch --array=0-4 --gpus-per-node=1 --cpus-per-gpu=8 slurm/train.sh --losses global,cmli --seed %a "
     "--output-dir runs/without/%a":

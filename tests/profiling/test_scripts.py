@@ -1,16 +1,6 @@
-"""Numbers as they are given, the order in which functions are timed, and the ticks of pictures."""
+"""The order in which functions are timed, and the ticks of pictures."""
 
-import pytest
-
-from ds_cmli.common.errors import UserError
-from profiling.scripts import compare, listed, percent, plain
-
-
-def test_numbers_as_they_are_given():
-    assert listed("--ranks", "1, 8", int) == [1, 8] and listed("--cuts", "1e-4", float) == [1e-4]
-    for text in ("", "1,", "1,many", "0", "nan,-1"):
-        with pytest.raises(UserError, match=f"--cuts is '{text}': give positive numbers"):
-            listed("--cuts", text, float)
+from profiling.scripts import compare, percent, plain
 
 
 def test_functions_are_timed_in_turn():
