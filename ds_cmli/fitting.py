@@ -23,7 +23,6 @@ from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.prepare import LaunchOptions
-from ds_cmli.trackers import Tracker
 from ds_cmli.train import train
 
 if TYPE_CHECKING:  # it imports torch, before which a start sets variables
@@ -55,7 +54,6 @@ class Fitted:
 def fit(
     config: str | Mapping[str, Section] | Config = RunConfig.preset,
     data: str | Path | Sequence[str | Path] | None = None,
-    callbacks: Sequence[Tracker] = (),
     deepspeed_config: str | Path | Section = DEFAULT_JSON,
     resume: str = "auto",
 ) -> Fitted:
@@ -68,8 +66,6 @@ def fit(
         config: a preset's name; sections of settings that change the preset `run.preset`, as
             {"optim": {"steps": 100}}; or a whole configuration.
         data: what --data takes, or several of it; None: the configuration's.
-        callbacks: get the run's numbers and pictures on rank 0, in addition to `run.report_to`.
-            What one raises that is none of its `errors` ends the training and is raised.
         deepspeed_config: DeepSpeed's JSON, as a file or its content.
         resume: as --resume; "auto" goes on from the run in `run.output_dir`.
 
@@ -78,9 +74,8 @@ def fit(
         Preempted: the run has saved after a signal, if the script handles signals as the command
             does, by `ds_cmli.faults.preemption.install()`.
     """
-    _check_callbacks(callbacks)
     resolved, given = _resolved(config, data)
-    start = LaunchOptions(resume, False, Profiles(), callbacks=tuple(callbacks), raises=True)
+    start = LaunchOptions(resume, False, Profiles(), raises=True)
     # A start sets the variables of a rank where no launcher has.
     with environment({}, *OF_A_RANK), warnings.catch_warnings():
         map_launcher_environment()
@@ -143,12 +138,3 @@ def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:
     check(isinstance(data, Sequence), "data", data, "give what --data takes, or a list of it")
     names = list(map(str, data))
     return names[0] if len(names) == 1 else names
-
-
-def _check_callbacks(callbacks: Sequence[Tracker]) -> None:
-    """Raise `UserError` for what has not the methods of a tracker."""
-    need = "give objects with the methods of ds_cmli.trackers.Tracker"
-    check(isinstance(callbacks, Sequence), "callbacks", callbacks, f"{need}, in a list")
-    for number, callback in enumerate(callbacks):
-        good = isinstance(callback, Tracker) and not isinstance(callback, type)
-        check(good, f"callbacks[{number}]", callback, need)

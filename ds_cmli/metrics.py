@@ -1,12 +1,15 @@
-"""Writes a run's numbers to metrics.jsonl, to trackers and to the terminal. Only rank 0 writes."""
+"""Writes a run's numbers to metrics.jsonl, TensorBoard and the terminal. Only rank 0 writes."""
 
 import json
 import math
+import os
 import resource
 import shutil
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -14,29 +17,41 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from ds_cmli import trackers
 from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.json_text import read
 from ds_cmli.common.probe import Probe
-from ds_cmli.config import registry
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer, peak_flops
-from ds_cmli.trackers import tag
 
 ALIVE_SECONDS = 10  # within a step nothing is printed more often
+Scalar = bool | int | float | str
+Hook = Callable[[threading.ExceptHookArgs], object]
+SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
+RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
+OPTIMIZER = (
+    "lr",
+    "grad_norm",
+    "loss_scale",
+    "skipped_steps",
+    "ignored_negatives",
+    "added_positives",
+)
 
 
 class Writer:
-    """Writes a run's numbers: to `metrics.jsonl`, to trackers, and to the terminal.
+    """Writes a run's numbers: to `metrics.jsonl`, to TensorBoard, and to the terminal.
 
     There it is a progress bar, or plain lines if it is no terminal.
 
-    If the disk is full, lines wait in memory, what trackers cannot write is lost, and the run goes
-    on.
+    If the disk is full, lines wait in memory, what TensorBoard cannot write is lost, and the run
+    goes on.
     """
 
     def __init__(
@@ -44,21 +59,15 @@ class Writer:
         folder: Path,
         total_steps: int,
         first_step: int = 0,
-        report_to: Sequence[str] = ("tensorboard",),
-        callbacks: Sequence[trackers.Tracker] = (),
+        report_to: str = "tensorboard",
     ):
-        """Open the trackers `report_to`, names from `registry.TRACKERS`; `callbacks` are open.
-
-        Raises `UserError` if one cannot be opened.
-        """
-        self.files, self.told = RunFiles(folder), set[str]()
+        """Raises `UserError` if `report_to` is "wandb", and that cannot be opened."""
+        self.files, self.told = RunFiles(folder), False
         self.lines = self.files.lines()
         self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
-        self.trackers = {
-            name: registry.load(registry.TRACKERS[name])(folder, first_step) for name in report_to
-        }
-        for number, callback in enumerate(callbacks):
-            self.trackers[f"callbacks[{number}]"] = callback
+        # It follows the files that are opened later.
+        self.wandb = open_wandb(folder) if report_to == "wandb" else None
+        self.tensorboard = TensorBoard(folder, first_step)
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.said = self.started  # when something was printed
@@ -98,7 +107,7 @@ class Writer:
             self.say(f"in step {step}: {_shares(shares)} of {total:.0f} s")
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
-        """Write an object to metrics.jsonl, and its numbers to the trackers.
+        """Write an object to metrics.jsonl, and its numbers to TensorBoard.
 
         Those that are not finite are left out.
         """
@@ -145,15 +154,13 @@ class Writer:
         self.say("  ".join([line, *rest]))
 
     def draw(self, step: int, **values: float) -> None:
-        """Write numbers to the trackers only."""
+        """Write numbers to TensorBoard only."""
         if values:
-            self._track(
-                lambda tracker: tracker.numbers(step, {tag(n): v for n, v in values.items()})
-            )
+            self._track(lambda: self.tensorboard.numbers(step, values))
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
-        """Give a picture, uint8 [height, width, 3], to the trackers."""
-        self._track(lambda tracker: tracker.picture(step, name, image))
+        """Give a picture, uint8 [height, width, 3], to TensorBoard."""
+        self._track(lambda: self.tensorboard.picture(step, name, image))
 
     def lines_at(self, step: int, evaluated: bool) -> int:
         """The number of lines of metrics.jsonl that a start from here would keep.
@@ -174,17 +181,16 @@ class Writer:
         except OSError as error:
             self._tell(error)
 
-    def _track(self, use: Callable[[trackers.Tracker], None]) -> None:
-        for name, tracker in self.trackers.items():
-            try:
-                use(tracker)
-            except tracker.errors as error:
-                self._tell(error, "metrics" if name == "tensorboard" else name)
+    def _track(self, use: Callable[[], None]) -> None:
+        try:
+            use()
+        except OSError as error:
+            self._tell(error)
 
-    def _tell(self, error: Exception, target: str = "metrics") -> None:
-        if target not in self.told:
-            self.told.add(target)
-            self.say(f"warning: {target} cannot be written now: {error}")
+    def _tell(self, error: Exception) -> None:
+        if not self.told:
+            self.told = True
+            self.say(f"warning: metrics cannot be written now: {error}")
 
     def close(self) -> None:
         self.flush()
@@ -193,7 +199,145 @@ class Writer:
             self.say(f"warning: the last {unwritten:,} lines of {METRICS} could not be written")
         with suppress(OSError):
             self.bar.close()
-        self._track(lambda tracker: tracker.close())
+        self._track(self.tensorboard.close)
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class TensorBoard:
+    """Scalars, match maps, the configuration and an entry of the HParams panel in the run's folder.
+
+    The event file is opened at the first value, and anew after an error such as a full disk.
+
+    Values are lost by such an error.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.folder, self.first_step = folder, first_step
+        self.events: SummaryWriter | None = None
+        self.results: dict[str, float] = {}  # the last value of each held-out metric
+        threading.excepthook = _without_full_disks(threading.excepthook)
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        tagged = {tag(name): value for name, value in values.items()}
+        self.results |= {name: x for name, x in tagged.items() if name.startswith(RESULTS)}
+        with self._opened(step) as events:
+            for name, value in tagged.items():
+                events.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        with self._opened(step) as events:
+            events.add_image(name, image, step, dataformats="HWC")
+
+    def close(self) -> None:
+        if self.events is None:
+            return
+        if self.results and (self.folder / "config.json").is_file():
+            for summary in hparams(run_settings(self.folder), self.results):
+                self.events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+        self.events.close()
+
+    @contextmanager
+    def _opened(self, step: int) -> Iterator[SummaryWriter]:
+        try:
+            if self.events is None:
+                # `purge_step` hides what an interrupted run wrote after the step from which this
+                # one resumes.
+                self.events = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1)
+                )
+                self.events.add_text("configuration", configuration(self.folder), step)
+            yield self.events
+        except OSError:
+            self.events = None
+            raise
+
+
+def _without_full_disks(hook: Hook) -> Hook:
+    """Make an excepthook that prints no traceback if TensorBoard's thread meets a full disk.
+
+    The next use of the thread raises the same error.
+    """
+
+    def told_later(failure: threading.ExceptHookArgs) -> None:
+        if not (
+            type(failure.thread).__name__ == "_AsyncWriterThread"
+            and isinstance(failure.exc_value, OSError)
+        ):
+            hook(failure)
+
+    return told_later
+
+
+def tag(name: str) -> str:
+    """Name a column of metrics.jsonl for TensorBoard. The part before "/" is its group there."""
+    group, _, rest = name.partition("/")
+    if group == "eval":
+        split, _, metric = rest.partition("/")
+        if "pointing" in metric:
+            return f"pointing-game/{split}"
+        return f"retrieval/{split}/{metric}"
+    if name == "loss":
+        return "loss/total"
+    if name in SPEED or group == "time":
+        return f"speed/{name}"
+    if "memory" in name:
+        return f"memory/{name}"
+    return f"optimizer/{name}" if name in OPTIMIZER else name
+
+
+def configuration(folder: Path) -> str:
+    """The run's `config.json` and, if there is one, its `memory.json`, as Markdown."""
+    parts = []
+    for name in ("config.json", "memory.json"):
+        with suppress(OSError, ValueError):  # memory.json may be missing, or an earlier start's
+            text = json.dumps(read(folder / name, dict), indent=2)
+            parts.append(f"## {name}\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
+    return "\n\n".join(parts)
+
+
+def run_settings(folder: Path) -> dict[str, Scalar]:
+    """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
+    content = read(folder / "config.json", dict)
+    sections = content["config"]
+    out: dict[str, Scalar] = {
+        f"{section}.{name}": value
+        for section, values in sections.items()
+        for name, value in values.items()
+        if isinstance(value, bool | int | float | str)
+    }
+    out["losses"] = ",".join(sections["loss"]["weights"])
+    out["ZeRO stage"] = content.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
+    return out
+
+
+def open_wandb(folder: Path) -> Any:
+    """Send what TensorBoard gets to Weights & Biases too; a run that goes on stays one run there.
+
+    Raises `UserError` if it cannot be opened.
+    """
+    import wandb
+
+    name = folder / "wandb" / "run-id"
+    try:
+        if not name.is_file():
+            name.parent.mkdir(exist_ok=True)
+            name.write_text(uuid.uuid4().hex[:12])
+        return wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "ds-cmli"),
+            name=folder.resolve().name,
+            id=name.read_text().strip(),
+            resume="allow",
+            dir=str(folder),
+            config=read(folder / "config.json", dict),
+            sync_tensorboard=True,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except (OSError, wandb.Error) as error:
+        raise UserError(
+            f"run.report_to is 'wandb', which cannot be opened: {one_line(error)}: "
+            "see `wandb login`, or WANDB_MODE=offline"
+        ) from None
 
 
 def _shares(shares: Mapping[str, float]) -> str:
@@ -220,8 +364,7 @@ def open_writer(
     folder: Path,
     total_steps: int,
     first_step: int,
-    report_to: Sequence[str],
-    callbacks: Sequence[trackers.Tracker],
+    report_to: str,
 ) -> Writer | NullWriter:
     """The writer of this rank. Collective.
 
@@ -231,7 +374,7 @@ def open_writer(
     mistake = None
     if distributed.is_main():
         try:
-            writer = Writer(folder, total_steps, first_step, report_to, callbacks)
+            writer = Writer(folder, total_steps, first_step, report_to)
         except UserError as error:
             mistake = str(error)
     distributed.raise_together(mistake)  # collective

@@ -11,7 +11,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.config.start_checks import check_outputs, check_restarts, check_trackers
+from ds_cmli.config.start_checks import check_outputs, check_restarts, check_wandb
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
     from ds_cmli.distributed.process_group import CollectiveFlags
     from ds_cmli.engine import Plan
     from ds_cmli.faults.watchdog import Watchdog
-    from ds_cmli.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ class LaunchOptions:
     resume: str
     with_changes: bool  # --resume-with-changes
     profiles: Profiles
-    callbacks: "tuple[Tracker, ...]" = ()
     raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
 
 
@@ -68,7 +66,7 @@ class Prepared:
 def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
-    check_trackers(config.run.report_to)
+    check_wandb(config.run.report_to)
     check_restarts(config.run.output_dir, start.resume)
     if start.resume != "never":
         plugins.require_those_of(config.run.output_dir)

@@ -155,7 +155,7 @@ def build_and_train(ready: Prepared) -> int:
             say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
         with watchdog.slow(together=True):  # a tracker may ask its server
             writer = open_writer(
-                folder, plan.total_steps, state.step, config.run.report_to, ready.start.callbacks
+                folder, plan.total_steps, state.step, config.run.report_to
             )  # collective
             parts = Run(
                 ready=ready,

@@ -1,4 +1,4 @@
-"""`ds_cmli.fit` in a process that goes on: mistakes, callbacks, resuming; its bits are compared in test_train.py."""
+"""`ds_cmli.fit` in a process that goes on: mistakes, resuming; its bits are compared in test_train.py."""
 
 import os
 import signal
@@ -16,29 +16,11 @@ from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from ds_cmli.memory import out_of_memory
-from ds_cmli.trackers import Tracker
+from ds_cmli.metrics import Writer
 from tests.config.test_mistakes import pairs
 from tests.conftest import free_port, run
 from tests.metrics_file import metrics
 from tests.test_train import BIN, without_times
-
-
-class Notes(Tracker):
-    """Keeps what it is given, and fails at a step."""
-
-    def __init__(self, fails_at: int = 0):
-        self.steps, self.pictures, self.closed, self.fails_at = {}, [], 0, fails_at
-
-    def numbers(self, step, values):
-        self.steps.setdefault(step, {}).update(values)
-        if step == self.fails_at and "loss/total" in values:
-            raise ArithmeticError(step)
-
-    def picture(self, step, name, image):
-        self.pictures.append((step, name, image.ndim))
-
-    def close(self):
-        self.closed += 1
 
 
 @pytest.fixture
@@ -47,7 +29,7 @@ def data(tmp_path):
 
 
 def settings(folder, **more):
-    run = {"preset": "tiny", "output_dir": str(folder), "report_to": [], **more}
+    run = {"preset": "tiny", "output_dir": str(folder), **more}
     return {"run": run, "optim": {"steps": 4}}
 
 
@@ -55,17 +37,32 @@ def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(folder / "student.safetensors")
 
 
-def test_a_callback_gets_what_a_tracker_gets_and_ends_the_run_by_what_it_raises(tmp_path, data):
-    notes, broken, before = Notes(), Notes(fails_at=3), dict(os.environ)
-    straight = ds_cmli.fit(settings(tmp_path / "straight"), Path(data), [notes])
+def at_each_line(monkeypatch, use):
+    """`use(step)` is called after each line of metrics.jsonl."""
+    log = Writer.log
+
+    def logged(writer, step, values, **more):
+        log(writer, step, values, **more)
+        use(step)
+
+    monkeypatch.setattr(Writer, "log", logged)
+
+
+def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data, monkeypatch):
+    def broken(step):
+        if step == 3:
+            raise ArithmeticError(step)
+
+    before = dict(os.environ)
+    straight = ds_cmli.fit(settings(tmp_path / "straight"), Path(data))
     logged = {line["step"]: line["loss"] for line in metrics(straight.folder) if "loss" in line}
-    assert {step: values["loss/total"] for step, values in notes.steps.items()} == logged and notes.closed == 1
     assert straight.metrics["step"] == 4 and straight.metrics["loss"] == logged[4]
-    assert [(step, ndim) for step, _, ndim in notes.pictures] == [(4, 3)] * 2
     assert straight.model.embed_texts(["a", "b"]).cls.shape == (2, 32)
     given = settings(tmp_path / "broken", save_every=2)
-    with pytest.raises(ArithmeticError):
-        ds_cmli.fit(given, [data], [broken])
+    with monkeypatch.context() as patched:
+        at_each_line(patched, broken)
+        with pytest.raises(ArithmeticError):
+            ds_cmli.fit(given, [data])
     again = ds_cmli.fit(given, data)  # from step 2
     assert without_times(again.folder) == without_times(straight.folder)
     for name, value in weights(straight.folder).items():
@@ -88,8 +85,6 @@ def test_a_callback_gets_what_a_tracker_gets_and_ends_the_run_by_what_it_raises(
         ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
         ({"config": {"data": {"source": "a"}}, "data": "b"}, r"^data is 'b': data.source is 'a': give one of them$"),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere', which is no folder"),
-        ({"callbacks": [print]}, r"^callbacks\[0\] is <.*>: give objects with the methods of ds_cmli.trackers.T"),
-        ({"callbacks": [Notes]}, r"^callbacks\[0\] is <class"), ({"callbacks": Notes()}, r"^callbacks is <.* a list$"),
         ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: no such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
     ],
@@ -100,13 +95,13 @@ def test_a_mistake_is_raised(given, words):
 
 
 def test_a_whole_configuration_and_settings_without_effect(tmp_path, data, capsys):
-    config = load_preset("tiny", settings(tmp_path, match_maps=3))
+    config = load_preset("tiny", settings(tmp_path, log_every=9))
     before = config.to_dict()
     ds_cmli.fit(config, data, deepspeed_config={"zero_optimization": {"stage": 1}})
     assert config.to_dict() == before and "no effect" not in capsys.readouterr().out
-    ds_cmli.fit(settings(tmp_path, match_maps=3), data, deepspeed_config={"zero_optimization": {"stage": 1}})
+    ds_cmli.fit(settings(tmp_path, log_every=9), data, deepspeed_config={"zero_optimization": {"stage": 1}})
     printed = capsys.readouterr().out
-    assert "run.match_maps has no effect: run.report_to names no tracker" in printed and "is finished" in printed
+    assert "run.log_every has no effect: it is 9, and the run has 4 steps" in printed and "is finished" in printed
 
 
 def test_a_lack_of_memory_is_raised(tmp_path, data, monkeypatch, capsys):
@@ -134,14 +129,11 @@ def test_a_process_group_of_the_script_stays(tmp_path, data):
 
 
 def test_signals_are_raised_where_the_script_handles_them(tmp_path, data, monkeypatch):
-    class Signals(Notes):
-        def numbers(self, step, values):
-            os.kill(os.getpid(), signal.SIGUSR1)
-
+    at_each_line(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
     before = signal.signal(signal.SIGUSR1, preemption._note)
     try:
         with pytest.raises(preemption.Preempted, match=str(tmp_path)):
-            ds_cmli.fit(settings(tmp_path), data, [Signals()])
+            ds_cmli.fit(settings(tmp_path), data)
     finally:
         signal.signal(signal.SIGUSR1, before)
         preemption._received.clear()

@@ -1,13 +1,24 @@
 """What a user sees of a run while it goes on."""
 
+import importlib.util
+import json
+import os
 import re
+import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli.metrics import Meter, Writer
+from ds_cmli import train
+from ds_cmli.config.presets import load_preset
+from ds_cmli.metrics import Meter, Writer, tag
+from tests.config.test_mistakes import fail
 
+FOUND = {"eval/seen/combined/i2t_r1": 0.5}
+PICTURE = np.full((20, 30, 3), 7, np.uint8)
 VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pairs_per_s": 10.0}
 
 
@@ -57,7 +68,7 @@ def test_a_long_step_says_where_its_time_goes(tmp_path, capsys):
 
 
 def test_a_start_keeps_no_line_of_an_evaluation_that_is_still_to_be_done(tmp_path):
-    writer = Writer(tmp_path, 9, report_to=())
+    writer = Writer(tmp_path, 9)
     for step, values in ((1, VALUES), (2, {"eval/a/x": 0.5}), (2, {"eval/b/x": 0.5}), (2, {"eval/a_ema/x": 0.5})):
         writer.log(step, values)
     assert (writer.lines_at(2, False), writer.lines_at(2, True), writer.lines_at(3, False)) == (1, 4, 4)
@@ -71,3 +82,91 @@ def test_a_peak_that_a_step_exceeds_is_measured_again():
         meter.timer.marks, meter.timer.flops = [("forward", 0.0), (None, 1.0)], 2e12
         assert meter.lap()["mfu"] == expected
     assert measured == [4e12]
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("loss", "loss/total"),
+        ("loss/cmli", "loss/cmli"),
+        ("eval/seen/combined/i2t_r1", "retrieval/seen/combined/i2t_r1"),
+        ("eval/val/pointing_game", "pointing-game/val"),
+        ("lr", "optimizer/lr"),
+        ("time/forward", "speed/time/forward"),
+        ("mfu", "speed/mfu"),
+        ("peak_memory_bytes", "memory/peak_memory_bytes"),
+        ("temperature/global", "temperature/global"),
+    ],
+)
+def test_each_scalar_has_its_group(name, expected):
+    assert tag(name) == expected
+
+
+def write(folder, steps, first_step=0, report_to="tensorboard"):
+    if not (folder / "config.json").exists():
+        (folder / "config.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
+    writer = Writer(folder, 4, first_step, report_to)
+    for step in steps:
+        writer.log(step, VALUES)
+    writer.log(steps[-1], FOUND)
+    writer.picture(steps[-1], "match-maps/seen/0", PICTURE)
+    writer.close()
+
+
+def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(tmp_path):
+    """Step 3 was taken before the run was stopped, and again from the checkpoint of step 2."""
+    write(tmp_path, [1, 2, 3])
+    write(tmp_path, [3, 4], first_step=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
+
+
+def test_wandb_gets_what_tensorboard_gets_offline(tmp_path):
+    """In a process of its own: wandb changes TensorBoard's writer for good."""
+    pytest.importorskip("wandb")
+    code = (
+        "import sys; from pathlib import Path; from tests.test_metrics import write;"
+        "write(Path(sys.argv[1]), [int(step) for step in sys.argv[3:]], int(sys.argv[2]), 'wandb')"
+    )
+    for first, *steps in ("0", "1", "2"), ("2", "3"):
+        env = {**os.environ, "WANDB_MODE": "offline"}
+        command = [sys.executable, "-c", code, str(tmp_path), first, *steps]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
+    name = (tmp_path / "wandb" / "run-id").read_text()
+    one, two = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert one.name.endswith(name) and two.name.endswith(name)
+    content = next(one.glob("*.wandb")).read_bytes()
+    assert b"loss/total" in content and b"retrieval/seen/combined/i2t_r1" in content and b"context_length" in content
+    assert len(list(one.glob("files/media/images/**/*.png"))) == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3]
+
+
+def test_a_wandb_that_is_not_installed_is_one_line(tmp_path, monkeypatch, capsys):
+    result = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "wandb" else result(n, *a))
+    arguments = ["--preset", "tiny", "--output-dir", str(tmp_path / "run"), "--set"]
+    line = fail(train.command, [*arguments, "run.report_to=wandb"], monkeypatch, capsys)
+    assert line == "error: run.report_to is 'wandb', which is not installed: pip install wandb"
+    line = fail(train.command, [*arguments, "run.report_to=wadnb"], monkeypatch, capsys)
+    assert line.startswith("error: run.report_to is 'wadnb'")
+
+
+@pytest.mark.slow
+def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_imports():
+    code = (
+        "import sys, time; started = time.process_time(); sys.argv = ['train.py', '--preset', 'tiny', '--dry-run'];"
+        "from ds_cmli import train; from ds_cmli.common import cli;"
+        "train.quiet.silence = lambda: (print(sorted({'torch', 'timm', 'deepspeed'} & {*sys.modules})), sys.exit());"
+        "cli.exit_code(train.command)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    first, imported = done.stdout.splitlines()
+    assert first.startswith("ds-cmli ") and "preset tiny" in first and imported == "[]"
+    code = (
+        "import sys; from ds_cmli.common import quiet\nwith quiet.without_trackers():\n import deepspeed, timm\n"
+        "print({'mlflow', 'wandb'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr

@@ -414,7 +414,7 @@ def test_python_of_a_training(place, monkeypatch):
     (code,) = [body for body in blocks("python") if "ds_cmli.fit(" in body]
     by_name: dict[str, object] = {}
     exec(compile(code, "docs/python.md", "exec"), by_name)
-    assert by_name["run"].metrics["step"] == 3 and by_name["losses"].values
+    assert by_name["run"].metrics["step"] == 3
 
 
 def test_python_of_results(tmp_path, monkeypatch, capsys):

@@ -49,8 +49,6 @@ def _of_data_and_models(config: Config) -> Iterator[Reason]:
 
 def _of_run(config: Config) -> Iterator[Reason]:
     run, steps = config.run, config.optim.steps
-    if not run.report_to:
-        yield "run.match_maps", "run.report_to names no tracker, which would show them"
     if steps is None:
         return
     for name in ("log_every", "eval_every", "save_every"):

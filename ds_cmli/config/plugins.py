@@ -27,7 +27,6 @@ TABLES: dict[str, tuple[dict, type]] = {
     "IMAGE": (registry.IMAGE, registry.BackboneEntry),
     "TEXT": (registry.TEXT, registry.BackboneEntry),
     "SOURCES": (registry.SOURCES, registry.SourceEntry),
-    "TRACKERS": (registry.TRACKERS, registry.TrackerEntry),
     "TASKS": (registry.TASKS, registry.TaskEntry),
 }
 # The names that each plugin has added, of those that the user named and those of entry points.
@@ -107,7 +106,7 @@ def of_run(names: set[str]) -> list[str]:
     """The plugins for a run's `config.json`: those named by the user, and those with these names.
 
     Args:
-        names: of the run's losses, backbones and trackers.
+        names: of the run's losses and backbones.
     """
     load_installed()
     return [*_given, *filter(lambda name: names & {*_installed[name]}, _installed)]
@@ -162,6 +161,6 @@ plugin_option = option(
     is_eager=True,  # before options whose values a plugin may add
     expose_value=False,
     callback=_load_all,
-    help="Import a module that registers losses, backbones, sources, trackers or tasks "
+    help="Import a module that registers losses, backbones, sources or tasks "
     "(docs/plugins.md). Repeatable.",
 )

@@ -1,4 +1,4 @@
-"""The tables of what a run can be built from: losses, backbones, sources, trackers; of tasks.
+"""The tables of what a run can be built from: losses, backbones, sources; of tasks.
 
 A new one is a file of its own and one entry here, or one that a plugin adds (`plugins.py`).
 Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
@@ -207,19 +207,6 @@ SOURCES = {
 
 
 @dataclass(frozen=True)
-class TrackerEntry:
-    implementation: str  # a `trackers.Tracker`
-    library: str  # the module that it needs, which pip installs by the same name
-
-
-TRACKERS = {
-    "tensorboard": TrackerEntry("ds_cmli.trackers.tensorboard:TensorBoard", "tensorboard"),
-    "wandb": TrackerEntry("ds_cmli.trackers.weights_and_biases:WeightsAndBiases", "wandb"),
-    "mlflow": TrackerEntry("ds_cmli.trackers.mlflow_tracking:MLflow", "mlflow"),
-}
-
-
-@dataclass(frozen=True)
 class TaskEntry:
     implementation: str  # an `evaluate.suites.task.Task` of `ds-cmli-evaluate --suite`
 
@@ -249,7 +236,7 @@ TASKS = {
 }
 
 
-Entry = LossEntry | BackboneEntry | SourceEntry | TrackerEntry | TaskEntry
+Entry = LossEntry | BackboneEntry | SourceEntry | TaskEntry
 
 
 def load(entry: Entry) -> Any:

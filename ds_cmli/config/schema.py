@@ -21,7 +21,6 @@ from ds_cmli.config.registry import (
     IMAGE,
     LOSSES,
     TEXT,
-    TRACKERS,
     compares_tokens,
     of_dual,
 )
@@ -40,7 +39,6 @@ Sections = dict[str, dict[str, Any]]  # section -> setting -> value
 LossName = Annotated[str, NameOf(LOSSES)]
 ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
-TrackerName = Annotated[str, NameOf(TRACKERS)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
 Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow", "naflex"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -354,10 +352,10 @@ class RunConfig:
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
     eval_batch: PairCount = 50  # pairs per batch of an evaluation
     # The number of held-out pairs of each split, always the same ones, whose match maps evaluations
-    # send to trackers.
+    # send to TensorBoard.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
-    # The trackers that get numbers and pictures, as does metrics.jsonl.
-    report_to: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
+    # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
+    report_to: Literal["tensorboard", "wandb"] = "tensorboard"
     # Steps between checkpoints.
     save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = 0
     # Minutes since the last checkpoint after which the next is due.
@@ -388,9 +386,6 @@ class RunConfig:
         # Ranks tell each other of their progress several times a second, not more often.
         fits = self.watchdog == 0 or self.watchdog >= 1
         check(fits, "run.watchdog", self.watchdog, "give 1 to 1000000 seconds (0: off)")
-        for name in self.report_to:
-            once = self.report_to.count(name) == 1
-            check(once, "run.report_to", self.report_to, f"has {name!r} twice: keep one")
 
 
 @dataclasses.dataclass
@@ -446,7 +441,7 @@ class Config:
         """The names in it of entries of the tables in `registry.py`, without data and "auto"."""
         student = self.student
         backbones = student.image_backbone, student.text_backbone, self.teacher.backbone
-        return {*self.loss.weights, *backbones, *self.run.report_to}
+        return {*self.loss.weights, *backbones}
 
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)

@@ -1,4 +1,4 @@
-"""Checks of what is outside of a run at its start: trackers, files outside its folder, and wandb.
+"""Checks of what is outside of a run at its start: files outside its folder, and wandb.
 
 DeepSpeed opens those files when training has begun, and ends the run if it cannot.
 """
@@ -6,27 +6,22 @@ DeepSpeed opens those files when training has begun, and ends the run if it cann
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section
-from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.validation import shown
 
 # Sections of the JSON whose `output_path` is a folder, in which `job_name` is another one.
 FOLDERS = ("tensorboard", "csv_monitor")
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise `UserError` if a tracker's library is not installed. Nothing is imported."""
-    for name in names:
-        library = TRACKERS[name].library
-        if importlib.util.find_spec(library) is None:
-            raise UserError(
-                f"run.report_to has {name!r}, which is not installed: pip install {library}"
-            )
+def check_wandb(report_to: str) -> None:
+    """Raise `UserError` if wandb is wanted and not installed. Nothing is imported."""
+    if report_to == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise UserError("run.report_to is 'wandb', which is not installed: pip install wandb")
 
 
 def check_restarts(output_dir: str, resume: str) -> None:
@@ -39,12 +34,8 @@ def check_restarts(output_dir: str, resume: str) -> None:
         )
 
 
-def check_outputs(ds_config: Section, report_to: Sequence[str]) -> None:
-    """Raise `UserError` for the first place that cannot be written. For rank 0, which writes them.
-
-    Args:
-        report_to: names of trackers.
-    """
+def check_outputs(ds_config: Section, report_to: str) -> None:
+    """Raise `UserError` for the first place that cannot be written. For rank 0, which writes."""
     for setting, value, place in _places(ds_config):
         try:
             _try(place, folder=not setting.endswith("output_file"))
@@ -54,8 +45,8 @@ def check_outputs(ds_config: Section, report_to: Sequence[str]) -> None:
                 f"{setting} is {shown(value)}: cannot write there: {why}: give another path"
             ) from None
     by_json = ds_config.get("wandb", {}).get("enabled")
-    if (by_json or "wandb" in report_to) and not _logged_in():
-        setting = "wandb.enabled is true" if by_json else "run.report_to has 'wandb'"
+    if (by_json or report_to == "wandb") and not _logged_in():
+        setting = "wandb.enabled is true" if by_json else "run.report_to is 'wandb'"
         raise UserError(
             f"{setting} and wandb has no login: `wandb login`, WANDB_API_KEY or WANDB_MODE=offline"
         )

@@ -22,7 +22,6 @@ from ds_cmli.data.demo_pictures import on_white
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Share, rows_of
-from ds_cmli.trackers import MATCH_MAPS
 
 if TYPE_CHECKING:
     from ds_cmli.metrics import NullWriter, Writer
@@ -193,7 +192,7 @@ def draw(
         for number, one in enumerate(maps):
             # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
             picture = np.asarray(on_white(sheet(one.image, one.text, {"": one.match})))
-            writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
+            writer.picture(step, f"match-maps/{split}/{number}", picture)
 
 
 def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[MatchMap]:

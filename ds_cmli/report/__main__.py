@@ -119,7 +119,6 @@ def match_maps(folder: Path) -> dict[str, str]:
     Returns:
         "<pair>, step <step>" -> `data:` URL; empty if the run wrote none.
     """
-    from ds_cmli.trackers import MATCH_MAPS
 
     events = folder / "tensorboard"
     if not any(events.glob("events.*")):
@@ -132,9 +131,9 @@ def match_maps(folder: Path) -> dict[str, str]:
     accumulator.Reload()
     out = {}
     for tag in accumulator.Tags()["images"]:
-        if tag.startswith(MATCH_MAPS):
+        if tag.startswith("match-maps/"):
             image = accumulator.Images(tag)[-1]
-            name = f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"
+            name = f"{tag.removeprefix('match-maps/')}, step {image.step}"
             out[name] = documents.data_url(image.encoded_image_string, "png")
     return out
 

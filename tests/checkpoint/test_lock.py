@@ -125,7 +125,7 @@ def test_a_holder_suspended_for_its_successors_whole_life_writes_no_more(tmp_pat
 
 
 def writes_a_line(folder):
-    Writer(folder, 9, report_to=()).log(2, {"loss": 1.0})
+    Writer(folder, 9).log(2, {"loss": 1.0})
 
 
 def begins_a_checkpoint(folder):

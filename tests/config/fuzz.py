@@ -92,7 +92,6 @@ SETTINGS: dict[str, list[Any]] = {
     "run.keep_best": [True],
     "run.patience": [1],
     "run.match_maps": [0, 2],
-    "run.report_to": [[], ["mlflow"], ["tensorboard", "mlflow"]],
     "optim.lr": [1e-5, 0.01],
     "optim.betas": [[0.8, 0.9]],
     "optim.eps": [1e-8],

@@ -17,7 +17,6 @@ CONTEXTS: dict[str, tuple[list[str], str]] = {
     "accumulated": (ACCUMULATING, "loss optim"),
     "demo": (["--data", "demo"], "data"),
     "micro-batch": (["--set", "optim.negatives=micro_batch", *ACCUMULATING], "optim"),
-    "no tracker": (["--set", "run.report_to=[]"], "run"),
     "frozen": (FROZEN, "optim"),
     "cls_kd": (["--losses", "cls_kd"], "teacher loss optim"),
     "SGD": (["--deepspeed_config", "JSON:sgd"], "optim"),

@@ -29,7 +29,6 @@ ACCUMULATION = {"gradient_accumulation_steps": 2}
         ("student.weights_partial=true", {}, {}, 1, "both encoders' weights are random"),
         ("student.weights_partial=true student.text_weights=hub", {}, {}, 1, None),
         ("teacher.weights_partial=true", {}, {}, 1, "teacher.weights is 'random'"),
-        ("run.match_maps=2 run.report_to=[]", {}, {}, 1, "--set run.match_maps has no effect: run.report_to names no"),
         ("run.match_maps=2", {}, {}, 1, None),
         ("run.patience=4", {"eval_every": 5}, {}, 1, "run.patience has no effect: it is 4, and the run has 4 evaluat"),
         ("run.patience=3", {"eval_every": 5}, {}, 1, None),
@@ -70,7 +69,7 @@ def test_reasons_are_of_settings_that_exist():
         for section in dataclasses.fields(Config)
         for field in dataclasses.fields(section.default_factory)
     }
-    ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9, "report_to": []}}
+    ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9}}
     result: set[str] = set()
     for preset, ranks, steps in (("tiny", 1, 1), ("tiny", 1, 2), ("demo", 2, 2), ("paper", 2, 1)):
         for more in ({}, {"optimizer": {"type": "SGD"}}):

@@ -22,20 +22,20 @@ def test_a_place_that_cannot_be_written_is_one_line_with_its_setting(section, tm
         with pytest.raises(UserError, match=rf"^{section}.output_\w+ is .*: cannot write there: ") as error:
             check_outputs(written(section, tmp_path / place), [])
         assert "\n" not in str(error.value)
-    check_outputs(written(section, tmp_path / "new" / "deep" / "place"), [])
-    check_outputs({section: {**written(section, "/proc/x")[section], "enabled": False}}, [])
+    check_outputs(written(section, tmp_path / "new" / "deep" / "place"), "")
+    check_outputs({section: {**written(section, "/proc/x")[section], "enabled": False}}, "")
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "kept"
 
 
 def test_a_file_that_is_there_is_left_as_it_is(tmp_path):
     (tmp_path / "profile.txt").write_text("of the last run")
-    check_outputs(written("flops_profiler", tmp_path / "profile.txt"), [])
+    check_outputs(written("flops_profiler", tmp_path / "profile.txt"), "")
     assert (tmp_path / "profile.txt").read_text() == "of the last run"
 
 
 @pytest.mark.parametrize(
     ("json", "report_to", "words"),
-    [({"wandb": {"enabled": True}}, [], "wandb.enabled is true"), ({}, ["wandb"], "run.report_to has 'wandb'")],
+    [({"wandb": {"enabled": True}}, "", "wandb.enabled is true"), ({}, "wandb", "run.report_to is 'wandb'")],
 )
 def test_wandb_without_a_login(json, report_to, words, tmp_path, monkeypatch):
     pytest.importorskip("wandb")

@@ -230,7 +230,7 @@ def test_a_config_that_cannot_be_read(tmp_path):
     ("section", "setting", "value"),
     [
         ("loss", "weights", {"of_a_package": 1.0}), ("student", "image_backbone", "of_a_package"),
-        ("student", "text_backbone", "of_a_package"), ("run", "report_to", ["of_a_package"]),
+        ("student", "text_backbone", "of_a_package"),
     ],
 )  # fmt: skip
 def test_a_name_that_a_package_would_register_is_no_damage(section, setting, value, tmp_path):

@@ -305,7 +305,6 @@ def test_the_least_of_what_is_free_counts(monkeypatch):
         ("run", {"watchdog": 1.7e308}, r"run.watchdog is 1.7e\+308: Input should be .* 1000000 \(0: off\)"),
         ("run", {"watchdog": 1e-9}, "run.watchdog is 1e-09: give 1 to 1000000 seconds"),
         ("run", {"save_minutes": 1e300}, r"run.save_minutes is 1e\+300: Input should be .* 1000000000"),
-        ("run", {"report_to": ["mlflow", "mlflow"]}, "has 'mlflow' twice: keep one"),
         ("optim", {"lr_factors": {"image": 1e43}}, r"lr_factors is {'image': 1e\+43}: Input should be .* 1000000000"),
         ("optim", {"lr_factors": {"image": 1e-43}}, "optim.lr_factors is {'image': 1e-43}: Input should be greater"),
         ("optim", {"lr": 1e300}, r"optim.lr is 1e\+300: Input should be .* 1000000000"),

@@ -4,11 +4,9 @@ from ds_cmli.config.registry import (
     IMAGE,
     LOSSES,
     SOURCES,
-    TRACKERS,
     BackboneEntry,
     LossEntry,
     SourceEntry,
-    TrackerEntry,
 )
 
 LOSSES["filip"] = LossEntry("tests.stranger.toy_losses:Filip", scores="cmli", kind="contrastive")
@@ -17,4 +15,3 @@ IMAGE["mixers"] = BackboneEntry("tests.stranger.toy_backbone:Mixers", "a toy")
 SOURCES["zip"] = SourceEntry(
     "tests.stranger.toy_source:load_zip", "a zip of pictures", "zip", ends=(".zip",), settings=("separator",)
 )
-TRACKERS["notebook"] = TrackerEntry("tests.stranger.test_tracker:Notebook", "json")
