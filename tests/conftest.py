@@ -47,7 +47,6 @@ LONGEST_FIRST = (
     "tests/models/test_lora.py",
     "tests/config/test_mistakes.py",
     "tests/models/test_any_aspect.py",
-    "tests/config/test_fuzz.py",
     "tests/checkpoint/test_unwritable.py",
     "tests/memory/test_out_of_memory.py",
     "tests/cmli/test_scores.py",

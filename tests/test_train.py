@@ -187,13 +187,3 @@ def test_help_groups_options_and_shows_defaults():
     assert done.returncode == 0
     for words in ("What to train", "Length and batch", "--losses", "[default: quick]"):
         assert words in " ".join(done.stdout.split())
-
-
-@pytest.mark.soak
-def test_mistakes_reach_the_user_through_the_deepspeed_command():
-    launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
-    done = run("--preset", "tinny", launcher=launcher)
-    assert done.returncode == 2
-    output = done.stdout + done.stderr
-    assert output.count("--preset is 'tinny': did you mean 'tiny'?") == 1
-    assert "Traceback" not in output

@@ -93,8 +93,3 @@ def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
 @pytest.mark.slow
 def test_killed_at_two_moments(tmp_path):
     series(tmp_path, 1, ["any", "write"], seed=1)
-
-
-@pytest.mark.soak
-def test_killed_at_thirty_moments_on_two_ranks(tmp_path):
-    series(tmp_path, 2, ["write", "write", "any"] * 10, seed=2)

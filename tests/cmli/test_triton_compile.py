@@ -36,9 +36,6 @@ SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 SHARED = {target: kilobytes * 1024 for target, kilobytes in SHARED.items()}
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 CASES = [(target, dtype) for target in (80, 90) for dtype in NAMES] + [(86, torch.bfloat16)]
-for target, dtype in product(SHARED, NAMES):
-    if (target, dtype) not in CASES and target >= 80:
-        CASES.append(pytest.param(target, dtype, marks=pytest.mark.soak))
 # A few bytes, or of a kernel that is new: sm_90 in fp32 by Triton 3.7, sm_100 by Triton 3.9.
 SPILLS = {(90, torch.float32): 24} | {(100, dtype): 512 for dtype in NAMES}
 DENSE_SPILLS = SPILLS | {(90, torch.bfloat16): 48}  # with fewer features, twice the instructions and no spills

@@ -1,13 +1,9 @@
-"""Two ranks against one process with twice the micro-batch, in fp32; with `-m soak` by the real `deepspeed` command."""
-
-import os
-import sys
+"""Two ranks against one process with twice the micro-batch, in fp32."""
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, clean_environment, free_port, rank_environments
-from tests.gpu import limits
+from tests.conftest import ROOT, rank_environments
 from tests.processes import Program
 
 STEPS = 3
@@ -16,10 +12,9 @@ STEPS = 3
 PAIRS = 8
 
 
-def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, source="demo", world_size=1):
-    """Of ranks that `launcher` starts, or, if it is empty, of `world_size` forked ones."""
+def gradients(tmp_path, micro_batch, stage, accumulation, exchange, source="demo", world_size=1):
+    """Of `world_size` forked ranks."""
     file = tmp_path / f"{micro_batch}.pt"
-    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
         str(ROOT / "tests" / "distributed" / "dump_gradients.py"),
         str(file),
@@ -30,10 +25,6 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
         exchange,
         source,
     ]
-    if launcher:
-        done = limits.run([*launcher, *command], 300, env, ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return torch.load(file)
     output = tmp_path / "output"
     ranks = [Program(command, item | {"PYTHONPATH": str(ROOT)}, ROOT, output) for item in rank_environments(world_size)]
     assert [rank.wait(300) for rank in ranks] == [0] * world_size, output.read_text()
@@ -41,21 +32,16 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
 
 
 @pytest.mark.parametrize(
-    "launched, stage, accumulation, exchange",
+    "stage, accumulation, exchange",
     [
-        (False, 2, 1, "gather"),
-        pytest.param(False, 3, 2, "ring", marks=pytest.mark.slow),
-        pytest.param(True, 2, 1, "gather", marks=pytest.mark.soak),
+        (2, 1, "gather"),
+        pytest.param(3, 2, "ring", marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, launched, stage, accumulation, exchange):
-    deepspeed = (
-        *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
-        *("--num_accelerators", "2", "--master_port", str(free_port())),
-    )
-    launcher, micro_batch = deepspeed if launched else (), PAIRS // 2 // accumulation
-    two = gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, world_size=2)
-    one = gradients(tmp_path, (), PAIRS, stage, 1, exchange)
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation, exchange):
+    micro_batch = PAIRS // 2 // accumulation
+    two = gradients(tmp_path, micro_batch, stage, accumulation, exchange, world_size=2)
+    one = gradients(tmp_path, PAIRS, stage, 1, exchange)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):

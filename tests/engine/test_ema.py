@@ -164,11 +164,6 @@ def test_two_ranks():
     assert spawn(check, 2, [(0, "bf16", 1), (1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
 
 
-@pytest.mark.soak
-def test_two_ranks_in_all():
-    assert spawn(check, 2, LAYOUTS) == [[], []]
-
-
 @pytest.mark.slow
 def test_predicted_equals_the_allocator_where_it_is_offloaded():
     """With what else training can have, and on the device: tests/test_features_together.py."""

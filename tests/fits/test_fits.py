@@ -99,7 +99,7 @@ def test_backward_runs_on_the_streams_of_forward(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
+@pytest.mark.parametrize("ranks", [2])
 def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""
     options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]

@@ -14,7 +14,6 @@ from ds_cmli.losses.functions import choose_patches, chosen_features, patch_simi
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
-from tests.stranger.drive import STEPS, drive
 
 LN2 = math.log(2.0)
 SIMILARITY = torch.tensor([[[0.0, 2 * LN2, LN2, -torch.inf]]])
@@ -84,13 +83,3 @@ def test_more_patches_than_an_image_has_are_refused():
     with pytest.raises(UserError, match=r"^loss.target_top is 17: an image has 16 patches: give fewer$"):
         loss.fit(16, 32)
     TargetText(LossConfig(target="best", target_top=17)).fit(16, 32)
-
-
-@pytest.mark.soak
-def test_training_with_the_parts(tmp_path, alone):
-    settings = ("--set", "loss.target=top", "--set", "loss.target_top=3")
-    run_content = drive(tmp_path, "--losses", "cmli,target_image=0.5,target_text=2", *settings)
-    assert len(run_content["logged"]) == STEPS and "refused" not in run_content
-    for line in run_content["logged"]:
-        parts = line["loss/cmli"] + 0.5 * line["loss/target_image"] + 2 * line["loss/target_text"]
-        assert line["loss"] == pytest.approx(parts, rel=1e-5)

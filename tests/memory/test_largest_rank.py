@@ -1,13 +1,10 @@
 """The rank that needs the most is predicted, by what its share of the gradients needs and when."""
 
-import os
-
 import pytest
 
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.largest_rank import predict_largest
-from ds_cmli.memory.predict import Options, predict
+from ds_cmli.memory.predict import predict
 from ds_cmli.memory.shares import requested_peak
 from tests.memory.random_settings import random_setting
 
@@ -43,34 +40,3 @@ def test_ranks_that_do_not_follow_from_each_other_are_all_predicted():
     last = predict(config, json, ranks, target="cpu", rank=ranks - 1)
     assert largest.report.setting["rank"] == 3
     assert largest.report.totals["requested"] > 1.04 * last.report.totals["requested"]
-
-
-@pytest.mark.soak
-def test_random_settings_against_all_ranks():
-    """Those of the seeds RANDOM_SETTINGS, 0-300; prints how far the last rank alone is below, and what is missed."""
-    tried, refused, missed, lowest, predicted = 0, 0, [], 0.0, 0
-    first, _, end = os.environ.get("RANDOM_SETTINGS", "0-300").partition("-")
-    for seed in range(int(first), int(end)):
-        config, json, ranks = random_setting(seed)
-        target, total = (("cpu", "requested"), ("cuda", "device"))[seed % 2]
-        try:
-            item = [predict(config, json, ranks, target=target, rank=rank).report for rank in range(ranks)]
-        except UserError as error:
-            refused += 1
-            print(f"{seed}: refused: {error}")
-            continue
-        tried += 1
-        sizes = [report.totals[total] for report in item]
-        reserved = [report.totals.get("reserved", report.totals["requested"]) for report in item]
-        results: list[str] = []
-        largest = predict_largest(config, json, ranks, target=target, options=Options(tell=results.append)).report
-        predicted += sum(line.startswith("step 1") for line in results)
-        lowest = min(lowest, reserved[-1] / max(reserved) - 1)
-        if largest.totals[total] != max(sizes):
-            missed.append((seed, largest.totals[total] / max(sizes) - 1))
-        print(f"{seed}: {ranks} ranks, {largest.totals[total] / max(sizes) - 1:+.4%}", flush=True)
-    print(
-        f"{tried} settings, {refused} refused: the last rank is up to {-lowest:.1%} below the one that needs the most; "
-        f"missed {missed}; {predicted / tried:.2f} predictions for each"
-    )
-    assert not missed

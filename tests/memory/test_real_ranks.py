@@ -9,9 +9,6 @@ from tests.conftest import run
 @pytest.mark.parametrize(
     "ranks, stage, exchange, kind",
     [
-        pytest.param("1", "1", "gather", "document", marks=pytest.mark.soak),
-        # Each of its values is in one of those below.
-        pytest.param("2", "2", "gather", "document", marks=pytest.mark.soak),
         ("3", "3", "ring", "document"),
         ("2", "2", "gather", "aspect"),
     ],
@@ -24,11 +21,3 @@ def test_predicted_equals_what_real_ranks_take(ranks, stage, exchange, kind):
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("predicted") == 1
     assert "predicted Count" not in done.stdout
-
-
-@pytest.mark.soak
-def test_all_kinds_of_runs_in_pairs_of_values():
-    """Each cell is predicted as it is measured, or refused by both in the same line."""
-    done = run("--pairwise", "--ranks", "1", "2", script="../tests/memory/real_ranks.py", timeout=3600)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -78,9 +78,7 @@ def test_gradients_are_the_same_and_come_once(kind, model):
 
 # One block of each kind, and dropout, which is to draw what it draws without the compiler.
 TINY = {"student": {"layers": 1, "dropout": 0.2}, "teacher": {"block": 0}, "optim": {"warmup_share": 0.0, "lr": 0.001}}
-ALL = dict(CONFIG.loss.weights)
 COMPILED = load_preset("tiny", {"run": {"compile": "blocks"}})
-HERE = cannot_compile(COMPILED, torch.device("cpu"))
 
 
 def losses(compile_, stage, checkpointing, weights):
@@ -123,22 +121,6 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
-
-
-# With `global` alone there is no teacher, whose block is one of the image encoder's.
-@pytest.mark.soak
-@pytest.mark.skipif(HERE is not None, reason=str(HERE))
-@pytest.mark.parametrize(
-    ("stage", "checkpointing", "weights"),
-    [
-        (3, True, {"global": 1.0}),
-        (3, True, ALL),
-        (0, False, ALL),
-    ],
-)
-def test_the_losses_of_uncompiled_blocks(device, stage, checkpointing, weights):
-    plain, compiled = (losses(kind, stage, checkpointing, weights) for kind in ("off", "blocks"))
-    assert compiled == pytest.approx(plain, rel=1e-4)
 
 
 def test_without_a_compiler_it_is_one_line(monkeypatch):

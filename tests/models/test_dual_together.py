@@ -136,15 +136,17 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
         check_memory(config, content, 1 + ("two" in values), SCALARS)
 
 
-MARKED = [pytest.param(run, marks=pytest.mark.soak if "compiled" in run else pytest.mark.slow) for run in RUNS]
+PLAIN = [run for run in RUNS if "compiled" not in run]
 
 
-@pytest.mark.parametrize("run", MARKED)
+@pytest.mark.slow
+@pytest.mark.parametrize("run", PLAIN)
 def test_a_training_from_a_source(run, sources, tmp_path, alone):
     values = run.split()
     train_and_break(values, sources[values[0]], tmp_path)
 
 
-@pytest.mark.parametrize("run", [run for run in MARKED if "siglip" in run.values[0]])
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [run for run in PLAIN if "siglip" in run])
 def test_a_training_from_a_naflex_model(run, tmp_path, alone):
     train_and_break(["naflex", *run.split()[1:]], naflex(tmp_path / "source"), tmp_path)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.models import test_dual_together
-from tests.models.test_dual_together import MARKED, SETTINGS, train_and_break
+from tests.models.test_dual_together import PLAIN, SETTINGS, train_and_break
 
 pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import saved
@@ -23,7 +23,8 @@ def folders(tmp_path_factory):
     return {name: saved(folder / name, name) for _, name in SOURCES.values()}
 
 
-@pytest.mark.parametrize("run", MARKED)
+@pytest.mark.slow
+@pytest.mark.parametrize("run", PLAIN)
 def test_a_training_from_a_source(run, folders, tmp_path, alone, monkeypatch):
     source, *values = run.split()
     kind, name = SOURCES[source]

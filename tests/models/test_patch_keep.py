@@ -1,7 +1,6 @@
 """Patch dropout: which patches, what the encoder makes of them, training on one and two ranks, refusals."""
 
 import json
-from itertools import product
 
 import pytest
 import torch
@@ -93,16 +92,14 @@ def test_an_export_has_all_patches(tmp_path):
     assert json.loads((folder / "config.json").read_text())["settings"]["student"]["patch_keep"] == 1
 
 
-QUICK = {1: [(3, 1, "gather")], 2: [(2, 2, "ring")]}  # ranks: (stage, accumulation, exchange)
-EVERY = [*product(range(4), (1, 2), ("gather", "ring"))]
+CELLS = {1: [(3, 1, "gather")], 2: [(2, 2, "ring")]}  # ranks: (stage, accumulation, exchange)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cells", [QUICK, pytest.param({1: EVERY, 2: EVERY}, marks=pytest.mark.soak)], ids=["", "all"])
-def test_the_same_at_every_stage_and_on_two_ranks(tmp_path, cells):
+def test_the_same_at_another_stage_and_on_two_ranks(tmp_path):
     data = pairs(tmp_path / "pairs", count=63)
     named = {}
-    for world_size, some in cells.items():
+    for world_size, some in CELLS.items():
         tasks = []
         for stage, accumulation, exchange in some:
             name = f"{world_size}-{stage}-{accumulation}-{exchange}"

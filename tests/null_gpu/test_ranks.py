@@ -50,10 +50,9 @@ def test_messages_arrive(null_gpu, tmp_path):
         }
 
 
-@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 3))])
-def test_two_ranks_go_on_after_a_kill(null_gpu, stage, tmp_path):
+def test_two_ranks_go_on_after_a_kill(null_gpu, tmp_path):
     run, environment = tmp_path / "run", null_gpu("3090", count=2)
-    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": stage}}))
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": 2}}))
     options = ["--preset", "tiny", "--steps", "4", "--save-every", "2", "--set", "run.match_maps=0"]
     options += ["--output-dir", str(run)]
     options += ["--deepspeed_config", str(tmp_path / "ds.json"), "--data", pairs(tmp_path / "pairs", count=64)]

@@ -12,7 +12,6 @@ from tests.conftest import ROOT
 from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
-CARDS = ("t4", "a100", "3090", "4090", "h100", "b200", "5090")
 
 
 def train(environment: dict[str, str], folder: Path, *options: str) -> subprocess.CompletedProcess:
@@ -21,14 +20,11 @@ def train(environment: dict[str, str], folder: Path, *options: str) -> subproces
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize(
-    "card", ["3090", *(pytest.param(card, marks=pytest.mark.soak) for card in CARDS if card != "3090")]
-)
-def test_tiny_trains_in_fp16(null_gpu, card, tmp_path):
+def test_tiny_trains_in_fp16(null_gpu, tmp_path):
     (tmp_path / "ds.json").write_text('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
     options = ["--preset", "tiny", "--steps", "3", "--deepspeed_config", str(tmp_path / "ds.json")]
     options += ["--data", pairs(tmp_path / "pairs", count=64)]  # an evaluation of a few pairs
-    done = train(null_gpu(card), tmp_path / "run", *options)
+    done = train(null_gpu("3090"), tmp_path / "run", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]

@@ -7,37 +7,12 @@ from itertools import groupby
 import pytest
 
 from ds_cmli.train import command
-from tests.conftest import ROOT, rank_environments
-from tests.metrics_file import metrics
-from tests.processes import Program, python
+from tests.processes import python
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 pytestmark = pytest.mark.slurm
 
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
-# name: (sbatch options, nodes, ranks)
-RUNS = {
-    "1 node x 1": ((), 1, 1),
-    "1 node x 2": (("--ntasks-per-node=2",), 1, 2),
-    "2 nodes x 2": (("--nodes=2", "--ntasks-per-node=2"), 2, 4),
-}
-
-
-# The stand-in jobs below show what each layout is given. That a job trains with it as without Slurm is shown by the one
-# on two nodes in test_interrupted.py.
-@pytest.mark.soak
-@pytest.mark.parametrize("name", RUNS)
-def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
-    sbatch, nodes, ranks = RUNS[name]
-    options = (*TINY, "--micro-batch", str(8 // ranks))
-    job = submit(cluster, tmp_path, sbatch, *options)
-    text = finish(cluster, tmp_path, job, timeout=300)
-    assert f"job {job}, start 0: {ranks} tasks on {nodes} nodes" in text
-    command = [str(ROOT / "ds_cmli" / "train.py"), *options, "--output-dir", str(tmp_path / "plain")]
-    output = tmp_path / "plain.log"
-    plain = [Program(command, env, ROOT, output) for env in rank_environments(ranks)]
-    assert [process.wait(300) for process in plain] == [0] * ranks, output.read_text()
-    assert metrics(tmp_path / "runs" / f"slurm-{job}") == metrics(tmp_path / "plain")
 
 
 STAND_IN = """\

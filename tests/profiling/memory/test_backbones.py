@@ -7,14 +7,6 @@ CASES = [
     ("text", "t5", 2, True, "bf16"),
     ("text", "clip", 0, False, "fp32"),
 ]
-SOAK = [
-    ("text", "t5", 3, True, "bf16"),
-    ("image", "vit_base_patch16_siglip_224", 2, True, "fp32"),
-    ("image", "swin_tiny_patch4_window7_224", 1, False, "bf16"),
-    ("image", "swinv2_tiny_window8_256", 3, False, "bf16"),
-    ("image", "vit_relpos_small_patch16_224", 2, True, "bf16"),
-    ("text", "albert", 2, True, "fp32"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +19,7 @@ def backbones():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "model", "stage", "checkpointing", "precision"),
-    [*CASES, *(pytest.param(*case, marks=pytest.mark.soak) for case in SOAK)],
+    CASES,
 )
 def test_trains_evaluates_and_is_predicted(backbones, kind, model, stage, checkpointing, precision):
     case = next(case for case in (*backbones.IMAGES, *backbones.TEXTS) if case.model == model)
