@@ -79,7 +79,7 @@ class Checkpoints:
                 "better result"
             )
         best = state.best
-        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
         lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
         files = []
         for name in WRITTEN:

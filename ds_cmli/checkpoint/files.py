@@ -28,7 +28,6 @@ from ds_cmli.common.patches import environment
 from ds_cmli.models.weights import not_finite
 
 CHECKSUMS = "checksums.json"
-FORMER_NAME = "manifest.json"  # the name in older checkpoints
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
@@ -109,8 +108,7 @@ def _text(entries: Mapping[str, FileEntry]) -> str:
 def read_checksums(folder: Path) -> dict[str, FileEntry]:
     """Read `checksums.json`: entries by file name. Raises ValueError with what is wrong."""
     try:
-        former = folder / FORMER_NAME
-        text = (former if former.is_file() else folder / CHECKSUMS).read_text()
+        text = (folder / CHECKSUMS).read_text()
         entries = parse(text.partition("\n")[2], dict)
     except FileNotFoundError:
         raise ValueError(f"{CHECKSUMS} is missing") from None

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
@@ -30,18 +30,16 @@ class SamplerState(TypedDict):
     position: Position
     length: Position
     seed: Number
-    window: NotRequired[Position]
-    global_batch: NotRequired[Number]
 
 
 class Best(TypedDict):
-    """The best result; earlier versions wrote no `pairs` and `chance`."""
+    """The best result."""
 
     metric: str
     value: float
     step: Number
-    pairs: NotRequired[Number]
-    chance: NotRequired[float]
+    pairs: Number
+    chance: float
 
 
 class Generators(TypedDict, total=False):
@@ -149,8 +147,6 @@ def read_shared(path: Path) -> TrainState:
         raise UserError(
             f"{path / STATE} is no state of a run ({error}): --resume another one"
         ) from None
-    if "cut" in values:  # the former name of `rebatched`
-        values["rebatched"] = values.pop("cut")
     unknown = sorted({*values} - {*TrainState().shared()})
     if unknown:
         raise UserError(

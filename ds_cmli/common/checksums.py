@@ -1,6 +1,6 @@
 """Checksums of what is read again later: of a JSON object in itself, of a file's lines next to it.
 
-They find damage, not forgery. What was written without them, by earlier versions, agrees.
+They find damage, not forgery. What has none agrees.
 """
 
 import hashlib

@@ -21,7 +21,6 @@ from ds_cmli.config.schema import (
     Sections,
     parse_losses,
     parse_settings,
-    with_new_names,
 )
 from ds_cmli.config.validation import shown
 
@@ -272,7 +271,7 @@ def how_given(settings: tuple[str, ...], options: OptionValues) -> dict[str, str
     For instance `{"data.prefetch": "--set data.prefetch"}`.
     """
     given = {}
-    for section, values in with_new_names(parse_settings(settings)).items():
+    for section, values in parse_settings(settings).items():
         for key in values:
             given[f"{section}.{key}"] = f"--set {section}.{key}"
     for name, (section, key) in PLACES.items():

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import sources
-from ds_cmli.config.schema import Config, RunConfig, Sections, choice, with_new_names
+from ds_cmli.config.schema import Config, RunConfig, Sections, choice
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
@@ -124,7 +124,7 @@ def load_preset(
     """
     name = str(name or overrides.get("run", {}).get("preset", RunConfig.preset))
     choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
-    overrides = sources.applied(with_new_names(overrides), written or {})
+    overrides = sources.applied(overrides, written or {})
     values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

@@ -459,7 +459,6 @@ class Config:
         """
         plugins.load_installed()
         sections = {field.name: field.default_factory for field in dataclasses.fields(cls)}
-        values = with_new_names(values)
         for name in values:
             choice("configuration section", name, sections)
         built: dict[str, object] = {}
@@ -467,26 +466,6 @@ class Config:
             kind: Any = section  # the section's class
             built[name] = build(kind, name, values.get(name, {}), written or {})
         return cls(**built)  # type: ignore[arg-type]
-
-
-# Former names of settings, which stay valid: (section, former name) -> present name.
-FORMER = {("data", "text_positions"): "context_length"}
-
-
-def with_new_names(values: Sections) -> Sections:
-    """Replace former names in the sections' `values`.
-
-    Raises `UserError` if both names of a setting are given.
-    """
-    out = dict(values)
-    for (section, former), name in FORMER.items():
-        settings = out.get(section)
-        if isinstance(settings, dict) and former in settings:
-            setting, value = f"{section}.{former}", settings[former]
-            check(name not in settings, setting, value, f"{section}.{name} is given too")
-            out[section] = {**settings, name: value}
-            del out[section][former]
-    return out
 
 
 def load_config(path: Path, setting: str) -> Config:

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-import re
 
 from ds_cmli.common.json_text import JsonObject, Section
-from ds_cmli.config.schema import FORMER, Config
+from ds_cmli.config.schema import Config
 
 # Settings of output, logging, evaluation, checkpoints and loading: no training step depends on
 # them.
@@ -28,8 +27,6 @@ FREE = {
     "data.workers",
     "data.prefetch",
 }
-# What earlier versions did not note of their sources, and what cannot be compared with theirs.
-NEWER = re.compile(r"sources\..*\.(bytes|missing|sizes|members|sampled|evaluated_on\..*)")
 SHOWN = 20  # maximum number of differences in a message, as hundreds of data files may differ
 # How the global batch is split over ranks. If the number of ranks changes, these change and the
 # global batch does not.
@@ -70,13 +67,9 @@ def digest(settings: JsonObject) -> str:
 def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[str]:
     """The differences as text: `["optim.lr: 0.001 -> 0.002", ...]`.
 
-    A setting that is newer than the earlier run counts as its default, and one that has been
-    renamed since then is compared under its new name. Without `same_ranks`, `BATCH_SPLIT` is
-    ignored.
+    Without `same_ranks`, `BATCH_SPLIT` is ignored.
     """
-    before = _with_defaults(_renamed(before), now)
     names = {*before, *now}
-    names -= {name for name in now if NEWER.fullmatch(name) and name not in before}
     if not same_ranks:
         names -= BATCH_SPLIT
     lines = []
@@ -92,21 +85,3 @@ def _value(settings: JsonObject, name: str) -> str:
     if name in settings:
         return json.dumps(settings[name])
     return "not set"
-
-
-def _renamed(settings: JsonObject) -> JsonObject:
-    out = dict(settings)
-    for (section, former), name in FORMER.items():
-        if f"{section}.{former}" in out:
-            out[f"{section}.{name}"] = out.pop(f"{section}.{former}")
-    return out
-
-
-def _with_defaults(before: JsonObject, now: JsonObject) -> JsonObject:
-    """Add the defaults of settings that are newer than the earlier run."""
-    known = {tuple(name.split(".")[:2]) for name in before}
-    out = dict(before)
-    for name, value in compared(Config(), {}).items():
-        if name in now and tuple(name.split(".")[:2]) not in known:
-            out[name] = value
-    return out

@@ -63,8 +63,6 @@ CPU = "cpu"
 @option(
     "Prediction",
     "--gpu",
-    "--card",
-    "gpu",
     help="GPU whose context, workspace and NCCL buffers are added; cpu: predict for this "
     "machine's CPU.  [RTX 3090 24GB]",
 )

@@ -2,13 +2,11 @@
 
 import json
 import random
-from dataclasses import replace
 
 import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
-from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.sources import base
 from tests.checkpoint.test_restore import drive
 from tests.data.sources.samples import members, tar
@@ -52,21 +50,6 @@ def test_of_many_differences_the_first_are_told():
     assert len(lines) == settings.SHOWN + 1 and lines[-1] == "980 more"
 
 
-def test_a_setting_newer_than_the_run_counts_as_its_default():
-    now = settings.compared(Config(), {})
-    before = {name: value for name, value in now.items() if name != "data.augmentation"}
-    assert settings.differences(before, now, True) == []
-    now = settings.compared(replace(Config(), data=DataConfig(augmentation={"color_jitter": 0.4})), {})
-    assert settings.differences(before, now, True) == ["data.augmentation.color_jitter: not set -> 0.4"]
-
-
-def test_a_setting_renamed_since_the_run_is_no_difference():
-    now = settings.compared(Config(), {})
-    before = {name.replace("context_length", "text_positions"): value for name, value in now.items()}
-    assert before != now and settings.differences(before, now, True) == []
-    assert settings.differences(before | {"data.text_positions": 9}, now, True) == ["data.context_length: 9 -> 64"]
-
-
 def test_every_skipped_sample_is_in_the_runs_file_once_also_after_a_stop(tmp_path):
     some = rows(20)
     some[5]["text"] = None
@@ -98,15 +81,6 @@ def test_pictures_that_are_other_ones_at_the_next_start_are_refused(change, tmp_
     said = {"replaced": "bytes: ", "deleted": "missing: 0 -> 1"}[change]
     assert f"sources.{tmp_path}/data.{said}" in str(error.value)
     assert drive([*run, "--resume-with-changes"]) == 0
-
-
-def test_what_an_earlier_version_did_not_note_of_a_source_is_no_difference():
-    now = {"sources.a/b.csv.pictures": 3, "sources.a/b.csv.bytes": 5, "sources.a/b.csv.evaluated_on.pictures": 2}
-    assert settings.differences({"sources.a/b.csv.pictures": 3}, now, True) == []
-    assert len(settings.differences({"sources.a/b.csv.pictures": 4}, now, True)) == 1
-    assert len(settings.differences({**now, "sources.a/b.csv.bytes": 4}, now, True)) == 1
-    more = {"sources.a.files.1.tar": 7}
-    assert len(settings.differences({"sources.a.pictures": 3}, {"sources.a.pictures": 3, **more}, True)) == 1
 
 
 def test_every_bit_of_small_data_counts_and_sampled_blocks_of_large_ones(tmp_path, monkeypatch):

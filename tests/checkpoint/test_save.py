@@ -194,7 +194,7 @@ def test_the_state_survives_its_file(run, train_engine):
     state = TrainState(
         step=7,
         sampler={"epoch": 1, "position": 8, "length": 16, "seed": 0},
-        best={"metric": "loss", "value": 0.5, "step": 6},
+        best={"metric": "loss", "value": 0.5, "step": 6, "pairs": 4, "chance": 0.25},
         sums=torch.tensor([1.5, 2.5]),
         micro_batches=3,
         bad_count=2,

@@ -79,7 +79,7 @@ def test_reasons_are_of_settings_that_exist():
 
 
 def test_a_setting_is_named_as_it_was_given():
-    given = how_given(("data.text_positions=8", "optim.lr=1"), options(keep=3, preset="tiny"))
+    given = how_given(("data.context_length=8", "optim.lr=1"), options(keep=3, preset="tiny"))
     assert given == {
         "data.context_length": "--set data.context_length", "optim.lr": "--set optim.lr", "run.keep": "--keep",
         "run.preset": "--preset",

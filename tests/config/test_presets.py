@@ -55,9 +55,3 @@ def test_mistakes_name_setting_value_and_remedy(overrides, words):
         load_preset("tiny", overrides)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_former_names_stay_valid():
-    assert load_preset("tiny", {"data": {"text_positions": 20}}).data.context_length == 20
-    with pytest.raises(UserError, match=r"data.text_positions is 20: data.context_length is given too"):
-        load_preset("tiny", {"data": {"text_positions": 20, "context_length": 30}})

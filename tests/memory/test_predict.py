@@ -520,11 +520,6 @@ def test_mistakes_are_one_line(arguments):
     assert done.stderr.count("\n") == 1 and arguments[0] in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_former_name_of_an_option_stays_valid():
-    done = command("--card", "abacus")
-    assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of T4 16GB")
-
-
 @pytest.mark.slow
 def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
     """More micro-batches make a forward pass larger by their features, or, with these on the host, not at all."""
