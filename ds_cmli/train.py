@@ -140,11 +140,12 @@ def build_and_train(ready: Prepared) -> int:
     chosen, notice = with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
     raises, afterwards = ready.start.raises, contextlib.ExitStack()
-    ending = out_of_memory.ending(chosen, plan.deepspeed, folder, device, watchdog, raises)
-    with ending, afterwards:  # collective
+    ending = out_of_memory.ending(folder, device, watchdog, raises)
+    with afterwards, ending as engines:
         engine = build(
             chosen, plan.deepspeed, data.vocab_size, plan.total_steps, device, data.special
         )
+        engines.append(engine)
         if raises:
             afterwards.callback(release, engine.engine)
         restore.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective

@@ -1,38 +1,36 @@
-"""Out of memory: training ends on every rank with exit code 2 and one message of what to change.
+"""Out of memory: the rank names what it asked for, what it has and who holds it, and ends with exit
+code 2.
 
-A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the
-message if several run out together; the others wait for it and end silently. Nothing here is a
-collective. A rank that still waits in one for the failed rank is ended by the watchdog, or by the
-launcher, which sees the failed rank's exit code.
+Nothing here is a collective. A rank that waits in one for the failed rank is ended by the watchdog,
+or by the launcher, which sees the failed rank's exit code.
 """
 
 import errno
 import os
 import re
 import resource
+import shlex
 import sys
-import time
 import traceback
-import uuid
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from ds_cmli.allocator import gpus
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import JsonObject
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import TrainEngine
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import measure, predict_subprocess
-from ds_cmli.memory.changes import SettingsChange, Shortage, Step
-from ds_cmli.memory.predict_subprocess import PredictionAnswer
+from ds_cmli.memory import measure
+from ds_cmli.memory.owners import owners
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
-WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
 PHRASES = (
     "can't allocate memory",
     "not enough memory",
@@ -40,7 +38,6 @@ PHRASES = (
     "out of memory",
     "ALLOC_FAILED",
 )
-ADVICE_SECONDS = 120  # limit for all predictions together; the other ranks wait meanwhile
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -65,6 +62,7 @@ class DeviceRoom:
 
     bytes: int | None  # None if not known
     limit: str  # a description for the message
+    fit: str = ""  # of a GPU: the value of `--fit` that means it
 
 
 def process_room(base: dict[str, int]) -> DeviceRoom:
@@ -97,7 +95,8 @@ def device_room(device: torch.device) -> DeviceRoom:
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
     name = torch.cuda.get_device_name(device)
-    return DeviceRoom(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank")
+    fit = gpus.listed_name(name) or f"{total // 10**6}MB"
+    return DeviceRoom(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank", fit)
 
 
 def room_of(device: torch.device, base: dict[str, int]) -> DeviceRoom:
@@ -108,146 +107,75 @@ def room_of(device: torch.device, base: dict[str, int]) -> DeviceRoom:
 
 @contextmanager
 def ending(
-    config: Config,
-    ds_config: DeepSpeedConfig,
-    folder: Path,
-    device: torch.device,
-    watchdog: Watchdog,
-    raises: bool = False,
-) -> Iterator[None]:
-    """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
+    folder: Path, device: torch.device, watchdog: Watchdog, raises: bool = False
+) -> Iterator[list[TrainEngine]]:
+    """Build and train inside: if memory runs out, this ends the process.
+
+    Yields a list for the engine, once there is one: its tensors are counted in the message.
 
     Args:
-        config, ds_config: as `engine.build` takes them; the prediction is made for them.
-        folder: the run's folder, the same on every rank. The message and the snapshot are written
-            there, as `out_of_memory*`.
-        watchdog: waits longer while the message is prepared, and then tells the other ranks to end.
-        raises: whether a single rank raises `UserError` after the message and goes on.
+        folder: the run's folder; on a GPU the snapshot is written there.
+        watchdog: tells the other ranks to end.
+        raises: whether a single rank raises `UserError` with the message and goes on.
     """
-    token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
-    message = folder / f"out_of_memory-{token}.txt"
     snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
     base = process_bytes() if device.type == "cpu" else {}
     if device.type == "cuda":
         _save_when_cuda_runs_out(snapshot)
+    engines: list[TrainEngine] = []
     try:
-        yield
+        yield engines
     except (MemoryError, RuntimeError, OSError) as error:
-        if not (is_shortage(error) or message.exists()):
+        if not is_shortage(error):
             raise
-        with watchdog.slow():
-            if is_shortage(error):
-                room = room_of(device, base)
-                # The traceback's frames hold the step's tensors, and preparing the message takes
-                # memory.
-                traceback.clear_frames(error.__traceback__)
-                step = Step(config, ds_config, distributed.world_size(), device.type == "cuda")
-                if _speak(error, room, step, message, snapshot):
-                    if raises and distributed.world_size() == 1:
-                        raise UserError(f"out of memory: {message} says what would fit") from None
-                    watchdog.dismiss()
-                    _leave()
-            # Another rank ran out first; here that showed as a broken connection, or this rank ran
-            # out later.
-            end = time.monotonic() + WAIT_SECONDS
-            while message.exists() and message.stat().st_size == 0 and time.monotonic() < end:
-                time.sleep(0.2)
-            _leave()
+        room = room_of(device, base)
+        sizes = held(engines, device)
+        # The traceback's frames hold the step's tensors, and printing takes memory.
+        traceback.clear_frames(error.__traceback__)
+        text = message(error, room, sizes, "" if raises else shlex.join(sys.argv[1:]))
+        if snapshot.exists():
+            text += f"\n  snapshot for pytorch.org/memory_viz: {snapshot}"
+        if raises and distributed.world_size() == 1:
+            raise UserError(text) from None
+        print(f"error: {text}", file=sys.stderr, flush=True)
+        watchdog.dismiss()
+        _leave()
 
 
-def _speak(
-    error: BaseException, room: DeviceRoom, step: Step, message: Path, snapshot: Path
-) -> bool:
-    """Print and write the message; returns False if another rank does so."""
-    try:
-        message.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    # The folder cannot be written: other ranks do not hear of it, and this one speaks in any case.
-    except OSError:
-        pass
-    size, rank = asked_bytes(error), distributed.rank()
-    first = f": rank {rank} asked for {size:,} B" if size else f" on rank {rank}"
-    _lift_limits()
-    # On a GPU the allocator has written the real snapshot.
-    predicted = "" if step.gpu else str(snapshot)
-    try:
-        lines = advise(step, room.bytes, predicted)
-    except Exception as failed:  # the message must be printed even if the advice fails
-        lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
-    if snapshot.exists():
-        lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
-    lines.insert(0, f"error: out of memory{first} over the limit {room.limit}")
-    text = "\n  ".join(lines) + "\n"
-    print(text, end="", file=sys.stderr, flush=True)
-    with suppress(OSError):
-        message.write_text(text)
-    return True
+def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
+    """Bytes by category of what the engine holds on the device, and on a GPU of all else there."""
+    sizes, seen = Counter[str](), set[int]()
+    for engine in engines:
+        for category, tensors in owners(engine):
+            for tensor in tree_leaves(tensors):
+                if isinstance(tensor, Tensor) and tensor.device.type == device.type:
+                    storage = tensor.untyped_storage()
+                    if storage._cdata not in seen:
+                        seen.add(storage._cdata)
+                        sizes[category] += storage.nbytes()
+    if device.type == "cuda":
+        rest = torch.cuda.memory_allocated(device) - sizes.total()
+        sizes["activations and all else"] = max(rest, 0)
+    return dict(sizes)
 
 
-def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
-    """The lines of the message: the predicted bytes by category, and settings that would fit.
+def message(error: BaseException, room: DeviceRoom, sizes: dict[str, int], options: str) -> str:
+    """What was asked for beyond which limit, what holds memory, largest first, and what to run.
 
     Args:
-        room: the bytes that tensors can have (on a GPU: that the allocator can reserve); None if
-            not known.
-        snapshot: the file for the predicted snapshot; "" for none.
+        options: those of the run, for the command that finds what fits.
     """
-    target, total = ("cuda", "reserved") if step.gpu else ("cpu", "requested")
-    with predict_subprocess.Predictor(ADVICE_SECONDS) as predictor:
-
-        def ask(config: Config, ds_config: DeepSpeedConfig, snapshot: str = "") -> PredictionAnswer:
-            request = predict_subprocess.Request(
-                config, ds_config, step.world_size, target, None, snapshot=snapshot
-            )
-            return predictor.ask(request)
-
-        answer = ask(step.config, step.ds_config, snapshot)
-        if answer.report is None:
-            return [f"no prediction of what would fit: {answer.failed}"]
-        lines = table(answer.report)
-        if room is None:
-            return lines
-        # Fragmentation keeps some memory unusable, and the run failed at or below the predicted
-        # peak: leave a tenth.
-        room = min(room, answer.report["totals"][total] * 9 // 10)
-        too_much = room + 1
-
-        def needs(change: SettingsChange) -> int:
-            changed = ask(change.config, change.ds_config).report
-            if changed is None:
-                return too_much
-            return changed["totals"][total]
-
-        fitting = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
-    for name, size in fitting:
-        lines.append(f"would fit in {room:,} B by prediction: {name}: {size:,} B")
-    if not fitting:
-        lines.append(
-            f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"
-        )
-    return lines
-
-
-def table(report: JsonObject) -> list[str]:
-    """The lines of a prediction: bytes by category, largest first, and the predicted peak."""
-    terms = sorted(((n, name) for name, n in report["categories"].items() if n), reverse=True)
-    lines = [f"{name:<20} {n:>16,} B" for n, name in terms]
-    lines.append(f"{'predicted peak':<20} {report['totals']['requested']:>16,} B")
-    if terms:
-        lines.append(f"the largest: {terms[0][1]}")
-    return lines
-
-
-def _lift_limits() -> None:
-    """Remove this process's memory limits, which the process that predicts would inherit."""
-    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
-        for limit in (resource.RLIM_INFINITY, resource.getrlimit(kind)[1]):
-            try:
-                resource.setrlimit(kind, (limit, limit))
-                break
-            except (ValueError, OSError):
-                continue  # above the hard limit, which only the superuser may raise
+    size, rank = asked_bytes(error), distributed.rank()
+    first = f": rank {rank} asked for {size:,} B" if size else f" on rank {rank}"
+    lines = [f"out of memory{first} over the limit {room.limit}"]
+    for category, n in sorted(sizes.items(), key=lambda item: -item[1]):
+        if n:
+            lines.append(f"{category:<24} {n:>16,} B")
+    if room.fit:
+        ranks = f"--world-size {distributed.world_size()}"
+        words = " ".join(filter(None, (options, ranks, f"--fit {shlex.quote(room.fit)}")))
+        lines.append(f"what fits: ds-cmli-memory {words}")
+    return "\n  ".join(lines)
 
 
 def _leave() -> None:

@@ -1,8 +1,6 @@
 """A training for test_out_of_memory.py: one rank may have only so many MB beside what it has before the model is built.
 
-python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON SECONDS
-
-SECONDS: how long advice may take.
+python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON
 """
 
 import json
@@ -25,8 +23,7 @@ from ds_cmli.memory.inputs import longest_batch  # noqa: E402
 OVERRIDES = {"optim": {"micro_batch": 384}, "student": {"shared_blocks": 4}}
 
 
-def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str, advice: str) -> None:
-    out_of_memory.ADVICE_SECONDS = float(advice)
+def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
     store = distributed.meet()
     device = distributed.connect(store)
     config = load_preset("tiny", OVERRIDES)
@@ -37,8 +34,9 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str, ad
         if distributed.rank() == int(limited):
             limit = out_of_memory.process_bytes()["VmData"] + int(megabytes) * 2**20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-        with out_of_memory.ending(config, ds_config, Path(folder), device, watchdog):
+        with out_of_memory.ending(Path(folder), device, watchdog) as engines:
             train_engine = engine.build(config, ds_config, 1000, 20, device)
+            engines.append(train_engine)
             for _ in range(2):
                 train_engine(longest_batch(config, config.optim.micro_batch))
     print("trained", flush=True)
