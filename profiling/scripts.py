@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
-HELP = {"help_option_names": ["-h", "--help"]}
 
 clock_option = click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True,
                             help="cpu: this process's time alone, for a CPU that others use too.")  # fmt: skip
