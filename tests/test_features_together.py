@@ -29,7 +29,7 @@ AXES = {
     "checkpointing": ("-", "again"),
     "average": ("-", "ema"),
     "pictures": ("square", "kept", "aspect"),
-    "losses": ("target", "sparc", "sigmoid"),
+    "losses": ("target", "sigmoid"),
     "adapters": ("-", "lora"),
     "layers": ("-", "part"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
@@ -40,34 +40,33 @@ AXES = {
     "duplicates": ("mask", "keep"),
 }
 IMPOSSIBLE = (
-    {"aspect", "sparc"},
     {"aspect", "top"},
     {"part", "warmup"},
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero0 alone fp32 cached ring   again -   square sparc   -    part -      K1   s-all -     all mask
-zero3 alone fp32 micro  gather again -   aspect target  lora part -      K1   s-all -     all keep
-zero0 alone bf16 micro  ring   again -   aspect sigmoid -    -    warmup K2   s-own boxes cut mask
-zero2 alone bf16 micro  gather -     -   square sparc   lora part -      each right -     top mask
-zero0 alone fp32 micro  gather again -   square target  -    -    warmup K1   f-all -     top mask
-zero1 alone bf16 one    gather again -   square sigmoid lora part -      K2   s-all boxes cut mask
-zero1 alone fp32 one    gather again ema kept   target  lora -    warmup each right -     cut keep
-zero2 alone fp32 one    gather -     ema square sigmoid -    part -      K1   f-all boxes cut keep
-zero1 alone bf16 micro  gather -     ema kept   sparc   -    -    warmup K1   s-own -     all keep
-zero3 alone fp32 micro  gather -     -   kept   target  -    -    -      K1   f-own -     top keep
-zero0 alone bf16 one    gather again ema aspect sigmoid -    -    warmup K2   right boxes cut mask
-zero1 two   bf16 cached ring   again ema kept   sigmoid lora -    -      K1   f-own -     top mask
-zero3 two   bf16 one    gather again ema square sparc   lora -    warmup K1   s-own -     top mask
-zero2 two   bf16 cached gather -     ema aspect sigmoid -    part -      K1   right boxes all mask
-zero2 two   fp32 cached ring   again -   square target  lora part -      K1   s-own boxes cut keep
-zero0 two   fp32 one    ring   again -   kept   sigmoid lora part -      each right boxes cut keep
-zero3 two   bf16 cached ring   -     ema kept   sparc   lora part -      K2   f-all boxes cut mask
-zero2 two   fp32 one    gather -     -   aspect target  -    -    warmup K2   f-own boxes all keep
-zero2 two   bf16 cached ring   -     ema kept   target  lora -    warmup K2   s-all boxes top mask
-zero0 two   bf16 micro  ring   -     ema square sparc   -    part -      K2   f-own -     cut mask
-zero1 two   bf16 one    gather again ema aspect target  lora part -      K2   f-all -     all mask
-zero3 two   bf16 cached gather again ema aspect sigmoid -    -    warmup each right -     all mask
+zero1 alone bf16 one    ring   again ema kept   sigmoid lora -    warmup K2   s-own boxes cut mask
+zero0 alone fp32 micro  gather -     ema square sigmoid -    -    warmup K2   s-own -     all mask
+zero2 alone bf16 micro  ring   -     ema square target  -    -    -      each right -     all keep
+zero3 alone fp32 one    gather -     -   square sigmoid -    -    -      each right boxes cut mask
+zero3 alone fp32 micro  ring   again -   square target  -    -    warmup K2   f-all -     cut mask
+zero0 alone bf16 cached ring   again -   kept   target  lora -    warmup K1   s-all -     top keep
+zero2 alone bf16 cached ring   again ema aspect target  -    part -      K2   s-all -     all mask
+zero2 alone fp32 cached gather again -   aspect sigmoid -    -    warmup K1   f-own -     cut keep
+zero2 alone bf16 one    gather again -   aspect sigmoid lora part -      K1   s-own boxes cut mask
+zero1 alone bf16 micro  gather -     ema square target  lora -    -      K2   f-own boxes top keep
+zero3 alone fp32 micro  ring   again ema aspect target  -    -    warmup K2   right boxes cut mask
+zero3 alone bf16 one    ring   -     ema kept   sigmoid -    -    warmup K1   s-all boxes top mask
+zero2 alone bf16 micro  ring   again ema kept   sigmoid -    -    warmup K1   right boxes all mask
+zero2 two   bf16 cached ring   again ema kept   target  lora -    -      K1   f-all boxes top mask
+zero3 two   bf16 cached gather again -   square target  -    part -      K1   s-own -     top keep
+zero1 two   fp32 cached gather -     -   kept   target  lora -    warmup each right -     top mask
+zero3 two   fp32 one    gather -     ema kept   sigmoid lora part -      K2   f-own -     all mask
+zero1 two   fp32 micro  gather -     ema square sigmoid -    part -      K2   s-all boxes cut mask
+zero0 two   fp32 one    gather again -   aspect target  lora part -      K1   f-all boxes all keep
+zero0 two   fp32 micro  gather again ema aspect target  -    part -      each right boxes cut mask
+zero1 two   bf16 one    ring   -     ema aspect sigmoid lora -    warmup K1   f-all boxes all mask
+zero0 two   bf16 micro  ring   -     -   aspect target  -    part -      K2   f-own boxes cut keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -89,7 +88,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "loss.start": {"target_cmli": 2},
         "teacher.block": 0,
     },
-    "sparc": {"loss.weights": {"global": 1.0, "cmli": 1.0, "sparc": 0.5}},
     "sigmoid": {"loss.weights": {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.3, "cmli_sigmoid": 0.2}},
     "lora": {"student.lora": {"image": ["qkv", "mlp.fc1"]}, "student.lora_rank": 4},
     "part": {

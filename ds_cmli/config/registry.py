@@ -31,7 +31,6 @@ class LossEntry:
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
     boxes: bool = False  # whether it compares boxes with their phrases (`data.regions`)
-    every_patch: bool = False  # whether every image must have all N patches
     settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
 
@@ -88,7 +87,6 @@ LOSSES = {
     "cls_kd": LossEntry(
         "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
-    "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
     "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),
 }
 

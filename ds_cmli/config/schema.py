@@ -432,9 +432,6 @@ class Config:
             ("loss.cmli_token_keep", self.loss.cmli_token_keep),
         ):
             check(share == 1, setting, share, need)
-        for name in self.loss.weights:
-            need = f"{name} needs as many patches of every picture: leave it out, or give 0"
-            check(not LOSSES[name].every_patch, "data.aspect_patch", self.data.aspect_patch, need)
 
     @property
     def registered(self) -> set[str]:

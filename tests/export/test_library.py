@@ -141,7 +141,7 @@ def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
     wanted = Model.load(run, device="cpu")
     pixels = torch.stack([wanted.read(picture) for picture in pictures])
     for place in (run, own, run / "student.safetensors"):
-        objective, config, _ = start(place, {"global": 1.0, "sparc": 1.0}, freeze_text=1)
+        objective, config, _ = start(place, {"global": 1.0, "cmli": 1.0}, freeze_text=1)
         with torch.no_grad():
             cls, _ = objective.student.image_embeddings(pixels)
         assert torch.equal(cls, wanted.embed_images(pictures).cls)

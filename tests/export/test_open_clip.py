@@ -64,7 +64,7 @@ def test_an_export_of_this_package_needs_nothing_of_the_source(folders, tmp_path
     assert torch.equal(result.embed_images(pictures).cls, wanted.embed_images(pictures).cls)
     assert torch.equal(result.embed_texts(texts).tokens, wanted.embed_texts(texts).tokens)
     assert result.tokenizer(texts[0]) == wanted.tokenizer(texts[0])
-    objective, config, _ = start(own, {"global": 1.0, "sparc": 1.0})
+    objective, config, _ = start(own, {"global": 1.0, "cmli": 1.0})
     assert config.data.padding == "full" and objective.student.image.grid == (4, 4)
 
 

@@ -25,7 +25,6 @@ from ds_cmli.losses.cached import PairLosses
 from ds_cmli.losses.inputs import Features, LossInputs
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from ds_cmli.losses.sparc import sparc_loss
 from ds_cmli.models.student import Student
 from tests.conftest import spawn
 from tests.stranger.drive import DS_CONFIG, check_memory
@@ -290,7 +289,7 @@ def test_a_loss_that_knows_one_caption_is_refused(objective):
 @pytest.mark.slow
 @pytest.mark.parametrize("captions, accumulation", product(("all", "each"), (1, 2)))
 def test_predicted_memory_is_what_is_measured(captions, accumulation):
-    weights = {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.2, "sparc": 0.3, "target_cmli": 1.0}
+    weights = {"global": 1.0, "cmli": 1.0, "global_sigmoid": 0.2, "target_cmli": 1.0}
     settings = {"loss": {"captions": captions, "weights": weights}, "data": {"captions": 3}}
     small = {"student": {"layers": 1}, "teacher": {"block": 0}, "optim": {"micro_batch": 6}}
     check_memory(load_preset("tiny", settings | small), {**DS_CONFIG, "gradient_accumulation_steps": accumulation}, 1)
@@ -301,13 +300,12 @@ def test_losses_of_single_pairs_are_those_of_each_text_with_its_image():
     torch.manual_seed(0)
     B, K, N, M, H = 3, 4, 5, 6, 7
     patches, tokens, mask = torch.randn(B, N, H), torch.randn(B * K, M, H), torch.rand(B * K, M) < 0.7
-    images, scale = patches.repeat_interleave(K, 0), torch.ones(1)
+    images = patches.repeat_interleave(K, 0)
     assert_close(functions.patch_similarities(tokens, patches), functions.patch_similarities(tokens, images))
     for target in ("best", "attention"):
         match = functions.choose_patches(functions.patch_similarities(tokens, patches), target, 2, 0.1)
         ours = functions.target_text_loss(tokens, patches, match, mask)
         assert_close(ours, functions.target_text_loss(tokens, images, match, mask))
-    assert_close(sparc_loss(patches, tokens, mask, scale), sparc_loss(images, tokens, mask, scale))
     ours = functions.cls_distillation_loss(patches[:, 0], tokens[:, 0], patches[:, 1])
     expected = [(patches[:, 0] - patches[:, 1]), tokens[:, 0] - images[:, 1]]
     assert_close(ours, (expected[0].square().mean() + expected[1].square().mean()) / 2)

@@ -235,10 +235,6 @@ def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
         ({"student": {"patch_keep": 0.5}}, "student.patch_keep is 0.5: with data.aspect_patch pictures have different"),
         ({"loss": {"cmli_token_keep": 0.25}}, "loss.cmli_token_keep is 0.25: with data.aspect_patch pictures"),
         (
-            {"loss": {"weights": {"sparc": 1.0}}},
-            "data.aspect_patch is 14: sparc needs as many patches of every picture",
-        ),
-        (
             {"student": {"image_overrides": SIZES}},
             "student.image_model takes square pictures alone: give 0, or a model",
         ),

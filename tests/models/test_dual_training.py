@@ -69,7 +69,7 @@ def test_it_is_evaluated_first_and_resumes(kind, given, tmp_path):
 
 def test_a_run_starts_another(given, tmp_path):
     train(given, given[0] / "clip", "global,cmli", tmp_path / "run", "--steps", "2")
-    train(given, tmp_path / "run", "global,sparc", tmp_path / "next", "--steps", "2")
+    train(given, tmp_path / "run", "global,cmli_sigmoid", tmp_path / "next", "--steps", "2")
     last, first = lines(tmp_path / "run")[-1], lines(tmp_path / "next")[0]
     assert (last["step"], first["step"]) == (2, 0)
     same = "eval/val/global/mean_recall"

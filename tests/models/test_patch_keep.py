@@ -17,7 +17,7 @@ from tests.export.conftest import export, make_run
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-LOSSES = dict.fromkeys(("global", "cmli", "target_cmli", "sparc"), 1.0)
+LOSSES = dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)
 STEPS, BATCH = 3, 8
 
 
