@@ -1,7 +1,6 @@
 """Trainings in which any two features meet: interrupted as if never, evaluated, exported, their memory predicted."""
 
 import json
-from itertools import product
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,6 @@ AXES = {
     "schedule": ("-", "warmup"),
     "captions": ("K1", "K2", "each"),
     "negatives": ("right", "f-all", "f-own", "s-all", "s-own"),
-    "boxes": ("-", "boxes"),
     "compared": ("all", "cut", "top"),
     "duplicates": ("mask", "keep"),
 }
@@ -45,28 +43,28 @@ IMPOSSIBLE = (
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero1 alone bf16 one    ring   again ema kept   sigmoid lora -    warmup K2   s-own boxes cut mask
-zero0 alone fp32 micro  gather -     ema square sigmoid -    -    warmup K2   s-own -     all mask
-zero2 alone bf16 micro  ring   -     ema square target  -    -    -      each right -     all keep
-zero3 alone fp32 one    gather -     -   square sigmoid -    -    -      each right boxes cut mask
-zero3 alone fp32 micro  ring   again -   square target  -    -    warmup K2   f-all -     cut mask
-zero0 alone bf16 cached ring   again -   kept   target  lora -    warmup K1   s-all -     top keep
-zero2 alone bf16 cached ring   again ema aspect target  -    part -      K2   s-all -     all mask
-zero2 alone fp32 cached gather again -   aspect sigmoid -    -    warmup K1   f-own -     cut keep
-zero2 alone bf16 one    gather again -   aspect sigmoid lora part -      K1   s-own boxes cut mask
-zero1 alone bf16 micro  gather -     ema square target  lora -    -      K2   f-own boxes top keep
-zero3 alone fp32 micro  ring   again ema aspect target  -    -    warmup K2   right boxes cut mask
-zero3 alone bf16 one    ring   -     ema kept   sigmoid -    -    warmup K1   s-all boxes top mask
-zero2 alone bf16 micro  ring   again ema kept   sigmoid -    -    warmup K1   right boxes all mask
-zero2 two   bf16 cached ring   again ema kept   target  lora -    -      K1   f-all boxes top mask
-zero3 two   bf16 cached gather again -   square target  -    part -      K1   s-own -     top keep
-zero1 two   fp32 cached gather -     -   kept   target  lora -    warmup each right -     top mask
-zero3 two   fp32 one    gather -     ema kept   sigmoid lora part -      K2   f-own -     all mask
-zero1 two   fp32 micro  gather -     ema square sigmoid -    part -      K2   s-all boxes cut mask
-zero0 two   fp32 one    gather again -   aspect target  lora part -      K1   f-all boxes all keep
-zero0 two   fp32 micro  gather again ema aspect target  -    part -      each right boxes cut mask
-zero1 two   bf16 one    ring   -     ema aspect sigmoid lora -    warmup K1   f-all boxes all mask
-zero0 two   bf16 micro  ring   -     -   aspect target  -    part -      K2   f-own boxes cut keep
+zero3 alone fp32 cached gather again ema aspect target  -    -    warmup K1   f-all all keep
+zero1 alone bf16 micro  ring   -     -   kept   sigmoid lora part -      K1   f-all top mask
+zero2 alone bf16 micro  gather -     -   aspect target  lora part -      K1   s-all cut keep
+zero2 alone bf16 cached ring   again ema kept   target  lora -    warmup K2   f-own all mask
+zero0 alone bf16 micro  ring   -     -   square sigmoid -    part -      K1   f-own all mask
+zero2 alone fp32 one    gather again -   square sigmoid -    part -      each right top keep
+zero0 alone fp32 cached ring   again ema kept   sigmoid lora -    warmup K2   s-own cut keep
+zero1 alone fp32 one    gather -     ema square sigmoid -    part -      K1   s-all all keep
+zero3 alone bf16 one    gather -     ema aspect target  lora -    warmup K2   f-own cut keep
+zero3 alone fp32 one    ring   again -   kept   sigmoid lora -    warmup K2   s-all all keep
+zero0 alone fp32 one    ring   -     -   kept   target  -    part -      K1   f-all top mask
+zero1 alone fp32 micro  ring   again ema square target  lora -    warmup each right cut mask
+zero0 two   bf16 cached gather again -   square target  lora -    warmup K1   s-all top mask
+zero2 two   bf16 one    gather -     ema kept   target  lora -    -      K1   s-own cut mask
+zero1 two   fp32 cached gather again -   aspect target  -    part -      K2   s-own all keep
+zero3 two   bf16 micro  gather -     ema kept   target  -    -    warmup each right all mask
+zero0 two   fp32 cached gather -     -   aspect sigmoid -    -    -      each right all keep
+zero2 two   fp32 one    gather again ema square sigmoid -    -    -      K2   f-all cut mask
+zero1 two   fp32 micro  gather -     ema square sigmoid lora part -      K2   f-own top mask
+zero3 two   bf16 one    gather again -   aspect sigmoid lora part -      K2   right all mask
+zero2 two   fp32 cached ring   again -   aspect target  lora -    warmup K1   right cut keep
+zero3 two   bf16 micro  gather again -   square target  -    part -      K2   s-own top mask
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -102,7 +100,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "f-own": {"data.negatives": "field", "loss.negatives": "own"},
     "s-all": {"data.negatives": "swap"},
     "s-own": {"data.negatives": "swap", "data.negatives_count": 2, "loss.negatives": "own"},
-    "boxes": {"data.regions": 2},
     "cut": {"loss.cmli_cut": 0.02},
     "top": {"loss.cmli_token_keep": 0.5},
     "keep": {"loss.duplicates": "keep"},
@@ -116,15 +113,12 @@ def test_any_two_values_of_two_axes_meet():
 
 
 WRONG = {"negatives": ["blue apple", "red pear"]}
-NAMELESS, ONE_CAPTION = ("x.parquet", "saved"), ("tars", "x.parquet", "saved")  # no boxes, or no second caption
+ONE_CAPTION = ("tars", "x.parquet", "saved")  # no second caption
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, list[str]]:
-    """`--data` options of each kind of source, with wrong captions, several ones where there can be, broken pictures.
-
-    "boxes": a file with boxes for some pictures of all of them that have names.
-    """
+    """`--data` options of each kind of source, with wrong captions, several ones where they can be, broken pictures."""
     folder, count = tmp_path_factory.mktemp("sources"), 20
     for k in range(2):
         some = []
@@ -147,15 +141,9 @@ def sources(tmp_path_factory) -> dict[str, list[str]]:
     content = json.loads(annotations.read_text())
     content["images"] = [{**image, **WRONG} for image in content["images"]]
     annotations.write_text(json.dumps(content))
-    genome = []
-    for k, digits in product(range(63), (1, 3, 6, 12)):
-        region = {"x": 1, "y": 2, "width": 5, "height": 4, "phrase": f"part of {k % 9}"}
-        genome.append({"id": f"{k:0{digits}}", "regions": [region] * (k % 3)})
-    (folder / "boxes.json").write_text(json.dumps(genome))
     by_name = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
     by_name["coco"] = ["--data", str(annotations)]
     by_name["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
-    by_name["boxes"] = ["--set", f"data.boxes={folder}/boxes.json"]
     return by_name
 
 
@@ -167,10 +155,9 @@ def chosen(values: list[str], number: int, sources: dict[str, list[str]], folder
         second = [{**line, "text": "a square"} for line in wrong]
         file.write_text("\n".join(map(json.dumps, wrong + second)))
     else:
-        lacking = ("boxes", *NAMELESS * ("boxes" in values), *ONE_CAPTION * ("K2" in values))
-        names = [name for name in sources if name not in lacking]
+        names = [name for name in sources if name not in ONE_CAPTION * ("K2" in values)]
         source = sources[names[number % len(names)]]
-    return source + sources["boxes"] * ("boxes" in values)
+    return source
 
 
 def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], dict]:
@@ -181,9 +168,6 @@ def asked(values: list[str], source: list[str], file: Path) -> tuple[list[str], 
     for value in values:
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
-    for value, name in (("boxes", "regions"),):
-        if value in values:
-            settings["loss.weights"] = {**settings["loss.weights"], name: 0.5}
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--eval-every", "3", "--micro-batch", str(micro_batch)]
     for name, value in settings.items():

@@ -37,9 +37,6 @@ def _of_data_and_models(config: Config) -> Iterator[Reason]:
             yield f"student.{name}", "student.lora names no layers"
     if teacher.weights == "random":
         yield "teacher.weights_partial", "teacher.weights is 'random'"
-    if not any(LOSSES[name].boxes for name in loss.weights):
-        for name in ("boxes", "regions"):
-            yield f"data.{name}", f"no loss of {', '.join(loss.weights)} compares boxes"
     if loss.target != "top":
         yield "loss.target_top", f"loss.target is {loss.target!r}"
     if loss.target != "attention" and "cmli" not in loss.weights:

@@ -30,7 +30,6 @@ class LossEntry:
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
-    boxes: bool = False  # whether it compares boxes with their phrases (`data.regions`)
     settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
 
@@ -87,7 +86,6 @@ LOSSES = {
     "cls_kd": LossEntry(
         "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
-    "regions": LossEntry("ds_cmli.losses.regions:Regions", boxes=True),
 }
 
 

@@ -159,11 +159,6 @@ class DataConfig:
     negatives: Literal["", "field", "swap"] = ""
     # J, how many wrong captions of a picture a step takes; with fewer it has as many as there are.
     negatives_count: Annotated[int, Field(ge=1, le=256)] = 1
-    # Boxes with phrases for the loss `regions`: Flickr30k Entities' folder, or a JSON of COCO's
-    # annotations or of Visual Genome's regions. "": the demo's own.
-    boxes: Text = ""
-    # R, how many boxes of a picture a step takes, drawn from those that its view shows.
-    regions: Annotated[int, Field(ge=0, le=256, description="0: none")] = 0
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
@@ -402,9 +397,6 @@ class Config:
             self._check_any_aspect()
         if self.data.negatives:
             self._check_negatives()
-        for name in self.loss.weights:
-            need = f"{name} compares boxes with their phrases: give 1 or more"
-            check(not LOSSES[name].boxes or self.data.regions > 0, "data.regions", 0, need)
         if self.loss.captions == "each":
             need = "data.captions is 1, so there is one contrast anyway: leave it out"
             check(self.data.captions > 1, "loss.captions", "each", need)

@@ -36,13 +36,6 @@ class Caption(NamedTuple):
     absent: bool = False  # whether it only takes the place of a wrong caption that there is not
 
 
-class Region(NamedTuple):
-    """A box of a picture with its phrase."""
-
-    tokens: Tokens  # of the phrase
-    box: tuple[float, float, float, float]  # left, top, right, bottom: shares of the image's sides
-
-
 @dataclass
 class Sample:
     image: Tensor  # uint8 [3, S, S]; of any aspect, as `data.aspect.packed` has laid it out
@@ -56,18 +49,6 @@ class Sample:
     # Its further texts, if a step takes several, of which the last `wrong` are wrong captions.
     others: Sequence[Caption] = ()
     wrong: int = 0
-    regions: Sequence[Region | None] = ()  # R if a step takes boxes; None: it has no more
-
-
-@dataclass
-class Regions:
-    """R boxes of each image with their phrases, image by image: F = B * R."""
-
-    boxes: Tensor  # fp32 [B, R, 4], as `Region.box`
-    present: Tensor  # bool [F]; False: the image has no such box
-    input_ids: Tensor  # int64 [F, M], where no phrase is present those of a caption
-    attention_mask: Tensor  # bool [F, M]
-    phrase_id: Tensor  # int64 [F], hashes: equal for equal phrases
 
 
 @dataclass
@@ -86,7 +67,6 @@ class Batch:
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
     grid: Tensor | None = None  # int64 [B, 2], see `Sample`; None: the images are square
     wrong: int = 0  # J, how many of an image's texts, the last ones, are wrong captions of it
-    regions: Regions | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
@@ -115,39 +95,19 @@ class Collate:
         def each(name: str, of: Sequence[Sample | Caption] = samples) -> list:
             return list(map(attrgetter(name), of))
 
-        boxes, present, phrases = [], [], list[Caption]()
-        for sample in samples:
-            for region in sample.regions:
-                present.append(region is not None)
-                filled = region or Region(sample.tokens, (0.0, 0.0, 0.0, 0.0))
-                boxes.append(filled.box)
-                phrases.append(Caption(filled.tokens))
-        C = len(texts)
-        ids = each("tokens.input_ids", [*texts, *phrases])
+        ids = each("tokens.input_ids", texts)
         lengths = torch.tensor(list(map(len, ids)))
         if self.full:
             lengths = torch.full_like(lengths, self.positions)
         length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
         length = min(length, self.positions)
         pictures = torch.tensor(each("image_id"))[:, None]  # [B, 1]
-        text_ids = torch.tensor(list(map(caption_id, ids)))
-        caption_ids = text_ids[:C]
+        caption_ids = torch.tensor(list(map(caption_id, ids)))
         caption_ids[torch.tensor(each("absent", texts))] = ABSENT
-        input_ids = padded(ids, length, self.pad_id)
-        attention_mask = torch.arange(length) < lengths[:, None]
-        regions = None
-        if phrases:
-            regions = Regions(
-                torch.tensor(boxes).view(len(samples), -1, 4),
-                torch.tensor(present),
-                input_ids[C:],
-                attention_mask[C:],
-                text_ids[C:],
-            )
         return Batch(
             image=torch.stack(each("image")),
-            input_ids=input_ids[:C],
-            attention_mask=attention_mask[:C],
+            input_ids=padded(ids, length, self.pad_id),
+            attention_mask=torch.arange(length) < lengths[:, None],
             token_mask=padded(each("tokens.valid", texts), length, False),
             index=torch.tensor(each("index")),
             pair_id=torch.cat([pictures, caption_ids.view(len(samples), -1)], 1),
@@ -157,7 +117,6 @@ class Collate:
             padded=int(lengths.min()) < length,
             grid=stack_grids(each("grid")),
             wrong=samples[0].wrong,
-            regions=regions,
         )
 
 

@@ -3,11 +3,7 @@
 import hashlib
 import random
 import re
-from collections.abc import Sequence
 from itertools import combinations, cycle, islice
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 # The end of a sentence, with the blanks after it; or a line's.
 END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|[\r\n]+")
@@ -64,14 +60,3 @@ def drawn(count: int, wanted: int, seed: int, turn: int, index: int) -> list[int
         digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
         order.append(left.pop(int.from_bytes(digest, "big") % len(left)))
     return list(islice(cycle(order), wanted))
-
-
-def some_of(
-    items: Sequence[Item], wanted: int, seed: int, turn: int, index: int
-) -> list[Item | None]:
-    """`wanted` of the items, drawn as captions are, but none twice: where they end, None."""
-    out: list[Item | None] = [None] * wanted
-    numbers = drawn(len(items), min(wanted, len(items)), seed, turn, index)
-    for place, number in enumerate(numbers):
-        out[place] = items[number]
-    return out

@@ -12,7 +12,7 @@ from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.numbered import of_sources
-from ds_cmli.data.oddities import boxes_line, fewer_texts, oddities
+from ds_cmli.data.oddities import fewer_texts, oddities
 from ds_cmli.data.opening import (
     open_all,
     open_sources,
@@ -112,7 +112,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
 def _demo(config: DataConfig, seed: int) -> Data:
     need = "the demo's scenes are square: give 0, or --data"
     check(not config.aspect_patch, "data.aspect_patch", config.aspect_patch, need)
-    silent = "val_source", "boxes", *settings_of_some()
+    silent = "val_source", *settings_of_some()
     unused = [name for name in silent if getattr(config, name)]
     if config.val_split == "test":
         unused.append("val_split")
@@ -130,7 +130,6 @@ def _demo(config: DataConfig, seed: int) -> Data:
     check(config.negatives != "swap", "data.negatives", config.negatives, need)
     train.texts_each, train.each_picture = config.captions, config.split_sentences
     train.wrong_each = config.texts - config.captions
-    train.regions = config.regions
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
         evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
@@ -153,9 +152,6 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
         left_out += bad.at_load
-    given = bool(config.boxes) or not config.regions
-    need = f"data.regions is {config.regions}, and {config.source} has no boxes: name their file"
-    check(given, "data.boxes", config.boxes, need)
     tokenizer = tokenizer_of(config)
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
@@ -163,10 +159,7 @@ def _pairs(config: DataConfig, seed: int) -> Data:
     # in a loading process torch takes 5 s per process to end.
     for start in train.pictures.starts[:-1]:
         train[start]
-    TrainPairs(opened.validation, tokenizer, replace(config, regions=0), seed)[0]
-    if train.boxes is not None:
-        opened.fingerprint[config.boxes] = train.boxes.fingerprint
-        opened.notices.append(boxes_line(train, train.boxes))
+    TrainPairs(opened.validation, tokenizer, config, seed)[0]
     everything = [*opened.train, *opened.validation]
     return Data(
         train=train,

@@ -40,11 +40,6 @@ class Pictures:
             return name
         return f"{source.where}: {name}"
 
-    def file(self, index: int) -> str:
-        """The name of a picture in its source."""
-        number, place = self.at(index)
-        return self.sources[number].name(place)
-
     def image_id(self, index: int) -> int:
         """A hash that identifies the picture: equal for all captions, sources and nodes."""
         number, place = self.at(index if self.first is None else int(self.first[index]))

@@ -1,14 +1,12 @@
-"""Lines about what is unusual in the data: long or unknown captions, few of a picture, boxes."""
+"""Lines about what is unusual in the data: long or unknown captions, few of a picture."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.validation import check
-from ds_cmli.data.boxes import Boxes
 from ds_cmli.data.pairs import TrainPairs
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, most_characters
@@ -64,26 +62,6 @@ def _fewer(
                 + what
             )
     return most, lines
-
-
-def boxes_line(train: TrainPairs, boxes: Boxes) -> str:
-    """What is there of boxes. Only some pictures of large data are looked at.
-
-    Raises `UserError` if none of them has a box.
-    """
-    pictures = range(0, len(train), max(1, len(train) // LOOKED_AT))
-    count = sum(1 for index in pictures if boxes.of(train.pictures.file(index)))
-    if not count:
-        raise UserError(
-            f"data.boxes is {boxes.path!r}: none of the {len(pictures)} pictures that were looked "
-            f"at has a box there, the first is {train.pictures.file(0)}: their files must have "
-            "the names that it has"
-        )
-    left_out = f", {boxes.left_out:,} without an area or a phrase left out" * bool(boxes.left_out)
-    return (
-        f"data.boxes: {len(boxes.keys):,} boxes with phrases{left_out}; {count} of "
-        f"{len(pictures)} pictures that were looked at have some"
-    )
 
 
 def oddities(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:

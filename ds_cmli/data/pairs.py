@@ -11,30 +11,15 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import Caption, Region, Sample
-from ds_cmli.data.boxes import Boxes, in_view
-from ds_cmli.data.captions import drawn, sentences, some_of, swapped
+from ds_cmli.data.batch import Caption, Sample
+from ds_cmli.data.captions import drawn, sentences, swapped
 from ds_cmli.data.numbered import Pictures, describe, of_sources
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.data.transforms import Augmentation, Box
+from ds_cmli.data.transforms import Augmentation
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
-
-
-class Shown:
-    """The view of a picture by an augmentation, and what it has shown."""
-
-    size: tuple[int, int] = 0, 0  # the picture's width and height
-    part: Box | None = None
-
-    def __init__(self, augmentation: Augmentation):
-        self.augmentation = augmentation
-
-    def view(self, width: int, height: int) -> Box:
-        self.size, self.part = (width, height), self.augmentation.view(width, height)
-        return self.part
 
 
 class TrainPairs(Dataset):
@@ -53,7 +38,6 @@ class TrainPairs(Dataset):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
         self.config = config
         self.augmentation = Augmentation(config.augmentation, seed, self.pictures.framing)
-        self.boxes = Boxes(config.boxes) if config.regions else None
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -92,17 +76,14 @@ class TrainPairs(Dataset):
         wrong: list[Caption] = []
         if reason is None and self.config.negatives:
             wrong, reason = self._wrong(index, turn, texts)
-        image, shown, flipped = self.pictures.black(), Shown(self.augmentation), False
+        image = self.pictures.black()
         if reason is None:
             with self.augmentation.seeded(turn, index):
-                image, reason = self.pictures.image(index, shown.view)
-                image, flipped = self.augmentation.pixels(image)
+                image, reason = self.pictures.image(index, self.augmentation.view)
+                image, _ = self.augmentation.pixels(image)
         sample = _sample(self.pictures, index, image, texts[0], reason)
-        regions: list[Region | None] = []
-        if self.boxes is not None:
-            regions = self._regions(self.boxes, Draw(index, turn), shown, flipped)
         others = [*map(Caption, texts[1:]), *wrong]
-        return replace(sample, others=others, wrong=len(wrong), regions=regions)
+        return replace(sample, others=others, wrong=len(wrong))
 
     def _wrong(
         self, index: int, turn: int, right: list[Tokens]
@@ -134,20 +115,6 @@ class TrainPairs(Dataset):
         texts = self.pictures.negatives(index)
         numbers = drawn(len(texts), min(count, len(texts)), self.seed, turn, index)
         return list(map(texts.__getitem__, numbers))
-
-    def _regions(
-        self, boxes: Boxes, draw: Draw, shown: "Shown", flipped: bool
-    ) -> list[Region | None]:
-        """R of the boxes that a view of a picture shows, None for those that it has not."""
-        index, turn = draw
-        visible: list[Region] = []
-        for boxed in boxes.of(self.pictures.file(index)):
-            box = shown.part and in_view(boxed, shown.size, shown.part, flipped)
-            if box is not None:
-                tokens = self.tokenizer(boxed.phrase)
-                if any(tokens.valid):
-                    visible.append(Region(tokens, box))
-        return some_of(visible, self.config.regions, self.seed, turn, index)
 
     def texts(self, index: int) -> list[str]:
         """The captions of a picture, or their sentences. Raises as `Source.captions`."""

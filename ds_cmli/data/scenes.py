@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import AugmentationName as Name
-from ds_cmli.data.batch import NO_PICTURE, Caption, Region, Sample, spans_of_tokens
-from ds_cmli.data.captions import drawn, some_of
+from ds_cmli.data.batch import NO_PICTURE, Caption, Sample, spans_of_tokens
+from ds_cmli.data.captions import drawn
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer
@@ -67,11 +67,11 @@ class Scenes(Dataset):
             `Sample.cell_picture`.
 
     Attributes:
-        texts_each, each_picture, regions, wrong_each: `data.captions`, `data.split_sentences`,
-            `data.regions` and, of the training's `data.negatives`, how many there are.
+        texts_each, each_picture, wrong_each: `data.captions`, `data.split_sentences` and, of the
+            training's `data.negatives`, how many there are.
     """
 
-    texts_each, each_picture, regions, wrong_each = 1, False, 0, 0
+    texts_each, each_picture, wrong_each = 1, False, 0
 
     def __init__(
         self,
@@ -141,19 +141,7 @@ class Scenes(Dataset):
             sample.image, flipped = self.augmentation.pixels(sample.image)
         if flipped and sample.cell_picture is not None:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
-        if self.regions:
-            sample.regions = self._regions(sample, turn)
         return sample
-
-    def _regions(self, sample: Sample, turn: int) -> list[Region | None]:
-        """The quarters that have a picture, with its name."""
-        shown, cell, layout = [], self.pictures.cell / self.size, self.layout(sample.index)
-        for (top, left), number in zip(CORNERS, sample.cell_picture or (), strict=True):
-            if number != NO_PICTURE:
-                tokens = self.tokenizer(self.pictures.names[layout[number][0]])
-                box = left * cell, top * cell, (left + 1) * cell, (top + 1) * cell
-                shown.append(Region(tokens, box))
-        return some_of(shown, self.regions, self.seed, turn, sample.index)
 
     def caption(self, index: int, order: Sequence[int] = (), shown: Layout | None = None) -> Text:
         """A caption that names pictures in this order; by default all, in that of the layout.

@@ -185,8 +185,7 @@ def make_plan(
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     final = filled(config, ds_config, ranks, steps)
-    in_parts = micro_batch * ranks
-    negatives = total if compares_all(config, final) else in_parts
+    negatives = total if compares_all(config, final) else micro_batch * ranks
     answers = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
     if len(answers) > 1:
         raise UserError(
@@ -198,9 +197,6 @@ def make_plan(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
         f"{total} pairs{captions} a step; {steps} steps; negatives from {negatives} pairs"
     )
-    for name in config.loss.weights:
-        if LOSSES[name].boxes and negatives > in_parts:
-            say(f"{name} compares the boxes of a micro-batch of all ranks, {in_parts} pairs, alone")
     say(*final.notices, try_out(final, steps))
     for name, start in config.loss.start.items():
         if start >= steps:

@@ -9,6 +9,7 @@ boxes of these entity numbers. Phrases without a box stay in the caption, uneval
 Shapes: N patches, F phrases of a caption.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,6 @@ from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
-from ds_cmli.data.boxes import Phrase, parse_annotation, parse_sentence
 from ds_cmli.data.numbered import black
 from ds_cmli.data.pictures import most_bytes, read_file, shown
 from ds_cmli.data.tokens import CaptionTokenizer
@@ -38,6 +38,39 @@ if TYPE_CHECKING:
     from ds_cmli.models.student import Student
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
+
+
+@dataclass
+class Phrase:
+    start: int  # first character in the caption
+    end: int  # one after its last character
+    number: str  # the number of its entity
+
+
+def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
+    """The caption without its markup, and its phrases."""
+    text, phrases, last = "", [], 0
+    for match in PHRASE.finditer(line):
+        text += line[last : match.start()]
+        phrases.append(Phrase(len(text), len(text) + len(match[2]), match[1]))
+        text += match[2]
+        last = match.end()
+    return text + line[last:], phrases
+
+
+def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[PixelBox]]]:
+    """Width and height of the picture, and the boxes of each entity that has any."""
+    root = ElementTree.fromstring(text)
+    boxes: dict[str, list[PixelBox]] = {}
+    for item in root.iter("object"):
+        box = item.find("bndbox")
+        if box is not None:
+            sides = ("xmin", "ymin", "xmax", "ymax")
+            left, top, right, bottom = (float(box.findtext(side, "")) for side in sides)
+            for name in item.findall("name"):
+                boxes.setdefault(str(name.text), []).append((left, top, right, bottom))
+    return (int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))), boxes
 
 
 @dataclass

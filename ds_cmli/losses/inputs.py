@@ -36,7 +36,6 @@ class Features:
     patches: Tensor  # [B, N, H]
     text_cls: Tensor  # [C, H]
     tokens: Tensor  # [C, M, H], padding and special tokens included
-    phrase_cls: Tensor | None = None  # [F, H], of the phrases of `Batch.regions`
     # int64 [B, N], where these patches are in the image; None: they are all.
     places: Tensor | None = None
     # bool [B, N], the patches that pictures of any aspect have; None: all.
@@ -213,14 +212,10 @@ class LossInputs(PairInputs):
             return image @ text.t()
 
     @cached_property
-    def projected_patches(self) -> Tensor:
-        """The patches that CMLI compares, not normalised: [B, N, D]."""
-        return self.student.projection(self.features.patches)
-
-    @cached_property
     def projected(self) -> tuple[Tensor, Tensor]:
         """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [C, M, D]."""
-        return self.projected_patches, self.student.projection(self.features.tokens)
+        patches, tokens = self.features.patches, self.features.tokens
+        return self.student.projection(patches), self.student.projection(tokens)
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,6 @@ class Objective(nn.Module):
             if student.start is not None:
                 loss.start_from(student.start)  # type: ignore[operator]
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
-        self.with_boxes = any(LOSSES[name].boxes for name in config.weights)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -176,20 +175,12 @@ class Objective(nn.Module):
 
     def _features(self, batch: Batch) -> Features:
         places, ids, mask = None, batch.input_ids, batch.attention_mask
-        regions, C, phrases = batch.regions, len(ids), None
-        if not self.with_boxes:
-            regions = None
-        if regions is not None:
-            ids = torch.cat([ids, regions.input_ids])
-            mask = torch.cat([mask, regions.attention_mask])
         if self.patch_keep is not None and self.training:
             places = self.patch_keep.places(batch.index, self.step)
         with self.student.text.knowing(batch.padded):
             x, patches, y, tokens = self.student(batch.image, ids, mask, places, batch.grid)
-        if regions is not None:
-            y, phrases, tokens = y[:C], y[C:], tokens[:C]
         present = patch_mask(batch.grid, self.patches)
-        return Features(x, patches, y, tokens, phrases, places, present)
+        return Features(x, patches, y, tokens, places, present)
 
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None

@@ -14,7 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.registry import of_dual
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch, Regions
+from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
@@ -127,17 +127,6 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     input_ids = torch.zeros(C, M, dtype=torch.int64)
     # If all tokens are alike, gradients can be not finite, and the optimizer step is skipped.
     input_ids[:, ::2] = 3
-    regions = None
-    if config.data.regions:
-        F = B * config.data.regions
-        regions = Regions(
-            torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(B, config.data.regions, 4).clone(),
-            torch.ones(F, dtype=torch.bool),
-            torch.zeros(F, M, dtype=torch.int64),
-            torch.ones(F, M, dtype=torch.bool),
-            torch.arange(F),
-        )
-        regions.input_ids[:, ::2] = 3
     return Batch(
         image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
         input_ids=input_ids,
@@ -151,7 +140,6 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         padded=config.data.padding != "full",
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
         wrong=config.data.texts - config.data.captions,
-        regions=regions,
     )
 
 

@@ -181,7 +181,6 @@ def test_presets_and_random_weights_are_not_contradicted():
         ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
         ("target_text", "loss.duplicates=keep", "without global"), ("target_text", "loss.target=top", None),
         ("cls_kd", "teacher.average_blocks=2", None), ("cmli", "teacher.average_blocks=2", "without target_cmli"),
-        ("global", "data.regions=2", "compares boxes"),
         ("global", "loss.init_bias=-3", "without global_sigmoid"), ("global_sigmoid", "loss.init_bias=-3", None),
         ("cmli", "loss.cmli_scratch_bytes=2000000", None), ("cmli_sigmoid", "loss.cmli_scratch_bytes=2000000", None),
         ("target_image", "loss.match=student", "without target_cmli"), ("target_text", "loss.match=student", None),

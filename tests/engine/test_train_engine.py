@@ -2,7 +2,6 @@
 
 import json
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -22,10 +21,8 @@ from tests.conftest import ROOT
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
-    """Six, with boxes."""
-    with mock.patch.object(data.train, "regions", 2):
-        loader = iter(rank_batches(data.train, data, 8))
-        return [next(loader) for _ in range(6)]
+    loader = iter(rank_batches(data.train, data, 8))
+    return [next(loader) for _ in range(6)]
 
 
 def build(device, data, ds_config, overrides=None, steps=6):
@@ -45,8 +42,7 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_alone(device, data, batches, loss):
-    changes = {"loss": {"weights": {loss: 2.0}}, "data": {"regions": 2 * LOSSES[loss].boxes}}
-    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, changes)
+    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
     total, item = train_engine(batches[0])
     assert list(item) == [loss]
     assert total.item() == pytest.approx(2 * item[loss].item())
@@ -84,18 +80,6 @@ def test_a_start_after_the_end_gets_a_line(data, capsys, monkeypatch):
         planning.make_plan(config, DeepSpeedConfig.of({}), 100)
         said = capsys.readouterr().out
         assert said.count("loss.start: cmli counts from step 20 on, and the run has 20 steps") == lines
-
-
-@pytest.mark.parametrize("negatives, lines", [("global_batch", 1), ("micro_batch", 0)])
-def test_boxes_within_micro_batches_get_a_line(capsys, monkeypatch, negatives, lines):
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
-    loss = {"weights": {"global": 1.0, "regions": 1.0}}
-    changes = {"loss": loss, "data": {"regions": 2}, "optim": {"micro_batch": 4, "negatives": negatives}}
-    config = load_preset("tiny", changes)
-    planning.make_plan(config, DeepSpeedConfig.of({"gradient_accumulation_steps": 2}), 100)
-    printed = capsys.readouterr().out
-    assert printed.count("regions compares the boxes of a micro-batch of all ranks, 4 pairs, alone") == lines
 
 
 def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):

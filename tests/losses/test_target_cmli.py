@@ -64,7 +64,7 @@ def test_the_parts_are_those_of_the_whole(match, target):
     image, ids = torch.randint(256, (3, 3, 56, 56), dtype=torch.uint8), torch.randint(99, (3, 7))
     mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
     masks = {"attention_mask": mask, "token_mask": mask, "padded": True}
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "regions": None, "wrong": 0, **masks})
+    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "wrong": 0, **masks})
     targets = Targets(torch.randn(3, 32), torch.randn(3, 16, 32))
     student = Student(config.student, 56, 99)
     results = []
