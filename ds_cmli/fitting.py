@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_cmli.common import quiet
-from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
 from ds_cmli.common.patches import environment
-from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
 from ds_cmli.config.presets import load_preset
@@ -80,7 +78,6 @@ def fit(
     with environment({}, *OF_A_RANK), warnings.catch_warnings():
         map_launcher_environment()
         quiet.silence()
-        say(plugins.line())
         if isinstance(deepspeed_config, Mapping):
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.config.start_checks import check_outputs, check_restarts, check_wandb
@@ -68,8 +67,6 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions
     profiles = start.profiles
     check_wandb(config.run.report_to)
     check_restarts(config.run.output_dir, start.resume)
-    if start.resume != "never":
-        plugins.require_those_of(config.run.output_dir)
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "

@@ -24,7 +24,6 @@ from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
-from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import (
     OUTPUT,
@@ -60,7 +59,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     start = LaunchOptions(options.pop("resume"), options.pop("resume_with_changes"), profiles)
     config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
-    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}", plugins.line())
+    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     given = how_given(settings, options)

@@ -14,7 +14,6 @@ from unittest import mock
 import pytest
 
 from ds_cmli.common import hardware
-from ds_cmli.config.plugins import _given as given_plugins
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
 # refuses to fork it. Engines take the function from here, when they are first imported.
@@ -171,23 +170,19 @@ def data():
 
 
 @pytest.fixture
-def plugins(monkeypatch):
+def plugins():
     """The module `config.plugins`; what a test imports by it is forgotten at the end."""
-    from ds_cmli.config import plugins
+    from ds_cmli.config import plugins, registry
 
-    before = {name: dict(entries) for name, (entries, _) in plugins.TABLES.items()}
-    modules = {*sys.modules}
-    monkeypatch.setenv(plugins.VARIABLE, "")
-    plugins.load_installed.cache_clear()
+    tables = registry.LOSSES, registry.IMAGE
+    before = list(map(dict, tables))
     yield plugins
-    for name in {*plugins._given, *plugins._installed} - modules:
+    for name in plugins.imported:
         sys.modules.pop(name, None)
-    for name, (entries, _) in plugins.TABLES.items():
-        entries.clear()
-        entries.update(before[name])
-    plugins._given.clear()
-    plugins._installed.clear()
-    plugins.load_installed.cache_clear()
+    plugins.imported.clear()
+    for table, entries in zip(tables, before, strict=True):
+        table.clear()
+        table.update(entries)
 
 
 @pytest.fixture
@@ -286,13 +281,11 @@ def _group_is_up() -> bool:
 
 @contextlib.contextmanager
 def same_process():
-    """What commands set inside, as of a launcher or of plugins, or a process group, is not there for the next test."""
-    before, given, grouped = dict(os.environ), dict(given_plugins), _group_is_up()
+    """What commands set inside, as of a launcher, or a process group, is not there for the next test."""
+    before, grouped = dict(os.environ), _group_is_up()
     try:
         yield
     finally:
-        given_plugins.clear()
-        given_plugins.update(given)
         if dict(os.environ) != before:
             os.environ.clear()
             os.environ.update(before)

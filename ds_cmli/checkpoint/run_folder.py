@@ -15,7 +15,6 @@ from ds_cmli.common import checksums, provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
-from ds_cmli.config import plugins
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BAD_FILE
@@ -145,8 +144,7 @@ def _settle(
                 files.publish(root / checkpoint.LATEST, name.encode())
     for line in _truncate(folder / METRICS, state, expected):
         say(line)
-    made_with = plugins.of_run(config.registered)
-    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config, made_with))
+    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config))
 
 
 def _keep_former(path: Path) -> None:

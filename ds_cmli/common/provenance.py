@@ -5,7 +5,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -52,14 +52,11 @@ def versions() -> dict[str, str]:
     return result
 
 
-def of(
-    config: Mapping[str, object], ds_config: Mapping[str, object], plugins: Sequence[str]
-) -> bytes:
-    """The content of a run's `config.json`; `plugins`: the names of their modules."""
+def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
+    """The content of a run's `config.json`."""
     content = {
         "config": config,
         "deepspeed": dict(ds_config),
-        "plugins": plugins,
         "versions": versions(),
         "revision": revision(),
         "command": sys.argv,

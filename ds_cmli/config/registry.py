@@ -13,7 +13,6 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
-from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import JsonObject
 
 
@@ -236,19 +235,8 @@ Entry = LossEntry | BackboneEntry | SourceEntry | TaskEntry
 
 
 def load(entry: Entry) -> Any:
-    """Import the implementation of an entry and return it.
-
-    Raises:
-        UserError: that of a plugin cannot be imported.
-    """
-    try:
-        return pkgutil.resolve_name(entry.implementation)
-    except Exception as error:
-        if entry.implementation.startswith("ds_cmli."):
-            raise
-        why = f"{type(error).__name__}: {one_line(error)}"
-        place = f"{entry.implementation!r}, an implementation of a plugin, cannot be imported"
-        raise UserError(f"{place}, repair it: {why}") from error
+    """Import the implementation of an entry and return it."""
+    return pkgutil.resolve_name(entry.implementation)
 
 
 def over_pairs(weights: dict[str, float]) -> dict[str, float]:

@@ -14,7 +14,6 @@ from pydantic.dataclasses import dataclass
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
-from ds_cmli.config import plugins
 from ds_cmli.config.registry import (
     AUTO,
     DUAL,
@@ -425,13 +424,6 @@ class Config:
         ):
             check(share == 1, setting, share, need)
 
-    @property
-    def registered(self) -> set[str]:
-        """The names in it of entries of the tables in `registry.py`, without data and "auto"."""
-        student = self.student
-        backbones = student.image_backbone, student.text_backbone, self.teacher.backbone
-        return {*self.loss.weights, *backbones}
-
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)
 
@@ -446,7 +438,6 @@ class Config:
         Raises:
             UserError: for the first wrong name or value.
         """
-        plugins.load_installed()
         sections = {field.name: field.default_factory for field in dataclasses.fields(cls)}
         for name in values:
             choice("configuration section", name, sections)
@@ -468,14 +459,11 @@ def load_config(path: Path, setting: str) -> Config:
     try:
         content = checksums.read(path, finite=True)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
-        plugins.require(content.get("plugins", []), place)
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
     except NotRegistered as error:
         raise UserError(f"{place}: {error}") from None
-    except plugins.NotImported:
-        raise
     except (UserError, ValueError) as error:
         raise UserError(
             f"{place}: its config.json is damaged, or of another version: {error}"

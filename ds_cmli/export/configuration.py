@@ -18,7 +18,6 @@ class CMLIConfig(PreTrainedConfig):
         special_ids: the tokens that do not belong to a text itself.
         pad_ends_texts: whether the padding token is also the one with which a text ends, as in
             CLIP.
-        plugins: the modules that register what it is built from.
     """
 
     model_type = "ds_cmli"
@@ -41,5 +40,4 @@ class CMLIConfig(PreTrainedConfig):
         self.class_first = class_first
         self.special_ids = special_ids or []
         self.pad_ends_texts = pad_ends_texts
-        self.plugins = kwargs.pop("plugins", [])  # earlier exports have none
         super().__init__(**kwargs)

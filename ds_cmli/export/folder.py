@@ -17,7 +17,7 @@ from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import checksums, tensor_file
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import read
-from ds_cmli.config import plugins, registry
+from ds_cmli.config import registry
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
 from ds_cmli.config.validation import NotRegistered
@@ -99,7 +99,6 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     sample = words("a")
     text = _text_config(objective.student)
     added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
-    needed = plugins.of_run(config.registered)
     exported = CMLIConfig(
         portable(config, objective.student),
         [*over_pairs(config.loss.weights).items()],
@@ -109,7 +108,6 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
         special_ids=sorted({*words.special_ids, *added}),
         pad_ends_texts=sample.input_ids[-1] == words.pad_id,
         auto_map=AUTO_MAP,
-        plugins=needed,
         architectures=[CMLIModel.__name__],
         dtype="float32",
     )
@@ -129,8 +127,7 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     )
     processor.auto_map = AUTO_MAP  # type: ignore[attr-defined]
     processor.save_pretrained(folder)
-    imports = "".join(f"import {name}  # a plugin\n" for name in needed)
-    (folder / "modeling_ds_cmli.py").write_text(CODE + imports)
+    (folder / "modeling_ds_cmli.py").write_text(CODE)
     model = CMLIModel.from_pretrained(folder)
     check_same(objective, model)
     return model
@@ -259,15 +256,12 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
     """
     try:
         exported = CMLIConfig.from_pretrained(folder)
-        plugins.require(exported.plugins, repr(str(folder)))
         data = {"source": "not named", **exported.settings["data"]}  # earlier exports name none
         given = {**exported.settings, "data": data, "loss": {"weights": dict(exported.losses)}}
         config = Config.from_dict(given)
         student = build_student(exported)
     except NotRegistered as error:
         raise UserError(f"{str(folder)!r}: its config.json has {error}") from None
-    except plugins.NotImported:
-        raise
     except Exception as error:  # a file of others may hold anything
         raise UserError(
             f"{str(folder)!r}: its config.json is damaged, or of another version: {one_line(error)}"

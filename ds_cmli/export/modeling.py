@@ -28,7 +28,6 @@ from ds_cmli.cmli.contrastive import (
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import Match, both_ways, match
 from ds_cmli.cmli.reference import cmli_scores_reference
-from ds_cmli.config import plugins
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens
 from ds_cmli.export.configuration import CMLIConfig
@@ -108,7 +107,6 @@ class CMLIModel(PreTrainedModel):
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
-        plugins.require(config.plugins, "the exported model")
         # transformers builds models on meta, where backbones cannot compute their constants.
         with torch.device("cpu"):
             self.student = build_student(config)

@@ -21,6 +21,7 @@ from ds_cmli.allocator import snapshot
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, Section
+from ds_cmli.config import plugins
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import environment_without_rank
 from ds_cmli.fits.answer import WITHOUT_LIMIT
@@ -67,7 +68,7 @@ class Predictor:
 
     def __init__(self, timeout_s: float = 120):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ds_cmli.memory.predict_subprocess"],
+            [sys.executable, "-m", "ds_cmli.memory.predict_subprocess", *plugins.imported],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -143,6 +144,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with quiet.without_trackers():
+        for name in sys.argv[1:]:
+            plugins.load(name)
         for line in sys.stdin:
             answers.write(json.dumps(asdict(answer(json.loads(line)))) + "\n")
             answers.flush()

@@ -6,7 +6,6 @@ from typing import get_args, get_type_hints
 
 from ds_cmli.common.errors import UserError, check_regular, one_line
 from ds_cmli.common.json_text import parse_toml
-from ds_cmli.config import plugins
 from ds_cmli.config.registry import TASKS, load
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.suites.task import Task
@@ -18,7 +17,6 @@ def read_suite(file: str) -> dict[str, Task]:
     Raises:
         UserError: the file is no TOML, or has no task, an unknown kind or key, or a missing file.
     """
-    plugins.load_installed()
     path = Path(file).expanduser()
     setting = f"--suite is {file!r}"
     check_regular("--suite", path)

@@ -49,15 +49,6 @@ def test_tasks_of_the_page_are_tasks():
         assert required <= table.keys() <= {f.name for f in settings}
 
 
-def test_a_kind_may_be_a_plugins(tmp_path, monkeypatch, plugins):
-    monkeypatch.syspath_prepend(tmp_path)
-    body = "TASKS['mine'] = TaskEntry('tests.evaluate.suites.test_suite:Mine')"
-    (tmp_path / "plugin_task.py").write_text(f"from ds_cmli.config.registry import TASKS, TaskEntry\n{body}\n")
-    plugins.load("plugin_task")
-    (tmp_path / "s.toml").write_text("[a]\nkind = 'mine'\nlist = 's.toml'\n")
-    assert read_suite(str(tmp_path / "s.toml")) == {"a": Mine(tmp_path / "s.toml")}
-
-
 @pytest.mark.parametrize(
     ("text", "words"),
     [
