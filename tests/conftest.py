@@ -2,16 +2,19 @@ import contextlib
 import gc
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from _pytest.mark.expression import Expression
 
 from ds_cmli.common import hardware
 
@@ -74,9 +77,21 @@ def place(nodeid: str) -> str:
     return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
 
+def selects_gpu(expression: str) -> bool:
+    """Whether the mark `gpu` makes `-m EXPRESSION` select a test, alone or with others of its marks."""
+    compiled = Expression.compile(expression)
+    names = {*re.findall(r"\w+", expression)} - {"gpu"}
+    marks = [set(some) for count in range(len(names) + 1) for some in combinations(names, count)]
+    return any(
+        compiled.evaluate(lambda name, **_: name in some | {"gpu"})  # noqa: B023
+        and not compiled.evaluate(lambda name, **_: name in some)  # noqa: B023
+        for some in marks
+    )
+
+
 def pytest_configure(config):
-    """Hide GPUs from all tests but those of `-m gpu`: they are of what CPUs compute, partly to the bit."""
-    if config.option.markexpr != "gpu":
+    """Hide GPUs from all tests but those with the mark `gpu`: they are of what CPUs compute, partly to the bit."""
+    if not selects_gpu(config.option.markexpr):
         # The second reaches what the launcher of DeepSpeed starts, which sets the first by itself.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
@@ -100,7 +115,7 @@ def pytest_xdist_setupnodes(config, specs):
     """All processes are forked from one that has imported the libraries, but where that would ask for the GPU first."""
     from tests.processes import worker
 
-    if config.option.markexpr != "gpu":
+    if not selects_gpu(config.option.markexpr):
         for spec in specs:
             spec.python = worker()
 
@@ -122,10 +137,18 @@ def pytest_runtest_call():
         return (yield)
 
 
-def pytest_collection_finish():
+def keep_what_is_imported() -> None:
     """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    on_gpus = selects_gpu(session.config.option.markexpr)
+    marks = [{mark.name for mark in item.iter_markers()} for item in session.items]
+    if any("gpu" in own if not on_gpus else not own & {"gpu", "null_gpu"} for own in marks):
+        raise pytest.UsageError("tests with the mark gpu run alone, as the others see no GPU: give -m gpu, or not gpu")
+    keep_what_is_imported()
 
 
 @pytest.fixture(autouse=True)
@@ -133,15 +156,19 @@ def what_a_test_imports_stays_as_well():
     before = len(sys.modules)
     yield
     if len(sys.modules) > before + 100:
-        pytest_collection_finish()
+        keep_what_is_imported()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def pictures():
-    """The demo's pictures, fetched once for the whole session: the only download of the test suite."""
+@pytest.fixture(scope="session")
+def demo():
+    """The demo's pictures, fetched once for the whole session."""
+    from ds_cmli.common.errors import UserError
     from ds_cmli.data import assets
 
-    assets.fetch(["pictures"])
+    try:
+        assets.fetch(["pictures"])
+    except UserError as error:
+        pytest.fail(f"the demo's pictures are needed: {error}", pytrace=False)
 
 
 @pytest.fixture(autouse=True)
@@ -161,7 +188,7 @@ def device():
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(demo):
     """The data of the preset `tiny`."""
     from ds_cmli.config.presets import load_preset
     from ds_cmli.data.load import build_data

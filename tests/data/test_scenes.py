@@ -17,11 +17,12 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES
 from ds_cmli.data.tokens import WORDS
 
+pytestmark = pytest.mark.usefixtures("demo")
 CONFIG = DataConfig(image_size=56, tokenizer="builtin", context_length=32)
 
 
 @pytest.fixture(scope="module")
-def data():
+def data(demo):
     return build_data(CONFIG, seed=0)
 
 

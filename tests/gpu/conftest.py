@@ -42,11 +42,6 @@ def pytest_collection_modifyitems(items):
     items.sort(key=order)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def pictures():
-    """Fetch nothing: a machine with a GPU may be without a network."""
-
-
 @pytest.fixture(scope="session")
 def device() -> str:
     name = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
