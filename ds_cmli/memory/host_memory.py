@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import CachingAllocator, replay
+from ds_cmli.allocator.allocator import replay
 from ds_cmli.common.patches import patched
 from ds_cmli.common.probe import Probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -97,10 +97,9 @@ class PredictedDevice(CPU_Accelerator):
         """The bytes that are free once the GPU's allocator has returned all free segments."""
         if self.tracker.gpu is None:
             return 1 << 60
-        allocator = CachingAllocator()
-        replay(self.tracker.events(), allocator=allocator)
-        allocator.empty_cache()
-        reserved = gpus.device_bytes(allocator.reserved, self.gpu, self.world_size)
+        segments = replay(self.tracker.events()).segments
+        in_use = sum(segment.size for segment in segments if not segment.free)
+        reserved = gpus.device_bytes(in_use, self.gpu, self.world_size)
         return gpus.find(self.gpu).total.bytes - reserved
 
     def empty_cache(self) -> None:
