@@ -194,13 +194,3 @@ def written(figure: "Figure", path: Path | str, finding: str, caption: str = "")
 def plain(value: float, _: object = None) -> str:
     """The label of a tick as a number without exponent: 0.1, 10, 1,000."""
     return f"{value:,.12g}"
-
-
-def percent(value: float, _: object = None) -> str:
-    """The label of a tick as percent: 0.1%, 10%, 1,000%."""
-    return f"{100 * value:,.6g}%"
-
-
-def no_label(*_: object) -> str:
-    """The label of a minor tick of a logarithmic axis."""
-    return ""

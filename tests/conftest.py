@@ -52,7 +52,6 @@ LONGEST_FIRST = (
     "tests/checkpoint/test_unwritable.py",
     "tests/memory/test_out_of_memory.py",
     "tests/cmli/test_scores.py",
-    "tests/profiling/memory/test_backbones.py",
     "tests/distributed/test_ranks.py",
     "tests/engine/test_parameter_groups.py",
     "tests/memory/test_measure.py",

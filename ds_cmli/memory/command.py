@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,14 +67,6 @@ CPU = "cpu"
 )
 @option(
     "Questions",
-    "--sweep",
-    multiple=True,
-    metavar="AXES",
-    help="Predict a grid over batch, world and stage, each with or without values: "
-    "batch=64,128,world,stage.",
-)
-@option(
-    "Questions",
     "--fit",
     metavar="SIZE|GPU",
     help="Find the largest micro-batch that fits 24GB (10^9 bytes), 22GiB, or a GPU's name.",
@@ -102,15 +93,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         ds_config = ds_config.replaced(activation_checkpointing=section)
     elif own.checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
-    micro_batch = ds_config.batch(config.optim.micro_batch, own.world_size)[1]
-    from ds_cmli.memory import search
-
-    if own.sweep:
-        axes = search.parse_axes(own.sweep, micro_batch, own.world_size)
-        content: object = grid(config, ds_config, own, axes)
-        fits = True  # each point for itself, which the table tells
-    else:
-        content, fits = single(config, ds_config, own)
+    content, fits = single(config, ds_config, own)
     if own.json_path:
         path = Path(own.json_path)
         text = json.dumps(content, indent=2) + "\n"
@@ -125,21 +108,14 @@ class PredictionOptions:
     world_size: int
     checkpointing: str | None
     gpu: str | None
-    sweep: tuple[str, ...]
     fit: str | None
     json_path: str | None
     snapshot: str | None
 
     def check(self) -> None:
-        if self.sweep and (self.fit or self.snapshot):
+        if self.gpu == CPU and (self.fit or self.snapshot):
             raise UserError(
-                f"--sweep is {','.join(self.sweep)!r}: it goes with neither --fit nor --snapshot: "
-                "give one of them"
-            )
-        if self.gpu == CPU and (self.sweep or self.fit or self.snapshot):
-            raise UserError(
-                "--gpu is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave "
-                "it out"
+                "--gpu is 'cpu': --fit and --snapshot are about GPUs: name one, or leave it out"
             )
 
 
@@ -183,52 +159,6 @@ def single(
     report = prediction.report
     fits = own.gpu in (None, CPU) or report.totals["device"] <= gpus.find(gpu).total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
-
-
-def grid(
-    config: Config, ds_config: DeepSpeedConfig, own: PredictionOptions, axes: dict[str, list[int]]
-) -> list[JsonObject]:
-    """Print the bytes on the device as they are found, then as a table.
-
-    The table has the first axis in rows, the others in columns. Returns the points' reports.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    from ds_cmli.memory import search
-    from ds_cmli.memory.predict import DEFAULT_GPU
-
-    gpu = own.gpu or DEFAULT_GPU
-    reports: list[JsonObject] = []
-    device: dict[tuple[int, ...], int] = {}
-    total = gpus.find(gpu).total.bytes
-    ranks = own.world_size
-    for point, prediction in search.sweep(config, ds_config, ranks, axes, gpu=gpu, tell=tell):
-        tell("")
-        device[point] = prediction.report.totals["device"]
-        reports.append(prediction.report.to_dict())
-        print(f"{_named(list(axes), point)}: {device[point]:,} B on the device", flush=True)
-    (first, rows), *others = axes.items()
-    across = [values for _, values in others]
-    digits = max(len(gigabytes(total, size)[0].partition(".")[2]) for size in device.values())
-    title = f"GB on the device; {gpu} has {total / 1e9:.{digits}f}, * does not fit"
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, justify="right")
-    for values in product(*across):
-        table.add_column(_named([name for name, _ in others], values) or "GB", justify="right")
-    for row in rows:
-        cells = [str(row)]
-        for values in product(*across):
-            cell = (row, *values)
-            size = device[cell]
-            cells.append(f"{size / 1e9:.{digits}f}{'*' if size > total else ' '}")
-        table.add_row(*cells)
-    Console(highlight=False).print(table)
-    return reports
-
-
-def _named(names: list[str], values: tuple[int, ...]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
 def sentence(report: Report, gpu: str) -> str:

@@ -1,10 +1,10 @@
-"""A grid of settings, and the largest batch that fits."""
+"""The largest batch that fits."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import permutations, product
+from itertools import permutations
 
 import numpy as np
 
@@ -12,44 +12,15 @@ from ds_cmli import engine
 from ds_cmli.allocator import gpus
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import Config, check, choice
+from ds_cmli.config.schema import Config
 from ds_cmli.fits.answer import Room, on_device
 from ds_cmli.memory.changes import SettingsChange, Shortage, Step
 from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Options, Prediction, silent
 
-AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
 SECOND_BATCH = 128  # that is tried: far enough from 1 for a line through both
 MOST_GROWTH = 64  # from one micro-batch to the next that is tried
-
-
-def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
-    """`("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1, 2, 8, 64]}, the usual values.
-
-    Raises `UserError` for what is neither an axis nor a number.
-    """
-    batches = (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch)
-    usual = {
-        "batch": list(filter(None, batches)),
-        "world": sorted({1, 2, 8, world_size}),
-        "stage": [0, 1, 2, 3],
-    }
-    axes: dict[str, list[int]] = {}
-    for part in map(str.strip, ",".join(texts).split(",")):
-        name, equals, value = part.rpartition("=")
-        if not equals and not part.isdecimal():
-            name, value = part, ""
-        if name:
-            choice("--sweep", name, AXES)
-            axes[name] = []
-        if value:
-            written = bool(axes) and value.isdecimal()
-            check(written, "--sweep", part, "write for instance batch=64,128,world,stage=1,2")
-            list(axes.values())[-1].append(int(value))
-    for stage in axes.get("stage", []):
-        check(stage <= 3, "--sweep stage", stage, "ZeRO's stages are 0 to 3")
-    return {name: values or usual[name] for name, values in axes.items()}
 
 
 def with_batch(ds_config: Section, micro_batch: int) -> DeepSpeedConfig:
@@ -57,28 +28,6 @@ def with_batch(ds_config: Section, micro_batch: int) -> DeepSpeedConfig:
     return DeepSpeedConfig.of(ds_config).replaced(
         train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
     )
-
-
-def sweep(
-    config: Config,
-    ds_config: Section,
-    world_size: int,
-    axes: dict[str, list[int]],
-    gpu: str,
-    tell: Callable[[str], None],
-) -> Iterator[tuple[tuple[int, ...], Prediction]]:
-    """Yield (values, prediction) of each point of the grid; the last axis varies fastest."""
-    for values in product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
-        changed = DeepSpeedConfig.of(ds_config)
-        if "batch" in point:
-            changed = with_batch(changed, point["batch"])
-        if "stage" in point:
-            changed = changed.replaced({"stage": point["stage"]})
-        ranks = point.get("world", world_size)
-        options = Options(limit=gpus.find(gpu).total.bytes, tell=tell)
-        last = ranks - 1
-        yield values, predict_largest(config, changed, ranks, gpu=gpu, first=last, options=options)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """Charts: matplotlib that is missing, labels, and colours that all readers tell apart."""
 
-import subprocess
 import sys
 from itertools import combinations
 
@@ -12,22 +11,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import COLOURS, LINES
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.report import COLOURS as OF_CATEGORIES
-from tests.conftest import ROOT, clean_environment
-
-# Runs a script as where matplotlib is not installed.
-HIDDEN = (
-    "import sys, runpy; sys.modules['matplotlib'] = None; del sys.argv[0]; "
-    "runpy.run_module(sys.argv[0], run_name='__main__')"
-)
-
-
-@pytest.mark.parametrize("script", ["speed.scale", "memory.estimators"])
-def test_a_picture_without_matplotlib_is_refused_before_the_work(script, tmp_path):
-    command = [sys.executable, "-c", HIDDEN, f"profiling.{script}", "--plot", "picture.png"]
-    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr == "error: --plot needs matplotlib: pip install matplotlib\n"
 
 
 def test_charts_name_what_needs_it(monkeypatch):

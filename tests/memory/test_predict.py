@@ -315,12 +315,7 @@ def test_the_largest_that_fits(room):
         assert len(calls) <= 40
 
 
-def test_axes_and_sizes_as_they_are_typed():
-    assert search.parse_axes(("batch=8,16,world",), 64, 4) == {"batch": [8, 16], "world": [1, 2, 4, 8]}
-    assert search.parse_axes(("stage=2", "batch"), 64, 1) == {"stage": [2], "batch": [16, 32, 64, 128]}
-    for wrong in ("size=3", "batch=x", "7", "stage=4"):
-        with pytest.raises(UserError, match="--sweep"):
-            search.parse_axes((wrong,), 64, 1)
+def test_sizes_as_they_are_typed():
     assert gpus.parse_memory("24GB") == (24 * 10**9, None)
     assert gpus.parse_memory("1.5 GiB") == (3 * 2**29, None)
     assert gpus.parse_memory("RTX 3090")[1] == "RTX 3090 24GB"
@@ -354,13 +349,6 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
 def test_the_command_predicts_for_this_processor_with_the_loss_of_a_plugin():
     done = command("--gpu", "cpu", "--plugin", "tests.stranger.toy", "--losses", "global,filip")
     assert done.returncode == 0 and "requested" in done.stdout, done.stderr
-
-
-@pytest.mark.slow
-def test_the_command_sweeps():
-    done = command("--sweep", "batch=4,8,stage=2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("B on the device\n") == 2 and "stage 2" in done.stdout
 
 
 @pytest.mark.slow
@@ -466,7 +454,7 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
     monkeypatch.setattr(largest_rank, "predict_largest", lambda *_, **__: result)
     monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
     monkeypatch.setattr(command, "show", lambda _: None)
-    options = command.PredictionOptions(1, None, gpu, (), fit, None, None)
+    options = command.PredictionOptions(1, None, gpu, fit, None, None)
     assert command.single(None, None, options)[1] == fits
 
 
@@ -513,7 +501,7 @@ def test_the_rank_that_needs_the_most_is_predicted():
         predict(config, ds_json(), 3, rank=3)
 
 
-@pytest.mark.parametrize("arguments", [("--gpu", "abacus"), ("--sweep", "moon"), ("--world-size", "0")])
+@pytest.mark.parametrize("arguments", [("--gpu", "abacus"), ("--world-size", "0")])
 def test_mistakes_are_one_line(arguments):
     done = command(*arguments)
     assert done.returncode == 2

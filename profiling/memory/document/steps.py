@@ -28,7 +28,6 @@ from ds_cmli.memory.report import gigabytes
 from profiling.memory.document.compare import Row, free_bytes, processes
 from profiling.memory.document.estimates import Setting, claims, zero_model_states
 from profiling.memory.document.own_process import tell_from_process
-from profiling.memory.estimators import deepspeed_estimate
 from profiling.speed.baselines import broadcast_scores, materialised_scores
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
@@ -204,6 +203,19 @@ def whole_step(
         estimate = deepspeed_estimate(stage, parameters, largest, world_size)
     sizes = preset, pairs, whole, world_size, device
     return WholeStep(*sizes, prediction, measured, why_not, parameters, zero, estimate)
+
+
+def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int) -> int:
+    """Bytes on a GPU that DeepSpeed's own functions estimate for stage 2 or 3.
+
+    They count parameters, gradients and optimizer states.
+    """
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    if stage == 2:
+        return estimate_zero2_model_states_mem_needs(trained, ranks, 1, cpu_offload=False)[1]
+    return estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, False, False)[1]
 
 
 def measured_step(
