@@ -47,7 +47,7 @@ LONGEST_FIRST = (
     "tests/faults/test_nonfinite.py",
     "tests/models/test_patch_keep.py",
     "tests/models/test_lora.py",
-    "tests/config/test_mistakes.py",
+    "tests/test_mistakes.py",
     "tests/models/test_any_aspect.py",
     "tests/checkpoint/test_unwritable.py",
     "tests/memory/test_out_of_memory.py",
@@ -209,6 +209,14 @@ def plugins():
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> list[str]:
+    """`--data` with 60 training pairs and three held out: an epoch ends within a test, and evaluation is quick."""
+    from tests.make import pairs
+
+    return ["--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)]
 
 
 @pytest.fixture

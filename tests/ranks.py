@@ -74,13 +74,19 @@ def _rank(rank: int, world: int, port: int, function: Callable, arguments: tuple
         dist.destroy_process_group()
 
 
-def commands(argv: list[str], world: int, timeout: float = 300, **more: str) -> list[subprocess.CompletedProcess]:
-    """`python ARGV` on each rank, as a launcher starts it; where one fails or is late, the others are ended."""
-    started = []
-    for env in environments(world, **more):
+def commands(
+    argv: list[str], world: int, cwd: str | Path = ROOT, timeout: float = 300
+) -> list[subprocess.CompletedProcess]:
+    """`python ARGV` on each rank, as a launcher starts it, in `cwd`, where {rank} is its number.
+
+    Where one is late, the others are ended.
+    """
+    started, done = [], []
+    for rank, env in enumerate(environments(world)):
+        words = [word.replace("{rank}", str(rank)) for word in (*argv, str(cwd))]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([sys.executable, *argv], env=env, cwd=ROOT, **pipes))
-    end, done = time.monotonic() + timeout, []
+        started.append(subprocess.Popen([sys.executable, *words[:-1]], env=env, cwd=words[-1], **pipes))
+    end = time.monotonic() + timeout
     try:
         for process in started:
             out, err = process.communicate(timeout=max(1, end - time.monotonic()))

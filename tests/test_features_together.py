@@ -7,16 +7,13 @@ import pytest
 from safetensors import safe_open
 
 from ds_cmli.config.schema import load_config
-from tests.checkpoint.test_restore import AUGMENTED, assert_same, json_file, ranks
+from tests.checkpoint.runs import AUGMENTED, assert_same, json_file, ranks
 from tests.covering import not_met
-from tests.data.sources.samples import members, picture, tar
-from tests.data.sources.test_arrow import datasets, table
-from tests.data.sources.test_coco import coco
-from tests.data.sources.test_folder import rows, write
+from tests.data.sources.samples import coco, datasets, members, picture, rows, table, tar, write
 from tests.drive_train import drive
 from tests.metrics_file import metrics
-from tests.models.test_any_aspect import SETTINGS as ANY_ASPECT
-from tests.models.test_any_aspect import of_many_aspects
+from tests.models.aspects import SETTINGS as ANY_ASPECT
+from tests.models.aspects import of_many_aspects
 from tests.stranger.drive import check_memory, used
 
 AXES = {

@@ -16,10 +16,9 @@ from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from ds_cmli.metrics import Writer
-from tests.config.test_mistakes import pairs
 from tests.conftest import free_port, run
-from tests.metrics_file import metrics
-from tests.test_train import BIN, without_times
+from tests.make import pairs
+from tests.metrics_file import BIN, metrics, without_times
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from tests import ranks
+from tests import make, ranks
 
 ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate", "export")
 MODULES = {
@@ -66,8 +66,37 @@ def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
     assert files(tmp_path) == before
 
 
-@pytest.mark.parametrize("line, named", [("train --preset dmeo", "--preset"), ("evaluate --checkpoint /none", "/none")])
-def test_a_process_of_its_own_ends_so_too(line, named, tmp_path):
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("train --deepspeed_config /nowhere.json", "/nowhere.json"),
+        ("evaluate --checkpoint /nowhere", "/nowhere"),
+        ("memory --deepspeed_config /nowhere.json", "/nowhere.json"),
+    ],
+)
+def test_it_is_told_before_libraries_are_imported_that_take_seconds(line, named, tmp_path):
     name, words = argv(line, tmp_path)
-    (done,) = ranks.commands(["-m", MODULES[name].removesuffix(".__main__"), *words], 1)
+    module = "ds_cmli.memory" if name == "memory" else MODULES[name].removesuffix(".__main__")
+    (done,) = ranks.commands(["-X", "importtime", "-m", module, *words], 1)
     assert_one_line(done.returncode, done.stderr, named)
+    assert " numpy" in done.stderr or " click" in done.stderr
+    assert "deepspeed\n" not in done.stderr and "timm\n" not in done.stderr
+
+
+def test_a_mistake_of_one_rank_alone_is_told_by_all(tmp_path):
+    make.pairs(tmp_path / "pairs-0")
+    words = argv("train --data {here}/pairs-{{rank}}", tmp_path)[1]
+    first, second = ranks.commands([str(ranks.ROOT / "ds_cmli" / "train.py"), *words], 2)
+    assert_one_line(first.returncode, first.stderr, "rank 1: ")
+    assert str(tmp_path / "pairs-1") in first.stderr and second.returncode == 2
+    assert "Traceback" not in second.stderr
+
+
+def test_an_output_folder_that_ranks_do_not_share_is_told(tmp_path):
+    for rank in (0, 1):
+        (tmp_path / f"node-{rank}").mkdir()
+    words = argv(f"train --data {make.pairs(tmp_path / 'pairs')} --output-dir run", tmp_path)[1]
+    script = str(ranks.ROOT / "ds_cmli" / "train.py")
+    first, second = ranks.commands([script, *words], 2, tmp_path / "node-{rank}")
+    assert_one_line(first.returncode, first.stderr, "--output-dir")
+    assert second.returncode == 2 and "Traceback" not in second.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -14,12 +13,11 @@ from ds_cmli import train
 from ds_cmli.common.cli import exit_code
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.distributed.launchers import OF_A_RANK
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port, rank_environments, run
+from tests.make import pairs
+from tests.metrics_file import BIN, lines, without_times
 from tests.processes import Program
 
-BIN = os.path.dirname(sys.executable)
-MEASURED = re.compile("pairs_per_s|checkpoint_s|tflops|mfu|time/.*")  # differs from run to run
 TINY = ("--preset", "tiny", "--steps", "4")
 
 
@@ -32,14 +30,6 @@ def finished(tmp_path_factory):
     done = run("--deepspeed_config", config, *TINY, "--output-dir", str(folder), launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
-
-
-def lines(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if not MEASURED.fullmatch(k)} for line in lines(folder)]
 
 
 def test_what_a_run_leaves(finished):
@@ -173,7 +163,7 @@ def test_a_dry_run_prints_the_resolved_configuration_and_ends(preset, tmp_path, 
 
 
 def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
-    folder = pairs(tmp_path / "data", count=200, broken=4)
+    folder = pairs(tmp_path / "data", count=200, broken=range(4))
     share = ("--set", "data.max_bad_share=0.05")
     done = run(*TINY[:2], "--steps", "24", *share, "--data", folder, "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr

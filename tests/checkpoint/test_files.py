@@ -1,6 +1,7 @@
 import pytest
 
 from ds_cmli.checkpoint import files
+from tests.checkpoint.runs import DAMAGES, flip
 
 
 @pytest.fixture
@@ -11,27 +12,6 @@ def folder(tmp_path):
     assert entries["a.pt"]["bytes"] == 7000
     assert entries["empty"]["sha256"] == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     return tmp_path
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path, byte=0):
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1
-    path.write_bytes(content)
-
-
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def remove(path):
-    path.unlink()
-
-
-DAMAGES = (truncate, flip, lengthen, remove)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

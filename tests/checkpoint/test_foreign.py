@@ -9,8 +9,7 @@ import torch
 from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint.train_state import read_shared
 from ds_cmli.common.errors import UserError
-from tests.checkpoint.test_save import Evil
-from tests.checkpoint.test_unwritable import arguments  # noqa: F401
+from tests.checkpoint.runs import Evil
 from tests.conftest import set_one_process
 from tests.drive_train import drive
 
@@ -28,7 +27,7 @@ CASES = [(name, content) for name, contents in CONTENTS.items() for content in c
 
 
 @pytest.fixture(scope="module")
-def run(arguments, tmp_path_factory):  # noqa: F811
+def run(arguments, tmp_path_factory):
     folder = tmp_path_factory.mktemp("foreign") / "run"
     with pytest.MonkeyPatch.context() as patch:
         set_one_process(patch)
@@ -37,7 +36,7 @@ def run(arguments, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("name, content", CASES)
-def test_a_foreign_file_is_refused_in_one_line(name, content, run, arguments, tmp_path):  # noqa: F811
+def test_a_foreign_file_is_refused_in_one_line(name, content, run, arguments, tmp_path):
     file = run / "checkpoint" / "step4" / name
     whole, listed = file.read_bytes(), (file.parent / files.CHECKSUMS).read_bytes()
     value = CONTENTS[name][content](str(tmp_path / "ran"))

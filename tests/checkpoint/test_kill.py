@@ -2,53 +2,12 @@
 
 import random
 import re
-import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.test_restore import assert_same
-from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, rank_environments
-from tests.processes import Program
-
-
-class Ranks:
-    """Processes of one run, started as a scheduler does, one for each rank."""
-
-    def __init__(self, folder: Path, world_size: int, arguments: list[str]):
-        self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
-        command = [str(ROOT / "ds_cmli" / "train.py"), *arguments]
-        self.processes = [
-            Program(command, env, ROOT, log) for log, env in zip(self.logs, rank_environments(world_size), strict=True)
-        ]
-
-    @property
-    def output(self) -> str:
-        return self.logs[0].read_text()
-
-    def wait_until(self, condition, seconds: float = 120) -> bool:
-        """False where the processes have ended before."""
-        end = time.monotonic() + seconds
-        while not condition():
-            if self.processes[0].poll() is not None:
-                return False
-            assert time.monotonic() < end, self.output
-            time.sleep(0.001)
-        return True
-
-    def kill(self, ranks: list[int]) -> None:
-        for rank in ranks:
-            self.processes[rank].send_signal(signal.SIGKILL)
-        for process in self.processes:
-            if len(ranks) < len(self.processes):
-                time.sleep(0.2)  # the others notice, or hang: a launcher ends them
-            process.kill()
-            process.wait()
-
-    def wait(self) -> list[int]:
-        return [process.wait(300) for process in self.processes]
+from tests.checkpoint.runs import Ranks, assert_same
+from tests.make import pairs
 
 
 def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:

@@ -13,7 +13,7 @@ from ds_cmli.checkpoint import contents, lock, run_folder, save
 from ds_cmli.checkpoint.lock import LEASE, NAME, Lock, _started
 from ds_cmli.common.errors import UserError
 from ds_cmli.metrics import Writer
-from tests.checkpoint.test_restore import TINY, source  # noqa: F401
+from tests.checkpoint.runs import TINY
 from tests.drive_train import drive
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -204,7 +204,7 @@ def test_who_died_while_taking_over_hinders_nobody(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
-def test_a_run_that_goes_on_elsewhere_is_not_touched(tmp_path, source):  # noqa: F811
+def test_a_run_that_goes_on_elsewhere_is_not_touched(tmp_path, source):
     folder = tmp_path / "run"
     folder.mkdir()
     holder(folder, pid=os.getppid(), started=_started(os.getppid()))

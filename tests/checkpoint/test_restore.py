@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 import shutil
 import time
 from itertools import product
@@ -23,57 +22,14 @@ from ds_cmli.data.sampler import permutation
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.run import Run
-from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, free_port, rank_environments, set_one_process
+from tests.checkpoint.runs import TINY, assert_same, json_file, ranks
+from tests.conftest import free_port, set_one_process
 from tests.drive_train import drive
+from tests.make import pairs
 from tests.metrics_file import metrics
-from tests.processes import Program
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
-TINY += ["--set", "student.dropout=0.2", "--set", "run.match_maps=1", "--set", "teacher.block=0"]
-AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> list[str]:
-    """`--data` with 60 training pairs and three held out: an epoch ends within a test, and evaluation is quick."""
-    return ["--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)]
-
-
-def assert_same(folder: Path, other: Path) -> None:
-    assert metrics(folder) == metrics(other)
-    assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
-    averages = [run / "student_ema.safetensors" for run in (folder, other)]
-    assert averages[0].exists() == averages[1].exists()
-    if averages[0].exists():
-        assert averages[0].read_bytes() == averages[1].read_bytes()
-
-
-def json_file(path: Path, content: dict) -> list[str]:
-    path.write_text(json.dumps(content))
-    return ["--deepspeed_config", str(path)]
-
-
-def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 300) -> tuple[list[int], str]:
-    """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
-    file = tmp_path / f"tasks-{random.randrange(10**9)}.json"
-    file.write_text(json.dumps([{"port": free_port(), **task} for task in tasks]))
-    command = [str(ROOT / "tests" / "drive_train.py"), str(file)]
-    out = [file.with_suffix(f".{rank}.log") for rank in range(world_size)]
-    processes = [Program(command, env, ROOT, log) for log, env in zip(out, rank_environments(world_size), strict=True)]
-    end = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):
-            break  # the others would wait for the one that failed
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    output = "\n".join(log.read_text() for log in out)
-    assert all(process.returncode == 0 for process in processes), output
-    return json.loads(next(line for line in output.splitlines() if line.startswith('{"codes"')))["codes"], output
 
 
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finished(source, tmp_path, capfd, monkeypatch):
@@ -201,9 +157,9 @@ def test_a_batch_once_rebatched_for_other_ranks_stays_so_at_every_later_start(mo
 
     state = start(2, None)
     assert (state.train_batch_size, state.world_size, state.rebatched) == (16, 2, False)
-    for ranks, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
-        state = start(ranks, restore.ResumePoint(Path("run/checkpoint/step1"), state, before, []))
-        assert (state.train_batch_size, state.world_size, state.rebatched) == (16, ranks, True)
+    for count, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
+        state = start(count, restore.ResumePoint(Path("run/checkpoint/step1"), state, before, []))
+        assert (state.train_batch_size, state.world_size, state.rebatched) == (16, count, True)
     assert sum("universal" in line for line in said) == 2
 
 

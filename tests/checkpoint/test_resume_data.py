@@ -8,10 +8,8 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.data.sources import base
-from tests.checkpoint.test_restore import drive
-from tests.data.sources.samples import members, tar
-from tests.data.sources.test_arrow import datasets
-from tests.data.sources.test_folder import rows, write
+from tests.data.sources.samples import datasets, members, rows, tar, write
+from tests.drive_train import drive
 from tests.stranger.drive import ONE_BLOCK
 
 TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch", "4", "--set", "data.max_bad_share=0.2"]

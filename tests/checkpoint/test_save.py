@@ -1,7 +1,6 @@
 """Saving and finding checkpoints with the real engine, in this process."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -19,8 +18,8 @@ from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from tests.batches import rank_batches
-from tests.checkpoint.test_files import DAMAGES, flip
-from tests.engine.test_train_engine import build
+from tests.checkpoint.runs import DAMAGES, Evil, flip
+from tests.engine.steps import build
 
 
 @pytest.fixture(scope="module")
@@ -168,14 +167,6 @@ def test_a_full_file_system_leaves_the_one_before(two, train_engine, tmp_path, m
         assert save(tmp_path, train_engine, 3).error is None
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-    def __init__(self, path):
-        self.path = path
 
 
 def test_loading_runs_no_code_from_a_file(tmp_path):

@@ -23,8 +23,8 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import masters_without_zero
 from ds_cmli.models.weights import not_finite
 from tests.batches import rank_batches
-from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
+from tests.make import pairs
 
 GLOBAL, STEPS = 8, 6  # pairs of a step, optimizer steps in all
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},

@@ -11,20 +11,11 @@ import pytest
 from ds_cmli.checkpoint import contents, files
 from ds_cmli.common import tensor_file
 from ds_cmli.run import Run
-from tests.config.test_mistakes import pairs
+from tests.checkpoint.runs import STEPS
 from tests.drive_train import drive
-from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")
-STEPS = 8
 STUDENTS = ("student.safetensors", "student_ema.safetensors")
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> list[str]:
-    data = pairs(tmp_path_factory.mktemp("data") / "pairs", count=33)
-    return ["--preset", "tiny", "--steps", str(STEPS), "--log-every", "1", "--save-every", "3", "--data", data,
-            "--set", "run.match_maps=0", "--set", "optim.ema_decay=0.5", *ONE_BLOCK, "--output-dir"]  # fmt: skip
 
 
 def strike_at(monkeypatch, step: int, strike) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli.inputs import index_dtype
-from tests.cmli.helpers import in_interpreter
-from tests.cmli.test_triton import TOLERANCE, distance, failure, inputs, reference
+from tests.cmli.helpers import TOLERANCE, distance, failure, in_interpreter, inputs, reference
 
 CHECKS = {}
 

@@ -7,7 +7,6 @@ in which every value of every setting occurs.
 """
 
 import json
-import traceback
 import weakref
 from itertools import product
 
@@ -18,11 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli import cmli_peak_bytes
 from ds_cmli.cmli.inputs import Sides, Wanted
-from tests.cmli.helpers import in_interpreter
+from tests.cmli.helpers import TOLERANCE, distance, failure, in_interpreter, inputs, reference
 
 CHECKS = {}
-# Rounding coefficients and results to fp16, relative to the largest entry; for the others the sums' rounding.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
 
 
 def chosen(cases, few):
@@ -35,52 +32,12 @@ def check(function):
     return function
 
 
-def reference(image, text, token_mask, image_mask):
-    """(s_i2t, s_t2i, arg_i2t, arg_t2i) with everything materialised."""
-    S = torch.einsum("ind,jmd->ijnm", image, text)
-    patch, token = image_mask[:, None, :], token_mask[None, :, :]
-    over_m = S.masked_fill(~token[:, :, None, :], -torch.inf)
-    over_n = S.masked_fill(~patch[..., None], -torch.inf)
-    (best_m, arg_i2t), (best_n, arg_t2i) = over_m.max(3), over_n.max(2)
-    some = patch.any(2) & token.any(2)
-    s_i2t = torch.where(patch, best_m, 0).sum(2) / patch.sum(2).clamp(min=1)
-    s_t2i = torch.where(token, best_n, 0).sum(2) / token.sum(2).clamp(min=1)
-    return torch.where(some, s_i2t, 0), torch.where(some, s_t2i, 0), arg_i2t, arg_t2i
-
-
-def inputs(I, J, N, M, D, dtype, seed, holes=True, exact=False):  # noqa: E741
-    """Features, masks with holes (texts 0 and 1 have no and one valid token, the last all) and upstream gradients."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randint(-2, 3, shape, generator=rng) / 4 if exact else torch.randn(shape, generator=rng)
-
-    image, text = draw(I, N, D).to(dtype), draw(J, M, D).to(dtype)
-    token_mask = torch.rand(J, M, generator=rng) < 0.7
-    token_mask[0] = False
-    if J > 1:
-        token_mask[1] = torch.arange(M) == M // 2
-    token_mask[-1] = True
-    image_mask = torch.rand(I, N, generator=rng) < 0.8 if holes else None
-    if holes and I > 2:
-        image_mask[1] = False
-    acc = torch.promote_types(dtype, torch.float32)
-    grads = [torch.randn(I, J, generator=rng).to(acc) for _ in range(2)]
-    return image, text, token_mask, image_mask, grads
-
-
 def run(image, text, token_mask, image_mask, grads, scratch=2**25, recompute=False):
     from ds_cmli.cmli.triton import backward, forward
 
     sides = Sides(image, text, token_mask, image_mask)
     s_i2t, s_t2i, *args = forward(sides, scratch, not recompute)
     return s_i2t, s_t2i, *args, *backward(sides, grads, args, Wanted(True, True), scratch)
-
-
-def distance(value, expected):
-    """Largest error, relative to the largest expected entry."""
-    assert value.shape == expected.shape and value.isfinite().all()
-    return ((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
 def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
@@ -334,14 +291,6 @@ def interpreted():
 @pytest.mark.parametrize("name", CHECKS)
 def test_interpreted(interpreted, name):
     assert interpreted[name] is None
-
-
-def failure(function, *arguments) -> str | None:
-    try:
-        function(*arguments)
-    except Exception:
-        return traceback.format_exc()
-    return None
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ MISTAKES = [
     ("train --set student.layers=two", "layers"),
     ("train --set student.layers=1 --set student.layers=2", "student.layers"),
     ("train --set optim.ema_decay=1.5", "optim.ema_decay"),
+    ("train --set run.report_to=wadnb", "run.report_to"),
     ("train --profile 30:31", "--profile"),
     ("train --profile-memory 0", "--profile-memory"),
     ("train --deepspeed_config {here}/ds.json", "ds.json"),

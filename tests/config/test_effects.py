@@ -13,7 +13,7 @@ from ds_cmli.config.options import how_given, print_without_effect, resolve_conf
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.load import build_data
-from tests.config.test_validation import options
+from tests.config.given import options
 
 ACCUMULATION = {"gradient_accumulation_steps": 2}
 

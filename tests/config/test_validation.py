@@ -11,6 +11,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import WHAT, how_given, print_without_effect, resolve_config
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, load_config, parse_losses, parse_settings
+from tests.config.given import options
 
 SETTINGS = {
     f"{section.name}.{field.name}": field
@@ -27,15 +28,6 @@ def refused(action, *arguments) -> str:
     line = str(error.value)
     assert "\n" not in line and len(line) < 600
     return line
-
-
-def options(**given):
-    return {name: None for name in ("losses", "data", "workers", "steps", "epochs", "micro_batch", "lr", "seed")} | {
-        "deterministic": None,
-        "preset": "tiny",
-        "init": "preset",
-        **given,
-    }
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -11,7 +11,7 @@ from ds_cmli.data.captions import drawn, sentences
 from ds_cmli.data.load import build_data
 from ds_cmli.data.sampler import Draw
 from ds_cmli.memory.inputs import longest_batch
-from tests.data.sources.test_folder import rows, user_error, write
+from tests.data.sources.samples import rows, user_error, write
 
 TEXTS = ["red apple", "green pear", "blue car. It drives! Fast?"]
 

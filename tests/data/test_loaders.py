@@ -15,8 +15,8 @@ import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.loaders import Loader
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment
+from tests.make import pairs
 
 
 class Ones(torch.utils.data.Dataset):

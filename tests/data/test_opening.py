@@ -7,9 +7,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.load import build_eval_data
 from ds_cmli.data.opening import evaluation_data
-from tests.data.sources.samples import build, members, picture, tar
-from tests.data.sources.test_coco import coco
-from tests.data.sources.test_folder import rows, user_error, write
+from tests.data.sources.samples import build, coco, members, picture, rows, tar, user_error, write
 
 
 @pytest.fixture(autouse=True)

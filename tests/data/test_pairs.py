@@ -9,7 +9,7 @@ from ds_cmli.data.captions import drawn
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
-from tests.data.sources.test_folder import build, rows, user_error, write
+from tests.data.sources.samples import build, rows, user_error, write
 
 
 def break_some(folder):

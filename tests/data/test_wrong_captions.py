@@ -14,10 +14,7 @@ from ds_cmli.data.captions import swapped
 from ds_cmli.data.load import build_data
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import texts_of
-from tests.data.sources.samples import members, picture, tar
-from tests.data.sources.test_arrow import table
-from tests.data.sources.test_coco import coco
-from tests.data.sources.test_folder import rows, user_error, write
+from tests.data.sources.samples import coco, members, picture, rows, table, tar, user_error, write
 
 COUNT = 6
 # Of the pictures in their order: two, one, none (a blank one does not count), and for the others two.

@@ -3,32 +3,11 @@
 import pytest
 import torch
 
-from tests.conftest import ROOT, rank_environments
-from tests.processes import Program
+from tests.distributed.gradients import STEPS, gradients
 
-STEPS = 3
 # Few: where two patches match a token equally well but for rounding, either may win, and the gradients are others. Of
 # 32 pairs with each other there was such a tie within five steps with one version of torch, with another none.
 PAIRS = 8
-
-
-def gradients(tmp_path, micro_batch, stage, accumulation, exchange, source="demo", world_size=1):
-    """Of `world_size` forked ranks."""
-    file = tmp_path / f"{micro_batch}.pt"
-    command = [
-        str(ROOT / "tests" / "distributed" / "dump_gradients.py"),
-        str(file),
-        str(micro_batch),
-        str(stage),
-        str(STEPS),
-        str(accumulation),
-        exchange,
-        source,
-    ]
-    output = tmp_path / "output"
-    ranks = [Program(command, item | {"PYTHONPATH": str(ROOT)}, ROOT, output) for item in rank_environments(world_size)]
-    assert [rank.wait(300) for rank in ranks] == [0] * world_size, output.read_text()
-    return torch.load(file)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from ds_cmli.engine.gradient_caching import CachingEngine
 from ds_cmli.losses.inputs import Features, LossInputs
 from tests.batches import rank_batches
 from tests.conftest import spawn
-from tests.faults.test_nonfinite import everything, same, spoil
+from tests.engine.steps import everything, same, spoil
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}

@@ -12,8 +12,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.engine import build_models
-from tests.checkpoint.test_restore import TINY, metrics, source  # noqa: F401
+from tests.checkpoint.runs import TINY
 from tests.drive_train import drive
+from tests.metrics_file import metrics
 
 VIT = PRESETS["tiny"]["student"]["image_overrides"]
 BERT = PRESETS["tiny"]["student"]["text_overrides"]
@@ -146,7 +147,7 @@ def test_a_random_teacher_is_a_warning_where_a_loss_has_it(lines, weights):
     assert lines(**own(weights) | {"teacher": wide}) == [between, line]
 
 
-def test_a_finished_run_is_not_gone_on_with_elsewhere_or_for_fewer_steps(source, tmp_path, alone, capfd):  # noqa: F811
+def test_a_finished_run_is_not_gone_on_with_elsewhere_or_for_fewer_steps(source, tmp_path, alone, capfd):
     arguments = [*TINY, "--steps", "3", *source]
     run, new = ["--output-dir", str(tmp_path / "run")], ["--output-dir", str(tmp_path / "new")]
     assert drive([*arguments, *run]) == 0

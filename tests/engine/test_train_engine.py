@@ -17,18 +17,13 @@ from ds_cmli.engine import planning
 from tests.batches import rank_batches
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
+from tests.engine.steps import FP16, build
 
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
     loader = iter(rank_batches(data.train, data, 8))
     return [next(loader) for _ in range(6)]
-
-
-def build(device, data, ds_config, overrides=None, steps=6):
-    config = load_preset("tiny", overrides or {})
-    ds_config = engine.on_this_device(DeepSpeedConfig.of(ds_config))
-    return engine.build(config, engine.filled(config, ds_config, 1, steps), data.vocab_size, steps, device)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
@@ -105,9 +100,6 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert peaks[1] < peaks[0]
     print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")
-
-
-FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
 
 
 def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_device, device, data, batches):

@@ -6,46 +6,26 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.evaluate.__main__ import command as evaluate
-from ds_cmli.export.__main__ import command
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
 from tests.conftest import free_port
-from tests.drive_train import drive
+from tests.export.libraries import TEXTS, after_ten_steps, export, run_of
 from tests.models.dual_models import clip, naflex, siglip, start
-from tests.models.test_any_aspect import of_many_aspects
 
 LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
 LOSSES["naflex"] = LOSSES["siglip"]
 AS = {"clip": "clip", "siglip": "siglip", "naflex": "siglip"}
-TEXTS = ["a red car", "two dogs,sitting under a tree"]
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
     return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip"), "naflex": naflex(root / "naflex")}
-
-
-def run_of(source, folder, losses, trained=True, **student):
-    """A run's folder as a training from the source leaves it, or as it begins."""
-    objective, config, _ = start(source, losses, **student)
-    if trained:
-        for parameter in objective.parameters():
-            parameter.data += 0.01 * torch.randn_like(parameter)
-    folder.mkdir()
-    save_file({name: x.contiguous() for name, x in objective.state_dict().items()}, folder / "student.safetensors")
-    (folder / "config.json").write_text(json.dumps({"config": config.to_dict()}))
-    return folder
-
-
-def export(run, folder, *options):
-    command.main([str(run), str(folder), *options], standalone_mode=False)
-    return folder
 
 
 @pytest.mark.parametrize("kind", AS)
@@ -56,14 +36,6 @@ def test_untrained_its_weights_are_the_sources_to_the_bit(kind, sources, tmp_pat
     assert given.keys() == back.keys()
     for name, value in given.items():
         assert torch.equal(value, back[name]), name
-
-
-def after_ten_steps(source, folder, losses):
-    """The folder of a run of ten steps from the source."""
-    given = ["--preset", "tiny", "--steps", "10", "--losses", ",".join(losses), "--set", "run.match_maps=0"]
-    data = of_many_aspects(folder.with_name("pairs"))
-    assert drive([*given, *data, "--start-from", str(source), "--output-dir", str(folder)]) == 0
-    return folder
 
 
 @pytest.mark.parametrize("trained", [run_of, pytest.param(after_ten_steps, marks=pytest.mark.slow)])
@@ -155,7 +127,7 @@ def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
 
 
 def test_any_of_them_is_evaluated(sources, tmp_path, capsys, monkeypatch):
-    from tests.config.test_mistakes import pairs
+    from tests.make import pairs
 
     process = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in {**process, "MASTER_PORT": str(free_port())}.items():

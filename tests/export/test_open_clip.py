@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
-from tests.export.test_library import TEXTS, after_ten_steps, export, run_of
+from tests.export.libraries import TEXTS, after_ten_steps, export, run_of
 from tests.models.dual_models import start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")

@@ -18,10 +18,10 @@ from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
 from tests.batches import rank_batches
-from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 from tests.drive_train import drive
-from tests.engine.test_train_engine import FP16, build
+from tests.engine.steps import FP16, build, everything, same, spoil
+from tests.make import pairs
 
 # A loss scale that stays: a halved one would round the smallest gradients otherwise.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 256}}}
@@ -40,37 +40,6 @@ CONFIGS = {
         "bf16": {"enabled": True},
     },
 }
-
-
-def everything(train_engine) -> list[torch.Tensor]:
-    """Copies of all that an update changes: weights, fp32 copies, their averages, moments and the learning rate."""
-    optimizer = train_engine.engine.optimizer
-    states = [s[k] for s in optimizer.state.values() for k in sorted(s) if torch.is_tensor(s[k])]
-    params = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in train_engine.engine.module.parameters()]
-    flat = [p for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-            for p in getattr(optimizer, name, [])]  # fmt: skip
-    averages = train_engine.ema.averages if train_engine.ema is not None else []
-    return [
-        x.detach().clone() for x in (*params, *flat, *averages, *states, torch.tensor(train_engine.engine.get_lr()))
-    ]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def spoil(train_engine, name, monkeypatch) -> list:
-    """Make losses or gradients not finite until the hooks returned are removed and `monkeypatch` is undone."""
-    if name == "gradient":
-
-        def hook(module, inputs, output):
-            if output.requires_grad:
-                output.register_hook(lambda gradient: gradient * torch.inf)
-
-        return [train_engine.objective.student.projection.register_forward_hook(hook)]
-    poison = nonfinite.poison
-    monkeypatch.setattr(nonfinite, "poison", lambda loss: poison(loss + torch.tensor(float(name))))
-    return []
 
 
 # Stages and precisions with each other, and each of both with either kind of bad step.

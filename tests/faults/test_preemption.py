@@ -10,8 +10,8 @@ import time
 import pytest
 
 from ds_cmli.faults import preemption
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port, rank_environments
+from tests.make import pairs
 from tests.processes import Program
 
 WAITS = """

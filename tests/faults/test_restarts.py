@@ -16,10 +16,9 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.prepare import LaunchOptions, check_early
-from tests.checkpoint.test_kill import Ranks
-from tests.checkpoint.test_restore import assert_same
-from tests.config.test_mistakes import pairs
+from tests.checkpoint.runs import Ranks, assert_same
 from tests.conftest import ROOT, clean_environment, free_port
+from tests.make import pairs
 from tests.processes import python
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))

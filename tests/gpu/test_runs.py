@@ -15,11 +15,11 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.faults import preemption
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port
-from tests.distributed.test_ranks import gradients
+from tests.distributed.gradients import gradients
 from tests.gpu import limits
 from tests.gpu.figures import Figure, judge
+from tests.make import pairs
 from tests.metrics_file import metrics
 
 STEPS = 30

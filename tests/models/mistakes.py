@@ -21,4 +21,5 @@ MISTAKES = [
     ),
     ("train --set student.text_weights={here}/w.pt", "w.pt", lambda here: (here / "w.pt").write_bytes(b"no weights")),
     ("train --set student.source={here}/nowhere", "student.source"),
+    ("train --set run.compile=blocks --profile-memory 2", "--profile-memory"),
 ]

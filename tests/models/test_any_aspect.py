@@ -2,8 +2,6 @@
 
 import copy
 import json
-import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,15 +24,9 @@ from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.backbone import ImageRequest
 from tests.conftest import spawn
 from tests.drive_train import drive as train
+from tests.models.aspects import NAFLEX, SETTINGS, SIZES, of_many_aspects
 
 pytestmark = pytest.mark.usefixtures("alone")
-SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}
-NAFLEX = {"use_naflex": True}
-SETTINGS = {
-    "data": {"aspect_patch": 14, "image_size": 42},
-    "student": {"image_overrides": SIZES | NAFLEX},
-    "teacher": {"overrides": SIZES | NAFLEX},
-}
 GRIDS = [(3, 3), (1, 9), (4, 2), (2, 3)]
 WEIGHTS = dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)
 
@@ -139,18 +131,6 @@ def test_no_gradient_depends_on_the_other_cells():
         results.append({name: p.grad for name, p in objective.named_parameters()})
     for name, grad in results[0].items():
         assert_close(grad, results[1][name], rtol=1e-4, atol=1e-6, msg=name)
-
-
-def of_many_aspects(folder: Path) -> list[str]:
-    """`--data` with 63 pictures of many aspects."""
-    draw, lines = random.Random(0), []
-    folder.mkdir()
-    for number in range(63):
-        size = draw.randrange(20, 90), draw.randrange(20, 90)
-        Image.new("RGB", size, (draw.randrange(256), draw.randrange(256), number)).save(folder / f"{number}.png")
-        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number} of {size}. It is small."}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return ["--data", str(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.models.blocks import cannot_compile, checkpoint_blocks
 from ds_cmli.models.student import Student
-from tests.config.test_mistakes import fail
 
 CONFIG = load_preset("tiny", {})
 VOCAB = 99
@@ -129,10 +128,3 @@ def test_without_a_compiler_it_is_one_line(monkeypatch):
     assert line == (
         "run.compile is 'blocks' and there is no C++ compiler 'no-such-compiler' (CXX): install it, or give 'off'"
     )
-
-
-def test_memory_of_compiled_blocks_is_not_set_beside_the_prediction(monkeypatch, capsys):
-    from ds_cmli import train
-
-    arguments = ["--preset", "tiny", "--set", "run.compile=blocks", "--profile-memory", "2"]
-    assert "run.compile is 'blocks' and --profile-memory is 2" in fail(train.command, arguments, monkeypatch, capsys)

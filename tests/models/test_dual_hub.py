@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment
 from tests.data.sources.servers import serving
+from tests.make import pairs
 from tests.models.dual_models import clip, siglip
 
 pytestmark = pytest.mark.slow

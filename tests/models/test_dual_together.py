@@ -1,21 +1,15 @@
 """Trainings in which a source of each kind meets any two features: interrupted as if never, their memory predicted."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from ds_cmli.config.schema import load_config
 from ds_cmli.export.__main__ import command as export
-from tests.checkpoint.test_restore import assert_same, json_file, ranks
-from tests.config.test_mistakes import pairs
 from tests.covering import not_met
-from tests.drive_train import drive
-from tests.export.test_library import run_of
+from tests.export.libraries import run_of
 from tests.models.dual_models import clip, naflex, siglip
-from tests.models.test_any_aspect import NAFLEX, SIZES, of_many_aspects
+from tests.models.interrupted import PLAIN, RUNS, train_and_break
 from tests.run_folder import write_run
-from tests.stranger.drive import check_memory, used
 
 AXES = {
     "source": ("clip", "siglip", "export", "run"),  # an export of two encoders, a run that began as a CLIP
@@ -29,48 +23,6 @@ AXES = {
     "trained": ("-", "lora", "locked"),  # locked: the whole image tower
     "compile": ("-", "compiled"),
 }
-# Sixteen are the fewest, as there are four sources and four stages.
-RUNS = """
-run    zero1 two   bf16 one    ring   -          ema locked compiled
-clip   zero3 alone fp32 cached ring   recomputed -   lora   -
-siglip zero0 two   fp32 one    gather -          -   -      -
-export zero2 alone bf16 cached gather recomputed ema -      compiled
-export zero1 alone fp32 cached gather -          -   locked -
-siglip zero3 two   bf16 one    gather recomputed ema lora   compiled
-run    zero2 two   bf16 cached ring   -          -   lora   -
-run    zero0 alone fp32 cached ring   recomputed ema -      compiled
-clip   zero0 alone bf16 one    gather -          ema locked compiled
-siglip zero2 alone fp32 cached ring   recomputed -   locked compiled
-export zero0 two   fp32 one    ring   recomputed ema lora   -
-clip   zero1 two   fp32 cached gather recomputed -   -      -
-run    zero3 two   fp32 one    gather -          ema -      compiled
-clip   zero2 two   fp32 one    gather recomputed -   -      -
-siglip zero1 two   bf16 one    ring   recomputed -   lora   -
-export zero3 two   fp32 cached ring   recomputed ema locked compiled
-""".strip().splitlines()
-JSON: dict[str, dict] = {
-    **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in range(4)},
-    "bf16": {"bf16": {"enabled": True}},
-    "cached": {"gradient_accumulation_steps": 2},
-    "recomputed": {"activation_checkpointing": {}},
-}
-SETTINGS: dict[str, dict[str, object]] = {
-    "ring": {"loss.cmli_exchange": "ring"},
-    "ema": {"optim.ema_decay": 0.9, "optim.layer_decay": 0.7},
-    "locked": {"student.freeze_image": 2},
-    "lora": {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj"]}, "student.lora_rank": 4},
-    "compiled": {"run.compile": "blocks"},
-}
-# Of sources whose layers have other names.
-LORA = {
-    "export": {"image": ["qkv"], "text": ["query"]},
-    "open_clip": {"image": ["in_proj", "out_proj"], "text": ["in_proj", "c_fc"]},
-    "open_clip_convnext": {"image": ["fc1", "fc2"], "text": ["out_proj"]},
-    "open_clip_siglip": {"image": ["qkv"], "text": ["in_proj"]},
-}
-OF_ANY_ASPECT = {"teacher.overrides": SIZES | NAFLEX}
-BATCH, STEPS, STOP = 8, 3, 1
-SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
 
 
 def test_any_two_values_of_two_axes_meet():
@@ -86,57 +38,6 @@ def sources(tmp_path_factory) -> dict[str, Path]:
     export.main([str(folder / "plain"), str(by_name["export"])], standalone_mode=False)
     by_name["run"] = run_of(by_name["clip"], folder / "run", {"global": 1.0, "cmli": 1.0})
     return by_name
-
-
-def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[str], dict]:
-    """The arguments of a training, and its DeepSpeed JSON."""
-    content: dict = {}
-    settings: dict[str, object] = {"run.match_maps": 0, "teacher.block": 0}
-    for value in values:
-        content |= JSON.get(value, {})
-        settings |= SETTINGS.get(value, {})
-    if "lora" in values and values[0] in LORA:
-        settings["student.lora"] = LORA[values[0]]
-    if values[0] == "naflex":
-        settings |= OF_ANY_ASPECT
-    loss = "global_sigmoid" if values[0] in ("naflex", "siglip", "open_clip_siglip") else "global"
-    micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
-    arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]
-    arguments += ["--start-from", str(source), "--losses", f"{loss},cmli,target_cmli"]
-    for name, value in settings.items():
-        arguments += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return [*arguments, *json_file(file, content)], content
-
-
-def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
-    """A training, and another one that is interrupted, whose weights are then the same; its memory is predicted."""
-    if values[0] == "naflex":
-        _, data = of_many_aspects(tmp_path / "pairs")
-    else:
-        data = pairs(tmp_path / "pairs", count=40)
-    given, content = asked(values, source, data, tmp_path / "ds.json")
-    straight, broken = tmp_path / "run", tmp_path / "broken"
-    tasks: list[dict] = [
-        {"arguments": [*given, "--output-dir", str(straight)]},
-        {"arguments": [*given, "--output-dir", str(broken)], "stop_at": STOP},
-        {"arguments": [*given, "--output-dir", str(broken)]},
-    ]
-    if "two" in values:
-        codes, _ = ranks(tmp_path, 2, tasks, timeout=1800 if "compiled" in values else 300)
-    else:
-        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
-    assert codes == [0, 85, 0]
-    assert_same(straight, broken)
-    if values[0] == "naflex":  # which has an export as SigLIP alone
-        export.main([str(straight), str(tmp_path / "back"), "--as", "siglip"], standalone_mode=False)
-    else:
-        assert "refused" not in used(straight)
-    if "compiled" not in values:
-        config = load_config(straight / "config.json", "the run")
-        check_memory(config, content, 1 + ("two" in values), SCALARS)
-
-
-PLAIN = [run for run in RUNS if "compiled" not in run]
 
 
 @pytest.mark.slow

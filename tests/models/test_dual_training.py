@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment
+from tests.make import pairs
 from tests.models.dual_models import clip, siglip
 
 pytestmark = pytest.mark.slow

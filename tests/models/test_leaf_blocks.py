@@ -4,9 +4,9 @@ from unittest import mock
 
 import pytest
 
-from tests.checkpoint.test_restore import json_file
-from tests.config.test_mistakes import pairs
+from tests.checkpoint.runs import json_file
 from tests.drive_train import drive
+from tests.make import pairs
 from tests.metrics_file import metrics
 
 

@@ -14,7 +14,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models, building
 from ds_cmli.models.lora import merged
-from tests.checkpoint.test_restore import assert_same, json_file, ranks, source  # noqa: F401
+from tests.checkpoint.runs import assert_same, json_file, ranks
 from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 from tests.stranger.drive import ONE_BLOCK
@@ -87,7 +87,7 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):  # noqa: F811
+def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):
     """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
     arguments = [*SOME, "--steps", "6", "--save-every", "2"]
     arguments += [*source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})]
@@ -114,7 +114,7 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
+def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):
     straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
     arguments = [*SOME, "--steps", "8", *source]
     arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.models import test_dual_together
-from tests.models.test_dual_together import PLAIN, SETTINGS, train_and_break
+from tests.models import interrupted
+from tests.models.interrupted import PLAIN, SETTINGS, train_and_break
 
 pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import saved
@@ -33,5 +33,5 @@ def test_a_training_from_a_source(run, folders, tmp_path, alone, monkeypatch):
         more["recomputed"] = {"student.patch_keep": 0.5}
     if kind != "open_clip":  # whose sides are no multiples of the teacher's patches
         more[kind] = {"teacher.overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}}
-    monkeypatch.setattr(test_dual_together, "SETTINGS", SETTINGS | more)
+    monkeypatch.setattr(interrupted, "SETTINGS", SETTINGS | more)
     train_and_break([kind, *values], folders[name], tmp_path)

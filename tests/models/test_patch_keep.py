@@ -11,9 +11,9 @@ from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from tests.checkpoint.test_restore import ranks
-from tests.config.test_mistakes import pairs
+from tests.checkpoint.runs import ranks
 from tests.export.conftest import export, make_run
+from tests.make import pairs
 from tests.stranger.drive import ONE_BLOCK
 
 pytestmark = pytest.mark.usefixtures("alone")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.config.test_mistakes import pairs
+from tests.make import pairs
 from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu

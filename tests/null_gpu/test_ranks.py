@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_mistakes import pairs
 from tests.conftest import free_port
+from tests.make import pairs
 from tests.null_gpu import processes
 from tests.processes import Program
 

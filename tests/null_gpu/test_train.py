@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT
+from tests.make import pairs
 from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, rank_environments
+from tests.make import pairs
 from tests.metrics_file import metrics
 from tests.processes import Program, python
 from tests.slurm.cluster import NODES, Cluster, poll

@@ -6,32 +6,12 @@ import pytest
 
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources import arrow
-from tests.data.sources.samples import build, picture, shown
-from tests.data.sources.test_folder import user_error
-
-
-def datasets():
-    """The library, whose import takes seconds: where these tests run, and not in each process that collects them."""
-    return pytest.importorskip("datasets")
+from tests.data.sources.samples import build, datasets, parquet, picture, shown, table, user_error
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-
-
-def table(ks, image="image", caption="caption", as_image=False, **more):
-    """A `Dataset` of pictures and captions, one text or two."""
-    pictures = [{"bytes": picture(k), "path": None} if as_image else picture(k) for k in ks]
-    columns = {image: pictures, caption: [f"red apple {k}" for k in ks], **more}
-    result = datasets().Dataset.from_dict(columns)
-    return result.cast_column(image, datasets().Image()) if as_image else result
-
-
-def parquet(path, *arguments, **settings):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table(*arguments, **settings).to_parquet(str(path))
-    return path
 
 
 @pytest.mark.parametrize("as_image", [False, True])

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from tests.data.sources.samples import build, picture, shown
-from tests.data.sources.test_folder import captions, names, user_error
+from tests.data.sources.samples import build, captions, coco, names, picture, shown, user_error
 
 SPLITS = ["train", "train", "restval", "val", "test", "train"]
 
@@ -42,22 +41,6 @@ def test_karpathys_splits_are_used_as_they_are(tmp_path, filepath):
     result = build(coco(tmp_path), val_source=str(tmp_path / "dataset_coco.json"))
     assert result.evals["val"].name(0) == f"{prefix}3.png"
     assert "data.val_split is 'test', and" in user_error(lambda: build(coco(tmp_path), val_split="test"))
-
-
-def coco(folder, subset="train2017", count=4):
-    (folder / "annotations").mkdir(parents=True, exist_ok=True)
-    (folder / subset).mkdir(exist_ok=True)
-    for k in range(count):
-        (folder / subset / f"{k:012}.png").write_bytes(picture(k))
-    content = {
-        "images": [{"id": 100 + k, "file_name": f"{k:012}.png"} for k in range(count)],
-        "annotations": [
-            {"id": c, "image_id": 100 + c % count, "caption": f"red apple {c}"} for c in range(5 * count // 2)
-        ],
-    }
-    path = folder / "annotations" / f"captions_{subset}.json"
-    path.write_text(json.dumps(content))
-    return path
 
 
 def test_cocos_annotations_find_the_folder_beside_them(tmp_path):

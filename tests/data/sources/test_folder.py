@@ -1,36 +1,9 @@
-import json
-
 import pytest
-from PIL import Image
 
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.load import build_data
 from ds_cmli.data.sources.base import HELD_OUT_MOST, hold_out
 from ds_cmli.data.sources.folder import load_folder, read_metadata
-
-
-def write(folder, rows, images=True):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for k, row in enumerate(rows if images else []):
-        Image.new("RGB", (20, 20), (k, 0, 0)).save(folder / row["file_name"])
-
-
-def rows(count, text="red apple"):
-    return [{"file_name": f"{k:03}.png", "text": text} for k in range(count)]
-
-
-def build(folder, **settings):
-    return build_data(DataConfig(source=str(folder), image_size=8, tokenizer="builtin", **settings), seed=0)
-
-
-def names(source):
-    return [source.name(i) for i in range(len(source))]
-
-
-def captions(source):
-    return [source.captions(i) for i in range(len(source))]
+from tests.data.sources.samples import build, captions, names, rows, user_error, write
 
 
 def load(folder, **settings):
@@ -41,13 +14,6 @@ def load(folder, **settings):
 
 def metadata(path):
     return read_metadata(path, path.parent, DataConfig(), [])
-
-
-def user_error(call, *args):
-    with pytest.raises(UserError) as error:
-        call(*args)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def test_pairs_of_a_folder(tmp_path):

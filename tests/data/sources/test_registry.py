@@ -2,8 +2,7 @@ import pytest
 
 from ds_cmli.config.registry import SOURCES, load
 from ds_cmli.data.sources.find import expand, recognise, weighted
-from tests.data.sources.samples import build, members, picture, tar
-from tests.data.sources.test_folder import rows, user_error, write
+from tests.data.sources.samples import build, members, picture, rows, tar, user_error, write
 
 
 def make(folder, *names):

@@ -16,10 +16,8 @@ import pytest
 from ds_cmli.common import pretrained
 from ds_cmli.data.sources import attempts, hub, remote
 from ds_cmli.data.sources.find import expand, recognise
-from tests.data.sources.samples import build, members, shown, tar
+from tests.data.sources.samples import build, members, parquet, shown, tar, user_error
 from tests.data.sources.servers import OWNER_NAME, serving
-from tests.data.sources.test_arrow import parquet
-from tests.data.sources.test_folder import user_error
 
 HUB = f"hf://datasets/{OWNER_NAME}"
 SHARDS = {f"data/{n:05}.tar": bytes([n]) * (1000 + n) for n in range(3)}

@@ -4,8 +4,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources.folder import load_folder
 from ds_cmli.data.sources.tables import load_csv
-from tests.data.sources.samples import build, picture, shown
-from tests.data.sources.test_folder import captions, names, user_error
+from tests.data.sources.samples import build, captions, names, picture, shown, user_error
 
 ROWS = [("0.png", "red apple"), ("1.png", '"a cat, asleep"'), ("2.png", '"the ""big"" dog"'), ("3.png", "green pear")]
 
