@@ -1,13 +1,12 @@
-"""Access to matplotlib, which is optional, and the look of charts and pages."""
+"""Access to matplotlib, which is optional, and the look of charts."""
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from ds_cmli.common.cli import check_writable
 from ds_cmli.common.errors import UserError
 
-# The colours of every chart and page: the same on light and on dark paper. Any two stay apart for
+# The colours of every chart: the same on light and on dark paper. Any two stay apart for
 # readers with deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both
 # (Machado, Oliveira and Fernandes, 2009).
 COLOURS = (
@@ -26,8 +25,6 @@ COLOURS = (
     "#5e4fa2",
     "#ddcc77",
 )
-LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
-DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
 ACCENT = COLOURS[0]
 ENDINGS = (".png", ".svg", ".pdf")  # of the formats of pictures
 SOFT = "#7a7f88"  # of text and axes, legible on light and on dark paper
@@ -45,14 +42,8 @@ STYLE = {
     "xtick.color": SOFT,
     "ytick.color": SOFT,
     "grid.alpha": 0.25,
-    "text.parse_math": False,  # "$" in a run's name is no formula
     "svg.fonttype": "none",
 }
-
-
-def line(number: int) -> tuple[str, str]:
-    """The colour and the dashes of a chart's line."""
-    return LINES[number % len(LINES)], DASHES[number // len(LINES) % len(DASHES)]
 
 
 def installed() -> bool:
@@ -85,21 +76,3 @@ def matplotlib(needed_by: str) -> Any:
 
     pyplot.style.use(STYLE)
     return pyplot
-
-
-def apart(places: Sequence[float], gap: float) -> list[float]:
-    """Move the places of labels at least `gap` apart, in their order and around their middle."""
-    order = sorted(range(len(places)), key=places.__getitem__)
-    groups: list[tuple[float, int]] = []  # (middle, labels) of those that touch
-    for i in order:
-        middle, count = places[i], 1
-        while groups and middle - groups[-1][0] < gap * (count + groups[-1][1]) / 2:
-            before, number = groups.pop()
-            middle, count = (middle * count + before * number) / (count + number), count + number
-        groups.append((middle, count))
-    out = [0.0] * len(places)
-    where = iter(order)
-    for middle, count in groups:
-        for k in range(count):
-            out[next(where)] = middle + gap * (k - (count - 1) / 2)
-    return out
