@@ -69,10 +69,3 @@ def test_the_version_is_one():
         [sys.executable, "ds_cmli/train.py", "--version"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"ds-cmli, version {version}\n"
-
-
-def test_toml_is_read_in_one_place():
-    """Python 3.10 has no tomllib: all else calls what knows that."""
-    package = ROOT / "ds_cmli"
-    reading = [path for path in package.rglob("*.py") if "tomllib" in path.read_text()]
-    assert reading == [package / "common" / "json_text.py"]

@@ -142,7 +142,7 @@ def test_python_of_a_training(place, monkeypatch):
     monkeypatch.chdir(place)
     (code,) = [body for body in blocks("python") if "ds_cmli.fit(" in body]
     names = run(code)
-    assert names["run"].metrics["step"] == 3 and names["losses"].values
+    assert names["run"].metrics["step"] == 3
 
 
 def test_python_of_results(tmp_path, monkeypatch, capsys):

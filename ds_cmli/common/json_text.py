@@ -1,8 +1,7 @@
-"""Reads JSON and TOML that anyone may have written or damaged; errors are of one kind."""
+"""Reads JSON that anyone may have written or damaged; errors are of one kind."""
 
 import json
 import math
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -14,15 +13,6 @@ DEEPEST = 100  # levels of lists and objects; at about 1,000 Python's recursion 
 LONGEST = 300  # digits of an integer; one of 309 exceeds every float
 SHOWN = 200  # characters of a key or number in a message
 KINDS = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-
-
-def parse_toml(text: str) -> JsonObject:
-    """Parse TOML. Raises `ValueError`."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads(text)
 
 
 def parse(text: str | bytes, kind: type[Kind], finite: bool = False) -> Kind:

@@ -1,4 +1,4 @@
-"""The tables of what a run can be built from: losses, backbones, sources; of tasks.
+"""The tables of what a run can be built from: losses, backbones, sources.
 
 A new one is a file of its own and one entry here, or one that a plugin adds (`plugins.py`).
 Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
@@ -201,37 +201,7 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class TaskEntry:
-    implementation: str  # an `evaluate.suites.task.Task` of `ds-cmli-evaluate --suite`
-
-
-SUITES = "ds_cmli.evaluate.suites"
-TASKS = {
-    "ade20k": TaskEntry(f"{SUITES}.segmentation:ADE20K"),
-    "boxes": TaskEntry(f"{SUITES}.boxes:Boxes"),
-    "classification": TaskEntry(f"{SUITES}.classification:Classification"),
-    "coco_order": TaskEntry(f"{SUITES}.aro:Order"),
-    "coco_stuff": TaskEntry(f"{SUITES}.segmentation:COCOStuff"),
-    "colorswap": TaskEntry(f"{SUITES}.winoground:ColorSwap"),
-    "dci": TaskEntry(f"{SUITES}.long_captions:DCI"),
-    "docci": TaskEntry(f"{SUITES}.long_captions:DOCCI"),
-    "flickr30k_order": TaskEntry(f"{SUITES}.aro:Order"),
-    "iiw": TaskEntry(f"{SUITES}.long_captions:IIW"),
-    "mmvp": TaskEntry(f"{SUITES}.mmvp:MMVP"),
-    "pointing_game": TaskEntry(f"{SUITES}.pairs:PointingGame"),
-    "retrieval": TaskEntry(f"{SUITES}.pairs:Retrieval"),
-    "sharegpt4v": TaskEntry(f"{SUITES}.long_captions:ShareGPT4V"),
-    "sugarcrepe": TaskEntry(f"{SUITES}.sugarcrepe:SugarCrepe"),
-    "urban1k": TaskEntry(f"{SUITES}.long_captions:Urban1k"),
-    "vg_attribution": TaskEntry(f"{SUITES}.aro:VGAttribution"),
-    "vg_relation": TaskEntry(f"{SUITES}.aro:VGRelation"),
-    "voc": TaskEntry(f"{SUITES}.segmentation:VOC"),
-    "winoground": TaskEntry(f"{SUITES}.winoground:Winoground"),
-}
-
-
-Entry = LossEntry | BackboneEntry | SourceEntry | TaskEntry
+Entry = LossEntry | BackboneEntry | SourceEntry
 
 
 def load(entry: Entry) -> Any:

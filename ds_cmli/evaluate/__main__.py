@@ -35,11 +35,10 @@ SPLITS = ("val", "test", "all")
 what = partial(option, "What")
 retrieval = partial(option, "Retrieval")
 zero_shot = partial(option, "Zero-shot classification")
-suite = partial(option, "Benchmarks")
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("models", nargs=-1, metavar="[MODEL ...]")
+@click.argument("model", required=False, metavar="[MODEL]")
 @plugin_option
 @what("--checkpoint", help="A run's output folder, as MODEL.")
 @what(
@@ -50,13 +49,6 @@ suite = partial(option, "Benchmarks")
 @what("--batch-size", default=50, show_default=True, help="Pictures or captions per batch.")
 @what("--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @what("--json", "json_file", help="Write the metrics to this file too.")
-@suite(
-    "--suite",
-    metavar="FILE",
-    help="Run the benchmarks of a TOML file instead (docs/evaluation.md), of several MODELs side "
-    "by side.",
-)
-@suite("--page", metavar="FILE", help="Write the tables of --suite as an HTML page too.")
 @retrieval(
     "--data",
     "source",
@@ -99,7 +91,7 @@ suite = partial(option, "Benchmarks")
     "Sentences/.",
 )
 def command(
-    models: tuple[str, ...], checkpoint: str | None, json_file: str | None, **options: Any
+    model: str | None, checkpoint: str | None, json_file: str | None, **options: Any
 ) -> None:
     """Evaluate a model as papers report it: retrieval on held-out pairs, pointing-game accuracy on
     scenes.
@@ -107,22 +99,18 @@ def command(
     MODEL is a run's output folder, or what training may start from: an export, a CLIP or SigLIP
     model of transformers, or a model of open_clip, by its folder or its name on the hub.
 
-    With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs,
-    with --suite it runs the benchmarks of a file.
+    With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
     """
-    suite = options["suite"] is not None
-    given = [*models, checkpoint] if checkpoint is not None else [*models]
-    if not given or (len(given) > 1 and not suite):
-        count = f"{len(given)} are" if given else "none is"
+    if (model is None) == (checkpoint is None):
+        count = "none is" if model is None else "2 are"
         raise UserError(f"MODEL or --checkpoint: {count} given: give one")
-    is_run = checkpoint is not None or (not suite and Source(given[0]).has_own_data)
-    request = EvaluationOptions(tuple(given), is_run, **options)
-    for file in filter(None, (json_file, request.page)):
-        check_writable(file)
+    name = model if checkpoint is None else checkpoint
+    assert name is not None
+    is_run = checkpoint is not None or Source(name).has_own_data
+    request = EvaluationOptions(name, is_run, **options)
+    if json_file:
+        check_writable(json_file)
     check(request)
-    if suite:
-        _suite(request, json_file)
-        return
     config = _configured(request)
     from ds_cmli.distributed import process_group as distributed
 
@@ -138,30 +126,6 @@ def command(
         metrics = mode(config, request)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
-    finally:
-        distributed.shutdown()
-
-
-def _suite(request: EvaluationOptions, json_file: str | None) -> None:
-    """Measure the models on a suite."""
-    from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.model import EvaluatedModel
-    from ds_cmli.evaluate.suites import compare
-    from ds_cmli.evaluate.suites.suite import read_suite
-
-    assert request.suite is not None
-    tasks = read_suite(request.suite)
-
-    def load(name: str) -> EvaluatedModel:
-        return EvaluatedModel.load(name, request.batch_size, request.workers, request.ema)
-
-    try:
-        results, problems = compare.run_suite(tasks, request.models, load)
-        if results:
-            compare.print_results(results, request.models)
-            compare.write(results, request.models, json_file, request.page)
-        if problems:
-            raise UserError("; ".join(problems))
     finally:
         distributed.shutdown()
 

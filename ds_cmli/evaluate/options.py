@@ -10,7 +10,7 @@ from ds_cmli.common.errors import UserError
 class EvaluationOptions:
     """What the command line asks for."""
 
-    models: tuple[str, ...]  # one, but with `suite`
+    model: str
     is_run: bool  # otherwise, what `student.source` takes
     ema: bool
     batch_size: int
@@ -23,12 +23,6 @@ class EvaluationOptions:
     class_names: str | None
     templates: str | None
     boxes: str | None
-    suite: str | None
-    page: str | None
-
-    @property
-    def model(self) -> str:
-        return self.models[0]
 
 
 def check(request: EvaluationOptions) -> None:
@@ -42,16 +36,13 @@ def check(request: EvaluationOptions) -> None:
         if getattr(request, name) == "":
             raise UserError(f"{option_of(name)} is empty: give a value, or leave it out")
     mode, reads = "", {"source", "image_root", "split", "fold_size"}
-    if request.suite:
-        mode, reads = "suite", {"suite", "page"}
-    elif request.zero_shot:
+    if request.zero_shot:
         mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
     elif request.boxes:
         mode, reads = "boxes", {"boxes", "image_root", "split"}
     for field in dataclasses.fields(request)[5:]:
         if field.name not in reads and getattr(request, field.name) is not None:
-            other = "suite" if field.name == "page" else "zero-shot"
-            where = f"with {option_of(mode)}" if mode else f"without --{other}"
+            where = f"with {option_of(mode)}" if mode else "without --zero-shot"
             raise UserError(f"{option_of(field.name)} has no effect {where}: leave it out")
     if request.boxes and not request.image_root:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")

@@ -64,14 +64,14 @@ class ClassPictures:
         folders: the class names in the data, in the order of the class numbers.
     """
 
-    def __init__(self, source: str, config: DataConfig, setting: str = "--zero-shot"):
+    def __init__(self, source: str, config: DataConfig):
         """Open `source`: a folder, a .tar, or the validation part of "hfds/NAME", as timm names it.
 
         Raises:
             UserError: `source` is none of these, cannot be read, or has no picture or only a class.
         """
         self.config, self.size = config, config.image_size
-        where, path = f"{setting} is {source!r}", Path(source).expanduser()
+        where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
         if not path.exists() and not source.startswith("hfds/"):
             raise UserError(
                 f"{where}: give a folder that has a folder of pictures for each class, or hfds/NAME"
@@ -115,7 +115,7 @@ class ClassPictures:
             return Picture(black(self.size), number, bad=(name, first_line(error)))
 
 
-def class_names(folders: list[str], file: str | None, setting: str = "--class-names") -> list[str]:
+def class_names(folders: list[str], file: str | None) -> list[str]:
     """The names of the classes for the prompts.
 
     These are the folder names with blanks for underscores, or those in `file`.
@@ -135,18 +135,18 @@ def class_names(folders: list[str], file: str | None, setting: str = "--class-na
         if file.endswith(".json"):
             names = parse(text, object)
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting} is {file!r}, which cannot be read: {error}") from None
+        raise UserError(f"--class-names is {file!r}, which cannot be read: {error}") from None
     if isinstance(names, dict):
         missing = [folder for folder in folders if not isinstance(names.get(folder), str)]
         if missing:
-            raise UserError(f"{setting} is {file!r}: it has no name for {missing[0]!r}")
+            raise UserError(f"--class-names is {file!r}: it has no name for {missing[0]!r}")
         return [names[folder] for folder in folders]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f'{setting} is {file!r}: give {{"folder": "name"}}, or a list of names')
+        raise UserError(f'--class-names is {file!r}: give {{"folder": "name"}}, or a list of names')
     names = list(filter(str.strip, names))
     if len(names) != len(folders):
         raise UserError(
-            f"{setting} is {file!r}, with {len(names)} names: there are {len(folders)} classes"
+            f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes"
         )
     return names
 
