@@ -85,8 +85,8 @@ ROWS = (
     ("target-mean-over-padding", "losses/functions.py", OF_A_STEP, "count = mask.sum(1).clamp(min=1)",
      "count = torch.full_like(mask.sum(1), mask.shape[1])"),
     ("target-cosine", "losses/functions.py", OF_A_STEP, "        patches = unit_rows(patches)\n", ""),
-    ("target-half", "losses/distillation.py", OF_A_STEP, "return (TargetImage.forward(self, inputs) + text) / 2",
-     "return TargetImage.forward(self, inputs) + text"),
+    ("target-half", "losses/distillation.py", OF_A_STEP, "halves.append(config.target_text_weight / 2 * self",
+     "halves.append(config.target_text_weight * self"),
     # Ranks: a collective that is missing, a factor of their number, another rank's texts as own ones.
     ("ranks-column-gradient", "cmli/collectives.py", RANKS,
      "        dist.all_reduce(grad, group=ctx.group)  # collective: every rank's loss may use every column\n", ""),

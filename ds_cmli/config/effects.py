@@ -17,7 +17,7 @@ Reason = tuple[str, str]  # a setting that has no effect, and why
 
 
 def _of_data_and_models(config: Config) -> Iterator[Reason]:
-    data, student, teacher, loss = config.data, config.student, config.teacher, config.loss
+    data, student, teacher = config.data, config.student, config.teacher
     if data.source == "demo":
         for name in ("held_out", "max_bad_share", "max_pixels", "follow_symlinks", "val_split"):
             yield f"data.{name}", "the demo makes its own pictures"
@@ -37,11 +37,6 @@ def _of_data_and_models(config: Config) -> Iterator[Reason]:
             yield f"student.{name}", "student.lora names no layers"
     if teacher.weights == "random":
         yield "teacher.weights_partial", "teacher.weights is 'random'"
-    if loss.target != "top":
-        yield "loss.target_top", f"loss.target is {loss.target!r}"
-    if loss.target != "attention" and "cmli" not in loss.weights:
-        why = f"loss.target is {loss.target!r}, and no loss is 'cmli'"
-        yield "loss.cmli_init_temperature", why
 
 
 def _of_run(config: Config) -> Iterator[Reason]:

@@ -43,8 +43,6 @@ OP = (
     "cmli_token_keep",
 )
 
-# The settings of a token's target among the teacher's patches.
-TARGET = ("cmli_init_temperature", "match", "target", "target_top")
 
 LOSSES = {
     "global": LossEntry(
@@ -74,13 +72,9 @@ LOSSES = {
         settings=("duplicates", "init_bias", "negatives", *OP),
     ),
     "target_cmli": LossEntry(
-        "ds_cmli.losses.distillation:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
-    ),
-    "target_image": LossEntry(
-        "ds_cmli.losses.distillation:TargetImage", teacher=True, settings=("mse_reduction",)
-    ),
-    "target_text": LossEntry(
-        "ds_cmli.losses.distillation:TargetText", teacher=True, settings=("mse_reduction", *TARGET)
+        "ds_cmli.losses.distillation:TargetCMLI",
+        teacher=True,
+        settings=("mse_reduction", "target_image_weight", "target_text_weight"),
     ),
     "cls_kd": LossEntry(
         "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)

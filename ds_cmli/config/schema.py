@@ -228,13 +228,9 @@ class LossConfig:
     start: dict[LossName, Annotated[int, Field(ge=2, le=MOST)]] = Field(default_factory=dict)
     # Over H: "mean", or "sum" as (7) and (9) are written.
     mse_reduction: Literal["mean", "sum"] = "mean"
-    # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
-    match: Literal["teacher", "student"] = "teacher"
-    # Which teacher patches are a token's target: the "best" match, as in the document; the mean of
-    # the `target_top` best; or the mean of all by the softmax, "attention", of their similarities
-    # over `cmli_init_temperature`.
-    target: Literal["best", "top", "attention"] = "best"
-    target_top: PositiveCount = 4  # how many matches `target` "top" averages
+    # Of Target-CMLI's two parts, patches (7) and tokens (9), whose mean is (10).
+    target_image_weight: Annotated[NotNegative, Field(description="0: not computed")] = 1.0
+    target_text_weight: Annotated[NotNegative, Field(description="0: not computed")] = 1.0
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
@@ -246,7 +242,7 @@ class LossConfig:
     # its "own" alone, as in FG-CLIP.
     negatives: Literal["all", "own"] = "all"
     init_temperature: Temperature = 0.07  # of the global loss
-    # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
+    # Of the CMLI loss, whose means of maxima vary less than cosines.
     cmli_init_temperature: Temperature = 0.02
     # Of the sigmoid losses: which share of pairs they take for positives at first. null: the
     # authors' -10, and -14 of `cmli_sigmoid`, with which batches of some hundred pairs or less
@@ -281,6 +277,10 @@ class LossConfig:
             cut = self.cmli_cut and compares_tokens([name])
             need = f"loss.cmli_cut needs the weight of {name} from the first step on: leave out one"
             check(not cut, "loss.start", self.start, need)
+        none = not (self.target_image_weight or self.target_text_weight)
+        need = "loss.target_image_weight is 0 too: give one of them, or leave out target_cmli"
+        absent = none and "target_cmli" in self.weights
+        check(not absent, "loss.target_text_weight", self.target_text_weight, need)
         some = any(self.weights_at(1).values())
         check(some, "loss.start", self.start, "no loss counts in the first step: leave out one")
 

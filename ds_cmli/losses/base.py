@@ -31,9 +31,6 @@ class Loss(nn.Module):
         super().__init__()
         self.config = config
 
-    def fit(self, patches: int, teacher_width: int | None) -> None:
-        """Make what depends on N and H_t, which is None without a teacher. Raises `UserError`."""
-
     def start_from(self, start: Start) -> None:
         """Begin as the source of the student was trained, if this is its loss."""
 

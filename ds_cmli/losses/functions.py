@@ -123,34 +123,10 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     return patch_similarities(tokens, patches).argmax(2)
 
 
-def choose_patches(similarity: Tensor, target: str, top: int, temperature: float) -> Tensor:
-    """The patches whose teacher features are a token's target, given `patch_similarities`.
-
-    Args:
-        similarity: [C, M, N] fp32 (fp64); a patch at -inf is not chosen.
-        target: "best", the most similar patch, as in the document: its index, int64 [C, M], with
-            ties to the lowest; "top", the `top` best ones alike, or "attention", all of them by the
-            softmax of similarity / `temperature`: weights, [C, M, N], whose sum is 1.
-    """
-    if target == "best":
-        return similarity.argmax(2)
-    if target == "top":
-        values, best = similarity.topk(top, 2)  # [B, M, top]
-        chosen = values.isfinite().to(similarity.dtype)
-        return torch.zeros_like(similarity).scatter_(2, best, chosen / chosen.sum(2, keepdim=True))
-    return (similarity / temperature).softmax(2)
-
-
 def chosen_features(patches: Tensor, match: Tensor) -> Tensor:
-    """The features that `choose_patches` has chosen: [B, N, H], its result -> [C, M, H].
-
-    A mean is computed in fp32 (fp64); the feature of one patch keeps its dtype.
-    """
-    shape, chosen = (*match.shape[:2], patches.shape[2]), by_image(match, len(patches))
-    if match.dim() == 2:
-        return patches.gather(1, chosen[:, :, None].expand(-1, -1, shape[2])).view(shape)
-    with full_precision(patches.device):
-        return (chosen @ upcast(patches)).view(shape)
+    """The features of each token's patch, by `match_patches`: [B, N, H], [C, M] -> [C, M, H]."""
+    chosen = by_image(match, len(patches))[:, :, None].expand(-1, -1, patches.shape[2])
+    return patches.gather(1, chosen).view(*match.shape, patches.shape[2])
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -207,7 +183,7 @@ def target_text_loss(
     Args:
         student_tokens: [C, M, H].
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: of `choose_patches`, int64 [C, M] or [C, M, N].
+        match: of `match_patches`, int64 [C, M].
         token_mask: bool [C, M], True = valid (not [CLS], [SEP], [PAD]).
         reduction: "mean" or "sum" over H, see `squared_distance`.
 
@@ -217,7 +193,7 @@ def target_text_loss(
     check_shapes(
         student_tokens=(student_tokens, "C M H"),
         teacher_patches=(teacher_patches, "B N H"),
-        match=(match, "C M N"[: 2 * match.dim() - 1]),
+        match=(match, "C M"),
         token_mask=(token_mask, "C M"),
     )
     targets = chosen_features(teacher_patches, match)  # [C, M, H]

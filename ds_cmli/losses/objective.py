@@ -57,7 +57,6 @@ class Objective(nn.Module):
         for loss in self.losses.values():
             if student.start is not None:
                 loss.start_from(student.start)  # type: ignore[operator]
-            loss.fit(self.patches, teacher_width)  # type: ignore[operator]
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)

@@ -179,11 +179,11 @@ def copied(stopped, tmp_path) -> Path:
 
 
 def test_other_settings_are_refused_with_their_differences_unless_asked_for(copied, source):
-    arguments = [*TINY, *source, "--output-dir", str(copied), "--lr", "0.002", "--set", "loss.match=student"]
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--lr", "0.002", "--set", "loss.mse_reduction=sum"]
     with pytest.raises(UserError) as error:
         drive(arguments)
-    assert "deepspeed.optimizer.params.lr: 0.001 -> 0.002; loss.match: " in str(error.value)
-    assert 'loss.match: "teacher" -> "student"' in str(error.value) and "\n" not in str(error.value)
+    assert "deepspeed.optimizer.params.lr: 0.001 -> 0.002; loss.mse_reduction: " in str(error.value)
+    assert 'loss.mse_reduction: "mean" -> "sum"' in str(error.value) and "\n" not in str(error.value)
     assert drive([*arguments, "--resume-with-changes"]) == 0
     # Warm-up took one step: step 6 is the 5th of the 11 of the cosine that would end with a 12th, from the new peak.
     rate = next(line["lr"] for line in metrics(copied) if line["step"] == 6 and "lr" in line)

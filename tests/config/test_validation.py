@@ -81,8 +81,8 @@ def test_lines_say_what_is_accepted():
     assert line(loss={"weights": {"cmli": "a"}}) == "loss.weights is {'cmli': 'a'}: Input should be a valid number"
     assert line(loss={"weights": ["cmli"]}) == "loss.weights is ['cmli']: Input should be a valid dictionary"
     assert line(optim={"negatives": 3}) == "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"
-    assert line(loss={"weights": {"cmli": 1.0}, "start": {"target_text": 3}}) == (
-        "loss.start is {'target_text': 3}: the losses are cmli, without target_text: leave it out"
+    assert line(loss={"weights": {"cmli": 1.0}, "start": {"target_cmli": 3}}) == (
+        "loss.start is {'target_cmli': 3}: the losses are cmli, without target_cmli: leave it out"
     )
     assert line(loss={"start": {"clmi": 3}}) == (
         "loss.start is {'clmi': 3}: did you mean 'cmli'? Or give the --plugin that registers it"
@@ -102,8 +102,14 @@ def test_lines_say_what_is_accepted():
     )
     assert line(loss={"cmli_cut": 1}) == "loss.cmli_cut is 1: Input should be less than 1 (0: off)"
     assert line(loss={"cmli_cut": True}) == "loss.cmli_cut is True: Input should be a valid number (0: off)"
-    assert line(loss={"match": "techer"}) == "loss.match is 'techer': Input should be 'teacher' or 'student'"
-    assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: Input should be 'teacher' or 'student'"
+    assert line(loss={"mse_reduction": "avg"}) == "loss.mse_reduction is 'avg': Input should be 'mean' or 'sum'"
+    assert line(loss={"mse_reduction": ["sum"]}) == "loss.mse_reduction is ['sum']: Input should be 'mean' or 'sum'"
+    assert line(loss={"target_text_weight": -1}) == (
+        "loss.target_text_weight is -1: Input should be greater than or equal to 0 (0: not computed)"
+    )
+    assert line(loss={"target_image_weight": 0, "target_text_weight": 0}) == (
+        "loss.target_text_weight is 0.0: loss.target_image_weight is 0 too: give one of them, or leave out target_cmli"
+    )
     assert line(optim={"lr": float("inf")}) == "optim.lr is inf: Input should be a finite number"
     with pytest.raises(UserError, match=r"^student is \[1\]: Input should be a valid dictionary$"):
         Config.from_dict({"student": [1]})
@@ -167,15 +173,16 @@ def test_presets_and_random_weights_are_not_contradicted():
 @pytest.mark.parametrize(
     ("losses", "setting", "words"),
     [
-        ("cmli", "teacher.block=1", "without target_cmli"), ("cmli", "loss.match=student", "without target_cmli"),
+        ("cmli", "teacher.block=1", "without target_cmli"),
+        ("cmli", "loss.target_text_weight=2", "without target_cmli"),
         ("global", "loss.cmli_recompute=true", "without cmli"), ("cmli", "loss.init_temperature=1", "without global"),
         ("cmli", "loss.mse_reduction=sum", "without target_cmli"), ("cls_kd", "loss.mse_reduction=sum", None),
         ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
-        ("target_text", "loss.duplicates=keep", "without global"), ("target_text", "loss.target=top", None),
+        ("target_cmli", "loss.duplicates=keep", "without global"), ("target_cmli", "loss.target_text_weight=2", None),
         ("cls_kd", "teacher.average_blocks=2", None), ("cmli", "teacher.average_blocks=2", "without target_cmli"),
         ("global", "loss.init_bias=-3", "without global_sigmoid"), ("global_sigmoid", "loss.init_bias=-3", None),
         ("cmli", "loss.cmli_scratch_bytes=2000000", None), ("cmli_sigmoid", "loss.cmli_scratch_bytes=2000000", None),
-        ("target_image", "loss.match=student", "without target_cmli"), ("target_text", "loss.match=student", None),
+        ("target_cmli", "loss.cmli_init_temperature=1", "without cmli"),
     ],
 )  # fmt: skip
 def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys):

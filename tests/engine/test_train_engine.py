@@ -51,17 +51,17 @@ def test_a_loss_starts_at_its_step(device, data, batches, stage, accumulation):
     """Before, all is as without it, but that it is computed; over pairs too, with gradient caching."""
     content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
     totals = []
-    for start in ({}, {"cmli": 3, "target_text": 2}):
-        loss = {"weights": {"global": 1.0, "cmli": 0.5, "target_text": 2.0}, "start": start}
+    for start in ({}, {"cmli": 3, "target_cmli": 2}):
+        loss = {"weights": {"global": 1.0, "cmli": 0.5, "target_cmli": 2.0}, "start": start}
         one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
         train_engine = build(device, data, content, {"loss": loss, **one_block})
         result = [train_engine.step(batches[accumulation * n :][:accumulation])[-1] for n in range(3)]
         totals.append(result)
     parts = [{name: x.item() for name, x in losses.each.items()} for losses in totals[1]]
     assert totals[1][0].total.item() == pytest.approx(parts[0]["global"])
-    assert totals[1][1].total.item() == pytest.approx(parts[1]["global"] + 2 * parts[1]["target_text"])
+    assert totals[1][1].total.item() == pytest.approx(parts[1]["global"] + 2 * parts[1]["target_cmli"])
     assert totals[1][2].total.item() == pytest.approx(
-        parts[2]["global"] + 0.5 * parts[2]["cmli"] + 2 * parts[2]["target_text"]
+        parts[2]["global"] + 0.5 * parts[2]["cmli"] + 2 * parts[2]["target_cmli"]
     )
     assert parts[0]["cmli"] == totals[0][0].each["cmli"].item() > 0
     assert parts[1]["cmli"] != totals[0][1].each["cmli"].item()  # it has not been trained yet

@@ -93,9 +93,8 @@ def built(**more):
     return objective, teacher, batch
 
 
-@pytest.mark.parametrize("match", ["teacher", "student"])
-def test_losses_are_those_of_the_patches_that_there_are(match):
-    objective, teacher, batch = built(loss={"weights": WEIGHTS, "match": match})
+def test_losses_are_those_of_the_patches_that_there_are():
+    objective, teacher, batch = built(loss={"weights": WEIGHTS})
     targets = teacher(batch.image, batch.grid)
     _, item = objective.whole(batch, targets)
     features = objective._features(batch)
@@ -107,7 +106,7 @@ def test_losses_are_those_of_the_patches_that_there_are(match):
         unit = F.normalize(project(patches), dim=-1)
         rows.append(cmli_scores_reference(unit[None], tokens, batch.token_mask))
         of_images.append((patches - targets.patches[i, :n]).square().mean())
-        matched = F.normalize(project(targets.patches[i, :n]), dim=-1) if match == "teacher" else unit
+        matched = F.normalize(project(targets.patches[i, :n]), dim=-1)
         best = (tokens[i] @ matched.T).argmax(1)
         distance = (features.tokens[i] - targets.patches[i, best]).square().mean(1)
         of_texts.append(distance[batch.token_mask[i]].mean())
