@@ -39,7 +39,6 @@ LONGEST_FIRST = (
     "tests/null_gpu",
     "tests/cmli/test_triton.py",
     "tests/checkpoint/test_universal.py",
-    "tests/memory/test_real_ranks.py",
     "tests/checkpoint/test_resume_data.py",
     "tests/engine/test_ema.py",
     "tests/test_train.py",

@@ -40,8 +40,6 @@ if TYPE_CHECKING:
 # imported.
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
-CPU = "cpu"
-
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT, *START)
@@ -62,8 +60,7 @@ CPU = "cpu"
 @option(
     "Prediction",
     "--gpu",
-    help="GPU whose context, workspace and NCCL buffers are added; cpu: predict for this "
-    "machine's CPU.  [RTX 3090 24GB]",
+    help="GPU whose context, workspace and NCCL buffers are added.  [RTX 3090 24GB]",
 )
 @option(
     "Questions",
@@ -84,7 +81,6 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         **{name: options.pop(name) for name in PredictionOptions.__annotations__}
     )
     config = resolve_config(settings, options)
-    own.check()
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     print_without_effect(config, ds_config, own.world_size, how_given(settings, options))
@@ -112,12 +108,6 @@ class PredictionOptions:
     json_path: str | None
     snapshot: str | None
 
-    def check(self) -> None:
-        if self.gpu == CPU and (self.fit or self.snapshot):
-            raise UserError(
-                "--gpu is 'cpu': --fit and --snapshot are about GPUs: name one, or leave it out"
-            )
-
 
 def single(
     config: Config, ds_config: DeepSpeedConfig, own: PredictionOptions
@@ -131,7 +121,6 @@ def single(
     from ds_cmli.memory.search import fit
 
     ranks, gpu, fitted = own.world_size, own.gpu or DEFAULT_GPU, None
-    options = Options(tell=tell)
     if own.fit:
         room, fitted_gpu = gpus.parse_memory(own.fit)
         gpu = own.gpu or fitted_gpu or DEFAULT_GPU
@@ -140,9 +129,6 @@ def single(
         tell("")
         print(fit_sentence(fitted, room))
         print(meant(own.fit, room, fitted_gpu or "", gpu, ranks))
-    elif gpu == CPU:
-        prediction = predict_largest(config, ds_config, ranks, target="cpu", options=options)
-        tell("")
     else:
         options = Options(limit=gpus.find(gpu).total.bytes, tell=tell)
         prediction = predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
@@ -157,7 +143,7 @@ def single(
         path = own.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
     report = prediction.report
-    fits = own.gpu in (None, CPU) or report.totals["device"] <= gpus.find(gpu).total.bytes
+    fits = own.gpu is None or report.totals["device"] <= gpus.find(gpu).total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
 
 

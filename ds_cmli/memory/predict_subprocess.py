@@ -1,6 +1,6 @@
 """Runs predictions in a separate process.
 
-They must not touch the GPU, during a training run or after a failure. The process reads requests as
+They must not touch the GPU during a training run. The process reads requests as
 lines of JSON and answers each with one line.
 """
 
@@ -9,22 +9,19 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from ds_cmli.allocator import snapshot
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.config import plugins
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import environment_without_rank
-from ds_cmli.fits.answer import WITHOUT_LIMIT
 
 
 def without_gpu() -> dict[str, str]:
@@ -43,11 +40,8 @@ class Request:
     ds_config: Section  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
-    rank: int | None = 0  # None: that which needs the most
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
-    limit: int = WITHOUT_LIMIT  # as in `Options`
     texts: Sequence[Any] | None = None  # as in `predict`
-    snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
 
     def to_dict(self) -> JsonObject:
         values = dict(vars(self))
@@ -112,24 +106,18 @@ class Predictor:
 
 
 def answer(request: JsonObject) -> PredictionAnswer:
-    from ds_cmli.memory.largest_rank import predict_largest
-    from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 
     try:
-        config, rank = Config.from_dict(request["config"]), request["rank"]
-        prediction_of: Callable[..., Prediction] = partial(predict, rank=rank)
-        if rank is None:  # from one record, as answers are waited for
-            prediction_of = partial(predict_largest, first=request["world_size"] - 1)
-        prediction = prediction_of(
+        config = Config.from_dict(request["config"])
+        prediction = predict(
             config,
             request["ds_config"],
             request["world_size"],
             gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
-            options=Options(texts=request["texts"], limit=request["limit"]),
+            options=Options(texts=request["texts"]),
         )
-        if request["snapshot"]:
-            snapshot.write(prediction.events, request["snapshot"])
         return PredictionAnswer(prediction.report.to_dict())
     except Exception as error:  # after any error the next request must still be answered
         why = " ".join(str(error).split())

@@ -346,8 +346,8 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_predicts_for_this_processor_with_the_loss_of_a_plugin():
-    done = command("--gpu", "cpu", "--plugin", "tests.stranger.toy", "--losses", "global,filip")
+def test_the_command_predicts_with_the_loss_of_a_plugin():
+    done = command("--plugin", "tests.stranger.toy", "--losses", "global,filip")
     assert done.returncode == 0 and "requested" in done.stdout, done.stderr
 
 
