@@ -29,6 +29,7 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
+ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 # By the durations that `.ci/run` writes; the tests of Slurm wait most of their time.
 LONGEST_FIRST = (
     "tests/slurm",

@@ -17,7 +17,7 @@ from tests.models.aspects import of_many_aspects
 from tests.stranger.drive import check_memory, used
 
 AXES = {
-    "stage": ("zero0", "zero1", "zero2", "zero3"),
+    "stage": ("zero1", "zero2", "zero3"),
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
     "step": ("one", "micro", "cached"),  # one micro-batch, or two, and what is compared
@@ -40,32 +40,30 @@ IMPOSSIBLE = (
     *({"each", value} for value in AXES["negatives"][1:]),
 )
 RUNS = """
-zero3 alone fp32 cached gather again ema aspect target  -    -    warmup K1   f-all all keep
-zero1 alone bf16 micro  ring   -     -   kept   sigmoid lora part -      K1   f-all top mask
-zero2 alone bf16 micro  gather -     -   aspect target  lora part -      K1   s-all cut keep
-zero2 alone bf16 cached ring   again ema kept   target  lora -    warmup K2   f-own all mask
-zero0 alone bf16 micro  ring   -     -   square sigmoid -    part -      K1   f-own all mask
-zero2 alone fp32 one    gather again -   square sigmoid -    part -      each right top keep
-zero0 alone fp32 cached ring   again ema kept   sigmoid lora -    warmup K2   s-own cut keep
-zero1 alone fp32 one    gather -     ema square sigmoid -    part -      K1   s-all all keep
-zero3 alone bf16 one    gather -     ema aspect target  lora -    warmup K2   f-own cut keep
-zero3 alone fp32 one    ring   again -   kept   sigmoid lora -    warmup K2   s-all all keep
-zero0 alone fp32 one    ring   -     -   kept   target  -    part -      K1   f-all top mask
-zero1 alone fp32 micro  ring   again ema square target  lora -    warmup each right cut mask
-zero0 two   bf16 cached gather again -   square target  lora -    warmup K1   s-all top mask
-zero2 two   bf16 one    gather -     ema kept   target  lora -    -      K1   s-own cut mask
-zero1 two   fp32 cached gather again -   aspect target  -    part -      K2   s-own all keep
-zero3 two   bf16 micro  gather -     ema kept   target  -    -    warmup each right all mask
-zero0 two   fp32 cached gather -     -   aspect sigmoid -    -    -      each right all keep
-zero2 two   fp32 one    gather again ema square sigmoid -    -    -      K2   f-all cut mask
-zero1 two   fp32 micro  gather -     ema square sigmoid lora part -      K2   f-own top mask
-zero3 two   bf16 one    gather again -   aspect sigmoid lora part -      K2   right all mask
-zero2 two   fp32 cached ring   again -   aspect target  lora -    warmup K1   right cut keep
-zero3 two   bf16 micro  gather again -   square target  -    part -      K2   s-own top mask
+zero2 two   fp32 one    ring   again -   square target  -    -    -      each right cut mask
+zero3 alone bf16 cached gather -     ema aspect sigmoid lora part -      K1   f-own all keep
+zero1 alone fp32 micro  gather again -   kept   target  lora -    warmup K2   f-all top keep
+zero1 two   bf16 one    ring   -     ema kept   sigmoid -    -    warmup K1   s-all all mask
+zero3 two   bf16 micro  gather -     ema square target  -    part -      K2   s-own top mask
+zero2 alone bf16 cached ring   again -   aspect sigmoid lora part -      K2   s-all cut mask
+zero3 alone fp32 cached gather -     ema aspect sigmoid -    -    warmup each right cut keep
+zero2 alone fp32 micro  ring   again -   square sigmoid lora -    warmup K1   s-own all keep
+zero1 two   bf16 cached ring   -     -   kept   sigmoid lora part -      each right top keep
+zero3 two   bf16 one    ring   again ema aspect target  -    part -      K2   f-all all mask
+zero2 alone fp32 one    gather -     ema kept   target  lora -    warmup K1   f-own top keep
+zero1 two   fp32 micro  ring   again -   square sigmoid -    part -      K2   f-own cut mask
+zero3 alone fp32 cached gather -     -   square target  lora -    warmup K1   s-all top keep
+zero2 two   fp32 cached ring   -     -   square sigmoid -    -    -      K1   f-all cut mask
+zero1 two   bf16 micro  ring   again -   aspect sigmoid -    -    -      each right all keep
+zero1 alone bf16 one    ring   again -   kept   target  lora -    warmup K2   s-own cut keep
+zero2 alone bf16 cached gather again -   aspect sigmoid lora part -      K2   s-own cut mask
+zero3 two   bf16 cached ring   again -   kept   sigmoid lora -    -      K2   right cut keep
+zero3 alone bf16 micro  gather -     -   aspect sigmoid -    part -      K2   s-all cut mask
+zero1 two   bf16 one    gather -     -   aspect target  lora -    -      K1   right all keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
-    **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in range(4)},
+    **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in (1, 2, 3)},
     "bf16": {"bf16": {"enabled": True}},
     "micro": {"gradient_accumulation_steps": 2},
     "cached": {"gradient_accumulation_steps": 2},

@@ -132,8 +132,7 @@ def _is_resharded(point: ResumePoint, now: dict[str, object]) -> bool:
     """Whether this start would write other DeepSpeed files than those of the checkpoint."""
     before = {k: v for k, v in point.state.config.items() if k.startswith(OF_FILES)}
     after = {k: v for k, v in now.items() if k.startswith(OF_FILES)}
-    partitioned = now.get("deepspeed.zero_optimization.stage", 0) != 0
-    return before != after or (not point.same_ranks and partitioned)
+    return before != after or not point.same_ranks
 
 
 def load(

@@ -111,7 +111,7 @@ def save_student(folder: Path, engine: TrainEngine) -> bool:
 
     Returns whether they could be written. Collective.
     """
-    weights = full_weights(engine.objective, engine.engine.optimizer)  # collectives
+    weights = full_weights(engine.objective)  # collectives
     averages = full_averages(engine)  # collectives
     written = True
     if distributed.is_main():

@@ -2,9 +2,8 @@
 
 ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds
 them complete, in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed
-converts checkpoints of ZeRO and loads into ZeRO. This module converts checkpoints without ZeRO, and
-loads into an engine without ZeRO. Until it has been loaded, the universal form takes about the same
-disk space as the checkpoint.
+converts and loads it. Until it has been loaded, the universal form takes about the same disk space
+as the checkpoint.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import contextlib
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,20 +87,16 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
         ):
-            if any(checkpoint.glob("*_optim_states.pt")):
-                ds_to_universal.main(arguments)
-                _reshape(converted)
-                optimizer = _load(converted / "zero" / "optimizer_state.pt")
-                inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
-                step = inner["state"].get(0, {}).get("step")
-                if step is None:
-                    step = _load(converted / "zero" / names[0][0] / "step.pt")
-                scaler = optimizer.get("loss_scaler")
-                scale = {} if scaler is None else vars(scaler)
-                state = _State(optimizer["param_groups"], scale, step)
-            else:
-                state = _convert_without_zero(checkpoint, converted, names)
-            _write_shared(converted, state)
+            ds_to_universal.main(arguments)
+            _reshape(converted)
+            optimizer = _load(converted / "zero" / "optimizer_state.pt")
+            inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
+            step = inner["state"].get(0, {}).get("step")
+            if step is None:
+                step = _load(converted / "zero" / names[0][0] / "step.pt")
+            scaler = optimizer.get("loss_scaler")
+            scale = {} if scaler is None else vars(scaler)
+            _write_shared(converted, _State(optimizer["param_groups"], scale, step))
     except KeyError as error:
         remove(converted)
         return (
@@ -162,43 +156,12 @@ def _write_shared(converted: Path, state: _State) -> None:
     torch.save(theirs, converted / "zero" / "optimizer_state.pt")
 
 
-def _convert_without_zero(checkpoint: Path, converted: Path, names: list[list[str]]) -> _State:
-    """Write the files of the parameters for a checkpoint without ZeRO."""
-    file = checkpoint / "mp_rank_00_model_states.pt"
-    saved = _load(file)
-    module, optimizer = saved["module"], saved["optimizer"]
-    inner = optimizer.get("optimizer_state_dict", optimizer)
-    if "fp32_groups_flat" in optimizer:  # one flat tensor for each group
-        members, masters = names, list(optimizer["fp32_groups_flat"])
-    else:
-        members = [[name] for group in names for name in group]
-        if "fp32_groups" in optimizer:
-            masters = [master for group in optimizer["fp32_groups"] for master in group]
-        else:
-            masters = [module[name] for (name,) in members]
-    for number, (several, master) in enumerate(zip(members, masters, strict=True)):
-        sizes = [module[name].numel() for name in several]
-        moments = inner["state"][number]
-        for key in ("fp32", *MOMENTS):
-            value = master if key == "fp32" else moments[key]
-            for name, part in zip(several, value.flatten()[: sum(sizes)].split(sizes), strict=True):
-                folder = converted / "zero" / name
-                folder.mkdir(parents=True, exist_ok=True)
-                whole = part.reshape(module[name].shape).float().clone()
-                torch.save({"param": whole}, folder / f"{key}.pt")
-    shutil.copy2(file, converted)
-    return _State(inner["param_groups"], optimizer, inner["state"][0]["step"])
-
-
 def load(step: TrainEngine, converted: Path) -> None:
     """Load a universal checkpoint into the engine. Collective."""
     engine, optimizer = step.engine, step.engine.optimizer
     with no_code():
         shared = _load(converted / SHARED)
-        if engine.zero_optimization():
-            _load_zero(engine, converted)  # collectives
-        else:
-            _load_without_zero(step, converted)
+        _load_zero(engine, converted)  # collectives
     # DeepSpeed's loader for stage 3 (0.19.8) gives all groups the settings of the first, and thus
     # weight decay to groups that must have none. It also gives all parameters one shared step
     # counter, which then counts each update many times.
@@ -215,7 +178,6 @@ def load(step: TrainEngine, converted: Path) -> None:
         else:
             state["step"] = int(shared["step"])
     scaler = getattr(optimizer, "loss_scaler", None)
-    scaler = scaler or getattr(optimizer, "loss_scale_config", None)
     if getattr(scaler, "last_overflow_iter", None) is not None:
         for name, value in shared["scale"].items():
             if hasattr(scaler, name):
@@ -234,34 +196,6 @@ def _load_zero(engine: DeepSpeedEngine, converted: Path) -> None:
         optimizer.checkpoint_event_epilogue()  # collective
     if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2
         optimizer.update_lp_params()  # collective
-
-
-def _load_without_zero(step: TrainEngine, converted: Path) -> None:
-    optimizer = step.engine.optimizer
-    parameters = dict(step.objective.named_parameters())
-    for names, master in _masters(step):
-        folders = [converted / "zero" / name for name in names]
-        with torch.no_grad():
-            master.copy_(_read_flat(folders, "fp32", master))
-            sizes = [parameters[name].numel() for name in names]
-            for name, part in zip(names, master.flatten().split(sizes), strict=True):
-                parameters[name].copy_(part.view_as(parameters[name]))
-        optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
-
-
-def _masters(step: TrainEngine) -> Iterator[tuple[list[str], Tensor]]:
-    """The fp32 tensors of an optimizer without ZeRO, with the names of their parameters."""
-    for group, names in zip(step.engine.optimizer.param_groups, step.names, strict=True):
-        members = [names]  # of FP16_Optimizer's one tensor
-        if len(group["params"]) == len(names):
-            members = [[name] for name in names]
-        yield from zip(members, group["params"], strict=True)
-
-
-def _read_flat(folders: list[Path], key: str, like: Tensor) -> Tensor:
-    """The tensor `key` of the parameters with these folders, one behind the other, as `like`."""
-    parts = [_load(folder / f"{key}.pt")["param"].flatten() for folder in folders]
-    return torch.cat(parts).to(like).view_as(like)
 
 
 def remove(converted: Path) -> None:

@@ -23,7 +23,6 @@ from ds_cmli.models.weights import AVERAGE, WEIGHTS, load_weights
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import CaptionTokenizer
@@ -38,21 +37,16 @@ def parts(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
-def full_weights(
-    module: nn.Module, optimizer: DeepSpeedOptimizer, distilled: bool = False
-) -> dict[str, Tensor]:
+def full_weights(module: nn.Module, distilled: bool = False) -> dict[str, Tensor]:
     """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage.
 
     Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to
     the teacher's width, which belongs to distillation and not to the student. Collective.
     """
-    from ds_cmli.engine.ema import masters_without_zero
-
-    masters = masters_without_zero(optimizer)
     out: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
         if distilled or not name.startswith("width_head."):
-            out[name] = _full_weight(parameter, masters.get(id(parameter)))  # collective
+            out[name] = _full_weight(parameter)  # collective
     kept = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in kept:
@@ -61,13 +55,12 @@ def full_weights(
     return out
 
 
-def _full_weight(parameter: nn.Parameter, full: Tensor | None) -> Tensor:
-    """One parameter; `full` is its master weight if there is one without ZeRO. Collective."""
+def _full_weight(parameter: nn.Parameter) -> Tensor:
+    """One parameter. Collective."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
     from deepspeed.utils import safe_get_full_fp32_param
 
-    if full is None:
-        full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
+    full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
     # For a frozen parameter ZeRO-3 has no master weight, and between uses it is partitioned.
     status = getattr(parameter, "ds_status", None)
     divided = full is None and status == ZeroParamStatus.NOT_AVAILABLE
@@ -89,9 +82,9 @@ def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
     """
     if train_engine.ema is None:
         return None
-    objective, optimizer = train_engine.objective, train_engine.engine.optimizer
+    objective = train_engine.objective
     with train_engine.ema.as_master_weights():
-        full = full_weights(objective, optimizer, distilled=True)  # collectives
+        full = full_weights(objective, distilled=True)  # collectives
         for name in full:  # cloned, because on a CPU in fp32 `full_weights` does not copy
             full[name] = full[name].clone()
     return full

@@ -68,7 +68,7 @@ def write(
             exclude_frozen_parameters=True,
         )
     writer.write_tensors(state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
-    weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
+    weights = full_weights(train_engine.objective)  # collectives
     averages = full_averages(train_engine)  # collectives
     linked = 0
     if distributed.is_main() and writer.error is None:

@@ -147,11 +147,11 @@ def _offloads(zero: Section, part: str) -> bool:
 
 def _zero(content: Section) -> None:
     zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    if zero and "stage" not in zero:
+    if "stage" not in zero:
         raise UserError(
-            "zero_optimization has no stage, which DeepSpeed takes for 0: give 0, 1, 2 or 3"
+            "zero_optimization has no stage, which DeepSpeed takes for 0: give 1, 2 or 3"
         )
+    stage = zero["stage"]
     for key in keys.STAGE3_ONLY if stage < 3 else ():
         asks = _offloads(zero, "param") if key == "offload_param" else zero.get(key) not in _IDLE
         if asks:
@@ -159,10 +159,6 @@ def _zero(content: Section) -> None:
                 f"zero_optimization.{key} is {shown(zero[key])}: no effect at stage {stage}: "
                 "remove it, or take stage 3"
             )
-    if stage == 0 and _offloads(zero, "optimizer"):
-        raise UserError(
-            "zero_optimization.offload_optimizer needs a stage of 1 to 3, and the stage is 0"
-        )
     if content.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError(
             'gradient_allreduce_op is "sum": DeepSpeed cannot do it at stage 3: give "mean"'
@@ -171,19 +167,13 @@ def _zero(content: Section) -> None:
 
 def _optimizer_with_zero(content: Section) -> None:
     zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
     optimizer = content.get("optimizer", {})
     kind = optimizer_name(optimizer.get("type", "AdamW"))
-    if stage and optimizers.OPTIMIZERS[kind].one_group:
-        raise UserError(
-            f"optimizer.type is {kind!r}: at stage {stage} DeepSpeed makes one group of all "
-            "parameters, those without weight decay too: take stage 0, or AdamW"
-        )
     tested = optimizers.OPTIMIZERS[kind].zero_tested or content.get("zero_allow_untested_optimizer")
-    if stage and not tested:
+    if not tested:
         raise UserError(
-            f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
-            '"zero_allow_untested_optimizer": true, or take stage 0'
+            f"optimizer.type is {kind!r}: DeepSpeed has not tested it with ZeRO: add "
+            '"zero_allow_untested_optimizer": true, or take AdamW'
         )
     forced = content.get("zero_force_ds_cpu_optimizer") is True and _offloads(zero, "optimizer")
     if forced and optimizer.get("params", {}).get("torch_adam", True):

@@ -95,7 +95,7 @@ class DeepSpeedConfig(Mapping):
 
     @property
     def stage(self) -> int:
-        return self.zero.get("stage", 0)
+        return self.zero["stage"]
 
     @property
     def zero(self) -> JsonObject:

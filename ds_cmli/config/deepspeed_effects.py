@@ -59,7 +59,7 @@ def without_effect(content: Section) -> Iterator[str]:
 
 def _in_sections(content: Section) -> Iterator[Idle]:
     zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    stage = zero["stage"]
     read_elsewhere = [key for key in zero if key.startswith("stage3_") and stage < 3]
     for stages, names in keys.STAGES.items():
         if stage not in stages:

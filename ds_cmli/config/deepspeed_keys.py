@@ -70,7 +70,7 @@ _ADDED: dict[str, dict[str, PydanticType]] = {
     | _each(bool, "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
     | _each(bool, "wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
     "zero_optimization": {
-        "stage": one_of(0, 1, 2, 3),
+        "stage": one_of(1, 2, 3),
         "stage3_model_persistence_threshold": integer(most=2**63 - 1),
         "pipeline_loading_checkpoint": refused(
             "checkpoints are read by this project: remove it", False
@@ -219,7 +219,6 @@ AUTO = {
 }
 # Keys of zero_optimization that only some stages read; at others a line says that they are idle.
 STAGES = {
-    (1, 2, 3): "contiguous_gradients reduce_bucket_size overlap_comm load_from_fp32_weights",
     (1, 2): "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions "
     "allgather_bucket_size round_robin_gradients parameter_alignment compute_grad_norm "
     "ignore_unused_parameters",

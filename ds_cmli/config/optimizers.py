@@ -25,7 +25,6 @@ class OptimizerEntry:
     any_case: bool = False  # whether DeepSpeed looks for the name itself, in upper or lower case
     compiled: bool = False  # whether DeepSpeed has only its own, compiled at first use, for GPUs
     zero_tested: bool = False  # whether ZeRO takes it without `zero_allow_untested_optimizer`
-    one_group: bool = False  # whether ZeRO gives all parameters the settings of one group
     why_not: str = ""  # why it cannot train here
 
     required: ClassVar[tuple[str, ...]] = ()  # no optimizer needs a parameter
@@ -96,7 +95,7 @@ OPTIMIZERS = _named(
     [
         *map(OptimizerEntry, _names("Adadelta Adamax ASGD NAdam RAdam RMSprop Rprop SGD")),
         OptimizerEntry("Adafactor", kinds={"eps": numbers(2, number(0))}),
-        OptimizerEntry("Adagrad", any_case=True, one_group=True),
+        OptimizerEntry("Adagrad", any_case=True, why_not="ZeRO makes one group of all parameters"),
         _adam("Adam", {}),
         _adam("AdamW", {"adam_w_mode": _ADAMW_MODE}),
         OptimizerEntry(

@@ -176,7 +176,6 @@ def build(
         for encoder in (objective.student.image, objective.student.text):
             for module, parameter in encoder.read_outside():
                 deepspeed.zero.register_external_parameter(module, parameter)
-    _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
@@ -238,20 +237,6 @@ def _initialize(
         if library not in deepspeed_keys.PACKAGES.values():
             raise
         raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
-
-
-def _undo_first_update(optimizer: Any) -> None:
-    """Undo the update with zero gradients by which DeepSpeed (0.19.8) creates the states.
-
-    It does that in 16 bit without ZeRO: weights have decayed, and the bias correction would count
-    it.
-    """
-    if not hasattr(optimizer, "loss_scale_config"):
-        return
-    optimizer.refresh_fp32_params()
-    for state in [*optimizer.state.values(), *optimizer.param_groups]:
-        if "step" in state:
-            state["step"] = state["step"] * 0
 
 
 def release(engine: "DeepSpeedEngine") -> None:

@@ -1,7 +1,6 @@
 """The fp32 master weights, which the optimizer updates, and their exponential moving average (EMA).
 
-In fp32 without ZeRO the master weights are the module's own parameters; otherwise a copy of them,
-which ZeRO partitions over ranks.
+The master weights are a copy of the module's parameters, which ZeRO partitions over ranks.
 
 average = decay * average + (1 - decay) * weights
 
@@ -114,24 +113,7 @@ def master_weights(engine: Any) -> list[Tensor]:
     ):
         if hasattr(optimizer, name):
             return [share.detach() for share in getattr(optimizer, name)]
-    masters = masters_without_zero(optimizer)
-    return [masters.get(id(p), p).detach() for p in engine.module.parameters() if p.requires_grad]
-
-
-def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, without ZeRO.
-
-    DeepSpeed's own functions for it need ZeRO.
-    """
-    out: dict[int, Tensor] = {}
-    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            out |= {id(p): master for p, master in zip(group, masters, strict=True)}
-    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
-        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            parts = flat.split([p.numel() for p in group])
-            out |= {id(p): part for p, part in zip(group, parts, strict=True)}
-    return out
+    raise AssertionError(f"{type(optimizer).__name__} is no optimizer of ZeRO")
 
 
 @torch.no_grad()
@@ -148,11 +130,8 @@ def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> No
         start = share.numel() * optimizer._get_param_partition_rank(parameter)
         part = value[start : start + share.numel()]
         share.view(-1)[: len(part)].copy_(part)
-    elif hasattr(parameter, "_hp_mapping"):
-        parameter.set_full_hp_param(value)  # type: ignore[attr-defined]
     else:
-        master = masters_without_zero(optimizer).get(id(parameter), parameter)
-        master.copy_(value.view_as(master))
+        parameter.set_full_hp_param(value)  # type: ignore[attr-defined]
 
 
 @torch.no_grad()
@@ -161,13 +140,8 @@ def refresh_weights(engine: Any) -> None:
     optimizer = engine.optimizer
     if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2, BF16_Optimizer
         optimizer.update_lp_params()  # collective
-    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # stage 3
+    else:  # stage 3
         optimizer.checkpoint_event_prologue()
         for number in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(number)
         optimizer.checkpoint_event_epilogue()  # collective
-    else:
-        masters = masters_without_zero(optimizer)
-        for parameter in engine.module.parameters():
-            if id(parameter) in masters:
-                parameter.copy_(masters[id(parameter)].view_as(parameter))

@@ -80,7 +80,7 @@ class TrainEngine:
             heartbeat: called after each micro-batch, and again and again with gradient caching.
         """
         self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
-        # At stages 0 and 1 DeepSpeed reduces gradients once anyway.
+        # At stage 1 DeepSpeed reduces gradients once anyway.
         if self.reduce_once and self.engine.zero_optimization_stage() >= 2:
             with self._reduced_once():  # collective
                 losses = self._losses_and_gradients(micro_batches, lambda: None, heartbeat)
@@ -131,7 +131,7 @@ class TrainEngine:
         If the loss is not finite, all gradients are NaN. Collective.
         """
         self.mark("backward")
-        loss = nonfinite.poison(total) * self.missing_scale
+        loss = nonfinite.poison(total)
         with probe.step_phase("backward"):
             return self.engine.backward(loss)
 
@@ -213,12 +213,6 @@ class TrainEngine:
             self.timer.mark(phase)
 
     @property
-    def missing_scale(self) -> float:
-        """The loss scale where DeepSpeed (0.19.8) only divides by it: in 16 bit without ZeRO."""
-        config = getattr(self.engine.optimizer, "loss_scale_config", None)
-        return 1.0 if config is None else config.cur_scale
-
-    @property
     def skipped(self) -> bool:
         """Whether the last step's update was skipped, on all ranks, as something was not finite."""
         return not self.engine.was_step_applied()
@@ -233,7 +227,7 @@ class TrainEngine:
         out = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
-            out["grad_norm"] = float(norm) / self.missing_scale
+            out["grad_norm"] = float(norm)
         if self.dtype == torch.float16:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps

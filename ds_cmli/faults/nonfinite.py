@@ -2,8 +2,8 @@
 
 DeepSpeed's ZeRO optimizers check the gradients before each update, agree across ranks, and skip the
 update if they are not finite: weights, moments and schedule stay as they were. This module adds
-three things: a loss that is not finite also skips the update, training without ZeRO is guarded too,
-and the samples of a skipped step are named.
+two things: a loss that is not finite also skips the update, and the samples of a skipped step are
+named.
 """
 
 from itertools import chain
@@ -34,30 +34,15 @@ def poison(loss: Tensor) -> Tensor:
 
 
 def attach(engine: "DeepSpeedEngine") -> None:
-    """Add the check where DeepSpeed has none.
-
-    These are optimizers without ZeRO, and fp16 at its lowest loss scale.
-    """
+    """Have each step that is not finite skipped, by one check, also at fp16's lowest loss scale."""
     optimizer: Optimizer = engine.optimizer
     _clear_padding(engine)
-    if hasattr(optimizer, "get_grad_norm_direct"):  # ZeRO
+    if hasattr(optimizer, "get_grad_norm_direct"):  # not BF16_Optimizer
         _fill_numbers(optimizer)
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
-    if hasattr(optimizer, "overflow"):
-        _look_once(optimizer)
-        return
-    update = optimizer.step
-
-    def step(*args: object, **kwargs: object) -> None:
-        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        # CPU-GPU sync. No collective: the gradients are averaged, and so the same on every rank.
-        optimizer.overflow = not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
-        if not optimizer.overflow:
-            update(*args, **kwargs)
-
-    optimizer.step = step
+    _look_once(optimizer)
 
 
 def _look_once(optimizer: Optimizer) -> None:
@@ -72,7 +57,7 @@ def _look_once(optimizer: Optimizer) -> None:
         if not optimizer.offload_optimizer:
             optimizer.check_overflow = lambda partition_gradients=True: None
         return
-    if not hasattr(optimizer, "check_grad_overflow"):  # no ZeRO
+    if not hasattr(optimizer, "check_grad_overflow"):  # BF16_Optimizer
         return
     if optimizer.compute_grad_norm and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda partition_gradients=True: None
@@ -132,8 +117,7 @@ def _clear_end(optimizer: Optimizer, parameter: Any) -> int:
 def can_lower_scale(optimizer: Optimizer) -> bool:
     """Whether overflowing gradients are no fault: the dynamic loss scale can still be lowered."""
     scaler: Any = getattr(optimizer, "loss_scaler", None)
-    scaler = scaler or getattr(optimizer, "loss_scale_config", None)
-    smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
+    smallest = getattr(scaler, "min_scale", None)
     return smallest is not None and scaler.cur_scale > smallest
 
 

@@ -100,11 +100,11 @@ class Step:
             tried.append(same)
         if self._ring_is_new():
             tried.append([RING])
-        if stage and self._buckets_are_large():
+        if self._buckets_are_large():
             tried.append([BUCKET])
         if self.world_size > 1:
             tried += [[zero_stage(higher)] for higher in range(stage + 1, 4)]
-        if self.gpu and stage and "offload_optimizer" not in zero:
+        if self.gpu and "offload_optimizer" not in zero:
             tried.append([OFFLOAD])
         smaller = self._smaller_batches()
         for before in ([], same) if same else ([],):

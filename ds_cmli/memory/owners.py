@@ -1,7 +1,6 @@
 """Finds a training step's tensors: parameters, gradients, optimizer states and the like.
 
-Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without
-ZeRO keep tensors.
+Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) keep tensors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,8 +22,6 @@ PARAMETERS = (
 MASTER = (
     "single_partition_of_fp32_groups",
     "fp32_partitioned_groups_flat",
-    "fp32_groups_flat",
-    "fp32_groups",
     "fp32_groups_flat_partition",
 )
 GRADIENTS = (

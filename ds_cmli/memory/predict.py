@@ -136,7 +136,7 @@ def predict(
 
     # Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3.
     overlaps = (setup.json.get("zero_optimization") or {}).get("overlap_comm")
-    overlaps = setup.json.stage == 3 if overlaps is None else overlaps and setup.json.stage > 0
+    overlaps = setup.json.stage == 3 if overlaps is None else overlaps
     device = host_memory.PredictedDevice(tracker, gpu, world_size, bool(setup.cuda and overlaps))
     with (
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,

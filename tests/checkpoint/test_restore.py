@@ -23,7 +23,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.run import Run
 from tests.checkpoint.runs import TINY, assert_same, json_file, ranks
-from tests.conftest import free_port, set_one_process
+from tests.conftest import ZERO1, free_port, set_one_process
 from tests.drive_train import drive
 from tests.make import pairs
 from tests.metrics_file import metrics
@@ -44,7 +44,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
 
     monkeypatch.setattr(report, "best", best)
     folder = tmp_path / "run"
-    arguments = [*TINY[:2], "--steps", "12", "--eval-every", "2", *source, *json_file(tmp_path / "ds.json", {})]
+    arguments = [*TINY[:2], "--steps", "12", "--eval-every", "2", *source, *json_file(tmp_path / "ds.json", ZERO1)]
     arguments += ["--set", "run.patience=2", "--set", "run.keep_best=true", "--keep", "1", "--output-dir", str(folder)]
     arguments += ["--set", "optim.ema_decay=0.5"]  # the best is that of the averaged weights
     assert drive(arguments, stop_at=7) == 85
@@ -137,11 +137,11 @@ def samples_of_epoch(folder: Path, name: str) -> list[int]:
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
     result = restore.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    rebatched = restore.rebatch(result, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
+    rebatched = restore.rebatch(result, DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
     assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError) as error:
-        restore.rebatch(result, DeepSpeedConfig.of({}))
+        restore.rebatch(result, DeepSpeedConfig.of(ZERO1))
     assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
@@ -358,7 +358,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_pa
         drive([*arguments, str(copied)])
 
 
-@pytest.mark.parametrize("ds_json", [{}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}])
+@pytest.mark.parametrize("ds_json", [ZERO1, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}])
 def test_an_evaluation_of_averages_that_fails_saves_the_weights(ds_json, source, tmp_path, monkeypatch):
     """Started again, the run is as one that was never broken off."""
     arguments = [*TINY, "--steps", "6", *source, "--set", "optim.ema_decay=0.9", *json_file(tmp_path / "ds", ds_json)]

@@ -228,14 +228,14 @@ def test_fewer_or_more_ranks_share_the_running_sums():
     assert not torch.equal(new[2].generators["torch"], ranks[1]["generators"]["torch"])
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_weights_are_the_masters_and_not_what_16_bit_left_of_them(device, stage):
     data = build_data(load_preset("tiny", {}).data, 0)
     ds_config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     train_engine = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
     for _ in range(2):  # the first step's learning rate is 0
         train_engine(next(iter(rank_batches(data.train, data, 8))))
-    weights = full_weights(train_engine.objective, train_engine.engine.optimizer)
+    weights = full_weights(train_engine.objective)
     for name, parameter in train_engine.objective.named_parameters():
         assert weights[name].dtype == torch.float32
         assert torch.equal(weights[name].bfloat16(), parameter.detach().cpu())

@@ -3,7 +3,8 @@
 from tests import make
 
 
-def ds_json(content: object):
+def ds_json(content: str | dict):
+    content = content if isinstance(content, str) else {"zero_optimization": {"stage": 1}} | content
     return lambda here: make.json_file(here / "ds.json", content)
 
 
@@ -34,6 +35,8 @@ MISTAKES = [
     (JSON, "'fp16'", ds_json('{"fp16": {}, "fp16": {}}')),
     (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {}})),
     (JSON, "zero_optimization.stage", ds_json({"zero_optimization": {"stage": 7}})),
+    (JSON, "zero_optimization.stage is 0: give one of 1", ds_json({"zero_optimization": {"stage": 0}})),
+    (JSON, "zero_optimization has no stage", ds_json({"zero_optimization": {}})),
     (JSON, "'stage'", ds_json({"zero_optimization": {"stge": 2}})),
     (JSON, "bf16", ds_json({"fp16": {"enabled": True}, "bf16": {"enabled": True}})),
     (JSON, "optimizer.type", ds_json({"optimizer": {"type": "AdamWW", "params": {}}})),

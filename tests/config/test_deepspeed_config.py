@@ -11,6 +11,7 @@ from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.schema import OptimConfig
+from tests.conftest import ZERO1
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
@@ -63,12 +64,13 @@ def test_names_of_shipped_files():
             "zero_optimization.offload_param is {'device': 'cpu'}: no effect at stage 2",
         ),
         ({"zero_optimization": {"cpu_offload": True}}, 'an old name: give "offload_optimizer"'),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs a stage of 1 to 3"),
+        ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: give one of 1, 2, 3"),
+        ({"zero_optimization": {}}, "has no stage, which DeepSpeed takes for 0: give 1, 2 or 3"),
         ({"zero_optimization": {"stage": 3, "leaf_module": {"names": ["vit"]}}}, "it has no effect here"),
         ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "would spoil the weights"),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "only with partition_activations"),
         ({"activation_checkpointing": {"number_checkpoints": 2}}, "number_checkpoints is 2: it has no effect here"),
-        ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}, "has not tested it at stage 2"),
+        ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}, "has not tested it with ZeRO"),
         ({"comet": {"enabled": True}}, "comet.enabled is true: it needs comet_ml: pip install comet_ml, or give false"),
         ({"optimizer": {"type": ["AdamW"]}}, "optimizer.type is ['AdamW']: Input should be a valid string"),
         ({"optimizer": {"type": "LBFGS"}}, "it cannot train here, as it needs the loss several times a step"),
@@ -115,14 +117,14 @@ def test_names_of_shipped_files():
 )
 def test_unknown_keys_and_bad_values(config, words):
     with pytest.raises(UserError) as error:
-        DeepSpeedConfig.of(config)
+        DeepSpeedConfig.of(ZERO1 | config)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def batch(total, micro, steps, world_size, default=64):
     values = zip(BATCH_KEYS, (total, micro, steps), strict=True)
-    return DeepSpeedConfig.of({k: v for k, v in values if v is not None}).batch(default, world_size)
+    return DeepSpeedConfig.of(ZERO1 | {k: v for k, v in values if v is not None}).batch(default, world_size)
 
 
 def test_batch_arithmetic():
@@ -137,7 +139,7 @@ def test_batch_arithmetic():
 
 def test_what_the_json_says_wins():
     given = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": "auto"}}, "gradient_clipping": 3.0}
-    out = DeepSpeedConfig.of(given).filled(OptimConfig(lr=1e-3, weight_decay=0.1), 1, 10)
+    out = DeepSpeedConfig.of(ZERO1 | given).filled(OptimConfig(lr=1e-3, weight_decay=0.1), 1, 10)
     assert out["optimizer"]["params"]["lr"] == 0.5
     assert out["optimizer"]["params"]["weight_decay"] == 0.1
     assert out["gradient_clipping"] == 3.0
@@ -146,7 +148,8 @@ def test_what_the_json_says_wins():
 
 def test_an_optimizer_is_given_what_it_takes():
     def filled(kind):
-        given = DeepSpeedConfig.of({"optimizer": {"type": kind, "params": {"lr": 0.1}}})
+        optimizer = {"type": kind, "params": {"lr": 0.1}}
+        given = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
         return set(given.filled(OptimConfig(), 1, 10).optimizer_params)
 
     assert filled("SGD") == {"lr", "weight_decay"}
@@ -167,12 +170,12 @@ def test_auto_is_filled_as_hugging_face_does_and_refused_elsewhere():
     assert [out.zero[key] for key in zero] == [4096, 3686, 640]
     for bad in ({"steps_per_print": "auto"}, {"zero_optimization": {"stage": "auto"}}, {"fp16": {"enabled": "Auto"}}):
         with pytest.raises(UserError, match=r"is .[aA]uto"):
-            DeepSpeedConfig.of(bad)
+            DeepSpeedConfig.of(ZERO1 | bad)
 
 
 @pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
 def test_warmup_schedulers_need_no_parameters(kind):
-    out = DeepSpeedConfig.of({"scheduler": {"type": kind}}).filled(OptimConfig(warmup_share=0.2), 1, 50)
+    out = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": kind}}).filled(OptimConfig(warmup_share=0.2), 1, 50)
     assert out["scheduler"]["params"]["warmup_num_steps"] == 10
     assert ("total_num_steps" in out["scheduler"]["params"]) == (kind != "WarmupLR")
 
@@ -202,7 +205,7 @@ CPU, OLD_CPU, AMPERE, VOLTA = ("cpu", False, True), ("cpu", False, False), ("cud
 )
 def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
     given = {n: {"enabled": v} for n, v in (("fp16", fp16), ("bf16", bf16)) if v is not None}
-    out = DeepSpeedConfig.of(given).on(*device)
+    out = DeepSpeedConfig.of(ZERO1 | given).on(*device)
     assert out.precision == runs
     assert "auto" not in json.dumps(out.raw())
     changed = "auto" in (fp16, bf16) or (fp16 is True and runs != "fp16")
@@ -211,15 +214,15 @@ def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
 
 def test_keys_of_fp16_that_go_with_it_are_told():
     asks = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "auto_cast": True, "hysteresis": 2}
-    (line,) = DeepSpeedConfig.of({"fp16": asks}).on(*CPU).notices
+    (line,) = DeepSpeedConfig.of({**ZERO1, "fp16": asks}).on(*CPU).notices
     assert line.endswith("training in bf16 instead, without fp16.initial_scale_power 8, fp16.auto_cast True")
     defaults = keys.models()["fp16"]().model_dump()
-    (line,) = DeepSpeedConfig.of({"fp16": {**defaults, "enabled": True}}).on(*CPU).notices
+    (line,) = DeepSpeedConfig.of({**ZERO1, "fp16": {**defaults, "enabled": True}}).on(*CPU).notices
     assert line.endswith("training in bf16 instead")
 
 
 def test_bf16_that_is_asked_for_is_taken_where_it_is_slow_and_told():
-    out = DeepSpeedConfig.of({"bf16": {"enabled": True}}).on(*OLD_CPU)
+    out = DeepSpeedConfig.of({**ZERO1, "bf16": {"enabled": True}}).on(*OLD_CPU)
     assert out.precision == "bf16"
     (line,) = out.notices
     assert "slower" in line and '"auto"' in line
@@ -228,12 +231,12 @@ def test_bf16_that_is_asked_for_is_taken_where_it_is_slow_and_told():
 def test_what_this_device_or_run_cannot_do_is_one_line():
     def refused(content, words):
         with pytest.raises(UserError, match=words):
-            DeepSpeedConfig.of(content).on(*CPU).filled(OptimConfig(), 3, 10)
+            DeepSpeedConfig.of(ZERO1 | content).on(*CPU).filled(OptimConfig(), 3, 10)
 
     refused({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "for GPUs only")
     refused({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "3 ranks do not divide")
     refused({"flops_profiler": {"enabled": True, "profile_step": 11}}, "the run has 10 steps")
-    refused({"optimizer": {"type": "Lamb"}}, "for GPUs only")
+    refused({"optimizer": {"type": "Lion"}}, "for GPUs only")
 
 
 def test_whole_numbers_may_be_written_as_floats():
@@ -259,6 +262,7 @@ def test_it_cannot_be_changed():
 def test_the_command_line_beside_a_value_of_the_json_is_told():
     config = DeepSpeedConfig.of(
         {
+            **ZERO1,
             **{"train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"},
             "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "eps": "auto"}},
         }
@@ -266,7 +270,7 @@ def test_the_command_line_beside_a_value_of_the_json_is_told():
     given = {"lr": ("--lr", 0.1), "micro_batch": ("--micro-batch", 8), "eps": ("--set optim.eps", 1e-3)}
     assert [*overruled(config, given)] == ["--lr 0.1 does not count: the DeepSpeed JSON says optimizer.params.lr 0.5"]
     assert len([*overruled(config, {"micro_batch": ("--micro-batch", 4)})]) == 1
-    assert not [*overruled(DeepSpeedConfig.of({"train_batch_size": "auto"}), given)]
+    assert not [*overruled(DeepSpeedConfig.of({**ZERO1, "train_batch_size": "auto"}), given)]
 
 
 CONTENTS = {
@@ -305,7 +309,7 @@ def test_any_value_anywhere_is_taken_or_one_line():
                 for part in reversed(section.split(".") if section else []):
                     content = {part: content}
                 try:
-                    DeepSpeedConfig.of(content).on("cpu", False, True).filled(OptimConfig(), 1, 10, lambda: 32)
+                    DeepSpeedConfig.of(ZERO1 | content).on("cpu", False, True).filled(OptimConfig(), 1, 10, lambda: 32)
                 except UserError as error:
                     assert "\n" not in str(error)
                     continue
@@ -319,7 +323,8 @@ def test_any_parameter_is_taken_or_one_line(section, table):
         for key in entry.takes:
             for value in values(key):
                 try:
-                    DeepSpeedConfig.of({section: {"type": kind, "params": {key: value}}}).filled(OptimConfig(), 1, 10)
+                    content = {**ZERO1, section: {"type": kind, "params": {key: value}}}
+                    DeepSpeedConfig.of(content).filled(OptimConfig(), 1, 10)
                     taken += 1
                 except UserError as error:
                     assert "\n" not in str(error) and section in str(error), (kind, key, value)
@@ -360,7 +365,10 @@ def test_tables_hold_what_deepspeed_and_torch_take():
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}},
             "is 1: DeepSpeed takes 2 for it",
         ),
-        ({"optimizer": {"type": "SGD", "params": {"dampening": 0.5}}}, "dampening, as there is no momentum"),
+        (
+            {"optimizer": {"type": "SGD", "params": {"dampening": 0.5}}, "zero_allow_untested_optimizer": True},
+            "dampening, as there is no momentum",
+        ),
         (
             {"scheduler": {"type": "CyclicLR", "params": {"base_lr": 1, "max_lr": 2, "gamma": 0.5}}},
             "scheduler.params: no effect: gamma, as the mode is not exp_range",
@@ -379,7 +387,7 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     ],
 )
 def test_keys_without_effect_beside_others_are_told(content, words):
-    (line,) = DeepSpeedConfig.of(content).notices
+    (line,) = DeepSpeedConfig.of(ZERO1 | content).notices
     assert words in line
 
 
@@ -392,7 +400,9 @@ def test_keys_without_effect_beside_others_are_told(content, words):
 )  # fmt: skip
 def test_a_scheduler_that_ends_before_the_run_is_refused(kind, name, more):
     def fill(params, total_steps):
-        return DeepSpeedConfig.of({"scheduler": {"type": kind, "params": params}}).filled(OptimConfig(), 1, total_steps)
+        return DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": kind, "params": params}}).filled(
+            OptimConfig(), 1, total_steps
+        )
 
     words = f"scheduler.params.{name} is 5: {kind} ends there; the run has 6 steps"
     with pytest.raises(UserError, match=words):  # as where a run goes on with more steps
@@ -403,7 +413,11 @@ def test_a_scheduler_that_ends_before_the_run_is_refused(kind, name, more):
 
 def test_lengths_of_schedulers_that_do_not_suit_the_run_are_told():
     def notices(kind, **params):
-        return DeepSpeedConfig.of({"scheduler": {"type": kind, "params": params}}).filled(OptimConfig(), 1, 9).notices
+        return (
+            DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": kind, "params": params}})
+            .filled(OptimConfig(), 1, 9)
+            .notices
+        )
 
     assert "T_max is 5: the rate rises again after it; the run has 9 steps" in notices("CosineAnnealingLR", T_max=5)[0]
     assert "the 9 steps of the run are all warmup" in notices("WarmupLR", warmup_num_steps=9)[0]

@@ -14,8 +14,10 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.load import build_data
 from tests.config.given import options
+from tests.conftest import ZERO1
 
 ACCUMULATION = {"gradient_accumulation_steps": 2}
+SGD = {"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": True}
 
 
 @pytest.mark.parametrize(
@@ -41,20 +43,20 @@ ACCUMULATION = {"gradient_accumulation_steps": 2}
         ("optim.cache_on_host=true", {}, {}, 1, "optim.cache_on_host has no effect: a step is one micro-batch"),
         ("optim.cache_on_host=true optim.negatives=micro_batch", {}, ACCUMULATION, 1, "which caches no gradients"),
         ("optim.cache_on_host=true", {}, ACCUMULATION, 1, None),
-        ("optim.reduce_once=true", {}, ACCUMULATION, 2, "optim.reduce_once has no effect: ZeRO stage 0 reduces once"),
+        ("optim.reduce_once=true", {}, ACCUMULATION, 2, "optim.reduce_once has no effect: ZeRO stage 1 reduces once"),
         ("optim.reduce_once=true", {}, {**ACCUMULATION, "zero_optimization": {"stage": 2}}, 2, None),
         ("loss.cmli_recompute=true", {}, ACCUMULATION, 1, "gradient caching keeps no argmax indices"),
         ("loss.cmli_recompute=true", {}, {}, 1, None),
         ("loss.cmli_exchange=ring", {}, {}, 1, "loss.cmli_exchange has no effect: there is one rank"),
         ("loss.cmli_exchange=ring", {}, {}, 2, None),
-        ("optim.betas=[0.8,0.9]", {}, {"optimizer": {"type": "SGD"}}, 1, "optim.betas has no effect: the optimizer S"),
-        ("optim.weight_decay=0.1", {}, {"optimizer": {"type": "SGD"}}, 1, None),
+        ("optim.betas=[0.8,0.9]", {}, SGD, 1, "optim.betas has no effect: the optimizer S"),
+        ("optim.weight_decay=0.1", {}, SGD, 1, None),
     ],
 )  # fmt: skip
 def test_settings_beside_others(settings, given, json, ranks, line, capsys):
     settings, given = tuple(settings.split()), options(**given)
     config = resolve_config(settings, given)
-    print_without_effect(config, DeepSpeedConfig.of(json), ranks, how_given(settings, given))
+    print_without_effect(config, DeepSpeedConfig.of(ZERO1 | json), ranks, how_given(settings, given))
     said = capsys.readouterr().out.splitlines()
     assert said == [] if line is None else [line in text for text in said] == [True], said
 
@@ -68,8 +70,8 @@ def test_reasons_are_of_settings_that_exist():
     ours = {"run": {"log_every": 999, "eval_every": 999, "save_every": 999, "patience": 9}}
     result: set[str] = set()
     for preset, ranks, steps in (("tiny", 1, 1), ("tiny", 1, 2), ("demo", 2, 2), ("paper", 2, 1)):
-        for more in ({}, {"optimizer": {"type": "SGD"}}):
-            ds_config = DeepSpeedConfig.of({**more, "gradient_accumulation_steps": steps})
+        for more in ({}, SGD):
+            ds_config = DeepSpeedConfig.of({**ZERO1, **more, "gradient_accumulation_steps": steps})
             result |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
     assert len(result) > 20 and result <= known
 

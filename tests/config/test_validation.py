@@ -12,6 +12,7 @@ from ds_cmli.config.options import WHAT, how_given, print_without_effect, resolv
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, load_config, parse_losses, parse_settings
 from tests.config.given import options
+from tests.conftest import ZERO1
 
 SETTINGS = {
     f"{section.name}.{field.name}": field
@@ -188,7 +189,7 @@ def test_presets_and_random_weights_are_not_contradicted():
 def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys):
     given = options(losses=losses)
     config = resolve_config((setting,), given)
-    ds_config = DeepSpeedConfig.of({"gradient_accumulation_steps": 2})
+    ds_config = DeepSpeedConfig.of({**ZERO1, "gradient_accumulation_steps": 2})
     print_without_effect(config, ds_config, 2, how_given((setting,), given))
     said = capsys.readouterr().out.splitlines()
     assert said == [] if words is None else [words in line and setting.split("=")[0] in line for line in said] == [True]
@@ -198,7 +199,7 @@ def test_settings_that_only_another_model_or_source_reads(capsys):
     settings = ("student.text_model=roberta", "data.max_bad_share=0.5")
     for given, lines in ((options(preset="demo"), 2), (options(data="folder"), 0)):
         config = resolve_config(settings, given)
-        print_without_effect(config, DeepSpeedConfig.of({}), 1, how_given(settings, given))
+        print_without_effect(config, DeepSpeedConfig.of(ZERO1), 1, how_given(settings, given))
         assert capsys.readouterr().out.count("has no effect") == lines
 
 

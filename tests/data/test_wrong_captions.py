@@ -14,6 +14,7 @@ from ds_cmli.data.captions import swapped
 from ds_cmli.data.load import build_data
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import texts_of
+from tests.conftest import ZERO1
 from tests.data.sources.samples import coco, members, picture, rows, table, tar, user_error, write
 
 COUNT = 6
@@ -221,5 +222,5 @@ def test_mistakes(sections, line):
 
 
 def test_settings_without_effect():
-    idle = reasons(Config(), DeepSpeedConfig.of({}), 1)
+    idle = reasons(Config(), DeepSpeedConfig.of(ZERO1), 1)
     assert "data.negatives asks for no wrong captions" == idle["data.negatives_count"] == idle["loss.negatives"]

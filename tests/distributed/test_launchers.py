@@ -6,6 +6,7 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import launchers
+from tests.conftest import ZERO1
 
 
 def test_plain_process_is_a_world_of_one(monkeypatch):
@@ -103,12 +104,12 @@ def test_a_device_that_is_not_here(monkeypatch, capsys):
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
-    engine.on_this_device(DeepSpeedConfig.of({}))
+    engine.on_this_device(DeepSpeedConfig.of(ZERO1))
     line = "CUDA_VISIBLE_DEVICES is '99', and PyTorch finds no GPU there: training on the CPU\n"
     assert line in capsys.readouterr().out
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to tr"):
-        engine.on_this_device(DeepSpeedConfig.of({}))
+        engine.on_this_device(DeepSpeedConfig.of(ZERO1))
 
 
 # Addresses at which the other nodes would not find rank 0, under each launcher.

@@ -30,10 +30,16 @@ DECAY, STEPS, BATCH = 0.75, 2, 4
 STUDENT = {"freeze_image": 1, "dropout": 0.0}
 
 
+def stand_in(module):
+    """For an engine in fp32 on one rank, whose master weights are the module's own."""
+    optimizer = SimpleNamespace(single_partition_of_fp32_groups=[*module.parameters()], update_lp_params=lambda: None)
+    return SimpleNamespace(module=module, optimizer=optimizer)
+
+
 def test_by_hand():
     module = nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
-    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    ema = EMA(stand_in(module), DECAY)
     for weight, average in [(2.0, 1.25), (4.0, 1.9375), (0.0, 1.453125)]:  # 3/4 of the last average, 1/4 of the weight
         module.weight.data.fill_(weight)
         ema.update()
@@ -47,7 +53,7 @@ def test_by_hand():
 def test_the_weights_are_put_back_after_any_error(error):
     module = nn.Linear(1, 1, bias=False)
     module.weight.data.fill_(1.0)
-    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    ema = EMA(stand_in(module), DECAY)
     for inside in (ema.as_weights, ema.as_master_weights):
         module.weight.data.fill_(2.0)
         with pytest.raises(type(error)), inside():
@@ -61,7 +67,7 @@ def test_an_error_of_one_of_several_ranks_puts_its_master_weights_back_without_a
     monkeypatch.setattr("ds_cmli.engine.ema.refresh_weights", refreshed.append)
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     module = nn.Linear(1, 1, bias=False)
-    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    ema = EMA(stand_in(module), DECAY)
     before = module.weight.item()
     ema.averages[0].fill_(7.0)
     for error, refreshes in ((UserError("one rank's data"), 1), (Preempted(), 2)):
@@ -90,7 +96,7 @@ def some_batch(config, seed):
 
 def weights_of(train_engine):
     """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(train_engine.objective, train_engine.engine.optimizer, distilled=True)
+    full = full_weights(train_engine.objective, distilled=True)
     return {n: full[n].clone() for n, p in train_engine.objective.named_parameters() if p.requires_grad}
 
 
@@ -117,8 +123,8 @@ def check(rank, ranks, layouts):
     )
     wrong = []
     for layout in layouts:
-        json = engine.filled(config, DeepSpeedConfig.of({**ds_json(*layout), "train_micro_batch_size_per_gpu": BATCH}),
-                             ranks, 100)  # fmt: skip
+        content = {**ds_json(*layout), "train_micro_batch_size_per_gpu": BATCH}
+        json = engine.filled(config, DeepSpeedConfig.of(content), ranks, 100)
         train_engine = engine.build(config, json, vocab_size, 100, torch.device("cpu"))
         expected = weights_of(train_engine)
         for step in range(STEPS):
@@ -147,7 +153,7 @@ def check(rank, ranks, layouts):
     return wrong
 
 
-LAYOUTS = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]
+LAYOUTS = [*itertools.product((1, 2, 3), ("fp32", "bf16"), (1, 2))]
 
 
 # Every pair of a stage, a precision and a number of micro-batches.
@@ -161,7 +167,7 @@ def test_every_stage_precision_and_accumulation(device):
 
 @pytest.mark.slow
 def test_two_ranks():
-    assert spawn(check, 2, [(0, "bf16", 1), (1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
+    assert spawn(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
 
 
 @pytest.mark.slow

@@ -95,7 +95,6 @@ def in_one_piece(device, data):
 @pytest.mark.parametrize(
     "zero, optim",
     [
-        ({"stage": 0}, {}),
         ({"stage": 1, **OFFLOAD}, {}),
         ({"stage": 2}, {"cache_on_host": True}),
         ({"stage": 2, **OFFLOAD}, {"reduce_once": True}),

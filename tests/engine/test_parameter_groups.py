@@ -14,6 +14,7 @@ from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
 from profiling.memory.measure_cpu import measure
+from tests.conftest import ZERO1
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each
 RATES = {"optim": {"lr": 1e-3, "layer_decay": 0.5, "lr_factors": {"text": 0.1}}}
@@ -65,9 +66,9 @@ def test_each_parameter_is_in_the_group_of_its_rate():
 @pytest.mark.parametrize("kind", ["OneCycle", "WarmupLR"])
 def test_a_scheduler_with_one_rate_for_all_is_refused(kind):
     params = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3} if kind == "OneCycle" else {}
+    content = {**ZERO1, "scheduler": {"type": kind, "params": params}}
     with pytest.raises(UserError, match=rf"scheduler\.type is '{kind}', which sets one rate"):
-        engine.filled(load_preset("tiny", RATES), DeepSpeedConfig.of({"scheduler": {"type": kind, "params": params}}),
-                      1, 10)  # fmt: skip
+        engine.filled(load_preset("tiny", RATES), DeepSpeedConfig.of(content), 1, 10)
 
 
 def ds_json(stage, checkpointing, precision="bf16") -> dict:
@@ -83,7 +84,7 @@ def ds_json(stage, checkpointing, precision="bf16") -> dict:
     ("stage", "checkpointing"),
     [
         (stage, checkpointing)
-        for stage, checkpointing in itertools.product(range(4), (False, True))
+        for stage, checkpointing in itertools.product((1, 2, 3), (False, True))
         if (stage + checkpointing) % 2
     ],
 )

@@ -27,7 +27,7 @@ from tests.make import pairs
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 256}}}
 CONFIGS = {
     f"zero {stage} {name}": {"zero_optimization": {"stage": stage}, **precision}
-    for stage in range(4)
+    for stage in (1, 2, 3)
     for name, precision in PRECISIONS.items()
 } | {
     "zero 2 offload": {

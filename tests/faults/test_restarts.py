@@ -17,7 +17,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.runs import Ranks, assert_same
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, ZERO1, clean_environment, free_port
 from tests.make import pairs
 from tests.processes import python
 
@@ -82,7 +82,10 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(options, unbrok
 
 @pytest.mark.parametrize("folder, resume", [("", "auto"), ("runs/mine", "never")])
 def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
-    config, request = load_preset("tiny", {"run": {"output_dir": folder}}), DeepSpeedConfig.of({})
+    config, request = (
+        load_preset("tiny", {"run": {"output_dir": folder}}),
+        DeepSpeedConfig.of(ZERO1),
+    )
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")

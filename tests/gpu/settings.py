@@ -68,7 +68,6 @@ SETTINGS = [
     Setting("demo", "demo", 64),
     Setting("demo, batch 16", "demo", 16),
     Setting("demo, batch 256", "demo", 256),
-    Setting("demo, stage 0", "demo", 64, stage=0),
     Setting("demo, stage 1", "demo", 64, stage=1),
     Setting("demo, stage 3", "demo", 64, stage=3),
     Setting("demo, fp32", "demo", 64, precision="fp32"),

@@ -55,7 +55,7 @@ def test_at_least_20_settings_of_every_kind_all_different():
         resolved.append(json.dumps([config.to_dict(), full.raw()], sort_keys=True))
     assert len(set(resolved)) == len(SETTINGS)
     assert {s.preset for s in SETTINGS} == {"tiny", "demo", "paper"}
-    assert {s.stage for s in SETTINGS} == {0, 1, 2, 3}
+    assert {s.stage for s in SETTINGS} == {1, 2, 3}
     assert {s.precision for s in SETTINGS} == {"fp32", "bf16", "fp16"}
     assert any(s.offload for s in SETTINGS) and any(s.checkpointing for s in SETTINGS)
     assert any(s.accumulation > 1 for s in SETTINGS) and len({s.world for s in SETTINGS}) >= 4

@@ -66,8 +66,8 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
 CELLS = {
     "ZeRO-2 of 8": (preset(batch=32), ds_json(), 8),
     "ZeRO-3 of 2": (preset(losses=("cmli",), **TWO_BLOCKS), ds_json(3), 2),
-    "fp32 without ZeRO": (preset(student={"dropout": 0.1}), ds_json(0, "fp32"), 1),
-    "autocast": (preset(), {**ds_json(0, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 2),
+    "fp32": (preset(student={"dropout": 0.1}), ds_json(1, "fp32"), 1),
+    "autocast": (preset(), {**ds_json(1, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 2),
     "fp32 accumulation": (preset(), {**ds_json(1), "data_types": {"grad_accum_dtype": "fp32"}}, 2),
     "cut, accumulation": (
         preset(loss={"weights": {"global": 1.0, "cmli": 1.0}, "cmli_cut": 1e-3}), ds_json(1, accumulation=3), 2

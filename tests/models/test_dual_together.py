@@ -13,7 +13,7 @@ from tests.run_folder import write_run
 
 AXES = {
     "source": ("clip", "siglip", "export", "run"),  # an export of two encoders, a run that began as a CLIP
-    "stage": ("zero0", "zero1", "zero2", "zero3"),
+    "stage": ("zero1", "zero2", "zero3"),
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
     "negatives": ("one", "cached"),  # one micro-batch, or two
