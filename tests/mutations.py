@@ -121,7 +121,7 @@ ROWS = (
      "valid = [not added and token not in self.special_ids for token, added in tokens]",
      "valid = [True for token, added in tokens]"),
     ("data-held-out", "data/sources/base.py", DATA + "test_held_out_pictures_are_not_trained_on",
-     "kept = SourcePart(source, np.flatnonzero(~chosen)", "kept = SourcePart(source, np.flatnonzero(chosen | True)"),
+     "held_out = SourcePart(source, np.flatnonzero(chosen)", "held_out = SourcePart(source, np.flatnonzero(~chosen)"),
     ("data-bad", "data/pairs.py", DATA + "test_a_broken_sample_is_replaced_by_the_next_and_counted",
      "return replace(sample, index=index, bad=first_bad)", "return replace(sample, index=index, bad=None)"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.
