@@ -22,6 +22,7 @@ def recall(i2t: list, t2i: list | None = None, image_of: list | None = None) -> 
 def test_recall_of_images_goes_by_rows_and_of_texts_by_columns_of_their_own_scores():
     right, wrong = [[2.0, 1.0], [1.0, 2.0]], [[1.0, 2.0], [2.0, 1.0]]
     assert recall(right, wrong)["i2t_r1"] == 1 and recall(right, wrong)["t2i_r1"] == 0
+    assert recall([[5.0, 6.0], [6.0, 5.0]], right)["t2i_r1"] == 1
     assert recall([[3.0, 2.0], [0.0, 1.0]], [[3.0, 2.0], [0.0, 1.0]])["t2i_r1"] == 0.5
 
 

@@ -39,11 +39,12 @@ def test_a_rest_of_a_large_block_is_used_again_if_it_has_more_than_a_mebibyte():
         assert allocator.reserved == (20 if used_again else 40) * MiB
 
 
-def test_freed_neighbours_become_one_block_and_the_smallest_that_is_large_enough_is_taken():
+@pytest.mark.parametrize("freed", [(1, 2), (2, 1)])
+def test_freed_neighbours_become_one_block_and_the_smallest_that_is_large_enough_is_taken(freed):
     allocator = CachingAllocator()
     blocks = [allocator.malloc(5 * MiB) for _ in range(4)]
     assert allocator.reserved == 20 * MiB
-    for number in (1, 2):
+    for number in freed:
         allocator.free(blocks[number])
     other = allocator.malloc(12 * MiB)
     allocator.free(other)
