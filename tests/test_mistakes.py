@@ -76,7 +76,7 @@ def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
 )
 def test_it_is_told_before_libraries_are_imported_that_take_seconds(line, named, tmp_path):
     name, words = argv(line, tmp_path)
-    module = "ds_cmli.memory" if name == "memory" else MODULES[name].removesuffix(".__main__")
+    module = "profiling.predict" if name == "memory" else MODULES[name].removesuffix(".__main__")
     (done,) = ranks.commands(["-X", "importtime", "-m", module, *words], 1)
     assert_one_line(done.returncode, done.stderr, named)
     assert " numpy" in done.stderr or " click" in done.stderr
