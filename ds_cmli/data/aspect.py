@@ -97,24 +97,3 @@ def patch_mask(grid: Tensor | None, patches: int) -> Tensor | None:
     if grid is None:
         return None
     return torch.arange(patches, device=grid.device) < grid.prod(1, keepdim=True)
-
-
-def overlaps(boxes: Tensor, grid: Tensor, patches: int) -> Tensor:
-    """The area that each box has in common with each patch, as a share of the picture's.
-
-    Args:
-        boxes: [B, R, 4], left, top, right and bottom as shares of the picture's sides.
-        grid: [B, 2], numbers of rows and columns of each picture's patches, which lie row by row.
-        patches: N.
-
-    Returns:
-        [B, R, N]; 0 of the patches past a grid.
-    """
-    number, (rows, columns) = torch.arange(patches, device=boxes.device), grid.split(1, 1)
-    shares = boxes.new_ones(())
-    for axis, place, count in ((1, number // columns, rows), (0, number % columns, columns)):
-        first = (place.to(boxes.dtype) / count)[:, None]  # [B, 1, N]
-        last = ((place + 1).to(boxes.dtype) / count)[:, None]
-        start, end = boxes[:, :, axis, None], boxes[:, :, axis + 2, None]  # [B, R, 1]
-        shares = shares * (torch.minimum(end, last) - torch.maximum(start, first)).clamp(min=0)
-    return shares
