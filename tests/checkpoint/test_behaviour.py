@@ -34,7 +34,7 @@ def straight(tmp_path_factory) -> Path:
 def assert_same(run: Path, other: Path) -> None:
     for name in ("student.safetensors", "student_ema.safetensors"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
-    measured = ("_s", "tflops", "memory_bytes")
+    measured = ("_s", "tflops", "mfu", "memory_bytes")
     lines = [
         [{k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith(measured)} for line in every]
         for every in map(make.lines, (run, other))
