@@ -117,7 +117,6 @@ def prepare(
         None if the run is finished already; a line says so.
     """
     from ds_cmli.checkpoint import contents, restore, run_folder
-    from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.process_group import CollectiveFlags
@@ -153,7 +152,6 @@ def prepare(
         bad.file = BadFile(folder / BAD_FILE, data.bad)
     followed = replace(start, resume=resume, profiles=profiles)
     flags = CollectiveFlags()  # collective
-    collectives.Host.group = flags.group
     return Prepared(config, plan, data, place, followed, point, state, bad, flags)
 
 

@@ -178,7 +178,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     One step: for each micro-batch, features -> losses over the pairs of all ranks -> backward; then
     clip, update, EMA (`TrainEngine.step`). With optim.negatives = "global_batch" and several
     micro-batches: the features of all of them first, then the losses tile by tile, then each
-    micro-batch again (`engine/gradient_caching.py`).
+    micro-batch again (`losses/gradient_cache.py`).
 
     Returns the exit code.
     """

@@ -45,7 +45,6 @@ LONGEST_FIRST = (
     "tests/test_train.py",
     "tests/engine/test_gradient_caching.py",
     "tests/faults/test_nonfinite.py",
-    "tests/models/test_patch_keep.py",
     "tests/models/test_lora.py",
     "tests/test_mistakes.py",
     "tests/models/test_any_aspect.py",

@@ -21,45 +21,36 @@ AXES = {
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
     "step": ("one", "micro", "cached"),  # one micro-batch, or two, and what is compared
-    "exchange": ("gather", "ring"),
     "checkpointing": ("-", "again"),
     "average": ("-", "ema"),
-    "pictures": ("square", "kept", "aspect"),
+    "pictures": ("square", "aspect"),
     "losses": ("target", "sigmoid"),
     "adapters": ("-", "lora"),
     "layers": ("-", "part"),  # some are frozen, and each has its own rate
     "schedule": ("-", "warmup"),
-    "captions": ("K1", "K2", "each"),
-    "negatives": ("right", "f-all", "f-own", "s-all", "s-own"),
-    "compared": ("all", "cut", "top"),
     "duplicates": ("mask", "keep"),
 }
-IMPOSSIBLE = (
-    {"aspect", "top"},
-    {"part", "warmup"},
-    *({"each", value} for value in AXES["negatives"][1:]),
-)
+IMPOSSIBLE = ({"part", "warmup"},)
 RUNS = """
-zero2 two   fp32 one    ring   again -   square target  -    -    -      each right cut mask
-zero3 alone bf16 cached gather -     ema aspect sigmoid lora part -      K1   f-own all keep
-zero1 alone fp32 micro  gather again -   kept   target  lora -    warmup K2   f-all top keep
-zero1 two   bf16 one    ring   -     ema kept   sigmoid -    -    warmup K1   s-all all mask
-zero3 two   bf16 micro  gather -     ema square target  -    part -      K2   s-own top mask
-zero2 alone bf16 cached ring   again -   aspect sigmoid lora part -      K2   s-all cut mask
-zero3 alone fp32 cached gather -     ema aspect sigmoid -    -    warmup each right cut keep
-zero2 alone fp32 micro  ring   again -   square sigmoid lora -    warmup K1   s-own all keep
-zero1 two   bf16 cached ring   -     -   kept   sigmoid lora part -      each right top keep
-zero3 two   bf16 one    ring   again ema aspect target  -    part -      K2   f-all all mask
-zero2 alone fp32 one    gather -     ema kept   target  lora -    warmup K1   f-own top keep
-zero1 two   fp32 micro  ring   again -   square sigmoid -    part -      K2   f-own cut mask
-zero3 alone fp32 cached gather -     -   square target  lora -    warmup K1   s-all top keep
-zero2 two   fp32 cached ring   -     -   square sigmoid -    -    -      K1   f-all cut mask
-zero1 two   bf16 micro  ring   again -   aspect sigmoid -    -    -      each right all keep
-zero1 alone bf16 one    ring   again -   kept   target  lora -    warmup K2   s-own cut keep
-zero2 alone bf16 cached gather again -   aspect sigmoid lora part -      K2   s-own cut mask
-zero3 two   bf16 cached ring   again -   kept   sigmoid lora -    -      K2   right cut keep
-zero3 alone bf16 micro  gather -     -   aspect sigmoid -    part -      K2   s-all cut mask
-zero1 two   bf16 one    gather -     -   aspect target  lora -    -      K1   right all keep
+zero2 two   fp32 one    again -   square target  -    -    -      mask
+zero3 alone bf16 cached -     ema aspect sigmoid lora part -      keep
+zero1 alone fp32 micro  again -   square target  lora -    warmup keep
+zero1 two   bf16 one    -     ema square sigmoid -    -    warmup mask
+zero3 two   bf16 micro  -     ema square target  -    part -      mask
+zero2 alone bf16 cached again -   aspect sigmoid lora part -      mask
+zero3 alone fp32 cached -     ema aspect sigmoid -    -    warmup keep
+zero2 alone fp32 micro  again -   square sigmoid lora -    warmup keep
+zero1 two   bf16 cached -     -   square sigmoid lora part -      keep
+zero3 two   bf16 one    again ema aspect target  -    part -      mask
+zero2 alone fp32 one    -     ema square target  lora -    warmup keep
+zero1 two   fp32 micro  again -   square sigmoid -    part -      mask
+zero3 alone fp32 cached -     -   square target  lora -    warmup keep
+zero2 two   fp32 cached -     -   square sigmoid -    -    -      mask
+zero1 two   bf16 micro  again -   aspect sigmoid -    -    -      keep
+zero1 alone bf16 one    again -   square target  lora -    warmup keep
+zero3 two   bf16 cached again -   square sigmoid lora -    -      keep
+zero3 alone bf16 micro  -     -   aspect sigmoid -    part -      mask
+zero1 two   bf16 one    -     -   aspect target  lora -    -      keep
 """.strip().splitlines()
 WARMUP = {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 3}
 JSON: dict[str, dict] = {
@@ -72,9 +63,7 @@ JSON: dict[str, dict] = {
 }
 SETTINGS: dict[str, dict[str, object]] = {
     "micro": {"optim.negatives": "micro_batch"},
-    "ring": {"loss.cmli_exchange": "ring"},
     "ema": {"optim.ema_decay": 0.9},
-    "kept": {"student.patch_keep": 0.5},
     "aspect": {f"{section}.{name}": x for section, values in ANY_ASPECT.items() for name, x in values.items()},
     "target": {
         "loss.weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
@@ -89,14 +78,6 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optim.layer_decay": 0.5,
         "optim.lr_factors": {"image": 0.5},
     },
-    "K2": {"data.captions": 2},
-    "each": {"data.captions": 3, "data.split_sentences": True, "loss.captions": "each"},
-    "f-all": {"data.negatives": "field", "data.negatives_count": 2},
-    "f-own": {"data.negatives": "field", "loss.negatives": "own"},
-    "s-all": {"data.negatives": "swap"},
-    "s-own": {"data.negatives": "swap", "data.negatives_count": 2, "loss.negatives": "own"},
-    "cut": {"loss.cmli_cut": 0.02},
-    "top": {"loss.cmli_token_keep": 0.5},
     "keep": {"loss.duplicates": "keep"},
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
@@ -107,35 +88,27 @@ def test_any_two_values_of_two_axes_meet():
     assert [pair for pair in not_met(AXES, RUNS) if {*pair} not in IMPOSSIBLE] == []
 
 
-WRONG = {"negatives": ["blue apple", "red pear"]}
-ONE_CAPTION = ("tars", "x.parquet", "saved")  # no second caption
-
-
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory) -> dict[str, list[str]]:
-    """`--data` options of each kind of source, with wrong captions, several ones where they can be, broken pictures."""
+    """`--data` options of each kind of source, with several captions where they can be, and broken pictures."""
     folder, count = tmp_path_factory.mktemp("sources"), 20
     for k in range(2):
         some = []
         for name, content in members(range(count * k, count * (k + 1)), "red apple {k}. Round."):
             if "7.png" not in name:
-                wrong = json.dumps({**json.loads(content), **WRONG}).encode() if "json" in name else content
-                some.append((name, wrong))
+                some.append((name, content))
         tar(folder / "tars" / f"{k}.tar", some)
-    write(folder / "folder", [{**row, **WRONG} for row in rows(count) + rows(count, "green pear")])
+    write(folder / "folder", rows(count) + rows(count, "green pear"))
     (folder / "folder" / "003.png").write_bytes(b"no picture")
-    said, wrong = [f"red apple {k}. It is round! Or not?" for k in range(count)], [WRONG["negatives"]] * count
-    table(range(count), caption="text", text=said, negatives=wrong).to_parquet(str(folder / "x.parquet"))
-    table(range(count), caption="text", text=said, negatives=wrong).save_to_disk(str(folder / "saved"))
+    said = [f"red apple {k}. It is round! Or not?" for k in range(count)]
+    table(range(count), caption="text", text=said).to_parquet(str(folder / "x.parquet"))
+    table(range(count), caption="text", text=said).save_to_disk(str(folder / "saved"))
     for k in range(count):
         (folder / f"{k}.png").write_bytes(picture(k))
-    lines = [f'{k % count}.png\tred apple {k}. Round.\t["blue apple"]\n' for k in range(30)]
-    (folder / "x.csv").write_text("filepath\ttitle\tnegatives\n" + "".join(lines))
+    lines = [f"{k % count}.png\tred apple {k}. Round.\n" for k in range(30)]
+    (folder / "x.csv").write_text("filepath\ttitle\n" + "".join(lines))
     (folder / "coco").mkdir()
     annotations = coco(folder / "coco", count=count)
-    content = json.loads(annotations.read_text())
-    content["images"] = [{**image, **WRONG} for image in content["images"]]
-    annotations.write_text(json.dumps(content))
     by_name = {name: ["--data", str(folder / name)] for name in ("tars", "folder", "x.parquet", "saved", "x.csv")}
     by_name["coco"] = ["--data", str(annotations)]
     by_name["mixture"] = ["--data", f"{folder}/tars::0.4", "--data", f"{folder}/folder::0.6"]
@@ -146,12 +119,11 @@ def chosen(values: list[str], number: int, sources: dict[str, list[str]], folder
     """The options of a source that has what the values ask for."""
     if "aspect" in values:
         source, file = of_many_aspects(folder), folder / "metadata.jsonl"
-        wrong = [{**json.loads(line), **WRONG} for line in file.read_text().splitlines()]
-        second = [{**line, "text": "a square"} for line in wrong]
-        file.write_text("\n".join(map(json.dumps, wrong + second)))
+        first = [json.loads(line) for line in file.read_text().splitlines()]
+        second = [{**line, "text": "a square"} for line in first]
+        file.write_text("\n".join(map(json.dumps, first + second)))
     else:
-        names = [name for name in sources if name not in ONE_CAPTION * ("K2" in values)]
-        source = sources[names[number % len(names)]]
+        source = list(sources.values())[number % len(sources)]
     return source
 
 

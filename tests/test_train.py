@@ -55,7 +55,9 @@ def test_what_a_run_leaves(finished):
     assert config["deepspeed"]["train_batch_size"] == 8
     assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
     weights = load_file(folder / "student.safetensors")
-    assert {"losses.global.logit_scale", "losses.cmli.logit_scale", "student.projection.weight"} <= weights.keys()
+    assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} | {
+        "student.projection.weight"
+    } <= weights.keys()
     assert weights["student.projection.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
     assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
@@ -132,20 +134,18 @@ def test_two_ranks_and_accumulation(tmp_path):
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}))
     command = [str(ROOT / "ds_cmli" / "train.py"), "--deepspeed_config", str(config), *TINY[:2], "--steps", "2"]
-    command += ["--set", "loss.cmli_cut=0.2", "--log-every", "1", "--output-dir", str(tmp_path / "run")]
+    command += ["--log-every", "1", "--output-dir", str(tmp_path / "run")]
     output = tmp_path / "output"
     ranks = [Program(command, env, ROOT, output) for env in rank_environments(2)]
     assert [rank.wait(300) for rank in ranks] == [0, 0], output.read_text()
     logged = [line for line in lines(tmp_path / "run") if "loss" in line]
-    assert len(logged) == 2 and all(0.03 < line["cut/kept"] <= 1 and line["cut/bound"] >= 0 for line in logged)
-    assert output.read_text().count("  pairs kept ") == 2
+    assert len(logged) == 2
     assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in output.read_text()
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert len(events.Tags()["images"]) == 8  # match maps, by rank 0 alone
-    assert {"cut/kept", "cut/bound"} <= set(events.Tags()["scalars"])
 
 
 @pytest.mark.parametrize("preset", [*PRESETS.keys() - {"finetune"}])  # which needs a model to start from

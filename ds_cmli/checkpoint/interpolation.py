@@ -62,7 +62,7 @@ def ends(config: Config, objective: Objective, vocabulary: "CaptionTokenizer") -
     """
     from ds_cmli.engine import build_models
 
-    student = replace(config.student, lora={}, freeze_image=0, freeze_text=0, patch_keep=1.0)
+    student = replace(config.student, lora={}, freeze_image=0, freeze_text=0)
     loss = replace(config.loss, weights=dict.fromkeys(objective.losses, 1.0), start={})
     optim = replace(config.optim, negatives="micro_batch")
     begun, _ = build_models(

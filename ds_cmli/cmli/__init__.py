@@ -1,16 +1,7 @@
 """All-pairs Cross-Modal Late Interaction (CMLI): exact scores of every image with every text, and
-the loss on them.
+the loss on them. Imports torch alone: the folder can be copied into any project."""
 
-Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or data.
-"""
+from .loss import CMLILoss, PairLoss
+from .op import cmli_scores
 
-from ds_cmli.cmli.loss import CMLILoss
-from ds_cmli.cmli.op import cmli_scores
-from ds_cmli.cmli.peak_memory import PeakBytes, cmli_peak_bytes
-
-__all__ = [
-    "CMLILoss",
-    "PeakBytes",
-    "cmli_peak_bytes",
-    "cmli_scores",
-]
+__all__ = ["CMLILoss", "PairLoss", "cmli_scores"]

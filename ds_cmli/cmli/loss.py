@@ -1,221 +1,355 @@
-"""CMLI as a contrastive loss over every pair of the global batch, as a module for any PyTorch
-project.
+"""Losses over every pair of the global batch, in closed form, for any PyTorch project.
+
+The pairs are of sequences, compared by CMLI, or of vectors, compared by their cosine. Scores are
+there for a block of this rank's images at a time, never for all pairs.
 
 Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding
-    dimension.
+dimension.
 """
 
-import copy
 import math
-import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import TypedDict, Unpack
 
-from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, unit_rows
-from ds_cmli.cmli.cut import Cut, as_loss, check_cut
-from ds_cmli.cmli.inputs import DTYPES, accepted, boolean
-from ds_cmli.cmli.ring import DEFAULT_SCORER, Scorer, ring_scores
+from . import distributed, op
+from .op import Implementation, Pair, full_precision, index_dtype, upcast
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`
+MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
+SCRATCH_BYTES = 64 * 2**20
+CPU_BLOCK_BYTES = 16 * 2**20  # of a block of images on a CPU: larger ones leave the cache
+# What a block takes beside argmax indices, in fp32: matrices of pairs, copies of patches.
+PAIR_BYTES, PATCH_BYTES = 32, 16
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """`unit_rows`, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
-    return unit_rows(x).to(x.dtype)
+    """Unit length over the last dimension, as by `F.normalize`: computed in fp32 (fp64 for fp64),
+    and returned in x's dtype.
+
+    A row of zeros, or shorter than 1e-12, has no direction: it gives zeros, and its gradient is 0,
+    where that of `F.normalize` is divided by 1e-12.
+    """
+    return _units(x).to(x.dtype)
 
 
-def score_global_batch(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    score: Callable[..., tuple[Tensor, Tensor]] = DEFAULT_SCORER,
-) -> tuple[Tensor, Tensor]:
-    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as
-    `CMLILoss`. Collective."""
-    text, token_mask = collectives.pad_text(l2_normalize(text), token_mask, group)  # collective
-    if isinstance(score, Scorer) and score.goes_round(text, group):
-        return ring_scores(
-            l2_normalize(image), text, token_mask, image_mask, group=group, score=score
-        )  # collective
-    all_text, all_mask = collectives.gather_text(text, token_mask, group)  # collective
-    return score(l2_normalize(image), all_text, all_mask, image_mask)
+def _units(x: Tensor) -> Tensor:
+    return upcast(x) / _lengths(x)
 
 
-class ScorerOptions(TypedDict, total=False):
-    """The options of `cmli.ring.Scorer`."""
-
-    backend: str
-    scratch_bytes: int
-    recompute: bool
-    exchange: str
-    gather_bytes: int
+def _lengths(x: Tensor) -> Tensor:
+    return F.threshold(torch.linalg.vector_norm(upcast(x), dim=-1, keepdim=True), 1e-12, math.inf)
 
 
-class CMLILoss(nn.Module):
-    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs, with its
-    temperature.
+def _l2_normalize_backward(d_unit: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x [.., D], given that of its unit rows, which is overwritten."""
+    lengths = _lengths(x)
+    unit = upcast(x) / lengths
+    along = (unit * d_unit).sum(-1, keepdim=True)
+    return d_unit.addcmul_(unit, along, value=-1).div_(lengths)
 
-    Where a process group is initialised the batch is that of all its ranks: text features travel,
-    each rank scores its own images against all texts, and the softmax over images needs only
-    vectors of length G. The mean over the ranks' losses is the loss of the global batch, and
-    averaging gradients over ranks (as DistributedDataParallel and DeepSpeed do) gives its gradient,
-    for the features and for `logit_scale`.
+
+class Temperature(nn.Module):
+    """1/temperature, learned as its logarithm `logit_scale`, at most `most`; and a bias, if any.
+
+    A module of its own, as ZeRO-3 gathers parameters where their module is called. The clamp is
+    straight-through: above the limit the value is constant but the gradient still passes, so a
+    parameter that drifted over it can return. A plain clamp has no gradient there.
+    """
+
+    def __init__(self, init: float, bias: float | None = None, most: float = MAX_SCALE):
+        super().__init__()
+        if not 1 / most <= init < math.inf:
+            raise ValueError(f"the temperature at the start is {init}: give at least {1 / most}")
+        self.most = most
+        # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim
+        # tensor has no view of.
+        self.logit_scale = nn.Parameter(torch.tensor([-math.log(init)]))
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
+
+    def forward(self) -> Tensor:
+        """In fp32, [1], or with a bias [2]."""
+        x = upcast(self.logit_scale)
+        scale = (x + (x.clamp(max=math.log(self.most)) - x).detach()).exp()
+        return scale if self.logit_bias is None else torch.cat([scale, upcast(self.logit_bias)])
+
+
+class _Texts(NamedTuple):
+    """Those of all ranks, and what of a rank's images is compared with them."""
+
+    units: Tensor  # [G, M, D] or [G, D], normalised
+    token_mask: Tensor | None  # bool [G, M]
+    ids: Tensor | None  # int64 [G, K]
+    patch_mask: Tensor | None  # bool [B, N]
+    own_ids: Tensor | None  # [B, K]
+
+
+class _Block:
+    """The scores of a block of this rank's images with the texts of all ranks."""
+
+    def __init__(self, image: Tensor, rows: slice, texts: _Texts, kernels: Implementation | None):
+        self.rows, self.kernels, self.text = rows, kernels, texts.units
+        self.image = l2_normalize(image[rows]).to(self.text.dtype)
+        patch_mask = None if texts.patch_mask is None else texts.patch_mask[rows]
+        self.sides: tuple[Tensor, Tensor, Any, Any] = (
+            self.image,
+            self.text,
+            texts.token_mask,
+            patch_mask,
+        )
+        self.first = distributed.rank() * len(image) + rows.start  # the place of their own texts
+        self.alike: Tensor | None = None  # bool [block, G], other pairs that share an id
+        if texts.own_ids is not None and texts.ids is not None:
+            own, shape = texts.own_ids[rows], (len(self.image), len(self.text))
+            self.alike = torch.zeros(shape, dtype=torch.bool, device=own.device)
+            for k in range(own.shape[1]):
+                self.alike |= own[:, k, None] == texts.ids[:, k]
+            self.own(self.alike).fill_(False)
+
+    def own(self, matrix: Tensor) -> Tensor:
+        """The images' own pairs of a matrix [block, G], a view."""
+        return matrix.diagonal(self.first)
+
+    def scores(self, keep: bool) -> tuple[Pair, Pair | None]:
+        if self.kernels is not None:
+            return op.cmli_forward(self.kernels, *self.sides, keep)
+        with full_precision(self.image.device):
+            cosines = upcast(self.image) @ upcast(self.text).t()
+        return (cosines, cosines), None
+
+    def add_gradients(
+        self, grads: Pair, argmax: Pair | None, d_image: Tensor, d_text: Tensor
+    ) -> None:
+        if self.kernels is not None and argmax is not None:
+            op.cmli_backward(self.kernels, grads, *self.sides, argmax, d_image, d_text)
+            return
+        with full_precision(self.image.device):
+            both = grads[0] + grads[1]
+            d_image.addmm_(both, upcast(self.text))
+            d_text.addmm_(both.t(), upcast(self.image))
+
+    def logits(self, scores: Tensor, scale: Tensor) -> Tensor:
+        """Of the contrastive loss: -inf where a text is no negative."""
+        logits = scores * scale
+        return logits if self.alike is None else logits.masked_fill_(self.alike, -torch.inf)
+
+    def signed(self, matrix: Tensor) -> Tensor:
+        """-1 times a matrix, in place, but for pairs that are positives of the sigmoid loss."""
+        matrix.neg_()
+        self.own(matrix).neg_()
+        return matrix if self.alike is None else torch.where(self.alike, -matrix, matrix)
+
+
+class _PairLoss(torch.autograd.Function):
+    """Both losses in closed form: forward keeps log(sum(exp)) of rows and columns, and scores and
+    argmax indices where those of all pairs fit into the scratch; backward computes them again where
+    they did not. Collective in both."""
+
+    @staticmethod
+    def forward(ctx, image, text, learned, token_mask, patch_mask, ids, backend, scratch_bytes):
+        B, G = len(image), len(image) * distributed.world_size()
+        units, ctx.kernels, ctx.cpu = l2_normalize(text), None, False
+        if token_mask is not None:
+            ctx.kernels = op.implementation(image, text, backend)
+            units, token_mask = distributed.pad_to_longest(units, token_mask)
+            token_mask = distributed.gather(token_mask)
+        all_ids = None if ids is None else distributed.gather(ids)
+        texts = _Texts(distributed.gather(units), token_mask, all_ids, patch_mask, ids)
+        ctx.cpu = image.device.type == "cpu" and backend in ("auto", "cpu")
+        ctx.size, pair_bytes = _sizes(image, texts.units, ctx.cpu, scratch_bytes)
+        ctx.keep = any(ctx.needs_input_grad) and B * G * pair_bytes <= scratch_bytes
+
+        sigmoid, total = len(learned) == 2, learned.new_zeros(())
+        over_texts, own = learned.new_empty(2, B), learned.new_empty(2, B)
+        over_images = learned.new_full((G,), -torch.inf)
+        alike, kept = torch.zeros((), dtype=torch.int64, device=image.device), list[Tensor]()
+        for block in _blocks(ctx, image, texts):
+            scores, argmax = block.scores(ctx.keep)
+            if ctx.keep:
+                kept += *scores, *(argmax or ())
+            if block.alike is not None:
+                alike += block.alike.sum()
+            if sigmoid:
+                for s in scores:
+                    logits = block.signed(torch.addcmul(learned[1], s, learned[0]))
+                    total += F.softplus(logits.neg_()).sum()
+                continue
+            of_texts, of_images = (block.logits(s, learned) for s in scores)
+            own[0, block.rows], own[1, block.rows] = block.own(of_texts), block.own(of_images)
+            over_texts[0, block.rows] = of_texts.logsumexp(1)
+            over_images = torch.logaddexp(over_images, of_images.logsumexp(0))
+        if not sigmoid:
+            over_images = distributed.logsumexp_over_ranks(over_images)
+            first = distributed.rank() * B
+            over_texts[1] = over_images[first : first + B]
+            total = (over_texts - own).sum()
+        ctx.save_for_backward(image, text, learned, *texts, over_texts[0], over_images, *kept)
+        ctx.mark_non_differentiable(alike)
+        return total / (2 * B), alike
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        op.refuse_second_derivative()
+        saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
+        image, text, learned = saved[:3]
+        texts = _Texts(*saved[3:8])
+        d_image, d_learned = torch.empty_like(image), torch.zeros_like(learned)
+        d_texts = _add_gradients(ctx, grad, saved, texts, d_image, d_learned)
+        d_own = distributed.sum_to_owner(d_texts)
+        del d_texts
+        d_text = torch.empty_like(text)
+        for rows in _slices(len(text), ctx.size):
+            of_rows = d_own[rows] if text.ndim == 2 else d_own[rows, : text.shape[1]]
+            d_text[rows] = _l2_normalize_backward(of_rows, text[rows])
+        return d_image, d_text, d_learned, *[None] * 5
+
+
+def _add_gradients(ctx, grad, saved, texts, d_image, d_learned):
+    """Write the gradients of images, and of what is learned; returns that of all unit texts."""
+    image, learned, kept, sigmoid = saved[0], saved[2], iter(saved[10:]), len(saved[2]) == 2
+    d_texts = op.zero_gradient(texts.units)
+    share = grad / (2 * len(image))  # what a weight of 1 is
+    # A column belongs to the loss of the rank that owns its text.
+    factors = share, distributed.gather(share.expand(len(image)).contiguous())
+    for block in _blocks(ctx, image, texts):
+        if ctx.keep:
+            scores = next(kept), next(kept)
+            argmax = None if ctx.kernels is None else (next(kept), next(kept))
+        else:
+            scores, argmax = block.scores(True)
+        grads = list[Tensor]()
+        log_sums = saved[8][block.rows, None], saved[9]
+        for s, log_sum, factor in zip(scores, log_sums, factors, strict=True):
+            if sigmoid:
+                logits = block.signed(torch.addcmul(learned[1], s, learned[0]))
+                g = block.signed(logits.neg_().sigmoid_()).neg_().mul_(share)
+                d_learned[1] += g.sum()
+            else:
+                g = block.logits(s, learned[0]).sub_(log_sum).exp_()  # the softmax weights
+                block.own(g).sub_(1)
+                g.mul_(factor)
+            d_learned[0] += torch.dot(g.flatten(), s.flatten())
+            grads.append(g.mul_(learned[0]))
+        d_units = op.zero_gradient(block.image)
+        block.add_gradients((grads[0], grads[1]), argmax, d_units, d_texts)
+        d_image[block.rows] = _l2_normalize_backward(d_units, image[block.rows])
+    return d_texts
+
+
+def _sizes(image: Tensor, texts: Tensor, cpu: bool, scratch_bytes: int) -> tuple[int, int]:
+    """Images of a block, and bytes of the argmax indices and scores of a pair."""
+    indices, copies, least = 0, PATCH_BYTES * image[0].numel(), 1
+    if image.ndim == 3:
+        (_, N, _), M = image.shape, texts.shape[1]
+        indices = N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
+    if cpu:  # each thread takes an image at least
+        scratch_bytes, least = CPU_BLOCK_BYTES, torch.get_num_threads()
+    images = scratch_bytes // (len(texts) * (indices + PAIR_BYTES) + copies)
+    return min(len(image), max(least, images)), indices + 8
+
+
+def _slices(size: int, each: int) -> list[slice]:
+    return [slice(at, min(at + each, size)) for at in range(0, size, each)]
+
+
+def _blocks(ctx, image: Tensor, texts: _Texts) -> Iterator[_Block]:
+    if ctx.cpu:  # once, as a CPU multiplies 16 bits no faster
+        texts = texts._replace(units=upcast(texts.units))
+    for rows in _slices(len(image), ctx.size):
+        yield _Block(image, rows, texts, ctx.kernels)
+
+
+class PairLoss(nn.Module):
+    """A contrastive or sigmoid loss over all pairs, with its learned temperature.
+
+    Contrastive: (CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, as in CLIP (Radford et al.,
+    2021). With a bias: the sigmoid loss of SigLIP (Zhai et al., 2023, equation 1), the mean over
+    both directions, summed over the texts of an image and averaged over images.
+
+    Where a process group is initialised the batch is that of all its ranks: texts travel, each rank
+    scores its own images against all of them, and the softmax over images needs only vectors of
+    length G. The mean over the ranks' losses is the loss of the global batch, and averaging
+    gradients over ranks (as DistributedDataParallel and DeepSpeed do) gives its gradient, for the
+    features and for the temperature.
 
     Args:
-        init_temperature: the temperature at the start, at least 0.01; `logit_scale` is
-            ln(1/temperature), learned, and its exponential at most 100. A mean of maxima spreads
-            less than a cosine: sharper than the usual 0.07.
-        group: the process group; None: the default one. A copy shares it; a pickle cannot hold it.
-        cut: the largest sum of softmax weights that each row and each column of the scores may
-            leave out in backward, from 0 (nothing) to below 1, see `cmli.cut`. The loss and the
-            gradient of `logit_scale` stay exact; after backward `cut.found` holds the share of
-            pairs that were kept, and a bound on the error.
-        backend, scratch_bytes, recompute: see `cmli_scores`.
-        exchange, gather_bytes: how texts come to other ranks, see `cmli.ring.Scorer`.
+        init_temperature: at the start, at least 1 / `max_scale`.
+        init_bias: of the sigmoid loss; None: the loss is contrastive.
+        max_scale: the most that 1/temperature can be.
+        backend: see `cmli_scores`.
+        scratch_bytes: for the scores and argmax indices of all pairs, I*J*(N+M+8) bytes, which
+            backward computes again if they do not fit; on a GPU also for a block of images.
     """
+
+    alike: Tensor
 
     def __init__(
         self,
-        init_temperature: float = 0.02,
-        group: dist.ProcessGroup | None = None,
-        cut: float = 0.0,
-        **options: Unpack[ScorerOptions],
+        init_temperature: float = 0.07,
+        init_bias: float | None = None,
+        max_scale: float = MAX_SCALE,
+        backend: str = "auto",
+        scratch_bytes: int = SCRATCH_BYTES,
     ):
         super().__init__()
-        number = init_temperature if isinstance(init_temperature, float | int) else math.nan
-        if not 1 / MAX_SCALE <= number < math.inf:
-            raise ValueError(
-                f"init_temperature is {init_temperature!r}: give a number of at least "
-                f"{1 / MAX_SCALE}, for instance 0.02"
-            )
-        self.group = group
-        check_cut(cut)
-        self.score = Scorer(**options)
-        self.cut = Cut(cut, group) if cut else None
-        # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim
-        # tensor has no view of.
-        self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
-
-    def __deepcopy__(self, memo: dict) -> "CMLILoss":
-        copied = type(self).__new__(type(self))
-        memo[id(self)], memo[id(self.group)] = copied, self.group
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
+        self.temperature = Temperature(init_temperature, init_bias, max_scale)
+        self.backend, self.scratch_bytes = backend, scratch_bytes
+        # How many pairs shared an id in the last call.
+        self.register_buffer("alike", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(
         self,
         image: Tensor,
         text: Tensor,
-        token_mask: Tensor,
-        image_mask: Tensor | None = None,
-        ignore: Tensor | None = None,
+        token_mask: Tensor | None = None,
+        patch_mask: Tensor | None = None,
+        ids: Tensor | None = None,
+        learned: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of this rank's B pairs, a scalar in fp32 (fp64 for fp64).
+        """The mean loss of this rank's B pairs, a scalar in fp32 (fp64 for fp64). Collective.
 
         Args:
-            image: [B, N, D], patch features, not normalised: that is done here, in fp32.
-            text: [B, M, D], token features, likewise; the same dtype (fp64, fp32, bf16 or fp16) and
-                device. M may differ between ranks, B may not. Under autocast the dtypes may differ,
-                the wider one is taken.
-            token_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
-                Integers 0 and 1 are taken too, here and below, at a CPU-GPU sync for their values.
-            image_mask: bool [B, N], True = valid; None: all are.
-            ignore: bool [B, G], True: this text is no negative of this image, as other captions of
-                the same picture; see `losses.functions.duplicates`. What it says of an image's own
-                text does not matter.
+            image: [B, N, D] patches, compared by CMLI, or [B, D], by the cosine. Not normalised:
+                that is done here, in fp32.
+            text: [B, M, D] tokens or [B, D], of the same dtype and device. M may differ between
+                ranks, B may not.
+            token_mask: bool [B, M] of tokens, True = valid. Leave out class, separator and padding
+                tokens.
+            patch_mask: bool [B, N]; None: all are valid.
+            ids: int64 [B, K]. Pairs that share one, as the hash of their picture or of their
+                caption, are no negatives of each other; in the sigmoid loss they are positives.
+            learned: what `temperature` has returned, in its place.
 
         Raises:
-            ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit; on every
-                rank where one rank has such a mistake, or the ranks' batches differ in size or
-                dtype.
+            ValueError: an argument does not fit, or the ranks' numbers of pairs differ.
         """
-        arguments = image, text, token_mask, image_mask, ignore
-        if collectives.world_size(self.group) > 1:
-            arguments = self._checked_together(arguments)  # collective
-        else:
-            arguments = self._checked(arguments)
-        s_i2t, s_t2i = score_global_batch(*arguments[:4], self.group, self.score)  # collective
-        ignore = arguments[4]
-        first = collectives.rank(self.group) * len(image)
-        if ignore is not None:
-            ignore = ignore.clone()
-            ignore.diagonal(first).fill_(False)
-        units = None
-        if self.cut is not None:
-            s_i2t, s_t2i, units = self.cut.apply(s_i2t, s_t2i, first)  # collective in backward
-        columns = partial(collectives.column_logsumexp, group=self.group)
-        loss = contrastive_loss(
-            s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore
+        if token_mask is not None:
+            image, text = op.checked(image, text, token_mask, patch_mask)
+        elif image.ndim != 2 or image.shape != text.shape or image.dtype != text.dtype:
+            shapes = f"{list(image.shape)} {image.dtype} and {list(text.shape)} {text.dtype}"
+            raise ValueError(f"image and text must be [B, D], or have a token_mask, not {shapes}")
+        if len(image) != len(text) or (
+            ids is not None and (ids.ndim != 2 or len(ids) != len(image))
+        ):
+            counts = len(image), len(text), ids if ids is None else list(ids.shape)
+            raise ValueError(f"image, text and ids must have a row for each pair, not {counts}")
+        if learned is None:
+            learned = self.temperature()
+        learned = learned.to(torch.promote_types(image.dtype, torch.float32))
+        masks = token_mask, patch_mask, ids
+        loss, alike = _PairLoss.apply(
+            image, text, learned, *masks, self.backend, self.scratch_bytes
         )
-        return loss if units is None else loss + as_loss(units, self.logit_scale, len(image))
-
-    def _checked(self, arguments: Arguments) -> Arguments:
-        image, text, token_mask, image_mask = accepted(*arguments[:4])[:4]
-        ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
-        _check_pairs(image, text, ignore, collectives.world_size(self.group))
-        device = self.logit_scale.device
-        if device != image.device:
-            raise ValueError(
-                f"CMLILoss is on {device} and image on {image.device}: move the loss, by .to()"
-            )
-        return image, text, token_mask, image_mask, ignore
-
-    def _checked_together(self, arguments: Arguments) -> Arguments:
-        """`_checked` on every rank, with what must be equal on them. Collective, CPU-GPU sync."""
-        checked, mistake = None, None
-        try:
-            checked = self._checked(arguments)
-        except (TypeError, ValueError) as error:
-            mistake = error
-        # NCCL sends from GPUs alone, and what is wrong may be where the inputs are.
-        device = "cuda" if dist.get_backend(self.group) == "nccl" else self.logit_scale.device
-        scale = self.logit_scale.detach().to(device, torch.float32)
-        dtype = scale.new_tensor([DTYPES.index(checked[0].dtype) if checked else -1])
-        facts = collectives.agreed(torch.cat([scale, dtype]), mistake, self.group)  # collective
-        assert checked is not None, "a mistake has been raised"
-        scales, dtypes = facts.t().tolist()
-        if len(set(dtypes)) > 1:
-            names = ", ".join(str(DTYPES[int(n)]) for n in dtypes)
-            raise ValueError(f"the ranks' features must agree in dtype, found {names}")
-        if len({str(x) for x in scales}) > 1:
-            warnings.warn(
-                "CMLILoss's logit_scale differs between ranks: "
-                "wrap the loss in DistributedDataParallel together with the model, "
-                "or average its gradient over ranks",
-                stacklevel=5,
-            )
-        return checked
+        self.alike.copy_(alike)
+        return loss
 
 
-def _check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
-    """Raise ValueError or TypeError unless these are B pairs and `ignore` bool [B, B * ranks]."""
-    if ranks < 1:
-        raise ValueError("this process is not in the process group given to the loss as `group`")
-    if len(image) != len(text):
-        raise ValueError(
-            f"image has {len(image)} rows and text has {len(text)}: row b of both must be a pair; "
-            "cmli_scores compares other numbers of them"
-        )
-    if ignore is None:
-        return
-    expected = [len(image), ranks * len(image)]
-    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
-        kind = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
-        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {kind}")
-    if list(ignore.shape) != expected:
-        raise ValueError(
-            f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
-            "images against the texts of all ranks"
-        )
-    if ignore.device != image.device:
-        raise ValueError(
-            f"ignore is on {ignore.device} and image on {image.device}: move them together"
-        )
+class CMLILoss(PairLoss):
+    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs of images
+    [B, N, D] and texts [B, M, D] with token_mask [B, M]: a `PairLoss` with a temperature that is
+    sharper than the usual 0.07, as a mean of maxima spreads less than a cosine."""
+
+    def __init__(self, init_temperature: float = 0.02, **options):
+        super().__init__(init_temperature, **options)

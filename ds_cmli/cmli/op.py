@@ -1,222 +1,265 @@
-"""`cmli_scores`: all-pairs CMLI as one opaque, differentiable operator with several backends.
+"""`cmli_scores`: the all-pairs scores of Cross-Modal Late Interaction, and what computes them.
 
-The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with
-torch.library, so that FakeTensorMode, torch.compile and activation checkpointing see their shapes
-and never look inside.
-They return what `forward` and `backward` of a backend do, chosen inside them (`backends.py`).
+An implementation is two functions that write into tensors made here: `forward` scores and argmax
+indices, `backward` the gradients of both sides, which it adds. On tensors without data, as those of
+FakeTensorMode, each allocates what it would otherwise and starts no kernel.
 
-Shape legend: I images, J texts, N patches, M text positions (padded), D features.
+Shapes: I images, J texts, N patches, M text positions (padded), D features.
 """
+
+import functools
+import subprocess
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from ds_cmli.cmli.backends import backend_of
-from ds_cmli.cmli.inputs import (
-    DEFAULT_SCRATCH_BYTES,
-    Sides,
-    Wanted,
-    accepted,
-    check_inputs,
-    full_precision,
-)
+Pair = tuple[Tensor, Tensor]
+Implementation = tuple[Callable[..., None], Callable[..., None]]  # forward, backward
+
+BACKENDS = ("auto", "cpu", "triton", "torch")
+LONGEST = 2**15 - 1  # positions of a side: argmax indices are kept in int16 at most
+
+
+def has_data(x: Tensor) -> bool:
+    return not (isinstance(x, FakeTensor) or x.is_meta)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """Cast to fp32; fp64 stays fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def index_dtype(length: int) -> torch.dtype:
+    """The dtype of argmax indices into a side of this length."""
+    return torch.uint8 if length <= 256 else torch.int16
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast inside: it would multiply fp32 matrices in 16 bits."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def implementation(image: Tensor, text: Tensor, backend: str = "auto") -> Implementation:
+    """What computes pairs of such sides.
+
+    Raises RuntimeError if `backend` names kernels that do not run here; with "auto" PyTorch's
+    operators take their place, with a warning.
+    """
+    from . import fallback
+
+    name, reason = backend, None
+    if backend == "auto":
+        name = {"cpu": "cpu", "cuda": "triton"}.get(image.device.type, "torch")
+    if name == "torch" or image.dtype == torch.float64:
+        return fallback.forward, fallback.backward
+    if name == "cpu":
+        reason = why_not_cpu()
+    elif has_data(image) and image.device.type == "cuda":
+        (_, N, D), M = image.shape, text.shape[1]
+        reason = why_not_triton(image.device, image.dtype, N, M, D)
+    if reason is None:
+        return _kernels(name)
+    if backend != "auto":
+        raise RuntimeError(f"backend={backend!r} does not run here: {reason}")
+    _warn(reason)
+    return fallback.forward, fallback.backward
+
+
+def _kernels(name: str) -> Implementation:
+    if name == "cpu":
+        from . import cpu
+
+        return cpu.forward, cpu.backward
+    from . import triton_backward, triton_forward
+
+    return triton_forward.forward, triton_backward.backward
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"all-pairs CMLI runs without kernels, and slower: {reason}", stacklevel=4)
+
+
+@functools.cache
+def why_not_cpu() -> str | None:
+    """Why the C++ kernels do not run, in one line; None if they do."""
+    from . import cpu
+
+    try:
+        cpu.library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return str(error)
+    return None
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
+    """Why the Triton kernels do not run on a GPU for such inputs, in one line; None if they do.
+
+    The first time they are compiled, started for one pair, and waited for.
+    """
+    from .triton_forward import power_of_two
+
+    # As finely as the choice of tiles distinguishes sizes.
+    return _why_not(device, dtype, power_of_two(N), power_of_two(M), D)
+
+
+@functools.cache
+def _why_not(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
+    from .triton_forward import unsuited
+
+    reason = unsuited(torch.cuda.get_device_capability(device))
+    if reason is not None:
+        return reason
+    image, text = (torch.ones(1, n, D, dtype=dtype, device=device) for n in (N, M))
+    sides = image, text, torch.ones(1, M, dtype=torch.bool, device=device), None
+    try:
+        kernels = _kernels("triton")
+        scores, argmax = cmli_forward(kernels, *sides, True)
+        assert argmax is not None  # they are kept
+        cmli_backward(kernels, scores, *sides, argmax, *map(zero_gradient, (image, text)))
+        torch.cuda.synchronize(device)  # raises what failed while it ran
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton's compiler, of ptxas, or of the launch
+        return " ".join(str(error).split())[:300]
+    return None
+
+
+def cmli_forward(
+    kernels: Implementation,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    keep: bool,
+) -> tuple[Pair, Pair | None]:
+    """Both scores [I, J], and if `keep` the argmax indices for `cmli_backward`: the best token of
+    each patch [I, J, N], and the best patch of each token [I, J, M]."""
+    (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
+    dtype, argmax = torch.promote_types(image.dtype, torch.float32), None
+    # Zeros, because those of empty texts are not written.
+    scores = image.new_zeros(I, J, dtype=dtype), image.new_zeros(I, J, dtype=dtype)
+    if keep:
+        tokens = image.new_empty(I, J, N, dtype=index_dtype(M))
+        argmax = tokens, image.new_empty(I, J, M, dtype=index_dtype(N))
+    with full_precision(image.device):
+        kernels[0](image, text, token_mask, patch_mask, scores, argmax)
+    return scores, argmax
+
+
+def cmli_backward(
+    kernels: Implementation,
+    grads: Pair,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    argmax: Pair,
+    d_image: Tensor,
+    d_text: Tensor,
+) -> None:
+    """Add the features' gradients to `zero_gradient`s, given those of both scores [I, J]."""
+    g = grads[0].contiguous(), grads[1].contiguous()
+    with full_precision(image.device):
+        kernels[1](g, image, text, token_mask, patch_mask, argmax, d_image, d_text)
+
+
+def zero_gradient(x: Tensor) -> Tensor:
+    """Where the gradient of features is added up, in fp32 (fp64 for fp64)."""
+    return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class _Scores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, text, token_mask, patch_mask, backend):
+        ctx.kernels, keep = implementation(image, text, backend), any(ctx.needs_input_grad)
+        sides = image, text, token_mask, patch_mask
+        scores, argmax = cmli_forward(ctx.kernels, *sides, keep)
+        ctx.save_for_backward(*sides, *(argmax or ()))
+        return scores
+
+    @staticmethod
+    def backward(ctx, *grads):
+        refuse_second_derivative()
+        image, text, token_mask, patch_mask, *argmax = ctx.saved_tensors
+        d_image, d_text = zero_gradient(image), zero_gradient(text)
+        sides = image, text, token_mask, patch_mask
+        cmli_backward(ctx.kernels, grads, *sides, argmax, d_image, d_text)
+        return d_image.to(image.dtype), d_text.to(text.dtype), None, None, None
+
+
+def refuse_second_derivative() -> None:
+    """`once_differentiable` is silent here: it returns gradients without a graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "all-pairs CMLI has no second derivative: call backward without create_graph=True"
+        )
+
+
+def checked(image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor | None) -> Pair:
+    """The features, under autocast of one dtype. Raises ValueError for what does not fit."""
+    device = image.device
+    if image.dtype != text.dtype and torch.is_autocast_enabled(device.type):
+        wider = torch.promote_types(image.dtype, text.dtype)
+        image, text = image.to(wider), text.to(wider)
+    shapes = list(image.shape), list(text.shape)
+    fit = image.ndim == text.ndim == 3 and shapes[0][2] == shapes[1][2]
+    if not (fit and image.numel() and text.numel()):
+        raise ValueError(f"image [I, N, D] and text [J, M, D] do not fit: {shapes}")
+    if image.dtype != text.dtype or not image.is_floating_point() or device != text.device:
+        kinds = f"{image.dtype} on {device} and {text.dtype} on {text.device}"
+        raise ValueError(f"image and text must be floats of one dtype on one device, not {kinds}")
+    for name, mask, x in (("token_mask", token_mask, text), ("patch_mask", patch_mask, image)):
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
+            kind = f"{mask.dtype} {list(mask.shape)}"
+            raise ValueError(f"{name} must be bool {list(x.shape[:2])}, True = valid, not {kind}")
+    if max(image.shape[1], text.shape[1]) > LONGEST:
+        raise ValueError(f"image and text {shapes} may have {LONGEST} positions at most")
+    return image, text
 
 
 def cmli_scores(
     image: Tensor,
     text: Tensor,
     token_mask: Tensor,
-    image_mask: Tensor | None = None,
-    *,
+    patch_mask: Tensor | None = None,
     backend: str = "auto",
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-    recompute: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> Pair:
     """Score every image with every text by Cross-Modal Late Interaction, in both directions.
 
     With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m:
         s_i2t[i, j] = mean over n of max over m of S[n, m]
         s_t2i[i, j] = mean over m of max over n of S[n, m]
     Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The
-    similarities of all pairs are never stored: memory is the argmax indices (I*J*(N+M) bytes) and
-    a bounded scratch.
+    similarities of all pairs are never stored: memory is the argmax indices, I*J*(N+M) bytes, and a
+    bounded scratch.
 
     Args:
-        image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised
-            here: for cosines, the caller normalises (as `CMLILoss` does, in fp32).
+        image: [I, N, D] patch features, fp32, bf16, fp16 or fp64. Not normalised here: for cosines
+            the caller normalises, as `CMLILoss` does in fp32.
         text: [J, M, D] token features, of the same dtype and device.
-        token_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
-            Integers 0 and 1 are taken too, at a CPU-GPU sync for their values.
-        image_mask: [I, N], likewise; None = all.
-        backend: "auto" (triton on CUDA where it runs, otherwise chunked), "chunked", "triton" or
-            "reference" (materialises everything; for tests).
-        scratch_bytes: budget for temporary memory. Another budget changes the order of sums, and
-            results by 1e-6 at the most.
-        recompute: keep nothing but the inputs for backward, which then computes the products again.
+        token_mask: bool [J, M], True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
+        patch_mask: bool [I, N], likewise; None: all are valid.
+        backend: "cpu" (C++) or "triton" (GPUs), "torch" for PyTorch's operators alone, or "auto":
+            the kernels of the device where they run, and PyTorch's operators otherwise.
 
     Returns:
-        (s_i2t, s_t2i), both [I, J] float32 (float64 for float64 inputs). Products are summed in
-        fp32 and maxima taken on those sums, whatever the inputs. A masked position wins no maximum
-        and counts in no mean; a text without valid tokens and an image without valid patches score
-        0 with zero gradient. Equal similarities: the lowest index wins. NaN and inf propagate.
-        Under autocast inputs of two dtypes are taken in the wider one, and nothing else changes.
+        s_i2t and s_t2i, [I, J] fp32 (fp64 for fp64). Products are summed in fp32 and maxima taken
+        of these sums, whatever the inputs. A masked position wins no maximum and counts in no mean;
+        a text without valid tokens and an image without valid patches score 0 with zero gradient.
+        Of equal similarities the lowest index wins. NaN and inf propagate.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; one line says which and how.
-        RuntimeError: the backend cannot run here, or a derivative is requested that there is not:
-            a second one, one in forward mode, or one under torch.func.
+        ValueError: an argument does not fit.
+        RuntimeError: the backend does not run here, or a second derivative is asked for.
     """
-    sides = accepted(image, text, token_mask, image_mask, backend, scratch_bytes)
-    return _scores(sides, backend, scratch_bytes, recompute)
-
-
-def _scores(
-    sides: Sides, backend: str, scratch_bytes: int, recompute: bool
-) -> tuple[Tensor, Tensor]:
-    """Both scores [I, J] of checked arguments."""
-    backend = _chosen(backend, sides.image)
-    if backend == "reference":
-        from ds_cmli.cmli.reference import cmli_scores_reference
-
-        with full_precision(sides.image.device):
-            return cmli_scores_reference(*sides[:4])
-    needed = sides.image.requires_grad or sides.text.requires_grad
-    save_argmax = torch.is_grad_enabled() and needed and not recompute
-    s_i2t, s_t2i, _, _ = _forward(*sides[:4], backend, scratch_bytes, save_argmax)
-    return s_i2t, s_t2i
-
-
-def cmli_gradients(
-    grads: tuple[Tensor, Tensor],
-    sides: Sides,
-    wanted: Wanted,
-    *,
-    backend: str = "auto",
-    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """Gradients [I, N, D] and [J, M, D] of `cmli_scores`' inputs, from those of its scores.
-
-    It is for callers that keep no graph: argmax indices are computed again, a part at a time within
-    `scratch_bytes`. A gradient that is not wanted is returned with unspecified values. The other
-    arguments and the errors are those of `cmli_scores`.
-
-    Args:
-        grads: the gradients [I, J] of s_i2t and s_t2i.
-    """
-    check_inputs(*sides[:4], backend, scratch_bytes)
-    backend = _chosen(backend, sides.image)
-    if backend == "reference":
-        image = sides.image.detach().requires_grad_()
-        text = sides.text.detach().requires_grad_()
-        with torch.enable_grad():
-            scores = _scores(sides._replace(image=image, text=text), backend, scratch_bytes, False)
-        d_image, d_text = torch.autograd.grad(scores, (image, text), grads)
-        return d_image, d_text
-    none = sides.image.new_empty((0,), dtype=torch.uint8)
-    return _backward(*grads, *sides[:4], none, none, backend, scratch_bytes, *wanted)
-
-
-def _chosen(backend: str, image: Tensor) -> str:
-    # On a GPU the operator itself decides: compiled code cannot try kernels.
-    return "chunked" if backend == "auto" and image.device.type != "cuda" else backend
-
-
-def _forward_inside(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None,
-    backend: str,
-    scratch_bytes: int,
-    save_argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask)
-    with full_precision(image.device):
-        return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
-
-
-def _backward_inside(
-    grad_i2t: Tensor,
-    grad_t2i: Tensor,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None,
-    arg_i2t: Tensor,
-    arg_t2i: Tensor,
-    backend: str,
-    scratch_bytes: int,
-    need_image: bool,
-    need_text: bool,
-) -> tuple[Tensor, Tensor]:
-    sides = Sides(image, text, token_mask, image_mask)
-    grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
-    with full_precision(image.device):
-        chosen = backend_of(backend, image, text)
-        return chosen.backward(sides, grads, argmax, Wanted(need_image, need_text), scratch_bytes)
-
-
-_forward = torch.library.custom_op("ds_cmli::cmli_forward", _forward_inside, mutates_args=())
-_backward = torch.library.custom_op("ds_cmli::cmli_backward", _backward_inside, mutates_args=())
-# What the operators compute by others, for a mode that is to see what they hold.
-INSIDE = {
-    torch.ops.ds_cmli.cmli_forward.default: _forward_inside,
-    torch.ops.ds_cmli.cmli_backward.default: _backward_inside,
-}
-
-
-@_forward.register_fake
-def _(image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax):
-    return Sides(image, text, token_mask, image_mask).new_results(save_argmax)
-
-
-@_backward.register_fake
-def _(
-    grad_i2t,
-    grad_t2i,
-    image,
-    text,
-    token_mask,
-    image_mask,
-    arg_i2t,
-    arg_t2i,
-    backend,
-    scratch_bytes,
-    need_image,
-    need_text,
-):
-    d_image = image.new_empty(image.shape if need_image else (0,))
-    d_text = text.new_empty(text.shape if need_text else (0,))
-    return d_image, d_text
-
-
-def _save(ctx, inputs, output):
-    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
-    # Without this, autograd would make zeros as gradients of the argmax indices too.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image, text, token_mask, image_mask, *output[2:])
-
-
-def _differentiate(ctx, grad_i2t, grad_t2i, *_):
-    need_image, need_text = ctx.needs_input_grad[:2]
-    saved = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks them only once
-    image, shape = saved[0], Sides(*saved[:4]).sizes()
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    if grad_i2t is None:
-        grad_i2t = image.new_zeros(shape, dtype=dtype)
-    if grad_t2i is None:
-        grad_t2i = image.new_zeros(shape, dtype=dtype)
-    options = ctx.backend, ctx.scratch_bytes, need_image, need_text
-    d_image, d_text = _backward(grad_i2t, grad_t2i, *saved, *options)
-    gradients = (d_image if need_image else None, d_text if need_text else None)
-    return gradients + (None,) * 5
-
-
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError(
-        "cmli_scores has no second derivative: call backward without create_graph=True"
-    )
-
-
-torch.library.register_autograd("ds_cmli::cmli_forward", _differentiate, setup_context=_save)
-torch.library.register_autograd("ds_cmli::cmli_backward", _no_second_derivative)
+    image, text = checked(image, text, token_mask, patch_mask)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
+    return _Scores.apply(image, text, token_mask, patch_mask, backend)

@@ -3,15 +3,13 @@
 Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they
 do what training does, which is almost nothing. The memory tracker, the meter of the speed and the
 counter of traffic subscribe to the events. The prediction of memory, whose tensors hold no data,
-also answers the questions below in another way: it runs fewer turns of a loop, and makes a copy
-where a tensor would move to another device.
-
-It lies below all rooms because the all-pairs op and its exchange between ranks report to it too.
+also answers the questions below in another way: it calls a function for fewer micro-batches, and
+makes a copy where a tensor would move to another device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, TypeVar
 
@@ -19,7 +17,6 @@ if TYPE_CHECKING:  # train.py imports this before it imports torch
     import torch
     from torch import Tensor
 
-Item = TypeVar("Item")
 Returned = TypeVar("Returned")
 
 
@@ -67,18 +64,7 @@ class Probe:
             return nullcontext()
         return self.below.losses()
 
-    def texts_from(self, first: int) -> None:
-        """Report the place, among all ranks' texts, of the first in the op's next call."""
-        if self.below is not None:
-            self.below.texts_from(first)
-
     # --- questions that a prediction answers in another way
-
-    def turns(self, items: Sequence[Item]) -> Iterator[Item]:
-        """Iterate over a loop whose turns all allocate, free and send the same amounts."""
-        if self.below is None:
-            return iter(items)
-        return self.below.turns(items)
 
     def alike(self, function: Callable[..., Returned], *arguments: object) -> Returned:
         """Call a function that each micro-batch of a step calls once, with the same amounts."""
@@ -99,30 +85,6 @@ class Probe:
         if self.below is None:
             return device.type == "cuda"
         return self.below.on_gpu(device)
-
-    def to_host(self, x: Tensor) -> Tensor:
-        """Move a tensor to the host: from a GPU into pinned memory, which nothing waits for.
-
-        So only the GPU's current stream may read it, by `to_device`.
-        """
-        if self.below is not None:
-            return self.below.to_host(x)
-        if x.device.type == "cpu":
-            return x
-        return x.new_empty(x.shape, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
-
-    def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
-        """Overwrite a tensor that `to_host` has moved by one of the device, as it moves."""
-        if self.below is None:
-            x.copy_(value, non_blocking=True)
-        else:
-            self.below.overwrite_on_host(x, value)
-
-    def read_shapes(self, shapes: Tensor, own: torch.Size) -> list[list[int]]:
-        """Read the gathered shapes of all ranks' texts, one of which is `own`. CPU-GPU sync."""
-        if self.below is None:
-            return shapes.tolist()
-        return self.below.read_shapes(shapes, own)
 
 
 probe = Probe()

@@ -23,9 +23,6 @@ def _of_data_and_models(config: Config) -> Iterator[Reason]:
             yield f"data.{name}", "the demo makes its own pictures"
     else:
         yield "data.scenes", "only the demo's pictures make scenes"
-    if not data.negatives:
-        for name in ("data.negatives_count", "loss.negatives"):
-            yield name, "data.negatives asks for no wrong captions"
     if not data.workers:
         yield "data.prefetch", "there is no loading process (--workers)"
     if student.text_weights not in ("hub", "random"):
@@ -60,14 +57,6 @@ def _of_optimizer(ds_config: DeepSpeedConfig) -> Iterator[Reason]:
             yield f"optim.{name}", f"the optimizer {ds_config.optimizer_type} has none"
 
 
-def _of_exchange(config: Config, ranks: int) -> Iterator[Reason]:
-    if ranks == 1:
-        for name in ("cmli_exchange", "cmli_gather_bytes"):
-            yield f"loss.{name}", "there is one rank, which exchanges nothing"
-    if config.loss.cmli_exchange != "auto":
-        yield "loss.cmli_gather_bytes", f"loss.cmli_exchange is {config.loss.cmli_exchange!r}"
-
-
 def _of_accumulation(config: Config, stage: int, accumulation: int) -> Iterator[Reason]:
     one = "a step is one micro-batch (gradient_accumulation_steps 1)"
     cached, why = accumulation > 1, one
@@ -76,14 +65,6 @@ def _of_accumulation(config: Config, stage: int, accumulation: int) -> Iterator[
         why = f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
     if not cached:
         yield "optim.negatives", why
-    if config.optim.negatives != "global_batch":
-        cached = False
-        why = f"optim.negatives is {config.optim.negatives!r}, which caches no gradients"
-    if not cached:
-        yield "optim.cache_on_host", why
-    else:
-        why = "gradient caching keeps no argmax indices that it could compute again"
-        yield "loss.cmli_recompute", why
     if accumulation == 1:
         yield "optim.reduce_once", one
     elif stage < 2:
@@ -121,7 +102,6 @@ def reasons(config: Config, ds_config: DeepSpeedConfig, ranks: int) -> dict[str,
     out.update(_of_data_and_models(config))
     out.update(_of_run(config))
     out.update(_of_optimizer(ds_config))
-    out.update(_of_exchange(config, ranks))
     with suppress(UserError):  # a batch that is none for so many ranks, raised where it is needed
         accumulation = ds_config.batch(config.optim.micro_batch, ranks).accumulation
         out.update(_of_accumulation(config, ds_config.stage, accumulation))

@@ -27,7 +27,7 @@ NAMED = "open_clip:"
 LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
 PARTS = {"mean", "std", "model_cfg"}  # of `StudentConfig.source_config`
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
-# What of a model of open_clip acts in training alone: `student.patch_keep` is this package's.
+# What of a model of open_clip acts in training alone.
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 # "random" is one of the others in open_clip's training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
@@ -217,5 +217,4 @@ def training_lines(own: JsonObject) -> list[str]:
     settings = [f"{name} {vision[name]}" for name in OF_TRAINING if vision.get(name)]
     if not settings:
         return []
-    more = "; student.patch_keep drops patches" if "patch_dropout" in settings[0] else ""
-    return [f"student.source: {', '.join(settings)} of its own training is not taken over{more}"]
+    return [f"student.source: {', '.join(settings)} of its own training is not taken over"]

@@ -18,66 +18,57 @@ from ds_cmli.common.json_text import JsonObject
 
 @dataclass(frozen=True)
 class LossEntry:
-    implementation: str  # a `losses.base.Loss`
+    # A module, made with `LossConfig`, the student and the teacher's width: a `cmli.PairLoss` if it
+    # compares pairs, otherwise called as `losses.target_cmli.TargetCMLI`.
+    implementation: str
     # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its
     # negatives are those of the whole step. "" if it treats each pair separately, and so can be
     # computed for each micro-batch.
     scores: Literal["", "global", "cmli"] = ""
-    # The function of its scores, by which an exported model computes it: "contrastive"
-    # (`cmli.contrastive.contrastive_loss`) or "sigmoid" (`losses.functions.sigmoid_loss`). "" if
-    # it is neither.
+    # The function of its scores, by which an exported model computes it; "" if it is neither.
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
     settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
 
-# The settings of the all-pairs op.
-OP = (
-    "cmli_backend",
-    "cmli_cut",
-    "cmli_exchange",
-    "cmli_gather_bytes",
-    "cmli_recompute",
-    "cmli_scratch_bytes",
-    "cmli_token_keep",
-)
-
+# Of the losses over pairs.
+PAIRS = ("duplicates", "cmli_backend", "cmli_scratch_bytes")
 
 LOSSES = {
     "global": LossEntry(
-        "ds_cmli.losses.over_pairs:GlobalContrastive",
+        "ds_cmli.losses.pairs:GlobalContrastive",
         scores="global",
         kind="contrastive",
-        settings=("captions", "duplicates", "init_temperature", "negatives"),
+        settings=("init_temperature", *PAIRS),
     ),
     "global_sigmoid": LossEntry(
-        "ds_cmli.losses.over_pairs:GlobalSigmoid",
+        "ds_cmli.losses.pairs:GlobalSigmoid",
         scores="global",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", "init_bias", "negatives"),
+        settings=("init_bias", *PAIRS),
     ),
     "cmli": LossEntry(
-        "ds_cmli.losses.over_pairs:AllPairsCMLI",
+        "ds_cmli.losses.pairs:AllPairsCMLI",
         scores="cmli",
         kind="contrastive",
-        settings=("captions", "duplicates", "cmli_init_temperature", "negatives", *OP),
+        settings=("cmli_init_temperature", *PAIRS),
     ),
     "cmli_sigmoid": LossEntry(
-        "ds_cmli.losses.over_pairs:CMLISigmoid",
+        "ds_cmli.losses.pairs:CMLISigmoid",
         scores="cmli",
         kind="sigmoid",
         several=True,
-        settings=("duplicates", "init_bias", "negatives", *OP),
+        settings=("init_bias", *PAIRS),
     ),
     "target_cmli": LossEntry(
-        "ds_cmli.losses.distillation:TargetCMLI",
+        "ds_cmli.losses.target_cmli:TargetCMLI",
         teacher=True,
         settings=("mse_reduction", "target_image_weight", "target_text_weight"),
     ),
     "cls_kd": LossEntry(
-        "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
+        "ds_cmli.losses.target_cmli:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
 }
 

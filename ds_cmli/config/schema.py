@@ -20,7 +20,6 @@ from ds_cmli.config.registry import (
     IMAGE,
     LOSSES,
     TEXT,
-    compares_tokens,
     of_dual,
 )
 from ds_cmli.config.validation import (
@@ -86,8 +85,6 @@ class StudentConfig:
     shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
-    # The share of the patches that the image encoder sees in training, chosen at random.
-    patch_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     weights_partial: bool = False  # whether weights may lack blocks, which then start random
     # How many first layers are frozen, together with the embeddings below them; with all layers,
     # the whole encoder is.
@@ -148,16 +145,8 @@ class DataConfig:
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
-    # K, how many captions of a picture a step takes, drawn without repetition as far as it has so
-    # many: all are its positives.
-    captions: Annotated[int, Field(ge=1, le=256)] = 1
     # Whether the captions of training are the sentences of a picture's captions, each a text.
     split_sentences: bool = False
-    # Wrong captions of each picture, which are no text's positives: "field", drawn from its list
-    # `negatives`, where a source has one; "swap", its captions with two words exchanged.
-    negatives: Literal["", "field", "swap"] = ""
-    # J, how many wrong captions of a picture a step takes; with fewer it has as many as there are.
-    negatives_count: Annotated[int, Field(ge=1, le=256)] = 1
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
@@ -205,11 +194,6 @@ class DataConfig:
         check(square, "data.resize", self.resize, f"{need}: leave one of the two out")
 
     @property
-    def texts(self) -> int:
-        """W, the texts of a picture in a step: its captions, and wrong ones."""
-        return self.captions + (self.negatives_count if self.negatives else 0)
-
-    @property
     def side(self) -> int:
         """Patches along a side of a square, where pictures have any aspect; 0: all are square."""
         return self.image_size // self.aspect_patch if self.aspect_patch else 0
@@ -234,13 +218,6 @@ class LossConfig:
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
-    # Of several captions of an image (`data.captions`), in the contrastive losses: "all" are
-    # compared with all texts of the batch at once; "each", the k-th ones with one another alone, as
-    # in DreamLIP.
-    captions: Literal["all", "each"] = "all"
-    # Which images are compared with a wrong caption (`data.negatives`): "all", as in NegCLIP, or
-    # its "own" alone, as in FG-CLIP.
-    negatives: Literal["all", "own"] = "all"
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines.
     cmli_init_temperature: Temperature = 0.02
@@ -248,35 +225,17 @@ class LossConfig:
     # authors' -10, and -14 of `cmli_sigmoid`, with which batches of some hundred pairs or less
     # learn little at first; ln(1/negatives) suits them, as -3.5 does 32 pairs.
     init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
-    # Of the all-pairs scores: plain PyTorch and C++ ("chunked"), or kernels for GPUs ("triton").
-    cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
-    cmli_recompute: bool = False  # whether backward finds the argmax indices again
-    # The share of patches and tokens, those that match best in their micro-batch, that the
-    # all-pairs scores of training compare. This is FILIP's approximation, which keeps 0.25; below 1
-    # the scores are not exact.
-    cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
-    # The most scratch memory of the all-pairs scores.
+    # What computes the all-pairs scores: C++ ("cpu"), kernels for GPUs ("triton"), or PyTorch alone
+    # ("torch"). "auto": the device's, where they run.
+    cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
+    # Of the losses over pairs: memory for scores and argmax indices of all pairs, (N + M + 8) bytes
+    # a pair, which backward computes again if they do not fit; on a GPU also for a part of them.
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
-    # The largest sum of softmax weights that each row and each column of the all-pairs scores may
-    # leave out in backward, whose pairs are then not computed. Loss and temperature stay exact, and
-    # the error of the gradient has a bound, which is logged.
-    cmli_cut: Annotated[BelowOne, Field(description="0: off")] = 0.0
-    # How ranks exchange texts: "gather" all of them, or pass those of one rank at a time round a
-    # "ring"; "auto" takes the ring if the gathered texts and their gradient would take more than
-    # `cmli_gather_bytes`.
-    cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
-    cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30  # see `cmli_exchange`
 
     def __post_init__(self) -> None:
-        scores = not self.cmli_cut or compares_tokens(self.weights)
-        need = f"the losses are {', '.join(self.weights)}, without all-pairs scores: leave it out"
-        check(scores, "loss.cmli_cut", self.cmli_cut, need)
         for name in self.start:
             need = f"the losses are {', '.join(self.weights)}, without {name}: leave it out"
             check(name in self.weights, "loss.start", self.start, need)
-            cut = self.cmli_cut and compares_tokens([name])
-            need = f"loss.cmli_cut needs the weight of {name} from the first step on: leave out one"
-            check(not cut, "loss.start", self.start, need)
         none = not (self.target_image_weight or self.target_text_weight)
         need = "loss.target_image_weight is 0 too: give one of them, or leave out target_cmli"
         absent = none and "target_cmli" in self.weights
@@ -316,8 +275,6 @@ class OptimConfig:
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
     # one large batch).
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    # Whether gradient caching keeps the features of a step in the host's memory.
-    cache_on_host: bool = False
     # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
     # rank then holds all gradients, in the model's precision.
     reduce_once: bool = False
@@ -390,39 +347,6 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
-
-    def __post_init__(self) -> None:
-        if self.data.aspect_patch:
-            self._check_any_aspect()
-        if self.data.negatives:
-            self._check_negatives()
-        if self.loss.captions == "each":
-            need = "data.captions is 1, so there is one contrast anyway: leave it out"
-            check(self.data.captions > 1, "loss.captions", "each", need)
-            contrasts = [name for name in self.loss.weights if "captions" in LOSSES[name].settings]
-            need = f"the losses are {', '.join(self.loss.weights)}, none of them contrastive"
-            check(bool(contrasts), "loss.captions", "each", f"{need}: leave it out")
-
-    def _check_negatives(self) -> None:
-        """Raise `UserError` for wrong captions that a loss cannot compare, or none compares."""
-        negatives, names = self.data.negatives, self.loss.weights
-        scored = [name for name in names if LOSSES[name].scores]
-        need = f"the losses are {', '.join(names)}, none of which compares pairs: leave it out"
-        check(bool(scored), "data.negatives", negatives, need)
-        for name in scored:
-            need = f"the loss {name} knows no wrong captions: leave one of the two out"
-            check("negatives" in LOSSES[name].settings, "data.negatives", negatives, need)
-        need = "a wrong caption belongs to none of the contrasts: give all, or no data.negatives"
-        check(self.loss.captions == "all", "loss.captions", self.loss.captions, need)
-
-    def _check_any_aspect(self) -> None:
-        """Raise `UserError` for what needs as many patches of every picture."""
-        need = "with data.aspect_patch pictures have different numbers of patches: give 1"
-        for setting, share in (
-            ("student.patch_keep", self.student.patch_keep),
-            ("loss.cmli_token_keep", self.loss.cmli_token_keep),
-        ):
-            check(share == 1, setting, share, need)
 
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)

@@ -32,7 +32,6 @@ OF_TRAINING = {
     "lora": {},
     "lora_rank": 8,
     "lora_alpha": 16,
-    "patch_keep": 1.0,
     "dropout": 0.0,
     "weights_partial": False,
 }

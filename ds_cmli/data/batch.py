@@ -1,13 +1,12 @@
 """One sample, a batch of samples, and the collate function between them.
 
-B images with W texts each, C = B * W, M text positions (padded), S image size in pixels.
+B images with a text each, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +18,6 @@ from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 NO_PICTURE = -1
-ABSENT = -1  # in the place of a caption's hash
 # Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
 PAD_MULTIPLE = 8
 
@@ -28,12 +26,6 @@ def caption_id(input_ids: list[int]) -> int:
     """A hash of the caption's token ids, the same on all nodes, that fits int64."""
     digest = hashlib.blake2b(str(input_ids).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
-
-
-class Caption(NamedTuple):
-    tokens: Tokens
-    token_picture: list[int] | None = None  # as in `Sample`
-    absent: bool = False  # whether it only takes the place of a wrong caption that there is not
 
 
 @dataclass
@@ -46,27 +38,21 @@ class Sample:
     cell_picture: list[int] | None = None  # only for scenes, see `Batch`
     bad: Bad | None = None  # the requested sample and why it could not be used
     grid: Grid | None = None  # of a picture of any aspect
-    # Its further texts, if a step takes several, of which the last `wrong` are wrong captions.
-    others: Sequence[Caption] = ()
-    wrong: int = 0
 
 
 @dataclass
 class Batch:
     image: Tensor  # uint8 [B, 3, S, S]
-    # int64 [C, M], image by image: rows b * W to b * W + W - 1 are the texts of image b.
-    input_ids: Tensor
-    attention_mask: Tensor  # bool [C, M], False for padding
-    token_mask: Tensor  # bool [C, M], True for valid tokens (not [CLS], [SEP], [PAD])
+    input_ids: Tensor  # int64 [B, M]
+    attention_mask: Tensor  # bool [B, M], False for padding
+    token_mask: Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: Tensor  # int64 [B], position in the data set
-    # int64 [B, 1 + W], hashes of the picture and its captions: equal for equal ones.
-    pair_id: Tensor
-    token_picture: Tensor  # int64 [C, M], which picture of the scene the token names, or -1
+    pair_id: Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal ones
+    token_picture: Tensor  # int64 [B, M], which picture of the scene the token names, or -1
     cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
     grid: Tensor | None = None  # int64 [B, 2], see `Sample`; None: the images are square
-    wrong: int = 0  # J, how many of an image's texts, the last ones, are wrong captions of it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
@@ -88,14 +74,10 @@ class Collate:
         self.full = tokenizer.full
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        texts: list[Caption] = []
-        for sample in samples:
-            texts += Caption(sample.tokens, sample.token_picture), *sample.others
+        def each(name: str) -> list:
+            return list(map(attrgetter(name), samples))
 
-        def each(name: str, of: Sequence[Sample | Caption] = samples) -> list:
-            return list(map(attrgetter(name), of))
-
-        ids = each("tokens.input_ids", texts)
+        ids = each("tokens.input_ids")
         lengths = torch.tensor(list(map(len, ids)))
         if self.full:
             lengths = torch.full_like(lengths, self.positions)
@@ -103,20 +85,18 @@ class Collate:
         length = min(length, self.positions)
         pictures = torch.tensor(each("image_id"))[:, None]  # [B, 1]
         caption_ids = torch.tensor(list(map(caption_id, ids)))
-        caption_ids[torch.tensor(each("absent", texts))] = ABSENT
         return Batch(
             image=torch.stack(each("image")),
             input_ids=padded(ids, length, self.pad_id),
             attention_mask=torch.arange(length) < lengths[:, None],
-            token_mask=padded(each("tokens.valid", texts), length, False),
+            token_mask=padded(each("tokens.valid"), length, False),
             index=torch.tensor(each("index")),
-            pair_id=torch.cat([pictures, caption_ids.view(len(samples), -1)], 1),
-            token_picture=padded(each("token_picture", texts), length, NO_PICTURE),
+            pair_id=torch.cat([pictures, caption_ids[:, None]], 1),
+            token_picture=padded(each("token_picture"), length, NO_PICTURE),
             cell_picture=stack_cells(each("cell_picture")),
             bad=list(filter(None, each("bad"))),
             padded=int(lengths.min()) < length,
             grid=stack_grids(each("grid")),
-            wrong=samples[0].wrong,
         )
 
 

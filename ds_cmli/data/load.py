@@ -12,7 +12,7 @@ from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.numbered import of_sources
-from ds_cmli.data.oddities import fewer_texts, oddities
+from ds_cmli.data.oddities import oddities
 from ds_cmli.data.opening import (
     open_all,
     open_sources,
@@ -126,10 +126,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     tokenizer = tokenizer_of(config)
     make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
     train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)
-    need = "a scene's names say the same in any order: give field, for another name in one's place"
-    check(config.negatives != "swap", "data.negatives", config.negatives, need)
-    train.texts_each, train.each_picture = config.captions, config.split_sentences
-    train.wrong_each = config.texts - config.captions
+    train.each_picture = config.split_sentences
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
         evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
@@ -170,7 +167,6 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         summary=opened.summary,
         notices=[
             *opened.notices,
-            *fewer_texts(train, config),
             *oddities(everything, tokenizer, config.tokenizer),
         ],
         fingerprint=opened.fingerprint,

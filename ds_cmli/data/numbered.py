@@ -51,10 +51,6 @@ class Pictures:
         number, place = self.at(index)
         return self.sources[number].captions(place)
 
-    def negatives(self, index: int) -> list[str]:
-        number, place = self.at(index)
-        return self.sources[number].negatives(place)
-
     def image(self, index: int, view: View | None = None) -> tuple[Tensor, str | None]:
         """The part of the picture that `view` chooses, as `decode` gives it, and None.
 

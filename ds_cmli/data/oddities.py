@@ -1,13 +1,10 @@
 """Lines about what is unusual in the data: long or unknown captions, few of a picture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
 import numpy as np
 
-from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.validation import check
-from ds_cmli.data.pairs import TrainPairs
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, most_characters
 
@@ -16,52 +13,6 @@ LOOKED_AT = 5000
 # Characters of a caption that is named as long, or `A_POSITION` for each position if that is more.
 UNUSUAL = 1000
 A_POSITION = 16
-
-
-def fewer_texts(train: TrainPairs, config: DataConfig) -> list[str]:
-    """Lines about sources of pictures with fewer captions, or wrong ones, than a step takes.
-
-    Raises `UserError` if no picture has a second caption, or a wrong one.
-    """
-    lines: list[str] = []
-    if config.captions > 1:
-        kind = "sentence" if config.split_sentences else "caption"
-        what = f"{kind}s than data.captions = {config.captions}: theirs are repeated"
-        most, lines = _fewer(train, config.captions, what, train.texts)
-        need = f"no picture has more than one {kind}: give 1, or data that has several"
-        check(most > 1, "data.captions", config.captions, need)
-    if config.negatives:
-        count = config.negatives_count
-        what = f"wrong captions than data.negatives_count = {count}: they are compared with those"
-        most, of_wrong = _fewer(train, count, what, train.wrong_texts)
-        need = "no picture has a list 'negatives' of wrong captions: add one, or give swap"
-        if config.negatives == "swap":
-            need = "no caption has two words that could be exchanged: leave it out"
-        check(most > 0, "data.negatives", config.negatives, need)
-        lines += of_wrong
-    return lines
-
-
-def _fewer(
-    train: TrainPairs, wanted: int, what: str, texts: Callable[[int], list[str]]
-) -> tuple[int, list[str]]:
-    """The most texts that a picture has, and a line for each source in which some have too few.
-
-    Only some pictures of large sources are read.
-    """
-    most, lines = 0, []
-    for source, first in zip(train.pictures.sources, train.pictures.starts, strict=False):
-        counts = []
-        for index in range(first, first + len(source), max(1, len(source) // LOOKED_AT)):
-            with suppress(Exception):  # reported when it is used
-                counts.append(len(texts(index)))
-        few, most = sum(count < wanted for count in counts), max([most, *counts])
-        if few:
-            lines.append(
-                f"{few} of {len(counts)} pictures of {source.where} that were looked at have fewer "
-                + what
-            )
-    return most, lines
 
 
 def oddities(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:

@@ -1,8 +1,6 @@
 """The pairs of sources as map-style data sets. n captions."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, cycle, islice, repeat, zip_longest
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -11,8 +9,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import Caption, Sample
-from ds_cmli.data.captions import drawn, sentences, swapped
+from ds_cmli.data.batch import Sample
+from ds_cmli.data.captions import drawn, sentences
 from ds_cmli.data.numbered import Pictures, describe, of_sources
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
@@ -23,7 +21,7 @@ MOST_TRIES = 100  # training stops after this many consecutive samples that cann
 
 
 class TrainPairs(Dataset):
-    """A map-style data set of pictures, each with K of its captions and one view.
+    """A map-style data set of pictures, each with one of its captions and one view.
 
     A hash chooses them for each turn. A sample whose picture or caption cannot be used is replaced
     by the next usable one of its source, which is always the same; `Sample.bad` records that.
@@ -67,62 +65,20 @@ class TrainPairs(Dataset):
             captions = self.texts(index)
         except Exception as error:  # any error is reported in `Sample.bad`
             reason = describe(error)
-        texts = [self.tokenizer(captions[n]) for n in self._drawn(len(captions), turn, index)]
-        usable = list(filter(lambda tokens: any(tokens.valid), texts))
-        if reason is None and not usable:
+        text = self.tokenizer(captions[drawn(len(captions), self.seed, turn, index)])
+        if reason is None and not any(text.valid):
             reason = NO_TOKEN
-        # In the place of a caption without a token the others are repeated.
-        texts = list(islice(cycle(usable or texts), len(texts)))
-        wrong: list[Caption] = []
-        if reason is None and self.config.negatives:
-            wrong, reason = self._wrong(index, turn, texts)
         image = self.pictures.black()
         if reason is None:
             with self.augmentation.seeded(turn, index):
                 image, reason = self.pictures.image(index, self.augmentation.view)
                 image, _ = self.augmentation.pixels(image)
-        sample = _sample(self.pictures, index, image, texts[0], reason)
-        others = [*map(Caption, texts[1:]), *wrong]
-        return replace(sample, others=others, wrong=len(wrong))
-
-    def _wrong(
-        self, index: int, turn: int, right: list[Tokens]
-    ) -> tuple[list[Caption], str | None]:
-        """J wrong captions, the last ones absent where there are fewer; or none, and why."""
-        try:
-            texts = self.wrong_texts(index, turn, [tokens.text for tokens in right])
-        except Exception as error:  # any error is reported in `Sample.bad`
-            return [], describe(error)
-        captions = map(Caption, filter(lambda x: any(x.valid), map(self.tokenizer, texts)))
-        missing = Caption(right[0], absent=True)
-        count = self.config.negatives_count
-        return list(islice(chain(captions, repeat(missing)), count)), None
-
-    def wrong_texts(
-        self, index: int, turn: int = 0, right: Sequence[str] | None = None
-    ) -> list[str]:
-        """At most J wrong captions of a picture at a turn, with these right ones, or with all.
-
-        Raises as `Source.negatives`.
-        """
-        right = self.texts(index) if right is None else right
-        count = self.config.negatives_count
-        if self.config.negatives == "swap":
-            of_each = []
-            for text in dict.fromkeys(right):
-                of_each.append(swapped(text, count, self.seed, turn, index))
-            return list(islice(filter(None, chain.from_iterable(zip_longest(*of_each))), count))
-        texts = self.pictures.negatives(index)
-        numbers = drawn(len(texts), min(count, len(texts)), self.seed, turn, index)
-        return list(map(texts.__getitem__, numbers))
+        return _sample(self.pictures, index, image, text, reason)
 
     def texts(self, index: int) -> list[str]:
         """The captions of a picture, or their sentences. Raises as `Source.captions`."""
         captions = self.pictures.captions(index)
         return sentences(captions) if self.config.split_sentences else captions
-
-    def _drawn(self, count: int, turn: int, index: int) -> list[int]:
-        return drawn(count, self.config.captions, self.seed, turn, index)
 
 
 class EvalPairs(Dataset):

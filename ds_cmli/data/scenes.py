@@ -8,7 +8,6 @@ S image size in pixels, C = S // 2 the side of a cell.
 import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, islice, permutations
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import AugmentationName as Name
-from ds_cmli.data.batch import NO_PICTURE, Caption, Sample, spans_of_tokens
+from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
 from ds_cmli.data.captions import drawn
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.sampler import Draw
@@ -48,9 +47,8 @@ class Scenes(Dataset):
 
     A scene shows one to four different pictures, each in its own quarter of a white image; its
     caption is their names in random order, or a sentence with three or four of them. A random patch
-    lies in the picture that a token of a name stands for with probability 1/4. Its further captions
-    (`data.captions`) name the pictures in other orders, with other words around them; as sentences
-    (`data.split_sentences`) each is of one picture.
+    lies in the picture that a token of a name stands for with probability 1/4. As sentences
+    (`data.split_sentences`) a caption is of one picture, drawn for each turn.
 
     In training the probability of a scene is proportional to its number of pictures: scenes with
     more pictures teach more at the same cost.
@@ -67,11 +65,10 @@ class Scenes(Dataset):
             `Sample.cell_picture`.
 
     Attributes:
-        texts_each, each_picture, wrong_each: `data.captions`, `data.split_sentences` and, of the
-            training's `data.negatives`, how many there are.
+        each_picture: `data.split_sentences`.
     """
 
-    texts_each, each_picture, wrong_each = 1, False, 0
+    each_picture = False
 
     def __init__(
         self,
@@ -134,21 +131,16 @@ class Scenes(Dataset):
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = Draw.of(at)
         draw = Draw(index, turn)
-        sample = self._sample(index, self.texts(draw))
-        wrong = map(Caption, map(self.tokenizer, self.wrong_texts(draw)))
-        sample.others, sample.wrong = [*sample.others, *wrong], self.wrong_each
+        sample = self._sample(index, self.text(draw))
         with self.augmentation.seeded(turn, index):
             sample.image, flipped = self.augmentation.pixels(sample.image)
         if flipped and sample.cell_picture is not None:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
 
-    def caption(self, index: int, order: Sequence[int] = (), shown: Layout | None = None) -> Text:
-        """A caption that names pictures in this order; by default all, in that of the layout.
-
-        `shown`: pictures that it names in the place of the scene's.
-        """
-        layout, (first, others) = shown or self.layout(index), self.words
+    def caption(self, index: int, order: Sequence[int] = ()) -> Text:
+        """A caption that names pictures in this order; by default all, in that of the layout."""
+        layout, (first, others) = self.layout(index), self.words
         key = f"words {self.split} {self.seed} {self.sentence_of(index)}"
         draw = random.Random(key + (f" {order}" if order else ""))
         caption, spans = "", [(0, 0)] * len(layout)
@@ -159,33 +151,12 @@ class Scenes(Dataset):
             caption += name
         return caption, spans
 
-    def texts(self, draw: Draw) -> list[Text]:
-        """The captions that a draw gets."""
-        return [self.caption(draw.sample, order) for order in self._orders(draw)]
-
-    def wrong_texts(self, draw: Draw) -> list[str]:
-        """The captions with another name, of no picture of the scene, in the place of one."""
-        (index, turn), layout, texts = draw, self.layout(draw.sample), []
-        orders = islice(cycle(self._orders(draw)), self.wrong_each)
-        chance = random.Random(f"wrong {self.seed} {turn} {index}")
-        for order in orders:
-            shown, replaced = list(layout), chance.choice(order or range(len(layout)))
-            names = [concept for concept, _ in shown]
-            while (other := chance.choice(self.concepts)) in names:
-                pass
-            shown[replaced] = other, shown[replaced][1]
-            texts.append(self.caption(index, order, shown)[0])
-        return texts
-
-    def _orders(self, draw: Draw) -> list[tuple[int, ...]]:
-        (index, turn), pictures = draw, len(self.layout(draw.sample))
-        orders: list[tuple[int, ...]] = [()]
+    def text(self, draw: Draw) -> Text:
+        """The caption that a draw gets."""
+        (index, turn), order = draw, ()
         if self.each_picture:
-            orders = [*permutations(range(pictures), 1)]
-        elif self.texts_each > 1:
-            orders += [*permutations(range(pictures))][1:]
-        numbers = drawn(len(orders), self.texts_each, self.seed, turn, index)
-        return list(map(orders.__getitem__, numbers))
+            order = (drawn(len(self.layout(index)), self.seed, turn, index),)
+        return self.caption(index, order)
 
     def sentence_of(self, index: int) -> int:
         """The number by which the words around the names are drawn."""
@@ -203,9 +174,9 @@ class Scenes(Dataset):
 
         `picture` is ignored: drawing the image costs almost nothing.
         """
-        return self._sample(index, [self.caption(index)])
+        return self._sample(index, self.caption(index))
 
-    def _sample(self, index: int, texts: Sequence[Text]) -> Sample:
+    def _sample(self, index: int, text: Text) -> Sample:
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
@@ -213,18 +184,15 @@ class Scenes(Dataset):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-        captions = []
-        for caption, spans in texts:
-            tokens = self.tokenizer(caption)
-            captions.append(Caption(tokens, spans_of_tokens(tokens, spans)))
+        caption, spans = text
+        tokens = self.tokenizer(caption)
         return Sample(
             torch.from_numpy(image),
-            captions[0].tokens,
+            tokens,
             index,
             self.image_id(index),
-            token_picture=captions[0].token_picture,
+            token_picture=spans_of_tokens(tokens, spans),
             cell_picture=cell_picture,
-            others=captions[1:],
         )
 
 

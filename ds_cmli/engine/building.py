@@ -3,18 +3,17 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_cmli.cmli.token_keep import PatchKeep
+from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
+from ds_cmli.common.probe import probe
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
@@ -23,7 +22,6 @@ from ds_cmli.config.sources import Source
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.gradient_caching import CachingEngine, keep_orders_apart
 from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
@@ -70,11 +68,8 @@ def build_models(
             teacher = Teacher(config.teacher, data.image_size, student.grid)
     if data.aspect_patch:
         _check_aspect(config, student, teacher)
-    keep, share = None, config.student.patch_keep
-    if share < 1:
-        keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
     width = teacher.width if teacher else None
-    objective = Objective(student, config.loss, width, keep)
+    objective = Objective(student, config.loss, width)
     if run is not None:
         load_weights(run.path, objective, run.weights, "student.source", partial=True)
     if pretrained:  # weights that are loaded have theirs merged
@@ -147,6 +142,7 @@ def build(
     if ds_config.prints:
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
+    cmli_distributed.exchanging = probe.exchanging
     dtype = DTYPES[ds_config.precision]
     objective, teacher = (models or build_models)(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
@@ -179,14 +175,7 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    engine_type: Callable[..., TrainEngine] = TrainEngine
-    if compares_all(config, ds_config):
-        engine_type = partial(CachingEngine, cache_on_host=config.optim.cache_on_host)
-        if ds_config.stage == 3:
-            keep_orders_apart(engine, objective)
-            for parameter in objective.pair_parameters():
-                deepspeed.zero.register_external_parameter(objective, parameter)
-    return engine_type(
+    return TrainEngine(
         engine=engine,
         objective=objective,
         teacher=teacher,
@@ -195,6 +184,7 @@ def build(
         names=names,
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,
+        caching=compares_all(config, ds_config),
         reduce_once=config.optim.reduce_once,
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
         compiled=compiled,

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import timm
 import torch
 
-from ds_cmli.cmli.backends import why_no_kernels
+from ds_cmli.cmli.op import why_not_triton
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast, cpu_line
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import LOSSES, of_dual
+from ds_cmli.config.registry import LOSSES, compares_tokens, of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data import assets
 from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
@@ -112,7 +112,7 @@ def with_backend(
         if device.type != "cuda":
             return NO_GPU
         dtype, M = DTYPES[ds_config.precision], config.data.context_length
-        reason = why_no_kernels(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
+        reason = why_not_triton(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
         torch.cuda.empty_cache()
         return _of_any_rank(reason)  # collective
 
@@ -131,22 +131,22 @@ def choose_backend(config: Config, why_not: Callable[[], str | None]) -> tuple[C
         UserError: the requested backend does not run.
     """
     wanted = config.loss.cmli_backend
-    if wanted == "chunked" or not any(
-        "cmli_backend" in LOSSES[name].settings for name in config.loss.weights
-    ):
+    if wanted in ("cpu", "torch") or not compares_tokens(config.loss.weights):
         return config, None
     reason = why_not()
     if wanted == "triton" and reason is not None:
         raise UserError(
-            f"loss.cmli_backend is 'triton', which does not run ({reason}): "
-            "give 'auto' or 'chunked'"
+            f"loss.cmli_backend is 'triton', which does not run ({reason}): give 'auto' or 'torch'"
         )
-    backend: Literal["chunked", "triton"] = "triton" if reason is None else "chunked"
+    if reason == NO_GPU:
+        return config, None
+    backend: Literal["triton", "torch"] = "triton" if reason is None else "torch"
     chosen = replace(config, loss=replace(config.loss, cmli_backend=backend))
-    if reason in (None, NO_GPU):
+    if reason is None:
         return chosen, None
     return chosen, (
-        "Triton does not run, the all-pairs losses take the slower chunked backend: " + reason
+        "Triton does not run, the all-pairs losses take PyTorch's operators, which are slower: "
+        + reason
     )
 
 
@@ -192,10 +192,9 @@ def make_plan(
             "the ranks would take negatives from different numbers of pairs (ranks, pairs): "
             f"{sorted(answers)}"
         )
-    captions = f" of {config.data.captions} captions each" if config.data.captions > 1 else ""
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
-        f"{total} pairs{captions} a step; {steps} steps; negatives from {negatives} pairs"
+        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
     say(*final.notices, try_out(final, steps))
     for name, start in config.loss.start.items():

@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from torch import nn
 
-from ds_cmli.cmli.contrastive import MAX_SCALE
+from ds_cmli.cmli.loss import MAX_SCALE
 from ds_cmli.config import open_clip
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
@@ -52,11 +52,6 @@ def start_lines(config: Config, objective: Objective, teacher: Teacher | None) -
         yield _between("student.text_model", built.text.width, built.width)
     if teacher is not None and objective.width_head is not None:
         yield _between("teacher.model", teacher.width, built.width)
-    if student.patch_keep < 1:
-        yield (
-            f"student.patch_keep is {student.patch_keep}: training sees {objective.patches} of "
-            f"{math.prod(built.grid)} patches, evaluation all"
-        )
     yield from _frozen_at_random(student, objective)
     if teacher is not None and config.teacher.weights == "random":
         yield "teacher.weights is 'random': the student learns features of no meaning"

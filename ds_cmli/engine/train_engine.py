@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import LossConfig
@@ -21,15 +20,12 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses.objective import Losses, Objective
+from ds_cmli.losses import gradient_cache
+from ds_cmli.losses.objective import Losses, Objective, PairFeatures
 from ds_cmli.models.teacher import Targets, Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
-
-
-# What `Cut.found` holds, in the log.
-CUT = ("cut/kept", "cut/bound")
 
 
 @dataclass
@@ -41,18 +37,14 @@ class MicroBatchLosses:
     each: dict[str, Tensor]  # each loss by name
     # Number per pair of other pairs' texts that are no negatives: same picture or caption.
     ignored: Tensor
-    cut: Tensor | None = None  # fp32 [2], `Cut.found`, with loss.cmli_cut
 
     def stacked(self) -> Tensor:
-        """One tensor: the total, each loss, `ignored` and `cut`, in this order."""
-        losses = torch.stack([self.total, *self.each.values(), self.ignored])
-        return losses if self.cut is None else torch.cat([losses, self.cut])
+        """One tensor: the total, each loss and `ignored`, in this order."""
+        return torch.stack([self.total, *self.each.values(), self.ignored])
 
 
 @dataclass
 class TrainEngine:
-    # Whether losses over pairs take their negatives from all micro-batches of a step.
-    caching: ClassVar[bool] = False
     engine: "DeepSpeedEngine"  # around the objective
     objective: Objective
     teacher: Teacher | None
@@ -61,6 +53,8 @@ class TrainEngine:
     names: list[list[str]]  # the parameters' names, in the order of the optimizer's groups
     lr_factor: float = 1.0  # the factor of the first group's learning rate
     accumulation: int = 1  # micro-batches per step
+    # Whether losses over pairs take their negatives from all micro-batches of a step.
+    caching: bool = False
     reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
     timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
     # FLOPs of a micro-batch, by the padded length of its texts
@@ -77,7 +71,8 @@ class TrainEngine:
         Args:
             micro_batches: this rank's `accumulation` micro-batches; each is moved to the device
                 when its turn comes.
-            heartbeat: called after each micro-batch, and again and again with gradient caching.
+            heartbeat: called after each micro-batch; with gradient caching, after the losses over
+                pairs too.
         """
         self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
         # At stage 1 DeepSpeed reduces gradients once anyway.
@@ -96,12 +91,64 @@ class TrainEngine:
         heartbeat: Callable[[], None],
     ) -> list[MicroBatchLosses]:
         """Run forward and backward, and `update` after each micro-batch. Collectives."""
+        if self.caching:
+            return self._cached(micro_batches, update, heartbeat)
         losses = []
         for batch in micro_batches:
             losses.append(probe.alike(self._backward, batch))  # collectives
             update()  # collectives
             heartbeat()
         return losses
+
+    def _cached(
+        self,
+        micro_batches: Sequence[Batch],
+        update: Callable[[], None],
+        heartbeat: Callable[[], None],
+    ) -> list[MicroBatchLosses]:
+        """The same with gradient caching; each micro-batch is moved to the device twice."""
+        self.mark("forward")
+        embedded = [probe.alike(self._embed, batch) for batch in micro_batches]  # collective
+        losses = []
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):  # the next step draws what follows the first pass
+            parts, compare = [features for _, features in embedded], self.objective.compare
+            pairs = gradient_cache.compared(
+                parts, compare, self.objective.weighted, self.scale
+            )  # collective
+            heartbeat()
+            for k, (batch, (states, _)) in enumerate(zip(micro_batches, embedded, strict=True)):
+                gradient_cache.set_random_states(states, self.device)
+                known = pairs.of(k, len(micro_batches), batch.token_mask.shape[1])
+                losses.append(probe.alike(self._replay, batch, pairs, known))  # collective
+                update()  # collective
+                heartbeat()
+        return losses
+
+    def _embed(self, batch: Batch) -> tuple[list[Tensor], PairFeatures]:
+        states = gradient_cache.random_states(self.device)
+        with torch.no_grad():
+            # The copy from pinned memory is not waited for, as in `_backward`.
+            features = self.engine(batch.to(self.device, non_blocking=True), embed=True)
+        return states, features
+
+    def _replay(
+        self, batch: Batch, pairs: gradient_cache.Compared, known: PairFeatures
+    ) -> MicroBatchLosses:
+        index, batch = batch.index, batch.to(self.device, non_blocking=True)
+        factor = self.accumulation / self.scale
+        single, values = self.forward(
+            batch, lambda targets: self.engine(batch, targets, known=known, factor=factor)
+        )
+        total = single + pairs.total
+        self.go_backward(total)  # collectives: gradient buckets
+        values = {name: (values | pairs.values)[name] for name in self.objective.losses}
+        ignored = self._ignored() / (len(index) * self.accumulation)
+        return MicroBatchLosses(index, total.detach(), values, ignored)
+
+    def _ignored(self) -> Tensor:
+        ignored = self.objective.ignored
+        return torch.zeros((), device=self.device) if ignored is None else ignored.float()
 
     def __call__(self, batch: Batch) -> Losses:
         """Run forward and backward of one micro-batch, with its own negatives.
@@ -117,13 +164,9 @@ class TrainEngine:
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         index, batch = batch.index, batch.to(self.device, non_blocking=True)
         # Collectives: text features, column statistics.
-        total, values = self.forward(
-            batch, lambda targets: self.engine(Objective.whole, batch, targets)
-        )
+        total, values = self.forward(batch, lambda targets: self.engine(batch, targets))
         self.go_backward(total)  # collectives: text gradients, gradient buckets
-        ignored, cut = self.objective.ignored / len(index), self.objective.cut
-        of_cut = None if cut is None else cut.found
-        return MicroBatchLosses(index, total.detach(), values, ignored, of_cut)
+        return MicroBatchLosses(index, total.detach(), values, self._ignored() / len(index))
 
     def go_backward(self, total: Tensor) -> Tensor:
         """Run backward from a micro-batch's weighted loss, and return its share of the step's loss.
@@ -202,11 +245,10 @@ class TrainEngine:
         """
         if not compares_tokens(self.objective.losses):
             return 0.0
-        (C, M), N, B = batch.input_ids.shape, self.objective.patches, len(batch.index)
-        G = C * distributed.world_size() * (self.accumulation if self.caching else 1)
+        (B, M), N = batch.input_ids.shape, math.prod(self.objective.student.grid)
+        G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
         D = self.objective.student.embed_dim
-        share = self.objective.config.cmli_token_keep
-        return 3 * 2.0 * B * G * kept(share, N) * kept(share, M) * D
+        return 3 * 2.0 * B * G * N * M * D
 
     def mark(self, phase: str | None) -> None:
         if self.timer is not None:
@@ -239,7 +281,7 @@ class TrainEngine:
 
 def columns(config: LossConfig) -> int:
     """The number of elements of `MicroBatchLosses.stacked`."""
-    return 2 + len(config.weights) + (len(CUT) if config.cmli_cut else 0)
+    return 2 + len(config.weights)
 
 
 def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, float]:
@@ -248,7 +290,6 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
         return {}
     names = list(losses)
     count = 1 + len(names)
-    ignored, left_out = means[count], means[count + 1 :]
     named = ["loss", *map("loss/{}".format, names)]
     values = dict(zip(named, means[:count], strict=True))
     # Texts of the same picture or caption: a loss with one positive ignores them, one with several
@@ -256,5 +297,5 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     several = {LOSSES[name].several for name in names if LOSSES[name].scores}
     for with_several in several:
         column = "added_positives" if with_several else "ignored_negatives"
-        values[column] = round(ignored * pairs)
-    return values | dict(zip(CUT, left_out, strict=False))
+        values[column] = round(means[count] * pairs)
+    return values

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
-from ds_cmli.cmli.pair_scores import Match, match
 from ds_cmli.common.plots import ACCENT, SOFT
 from ds_cmli.data.aspect import unpacked
 from ds_cmli.data.demo_pictures import on_white
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Share, rows_of
+from ds_cmli.scores import Match, match
 
 if TYPE_CHECKING:
     from ds_cmli.metrics import NullWriter, Writer

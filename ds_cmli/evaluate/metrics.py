@@ -16,7 +16,7 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.transforms import PixelBox
 from ds_cmli.evaluate.report import prefixed
-from ds_cmli.losses.functions import match_patches
+from ds_cmli.losses.target_cmli import match_patches
 
 RECALLS = (1, 5, 10)
 TOP = (1, 5)

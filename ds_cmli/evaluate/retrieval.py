@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.pair_scores import BothWays, both_ways
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Images, Share
 from ds_cmli.evaluate.metrics import RankCounts, ScoreBlock
+from ds_cmli.scores import BothWays, both_ways
 
 PICTURES = 128  # pictures per block
 CAPTIONS = 512  # captions per block, at most

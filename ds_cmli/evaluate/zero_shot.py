@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, check_regular, first_line
 from ds_cmli.common.json_text import parse
@@ -36,6 +35,7 @@ from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatc
 from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_chances, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.evaluate.retrieval import kinds
+from ds_cmli.scores import combined
 
 if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective

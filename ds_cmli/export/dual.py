@@ -48,9 +48,10 @@ def assembled(objective: Objective, config: Config) -> PreTrainedModel:
     loss: Any = dict(objective.losses).get(loss_of(config.student.source_config))
     with torch.no_grad():
         if loss is not None:
-            model.logit_scale.copy_(loss.logit_scale.reshape(model.logit_scale.shape))
-            if hasattr(loss, "logit_bias"):
-                model.logit_bias.copy_(loss.logit_bias)
+            learned = loss.temperature
+            model.logit_scale.copy_(learned.logit_scale.reshape(model.logit_scale.shape))
+            if learned.logit_bias is not None:
+                model.logit_bias.copy_(learned.logit_bias)
         elif library.model_type != "clip":  # as its own training starts
             model.logit_scale.fill_(2.303)
             model.logit_bias.fill_(-10.0)

@@ -84,7 +84,7 @@ def load_run(
     if share is not None:
         interpolation.ends(config, objective, words).put_between(objective, share)
     for name, loss in objective.losses.items():
-        if not hasattr(loss, "logit_scale"):
+        if not hasattr(loss, "temperature"):
             raise UserError(f"{str(run)!r}: its loss {name} has no temperature: it has no export")
     return Trained(config, objective.eval(), cast("PreTrainedTokenizerFast", whole), words)
 
@@ -139,7 +139,7 @@ def portable(config: Config, student: Student) -> dict[str, dict[str, object]]:
     They hold all sizes, and no weights or paths of this machine.
     """
     # In training alone fewer patches are kept.
-    settings = asdict(config.student) | {"source": "", "patch_keep": 1.0}
+    settings = asdict(config.student) | {"source": ""}
     if not config.student.source_config:
         settings |= {
             "image_weights": "random",

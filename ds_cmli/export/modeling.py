@@ -18,22 +18,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from ds_cmli.cmli.contrastive import (
-    MAX_SCALE,
-    MAX_SIGMOID_SCALE,
-    contrastive_loss,
-    temperature_scale,
-    upcast,
-)
-from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.pair_scores import Match, both_ways, match
-from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.cmli.loss import MAX_SCALE, Temperature, l2_normalize
+from ds_cmli.cmli.op import upcast
+from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.processing import CMLIProcessor
-from ds_cmli.losses.functions import sigmoid_loss
+from ds_cmli.losses.pairs import MAX_SIGMOID_SCALE
 from ds_cmli.models.student import Student
+from ds_cmli.scores import Match, both_ways, match
 
 SCORES_AT_ONCE = 2**26  # the number of patch-token similarities in memory at a time
 
@@ -57,8 +51,8 @@ class PairLoss(nn.Module):
         self.name, self.scores, self.kind = name, entry.scores, entry.kind
         cosines = entry.kind == "sigmoid" and entry.scores == "global"
         self.max_scale = MAX_SIGMOID_SCALE if cosines else MAX_SCALE
-        self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.logit_bias = nn.Parameter(torch.zeros(1)) if entry.kind == "sigmoid" else None
+        bias = 0.0 if entry.kind == "sigmoid" else None
+        self.temperature = Temperature(1.0, bias, self.max_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PairLoss":
         """Follow `to`, `half` and the like, but change only the device."""
@@ -66,13 +60,9 @@ class PairLoss(nn.Module):
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
         """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training."""
-        if self.kind == "contrastive":
-            return contrastive_loss(i2t, t2i, self.logit_scale)
-        if self.kind != "sigmoid" or self.logit_bias is None:
+        if not self.kind:
             raise ValueError(f"return_loss: the loss {self.name!r} is not part of an export")
-        scale, bias, most = self.logit_scale, self.logit_bias, self.max_scale
-        by_image = sigmoid_loss(i2t, scale, bias, max_scale=most)
-        return (by_image + sigmoid_loss(t2i, scale, bias, max_scale=most)) / 2
+        return pair_loss_reference(i2t, t2i, self.temperature())
 
 
 def _both(features: BaseModelOutputWithPooling) -> tuple[Tensor, Tensor]:
@@ -191,7 +181,7 @@ class CMLIModel(PreTrainedModel):
         out: dict[str, Tensor] = {}
         for loss in self.losses.values():
             assert isinstance(loss, PairLoss)
-            out.setdefault(loss.scores, temperature_scale(loss.logit_scale, loss.max_scale))
+            out.setdefault(loss.scores, loss.temperature()[:1])
         return out
 
     def forward(

@@ -68,6 +68,7 @@ def weights(objective: Objective, own: JsonObject) -> dict[str, Tensor]:
     for name, value in _of_tower(text, projection, linear).items():
         out[f"{custom}{name}"] = value
     loss: Any = dict(objective.losses).get(loss_of(own))
+    learned = getattr(loss, "temperature", None)
     starts = {
         "logit_scale": model.get("init_logit_scale", math.log(1 / 0.07)),
         "logit_bias": model.get("init_logit_bias"),
@@ -75,7 +76,7 @@ def weights(objective: Objective, own: JsonObject) -> dict[str, Tensor]:
     shape = [1] * bool(model.get("nonscalar_logit_scale"))
     for name, start in starts.items():
         if start is not None:
-            out[name] = getattr(loss, name, torch.tensor(float(start))).reshape(shape)
+            out[name] = getattr(learned, name, torch.tensor(float(start))).reshape(shape)
     return {name: value.detach().clone().contiguous() for name, value in out.items()}
 
 

@@ -7,7 +7,7 @@ images, texts = model.embed_images("pictures/"), model.embed_texts(["a red car"]
 model.scores(images, texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts
 """
 
-from ds_cmli.cmli.pair_scores import Match
 from ds_cmli.inference.model import ImageEmbeddings, Model, TextEmbeddings
+from ds_cmli.scores import Match
 
 __all__ = ["ImageEmbeddings", "Match", "Model", "TextEmbeddings"]

@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import compress
 from pathlib import Path
 
@@ -17,8 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.contrastive import upcast
-from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
+from ds_cmli.cmli.op import upcast
 from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
@@ -28,8 +28,8 @@ from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut, tokenizer_of
 from ds_cmli.data.transforms import Framing
 from ds_cmli.losses.objective import Objective
-from ds_cmli.losses.scoring import Scoring
 from ds_cmli.models.student import Student
+from ds_cmli.scores import BothWays, Match, both_ways, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 PictureInput = str | Path | Image.Image | np.ndarray | Tensor
@@ -69,7 +69,7 @@ class TextEmbeddings:
         return len(self.texts)
 
 
-class Model(Scoring):
+class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
     def __init__(
@@ -83,6 +83,11 @@ class Model(Scoring):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.objective = objective.to(device).eval()
         self.collate = Collate(tokenizer)
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """1/temperature of each kind of scores that was trained: "global", "cmli"."""
+        return self.objective.score_scales()
 
     @classmethod
     def load(

@@ -1,1 +1,1 @@
-"""Losses over pairs and losses of distillation; `config/registry.py` lists them."""
+"""The losses, and the module that DeepSpeed trains."""

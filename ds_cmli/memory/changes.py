@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import compares_tokens
 from ds_cmli.config.schema import Config
 
 MOST = 2  # number of proposed changes
@@ -50,11 +49,9 @@ class SettingsChange:
         return any(part.includes(wanted) for part in self.parts)
 
 
-RECOMPUTE = ChangedSetting("--set loss.cmli_recompute=true", loss={"cmli_recompute": True})
 CHECKPOINTING = ChangedSetting(
     '"activation_checkpointing": {} in the DeepSpeed JSON', json={"activation_checkpointing": {}}
 )
-RING = ChangedSetting("--set loss.cmli_exchange=ring", loss={"cmli_exchange": "ring"})
 BUCKET = ChangedSetting(
     f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}',
     zero={"reduce_bucket_size": SMALL_BUCKET},
@@ -91,15 +88,9 @@ class Step:
         """Changes to try: first those that train the same model, last smaller micro-batches."""
         zero, stage = self.ds_config.zero, self.ds_config.stage
         same: list[ChangedSetting] = []
-        if compares_tokens(self.config.loss.weights) and not self.config.loss.cmli_recompute:
-            same.append(RECOMPUTE)
         if not self.ds_config.checkpointing:
             same.append(CHECKPOINTING)
         tried = [[part] for part in same]
-        if len(same) == 2:
-            tried.append(same)
-        if self._ring_is_new():
-            tried.append([RING])
         if self._buckets_are_large():
             tried.append([BUCKET])
         if self.world_size > 1:
@@ -121,8 +112,6 @@ class Step:
         parts = []
         if not self.ds_config.checkpointing:
             parts.append(CHECKPOINTING)
-        if self._ring_is_new():
-            parts.append(RING)
         if self.ds_config.stage < highest:
             parts.append(zero_stage(highest))
         if self._buckets_are_large():
@@ -130,13 +119,6 @@ class Step:
         if "offload_optimizer" not in self.ds_config.zero:
             parts.append(OFFLOAD)
         return [self.changed(parts[: 1 + last]) for last in range(len(parts))]
-
-    def _ring_is_new(self) -> bool:
-        """Whether a ring would be another exchange of the texts than the configured one."""
-        loss = self.config.loss
-        return (
-            compares_tokens(loss.weights) and self.world_size > 1 and loss.cmli_exchange != "ring"
-        )
 
     def _buckets_are_large(self) -> bool:
         return self.ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET

@@ -26,9 +26,9 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 
 from ds_cmli.allocator.gpus import Limits
+from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
-from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.fits.kernels import CudaOperators
 
@@ -266,18 +266,6 @@ def _delivering(exchange: Callable[[list[dist.P2POp]], list[dist.Work]]) -> Call
     return run
 
 
-class _EqualRanks(Probe):
-    """Answers for all ranks with the values of this one, as tensors hold no values."""
-
-    def __init__(self, answers: Answers, world_size: int):
-        self.answers, self.world_size = answers, world_size
-
-    def read_shapes(self, shapes: Tensor, own: torch.Size) -> list[list[int]]:
-        """Every rank's shape of texts [B, M, D], whose M is the longest of all ranks."""
-        B, M, D = own
-        return [[B, max(M, self.answers.positions), D]] * self.world_size
-
-
 @contextmanager
 def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
     """Inside, this is one rank of a process group of `world_size` equal ranks, for fake and for
@@ -323,7 +311,13 @@ def fake_world(
         # Ranks exchange some values about themselves. Here the values of all ranks are those of
         # this rank.
         answers = Answers(allow_non_fake_inputs=True)
-        stack.enter_context(probe.subscribed(_EqualRanks(answers, world_size)))
+        read = cmli_distributed.longest_text
+
+        def longest(text: Tensor) -> int:
+            read(text)
+            return max(text.shape[1], answers.positions)
+
+        stack.enter_context(replaced(cmli_distributed, "longest_text", longest))
 
         def compared(values: list[int]) -> None:
             dist.broadcast(torch.tensor(len(values)), src=0)

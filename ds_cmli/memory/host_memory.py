@@ -42,10 +42,6 @@ class HostMemory(Probe):
         with self.tracker.paused():
             return x.clone()
 
-    def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
-        with self.tracker.paused():
-            x.copy_(value)
-
 
 def recorded_from_the_engine_on(
     tracker: MemoryTracker,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
@@ -104,13 +103,6 @@ def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
     return sizes
 
 
-def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """The tokens that CMLI compares in each text of `longest_batch`, without special ones."""
-    positions = config.data.context_length
-    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch * config.data.texts - 1)]
-    return [kept(config.loss.cmli_token_keep, n) for n in lengths]
-
-
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
     """A batch of constants in the shapes of the largest batch, with texts of `positions`.
 
@@ -118,13 +110,12 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     first: it lacks a token.
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
-    C = B * config.data.texts
-    attention_mask = torch.ones(C, M, dtype=torch.bool)
+    attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = config.data.padding == "full"
     token_mask = attention_mask.clone()
     token_mask[:, :: M - 1] = False  # [CLS] and [SEP]
     token_mask[0, -2] = False
-    input_ids = torch.zeros(C, M, dtype=torch.int64)
+    input_ids = torch.zeros(B, M, dtype=torch.int64)
     # If all tokens are alike, gradients can be not finite, and the optimizer step is skipped.
     input_ids[:, ::2] = 3
     return Batch(
@@ -133,13 +124,12 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         attention_mask=attention_mask,
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),
-        pair_id=torch.arange(B + C).view(B, -1),
-        token_picture=torch.zeros(C, M, dtype=torch.int64),
+        pair_id=torch.arange(2 * B).view(B, -1),
+        token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
         padded=config.data.padding != "full",
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
-        wrong=config.data.texts - config.data.captions,
     )
 
 
@@ -158,7 +148,7 @@ class StepBatches(list[Batch]):
         answers: "Answers",
         tracker: "MemoryTracker",
     ):
-        self.share, self.texts = config.loss.cmli_token_keep, texts
+        self.texts = texts
         self.answers, self.tracker = answers, tracker
         self.full = config.data.padding == "full"  # no text has padding that is not attended to
         positions: list[int | None] = [None] * ds_config.accumulation
@@ -167,14 +157,8 @@ class StepBatches(list[Batch]):
         super().__init__(longest_batch(config, ds_config.micro_batch, n) for n in positions)
 
     def _set_lengths(self, texts: Sequence[TextLengths]) -> None:
-        """Set the longest padded length on any rank, and all compared texts' valid tokens."""
-        lengths, longest = [], 0
-        for micro_batches in zip(*texts, strict=True):  # of one rank
-            for positions, valid in micro_batches:
-                longest = max(longest, kept(self.share, positions))
-                lengths += [kept(self.share, n) for n in valid]
-        self.answers.positions = longest
-        self.tracker.text_lengths = lengths
+        """Set the longest padded length on any rank."""
+        self.answers.positions = max(positions for rank in texts for positions, _ in rank)
 
     def __iter__(self) -> Iterator[Batch]:
         if self.texts is None:

@@ -23,7 +23,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.losses.objective import Objective
 from ds_cmli.memory import cpu_events, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import MemoryTracker
@@ -115,7 +114,8 @@ class Measurement:
 
     def __enter__(self) -> "Measurement":
         objective = self.train_engine.objective
-        self._measuring.enter_context(objective.register_forward_pre_hook(self._note_texts))
+        noting = objective.register_forward_pre_hook(self._note_texts, with_kwargs=True)
+        self._measuring.enter_context(noting)
         cuda = self.train_engine.device.type == "cuda"
         self._measuring.enter_context(self._on_cuda() if cuda else self._on_cpu())
         return self
@@ -134,9 +134,9 @@ class Measurement:
         tracked = summarise(self.tracker.events(), setting, "")
         return combined(tracked, self.totals, setting, f"measured: {name}")
 
-    def _note_texts(self, module: nn.Module, inputs: tuple) -> None:
-        part, batch = inputs[:2]
-        if part in (Objective.whole, Objective.embed):  # with gradient caching each batch once
+    def _note_texts(self, module: nn.Module, inputs: tuple, options: dict) -> None:
+        (batch, *_), again = inputs, options.get("known") is not None
+        if not again:  # with gradient caching each batch once
             # The positions that the texts are padded to, and each text's valid tokens.
             mask = batch.token_mask
             self.texts.append((mask.shape[1], mask.sum(1).tolist()))  # CPU-GPU sync

@@ -9,7 +9,7 @@ import gc
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ds_cmli import engine
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.cmli.backends import why_not_on
+from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.common import hardware
 from ds_cmli.common.json_text import JsonObject, Section
 from ds_cmli.common.probe import probe
@@ -66,8 +66,7 @@ class Options:
             internally. None: what training uses, gloo on a CPU and NCCL on a GPU.
         texts: the text lengths of each micro-batch, from the first on; None: two optimizer steps
             with the longest texts.
-        scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None:
-            the project's.
+        pair_loss: in place of `CMLILoss.forward`, called as it is; None: the project's.
         watch: called with the engine and the step's number, counted from 0; each step runs inside
             the context that it returns. If that context yields a `Traffic`, the whole step is
             counted in it, also the micro-batches that are not run because `texts` is None.
@@ -77,7 +76,7 @@ class Options:
 
     backend: str | None = None
     texts: Sequence[inputs.TextLengths] | None = None
-    scores: Callable[..., tuple[Tensor, Tensor]] | None = None
+    pair_loss: Callable[..., Tensor] | None = None
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
     limit: int = WITHOUT_LIMIT
     tell: Callable[[str], None] = silent
@@ -128,10 +127,9 @@ def predict(
     limits = card.limits if target == "cuda" else None
     setup = _resolve(config, json, rank, world_size, limits, options.tell)
     backend = options.backend or ("nccl" if setup.cuda else "gloo")
-    lengths = inputs.text_lengths(setup.config, setup.json.micro_batch)
     fixed = config.run.deterministic
     tracker = MemoryTracker(
-        "cpu", lengths, workspaces=not setup.cuda, backend=backend, gpu=limits, deterministic=fixed
+        "cpu", workspaces=not setup.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
     # Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3.
@@ -187,13 +185,15 @@ def _resolve(
     else:
         json = json.on("cuda", fp16=True, bf16=True)
         json = _pinned(engine.filled(config, json, world_size, TOTAL_STEPS))
-        reason = why_not_on(gpu.capability)
+        reason = unsuited(gpu.capability)
     if config.run.compile != "off":
         tell(inputs.UNCOMPILED)
     config, vocab_size = inputs.without_weights(config)
     config, notice = engine.choose_backend(config, lambda: reason)
     if notice is not None:
         tell(notice)
+    if gpu is not None and config.loss.cmli_backend == "auto":  # of losses that it does not decide
+        config = replace(config, loss=replace(config.loss, cmli_backend="triton"))
     return _Resolved(config, json, vocab_size, rank, world_size, gpu is not None)
 
 
@@ -209,7 +209,7 @@ def _setting(setup: _Resolved) -> JsonObject:
         "precision": json.precision,
         "checkpointing": json.checkpointing,
         "losses": list(config.loss.weights),
-        "cmli_backend": config.loss.cmli_backend if setup.cuda else "chunked",
+        "cmli_backend": config.loss.cmli_backend if setup.cuda else "cpu",
     }
 
 
@@ -227,8 +227,8 @@ def _record(
         setup.config, setup.json, setup.vocab_size, TOTAL_STEPS, torch.device("cpu"), models=models
     )
     sizes = list(map(_own_parameters, train_engine.objective.modules()))
-    if options.scores is not None:
-        train_engine.objective.score = options.scores  # type: ignore[assignment]
+    if options.pair_loss is not None:
+        train_engine.objective.losses["cmli"].forward = options.pair_loss
     accumulation, texts = setup.json.accumulation, options.texts
     steps = 2 if texts is None else len(texts) // accumulation
 

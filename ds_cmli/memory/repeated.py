@@ -6,13 +6,9 @@ log, those between them and the last one are not run: the events are copied, wit
 time of a prediction hardly depends on the number of micro-batches, and its bytes are those of the
 whole step. To compare the events of two calls, each block is named by its origin: the third block
 of this call, the first one that the call before it left, a tensor of its arguments.
-
-The turns of a uniform loop (`Probe.turns`) between its first and its last ones are skipped too.
-Each of them frees what it allocates, so that nothing needs to be copied: the ranks of a ring that
-exchanges texts, and the tiles of pairs in which losses are computed from cached features.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -22,19 +18,16 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from ds_cmli.common.probe import Item, Probe, Returned
+from ds_cmli.common.probe import Probe, Returned
 from ds_cmli.common.trees import tensors, tree_map
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
-from ds_cmli.engine.gradient_caching import CachedBatch
 from ds_cmli.fits.recorder import Change
 from ds_cmli.memory.tracker import MemoryTracker
 
-TURNS = 5  # of a uniform loop that are run, besides the last two
-
 
 class Repeated(Probe):
-    """Runs only those of a step's micro-batches, and turns of its uniform loops, that differ.
+    """Runs only those of a step's micro-batches that differ.
 
     Args:
         tracker: attached to the engine; the micro-batches of the step must have equal shapes.
@@ -45,18 +38,6 @@ class Repeated(Probe):
     def __init__(self, tracker: MemoryTracker, accumulation: int, traffic: Traffic):
         self.tracker, self.accumulation, self.traffic = tracker, accumulation, traffic
         self.functions: dict[str, _Repeated] = {}
-
-    def turns(self, items: Sequence[Item]) -> Iterator[Item]:
-        """Iterate over the first and the last turns only, with the traffic of all."""
-        skipped = range(TURNS, len(items) - 2)
-        before: Counts = {}
-        for number, item in enumerate(items):
-            if number == TURNS - 1:
-                before = deepcopy(self.traffic.counts)
-            if number == TURNS:
-                self.traffic.add(self.traffic.since(before), len(skipped))
-            if number not in skipped:
-                yield item
 
     def alike(self, function: Callable[..., Returned], *arguments: object) -> Returned:
         name = function.__qualname__
@@ -249,9 +230,6 @@ class _Repeated:
         self.traffic.add(run.done.moved)
         result = self._result_like(run, given, first)
         self.first = first
-        for arg in args:
-            if isinstance(arg, CachedBatch):  # pass 2 would have taken its features
-                arg.features = None
         return result
 
     def _result_like(self, run: _Run, given: list[Tensor], first: int) -> Any:
@@ -286,4 +264,4 @@ class _Repeated:
 
 def _own_tensors(args: tuple) -> list[Tensor]:
     """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
-    return tensors([arg for arg in args if isinstance(arg, Batch | CachedBatch)])
+    return tensors([arg for arg in args if isinstance(arg, Batch)])

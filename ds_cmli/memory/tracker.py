@@ -2,33 +2,29 @@
 
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were
 for shows only later (an activation is what outlives the forward pass), so `MemoryTracker.events`
-decides the categories at the end. The all-pairs operator is seen by the operators of its backend.
-What others allocate and free internally is not seen. It is added for collectives, where it is
-known, for the libraries of the CPU, where it is measured (`workspace.py`), and for a GPU's
-operators, where formulas give it (`allocator/cuda_operators.py`).
+decides the categories at the end. What operators allocate and free internally is not seen. It is
+added for collectives, where it is known, for the libraries of the CPU, where it is measured
+(`workspace.py`), and for a GPU's operators, where formulas give it (`allocator/cuda_operators.py`).
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
-from ds_cmli.cmli.op import INSIDE
-from ds_cmli.cmli.without_data import Assumed, assuming, has_data
+from ds_cmli.cmli import op, triton_backward, triton_forward
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
 from ds_cmli.fits.recorder import Recorder
-from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.workspace import copied_bytes, workspace_bytes
 
@@ -46,8 +42,6 @@ GATHERS = (
     "allgather_coalesced_",
 )
 CMLI = "CMLI op"  # the category
-# The place of the features and masks among the arguments of the all-pairs operators.
-FIRST_SIDE = dict(zip(INSIDE, (0, 2), strict=True))
 AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
 
 
@@ -93,9 +87,6 @@ class MemoryTracker(Recorder, Probe):
 
     Args:
         device: the type of device whose memory is recorded.
-        text_lengths: the number of valid tokens of each text, of all ranks or of this one (then the
-            same on all); used where the mask is fake, by the all-pairs operator. None: the most
-            that any lengths need.
         workspaces: also record what only a CPU holds: memory of libraries inside operators, and
             generator states.
         backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or
@@ -107,19 +98,15 @@ class MemoryTracker(Recorder, Probe):
     def __init__(
         self,
         device: str = "cpu",
-        text_lengths: list[int] | None = None,
         workspaces: bool = False,
         backend: str = "fake",
         gpu: Limits | None = None,
         deterministic: bool = False,
     ):
         super().__init__(device, gpu, deterministic)
-        self.text_lengths = text_lengths
         self.workspaces, self.backend = workspaces, backend
         self.cuda = device == "cuda" or gpu is not None
         self.last_of_init = 0
-        # The place, among the texts of all ranks, of the first one that the op works on.
-        self.first_text = 0
         self._replaced = ExitStack()
 
     def __enter__(self):
@@ -128,6 +115,14 @@ class MemoryTracker(Recorder, Probe):
             # Checkpointing saves the generator's state for each layer, and no operator returns it.
             seen = self._seen(torch.get_rng_state)
             self._replaced.enter_context(replaced(torch, "get_rng_state", seen))
+        for name in ("cmli_forward", "cmli_backward"):
+            scoped = self._scoped(getattr(op, name), CMLI)
+            self._replaced.enter_context(replaced(op, name, scoped))
+        if self.gpu is not None:  # whose tiles the kernels take
+            limits = self.gpu.capability, self.gpu.shared
+            for module in (triton_forward, triton_backward):
+                known = replaced(module, "device_limits", lambda _: limits)
+                self._replaced.enter_context(known)
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -135,32 +130,6 @@ class MemoryTracker(Recorder, Probe):
         self._replaced.close()
 
     # --- recording
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inside = INSIDE.get(func)
-        if inside is None or not self.recording:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        TorchDispatchMode.__enter__(self)  # its own operators are recorded too
-        try:
-            with self.scope(CMLI), self._assumed(func, args):
-                return inside(*args)
-        finally:
-            TorchDispatchMode.__exit__(self, None, None, None)
-
-    def _assumed(self, func: OpOverload, args: tuple) -> AbstractContextManager[None]:
-        """What the all-pairs operator is to assume of tensors without data."""
-        image, text, token_mask, image_mask = args[FIRST_SIDE[func] :][:4]
-        if has_data(token_mask):
-            return nullcontext()
-        (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
-        lengths, first = self.text_lengths or [M], self.first_text
-        lengths = [lengths[(first + j) % len(lengths)] for j in range(J)]
-        if image_mask is not None:
-            lengths += [N] * I  # all patches are there
-        any_lengths, gpu = self.text_lengths is None, self.gpu
-        if gpu is None:
-            return assuming(Assumed(lengths, any_lengths, image.device.type))
-        return assuming(Assumed(lengths, any_lengths, "cuda", (gpu.capability, gpu.shared)))
 
     def _see_results(
         self, func: OpOverload, args: tuple, out: object, category: str | None = None
@@ -193,9 +162,10 @@ class MemoryTracker(Recorder, Probe):
         finally:
             self._scope = before
 
-    def texts_from(self, first: int) -> None:
-        self.first_text = first
-        super().texts_from(first)
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        with self.scope("exchanged text"), super().exchanging():
+            yield
 
     def _seen(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
@@ -276,8 +246,8 @@ class MemoryTracker(Recorder, Probe):
             yield
 
     def _claim_cached(self, module: nn.Module, inputs: tuple, output: object) -> None:
-        if isinstance(output, PairFeatures):
-            self.claim("cached features", output.tensors())
+        if isinstance(output, dict):
+            self.claim("cached features", output.values())
 
     def category(self, number: int) -> str:
         block = self.blocks[number]

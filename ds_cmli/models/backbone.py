@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ds_cmli.cmli.token_keep import taken
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.aspect import patch_mask
@@ -107,32 +106,6 @@ class TextRequest:
         return UserError(f"student.text_model is {self.model!r}: {problem}")
 
 
-class TakenPatches(nn.Module):
-    """Stands between the patches' embedding and an encoder's first block."""
-
-    places: Tensor | None = None
-
-    def __init__(self, prefix: int):
-        """`prefix`: how many tokens before the patches there are at this place."""
-        super().__init__()
-        self.prefix = prefix
-
-    @contextmanager
-    def at(self, places: Tensor) -> Iterator[None]:
-        """Inside, only the patches at these places, int64 [B, n], pass."""
-        self.places = places
-        try:
-            yield
-        finally:
-            self.places = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, prefix + N, H] -> [B, prefix + n, H], or all of them outside of `at`."""
-        if self.places is None:
-            return x
-        return torch.cat([x[:, : self.prefix], taken(x[:, self.prefix :], self.places)], 1)
-
-
 class ImageBackbone(nn.Module):
     """An encoder from pixels to a class token and N patch tokens, row by row over a grid.
 
@@ -172,10 +145,6 @@ class ImageBackbone(nn.Module):
     def read_outside(self) -> Iterable[tuple[nn.Module, nn.Parameter]]:
         """Modules, each with a parameter of another module that it reads by itself."""
         return ()
-
-    def leave_out_patches(self) -> TakenPatches | None:
-        """Let the encoder's blocks see some patches alone; None: it needs all of them."""
-        return None
 
     def train(self, mode: bool = True) -> "ImageBackbone":
         """Set the training mode, but leave BatchNorm layers in eval mode, with their statistics.

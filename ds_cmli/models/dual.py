@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrained
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.models.backbone import ImageBackbone, TakenPatches, TextBackbone
+from ds_cmli.models.backbone import ImageBackbone, TextBackbone
 from ds_cmli.models.transformers_text import Causal
 from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
 
@@ -82,7 +82,6 @@ class DualImage(ImageBackbone):
         side = image_size // config.patch_size
         self.grid, self.prefix = (side, side), 1
         self.mean, self.std = own["mean"], own["std"]
-        self.taken: TakenPatches | None = None
         self.class_head: nn.Module = nn.Identity()
         if hasattr(self.model, "head"):
             self.token_head: nn.Module = ValuePath(self.model.head, config)
@@ -100,14 +99,8 @@ class DualImage(ImageBackbone):
             for parameter in attention.out_proj.parameters():
                 yield attention, parameter
 
-    def leave_out_patches(self) -> TakenPatches:
-        self.taken = TakenPatches(0 if hasattr(self.model, "head") else 1)
-        return self.taken
-
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.model.embeddings(pixels)
-        if self.taken is not None:
-            x = self.taken(x)
         if hasattr(self.model, "pre_layrnorm"):
             x = self.model.pre_layrnorm(x)
         x = self.model.post_layernorm(self.model.encoder(inputs_embeds=x).last_hidden_state)

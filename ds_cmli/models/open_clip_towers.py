@@ -19,9 +19,8 @@ from open_clip.transformer import TextTransformer, VisionTransformer, text_globa
 from torch import Tensor, nn
 
 from ds_cmli.models import open_clip_heads as heads
-from ds_cmli.models.backbone import ImageBackbone, TakenPatches, TextBackbone
+from ds_cmli.models.backbone import ImageBackbone, TextBackbone
 from ds_cmli.models.timm_grid import blocks_of_stages
-from ds_cmli.models.timm_tokens import place_for_taken
 from ds_cmli.models.transformers_text import blocks_of
 
 
@@ -110,14 +109,6 @@ class OpenClipImage(ImageBackbone):
 
     def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
         return _outside(self.model)
-
-    def leave_out_patches(self) -> TakenPatches | None:
-        if isinstance(self.model, TimmModel):
-            return place_for_taken(self.model.trunk)
-        if isinstance(self.model, ModifiedResNet):
-            return None
-        self.model.patch_dropout = taken = TakenPatches(1)
-        return taken
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[B, 3, S, S] -> [B, 1 + N, E]."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli import models
-from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.op import upcast
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.registry import of_dual
@@ -27,7 +27,6 @@ from ds_cmli.models.backbone import (
     ImageBackbone,
     ImageRequest,
     PixelNorm,
-    TakenPatches,
     TextBackbone,
     TextRequest,
     attended_to,
@@ -128,14 +127,6 @@ class Student(nn.Module):
             )
             text = models.build(models.TEXT, config.text_backbone, request)
         self.text = text
-        self.taken: TakenPatches | None = None
-        if config.patch_keep < 1:
-            self.taken = self.image.leave_out_patches()
-            if self.taken is None:
-                raise UserError(
-                    f"student.patch_keep is {config.patch_keep}: student.image_model "
-                    f"{config.image_model!r} needs all patches: give 1, or a plain ViT"
-                )
         self.embed_dim = config.embed_dim
         if config.source_config:
             self._keep_joint_space(config)
@@ -203,8 +194,6 @@ class Student(nn.Module):
         image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         try:
             x = self.embed_image(image)
-            if self.taken is not None:
-                self.embed_image(image, torch.zeros(1, 1, dtype=torch.int64))
         except Exception as error:
             return reason(error)
         fits = x.shape == (1, self.image.prefix + rows * columns, self.image.width)
@@ -252,13 +241,11 @@ class Student(nn.Module):
         image: Tensor,
         input_ids: Tensor,
         attention_mask: Tensor,
-        places: Tensor | None = None,
         grid: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
         Args:
-            places: int64 [B, n], of the patches that are encoded: then N below is n.
             grid: int64 [B, 2], the patch grids of pictures of any aspect, as `data.aspect.packed`
                 has laid them out; patches past a grid have any features. None: all are square.
 
@@ -267,7 +254,7 @@ class Student(nn.Module):
             H] (padding and special tokens included), not normalised, in the model's precision. They
             are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
-        x = self.embed_image(image, places, grid)
+        x = self.embed_image(image, grid)
         y = self.embed_text(input_ids, attention_mask)
         attended, to_text = self._attended_to(grid), self._with_suffix(attention_mask)
         for block in self.shared:
@@ -308,17 +295,11 @@ class Student(nn.Module):
         cls, tokens = self.encode_text(input_ids, attention_mask)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
 
-    def embed_image(
-        self, image: Tensor, places: Tensor | None = None, grid: Tensor | None = None
-    ) -> Tensor:
+    def embed_image(self, image: Tensor, grid: Tensor | None = None) -> Tensor:
         pixels = self.pixels(image, next(self.image.parameters()).dtype)
         if grid is not None:
             return self.image_in(self.image(pixels, grid))
-        if places is None:
-            return self.image_in(self.image(pixels))  # [B, prefix+N, H]
-        assert self.taken is not None, "places are given where student.patch_keep is below 1"
-        with self.taken.at(places):
-            return self.image_in(self.image(pixels))  # [B, prefix+n, H]
+        return self.image_in(self.image(pixels))  # [B, prefix+N, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text_in(self.text_head(self.text(input_ids, attention_mask)))  # [B, M, H]

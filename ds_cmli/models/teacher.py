@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli import models
-from ds_cmli.cmli.token_keep import taken
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import TeacherConfig
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, PixelNorm
@@ -25,10 +24,6 @@ class Targets:
 
     cls: Tensor  # [B, H_t]
     patches: Tensor  # [B, N, H_t]
-
-    def at(self, places: Tensor) -> "Targets":
-        """These targets with the patches at the places alone: int64 [B, n]."""
-        return Targets(self.cls, taken(self.patches, places))
 
 
 class Teacher(nn.Module):

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ds_cmli.config.validation import check
 from ds_cmli.models import timm_model
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest, TakenPatches, with_mean
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
 
 def _fits(model: Any) -> bool:
@@ -74,9 +73,6 @@ class TimmTokens(ImageBackbone):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
 
-    def leave_out_patches(self) -> TakenPatches | None:
-        return place_for_taken(self.model)
-
     def forward(self, pixels: Tensor) -> Tensor:
         # [B, prefix + N, H], or one token fewer if the model has no class token
         x = self.model(pixels)
@@ -87,20 +83,6 @@ class TimmTokens(ImageBackbone):
         if self.registers == 0:
             return with_mean(x)
         return torch.cat([x[:, self.registers :].mean(1, keepdim=True), x], 1)
-
-
-def place_for_taken(model: nn.Module) -> TakenPatches | None:
-    """Put `TakenPatches` where timm's own patch dropout would stand, and return it.
-
-    None: the model needs all patches.
-    """
-    # Other models than plain ViTs place biases or rotations by patch.
-    own = getattr(model, "patch_drop", None)
-    if not (isinstance(model, VisionTransformer) and isinstance(own, nn.Identity)):
-        return None
-    taken = TakenPatches(model.num_prefix_tokens)
-    setattr(model, "patch_drop", taken)  # noqa: B010 # which the library declares as its own
-    return taken
 
 
 def _mean_of_blocks(model: Any, count: int, pixels: Tensor) -> Tensor:

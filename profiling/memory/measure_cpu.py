@@ -24,7 +24,7 @@ from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.host_memory import recorded_from_the_engine_on
-from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import PHASES, Report, summarise
 from ds_cmli.memory.tracker import MemoryTracker, phases
@@ -147,7 +147,7 @@ def tracked_events(
 ) -> list[Event]:
     """Allocations and frees of two real optimizer steps as the tracker sees them."""
     config, json, vocab_size = _filled(config, ds_config, world_size)
-    tracker = MemoryTracker("cpu", text_lengths(config, json.micro_batch), workspaces=True)
+    tracker = MemoryTracker("cpu", workspaces=True)
     device = torch.device("cpu")
     with _ranks(world_size), tracker:
         models = recorded_from_the_engine_on(tracker, json, cuda=False)

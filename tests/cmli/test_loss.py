@@ -1,218 +1,152 @@
-"""`CMLILoss` as a module of other projects: what it refuses, precision, masks, copies, transformations."""
+"""`PairLoss` in closed form against its definition over all scores, on several ranks."""
 
 import copy
-import pickle
-import subprocess
-import sys
+from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from ds_cmli.cmli import CMLILoss, cmli_scores
-from tests.cmli.helpers import random_case
+from ds_cmli.cmli import CMLILoss, PairLoss
+from ds_cmli.cmli import loss as loss_file
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
+from tests import ranks
 
-IMAGE, TEXT, MASK, _ = random_case(3, 3, 5, 6, 4, dtype=torch.float32, text_lengths=[6, 2, 4])
-GOOD = {"image": IMAGE, "text": TEXT, "token_mask": MASK}
-SAME = torch.eye(3, dtype=torch.bool)
-BAD = {
-    "fewer texts": ({"text": TEXT[:2], "token_mask": MASK[:2]}, ValueError, "image has 3 rows and text has 2"),
-    "fewer images": ({"image": IMAGE[:1]}, ValueError, "image has 1 rows and text has 3: row b of both"),
-    "no pairs": ({"image": IMAGE[:0], "text": TEXT[:0], "token_mask": MASK[:0]}, ValueError, "an empty dimension"),
-    "one vector a picture": ({"image": IMAGE[:, 0]}, ValueError, "image must have 3 dimensions"),
-    "an array": ({"image": IMAGE.numpy()}, TypeError, "image must be a tensor, not ndarray"),
-    "mask of fewer texts": ({"token_mask": MASK[:2]}, ValueError, r"token_mask has shape \[2, 6\]"),
-    "mask of other numbers": ({"token_mask": MASK * 2}, ValueError, "token_mask holds 2: integers in a mask must"),
-    "negative mask": ({"token_mask": -MASK.long()}, ValueError, "token_mask holds -1"),
-    "float mask": ({"token_mask": MASK.float()}, TypeError, "or integers 0 and 1, not torch.float32"),
-    "ignore of one row": ({"ignore": SAME[:1]}, ValueError, r"ignore has shape \[1, 3\]; it must be \[3, 3\]"),
-    "float ignore": ({"ignore": SAME.float()}, TypeError, "ignore must be a tensor of bool, or of integers"),
-    "ignore elsewhere": ({"ignore": SAME.to("meta")}, ValueError, "ignore is on meta and image on cpu"),
-    "two dtypes": ({"text": TEXT.half()}, TypeError, "text is torch.float16: cast one of them"),
-    "loss elsewhere": (
-        {name: x.to("meta") for name, x in GOOD.items()}, ValueError, "CMLILoss is on cpu and image on meta",
-    ),
-}  # fmt: skip
-BAD_SETTINGS = {
-    "sharper than the limit": (
-        {"init_temperature": 0.001},
-        "init_temperature is 0.001: give a number of at least 0.01",
-    ),
-    "not a number": ({"init_temperature": float("nan")}, "init_temperature is nan"),
-    "infinite": ({"init_temperature": float("inf")}, "init_temperature is inf"),
-    "text": ({"init_temperature": "0.05"}, "init_temperature is '0.05'"),
-    "exchange": ({"exchange": "rings"}, "exchange='rings' is unknown; it must be one of auto, gather, ring"),
-    "backend": ({"backend": "cuda"}, "backend='cuda' is unknown"),
-    "scratch_bytes": ({"scratch_bytes": 0}, "scratch_bytes=0 must be positive"),
-    "gather_bytes": ({"gather_bytes": 1e9}, "gather_bytes=1000000000.0 must be an int"),
-}
+G, N, M, D = 12, 20, 6, 16
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_what_does_not_fit_is_one_line(name):
-    change, error, message = BAD[name]
-    with pytest.raises(error, match=message) as caught:
-        CMLILoss()(**GOOD | change)
-    assert "\n" not in str(caught.value)
+def batch(vectors: bool, extra: bool, dtype=torch.float64):
+    """Features, masks with empty texts, and pairs that share an id."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((G, D), (G, D)) if vectors else ((G, N, D), (G, M, D))
+    image, text = (torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes)
+    mask = None if vectors else torch.arange(M) < torch.randint(0, M + 1, (G, 1), generator=rng)
+    patch_mask = torch.rand(G, N, generator=rng) < 0.8 if extra and not vectors else None
+    ids = torch.randint(0, G, (G, 2), generator=rng) if extra else None
+    return image, text, mask, patch_mask, ids
 
 
-@pytest.mark.parametrize("name", BAD_SETTINGS)
-def test_wrong_settings_are_told_when_the_loss_is_built(name):
-    settings, message = BAD_SETTINGS[name]
-    with pytest.raises(ValueError, match=message):
-        CMLILoss(**settings)
+def expected(vectors: bool, extra: bool, dtype, learned: torch.Tensor) -> list[torch.Tensor]:
+    """Loss and gradients of the whole batch in fp64."""
+    image, text, mask, patch_mask, ids = batch(vectors, extra, dtype)
+    image, text = (x.double().requires_grad_() for x in (image, text))
+    parameters = learned.double().requires_grad_()
+    units = l2_normalize(image), l2_normalize(text)
+    scores = [units[0] @ units[1].t()] * 2 if vectors else cmli_scores_reference(*units, mask, patch_mask)
+    alike = None if ids is None else (ids[:, None] == ids).any(2)
+    values = torch.cat([parameters[:1].exp(), parameters[1:]])
+    value = pair_loss_reference(*scores, values, alike)
+    return [value.detach(), *torch.autograd.grad(value, (image, text, parameters))]
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_masks_of_integers(dtype):
-    image_mask = torch.arange(5) < torch.tensor([[5], [1], [3]])
-    ignore = torch.tensor([[0, 1, 0], [0, 0, 0], [1, 0, 0]]).bool()
-    masks = MASK, image_mask, ignore
-    expected = CMLILoss()(IMAGE, TEXT, *masks)
-    assert CMLILoss()(IMAGE, TEXT, *(mask.to(dtype) for mask in masks)) == expected
-    assert expected != CMLILoss()(**GOOD)
-    scores = cmli_scores(IMAGE, TEXT, MASK.to(dtype), image_mask.to(dtype))
-    assert all(map(torch.equal, scores, cmli_scores(IMAGE, TEXT, MASK, image_mask)))
+def of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, double: bool) -> list:
+    """The same of a rank's part, for each scratch and size of blocks."""
+    dtype, B = torch.float64 if double else torch.float32, G // world
+    mine, results = slice(rank * B, rank * B + B), []
+    for scratch, block in product((1, 2**26), (1, 2**24)):
+        loss_file.CPU_BLOCK_BYTES = block
+        loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch).to(dtype)
+        image, text, mask, patch_mask, ids = (None if x is None else x[mine] for x in batch(vectors, extra, dtype))
+        if mask is not None:  # each rank pads its own
+            longest = max(1, int(mask.sum(1).max()))
+            text, mask = text[:, :longest], mask[:, :longest]
+        image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+        value = loss(image, text, mask, patch_mask, ids)
+        value.backward()
+        learned = torch.cat([p.grad for p in loss.parameters()])
+        results.append([x.detach().double().numpy() for x in (value, image.grad, text.grad, learned)])
+    return results
 
 
-def test_an_image_does_not_ignore_its_own_text():
-    assert CMLILoss()(**GOOD, ignore=SAME) == CMLILoss()(**GOOD)
+@pytest.mark.parametrize("vectors, sigmoid", list(product((False, True), (False, True))))
+@pytest.mark.parametrize(
+    "world", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, vectors, sigmoid):
+    learned = torch.cat([p.detach() for p in PairLoss(0.03, -2.0 if sigmoid else None).parameters()])
+    for extra, double in product((False, True), (False, True)):
+        limit = 1e-9 if double else 1e-5
+        value, *right = expected(vectors, extra, torch.float64 if double else torch.float32, learned)
+        arguments = vectors, extra, sigmoid, double
+        every = ranks.run(of_rank, world, *arguments) if world > 1 else [of_rank(0, 1, *arguments)]
+        for setting in zip(*every, strict=True):
+            of_ranks = [[torch.as_tensor(x) / world for x in one] for one in setting]
+            torch.testing.assert_close(sum(one[0] for one in of_ranks), value, rtol=limit, atol=0)
+            torch.testing.assert_close(sum(one[3] for one in of_ranks), right[2], rtol=limit, atol=limit)
+            for k, g in enumerate(right[:2]):
+                rows = [one[1 + k] for one in of_ranks]
+                if g.ndim == 3:  # what a rank has not padded to has no gradient
+                    rows = [torch.nn.functional.pad(x, (0, 0, 0, g.shape[1] - x.shape[1])) for x in rows]
+                assert (torch.cat(rows) - g).norm() < limit * g.norm()
 
 
-def trained(loss, image, text, mask):
-    """The value, and the gradients of image, text and temperature."""
-    image, text = image.detach().requires_grad_(), text.detach().requires_grad_()
-    value = loss(image, text, mask)
-    return value.detach(), *torch.autograd.grad(value, (image, text, loss.logit_scale))
+def unequal(rank: int, world: int) -> str:
+    image, text, mask, *_ = batch(False, False)
+    try:
+        CMLILoss().double()(image[rank:], text[rank:], mask[rank:])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
-@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_autocast_takes_the_wider_dtype(narrow, wide):
-    text = TEXT.to(wide)
-    expected = trained(CMLILoss(), IMAGE.to(narrow).to(wide), text, MASK)
-    with torch.autocast("cpu", dtype=narrow):
-        outcome = trained(CMLILoss(), IMAGE.to(narrow), text, MASK)
-        scores = cmli_scores(IMAGE.to(narrow), text, MASK)
-    assert [x.dtype for x in outcome] == [wide, narrow, wide, torch.float32]
-    assert torch.equal(outcome[0], expected[0]) and torch.equal(outcome[2], expected[2])
-    assert torch.equal(outcome[1], expected[1].to(narrow))
-    assert all(map(torch.equal, scores, cmli_scores(IMAGE.to(narrow).to(wide), text, MASK)))
+def test_ranks_with_unequal_batches_get_a_line_each():
+    assert ranks.run(unequal, 2) == ["ranks have 11 to 12 pairs: drop the last unequal batch"] * 2
 
 
-def test_the_reference_is_not_narrowed_by_autocast():
-    expected = cmli_scores(IMAGE, TEXT, MASK, backend="reference")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        result = cmli_scores(IMAGE, TEXT, MASK, backend="reference")
-    assert all(map(torch.equal, result, expected))
+def trained(loss, image, text, mask, through=lambda f, *x: f(*x)):
+    image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
+    value = through(loss, image, text, mask)
+    return [value.detach(), *torch.autograd.grad(value, (image, text, *loss.parameters()))]
 
 
-def test_scaled_gradients_in_fp16():
+def test_two_runs_have_the_same_bits_also_checkpointed():
+    image, text, mask, *_ = batch(False, False, torch.float32)
     loss = CMLILoss()
-    image = IMAGE.half().requires_grad_()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    scaler.scale(loss(image, TEXT.half(), MASK)).backward()
-    expected = trained(loss, IMAGE.half(), TEXT.half(), MASK)[1]
-    assert image.grad.dtype == torch.float16
-    assert_close(image.grad.float() / 2**10, expected.float(), atol=2e-4, rtol=2e-3)
+    first = trained(loss, image, text, mask)
+    assert all(map(torch.equal, first, trained(copy.deepcopy(loss), image, text, mask)))
+    assert all(map(torch.equal, first, trained(loss, image, text, mask, partial(checkpoint, use_reentrant=False))))
 
 
-@pytest.mark.parametrize("exchange", ["gather", "ring"])
-@pytest.mark.parametrize("cut", [0.0, 1e-3])
-def test_a_valid_position_of_zeros_learns_nothing(exchange, cut):
-    torch.manual_seed(0)
-    image, text, mask = torch.randn(6, 5, 8), torch.randn(6, 4, 8), torch.ones(6, 4, dtype=torch.bool)
-    image[2, 3], text[4, 1] = 0.0, 0.0
-    image.requires_grad_(), text.requires_grad_()
-    CMLILoss(exchange=exchange, cut=cut)(image, text, mask).backward()
-    assert image.grad[2, 3].eq(0).all() and text.grad[4, 1].eq(0).all()
-    assert 0 < image.grad.abs().max() < 10 and 0 < text.grad.abs().max() < 10
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_gradients_are_those_of_the_rounded_unit_rows(dtype):
+    image, text, mask, *_ = batch(False, False, dtype)
+    ours = trained(CMLILoss(), image, text, mask)
+    units = [l2_normalize(x).double().requires_grad_() for x in (image, text)]
+    value = pair_loss_reference(*cmli_scores_reference(*units, mask), torch.tensor([50.0], dtype=torch.float64))
+    assert ours[0].item() == pytest.approx(value.item(), rel=1e-5) and ours[1].dtype == dtype
+    grads = torch.autograd.grad(value, units)
+    for x, unit, g, mine in zip((image, text), units, grads, ours[1:3], strict=True):
+        length = x.double().norm(dim=-1, keepdim=True)
+        right = (g - unit * (unit * g).sum(-1, keepdim=True)) / length
+        assert (mine.double() - right).norm() < 1e-2 * right.norm()
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_under_activation_checkpointing(use_reentrant):
-    loss = CMLILoss()
-    image = IMAGE.clone().requires_grad_()
-    checkpoint(loss, image, TEXT, MASK, use_reentrant=use_reentrant).backward()
-    assert torch.equal(image.grad, trained(loss, IMAGE, TEXT, MASK)[1])
+def test_pairs_that_share_an_id_are_counted():
+    image, text, mask, _, ids = batch(False, True)
+    loss = CMLILoss().double()
+    loss(image, text, mask, ids=ids)
+    alike = (ids[:, None] == ids).any(2)
+    assert loss.alike == alike.sum() - len(ids) > 0
+    loss(image, text, mask)
+    assert loss.alike == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-def test_compiled_without_graph_breaks(dtype):
-    loss = CMLILoss()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        value = compiled(IMAGE.bfloat16(), TEXT, MASK.to(dtype))
-    assert_close(value, loss(IMAGE.bfloat16().float(), TEXT, MASK))
-    if dtype != torch.bool:
-        with pytest.raises(ValueError, match="token_mask holds 3"):
-            compiled(IMAGE, TEXT, 3 * MASK.to(dtype))
-
-
-@pytest.mark.parametrize("derivative", ["grad", "jacrev", "jacfwd", "hessian"])
-def test_derivatives_of_torch_func_are_refused(derivative):
-    with pytest.raises(RuntimeError, match="no derivative in forward mode or under"):
-        getattr(torch.func, derivative)(lambda image: CMLILoss()(image, TEXT, MASK))(IMAGE)
-
-
-def test_forward_mode_is_refused():
-    """Not answered with zero."""
-    with (
-        torch.autograd.forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match="no derivative in forward mode"),
-    ):
-        CMLILoss()(torch.autograd.forward_ad.make_dual(IMAGE, IMAGE), TEXT, MASK)
-
-
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_vmap_over_batches():
-    images = torch.stack([IMAGE, 2 * IMAGE.flip(0)]).requires_grad_()
-    values = torch.vmap(lambda image: CMLILoss()(image, TEXT, MASK.long()))(images)
-    expected = [trained(CMLILoss(), image, TEXT, MASK)[:2] for image in images]
-    assert_close(values.tolist(), [value.item() for value, _ in expected])
-    assert_close(torch.autograd.grad(values.sum(), images)[0], torch.stack([grad for _, grad in expected]))
-
-
-def test_a_second_derivative_is_refused():
-    image = IMAGE.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(CMLILoss()(image, TEXT, MASK), image, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients(mode):
-    with mode():
-        value = CMLILoss()(**GOOD)
-    assert not value.requires_grad and value == CMLILoss()(**GOOD)
-
-
-def test_other_layouts_of_memory():
-    image, text = IMAGE.transpose(0, 2).contiguous().transpose(0, 2), TEXT[:1].expand(3, -1, -1)
-    outcome = trained(CMLILoss(), image, text, MASK.t().contiguous().t())
-    for ours, expected in zip(outcome, trained(CMLILoss(), IMAGE, text.contiguous(), MASK), strict=True):
-        assert_close(ours, expected, atol=1e-6, rtol=1e-6)
-
-
-def test_copies():
-    loss = CMLILoss(0.07, exchange="gather", scratch_bytes=2**20)
-    other = CMLILoss(0.5)
-    other.load_state_dict(loss.state_dict())
-    assert list(loss.state_dict()) == ["logit_scale"]
-    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss)), other):
-        assert copied.logit_scale is not loss.logit_scale
-        assert copied(**GOOD) == loss(**GOOD)
-    assert copy.deepcopy(loss).score == loss.score
-
-
-def test_a_narrow_temperature_still_gives_fp32():
-    assert CMLILoss().bfloat16()(IMAGE.bfloat16(), TEXT.bfloat16(), MASK).dtype == torch.float32
-    assert CMLILoss().double()(IMAGE.double(), TEXT.double(), MASK).dtype == torch.float64
-
-
-def test_the_import_is_light():
-    heavy = {"deepspeed", "transformers", "timm", "torch._dynamo", "pydantic", "rich"}
-    line = f"import sys, ds_cmli.cmli; print({heavy!r} & sys.modules.keys())"
-    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"text": torch.randn(3, M, D)}, "a row for each pair"),
+        ({"ids": torch.zeros(G, dtype=torch.int64)}, "a row for each pair"),
+        ({"token_mask": None}, "or have a token_mask"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(change, reason):
+    image, text, token_mask, *_ = batch(False, False, torch.float32)
+    arguments = {"image": image, "text": text, "token_mask": token_mask} | change
+    if "text" in change:
+        arguments["token_mask"] = token_mask[:3]
+    with pytest.raises(ValueError, match=reason):
+        CMLILoss()(**arguments)
+    with pytest.raises(ValueError, match="temperature at the start"):
+        CMLILoss(0.001)

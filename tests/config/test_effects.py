@@ -40,15 +40,8 @@ SGD = {"optimizer": {"type": "SGD"}, "zero_allow_untested_optimizer": True}
         ("optim.negatives=micro_batch", {}, {}, 1, "optim.negatives has no effect: a step is one micro-batch"),
         ("optim.negatives=micro_batch", {}, ACCUMULATION, 1, None),
         ("optim.negatives=micro_batch", {"losses": "cls_kd"}, ACCUMULATION, 1, "which compare no pairs"),
-        ("optim.cache_on_host=true", {}, {}, 1, "optim.cache_on_host has no effect: a step is one micro-batch"),
-        ("optim.cache_on_host=true optim.negatives=micro_batch", {}, ACCUMULATION, 1, "which caches no gradients"),
-        ("optim.cache_on_host=true", {}, ACCUMULATION, 1, None),
         ("optim.reduce_once=true", {}, ACCUMULATION, 2, "optim.reduce_once has no effect: ZeRO stage 1 reduces once"),
         ("optim.reduce_once=true", {}, {**ACCUMULATION, "zero_optimization": {"stage": 2}}, 2, None),
-        ("loss.cmli_recompute=true", {}, ACCUMULATION, 1, "gradient caching keeps no argmax indices"),
-        ("loss.cmli_recompute=true", {}, {}, 1, None),
-        ("loss.cmli_exchange=ring", {}, {}, 1, "loss.cmli_exchange has no effect: there is one rank"),
-        ("loss.cmli_exchange=ring", {}, {}, 2, None),
         ("optim.betas=[0.8,0.9]", {}, SGD, 1, "optim.betas has no effect: the optimizer S"),
         ("optim.weight_decay=0.1", {}, SGD, 1, None),
     ],
@@ -73,7 +66,7 @@ def test_reasons_are_of_settings_that_exist():
         for more in ({}, SGD):
             ds_config = DeepSpeedConfig.of({**ZERO1, **more, "gradient_accumulation_steps": steps})
             result |= reasons(load_preset(preset, ours), ds_config, ranks).keys()
-    assert len(result) > 20 and result <= known
+    assert len(result) > 15 and result <= known
 
 
 def test_a_setting_is_named_as_it_was_given():

@@ -94,15 +94,6 @@ def test_lines_say_what_is_accepted():
     assert line(loss={"weights": {"cmli": 1.0}, "start": {"cmli": 3}}) == (
         "loss.start is {'cmli': 3}: no loss counts in the first step: leave out one"
     )
-    assert line(loss={"start": {"cmli": 3}, "cmli_cut": 0.1}) == (
-        "loss.start is {'cmli': 3}: loss.cmli_cut needs the weight of cmli from the first step on: leave out one"
-    )
-    load_preset("tiny", {"loss": {"start": {"target_cmli": 3}, "cmli_cut": 0.1}})
-    assert line(loss={"weights": {"global": 1.0}, "cmli_cut": 0.001}) == (
-        "loss.cmli_cut is 0.001: the losses are global, without all-pairs scores: leave it out"
-    )
-    assert line(loss={"cmli_cut": 1}) == "loss.cmli_cut is 1: Input should be less than 1 (0: off)"
-    assert line(loss={"cmli_cut": True}) == "loss.cmli_cut is True: Input should be a valid number (0: off)"
     assert line(loss={"mse_reduction": "avg"}) == "loss.mse_reduction is 'avg': Input should be 'mean' or 'sum'"
     assert line(loss={"mse_reduction": ["sum"]}) == "loss.mse_reduction is ['sum']: Input should be 'mean' or 'sum'"
     assert line(loss={"target_text_weight": -1}) == (
@@ -176,7 +167,7 @@ def test_presets_and_random_weights_are_not_contradicted():
     [
         ("cmli", "teacher.block=1", "without target_cmli"),
         ("cmli", "loss.target_text_weight=2", "without target_cmli"),
-        ("global", "loss.cmli_recompute=true", "without cmli"), ("cmli", "loss.init_temperature=1", "without global"),
+        ("cmli", "loss.init_temperature=1", "without global"),
         ("cmli", "loss.mse_reduction=sum", "without target_cmli"), ("cls_kd", "loss.mse_reduction=sum", None),
         ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
         ("target_cmli", "loss.duplicates=keep", "without global"), ("target_cmli", "loss.target_text_weight=2", None),

@@ -1,6 +1,6 @@
 """Started by the launcher under test: trains `tiny` in fp32 and saves losses and full gradients before clipping.
 
-Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS ACCUMULATION EXCHANGE SOURCE
+Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS ACCUMULATION SOURCE
 """
 
 import os
@@ -21,12 +21,12 @@ from ds_cmli.engine import build
 quiet.silence()
 
 
-def main(file: str, exchange: str, source: str, micro_batch: int, stage: int, steps: int, accumulation: int) -> None:
+def main(file: str, source: str, micro_batch: int, stage: int, steps: int, accumulation: int) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
     weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 1.0}
-    loss = {"weights": weights, "cmli_exchange": exchange}
+    loss = {"weights": weights}
     config = load_preset("tiny", {"optim": {"micro_batch": micro_batch}, "loss": loss, "data": {"source": source}})
     device = distributed.init()
     world_size = int(os.environ["WORLD_SIZE"])

@@ -8,7 +8,7 @@ from tests.processes import Program
 STEPS = 3
 
 
-def gradients(tmp_path, micro_batch, stage, accumulation, exchange, source="demo", world_size=1):
+def gradients(tmp_path, micro_batch, stage, accumulation, source="demo", world_size=1):
     """Of `world_size` forked ranks."""
     file = tmp_path / f"{micro_batch}.pt"
     command = [
@@ -18,7 +18,6 @@ def gradients(tmp_path, micro_batch, stage, accumulation, exchange, source="demo
         str(stage),
         str(STEPS),
         str(accumulation),
-        exchange,
         source,
     ]
     output = tmp_path / "output"

@@ -9,8 +9,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine.gradient_caching import CachingEngine
-from ds_cmli.losses.inputs import Features, LossInputs
+from ds_cmli.engine.train_engine import TrainEngine
+from ds_cmli.losses.target_cmli import Features
 from tests.batches import rank_batches
 from tests.conftest import spawn
 from tests.engine.steps import everything, same, spoil
@@ -96,7 +96,7 @@ def in_one_piece(device, data):
     "zero, optim",
     [
         ({"stage": 1, **OFFLOAD}, {}),
-        ({"stage": 2}, {"cache_on_host": True}),
+        ({"stage": 2}, {}),
         ({"stage": 2, **OFFLOAD}, {"reduce_once": True}),
         ({"stage": 3, **NOTHING_KEPT}, {}),
         ({"stage": 3, **OFFLOAD}, {"reduce_once": True}),
@@ -136,18 +136,17 @@ def pieces_of(batch, number):
     return [tree_map(batch, lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
-class WithoutDeepSpeed(CachingEngine):
+class WithoutDeepSpeed(TrainEngine):
     def go_backward(self, total):
         (total / self.accumulation).backward()
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32, cut=0.0, weights=WEIGHTS):
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False, pairs=32, weights=WEIGHTS):
     """Loss and gradients of `pairs` in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
-    loss = {"weights": weights, "cmli_exchange": exchange, "cmli_cut": cut}
-    config = load_preset("tiny", {"loss": loss, "student": {"dropout": dropout}})
+    config = load_preset("tiny", {"loss": {"weights": weights}, "student": {"dropout": dropout}})
     data = build_data(config.data, 0)
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.double()
@@ -159,24 +158,26 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
     torch.manual_seed(5)
     if kept:
         features = [objective._features(batch) for batch in batches]
-        columns = zip(*(vars(f).values() for f in features), strict=True)
-        joined = Features(*(None if x[0] is None else torch.cat(x) for x in columns))
+        joined = Features(*(None if x[0] is None else torch.cat(x) for x in zip(*features, strict=True)))
+        values = objective.compare(objective._pair_features(joined, whole))
         targets = teacher(whole.image)
-        modules = objective.student, objective.width_head, objective.score
-        inputs = LossInputs(joined, whole, targets, *modules, cut=objective.cut)
-        total = sum(weight * objective.losses[name](inputs) for name, weight in weights.items())
+        for name, loss in objective.losses.items():
+            if name not in values:
+                values[name] = loss(joined, targets, objective.student, objective.width_head)
+        total = torch.stack(objective.weighted(values)).sum()
         total.backward()
     else:
         device = torch.device("cpu")
-        train_engine = WithoutDeepSpeed(objective, objective, teacher, device, torch.float64, [], accumulation=number)
+        train_engine = WithoutDeepSpeed(
+            objective, objective, teacher, device, torch.float64, [], accumulation=number, caching=True
+        )
         outcome = train_engine._losses_and_gradients(batches, lambda: None, lambda: None)
         total = torch.stack([losses.total for losses in outcome]).mean()
     after = torch.rand(1).item()
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
         distributed.mean_over_ranks(gradient)
-    left_out = None if objective.cut is None else distributed.mean_over_ranks(objective.cut.found)
-    return distributed.mean_over_ranks(total.detach()).item(), gradients, after, left_out
+    return distributed.mean_over_ranks(total.detach()).item(), gradients, after
 
 
 def largest_difference(ours, theirs):
@@ -184,23 +185,11 @@ def largest_difference(ours, theirs):
     return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
 
 
-def gathered_and_ring(rank, world_size, number, pairs=32, cut=0.0):
-    options = {"pairs": pairs, "cut": cut}
-    return [in_fp64(rank, world_size, number, exchange=exchange, **options) for exchange in ("gather", "ring")]
-
-
-@pytest.mark.parametrize("cut", [0.0, 0.2])
-def test_two_ranks_of_two_micro_batches_in_fp64(cut):
-    one = in_fp64(0, 1, 1, kept=True, cut=cut)
-    for entry in spawn(gathered_and_ring, 2, 2, 32, cut):
-        for loss, gradients, _, left_out in entry:
-            assert loss == pytest.approx(one[0], rel=1e-12)
-            assert largest_difference(gradients, one[1]) < 1e-9
-            torch.testing.assert_close(left_out, one[3])
-    if cut:  # the same loss, and other gradients, for the untrained student by a cut this large alone
-        exact = in_fp64(0, 1, 1, kept=True)
-        assert exact[0] == one[0] and 1e-6 < largest_difference(one[1], exact[1]) < 0.3
-        assert 0.03 < one[3][0] < 1 and one[3][1] > 0
+def test_two_ranks_of_two_micro_batches_in_fp64():
+    one = in_fp64(0, 1, 1, kept=True)
+    for loss, gradients, _ in spawn(in_fp64, 2, 2):
+        assert loss == pytest.approx(one[0], rel=1e-12)
+        assert largest_difference(gradients, one[1]) < 1e-9
 
 
 def without_tokens(rank, world_size, number, kept=False):
@@ -209,7 +198,7 @@ def without_tokens(rank, world_size, number, kept=False):
 
 def test_two_ranks_without_a_loss_over_tokens():
     one = without_tokens(0, 1, 1, kept=True)
-    for loss, gradients, _, _ in spawn(without_tokens, 2, 2):
+    for loss, gradients, _ in spawn(without_tokens, 2, 2):
         assert loss == pytest.approx(one[0], rel=1e-12)
         assert largest_difference(gradients, one[1]) < 1e-9
 

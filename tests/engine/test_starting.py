@@ -84,7 +84,6 @@ def image(weights, kind, name):
         ({"layers": 1}, r"student.text_model 'bert': the first 1 of its 2 blocks are used, without what follows them"),
         ({"text_overrides": {**BERT, "hidden_size": 48}, "text_weights": "random"},
          r"student.text_model is 48 wide and the student 32: the linear layer between them starts at random"),
-        ({"patch_keep": 0.5}, r"student.patch_keep is 0.5: training sees 8 of 16 patches, evaluation all"),
         (lambda w: {"text_weights": f"{w['bert']}/model.safetensors"},
          r"student.text_weights \S+: a file without config.json: heads, activation and the like are those of 'bert'"),
         (lambda w: image(w, "clip", "vit_base_patch16_clip_224"),

@@ -1,21 +1,20 @@
 """One training step through the real DeepSpeed engine, in this process."""
 
 import json
-import sys
+from itertools import accumulate
 
 import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.cmli import backends
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
+from ds_cmli.memory import cpu_events
 from tests.batches import rank_batches
-from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT, ZERO1
 from tests.engine.steps import FP16, build
 
@@ -96,7 +95,7 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
             {"student": {"shared_blocks": 2, "dropout": 0.1}},
         )  # fmt: skip
         losses.append([train_engine(b)[0] for b in batches[:3]])
-        peaks.append(allocator_peak(lambda: train_engine(batches[3])))  # noqa: B023
+        peaks.append(max(accumulate(cpu_events.sizes(lambda: train_engine(batches[3])))))  # noqa: B023
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert peaks[1] < peaks[0]
     print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")
@@ -149,7 +148,7 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
     names = {id(p): n for n, p in objective.named_parameters()}
     decay, plain = ({names[id(p)] for p in g["params"]} for g in engine.parameter_groups(objective, 0.1))
     assert {"student.projection.weight", "student.image.model.blocks.0.attn.qkv.weight"} <= decay
-    assert {"losses.global.logit_scale", "losses.cmli.logit_scale"} <= plain
+    assert {"losses.global.temperature.logit_scale", "losses.cmli.temperature.logit_scale"} <= plain
     assert {"student.image.model.pos_embed", "student.image_out.weight"} <= plain
     assert "student.text.model.embeddings.word_embeddings.weight" in plain
     assert decay | plain == set(names.values())
@@ -161,24 +160,17 @@ def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
         load_preset("tiny", {"loss": {"cmli_backend": "triton"}}),
         DeepSpeedConfig.of(ZERO1),
     )
-    monkeypatch.setattr(planning, "why_no_kernels", lambda *_: None)
+    monkeypatch.setattr(planning, "why_not_triton", lambda *_: None)
     own, line = engine.with_backend(config, json, gpu)
     assert (own.loss.cmli_backend, line) == ("triton", None)
-    monkeypatch.setattr(planning, "why_no_kernels", lambda *_: "Failed to find C compiler.")
+    monkeypatch.setattr(planning, "why_not_triton", lambda *_: "Failed to find C compiler.")
     own, line = engine.with_backend(config, json, gpu)
-    assert own.loss.cmli_backend == "chunked"
-    assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
+    assert own.loss.cmli_backend == "torch"
+    assert "PyTorch's operators, which are slower: Failed to find C compiler." in line and "\n" not in line
     own, line = engine.with_backend(config, json, cpu)
-    assert (own.loss.cmli_backend, line) == ("chunked", None)
+    assert (own.loss.cmli_backend, line) == ("auto", None)
     for device in (cpu, gpu):
         with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run"):
             engine.with_backend(outcome, json, device)
     without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
     assert engine.with_backend(without, json, cpu) == (without, None)
-
-
-def test_what_keeps_triton_from_running_is_one_line(monkeypatch):
-    backends.why_no_triton.cache_clear()
-    monkeypatch.setitem(sys.modules, "triton.runtime", None)
-    assert "triton.runtime" in backends.why_no_triton()
-    backends.why_no_triton.cache_clear()

@@ -102,12 +102,12 @@ def test_backward_runs_on_the_streams_of_forward(tmp_path):
 @pytest.mark.parametrize("ranks", [2])
 def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""
-    options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]
+    options = ["--preset", "tiny", "--set", "loss.cmli_backend=torch", "--set", "run.match_maps=0"]
     options += ["--set", "student.layers=1", "--set", "teacher.block=0"]
     options += ["--deepspeed_config", str(ZERO2), "--output-dir", "run"]
     content = fits(tmp_path, TRAINER, *options, ranks=0 if ranks == 1 else ranks)["totals"]
     one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
-    config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}, **one_block})
+    config = load_preset("tiny", {"loss": {"cmli_backend": "torch"}, **one_block})
     expected = predict(config, json.loads(ZERO2.read_text()), ranks, gpu=GPU).report.totals
     assert content["reserved"] == expected["reserved"] and content["device"] == expected["device"]
     assert 0 <= 1 - content["requested"] / expected["requested"] < 0.002
@@ -118,7 +118,7 @@ def test_our_own_trainer_takes_what_pytorchs_allocator_counts(null_gpu, tmp_path
     """DeepSpeed's steps before the first pass, one for each group of parameters, are not those asked for."""
     from tests.null_gpu.processes import run
 
-    options = ["--preset", "tiny", "--steps", "3", "--set", "loss.cmli_backend=chunked"]
+    options = ["--preset", "tiny", "--steps", "3", "--set", "loss.cmli_backend=torch"]
     options += ["--losses", "global_sigmoid,cmli", "--deepspeed_config", str(ZERO2)]
     without_data = fits(tmp_path, TRAINER, *options, "--output-dir", "fake")["totals"]
     done = run(null_gpu(), "-m", "tests.null_gpu.count_memory", *options, "--output-dir", tmp_path / "null")

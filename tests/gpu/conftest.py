@@ -52,7 +52,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def backend(device) -> str:
-    return "triton" if device == "cuda" else "chunked"
+    return "triton" if device == "cuda" else "torch"
 
 
 @pytest.fixture(scope="session")

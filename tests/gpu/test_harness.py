@@ -83,8 +83,8 @@ def test_bars_of_the_op():
     assert verdicts(exactness_figures(figures, "bf16")) == [False, True, True]
     figures = {"scores": float("nan"), "gradients": float("inf"), "unequal_repeats": 1.0}
     assert not any(verdicts(exactness_figures(figures, "bf16")))
-    assert verdicts(speed_figures({"triton": 3.0, "chunked": 9.0, "materialised": 4.0})) == [True, None]
-    assert verdicts(speed_figures({"chunked": 9.0, "materialised": 4.0})) == [False]
+    assert verdicts(speed_figures({"triton": 3.0, "torch": 9.0, "materialised": 4.0})) == [True, None]
+    assert verdicts(speed_figures({"torch": 9.0, "materialised": 4.0})) == [False]
 
 
 def test_bars_of_the_estimates():
@@ -116,10 +116,10 @@ def test_a_setting_that_does_not_end_is_said():
 
 
 def test_the_op_on_the_cpu():
-    result = op_check.exactness("fp32", CPU, "chunked")
+    result = op_check.exactness("fp32", CPU, "torch")
     assert all(verdicts(exactness_figures(result, "fp32")))
-    result = op_check.speed("fp32", CPU, ["chunked"], shape=(4, 8, 49, 16, 64), repeats=3)
-    assert result["chunked"] > 0 and result["materialised"] > 0
+    result = op_check.speed("fp32", CPU, ["torch"], shape=(4, 8, 49, 16, 64), repeats=3)
+    assert result["torch"] > 0 and result["materialised"] > 0
 
 
 class Report:
@@ -198,15 +198,15 @@ def test_exactness_tells_a_wrong_backend(monkeypatch):
         return s_i2t + 1e-4, s_t2i * 1.001
 
     monkeypatch.setattr(op_check, "SHAPES", op_check.SHAPES[1:2])
-    right = op_check.exactness("fp32", CPU, "chunked")
+    right = op_check.exactness("fp32", CPU, "torch")
     assert right["scores"] < 1e-6 and right["gradients"] < 1e-6 and right["unequal_repeats"] == 0
     monkeypatch.setattr(op_check, "cmli_scores", wrong)
-    result = op_check.exactness("fp32", CPU, "chunked")
+    result = op_check.exactness("fp32", CPU, "torch")
     assert result["scores"] >= 1e-4 and result["gradients"] > 1e-4
     monkeypatch.setattr(
         op_check, "cmli_scores", lambda *x, **_: (real(*x)[0] * torch.rand(()), real(*x)[1] * torch.nan)
     )
-    result = op_check.exactness("fp32", CPU, "chunked")
+    result = op_check.exactness("fp32", CPU, "torch")
     assert result["scores"] == torch.inf and result["unequal_repeats"] > 0
 
 

@@ -1,37 +1,110 @@
-"""The two parts of Target-CMLI and their weights."""
+"""Equations (2), (7), (9) and (10) by hand, and matching with a trained projection."""
 
 import pytest
 import torch
+from torch import nn
 
-from ds_cmli.config.presets import load_preset
+from ds_cmli.cmli import CMLILoss
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.objective import Objective
-from ds_cmli.models.student import Student
+from ds_cmli.losses.target_cmli import (
+    ClsDistillation,
+    Features,
+    TargetCMLI,
+    WidthHead,
+    match_patches,
+    target_image_loss,
+    target_text_loss,
+)
 from ds_cmli.models.teacher import Targets
 
+# B=2, N=3, M=2, H=2. Each patch of the teacher is 1 in one place; of the second text one token is valid.
+TEACHER = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 0.0]]])
+PATCHES = torch.tensor([[[1.0, 2.0], [0.0, 1.0], [2.0, 0.0]], [[0.0, 3.0], [1.0, 1.0], [1.0, 4.0]]])
+TOKENS = torch.tensor([[[3.0, 0.0], [1.0, 1.0]], [[0.0, 1.0], [9.0, 9.0]]])
+MASK = torch.tensor([[True, True], [True, False]])
 
-def test_the_parts_are_those_of_the_whole():
-    """Half of each is the document's (10): losses and gradients to the bit."""
+
+def test_each_token_matches_its_most_similar_patch_and_a_tie_the_first():
+    assert match_patches(TOKENS, TEACHER).tolist() == [[0, 2], [0, 1]]
+    assert match_patches(torch.ones(1, 1, 2), torch.ones(1, 3, 2)).tolist() == [[0]]
+
+
+@pytest.mark.parametrize("reduction, H", [("mean", 2), ("sum", 1)])
+def test_the_losses_by_hand(reduction, H):
+    # (7): squared distances of the patches are 4, 0, 4 and 0, 0, 16.
+    image = ((4 + 0 + 4) / 3 + (0 + 0 + 16) / 3) / 2 / H
+    assert target_image_loss(PATCHES, TEACHER, reduction).item() == pytest.approx(image)
+    # (9): of tokens and their matches 4 and 2, a mean over two tokens; and 4, over one.
+    text = ((4 + 2) / 2 + 4) / 2 / H
+    match = match_patches(TOKENS, TEACHER)
+    assert target_text_loss(TOKENS, TEACHER, match, MASK, reduction).item() == pytest.approx(text)
+    # (10), and other weights of the two.
+    for of_image, of_text in ((1.0, 1.0), (0.5, 4.0), (0.0, 2.0), (2.0, 0.0)):
+        weights = {"target_image_weight": of_image, "target_text_weight": of_text}
+        loss = TargetCMLI(LossConfig(mse_reduction=reduction, **weights), None)
+        assert of(loss).item() == pytest.approx((of_image * image + of_text * text) / 2)
+
+
+class Same:
+    """A student whose projection changes nothing."""
+
+    projection = nn.Identity()
+
+
+def of(loss, head=None, targets=None):
+    features = Features(PATCHES[:, 0], PATCHES, TOKENS[:, 0], TOKENS, MASK)
+    return loss(features, targets or Targets(TEACHER[:, 0], TEACHER), Same(), head)
+
+
+def test_patches_that_are_not_there_count_for_nothing():
+    patch_mask = torch.tensor([[True, True, False], [True, False, False]])
+    assert target_image_loss(PATCHES, TEACHER, "sum", patch_mask).item() == pytest.approx((4 / 2 + 0) / 2)
+    features = Features(PATCHES[:, 0], PATCHES, TOKENS[:, 0], TOKENS, MASK, patch_mask)
+    loss = TargetCMLI(LossConfig(mse_reduction="sum", target_image_weight=0.0, target_text_weight=2.0), None)
+    # The second token of the first text now matches patch 0: its distance is 1.
+    expected = ((4 + 1) / 2 + 4) / 2
+    assert loss(features, Targets(TEACHER[:, 0], TEACHER), Same(), None).item() == pytest.approx(expected)
+
+
+def test_class_tokens_by_hand():
+    # Squared distances: of images 4 and 0, of texts 4 and 4.
+    loss = ClsDistillation(LossConfig(mse_reduction="sum"), None)
+    assert of(loss).item() == pytest.approx(((4 + 0) / 2 + (4 + 4) / 2) / 2)
+
+
+def test_a_wider_teacher_is_reached_by_an_orthonormal_head():
     torch.manual_seed(0)
-    config = load_preset("tiny", {})
-    image, ids = torch.randint(256, (3, 3, 56, 56), dtype=torch.uint8), torch.randint(99, (3, 7))
-    mask = torch.arange(7) < torch.tensor([[7], [3], [5]])
-    masks = {"attention_mask": mask, "token_mask": mask, "padded": True}
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "wrong": 0, **masks})
-    targets = Targets(torch.randn(3, 32), torch.randn(3, 16, 32))
-    student = Student(config.student, 56, 99)
-    values, gradients = {}, {}
-    for weights in ((1.0, 1.0), (2.0, 0.0), (0.0, 2.0), (0.5, 3.0)):
-        student.zero_grad()
-        parts = dict(zip(("target_image_weight", "target_text_weight"), weights, strict=True))
-        total, _ = Objective(student, LossConfig(weights={"target_cmli": 1.0}, **parts), 32).whole(batch, targets)
-        total.backward()
-        values[weights] = total.item()
-        gradients[weights] = [side.weight.grad for side in (student.image_out, student.text_out)]
-    image, text = values[2.0, 0.0], values[0.0, 2.0]
-    assert values[1.0, 1.0] == pytest.approx((image + text) / 2, rel=1e-7)
-    assert values[0.5, 3.0] == pytest.approx((0.5 * image + 3 * text) / 2)
-    # Each side has its own output layer, which one part alone trains.
-    assert gradients[2.0, 0.0][1] is None and gradients[0.0, 2.0][0] is None
-    for both, alone in zip(gradients[1.0, 1.0], (gradients[2.0, 0.0][0], gradients[0.0, 2.0][1]), strict=True):
-        assert torch.equal(2 * both, alone) and both.abs().sum() > 0
+    head = WidthHead(2, 5)
+    assert torch.allclose(head(head(PATCHES), back=True), PATCHES, atol=1e-6)
+    wide = Targets(head(TEACHER[:, 0]), head(TEACHER))
+    loss = TargetCMLI(LossConfig(mse_reduction="sum"), None)
+    assert of(loss, head, wide).item() == pytest.approx(of(loss).item(), rel=1e-5)
+
+
+N, M, H, D = 16, 8, 32, 16
+
+
+def test_matching_is_far_above_chance_with_a_trained_g_and_at_chance_with_two_random_projections():
+    """Tokens name patches of their own image, seen through another modality's fixed random rotation."""
+    torch.manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(H, H))
+
+    def draw(count: int):
+        patches = torch.randn(count, N, H)
+        planted = torch.stack([torch.randperm(N)[:M] for _ in range(count)])
+        return patches, patches.gather(1, planted[:, :, None].expand(-1, -1, H)) @ rotation, planted
+
+    encoder, g, loss = nn.Linear(H, H, bias=False), nn.Linear(H, D, bias=False), CMLILoss(0.05)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *g.parameters()], lr=1e-2)
+    mask = torch.ones(32, M, dtype=torch.bool)
+    for _ in range(200):
+        patches, tokens, _ = draw(32)
+        optimizer.zero_grad()
+        loss(g(patches), g(encoder(tokens)), mask).backward()
+        optimizer.step()
+    patches, tokens, planted = draw(200)
+    with torch.no_grad():
+        trained = (match_patches(g(encoder(tokens)), g(patches)) == planted).float().mean()
+        separate = (match_patches(nn.Linear(H, D)(encoder(tokens)), nn.Linear(H, D)(patches)) == planted).float().mean()
+    # 1600 tokens: the standard error at chance is 0.006.
+    assert trained > 0.8 and abs(separate - 1 / N) < 0.03

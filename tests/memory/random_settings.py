@@ -22,7 +22,7 @@ def random_setting(seed: int) -> tuple[Config, dict, int]:
     }
     image = {"embed_dim": image_width, "depth": layers, "num_heads": 2, "patch_size": draw.choice((14, 28))}
     student = {"text_overrides": text, "image_overrides": image, "embed_dim": draw.choice((16, 64, 256))}
-    loss = {"weights": dict.fromkeys(draw.choice(LOSSES), 1.0), "cmli_exchange": draw.choice(("gather", "ring"))}
+    loss = {"weights": dict.fromkeys(draw.choice(LOSSES), 1.0)}
     optim = {"micro_batch": draw.choice((1, 2, 3, 8, 16)), "negatives": draw.choice(("global_batch", "micro_batch"))}
     teacher = {"block": layers - 1, "overrides": {**image, "embed_dim": 32}}
     student["layers"] = layers

@@ -110,39 +110,15 @@ def changes(ds_config, world_size, gpu, overrides=None):
 
 def test_changes_that_train_the_same_come_first():
     names = [change.what for change in changes(ZERO2, 2, True)]
-    assert names[:6] == [
-        "--set loss.cmli_recompute=true",
+    assert names[:3] == [
         '"activation_checkpointing": {} in the DeepSpeed JSON',
-        '--set loss.cmli_recompute=true and "activation_checkpointing": {} in the DeepSpeed JSON',
-        "--set loss.cmli_exchange=ring",
         '"zero_optimization": {"stage": 3}',
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
     ]
     assert (
-        names[6] == "--micro-batch 4 with gradient_accumulation_steps 2 (same pairs and negatives, by gradient caching)"
+        names[3] == "--micro-batch 4 with gradient_accumulation_steps 2 (same pairs and negatives, by gradient caching)"
     )
-    assert len(names) == 6 + 3 + 3  # 4, 2, 1 alone and with what saves most
-
-
-def test_a_ring_and_recomputed_argmaxes_for_losses_of_patches_and_tokens():
-    ring, recomputed = "--set loss.cmli_exchange=ring", "--set loss.cmli_recompute=true"
-    for weights, ranks, exchange, expected in (
-        ({"cmli_sigmoid": 1.0}, 2, "auto", {ring, recomputed}),
-        ({"cmli": 1.0}, 2, "ring", {recomputed}),
-        ({"cmli": 1.0}, 1, "auto", {recomputed}),
-        ({"global_sigmoid": 1.0}, 2, "auto", set()),
-    ):
-        outcome = changes(ZERO2, ranks, True, {"loss": {"weights": weights, "cmli_exchange": exchange}})
-        assert {c.what for c in outcome if c.what.startswith("--set") and " and " not in c.what} == expected
-        for change in outcome:
-            assert change.what != ring or change.config.loss.cmli_exchange == "ring"
-
-
-def test_all_changes_together_include_the_ring():
-    config = load_preset("tiny", {})
-    last = Step(config, DeepSpeedConfig.of(ZERO2).filled(config.optim, 4, 20), 4, True).together()[-1]
-    assert "--set loss.cmli_exchange=ring and" in last.what
-    assert last.config.loss.cmli_exchange == "ring" and last.ds_config.stage == 3 and last.ds_config.checkpointing
+    assert len(names) == 3 + 3 + 3  # 4, 2, 1 alone and with what saves most
 
 
 def test_large_buckets_can_shrink():
@@ -153,7 +129,7 @@ def test_large_buckets_can_shrink():
 def test_only_changes_that_change_something():
     everything = {**ZERO2, "activation_checkpointing": {}}
     assert changes(everything, 1, False, {"loss": {"weights": {"global": 1.0}}, "optim": {"micro_batch": 1}}) == []
-    names = [change.what for change in changes(everything, 1, False, {"loss": {"cmli_recompute": True}})]
+    names = [change.what for change in changes(everything, 1, False)]
     assert all(name.startswith("--micro-batch") for name in names)
 
 

@@ -16,10 +16,8 @@ LOSSES = {"weights": {"global": 1.0, "cmli": 1.0}}  # without a teacher
 def predicted(setting, monkeypatch, *, whole):
     from ds_cmli.memory import predict as module
 
-    negatives, on_host, stage, precision, target, ranks = setting
-    config = load_preset(
-        "tiny", {**ONE_BLOCK, "loss": LOSSES, "optim": {"negatives": negatives, "cache_on_host": on_host}}
-    )
+    negatives, stage, precision, target, ranks = setting
+    config = load_preset("tiny", {**ONE_BLOCK, "loss": LOSSES, "optim": {"negatives": negatives}})
     ds_config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -46,8 +44,8 @@ def predicted(setting, monkeypatch, *, whole):
 @pytest.mark.parametrize(
     "setting",
     [
-        ("global_batch", False, 2, "bf16", "cpu", 2),
-        ("micro_batch", False, 3, "bf16", "cuda", 2),
+        ("global_batch", 2, "bf16", "cpu", 2),
+        ("micro_batch", 3, "bf16", "cuda", 2),
     ],
     ids=lambda setting: "-".join(map(str, setting)),
 )
@@ -58,46 +56,3 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
     assert entry.events == expected.events  # blocks, bytes, categories, phases and operators, in their order
     assert entry.report == expected.report
     assert moved == all_moved and moved
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "negatives, stage, target, loss, texts, ranks, batch, count",
-    [
-        ("global_batch", 1, "cpu", {"cmli_exchange": "ring"}, None, 9, 2, 2),
-        # The last tile has 1 text.
-        ("global_batch", 2, "cuda", {"cmli_exchange": "gather"}, 3, 2, 7, 2),
-    ],
-    ids=["ring", "tiles"],
-)
-def test_uniform_loops_are_those_of_all_their_turns(
-    negatives, stage, target, loss, texts, ranks, batch, count, monkeypatch
-):
-    from ds_cmli.losses.tiles import TileSide
-    from ds_cmli.memory import predict as module
-    from ds_cmli.memory import repeated
-
-    if texts is not None:
-        monkeypatch.setattr(TileSide, "texts_of_a_tile", lambda *_: texts)
-    optim = {"negatives": negatives, "micro_batch": batch}
-    ds_config = {
-        "gradient_accumulation_steps": count, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}
-    }  # fmt: skip
-    results = []
-    for turns in (repeated.TURNS, 1000):
-        monkeypatch.setattr(repeated, "TURNS", turns)
-        traffic = Traffic()
-        prediction = module.predict(
-            load_preset("tiny", {**ONE_BLOCK, "loss": LOSSES | loss, "optim": optim}), ds_config, ranks, target=target,
-            options=module.Options(
-                watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext()
-            ),
-        )  # fmt: skip
-        report = prediction.report
-        # ZeRO-3 tells the other ranks once in which order modules ran: a list that leaves out the same turns.
-        traffic.counts.pop(("rest", "broadcast"), None)
-        results.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
-    assert results[0][:-1] == results[1][:-1]
-    assert results[0][-1] < results[1][-1]
-    if loss.get("cmli_exchange") == "ring":  # each micro-batch's texts and their gradients go round
-        assert results[0][-2]["text", "send"].calls >= 2 * (ranks - 1) * 2

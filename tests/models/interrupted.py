@@ -12,20 +12,20 @@ from tests.models.aspects import NAFLEX, SIZES, of_many_aspects
 from tests.stranger.drive import check_memory, used
 
 RUNS = """
-export zero3 two   bf16 one    ring   recomputed ema -      -
-run    zero2 two   fp32 cached gather -          -   locked compiled
-siglip zero1 alone fp32 one    gather -          ema lora   -
-clip   zero1 alone bf16 cached ring   recomputed -   lora   compiled
-siglip zero3 alone fp32 cached ring   -          -   -      compiled
-run    zero2 alone bf16 one    ring   recomputed ema locked -
-clip   zero3 two   fp32 one    gather recomputed -   locked -
-export zero2 alone bf16 cached gather -          ema lora   compiled
-clip   zero2 two   bf16 one    gather -          ema -      compiled
-siglip zero1 two   bf16 cached ring   recomputed -   locked -
-run    zero3 two   bf16 cached ring   -          ema lora   compiled
-export zero1 two   fp32 one    gather recomputed -   locked compiled
-run    zero1 alone bf16 one    gather -          -   -      compiled
-siglip zero2 two   bf16 cached ring   recomputed -   -      compiled
+export zero3 two   bf16 one    recomputed ema -      -
+run    zero2 two   fp32 cached -          -   locked compiled
+siglip zero1 alone fp32 one    -          ema lora   -
+clip   zero1 alone bf16 cached recomputed -   lora   compiled
+siglip zero3 alone fp32 cached -          -   -      compiled
+run    zero2 alone bf16 one    recomputed ema locked -
+clip   zero3 two   fp32 one    recomputed -   locked -
+export zero2 alone bf16 cached -          ema lora   compiled
+clip   zero2 two   bf16 one    -          ema -      compiled
+siglip zero1 two   bf16 cached recomputed -   locked -
+run    zero3 two   bf16 cached -          ema lora   compiled
+export zero1 two   fp32 one    recomputed -   locked compiled
+run    zero1 alone bf16 one    -          -   -      compiled
+siglip zero2 two   bf16 cached recomputed -   -      compiled
 """.strip().splitlines()
 
 
@@ -38,7 +38,6 @@ JSON: dict[str, dict] = {
 
 
 SETTINGS: dict[str, dict[str, object]] = {
-    "ring": {"loss.cmli_exchange": "ring"},
     "ema": {"optim.ema_decay": 0.9, "optim.layer_decay": 0.7},
     "locked": {"student.freeze_image": 2},
     "lora": {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj"]}, "student.lora_rank": 4},

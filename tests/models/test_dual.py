@@ -72,7 +72,7 @@ def test_the_first_step_equals_the_source(name, folders, pictures):
     [loss] = [loss for name, loss in objective.losses.items() if name.startswith("global")]
     assert objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
     if kind == "siglip":
-        assert objective.score_scales()["global"] > 100 and loss.logit_bias.item() == pytest.approx(-12.9)
+        assert objective.score_scales()["global"] > 100 and loss.temperature.logit_bias.item() == pytest.approx(-12.9)
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def test_the_first_step_equals_a_naflex_model(side, folders, pictures):
     torch.testing.assert_close(text_cls, F.normalize(texts), rtol=0, atol=1e-5)
     assert features.shape == (8, 16, 32)
     assert objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
-    assert objective.losses["global_sigmoid"].logit_bias.item() == pytest.approx(-12.9)
+    assert objective.losses["global_sigmoid"].temperature.logit_bias.item() == pytest.approx(-12.9)
 
 
 def test_a_naflex_model_takes_another_number_of_patches(folders):

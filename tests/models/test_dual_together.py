@@ -17,7 +17,6 @@ AXES = {
     "ranks": ("alone", "two"),
     "precision": ("fp32", "bf16"),
     "negatives": ("one", "cached"),  # one micro-batch, or two
-    "exchange": ("gather", "ring"),
     "checkpointing": ("-", "recomputed"),
     "average": ("-", "ema"),  # with a rate for each layer
     "trained": ("-", "lora", "locked"),  # locked: the whole image tower

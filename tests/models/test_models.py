@@ -135,8 +135,8 @@ def test_other_teacher_width_goes_through_one_linear_head(student):
     targets = Targets(torch.randn(3, 48), torch.randn(3, 16, 48))
     image, ids, mask = inputs()
     masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "wrong": 0, **masks})
-    total, item = objective.whole(batch, targets)
+    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "pair_id": None, **masks})
+    total, item = objective(batch, targets)
     total.backward()
     assert objective.width_head.weight.grad.abs().sum() > 0
     assert set(item) == {"target_cmli", "cls_kd"}
@@ -148,8 +148,8 @@ def test_target_cmli_alone_never_trains_g(student):
     student.zero_grad()
     image, ids, mask = inputs()
     masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "wrong": 0, **masks})
-    total, _ = objective.whole(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
+    batch = type("Batch", (), {"image": image, "input_ids": ids, "grid": None, "pair_id": None, **masks})
+    total, _ = objective(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
     total.backward()
     assert student.projection.weight.grad is None
     assert student.image_out.weight.grad.abs().sum() > 0

@@ -29,8 +29,6 @@ def test_a_training_from_a_source(run, folders, tmp_path, alone, monkeypatch):
     source, *values = run.split()
     kind, name = SOURCES[source]
     more: dict[str, dict[str, object]] = {}
-    if name != "convnext":  # which needs all patches
-        more["recomputed"] = {"student.patch_keep": 0.5}
     if kind != "open_clip":  # whose sides are no multiples of the teacher's patches
         more[kind] = {"teacher.overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}}
     monkeypatch.setattr(interrupted, "SETTINGS", SETTINGS | more)

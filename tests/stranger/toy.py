@@ -1,15 +1,14 @@
 """A plugin as a stranger would write it: a loss over all pairs, and an image encoder whose blocks mix all tokens.
 
-Shapes: R images and T texts of a tile, B images, S image side in pixels, N patches, H width.
+Shapes: B images, S image side in pixels, N patches, H width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.contrastive import contrastive_loss
+from ds_cmli.cmli import CMLILoss
 from ds_cmli.config.registry import IMAGE, LOSSES, BackboneEntry, LossEntry
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Loss, PairInputs, log_scale
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest
 
 PATCH, WIDTH, BLOCKS = 14, 32, 3
@@ -17,15 +16,9 @@ LOSSES["filip"] = LossEntry(f"{__name__}:Filip", scores="cmli", kind="contrastiv
 IMAGE["mixers"] = BackboneEntry(f"{__name__}:Mixers", "a toy")
 
 
-class Filip(Loss):
-    def __init__(self, config: LossConfig):
-        super().__init__(config)
-        self.logit_scale = log_scale(0.05)
-
-    def forward(self, inputs: PairInputs) -> Tensor:
-        i2t, t2i = inputs.cmli_scores  # [R, T] each, collective
-        everywhere = inputs.row_logsumexp, inputs.column_logsumexp
-        return contrastive_loss(i2t, t2i, self.logit_scale, inputs.own, *everywhere, inputs.duplicates)
+class Filip(CMLILoss):
+    def __init__(self, config: LossConfig, student: nn.Module, teacher_width: int | None):
+        super().__init__(0.05)
 
 
 class Mixer(nn.Module):

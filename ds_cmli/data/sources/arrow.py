@@ -7,7 +7,7 @@ groups are about 100 MB: it is copied into Arrow files once.
 import os
 import shutil
 from functools import partial
-from itertools import chain, filterfalse, starmap
+from itertools import chain, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,15 +22,12 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import (
-    NEGATIVES,
     Parts,
     Source,
     numbered,
     sampled,
-    texts_of,
     unused,
     usable,
-    wrong_key,
 )
 from ds_cmli.data.sources.find import SPLITS, part_of
 from ds_cmli.data.sources.tables import CAPTION_KEYS, find_columns
@@ -193,8 +190,6 @@ class Arrow(Source):
         features = dataset.features
         images = [name for name, feature in features.items() if _holds_image(feature)]
         captions = [name for name, feature in features.items() if _holds_text(feature)]
-        wrong = list(filter(features.__contains__, wrong_key(config)))
-        captions = list(filterfalse(wrong.__contains__, captions))
         schema = dataset.data.schema
         types = dict(zip(schema.names, map(str, schema.types), strict=True))
         named = [name for name in features if name.lower() in CAPTION_KEYS]
@@ -205,11 +200,8 @@ class Arrow(Source):
         by_key = config.caption_key and f"data.caption_key is {config.caption_key!r}, and "
         _check_types(by_key + where, "texts or lists of texts", captions, meant, types)
         self.image_column, self.caption_column = find_columns(where, images, captions, config)
-        used = self.image_column, self.caption_column, *wrong
+        used = self.image_column, self.caption_column
         self.unused = unused("the columns", features, used)
-        self.wrong: Dataset | None = None  # the wrong captions
-        if wrong:
-            self.wrong = dataset.select_columns(wrong).with_format(None)
         if isinstance(features[self.image_column], datasets.Image):
             dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.images = dataset.select_columns([self.image_column]).with_format(None)
@@ -230,9 +222,6 @@ class Arrow(Source):
         value = self.texts[index][self.caption_column]
         texts = value if isinstance(value, list) else [value]
         return usable(list(filter(None, texts)))
-
-    def negatives(self, index: int) -> list[str]:
-        return [] if self.wrong is None else texts_of(self.wrong[index][NEGATIVES])
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.where}"

@@ -7,7 +7,6 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import filterfalse
 from pathlib import Path
@@ -15,13 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ds_cmli.common.errors import UserError, printable
-from ds_cmli.common.json_text import parse
-from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Bad, Refused
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 BLOCKS, BLOCK_BYTES = 256, 2**18  # of large data, what is compared when a run resumes
-NEGATIVES = "negatives"  # the column or key of a picture's wrong captions, a list
 MOST_NAMED = 10  # columns that are not read
 
 
@@ -63,13 +59,6 @@ class Source(ABC):
 
         Raises `Refused` or `OSError` if they cannot be read.
         """
-
-    def negatives(self, index: int) -> list[str]:
-        """Wrong captions of the picture, its list `negatives`; none by default.
-
-        Raises `Refused` or `OSError` if they cannot be read.
-        """
-        return []
 
     @abstractmethod
     def name(self, index: int) -> str:
@@ -140,9 +129,6 @@ class SourcePart(Source):
 
     def captions(self, index: int) -> list[str]:
         return self.source.captions(int(self.indices[index]))
-
-    def negatives(self, index: int) -> list[str]:
-        return self.source.negatives(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
@@ -236,29 +222,6 @@ def unused(what: str, names: Iterable[str], used: Sequence[str]) -> list[str]:
     if not others:
         return []
     return [f"{what} {', '.join(others)}"]
-
-
-def wrong_key(config: DataConfig) -> tuple[str, ...]:
-    """The name of the field of wrong captions, if it is read."""
-    return (NEGATIVES,) if config.negatives == "field" else ()
-
-
-def texts_of(value: object) -> list[str]:
-    """The wrong captions in a field `negatives`: a list of texts, or such a list as JSON.
-
-    Blank ones do not count. Raises `Refused` for anything else, such as a single text.
-    """
-    if value is None:
-        return []
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = parse(value.strip() or "[]", list)
-    if not isinstance(value, list) or not all(isinstance(text, str | None) for text in value):
-        raise Refused(f"its {NEGATIVES} are no list of texts")
-    texts = list(filter(None, map(str.strip, filter(None, value))))
-    for text in texts:
-        check_unicode(text)
-    return texts
 
 
 def check_unicode(text: str) -> None:

@@ -10,7 +10,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
-from ds_cmli.data.sources.base import NEGATIVES, Parts, check_unicode, unused, wrong_key
+from ds_cmli.data.sources.base import Parts, check_unicode, unused
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # Karpathy's names; "restval", the rest of COCO's validation set, is usually trained on.
@@ -35,7 +35,6 @@ class Row(NamedTuple):
     file: str  # or what else names the entry, if it has no file
     caption: str = ""
     reason: str = ""
-    wrong: object = None  # the picture's wrong captions, in one of its rows
 
 
 def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -51,7 +50,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         )
     path = files[0]
     notices: list[str] = []
-    rows, not_read = _read(path, notices, (*KNOWN, *wrong_key(config)))
+    rows, not_read = _read(path, notices, KNOWN)
     usable = [row.file for row in rows if not row.reason]
     if not usable:
         first = ", ".join(told([(row.file, row.reason) for row in rows]))
@@ -71,8 +70,6 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
             part.bad.append((row.file, row.reason))
         else:
             part.add(row.file, row.caption)
-        if row.wrong and config.negatives == "field":
-            part.add_wrong(row.file, row.wrong)
     filled = {split: part for split, part in parts.items() if len(part)}
     first_part = next(iter(filled.values()))
     for split, part in parts.items():
@@ -131,10 +128,8 @@ def _karpathy(images: list[object]) -> Iterator[Row]:
         except Refused as error:
             yield Row(split, file, reason=str(error))
             continue
-        wrong = _object(image).get(NEGATIVES)
         for sentence in sentences:
-            yield _row(split, file, sentence, "raw")._replace(wrong=wrong)
-            wrong = None
+            yield _row(split, file, sentence, "raw")
 
 
 def _annotated(
@@ -142,7 +137,6 @@ def _annotated(
 ) -> Iterator[Row]:
     """Yield the file and the text of each caption, all as the split "train"."""
     files: dict[str | int, str] = {}
-    wrong: dict[str | int, object] = {}
     for number, image in enumerate(images):
         try:
             key, file = _value(image, "id", str | int), _file(_value(image, "file_name", str))
@@ -150,8 +144,6 @@ def _annotated(
                 raise Refused(f"its id {key!r} is that of {files[key]!r}")
         except Refused as error:
             yield Row("train", f"image {number}", reason=str(error))
-        else:
-            wrong[key] = _object(image).get(NEGATIVES)
     used = set()
     for number, annotation in enumerate(annotations):
         try:
@@ -162,8 +154,7 @@ def _annotated(
             yield Row("train", f"annotation {number}", reason=str(error))
             continue
         used.add(key)
-        row = _row("train", files[key], annotation, "caption")
-        yield row._replace(wrong=wrong.pop(key, None))
+        yield _row("train", files[key], annotation, "caption")
     without = [file for key, file in files.items() if key not in used]
     if without:
         notices.append(

@@ -12,7 +12,7 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.pictures import inside
-from ds_cmli.data.sources.base import NEGATIVES, Parts, unused, wrong_key
+from ds_cmli.data.sources.base import Parts, unused
 from ds_cmli.data.sources.find import accepted
 from ds_cmli.data.sources.listed import Listed
 from ds_cmli.data.sources.tables import Table
@@ -145,8 +145,6 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
             try:
                 for text in _texts(values["text"], path, line):
                     rows.add(file, text)
-                if config.negatives == "field":
-                    rows.add_wrong(file, values.get(NEGATIVES))
             except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
                 raise UserError(
                     f"{path} line {line} is no Unicode ({error.reason}): give whole characters"
@@ -155,7 +153,7 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    rows.unused = unused("the columns", columns, (*COLUMNS, *wrong_key(config)))
+    rows.unused = unused("the columns", columns, COLUMNS)
     return rows
 
 

@@ -18,7 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused
 from ds_cmli.data.pictures import inside, most_bytes, read_file
-from ds_cmli.data.sources.base import Source, texts_of
+from ds_cmli.data.sources.base import Source
 
 LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
 MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
@@ -69,7 +69,6 @@ class Listed(Source):
         self.bad = []
         self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
         self.unused: list[str] = []  # what `not_read` returns
-        self.wrong, self.wrong_hashes = Strings(), array("q")  # wrong captions, and their files
 
     def add(self, file: str, text: str | None) -> None:
         """Append a row. All rows must be added before the source is read.
@@ -84,35 +83,6 @@ class Listed(Source):
         self.files.append(file)
         self.texts.append(text)
         self.hashes.append(hash(file))
-
-    def add_wrong(self, file: str, value: object) -> None:
-        """Add a file's wrong captions, as its list says them, before the source is read.
-
-        Raises `UserError` if they are no list of texts.
-        """
-        try:
-            texts = texts_of(value)
-        except Refused as error:
-            raise UserError(
-                f"{self.where} has {file!r}, which cannot be used: {error}; give a list of wrong "
-                "captions, or null"
-            ) from None
-        for text in texts:
-            self.wrong.append(text)
-            self.wrong_hashes.append(hash(os.path.normpath(file)))
-
-    @cached_property
-    def _wrong_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows of `wrong` in the order of their files' hashes, and these, int64 [rows] each."""
-        hashes = np.frombuffer(self.wrong_hashes, np.int64)
-        rows = np.argsort(hashes, kind="stable")
-        return rows, hashes[rows]
-
-    def negatives(self, index: int) -> list[str]:
-        rows, hashes = self._wrong_rows
-        own = hash(self.name(index))
-        first, end = np.searchsorted(hashes, own), np.searchsorted(hashes, own, "right")
-        return list(map(self.wrong.__getitem__, rows[first:end].tolist()))
 
     @cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +129,7 @@ class Listed(Source):
 
     def fingerprint(self) -> dict[str, object]:
         content = hashlib.blake2b(digest_size=16)
-        for strings in (self.files, self.texts, *([self.wrong] * bool(len(self.wrong)))):
+        for strings in (self.files, self.texts):
             content.update(strings.text)
             content.update(strings.ends)
         # The sizes of the files, of `MOST_SIZES` at most. Dates do not count, as a copy changes

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources.base import Parts, first_twice, unused, wrong_key
+from ds_cmli.data.sources.base import Parts, first_twice, unused
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # In the message of the csv module for a field of more than `csv.field_size_limit()` characters.
@@ -42,7 +42,6 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
         UserError: a column is missing or ambiguous, the images are not found, or as `Table.rows`.
     """
     source: Listed | None = None
-    wrong = {*wrong_key(config)}
     notices: list[str] = []
     for file in files:
         try:
@@ -71,10 +70,8 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
                         )
                     assert source is not None
                     source.add(cells[image], cells[caption])
-                    for key in wrong & {*table.columns}:
-                        source.add_wrong(cells[image], cells[table.columns.index(key)])
                 if source is not None:
-                    source.unused += unused("the columns", table.columns, (*keys, *wrong))
+                    source.unused += unused("the columns", table.columns, keys)
                 notices += table.notices()
         except UnicodeError as error:
             raise UserError(f"{file} cannot be read ({error}): save it as UTF-8 text") from None

@@ -17,15 +17,12 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import (
-    NEGATIVES,
     Parts,
     Source,
     numbered,
     sampled,
-    texts_of,
     unused,
     usable,
-    wrong_key,
 )
 from ds_cmli.data.sources.find import part_of
 from ds_cmli.data.sources.tar_index import Indexed, add_not_read, index
@@ -71,7 +68,6 @@ class Tars(Source):
 
     def __init__(self, where: str, shards: list[Path], config: DataConfig):
         self.where, self.shards, self.caption_key = where, shards, config.caption_key
-        self.wrong_key = wrong_key(config)
         self.most_bytes = most_bytes(config.max_pixels)
         self.bad: list[Bad] = []
         self.members_not_read: NotRead = {}
@@ -122,11 +118,6 @@ class Tars(Source):
             raise Refused(f"its .json has no text under {' or '.join(self._keys)}")
         return usable(texts)
 
-    def negatives(self, index: int) -> list[str]:
-        shard, row = self._row(index)
-        return texts_of(self._json(shard, row).get(NEGATIVES)) if row["json"] else []
-
-    @property
     def _keys(self) -> tuple[str, ...]:
         return (self.caption_key,) if self.caption_key else CAPTION_KEYS
 
@@ -149,7 +140,7 @@ class Tars(Source):
             with suppress(Refused, OSError):  # it is a bad sample, and reported as that
                 values = self._json(0, row)
                 used = next((key for key in self._keys if values.get(key)), "")
-                lines += unused("the keys of .json", values, (used, *self.wrong_key))
+                lines += unused("the keys of .json", values, (used,))
         return lines
 
     def name(self, index: int) -> str:

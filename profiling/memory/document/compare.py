@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 import torch
 
-from ds_cmli.cmli.backends import why_no_kernels
+from ds_cmli.cmli.op import why_not_triton
 from ds_cmli.memory.report import gigabytes
 from profiling.memory.document import implementations
 from profiling.memory.document.estimates import Setting, claims
@@ -79,9 +79,9 @@ class Row:
 def backend(s: Setting, device: str) -> str:
     """The backend that the all-pairs op chooses on `device`."""
     if device == "cuda":
-        why_not = why_no_kernels(torch.device(device), torch.float16, s.N, s.M, s.D)
-        return "triton" if why_not is None else "chunked"
-    return "chunked"
+        why_not = why_not_triton(torch.device(device), torch.float16, s.N, s.M, s.D)
+        return "triton" if why_not is None else "torch"
+    return "auto"
 
 
 def ways(s: Setting, device: str) -> dict[tuple[str, str], Implementation]:

@@ -24,28 +24,33 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.contrastive import contrastive_loss
-from ds_cmli.losses import functions as losses
+from ds_cmli.losses.target_cmli import match_patches
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.tracker import MemoryTracker
 from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
-from profiling.speed.baselines import broadcast_dots, broadcast_scores, materialised_scores
+from profiling.speed.op import broadcast_dots, broadcast_scores, materialised_scores
 
 SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
+
+
+def loss_of(s_i2t: Tensor, s_t2i: Tensor, logit_scale: Tensor) -> Tensor:
+    """The contrastive loss of scores [I, G], of which the first I columns are the images' own."""
+    rows, columns = logit_scale.exp() * s_i2t, logit_scale.exp() * s_t2i
+    of_rows, of_columns = rows.logsumexp(1), columns.logsumexp(0)[: len(columns)]
+    return (of_rows + of_columns - rows.diagonal() - columns.diagonal()).mean() / 2
 
 
 def global_loss(
     dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor
 ) -> Tensor:
     scores = dots(image, text)
-    return contrastive_loss(scores, scores, logit_scale, first=0)
+    return loss_of(scores, scores, logit_scale)
 
 
 def cmli_loss(
     scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
 ) -> Tensor:
-    s_i2t, s_t2i = scores(image, text, token_mask)
-    return contrastive_loss(s_i2t, s_t2i, logit_scale, first=0)
+    return loss_of(*scores(image, text, token_mask), logit_scale)
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:
@@ -118,7 +123,7 @@ def implementations(
         ("E2", "materialised, all"): Implementation(blocks["all"], stored),
         ("E3", "broadcast"): Implementation(match, broadcast_match),
         ("E3", "materialised"): Implementation(match, materialised_match),
-        ("E3", "ours"): Implementation(match, losses.match_patches),
+        ("E3", "ours"): Implementation(match, match_patches),
         ("E5", f"E2 materialised, {kept} of {s.M}"): Implementation(
             partial(cmli_inputs, s.B, kept, s), stored
         ),
@@ -194,12 +199,10 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
-        # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
-        lengths = [inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
         gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
         # Libraries' workspaces are found by running operators, for which the other ways are too large.
         with_workspace = implementation.device == "cpu" and implementation.op
-        tracker = MemoryTracker(text_lengths=lengths, gpu=gpu, workspaces=with_workspace)
+        tracker = MemoryTracker(gpu=gpu, workspaces=with_workspace)
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:

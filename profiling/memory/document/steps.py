@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_cmli.allocator import gpus
+from ds_cmli.cmli import distributed
+from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -27,8 +31,9 @@ from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
 from profiling.memory.document.compare import Row, free_bytes, processes
 from profiling.memory.document.estimates import Setting, claims, zero_model_states
+from profiling.memory.document.implementations import loss_of
 from profiling.memory.document.own_process import tell_from_process
-from profiling.speed.baselines import broadcast_scores, materialised_scores
+from profiling.speed.op import broadcast_scores, materialised_scores
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
 STEP_PAIRS = 4  # per rank, with which a CPU measures a preset's whole step
@@ -45,7 +50,7 @@ class Variant:
     name: str
     losses: tuple[str, ...]
     checkpointing: bool
-    scores: Callable | None = None  # in place of `cmli_scores`
+    scores: Callable | None = None  # in place of the op, stored with autograd's graph
 
 
 VARIANTS = (
@@ -60,6 +65,22 @@ VARIANTS = (
 FIRST_VARIANTS = tuple(
     v for v in VARIANTS if v.scores is not broadcast_scores and not v.checkpointing
 )
+
+
+def stored_loss(
+    scores: Callable,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    ids: Tensor | None,
+    learned: Tensor,
+) -> Tensor:
+    """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
+    ranks = distributed.world_size()  # whose texts are of this size too
+    units = torch.cat([l2_normalize(text)] * ranks)
+    pairs = scores(l2_normalize(image), units, torch.cat([token_mask] * ranks))
+    return loss_of(*pairs, learned.log())
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
@@ -121,7 +142,8 @@ def document_rows(
             except UserError as error:
                 row.verdict = f"not predicted: {error}"
                 continue
-            json, options = document_json(variant.checkpointing), Options(scores=variant.scores)
+            pair_loss = variant.scores and partial(stored_loss, variant.scores)
+            json, options = document_json(variant.checkpointing), Options(pair_loss=pair_loss)
             submitted = pool.submit(predict_largest, config, json, s.P, gpu=gpu, options=options)
             prediction = submitted.result()
             if variant.name == "ours" and not variant.checkpointing:

@@ -44,15 +44,16 @@ def test_no_time_left_is_said(monkeypatch):
     assert {row.measured_on for row in rows} == {"not measured: the 0 s for measuring were spent"}
 
 
-@pytest.mark.parametrize("kernels", [True, False])
-def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(kernels, monkeypatch):
-    """With its compiled kernels, and without a compiler; each way at the setting's own batch."""
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(backend, monkeypatch):
+    """With its compiled kernels, and by PyTorch's operators; each way at the setting's own batch."""
     s = Setting(B=24, P=2, N=49, M=16, H=32, D=64)
-    if not kernels:
-        monkeypatch.setattr("ds_cmli.cmli.chunked.kernels.load", lambda: None)
+    monkeypatch.setattr(compare, "backend", lambda *_: backend)
     rows = [row for row in compare.predicted_rows(s, {"E2"}, "cpu") if row.implementation in ("ours", "materialised")]
     # In this process, as one of its own would find the compiler again.
-    monkeypatch.setattr(compare, "measure_in_subprocess", lambda row, s, device, passes, left: measured(row, s, passes))
+    monkeypatch.setattr(
+        compare, "measure_in_subprocess", lambda row, s, device, passes, left: measured(row, s, passes, backend)
+    )
     compare.measure(rows, s, "cpu")
     for row in rows:
         assert row.measured_bytes == row.predicted_bytes == row.corrected_bytes, row
@@ -63,10 +64,10 @@ def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(kernels, monkeypatch):
     ]
 
 
-def measured(row, s, passes):
+def measured(row, s, passes, backend="auto"):
     for small in implementations(allocations.SMALL).values():  # workspaces that libraries take once
         allocations.run(small, "cpu", backward=True)
-    return allocations.run(implementations(s)[row.id, row.implementation], "cpu", passes != "forward")
+    return allocations.run(implementations(s, backend)[row.id, row.implementation], "cpu", passes != "forward")
 
 
 def test_less_than_the_setting_is_said_in_the_first_lines(monkeypatch):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.pair_scores import both_ways, combined
+from ds_cmli.scores import both_ways, combined
 
 COSINES = torch.tensor([[0.5, 0.1]])
 I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.op import upcast
 
 
 class BothWays(NamedTuple):

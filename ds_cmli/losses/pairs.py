@@ -1,0 +1,51 @@
+"""The losses over pairs: a contrastive and a sigmoid one, on cosines of class tokens and on CMLI.
+
+Contrastive: CLIP (Radford et al., 2021), and on all-pairs CMLI equations (1) to (4) of the source
+document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorithm 1).
+"""
+
+import math
+
+from ds_cmli.cmli.loss import CMLILoss, PairLoss
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.models.student import Student
+
+# Of a sigmoid loss on cosines: SigLIP's models have learned up to 120, without a maximum.
+MAX_SIGMOID_SCALE = 1000.0
+
+
+class GlobalContrastive(PairLoss):
+    def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
+        super().__init__(config.init_temperature, **_options(config))
+        if student.start is not None:  # as the source of the student was trained
+            self.temperature.logit_scale.data.fill_(student.start.log_scale)
+
+
+class AllPairsCMLI(CMLILoss):
+    def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
+        super().__init__(config.cmli_init_temperature, **_options(config))
+
+
+class GlobalSigmoid(PairLoss):
+    def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
+        # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start
+        # with a small loss.
+        scale, bias, start = math.log(10), config.init_bias, student.start
+        if start is not None:
+            scale, bias = start.log_scale, start.bias if bias is None else bias
+        bias = -10.0 if bias is None else bias
+        super().__init__(0.1, bias, MAX_SIGMOID_SCALE, **_options(config))
+        self.temperature.logit_scale.data.fill_(scale)
+
+
+class CMLISigmoid(CMLILoss):
+    def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
+        # A CMLI score is a mean of maxima: it varies less than a cosine and is above 0 for almost
+        # any pair. A larger scale and a lower bias than SigLIP's make the negatives of an untrained
+        # student start near SigLIP's logit of -10.
+        bias = -14.0 if config.init_bias is None else config.init_bias
+        super().__init__(0.02, init_bias=bias, **_options(config))
+
+
+def _options(config: LossConfig) -> dict:
+    return {"backend": config.cmli_backend, "scratch_bytes": config.cmli_scratch_bytes}

@@ -1,0 +1,208 @@
+"""python -m profiling.speed.op [--beside CHECKOUT]
+
+The all-pairs scores and their loss, forward and backward, beside others that compute them, and
+beside another checkout of this repository: time, and memory beyond inputs and gradients.
+
+Each is a process of its own; they take turns, so that what else the machine does meets all, and the
+medians are printed. The floor is the bare matrix product over valid tokens, fp32: no lower bound
+where that product (MKL) is not the fastest, as on AMD's processors.
+
+Shapes: image [I, N, D], text [J, M, D].
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.cmli import CMLILoss, cmli_scores
+from ds_cmli.cmli.op import upcast
+
+N, M, D = 196, 64, 256
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ROOT = Path(__file__).parents[2]
+
+
+def text_lengths(setting: str, J: int) -> Tensor:
+    """Valid tokens of each text: all 62; or as in captions, about 12 on average."""
+    if setting == "full":
+        return torch.full((J,), 62)
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.empty(J).log_normal_(2.35, 0.5, generator=generator)
+    lengths = lengths.round().clamp(3, 62).long()
+    lengths[0] = 62
+    return lengths
+
+
+def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products over the last dimension of broadcast tensors, with every product stored."""
+    return (x * y).sum(-1)
+
+
+def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both scores [I, J] from [I, N, J, M], masked tokens at minus infinity."""
+    s_i2t = similarities.max(3).values.mean(1)
+    best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, J, M]
+    return s_i2t, best.sum(2) / token_mask.sum(1)
+
+
+def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """CMLI of all pairs as the document counts it: [I, N, J, M, D] is stored."""
+    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
+    return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
+
+
+def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """CMLI of all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
+    similarities = upcast(image).flatten(0, 1) @ upcast(text).flatten(0, 1).t()  # [I*N, J*M]
+    # In place and before the view: a copy of this tensor is what nobody can afford.
+    similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
+    return cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), token_mask)
+
+
+def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula of x-clip 0.14.4, use_all_token_embeds."""
+    S = torch.einsum("xtd,yid->xyti", text, image)
+    token = mask[:, None, :]
+    t2i = S.amax(-1).masked_fill(~token, 0.0).sum(-1) / token.sum(-1).clamp(min=1e-6)
+    i2t = S.masked_fill(~token[..., None], -torch.finfo(S.dtype).max).amax(-2).mean(-1)
+    return i2t.t(), t2i.t()
+
+
+class Problem:
+    """Inputs and upstream gradients of I images against J texts, and what is timed on them."""
+
+    def __init__(self, setting: str, I: int, J: int, dtype: str, device: str):  # noqa: E741
+        generator, lengths = torch.Generator().manual_seed(0), text_lengths(setting, J)
+        self.mask = (torch.arange(M) < lengths[:, None]).to(device)
+        self.image, self.text = (
+            F.normalize(torch.randn(n, p, D, generator=generator), dim=-1)
+            .to(device, DTYPES[dtype])
+            .requires_grad_()
+            for n, p in ((I, N), (J, M))
+        )
+        self.grads = [(torch.randn(I, J, generator=generator) / J).to(device) for _ in range(2)]
+
+    def step(self, scores: Callable) -> None:
+        out = scores(self.image, self.text, self.mask)
+        torch.autograd.grad(out, (self.image, self.text), self.grads)
+
+    def loss(self) -> None:
+        loss = CMLILoss().to(self.image.device)
+        value = loss(self.image, self.text, self.mask)
+        torch.autograd.grad(value, (self.image, self.text, *loss.parameters()))
+
+    def floor(self) -> None:
+        with torch.no_grad():
+            valid, patches = self.text[self.mask].float(), self.image.float().flatten(0, 1)
+            for block in patches.split(16 * N):
+                valid @ block.t()
+
+    def call(self, name: str) -> Callable[[], None]:
+        own = {"loss": self.loss, "floor": self.floor}
+        scores = {"scores": cmli_scores, "stored": materialised_scores, "x-clip": x_clip}
+        return own.get(name) or (lambda: self.step(scores[name]))
+
+
+def serve(case: str) -> None:
+    """Answer each line with the seconds of a call; first with the bytes of one."""
+    name, clock, threads, *problem = json.loads(case)
+    torch.set_num_threads(threads)
+    measure = time.process_time if clock == "cpu" else time.perf_counter
+    small = Problem(problem[0], 2, 2, *problem[3:])
+    small.call(name)()  # libraries load and start their threads
+    problem = Problem(*problem)
+    call, cuda = problem.call(name), problem.image.is_cuda
+    gradients = 0 if name == "floor" else problem.image.nbytes + problem.text.nbytes
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        peak = torch.cuda.max_memory_allocated() - before
+    else:
+        from ds_cmli.memory import cpu_events
+
+        peak = max(accumulate(cpu_events.sizes(call)))
+    print(max(0, peak - gradients), flush=True)
+    for _ in sys.stdin:
+        started = measure()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        print(measure() - started, flush=True)
+
+
+class Server:
+    """A process that calls one contender, of one checkout."""
+
+    def __init__(self, checkout: Path, case: tuple):
+        command = [sys.executable, __file__, "--serve", json.dumps(case)]
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(case[2])},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.bytes = self.answer()
+
+    def answer(self) -> float:
+        assert self.process.stdout is not None
+        return float(self.process.stdout.readline() or "nan")  # it has said why on stderr
+
+    def seconds(self) -> float:
+        assert self.process.stdin is not None
+        if self.process.poll() is not None:
+            return float("nan")
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+@click.command(help=(__doc__ or "").split("\n\n")[1])
+@click.option("--images", default=64, show_default=True)
+@click.option("--texts", default=64, show_default=True, help="The loss is of as many as images.")
+@click.option("--setting", type=click.Choice(("full", "captions")), default="full")
+@click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="fp32")
+@click.option("--threads", default=1, show_default=True)
+@click.option("--repeats", default=9, show_default=True)
+@click.option("--clock", type=click.Choice(("wall", "cpu")), default="wall")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--only", default="scores,loss,stored,x-clip,floor", show_default=True)
+@click.option("--beside", type=click.Path(exists=True), help="Another checkout.")
+@click.option("--serve", "case", hidden=True)
+def command(images, texts, setting, dtype, threads, repeats, clock, device, only, beside, case):
+    if case:
+        return serve(case)
+    servers = {}
+    for name in only.split(","):
+        sizes = (images, images if name == "loss" else texts)
+        one = (name, clock, threads, setting, *sizes, dtype, device)
+        servers[name] = Server(ROOT, one)
+        if beside and name in ("scores", "loss"):
+            servers[f"{name} beside"] = Server(Path(beside).resolve(), one)
+    times = {name: list[float]() for name in servers}
+    for repeat in range(repeats):
+        for name in list(servers)[:: 1 if repeat % 2 else -1]:
+            times[name].append(servers[name].seconds())
+    print(
+        f"{images} x {texts}, {setting}, {dtype}, {threads} threads, {device}; medians of {repeats}"
+    )
+    for name, server in servers.items():
+        median = statistics.median(times[name])
+        print(f"  {name:16}{median * 1e3:10.1f} ms{server.bytes / 1e6:10.1f} MB")
+        server.process.kill()
+
+
+if __name__ == "__main__":
+    command()
