@@ -19,9 +19,9 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
 
     from ds_cmli.checkpoint.restore import ResumePoint
     from ds_cmli.checkpoint.train_state import TrainState
-    from ds_cmli.data.bad import BadSamples
     from ds_cmli.data.batch import Batch
-    from ds_cmli.data.load import Data
+    from ds_cmli.data.build import Data
+    from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed.process_group import CollectiveFlags
     from ds_cmli.engine import Plan
     from ds_cmli.faults.watchdog import Watchdog
@@ -86,14 +86,14 @@ def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None,
     `UserError`.
     """
     from ds_cmli.data import assets
-    from ds_cmli.data.load import build_data
+    from ds_cmli.data.build import build_data
 
     try:
         if os.environ["RANK"] == "0":
             check_outputs(ds_config, config.run.report_to)
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
-        say(*data.summary, *data.notices)
+        say(*data.summary)
         return data, None
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
@@ -117,7 +117,7 @@ def prepare(
         None if the run is finished already; a line says so.
     """
     from ds_cmli.checkpoint import contents, restore, run_folder
-    from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
+    from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.process_group import CollectiveFlags
     from ds_cmli.engine import make_plan
@@ -147,9 +147,7 @@ def prepare(
     if point is not None:
         plan.sampler.load_state_dict(state.sampler)
     profiles = start.profiles.left(plan.total_steps, state.step, say)
-    bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)  # type: ignore[arg-type]
-    if distributed.is_main():
-        bad.file = BadFile(folder / BAD_FILE, data.bad)
+    bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
     followed = replace(start, resume=resume, profiles=profiles)
     flags = CollectiveFlags()  # collective
     return Prepared(config, plan, data, place, followed, point, state, bad, flags)
@@ -175,9 +173,12 @@ def next_batch(
         save_due: tells whether a checkpoint is due by this rank's clock.
         before_raising: called on all ranks where the data of one fails, before its error is raised.
     """
-    batch, error = None, None
+    batch: Batch | None = None
+    error: Exception | None = None
     try:
-        batch = ready.plan.sampler.checked(next(batches))
+        batch = next(batches)
+    except UserError as caught:  # of a loading process: its traceback precedes its message
+        error = UserError(str(caught).strip().splitlines()[-1].split("UserError: ", 1)[-1])
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     ready.place.watchdog.heartbeat()

@@ -172,7 +172,6 @@ class Run:
             name = split + suffix
 
             def show(share: Share, name: str = name) -> None:
-                self.bad.evaluated(share.left_out)
                 maps, tokenizer = settings.match_maps, self.data.tokenizer
                 draw(self.writer, state.step, name, maps, tokenizer, share)  # collective
 
@@ -203,7 +202,6 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
         self.writer.flush(to_disk=True)
-        self.bad.gather(self.flags)  # collective
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
         self.state.metrics_lines = self.writer.lines_at(self.state.step, self.state.evaluated)
         with self.watchdog.slow(together=True):

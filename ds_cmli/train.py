@@ -142,7 +142,12 @@ def build_and_train(ready: Prepared) -> int:
     ending = out_of_memory.ending(folder, device, watchdog, raises)
     with afterwards, ending as engines:
         engine = build(
-            chosen, plan.deepspeed, data.vocab_size, plan.total_steps, device, data.special
+            chosen,
+            plan.deepspeed,
+            data.tokenizer.vocab_size,
+            plan.total_steps,
+            device,
+            data.tokenizer.special,
         )
         engines.append(engine)
         if raises:
@@ -182,13 +187,12 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     Returns the exit code.
     """
-    from ds_cmli.data.loaders import train_loader
+    from ds_cmli.data.pairs import train_loader
 
     settings, state, data = run.config.run, run.state, run.config.data
     batches = iter(
         train_loader(run.data, run.sampler, data.workers, preemption.shield, data.prefetch)
     )
-    run.bad.gather(run.flags)  # collective: what was left out at load is in its file at once
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     if save_due or not state.evaluated:
         preemption.begin()

@@ -132,9 +132,7 @@ def held_out(
     Raises:
         UserError: there is no such split or pair, or a pair cannot be used.
     """
-    from ds_cmli.data.aspect import unpacked
-    from ds_cmli.data.load import build_eval_data
-    from ds_cmli.data.opening import evaluation_data
+    from ds_cmli.data.build import build_eval_data, evaluation_data
     from ds_cmli.evaluate.held_out import HeldOut
 
     if source is not None:
@@ -154,8 +152,7 @@ def held_out(
         row = order[number]
         sample = pairs.pairs.pair(pairs.rows[row])
         if sample.bad is None:
-            image = unpacked(sample.image, sample.grid, config.data.side)
-            out.append((image, sample.tokens.text))
+            out.append((sample.image, sample.tokens.text))
         elif numbers is not None:
             name, reason = sample.bad
             raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")

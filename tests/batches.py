@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch.utils.data import Dataset
 
 from ds_cmli.data.batch import Batch
-from ds_cmli.data.load import EvalData
+from ds_cmli.data.build import EvalData
 
 
 def rank_batches(dataset: Dataset, data: EvalData, size: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:

@@ -189,7 +189,7 @@ def device():
 def data(demo):
     """The data of the preset `tiny`."""
     from ds_cmli.config.presets import load_preset
-    from ds_cmli.data.load import build_data
+    from ds_cmli.data.build import build_data
 
     return build_data(load_preset("tiny", {}).data, 0)
 

@@ -57,6 +57,21 @@ def tar(path: Path, count: int = 24, first: int = 0) -> str:
     return str(path)
 
 
+def parquet(folder: Path, count: int = 24) -> str:
+    """A folder with a parquet file of pictures and captions."""
+    import datasets
+
+    rows = {"image": [], "caption": []}
+    for number in range(count):
+        data = io.BytesIO()
+        picture(number).save(data, "png")
+        rows["image"].append({"bytes": data.getvalue(), "path": f"{number}.png"})
+        rows["caption"].append(f"a green line {number}")
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "train-00000-of-00001.parquet")
+    return str(folder)
+
+
 def json_file(path: Path, content: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
@@ -77,7 +92,7 @@ def models(**sections: dict) -> tuple[nn.Module, nn.Module | None]:
 
 
 def data_of(chosen: Config):
-    from ds_cmli.data.load import build_data
+    from ds_cmli.data.build import build_data
 
     return build_data(chosen.data, chosen.run.seed)
 

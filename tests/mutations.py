@@ -109,7 +109,7 @@ ROWS = (
      "                gradient_cache.set_random_states(states, self.device)\n", ""),
     # Data: samples that come twice or never, special tokens as words, held-out pictures that are trained on.
     ("data-position", "data/sampler.py", DATA + "test_a_resumed_order_repeats_nothing_and_skips_nothing",
-     "self.position += self.global_batch", "self.position += self.micro_batch"),
+     "for samples in (0, self.global_batch):", "for samples in (0, self.micro_batch):"),
     ("data-resume", "data/sampler.py", DATA + "test_a_resumed_order_repeats_nothing_and_skips_nothing",
      'self.epoch, self.position = state["epoch"], state["position"]', 'self.epoch, self.position = state["epoch"], 0'),
     ("data-epoch", "data/sampler.py", DATA + "test_an_epoch_has_each_sample_once_and_each_epoch_its_own_order",
@@ -122,10 +122,10 @@ ROWS = (
      DATA + "test_tokens_are_those_of_the_caption_without_special_ones_and_padding",
      "valid = [not added and token not in self.special_ids for token, added in tokens]",
      "valid = [True for token, added in tokens]"),
-    ("data-held-out", "data/sources/base.py", DATA + "test_held_out_pictures_are_not_trained_on",
-     "held_out = SourcePart(source, np.flatnonzero(chosen)", "held_out = SourcePart(source, np.flatnonzero(~chosen)"),
+    ("data-held-out", "data/build.py", DATA + "test_held_out_pictures_are_not_trained_on",
+     "Part(source, np.flatnonzero(chosen))", "Part(source, np.flatnonzero(~chosen))"),
     ("data-bad", "data/pairs.py", DATA + "test_a_broken_sample_is_replaced_by_the_next_and_counted",
-     "return replace(sample, index=index, bad=first_bad)", "return replace(sample, index=index, bad=None)"),
+     "return replace(sample, index=index, bad=bad[0] if bad else None)", "return replace(sample, index=index)"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.
     ("models-padding", "models/student.py", MODELS + "test_padding_changes_no_text",
      "return self.block(x, attn_mask=mask[:, None, None, :])", "return self.block(x, attn_mask=None)"),

@@ -82,7 +82,7 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data, monkeyp
         ({"config": {"optim": {"lr": -1}}}, r"^optim.lr is -1: Input should be greater than 0$"),
         ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
         ({"config": {"data": {"source": "a"}}, "data": "b"}, r"^data is 'b': data.source is 'a': give one of them$"),
-        ({"data": "/nowhere"}, r"^data.source is '/nowhere', which is no folder"),
+        ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
         ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: no such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
     ],

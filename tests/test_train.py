@@ -167,7 +167,7 @@ def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
     share = ("--set", "data.max_bad_share=0.05")
     done = run(*TINY[:2], "--steps", "24", *share, "--data", folder, "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
-    line = next(line for line in done.stdout.splitlines() if "skipped" in line)
+    line = next(line for line in done.stdout.splitlines() if "bad samples" in line)
     assert ".png (" in line and "cannot identify image file" in line and "[(" not in line
     assert any("eval/val/combined/i2t_r1" in line for line in lines(tmp_path / "run"))
 

@@ -25,7 +25,7 @@ from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data.bad import BadSamples
+from ds_cmli.data.pairs import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import columns

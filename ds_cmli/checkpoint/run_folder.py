@@ -17,7 +17,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data.bad import BAD_FILE
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
@@ -134,7 +133,6 @@ def _settle(
     checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
     state, expected = TrainState(), 0
     if point is None:
-        checkpoint.remove(folder / BAD_FILE)
         _keep_former(folder / METRICS)
     else:
         state, name = point.state, point.path.name

@@ -15,7 +15,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import read
 from ds_cmli.config.schema import Number, PositiveCount
 from ds_cmli.config.validation import check_kind
-from ds_cmli.data.bad import Bad, BadSamples
+from ds_cmli.data.batch import Bad
+from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
 STATE = "state.json"

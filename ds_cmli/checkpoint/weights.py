@@ -24,7 +24,7 @@ from ds_cmli.models.weights import AVERAGE, WEIGHTS, load_weights
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.build import EvalData
     from ds_cmli.data.tokens import CaptionTokenizer
     from ds_cmli.engine import TrainEngine
     from ds_cmli.losses.objective import Objective

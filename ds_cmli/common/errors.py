@@ -2,7 +2,8 @@
 
 import os
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -11,6 +12,22 @@ class UserError(Exception):
 
     The message is one line with the setting, the value found and what to do.
     """
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn a library's exception into a `UserError` of one line that begins with `what`.
+
+    With DS_CMLI_TRACEBACK=1 the exception stays as it is.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
+        if os.environ.get("DS_CMLI_TRACEBACK") == "1":
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """`student.source`: what a CLIP or SigLIP model of transformers decides of a student."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common.json_text import JsonObject
@@ -76,34 +75,18 @@ def _of_processor(source: "Source", vision: "PreTrainedConfig") -> JsonObject:
     if content is None:
         raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
     content = content.get("image_processor", content)
-    of_square = vision.model_type != "siglip2_vision_model"
-    interpolation = INTERPOLATIONS.get(content.get("resample", 3 if of_square else 2))
+    interpolation = INTERPOLATIONS.get(content.get("resample", 3))
     if interpolation is None:
         raise source.error(f"its pictures are resampled by Pillow's {content['resample']!r}")
     for name in ("do_resize", "do_rescale", "do_normalize"):
         if content.get(name, True) is not True:
             raise source.error(f"its pictures are prepared with {name} {content[name]!r}")
-    sizes = _square(source, content, vision) if of_square else _naflex(source, content, vision)
     return {
-        **sizes,
+        **_square(source, content, vision),
         "interpolation": interpolation,
         "mean": content.get("image_mean"),
         "std": content.get("image_std"),
     }
-
-
-def _naflex(source: "Source", content: JsonObject, vision: "PreTrainedConfig") -> JsonObject:
-    """Sizes of pictures in their own aspect, of at most a square number of patches."""
-    patch, most = content.get("patch_size", 16), content.get("max_num_patches", 256)
-    if not isinstance(most, int) or most < 1 or math.isqrt(most) ** 2 != most:
-        raise source.error(f"its pictures have up to {most!r} patches: give a square number")
-    if not isinstance(patch, int) or patch != vision.patch_size:
-        raise source.error(
-            f"its pictures have patches of {patch!r} pixels, and its encoder of {vision.patch_size}"
-        )
-    if not vision.vision_use_head:
-        raise source.error("its image tower has no pooling, and so no joint space")
-    return {"image_size": math.isqrt(most) * patch, "resize": "naflex", "aspect_patch": patch}
 
 
 def _square(source: "Source", content: JsonObject, vision: "PreTrainedConfig") -> JsonObject:
@@ -117,7 +100,7 @@ def _square(source: "Source", content: JsonObject, vision: "PreTrainedConfig") -
             f"its pictures are resized to {content.get('size')} and cut to "
             f"{content.get('crop_size')}, and its encoder takes {image_size} pixels square"
         )
-    return {"image_size": image_size, "resize": resize, "aspect_patch": 0}
+    return {"image_size": image_size, "resize": resize}
 
 
 def _sides(size: object) -> tuple[int, ...]:

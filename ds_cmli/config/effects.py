@@ -19,7 +19,7 @@ Reason = tuple[str, str]  # a setting that has no effect, and why
 def _of_data_and_models(config: Config) -> Iterator[Reason]:
     data, student, teacher = config.data, config.student, config.teacher
     if data.source == "demo":
-        for name in ("held_out", "max_bad_share", "max_pixels", "follow_symlinks", "val_split"):
+        for name in ("held_out", "max_bad_share", "max_pixels", "val_split"):
             yield f"data.{name}", "the demo makes its own pictures"
     else:
         yield "data.scenes", "only the demo's pictures make scenes"

@@ -154,7 +154,6 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
         "tokenizer": _tokenizer(source, text),
         "context_length": text.context_length,
         "padding": PADDING[bool(full)],
-        "aspect_patch": 0,
     }
     return own, width, data
 

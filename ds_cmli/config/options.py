@@ -37,16 +37,6 @@ PLACES: dict[str, tuple[str, str]] = {}
 RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))
 
 
-def source_kinds(joint: str, setting: str = "") -> str:
-    """The kinds of sources for --help, such as "CSV or JSON": all, or those that read a setting."""
-    entries = [entry for entry in SOURCES.values() if entry.short]
-    if setting:
-        readers = [entry for entry in entries if setting in entry.settings]
-        entries = sorted(readers, key=lambda entry: entry.short.lower())
-    *others, last = [entry.short for entry in entries]
-    return f"{', '.join(others)} {joint} {last}" if others else last
-
-
 def _setting(group: str, name: str, place: str, help: str, **more: Any) -> Decorator:
     """Declare an option of the setting `place`, such as "optim.lr", of the type of its default."""
     section, _, key = place.partition(".")
@@ -106,8 +96,9 @@ WHAT = (
     _data(
         "--data",
         "data.source",
-        f"'demo', or pairs as {source_kinds('or')}, also by hf://datasets/OWNER/NAME "
-        "(docs/train.md). Repeat it to mix, each with a share as WHAT::0.7.  [preset]",
+        f"'demo', or pairs as {', '.join(entry.short for entry in SOURCES.values())}, also by "
+        "hf://datasets/OWNER/NAME (docs/train.md). Repeat it to mix, each with a share as "
+        "WHAT::0.7.  [preset]",
         multiple=True,
         metavar="WHAT",
     ),
@@ -117,18 +108,18 @@ WHAT = (
     _data(
         "--image-root",
         "data.image_root",
-        f"Folder of the images that a {source_kinds('or', 'image_root')} names.  [the list's]",
+        "Folder of the images that a table or JSON names.  [the list's]",
     ),
     _data("--csv-separator", "data.separator", "Separator of columns.  [detected]"),
     _data(
         "--csv-img-key",
         "data.image_key",
-        f"Column of the image, in {source_kinds('and', 'image_key')}.  [detected]",
+        "Column of the image, in a table and parquet.  [detected]",
     ),
     _data(
         "--csv-caption-key",
         "data.caption_key",
-        f"Column of the caption, in {source_kinds('and', 'caption_key')}.  [detected]",
+        "Column of the caption, in a table and parquet.  [detected]",
     ),
     _data("--workers", "data.workers", "Data loading processes per rank.  [preset]"),
     _length("--steps", "optim.steps", "Number of optimizer steps.  [preset]"),

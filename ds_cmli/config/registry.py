@@ -84,9 +84,6 @@ IMAGE = {
     "timm_tokens": BackboneEntry(
         "ds_cmli.models.timm_tokens:TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"
     ),
-    "timm_naflex": BackboneEntry(
-        "ds_cmli.models.timm_naflex:TimmNaFlex", "timm's NaFlexViT, for pictures of any aspect"
-    ),
     "timm_grid": BackboneEntry(
         "ds_cmli.models.timm_grid:TimmGrid",
         "timm's Swin, ConvNeXt, ResNet and others with a feature map",
@@ -115,73 +112,61 @@ def of_dual(folder: str, own: JsonObject) -> ModuleType:
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """A kind of source, recognised by the suffixes of its files, or by files in its folder."""
+    """A kind of source, recognised by the suffixes of its files, or by what its folder holds."""
 
-    implementation: str  # a function of (name, files, `DataConfig`) -> `data.sources.base.Parts`
+    implementation: str  # a function of (files, `DataConfig`) -> `data.sources.Source` by split
     what: str  # a description for error messages
-    short: str = ""  # one of a few words for --help; "": not named there
+    short: str  # one of a few words
     ends: tuple[str, ...] = ()  # suffixes of its files
-    holds: tuple[str, ...] = ()  # its folder holds at least one of these files
-    in_folder: bool = False  # whether a folder may be given instead of all such files in it
-    # The kind of the files of the same names, without pictures, that may lie next to its own.
-    companion: str = ""
+    holds: tuple[str, ...] = ()  # patterns of files of which its folder holds at least one
     # The package that reads it, if it does not come with this one, and the extra that installs it.
     package: str = ""
     extra: str = ""
-    # The fields of `DataConfig` that only some kinds read, this one among them.
-    settings: tuple[str, ...] = ()
 
 
 SOURCES = {
     "folder": SourceEntry(
-        "ds_cmli.data.sources.folder:load_folder",
-        "a folder of images with a metadata.jsonl, which has a line like "
-        '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with '
-        "these columns, or with such folders train/ and validation/ in it",
-        "a folder",
-        holds=("metadata.jsonl", "metadata.csv", "train/metadata.jsonl", "train/metadata.csv"),
-        settings=("follow_symlinks",),
-    ),
-    "tars": SourceEntry(
-        "ds_cmli.data.sources.tars:load_tars",
-        "uncompressed WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
-        "tar shards",
-        ends=(".tar",),
-        in_folder=True,
-        companion="parquet",  # img2dataset writes one next to each tar
-        settings=("caption_key",),
-    ),
-    "parquet": SourceEntry(
-        "ds_cmli.data.sources.arrow:load_parquet",
-        "parquet files with image bytes, or a folder of them",
-        "parquet",
-        ends=(".parquet",),
-        in_folder=True,
-        package="datasets",
-        extra="parquet",
-        settings=("image_key", "caption_key"),
+        "ds_cmli.data.sources:open_folder",
+        "a folder of images with a metadata.csv or metadata.jsonl (file_name, text), or with "
+        "train/ and validation/ of these",
+        "a folder with a table",
+        holds=("metadata.csv", "metadata.jsonl", "train/metadata.csv", "train/metadata.jsonl"),
     ),
     "saved": SourceEntry(
-        "ds_cmli.data.sources.arrow:load_saved",
-        "a folder that save_to_disk of Hugging Face datasets wrote",
+        "ds_cmli.data.arrow:open_saved",
+        "a folder of save_to_disk",
+        "a folder of save_to_disk",
         holds=("dataset_dict.json", "state.json"),
         package="datasets",
         extra="parquet",
-        settings=("image_key", "caption_key"),
     ),
-    "csv": SourceEntry(
-        "ds_cmli.data.sources.tables:load_csv",
-        "a CSV or TSV of paths and captions",
-        "CSV",
-        ends=(".csv", ".tsv"),
-        settings=("image_root", "image_key", "caption_key", "separator", "follow_symlinks"),
+    "tars": SourceEntry(
+        "ds_cmli.data.tars:open_tars",
+        "WebDataset tars, or a folder of them",
+        "tar shards",
+        ends=(".tar",),
+        holds=("*.tar",),
+    ),
+    "parquet": SourceEntry(
+        "ds_cmli.data.arrow:open_parquet",
+        "parquet files with image bytes, or a folder of them",
+        "parquet",
+        ends=(".parquet",),
+        holds=("*.parquet", "data/*.parquet"),
+        package="datasets",
+        extra="parquet",
+    ),
+    "table": SourceEntry(
+        "ds_cmli.data.sources:open_tables",
+        "a .csv, .tsv or .jsonl of paths and captions",
+        "a table",
+        ends=(".csv", ".tsv", ".jsonl"),
     ),
     "json": SourceEntry(
-        "ds_cmli.data.sources.coco:load_json",
-        "the JSON of Karpathy's splits or of COCO's caption annotations",
-        "JSON",
+        "ds_cmli.data.sources:open_json",
+        "the .json of COCO's captions or of Karpathy's splits",
+        "a JSON of captions",
         ends=(".json",),
-        settings=("image_root", "follow_symlinks"),
     ),
 }
 

@@ -38,7 +38,7 @@ LossName = Annotated[str, NameOf(LOSSES)]
 ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
-Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow", "naflex"]
+Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -145,19 +145,12 @@ class DataConfig:
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
-    # Whether the captions of training are the sentences of a picture's captions, each a text.
-    split_sentences: bool = False
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
-    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower. "naflex", as
-    # SigLIP 2's NaFlex: in its own aspect (`aspect_patch`), on the grid that this model takes.
+    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower.
     resize: Resize = "crop"
     interpolation: Interpolation = "bicubic"  # of resizing
-    # 0: of each picture the central square. Otherwise the whole picture in its own aspect, on
-    # patches of so many pixels, at most as many as a square of `image_size` has. The encoders must
-    # be NaFlexViTs with such patches; of a ViT, image_overrides={"use_naflex": true} makes one.
-    aspect_patch: Annotated[Number, Field(description="0: square")] = 0
     # The longest caption in tokens, with [CLS] and [SEP].
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
     # How far texts are padded: to the "longest" of the batch, or all "full", to `context_length`,
@@ -177,26 +170,11 @@ class DataConfig:
     # The run stops if the share of broken images and empty captions exceeds this.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # a larger image is broken
-    follow_symlinks: bool = False  # whether symlinks may lead to files outside the folder
 
     def __post_init__(self) -> None:
         count = self.held_out or 0.0
         need = "give a share below 1, or a whole number of pictures"
         check(count < 1 or count.is_integer(), "data.held_out", self.held_out, need)
-        whole = not self.aspect_patch or self.image_size % self.aspect_patch == 0
-        need = f"data.image_size is {self.image_size}, which must be a multiple"
-        check(whole, "data.aspect_patch", self.aspect_patch, need)
-        naflex = self.resize == "naflex"
-        need = "it is of pictures of any aspect: give data.aspect_patch too"
-        check(not naflex or bool(self.aspect_patch), "data.resize", self.resize, need)
-        square = naflex or self.resize == "crop" or not self.aspect_patch
-        need = f"pictures of any aspect (data.aspect_patch {self.aspect_patch}) are shown whole"
-        check(square, "data.resize", self.resize, f"{need}: leave one of the two out")
-
-    @property
-    def side(self) -> int:
-        """Patches along a side of a square, where pictures have any aspect; 0: all are square."""
-        return self.image_size // self.aspect_patch if self.aspect_patch else 0
 
 
 @dataclass(config=STRICT)

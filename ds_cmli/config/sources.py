@@ -24,7 +24,7 @@ HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 EXPORT = "ds_cmli"  # the type of an export of this package
 CONFIG = "config.json"
 # Of a run, what says how pictures and texts are prepared.
-OF_DATA = ("image_size", "resize", "interpolation", "aspect_patch", "context_length", "padding")
+OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
 OF_TRAINING = {
     "freeze_image": 0,
@@ -213,8 +213,6 @@ def to_evaluate(source: Source) -> Config:
 def _allowed(key: str, value: object, decided: Sections) -> bool:
     """Whether the user's value of a setting that the source decides goes with it."""
     own = {**decided["student"], **decided["data"]}[key]
-    if key == "image_size" and decided["data"]["resize"] == "naflex":
-        return True  # it takes any number of patches
     # Texts that are not padded may be shorter: what is computed of them is the same.
     if key == "context_length" and decided["data"]["padding"] == "longest":
         return isinstance(value, int) and value <= own

@@ -27,8 +27,7 @@ class DemoPictures:
     Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
 
     Attributes:
-        names, characters: the concepts' names and emoji, str [n].
-        categories: the numbers of Unicode's groups of emoji that the concepts belong to, int [n].
+        names: the concepts' names, str [n].
         images: uint8 [n, 3, C, C], on white.
         training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
             always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
@@ -42,17 +41,12 @@ class DemoPictures:
                 f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
             )
         self.names: list[str] = []
-        self.characters: list[str] = []
-        self.categories: list[int] = []
         self.training: list[int] = []
         self.held_out: list[int] = []
         entries, self.images = _concepts(assets.pictures(), self.cell)
-        groups: dict[str, int] = {}
         for number, entry in enumerate(entries):
             character = entry["character"]
             self.names.append(entry["cldr_name"])
-            self.characters.append(character)
-            self.categories.append(groups.setdefault(entry["category_slug"], len(groups)))
             digest = hashlib.sha256(character.encode()).digest()
             share = int.from_bytes(digest[:8], "big") / 2**64  # pseudorandom, from 0 to 1
             side = self.training if share >= HELD_OUT_SHARE else self.held_out

@@ -1,137 +1,273 @@
-"""The pairs of sources as map-style data sets. n captions."""
+"""The pairs of sources as map-style data sets, and their loaders."""
 
-from dataclasses import replace
+import gc
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-from torch.utils.data import Dataset
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.aspect import laid_out
-from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import Sample
-from ds_cmli.data.captions import drawn, sentences
-from ds_cmli.data.numbered import Pictures, describe, of_sources
-from ds_cmli.data.sampler import Draw
-from ds_cmli.data.sources.base import Source
+from ds_cmli.data.batch import Bad, Sample, hashed
+from ds_cmli.data.images import View, black
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.data.transforms import Augmentation
+from ds_cmli.distributed.process_group import CollectiveFlags
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
+if TYPE_CHECKING:
+    from ds_cmli.data.build import Data
+
+SHOWN = 5  # bad samples that messages name
+NO_TOKEN = "caption without a token"
+
+
+class Images:
+    """The images of several sources, numbered one source after the other."""
+
+    def __init__(self, sources: dict[str, Source]):
+        self.names, self.sources = list(sources), list(sources.values())
+        self.starts = [0, *accumulate(map(len, self.sources))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def at(self, index: int) -> tuple[Source, int]:
+        """An image's source and its index there."""
+        source = bisect_right(self.starts, index) - 1
+        return self.sources[source], index - self.starts[source]
+
+    def name(self, index: int) -> str:
+        source = bisect_right(self.starts, index) - 1
+        name = self.sources[source].name(index - self.starts[source])
+        return name if len(self.sources) == 1 else f"{self.names[source]}: {name}"
+
+    def captions(self, index: int) -> list[str]:
+        source, place = self.at(index)
+        captions = [text for text in source.captions(place) if text and text.strip()]
+        if not captions:
+            raise ValueError("empty caption")
+        return captions
 
 
 class TrainPairs(Dataset):
-    """A map-style data set of pictures, each with one of its captions and one view.
+    """A map-style data set of images, each with one of its captions and one view.
 
-    A hash chooses them for each turn. A sample whose picture or caption cannot be used is replaced
-    by the next usable one of its source, which is always the same; `Sample.bad` records that.
+    A hash chooses them for each turn. A sample whose image or caption cannot be used is replaced by
+    the next usable one of its source, which is always the same; `Sample.bad` records that.
 
     Raises:
         UserError: `MOST_TRIES` samples in a row cannot be used.
     """
 
     def __init__(
-        self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int
+        self,
+        sources: dict[str, Source],
+        tokenizer: CaptionTokenizer,
+        config: DataConfig,
+        seed: int,
     ):
-        self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
-        self.config = config
-        self.augmentation = Augmentation(config.augmentation, seed, self.pictures.framing)
+        self.images, self.tokenizer, self.seed = Images(sources), tokenizer, seed
+        self.view = View.of_training(config, seed)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, at: int | Draw) -> Sample:
-        index, turn = Draw.of(at)
+        index, turn = at if isinstance(at, Draw) else Draw(at)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        number, place = self.pictures.at(index)
-        source, first = self.pictures.sources[number], index - place
-        first_bad: Bad | None = None
+        source, place = self.images.at(index)
+        first, bad = index - place, list[Bad]()
         tries = min(MOST_TRIES, len(source))
         for step in range(tries):
-            sample = self._pair(first + (place + step) % len(source), turn)
-            if sample.bad is None:
-                return replace(sample, index=index, bad=first_bad)
-            first_bad = first_bad or sample.bad
-        assert first_bad is not None
+            taken = first + (place + step) % len(source)
+            try:
+                sample = self._pair(taken, turn)
+            except Exception as error:  # decoders raise nearly any exception for damaged files
+                bad.append((self.images.name(taken), described(error)))
+            else:
+                return replace(sample, index=index, bad=bad[0] if bad else None)
         raise UserError(
-            f"{tries} samples in a row of {source.where} cannot be used, from {first_bad[0]} "
-            f"({first_bad[1]}) on: mend or remove them"
+            f"{tries} samples in a row cannot be used, from {bad[0][0]} ({bad[0][1]}) on: mend or "
+            "remove them"
         )
 
     def _pair(self, index: int, turn: int) -> Sample:
-        captions, reason = [""], None
-        try:
-            captions = self.texts(index)
-        except Exception as error:  # any error is reported in `Sample.bad`
-            reason = describe(error)
-        text = self.tokenizer(captions[drawn(len(captions), self.seed, turn, index)])
-        if reason is None and not any(text.valid):
-            reason = NO_TOKEN
-        image = self.pictures.black()
-        if reason is None:
-            with self.augmentation.seeded(turn, index):
-                image, reason = self.pictures.image(index, self.augmentation.view)
-                image, _ = self.augmentation.pixels(image)
-        return _sample(self.pictures, index, image, text, reason)
-
-    def texts(self, index: int) -> list[str]:
-        """The captions of a picture, or their sentences. Raises as `Source.captions`."""
-        captions = self.pictures.captions(index)
-        return sentences(captions) if self.config.split_sentences else captions
+        captions = self.images.captions(index)
+        number = hashed(self.seed, turn, index) % 2**64 % len(captions)
+        source, place = self.images.at(index)
+        tokens = tokenised(self.tokenizer, captions[number])
+        image = self.view(source.image(place), turn, index)
+        return Sample(image, tokens, index, hashed("image", index))
 
 
 class EvalPairs(Dataset):
-    """A map-style data set of all n captions of all pictures, as `evaluate.held_out` takes it.
+    """A map-style data set of all captions of all images, as `evaluate.held_out` takes it.
 
     Attributes:
-        bad: pictures and captions that were left out at load.
+        bad: images whose captions cannot be read, and which are left out.
     """
 
-    def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
-        self.pictures, self.tokenizer = Pictures(sources, config), tokenizer
-        self.size = config.image_size
-        self.bad = of_sources(sources)
-        self.rows: list[tuple[int, int]] = []  # (picture, which of its captions)
-        for picture in range(len(self.pictures)):
+    def __init__(self, sources: dict[str, Source], tokenizer: CaptionTokenizer, config: DataConfig):
+        self.images, self.tokenizer, self.view = Images(sources), tokenizer, View.of(config)
+        self.size, self.bad = config.image_size, list[Bad]()
+        self.rows: list[tuple[int, int]] = []  # (image, which of its captions)
+        for index in range(len(self.images)):
             try:
-                count = len(self.pictures.captions(picture))
+                count = len(self.images.captions(index))
             except Exception as error:
-                self.bad.append((self.pictures.name(picture), describe(error)))
+                self.bad.append((self.images.name(index), described(error)))
                 continue
-            self.rows += [(picture, caption) for caption in range(count)]
+            self.rows += [(index, caption) for caption in range(count)]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Sample:
-        if not 0 <= row < len(self):
-            raise IndexError(row)
         return self.pair(row)
 
     def name(self, row: int) -> str:
-        return self.pictures.name(self.rows[row][0])
+        return self.images.name(self.rows[row][0])
 
     def image_id(self, row: int) -> int:
-        return self.pictures.image_id(self.rows[row][0])
+        return hashed("image", self.rows[row][0])
 
     def pair(self, row: int, picture: bool = True) -> Sample:
-        """The sample, even if it cannot be used: then `bad` says why.
+        """The sample, even if it cannot be used: then `bad` says why, and the image is black.
 
-        A picture that cannot be read is black. Without `picture` it is not read and black.
+        Without `picture` the image is not read and black.
         """
         index, caption = self.rows[row]
-        tokens = self.tokenizer(self.pictures.captions(index)[caption])
-        image, reason = self.pictures.image(index) if picture else (self.pictures.black(), None)
+        source, place = self.images.at(index)
+        tokens, image, reason = self.tokenizer(self.images.captions(index)[caption]), None, ""
+        if picture:
+            try:
+                image = self.view(source.image(place))
+            except Exception as error:
+                reason = described(error)
         if not any(tokens.valid):
             reason = reason or NO_TOKEN
-        return replace(_sample(self.pictures, index, image, tokens, reason), index=row)
+        bad = (self.images.name(index), reason) if reason else None
+        image = black(self.size) if image is None else image
+        return Sample(image, tokens, row, self.image_id(row), bad=bad)
 
 
-def _sample(
-    pictures: Pictures, index: int, image: Tensor, tokens: Tokens, reason: str | None
-) -> Sample:
-    """The sample of a picture and a caption, `reason` says why it cannot be used."""
-    bad = None if reason is None else (pictures.name(index), reason)
-    image, grid = laid_out(image, pictures.config.aspect_patch, pictures.config.image_size)
-    return Sample(image, tokens, index, pictures.image_id(index), bad=bad, grid=grid)
+def tokenised(tokenizer: CaptionTokenizer, caption: str) -> Tokens:
+    tokens = tokenizer(caption)
+    if not any(tokens.valid):
+        raise ValueError(NO_TOKEN)
+    return tokens
+
+
+def described(error: Exception) -> str:
+    """Why an image or its captions cannot be used, without the file's path."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return one_line(error)
+
+
+@dataclass
+class BadSamples:
+    """How many samples training could not use, and the first of them.
+
+    A sample counts each time it is requested, so that the counts of several ranks add up. The share
+    is relative to the whole data set until more samples than that have been requested.
+    """
+
+    max_share: float
+    length: int  # number of samples in the training set
+    count: int = 0  # that this rank has met
+    first: list[Bad] = field(default_factory=list)
+
+    def add(self, bad: list[Bad]) -> None:
+        self.count += len(bad)
+        self.first += [one for one in bad if one not in self.first][: SHOWN - len(self.first)]
+
+    def check(self, flags: CollectiveFlags, seen: int) -> None:
+        """Raise `UserError` on all ranks if too many of the `seen` samples are bad. Collective."""
+        count, named = self._of_all(flags)
+        if count > self.max_share * max(seen, self.length):
+            raise UserError(
+                f"{count} samples of {self.length} cannot be used, more than data.max_bad_share = "
+                f"{self.max_share}: mend or remove them, or raise it. The first: {named}"
+            )
+
+    def summary(self, flags: CollectiveFlags) -> list[str]:
+        """The line to print at the end of a run, if a sample was skipped. Collective."""
+        count, named = self._of_all(flags)
+        return [f"{count} bad samples were replaced; the first: {named}"] if count else []
+
+    def _of_all(self, flags: CollectiveFlags) -> tuple[int, str]:
+        counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
+        return sum(counts), ", ".join(told(list(dict.fromkeys(chain.from_iterable(first)))))
+
+
+def told(bad: list[Bad]) -> list[str]:
+    """The first few bad samples as text: ["2.png (no such file)", ...]."""
+    return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]
+
+
+def train_loader(
+    data: "Data",
+    sampler: GlobalBatchSampler,
+    workers: int,
+    worker_init: Callable[[int], None] | None = None,
+    prefetch: int = 2,
+) -> DataLoader:
+    """An endless loader of this rank's `Batch`es, from the sampler's consumed position on.
+
+    Each of the `workers` loading processes prepares `prefetch` batches ahead.
+    """
+    return _loader(
+        data.train,
+        data.collate,
+        workers,
+        worker_init,
+        batch_sampler=sampler,
+        persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers else None,
+    )
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    collate: Callable,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader:
+    """A loader that reads a data set once, in its order."""
+    workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
+    return _loader(dataset, collate, workers, worker_init, batch_size=batch_size)
+
+
+def _loader(dataset, collate, workers, worker_init, **options) -> DataLoader:
+    return DataLoader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        # Sources are shared by fork; a generator of its own, as torch would draw the processes'
+        # seeds from that which the model's dropout uses.
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator().manual_seed(0),
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=partial(_begin, worker_init),
+        **options,
+    )
+
+
+def _begin(init: Callable[[int], None] | None, worker: int) -> None:
+    # The garbage collector would write to all objects that the training has made, and copy-on-write
+    # would copy some 100 MB into this process. Frozen objects are skipped.
+    gc.freeze()
+    if init is not None:
+        init(worker)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.batch import Batch
 
 
 def permutation(length: int, *key: int) -> Tensor:
@@ -21,6 +20,13 @@ def permutation(length: int, *key: int) -> Tensor:
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(length, generator=generator)
+
+
+class Draw(NamedTuple):
+    """One request of the sampler to a data set."""
+
+    sample: int
+    turn: int = 0  # how often the sample was requested before; without weights the epoch, from 0
 
 
 class Mixture:
@@ -34,15 +40,10 @@ class Mixture:
     Args:
         lengths: number of samples in each source.
         weights: one per source; only their ratios matter.
-
-    Attributes:
-        raised: the sources whose weight asks for less than half a sample an epoch, and which get
-            one all the same.
     """
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):
         self.lengths, self.draws = lengths, sum(lengths)
-        self.raised: list[int] = []
         if weights is None:
             self.shares = list(lengths)
             return
@@ -57,7 +58,6 @@ class Mixture:
         # The largest shares give what the smallest were given beyond theirs.
         for _ in range(sum(self.shares) - self.draws):
             self.shares[self.shares.index(max(self.shares))] -= 1
-        self.raised = [source for source, share in enumerate(exact) if share < 0.5]
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The indices of an epoch's samples, int64 [L], and how often each was taken, int32 [L]."""
@@ -69,25 +69,12 @@ class Mixture:
             position, end = epoch * share, (epoch + 1) * share
             while position < end:
                 turn, start = divmod(position, length)
-                count = min(length - start, end - position)
-                taken = permutation(length, seed, source, turn)[start : start + count]
+                taken = permutation(length, seed, source, turn)[start : start + end - position]
                 indices.append(first + taken)
-                turns.append(torch.full((count,), turn, dtype=torch.int32))
-                position += count
+                turns.append(torch.full((len(taken),), turn, dtype=torch.int32))
+                position += len(taken)
             first += length
         return torch.cat(indices)[order], torch.cat(turns)[order]
-
-
-class Draw(NamedTuple):
-    """One request of the sampler to a data set."""
-
-    sample: int  # the sample's index
-    turn: int  # how often it has been requested before; without weights this is the epoch, from 0
-
-    @classmethod
-    def of(cls, at: "int | Draw") -> "Draw":
-        """The request itself, or the first one of sample `at`."""
-        return at if isinstance(at, Draw) else cls(at, 0)
 
 
 class GlobalBatchSampler:
@@ -100,15 +87,13 @@ class GlobalBatchSampler:
     Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a
     loader's prefetching does not. The position counts samples of the global order, so a run on any
     other number of ranks can resume from it.
+
+    Raises:
+        UserError: an epoch is shorter than one global micro-batch.
     """
 
     def __init__(
-        self,
-        samples: int | Mixture,
-        micro_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
+        self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int
     ):
         self.mixture = Mixture([samples]) if isinstance(samples, int) else samples
         self.length, self.seed = self.mixture.draws, seed
@@ -136,43 +121,25 @@ class GlobalBatchSampler:
             indices, turns = (part.numpy().copy() for part in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 first = start + self.rank * self.micro_batch
-                window = slice(first, first + self.micro_batch)
-                yield list(map(Draw, indices[window].tolist(), turns[window].tolist()))
+                own = slice(first, first + self.micro_batch)
+                yield list(map(Draw, indices[own].tolist(), turns[own].tolist()))
             epoch, position = epoch + 1, 0
-
-    def checked(self, batch: Batch) -> Batch:
-        """Return the loader's micro-batch unchanged.
-
-        Raises `UserError` if pairs, and thus negatives, are missing.
-        """
-        if len(batch.index) != self.micro_batch:
-            raise UserError(
-                f"the data gave a micro-batch of {len(batch.index)} pairs instead of "
-                f"{self.micro_batch}, with fewer negatives: a source must give one pair for each "
-                "index"
-            )
-        return batch
 
     def advance(self) -> None:
         """Record that one micro-batch has been trained on (on every rank)."""
-        self._end_epoch()  # after resuming on more ranks, the rest may be too short
-        self.position += self.global_batch
-        self._end_epoch()
-
-    def _end_epoch(self) -> None:
-        if self.position + self.global_batch > self.length:
-            self.epoch, self.position = self.epoch + 1, 0
+        for samples in (0, self.global_batch):  # on more ranks than before the rest may be short
+            self.position += samples
+            if self.position + self.global_batch > self.length:
+                self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        names = ("epoch", "position", "length", "seed")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ("epoch", "position", "length", "seed")}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state`, of another number of ranks or another micro-batch size too.
 
         Raises:
-            UserError: the state belongs to another order: its training set had another length, or
-                its seed differs.
+            UserError: the state belongs to another order, of another length or seed.
         """
         for name, own in (("length", self.length), ("seed", self.seed)):
             if state.get(name) != own:

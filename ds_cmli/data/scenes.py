@@ -1,26 +1,22 @@
 """The demo pairs: scenes of one to four pictures, captioned with their names.
 
-Each token of a name thus has a known place.
-
-S image size in pixels, C = S // 2 the side of a cell.
+Each token of a name thus has a known place. S image size in pixels, C = S // 2 the side of a cell.
 """
 
 import random
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.schema import AugmentationName as Name
-from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
-from ds_cmli.data.captions import drawn
+from ds_cmli.data.batch import NO_PICTURE, Sample
 from ds_cmli.data.demo_pictures import DemoPictures
+from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.tokens import CaptionTokenizer
-from ds_cmli.data.transforms import Augmentation
+from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
@@ -34,12 +30,9 @@ SENTENCES = (
 )
 # One in this many arrangements of training concepts is reserved for the split "seen".
 RESERVED = 16
-COUNTS = (1, 2, 3, 4)
-MANY = (3, 4)  # pictures in scenes with sentences
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
-Text = tuple[str, list[tuple[int, int]]]  # a caption, and where each picture's name stands in it
 
 
 class Scenes(Dataset):
@@ -47,8 +40,7 @@ class Scenes(Dataset):
 
     A scene shows one to four different pictures, each in its own quarter of a white image; its
     caption is their names in random order, or a sentence with three or four of them. A random patch
-    lies in the picture that a token of a name stands for with probability 1/4. As sentences
-    (`data.split_sentences`) a caption is of one picture, drawn for each turn.
+    lies in the picture that a token of a name stands for with probability 1/4.
 
     In training the probability of a scene is proportional to its number of pictures: scenes with
     more pictures teach more at the same cost.
@@ -58,17 +50,9 @@ class Scenes(Dataset):
     each caption has one right image.
 
     Args:
-        seed: the seed of the scenes.
-        length: number of scenes.
         captions: "names" or "sentences", as `data.scenes`.
-        augmentation: colour jitter and flips; a flip also swaps the quarters in
-            `Sample.cell_picture`.
-
-    Attributes:
-        each_picture: `data.split_sentences`.
+        view: colour jitter and flips; a flip also swaps the quarters in `Sample.cell_picture`.
     """
-
-    each_picture = False
 
     def __init__(
         self,
@@ -78,23 +62,21 @@ class Scenes(Dataset):
         pictures: DemoPictures,
         tokenizer: CaptionTokenizer,
         captions: str = "names",
-        augmentation: Mapping[Name, float] | None = None,
+        view: View | None = None,
     ):
-        if "random_resized_crop" in (augmentation or {}):
+        self.view = view or View(pictures.size)
+        if "random_resized_crop" in self.view.augmentation:
             raise UserError(
                 "data.augmentation has 'random_resized_crop': the demo's scenes keep their "
                 "pictures in quarters, leave it out or train on other --data"
             )
-        self.augmentation = Augmentation(augmentation or {}, seed)
         self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
         self.pictures, self.tokenizer = pictures, tokenizer
         self.words: tuple[tuple[str, ...], tuple[str, ...]] = NAMES
-        self.counts: tuple[int, ...] = COUNTS
+        self.counts: tuple[int, ...] = (1, 2, 3, 4)
         if captions == "sentences":
-            self.words, self.counts = SENTENCES, MANY
-        self.concepts = pictures.training
-        if split == "unseen":
-            self.concepts = pictures.held_out
+            self.words, self.counts = SENTENCES, (3, 4)
+        self.concepts = pictures.held_out if split == "unseen" else pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
         shown: set[frozenset[int]] = set()
@@ -109,74 +91,19 @@ class Scenes(Dataset):
     def __len__(self) -> int:
         return self.length
 
-    def layout(self, index: int) -> Layout:
-        """(concept, cell) of each picture in the caption's order; cells are numbered row by row."""
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        if self._layouts:
-            return self._layouts[index]
-        return next(layout for layout in self._draw(index) if not _reserved(layout))
-
-    def _draw(self, index: int) -> Iterator[Layout]:
-        """Yield random layouts with the scene's number of pictures.
-
-        The caller takes the first that is allowed.
-        """
-        draw = random.Random(f"{self.split} {self.seed} {index}")
-        count = draw.choices(self.counts, self.counts if self.split == "train" else None)[0]
-        while True:
-            concepts, cells = draw.sample(self.concepts, count), draw.sample(range(4), count)
-            yield list(zip(concepts, cells, strict=True))
-
     def __getitem__(self, at: int | Draw) -> Sample:
-        index, turn = Draw.of(at)
-        draw = Draw(index, turn)
-        sample = self._sample(index, self.text(draw))
-        with self.augmentation.seeded(turn, index):
-            sample.image, flipped = self.augmentation.pixels(sample.image)
-        if flipped and sample.cell_picture is not None:
+        index, turn = at if isinstance(at, Draw) else Draw(at)
+        sample = self.pair(index)
+        sample.image, flipped = self.view.changed(sample.image, turn, index)
+        if flipped:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
 
-    def caption(self, index: int, order: Sequence[int] = ()) -> Text:
-        """A caption that names pictures in this order; by default all, in that of the layout."""
-        layout, (first, others) = self.layout(index), self.words
-        key = f"words {self.split} {self.seed} {self.sentence_of(index)}"
-        draw = random.Random(key + (f" {order}" if order else ""))
-        caption, spans = "", [(0, 0)] * len(layout)
-        for picture in order or range(len(layout)):
-            name = self.pictures.names[layout[picture][0]]
-            caption += draw.choice(others if caption else first)
-            spans[picture] = (len(caption), len(caption) + len(name))
-            caption += name
-        return caption, spans
-
-    def text(self, draw: Draw) -> Text:
-        """The caption that a draw gets."""
-        (index, turn), order = draw, ()
-        if self.each_picture:
-            order = (drawn(len(self.layout(index)), self.seed, turn, index),)
-        return self.caption(index, order)
-
-    def sentence_of(self, index: int) -> int:
-        """The number by which the words around the names are drawn."""
-        return index
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-    def image_id(self, index: int) -> int:
-        """A number that encodes which pictures the scene shows where: equal for equal images."""
-        return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
-
     def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample without augmentation, with one caption.
+        """The sample without augmentation.
 
         `picture` is ignored: drawing the image costs almost nothing.
         """
-        return self._sample(index, self.caption(index))
-
-    def _sample(self, index: int, text: Text) -> Sample:
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
@@ -184,7 +111,7 @@ class Scenes(Dataset):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-        caption, spans = text
+        caption, spans = self.caption(index)
         tokens = self.tokenizer(caption)
         return Sample(
             torch.from_numpy(image),
@@ -194,6 +121,54 @@ class Scenes(Dataset):
             token_picture=spans_of_tokens(tokens, spans),
             cell_picture=cell_picture,
         )
+
+    def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
+        """The caption, and where each picture's name stands in it."""
+        first, others = self.words
+        draw = random.Random(f"words {self.split} {self.seed} {index}")
+        caption, spans = "", []
+        for concept, _ in self.layout(index):
+            caption += draw.choice(others if caption else first)
+            spans.append((len(caption), len(caption) + len(self.pictures.names[concept])))
+            caption += self.pictures.names[concept]
+        return caption, spans
+
+    def layout(self, index: int) -> Layout:
+        """(concept, cell) of each picture in the caption's order; cells are numbered row by row."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        if self._layouts:
+            return self._layouts[index]
+        return next(layout for layout in self._draw(index) if not _reserved(layout))
+
+    def _draw(self, index: int) -> Iterator[Layout]:
+        """Yield random layouts with the scene's number of pictures, of which one is to be taken."""
+        draw = random.Random(f"{self.split} {self.seed} {index}")
+        count = draw.choices(self.counts, self.counts if self.split == "train" else None)[0]
+        while True:
+            concepts, cells = draw.sample(self.concepts, count), draw.sample(range(4), count)
+            yield list(zip(concepts, cells, strict=True))
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def image_id(self, index: int) -> int:
+        """A number that encodes which pictures the scene shows where: equal for equal images."""
+        return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
+
+
+def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The number of the span in which each valid token ends, `NO_PICTURE` for the other tokens.
+
+    A span is the index of its first character in the caption and one after its last.
+    """
+    numbers = [NO_PICTURE] * len(tokens.ends)
+    for token, (end, valid) in enumerate(zip(tokens.ends, tokens.valid, strict=True)):
+        for number, (first, stop) in enumerate(spans):
+            if valid and first < end <= stop:
+                numbers[token] = number
+                break
+    return numbers
 
 
 def _reserved(layout: Layout) -> bool:

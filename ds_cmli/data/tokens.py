@@ -3,28 +3,31 @@
 import os
 import string
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import (
+    Encoding,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
-from ds_cmli.common.errors import UserError, check_regular, one_line
-from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common.pretrained import loading
+from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.validation import shown
-from ds_cmli.data import assets, open_clip_tokens, sentencepiece_tokens
+from ds_cmli.data import assets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORDS = Path(__file__).with_name("words.txt")
-# So many characters of a text are tokenised, or `CHARACTERS_A_POSITION` for each position where
-# that is more: 5 MB would take 10 s. Only a text whose first 65,536 characters hold too few tokens,
-# as one of blanks, loses any.
-MOST_CHARACTERS = 65_536
-CHARACTERS_A_POSITION = 64
-MOST_IDS = 10**7  # tokenizers fill the gaps between ids; the largest vocabularies have 10^6
+MOST_CHARACTERS = 65_536  # of a text that are tokenised: 5 MB would take 10 s
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -50,7 +53,7 @@ class SpecialTokens:
 
 
 class CaptionTokenizer:
-    """A transformers tokenizer that truncates captions, before and after, and marks valid tokens.
+    """A transformers tokenizer that truncates captions and marks valid tokens.
 
     Attributes:
         vocab_size: all ids are below it.
@@ -60,27 +63,19 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        # open_clip pads with a token of the vocabulary, which is not special in a text.
+        pad_id = tokenizer.init_kwargs.get("pad_id", tokenizer.pad_token_id)
         # Tokenizers of causal models may lack a padding token. The end token replaces it, as the
         # mask marks padding.
-        own = open_clip_tokens.own_of(tokenizer)
-        pad_id = own.get("pad_id", tokenizer.pad_token_id)
         if pad_id is None:
             pad_id = tokenizer.eos_token_id
-        if backend is None or pad_id is None:
-            lacks = "token for padding or the end"
-            if backend is None:
-                lacks = "fast version (tokenizer.json)"
-            raise UserError(
-                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one "
-                "that has"
-            )
         self.name = tokenizer.name_or_path
+        if backend is None or pad_id is None:
+            lacks = "a fast version (tokenizer.json)"
+            if backend is not None:
+                lacks = "a token for padding or the end"
+            raise UserError(f"data.tokenizer is {self.name!r}, which lacks {lacks}: choose another")
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
-        if self.vocab_size > MOST_IDS:
-            raise UserError(
-                f"data.tokenizer is {self.name!r}, whose ids go up to {self.vocab_size - 1:,} for "
-                f"{len(tokenizer):,} tokens: choose one that numbers its tokens without gaps"
-            )
         # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
@@ -89,19 +84,11 @@ class CaptionTokenizer:
             self.backend.enable_padding(
                 direction="left", length=positions, pad_id=pad_id, pad_token=tokenizer.pad_token
             )
-        self.positions, self.most_characters = positions, most_characters(positions)
-        self.full, self.cleaning = full, open_clip_tokens.Cleaning.of(own)
-        self.pad_id: int = pad_id
-        self.unknown_id = tokenizer.unk_token_id
+        self.positions, self.full, self.pad_id = positions, full, int(pad_id)
         # "[SEP]" written out in a caption becomes the special token but is not in the special
         # tokens mask.
-        self.special_ids = {
-            self.pad_id,
-            tokenizer.cls_token_id,
-            tokenizer.sep_token_id,
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-        } - {None}
+        names = ("pad", "cls", "sep", "bos", "eos")
+        self.special_ids = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
 
     @property
     def special(self) -> SpecialTokens:
@@ -110,69 +97,26 @@ class CaptionTokenizer:
         return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
-        encoding, places = self._encoded(text)
+        encoding = self._encoded(text)
         tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         valid = [not added and token not in self.special_ids for token, added in tokens]
-        ends = [end for _, end in encoding.offsets]
-        if places is not None:
-            ends = [places[end] for end in ends]
-        return Tokens(encoding.ids, valid, ends, text)
+        return Tokens(encoding.ids, valid, [end for _, end in encoding.offsets], text)
 
-    def _encoded(self, text: str) -> tuple[Encoding, list[int] | None]:
-        """The tokens, and, of a text that is cleaned first, what `Cleaning.places` returns."""
-        whole, places = text[: self.most_characters], None
-        if self.cleaning is not None:
-            cleaned = self.cleaning(whole)
-            whole, places = cleaned, self.cleaning.places(whole, cleaned)
-        try:
-            return self.backend.encode(whole), places
-        except BaseException as error:
-            panic = type(error).__name__ == "PanicException"  # of Rust, which is no `Exception`
-            if not panic and not isinstance(error, Exception):
-                raise
-            raise UserError(
-                f"data.tokenizer is {self.name!r}, which cannot split {shown(text)} "
-                f"({one_line(error)}): choose another one"
-            ) from None
+    def _encoded(self, text: str) -> Encoding:
+        with blame(f"data.tokenizer is {self.name!r}, which cannot split {text[:60]!r}"):
+            return self.backend.encode(text[:MOST_CHARACTERS])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each position: the first, and the one after the last."""
         out = []
-        encoding, places = self._encoded(text)
-        for start, end in encoding.offsets:
-            if places is not None:
-                start, end = places[start], places[end]
+        for start, end in self._encoded(text).offsets:
             piece = text[start:end]  # some tokenizers count the blank before a word to its token
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
 
-    def mostly_unknown(self, text: str) -> bool:
-        """Whether more than half of the caption's valid tokens are the unknown token."""
-        tokens = self(text)
-        valid = list(compress(tokens.input_ids, tokens.valid))
-        return 2 * valid.count(self.unknown_id) > len(valid)
-
     def truncates(self, text: str) -> bool:
         """Whether a text has more tokens than `positions`."""
-        return len(text) > self.most_characters or bool(self._encoded(text)[0].overflowing)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids, skip_special_tokens=True)
-
-
-def most_characters(positions: int) -> int:
-    """The number of characters of a text that are tokenised, if `positions` (M) tokens are kept."""
-    return max(MOST_CHARACTERS, CHARACTERS_A_POSITION * positions)
-
-
-def tell_cut(texts: list[str], positions: int) -> str | None:
-    """A line about the texts of more than `most_characters`; None if there is none."""
-    most = most_characters(positions)
-    lengths = [len(text) for text in texts if len(text) > most]
-    if not lengths:
-        return None
-    longer = f"{len(lengths)} of {len(texts)} texts have up to {max(lengths):,} characters"
-    return f"{longer}: only the first {most:,} are read"
+        return len(text) > MOST_CHARACTERS or bool(self._encoded(text).overflowing)
 
 
 def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenizer:
@@ -185,20 +129,19 @@ def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionToke
     """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
 
     "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
-    name or local path.
+    name or local path, or marked as open_clip's.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, is not fast, or can neither pad nor end a text.
+        UserError: the tokenizer cannot be loaded, is not fast, can neither pad nor end a text, has
+            ids beyond its vocabulary, or more special tokens than positions.
     """
     tokenizer = pretrained_tokenizer(name)
-    try:
-        return CaptionTokenizer(tokenizer, positions, full)
-    except UserError:
-        raise
-    except Exception as error:  # damaged files can hold anything
-        raise UserError(
-            f"data.tokenizer is {name!r}, which cannot be used ({reason(error)}): choose another"
-        ) from None
+    with blame(f"data.tokenizer is {name!r}, which cannot be used"):
+        ours = CaptionTokenizer(tokenizer, positions, full)
+        tokens = ours("a")
+        if max(tokens.input_ids, default=0) >= ours.vocab_size or len(tokens.valid) > positions:
+            raise ValueError(f"its tokens of 'a' are {tokens.input_ids}, of {ours.vocab_size:,}")
+    return ours
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -208,38 +151,75 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
         return builtin_tokenizer()
-    if open_clip_tokens.is_own(name):
-        return _of_open_clip(name)
-    from transformers import AutoTokenizer
+    with blame(f"data.tokenizer is {name!r}, which cannot be loaded"):
+        if name == DEFAULT_TOKENIZER or is_marked(name):
+            return open_clip_tokenizer(name)
+        from transformers import AutoTokenizer
 
-    path = assets.minilm() if name == "demo" else Path(name).expanduser()
-    local = path.exists()
-    check_regular(f"data.tokenizer is {name!r}", path)
-    try:
+        path = assets.minilm() if name == "demo" else Path(os.path.expanduser(name))
+        local = path.exists()
         with loading(hub=not local):
-            tokenizer = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
-        siglip = sentencepiece_tokens.is_siglip(tokenizer)
-        return sentencepiece_tokens.converted(tokenizer) if siglip else tokenizer
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client, transformers and tokenizers raise their own
-        raise UserError(
-            f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
-            "give 'demo', 'builtin', a transformers name or a local folder"
-        ) from None
 
 
-def _of_open_clip(name: str) -> "PreTrainedTokenizerBase":
-    try:
-        return open_clip_tokens.load(name)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"data.tokenizer is {name!r}, which open_clip cannot load ({reason(error)})"
-        ) from None
+def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """The tokenizer of an open_clip model as a fast one, with the same ids and with offsets.
+
+    open_clip cleans a text before it splits it. Case, blanks and punctuation become normalizers
+    here; mojibake and HTML's entities stay as they are.
+    """
+    import open_clip
+    from open_clip.tokenizer import get_clean_fn
+    from transformers import PreTrainedTokenizerFast
+
+    model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
+    with loading(hub=not name.startswith(LOCAL)):
+        given: Any = open_clip.get_tokenizer(model)
+    blanks = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    lower = [*blanks, normalizers.Lowercase()]
+    # Underscores are blanks in open_clip's `canonicalize_text`, and all punctuation goes.
+    signs = Regex("[" + "".join("\\" + sign for sign in string.punctuation) + "]")
+    canonical = [normalizers.Replace("_", " "), normalizers.Replace(signs, ""), *lower[::-1]]
+    cleaning = {"lower": lower, "whitespace": blanks, "canonicalize": canonical}
+    ways = [way for way in cleaning if get_clean_fn(way) == given.clean_fn]
+    if getattr(given, "reduction_fn", None) or getattr(given, "tokenizer_mode", None) or not ways:
+        raise UserError(f"data.tokenizer is {name!r}, which shortens or marks texts in its own way")
+    if isinstance(given, open_clip.SimpleTokenizer):
+        backend, special = _byte_pairs(given)
+    else:
+        whole = given.tokenizer
+        backend = Tokenizer.from_str(whole.backend_tokenizer.to_str())
+        special = dict(whole.special_tokens_map)
+        if given.strip_sep_token:  # its place is filled with padding, of the id 0
+            first, pad = whole.cls_token, whole.convert_ids_to_tokens(0)
+            backend.post_processor = processors.TemplateProcessing(
+                f"{first} $A {pad}", special_tokens=[(first, whole.cls_token_id), (pad, 0)]
+            )
+    own = [backend.normalizer] if backend.normalizer else []
+    backend.normalizer = normalizers.Sequence([*cleaning[ways[0]], *own])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=name, **special)
+
+
+def _byte_pairs(given: Any) -> tuple[Tokenizer, dict[str, str | int]]:
+    """CLIP's byte pairs from open_clip's tables."""
+    start, end = given.decoder[given.sot_token_id], given.decoder[given.eot_token_id]
+    merges = [
+        merge for merge in sorted(given.bpe_ranks, key=given.bpe_ranks.get) if len(merge) == 2
+    ]
+    backend = Tokenizer(models.BPE(given.encoder, merges, end_of_word_suffix="</w>"))
+    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    ends = [(start, given.sot_token_id), (end, given.eot_token_id)]
+    backend.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=ends)
+    return backend, {"bos_token": start, "eos_token": end, "pad_id": 0}
 
 
 def builtin_tokenizer() -> "PreTrainedTokenizerFast":
@@ -249,7 +229,6 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
     continuation, and the words of the demo pictures' names (`words.txt`). Other ASCII words are
     split into characters; other words are [UNK].
     """
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]

@@ -66,8 +66,6 @@ def build_models(
         student = Student(config.student, *sizes, pretrained and run is None, special)
         if needs_teacher(config.loss.weights):
             teacher = Teacher(config.teacher, data.image_size, student.grid)
-    if data.aspect_patch:
-        _check_aspect(config, student, teacher)
     width = teacher.width if teacher else None
     objective = Objective(student, config.loss, width)
     if run is not None:
@@ -86,22 +84,6 @@ def run_of(student: StudentConfig) -> Source | None:
     """The run or export of this package whose weights training starts with, if any."""
     source = Source(student.source)
     return source if student.source and source.is_run else None
-
-
-def _check_aspect(config: Config, student: Student, teacher: Teacher | None) -> None:
-    """Raise `UserError` for an encoder that does not take the grids of pictures of any aspect."""
-    for setting, model, overrides in (
-        ("student.image_model", student, "student.image_overrides"),
-        ("teacher.model", teacher, "teacher.overrides"),
-    ):
-        if model is None or model.image.aspect_patch == config.data.aspect_patch:
-            continue
-        own = model.image.aspect_patch
-        problem = f"has patches of {own} pixels" if own else "takes square pictures alone"
-        raise UserError(
-            f"data.aspect_patch is {config.data.aspect_patch}: {setting} {problem}: give 0, or a "
-            f"model with such patches, of a ViT with {overrides}.use_naflex=true"
-        )
 
 
 def use_no_compiler() -> None:

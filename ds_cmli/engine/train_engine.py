@@ -236,7 +236,7 @@ class TrainEngine:
         if self.teacher is None:
             return None
         with probe.scope("activations teacher"):
-            return self.teacher(batch.image, batch.grid)
+            return self.teacher(batch.image)
 
     def _all_pairs_flops(self, batch: Batch) -> float:
         """FLOPs of the all-pairs operator, into which `ModelFlops` does not see.

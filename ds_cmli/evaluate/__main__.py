@@ -27,7 +27,7 @@ from ds_cmli.evaluate.report import Metrics, classification, pointing, prefixed,
 
 if TYPE_CHECKING:
     from ds_cmli.config.schema import Config
-    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.build import EvalData
     from ds_cmli.evaluate.embed import EmbedSettings
     from ds_cmli.losses.objective import Objective
 
@@ -148,7 +148,7 @@ def _configured(request: EvaluationOptions) -> "Config":
 
 def _take_data(config: "Config", request: EvaluationOptions) -> None:
     """Put the requested data in the place of the run's own."""
-    from ds_cmli.data.opening import evaluation_data
+    from ds_cmli.data.build import evaluation_data
 
     if request.source:
         config.data = evaluation_data(config.data, request.source)
@@ -160,11 +160,11 @@ def _take_data(config: "Config", request: EvaluationOptions) -> None:
 
 def _retrieval(config: "Config", request: EvaluationOptions) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
-    from ds_cmli.data.load import build_eval_data
+    from ds_cmli.data.build import build_eval_data
     from ds_cmli.evaluate.split import evaluate_split
 
     data = build_eval_data(config.data, config.run.seed, request.split)
-    say(*data.summary, *data.notices)
+    say(*data.summary)
     objective, how = _started(config, request, data)  # collective
     metrics: Metrics = {}
     for split, dataset in data.evals.items():
@@ -176,8 +176,8 @@ def _retrieval(config: "Config", request: EvaluationOptions) -> Metrics:
 
 def _zero_shot(config: "Config", request: EvaluationOptions) -> Metrics:
     """Classify pictures. Collective."""
-    from ds_cmli.data.load import EvalData
-    from ds_cmli.data.loaders import batches
+    from ds_cmli.data.build import EvalData
+    from ds_cmli.data.pairs import batches
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate import zero_shot
@@ -202,7 +202,7 @@ def _zero_shot(config: "Config", request: EvaluationOptions) -> Metrics:
 
 def _boxes(config: "Config", request: EvaluationOptions) -> Metrics:
     """Play the pointing game on photographs. Collective."""
-    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.build import EvalData
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.evaluate.pointing_game import Entities, pointing_game
 

@@ -4,7 +4,6 @@ Shapes: r pictures and t captions of this rank, B of them per batch, b of them i
 patches, M text positions, T valid tokens of all t captions, H hidden size, D embedding dimension.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,11 +14,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import one_attention_on_all_gpus
-from ds_cmli.data.aspect import Grid, grid_at, patch_mask
-from ds_cmli.data.bad import NO_TOKEN, Bad, told
-from ds_cmli.data.batch import Batch, Collate, Sample
-from ds_cmli.data.loaders import WorkerInit, batches
-from ds_cmli.data.numbered import black
+from ds_cmli.data.batch import Bad, Batch, Collate, Sample
+from ds_cmli.data.images import black
+from ds_cmli.data.pairs import NO_TOKEN, batches, told
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.held_out import FILLER, HeldOut, NumberedView, PictureBatch, collate_pictures
@@ -40,7 +37,7 @@ class EmbedSettings:
     device: torch.device
     workers: int = 0
     heartbeat: Callable[[], None] = lambda: None
-    worker_init: WorkerInit | None = None
+    worker_init: Callable[[int], None] | None = None
 
 
 @dataclass
@@ -51,32 +48,14 @@ class Images:
     cls: Tensor  # [r, H], fp32
     patches: Tensor  # [r, N, D], in the model's precision
     cell_picture: Tensor  # int64 [r, 2, 2], see `data.batch.Batch`
-    square: Grid  # the numbers of rows and columns of patches of a square picture
-    grid: Tensor | None = None  # int64 [r, 2], of pictures of any aspect; None: all are square
+    grid: tuple[int, int]  # rows and columns of patches: N is their product
     # The pictures left out as they cannot be read, by number.
     broken: dict[int, Bad] = field(default_factory=dict)
 
     def select(self, keep: Tensor) -> "Images":
         """The pictures that a mask, bool [r], selects."""
         parts = self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
-        grid = self.grid
-        if grid is not None:
-            grid = grid[keep]
-        return Images(*parts, self.square, grid)
-
-    def grid_of(self, row: int) -> Grid:
-        """The numbers of rows and columns of one picture's patches."""
-        return grid_at(row, self.grid, self.square)
-
-    def patches_of(self, row: int) -> Tensor:
-        """The patches that one picture has: [h * w, D]."""
-        return self.patches[row, : math.prod(self.grid_of(row))]
-
-    def patch_mask(self, rows: slice | Tensor, device: torch.device) -> Tensor | None:
-        """The patches that some pictures have: bool [b, N]; None: all."""
-        if self.grid is None:
-            return None
-        return patch_mask(self.grid[rows].to(device), self.patches.shape[1])
+        return Images(*parts, self.grid)
 
 
 @dataclass
@@ -125,24 +104,19 @@ def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedS
 
     The loaders of all ranks have as many batches.
     """
-    numbers, classes, patches, cells, grids = [], [], [], [], []
+    numbers, classes, patches, cells = [], [], [], []
     broken: dict[int, Bad] = {}
     for batch in loader:
         how.heartbeat()
         broken |= batch.broken
-        cls, features = student.image_embeddings(*batch.on(how.device))
+        cls, features = student.image_embeddings(batch.image.to(how.device, non_blocking=True))
         usable = batch.usable()
         numbers.append(batch.number[usable])
         classes.append(cls.cpu()[usable])  # CPU-GPU sync
         patches.append(features.cpu()[usable])
         cells.append(batch.cell_picture[usable])
-        if batch.grid is not None:
-            grids.append(batch.grid[usable])
     parts = torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells)
-    grid = None
-    if grids:
-        grid = torch.cat(grids)
-    return Images(*parts, student.grid, grid, broken)
+    return Images(*parts, student.grid, broken)
 
 
 def embed_texts(

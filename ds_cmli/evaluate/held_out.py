@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
-from ds_cmli.data.aspect import Grid
-from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import Sample, stack_cells, stack_grids
-from ds_cmli.data.numbered import black
+from ds_cmli.data.batch import NO_PICTURE, Bad, Sample
+from ds_cmli.data.images import black
+from ds_cmli.data.pairs import NO_TOKEN
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
 Read = TypeVar("Read")
@@ -42,10 +41,9 @@ class HeldOutPairs(Protocol):
 class Picture:
     image: Tensor  # uint8 [3, S, S]
     number: int
-    cell_picture: list[int] | None = None  # only for scenes, see `Batch`
+    cell_picture: Sequence[int] = (NO_PICTURE,) * 4  # only for scenes, see `Batch`
     bad: Bad | None = None  # its name and why it cannot be read
     target: int = 0  # its class, if pictures have classes
-    grid: Grid | None = None  # see `data.batch.Sample`
 
 
 @dataclass
@@ -55,17 +53,9 @@ class PictureBatch:
     cell_picture: Tensor  # int64 [B, 2, 2]
     broken: dict[int, Bad]  # the pictures that cannot be read, by number
     target: Tensor  # int64 [B]
-    grid: Tensor | None  # int64 [B, 2], see `Batch`
 
     def pin_memory(self) -> "PictureBatch":
         return replace(self, image=self.image.pin_memory())
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The images and their grids on the device."""
-        grid = self.grid
-        if grid is not None:
-            grid = grid.to(device, non_blocking=True)
-        return self.image.to(device, non_blocking=True), grid
 
     def usable(self) -> Tensor:
         """Whether an item is a picture that could be read, and no filler: bool [B]."""
@@ -77,10 +67,9 @@ def collate_pictures(pictures: list[Picture]) -> PictureBatch:
     return PictureBatch(
         image=torch.stack(columns["image"]),
         number=torch.tensor(columns["number"]),
-        cell_picture=stack_cells(columns["cell_picture"]),
+        cell_picture=torch.tensor(columns["cell_picture"]).view(-1, 2, 2),
         broken={picture.number: picture.bad for picture in pictures if picture.bad is not None},
         target=torch.tensor(columns["target"]),
-        grid=stack_grids(columns["grid"]),
     )
 
 
@@ -141,7 +130,7 @@ class HeldOut:
             return Picture(black(self.pairs.size), FILLER)
         sample = self.pairs.pair(self.first[number])
         bad = sample.bad if sample.bad is not None and sample.bad[1] != NO_TOKEN else None
-        return Picture(sample.image, number, sample.cell_picture, bad, grid=sample.grid)
+        return Picture(sample.image, number, sample.cell_picture, bad)
 
 
 class NumberedView(Dataset[Read]):

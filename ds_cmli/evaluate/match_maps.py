@@ -16,7 +16,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from ds_cmli.common.plots import ACCENT, SOFT
-from ds_cmli.data.aspect import unpacked
 from ds_cmli.data.demo_pictures import on_white
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
@@ -215,10 +214,9 @@ def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[Ma
         text = sample.tokens.text
         spans = list(compress(tokenizer.spans(text), sample.tokens.valid))
         tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
-        row = image_row[picture]
-        matches = match(tokens, images.patches_of(row), text, spans, images.grid_of(row))
-        image = unpacked(sample.image, sample.grid, images.square[0])
-        mine[order] = MatchMap(image, text[: spans[-1][1]], matches)
+        patches = images.patches[image_row[picture]]
+        matches = match(tokens, patches, text, spans, images.grid)
+        mine[order] = MatchMap(sample.image, text[: spans[-1][1]], matches)
     everywhere: dict[int, MatchMap] = {}
     for maps in distributed.gather_objects(mine):  # collective
         everywhere |= maps

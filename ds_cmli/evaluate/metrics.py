@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.transforms import PixelBox
+from ds_cmli.data.images import PixelBox
 from ds_cmli.evaluate.report import prefixed
 from ds_cmli.losses.target_cmli import match_patches
 

@@ -8,7 +8,7 @@ import torch
 from ds_cmli.config.schema import Config
 
 if TYPE_CHECKING:
-    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.build import EvalData
     from ds_cmli.losses.objective import Objective
 
 

@@ -20,14 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import NO_TOKEN, told
-from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
-from ds_cmli.data.numbered import black
-from ds_cmli.data.pictures import most_bytes, read_file, shown
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.images import PixelBox, View, black
+from ds_cmli.data.pairs import NO_TOKEN, described, told
+from ds_cmli.data.scenes import spans_of_tokens
 from ds_cmli.data.tokens import CaptionTokenizer
-from ds_cmli.data.transforms import Framing, PixelBox
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
@@ -101,8 +100,7 @@ class Entities(Dataset):
                 phrase with a box.
         """
         self.tokenizer = tokenizer
-        self.config, self.size = config, config.image_size
-        self.most_bytes = most_bytes(config.max_pixels)
+        self.view, self.size = View.of(config), config.image_size
         root = Path(folder).expanduser()
         listed = root / f"{split}.txt"
         if not (root / "Annotations").is_dir() or not (root / "Sentences").is_dir():
@@ -146,21 +144,18 @@ class Entities(Dataset):
         """
         caption = self.captions[row]
         tokens = self.tokenizer(caption.text)
-        image, grid, reason = black(self.size), None, None
+        image, reason = black(self.size), None
         if picture:
             try:
-                image, grid = shown(read_file(caption.file, "", self.most_bytes, True), self.config)
-            except FileNotFoundError:
-                reason = "no such file"
+                image = self.view(caption.file.read_bytes())
             except Exception as error:  # decoders raise nearly any exception for damaged files
-                reason = first_line(error)
+                reason = described(error)
         if reason is None and not any(tokens.valid):
             reason = NO_TOKEN
         bad = None if reason is None else (self.name(row), reason)
         spans = [(phrase.start, phrase.end) for phrase in caption.phrases]
         phrase_of = spans_of_tokens(tokens, spans)
-        image_id = self.image_id(row)
-        return Sample(image, tokens, row, image_id, phrase_of, bad=bad, grid=grid)
+        return Sample(image, tokens, row, self.image_id(row), phrase_of, bad=bad)
 
 
 def _read(root: Path, file: Path, name: str, number: int) -> list[Caption]:
@@ -220,9 +215,8 @@ def phrase_sums(share: Share, entities: Entities) -> Iterator[tuple[int, Tensor]
     for image, text in share.pair_rows():
         number = int(texts.number[text])
         caption = entities.captions[number]
-        view = Framing.of(entities.config).view(*caption.size)
-        grid, patches = images.grid_of(image), images.patches_of(image)
-        of_phrases = [patches_inside(boxes, view, grid) for boxes in caption.boxes]
+        part, patches = entities.view.part(*caption.size), images.patches[image]
+        of_phrases = [patches_inside(boxes, part, images.grid) for boxes in caption.boxes]
         inside = torch.stack(of_phrases)  # [F, N]
         tokens = texts.tokens_of(text)
         phrase = texts.token_picture[tokens]

@@ -48,7 +48,7 @@ def pair_scores(
     cmli = None
     if "cmli" in scales:
         patches = images.patches[rows].to(device)
-        cmli = cmli_scores(patches, tokens, mask, images.patch_mask(rows, device))
+        cmli = cmli_scores(patches, tokens, mask)
     both = both_ways(cosines, cmli, scales)
     return {kind: BothWays(*map(Tensor.cpu, both[kind])) for kind in kinds(scales)}
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.bad import told
-from ds_cmli.data.load import EvalData
+from ds_cmli.data.build import EvalData
+from ds_cmli.data.pairs import told
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
@@ -92,11 +92,11 @@ def _pointing_game(share: Share) -> float:
     for image, text in share.pair_rows():
         tokens = texts.tokens_of(text)
         sums += scene_hits(
-            images.patches_of(image),
+            images.patches[image],
             texts.tokens[tokens],
             texts.token_picture[tokens],
             images.cell_picture[image],
-            images.grid_of(image),
+            images.grid,
         )
     hits, counted = distributed.sum_over_ranks(sums)  # collective
     return (hits / counted.clamp(min=1)).item()

@@ -20,15 +20,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, check_regular, first_line
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.aspect import patch_mask
-from ds_cmli.data.bad import Bad, told
-from ds_cmli.data.numbered import black
-from ds_cmli.data.pictures import shown
-from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
+from ds_cmli.data.batch import Bad
+from ds_cmli.data.images import View, black
+from ds_cmli.data.pairs import told
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_listed
 from ds_cmli.evaluate.held_out import FILLER, NumberedView, Picture, PictureBatch
@@ -70,7 +68,7 @@ class ClassPictures:
         Raises:
             UserError: `source` is none of these, cannot be read, or has no picture or only a class.
         """
-        self.config, self.size = config, config.image_size
+        self.view, self.size = View.of(config), config.image_size
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
         if not path.exists() and not source.startswith("hfds/"):
             raise UserError(
@@ -107,8 +105,8 @@ class ClassPictures:
             check_regular("a picture", Path(str(path)))
             file, target = self.reader[number]
             with file:
-                image, grid = shown(file.read(), self.config)
-            return Picture(image, number, target=int(target), grid=grid)
+                image = self.view(file.read())
+            return Picture(image, number, target=int(target))
         except Exception as error:  # decoders raise nearly any exception for damaged files
             name = self.reader.filename(number, basename=True)
             name = str(name or f"picture {number}")  # parquet rows may have no name
@@ -189,20 +187,15 @@ class Classifier:
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
         self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
 
-    def __call__(
-        self, image_cls: Tensor, patches: Tensor, patch_mask: Tensor | None = None
-    ) -> Tensor:
-        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C].
-
-        `patch_mask`: bool [B, N], the patches that there are; None: all.
-        """
+    def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
+        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""
         by_global = image_cls @ self.cls.to(image_cls.device).t()
         if "cmli" not in self.scales:
             return by_global[None]
         of_prompts = []
         for prompts in torch.arange(len(self.texts.number)).split(CLASSES * self.templates):
             _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
-            of_prompts.append(cmli_scores(patches, tokens, mask, patch_mask)[0])  # [B, classes * T]
+            of_prompts.append(cmli_scores(patches, tokens, mask)[0])  # [B, classes * T]
         of_classes = torch.cat(of_prompts, 1).unflatten(1, (-1, self.templates))
         scores = {"global": by_global, "cmli": of_classes.mean(2)}  # [B, C] each
         return torch.stack([*scores.values(), combined(scores, self.scales)])
@@ -227,10 +220,8 @@ def picture_hits(
     for batch in loader:
         how.heartbeat()
         broken |= batch.broken
-        images, grid = batch.on(how.device)
-        cls, patches = student.image_embeddings(images, grid)
-        mask = patch_mask(grid, patches.shape[1])
-        class_scores = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
+        cls, patches = student.image_embeddings(batch.image.to(how.device, non_blocking=True))
+        class_scores = classifier(cls, patches).cpu()  # CPU-GPU sync
         usable = batch.usable()
         targets.append(batch.target[usable])
         hits.append(top_hits(class_scores[:, usable], targets[-1]))
@@ -287,7 +278,6 @@ def build_classifier(
     """
     scales = objective.score_scales()  # collective under ZeRO-3
     prompts = filled(names, templates)
-    say(tell_cut(prompts, tokenizer.positions))
     # One range of the prompts a rank, so that those of all ranks follow each other in order.
     count = -(-len(prompts) // distributed.world_size())
     first = distributed.rank() * count

@@ -54,11 +54,6 @@ def command(
     from ds_cmli.export.readme import write_readme
 
     trained = exported.load_run(Path(run), tokenizer, ema, interpolate)
-    if kind is None and trained.config.data.aspect_patch:
-        raise UserError(
-            f"{run!r} was trained with data.aspect_patch, and an export takes square pictures "
-            "alone: give --as siglip if it began as a NaFlex model, or use ds_cmli.inference.Model"
-        )
     if kind is not None:
         library.check(trained.config, kind)
     parent = target.resolve().parent

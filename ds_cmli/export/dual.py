@@ -8,7 +8,6 @@ from transformers import (
     AutoModel,
     CLIPImageProcessor,
     PreTrainedModel,
-    Siglip2ImageProcessor,
     SiglipImageProcessor,
 )
 
@@ -58,9 +57,7 @@ def assembled(objective: Objective, config: Config) -> PreTrainedModel:
     return model.eval()
 
 
-def _processor(
-    config: Config,
-) -> CLIPImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
+def _processor(config: Config) -> CLIPImageProcessor | SiglipImageProcessor:
     own, side = config.student.source_config, config.data.image_size
     resample = {name: number for number, name in INTERPOLATIONS.items()}[config.data.interpolation]
     how: dict[str, Any] = {
@@ -68,10 +65,6 @@ def _processor(
         "image_std": own["std"],
         "resample": resample,
     }
-    if config.data.resize == "naflex":
-        return Siglip2ImageProcessor(
-            patch_size=config.data.aspect_patch, max_num_patches=config.data.side**2, **how
-        )
     square = {"height": side, "width": side}
     if config.data.resize == "shortest":
         return CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)

@@ -3,7 +3,6 @@
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
 
-import warnings
 from typing import Any
 
 import torch
@@ -11,11 +10,9 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from ds_cmli.config.schema import Interpolation, Resize
-from ds_cmli.data import open_clip_tokens
 from ds_cmli.data.batch import PAD_MULTIPLE
-from ds_cmli.data.pictures import prepare
-from ds_cmli.data.tokens import most_characters, tell_cut
-from ds_cmli.data.transforms import Framing
+from ds_cmli.data.images import View
+from ds_cmli.data.tokens import MOST_CHARACTERS
 
 # Further arguments that are accepted, with their accepted values.
 ACCEPTED: dict[str, tuple[object, ...]] = {
@@ -62,9 +59,7 @@ class CMLIProcessor(ProcessorMixin):
         """Prepare one or several pictures, one or several texts, or both.
 
         Args:
-            images: what `data.pictures.prepare` takes, a list of such, or a batch of arrays or
-                tensors. A JPEG that is open and not decoded yet (`Image.open`) is decoded as in
-                training.
+            images: what `data.images.View` takes, a list of such, or a batch of arrays or tensors.
             text: a string or a list of strings.
             kwargs: the arguments that processors are usually called with, as far as `ACCEPTED`
                 lists them. `padding="max_length"` pads texts to `context_length`,
@@ -82,9 +77,8 @@ class CMLIProcessor(ProcessorMixin):
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
         if images is not None:
-            framing = Framing(self.image_size, resize=self.resize, interpolation=self.interpolation)
-            pictures = [prepare(image, framing) for image in _listed("images", images)]
-            out["pixel_values"] = torch.stack(pictures)
+            view = View(self.image_size, self.resize, self.interpolation)
+            out["pixel_values"] = torch.stack([view(one) for one in _listed("images", images)])
         if text is not None:
             out |= self.tokens(_listed("text", text), kwargs.get("padding") == "max_length")
         if kwargs.get("return_tensors") == "np":
@@ -101,12 +95,7 @@ class CMLIProcessor(ProcessorMixin):
                 raise TypeError(
                     f"a text is {type(text).__name__}: give a string or a list of strings"
                 )
-        if line := tell_cut(texts, self.context_length):
-            warnings.warn(line, stacklevel=3)
-        texts = [text[: most_characters(self.context_length)] for text in texts]
-        cleaning = open_clip_tokens.Cleaning.of(open_clip_tokens.own_of(self.tokenizer))
-        if cleaning is not None:
-            texts = list(map(cleaning, texts))
+        texts = [text[:MOST_CHARACTERS] for text in texts]
         full = self.padding == "full"
         left = full and self.tokenizer.padding_side == "left"
         rows = self.tokenizer(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
-from ds_cmli.data.assets import ASSETS, image_asset
+from ds_cmli.data.assets import ASSETS
 from ds_cmli.export.folder import DEMO, sources
 
 README = """\
@@ -55,19 +55,15 @@ def origins(config: Config) -> dict[str, str]:
     else:
         model = student.image_model
         started = {
-            "Image encoder": _of_weights(model, student.image_weights, image_asset(model)),
+            "Image encoder": _of_weights(model, student.image_weights, "vit"),
             "Text encoder": _of_weights(student.text_model, student.text_weights, "minilm"),
         }
     return {**started, "Tokenizer": _of_tokenizer(data), "Data": _of_data(data)}
 
 
-def _licence(asset: str) -> str:
-    return " ".join(ASSETS[asset].licence.split()).split(" ", 1)[1]
-
-
 def _of_weights(model: str, weights: str, asset: str) -> str:
     if weights == "demo":
-        return _licence(asset)
+        return ASSETS[asset].licence
     if weights == "random":
         return f"{model}, from random weights"
     if weights == "hub":
@@ -77,7 +73,7 @@ def _of_weights(model: str, weights: str, asset: str) -> str:
 
 def _of_tokenizer(data: DataConfig) -> str:
     if data.tokenizer == "demo":
-        return _licence("minilm")
+        return ASSETS["minilm"].licence
     if data.tokenizer == "builtin":
         return "of ds-cmli, Apache-2.0; its words are Unicode CLDR's"
     return f"{Path(data.tokenizer).name}, under its own licence"
@@ -85,5 +81,5 @@ def _of_tokenizer(data: DataConfig) -> str:
 
 def _of_data(data: DataConfig) -> str:
     if data.source == DEMO:
-        return _licence("pictures")
+        return ASSETS["pictures"].licence
     return f"{', '.join(sources(data))}, under licences not known here"

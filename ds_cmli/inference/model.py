@@ -4,8 +4,6 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 S image side.
 """
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +20,9 @@ from ds_cmli.cmli.op import upcast
 from ds_cmli.common.errors import UserError, one_line, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.data.aspect import grid_at, laid_out, patch_mask
-from ds_cmli.data.batch import Collate, Sample, stack_grids
-from ds_cmli.data.pictures import prepare, read_picture
-from ds_cmli.data.tokens import CaptionTokenizer, tell_cut, tokenizer_of
-from ds_cmli.data.transforms import Framing
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.images import View, black
+from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 from ds_cmli.scores import BothWays, Match, both_ways, match
@@ -42,16 +38,9 @@ class ImageEmbeddings:
     cls: Tensor  # [I, H], for global scores
     patches: Tensor  # [I, N, D], for CMLI
     names: list[str]  # each picture's file, or its number if it came without a file
-    # int64 [I, 2], the rows and columns of patches of pictures of any aspect; None: all are square.
-    grid: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def patch_mask(self) -> Tensor | None:
-        """The patches that the images have: bool [I, N]; None: all."""
-        return patch_mask(self.grid, self.patches.shape[1])
 
 
 @dataclass
@@ -138,22 +127,16 @@ class Model:
         return self.student.grid
 
     def read(self, picture: PictureInput) -> Tensor:
-        """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
-
-        With `data.aspect_patch` it has its own aspect.
+        """Prepare a file, or what `data.images.View` takes, as in training -> uint8 [3, S, S].
 
         Raises:
             UserError: the picture cannot be read.
         """
-        framing = Framing.of(self.config.data)
         try:
+            view = View.of(self.config.data)
             if isinstance(picture, str | Path):
-                path = Path(picture)
-                root, most = str(path.parent.resolve()), self.config.data.max_pixels
-                return read_picture(path, root, framing, most, True)
-            return prepare(picture, framing)
-        except TypeError as error:
-            raise UserError(f"{error}, or a file") from None
+                return view(Path(picture).read_bytes())
+            return view(picture)
         except Exception as error:  # decoders of damaged files raise nearly anything
             name = repr(str(picture)) if isinstance(picture, str | Path) else "a picture"
             raise UserError(f"{name} cannot be read: {one_line(error)}") from None
@@ -164,24 +147,14 @@ class Model:
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         files = list_pictures(pictures)
-        cls, patches, grids = [], [], []
-        patch = self.config.data.aspect_patch
+        cls, patches = [], []
         for start in _steps(len(files), batch_size, "images"):
-            read = [self.read(file) for file in files[start : start + batch_size]]
-            shown = [laid_out(image, patch, self.image_size) for image in read]
-            images = torch.stack([image for image, _ in shown]).to(self.device)
-            grid = stack_grids([grid for _, grid in shown])
-            if grid is not None:
-                grids.append(grid)
-                grid = grid.to(self.device)
-            image_cls, features = self.student.image_embeddings(images, grid)
+            images = torch.stack([self.read(file) for file in files[start : start + batch_size]])
+            image_cls, features = self.student.image_embeddings(images.to(self.device))
             cls.append(image_cls.cpu())  # CPU-GPU sync
             patches.append(features.cpu())
         names = [name_of(file, number) for number, file in enumerate(files)]
-        embeddings = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
-        if grids:
-            embeddings.grid = torch.cat(grids)
-        return embeddings
+        return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128) -> TextEmbeddings:
@@ -194,10 +167,7 @@ class Model:
                 raise UserError(f"a text is {type(text).__name__} {text!r}: give a string")
             if printable(text) != text:
                 raise UserError(f"a text is {text!r}, which is no Unicode: give whole characters")
-        if line := tell_cut(texts, self.tokenizer.positions):
-            warnings.warn(line, stacklevel=2)
-        nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)
-        samples = [Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)]
+        samples = [Sample(black(0), self.tokenizer(text), i, i) for i, text in enumerate(texts)]
         whole = self.collate(samples)
         cls, tokens = [], []
         for start in _steps(len(texts), batch_size, "texts"):
@@ -221,8 +191,7 @@ class Model:
         """
         with torch.inference_mode():
             cosines = upcast(images.cls) @ upcast(texts.cls).t()
-            patches, mask = images.patches, images.patch_mask
-            cmli = cmli_scores(patches, texts.tokens, texts.token_mask, mask)  # [I, J] each
+            cmli = cmli_scores(images.patches, texts.tokens, texts.token_mask)  # [I, J] each
             return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: PictureInput, text: str) -> Match:
@@ -230,9 +199,7 @@ class Model:
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         valid = texts.token_mask[0]
         spans = list(compress(texts.spans[0], valid.tolist()))  # the mask is of the padded text
-        grid = grid_at(0, images.grid, self.grid)
-        patches = images.patches[0, : math.prod(grid)]
-        return match(texts.tokens[0][valid], patches, text, spans, grid)
+        return match(texts.tokens[0][valid], images.patches[0], text, spans, self.grid)
 
 
 def name_of(picture: PictureInput, number: int) -> str:

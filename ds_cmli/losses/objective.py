@@ -16,7 +16,6 @@ from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
 from ds_cmli.config.registry import LOSSES, load, over_pairs
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.gradient_cache import KnownGradient
 from ds_cmli.losses.target_cmli import Features, WidthHead
@@ -85,7 +84,7 @@ class Objective(nn.Module):
         tokens = pairs.get("patches"), pairs.get("tokens"), pairs["token_mask"]
         compared: dict[str, tuple[Any, Any, Any, Any]] = {
             "global": (pairs.get("image_cls"), pairs.get("text_cls"), None, None),
-            "cmli": (*tokens, pairs.get("patch_mask")),
+            "cmli": (*tokens, None),
         }
         values = {}
         for name, loss in self._over_pairs().items():
@@ -112,11 +111,8 @@ class Objective(nn.Module):
 
     def _features(self, batch: Batch) -> Features:
         with self.student.text.knowing(batch.padded):
-            x, patches, y, tokens = self.student(
-                batch.image, batch.input_ids, batch.attention_mask, batch.grid
-            )
-        present = patch_mask(batch.grid, patches.shape[1])
-        return Features(x, patches, y, tokens, batch.token_mask, present)
+            x, patches, y, tokens = self.student(batch.image, batch.input_ids, batch.attention_mask)
+        return Features(x, patches, y, tokens, batch.token_mask)
 
     def _pair_features(self, f: Features, batch: Batch) -> PairFeatures:
         """What the losses over pairs compare, with `learned/NAME` of each."""
@@ -127,8 +123,6 @@ class Objective(nn.Module):
         if "cmli" in kinds:
             project = self.student.projection
             pairs |= {"patches": project(f.patches), "tokens": project(f.tokens)}
-        if f.patch_mask is not None:
-            pairs["patch_mask"] = f.patch_mask
         for name, loss in self._over_pairs().items():
             pairs[f"learned/{name}"] = loss.temperature()
         return pairs

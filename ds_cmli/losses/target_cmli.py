@@ -26,7 +26,6 @@ class Features(NamedTuple):
     text_cls: Tensor  # [B, H]
     tokens: Tensor  # [B, M, H], padding and special tokens included
     token_mask: Tensor  # bool [B, M]
-    patch_mask: Tensor | None = None  # bool [B, N], of pictures of any aspect; None: all are there
 
 
 class WidthHead(nn.Linear):
@@ -88,17 +87,10 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def target_image_loss(
-    student_patches: Tensor,
-    teacher_patches: Tensor,
-    reduction: str = "mean",
-    patch_mask: Tensor | None = None,
+    student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H].
-
-    `patch_mask`: bool [B, N], the patches that the mean of each image is over; None: all.
-    """
-    distances = squared_distance(student_patches, teacher_patches, reduction)  # [B, N]
-    return distances.mean() if patch_mask is None else masked_mean(distances, patch_mask)
+    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H]."""
+    return squared_distance(student_patches, teacher_patches, reduction).mean()
 
 
 def target_text_loss(
@@ -145,7 +137,7 @@ class TargetCMLI(nn.Module):
             loss = target_text_loss(tokens, targets.patches, match, f.token_mask, self.reduction)
             halves.append(self.text * loss)
         if self.image:
-            loss = target_image_loss(patches, targets.patches, self.reduction, f.patch_mask)
+            loss = target_image_loss(patches, targets.patches, self.reduction)
             halves.append(self.image * loss)
         return torch.stack(halves).sum()
 
@@ -157,8 +149,6 @@ class TargetCMLI(nn.Module):
         projection."""
         patches = targets.patches if head is None else head(targets.patches, back=True)
         similar = patch_similarities(student.projection(f.tokens), student.projection(patches))
-        if f.patch_mask is not None:
-            similar.masked_fill_(~f.patch_mask[:, None], -torch.inf)
         return similar.argmax(2)
 
 

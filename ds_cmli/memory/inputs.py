@@ -129,7 +129,6 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
         padded=config.data.padding != "full",
-        grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
     )
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import WeightsSource
 
@@ -120,9 +118,6 @@ class ImageBackbone(nn.Module):
     mean: Iterable[float]
     std: Iterable[float]
     depth: int | None = None  # how many blocks the model has, before it was cut; None: unknown
-    # The pixels of a patch, if `forward` takes the grids of pictures of any aspect too; 0: it does
-    # not.
-    aspect_patch = 0
 
     @classmethod
     def takes(cls, request: ImageRequest) -> bool:
@@ -244,17 +239,6 @@ def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
             for name, buffer in part.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(part, name, buffer.to(dtype))
-
-
-def attended_to(grid: Tensor | None, patches: int, prefix: int) -> Tensor | None:
-    """The tokens that a block attends to in pictures of grids, int64 [B, 2]: the prefix and theirs.
-
-    bool [B, 1, 1, prefix + N]; None: all.
-    """
-    mask = patch_mask(grid, patches)
-    if mask is None:
-        return None
-    return F.pad(mask, (prefix, 0), value=True)[:, None, None, :]
 
 
 def with_mean(patches: Tensor) -> Tensor:

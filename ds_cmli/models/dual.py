@@ -153,20 +153,11 @@ def build(
         check_room("student.source", config.source, parameters)
     if not (pretrained and config.source):
         dual: Any = AutoModel.from_config(sizes, dtype=torch.float32)
-        return image_tower(dual, own, image_size), DualText(dual), None
+        return DualImage(dual, own, image_size), DualText(dual), None
     dual = _loaded(config.source, sizes)
     bias = getattr(dual, "logit_bias", None)
     start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
-    return image_tower(dual, own, image_size), DualText(dual), start
-
-
-def image_tower(dual: PreTrainedModel, own: JsonObject, image_size: int) -> DualImage:
-    """The image tower of a model of transformers; arguments as of `DualImage`."""
-    if own["model_type"] == "siglip2":
-        from ds_cmli.models.dual_naflex import DualNaFlex
-
-        return DualNaFlex(dual, own, image_size)
-    return DualImage(dual, own, image_size)
+    return DualImage(dual, own, image_size), DualText(dual), start
 
 
 def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:

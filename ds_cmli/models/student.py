@@ -5,7 +5,6 @@ embedding dimension; prefix is the number of tokens before the patches, the firs
 class token.
 """
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +28,6 @@ from ds_cmli.models.backbone import (
     PixelNorm,
     TextBackbone,
     TextRequest,
-    attended_to,
 )
 from ds_cmli.models.blocks import whole
 from ds_cmli.models.dual import Start
@@ -50,19 +48,16 @@ class SharedBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(
-        self, image: Tensor, text: Tensor, token_mask: Tensor, attended: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, prefix+N, H], [B, M, H] and the text's mask, bool [B, M] (True = attend) -> both.
 
-        `attended`: what `attended_to` returns for the images. One call takes both modalities, so
-        that activation checkpointing recomputes the block once and each parameter's gradient
-        arrives once, which ZeRO requires.
+        One call takes both modalities, so that activation checkpointing recomputes the block once
+        and each parameter's gradient arrives once, which ZeRO requires.
         """
-        return self.image(image, attended), self.text(text, token_mask)
+        return self.image(image), self.text(text, token_mask)
 
-    def image(self, x: Tensor, attended: Tensor | None) -> Tensor:
-        return self.block(x, attn_mask=attended)
+    def image(self, x: Tensor) -> Tensor:
+        return self.block(x)
 
     def text(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.block(x, attn_mask=mask[:, None, None, :])
@@ -237,40 +232,29 @@ class Student(nn.Module):
         return self.image.grid
 
     def forward(
-        self,
-        image: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        grid: Tensor | None = None,
+        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
-
-        Args:
-            grid: int64 [B, 2], the patch grids of pictures of any aspect, as `data.aspect.packed`
-                has laid them out; patches past a grid have any features. None: all are square.
 
         Returns:
             Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,
             H] (padding and special tokens included), not normalised, in the model's precision. They
             are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
-        x = self.embed_image(image, grid)
+        x = self.embed_image(image)
         y = self.embed_text(input_ids, attention_mask)
-        attended, to_text = self._attended_to(grid), self._with_suffix(attention_mask)
+        to_text = self._with_suffix(attention_mask)
         for block in self.shared:
-            x, y = block(x, y, to_text, attended)
+            x, y = block(x, y, to_text)
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
-    def encode_image(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as in `forward`."""
-        x, attended = self.embed_image(image, grid=grid), self._attended_to(grid)
+        x = self.embed_image(image)
         for block in self.shared:
             with whole(block):  # collective under ZeRO-3
-                x = block.image(x, attended)  # type: ignore[operator]
+                x = block.image(x)  # type: ignore[operator]
         return self.split_image(x)
-
-    def _attended_to(self, grid: Tensor | None) -> Tensor | None:
-        return attended_to(grid, math.prod(self.grid), self.image.prefix)
 
     def _with_suffix(self, attention_mask: Tensor) -> Tensor:
         if not self.text.suffix:
@@ -285,9 +269,9 @@ class Student(nn.Module):
                 y = block.text(y, attended)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
-    def image_embeddings(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def image_embeddings(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images as class tokens in fp32 and patches [B, N, D], all of unit length."""
-        cls, patches = self.encode_image(image, grid)
+        cls, patches = self.encode_image(image)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(patches))
 
     def text_embeddings(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,10 +279,8 @@ class Student(nn.Module):
         cls, tokens = self.encode_text(input_ids, attention_mask)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
 
-    def embed_image(self, image: Tensor, grid: Tensor | None = None) -> Tensor:
+    def embed_image(self, image: Tensor) -> Tensor:
         pixels = self.pixels(image, next(self.image.parameters()).dtype)
-        if grid is not None:
-            return self.image_in(self.image(pixels, grid))
         return self.image_in(self.image(pixels))  # [B, prefix+N, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -71,11 +71,10 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, image: Tensor, grid: Tensor | None = None) -> Targets:
-        """uint8 [B, 3, S, S] -> `Targets` in the teacher's precision; `grid` as for the student."""
+    def forward(self, image: Tensor) -> Targets:
+        """uint8 [B, 3, S, S] -> `Targets` in the teacher's precision."""
         dtype = next(self.image.parameters()).dtype
-        grids = () if grid is None else (grid,)
-        x = self.image(self.pixels(image, dtype), *grids)  # [B, prefix + N of its own grid, H_t]
+        x = self.image(self.pixels(image, dtype))  # [B, prefix + N of its own grid, H_t]
         cls, patches = x[:, 0], x[:, self.image.prefix :]
         if self.image.grid != self.grid:
             # [B, H_t, rows, columns]

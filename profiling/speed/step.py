@@ -27,8 +27,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import WHAT, add, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
-from ds_cmli.data.load import Data, build_data
-from ds_cmli.data.loaders import train_loader
+from ds_cmli.data.build import Data, build_data
+from ds_cmli.data.pairs import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from profiling.scripts import CLOCKS, clock_option, compare, to_the_end

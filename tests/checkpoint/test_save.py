@@ -16,7 +16,7 @@ from ds_cmli.checkpoint.weights import full_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.load import build_data
+from ds_cmli.data.build import build_data
 from tests.batches import rank_batches
 from tests.checkpoint.runs import DAMAGES, Evil, flip
 from tests.engine.steps import build

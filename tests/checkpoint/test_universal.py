@@ -16,8 +16,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.bad import BadSamples
-from ds_cmli.data.load import build_data
+from ds_cmli.data.build import build_data
+from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.models.weights import not_finite

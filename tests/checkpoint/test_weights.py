@@ -39,7 +39,7 @@ def run(written, tmp_path):
 
 
 def evaluate(folder: Path, ema: bool) -> None:
-    from ds_cmli.data.load import build_data
+    from ds_cmli.data.build import build_data
 
     config = load_preset("tiny", {"loss": {"weights": {"global": 1.0, "cmli": 1.0}}})
     load_objective(config, folder, ema, build_data(config.data, 0), "cpu")

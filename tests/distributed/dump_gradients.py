@@ -12,8 +12,8 @@ from ds_cmli.common import quiet
 from ds_cmli.common.cli import leave
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import train_loader
+from ds_cmli.data.build import build_data
+from ds_cmli.data.pairs import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import build

@@ -7,7 +7,7 @@ from ds_cmli import engine
 from ds_cmli.common.trees import tree_map
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.load import build_data
+from ds_cmli.data.build import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.losses.target_cmli import Features

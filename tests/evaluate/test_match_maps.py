@@ -22,7 +22,7 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
     before = torch.random.get_rng_state()
     measured = evaluate_split(objective, few, data, how, show=shown.append)
     (share,) = shown
-    held_out, grid = share.held_out, share.images.square
+    held_out, grid = share.held_out, share.images.grid
     alone = match_maps(share, data.tokenizer, 5)
     assert torch.equal(before, torch.random.get_rng_state())
     assert measured == evaluate_split(objective, few, data, how)
@@ -55,7 +55,6 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
         def pair(self, row):
             return SimpleNamespace(
                 image=torch.full((3, 4, 4), row),
-                grid=None,
                 tokens=SimpleNamespace(text=f"猫{row} …", valid=[False, True, False]),
             )
 

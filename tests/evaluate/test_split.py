@@ -6,8 +6,8 @@ from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.load import build_data
-from ds_cmli.data.sources.listed import Listed
+from ds_cmli.data.build import build_data
+from ds_cmli.data.sources import Files
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
@@ -143,17 +143,16 @@ def break_some(path):
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path, monkeypatch):
     folder(tmp_path)
     break_some(tmp_path)
-    monkeypatch.setattr("ds_cmli.data.bad.BadSamples.too_many", lambda *_: False)
     monkeypatch.setattr(Colours, "encode_text", whatever(Colours.encode_text))
     result = score(tmp_path)
     assert set(recalls(result).values()) == {1.0}
     assert (result["pairs"], result["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
-    assert result["left_out"] == 2 * CAPTIONS + 2
+    assert result["left_out"] == 2 * CAPTIONS + 1  # a blank caption beside others is none
     assert result["chance/t2i_r1"] == pytest.approx(1 / 3)
     lines = " ".join(result["left_out_first"])
     assert "1.png (cannot identify" in lines and "4.png (no such file)" in lines
-    assert "0.png (caption without a token)" in lines and "3.png (empty caption)" in lines
-    assert "9 pairs, 3 pictures, 8 left out: 3.png (empty caption), " in summary("val", result)
+    assert "0.png (caption without a token)" in lines
+    assert "9 pairs, 3 pictures, 7 left out: " in summary("val", result)
 
 
 def whatever(encode_text):
@@ -170,14 +169,14 @@ def whatever(encode_text):
 
 def counted_on_rank(rank, world_size, path):
     opened = []
-    read = Listed.image
+    read = Files.image
 
     def counting(source, index):
         opened.append(source.name(index))
         return read(source, index)
 
     data = pairs_of(path)
-    Listed.image = counting
+    Files.image = counting
     stub = Stub(Colours(data.tokenizer))
     return evaluate_split(stub, data.evals["val"], data, EmbedSettings(4, torch.device("cpu"))), opened
 

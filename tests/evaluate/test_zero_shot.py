@@ -11,7 +11,7 @@ from PIL import Image
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.loaders import batches
+from ds_cmli.data.pairs import batches
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.engine import build_models
 from ds_cmli.evaluate.embed import EmbedSettings, Texts

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 from ds_cmli.export.__main__ import command
 from tests.drive_train import drive
-from tests.models.aspects import of_many_aspects
+from tests.make import pairs
 from tests.models.dual_models import start
 
 TEXTS = ["a red car", "two dogs,sitting under a tree"]
@@ -33,6 +33,6 @@ def export(run, folder, *options):
 def after_ten_steps(source, folder, losses):
     """The folder of a run of ten steps from the source."""
     given = ["--preset", "tiny", "--steps", "10", "--losses", ",".join(losses), "--set", "run.match_maps=0"]
-    data = of_many_aspects(folder.with_name("pairs"))
-    assert drive([*given, *data, "--start-from", str(source), "--output-dir", str(folder)]) == 0
+    given += ["--data", pairs(folder.with_name("pairs"), 63)]
+    assert drive([*given, "--start-from", str(source), "--output-dir", str(folder)]) == 0
     return folder

@@ -15,17 +15,16 @@ from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
 from tests.conftest import free_port
 from tests.export.libraries import TEXTS, after_ten_steps, export, run_of
-from tests.models.dual_models import clip, naflex, siglip, start
+from tests.models.dual_models import clip, siglip, start
 
 LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
-LOSSES["naflex"] = LOSSES["siglip"]
-AS = {"clip": "clip", "siglip": "siglip", "naflex": "siglip"}
+AS = {"clip": "clip", "siglip": "siglip"}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
-    return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip"), "naflex": naflex(root / "naflex")}
+    return {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip")}
 
 
 @pytest.mark.parametrize("kind", AS)
@@ -71,9 +70,6 @@ def test_what_it_is_not_is_refused(sources, run, tmp_path):
     began = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
     refused("^--as is 'siglip', and the run's student began as clip", began, tmp_path / "x",
             "--as", "siglip")  # fmt: skip
-    any_aspect = run_of(sources["naflex"], tmp_path / "run3", LOSSES["naflex"])
-    refused("with data.aspect_patch, and an export takes square pictures alone", any_aspect, tmp_path / "x")
-    refused("began as siglip2", any_aspect, tmp_path / "x", "--as", "clip")
     refused("began as two encoders", run, tmp_path / "x", "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
     refused("its models have no shared blocks, and the student has 1", even, tmp_path / "x", "--as", "clip")

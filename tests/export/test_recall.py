@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.config.schema import load_config
-from ds_cmli.data.load import build_data
+from ds_cmli.data.build import build_data
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.model import load_objective
 from ds_cmli.evaluate.split import evaluate_split

@@ -13,7 +13,7 @@ from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.load import build_data
+from ds_cmli.data.build import build_data
 from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite

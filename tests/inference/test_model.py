@@ -78,10 +78,9 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
 @pytest.mark.parametrize(
     "wrong, line",
     [
-        (np.zeros((4, 4, 3), np.float32), r"a picture is ndarray float32 \[4, 4, 3\]: give a PIL image"),
-        (torch.zeros(2, 5, 5, dtype=torch.uint8), r"a picture is Tensor torch.uint8 \[2, 5, 5\]: give a PIL"),
+        (np.zeros((4, 4, 7), np.uint8), "a picture cannot be read"),
         ("no/such.png", "'no/such.png' cannot be read"),
-        (7, "a picture is int"),
+        (7, "a picture cannot be read: .*int"),
     ],
 )
 def test_what_is_no_picture_is_told(model, wrong, line):

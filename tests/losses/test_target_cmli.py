@@ -56,16 +56,6 @@ def of(loss, head=None, targets=None):
     return loss(features, targets or Targets(TEACHER[:, 0], TEACHER), Same(), head)
 
 
-def test_patches_that_are_not_there_count_for_nothing():
-    patch_mask = torch.tensor([[True, True, False], [True, False, False]])
-    assert target_image_loss(PATCHES, TEACHER, "sum", patch_mask).item() == pytest.approx((4 / 2 + 0) / 2)
-    features = Features(PATCHES[:, 0], PATCHES, TOKENS[:, 0], TOKENS, MASK, patch_mask)
-    loss = TargetCMLI(LossConfig(mse_reduction="sum", target_image_weight=0.0, target_text_weight=2.0), None)
-    # The second token of the first text now matches patch 0: its distance is 1.
-    expected = ((4 + 1) / 2 + 4) / 2
-    assert loss(features, Targets(TEACHER[:, 0], TEACHER), Same(), None).item() == pytest.approx(expected)
-
-
 def test_class_tokens_by_hand():
     # Squared distances: of images 4 and 0, of texts 4 and 4.
     loss = ClsDistillation(LossConfig(mse_reduction="sum"), None)

@@ -7,10 +7,6 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    Siglip2Config,
-    Siglip2ImageProcessor,
-    Siglip2Model,
-    Siglip2Tokenizer,
     SiglipConfig,
     SiglipImageProcessor,
     SiglipModel,
@@ -46,25 +42,6 @@ def siglip(folder: Path, **processor) -> Path:
     words = text(max_position_embeddings=64, projection_size=32)
     model = SiglipModel(SiglipConfig(vision_config=vision, text_config=words))
     return sigmoid(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
-
-
-def naflex(folder: Path, padding_side: str = "left", **processor) -> Path:
-    torch.manual_seed(0)
-    tokenizer = characters(padding_side)
-    vision = {**SIZES, "patch_size": 14, "num_patches": 25, "hidden_size": 32}
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
-    words = {**SIZES, **ids, "hidden_size": 32, "max_position_embeddings": 64, "projection_size": 32}
-    model = Siglip2Model(Siglip2Config(vision_config=vision, text_config=words))
-    how = {"patch_size": 14, "max_num_patches": 16, **processor}
-    return sigmoid(folder, model, Siglip2ImageProcessor(**how), tokenizer)
-
-
-def characters(padding_side: str) -> Siglip2Tokenizer:
-    """Of letters and bytes, in lower case."""
-    letters = [*"\u2581abcdefghijklmnopqrstuvwxyz.,", *(f"<0x{byte:02X}>" for byte in range(256))]
-    special = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
-    vocabulary = {piece: number for number, piece in enumerate([*special, *letters])}
-    return Siglip2Tokenizer(vocab=vocabulary, merges=[], padding_side=padding_side)
 
 
 def sigmoid(folder: Path, model, processor, tokenizer=None) -> Path:

@@ -4,11 +4,9 @@ import json
 from pathlib import Path
 
 from ds_cmli.config.schema import load_config
-from ds_cmli.export.__main__ import command as export
 from tests.checkpoint.runs import assert_same, json_file, ranks
 from tests.drive_train import drive
 from tests.make import pairs
-from tests.models.aspects import NAFLEX, SIZES, of_many_aspects
 from tests.stranger.drive import check_memory, used
 
 RUNS = """
@@ -54,9 +52,6 @@ LORA = {
 }
 
 
-OF_ANY_ASPECT = {"teacher.overrides": SIZES | NAFLEX}
-
-
 BATCH, STEPS, STOP = 8, 3, 1
 
 
@@ -72,9 +67,7 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
         settings |= SETTINGS.get(value, {})
     if "lora" in values and values[0] in LORA:
         settings["student.lora"] = LORA[values[0]]
-    if values[0] == "naflex":
-        settings |= OF_ANY_ASPECT
-    loss = "global_sigmoid" if values[0] in ("naflex", "siglip", "open_clip_siglip") else "global"
+    loss = "global_sigmoid" if values[0] in ("siglip", "open_clip_siglip") else "global"
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]
     arguments += ["--start-from", str(source), "--losses", f"{loss},cmli,target_cmli"]
@@ -85,10 +78,7 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
 
 def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
     """A training, and another one that is interrupted, whose weights are then the same; its memory is predicted."""
-    if values[0] == "naflex":
-        _, data = of_many_aspects(tmp_path / "pairs")
-    else:
-        data = pairs(tmp_path / "pairs", count=40)
+    data = pairs(tmp_path / "pairs", count=40)
     given, content = asked(values, source, data, tmp_path / "ds.json")
     straight, broken = tmp_path / "run", tmp_path / "broken"
     tasks: list[dict] = [
@@ -102,10 +92,7 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 0]
     assert_same(straight, broken)
-    if values[0] == "naflex":  # which has an export as SigLIP alone
-        export.main([str(straight), str(tmp_path / "back"), "--as", "siglip"], standalone_mode=False)
-    else:
-        assert "refused" not in used(straight)
+    assert "refused" not in used(straight)
     if "compiled" not in values:
         config = load_config(straight / "config.json", "the run")
         check_memory(config, content, 1 + ("two" in values), SCALARS)

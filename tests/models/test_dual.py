@@ -13,14 +13,11 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import sources
-from ds_cmli.config.presets import load_preset
-from ds_cmli.data.aspect import laid_out
-from ds_cmli.data.batch import Collate, Sample, stack_grids
-from ds_cmli.data.pictures import prepare
-from ds_cmli.data.transforms import Framing
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.images import View
 from ds_cmli.models.dual import ValuePath
 from ds_cmli.models.student import Student
-from tests.models.dual_models import clip, naflex, settings, siglip, start
+from tests.models.dual_models import clip, settings, siglip, start
 
 TEXTS = ["a red car", "zebra", "two dogs sitting under a tree " * 20]
 PAIRS = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
@@ -32,7 +29,6 @@ def folders(tmp_path_factory):
     made = {"clip": clip(root / "clip"), "gelu": clip(root / "gelu", act="gelu"), "siglip": siglip(root / "siglip")}
     made["bilinear"] = siglip(root / "bilinear", resample=2)
     made["squashed"] = clip(root / "squashed", size={"height": 56, "width": 56}, do_center_crop=False)
-    made |= {side: naflex(root / side, padding_side=side) for side in ("left", "right")}
     return made
 
 
@@ -55,7 +51,7 @@ def test_the_first_step_equals_the_source(name, folders, pictures):
     objective, config, words = start(folders[name], PAIRS[kind])
     processor, theirs = AutoImageProcessor.from_pretrained(folders[name]), AutoModel.from_pretrained(folders[name])
     wanted = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    pixels = torch.stack([prepare(picture, Framing.of(config.data)) for picture in pictures])
+    pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
     torch.testing.assert_close(objective.student.pixels(pixels, torch.float32), wanted, rtol=0, atol=1e-4)
     full = full_texts(folders[name], config)
     batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in TEXTS])
@@ -73,43 +69,6 @@ def test_the_first_step_equals_the_source(name, folders, pictures):
     assert objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
     if kind == "siglip":
         assert objective.score_scales()["global"] > 100 and loss.temperature.logit_bias.item() == pytest.approx(-12.9)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_first_step_equals_a_naflex_model(side, folders, pictures):
-    objective, config, words = start(folders[side], PAIRS["siglip"])
-    processor, theirs = AutoImageProcessor.from_pretrained(folders[side]), AutoModel.from_pretrained(folders[side])
-    more = [Image.new("RGB", size, "red") for size in ((1, 1), (300, 9), (4, 100))]
-    inputs, data = processor(images=[*pictures, *more], return_tensors="pt"), config.data
-    shown = [laid_out(prepare(x, Framing.of(data)), data.aspect_patch, data.image_size) for x in (*pictures, *more)]
-    image, grid = torch.stack([pixels for pixels, _ in shown]), stack_grids([grid for _, grid in shown])
-    assert torch.equal(grid, inputs["spatial_shapes"])
-    cells = objective.student.pixels(image, torch.float32).view(8, 3, 4, 14, 4, 14)
-    patches = cells.permute(0, 2, 4, 3, 5, 1).reshape(8, 16, -1)
-    there = inputs["pixel_attention_mask"].bool()
-    torch.testing.assert_close(patches[there], inputs["pixel_values"][there], rtol=0, atol=1e-5)
-    full = full_texts(folders[side], config)["input_ids"]
-    batch = Collate(words)([Sample(image[0], words(text), 0, 0) for text in TEXTS])
-    assert torch.equal(batch.input_ids, full) and batch.attention_mask.all()
-    cls, features = objective.student.image_embeddings(image, grid)
-    text_cls, _ = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
-    torch.testing.assert_close(cls, F.normalize(theirs.get_image_features(**inputs).pooler_output), rtol=0, atol=1e-5)
-    texts = theirs.get_text_features(input_ids=full).pooler_output
-    torch.testing.assert_close(text_cls, F.normalize(texts), rtol=0, atol=1e-5)
-    assert features.shape == (8, 16, 32)
-    assert objective.score_scales()["global"] == pytest.approx(theirs.logit_scale.exp().item())
-    assert objective.losses["global_sigmoid"].temperature.logit_bias.item() == pytest.approx(-12.9)
-
-
-def test_a_naflex_model_takes_another_number_of_patches(folders):
-    given = {"student": {"source": str(folders["left"])}, "data": {"image_size": 84}}
-    out = sources.applied(given, {})["data"]
-    assert (out["image_size"], out["aspect_patch"], out["resize"]) == (84, 14, "naflex")
-    with pytest.raises(UserError, match=r"^data.aspect_patch is 16, and student.source"):
-        sources.applied({**given, "data": {"aspect_patch": 16}}, {})
-    with pytest.raises(UserError, match=r"^data.aspect_patch is 14: data.image_size is 80, which must be a multiple"):
-        load_preset("tiny", {**given, "data": {"image_size": 80}})
 
 
 def test_tokens_start_in_the_joint_space(folders):
@@ -146,7 +105,6 @@ CONTRADICTIONS = [
     ("data", "tokenizer", "demo", ""),
     ("data", "padding", "full", "longest"),
     ("data", "context_length", 78, "77"),
-    ("data", "aspect_patch", 14, "0"),
 ]
 
 
@@ -203,10 +161,6 @@ def test_a_source_that_cannot_be_used_is_one_line(folders, tmp_path):
     refused("a file", folders["clip"] / "config.json")
     change(folder := copy(), "config.json", model_type="bert")
     refused("of the type 'bert'", folder)
-    change(folder := copy("left"), "preprocessor_config.json", max_num_patches=20)
-    refused("up to 20 patches: give a square number", folder)
-    change(folder, "preprocessor_config.json", max_num_patches=16, patch_size=16)
-    refused("have patches of 16 pixels, and its encoder of 14", folder)
     (copy() / "preprocessor_config.json").unlink()
     refused("no preprocessor_config.json", tmp_path / "copy")
     change(folder := copy(), "preprocessor_config.json", size={"shortest_edge": 64})

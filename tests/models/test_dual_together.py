@@ -7,7 +7,7 @@ import pytest
 from ds_cmli.export.__main__ import command as export
 from tests.covering import not_met
 from tests.export.libraries import run_of
-from tests.models.dual_models import clip, naflex, siglip
+from tests.models.dual_models import clip, siglip
 from tests.models.interrupted import PLAIN, RUNS, train_and_break
 from tests.run_folder import write_run
 
@@ -44,9 +44,3 @@ def sources(tmp_path_factory) -> dict[str, Path]:
 def test_a_training_from_a_source(run, sources, tmp_path, alone):
     values = run.split()
     train_and_break(values, sources[values[0]], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", [run for run in PLAIN if "siglip" in run])
-def test_a_training_from_a_naflex_model(run, tmp_path, alone):
-    train_and_break(["naflex", *run.split()[1:]], naflex(tmp_path / "source"), tmp_path)

@@ -14,15 +14,14 @@ from PIL import Image
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import sources
 from ds_cmli.data.batch import Collate, Sample
-from ds_cmli.data.pictures import prepare
-from ds_cmli.data.transforms import Framing
+from ds_cmli.data.images import View
 from ds_cmli.models.student import Student
 from tests.models.dual_models import settings, start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import MODELS, losses, saved  # noqa: E402
 
-TEXTS = ["a red car", "Zebra! &amp; <b>", "two dogs sitting under a tree " * 20]
+TEXTS = ["a red car", "Zebra! & <b>", "two dogs sitting under a tree " * 20]
 PAIRS = 200
 KINDS = (*MODELS, "roberta")  # with a text encoder of transformers
 ALIKE = ("quick", "clipa", "token")  # as others are, in most
@@ -53,7 +52,7 @@ def test_the_first_step_equals_the_source(name, folders, begun, pictures):
     objective, config, words = begun(name)
     theirs, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     wanted, std = torch.stack(list(map(transform, pictures))), torch.tensor(theirs.visual.image_std)
-    pixels = torch.stack([prepare(picture, Framing.of(config.data)) for picture in pictures])
+    pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
     given = objective.student.pixels(pixels, torch.float32)
     assert ((given - wanted) * std[:, None, None]).abs().max() < 1e-5  # of 1: rounding of the mean alone
     full = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)

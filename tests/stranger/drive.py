@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.data import load
+from ds_cmli.data import build
 from ds_cmli.data.batch import Sample
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command as export
@@ -35,7 +35,7 @@ DS_CONFIG = {
 }
 
 
-@mock.patch.object(load, "EVAL_SCENES", SCENES)
+@mock.patch.object(build, "EVAL_SCENES", SCENES)
 def drive(folder: Path, *options: str) -> dict[str, object]:
     """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
     run = folder / "run"

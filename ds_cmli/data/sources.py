@@ -1,0 +1,237 @@
+"""Sources of pairs: what one is, and lists of image files with captions.
+
+A source is opened before the loading processes are forked, and all of them read it. So it holds no
+Python object for each sample, whose reference counts would copy its memory into every process
+(`Packed` and memory-mapped arrays are shared), and reads open files by `os.pread`, as processes
+share a file's position.
+"""
+
+import csv
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ds_cmli.common.errors import UserError, blame
+from ds_cmli.config.schema import DataConfig
+
+IMAGE_COLUMNS = (
+    *("filepath", "file_name", "filename", "image", "image_path", "img", "path"),
+    *("jpg", "png", "image_bytes", "bytes"),
+)
+CAPTION_COLUMNS = ("title", "caption", "captions", "text", "sentences")
+SPLITS = {
+    **{"train": "train", "restval": "train", "test": "test"},
+    **{"validation": "validation", "valid": "validation", "val": "validation"},
+}
+METADATA = ("metadata.csv", "metadata.jsonl")
+LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
+Rows = Iterator[tuple[str, str, list[str | None]]]  # split, image file, captions
+
+
+class Source(Protocol):
+    """Images with one or more captions each, by number."""
+
+    def __len__(self) -> int:
+        """The number of images."""
+
+    def image(self, index: int) -> bytes:
+        """The content of the image's file, undecoded; any exception makes the sample a bad one."""
+
+    def captions(self, index: int) -> list[str]:
+        """At least one; any exception makes the sample a bad one."""
+
+    def name(self, index: int) -> str:
+        """The image's name in messages."""
+
+    def fingerprint(self) -> Mapping[str, object]:
+        """What must be equal when a run resumes, as JSON."""
+
+
+class Packed:
+    """A list of objects, pickled into one buffer that forked processes share."""
+
+    def __init__(self, items: Iterable[object]):
+        self.buffer, ends = bytearray(), [0]
+        for item in items:
+            self.buffer += pickle.dumps(item, -1)
+            ends.append(len(self.buffer))
+        self.ends = np.array(ends)
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int):
+        return pickle.loads(memoryview(self.buffer)[self.ends[index] : self.ends[index + 1]])
+
+
+class Files:
+    """Images in files, with the captions that a list has of them.
+
+    Attributes:
+        left_out: how many of the list's images have no caption that is not blank.
+    """
+
+    def __init__(self, root: Path, captions: dict[str, list[str]]):
+        self.root = root
+        self.rows = Packed((file, texts) for file, texts in captions.items() if texts)
+        self.left_out = len(captions) - len(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def image(self, index: int) -> bytes:
+        return (self.root / self.name(index)).read_bytes()
+
+    def captions(self, index: int) -> list[str]:
+        return self.rows[index][1]
+
+    def name(self, index: int) -> str:
+        return self.rows[index][0]
+
+    def fingerprint(self) -> dict[str, object]:
+        digest = hashlib.blake2b(self.rows.buffer, digest_size=16).hexdigest()
+        return {"images": len(self), "content": digest}
+
+
+def open_folder(files: list[Path], config: DataConfig) -> dict[str, Files]:
+    """Open a folder with a metadata.csv or .jsonl, or with such folders train/ and validation/."""
+    (folder,) = files
+    lists = [file for name in METADATA for file in folder.glob(name)]
+    by_split = {"train": lists} if lists else {}
+    for name, split in SPLITS.items():
+        inside = [file for metadata in METADATA for file in (folder / name).glob(metadata)]
+        by_split[split] = by_split.get(split, []) + inside
+    parts: dict[str, Files] = {}
+    for split, lists in by_split.items():
+        if len(lists) > 1:
+            raise UserError(f"{folder} has {' and '.join(map(str, lists))}: keep one for {split}")
+        if lists:
+            parts |= {split: _files(_table(lists[0], config), lists[0], config)["train"]}
+    return parts
+
+
+def open_tables(files: list[Path], config: DataConfig) -> dict[str, Files]:
+    """Open CSV, TSV or JSON lines; all rows with one image file are captions of one image."""
+    rows = chain.from_iterable(_table(file, config) for file in files)
+    return _files(rows, files[0], config)
+
+
+def open_json(files: list[Path], config: DataConfig) -> dict[str, Files]:
+    """Open COCO's annotations, or Karpathy's splits of COCO or Flickr30k."""
+    parts: dict[str, Files] = {}
+    for file in files:
+        with blame(f"{file} is no list of captions as COCO's or Karpathy's"):
+            parts |= _files(_coco(json.loads(file.read_text(encoding="utf-8"))), file, config)
+    return parts
+
+
+def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Files]:
+    captions: dict[str, dict[str, list[str]]] = {}
+    for split, file, texts in rows:
+        usable = [text for text in texts if text and text.strip()]
+        image = captions.setdefault(split, {}).setdefault(os.path.normpath(file), [])
+        image += usable
+    if not captions:
+        raise UserError(f"{path} has no row: give each image a file name and a caption")
+    named = list(islice(chain.from_iterable(captions.values()), LOOKED_AT))
+    root = _root(path, named, config.image_root)
+    return {split: Files(root, of_split) for split, of_split in captions.items()}
+
+
+def _table(path: Path, config: DataConfig) -> Rows:
+    """The rows of a CSV, TSV or JSON lines; an error names the line."""
+    image, caption = config.image_key, config.caption_key
+    for line, row in _read(path, config.separator):
+        with blame(f"{path} line {line}"):
+            image = image or _column(row, IMAGE_COLUMNS, "data.image_key (--csv-img-key)")
+            caption = caption or _column(
+                row, CAPTION_COLUMNS, "data.caption_key (--csv-caption-key)"
+            )
+            texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
+            if not isinstance(row[image], str) or not row[image]:
+                raise ValueError(f"{image} is {row[image]!r}: give the image's path")
+            if not all(isinstance(text, str | None) for text in texts):
+                raise ValueError(f"{caption} is {row[caption]!r}: give a text, or a list of them")
+        yield "train", row[image], texts
+
+
+def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
+    """The number of each row's (last) line, and its values by column."""
+    line = 0
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".jsonl":
+                for line, text in enumerate(file, 1):
+                    if text.strip():
+                        yield line, json.loads(text)
+                return
+            separator = separator.replace("\\t", "\t") or ("\t" if "\t" in file.readline() else ",")
+            file.seek(0)
+            for row in (reader := csv.DictReader(file, delimiter=separator, strict=True)):
+                if None in row or None in row.values():
+                    raise csv.Error(f"not the {len(reader.fieldnames or ())} cells of line 1")
+                line = reader.line_num
+                yield line, row
+    except UnicodeDecodeError as error:
+        # The error's position is that in a buffer.
+        content = path.read_bytes().split(b"\n")
+        line = next(number for number, text in enumerate(content, 1) if not _is_utf8(text))
+        raise UserError(f"{path} line {line} is no UTF-8 ({error.reason}): save it so") from None
+    except csv.Error as error:
+        raise UserError(f"{path} after line {line}: {error}: put texts in quotes") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {line} is no JSON: {error}") from None
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        return bool(text.decode()) or True
+    except UnicodeDecodeError:
+        return False
+
+
+def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:
+    names = [name for name in row if name.lower() in usual]
+    # The names of Hugging Face's imagefolder come before others.
+    named = [name for name in names if name in ("file_name", "text")] or names
+    if len(named) != 1:
+        raise ValueError(
+            f"the columns are {', '.join(row)}: name the one that is meant by {setting}"
+        )
+    return named[0]
+
+
+def _coco(content: dict) -> Rows:
+    if "annotations" in content:  # COCO's own captions_train2017.json
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        for annotation in content["annotations"]:
+            yield "train", files[annotation["image_id"]], [annotation["caption"]]
+        return
+    for image in content["images"]:  # Karpathy's splits
+        file = os.path.join(image.get("filepath") or "", image["filename"])
+        yield SPLITS[image["split"]], file, [sentence["raw"] for sentence in image["sentences"]]
+
+
+def _root(path: Path, files: list[str], image_root: str) -> Path:
+    """The folder that holds one of the files: `image_root`, or the list's own or one beside it."""
+    folders = [path.parent, path.parent.parent]
+    if image_root:
+        folders = [Path(os.path.expanduser(image_root))]
+    # COCO keeps captions_train2017.json in annotations/, and the images in train2017/ next to it.
+    subset = path.stem.removeprefix("captions_")
+    places = [root / sub for root in folders for sub in ("", "images", subset, f"images/{subset}")]
+    for file in files:
+        for place in places:
+            if (place / file).exists():
+                return place
+    raise UserError(
+        f"{path} names the image {files[0]!r}, which is not in {folders[0]}: give its folder by "
+        "--image-root"
+    )

@@ -1,0 +1,191 @@
+"""WebDataset tars, as img2dataset writes them, read in place and in any order.
+
+No library does that: `wids` indexes a shard again each time it is opened, `datasets` copies it.
+Here a shard is indexed once, and the index is kept in the cache.
+"""
+
+import hashlib
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from ds_cmli.common.cache import cache_folder
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
+
+FIELDS = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
+    **{"txt": "text", "json": "json"},
+}
+CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
+# Of a sample's members: the place of the content in the shard, and its size; 0 of one it has not.
+ROW = np.dtype(
+    [(f"{field}{of}", "<u8") for field in ("image", "text", "json") for of in ("", "_size")]
+)
+DIGEST_BYTES = 32
+Place = tuple[int, int] | str  # offset and size in the shard; or the name that a link has
+MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
+
+
+def open_tars(files: list[Path], config: DataConfig) -> dict[str, "Tars"]:
+    """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
+    tars = Tars(files, config.caption_key)
+    if not len(tars):
+        raise UserError(
+            f"{files[0]} holds no sample: one is NAME.jpg (.jpeg, .png, .webp) with NAME.txt or "
+            "NAME.json"
+        )
+    return {"train": tars}
+
+
+class Tars:
+    """Samples of an image and its captions: the .txt, or a key of the .json."""
+
+    def __init__(self, shards: list[Path], caption_key: str = ""):
+        self.shards, self.caption_key = shards, caption_key
+        self.rows = [index(shard) for shard in shards]
+        self.starts = [0, *accumulate(map(len, self.rows))]
+        self.open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, by last use
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def image(self, index: int) -> bytes:
+        return self._read(index, "image")
+
+    def captions(self, index: int) -> list[str]:
+        _, row = self._at(index)
+        if row["text"] and not self.caption_key:
+            return [self._read(index, "text").decode().strip()]
+        values = json.loads(self._read(index, "json"))
+        keys = [self.caption_key] if self.caption_key else CAPTION_KEYS
+        value = next((values[key] for key in keys if values.get(key)), None)
+        if value is None:
+            raise ValueError(f"its .json has no {' or '.join(keys)}")
+        return value if isinstance(value, list) else [value]
+
+    def name(self, index: int) -> str:
+        shard, row = self._at(index)
+        header = os.pread(self._descriptor(shard), tarfile.BLOCKSIZE, int(row["image"]) - 512)
+        member = header[:100].split(b"\0", 1)[0].decode(errors="replace")
+        return f"{self.shards[shard].name}/{member}"
+
+    def fingerprint(self) -> dict[str, object]:
+        sizes = {shard.name: shard.stat().st_size for shard in self.shards}
+        return {"images": len(self), "files": sizes}
+
+    def _at(self, index: int) -> tuple[int, np.void]:
+        shard = bisect_right(self.starts, index) - 1
+        return shard, self.rows[shard][index - self.starts[shard]]
+
+    def _read(self, index: int, field: str) -> bytes:
+        shard, row = self._at(index)
+        size = int(row[f"{field}_size"])
+        content = os.pread(self._descriptor(shard), size, int(row[field]))
+        if len(content) < size:
+            raise ValueError("truncated since the run began")
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self.open:
+            if len(self.open) == MOST_OPEN:
+                os.close(self.open.popitem(last=False)[1])
+            self.open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        self.open.move_to_end(shard)
+        return self.open[shard]
+
+
+def index(shard: Path) -> np.ndarray:
+    """Where a shard's samples are, `ROW` [n], memory-mapped from the cache.
+
+    One process makes it, others wait. A cached index that is damaged is made again.
+    """
+    status = shard.stat()
+    state = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
+    folder = cache_folder() / "tar-index"
+    file = folder / f"{hashlib.sha256(state.encode()).hexdigest()[:24]}.npy"
+    rows = _cached(file)
+    if rows is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            rows = _cached(file)
+            if rows is None:
+                content = scan(shard)
+                if not len(content):  # nothing to map
+                    return content
+                beside = file.with_suffix(f".{os.getpid()}")
+                with open(beside, "wb") as out:
+                    np.save(out, content)
+                    out.write(hashlib.blake2b(content.tobytes(), digest_size=DIGEST_BYTES).digest())
+                os.replace(beside, file)
+                rows = _cached(file)
+    assert rows is not None
+    return rows
+
+
+def _cached(file: Path) -> np.ndarray | None:
+    try:
+        rows = np.load(file, mmap_mode="r")
+        with open(file, "rb") as content:
+            content.seek(-DIGEST_BYTES, os.SEEK_END)
+            digest = content.read()
+    except (OSError, ValueError):
+        return None
+    whole = digest == hashlib.blake2b(rows.tobytes(), digest_size=DIGEST_BYTES).digest()
+    return rows if whole else None
+
+
+def scan(shard: Path) -> np.ndarray:
+    """The samples of a tar, `ROW` [n], in the order of their first members.
+
+    As in WebDataset, members with the same name up to its first dot are a sample.
+
+    Raises:
+        UserError: the tar is compressed, damaged or truncated, which `tarfile` takes for its end.
+    """
+    samples: list[dict[str, Place]] = []
+    last: dict[str, dict[str, Place]] = {}  # the last sample of each name
+    places: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
+                content = member.offset_data, member.size
+                place: Place = content
+                if member.islnk() or member.issym():
+                    folder = os.path.dirname(member.name) if member.issym() else ""
+                    place = os.path.normpath(os.path.join(folder, member.linkname))
+                elif member.isreg() and not member.issparse():
+                    places[member.name] = content
+                else:
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                stem, _, ending = base.partition(".")
+                if stem and (field := FIELDS.get(ending.lower())):
+                    key = f"{folder}/{stem}"
+                    if key not in last or field in last[key]:
+                        last[key] = {}
+                        samples.append(last[key])
+                    last[key][field] = place
+            end = archive.offset
+        with open(shard, "rb") as file:
+            file.seek(end)
+            rest = file.read(2**20)
+        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+            raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(f"{shard} is no whole, uncompressed tar ({error})") from None
+    rows = np.zeros(len(samples), ROW)
+    for row, sample in zip(rows, samples, strict=True):
+        for field, place in sample.items():
+            of_file = places.get(place, (0, 0)) if isinstance(place, str) else place
+            row[field], row[f"{field}_size"] = of_file
+    captioned = (rows["text_size"] > 0) | (rows["json_size"] > 0)
+    return rows[(rows["image_size"] > 0) & captioned]

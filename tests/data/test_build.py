@@ -1,0 +1,137 @@
+import shutil
+
+import pytest
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data.build import build_data, build_eval_data, evaluation_data, expand, hold_out, weighted
+from tests import make
+
+
+def config(**settings):
+    return load_preset("tiny", {"data": settings}).data
+
+
+def sizes(**settings):
+    opened = build_data(config(**settings), 0)
+    return len(opened.train), {name: len(split) for name, split in opened.evals.items()}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("{00..02}.tar", ["00.tar", "01.tar", "02.tar"]),
+        ("{a,b}{1,2}.tar", ["a1.tar", "a2.tar", "b1.tar", "b2.tar"]),
+        ("[ab]1.tar", ["a1.tar", "b1.tar"]),
+        ("0?.tar", ["00.tar", "01.tar", "02.tar"]),
+        ("01.tar", ["01.tar"]),
+    ],
+)
+def test_patterns(tmp_path, pattern, files):
+    for name in ("00", "01", "02", "a1", "a2", "b1", "b2"):
+        (tmp_path / f"{name}.tar").touch()
+    assert [file.name for file in expand(f"{tmp_path}/{pattern}")] == files
+
+
+def test_missing_files_are_named_with_the_nearest(tmp_path):
+    (tmp_path / "shard-00.tar").touch()
+    with pytest.raises(UserError, match=r"2 of 3 files do not exist, the first .*shard-01\.tar"):
+        expand(f"{tmp_path}/shard-{{00..02}}.tar")
+    with pytest.raises(UserError, match=r"did you mean .*shard-00\.tar"):
+        expand(f"{tmp_path}/shard-0.tar")
+    with pytest.raises(UserError, match="nouser"):
+        expand("~nouser/x.csv")
+
+
+def test_weights_belong_to_all_sources_or_none():
+    assert weighted("a") == (["a"], None)
+    assert weighted(["a::0.7", "b:: 3"]) == (["a", "b"], [0.7, 3.0])
+    for sources in (["a::1"], ["a::1", "b"], ["a::0", "b::1"], ["a::x", "b::1"], ["a", "a"], ["demo", "a"]):
+        with pytest.raises(UserError, match="--data is "):
+            weighted(sources)
+
+
+def test_a_share_is_held_out_by_name_whatever_the_order(tmp_path):
+    make.pairs(tmp_path / "a", 40)
+    first = build_data(config(source=str(tmp_path / "a"), held_out=8), 0)
+    table = tmp_path / "a/metadata.jsonl"
+    table.write_text("\n".join(reversed(table.read_text().splitlines())))
+    again = build_data(config(source=str(tmp_path / "a"), held_out=0.2), 1)
+    names = [{data.evals["val"].name(i) for i in range(8)} for data in (first, again)]
+    assert names[0] == names[1]
+    assert not names[0] & {first.train.images.name(i) for i in range(32)}
+    assert sizes(source=str(tmp_path / "a")) == (38, {"val": 2})
+    with pytest.raises(UserError, match="leaves none to train on"):
+        hold_out("a", first.train.images.sources[0], 32)
+
+
+def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
+    make.pairs(tmp_path / "a/train", 12), make.pairs(tmp_path / "a/validation", 5), make.pairs(tmp_path / "b", 7)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert sizes(source=a) == (12, {"val": 5})
+    assert sizes(source=b, val_source=a) == (7, {"val": 5})
+    assert sizes(source=[a, b], held_out=3) == (16, {"val": 8})
+    with pytest.raises(UserError, match="val_split"):
+        sizes(source=a, val_split="test")
+    assert len(build_eval_data(config(source=a), 0, "all").evals["all"]) == 17
+    assert len(build_eval_data(config(source=a), 0, "val").evals["val"]) == 5
+
+
+def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path):
+    make.pairs(tmp_path / "a", 20), make.pairs(tmp_path / "b", 7, column="german")
+    run = config(source=str(tmp_path / "a"), held_out=4, image_root=str(tmp_path / "a"))
+    assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None).evals["val"]) == 4
+    other = evaluation_data(run, str(tmp_path / "b"))
+    assert (other.image_root, other.val_source) == ("", str(tmp_path / "b"))
+    with pytest.raises(UserError, match=r"german.*data\.caption_key"):
+        build_eval_data(other, 0, None)
+
+
+def test_kinds_are_found_by_what_a_folder_holds(tmp_path):
+    make.pairs(tmp_path / "listed"), make.parquet(tmp_path / "hub/data", 20)
+    (tmp_path / "hub/README.md").write_text("a clone of the hub")
+    (tmp_path / "tars").mkdir()
+    make.tar(tmp_path / "tars/00000.tar")
+    shutil.copy(next((tmp_path / "hub/data").iterdir()), tmp_path / "tars/00000.parquet")  # as img2dataset
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in (tmp_path / "listed").iterdir():  # as `hf download` fills a folder
+        (linked / file.name).symlink_to(file)
+    for name, kind in (("listed", "a folder"), ("hub", "parquet"), ("tars", "tar"), ("linked", "a folder")):
+        opened = build_data(config(source=str(tmp_path / name), held_out=4), 0)
+        assert len(opened.train) in (16, 20) and kind in opened.summary[0]
+
+
+def test_a_folder_of_no_kind_is_refused_in_two_lines_the_nearest_guess_first(tmp_path):
+    for name in ("images", "classes/cat", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("images/1.jpg", "classes/cat/1.jpg", "other/x.bin"):
+        make.picture(0).save(tmp_path / name, "JPEG")
+    guesses = {"images": "metadata.csv", "classes": "by class", "other": "x.bin"}
+    for name, guess in guesses.items():
+        with pytest.raises(UserError) as error:
+            build_data(config(source=str(tmp_path / name)), 0)
+        first, second = str(error.value).splitlines()
+        assert guess in first and name in first and second.startswith("accepted are")
+
+
+def test_an_image_missing_at_the_start_is_an_error_there(tmp_path):
+    make.pairs(tmp_path / "a", 4, broken=range(4))
+    with pytest.raises(UserError, match="cannot be used"):
+        build_data(config(source=str(tmp_path / "a")), 0)
+
+
+def test_settings_that_say_nothing_of_the_demo_are_refused():
+    with pytest.raises(UserError, match=r"data\.image_root"):
+        build_data(config(source="demo", image_root="x"), 0)
+
+
+def test_the_fingerprint_knows_names_and_captions_but_no_dates(tmp_path):
+    make.pairs(tmp_path / "a", 6)
+    marks = [build_data(config(source=str(tmp_path / "a")), 0).fingerprint]
+    (tmp_path / "a/0.png").touch()
+    marks.append(build_data(config(source=str(tmp_path / "a")), 0).fingerprint)
+    table = tmp_path / "a/metadata.jsonl"
+    table.write_text(table.read_text().replace("square 3", "square 4"))
+    marks.append(build_data(config(source=str(tmp_path / "a")), 0).fingerprint)
+    assert marks[0] == marks[1] != marks[2]

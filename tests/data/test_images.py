@@ -1,0 +1,137 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.images import View
+
+
+def stored(image, kind="PNG", **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def corners(width=60, height=40):
+    """A red image with a blue left half."""
+    image = Image.new("RGB", (width, height), "red")
+    image.paste("blue", (0, 0, width // 2, height))
+    return image
+
+
+def close(pixels, colour, most=3):
+    return (pixels.int() - torch.tensor(colour)[:, None, None]).abs().max() <= most
+
+
+def test_the_central_square_is_cut_and_the_whole_is_squashed():
+    image = Image.new("RGB", (100, 20), "red")
+    image.paste("blue", (40, 0, 60, 20))
+    assert close(View(10)(stored(image)), [0, 0, 255])
+    assert close(View(10, "shortest")(stored(image))[:, :, 2:8], [0, 0, 255])
+    squashed = View(10, "squash")(stored(image))
+    assert close(squashed[:, :, :3], [255, 0, 0]) and close(squashed[:, :, 5:6], [0, 0, 255], 40)
+    assert squashed.shape == (3, 10, 10) and squashed.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("resize", ["crop", "shortest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resizing_equals_pillow_but_for_the_last_bit(resize, interpolation):
+    noise = np.random.default_rng(0).integers(0, 255, (50, 73, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    way, side = Image.Resampling[interpolation.upper()], (50, 50)
+    expected = {
+        "crop": image.crop((11, 0, 61, 50)).resize((20, 20), way),
+        "shortest": image.resize((29, 20), way).crop((4, 0, 24, 20)),
+        "squash": image.resize((20, 20), way),
+    }[resize]
+    ours = View(20, resize, interpolation)(stored(image)).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(ours - np.asarray(expected).astype(int)).max() <= 1, side
+    if resize != "crop":
+        by_pillow = View(20, f"{resize}_pillow", interpolation)(stored(image)).permute(1, 2, 0).numpy()
+        assert (by_pillow == np.asarray(expected)).all()
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale():
+    content = stored(corners(800, 400), "JPEG", quality=95)
+    pixels = View(20)(content)
+    assert close(pixels[:, :, :9], [0, 0, 254], 8) and close(pixels[:, :, 11:], [254, 0, 0], 8)
+
+
+def test_images_are_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: left becomes up
+    pixels = View(20)(stored(corners(40, 40), "JPEG", exif=exif, quality=95))
+    assert close(pixels[:, :9], [0, 0, 254], 8) and close(pixels[:, 11:], [254, 0, 0], 8)
+
+
+def test_transparency_is_on_white_and_every_mode_becomes_rgb():
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 4, 8))
+    pixels = View(8)(stored(clear))
+    assert close(pixels[:, :, :4], [0, 0, 255], 0) and close(pixels[:, :, 4:], [255, 255, 255], 0)
+    for mode, colour in (("L", 7), ("1", 1), ("P", 3), ("LA", (7, 255)), ("CMYK", (0, 0, 0, 0))):
+        kind = "TIFF" if mode == "CMYK" else "PNG"
+        assert View(4)(stored(Image.new(mode, (9, 9), colour), kind)).shape == (3, 4, 4)
+
+
+def test_sixteen_bits_are_scaled():
+    grey = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))
+    assert close(View(8)(stored(grey)), [128, 128, 128], 0)
+    with pytest.raises(ValueError, match="8 bits"):
+        View(8)(stored(Image.new("F", (4, 4)), "TIFF"))
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", stored(corners())[:80], b"%!PS-Adobe-3.0 EPSF-3.0\n"])
+def test_what_is_no_image_raises(content):
+    with pytest.raises(Exception, match=r"identify|truncated|broken"):
+        View(8)(content)
+
+
+def test_more_pixels_than_allowed_are_refused():
+    view = View.of(DataConfig(image_size=8, max_pixels=100))
+    with pytest.raises(ValueError, match=r"data\.max_pixels"):
+        view(stored(corners(11, 10)))
+    assert view(stored(corners(10, 10))).shape == (3, 8, 8)
+
+
+def test_images_in_memory_are_shown_as_files_and_stay_as_they_are():
+    image = corners()
+    expected = View(16)(stored(image))
+    before = image.tobytes()
+    for picture in (image, np.asarray(image), torch.from_numpy(np.array(image)).permute(2, 0, 1)):
+        assert torch.equal(View(16)(picture), expected)
+    assert image.tobytes() == before and image.size == (60, 40)
+
+
+def augmented(seed=0, **strengths):
+    return View.of_training(DataConfig(image_size=16, augmentation=strengths), seed)
+
+
+def test_views_are_a_function_of_seed_turn_and_index():
+    view, content = augmented(random_resized_crop=0.2, color_jitter=0.4, horizontal_flip=0.5), stored(corners())
+    state = torch.get_rng_state()
+    first = view(content, 3, 7)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert torch.equal(view(content, 3, 7), first)
+    others = [view(content, 3, 8), view(content, 4, 7), augmented(1, random_resized_crop=0.2)(content, 3, 7)]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_flips_have_their_probability_and_are_reported():
+    view, pixels = augmented(horizontal_flip=0.25), View(16)(stored(corners()))
+    flipped = [view.changed(pixels, 0, index) for index in range(400)]
+    assert 70 < sum(turned for _, turned in flipped) < 130
+    assert all(torch.equal(image, pixels.flip(-1) if turned else pixels) for image, turned in flipped)
+
+
+def test_crops_have_at_least_their_share():
+    noise = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100)  # a column's number is its grey
+    view = augmented(random_resized_crop=0.5)
+    for index in range(50):
+        crop = view(noise, 0, index).int()
+        width = int(crop.max() - crop.min())
+        assert width * 4 / 3 * width >= 0.4 * 100 * 100
