@@ -69,6 +69,12 @@ def backward_tiles(
     return BackwardTiles(64, 64 if long else 32, 256, 8, 2)
 
 
+def two_terms(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether the kernel can split coefficients: in bf16; and in fp16 on sm_100, where it does not,
+    but Triton 3.9 fails on a loop of one product that loads ahead."""
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and capability[0] == 10)
+
+
 def row_tiles(side: Side) -> TileList:
     """All positions up to each sequence's last valid one, in tiles of 16."""
     slots = -(-side.features.shape[1] // 16)
@@ -115,10 +121,9 @@ def _add(out: Tensor, p: Side, q: Side, indices: Pair, grads: Pair, p_axis: int)
         p_axis: the place of p's sequences among the axes of both, 0 or 1.
     """
     (P, p_length, D), (Q, q_length, _) = p.features.shape, q.features.shape
-    capability, _ = device_limits(out.device)
-    tiles = backward_tiles(D, q.features.dtype, capability, q_length)
+    q_axis, dtype, (capability, _) = 1 - p_axis, q.features.dtype, device_limits(out.device)
+    tiles = backward_tiles(D, dtype, capability, q_length)
     rows, (long, short) = row_tiles(p), source_steps(q, tiles.step)
-    q_axis, two_terms = 1 - p_axis, q.features.dtype == torch.bfloat16
     p_grad, q_grad = (g if p_axis == 0 else g.t() for g in grads)  # [P, Q]
     some = q.counts > 0
     of_q = torch.where(some, q_grad / q.counts.clamp(min=1), 0.0)
@@ -135,10 +140,10 @@ def _add(out: Tensor, p: Side, q: Side, indices: Pair, grads: Pair, p_axis: int)
         long.first, short.code, short.first, *indices, p_grad, q_weight,
         indices[0].stride(p_axis), indices[0].stride(q_axis),
         indices[1].stride(p_axis), indices[1].stride(q_axis), *p_grad.stride(),
-        P, Q, p_length, q_length, p_slots, q_slots, 2 if two_terms else 1, D=D,
+        P, Q, p_length, q_length, p_slots, q_slots, 2 if dtype == torch.bfloat16 else 1, D=D,
         BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step, P_MASKED=p.masked,
-        Q_MASKED=q.masked, TWO_TERMS=two_terms, STAGES=tiles.stages, num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        Q_MASKED=q.masked, TWO_TERMS=two_terms(dtype, capability), STAGES=tiles.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     out += part
 

@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ds_cmli.cmli.triton_backward import backward_tiles, gradient_kernel  # noqa: E402
+from ds_cmli.cmli.triton_backward import backward_tiles, gradient_kernel, two_terms  # noqa: E402
 from ds_cmli.cmli.triton_forward import forward_kernel, forward_tiles, unsuited  # noqa: E402
 
 # KB that a block may use (CUDA C++ Programming Guide).
@@ -69,7 +69,11 @@ def backward_kernels(target, dtype):
     for of_text in (False, True):
         tiles = backward_tiles(D, dtype, divmod(target, 10), N if of_text else M)
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": of_text}
-        constants |= {"Q_MASKED": not of_text, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
+        constants |= {
+            "Q_MASKED": not of_text,
+            "TWO_TERMS": two_terms(dtype, divmod(target, 10)),
+            "STAGES": tiles.stages,
+        }
         yield compiled(gradient_kernel, pointers, constants, target, tiles)
 
 
