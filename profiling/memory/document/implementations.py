@@ -50,7 +50,8 @@ def global_loss(
 def cmli_loss(
     scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
 ) -> Tensor:
-    return loss_of(*scores(image, text, token_mask), logit_scale)
+    s_i2t, s_t2i = scores(image, text, token_mask)
+    return loss_of(s_i2t, s_t2i, logit_scale)
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:

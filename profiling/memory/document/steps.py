@@ -79,8 +79,8 @@ def stored_loss(
     """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
     ranks = distributed.world_size()  # whose texts are of this size too
     units = torch.cat([l2_normalize(text)] * ranks)
-    pairs = scores(l2_normalize(image), units, torch.cat([token_mask] * ranks))
-    return loss_of(*pairs, learned.log())
+    s_i2t, s_t2i = scores(l2_normalize(image), units, torch.cat([token_mask] * ranks))
+    return loss_of(s_i2t, s_t2i, learned.log())
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
