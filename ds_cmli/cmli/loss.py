@@ -212,7 +212,7 @@ def _add_gradients(ctx, grad, saved, texts, d_image, d_learned):
     d_texts = op.zero_gradient(texts.units)
     share = grad / (2 * len(image))  # what a weight of 1 is
     # A column belongs to the loss of the rank that owns its text.
-    factors = share, distributed.gather(share.expand(len(image)).contiguous())
+    factors = share, distributed.gather(share.repeat(len(image)))
     for block in _blocks(ctx, image, texts):
         if ctx.keep:
             scores = next(kept), next(kept)

@@ -88,7 +88,8 @@ class CaptionTokenizer:
         # "[SEP]" written out in a caption becomes the special token but is not in the special
         # tokens mask.
         names = ("pad", "cls", "sep", "bos", "eos")
-        self.special_ids = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
+        named = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
+        self.special_ids = {self.pad_id, *named}
 
     @property
     def special(self) -> SpecialTokens:

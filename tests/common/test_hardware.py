@@ -31,7 +31,7 @@ def test_a_processor_with_the_instructions_is_fast_with_or_without_a_limit_that_
 def test_the_default_json_takes_fp32_under_avx2():
     code = (
         "from ds_cmli import engine; from ds_cmli.config.deepspeed_config import DeepSpeedConfig as D\n"
-        "found = engine.on_this_device(D.of({'fp16': {'enabled': True}}))\n"
+        "found = engine.on_this_device(D.of({'fp16': {'enabled': True}, 'zero_optimization': {'stage': 2}}))\n"
         "print(found.precision, *found.notices)"
     )
     env = clean_environment() | {"ONEDNN_MAX_CPU_ISA": "AVX2", "DS_ACCELERATOR": "cpu"}
