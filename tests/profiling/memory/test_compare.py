@@ -152,7 +152,7 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch):
     assert [row.implementation for row in rows] == ["materialised, checkpointing", "ours, checkpointing"]
     materialised, ours = (row.predicted_bytes for row in rows)
     # At the least all similarities and their gradients at once.
-    assert ours - materialised > 1.9 * 6_576_668_672
+    assert ours - materialised > 2 * 6_576_668_672
     assert 20e9 < ours < rows[0].extra["gpu_bytes"]
     assert rows[1].verdict == f"fits: {ours / 1e9:,.1f} GB free"
     for row in rows:
