@@ -34,7 +34,7 @@ ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JS
 LONGEST_FIRST = (
     "tests/slurm",
     "tests/memory/test_predict.py",
-    "tests/fits",
+    "tests/fake_cuda",
     "tests/checkpoint/test_restore.py",
     "tests/memory/test_repeated.py",
     "tests/null_gpu",

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import by_retries
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
@@ -32,6 +30,8 @@ from ds_cmli.config.options import (
 )
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.report import Report, gigabytes, show
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.caching_allocator import by_retries
 
 if TYPE_CHECKING:
     from ds_cmli.memory.search import Fit
@@ -138,7 +138,7 @@ def single(
     if fitted is not None:
         print_fit(fitted, room)
     if own.snapshot:
-        from ds_cmli.allocator import snapshot
+        from ds_cmli.memory_model import snapshot
 
         path = own.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))

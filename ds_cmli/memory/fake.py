@@ -25,12 +25,12 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 
-from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.fits.kernels import CudaOperators
+from ds_cmli.fake_cuda.kernels import CudaOperators
+from ds_cmli.memory_model.gpus import Limits
 
 aten = torch.ops.aten
 Another = Callable[[Tensor], Callable[[], None]]

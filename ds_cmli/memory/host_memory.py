@@ -13,8 +13,6 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from torch import Tensor, nn
 
 from ds_cmli import engine
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import replay
 from ds_cmli.common.patches import patched
 from ds_cmli.common.probe import Probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -22,6 +20,8 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.memory.fake import convert_parameters
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.caching_allocator import replay
 
 
 class HostMemory(Probe):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.fits.answer import Room, on_device
+from ds_cmli.fake_cuda.answer import Room, on_device
 from ds_cmli.memory.predict import DEFAULT_GPU, PLAIN, Options, Prediction, predict
 from ds_cmli.memory.shares import requested_peak
 

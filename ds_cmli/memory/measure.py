@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ds_cmli.allocator import gpus
 from ds_cmli.common.checksums import sealed
 from ds_cmli.common.cli import say
 from ds_cmli.common.json_text import JsonObject
@@ -26,6 +25,7 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.memory import cpu_events, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model import gpus
 
 PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator import gpus
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import measure
 from ds_cmli.memory.owners import owners
+from ds_cmli.memory_model import gpus
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
 PHRASES = (

@@ -16,9 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.blocks import Event
-from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.common import hardware
 from ds_cmli.common.json_text import JsonObject, Section
@@ -26,13 +23,16 @@ from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.distributed.traffic import Traffic
-from ds_cmli.fits.answer import WITHOUT_LIMIT, Room, on_device, with_cublas
+from ds_cmli.fake_cuda.answer import WITHOUT_LIMIT, Room, on_device, with_cublas
 from ds_cmli.memory import host_memory, inputs
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.shares import Shares, followed
 from ds_cmli.memory.tracker import MemoryTracker, phases
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.gpus import Limits
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it

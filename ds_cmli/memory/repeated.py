@@ -22,7 +22,7 @@ from ds_cmli.common.probe import Probe, Returned
 from ds_cmli.common.trees import tensors, tree_map
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
-from ds_cmli.fits.recorder import Change
+from ds_cmli.fake_cuda.recorder import Change
 from ds_cmli.memory.tracker import MemoryTracker
 
 

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ds_cmli.allocator.blocks import Event, live_at_peak, peaks_of_phases
 from ds_cmli.common import plots
 from ds_cmli.common.json_text import JsonObject
+from ds_cmli.memory_model.blocks import Event, live_at_peak, peaks_of_phases
 
 if TYPE_CHECKING:
     from rich.console import Console

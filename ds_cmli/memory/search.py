@@ -9,14 +9,14 @@ from itertools import permutations
 import numpy as np
 
 from ds_cmli import engine
-from ds_cmli.allocator import gpus
 from ds_cmli.common.json_text import Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.fits.answer import Room, on_device
+from ds_cmli.fake_cuda.answer import Room, on_device
 from ds_cmli.memory.changes import SettingsChange, Shortage, Step
 from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Options, Prediction, silent
+from ds_cmli.memory_model import gpus
 
 LARGEST_BATCH = 2**16
 SECOND_BATCH = 128  # that is tried: far enough from 1 for a line through both

@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.patches import replaced
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model.blocks import Event
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer

@@ -4,7 +4,8 @@ Works on real and on fake tensors. Allocations are recorded as they happen; what
 for shows only later (an activation is what outlives the forward pass), so `MemoryTracker.events`
 decides the categories at the end. What operators allocate and free internally is not seen. It is
 added for collectives, where it is known, for the libraries of the CPU, where it is measured
-(`workspace.py`), and for a GPU's operators, where formulas give it (`allocator/cuda_operators.py`).
+(`workspace.py`), and for a GPU's operators, where formulas give it
+(`memory_model/cuda_operators.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,17 +17,17 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator.blocks import Event
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside
 from ds_cmli.cmli import op, triton_backward, triton_forward
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
-from ds_cmli.fits.recorder import Recorder
+from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.workspace import copied_bytes, workspace_bytes
+from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import Inside
 
 # Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are
 # reduced.

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch.profiler import profile, record_function
 
 from ds_cmli import engine
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
@@ -28,6 +27,7 @@ from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import PHASES, Report, summarise
 from ds_cmli.memory.tracker import MemoryTracker, phases
+from ds_cmli.memory_model.blocks import Event
 
 MARK = "ds_cmli.memory phase "
 PART_S = 1.0  # seconds that a profiler records at least within a phase

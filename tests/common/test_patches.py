@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from ds_cmli.allocator import gpus
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
 from ds_cmli.engine.building import use_no_compiler
 from ds_cmli.memory.fake import fake_world, process_group
+from ds_cmli.memory_model import gpus
 
 
 class Base:

@@ -14,11 +14,11 @@ quiet.silence()
 import torch  # noqa: E402
 
 from ds_cmli import engine  # noqa: E402
-from ds_cmli.allocator import gpus  # noqa: E402
-from ds_cmli.allocator.allocator import CachingAllocator  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.memory import measure, predict_subprocess  # noqa: E402
+from ds_cmli.memory_model import gpus  # noqa: E402
+from ds_cmli.memory_model.caching_allocator import CachingAllocator  # noqa: E402
 from profiling.memory import measure_cpu, measure_gpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.allocator.allocator import CachingAllocator
-from ds_cmli.allocator.blocks import OutOfMemory
+from ds_cmli.memory_model.blocks import OutOfMemory
+from ds_cmli.memory_model.caching_allocator import CachingAllocator
 from tests import make
 
 MiB = 2**20

@@ -8,7 +8,6 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from ds_cmli import engine
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -18,6 +17,7 @@ from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
+from ds_cmli.memory_model.blocks import Event
 from profiling.memory import measure_cpu
 
 pytestmark = pytest.mark.usefixtures("one_predictor")

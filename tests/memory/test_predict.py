@@ -17,7 +17,6 @@ from torch import nn
 from transformers import AutoConfig
 
 from ds_cmli import engine
-from ds_cmli.allocator import gpus
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -31,6 +30,7 @@ from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model import gpus
 from profiling.memory.measure_cpu import measure
 from tests.conftest import run
 

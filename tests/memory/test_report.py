@@ -2,8 +2,8 @@
 
 import io
 
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.memory.report import CATEGORIES, PHASES, Report, show, summarise
+from ds_cmli.memory_model.blocks import Event
 
 
 def events(*rows) -> list[Event]:

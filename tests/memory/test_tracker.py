@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.allocator import gpus
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model import gpus
 
 
 def live(tracker: MemoryTracker) -> dict[str, int]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.memory import workspace
 from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model.blocks import Event
 
 calls: list[tuple[int, ...]] = []
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_cmli.allocator.attention_choice import CUDNN, EFFICIENT, FLASH, MATH, Attention, chosen
-from ds_cmli.allocator.gpus import Limits
+from ds_cmli.memory_model.attention_choice import CUDNN, EFFICIENT, FLASH, MATH, Attention, chosen
+from ds_cmli.memory_model.gpus import Limits
 
 NAMES = {0: MATH, 1: FLASH, 2: EFFICIENT, 3: CUDNN}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

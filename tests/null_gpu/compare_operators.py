@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator.cuda_operators import inside
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside
+from ds_cmli.memory_model.cuda_operators import inside
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import Inside
 
 aten = torch.ops.aten
 CLOSE = 10_240  # bytes: what the formulas leave out

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from ds_cmli.allocator import gpus
+from ds_cmli.memory_model import gpus
 from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
 from ds_cmli.memory.report import CATEGORIES, COLOURS
+from ds_cmli.memory_model.blocks import Event
 from profiling.memory.document.compare import GB
 from profiling.scripts import NARROW, picture, plain, readable, written
 

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.losses.target_cmli import match_patches
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.tracker import MemoryTracker
+from ds_cmli.memory_model.gpus import Limits
 from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
 from profiling.speed.op import broadcast_dots, broadcast_scores, materialised_scores
 

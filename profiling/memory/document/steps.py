@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.allocator import gpus
 from ds_cmli.cmli import distributed
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common import quiet
@@ -29,6 +28,7 @@ from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.largest_rank import predict_largest
 from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
+from ds_cmli.memory_model import gpus
 from profiling.memory.document.compare import Row, free_bytes, processes
 from profiling.memory.document.estimates import Setting, claims, zero_model_states
 from profiling.memory.document.implementations import loss_of

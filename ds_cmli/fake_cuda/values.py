@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_cmli.fits.stand_ins import (
+from ds_cmli.fake_cuda.stand_ins import (
     SMALL,
     all_known,
     computed,
@@ -28,7 +28,7 @@ from ds_cmli.fits.stand_ins import (
     remember,
     stand_in,
 )
-from ds_cmli.fits.streams import Stream
+from ds_cmli.fake_cuda.streams import Stream
 
 aten = torch.ops.aten
 MADE = ("zeros", "ones", "full", "rand", "randn", "randint")

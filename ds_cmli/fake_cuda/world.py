@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from ds_cmli.common.patches import environment, patched, patched_each
-from ds_cmli.fits import kernels
-from ds_cmli.fits.collectives import Rank
-from ds_cmli.fits.steps import StepRecorder
+from ds_cmli.fake_cuda import kernels
+from ds_cmli.fake_cuda.collectives import Rank
+from ds_cmli.fake_cuda.steps import StepRecorder
 
 NAME = "this_rank_alone"  # of the backend, as it is registered with PyTorch
 NCCL = {"is_nccl_available": lambda: True, "version": lambda: (2, 29, 7)}

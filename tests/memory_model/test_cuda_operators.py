@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_cmli.allocator import attention_choice, gpus
-from ds_cmli.allocator.cuda_operators import inside
-from ds_cmli.allocator.inside import Inside
+from ds_cmli.memory_model import attention_choice, gpus
+from ds_cmli.memory_model.cuda_operators import inside
+from ds_cmli.memory_model.inside import Inside
 
 aten, bf16, fp16, fp32 = torch.ops.aten, torch.bfloat16, torch.float16, torch.float32
 A100, RTX_3090, H100, T4 = (gpus.find(name).limits for name in ("A100 80GB", "RTX 3090", "H100", "T4"))

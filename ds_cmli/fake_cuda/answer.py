@@ -11,10 +11,10 @@ from types import MappingProxyType
 
 import torch
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import Replay, replay
-from ds_cmli.allocator.blocks import Event, OutOfMemory
-from ds_cmli.allocator.cuda_layouts import MATRICES
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.blocks import Event, OutOfMemory
+from ds_cmli.memory_model.caching_allocator import Replay, replay
+from ds_cmli.memory_model.cuda_layouts import MATRICES
 
 WITH_BIAS = str(torch.ops.aten.addmm.default)
 _aten = torch.ops.aten

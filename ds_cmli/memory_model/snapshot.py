@@ -10,8 +10,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.allocator.allocator import Replay, replay
-from ds_cmli.allocator.blocks import Block, Event, Segment
+from ds_cmli.memory_model.blocks import Block, Event, Segment
+from ds_cmli.memory_model.caching_allocator import Replay, replay
 
 Record = dict[str, Any]
 

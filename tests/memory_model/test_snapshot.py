@@ -10,8 +10,8 @@ import sys
 import pytest
 from torch.cuda import _memory_viz as viz
 
-from ds_cmli.allocator import snapshot
-from ds_cmli.allocator.blocks import Event
+from ds_cmli.memory_model import snapshot
+from ds_cmli.memory_model.blocks import Event
 
 M = 1 << 20
 EVENTS = [

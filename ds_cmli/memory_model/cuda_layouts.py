@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import NOTHING, Inside, contiguous_copies
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import NOTHING, Inside, contiguous_copies
 
 aten = torch.ops.aten
 # Matrix products, with the places of the two matrices among the arguments.

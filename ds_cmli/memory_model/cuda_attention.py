@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import HALF, Inside, Stage, ceil_to, contiguous_copies
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import HALF, Inside, Stage, ceil_to, contiguous_copies
 
 
 def _copies(*gradients: Tensor) -> Stage:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.allocator import cuda_attention, cuda_distances, cuda_layouts, cuda_reductions
-from ds_cmli.allocator.cuda_layouts import MATRICES, TRANSFERS, suggested
-from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import (
+from ds_cmli.memory_model import cuda_attention, cuda_distances, cuda_layouts, cuda_reductions
+from ds_cmli.memory_model.cuda_layouts import MATRICES, TRANSFERS, suggested
+from ds_cmli.memory_model.cuda_reductions import cast, reduced_dimensions, staging
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import (
     NOTHING,
     Inside,
     Stage,

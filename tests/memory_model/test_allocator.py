@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.allocator import CachingAllocator, replay
-from ds_cmli.allocator.blocks import FIRST_ADDRESS, Event, OutOfMemory
 from ds_cmli.common.errors import UserError
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.blocks import FIRST_ADDRESS, Event, OutOfMemory
+from ds_cmli.memory_model.caching_allocator import CachingAllocator, replay
 
 K, M = 1 << 10, 1 << 20
 

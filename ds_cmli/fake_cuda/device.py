@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import torch
 
-from ds_cmli.allocator.allocator import CachingAllocator
-from ds_cmli.allocator.blocks import Block
-from ds_cmli.allocator.gpus import Gpu
-from ds_cmli.fits import guard
-from ds_cmli.fits.recorder import Recorder
-from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.streams import Stream, StreamEvent, Work
+from ds_cmli.fake_cuda import guard
+from ds_cmli.fake_cuda.recorder import Recorder
+from ds_cmli.fake_cuda.steps import StepRecorder
+from ds_cmli.fake_cuda.streams import Stream, StreamEvent, Work
+from ds_cmli.memory_model.blocks import Block
+from ds_cmli.memory_model.caching_allocator import CachingAllocator
+from ds_cmli.memory_model.gpus import Gpu
 
 
 class Streams:

@@ -11,8 +11,8 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.fits import guard
-from ds_cmli.fits.answer import KEEPS_WORKSPACES
+from ds_cmli.fake_cuda import guard
+from ds_cmli.fake_cuda.answer import KEEPS_WORKSPACES
 from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment
 
@@ -22,10 +22,10 @@ ZERO2 = ROOT / "ds_configs" / "zero2.json"
 
 
 def fits(folder: Path, *script: str, ranks: int = 0) -> dict:
-    """What `tests.fits.run` writes of a script and its arguments."""
+    """What `tests.fake_cuda.run` writes of a script and its arguments."""
     env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env.pop("DS_ACCELERATOR", None)  # the tests' own; a program is on a GPU here
-    command = [sys.executable, "-m", "tests.fits.run", GPU, str(ranks), "out.json", *script]
+    command = [sys.executable, "-m", "tests.fake_cuda.run", GPU, str(ranks), "out.json", *script]
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / "out.json").read_text())

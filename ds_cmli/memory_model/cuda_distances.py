@@ -9,9 +9,9 @@ import math
 import torch
 from torch import Tensor
 
-from ds_cmli.allocator.cuda_reductions import staging
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import (
+from ds_cmli.memory_model.cuda_reductions import staging
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import (
     NOTHING,
     Inside,
     Stage,

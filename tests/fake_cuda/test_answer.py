@@ -2,10 +2,10 @@
 
 import pytest
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.blocks import Event
-from ds_cmli.fits import answer
-from ds_cmli.fits.answer import Room, on_device, with_cublas
+from ds_cmli.fake_cuda import answer
+from ds_cmli.fake_cuda.answer import Room, on_device, with_cublas
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.blocks import Event
 
 PRODUCT = "aten.mm.default"
 

@@ -12,14 +12,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
-from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.patches import PATCHES, patched, patched_each
-from ds_cmli.fits import device, kernels, modules
-from ds_cmli.fits.kernels import CudaOperators
-from ds_cmli.fits.stand_ins import on_host
-from ds_cmli.fits.steps import StepRecorder, StepsDone
-from ds_cmli.fits.values import Values
-from ds_cmli.fits.world import World
+from ds_cmli.fake_cuda import device, kernels, modules
+from ds_cmli.fake_cuda.kernels import CudaOperators
+from ds_cmli.fake_cuda.stand_ins import on_host
+from ds_cmli.fake_cuda.steps import StepRecorder, StepsDone
+from ds_cmli.fake_cuda.values import Values
+from ds_cmli.fake_cuda.world import World
+from ds_cmli.memory_model.gpus import Gpu
 
 OF_GPU = ("GPU", "GPU's memory", "GPU's random numbers", "GPU's own functions")
 

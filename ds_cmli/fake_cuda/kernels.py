@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ds_cmli.allocator import attention_choice
-from ds_cmli.allocator.attention_choice import Attention
-from ds_cmli.allocator.gpus import Limits
 from ds_cmli.common.patches import patched
+from ds_cmli.memory_model import attention_choice
+from ds_cmli.memory_model.attention_choice import Attention
+from ds_cmli.memory_model.gpus import Limits
 
 aten = torch.ops.aten
 INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products

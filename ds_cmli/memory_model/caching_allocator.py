@@ -22,7 +22,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ds_cmli.allocator.blocks import (
+from ds_cmli.memory_model.blocks import (
     FIRST_ADDRESS,
     MIN_BLOCK,
     SMALL_REQUEST,

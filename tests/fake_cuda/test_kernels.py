@@ -2,8 +2,8 @@
 
 import torch
 
-from ds_cmli.allocator.cuda_layouts import operand_copies, transfer_copies
-from ds_cmli.allocator.cuda_operators import returned
+from ds_cmli.memory_model.cuda_layouts import operand_copies, transfer_copies
+from ds_cmli.memory_model.cuda_operators import returned
 
 aten = torch.ops.aten
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.backends import cuda
 
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import HALF
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import HALF
 
 FLASH, EFFICIENT, MATH, CUDNN = "flash", "efficient", "math", "cuDNN"
 SMALL = ((8, 6), (8, 9), (12, 0))  # compute capabilities with less shared memory than others have

@@ -18,14 +18,14 @@ from torch.optim.optimizer import (
 )
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator.cuda_layouts import TRANSFERS
-from ds_cmli.allocator.cuda_operators import CONVOLUTIONS
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
-from ds_cmli.fits import kernels
-from ds_cmli.fits.recorder import Recorder
-from ds_cmli.fits.streams import Awaited, Stream
+from ds_cmli.fake_cuda import kernels
+from ds_cmli.fake_cuda.recorder import Recorder
+from ds_cmli.fake_cuda.streams import Awaited, Stream
+from ds_cmli.memory_model.cuda_layouts import TRANSFERS
+from ds_cmli.memory_model.cuda_operators import CONVOLUTIONS
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import Inside
 
 CATEGORIES = (
     "parameters",

@@ -2,9 +2,9 @@
 
 import torch
 
-from ds_cmli.allocator import gpus
-from ds_cmli.allocator.cuda_operators import inside, returned
-from ds_cmli.allocator.inside import Inside
+from ds_cmli.memory_model import gpus
+from ds_cmli.memory_model.cuda_operators import inside, returned
+from ds_cmli.memory_model.inside import Inside
 
 aten, A100 = torch.ops.aten, gpus.find("A100 80GB").limits
 

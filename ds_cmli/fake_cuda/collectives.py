@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 # mypy: disable-error-code="override,assignment"
 # PyTorch's stubs overload each collective, and call it with any of them.
-from ds_cmli.fits.stand_ins import copy_values
-from ds_cmli.fits.steps import StepRecorder
+from ds_cmli.fake_cuda.stand_ins import copy_values
+from ds_cmli.fake_cuda.steps import StepRecorder
 
 
 class Done(dist.Work):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import HALF, Inside, Stage, accumulate_bytes
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import HALF, Inside, Stage, accumulate_bytes
 
 aten = torch.ops.aten
 # Losses whose result keeps the memory of what they reduce, and the place of the reduction among

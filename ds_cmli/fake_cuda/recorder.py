@@ -1,7 +1,7 @@
 """Records every storage that a program allocates and frees on a device, as changes in their order.
 
 Works on real and on fake tensors. What an operator allocates and frees internally is not seen; for
-a GPU's operators formulas give it (`allocator/cuda_operators.py`).
+a GPU's operators formulas give it (`memory_model/cuda_operators.py`).
 """
 
 import os
@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator import attention_choice, cuda_operators
-from ds_cmli.allocator.blocks import Event
-from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside, Stage
+from ds_cmli.memory_model import attention_choice, cuda_operators
+from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.inside import Inside, Stage
 
 # Autograd accumulates gradients, where the first is no view, and scatters those of maxima in place,
 # but not under a dispatch mode: there these operators return a new tensor, and their argument is

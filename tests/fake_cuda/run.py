@@ -1,4 +1,4 @@
-"""python -m tests.fits.run GPU RANKS ANSWER SCRIPT ARGUMENTS: two steps of a script on a GPU that is not there.
+"""python -m tests.fake_cuda.run GPU RANKS ANSWER SCRIPT ARGUMENTS: two steps of a script on a GPU that is not there.
 
 RANKS is 0 without a launcher. ANSWER is a file of JSON: the peaks in bytes, those of each phase, and the streams.
 """
@@ -10,16 +10,16 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from ds_cmli.fits import guard
+from ds_cmli.fake_cuda import guard
 
 guard.load()
 
-from ds_cmli.allocator import gpus  # noqa: E402
-from ds_cmli.allocator.blocks import live_at_peak, peaks_of_phases  # noqa: E402
-from ds_cmli.fits import program  # noqa: E402
-from ds_cmli.fits.answer import Room, on_device, with_cublas  # noqa: E402
-from ds_cmli.fits.steps import CATEGORIES, StepRecorder  # noqa: E402
-from ds_cmli.fits.world import World  # noqa: E402
+from ds_cmli.fake_cuda import program  # noqa: E402
+from ds_cmli.fake_cuda.answer import Room, on_device, with_cublas  # noqa: E402
+from ds_cmli.fake_cuda.steps import CATEGORIES, StepRecorder  # noqa: E402
+from ds_cmli.fake_cuda.world import World  # noqa: E402
+from ds_cmli.memory_model import gpus  # noqa: E402
+from ds_cmli.memory_model.blocks import live_at_peak, peaks_of_phases  # noqa: E402
 
 
 def main(name: str, ranks: int, answer: str) -> None:
