@@ -151,9 +151,16 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch):
     rows, _ = steps.document_rows(s, [v for v in steps.VARIANTS if v.checkpointing])
     assert [row.implementation for row in rows] == ["materialised, checkpointing", "ours, checkpointing"]
     materialised, ours = (row.predicted_bytes for row in rows)
-    # At the least all similarities and their gradients at once.
-    assert ours - materialised > 2 * 6_576_668_672
-    assert 20e9 < ours < rows[0].extra["gpu_bytes"]
+    # Either direction's maxima give all similarities a gradient of their own; autograd holds both before it adds
+    # them. The similarities are gone by then, as a maximum keeps indices.
+    both = 2 * 6_576_668_672
+    assert both < rows[0].extra["categories"]["temporaries"] < 1.01 * both
+    # The two peaks are different moments, so their distance may be smaller: ours is in the encoders' backward, with
+    # DeepSpeed's bucket. The materialised one comes before the first parameter's gradient, that of the temperature.
+    bucket = rows[1].extra["categories"]["ZeRO buckets"]
+    assert (rows[0].extra["categories"]["ZeRO buckets"], bucket) == (0, 200_000_000)
+    assert rows[0].predicted_peak_bytes - rows[1].predicted_peak_bytes > both - bucket
+    assert rows[0].extra["gpu_bytes"] - materialised > both and 20e9 < ours < rows[0].extra["gpu_bytes"]
     assert rows[1].verdict == f"fits: {ours / 1e9:,.1f} GB free"
     for row in rows:
         assert sum(row.extra["categories"].values()) == row.extra["totals"]["requested"] == row.predicted_peak_bytes
