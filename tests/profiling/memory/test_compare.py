@@ -229,6 +229,7 @@ def test_the_command(tmp_path):
     [
         (["--only", "E1,E9"], "error: --only is 'E1,E9': give some of E1, E2, E3, E4, E5\n"),
         (["--json", "/no/such/x.json"], "error: cannot write '/no/such/x.json': No such file or directory\n"),
+        (["--sm", "8.9"], "error: --gpu-memory and --sm are given together, and in place of --gpu\n"),
         (["--B", "0"], "error: --B is 0: give 1 or more\n"),
     ],
 )
