@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ds_cmli.common.checksums import sealed
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
@@ -190,7 +189,7 @@ def _write(folder: Path, answer: predict_subprocess.PredictionAnswer, measured: 
     else:
         content["prediction_failed"] = answer.failed
     try:
-        (folder / FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:  # the training goes on
         say(f"warning: {folder / FILE} cannot be written: {error.strerror}")
 

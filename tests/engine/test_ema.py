@@ -96,7 +96,7 @@ def some_batch(config, seed):
 
 def weights_of(train_engine):
     """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(train_engine.objective, distilled=True)
+    full = full_weights(train_engine, distilled=True)
     return {n: full[n].clone() for n, p in train_engine.objective.named_parameters() if p.requires_grad}
 
 

@@ -4,7 +4,6 @@ What slurm/train.sh does in the others is shown by stand-ins in test_script.py, 
 signals in tests/faults.
 """
 
-import json
 import random
 import re
 import time
@@ -109,41 +108,3 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
     stopped = re.search(r"checkpoint step(\d+): ", text)
     assert stopped and int(stopped[1]) == steps_done(run)
     assert "requeued" not in log(tmp_path, job)
-
-
-def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
-    """A node's slurmd dies and its task lives on, while the job is requeued to the other node."""
-    job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2", python=python())
-    run = tmp_path / "runs" / f"slurm-{job}"
-    poll(lambda: steps_done(run) >= 3, 120, lambda: log(tmp_path, job))
-    node, old = cluster.job(job)["BatchHost"], Path(f"/proc/{task(job, rank=0)}")
-    cluster.kill_node(node)
-    try:
-        cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        poll(lambda: not old.exists(), 240, lambda: log(tmp_path, job))
-        owner, start = json.loads((run / "run.lock").read_text())["job"]
-        assert owner == job and int(start) >= 1  # it ended because of that; on a slow machine Slurm may requeue twice
-        ended = steps_done(run)
-        poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))
-    finally:
-        cluster.command("scancel", job)
-        cluster.start_node(node)
-        # Refused where the node's return has been noticed already.
-        cluster.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-        cluster.wait_idle()
-    assert cluster.job(job)["Restarts"] != "0" and "requeued" not in log(tmp_path, job)
-    steps = re.findall(r'"step": (\d+), "loss"', (run / "metrics.jsonl").read_text())
-    assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
-
-
-def task(job: str, rank: int) -> int:
-    """The process id of a job's task."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, given = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"train.py" in command and b"SLURM_STEP_ID=" in given and wanted <= set(given.split(b"\0")):
-            return int(process.name)
-    raise AssertionError(f"no process of rank {rank} of job {job}")
