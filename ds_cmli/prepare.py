@@ -91,7 +91,8 @@ def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None,
     try:
         if os.environ["RANK"] == "0":
             check_outputs(ds_config, config.run.report_to)
-        assets.fetch(assets.used(config))
+        for name in assets.used(config):
+            assets.fetch(name)
         data = build_data(config.data, config.run.seed)
         say(*data.summary)
         return data, None

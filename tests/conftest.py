@@ -164,7 +164,7 @@ def demo():
     from ds_cmli.data import assets
 
     try:
-        assets.fetch(["pictures"])
+        assets.fetch("pictures")
     except UserError as error:
         pytest.fail(f"the demo's pictures are needed: {error}", pytrace=False)
 

@@ -5,7 +5,6 @@ often the sample has been requested before: a resumed run sees the same views on
 and loading processes.
 """
 
-import functools
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
@@ -21,21 +20,17 @@ from torchvision.transforms.v2 import functional as F
 
 from ds_cmli.config.schema import AugmentationName, DataConfig, Interpolation, Resize
 
-# The decoders that may run, whatever a file's name is. Pillow's default includes one that starts
-# Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# The decoders that may run, whatever a file's name is, as far as this build of Pillow has them. Its
+# default includes one that starts Ghostscript.
+Image.init()
+FORMATS = [
+    name for name in ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP") if name in Image.OPEN
+]
 # Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many
 # pixels per output pixel along each side.
 SHARP = 2
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 PixelBox = tuple[float, float, float, float]  # the same, also between pixels
-
-
-@functools.cache
-def formats() -> list[str]:
-    """The formats of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def black(size: int) -> Tensor:
@@ -64,6 +59,7 @@ class View:
     ):
         self.size, self.resize, self.interpolation = size, resize, interpolation
         self.max_pixels, self.augmentation, self.seed = max_pixels, augmentation or {}, seed
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit
 
     @classmethod
     def of(cls, config: DataConfig) -> "View":
@@ -87,16 +83,14 @@ class View:
         Raises:
             Exception: any that a decoder raises for damaged data.
         """
-        if not isinstance(picture, bytes):
-            image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
-            return self._show(image.copy(), turn, index)
-        with Image.open(io.BytesIO(picture), formats=formats()) as image:
+        if isinstance(picture, bytes):
+            image = Image.open(io.BytesIO(picture), formats=FORMATS)
             if image.width * image.height > self.max_pixels:
                 raise ValueError(f"{image.width} x {image.height}: more than data.max_pixels")
-            return self._show(image, turn, index)
-
-    def _show(self, image: Image.Image, turn: int, index: int) -> Tensor:
-        with self._seeded(turn, index):
+        else:
+            image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
+            image = image.copy()
+        with image, self._seeded(turn, index):
             return self._change(self._resized(image))[0]
 
     def changed(self, pixels: Tensor, turn: int, index: int) -> tuple[Tensor, bool]:
@@ -149,7 +143,11 @@ class View:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             box = self.part(*image.size)
             if self.resize == "crop" and isinstance(image, JpegImageFile):
-                scale = self._draft(image, min(box[2] - box[0], box[3] - box[1]))
+                # Decoded at 1/2, 1/4 or 1/8 scale, if `SHARP` pixels per output pixel are left.
+                whole, ratio = image.width, min(box[2] - box[0], box[3] - box[1]) / self.size
+                width, height = (max(1, int(pixels * SHARP / ratio)) for pixels in image.size)
+                reduced = image.draft(None, (width, height))
+                scale = whole / reduced[1][2] if reduced else 1.0
         ImageOps.exif_transpose(image, in_place=True)
         box = box or self.part(*image.size)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -170,14 +168,6 @@ class View:
         left, top, right, bottom = (round(side / scale) for side in box)
         part = pixels[:, top : max(bottom, top + 1), left : max(right, left + 1)]
         return self._scaled(part, (self.size, self.size))
-
-    def _draft(self, image: JpegImageFile, side: int) -> float:
-        """Let a JPEG be decoded at 1/2, 1/4 or 1/8 scale if `SHARP` pixels per output pixel are
-        left of its shown `side`; returns that factor."""
-        whole, ratio = image.width, side / self.size
-        width, height = (max(1, int(pixels * SHARP / ratio)) for pixels in image.size)
-        reduced = image.draft(None, (width, height))  # type: ignore[arg-type]
-        return whole / reduced[1][2] if reduced else 1.0
 
     def _shortest(self, pixels: Tensor) -> Tensor:
         """Resize the shorter side to S and cut out the centre, as CLIP's processors do."""

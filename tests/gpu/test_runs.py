@@ -39,7 +39,8 @@ def data(tmp_path_factory) -> Data:
     if "NULLGPU" in os.environ:
         return Data("tiny", pairs(source, count=300), "the preset tiny")
     try:
-        assets.fetch(assets.used(load_preset("demo", {})))
+        for name in assets.used(load_preset("demo", {})):
+            assets.fetch(name)
         return Data("demo", "demo", "the preset demo")
     except UserError as error:
         return Data("tiny", pairs(source, count=300), f"the preset tiny, as the demo's assets are missing: {error}")

@@ -106,7 +106,7 @@ def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
 
 def test_packaged_weights_are_predicted_with_their_own_sizes():
     config, words = without_weights(load_preset("demo", {}))
-    packaged = AutoConfig.from_pretrained(assets.minilm()).to_dict()
+    packaged = AutoConfig.from_pretrained(assets.fetch("minilm")).to_dict()
     assert packaged["vocab_size"] == words and packaged["model_type"] == config.student.text_model
     assert len(config.student.text_overrides) == 4
     assert config.student.text_overrides.items() <= packaged.items()
