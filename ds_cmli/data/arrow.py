@@ -98,9 +98,12 @@ class Arrow:
 
     def image(self, index: int) -> bytes:
         value = self.images[index][self.image_key]
-        if not isinstance(value, dict):
-            return value
-        return value.get("bytes") or Path(value["path"]).read_bytes()
+        if isinstance(value, dict):
+            path = value.get("path")
+            value = value["bytes"] or (path and Path(path).read_bytes())
+        if not value:
+            raise ValueError("no image in its row")
+        return value
 
     def captions(self, index: int) -> list[str]:
         value = self.texts[index][self.caption_key]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 MOST_FILES = 100_000
 IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
-Parts = dict[str, Source]  # by split: train, validation, test
+SPLITS = {"validation": "val", "test": "test"}  # of a configuration, as evaluations name them
+Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validation, test
 
 
 @dataclass(kw_only=True)
@@ -68,20 +70,26 @@ def build_data(config: DataConfig, seed: int) -> Data:
         return _demo(config, seed)
     names, weights = weighted(config.source)
     opened = {name: open_source(name, config) for name in names}
-    held_out = _held_out({name: parts for name, (_, parts) in opened.items()}, config)
+    held_out = _held_out(opened, config)
     train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
     summary = list[str]()
-    for number, (name, (kind, parts)) in enumerate(opened.items()):
+    for name, weight in zip(names, weights or [None] * len(names), strict=True):
+        kind, parts = opened[name]
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
-        _check_left_out(name, parts, config.max_bad_share)
-        train[name] = source, indices = parts["train"], range(len(parts["train"]))
+        source, lost = parts["train"], getattr(parts["train"], "left_out", 0)
+        if lost > config.max_bad_share * (lost + len(source)):
+            raise UserError(
+                f"{lost} of the {lost + len(source)} images of {name} have no caption, more than "
+                f"data.max_bad_share = {config.max_bad_share}: give them some, or raise it"
+            )
+        train[name] = source, indices = source, range(len(source))
         if name in held_out and held_out[name][0] is source:
             train[name] = source, np.setdiff1d(indices, held_out[name][1])
-        size, weight = len(train[name][1]), weights and weights[number]
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_size(train[name])} to train on{share}")
-        fingerprint[name] = {**source.fingerprint(), "images": size, "weight": weight}
+        size = {"images": len(train[name][1]), "weight": weight}
+        fingerprint[name] = {**source.fingerprint(), **size}
     summary += [f"held out: {_size(share)} of {name}" for name, share in held_out.items()]
     tokenizer = tokenizer_of(config)
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
@@ -90,7 +98,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     return Data(
         train=pairs,
         mixture=Mixture([len(indices) for _, indices in train.values()], weights),
-        evals={_eval_name(config): EvalPairs(Images(held_out), tokenizer, config)},
+        evals={SPLITS[config.val_split]: EvalPairs(Images(held_out), tokenizer, config)},
         tokenizer=tokenizer,
         summary=summary,
         fingerprint=fingerprint,
@@ -113,35 +121,36 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         return _demo(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
-    opened: dict[str, Parts] = {}
-    if split == "all" or not config.val_source:
-        opened = {name: open_source(name, config)[1] for name in weighted(config.source)[0]}
-    shares = _held_out(opened, config) if split != "all" else {}
-    for name, parts in opened.items() if split == "all" else ():
-        shares |= {f"{name} ({part})": (one, range(len(one))) for part, one in parts.items()}
+    names = weighted(config.source)[0] if split == "all" or not config.val_source else []
+    opened = {name: open_source(name, config) for name in names}
+    shares: dict[str, Share] = {}
+    if split == "all":
+        for name, (_, parts) in opened.items():
+            shares |= {f"{name} ({part})": (one, range(len(one))) for part, one in parts.items()}
+    else:
+        shares = _held_out(opened, config)
     tokenizer = tokenizer_of(config)
+    pairs = EvalPairs(Images(shares), tokenizer, config)
     return EvalData(
-        evals={split or _eval_name(config): EvalPairs(Images(shares), tokenizer, config)},
+        evals={split or SPLITS[config.val_split]: pairs},
         tokenizer=tokenizer,
         summary=[f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()],
     )
 
 
-def _held_out(opened: dict[str, Parts], config: DataConfig) -> dict[str, Share]:
+def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]:
     """What is evaluated: `val_source`, or of each source a part of its own or a held-out share."""
+    split, shares = config.val_split, dict[str, Share]()
     if config.val_source:
-        parts = open_source(config.val_source, config)[1]
-        source = parts.get(config.val_split) or next(iter(parts.values()))
+        _, parts = open_source(config.val_source, config)
+        source = parts.get(split) or next(iter(parts.values()))
         return {config.val_source: (source, range(len(source)))}
-    shares: dict[str, Share] = {}
-    for name, parts in opened.items():
-        if config.val_split in parts:
-            source = parts[config.val_split]
-            shares[name] = source, range(len(source))
-        elif config.val_split == "test" or "train" not in parts:
+    for name, (_, parts) in opened.items():
+        if split in parts:
+            shares[name] = parts[split], range(len(parts[split]))
+        elif split == "test" or "train" not in parts:
             raise UserError(
-                f"data.val_split is {config.val_split!r}, and {name} has no such part, but "
-                f"{' and '.join(parts)}"
+                f"data.val_split is {split!r}, and {name} has no such part, but {', '.join(parts)}"
             )
         else:
             shares[name] = parts["train"], hold_out(name, parts["train"], config.held_out)
@@ -188,9 +197,10 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     """
     if printable(name) != name:
         raise UserError(f"--data is {name!r}, which is no Unicode: rename it")
-    own = [_place(source) for source in weighted(config.source)[0]]
-    if config.val_source or _place(name) not in own:
-        if _place(name) not in (*own, _place(config.val_source)):
+    names = [name, config.val_source, *weighted(config.source)[0]]
+    place, other, *own = (os.path.realpath(os.path.expanduser(one)) for one in names)
+    if config.val_source or place not in own:
+        if place not in (other, *own):
             config = replace(config, image_root="", image_key="", caption_key="", separator="")
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
@@ -224,15 +234,15 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
     return names, weights or None
 
 
-def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
+def open_source(name: str, config: DataConfig) -> Opened:
     """Open one source: its kind in a few words, and its parts by split.
 
     Raises:
         UserError: it is of no known kind, or cannot be opened.
     """
-    path, entry, files = Path(os.path.expanduser(name)), None, list[Path]()
+    path, files = Path(os.path.expanduser(name)), list[Path]()
     if name.startswith(HUB):
-        entry = SOURCES["parquet"]
+        entry, files = SOURCES["parquet"], [path]
     elif path.is_dir():
         for entry in SOURCES.values():
             if files := sorted(file for pattern in entry.holds for file in path.glob(pattern)):
@@ -245,7 +255,7 @@ def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
                 break
         else:
             files = []
-    if entry is None or not (files or name.startswith(HUB)):
+    if not files:
         raise UserError(f"data.source is {name!r}, {_guess(path)}\n{accepted()}")
     if entry.package and find_spec(entry.package) is None:
         raise UserError(
@@ -272,14 +282,16 @@ def expand(pattern: str) -> list[Path]:
         names = [name.replace(braces[0], choice, 1) for name in names for choice in choices]
         if not 0 < len(names) <= MOST_FILES:
             raise UserError(f"data.source is {pattern!r}: {len(names):,} files")
-    files = [file for name in names for file in sorted(glob.glob(name)) or [name]]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
+    files = [Path(file) for name in names for file in sorted(glob.glob(name)) or [name]]
+    if missing := [file for file in files if not file.is_file()]:
+        folder = missing[0].parent
+        beside = map(str, folder.iterdir()) if folder.is_dir() else ()
+        close = difflib.get_close_matches(str(missing[0]), beside, n=1)
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
-            f"first {missing[0]}{_near(missing[0])}: {accepted()}"
+            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{accepted()}"
         )
-    return list(map(Path, files))
+    return files
 
 
 def accepted() -> str:
@@ -291,51 +303,22 @@ def _guess(path: Path) -> str:
     if not path.is_dir():
         return "whose files are of no known kind, or of several"
     inside = sorted(path.iterdir())
-    folders = [folder for folder in inside if folder.is_dir()]
-    lists = [file for file in inside if file.suffix.lower() in LISTS]
-    if lists:
+    if lists := [file for file in inside if file.suffix.lower() in LISTS]:
         return f"a folder with the list {lists[0].name}: give that, --data {lists[0]}"
-    if any(file.suffix.lower() in IMAGES for file in inside):
-        return "a folder of images without captions: write a metadata.csv with file_name,text in it"
-    if any(file.suffix.lower() in IMAGES for folder in folders for file in folder.iterdir()):
+    if any(file.suffix.lower() in IMAGES for file in islice(path.rglob("*"), MOST_FILES)):
         return (
-            "folders of images by class, without captions: they serve ds-cmli-evaluate "
-            "--zero-shot; to train, write a metadata.csv with file_name,text"
+            "a folder of images without captions: write a metadata.csv with file_name,text in it; "
+            "folders of images by class serve ds-cmli-evaluate --zero-shot"
         )
     names = ", ".join(file.name for file in inside[:3])
     return f"a folder of no known kind: it holds {names or 'nothing'}"
 
 
-def _near(file: str) -> str:
-    folder, name = os.path.split(file)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
-
-
-def _check_left_out(name: str, parts: Parts, most: float) -> None:
-    lost = sum(getattr(part, "left_out", 0) for part in parts.values())
-    number = lost + sum(map(len, parts.values()))
-    if lost > most * number:
-        raise UserError(
-            f"{lost} of the {number} images of {name} have no caption, more than "
-            f"data.max_bad_share = {most}: give them some, or raise it"
-        )
-
-
-def _eval_name(config: DataConfig) -> str:
-    return "test" if config.val_split == "test" else "val"
-
-
 def _size(share: Share) -> str:
     source, indices = share
     left_out = getattr(source, "left_out", 0)
-    note = f" ({left_out:,} without caption left out)" if left_out else ""
+    note = f" ({left_out:,} left out)" if left_out else ""
     return f"{len(indices):,} images{note}"
-
-
-def _place(name: str) -> str:
-    return os.path.realpath(os.path.expanduser(name))
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
@@ -345,7 +328,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
         raise UserError(f"data.{[*unused, 'val_split'][0]} says nothing of the demo: leave it out")
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures, tokenizer = DemoPictures(config.image_size), tokenizer_of(config)
-    view = View.of_training(config, seed)
+    view = View.of(config, seed)
     train = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, config.scenes, view)
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):

@@ -48,8 +48,8 @@ class Images:
 
     def name(self, index: int) -> str:
         source, place = self.at(index)
-        name = self.names[bisect_right(self.starts, index) - 1]
-        return source.name(place) if len(self.names) == 1 else f"{name}: {source.name(place)}"
+        of_source = self.names[bisect_right(self.starts, index) - 1]
+        return f"{of_source}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
 
     def captions(self, index: int) -> list[str]:
         source, place = self.at(index)
@@ -63,15 +63,13 @@ class TrainPairs(Dataset):
     """A map-style data set of images, each with one of its captions and one view.
 
     A hash chooses them for each turn. A sample whose image or caption cannot be used is replaced by
-    the next usable one of its source, which is always the same; `Sample.bad` records that.
-
-    Raises:
-        UserError: `MOST_TRIES` samples in a row cannot be used.
+    the next usable one of its source, which is always the same; `Sample.bad` records that. After
+    `MOST_TRIES` of them a `UserError` is raised.
     """
 
     def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
         self.images, self.tokenizer, self.seed = images, tokenizer, seed
-        self.view = View.of_training(config, seed)
+        self.view = View.of(config, seed)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -120,11 +118,9 @@ class EvalPairs(Dataset):
         self.rows: list[tuple[int, int]] = []  # (image, which of its captions)
         for index in range(len(images)):
             try:
-                count = len(images.captions(index))
+                self.rows += [(index, number) for number in range(len(images.captions(index)))]
             except Exception as error:
                 self.bad.append((images.name(index), described(error)))
-            else:
-                self.rows += [(index, caption) for caption in range(count)]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -144,17 +140,15 @@ class EvalPairs(Dataset):
         Without `picture` the image is not read and black.
         """
         index, caption = self.rows[row]
-        tokens, image, reason = self.tokenizer(self.images.captions(index)[caption]), None, ""
+        tokens = self.tokenizer(self.images.captions(index)[caption])
+        image, reason = black(self.size), "" if any(tokens.valid) else NO_TOKEN
         if picture:
             source, place = self.images.at(index)
             try:
                 image = self.view(source.image(place))
             except Exception as error:
                 reason = described(error)
-        if not any(tokens.valid):
-            reason = reason or NO_TOKEN
         bad = (self.images.name(index), reason) if reason else None
-        image = black(self.size) if image is None else image
         return Sample(image, tokens, row, self.image_id(row), bad=bad)
 
 

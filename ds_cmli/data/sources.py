@@ -138,20 +138,20 @@ def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     named = list(islice(chain.from_iterable(captions.values()), LOOKED_AT))
     # COCO keeps captions_train2017.json in annotations/, and the images in train2017/ next to it.
     subset = path.stem.removeprefix("captions_")
-    own = Path(os.path.expanduser(config.image_root)) if config.image_root else path.parent
-    for root in (own,) if config.image_root else (own, own.parent):
+    given = [Path(os.path.expanduser(config.image_root))] if config.image_root else []
+    for root in given or [path.parent, path.parent.parent]:
         for place in (root, root / "images", root / subset, root / "images" / subset):
             if any((place / file).exists() for file in named):
                 return {split: Files(place, of_split) for split, of_split in captions.items()}
     raise UserError(
-        f"{path} names the image {named[0]!r}, which is not in {own}: give its folder by "
-        "--image-root"
+        f"{path} names the image {named[0]!r}, which is not in {(*given, path.parent)[0]}: give "
+        "its folder by --image-root"
     )
 
 
 def _table(path: Path, config: DataConfig) -> Rows:
     """The rows of a CSV, TSV or JSON lines; an error names the line."""
-    image, caption, line = config.image_key, config.caption_key, 0
+    image, caption = config.image_key, config.caption_key
     for line, row in _read(path, config.separator):
         with blame(f"{path} line {line}"):
             image = image or _column(row, IMAGE_COLUMNS, "data.image_key (--csv-img-key)")
@@ -172,7 +172,7 @@ def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
     line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.name.lower().endswith(".jsonl"):
+            if path.suffix.lower() == ".jsonl":
                 for line, text in enumerate(file, 1):
                     if text.strip():
                         yield line, json.loads(text)
@@ -200,7 +200,8 @@ def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:
     named = [name for name in names if name in ("file_name", "text")] or names
     if len(named) != 1:
         raise ValueError(
-            f"the columns are {', '.join(row)}: name the one that is meant by {setting}"
+            f"the columns are {', '.join(row)}: name the one that is meant by {setting}, or what "
+            "separates columns by data.separator (--csv-separator)"
         )
     return named[0]
 

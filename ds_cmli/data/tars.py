@@ -49,7 +49,11 @@ class Tars:
     def __init__(self, shards: list[Path], caption_key: str = ""):
         self.shards = shards
         self.use_text, self.keys = not caption_key, (caption_key,) if caption_key else CAPTION_KEYS
-        self.rows = [index(shard) for shard in shards]
+        self.rows, self.left_out = list[np.ndarray](), 0  # the latter without image or caption
+        for rows in map(index, shards):
+            whole = (rows["image_size"] > 0) & (rows["text_size"] + rows["json_size"] > 0)
+            self.rows.append(rows if whole.all() else rows[whole])
+            self.left_out += len(rows) - len(self.rows[-1])
         self.starts = [0, *accumulate(map(len, self.rows))]
         self.open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, by last use
 
@@ -130,7 +134,7 @@ def scan(shard: Path) -> np.ndarray:
     """
     samples: list[dict[str, Place]] = []
     last: dict[str, dict[str, Place]] = {}  # the last sample of each name
-    files: dict[str, Place] = {}
+    files: dict[str, tuple[int, int]] = {}
     with blame(f"{shard} is no whole, uncompressed tar"):
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -140,7 +144,7 @@ def scan(shard: Path) -> np.ndarray:
                     folder = os.path.dirname(member.name) if member.issym() else ""
                     place = os.path.normpath(os.path.join(folder, member.linkname))
                 elif member.isreg() and not member.issparse():
-                    files[os.path.normpath(member.name)] = place
+                    files[os.path.normpath(member.name)] = member.offset_data, member.size
                 else:
                     continue
                 folder, _, base = member.name.rpartition("/")
@@ -160,7 +164,6 @@ def scan(shard: Path) -> np.ndarray:
     rows = np.zeros(len(samples), ROW)
     for row, sample in zip(rows, samples, strict=True):
         for field, place in sample.items():
-            place = files.get(place, (0, 0)) if isinstance(place, str) else place
-            row[field], row[f"{field}_size"] = place
-    captioned = (rows["text_size"] > 0) | (rows["json_size"] > 0)
-    return rows[(rows["image_size"] > 0) & captioned]
+            start_size = files.get(place, (0, 0)) if isinstance(place, str) else place
+            row[field], row[f"{field}_size"] = start_size
+    return rows
