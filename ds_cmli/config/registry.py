@@ -145,7 +145,7 @@ SOURCES = {
         "WebDataset tars, or a folder of them",
         "tar shards",
         ends=(".tar",),
-        holds=("*.tar", "data/*.tar"),
+        holds=("*.tar",),
     ),
     "parquet": SourceEntry(
         "ds_cmli.data.arrow:open_parquet",
