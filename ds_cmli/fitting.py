@@ -1,6 +1,5 @@
 """`ds_cmli.fit`: the training of `train.py` from a script or a notebook."""
 
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
 from ds_cmli.common.patches import environment
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import DEFAULT_JSON, print_without_effect
+from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, RunConfig, Sections
 from ds_cmli.config.validation import check, shown
@@ -72,7 +71,7 @@ def fit(
         Preempted: the run has saved after a signal, if the script handles signals as the command
             does, by `ds_cmli.faults.preemption.install()`.
     """
-    resolved, given = _resolved(config, data)
+    resolved = _resolved(config, data)
     start = LaunchOptions(resume, False, Profiles(), raises=True)
     # A start sets the variables of a rank where no launcher has.
     with environment({}, *OF_A_RANK), warnings.catch_warnings():
@@ -82,7 +81,6 @@ def fit(
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
-        print_without_effect(resolved, ds_config, int(os.environ["WORLD_SIZE"]), given)
         try:
             ended = train(resolved, ds_config, start)  # collective
         except OSError as error:  # as the command takes it
@@ -97,8 +95,8 @@ def fit(
 def _resolved(
     config: str | Mapping[str, Section] | Config,
     data: str | Path | Sequence[str | Path] | None,
-) -> tuple[Config, dict[str, str]]:
-    """The whole configuration, and the settings that were given. Raises `UserError`."""
+) -> Config:
+    """The whole configuration. Raises `UserError`."""
     sections: Sections = {}
     if isinstance(config, str):
         sections["run"] = {"preset": config}
@@ -121,11 +119,8 @@ def _resolved(
     if isinstance(config, str):
         written["run.preset"] = "config"
     if isinstance(config, Config):
-        return Config.from_dict(sections, written), {}
-    given: dict[str, str] = {}
-    for name, settings in sections.items():
-        given |= {f"{name}.{key}": f"{name}.{key}" for key in settings}
-    return load_preset(None, sections, written), given
+        return Config.from_dict(sections, written)
+    return load_preset(None, sections, written)
 
 
 def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:

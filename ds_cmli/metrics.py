@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
-from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.common.json_text import read
 from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
@@ -316,7 +316,8 @@ def open_wandb(folder: Path) -> Any:
 
     Raises `UserError` if it cannot be opened.
     """
-    import wandb
+    with blame("run.report_to is 'wandb'"):
+        import wandb
 
     name = folder / "wandb" / "run-id"
     try:

@@ -10,7 +10,6 @@ from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.config.start_checks import check_outputs, check_restarts, check_wandb
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
 
@@ -65,8 +64,6 @@ class Prepared:
 def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
-    check_wandb(config.run.report_to)
-    check_restarts(config.run.output_dir, start.resume)
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
@@ -79,7 +76,7 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
-def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None, str | None]":
+def load_data(config: Config) -> "tuple[Data | None, str | None]":
     """Load the data. Returns it, or a mistake, which is raised once the ranks have met.
 
     It may be on this node alone, where nobody would hear of it. A single rank raises it at once, as
@@ -89,8 +86,6 @@ def load_data(config: Config, ds_config: DeepSpeedConfig) -> "tuple[Data | None,
     from ds_cmli.data.build import build_data
 
     try:
-        if os.environ["RANK"] == "0":
-            check_outputs(ds_config, config.run.report_to)
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
         say(*data.summary)

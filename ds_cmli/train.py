@@ -30,8 +30,6 @@ from ds_cmli.config.options import (
     START,
     WHAT,
     add,
-    how_given,
-    print_without_effect,
     resolve_config,
 )
 from ds_cmli.config.schema import Config
@@ -62,8 +60,6 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    given = how_given(settings, options)
-    print_without_effect(config, ds_config, int(os.environ["WORLD_SIZE"]), given)
     if dry_run:
         check_early(config, ds_config, start)
         say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
@@ -87,7 +83,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     check_early(config, ds_config, start)
     if config.run.deterministic:
         hardware.enforce_determinism()
-    data, mistake = load_data(config, ds_config)
+    data, mistake = load_data(config)
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():

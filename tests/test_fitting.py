@@ -83,7 +83,7 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data, monkeyp
         ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
         ({"config": {"data": {"source": "a"}}, "data": "b"}, r"^data is 'b': data.source is 'a': give one of them$"),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
-        ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: no such file"),
+        ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: .*No such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
     ],
 )  # fmt: skip
@@ -92,14 +92,13 @@ def test_a_mistake_is_raised(given, words):
         ds_cmli.fit(**{"config": "tiny", **given})
 
 
-def test_a_whole_configuration_and_settings_without_effect(tmp_path, data, capsys):
+def test_a_whole_configuration(tmp_path, data, capsys):
     config = load_preset("tiny", settings(tmp_path, log_every=9))
     before = config.to_dict()
     ds_cmli.fit(config, data, deepspeed_config={"zero_optimization": {"stage": 1}})
-    assert config.to_dict() == before and "no effect" not in capsys.readouterr().out
+    assert config.to_dict() == before
     ds_cmli.fit(settings(tmp_path, log_every=9), data, deepspeed_config={"zero_optimization": {"stage": 1}})
-    printed = capsys.readouterr().out
-    assert "run.log_every has no effect: it is 9, and the run has 4 steps" in printed and "is finished" in printed
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_a_lack_of_memory_is_raised(tmp_path, data, monkeypatch):

@@ -1,27 +1,82 @@
-"""The DeepSpeed JSON as an immutable object: loaded, checked, and with its "auto" values filled.
+"""The DeepSpeed JSON: read, checked by DeepSpeed, suited to the device, its "auto" values filled.
 
-Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto"
-means the same as in Hugging Face's integration. Derived values are read here; only `raw` gives the
-JSON itself, for `deepspeed.initialize`.
+"auto" means the same as in Hugging Face's integration. DeepSpeed ignores keys at the top that it
+does not know, so their names are checked here; the rest is its own check, made before a run begins.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import quiet
+from ds_cmli.common.errors import UserError, blame, nearest
 from ds_cmli.common.json_text import JsonObject, Section, read
-from ds_cmli.config import deepspeed_checks as checks
-from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config.deepspeed_effects import beyond_the_run, without_effect
-from ds_cmli.config.deepspeed_keys import BATCH_KEYS, FILLED
-from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, OptimizerEntry, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check
 
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
+KEYS = {
+    *BATCH_KEYS,
+    *LOGS,
+    "activation_checkpointing",
+    "bf16",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "data_types",
+    "disable_python_gc",
+    "flops_profiler",
+    "fp16",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "optimizer",
+    "prescale_gradients",
+    "scheduler",
+    "tensorboard",
+    "timers",
+    "torch_autocast",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+# Keys of DeepSpeed that training does not use: left out where they ask for nothing.
+UNUSED = {
+    "aio",
+    "autotuning",
+    "compile",
+    "compression_training",
+    "curriculum_learning",
+    "data_efficiency",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "elasticity",
+    "hybrid_engine",
+    "nebula",
+    "pipeline",
+    "progressive_layer_drop",
+    "sparse_attention",
+    "sparse_gradients",
+    "tensor_parallel",
+    "weight_quantization",
+}
+NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
+# The sizes of ZeRO's buffers by the model's hidden size.
+WIDTHS: dict[str, Callable[[int], int]] = {
+    "reduce_bucket_size": lambda width: width * width,
+    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
+    "stage3_param_persistence_threshold": lambda width: 10 * width,
+}
+FILLED = ("lr", "betas", "eps", "weight_decay")  # parameters of the optimizer
+# Parameters of Adam in a DeepSpeed JSON that are DeepSpeed's, not PyTorch's.
+OF_DEEPSPEED = ("torch_adam", "adam_w_mode")
 
 
 class BatchSizes(NamedTuple):
@@ -39,8 +94,7 @@ class DeepSpeedConfig(Mapping):
     """
 
     content: Section
-    # Lines to print about settings that act unexpectedly.
-    notices: tuple[str, ...] = field(default=(), compare=False)
+    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to print
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
@@ -61,17 +115,26 @@ class DeepSpeedConfig(Mapping):
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
         """Read and check a file; raises `UserError` with one line for the first mistake in it."""
-        try:
-            return cls.of(_read(Path(path)))
-        except UserError as error:
-            raise UserError(f"--deepspeed_config {path}: {error}") from None
+        with blame(f"--deepspeed_config {path}"):
+            try:
+                return cls.of(read(Path(path), dict, finite=True))
+            except UserError as error:
+                raise UserError(f"--deepspeed_config {path}: {error}") from None
 
     @classmethod
     def of(cls, content: Section) -> "DeepSpeedConfig":
-        """Check the content of such a file. Raises `UserError`."""
+        """Check the content of such a file. Raises `UserError`. Imports DeepSpeed."""
         if isinstance(content, cls):
             return content
-        return cls(checks.checked(content), tuple(without_effect(content)))
+        used: JsonObject = {}
+        for key, value in content.items():
+            check(key in KEYS | UNUSED, "key", key, nearest(key, KEYS))
+            if key in KEYS:
+                used[key] = value
+            else:
+                check(value in NOTHING, key, value, "it has no effect here: remove it")
+        _check(used)
+        return cls(used)
 
     def replaced(
         self, zero_optimization: JsonObject | None = None, **settings: Any
@@ -87,9 +150,7 @@ class DeepSpeedConfig(Mapping):
                 del changed[key]
         if zero_optimization is not None:
             changed.setdefault("zero_optimization", {}).update(zero_optimization)
-        new = DeepSpeedConfig.of(changed)
-        still_true = [line for line in self.notices if line not in new.notices]
-        return DeepSpeedConfig(new, (*still_true, *new.notices))
+        return DeepSpeedConfig(DeepSpeedConfig.of(changed), self.notices)
 
     # --- derived values
 
@@ -127,15 +188,6 @@ class DeepSpeedConfig(Mapping):
         return "activation_checkpointing" in self.content
 
     @property
-    def optimizer_type(self) -> str:
-        """The type of the optimizer, spelled as in PyTorch's or DeepSpeed's documentation."""
-        return optimizer_name(self.content.get("optimizer", {}).get("type", "AdamW"))
-
-    @property
-    def optimizer_entry(self) -> OptimizerEntry:
-        return OPTIMIZERS[self.optimizer_type]
-
-    @property
     def optimizer_params(self) -> JsonObject:
         return self.get("optimizer", {}).get("params", {})
 
@@ -152,11 +204,6 @@ class DeepSpeedConfig(Mapping):
             or self.content.get("activation_checkpointing", {}).get("profile", False)
         )
 
-    @property
-    def compiles(self) -> bool:
-        """Whether the optimizer is DeepSpeed's own, which is compiled at its first use."""
-        return self.optimizer_entry.compiled or self.optimizer_params.get("torch_adam") is False
-
     # --- decisions
 
     def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
@@ -166,39 +213,33 @@ class DeepSpeedConfig(Mapping):
             device: the device type, such as "cuda" or "cpu".
             fp16, bf16: whether the device supports them at no loss of speed.
         """
-        out, notices = self.raw(), list(self.notices)
-        enabled = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
-        if "auto" in enabled.values():
-            notices.append(_choose_precision(out, enabled, device, {"bf16": bf16, "fp16": fp16}))
-        elif enabled["fp16"] is True and not fp16:
-            notices.append(_replace_fp16(out, device, bf16))
-        elif enabled["bf16"] is True and not bf16:
-            notices.append(
-                f"bf16.enabled is true: this device ({device}) has no instructions for bf16 and is "
-                'several times slower in it than in fp32: "auto" takes what is fast'
-            )
-        kind = self.optimizer_type
-        if self.optimizer_entry.compiled and device == "cpu":
-            raise UserError(
-                f"optimizer.type is {kind!r}: DeepSpeed has it for GPUs only: take AdamW"
-            )
-        for key, value in self.zero.items():
-            if key.startswith("zero_quantized") and value and device == "cpu":
-                raise UserError(
-                    f"zero_optimization.{key} is true: DeepSpeed has it for GPUs only: remove it"
-                )
-        if self.compiles:
-            notices.append(
-                f"{kind} is DeepSpeed's own: compiled at its first use, which takes minutes"
-            )
-        return DeepSpeedConfig(out, tuple(notices))
+        out, has = self.raw(), {"bf16": bf16, "fp16": fp16}  # in the order of preference
+        asked = {name: out.get(name, {}).get("enabled") for name in has}
+        if "auto" not in asked.values() and (asked["fp16"] is not True or fp16):
+            return self
+        # What is asked for, then what is left open. A device without fp16 trains in bf16 instead.
+        order = sorted(has, key=lambda name: (asked[name] is not True, asked[name] != "auto"))
+        usable = [name for name in order if has[name] and asked[name] is not False]
+        chosen = usable[0] if usable else "fp32"
+        if out.get("torch_autocast", {}).get("enabled"):
+            chosen = "fp32"
+        for name in has:
+            if name == chosen:
+                out.setdefault(name, {})["enabled"] = True
+            else:
+                out.pop(name, None)
+        line = f"training in {chosen} on this device ({device})"
+        if asked["fp16"] is True and not fp16:
+            line += ", where fp16 is slow or missing"
+        return DeepSpeedConfig(out, (*self.notices, line))
 
     def batch(self, micro_batch: int, world_size: int) -> BatchSizes:
         """Compute the sizes of a batch, any of which may be "auto" in the JSON.
 
         Raises `UserError` if the first is not the product of the other two and the number of ranks.
         """
-        total, micro, steps = (self._size(key) for key in BATCH_KEYS)
+        given = [self.content.get(key, "auto") for key in BATCH_KEYS]
+        total, micro, steps = (None if value == "auto" else int(value) for value in given)
         if micro is None:
             micro = micro_batch
             if total is not None and steps is not None:
@@ -214,10 +255,6 @@ class DeepSpeedConfig(Mapping):
             )
         return BatchSizes(product, micro, steps)
 
-    def _size(self, key: str) -> int | None:
-        value = self.content.get(key, "auto")
-        return None if value == "auto" else int(value)
-
     def filled(
         self,
         optim: OptimConfig,
@@ -229,120 +266,124 @@ class DeepSpeedConfig(Mapping):
 
         `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes need it.
         """
-        out, notices = self.raw(), list(self.notices)
+        out = self.raw()
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
             out["gradient_clipping"] = optim.grad_clip
-        params = self._fill_optimizer(out, optim, notices)
-        self._check_for_the_run(world_size, total_steps)
-        for key, size in keys.WIDTHS.items():
+        optimizer = out.setdefault("optimizer", {"type": "AdamW"})
+        params = optimizer.setdefault("params", {})
+        if optimizer["type"].lower() in ("adam", "adamw"):
+            params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
+        takes = inspect.signature(_optimizer(optimizer["type"])).parameters
+        for key in FILLED:
+            if key in takes and params.get(key, "auto") == "auto":
+                value = getattr(optim, key)
+                params[key] = list(value) if key == "betas" else value
+        for key, size in WIDTHS.items():
             if self.zero.get(key) == "auto":
                 if width is None:
                     raise UserError(f'zero_optimization.{key} is "auto": give a number')
                 out["zero_optimization"][key] = size(width())
         if "scheduler" in out:
-            _fill_scheduler(out["scheduler"], params["lr"], optim, total_steps)
-            notices += beyond_the_run(out["scheduler"], total_steps)
-        return DeepSpeedConfig(out, tuple(notices))
-
-    def _fill_optimizer(
-        self, out: JsonObject, optim: OptimConfig, notices: list[str]
-    ) -> JsonObject:
-        """Fill the optimizer of `out` and return its parameters; may add a line to `notices`."""
-        optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-        params = optimizer.setdefault("params", {})
-        entry = self.optimizer_entry
-        if entry.chosen and "torch_adam" not in params:
-            params["torch_adam"] = True
-            notices.append(
-                f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled "
-                'first: "torch_adam": false in its params asks for it'
-            )
-        for key in FILLED:
-            taken = key in entry.takes and key not in entry.kinds
-            if taken and params.get(key, "auto") == "auto":
-                value = getattr(optim, key)
-                params[key] = list(value) if key == "betas" else value
-        return params
-
-    def _check_for_the_run(self, world_size: int, total_steps: int) -> None:
-        partitions = self.zero.get("zero_hpz_partition_size", 1)
-        setting = "zero_optimization.zero_hpz_partition_size"
-        fits = world_size % partitions == 0
-        check(fits, setting, partitions, f"{world_size} ranks do not divide")
-        profiler = self.content.get("flops_profiler", {})
-        step = profiler.get("profile_step", 1)
-        fits = not profiler.get("enabled") or step <= total_steps
-        check(fits, "flops_profiler.profile_step", step, f"the run has {total_steps} steps")
+            fill = {
+                "warmup_num_steps": optim.warmup_steps(total_steps),
+                "total_num_steps": total_steps,
+                "warmup_min_lr": 0,
+                "warmup_max_lr": params["lr"],
+            }
+            schedule = out["scheduler"].setdefault("params", {})
+            takes = inspect.signature(_schedule(out["scheduler"]["type"])).parameters
+            for key, value in fill.items():
+                if key in takes and schedule.get(key, "auto") == "auto":
+                    schedule[key] = value
+        return DeepSpeedConfig(out, self.notices)
 
 
-def _choose_precision(
-    out: JsonObject, enabled: Section, device: str, has: Mapping[str, bool]
-) -> str:
-    """Replace the "auto" of fp16 and bf16 in `out`, and return a line about it.
-
-    The order of `has` is the order of preference.
-    """
-    wanted = [name for name in has if enabled[name] == "auto"]
-    wanted += [name for name in has if enabled[name] is None]
-    chosen = next((name for name in wanted if has[name]), "fp32")
-    chosen = next((name for name in has if enabled[name] is True), chosen)
-    if out.get("torch_autocast", {}).get("enabled"):
-        chosen = "fp32"
-    automatic = [name for name in enabled if enabled[name] == "auto"]
-    for name in enabled:
-        if name in automatic or chosen == name:
-            out.setdefault(name, {})["enabled"] = chosen == name
-    named = " and ".join(f"{name}.enabled" for name in automatic)
-    return f'{named} "auto": training in {chosen} on this device ({device})'
-
-
-def _replace_fp16(out: JsonObject, device: str, bf16: bool) -> str:
-    """Replace fp16 in `out` on a device that lacks it, and return a line about it."""
-    idle = []
-    for key, value in out.pop("fp16").items():
-        if key != "enabled" and value != keys.models()["fp16"].model_fields[key].default:
-            idle.append(f"fp16.{key} {value}")
-    line = f"fp16 is slow or missing on this device ({device}): training in "
-    if bf16:
-        out["bf16"] = {"enabled": True}
-        line += "bf16 instead"
-    else:
-        line += "fp32 instead, as bf16 is too"
-    return f"{line}, without {', '.join(idle)}" if idle else line
+def _check(content: JsonObject) -> None:
+    """Raise `UserError` for the first mistake, most of them found by DeepSpeed itself."""
+    with quiet.without_trackers():
+        from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+    for name in ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"):
+        value = content.get(name, {})
+        check(isinstance(value, dict), name, value, "Input should be a valid dictionary")
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", "not set")
+    one = type(stage) is int and 1 <= stage <= 3
+    check(one, "zero_optimization.stage", stage, "give one of 1, 2, 3")
+    for key in (*BATCH_KEYS, "gradient_clipping"):
+        value = content.get(key, "auto")
+        good = value == "auto" or (isinstance(value, int | float) and value >= (key in BATCH_KEYS))
+        check(good, key, value, 'give a number, or "auto"')
+    for name in {"fp16", "bf16"} & content.keys():
+        on = content[name].get("enabled", "not set")
+        given = isinstance(on, bool) or on == "auto"
+        check(given, f"{name}.enabled", on, 'give true, false or "auto"')
+    for part in ("offload_optimizer", "offload_param"):
+        offload = zero.get(part)
+        nvme = isinstance(offload, dict) and offload.get("device") == "nvme"
+        need = "what is swapped to NVMe is in no checkpoint: give cpu"
+        check(not nvme, f"zero_optimization.{part}.device", "nvme", need)
+    if "optimizer" in content:
+        _check_optimizer(content)
+    if "scheduler" in content:
+        kind, params = content["scheduler"].get("type"), content["scheduler"].get("params", {})
+        _bind("scheduler", kind, _schedule(kind), params)
+    with blame("DeepSpeed refuses it"):
+        plain = _without_auto({**content, **dict.fromkeys(BATCH_KEYS, "auto")})
+        Theirs(plain | {"train_micro_batch_size_per_gpu": 1})
 
 
-def _fill_scheduler(scheduler: JsonObject, lr: float, optim: OptimConfig, total_steps: int) -> None:
-    kind, params = scheduler["type"], scheduler.setdefault("params", {})
-    fill = {
-        "warmup_num_steps": optim.warmup_steps(total_steps),
-        "total_num_steps": total_steps,
-        "warmup_min_lr": 0,
-        "warmup_max_lr": lr,
-        "total_iters": total_steps,
-    }
-    for key in SCHEDULERS[kind].filled:
-        if params.get(key, "auto") == "auto":
-            params[key] = fill[key]
-    if kind == "OneCycleLR" and "total_steps" not in params:
-        params["total_steps"] = total_steps
-        if "epochs" in params:
-            params["total_steps"] = params["epochs"] * params.get("steps_per_epoch", 0)
-    end = SCHEDULERS[kind].end
-    if end and params[end] < total_steps:
-        raise UserError(
-            f"scheduler.params.{end} is {params[end]}: {kind} ends there; the run has "
-            f"{total_steps} steps: leave it out, and it is filled"
-        )
+def _without_auto(section: Section) -> JsonObject:
+    """What is left to check before "auto" values are known."""
+    out: JsonObject = {}
+    for key, value in section.items():
+        if value != "auto":
+            out[key] = _without_auto(value) if isinstance(value, dict) else value
+    return out
 
 
-def _read(path: Path) -> JsonObject:
-    try:
-        if not path.is_file():
-            files = sorted(file.name for file in path.parent.glob("*.json"))
-            raise UserError(f"no such file; the folder has: {', '.join(files) or 'nothing'}")
-        return read(path, dict, finite=True)
-    except OSError as error:
-        raise UserError(f"cannot read it: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}") from None
+def _check_optimizer(content: Section) -> None:
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    kind, params = content["optimizer"].get("type"), content["optimizer"].get("params", {})
+    need = "Input should be a valid dictionary"
+    check(isinstance(params, dict), "optimizer.params", params, need)
+    adam = str(kind).lower() in ("adam", "adamw")
+    own = not adam and str(kind).lower() in DEEPSPEED_OPTIMIZERS
+    check(not own, "optimizer.type", kind, "DeepSpeed's own is not used here: take AdamW")
+    if adam:
+        params = {name: value for name, value in params.items() if name not in OF_DEEPSPEED}
+    _bind("optimizer", str(kind), _optimizer(kind), params)
+    tested = adam or content.get("zero_allow_untested_optimizer")
+    need = 'not tested with ZeRO: take AdamW, or give "zero_allow_untested_optimizer": true'
+    check(bool(tested), "optimizer.type", kind, need)
+
+
+def _bind(section: str, kind: str, maker: Callable[..., Any], params: Section) -> None:
+    with blame(f"{section}.params does not suit {kind}"):
+        inspect.signature(maker).bind_partial(None, **params)
+
+
+def _optimizer(name: object) -> Callable[..., Any]:
+    """PyTorch's optimizer of this name, in any case of its letters."""
+    import torch
+
+    kinds = {}
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+            kinds[kind.__name__.lower()] = kind
+    for refused in ("optimizer", "lbfgs", "sparseadam"):
+        kinds.pop(refused, None)
+    known = [kind.__name__ for kind in kinds.values()]
+    check(str(name).lower() in kinds, "optimizer.type", name, nearest(str(name), known))
+    return kinds[str(name).lower()]
+
+
+def _schedule(name: object) -> Callable[..., Any]:
+    """DeepSpeed's schedule of this name."""
+    with quiet.without_trackers():
+        from deepspeed.runtime import lr_schedules
+
+    known = lr_schedules.VALID_LR_SCHEDULES
+    check(name in known, "scheduler.type", name, nearest(str(name), known))
+    return getattr(lr_schedules, str(name))

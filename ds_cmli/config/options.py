@@ -7,11 +7,8 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import option, say
+from ds_cmli.common.cli import option
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import effects
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, SOURCES, TEXT, BackboneEntry
@@ -239,36 +236,6 @@ def resolve_config(settings: tuple[str, ...], options: OptionValues) -> Config:
             _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
     return load_preset(None, overrides, written)
-
-
-def print_without_effect(
-    config: Config, ds_config: DeepSpeedConfig, ranks: int, given: dict[str, str]
-) -> None:
-    """Print which of the settings that were given have no effect, or are overruled by the JSON.
-
-    `given`: how each was given, as `how_given` returns it.
-    """
-    optim = {}
-    for setting, how in given.items():
-        section, _, key = setting.partition(".")
-        if section == "optim":
-            optim[key] = (how, getattr(config.optim, key))
-    say(*overruled(ds_config, optim), *effects.without_effect(config, ds_config, ranks, given))
-
-
-def how_given(settings: tuple[str, ...], options: OptionValues) -> dict[str, str]:
-    """The settings of the command line and how each was given.
-
-    For instance `{"data.prefetch": "--set data.prefetch"}`.
-    """
-    given = {}
-    for section, values in parse_settings(settings).items():
-        for key in values:
-            given[f"{section}.{key}"] = f"--set {section}.{key}"
-    for name, (section, key) in PLACES.items():
-        if options.get(name) not in (None, ()):
-            given[f"{section}.{key}"] = "--" + name.replace("_", "-")
-    return given
 
 
 def _put(overrides: Sections, section: str, key: str, value: object, flag: str) -> None:

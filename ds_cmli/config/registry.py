@@ -29,47 +29,36 @@ class LossEntry:
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
-    settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
-
-# Of the losses over pairs.
-PAIRS = ("duplicates", "cmli_backend", "cmli_scratch_bytes")
 
 LOSSES = {
     "global": LossEntry(
         "ds_cmli.losses.pairs:GlobalContrastive",
         scores="global",
         kind="contrastive",
-        settings=("init_temperature", *PAIRS),
     ),
     "global_sigmoid": LossEntry(
         "ds_cmli.losses.pairs:GlobalSigmoid",
         scores="global",
         kind="sigmoid",
         several=True,
-        settings=("init_bias", *PAIRS),
     ),
     "cmli": LossEntry(
         "ds_cmli.losses.pairs:AllPairsCMLI",
         scores="cmli",
         kind="contrastive",
-        settings=("cmli_init_temperature", *PAIRS),
     ),
     "cmli_sigmoid": LossEntry(
         "ds_cmli.losses.pairs:CMLISigmoid",
         scores="cmli",
         kind="sigmoid",
         several=True,
-        settings=("init_bias", *PAIRS),
     ),
     "target_cmli": LossEntry(
         "ds_cmli.losses.target_cmli:TargetCMLI",
         teacher=True,
-        settings=("mse_reduction", "target_image_weight", "target_text_weight"),
     ),
-    "cls_kd": LossEntry(
-        "ds_cmli.losses.target_cmli:ClsDistillation", teacher=True, settings=("mse_reduction",)
-    ),
+    "cls_kd": LossEntry("ds_cmli.losses.target_cmli:ClsDistillation", teacher=True),
 }
 
 

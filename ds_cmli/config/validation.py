@@ -1,15 +1,11 @@
 """Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
-import json
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import (
-    BeforeValidator,
-    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
-    PlainValidator,
     TypeAdapter,
     ValidationError,
 )
@@ -133,49 +129,3 @@ def check_kind(name: str, value: object, kind: type[object]) -> None:
         if first["type"] == "missing":
             raise ValueError(f"{where} is missing") from None
         raise ValueError(f"{where} is {shown(first['input'])}: {first['msg']}") from None
-
-
-# Types of the values in a DeepSpeed JSON, which are checked strictly.
-
-
-def _whole(value: object) -> object:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
-
-
-def integer(least: int = 0, most: int = 2**53) -> PydanticType:
-    """A whole number, which may be written as 5e7."""
-    return Annotated[int, Field(ge=least, le=most), BeforeValidator(_whole)]
-
-
-def number(least: float = -LARGEST, below: float = LARGEST, above: bool = False) -> PydanticType:
-    """A finite number of at least `least` (with `above`: greater) and below `below`."""
-    return Annotated[float, Field(gt=least if above else -LARGEST, ge=least, lt=below)]
-
-
-def numbers(count: int | None, kind: PydanticType) -> PydanticType:
-    """A list of `count` numbers, or of some if it is None."""
-    return Annotated[list[kind], Field(min_length=count or 1, max_length=count)]
-
-
-def one_of(*known: object) -> PydanticType:
-    one = "one of " if len(known) > 1 else ""
-    return refused(f"give {one}{', '.join(map(json.dumps, known))}", *known)
-
-
-def refused(why: str, *harmless: object) -> PydanticType:
-    """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
-
-    def check(value: object) -> object:
-        # 1 is not true, and 1.0 is not 1.
-        if not any(value == known and type(value) is type(known) for known in harmless):
-            raise ValueError(why)
-        return value
-
-    return Annotated[Any, PlainValidator(check)]
-
-
-def no_effect(why: str, *harmless: object) -> PydanticType:
-    harmless = harmless or (False, {}, {"enabled": False})
-    return refused(f"it has no effect here ({why}): remove it", *harmless)

@@ -10,7 +10,6 @@ from ds_cmli.engine.planning import (
     filled,
     make_plan,
     on_this_device,
-    try_out,
     with_backend,
 )
 from ds_cmli.engine.train_engine import TrainEngine

@@ -10,11 +10,11 @@ import torch
 
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.common.probe import probe
-from ds_cmli.config import deepspeed_keys, schedule
+from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config, StudentConfig
@@ -26,7 +26,6 @@ from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
     parameter_groups,
-    rates_without_effect,
 )
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.starting import start_lines
@@ -75,7 +74,7 @@ def build_models(
     freeze(objective, config)
     if pretrained:
         lines = start_lines(config, objective, teacher)
-        for line in (*lines, *rates_without_effect(objective, config.optim)):
+        for line in lines:
             say(line, objective)
     return objective, teacher
 
@@ -187,28 +186,14 @@ def _initialize(
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
         throughput = json.setdefault("timers", {}).setdefault("throughput", {})
         throughput.setdefault("enabled", False)
-    try:
+    with blame("DeepSpeed refuses the configuration"):
         engine, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=groups,  # type: ignore[arg-type]
             config=json,
             lr_scheduler=scheduler,  # type: ignore[arg-type]
         )
-        return engine
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
-    except (ImportError, RuntimeError) as error:
-        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
-            raise
-        kind = ds_config.optimizer_type
-        raise UserError(
-            f"optimizer.type is {kind!r}: DeepSpeed cannot compile its own here: {error}"
-        ) from error
-    except Exception as error:  # of the trackers of the JSON
-        library = type(error).__module__.partition(".")[0]
-        if library not in deepspeed_keys.PACKAGES.values():
-            raise
-        raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
+    return engine
 
 
 def release(engine: "DeepSpeedEngine") -> None:

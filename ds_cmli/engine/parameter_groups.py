@@ -1,15 +1,16 @@
 """The optimizer's parameter groups: what is trained, what decays, and the learning rates."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.deepspeed_effects import OWN_RATES, OWN_RATES_IF_GIVEN
 from ds_cmli.config.schema import Config, OptimConfig
 
+# DeepSpeed's schedules that set one rate for all parameters.
+ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")
 ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
 # Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
 # position embeddings and of position biases, class and other tokens.
@@ -140,18 +141,6 @@ def _spared(module: nn.Module) -> set[int]:
     return ids
 
 
-def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]:
-    """A line for each learning rate factor of `optim` that is of frozen parameters alone."""
-    trained = {part_of(name) for name, p in module.named_parameters() if p.requires_grad}
-    for part in sorted(set(optim.lr_factors) - trained):
-        yield (
-            f"optim.lr_factors {part} has no effect: the whole {part} encoder is frozen "
-            f"(student.freeze_{part})"
-        )
-    if optim.layer_decay != 1 and not trained & set(ENCODERS):
-        yield "optim.layer_decay has no effect: both encoders are frozen whole"
-
-
 def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
     """Raise `UserError` if the JSON's scheduler would undo the learning rates of `optim`."""
     json = DeepSpeedConfig.of(ds_config)
@@ -161,7 +150,7 @@ def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
         rates["optim.layer_decay"] = optim.layer_decay
     if optim.lr_factors:
         rates["optim.lr_factors"] = optim.lr_factors
-    if rates and kind in (*OWN_RATES, *OWN_RATES_IF_GIVEN):
+    if rates and kind in ONE_RATE:
         name = min(rates)
         raise UserError(
             f"{name} is {rates[name]!r} and scheduler.type is {kind!r}, which "

@@ -15,7 +15,6 @@ from ds_cmli.cmli.op import why_not_triton
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast, cpu_line
-from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, compares_tokens, of_dual
 from ds_cmli.config.schema import Config
@@ -90,17 +89,6 @@ def filled(
     check_rates(config.optim, ds_config)
     check_average(config.optim, ds_config)
     return ds_config.filled(config.optim, world_size, total_steps, width)
-
-
-def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
-    """`schedule.try_out` on the CPU, or on the GPU for an optimizer that runs only there."""
-    from deepspeed.accelerator import get_accelerator
-
-    params, device = ds_config.optimizer_params, "cpu"
-    gpu_only = params.get("fused") or params.get("capturable")
-    if gpu_only and ds_config.offload("optimizer") == "none":
-        device = get_accelerator().device_name()
-    return schedule.try_out(ds_config, torch.device(device), total_steps)
 
 
 def with_backend(
@@ -196,7 +184,7 @@ def make_plan(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
         f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
-    say(*final.notices, try_out(final, steps))
+    say(*final.notices)
     for name, start in config.loss.start.items():
         if start >= steps:
             say(f"loss.start: {name} counts from step {start} on, and the run has {steps} steps")

@@ -24,8 +24,6 @@ from ds_cmli.config.options import (
     START,
     WHAT,
     add,
-    how_given,
-    print_without_effect,
     resolve_config,
 )
 from ds_cmli.config.schema import Config
@@ -83,7 +81,6 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     config = resolve_config(settings, options)
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    print_without_effect(config, ds_config, own.world_size, how_given(settings, options))
     if own.checkpointing == "on":
         section = ds_config.get("activation_checkpointing", {})
         ds_config = ds_config.replaced(activation_checkpointing=section)

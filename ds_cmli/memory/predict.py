@@ -268,7 +268,7 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """Set the optimizer implementation that CUDA would choose, which a CPU would not: it decides
     the temporaries."""
     out = ds_config.raw()
-    if ds_config.optimizer_entry.chosen:
+    if out["optimizer"]["type"].lower() in ("adam", "adamw"):
         parameters = out["optimizer"]["params"]
         if parameters.get("torch_adam"):
             parameters.setdefault("foreach", not parameters.get("fused"))

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from deepspeed.runtime import lr_schedules
 
 from ds_cmli import engine
-from ds_cmli.common.errors import UserError
-from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
@@ -13,10 +12,6 @@ from tests.batches import rank_batches
 from tests.conftest import ZERO1
 
 STEPS = 4
-REQUIRED = {
-    **{"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "T_max": 3, "T_0": 2, "base_lr": 1e-4, "max_lr": 1e-2, "gamma": 0.9},
-    **{"milestones": [1, 2], "step_size": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +29,6 @@ def decided(content):
 def train(content, device, data, batches):
     """The rates logged for each step, whether each changed the weights, and the rates of the schedule after each."""
     config, ds_config = decided(content)
-    engine.try_out(ds_config, STEPS)
     train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device)
     logged, moved, after = [], [], []
     for batch in batches:
@@ -64,88 +58,32 @@ def test_the_first_step_trains_and_its_own_rate_is_logged(device, data, batches)
     assert logged[1:] == after[:-1]
 
 
-@pytest.mark.parametrize("kind", sorted({*optimizers.OPTIMIZERS, "adamw"}))
-def test_every_optimizer_trains_or_is_one_line(device, data, batches, kind):
+@pytest.mark.parametrize("kind", ["adamw", "SGD", "RMSprop", "NAdam"])
+def test_pytorchs_optimizers_train(device, data, batches, kind):
     content = {
         **{"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True},
         **{"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
     }
-    entry = optimizers.OPTIMIZERS[optimizers.optimizer_name(kind)]
-    if entry.why_not or entry.compiled:
-        with pytest.raises(UserError, match=f"^optimizer.type is '{kind}': [^\n]*$"):
-            train(content, device, data, batches)
-    else:
-        _, moved, _ = train(content, device, data, batches[:2])
-        assert all(moved)
+    _, moved, _ = train(content, device, data, batches[:2])
+    assert all(moved)
 
 
-@pytest.mark.parametrize("kind", sorted(optimizers.SCHEDULERS))
-def test_every_scheduler_trains_or_is_one_line(device, data, batches, kind):
-    params = {key: REQUIRED[key] for key in optimizers.SCHEDULERS[kind].required}
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
+def test_deepspeeds_schedules_train(device, data, batches, kind):
+    params = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2} if kind == "OneCycle" else {}
     content = {"scheduler": {"type": kind, "params": params}, "zero_optimization": {"stage": 2}}
-    if optimizers.SCHEDULERS[kind].why_not:
-        with pytest.raises(UserError, match=f"^scheduler.type is '{kind}': [^\n]*$"):
-            train(content, device, data, batches)
-        return
     logged, moved, after = train(content, device, data, batches)
     assert logged[1:] == after[:-1]
     assert [rate > 0 for rate in logged] == moved
 
 
-def test_a_scheduler_that_starts_at_0_is_told():
-    lines = [engine.try_out(decided({"scheduler": {"type": k}})[1], STEPS) for k in ("WarmupLR", "LinearLR")]
-    assert lines == ["scheduler WarmupLR starts at rate 0: the first 2 steps change no weight", None]
-    late = {"scheduler": {"type": "StepLR", "params": {"step_size": 9}}}
-    line = engine.try_out(decided(late)[1], STEPS)
-    assert line == "scheduler StepLR has no effect: the rate is 0.01 at each of the 4 steps"
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        ({"optimizer": {"type": "SGD", "params": {"nesterov": True}}}, "does not suit SGD"),
-        ({"optimizer": {"type": "AdamW", "params": {"foreach": True, "fused": True}}}, "does not suit AdamW"),
-        ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": -1}}}, "the rate of step 2 is -0.01"),
-        (
-            {"scheduler": {"type": "ExponentialLR", "params": {"gamma": 1e200}}},
-            r"is 1e\+200: Input should be less than 10{30}$",
-        ),
-        ({"scheduler": {"type": "ExponentialLR", "params": {"gamma": 1e20}}}, "the rate of step 3 is 1e\\+38"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1.0]}}}, "does not suit WarmupLR"),
-        ({"scheduler": {"type": "LinearLR", "params": {"start_factor": 0}}}, "does not suit LinearLR"),
-        ({"scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1, "total_steps": 2}}}, "the run has 4 steps"),
-        ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": 0}}}, "the rate is 0 from step 2 on"),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0}}}, "the rate is 0 from step 1 on"),
-    ],
-)
-def test_parameters_that_an_optimizer_or_scheduler_refuses_are_one_line(content, words):
-    with pytest.raises(UserError, match=words) as error:
-        engine.try_out(decided({"zero_allow_untested_optimizer": True, **content})[1], STEPS)
-    assert "\n" not in str(error.value)
-
-
-def test_no_optimizer_of_deepspeeds_own_is_compiled_unasked():
-    for kind in ("Adam", "AdamW"):
-        for section in ({}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}):
-            _, ds_config = decided({"optimizer": {"type": kind}, **section})
-            assert ds_config.optimizer_params["torch_adam"] is True
-            (notice,) = ds_config.notices
-            assert notice.startswith(f"optimizer {kind}: PyTorch's own; DeepSpeed's would be compiled first: ")
-
-
-@pytest.mark.parametrize(
-    ("kind", "before", "now"),
-    [
-        ("PolynomialLR", {"total_iters": 5}, {"total_iters": 20}), ("StepLR", {"step_size": 2}, {"step_size": 3}),
-        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 6}, {"max_lr": 0.2, "total_steps": 20}),
-        ("CosineAnnealingLR", {"T_max": 5}, {"T_max": 20}), ("LinearLR", {"total_iters": 2}, {"total_iters": 9}),
-        ("ExponentialLR", {"gamma": 0.5}, {"gamma": 0.9}), ("MultiStepLR", {"milestones": [1]}, {"milestones": [6]}),
-    ],
-)  # fmt: skip
-def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind, before, now):
-    def made(params):
+@pytest.mark.parametrize("kind", ["ours", "WarmupDecayLR", "WarmupCosineLR"])
+def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind):
+    def made(steps):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
-        return optimizer, getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
+        if kind == "ours":
+            return optimizer, warmup_then_cosine(optimizer, 2, steps)
+        return optimizer, getattr(lr_schedules, kind)(optimizer, total_num_steps=steps, warmup_num_steps=2)
 
     def rates(optimizer, schedule, steps):
         results = []
@@ -155,12 +93,10 @@ def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind, be
             schedule.step()
         return results
 
-    old, going_on = made(before), made(now)
+    old, going_on = made(9), made(20)
     rates(*old, 4)
     fresh = dict(going_on[1].state_dict())
-    group = {name: value for name, value in going_on[0].param_groups[0].items() if name not in ("params", "lr")}
     going_on[0].load_state_dict(old[0].state_dict())
     going_on[1].load_state_dict(old[1].state_dict())
-    going_on[0].param_groups[0].update(group)
     with_new_settings(going_on[1], fresh, going_on[0].param_groups)
-    assert rates(*going_on, 4) == pytest.approx(rates(*made(now), 8)[4:])
+    assert rates(*going_on, 4) == pytest.approx(rates(*made(20), 8)[4:])

@@ -7,12 +7,10 @@ import re
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import WHAT, how_given, print_without_effect, resolve_config
+from ds_cmli.config.options import WHAT, resolve_config
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, load_config, parse_losses, parse_settings
 from tests.config.given import options
-from tests.conftest import ZERO1
 
 SETTINGS = {
     f"{section.name}.{field.name}": field
@@ -160,38 +158,6 @@ def test_presets_and_random_weights_are_not_contradicted():
         assert f"--init is 'random' and --set {setting} is 'hub'" in refused(
             resolve_config, (f"{setting}=hub",), options(preset="demo", init="random")
         )
-
-
-@pytest.mark.parametrize(
-    ("losses", "setting", "words"),
-    [
-        ("cmli", "teacher.block=1", "without target_cmli"),
-        ("cmli", "loss.target_text_weight=2", "without target_cmli"),
-        ("cmli", "loss.init_temperature=1", "without global"),
-        ("cmli", "loss.mse_reduction=sum", "without target_cmli"), ("cls_kd", "loss.mse_reduction=sum", None),
-        ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
-        ("target_cmli", "loss.duplicates=keep", "without global"), ("target_cmli", "loss.target_text_weight=2", None),
-        ("cls_kd", "teacher.average_blocks=2", None), ("cmli", "teacher.average_blocks=2", "without target_cmli"),
-        ("global", "loss.init_bias=-3", "without global_sigmoid"), ("global_sigmoid", "loss.init_bias=-3", None),
-        ("cmli", "loss.cmli_scratch_bytes=2000000", None), ("cmli_sigmoid", "loss.cmli_scratch_bytes=2000000", None),
-        ("target_cmli", "loss.cmli_init_temperature=1", "without cmli"),
-    ],
-)  # fmt: skip
-def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys):
-    given = options(losses=losses)
-    config = resolve_config((setting,), given)
-    ds_config = DeepSpeedConfig.of({**ZERO1, "gradient_accumulation_steps": 2})
-    print_without_effect(config, ds_config, 2, how_given((setting,), given))
-    said = capsys.readouterr().out.splitlines()
-    assert said == [] if words is None else [words in line and setting.split("=")[0] in line for line in said] == [True]
-
-
-def test_settings_that_only_another_model_or_source_reads(capsys):
-    settings = ("student.text_model=roberta", "data.max_bad_share=0.5")
-    for given, lines in ((options(preset="demo"), 2), (options(data="folder"), 0)):
-        config = resolve_config(settings, given)
-        print_without_effect(config, DeepSpeedConfig.of(ZERO1), 1, how_given(settings, given))
-        assert capsys.readouterr().out.count("has no effect") == lines
 
 
 @pytest.mark.parametrize(
