@@ -21,7 +21,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.common.json_text import read
@@ -50,8 +49,7 @@ class Writer:
 
     There it is a progress bar, or plain lines if it is no terminal.
 
-    If the disk is full, lines wait in memory, what TensorBoard cannot write is lost, and the run
-    goes on.
+    If the disk is full, what cannot be written is lost, and the run goes on.
     """
 
     def __init__(
@@ -62,9 +60,7 @@ class Writer:
         report_to: str = "tensorboard",
     ):
         """Raises `UserError` if `report_to` is "wandb", and that cannot be opened."""
-        self.files, self.told = RunFiles(folder), False
-        self.lines = self.files.lines()
-        self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
+        self.path, self.told = folder / METRICS, False
         # It follows the files that are opened later.
         self.wandb = open_wandb(folder) if report_to == "wandb" else None
         self.tensorboard = TensorBoard(folder, first_step)
@@ -112,11 +108,8 @@ class Writer:
         Those that are not finite are left out.
         """
         values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.lines += 1
-        if any(name.startswith("eval/") for name in values):
-            before = self.evaluations[1] if self.evaluations[0] == step else 0
-            self.evaluations = (step, before + 1)
-        self._write((json.dumps({"step": step} | values) + "\n").encode())
+        line = json.dumps({"step": step} | values) + "\n"
+        self._track(lambda: self._append(line))
         tracked = values | only_tracked
         numbers = {name: x for name, x in tracked.items() if isinstance(x, int | float)}
         self.draw(step, **numbers)
@@ -162,26 +155,17 @@ class Writer:
         """Give a picture, uint8 [height, width, 3], to TensorBoard."""
         self._track(lambda: self.tensorboard.picture(step, name, image))
 
-    def lines_at(self, step: int, evaluated: bool) -> int:
-        """The number of lines of metrics.jsonl that a start from here would keep.
+    def flush(self) -> None:
+        """Sync the lines to disk."""
+        self._track(lambda: self._append("", to_disk=True))
 
-        Not those of an evaluation still to be done.
-        """
-        if evaluated or self.evaluations[0] != step:
-            return self.lines
-        return self.lines - self.evaluations[1]
+    def _append(self, line: str, to_disk: bool = False) -> None:
+        with open(self.path, "a") as file:
+            file.write(line)
+            if to_disk:
+                os.fsync(file.fileno())
 
-    def flush(self, to_disk: bool = False) -> None:
-        """Write the waiting lines."""
-        self._write(b"", to_disk)
-
-    def _write(self, lines: bytes, to_disk: bool = False) -> None:
-        try:
-            self.files.append(lines, to_disk)
-        except OSError as error:
-            self._tell(error)
-
-    def _track(self, use: Callable[[], None]) -> None:
+    def _track(self, use: Callable[[], object]) -> None:
         try:
             use()
         except OSError as error:
@@ -193,10 +177,6 @@ class Writer:
             self.say(f"warning: metrics cannot be written now: {error}")
 
     def close(self) -> None:
-        self.flush()
-        unwritten = self.files.waiting.count(b"\n")
-        if unwritten:
-            self.say(f"warning: the last {unwritten:,} lines of {METRICS} could not be written")
         with suppress(OSError):
             self.bar.close()
         self._track(self.tensorboard.close)
@@ -354,11 +334,8 @@ class NullWriter:
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None: ...
     def draw(self, step: int, **values: float) -> None: ...
     def picture(self, step: int, name: str, image: np.ndarray) -> None: ...
-    def flush(self, to_disk: bool = False) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
-
-    def lines_at(self, step: int, evaluated: bool) -> int:
-        return 0
 
 
 def open_writer(

@@ -16,8 +16,8 @@ from ds_cmli.memory.profiler import Profiles
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
     import torch
 
-    from ds_cmli.checkpoint.restore import ResumePoint
-    from ds_cmli.checkpoint.train_state import TrainState
+    from ds_cmli.checkpoint.resume import ResumePoint
+    from ds_cmli.checkpoint.state import TrainState
     from ds_cmli.data.batch import Batch
     from ds_cmli.data.build import Data
     from ds_cmli.data.pairs import BadSamples
@@ -86,7 +86,8 @@ def load_data(config: Config) -> "tuple[Data | None, str | None]":
     from ds_cmli.data.build import build_data
 
     try:
-        assets.fetch(assets.used(config))
+        for name in assets.used(config):
+            assets.fetch(name)
         data = build_data(config.data, config.run.seed)
         say(*data.summary)
         return data, None
@@ -111,7 +112,8 @@ def prepare(
     Returns:
         None if the run is finished already; a line says so.
     """
-    from ds_cmli.checkpoint import contents, restore, run_folder
+    from ds_cmli.checkpoint import resume as checkpoint
+    from ds_cmli.checkpoint import run_folder
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.process_group import CollectiveFlags
@@ -119,10 +121,10 @@ def prepare(
 
     folder, with_changes = place.folder, start.with_changes
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
-    point = contents.find(resume, folder)  # collective
-    batch = restore.rebatch(point, ds_config)
+    point = checkpoint.find(resume, folder)  # collective
+    batch = checkpoint.rebatch(point, ds_config)
     plan = make_plan(config, batch, data.mixture)  # collective
-    state = restore.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
+    state = checkpoint.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
     finished = state.step == plan.total_steps and state.evaluated
     finished = finished or state.out_of_patience(config.run.patience)
     own = point is None or (point.is_of(folder) and not point.changed)

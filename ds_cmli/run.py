@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ds_cmli.checkpoint.checkpoints import Checkpoints
+from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.process_group import mean_over_ranks, world_size
@@ -201,15 +201,10 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
-        self.writer.flush(to_disk=True)
+        self.writer.flush()
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
-        self.state.metrics_lines = self.writer.lines_at(self.state.step, self.state.evaluated)
         with self.watchdog.slow(together=True):
-            saved = self.checkpoints.save(self.state)  # collectives
-        if saved.not_finite:
-            self.writer.close()
-            why = f"{saved.error} is not finite, nothing was saved"
-            raise UserError(self.checkpoints.diverged(why, self.state))
-        self.writer.say(saved.line(self.state.step))
-        self.writer.draw(self.state.step, checkpoint_s=saved.seconds)
-        self.meter.pause(saved.seconds, checkpoint=True)
+            line, seconds = self.checkpoints.save(self.state)  # collectives
+        self.writer.say(line)
+        self.writer.draw(self.state.step, checkpoint_s=seconds)
+        self.meter.pause(seconds, checkpoint=True)

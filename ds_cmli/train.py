@@ -87,7 +87,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():
-        from ds_cmli.checkpoint import lock, run_folder
+        from ds_cmli.checkpoint import run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
 
@@ -109,7 +109,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
             folder = run_folder.make(config, start.resume)  # collective
-            with lock.held(folder):  # collective
+            with run_folder.held(folder):  # collective
                 place = RankContext(device, folder, watchdog)
                 ready = prepare(config, ds_config, data, place, start)  # collective
                 if ready is None:
@@ -123,8 +123,8 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
 
 def build_and_train(ready: Prepared) -> int:
     """Build the engine, put back what there is to go on from, and train. Collective."""
-    from ds_cmli.checkpoint import restore, run_folder
-    from ds_cmli.checkpoint.checkpoints import Checkpoints
+    from ds_cmli.checkpoint import resume, run_folder
+    from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.engine import build, counts_line, release, with_backend
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, open_writer
@@ -148,7 +148,7 @@ def build_and_train(ready: Prepared) -> int:
         engines.append(engine)
         if raises:
             afterwards.callback(release, engine.engine)
-        restore.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
+        resume.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
         run_folder.settle(ready.point, folder, config, plan.deepspeed)  # collective
         say(counts_line(engine.objective, engine.teacher))
         if ready.point is not None and ready.point.changed:
@@ -161,7 +161,7 @@ def build_and_train(ready: Prepared) -> int:
             parts = Run(
                 ready=ready,
                 engine=engine,
-                checkpoints=Checkpoints(folder, engine, config.run, state),
+                checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
                 writer=writer,
                 meter=Meter(engine),
             )
@@ -197,7 +197,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
             # The evaluation of a step comes before its checkpoint, which holds the result.
             if not state.evaluated:
                 run.evaluate()  # collectives
-                save_due = save_due or run.checkpoints.asked_for_by_the_evaluation(state)
+                save_due = save_due or run.checkpoints.due_after_evaluation(state)
             if save_due:
                 run.save()  # collectives
             if state.step == run.total_steps or state.out_of_patience(settings.patience):
@@ -223,7 +223,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     run.writer.say(*run.bad.summary(run.flags))  # collective
     run.writer.close()
-    run.writer.say(*run.checkpoints.closing_lines(state))  # collective
+    run.writer.say(*run.checkpoints.closing_lines(state))
     return 0
 
 

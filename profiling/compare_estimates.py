@@ -27,6 +27,7 @@ import click
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.presets import PRESETS
+from ds_cmli.memory_model import gpus
 
 IDS = ("E1", "E2", "E3", "E4", "E5")
 
@@ -41,6 +42,9 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("What is compared", "--only", metavar="E1,E3", help="These rows, without a preset's step.")
 @option("What is compared", "--preset", default="demo", show_default=True,
         help=f"Whose whole step is predicted and measured: {', '.join(PRESETS)}.")  # fmt: skip
+@option("What is compared", "--gpu-memory", metavar="SIZE",
+        help="Of this machine's GPU where it is not listed: 48GB.")  # fmt: skip
+@option("What is compared", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
 @option("Output", "--plot", "plot_folder", default="runs/estimates", show_default=True, metavar="FOLDER",
@@ -48,6 +52,8 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 def command(
     only: str | None,
     preset: str,
+    gpu_memory: str | None,
+    sm: str | None,
     json_path: str | None,
     markdown_path: str | None,
     plot_folder: str,
@@ -63,6 +69,7 @@ def command(
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
     ids = parse_only(only)
+    given = gpus.chosen(None, gpu_memory, sm)
     for name in (json_path, markdown_path):
         if name is not None:
             check_writable(name)
@@ -81,10 +88,14 @@ def command(
     quiet.silence()
     import torch
 
+    from ds_cmli.memory.predict import DEFAULT_GPU
     from profiling.memory.document import compare, steps, tables
     from profiling.scripts import Table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = DEFAULT_GPU
+    if device == "cuda":
+        gpu = (given or gpus.present(torch.cuda.get_device_name())).name
     rows = compare.predicted_rows(setting, ids, device)
     document: list[compare.Row] = []
     ours, step = None, None
@@ -99,7 +110,7 @@ def command(
             document, ours = steps.document_rows(setting, variants, say=show("predicting"))
         if only is None:
             status.update(f"the whole step of {preset}")
-            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, device)
+            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, device, gpu)
     judged = tables.sentences_found(rows, document, step)
     for sentence in judged:
         console.print(sentence, highlight=False)

@@ -67,13 +67,6 @@ def test_a_long_step_says_where_its_time_goes(tmp_path, capsys):
     assert capsys.readouterr().out == "in step 4: forward 30% loss 70% of 100 s\n"
 
 
-def test_a_start_keeps_no_line_of_an_evaluation_that_is_still_to_be_done(tmp_path):
-    writer = Writer(tmp_path, 9)
-    for step, values in ((1, VALUES), (2, {"eval/a/x": 0.5}), (2, {"eval/b/x": 0.5}), (2, {"eval/a_ema/x": 0.5})):
-        writer.log(step, values)
-    assert (writer.lines_at(2, False), writer.lines_at(2, True), writer.lines_at(3, False)) == (1, 4, 4)
-
-
 def test_a_peak_that_a_step_exceeds_is_measured_again():
     meter, measured = Meter(), []
     meter.measure = lambda: measured.append(4e12) or 4e12

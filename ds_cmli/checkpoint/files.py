@@ -1,86 +1,100 @@
-"""Durable, verified files: written with a checksum, synced to disk, and published by a rename.
+"""The files of checkpoints: durable, listed with their SHA-256 in `checksums.json`, free of code.
 
-`checksums.json` lists each file of a folder with its size and SHA-256, and begins with its own
-SHA-256. DeepSpeed's files go through `CheckpointWriter`, which records errors and does not raise
-them: if one rank left DeepSpeed's `save_checkpoint`, the others would wait in it forever. Files are
-read with PyTorch's `weights_only` loader, which runs no code from a file; besides tensors and plain
-values it builds only the four DeepSpeed classes named here.
+`checkpoint/stepN/` is one checkpoint and `checkpoint/latest` names the newest that was published.
+What is still being written has a name that ends in `.writing`. `stepN.K` is a later checkpoint of
+the same step. Weights that are not trained lie in `checkpoint/frozen-DIGEST.safetensors`, once for
+all checkpoints, which list that file as `../frozen-DIGEST.safetensors`.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, TypedDict
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
+from safetensors import SafetensorError
+from typing_extensions import TypedDict
 
 from ds_cmli.common import checksums
-from ds_cmli.common.json_text import parse
+from ds_cmli.common.errors import first_line
 from ds_cmli.common.patches import environment
-from ds_cmli.models.weights import not_finite
 
-CHECKSUMS = "checksums.json"
+FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
+# All that PyTorch's loader builds from a file besides tensors and plain values.
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
-class FileEntry(TypedDict):
+class Entry(TypedDict):
     """What `checksums.json` says about a file."""
 
     bytes: int
     sha256: str
 
 
-class NotFinite(Exception):
-    """A tensor to be saved has NaN or inf: the run has diverged, and keeps the last checkpoint."""
+def step_of(name: str) -> int:
+    """The step of a checkpoint, from its name."""
+    return int(name.removeprefix("step").partition(".")[0])
 
 
-class Hashing:
-    """A file for writing that counts and hashes the bytes on their way to the disk."""
-
-    def __init__(self, file: IO[bytes]):
-        self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.digest.update(data)
-        size = memoryview(data).nbytes
-        self.bytes += size
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        return size
-
-    def flush(self) -> None:
-        self.file.flush()
+def names(root: Path) -> list[str]:
+    """The checkpoints in `root`, oldest first."""
+    numbered = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
+        if match and path.is_dir():
+            numbered.append((int(match[1]), int(match[2] or 0), path.name))
+    return [name for *_, name in sorted(numbered)]
 
 
-def write_file(path: Path, write: Callable[[Hashing], object]) -> FileEntry:
-    """Create `path` by `write(file)`, sync it to disk and return its checksum. Raises OSError."""
-    with open(path, "wb") as file:
-        hashing = Hashing(file)
-        try:
-            write(hashing)
-        except RuntimeError:  # PyTorch's writer raises this in place of the OSError of a full disk
-            raise hashing.error or OSError("not written") from None
-        file.flush()
+def candidates(root: Path) -> list[str]:
+    """The checkpoints to try: the one that `latest` names and older ones, newest first; or all."""
+    known = names(root)
+    try:
+        newest = (root / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        newest = ""
+    if newest in known:
+        known = known[: known.index(newest) + 1]
+    return known[::-1]
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what a save that was interrupted has left in the run's folder."""
+    for path in (*folder.glob("*" + WRITING), *(folder / FOLDER).glob("*" + WRITING)):
+        remove(path)
+
+
+def write(path: Path, write_to: Callable[[Path], object]) -> Entry:
+    """Make a file by `write_to(path)`, and sync it to disk. Raises OSError."""
+    try:
+        write_to(path)
+    except (RuntimeError, SafetensorError) as error:  # in place of a full disk's OSError
+        raise OSError(first_line(error)) from error
+    with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+    return describe(path)
 
 
 def publish(path: Path, data: bytes) -> None:
     """Replace `path` atomically and durably: a reader sees the old or the new file."""
-    beside = path.with_name(path.name + ".writing")
-    write_file(beside, lambda file: file.write(data))
+    beside = path.with_name(path.name + WRITING)
+    write(beside, lambda file: file.write_bytes(data))
     os.replace(beside, path)
     sync_folder(path.parent)
 
@@ -94,33 +108,34 @@ def sync_folder(folder: Path) -> None:
         os.close(number)
 
 
-def write_checksums(folder: Path, entries: Mapping[str, FileEntry]) -> None:
-    """Write `checksums.json` of `folder`; `entries` are those of `write_file`, by name."""
-    write_file(folder / CHECKSUMS, lambda file: file.write(_text(entries).encode()))
+def describe(path: Path) -> Entry:
+    """Read a file and return its entry. Raises OSError."""
+    return {"bytes": path.stat().st_size, "sha256": checksums.of_file(path)}
+
+
+def write_checksums(folder: Path, entries: dict[str, Entry]) -> None:
+    """Write `checksums.json`, whose first line is the SHA-256 of the others."""
+    body = json.dumps(entries, indent=1, sort_keys=True) + "\n"
+    text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    write(folder / CHECKSUMS, lambda file: file.write_text(text))
     sync_folder(folder)
 
 
-def _text(entries: Mapping[str, FileEntry]) -> str:
-    body = json.dumps(entries, indent=1, sort_keys=True)
-    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
-
-
-def read_checksums(folder: Path) -> dict[str, FileEntry]:
-    """Read `checksums.json`: entries by file name. Raises ValueError with what is wrong."""
+def read_checksums(folder: Path) -> dict[str, Entry]:
+    """Raises ValueError with what is wrong."""
     try:
-        text = (folder / CHECKSUMS).read_text()
-        entries = parse(text.partition("\n")[2], dict)
+        digest, _, body = (folder / CHECKSUMS).read_text().partition("\n")
     except FileNotFoundError:
         raise ValueError(f"{CHECKSUMS} is missing") from None
-    except (OSError, ValueError):
+    except (OSError, UnicodeDecodeError):
         raise ValueError(f"{CHECKSUMS} cannot be read") from None
-    if _text(entries) != text:
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
         raise ValueError(f"{CHECKSUMS} does not match its own checksum")
-    return entries
+    return json.loads(body)
 
 
-def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with `folder`; None if all files agree with `checksums.json`.
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint; None if all files agree with `checksums.json`.
 
     Only every `parts`-th file is read, from number `part` on, so that ranks can share the work.
     """
@@ -133,61 +148,39 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
             actual = describe(folder / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if actual["bytes"] != expected["bytes"]:
-            return f"{name} has {actual['bytes']} bytes instead of {expected['bytes']}"
         if actual != expected:
-            return f"{name} does not match its checksum"
+            sizes = f"has {actual['bytes']} bytes instead of {expected['bytes']}"
+            equal = actual["bytes"] == expected["bytes"]
+            return f"{name} {'does not match its checksum' if equal else sizes}"
     return None
 
 
-def entry_of(*pieces: bytes | memoryview) -> FileEntry:
-    """The entry of a file with this content."""
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return {"bytes": sum(memoryview(x).nbytes for x in pieces), "sha256": digest.hexdigest()}
-
-
-def describe(path: Path) -> FileEntry:
-    """Read a file and return its entry. Raises OSError."""
-    return {"bytes": path.stat().st_size, "sha256": checksums.of_file(path)}
-
-
 class CheckpointWriter(TorchCheckpointEngine):
-    """Writes DeepSpeed's checkpoint files in place of its `TorchCheckpointEngine`.
+    """Writes DeepSpeed's files durably, and records errors instead of raising them.
 
-    Attributes: `files`, each written file's size and checksum; `error`, why one was not written.
+    If one rank left DeepSpeed's `save_checkpoint`, the others would wait in it for ever.
     """
 
     def __init__(self):
         super().__init__()
-        self.files: dict[str, FileEntry] = {}
-        self.error: Exception | None = None
+        self.files: dict[str, Entry] = {}
+        self.error: Exception | None = None  # why a file was not written
 
-    def makedirs(self, path, exist_ok=False):
-        try:
-            super().makedirs(path, exist_ok=exist_ok)
-        except OSError as error:
-            self.error = error
+    def makedirs(self, path, exist_ok=False):  # made by rank 0
+        pass
 
     def save(self, state_dict, path):
-        self.write_tensors(state_dict, Path(path))
+        self.write(Path(path), partial(torch.save, state_dict))
 
-    def load(self, path, map_location=None):  # `no_code` allows DeepSpeed's classes
+    def load(self, path, map_location=None):
         return torch.load(path, map_location=map_location, weights_only=True)
 
-    def write_tensors(self, value: object, path: Path) -> None:
-        """`torch.save` that records the file, or the error; only finite values are written."""
-        if self.error is not None:
-            return
-        bad = not_finite(value)
-        if bad is not None:
-            self.error = NotFinite(f"{bad} in {path.name}")
-            return
-        try:
-            self.files[path.name] = write_file(path, partial(torch.save, value))
-        except OSError as error:
-            self.error = error
+    def write(self, path: Path, write_to: Callable[[Path], object]) -> None:
+        if self.error is None:
+            try:
+                self.files[path.name] = write(path, write_to)
+            except OSError as error:
+                self.error = error
 
 
 @contextmanager

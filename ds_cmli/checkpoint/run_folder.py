@@ -1,116 +1,200 @@
-"""The folder of a run: its name, its creation, and the records of an earlier start in it."""
+"""A run's folder: made once, held by one run, and set back to the step that a run goes on from."""
 
 import itertools
+import json
 import os
-import uuid
-from contextlib import suppress
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from ds_cmli.checkpoint import contents as checkpoint
+import psutil
+
 from ds_cmli.checkpoint import files
-from ds_cmli.checkpoint.contents import ResumePoint
-from ds_cmli.checkpoint.train_state import TrainState
-from ds_cmli.common import checksums, provenance
+from ds_cmli.checkpoint.files import FOLDER, LATEST
+from ds_cmli.checkpoint.resume import ResumePoint
+from ds_cmli.checkpoint.weights import BEST
+from ds_cmli.common import provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import parse
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
+from ds_cmli.faults import preemption
 
-METRICS = "metrics.jsonl"
-CHECKSUMS = METRICS + checksums.LINES
-DAMAGED = "metrics.damaged.jsonl"
-FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
+METRICS, CONFIG, LOCK = "metrics.jsonl", "config.json", "run.lock"
+TOUCH_SECONDS = 15.0  # between two touches of the lock
+LEASE = 180.0  # seconds without a touch after which a holder elsewhere has ended; NFS delays by 60
+JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
 
 
 def make(config: Config, resume: str) -> Path:
-    """Create the run's folder. Collective."""
-    name = _named(resume, config.run.output_dir)
-    base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    made: tuple[Path, str] | None = None
+    """Make the run's folder, which every node must see. Collective.
+
+    Raises:
+        UserError: on every rank.
+    """
+    named = config.run.output_dir
+    if not named and resume not in ("auto", "never"):  # that of the run in `--resume PATH`
+        path = Path(resume).absolute()
+        if (path / files.CHECKSUMS).is_file():
+            path = path.parent
+        named = str(path.parent if path.name == FOLDER else path)
+    base = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    made, mark = None, ""
     if distributed.is_main():
-        made = _make(base, named=bool(name)), f".shared-{uuid.uuid4().hex}"
-    folder, mark = distributed.broadcast_object(made)  # collective
-    error = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-        if distributed.is_main():
-            # As much as a run writes at first, to detect a full disk.
-            (folder / mark).write_bytes(bytes(2**16))
-    except OSError as caught:
-        error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
-    try:
-        distributed.raise_together(error)  # collective: afterwards the mark exists
-        answers = distributed.gather_objects((this_node(), (folder / mark).exists()))  # collective
-        nodes, seen = zip(*answers, strict=True)
-    finally:
-        if distributed.is_main():
-            with suppress(OSError):
-                (folder / mark).unlink()
+        made = _make(base, new=not named)
+    folder, mark, error = distributed.broadcast_object(made)  # collective
+    if error:
+        raise UserError(f"--output-dir is {str(folder)!r}: cannot write there: {error}")
+    answers = distributed.gather_objects((this_node(), (folder / mark).exists()))  # collective
+    if distributed.is_main():
+        (folder / mark).unlink(missing_ok=True)
+    nodes, seen = zip(*answers, strict=True)
     if not all(seen):
-        blind = distributed.named(seen.index(False), nodes)
         raise UserError(
-            f"--output-dir is {str(folder)!r}: {blind} does not see what rank 0 writes there; give "
-            "a folder that all nodes share"
+            f"--output-dir is {str(folder)!r}: {distributed.named(seen.index(False), nodes)} does "
+            "not see what rank 0 writes there; give a folder that all nodes share"
         )
     return folder
 
 
-def _named(resume: str, output_dir: str) -> str:
-    """The folder of `--output-dir`, or else of the run in `--resume PATH`, or else ""."""
-    if output_dir or resume in ("auto", "never"):
-        return output_dir
-    path = Path(resume).absolute()
-    if (path / files.CHECKSUMS).is_file():
-        path = path.parent
-    return str(path.parent if path.name == checkpoint.FOLDER else path)
-
-
-def _make(base: Path, named: bool) -> Path:
-    """Create the run's folder, which must be new unless `named`."""
-    for number in itertools.count(1):
-        folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
-        with suppress(OSError):  # the first rank that writes there reports the error
-            folder.parent.mkdir(parents=True, exist_ok=True)
+def _make(base: Path, new: bool) -> tuple[Path, str, str | None]:
+    """The folder, the name of a file that all nodes must see in it, and the error."""
+    folder, mark = base, f".shared-{os.getpid()}"
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
             try:
-                folder.mkdir()
+                folder.mkdir(exist_ok=not new)
+                break
             except FileExistsError:
-                if not named:
+                if folder.is_dir():
                     continue
-        return folder
-    raise AssertionError
+                raise
+        (folder / mark).write_bytes(b"")
+    except OSError as error:
+        return folder, mark, error.strerror
+    return folder, mark, None
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, rank 0 holds the folder's lock for all ranks. Collective.
+
+    A file made by an exclusive open, which is atomic on NFS too, and touched again and again: a
+    holder that has died here, or does not touch it any more elsewhere, has lost it, and so has an
+    earlier start of the same job.
+
+    Raises:
+        UserError: on every rank, if another run holds it.
+    """
+    error, path, ended = None, folder / LOCK, threading.Event()
+    if distributed.is_main():
+        try:
+            error = _take(path)
+        except OSError as caught:
+            error = f"cannot lock it: {caught.strerror}"
+    error = distributed.broadcast_object(error)  # collective
+    if error is not None:
+        raise UserError(f"--output-dir is {str(folder)!r}: {error}")
+    if not distributed.is_main():
+        yield
+        return
+
+    def touch() -> None:
+        while not ended.wait(TOUCH_SECONDS):
+            with suppress(OSError):
+                os.utime(path)
+
+    def release() -> None:
+        ended.set()
+        path.unlink(missing_ok=True)
+
+    threading.Thread(target=touch, daemon=True).start()
+    preemption.before_leaving.append(release)
+    try:
+        yield
+    finally:
+        preemption.before_leaving.remove(release)
+        release()
+
+
+def _take(path: Path) -> str | None:
+    """Make the lock file; the reason if another run holds it."""
+    started = psutil.Process().create_time()
+    job = [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")]
+    if os.environ.get(JOB):
+        job = [os.environ[JOB], f"{os.getpid()} {started}"]
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "job": job}
+    while True:
+        try:
+            with open(path, "x") as file:
+                json.dump(mine, file)
+            return None
+        except FileExistsError:
+            pass
+        with suppress(FileNotFoundError):  # given back since
+            age = time.time() - path.stat().st_mtime
+            holder = _holder(path)
+            if holder is not None and _runs(holder, mine, age):
+                return (
+                    f"in use by process {holder.get('pid')} on {holder.get('host')}, which gave a "
+                    f"sign {age:.0f} s ago; without one for {LEASE:.0f} s the folder is free: give "
+                    "another --output-dir"
+                )
+            path.unlink()
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """What the lock file says; None if it was not written whole, as on a full disk."""
+    for _ in range(2):
+        with suppress(ValueError):
+            holder = json.loads(path.read_text())
+            return holder if isinstance(holder, dict) and "host" in holder else None
+        time.sleep(0.5)  # it is being written
+    return None
+
+
+def _runs(holder: dict[str, Any], mine: dict[str, Any], age: float) -> bool:
+    job, start = holder.get("job") or [None, None]
+    if job is not None and job == mine["job"][0] and start != mine["job"][1]:
+        return False  # an earlier start of the same job, which its scheduler has ended
+    if holder.get("host") != mine["host"]:
+        return age < LEASE
+    try:
+        process = psutil.Process(holder.get("pid"))
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+        return not zombie and abs(process.create_time() - holder.get("started", 0)) < 1
+    except (psutil.Error, TypeError, ValueError):
+        return False
 
 
 def requeued(resume: str, folder: Path) -> str:
-    """The value of `--resume` to use: another than the given one if Slurm has requeued this job.
+    """The value of --resume to follow: "auto" if Slurm has restarted a job that has saved here.
 
-    A requeued job starts with the same command line. If it has saved before, "never" or the path of
-    another checkpoint have been followed already, and it must resume with "auto".
+    It starts with the same command line, whose "never" or path has been followed already.
     """
     restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
+    if not restarted or not files.names(folder / FOLDER):
         return resume
-    try:
-        config = checksums.read(folder / "config.json")
-    except OSError:
-        return resume
-    except ValueError:  # whose checkpoints these are is not known, and going on loses none of them
-        return "auto"
-    job = config.get("slurm_job")
-    same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")
-    return "auto" if same_job else resume
+    with suppress(OSError, ValueError, AttributeError):
+        job = json.loads((folder / CONFIG).read_text()).get("slurm_job")
+        if job != os.environ.get("SLURM_JOB_ID"):
+            return resume
+    return "auto"
 
 
 def settle(
     point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
 ) -> None:
-    """Remove from the run's folder the records of steps after that at which the run continues.
-
-    Collective.
+    """Remove the records of steps after that at which the run goes on. Collective.
 
     Raises:
         UserError: on every rank, if the folder cannot be written.
@@ -118,7 +202,20 @@ def settle(
     error = None
     if distributed.is_main():
         try:
-            _settle(point, folder, config, ds_config)
+            files.remove_incomplete(folder)
+            step = evaluated = 0
+            best = None
+            if point is not None:
+                step, evaluated = point.state.step, point.state.evaluated
+                best = point.state.best.get("sha256")
+                if point.is_of(folder):
+                    files.publish(folder / FOLDER / LATEST, point.path.name.encode())
+            _cut_back(folder / METRICS, step, bool(evaluated))
+            kept = folder / BEST
+            if kept.is_file() and (best is None or files.describe(kept)["sha256"] != best):
+                say(f"{kept} is not the best of this run: removed")
+                kept.unlink()
+            files.publish(folder / CONFIG, provenance.of(config.to_dict(), ds_config))
         except OSError as caught:
             error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     error = distributed.broadcast_object(error)  # collective
@@ -126,85 +223,13 @@ def settle(
         raise UserError(error)
 
 
-def _settle(
-    point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
-) -> None:
-    root = folder / checkpoint.FOLDER
-    checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
-    state, expected = TrainState(), 0
-    if point is None:
-        _keep_former(folder / METRICS)
-    else:
-        state, name = point.state, point.path.name
-        if point.path.parent.absolute() == root.absolute():
-            expected = state.metrics_lines
-            if checkpoint.latest(root) != name:
-                files.publish(root / checkpoint.LATEST, name.encode())
-    for line in _truncate(folder / METRICS, state, expected):
-        say(line)
-    files.publish(folder / "config.json", provenance.of(config.to_dict(), ds_config))
-
-
-def _keep_former(path: Path) -> None:
-    """Put the lines of a run aside that cannot go on, as it has no checkpoint."""
-    if path.is_file() and path.stat().st_size:
-        say(
-            f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are "
-            f"kept in {FORMER}"
-        )
-        os.replace(path, path.with_name(FORMER))
-
-
-def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
-    """Remove the lines after the step from which a run resumes, and an incomplete last line.
-
-    Unless `state.evaluated`, the evaluation of that step is removed too, since it will be done
-    again. Damaged lines, and those that do not agree with their checksums, are moved to another
-    file.
-
-    Args:
-        expected: the number of lines up to that step; 0 if not known.
-
-    Returns:
-        Lines that tell the user of damaged and of missing lines.
-    """
-    kept, damaged = [], []
-    altered: list[str] = []  # the numbers of the lines that can be read, but are other ones
-    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    lines.pop()  # after the last line break there is nothing, or an incomplete line
-    changed = set(checksums.changed(lines, path))
-    for number, text in enumerate(lines, 1):
-        try:
-            values = parse(text, dict)
-            again = not state.evaluated and any(name.startswith("eval/") for name in values)
-            stays = values["step"] <= state.step and not (again and values["step"] == state.step)
-        except (ValueError, KeyError, TypeError):
-            damaged.append(text + b"\n")
-            continue
-        if number in changed:
-            damaged.append(text + b"\n")
-            altered.append(str(number))
-        elif stays:
-            kept.append(text + b"\n")
-    aside = path.with_name(DAMAGED)
-    if damaged:
-        with open(aside, "ab") as file:
-            file.writelines(damaged)
-    files.publish(path.with_name(CHECKSUMS), checksums.of_lines(b"".join(kept)))
+def _cut_back(path: Path, step: int, evaluated: bool) -> None:
+    """Keep the lines up to `step`; without that step's evaluation if it is still to be done."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        with suppress(ValueError, KeyError, TypeError):  # a line that was cut off
+            values = json.loads(line)
+            again = not evaluated and any(name.startswith("eval/") for name in values)
+            if values["step"] < step + (not again) and line.endswith(b"\n"):
+                kept.append(line)
     files.publish(path, b"".join(kept))
-    warnings = []
-    if len(damaged) > len(altered):
-        count = len(damaged) - len(altered)
-        warnings.append(f"warning: {count} lines of {path} cannot be read: kept in {aside}")
-    if altered:
-        warnings.append(
-            f"warning: {path}: line {', '.join(altered)} does not agree with its checksum in "
-            f"{CHECKSUMS}: kept in {aside}"
-        )
-    missing = expected - len(kept) - len(damaged)
-    if missing > 0:
-        warnings.append(
-            f"warning: {path} has {len(kept)} of the {expected} lines up to step {state.step}: it "
-            "was removed or cut off since; the run goes on without them"
-        )
-    return warnings

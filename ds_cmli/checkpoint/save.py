@@ -1,208 +1,238 @@
-"""Writes a checkpoint next to the last one, and publishes it by a rename.
+"""Writes a checkpoint beside the last one and publishes it by a rename.
 
-`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
-`student_ema.safetensors` of a run with averaged weights, `frozen.safetensors` of one with frozen
-weights, and `checksums.json`. As frozen weights stay the same, their file is a hard link to that of
-the checkpoint before where the disk has links.
-`checkpoint/latest` names the newest complete checkpoint; until that file is replaced, the one
-before is valid. Names of incomplete files and folders end in `.writing`. A folder `stepN.K` is a
-later checkpoint of the same step.
+`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), the
+averages as `student_ema.safetensors`, and `checksums.json`. Beside `checkpoint/` lie
+`student.safetensors` and `student_ema.safetensors` of the newest, `student-best.safetensors` of
+the best.
 """
 
+import json
 import os
 import shutil
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from ds_cmli.checkpoint import files, lock
-from ds_cmli.checkpoint.contents import (
-    FOLDER,
-    LATEST,
-    candidates,
-    latest,
-    names,
-    remove,
-    remove_incomplete,
-    step_of,
-)
-from ds_cmli.checkpoint.train_state import TrainState
-from ds_cmli.checkpoint.weights import (
-    AVERAGE,
-    FROZEN,
-    WEIGHTS,
-    full_averages,
-    full_shape,
-    full_weights,
-)
-from ds_cmli.checkpoint.write import WRITING, Written, write, write_student
-from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import TrainEngine
+import torch
 
-BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
-# Upper bound: weights, fp32 copy and two moments, and the student's file.
-BYTES_PER_PARAMETER = 24
-BYTES_OF_FROZEN = 8  # per parameter: in the checkpoint and in the student's file
-BYTES_OF_AVERAGE = 8  # per parameter: in the checkpoint and next to the student's file
-MARGIN = 1.1  # a checkpoint needs this many times its expected size of free space
+from ds_cmli.checkpoint import files
+from ds_cmli.checkpoint.files import FOLDER, LATEST, WRITING, CheckpointWriter, Entry
+from ds_cmli.checkpoint.state import STATE, TrainState
+from ds_cmli.checkpoint.weights import BEST, full_averages, full_weights, write_weights
+from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.patches import patched
+from ds_cmli.config.schema import RunConfig
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.launchers import this_node
+from ds_cmli.engine import TrainEngine
+from ds_cmli.models.lora import merged
+from ds_cmli.models.weights import AVERAGE, WEIGHTS, not_finite
+
+WRITTEN = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
 
 
 @dataclass
-class Saved:
-    """The result of saving a checkpoint; `error` says why it was not saved."""
+class Checkpoints:
+    """The checkpoints of a run: when one is due, and which state the last holds."""
 
-    name: str
-    seconds: float
-    bytes: int = 0
-    error: str | None = None
-    not_finite: bool = False  # the error is that a tensor has NaN or inf
-    before: str | None = None  # the checkpoint before
+    folder: Path
+    engine: TrainEngine
+    settings: RunConfig
+    saved: tuple[int, bool]  # step and whether it was evaluated, of the last one or of the start
+    saved_at: float = field(default_factory=time.monotonic)
+    error: str | None = None  # why the last one could not be written
+    frozen: tuple[str, Entry] | None = None  # the file of the weights that are not trained
 
-    def line(self, step: int) -> str:
+    def due(self) -> bool:
+        """Whether a checkpoint is due by this rank's clock."""
+        return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
+
+    def due_after_evaluation(self, state: TrainState) -> bool:
+        """Whether the last evaluation ends the run, or has found the best result, which is kept."""
+        best = self.settings.keep_best and state.is_best
+        return state.out_of_patience(self.settings.patience) or best
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether `state` is that of the last checkpoint, or that of the start."""
+        return self.saved == (state.step, state.evaluated)
+
+    def save(self, state: TrainState) -> tuple[str, float]:
+        """Write and publish a checkpoint: the line that tells of it, and its seconds. Collective.
+
+        If that fails on any rank, as on a full disk, the files published before are unchanged.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        started = time.monotonic()
+        weights = self.engine.objective.named_parameters()
+        mine = not_finite(
+            {name: getattr(p, "ds_tensor", p) for name, p in weights}
+        )  # ZeRO-3's part
+        bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective
+        if bad is not None:
+            why = f"the weight {bad} is not finite, nothing was saved"
+            raise UserError(self.diverged(why, state))
+        root, name, again = self.folder / FOLDER, f"step{state.step}", 0
+        if distributed.is_main():
+            while (root / name).is_dir():
+                again += 1
+                name = f"step{state.step}.{again}"
+        name = distributed.broadcast_object(name)  # collective
+        writing, error = root / (name + WRITING), None
+        if distributed.is_main():
+            try:
+                files.remove_incomplete(self.folder)
+                writing.mkdir(parents=True)
+            except OSError as caught:
+                error = str(caught)
+        error = distributed.broadcast_object(error)  # collective
+        entries: dict[str, Entry] = {}
+        if error is None:
+            entries, error = self._write(writing, state)  # collectives
+        if distributed.is_main():
+            try:
+                if error is None:
+                    files.write_checksums(writing, entries)
+                    self._publish(name, state.best.get("step"))
+            except OSError as caught:
+                error = str(caught)
+            if error is not None:
+                with suppress(OSError):  # what cannot be written can often not be removed either
+                    files.remove_incomplete(self.folder)
+        # Collective: no rank continues or ends before it is published.
+        self.error = distributed.broadcast_object(error)
+        self.saved_at = time.monotonic()
+        seconds = self.saved_at - started
         if self.error is not None:
-            kept = "there is none before"
-            if self.before is not None:
-                kept = "the one before stays"
-            return f"warning: no checkpoint at step {step}, {kept}: {self.error}"
-        return f"checkpoint {self.name}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
+            kept = "the one before stays" if files.names(root) else "there is none before"
+            line = f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
+            return line, seconds
+        self.saved = state.step, state.evaluated
+        size = sum(entry["bytes"] for path, entry in entries.items() if "/" not in path)
+        return f"checkpoint {name}: {size / 1e6:.1f} MB in {seconds:.2f} s", seconds
 
+    def _write(self, writing: Path, state: TrainState) -> tuple[dict[str, Entry], str | None]:
+        """Write all files: those of all ranks, and the first rank's error. Collective."""
+        writer, engine = CheckpointWriter(), self.engine.engine
+        engine.checkpoint_engine = writer
+        with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
+            engine.save_checkpoint(  # collectives
+                str(writing.parent),
+                tag=writing.name,
+                save_latest=False,
+                exclude_frozen_parameters=True,
+            )
+        weights = full_weights(self.engine)  # collectives
+        averages = full_averages(self.engine)  # collectives
+        if distributed.is_main() and writer.error is None:
+            scale, frozen = self.engine.objective.student.lora_scale, self.engine.frozen
+            for name, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
+                if tensors is not None:  # with averages the best result is theirs
+                    student = merged({key: tensors[key] for key in weights}, scale)
+                    writer.write(self.folder / (name + WRITING), partial(write_weights, student))
+                    if state.is_best and writer.error is None:
+                        state.best["sha256"] = writer.files[name + WRITING]["sha256"]
+                    writer.files.pop(name + WRITING, None)
+            if averages is not None:
+                moving = {name: x for name, x in averages.items() if name not in frozen}
+                writer.write(writing / AVERAGE, partial(write_weights, moving))
+            text = json.dumps(state.shared(), indent=1)
+            writer.write(writing / STATE, lambda path: path.write_text(text))
+            self._keep_frozen(writer, writing.parent)
+        of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
+        writer.write(writing / f"rank-{distributed.rank()}.pt", of_rank)
+        error = None if writer.error is None else first_line(writer.error)
+        every = distributed.gather_objects((this_node(), writer.files, error))  # collective
+        nodes, listed, errors = zip(*every, strict=True)
+        entries = {name: entry for files_of_rank in listed for name, entry in files_of_rank.items()}
+        failed = next((rank for rank, error in enumerate(errors) if error), None)
+        if failed is None:
+            return entries, None
+        return entries, f"{distributed.named(failed, nodes)}: {errors[failed]}"
 
-def save(
-    folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_best: bool = False
-) -> Saved:
-    """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`.
+    def _keep_frozen(self, writer: CheckpointWriter, root: Path) -> None:
+        """Write the weights that are not trained, unless that is done, and list their file."""
+        if self.frozen is None and self.engine.frozen and writer.error is None:
+            path = root / ("frozen" + WRITING)
+            writer.write(path, partial(write_weights, self.engine.frozen))
+            if writer.error is not None:
+                return
+            entry = writer.files.pop(path.name)
+            name = f"frozen-{entry['sha256'][:12]}.safetensors"
+            os.replace(path, root / name)
+            self.frozen = name, entry
+        if self.frozen is not None:
+            name, entry = self.frozen
+            writer.files[f"../{name}"] = entry
 
-    If writing fails on any rank, for instance on a full disk, the files published before are
-    unchanged. Collective.
-    """
-    started = time.monotonic()
-    root = folder / FOLDER
-    prepared = _prepare(root, engine, state.step) if distributed.is_main() else None
-    name: str
-    before: str | None
-    refusal: str | None
-    name, before, refusal = distributed.broadcast_object(prepared)  # collective
-    writing = root / (name + WRITING)
-    written = Written({}, error=refusal)
-    if refusal is None:
-        written = write(folder, writing, engine, state, before)  # collectives
-        refusal = written.error
-    if distributed.is_main():
-        lock.check(folder)
-        try:
-            if refusal is None:
-                files.write_checksums(writing, written.files)
-                _publish(folder, root, name, keep, state.best.get("step") if keep_best else None)
-        except OSError as error:
-            refusal = str(error)
-        if refusal is not None:
-            with suppress(OSError):  # what could not be written can often not be removed either
-                remove_incomplete(folder)
-    # Collective: no rank continues or ends before it is published.
-    refusal = distributed.broadcast_object(refusal)
-    every = sum(entry["bytes"] for entry in written.files.values())
-    size = 0 if refusal else every - written.linked
-    return Saved(name, time.monotonic() - started, size, refusal, written.not_finite, before)
+    def _publish(self, name: str, best: int | None) -> None:
+        """Publish the checkpoint that has been written, then remove old ones."""
+        folder, root = self.folder, self.folder / FOLDER
+        before = files.candidates(root)
+        os.replace(root / (name + WRITING), root / name)
+        files.sync_folder(root)
+        for file in (WEIGHTS, AVERAGE):
+            if (folder / (file + WRITING)).is_file():
+                os.replace(folder / (file + WRITING), folder / file)
+                evaluated = file
+            else:  # of an earlier run, or from before a change of settings
+                (folder / file).unlink(missing_ok=True)
+        best = best if self.settings.keep_best else None
+        if best == files.step_of(name):
+            shutil.copyfile(folder / evaluated, folder / (BEST + WRITING))
+            os.replace(folder / (BEST + WRITING), folder / BEST)
+        files.sync_folder(folder)
+        files.publish(root / LATEST, name.encode())
+        # Those newer than the one published before are left over from before a resume from an older
+        # one.
+        kept = {name, *before[: self.settings.keep - 1]}
+        kept |= {*[other for other in (name, *before) if files.step_of(other) == best][:1]}
+        listed: set[str] = set()
+        for other in files.names(root):
+            if other not in kept:
+                files.remove(root / other)
+            else:
+                with suppress(ValueError):
+                    listed |= files.read_checksums(root / other).keys()
+        for path in root.glob("frozen-*"):
+            if f"../{path.name}" not in listed:
+                path.unlink()
 
+    def diverged(self, what: str, state: TrainState) -> str:
+        """The error message of a diverged run: its first bad step and the last good checkpoint."""
+        first = state.step - max(0, state.skipped_in_row - 1)
+        good = next(iter(files.candidates(self.folder / FOLDER)), None)
+        kept = "no checkpoint had been saved before"
+        if good is not None:
+            kept = f"the last good checkpoint is {self.folder / FOLDER / good}"
+        return (
+            f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
+            f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+        )
 
-def save_student(folder: Path, engine: TrainEngine) -> bool:
-    """Publish the student's weights, where there is no room for a checkpoint of them.
+    def closing_lines(self, state: TrainState) -> list[str]:
+        """The lines to print at the end of a run.
 
-    Returns whether they could be written. Collective.
-    """
-    weights = full_weights(engine.objective)  # collectives
-    averages = full_averages(engine)  # collectives
-    written = True
-    if distributed.is_main():
-        lock.check(folder)
-        try:
-            write_student(folder, engine, weights, averages)
-            _publish_student(folder)
-        except OSError:
-            written = False
-            with suppress(OSError):
-                remove_incomplete(folder)
-    return distributed.broadcast_object(written)  # collective
-
-
-def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | None, str | None]:
-    """Remove incomplete checkpoints and make the new folder.
-
-    Returns:
-        a free name, the name of the checkpoint before, and the error.
-    """
-    lock.check(root.parent)
-    name = first = f"step{number}"
-    before = None
-    again = 0
-    try:
-        known = names(root)
-        while name in known:
-            again += 1
-            name = f"{first}.{again}"
-        before = next(iter(candidates(root)), None)
-        root.mkdir(parents=True, exist_ok=True)
-        remove_incomplete(root.parent)
-        need = MARGIN * _expected_bytes(root, engine)
-        free = shutil.disk_usage(root).free
-        if free < need:
-            error = f"it needs about {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
-            return name, before, error
-        (root / (name + WRITING)).mkdir()
-    except OSError as error:
-        return name, before, str(error)
-    return name, before, None
-
-
-def _expected_bytes(root: Path, engine: TrainEngine) -> int:
-    """The size of the next checkpoint: that of the last one, or an estimate from the parameters."""
-    newest = latest(root)
-    if newest is not None:
-        with suppress(ValueError):
-            entries = files.read_checksums(root / newest)
-            return sum(entry["bytes"] for name, entry in entries.items() if name != FROZEN)
-    per_parameter = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
-    size = 0
-    for parameter in engine.objective.parameters():
-        of_it = per_parameter if parameter.requires_grad else BYTES_OF_FROZEN
-        size += of_it * full_shape(parameter).numel()
-    return size
-
-
-def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:
-    """Publish the checkpoint that has been written, then remove old ones.
-
-    `best` is the step of one that is kept.
-    """
-    os.replace(root / (name + WRITING), root / name)
-    files.sync_folder(root)
-    lock.check(folder)
-    evaluated = _publish_student(folder)
-    if best == step_of(name):
-        shutil.copyfile(folder / evaluated, folder / (BEST_WEIGHTS + WRITING))
-        os.replace(folder / (BEST_WEIGHTS + WRITING), folder / BEST_WEIGHTS)
-    files.sync_folder(folder)
-    before = candidates(root)
-    lock.check(folder)
-    files.publish(root / LATEST, name.encode())
-    # Checkpoints newer than the one published before are left over from before a resume from an
-    # older one.
-    kept = {name, *[n for n in before if n != name][: keep - 1]}
-    kept |= {*[n for n in (name, *before) if step_of(n) == best][:1]}
-    for other in names(root):
-        if other not in kept:
-            remove(root / other)
-
-
-def _publish_student(folder: Path) -> str:
-    """Replace the student's files by those just written; returns the name of the evaluated one."""
-    os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
-    evaluated = WEIGHTS
-    if (folder / (AVERAGE + WRITING)).is_file():
-        os.replace(folder / (AVERAGE + WRITING), folder / AVERAGE)
-        evaluated = AVERAGE  # with averaged weights, the best result is theirs
-    else:  # from an earlier run, or from before a change of settings
-        (folder / AVERAGE).unlink(missing_ok=True)
-    files.sync_folder(folder)
-    return evaluated
+        Raises:
+            UserError: its last checkpoint could not be written.
+        """
+        if not self.holds(state):
+            raise UserError(
+                f"the last checkpoint could not be written ({self.error}): mend that, and start "
+                f"{self.folder} again"
+            )
+        lines = []
+        if state.out_of_patience(self.settings.patience):
+            lines.append(
+                f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no "
+                "better result"
+            )
+        best = state.best
+        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
+        lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
+        paths = [self.folder / name for name in WRITTEN if (self.folder / name).exists()]
+        names = ", ".join(path.name + "/" * path.is_dir() for path in paths)
+        return [*lines, f"written to {self.folder}: {names}"]

@@ -134,7 +134,7 @@ SOURCES = {
         "WebDataset tars, or a folder of them",
         "tar shards",
         ends=(".tar",),
-        holds=("*.tar",),
+        holds=("*.tar", "data/*.tar"),
     ),
     "parquet": SourceEntry(
         "ds_cmli.data.arrow:open_parquet",

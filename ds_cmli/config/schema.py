@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from ds_cmli.common import checksums
+from ds_cmli.common import json_text
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.registry import (
@@ -359,7 +359,7 @@ def load_config(path: Path, setting: str) -> Config:
     if not path.is_file():
         raise UserError(f"{place}: no config.json there; give a run's output folder")
     try:
-        content = checksums.read(path, finite=True)
+        content = json_text.read(path, dict, finite=True)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
         return Config.from_dict(content["config"])
     except OSError as error:

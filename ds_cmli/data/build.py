@@ -8,7 +8,8 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
+from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ds_cmli.data.arrow import HUB, open_hub
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.images import View
-from ds_cmli.data.pairs import EvalPairs, TrainPairs
+from ds_cmli.data.pairs import EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Scenes
 from ds_cmli.data.sources import Files, Source
@@ -29,7 +30,9 @@ from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 MOST_FILES = 100_000
-Parts = dict[str, Source]  # by split: train, validation, test
+IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
+SPLITS = {"validation": "val", "test": "test"}  # of a configuration, as evaluations name them
+Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validation, test
 
 
 @dataclass(kw_only=True)
@@ -66,32 +69,36 @@ def build_data(config: DataConfig, seed: int) -> Data:
     if config.source == "demo":
         return _demo(config, seed)
     names, weights = weighted(config.source)
-    train, validation, summary = dict[str, Source](), dict[str, Source](), list[str]()
-    fingerprint: dict[str, Mapping[str, object]] = {}
-    for number, name in enumerate(names):
-        kind, parts = open_source(name, config)
+    opened = {name: open_source(name, config) for name in names}
+    held_out = _held_out(opened, config)
+    train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
+    summary = list[str]()
+    for name, weight in zip(names, weights or [None] * len(names), strict=True):
+        kind, parts = opened[name]
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
-        _check_left_out(name, parts, config.max_bad_share)
-        train[name], held = parts["train"], None
-        if not config.val_source:
-            train[name], held = _split(name, parts, config)
-            validation[name] = held
-        share = f", {weights[number]:g} of the mixture" if weights else ""
-        summary += [f"data: {name}: {kind}, {_size(train[name])} to train on{share}"]
-        summary += [f"held out: {_size(held)} of {name}"] if held is not None else []
-        fingerprint[name] = {**train[name].fingerprint(), "weight": weights and weights[number]}
-    if config.val_source:
-        validation, line = _val_source(config)
-        summary.append(line)
+        source, lost = parts["train"], getattr(parts["train"], "left_out", 0)
+        if lost > config.max_bad_share * (lost + len(source)):
+            raise UserError(
+                f"{lost} of the {lost + len(source)} images of {name} have no caption, more than "
+                f"data.max_bad_share = {config.max_bad_share}: give them some, or raise it"
+            )
+        train[name] = source, indices = source, range(len(source))
+        if name in held_out and held_out[name][0] is source:
+            train[name] = source, np.setdiff1d(indices, held_out[name][1])
+        share = f", {weight:g} of the mixture" if weight else ""
+        summary.append(f"data: {name}: {kind}, {_size(train[name])} to train on{share}")
+        size = {"images": len(train[name][1]), "weight": weight}
+        fingerprint[name] = {**source.fingerprint(), **size}
+    summary += [f"held out: {_size(share)} of {name}" for name, share in held_out.items()]
     tokenizer = tokenizer_of(config)
-    pairs = TrainPairs(train, tokenizer, config, seed)
+    pairs = TrainPairs(Images(train), tokenizer, config, seed)
     for start in pairs.images.starts[:-1]:
         pairs[start]  # a folder without its images is an error here, not in a loading process
     return Data(
         train=pairs,
-        mixture=Mixture([len(part) for part in train.values()], weights),
-        evals={_eval_name(config): EvalPairs(validation, tokenizer, config)},
+        mixture=Mixture([len(indices) for _, indices in train.values()], weights),
+        evals={SPLITS[config.val_split]: EvalPairs(Images(held_out), tokenizer, config)},
         tokenizer=tokenizer,
         summary=summary,
         fingerprint=fingerprint,
@@ -114,22 +121,71 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         return _demo(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
-    sources: dict[str, Source] = {}
+    names = weighted(config.source)[0] if split == "all" or not config.val_source else []
+    opened = {name: open_source(name, config) for name in names}
+    shares: dict[str, Share] = {}
     if split == "all":
-        for name in weighted(config.source)[0]:
-            for part, source in open_source(name, config)[1].items():
-                sources[f"{name} ({part})"] = source
-    elif config.val_source:
-        sources, _ = _val_source(config)
+        for name, (_, parts) in opened.items():
+            shares |= {f"{name} ({part})": (one, range(len(one))) for part, one in parts.items()}
     else:
-        for name in weighted(config.source)[0]:
-            sources[name] = _split(name, open_source(name, config)[1], config)[1]
+        shares = _held_out(opened, config)
     tokenizer = tokenizer_of(config)
+    pairs = EvalPairs(Images(shares), tokenizer, config)
     return EvalData(
-        evals={split or _eval_name(config): EvalPairs(sources, tokenizer, config)},
+        evals={split or SPLITS[config.val_split]: pairs},
         tokenizer=tokenizer,
-        summary=[f"data: {name}: {_size(part)} to evaluate on" for name, part in sources.items()],
+        summary=[f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()],
     )
+
+
+def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]:
+    """What is evaluated: `val_source`, or of each source a part of its own or a held-out share."""
+    split, shares = config.val_split, dict[str, Share]()
+    if config.val_source:
+        _, parts = open_source(config.val_source, config)
+        source = parts.get(split) or next(iter(parts.values()))
+        return {config.val_source: (source, range(len(source)))}
+    for name, (_, parts) in opened.items():
+        if split in parts:
+            shares[name] = parts[split], range(len(parts[split]))
+        elif split == "test" or "train" not in parts:
+            raise UserError(
+                f"data.val_split is {split!r}, and {name} has no such part, but {', '.join(parts)}"
+            )
+        else:
+            shares[name] = parts["train"], hold_out(name, parts["train"], config.held_out)
+    return shares
+
+
+def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
+    """The images of a source that are held out of training: int64 [n], in their order.
+
+    Those with the lowest of pseudorandom numbers that are always the same, at least one.
+
+    Args:
+        wanted: as `data.held_out`.
+
+    Raises:
+        UserError: none would be left to train on.
+    """
+    count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
+    if wanted is not None:
+        count = max(1, round(wanted if wanted >= 1 else wanted * len(source)))
+    if count >= len(source):
+        raise UserError(
+            f"data.held_out is {wanted}, of which {name} with {len(source)} images with a caption "
+            "leaves none to train on: give it more images, or less"
+        )
+    if isinstance(source, Files):  # hashes of names: neither order nor captions change the split
+        names = (source.name(index).encode(errors="surrogatepass") for index in range(len(source)))
+        digests = b"".join(hashlib.sha256(one).digest()[:8] for one in names)
+        numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    else:  # SplitMix64
+        x = np.arange(1, len(source) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers = x ^ (x >> np.uint64(31))
+    return np.sort(np.argpartition(numbers, count - 1)[:count])
 
 
 def evaluation_data(config: DataConfig, name: str) -> DataConfig:
@@ -141,9 +197,10 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     """
     if printable(name) != name:
         raise UserError(f"--data is {name!r}, which is no Unicode: rename it")
-    own = [_place(source) for source in weighted(config.source)[0]]
-    if config.val_source or _place(name) not in own:
-        if _place(name) not in (*own, _place(config.val_source)):
+    names = [name, config.val_source, *weighted(config.source)[0]]
+    place, other, *own = (os.path.realpath(os.path.expanduser(one)) for one in names)
+    if config.val_source or place not in own:
+        if place not in (other, *own):
             config = replace(config, image_root="", image_key="", caption_key="", separator="")
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
@@ -177,39 +234,36 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
     return names, weights or None
 
 
-def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
+def open_source(name: str, config: DataConfig) -> Opened:
     """Open one source: its kind in a few words, and its parts by split.
 
     Raises:
         UserError: it is of no known kind, or cannot be opened.
     """
-    if name.startswith(HUB):
-        return "a data set of the hub", open_hub(name, config)
     path, files = Path(os.path.expanduser(name)), list[Path]()
-    if path.is_dir():
+    if name.startswith(HUB):
+        entry, files = SOURCES["parquet"], [path]
+    elif path.is_dir():
         for entry in SOURCES.values():
-            files = sorted(file for pattern in entry.holds for file in path.glob(pattern))
-            if files:
+            if files := sorted(file for pattern in entry.holds for file in path.glob(pattern)):
                 files = [file for file in files if file.name.endswith(entry.ends)] or [path]
                 break
     else:
         files = expand(name)
-        ends = files[0].name.lower().endswith
         for entry in SOURCES.values():
-            if entry.ends and ends(entry.ends):
+            if entry.ends and all(file.name.lower().endswith(entry.ends) for file in files):
                 break
-        if not all(entry.ends and file.name.lower().endswith(entry.ends) for file in files):
+        else:
             files = []
     if not files:
         raise UserError(f"data.source is {name!r}, {_guess(path)}\n{accepted()}")
-    if entry.package:
-        try:
-            import_module(entry.package)
-        except ImportError:
-            raise UserError(
-                f"data.source is {name!r}, which the package {entry.package} reads: pip install "
-                f"'ds-cmli[{entry.extra}]'"
-            ) from None
+    if entry.package and find_spec(entry.package) is None:
+        raise UserError(
+            f"data.source is {name!r}, which the package {entry.package} reads: pip install "
+            f"'ds-cmli[{entry.extra}]'"
+        )
+    if name.startswith(HUB):
+        return "a data set of the hub", open_hub(name, config)
     return entry.short, load(entry)(files, config)
 
 
@@ -228,14 +282,16 @@ def expand(pattern: str) -> list[Path]:
         names = [name.replace(braces[0], choice, 1) for name in names for choice in choices]
         if not 0 < len(names) <= MOST_FILES:
             raise UserError(f"data.source is {pattern!r}: {len(names):,} files")
-    files = [file for name in names for file in sorted(glob.glob(name)) or [name]]
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
+    files = [Path(file) for name in names for file in sorted(glob.glob(name)) or [name]]
+    if missing := [file for file in files if not file.is_file()]:
+        folder = missing[0].parent
+        beside = map(str, folder.iterdir()) if folder.is_dir() else ()
+        close = difflib.get_close_matches(str(missing[0]), beside, n=1)
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
-            f"first {missing[0]}{_near(missing[0])}: {accepted()}"
+            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{accepted()}"
         )
-    return list(map(Path, files))
+    return files
 
 
 def accepted() -> str:
@@ -247,121 +303,22 @@ def _guess(path: Path) -> str:
     if not path.is_dir():
         return "whose files are of no known kind, or of several"
     inside = sorted(path.iterdir())
-    suffixes = (".jpg", ".jpeg", ".png", ".webp")
-    if any(file.suffix.lower() in suffixes for file in inside):
-        return "a folder of images without captions: write a metadata.csv with file_name,text in it"
-    folders = [folder for folder in inside if folder.is_dir()]
-    if any(file.suffix.lower() in suffixes for folder in folders for file in folder.iterdir()):
+    if lists := [file for file in inside if file.suffix.lower() in LISTS]:
+        return f"a folder with the list {lists[0].name}: give that, --data {lists[0]}"
+    if any(file.suffix.lower() in IMAGES for file in islice(path.rglob("*"), MOST_FILES)):
         return (
-            "folders of images by class, without captions: they serve ds-cmli-evaluate "
-            "--zero-shot; to train, write a metadata.csv with file_name,text"
+            "a folder of images without captions: write a metadata.csv with file_name,text in it; "
+            "folders of images by class serve ds-cmli-evaluate --zero-shot"
         )
     names = ", ".join(file.name for file in inside[:3])
     return f"a folder of no known kind: it holds {names or 'nothing'}"
 
 
-def _near(file: str) -> str:
-    folder, name = os.path.split(file)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    close = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
-
-
-class Part:
-    """The images of a source that `indices` (int [n]) lists, in that order."""
-
-    def __init__(self, source: Source, indices: np.ndarray):
-        self.source, self.indices = source, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def image(self, index: int) -> bytes:
-        return self.source.image(int(self.indices[index]))
-
-    def captions(self, index: int) -> list[str]:
-        return self.source.captions(int(self.indices[index]))
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def fingerprint(self) -> Mapping[str, object]:
-        return {**self.source.fingerprint(), "images": len(self)}
-
-
-def hold_out(name: str, source: Source, wanted: float | None) -> tuple[Source, Source]:
-    """Split a source into a training part and a held-out part.
-
-    Args:
-        wanted: as `data.held_out`; at least one image is held out.
-
-    Raises:
-        UserError: none would be left.
-    """
-    count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
-    if wanted is not None:
-        count = max(1, round(wanted if wanted >= 1 else wanted * len(source)))
-    if count >= len(source):
-        raise UserError(
-            f"data.held_out is {wanted}, of which {name} with {len(source)} images with a caption "
-            "leaves none to train on: give it more images, or less"
-        )
-    chosen = np.zeros(len(source), dtype=bool)
-    chosen[np.argpartition(priorities(source), count - 1)[:count]] = True
-    return Part(source, np.flatnonzero(~chosen)), Part(source, np.flatnonzero(chosen))
-
-
-def priorities(source: Source) -> np.ndarray:
-    """Pseudorandom numbers, uint64 [n], always the same; the lowest are held out."""
-    if isinstance(source, Files):  # hashes of names: neither order nor captions change the split
-        digests = (hashlib.sha256(source.name(i).encode()).digest()[:8] for i in range(len(source)))
-        return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
-    x = np.arange(1, len(source) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _split(name: str, parts: Parts, config: DataConfig) -> tuple[Source, Source]:
-    """What a source trains on, and what it evaluates on: a part of its own, or a held-out share."""
-    part = parts.get(config.val_split)
-    if part is not None:
-        return parts.get("train", part), part
-    if config.val_split == "test":
-        raise UserError(f"data.val_split is 'test', and {name} has no such part: leave it out")
-    return hold_out(name, parts["train"], config.held_out)
-
-
-def _val_source(config: DataConfig) -> tuple[dict[str, Source], str]:
-    name = config.val_source
-    parts = open_source(name, config)[1]
-    part = parts.get(config.val_split) or next(iter(parts.values()))
-    return {name: part}, f"held out: {name}, {_size(part)} to evaluate on"
-
-
-def _check_left_out(name: str, parts: Parts, most: float) -> None:
-    lost = sum(getattr(part, "left_out", 0) for part in parts.values())
-    number = lost + sum(map(len, parts.values()))
-    if lost > most * number:
-        raise UserError(
-            f"{lost} of the {number} images of {name} have no caption, more than "
-            f"data.max_bad_share = {most}: give them some, or raise it"
-        )
-
-
-def _eval_name(config: DataConfig) -> str:
-    return "test" if config.val_split == "test" else "val"
-
-
-def _size(source: Source) -> str:
-    left_out = getattr(getattr(source, "source", source), "left_out", 0)
-    return f"{len(source):,} images" + (
-        f" ({left_out:,} without caption left out)" * bool(left_out)
-    )
-
-
-def _place(name: str) -> str:
-    return os.path.realpath(os.path.expanduser(name))
+def _size(share: Share) -> str:
+    source, indices = share
+    left_out = getattr(source, "left_out", 0)
+    note = f" ({left_out:,} left out)" if left_out else ""
+    return f"{len(indices):,} images{note}"
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
@@ -371,7 +328,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
         raise UserError(f"data.{[*unused, 'val_split'][0]} says nothing of the demo: leave it out")
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures, tokenizer = DemoPictures(config.image_size), tokenizer_of(config)
-    view = View.of_training(config, seed)
+    view = View.of(config, seed)
     train = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, config.scenes, view)
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):

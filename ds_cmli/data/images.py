@@ -5,7 +5,6 @@ often the sample has been requested before: a resumed run sees the same views on
 and loading processes.
 """
 
-import functools
 import hashlib
 import io
 from collections.abc import Iterator, Mapping
@@ -13,29 +12,24 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ds_cmli.config.schema import AugmentationName, DataConfig, Interpolation, Resize
 
-# The decoders that may run, whatever a file's name is. Pillow's default includes one that starts
-# Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# The decoders that may run, whatever a file's name is, as far as this build of Pillow has them. Its
+# default includes one that starts Ghostscript.
+Image.init()
+FORMATS = list(filter(Image.OPEN.get, ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")))
 # Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many
 # pixels per output pixel along each side.
 SHARP = 2
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 PixelBox = tuple[float, float, float, float]  # the same, also between pixels
-
-
-@functools.cache
-def formats() -> list[str]:
-    """The formats of `FORMATS` that this build of Pillow supports."""
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def black(size: int) -> Tensor:
@@ -59,21 +53,18 @@ class View:
         resize: Resize = "crop",
         interpolation: Interpolation = "bicubic",
         max_pixels: int = 64_000_000,
-        augmentation: Mapping[AugmentationName, float] | None = None,
-        seed: int = 0,
     ):
         self.size, self.resize, self.interpolation = size, resize, interpolation
-        self.max_pixels, self.augmentation, self.seed = max_pixels, augmentation or {}, seed
+        self.max_pixels, self.seed = max_pixels, 0
+        self.augmentation: Mapping[AugmentationName, float] = {}
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit
 
     @classmethod
-    def of(cls, config: DataConfig) -> "View":
-        """The view of evaluation: nothing is random."""
-        return cls(config.image_size, config.resize, config.interpolation, config.max_pixels)
-
-    @classmethod
-    def of_training(cls, config: DataConfig, seed: int) -> "View":
-        view = cls.of(config)
-        view.augmentation, view.seed = dict(config.augmentation), seed
+    def of(cls, config: DataConfig, seed: int | None = None) -> "View":
+        """The view of training by a seed; without one that of evaluation: nothing is random."""
+        view = cls(config.image_size, config.resize, config.interpolation, config.max_pixels)
+        if seed is not None:
+            view.augmentation, view.seed = config.augmentation, seed
         return view
 
     def __call__(
@@ -87,22 +78,32 @@ class View:
         Raises:
             Exception: any that a decoder raises for damaged data.
         """
-        if not isinstance(picture, bytes):
-            image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
-            return self._show(image.copy(), turn, index)
-        with Image.open(io.BytesIO(picture), formats=formats()) as image:
+        if isinstance(picture, bytes):
+            try:
+                image: Image.Image = Image.open(io.BytesIO(picture), formats=FORMATS)
+            except UnidentifiedImageError:
+                names = ", ".join(FORMATS)
+                raise ValueError(f"cannot identify image file: none of {names}") from None
             if image.width * image.height > self.max_pixels:
                 raise ValueError(f"{image.width} x {image.height}: more than data.max_pixels")
-            return self._show(image, turn, index)
-
-    def _show(self, image: Image.Image, turn: int, index: int) -> Tensor:
-        with self._seeded(turn, index):
+        else:
+            image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
+            image = image.copy()
+        with image, self._seeded(turn, index):
             return self._change(self._resized(image))[0]
 
     def changed(self, pixels: Tensor, turn: int, index: int) -> tuple[Tensor, bool]:
         """Random colours and a random flip of uint8 [3, S, S]; also whether it was flipped."""
         with self._seeded(turn, index):
             return self._change(pixels)
+
+    def _change(self, pixels: Tensor) -> tuple[Tensor, bool]:
+        strength, share = map(self.augmentation.get, ("color_jitter", "horizontal_flip"))
+        if strength is not None:  # without hue, because captions name colours
+            pixels = v2.ColorJitter(strength, strength, strength)(pixels)
+        if share is not None and torch.rand(()) < share:
+            return pixels.flip(-1), True
+        return pixels, False
 
     @contextmanager
     def _seeded(self, turn: int, index: int) -> Iterator[None]:
@@ -117,15 +118,6 @@ class View:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
             yield
-
-    def _change(self, pixels: Tensor) -> tuple[Tensor, bool]:
-        strength = self.augmentation.get("color_jitter")
-        if strength is not None:  # without hue, because captions name colours
-            pixels = v2.ColorJitter(strength, strength, strength)(pixels)
-        share = self.augmentation.get("horizontal_flip")
-        if share is not None and torch.rand(()) < share:
-            return pixels.flip(-1), True
-        return pixels, False
 
     def part(self, width: int, height: int) -> Box:
         """The part that is shown of an image of this size."""
@@ -149,7 +141,11 @@ class View:
         if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
             box = self.part(*image.size)
             if self.resize == "crop" and isinstance(image, JpegImageFile):
-                scale = self._draft(image, min(box[2] - box[0], box[3] - box[1]))
+                # Decoded at 1/2, 1/4 or 1/8 scale, if `SHARP` pixels per output pixel are left.
+                whole, ratio = image.width, min(box[2] - box[0], box[3] - box[1]) / self.size
+                width, height = (max(1, int(pixels * SHARP / ratio)) for pixels in image.size)
+                reduced = image.draft(None, (width, height))
+                scale = whole / reduced[1][2] if reduced else 1.0
         ImageOps.exif_transpose(image, in_place=True)
         box = box or self.part(*image.size)
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
@@ -171,19 +167,10 @@ class View:
         part = pixels[:, top : max(bottom, top + 1), left : max(right, left + 1)]
         return self._scaled(part, (self.size, self.size))
 
-    def _draft(self, image: JpegImageFile, side: int) -> float:
-        """Let a JPEG be decoded at 1/2, 1/4 or 1/8 scale if `SHARP` pixels per output pixel are
-        left of its shown `side`; returns that factor."""
-        whole, ratio = image.width, side / self.size
-        width, height = (max(1, int(pixels * SHARP / ratio)) for pixels in image.size)
-        reduced = image.draft(None, (width, height))  # type: ignore[arg-type]
-        return whole / reduced[1][2] if reduced else 1.0
-
     def _shortest(self, pixels: Tensor) -> Tensor:
         """Resize the shorter side to S and cut out the centre, as CLIP's processors do."""
-        height, width = pixels.shape[1:]
-        shorter = min(height, width)
-        rows, columns = int(self.size * height / shorter), int(self.size * width / shorter)
+        sides = pixels.shape[1:]
+        rows, columns = (int(self.size * side / min(sides)) for side in sides)
         top, left = (rows - self.size) // 2, (columns - self.size) // 2
         if self.resize.endswith("_pillow"):  # as torchvision's CenterCrop, halves to even
             top, left = round((rows - self.size) / 2), round((columns - self.size) / 2)
@@ -196,7 +183,5 @@ class View:
             image = Image.fromarray(pixels.permute(1, 2, 0).numpy()).resize(size[::-1], resampling)
             return F.pil_to_tensor(image)
         # On uint8, which torchvision would cast: a fifth of Pillow's time, equal up to one bit.
-        out = torch.nn.functional.interpolate(
-            pixels[None], size, mode=self.interpolation, antialias=True
-        )
-        return out[0].contiguous()
+        pixels = interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
+        return pixels.contiguous()

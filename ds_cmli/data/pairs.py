@@ -2,12 +2,13 @@
 
 import gc
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,36 +18,38 @@ from ds_cmli.data.batch import Bad, Sample, hashed
 from ds_cmli.data.images import View, black
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from ds_cmli.data.sources import Source
-from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed.process_group import CollectiveFlags
 
-MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 if TYPE_CHECKING:
     from ds_cmli.data.build import Data
 
+MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 SHOWN = 5  # bad samples that messages name
 NO_TOKEN = "caption without a token"
+Share = tuple[Source, Sequence[int] | np.ndarray]  # and the indices of some of its images
 
 
 class Images:
-    """The images of several sources, numbered one source after the other."""
+    """The images of several sources, or of shares of them, numbered one source after the other."""
 
-    def __init__(self, sources: dict[str, Source]):
-        self.names, self.sources = list(sources), list(sources.values())
-        self.starts = [0, *accumulate(map(len, self.sources))]
+    def __init__(self, sources: dict[str, Share]):
+        self.sources, self.names = list(sources.values()), list(sources)
+        self.starts = [0, *accumulate(len(indices) for _, indices in self.sources)]
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def at(self, index: int) -> tuple[Source, int]:
         """An image's source and its index there."""
-        source = bisect_right(self.starts, index) - 1
-        return self.sources[source], index - self.starts[source]
+        number = bisect_right(self.starts, index) - 1
+        source, indices = self.sources[number]
+        return source, int(indices[index - self.starts[number]])
 
     def name(self, index: int) -> str:
-        source = bisect_right(self.starts, index) - 1
-        name = self.sources[source].name(index - self.starts[source])
-        return name if len(self.sources) == 1 else f"{self.names[source]}: {name}"
+        source, place = self.at(index)
+        of_source = self.names[bisect_right(self.starts, index) - 1]
+        return f"{of_source}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
 
     def captions(self, index: int) -> list[str]:
         source, place = self.at(index)
@@ -60,21 +63,13 @@ class TrainPairs(Dataset):
     """A map-style data set of images, each with one of its captions and one view.
 
     A hash chooses them for each turn. A sample whose image or caption cannot be used is replaced by
-    the next usable one of its source, which is always the same; `Sample.bad` records that.
-
-    Raises:
-        UserError: `MOST_TRIES` samples in a row cannot be used.
+    the next usable one of its source, which is always the same; `Sample.bad` records that. After
+    `MOST_TRIES` of them a `UserError` is raised.
     """
 
-    def __init__(
-        self,
-        sources: dict[str, Source],
-        tokenizer: CaptionTokenizer,
-        config: DataConfig,
-        seed: int,
-    ):
-        self.images, self.tokenizer, self.seed = Images(sources), tokenizer, seed
-        self.view = View.of_training(config, seed)
+    def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
+        self.images, self.tokenizer, self.seed = images, tokenizer, seed
+        self.view = View.of(config, seed)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -83,11 +78,11 @@ class TrainPairs(Dataset):
         index, turn = at if isinstance(at, Draw) else Draw(at)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        source, place = self.images.at(index)
-        first, bad = index - place, list[Bad]()
-        tries = min(MOST_TRIES, len(source))
+        source = bisect_right(self.images.starts, index)
+        first, end = self.images.starts[source - 1 : source + 1]
+        bad, tries = list[Bad](), min(MOST_TRIES, end - first)
         for step in range(tries):
-            taken = first + (place + step) % len(source)
+            taken = first + (index - first + step) % (end - first)
             try:
                 sample = self._pair(taken, turn)
             except Exception as error:  # decoders raise nearly any exception for damaged files
@@ -102,8 +97,10 @@ class TrainPairs(Dataset):
     def _pair(self, index: int, turn: int) -> Sample:
         captions = self.images.captions(index)
         number = hashed(self.seed, turn, index) % 2**64 % len(captions)
+        tokens = self.tokenizer(captions[number])
+        if not any(tokens.valid):
+            raise ValueError(NO_TOKEN)
         source, place = self.images.at(index)
-        tokens = tokenised(self.tokenizer, captions[number])
         image = self.view(source.image(place), turn, index)
         return Sample(image, tokens, index, hashed("image", index))
 
@@ -115,17 +112,15 @@ class EvalPairs(Dataset):
         bad: images whose captions cannot be read, and which are left out.
     """
 
-    def __init__(self, sources: dict[str, Source], tokenizer: CaptionTokenizer, config: DataConfig):
-        self.images, self.tokenizer, self.view = Images(sources), tokenizer, View.of(config)
+    def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig):
+        self.images, self.tokenizer, self.view = images, tokenizer, View.of(config)
         self.size, self.bad = config.image_size, list[Bad]()
         self.rows: list[tuple[int, int]] = []  # (image, which of its captions)
-        for index in range(len(self.images)):
+        for index in range(len(images)):
             try:
-                count = len(self.images.captions(index))
+                self.rows += [(index, number) for number in range(len(images.captions(index)))]
             except Exception as error:
-                self.bad.append((self.images.name(index), described(error)))
-                continue
-            self.rows += [(index, caption) for caption in range(count)]
+                self.bad.append((images.name(index), described(error)))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,33 +140,22 @@ class EvalPairs(Dataset):
         Without `picture` the image is not read and black.
         """
         index, caption = self.rows[row]
-        source, place = self.images.at(index)
-        tokens, image, reason = self.tokenizer(self.images.captions(index)[caption]), None, ""
+        tokens = self.tokenizer(self.images.captions(index)[caption])
+        image, reason = black(self.size), "" if any(tokens.valid) else NO_TOKEN
         if picture:
+            source, place = self.images.at(index)
             try:
                 image = self.view(source.image(place))
             except Exception as error:
                 reason = described(error)
-        if not any(tokens.valid):
-            reason = reason or NO_TOKEN
         bad = (self.images.name(index), reason) if reason else None
-        image = black(self.size) if image is None else image
         return Sample(image, tokens, row, self.image_id(row), bad=bad)
-
-
-def tokenised(tokenizer: CaptionTokenizer, caption: str) -> Tokens:
-    tokens = tokenizer(caption)
-    if not any(tokens.valid):
-        raise ValueError(NO_TOKEN)
-    return tokens
 
 
 def described(error: Exception) -> str:
     """Why an image or its captions cannot be used, without the file's path."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
     if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+        return "no such file" if isinstance(error, FileNotFoundError) else error.strerror
     return one_line(error)
 
 
@@ -227,15 +211,8 @@ def train_loader(
 
     Each of the `workers` loading processes prepares `prefetch` batches ahead.
     """
-    return _loader(
-        data.train,
-        data.collate,
-        workers,
-        worker_init,
-        batch_sampler=sampler,
-        persistent_workers=workers > 0,
-        prefetch_factor=prefetch if workers else None,
-    )
+    options = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
+    return _loader(data.train, data.collate, workers, worker_init, batch_sampler=sampler, **options)
 
 
 def batches(

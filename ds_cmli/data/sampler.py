@@ -43,21 +43,18 @@ class Mixture:
     """
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):
-        self.lengths, self.draws = lengths, sum(lengths)
-        if weights is None:
-            self.shares = list(lengths)
-            return
-        largest = max(weights)
-        scaled = [weight / largest for weight in weights]  # their sum is finite
-        exact = [weight / sum(scaled) * self.draws for weight in scaled]
-        self.shares = [max(1, int(share)) for share in exact]
-        # The largest remainders get what rounding down has left.
-        by_rest = sorted(range(len(exact)), key=lambda source: self.shares[source] - exact[source])
-        for source in by_rest[: max(0, self.draws - sum(self.shares))]:
-            self.shares[source] += 1
-        # The largest shares give what the smallest were given beyond theirs.
-        for _ in range(sum(self.shares) - self.draws):
-            self.shares[self.shares.index(max(self.shares))] -= 1
+        self.lengths, self.shares, self.draws = lengths, list(lengths), sum(lengths)
+        if weights is not None:
+            scaled = [weight / max(weights) for weight in weights]  # their sum is finite
+            exact = [weight / sum(scaled) * self.draws for weight in scaled]
+            self.shares = [max(1, int(share)) for share in exact]
+            # The largest remainders get what rounding down has left.
+            rest = sorted(range(len(exact)), key=lambda source: self.shares[source] - exact[source])
+            for source in rest[: max(0, self.draws - sum(self.shares))]:
+                self.shares[source] += 1
+            # The largest shares give what the smallest were given beyond theirs.
+            for _ in range(sum(self.shares) - self.draws):
+                self.shares[self.shares.index(max(self.shares))] -= 1
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The indices of an epoch's samples, int64 [L], and how often each was taken, int32 [L]."""
@@ -96,23 +93,15 @@ class GlobalBatchSampler:
         self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int
     ):
         self.mixture = Mixture([samples]) if isinstance(samples, int) else samples
-        self.length, self.seed = self.mixture.draws, seed
-        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        self.epoch, self.position = 0, 0
-        if self.length < self.global_batch:
+        self.length, self.seed, self.epoch, self.position = self.mixture.draws, seed, 0, 0
+        self.micro_batch, self.rank, self.global_batch = micro_batch, rank, micro_batch * world_size
+        self.batches_per_epoch = self.length // self.global_batch
+        if not self.batches_per_epoch:
             raise UserError(
                 f"the training set has {self.length} samples, fewer than one global batch of "
                 f"{self.global_batch} = {micro_batch} (micro-batch) x {world_size} (ranks): lower "
                 "the micro-batch or add data"
             )
-
-    @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.world_size
-
-    @property
-    def batches_per_epoch(self) -> int:
-        return self.length // self.global_batch
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, position = self.epoch, self.position

@@ -23,7 +23,7 @@ EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
 # Words before the first name and before the others. With "names" each token has a place in the
 # picture, as a comma would not.
-NAMES = ("",), (" ",)
+NAMES: tuple[tuple[str, ...], ...] = ("",), (" ",)
 SENTENCES = (
     ("a picture of ", "this shows ", "there is ", "here we see "),
     (" next to ", " and ", " beside ", " together with "),
@@ -72,10 +72,9 @@ class Scenes(Dataset):
             )
         self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
         self.pictures, self.tokenizer = pictures, tokenizer
-        self.words: tuple[tuple[str, ...], tuple[str, ...]] = NAMES
-        self.counts: tuple[int, ...] = (1, 2, 3, 4)
+        self.words, self.counts = NAMES, [1, 2, 3, 4]
         if captions == "sentences":
-            self.words, self.counts = SENTENCES, (3, 4)
+            self.words, self.counts = SENTENCES, [3, 4]
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
@@ -100,10 +99,7 @@ class Scenes(Dataset):
         return sample
 
     def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample without augmentation.
-
-        `picture` is ignored: drawing the image costs almost nothing.
-        """
+        """The sample without augmentation, also without `picture`: drawing it costs little."""
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
@@ -129,8 +125,9 @@ class Scenes(Dataset):
         caption, spans = "", []
         for concept, _ in self.layout(index):
             caption += draw.choice(others if caption else first)
-            spans.append((len(caption), len(caption) + len(self.pictures.names[concept])))
+            start = len(caption)
             caption += self.pictures.names[concept]
+            spans.append((start, len(caption)))
         return caption, spans
 
     def layout(self, index: int) -> Layout:
@@ -162,12 +159,10 @@ def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[in
 
     A span is the index of its first character in the caption and one after its last.
     """
-    numbers = [NO_PICTURE] * len(tokens.ends)
-    for token, (end, valid) in enumerate(zip(tokens.ends, tokens.valid, strict=True)):
-        for number, (first, stop) in enumerate(spans):
-            if valid and first < end <= stop:
-                numbers[token] = number
-                break
+    numbers = []
+    for end, valid in zip(tokens.ends, tokens.valid, strict=True):
+        inside = (number for number, (first, stop) in enumerate(spans) if first < end <= stop)
+        numbers.append(next(inside, NO_PICTURE) if valid else NO_PICTURE)
     return numbers
 
 

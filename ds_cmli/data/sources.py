@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
@@ -100,49 +101,52 @@ class Files:
         return {"images": len(self), "content": digest}
 
 
-def open_folder(files: list[Path], config: DataConfig) -> dict[str, Files]:
+def open_folder(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open a folder with a metadata.csv or .jsonl, or with such folders train/ and validation/."""
     (folder,) = files
-    lists = [file for name in METADATA for file in folder.glob(name)]
-    by_split = {"train": lists} if lists else {}
-    for name, split in SPLITS.items():
-        inside = [file for metadata in METADATA for file in (folder / name).glob(metadata)]
-        by_split[split] = by_split.get(split, []) + inside
-    parts: dict[str, Files] = {}
-    for split, lists in by_split.items():
-        if len(lists) > 1:
-            raise UserError(f"{folder} has {' and '.join(map(str, lists))}: keep one for {split}")
+    parts: dict[str, Source] = {}
+    for name, split in {"": "train", **SPLITS}.items():
+        lists = [file for metadata in METADATA for file in (folder / name).glob(metadata)]
+        if len(lists) + (split in parts) > 1:
+            raise UserError(f"{folder} has several lists, as {lists[-1]}: keep one for {split}")
         if lists:
             parts |= {split: _files(_table(lists[0], config), lists[0], config)["train"]}
     return parts
 
 
-def open_tables(files: list[Path], config: DataConfig) -> dict[str, Files]:
+def open_tables(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open CSV, TSV or JSON lines; all rows with one image file are captions of one image."""
     rows = chain.from_iterable(_table(file, config) for file in files)
     return _files(rows, files[0], config)
 
 
-def open_json(files: list[Path], config: DataConfig) -> dict[str, Files]:
+def open_json(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open COCO's annotations, or Karpathy's splits of COCO or Flickr30k."""
-    parts: dict[str, Files] = {}
-    for file in files:
-        with blame(f"{file} is no list of captions as COCO's or Karpathy's"):
-            parts |= _files(_coco(json.loads(file.read_text(encoding="utf-8"))), file, config)
-    return parts
+    if len(files) > 1:
+        raise UserError(f"{files[0]} and {len(files) - 1} others: give each its own --data")
+    with blame(f"{files[0]} is no list of captions as COCO's or Karpathy's"):
+        return _files(_coco(files[0]), files[0], config)
 
 
-def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Files]:
+def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     captions: dict[str, dict[str, list[str]]] = {}
     for split, file, texts in rows:
-        usable = [text for text in texts if text and text.strip()]
         image = captions.setdefault(split, {}).setdefault(os.path.normpath(file), [])
-        image += usable
+        image += [text for text in texts if text and text.strip()]
     if not captions:
         raise UserError(f"{path} has no row: give each image a file name and a caption")
     named = list(islice(chain.from_iterable(captions.values()), LOOKED_AT))
-    root = _root(path, named, config.image_root)
-    return {split: Files(root, of_split) for split, of_split in captions.items()}
+    # COCO keeps captions_train2017.json in annotations/, and the images in train2017/ next to it.
+    subset = path.stem.removeprefix("captions_")
+    given = [Path(os.path.expanduser(config.image_root))] if config.image_root else []
+    for root in given or [path.parent, path.parent.parent]:
+        for place in (root, root / "images", root / subset, root / "images" / subset):
+            if any((place / file).exists() for file in named):
+                return {split: Files(place, of_split) for split, of_split in captions.items()}
+    raise UserError(
+        f"{path} names the image {named[0]!r}, which is not in {(*given, path.parent)[0]}: give "
+        "its folder by --image-root"
+    )
 
 
 def _table(path: Path, config: DataConfig) -> Rows:
@@ -154,12 +158,13 @@ def _table(path: Path, config: DataConfig) -> Rows:
             caption = caption or _column(
                 row, CAPTION_COLUMNS, "data.caption_key (--csv-caption-key)"
             )
-            texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
-            if not isinstance(row[image], str) or not row[image]:
-                raise ValueError(f"{image} is {row[image]!r}: give the image's path")
+            file, texts = row[image], row[caption]
+            texts = texts if isinstance(texts, list) else [texts]
+            if not isinstance(file, str) or not file:
+                raise ValueError(f"{image} is {file!r}: give the image's path")
             if not all(isinstance(text, str | None) for text in texts):
                 raise ValueError(f"{caption} is {row[caption]!r}: give a text, or a list of them")
-        yield "train", row[image], texts
+        yield "train", file, texts
 
 
 def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
@@ -167,7 +172,7 @@ def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
     line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".jsonl":
+            if path.suffix.lower() == ".jsonl":
                 for line, text in enumerate(file, 1):
                     if text.strip():
                         yield line, json.loads(text)
@@ -179,22 +184,14 @@ def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
                     raise csv.Error(f"not the {len(reader.fieldnames or ())} cells of line 1")
                 line = reader.line_num
                 yield line, row
-    except UnicodeDecodeError as error:
-        # The error's position is that in a buffer.
-        content = path.read_bytes().split(b"\n")
-        line = next(number for number, text in enumerate(content, 1) if not _is_utf8(text))
+    except UnicodeDecodeError as error:  # its position is that in a buffer
+        whole = path.read_bytes().decode(errors="surrogateescape").split("\n")
+        line = next(n for n, text in enumerate(whole, 1) if re.search("[\udc80-\udcff]", text))
         raise UserError(f"{path} line {line} is no UTF-8 ({error.reason}): save it so") from None
     except csv.Error as error:
         raise UserError(f"{path} after line {line}: {error}: put texts in quotes") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {line} is no JSON: {error}") from None
-
-
-def _is_utf8(text: bytes) -> bool:
-    try:
-        return bool(text.decode()) or True
-    except UnicodeDecodeError:
-        return False
 
 
 def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:
@@ -203,12 +200,14 @@ def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:
     named = [name for name in names if name in ("file_name", "text")] or names
     if len(named) != 1:
         raise ValueError(
-            f"the columns are {', '.join(row)}: name the one that is meant by {setting}"
+            f"the columns are {', '.join(row)}: name the one that is meant by {setting}, or what "
+            "separates columns by data.separator (--csv-separator)"
         )
     return named[0]
 
 
-def _coco(content: dict) -> Rows:
+def _coco(path: Path) -> Rows:
+    content = json.loads(path.read_text(encoding="utf-8"))
     if "annotations" in content:  # COCO's own captions_train2017.json
         files = {image["id"]: image["file_name"] for image in content["images"]}
         for annotation in content["annotations"]:
@@ -217,21 +216,3 @@ def _coco(content: dict) -> Rows:
     for image in content["images"]:  # Karpathy's splits
         file = os.path.join(image.get("filepath") or "", image["filename"])
         yield SPLITS[image["split"]], file, [sentence["raw"] for sentence in image["sentences"]]
-
-
-def _root(path: Path, files: list[str], image_root: str) -> Path:
-    """The folder that holds one of the files: `image_root`, or the list's own or one beside it."""
-    folders = [path.parent, path.parent.parent]
-    if image_root:
-        folders = [Path(os.path.expanduser(image_root))]
-    # COCO keeps captions_train2017.json in annotations/, and the images in train2017/ next to it.
-    subset = path.stem.removeprefix("captions_")
-    places = [root / sub for root in folders for sub in ("", "images", subset, f"images/{subset}")]
-    for file in files:
-        for place in places:
-            if (place / file).exists():
-                return place
-    raise UserError(
-        f"{path} names the image {files[0]!r}, which is not in {folders[0]}: give its folder by "
-        "--image-root"
-    )

@@ -14,27 +14,25 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+import torch
 
-from ds_cmli.common.cache import cache_folder
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.cache import cache_folder, is_sealed, locked, seal
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.sources import Source
 
-FIELDS = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    **{"txt": "text", "json": "json"},
-}
+FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image"}
+FIELDS |= {"txt": "text", "json": "json"}
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
-# Of a sample's members: the place of the content in the shard, and its size; 0 of one it has not.
+# Where a sample's members are in the shard, and their sizes; 0 of one that it has not.
 ROW = np.dtype(
-    [(f"{field}{of}", "<u8") for field in ("image", "text", "json") for of in ("", "_size")]
+    [(f"{name}{of}", "<u8") for name in ("image", "text", "json") for of in ("", "_size")]
 )
-DIGEST_BYTES = 32
 Place = tuple[int, int] | str  # offset and size in the shard; or the name that a link has
 MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
 
 
-def open_tars(files: list[Path], config: DataConfig) -> dict[str, "Tars"]:
+def open_tars(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
     tars = Tars(files, config.caption_key)
     if not len(tars):
@@ -49,8 +47,13 @@ class Tars:
     """Samples of an image and its captions: the .txt, or a key of the .json."""
 
     def __init__(self, shards: list[Path], caption_key: str = ""):
-        self.shards, self.caption_key = shards, caption_key
-        self.rows = [index(shard) for shard in shards]
+        self.shards = shards
+        self.use_text, self.keys = not caption_key, (caption_key,) if caption_key else CAPTION_KEYS
+        self.rows, self.left_out = list[np.ndarray](), 0  # the latter without image or caption
+        for rows in map(index, shards):
+            whole = (rows["image_size"] > 0) & (rows["text_size"] + rows["json_size"] > 0)
+            self.rows.append(rows if whole.all() else rows[whole])
+            self.left_out += len(rows) - len(self.rows[-1])
         self.starts = [0, *accumulate(map(len, self.rows))]
         self.open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, by last use
 
@@ -61,14 +64,12 @@ class Tars:
         return self._read(index, "image")
 
     def captions(self, index: int) -> list[str]:
-        _, row = self._at(index)
-        if row["text"] and not self.caption_key:
-            return [self._read(index, "text").decode().strip()]
-        values = json.loads(self._read(index, "json"))
-        keys = [self.caption_key] if self.caption_key else CAPTION_KEYS
-        value = next((values[key] for key in keys if values.get(key)), None)
+        if self.use_text and (text := self._read(index, "text")):
+            return [text.decode().strip()]
+        values = json.loads(self._read(index, "json") or b"{}")
+        value = next((values[key] for key in self.keys if values.get(key)), None)
         if value is None:
-            raise ValueError(f"its .json has no {' or '.join(keys)}")
+            raise ValueError(f"its .json has no {' or '.join(self.keys)}")
         return value if isinstance(value, list) else [value]
 
     def name(self, index: int) -> str:
@@ -107,39 +108,20 @@ def index(shard: Path) -> np.ndarray:
 
     One process makes it, others wait. A cached index that is damaged is made again.
     """
-    status = shard.stat()
+    status, folder = shard.stat(), cache_folder() / "tar-index"
     state = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
-    folder = cache_folder() / "tar-index"
-    file = folder / f"{hashlib.sha256(state.encode()).hexdigest()[:24]}.npy"
-    rows = _cached(file)
-    if rows is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
-            rows = _cached(file)
-            if rows is None:
-                content = scan(shard)
-                if not len(content):  # nothing to map
-                    return content
-                beside = file.with_suffix(f".{os.getpid()}")
-                with open(beside, "wb") as out:
-                    np.save(out, content)
-                    out.write(hashlib.blake2b(content.tobytes(), digest_size=DIGEST_BYTES).digest())
-                os.replace(beside, file)
-                rows = _cached(file)
-    assert rows is not None
-    return rows
-
-
-def _cached(file: Path) -> np.ndarray | None:
-    try:
-        rows = np.load(file, mmap_mode="r")
-        with open(file, "rb") as content:
-            content.seek(-DIGEST_BYTES, os.SEEK_END)
-            digest = content.read()
-    except (OSError, ValueError):
-        return None
-    whole = digest == hashlib.blake2b(rows.tobytes(), digest_size=DIGEST_BYTES).digest()
-    return rows if whole else None
+    name = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
+    file = folder / f"{name}.npy"
+    if not is_sealed(file):
+        with locked(folder, f"{name}.lock", f"the index of {shard}"):
+            if not is_sealed(file):
+                np.save(beside := folder / f"{name}.new.npy", scan(shard))
+                seal(beside)
+                beside.replace(file)
+    rows = np.load(file, mmap_mode="r")
+    # Mapped by torch, which keeps no descriptor open: there may be thousands of shards.
+    whole = torch.from_file(str(file), size=rows.offset + rows.nbytes, dtype=torch.uint8)
+    return whole.numpy()[rows.offset :].view(ROW)
 
 
 def scan(shard: Path) -> np.ndarray:
@@ -152,18 +134,17 @@ def scan(shard: Path) -> np.ndarray:
     """
     samples: list[dict[str, Place]] = []
     last: dict[str, dict[str, Place]] = {}  # the last sample of each name
-    places: dict[str, tuple[int, int]] = {}
-    try:
+    files: dict[str, tuple[int, int]] = {}
+    with blame(f"{shard} is no whole, uncompressed tar"):
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
-                content = member.offset_data, member.size
-                place: Place = content
+                place: Place = member.offset_data, member.size
                 if member.islnk() or member.issym():
                     folder = os.path.dirname(member.name) if member.issym() else ""
                     place = os.path.normpath(os.path.join(folder, member.linkname))
                 elif member.isreg() and not member.issparse():
-                    places[member.name] = content
+                    files[os.path.normpath(member.name)] = member.offset_data, member.size
                 else:
                     continue
                 folder, _, base = member.name.rpartition("/")
@@ -179,13 +160,10 @@ def scan(shard: Path) -> np.ndarray:
             file.seek(end)
             rest = file.read(2**20)
         if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-            raise tarfile.ReadError(f"damaged or cut off at byte {end:,}")
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shard} is no whole, uncompressed tar ({error})") from None
+            raise ValueError(f"damaged or cut off at byte {end:,}")
     rows = np.zeros(len(samples), ROW)
     for row, sample in zip(rows, samples, strict=True):
         for field, place in sample.items():
-            of_file = places.get(place, (0, 0)) if isinstance(place, str) else place
-            row[field], row[f"{field}_size"] = of_file
-    captioned = (rows["text_size"] > 0) | (rows["json_size"] > 0)
-    return rows[(rows["image_size"] > 0) & captioned]
+            start_size = files.get(place, (0, 0)) if isinstance(place, str) else place
+            row[field], row[f"{field}_size"] = start_size
+    return rows

@@ -59,22 +59,20 @@ class CaptionTokenizer:
         vocab_size: all ids are below it.
         positions: the maximum length with special tokens.
         full: whether texts are padded to `positions` and their padding is attended to.
+        special: the special tokens in this tokenizer's captions.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        # open_clip pads with a token of the vocabulary, which is not special in a text.
-        pad_id = tokenizer.init_kwargs.get("pad_id", tokenizer.pad_token_id)
-        # Tokenizers of causal models may lack a padding token. The end token replaces it, as the
-        # mask marks padding.
-        if pad_id is None:
-            pad_id = tokenizer.eos_token_id
-        self.name = tokenizer.name_or_path
+        # A causal model's may lack a padding token: the end token replaces it, as the mask marks
+        # padding. open_clip pads with a token of the vocabulary, which is not special in a text.
+        ids = [tokenizer.init_kwargs.get("pad_id"), tokenizer.pad_token_id, tokenizer.eos_token_id]
+        pad_id = next((number for number in ids if number is not None), None)
+        backend, self.name = getattr(tokenizer, "backend_tokenizer", None), tokenizer.name_or_path
         if backend is None or pad_id is None:
-            lacks = "a fast version (tokenizer.json)"
-            if backend is not None:
-                lacks = "a token for padding or the end"
-            raise UserError(f"data.tokenizer is {self.name!r}, which lacks {lacks}: choose another")
+            lacks = "fast version (tokenizer.json)" if backend is None else "padding or end token"
+            raise UserError(
+                f"data.tokenizer is {self.name!r}, which has no {lacks}: choose another"
+            )
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
@@ -90,12 +88,8 @@ class CaptionTokenizer:
         names = ("pad", "cls", "sep", "bos", "eos")
         named = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
         self.special_ids = {self.pad_id, *named}
-
-    @property
-    def special(self) -> SpecialTokens:
-        """The special tokens in this tokenizer's captions."""
         valid = self("a").valid
-        return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
+        self.special = SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
         encoding = self._encoded(text)
@@ -115,10 +109,6 @@ class CaptionTokenizer:
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
 
-    def truncates(self, text: str) -> bool:
-        """Whether a text has more tokens than `positions`."""
-        return len(text) > MOST_CHARACTERS or bool(self._encoded(text).overflowing)
-
 
 def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenizer:
     """Load the tokenizer of a configuration; `name`: another one. Errors: `load_tokenizer`."""
@@ -129,9 +119,6 @@ def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenize
 def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionTokenizer:
     """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
 
-    "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
-    name or local path, or marked as open_clip's.
-
     Raises:
         UserError: the tokenizer cannot be loaded, is not fast, can neither pad nor end a text, has
             ids beyond its vocabulary, or more special tokens than positions.
@@ -139,14 +126,18 @@ def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionToke
     tokenizer = pretrained_tokenizer(name)
     with blame(f"data.tokenizer is {name!r}, which cannot be used"):
         ours = CaptionTokenizer(tokenizer, positions, full)
-        tokens = ours("a")
-        if max(tokens.input_ids, default=0) >= ours.vocab_size or len(tokens.valid) > positions:
-            raise ValueError(f"its tokens of 'a' are {tokens.input_ids}, of {ours.vocab_size:,}")
+        ids = ours("a").input_ids
+        if max(ids, default=0) >= ours.vocab_size or len(ids) > positions:
+            raise ValueError(f"its tokens of 'a' are {ids}, of {ours.vocab_size:,}")
     return ours
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError`."""
+    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError`.
+
+    "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
+    name or local path, or marked as open_clip's.
+    """
     # Captions are short and tokenised one at a time. Threads would not help, and would warn or hang
     # after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -157,7 +148,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
             return open_clip_tokenizer(name)
         from transformers import AutoTokenizer
 
-        path = assets.minilm() if name == "demo" else Path(os.path.expanduser(name))
+        path = assets.fetch("minilm") if name == "demo" else Path(os.path.expanduser(name))
         local = path.exists()
         with loading(hub=not local):
             return AutoTokenizer.from_pretrained(
@@ -173,7 +164,7 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     """
     import open_clip
     from open_clip.tokenizer import get_clean_fn
-    from transformers import PreTrainedTokenizerFast
+    from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
     model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
     with loading(hub=not name.startswith(LOCAL)):
@@ -187,40 +178,25 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     ways = [way for way in cleaning if get_clean_fn(way) == given.clean_fn]
     if getattr(given, "reduction_fn", None) or getattr(given, "tokenizer_mode", None) or not ways:
         raise UserError(f"data.tokenizer is {name!r}, which shortens or marks texts in its own way")
+    special: dict[str, Any]
     if isinstance(given, open_clip.SimpleTokenizer):
-        backend, special = _byte_pairs(given)
+        start, end = given.decoder[given.sot_token_id], given.decoder[given.eot_token_id]
+        merges = [merge for merge in given.bpe_ranks if len(merge) == 2]
+        special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
+        own = CLIPTokenizer(vocab=given.encoder, merges=merges, **special)
+        special["pad_id"] = 0
     else:
-        whole = given.tokenizer
-        backend = Tokenizer.from_str(whole.backend_tokenizer.to_str())
-        special = dict(whole.special_tokens_map)
-        if given.strip_sep_token:  # its place is filled with padding, of the id 0
-            first, pad = whole.cls_token, whole.convert_ids_to_tokens(0)
-            backend.post_processor = processors.TemplateProcessing(
-                f"{first} $A {pad}", special_tokens=[(first, whole.cls_token_id), (pad, 0)]
-            )
-    own = [backend.normalizer] if backend.normalizer else []
-    backend.normalizer = normalizers.Sequence([*cleaning[ways[0]], *own])
+        own = given.tokenizer
+        special = dict(own.special_tokens_map)
+    backend = Tokenizer.from_str(own.backend_tokenizer.to_str())
+    if getattr(given, "strip_sep_token", False):  # its place is filled with padding, of the id 0
+        first, pad = own.cls_token, own.convert_ids_to_tokens(0)
+        backend.post_processor = processors.TemplateProcessing(
+            f"{first} $A {pad}", special_tokens=[(first, own.cls_token_id), (pad, 0)]
+        )
+    normal = [*cleaning[ways[0]], *filter(None, [backend.normalizer])]
+    backend.normalizer = normalizers.Sequence(normal)
     return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=name, **special)
-
-
-def _byte_pairs(given: Any) -> tuple[Tokenizer, dict[str, str | int]]:
-    """CLIP's byte pairs from open_clip's tables."""
-    start, end = given.decoder[given.sot_token_id], given.decoder[given.eot_token_id]
-    merges = [
-        merge for merge in sorted(given.bpe_ranks, key=given.bpe_ranks.get) if len(merge) == 2
-    ]
-    backend = Tokenizer(models.BPE(given.encoder, merges, end_of_word_suffix="</w>"))
-    words = Regex(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(words, "removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    ends = [(start, given.sot_token_id), (end, given.eot_token_id)]
-    backend.post_processor = processors.TemplateProcessing(f"{start} $A {end}", special_tokens=ends)
-    return backend, {"bos_token": start, "eos_token": end, "pad_id": 0}
 
 
 def builtin_tokenizer() -> "PreTrainedTokenizerFast":

@@ -136,6 +136,11 @@ def build(
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
+    frozen = {}  # before DeepSpeed casts them
+    if distributed.is_main():
+        for name, parameter in objective.named_parameters():
+            if not parameter.requires_grad:
+                frozen[name] = parameter.detach().clone()
     cast_buffers(objective.student.image, dtype)
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
@@ -163,6 +168,7 @@ def build(
         device=device,
         dtype=dtype,
         names=names,
+        frozen=frozen,
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,
         caching=compares_all(config, ds_config),

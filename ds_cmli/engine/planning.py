@@ -204,9 +204,9 @@ def resolve_weights(config: Config) -> Config:
     """The configuration with "demo" weights replaced by the paths of the packaged files."""
     student, teacher = config.student, config.teacher
     if student.image_weights == "demo":
-        student = replace(student, image_weights=str(assets.image_weights()))
+        student = replace(student, image_weights=str(assets.fetch("vit") / assets.WEIGHTS))
     if student.text_weights == "demo":
-        student = replace(student, text_weights=str(assets.minilm()))
+        student = replace(student, text_weights=str(assets.fetch("minilm")))
     if teacher.weights == "demo":
-        teacher = replace(teacher, weights=str(assets.image_weights()))
+        teacher = replace(teacher, weights=str(assets.fetch("vit") / assets.WEIGHTS))
     return replace(config, student=student, teacher=teacher)

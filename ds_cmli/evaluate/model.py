@@ -19,7 +19,8 @@ def load_objective(
 
     No teacher is built, because evaluation does not need it. Raises `UserError`.
     """
-    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_student
+    from ds_cmli.checkpoint.weights import load_student
+    from ds_cmli.models.weights import AVERAGE, WEIGHTS
 
     objective = load_student(folder, config, data, AVERAGE if ema else WEIGHTS)
     config.loss = objective.config

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from ds_cmli.checkpoint import interpolation
-from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
-from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
-from ds_cmli.common import checksums, tensor_file
+from ds_cmli.checkpoint.weights import load_student, write_weights
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import read
 from ds_cmli.config import registry
@@ -22,12 +20,15 @@ from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, DataConfig, load_config
 from ds_cmli.config.validation import NotRegistered
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
+from ds_cmli.export import interpolation
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.modeling import CMLIModel, build_student
 from ds_cmli.export.processing import CMLIProcessor
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student
 from ds_cmli.models.transformers_model import UNDECLARED, without_effect
+from ds_cmli.models.weights import AVERAGE, load_weights
+from ds_cmli.models.weights import WEIGHTS as STUDENT
 
 WEIGHTS = "model.safetensors"
 CHECKSUMS = "SHA256SUMS"  # in the format of the command sha256sum
@@ -114,7 +115,7 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     exported.save_pretrained(folder)
     # Tied weights are saved under each name: transformers does not fill what a file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
-    (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
+    write_weights(tensors, folder / WEIGHTS)
     data = config.data
     processor = CMLIProcessor(
         trained.tokenizer,

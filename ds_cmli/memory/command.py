@@ -58,8 +58,10 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 @option(
     "Prediction",
     "--gpu",
-    help="GPU whose context, workspace and NCCL buffers are added.  [RTX 3090 24GB]",
+    help="GPU that is predicted, as nvidia-smi names it.  [the one here, or RTX 3090 24GB]",
 )
+@option("Prediction", "--gpu-memory", metavar="SIZE", help="Of a GPU that is not listed: 48GB.")
+@option("Prediction", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
 @option(
     "Questions",
     "--fit",
@@ -101,6 +103,8 @@ class PredictionOptions:
     world_size: int
     checkpointing: str | None
     gpu: str | None
+    gpu_memory: str | None
+    sm: str | None
     fit: str | None
     json_path: str | None
     snapshot: str | None
@@ -114,13 +118,14 @@ def single(
     Returns the report, and False where that does not fit.
     """
     from ds_cmli.memory.largest_rank import predict_largest
-    from ds_cmli.memory.predict import DEFAULT_GPU, Options
+    from ds_cmli.memory.predict import Options
     from ds_cmli.memory.search import fit
 
-    ranks, gpu, fitted = own.world_size, own.gpu or DEFAULT_GPU, None
+    ranks, fitted = own.world_size, None
+    chosen = gpus.chosen(own.gpu, own.gpu_memory, own.sm)
+    room, fitted_gpu = gpus.parse_memory(own.fit) if own.fit else (0, None)
+    gpu = chosen.name if chosen else fitted_gpu or default_gpu()
     if own.fit:
-        room, fitted_gpu = gpus.parse_memory(own.fit)
-        gpu = own.gpu or fitted_gpu or DEFAULT_GPU
         fitted = fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
         prediction = fitted.prediction
         tell("")
@@ -140,8 +145,23 @@ def single(
         path = own.snapshot
         write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
     report = prediction.report
-    fits = own.gpu is None or report.totals["device"] <= gpus.find(gpu).total.bytes
+    fits = chosen is None or report.totals["device"] <= chosen.total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
+
+
+def default_gpu() -> str:
+    """The listed name of the first GPU in this machine, or of the one that is assumed."""
+    import pynvml  # not torch, which sees no GPU here
+
+    from ds_cmli.memory.predict import DEFAULT_GPU
+
+    try:
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return DEFAULT_GPU
+    return gpus.present(name).name
 
 
 def sentence(report: Report, gpu: str) -> str:
@@ -189,7 +209,7 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> st
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
     named = []
-    for other in gpus.all_gpus().values():
+    for other in gpus.GPUS.values():
         if room in other.nominal and other.total.bytes != room:
             named.append(f"{other.name} ({other.total.bytes:,} B)")
     hint = f"; to mean a GPU's own memory, name it: {', '.join(named)}" if named else ""

@@ -9,14 +9,15 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ds_cmli.common.checksums import sealed
 from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -76,9 +77,7 @@ def profiling_memory(
         return
     ranks, target = distributed.world_size(), train_engine.device.type
     setting = {"preset": config.run.preset, "steps": steps, "world_size": ranks}
-    gpu = ""
-    if target == "cuda":
-        gpu = gpus.listed_name(torch.cuda.get_device_name(train_engine.device))
+    name = torch.cuda.get_device_name(train_engine.device) if target == "cuda" else ""
     done = 0
     with Measurement(train_engine) as measurement:
 
@@ -91,15 +90,25 @@ def profiling_memory(
             # Collective.
             texts = list(zip(*distributed.gather_objects(measurement.texts), strict=True))
             if distributed.is_main():
-                request = predict_subprocess.Request(
-                    config, ds_config, ranks, target, gpu=gpu, texts=texts
-                )
-                with predict_subprocess.Predictor(PREDICTION_S) as predictor:
-                    _write(folder, predictor.ask(request), measurement.report(setting))
+                request = predict_subprocess.Request(config, ds_config, ranks, target, texts=texts)
+                _write(folder, _predicted(request, name), measurement.report(setting))
             if target == "cuda":
                 record_history()  # back to the history that every training run keeps
 
         yield after_step
+
+
+def _predicted(
+    request: predict_subprocess.Request, name: str
+) -> predict_subprocess.PredictionAnswer:
+    """The prediction for this GPU, called `name`, and for no other in its place."""
+    try:
+        gpu = gpus.present(name).name if name else ""
+    except UserError as error:
+        say(f"warning: the memory is measured and not predicted: {error}")
+        return predict_subprocess.PredictionAnswer(None, str(error))
+    with predict_subprocess.Predictor(PREDICTION_S) as predictor:
+        return predictor.ask(replace(request, gpu=gpu))
 
 
 class Measurement:
@@ -180,7 +189,7 @@ def _write(folder: Path, answer: predict_subprocess.PredictionAnswer, measured: 
     else:
         content["prediction_failed"] = answer.failed
     try:
-        (folder / FILE).write_text(json.dumps(sealed(content), indent=2) + "\n")
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:  # the training goes on
         say(f"warning: {folder / FILE} cannot be written: {error.strerror}")
 

@@ -62,7 +62,7 @@ class DeviceRoom:
 
     bytes: int | None  # None if not known
     limit: str  # a description for the message
-    fit: str = ""  # of a GPU: the value of `--fit` that means it
+    fit: str = ""  # of a GPU: the options of ds-cmli-memory that mean it
 
 
 def process_room(base: dict[str, int]) -> DeviceRoom:
@@ -94,8 +94,15 @@ def device_room(device: torch.device) -> DeviceRoom:
     """
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
-    name = torch.cuda.get_device_name(device)
-    fit = gpus.listed_name(name) or f"{total // 10**6}MB"
+    name, (major, minor) = (
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+    )
+    try:
+        fit = f"--fit {shlex.quote(gpus.present(name).name)}"
+    except UserError:
+        size = f"{total // 10**6}MB"
+        fit = f"--fit {size} --gpu-memory {size} --sm {major}.{minor}"
     return DeviceRoom(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank", fit)
 
 
@@ -173,7 +180,7 @@ def message(error: BaseException, room: DeviceRoom, sizes: dict[str, int], optio
             lines.append(f"{category:<24} {n:>16,} B")
     if room.fit:
         ranks = f"--world-size {distributed.world_size()}"
-        words = " ".join(filter(None, (options, ranks, f"--fit {shlex.quote(room.fit)}")))
+        words = " ".join(filter(None, (options, ranks, room.fit)))
         lines.append(f"what fits: ds-cmli-memory {words}")
     return "\n  ".join(lines)
 

@@ -40,7 +40,7 @@ class Request:
     ds_config: Section  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
-    gpu: str = ""  # "": `predict.DEFAULT_GPU`
+    gpu: str = ""  # as `gpus.find` takes it; "" on a CPU
     texts: Sequence[Any] | None = None  # as in `predict`
 
     def to_dict(self) -> JsonObject:
@@ -106,7 +106,7 @@ class Predictor:
 
 
 def answer(request: JsonObject) -> PredictionAnswer:
-    from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
+    from ds_cmli.memory.predict import Options, predict
 
     try:
         config = Config.from_dict(request["config"])
@@ -114,8 +114,8 @@ def answer(request: JsonObject) -> PredictionAnswer:
             config,
             request["ds_config"],
             request["world_size"],
-            gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
+            **({} if request["target"] == "cpu" else {"gpu": request["gpu"]}),
             options=Options(texts=request["texts"]),
         )
         return PredictionAnswer(prediction.report.to_dict())

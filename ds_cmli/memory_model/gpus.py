@@ -1,17 +1,14 @@
-"""The memory of each listed GPU, and what a process occupies on it besides torch's tensors.
+"""The GPUs that memory is predicted for, and what a process occupies on one besides tensors.
 
-Reads `gpus.json`.
-
-Every amount is in bytes. It states whether this project has measured it (`profiling/gpu_check.py`
-prints measured values) or assumes it, and its source. Compute capability and the number of
-multiprocessors are those of NVIDIA's data sheets.
+Capability and multiprocessors are those of NVIDIA's data sheets. Sizes are marked `measured` by
+this project (`profiling/gpu_check.py` prints them) or `assumed`, and then they are from: the "total
+capacity" of published out-of-memory messages, which is less than the GPU's name says; published
+nvidia-smi readings of a process with torch and lazily loaded kernels, 0.3 to 0.6 GB; and published
+readings of NCCL, hundreds of MB to over 1 GB a communicator (NVIDIA/nccl issues 864 and 1685).
 """
 
-import json
 import re
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ds_cmli.common.errors import UserError
@@ -19,15 +16,8 @@ from ds_cmli.common.errors import UserError
 if TYPE_CHECKING:  # commands read the list before they import torch
     import torch
 
-MEASURED, ASSUMED = "measured", "assumed"
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
-
-@dataclass(frozen=True)
-class Constant:
-    bytes: int
-    known: str  # MEASURED or ASSUMED
-    source: str
+UNLISTED = "give its memory and compute capability, as --gpu-memory 48GB --sm 8.9"
 
 
 class Limits(NamedTuple):
@@ -56,6 +46,7 @@ class Limits(NamedTuple):
 # The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
 # multiprocessor, and KiB of shared memory of a block.
 BY_CAPABILITY = {
+    (7, 0): (2048, 96),
     (7, 5): (1024, 64),
     (8, 0): (2048, 163),
     (8, 6): (1536, 99),
@@ -66,14 +57,23 @@ BY_CAPABILITY = {
 }
 
 
+class Constant(NamedTuple):
+    bytes: int
+    known: str  # "measured" or "assumed"
+
+
+def assumed(mib: float) -> Constant:
+    return Constant(int(mib * 2**20), "assumed")
+
+
 @dataclass(frozen=True)
 class Gpu:
     name: str
+    reported: tuple[str, ...]  # the names that nvidia-smi prints for it, without "NVIDIA"
     capability: tuple[int, int]
     multiprocessors: int
     total: Constant  # what the driver reports as the device's memory
     context: Constant  # the CUDA context, with the libraries' kernels that are loaded lazily
-    cublas_workspace: Constant  # from torch's allocator, in its allocated and reserved bytes
     nccl: Constant  # buffers of one communicator, outside torch's allocator
 
     @property
@@ -85,17 +85,22 @@ class Gpu:
         """What cuBLAS takes from torch's allocator, for the forward thread and autograd's.
 
         `workspace_config` is CUBLAS_WORKSPACE_CONFIG, pairs of KiB and count like ":4096:2:16:8",
-        as `parseChosenWorkspaceSize` of PyTorch's CublasHandlePool.cpp reads it.
+        as `parseChosenWorkspaceSize` of PyTorch's CublasHandlePool.cpp reads it; its default is
+        ":4096:8" from sm_90 on.
         """
         pairs = re.findall(r":([0-9]+):([0-9]+)", workspace_config or "")
-        if not pairs:
-            return self.cublas_workspace.bytes
+        pairs = pairs or ([(4096, 8)] if self.capability >= (9, 0) else [(4096, 2), (16, 8)])
         return 2 * sum(int(kib) * 1024 * int(count) for kib, count in pairs)
+
+    def outside(self, world_size: int) -> int:
+        """Bytes on the device outside torch's allocator; above one rank with one NCCL communicator,
+        which ZeRO and the losses share."""
+        return self.context.bytes + (self.nccl.bytes if world_size > 1 else 0)
 
     @property
     def usable(self) -> int:
         """What a single process can reserve for tensors."""
-        return self.total.bytes - self.context.bytes
+        return self.total.bytes - self.outside(1)
 
     @property
     def nominal(self) -> tuple[int, int]:
@@ -104,65 +109,128 @@ class Gpu:
         return number * UNITS["GB"], number * UNITS["GIB"]
 
 
-@cache
-def all_gpus() -> dict[str, Gpu]:
-    gpus = {}
-    for name, values in json.loads((Path(__file__).parent / "gpus.json").read_text()).items():
-        major, minor = values.pop("capability")
-        multiprocessors = values.pop("multiprocessors")
-        constants = {key: Constant(**constant) for key, constant in values.items()}
-        gpus[name] = Gpu(name, (major, minor), multiprocessors, **constants)
-    return gpus
+# name, nvidia-smi's names, compute capability, multiprocessors; MiB in all, of context, of NCCL
+_TABLE: list[tuple[str, str, tuple[int, int], int, Constant, Constant, Constant]] = [
+    ("T4 16GB", "Tesla T4", (7, 5), 40, assumed(14912.3125), assumed(300), assumed(300)),
+    ("V100 16GB", "Tesla V100-SXM2-16GB|Tesla V100-PCIE-16GB|Tesla V100-FHHL-16GB",
+     (7, 0), 80, assumed(16150), assumed(300), assumed(300)),
+    ("V100 32GB", "Tesla V100-SXM2-32GB|Tesla V100-PCIE-32GB|Tesla V100S-PCIE-32GB",
+     (7, 0), 80, assumed(32500), assumed(300), assumed(300)),
+    ("A10 24GB", "A10", (8, 6), 72, assumed(22589), assumed(300), assumed(300)),
+    ("A10G 24GB", "A10G", (8, 6), 80, assumed(22589), assumed(300), assumed(300)),
+    ("L4 24GB", "L4", (8, 9), 58, assumed(22574), assumed(300), assumed(300)),
+    ("RTX 3090 24GB", "GeForce RTX 3090", (8, 6), 82, assumed(24248), assumed(300), assumed(300)),
+    ("RTX 4090 24GB", "GeForce RTX 4090", (8, 9), 128, assumed(24197), assumed(350), assumed(300)),
+    ("RTX 5090 32GB", "GeForce RTX 5090", (12, 0), 170, assumed(32112), assumed(350), assumed(300)),
+    ("A40 48GB", "A40", (8, 6), 84, assumed(45410), assumed(350), assumed(300)),
+    ("A6000 48GB", "RTX A6000", (8, 6), 84, assumed(48570), assumed(350), assumed(300)),
+    ("L40S 48GB", "L40S", (8, 9), 142, assumed(45480), assumed(350), assumed(300)),
+    ("A100 40GB", "A100-SXM4-40GB|A100-PCIE-40GB",
+     (8, 0), 108, assumed(40325), assumed(450), assumed(600)),
+    ("A100 80GB", "A100-SXM4-80GB|A100 80GB PCIe",
+     (8, 0), 108, assumed(81039), assumed(450), assumed(600)),
+    ("H100 PCIe 80GB", "H100 PCIe", (9, 0), 114, assumed(80998), assumed(550), assumed(1000)),
+    ("H100 80GB", "H100 80GB HBM3", (9, 0), 132, assumed(80998), assumed(550), assumed(1000)),
+    ("H100 NVL 94GB", "H100 NVL", (9, 0), 132, assumed(95232), assumed(550), assumed(1000)),
+    ("H200 141GB", "H200|H200 NVL", (9, 0), 132, assumed(143155), assumed(550), assumed(1000)),
+    ("GH200 96GB", "GH200 480GB", (9, 0), 132, assumed(96768), assumed(550), assumed(1000)),
+    ("GH200 144GB", "GH200 144G HBM3e", (9, 0), 132, assumed(146000), assumed(550), assumed(1000)),
+    ("B200 180GB", "B200", (10, 0), 148, assumed(182630), assumed(550), assumed(1000)),
+]  # fmt: skip
+GPUS = {row[0]: Gpu(row[0], tuple(row[1].split("|")), *row[2:]) for row in _TABLE}
+_OF_SIZE = re.compile(r"GPU of (\S+), sm (\S+)")
 
 
-def find(name: str) -> Gpu:
-    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's "NVIDIA H100 80GB HBM3".
+def find(name: str, setting: str = "--gpu") -> Gpu:
+    """The GPU that `name` means: "A10G", "A100 80GB", nvidia-smi's "NVIDIA H100 80GB HBM3", or the
+    name that `of_size` gives.
 
     Raises `UserError` if no GPU or more than one fits.
     """
-    given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce", "tesla"}
-    listed = {key: set(key.lower().split()) for key in all_gpus()}
-    fitting = [key for key, words in listed.items() if words <= given]
-    if not fitting and given:
-        fitting = [key for key, words in listed.items() if given <= words]
+    if name in GPUS:
+        return GPUS[name]
+    if size := _OF_SIZE.fullmatch(name):
+        return of_size(size[1], size[2])
+    reported = _reported(name)
+    if reported is not None:
+        return reported
+    words = set(name.lower().split()) - {"nvidia", "geforce", "tesla"}
+    fitting = [gpu for gpu in GPUS.values() if words and words <= set(gpu.name.lower().split())]
     if len(fitting) != 1:
-        raise UserError(f"--gpu is {name!r}: give one of {', '.join(listed)}")
-    return all_gpus()[fitting[0]]
+        raise UserError(f"{setting} is {name!r}: give one of {', '.join(GPUS)}, or {UNLISTED}")
+    return fitting[0]
 
 
-def listed_name(name: str) -> str:
-    """The listed name of the GPU that `name` means, or "" if there is none."""
-    try:
-        return find(name).name
-    except UserError:
-        return ""
+def present(name: str) -> Gpu:
+    """The GPU of this machine that nvidia-smi and torch call `name`: no other one in its place."""
+    gpu = _reported(name)
+    if gpu is None:
+        raise UserError(f"this GPU, {name!r}, is not listed: {UNLISTED}")
+    return gpu
+
+
+def _reported(name: str) -> Gpu | None:
+    short = name.removeprefix("NVIDIA ")
+    return next((gpu for gpu in GPUS.values() if short in gpu.reported), None)
+
+
+def of_size(memory: str, sm: str) -> Gpu:
+    """A GPU that is not listed, of `memory` like "48GB" and compute capability `sm` like "8.9".
+
+    All else is assumed: the most that the listed GPUs of its capability, or near it, have.
+    """
+    total = parse_bytes(memory)
+    if not total:
+        raise UserError(f"--gpu-memory is {memory!r}: give a size, for instance 48GB or 44GiB")
+    by_sm = {f"{major}.{minor}": (major, minor) for major, minor in BY_CAPABILITY}
+    if sm not in by_sm:
+        raise UserError(f"--sm is {sm!r}: give one of {', '.join(by_sm)}")
+    capability = by_sm[sm]
+    alike = [gpu for gpu in GPUS.values() if gpu.capability == capability]
+    return Gpu(
+        f"GPU of {memory.replace(' ', '')}, sm {sm}",
+        (),
+        capability,
+        max(gpu.multiprocessors for gpu in alike),
+        Constant(total, "given"),
+        max(gpu.context for gpu in alike),
+        max(gpu.nccl for gpu in alike),
+    )
+
+
+def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:
+    """The GPU of the options --gpu, --gpu-memory and --sm; None: none of them is given."""
+    if memory is None and sm is None:
+        return None if gpu is None else find(gpu)
+    if gpu is not None or memory is None or sm is None:
+        raise UserError("--gpu-memory and --sm are given together, and in place of --gpu")
+    return of_size(memory, sm)
+
+
+def parse_bytes(text: str) -> int | None:
+    """ "24GB" -> 24 * 10^9; None: it is no size."""
+    number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    if number is None or number[2].upper() not in UNITS:
+        return None
+    return int(float(number[1]) * UNITS[number[2].upper()])
 
 
 def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
     """ "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
-    number = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if number and number[2].upper() in UNITS:
-        try:
-            return int(float(number[1]) * UNITS[number[2].upper()]), None
-        except ValueError:
-            pass
+    number = parse_bytes(text)
+    if number is not None:
+        return number, None
     try:
         gpu = find(text)
     except UserError:
         raise UserError(
             f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one "
-            f"of {', '.join(all_gpus())}"
+            f"of {', '.join(GPUS)}"
         ) from None
     return gpu.total.bytes, gpu.name
 
 
 def device_bytes(reserved: int, name: str, world_size: int) -> int:
-    """The bytes that the process occupies on the device, as nvidia-smi shows them.
-
-    Args:
-        reserved: what the caching allocator has reserved, the cuBLAS workspace included.
-        name: the GPU, as `find` takes it.
-        world_size: above 1, one NCCL communicator is added, which ZeRO and the losses share.
-    """
-    gpu = find(name)
-    return reserved + gpu.context.bytes + (gpu.nccl.bytes if world_size > 1 else 0)
+    """The bytes that the process occupies on the device, as nvidia-smi shows them, where torch's
+    allocator has `reserved` of them, the cuBLAS workspace included."""
+    return reserved + find(name).outside(world_size)

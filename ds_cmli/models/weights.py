@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError, check_regular
 
 # Finds the number of the block in a key of timm's and transformers' models.
@@ -46,7 +45,7 @@ def weights_file(source: WeightsSource, needed: str) -> str:
     """The file at the path of the weights, or in the folder there.
 
     Raises:
-        UserError: there is none, with what is `needed`, or it does not agree with its checksum.
+        UserError: there is none, with what is `needed`.
     """
     path = Path(source.weights)
     check_regular(f"{source.setting} is {source.weights!r}", path)
@@ -54,19 +53,12 @@ def weights_file(source: WeightsSource, needed: str) -> str:
         files = [path / name for name in FILES if (path / name).is_file()]
         files = files or sorted(path.glob("*.safetensors"))
         if len(files) == 1 or (files and files[0].name in FILES):
-            return _undamaged(source, files[0])
+            return str(files[0])
         raise source.error(
             f"a folder with {len(files)} files of weights; give {needed}, or a folder with one"
         )
     if not path.is_file():
         raise source.error(f"no such file; give 'hub', 'random' or {needed}")
-    return _undamaged(source, path)
-
-
-def _undamaged(source: WeightsSource, path: Path) -> str:
-    damage = tensor_file.damage(path) if path.suffix == ".safetensors" else None
-    if damage is not None:
-        raise source.error(f"{damage}: {path.name} is damaged; give an undamaged copy")
     return str(path)
 
 
@@ -251,9 +243,6 @@ def load_weights(
             )
         raise UserError(f"{setting} is {where}: no {name} there; give a run's output folder")
     try:
-        damage = tensor_file.damage(path)
-        if damage is not None:
-            raise UserError(f"{damage}: it is damaged; give an undamaged copy, or another run's")
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
         absent = _without_tied(module, weights, missing)

@@ -62,11 +62,15 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(straight, tmp_pa
 
 
 def test_the_newest_are_kept_and_named(straight, tmp_path):
-    assert sorted(path.name for path in (straight / "checkpoint").iterdir()) == ["latest", "step2", "step4"]
+    assert names(straight) == ["step2", "step4"]
     assert (straight / "checkpoint" / "latest").read_text() == "step4"
     run = tmp_path / "run"
     assert make.train(*arguments(straight.parent, run, {"--keep": 1, "--steps": 2, "--save-every": 1})) == 0
-    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == ["latest", "step2"]
+    assert names(run) == ["step2"]
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoint").glob("step*"))
 
 
 def test_frozen_weights_stay_the_bytes_they_were(straight):
@@ -78,6 +82,26 @@ def test_frozen_weights_stay_the_bytes_they_were(straight):
         assert torch.equal(of_run, p) == torch.equal(averaged[name], p), name
         if not p.requires_grad:
             assert torch.equal(of_run, p), name
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_frozen_weights_and_those_below_adapters_are_not_rounded(stage, tmp_path):
+    """bf16 rounds what the engine computes with, at each stage, and after a second start too."""
+    ds_config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    lora = {"student.lora": '{"text": ["query"]}'}
+    options = {"--deepspeed_config": make.json_file(tmp_path / "bf16.json", ds_config), "--save-every": 1}
+    run, last = tmp_path / "run", {"--steps": 2}
+    assert make.train(*arguments(tmp_path, run, {**options, **last}, lora)) == 0
+    shutil.rmtree(run / "checkpoint" / "step2")
+    assert make.train(*arguments(tmp_path, run, {**options, **last}, lora)) == 0
+    assert len(list((run / "checkpoint").glob("frozen-*"))) == 1
+    trained = load_file(run / "student.safetensors")
+    sections = {"student": {"freeze_image": 1, "layers": 2, "lora": {"text": ["query"]}}}
+    objective, _ = make.models(**sections, data={"source": str(tmp_path / "pairs")})
+    frozen = {name: p for name, p in objective.named_parameters() if not p.requires_grad and ".base_layer" not in name}
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in frozen.values())
+    for name, p in frozen.items():
+        assert torch.equal(trained[name], p), name
 
 
 def test_averages_follow_the_weights(tmp_path):

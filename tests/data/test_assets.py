@@ -39,18 +39,18 @@ def packaged(tmp_path, monkeypatch):
 
 
 def test_an_asset_is_fetched_once_and_then_needs_no_index(packaged, monkeypatch, capsys):
-    folder = assets._ensured("toy")
+    folder = assets.fetch("toy")
     assert (folder / "data.txt").read_text() == "content"
     assert capsys.readouterr().out.count("fetching") == 1
     monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
-    assert assets._ensured("toy") == folder
+    assert assets.fetch("toy") == folder
     assert not capsys.readouterr().out
     assert sorted(p.name for p in (packaged / "cache").iterdir()) == ["toy-1.0", "toy-1.0.lock"]
 
 
 def test_two_processes_fetch_once(packaged):
     with get_context("fork").Pool(2) as pool:
-        folders = pool.map(assets._ensured, ["toy", "toy"])
+        folders = pool.map(assets.fetch, ["toy", "toy"])
     assert folders[0] == folders[1] and os.listdir(folders[0]) == ["data.txt"]
 
 
@@ -61,7 +61,7 @@ def test_wrong_content_and_a_lost_index_are_one_line(packaged, monkeypatch, dige
     if digest[0] == "1":
         monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     with pytest.raises(UserError, match=r"toy==1\.0 cannot be fetched.*DS_CMLI_CACHE") as error:
-        assets._ensured("toy")
+        assets.fetch("toy")
     assert "\n" not in str(error.value)
     assert not (packaged / "cache/toy-2").exists()
 
@@ -76,7 +76,7 @@ def test_the_vit_is_a_state_dict_of_timm():
     import timm
     import torch
 
-    weights = {name: torch.from_numpy(value) for name, value in load_file(assets.image_weights()).items()}
+    weights = {name: torch.from_numpy(value) for name, value in load_file(assets.fetch("vit") / assets.WEIGHTS).items()}
     model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0)
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
     assert picture(0).size == (40, 40)

@@ -62,7 +62,7 @@ def test_a_share_is_held_out_by_name_whatever_the_order(tmp_path):
     assert not names[0] & {first.train.images.name(i) for i in range(32)}
     assert sizes(source=str(tmp_path / "a")) == (38, {"val": 2})
     with pytest.raises(UserError, match="leaves none to train on"):
-        hold_out("a", first.train.images.sources[0], 32)
+        hold_out("a", first.train.images.sources[0][0], 40)
 
 
 def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):

@@ -107,7 +107,7 @@ def test_images_in_memory_are_shown_as_files_and_stay_as_they_are():
 
 
 def augmented(seed=0, **strengths):
-    return View.of_training(DataConfig(image_size=16, augmentation=strengths), seed)
+    return View.of(DataConfig(image_size=16, augmentation=strengths), seed)
 
 
 def test_views_are_a_function_of_seed_turn_and_index():

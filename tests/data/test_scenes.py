@@ -84,14 +84,14 @@ def test_sentences_have_words_without_a_place(pictures, tokenizer):
 
 
 def test_a_flip_swaps_the_quarters(pictures, tokenizer):
-    view = View.of_training(DataConfig(image_size=56, augmentation={"horizontal_flip": 1.0}), 0)
+    view = View.of(DataConfig(image_size=56, augmentation={"horizontal_flip": 1.0}), 0)
     plain, flipped = scenes(pictures, tokenizer)[3], scenes(pictures, tokenizer, view=view)[Draw(3, 2)]
     assert torch.equal(flipped.image, plain.image.flip(-1))
     assert list(flipped.cell_picture) == [plain.cell_picture[i] for i in (1, 0, 3, 2)]
 
 
 def test_crops_and_too_small_scenes_are_refused(pictures, tokenizer):
-    view = View.of_training(DataConfig(augmentation={"random_resized_crop": 0.5}), 0)
+    view = View.of(DataConfig(augmentation={"random_resized_crop": 0.5}), 0)
     with pytest.raises(UserError, match="random_resized_crop"):
         scenes(pictures, tokenizer, view=view)
     with pytest.raises(UserError, match="image_size is 15"):

@@ -122,6 +122,20 @@ def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, what):
         Tars([path])
 
 
+def test_samples_without_image_or_caption_are_left_out_and_counted(tmp_path):
+    path = shard(tmp_path / "0.tar", [*PAIR, ("c.jpg", b"J"), ("d.txt", b"D"), ("e.jpg", b"J"), ("e.txt", b"")])
+    source = open_tars([path], DataConfig())["train"]
+    assert (len(source), source.left_out) == (2, 3)
+
+
+def test_an_index_keeps_no_file_open(tmp_path):
+    """There may be more shards than a process may open files."""
+    paths = [shard(tmp_path / f"{i}.tar", PAIR) for i in range(40)]
+    before = len(os.listdir("/proc/self/fd"))
+    source = Tars(paths)
+    assert len(os.listdir("/proc/self/fd")) == before and len(source) == 80
+
+
 def test_tars_without_a_sample_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"0\.tar holds no sample"):
         open_tars([shard(tmp_path / "0.tar", [("0.jpg", b"J"), ("1.txt", b"T")])], DataConfig())

@@ -29,7 +29,6 @@ def test_special_tokens_are_not_valid(builtin):
 def test_truncation_keeps_the_special_tokens(builtin):
     tokens = builtin("red " * 40)
     assert tokens.valid == [False] + [True] * 10 + [False]
-    assert builtin.truncates("red " * 11) and not builtin.truncates("red " * 10)
     assert builtin("red apple " * 5_000_000).input_ids == builtin("red apple " * 5).input_ids
 
 
@@ -110,6 +109,7 @@ TEXTS = [
     "  two dogs\n&  a_cat ",
     "1999's caf\u00e9 \u2014 \u4e2d\u6587!",
     "don't STOP... 12,5",
+    "e\u0301clair",
 ]
 
 

@@ -24,7 +24,7 @@ from ds_cmli.faults.preemption import Preempted
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
 from profiling.memory.measure_cpu import measure
-from tests.ranks import run
+from tests.conftest import spawn
 
 DECAY, STEPS, BATCH = 0.75, 2, 4
 STUDENT = {"freeze_image": 1, "dropout": 0.0}
@@ -96,7 +96,7 @@ def some_batch(config, seed):
 
 def weights_of(train_engine):
     """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(train_engine.objective, distilled=True)
+    full = full_weights(train_engine, distilled=True)
     return {n: full[n].clone() for n, p in train_engine.objective.named_parameters() if p.requires_grad}
 
 
@@ -167,7 +167,7 @@ def test_every_stage_precision_and_accumulation(device):
 
 @pytest.mark.slow
 def test_two_ranks():
-    assert run(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
+    assert spawn(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ def modelled(trace: list[dict[str, Any]]) -> dict[str, float]:
 def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
     wanted = Setting(**setting)
     config, ds_config = wanted.resolve()
-    gpu = gpus.listed_name(torch.cuda.get_device_name()) if device == "cuda" else ""
+    gpu = gpus.present(torch.cuda.get_device_name()).name if device == "cuda" else ""
     filled = engine.filled(config, DeepSpeedConfig.of(ds_config), wanted.world, 100)
     config, _ = engine.with_backend(config, filled, torch.device(device, 0))
     # The prediction runs meanwhile, on the CPU.

@@ -2,6 +2,8 @@
 
 MISTAKES = [
     ("memory --gpu 'No Such Card'", "--gpu"),
+    ("memory --gpu-memory 48GB", "--sm"),
+    ("memory --gpu-memory 48GB --sm 6.1", "--sm"),
     ("memory --fit much", "--fit"),
     ("memory --world-size 0", "--world-size"),
     ("memory --json {here}/nowhere/report.json", "report.json"),

@@ -1,5 +1,6 @@
 """Measured steps beside predicted ones on the CPU, shares of larger worlds, and what is read off CUDA's counters."""
 
+import contextlib
 import json
 import types
 
@@ -181,6 +182,20 @@ def test_the_allocators_total_over_the_trackers_categories():
     assert report.categories["temporaries"] == 42  # 30, and 12 that only the allocator saw
     assert sum(report.categories.values()) == 142
     assert (report.totals, report.phases["init"]) == (totals, 100)
+
+
+def test_a_prediction_is_for_the_gpu_that_was_measured(monkeypatch, capsys):
+    asked = []
+    predictor = types.SimpleNamespace(ask=lambda request: asked.append(request.gpu))
+    monkeypatch.setattr(measure.predict_subprocess, "Predictor", lambda _: contextlib.nullcontext(predictor))
+    request = measure.predict_subprocess.Request(None, None, 1)
+    for name in ("NVIDIA H100 NVL", "Tesla T4", ""):  # "": a CPU
+        measure._predicted(request, name)
+    assert asked == ["H100 NVL 94GB", "T4 16GB", ""]
+    answer = measure._predicted(request, "NVIDIA L40")
+    assert (answer.report, len(asked)) == (None, 3)
+    assert answer.failed.startswith("this GPU, 'NVIDIA L40', is not listed: give its memory and compute capability")
+    assert answer.failed in capsys.readouterr().out
 
 
 def test_what_cudas_counters_say(monkeypatch):

@@ -14,7 +14,8 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import out_of_memory, predict_subprocess
 from ds_cmli.memory.changes import Shortage, Step
-from tests.ranks import ROOT, clean_environment, environments, start
+from tests.conftest import ROOT, clean_environment, rank_environments
+from tests.processes import Program
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 ROOM = 220  # MB: between what the setting needs with activation checkpointing and without
@@ -27,8 +28,8 @@ def run(folder: Path, limited: int, ranks: int = 1, ds_config: dict = ZERO2) -> 
     out, errors = folder / "out", folder / "errors"
     out.write_text("")
     errors.write_text("")
-    every = environments(ranks) if ranks > 1 else [clean_environment()]
-    programs = [start(command, env, out, errors) for env in every]
+    environments = rank_environments(ranks) if ranks > 1 else [clean_environment()]
+    programs = [Program(command, environment, ROOT, out, errors) for environment in environments]
     codes = [program.wait(200) for program in programs]
     return subprocess.CompletedProcess(command, codes[0], out.read_text(), errors.read_text())
 
@@ -61,7 +62,7 @@ def test_the_other_rank_ends_too(tmp_path):
 
 def test_the_message_names_what_to_run():
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
-    room = out_of_memory.DeviceRoom(30, "of NVIDIA A10G", "A10G 24GB")
+    room = out_of_memory.DeviceRoom(30, "of NVIDIA A10G", "--fit 'A10G 24GB'")
     sizes = {"parameters": 7, "gradients": 0, "activations and all else": 9}
     assert out_of_memory.message(error, room, sizes, "--preset tiny").splitlines() == [
         "out of memory: rank 0 asked for 2,097,152 B over the limit of NVIDIA A10G",
@@ -69,6 +70,24 @@ def test_the_message_names_what_to_run():
         "  parameters                              7 B",
         "  what fits: ds-cmli-memory --preset tiny --world-size 1 --fit 'A10G 24GB'",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("NVIDIA H100 NVL", "--fit 'H100 NVL 94GB'"),
+        ("NVIDIA L40", "--fit 47810MB --gpu-memory 47810MB --sm 8.9"),
+    ],
+)
+def test_the_advice_is_for_the_gpu_that_ran_out(monkeypatch, name, options):
+    for function, value in {
+        "mem_get_info": (10**9, 47_810_500_000),
+        "memory_reserved": 10**10,
+        "get_device_name": name,
+        "get_device_capability": (8, 9),
+    }.items():
+        monkeypatch.setattr(torch.cuda, function, lambda device, value=value: value)
+    assert out_of_memory.device_room(torch.device("cuda")).fit == options
 
 
 @pytest.mark.parametrize(

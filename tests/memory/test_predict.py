@@ -32,7 +32,7 @@ from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import MemoryTracker
 from ds_cmli.memory_model import gpus
 from profiling.memory.measure_cpu import measure
-from tests.ranks import python
+from tests.conftest import run
 
 ALL = ("global", "cmli", "target_cmli")
 # For what does not depend on their number: a prediction takes a second for each.
@@ -106,7 +106,7 @@ def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
 
 def test_packaged_weights_are_predicted_with_their_own_sizes():
     config, words = without_weights(load_preset("demo", {}))
-    packaged = AutoConfig.from_pretrained(assets.minilm()).to_dict()
+    packaged = AutoConfig.from_pretrained(assets.fetch("minilm")).to_dict()
     assert packaged["vocab_size"] == words and packaged["model_type"] == config.student.text_model
     assert len(config.student.text_overrides) == 4
     assert config.student.text_overrides.items() <= packaged.items()
@@ -172,8 +172,8 @@ def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_b
         return max(accumulate(e.bytes for e in events if e.category == "parameters" and e.phase == "init"))
 
     usual = predict(config, ds_json(), 2)
-    full = replace(gpus.find(DEFAULT_GPU).total, bytes=gpus.device_bytes(0, DEFAULT_GPU, 2))
-    monkeypatch.setitem(gpus.all_gpus(), DEFAULT_GPU, replace(gpus.find(DEFAULT_GPU), total=full))
+    full = gpus.find(DEFAULT_GPU).total._replace(bytes=gpus.device_bytes(0, DEFAULT_GPU, 2))
+    monkeypatch.setitem(gpus.GPUS, DEFAULT_GPU, replace(gpus.find(DEFAULT_GPU), total=full))
     little = predict(config, ds_json(), 2)
     parameters = usual.report.categories["parameters"]
     assert most_parameters(usual.events) > 1.5 * parameters > 1.4 * most_parameters(little.events)
@@ -326,7 +326,7 @@ def test_sizes_as_they_are_typed():
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     one_block = ("--set", "student.layers=1", "--set", "teacher.block=0")
-    return python("profiling/predict.py", "--preset", "tiny", *one_block, *arguments)
+    return run("--preset", "tiny", *one_block, *arguments, script="../profiling/predict.py")
 
 
 @pytest.mark.slow
@@ -437,6 +437,8 @@ def test_the_answer_comes_first():
     "gpu, fit, micro_batch, device, fits",
     [
         ("T4", None, 0, 10**9, True),
+        ("48GB 8.9", None, 0, 48 * 10**9, True),
+        ("48GB 8.9", None, 0, 48 * 10**9 + 1, False),
         ("T4", None, 0, 10**11, False),
         (None, None, 0, 10**11, True),  # no GPU was asked about
         (None, "24GB", 8, 10**9, True),
@@ -455,8 +457,25 @@ def test_what_does_not_fit_has_an_exit_code(monkeypatch, gpu, fit, micro_batch, 
     monkeypatch.setattr(largest_rank, "predict_largest", lambda *_, **__: result)
     monkeypatch.setattr(search, "fit", lambda *_, **__: fitted)
     monkeypatch.setattr(command, "show", lambda _: None)
-    options = command.PredictionOptions(1, None, gpu, fit, None, None)
+    given = (None, *gpu.split()) if gpu and " " in gpu else (gpu, None, None)
+    options = command.PredictionOptions(1, None, *given, fit, None, None)
     assert command.single(None, None, options)[1] == fits
+
+
+def test_the_gpu_here_is_the_one_that_is_asked_about(monkeypatch):
+    import pynvml
+
+    from ds_cmli.memory import command
+
+    assert command.default_gpu() == DEFAULT_GPU  # without a driver
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", ["NVIDIA L40S"].__getitem__)
+    assert command.default_gpu() == "L40S 48GB"
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", ["NVIDIA L40"].__getitem__)
+    with pytest.raises(UserError, match=r"^this GPU, 'NVIDIA L40', is not listed"):
+        command.default_gpu()
 
 
 def test_two_sizes_never_read_alike():
@@ -478,8 +497,9 @@ def test_what_fit_means_is_said_with_what_tensors_can_have():
 
     assert meant("24GB", 24 * 10**9, "", DEFAULT_GPU, 1) == (
         "--fit '24GB' means 24,000,000,000 B of a GPU: 23,685,427,200 B of them for tensors, the rest is CUDA's context"
-        " as on a RTX 3090 24GB; to mean a GPU's own memory, name it: A10G 24GB (23,686,283,264 B), RTX 3090 24GB"
-        f" (25,425,870,848 B), RTX 4090 24GB ({gpus.find('RTX 4090').total.bytes:,} B)"
+        " as on a RTX 3090 24GB; to mean a GPU's own memory, name it: A10 24GB (23,686,283,264 B), A10G 24GB"
+        " (23,686,283,264 B), L4 24GB (23,670,554,624 B), RTX 3090 24GB (25,425,870,848 B), RTX 4090 24GB"
+        " (25,372,393,472 B)"
     )
     assert meant("A10G", 23_686_283_264, "A10G 24GB", "A10G 24GB", 2) == (
         "--fit 'A10G' means the 23,686,283,264 B that a A10G 24GB has: 23,057,137,664 B of them for tensors, the rest "

@@ -6,8 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.blocks import FIRST_ADDRESS, Event, OutOfMemory
 from ds_cmli.memory_model.caching_allocator import CachingAllocator, replay
 
@@ -216,44 +214,9 @@ def test_whatever_is_asked_for_segments_stay_whole(requests, seed):
     assert all(segment.address >= FIRST_ADDRESS for segment in allocator.segments.values())
 
 
-def test_device_bytes_add_the_gpus_constants():
-    gpu = gpus.find("A10G 24GB")
-    alone = gpus.device_bytes(10 * M, "A10G 24GB", 1)
-    assert alone == 10 * M + gpu.context.bytes
-    assert gpus.device_bytes(10 * M, "A10G 24GB", 2) == alone + gpu.nccl.bytes
-    assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
-
-
 def test_equal_blocks_are_taken_from_the_oldest_segment():
     replayed = replay(events(40 * M, 40 * M, -2, -1, 30 * M))
     assert layout(replayed) == [f"+{30 * M} {10 * M}", f"{40 * M}"]
-
-
-def test_cublas_takes_what_its_variable_says():
-    gpu = gpus.find("A100 80GB")
-    assert gpu.cublas_bytes() == gpu.cublas_bytes("nonsense") == gpu.cublas_workspace.bytes
-    assert gpu.cublas_bytes(":4096:8") == 2 * 32 * M
-    assert gpu.cublas_bytes(":4096:2:16:8") == 2 * (8 * M + 128 * 1024)
-
-
-def test_gpus_say_what_is_known_and_are_found_by_torchs_names():
-    for gpu in gpus.all_gpus().values():
-        for constant in (gpu.total, gpu.context, gpu.cublas_workspace, gpu.nccl):
-            assert constant.known in (gpus.MEASURED, gpus.ASSUMED)
-            assert constant.source
-        gigabytes = int(gpu.name.split()[-1].removesuffix("GB"))
-        assert 0.85 * gigabytes * 1e9 < gpu.usable < gpu.total.bytes < 1.1 * gigabytes * 1e9
-    names = {
-        "a10g": "A10G 24GB",
-        "NVIDIA A100-SXM4-80GB": "A100 80GB",
-        "NVIDIA H100 80GB HBM3": "H100 80GB",
-        "NVIDIA GeForce RTX 4090": "RTX 4090 24GB",
-    }
-    assert {name: gpus.find(name).name for name in names} == names
-    assert (gpus.listed_name("NVIDIA A10G"), gpus.listed_name("Tesla V100")) == ("A10G 24GB", "")
-    for unclear in ("A100", "", "V100"):
-        with pytest.raises(UserError, match=r"--gpu is .*: give one of T4 16GB"):
-            gpus.find(unclear)
 
 
 def test_an_emptied_cache_returns_free_segments_and_streams_share_none():

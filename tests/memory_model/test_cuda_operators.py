@@ -12,7 +12,7 @@ from ds_cmli.memory_model.cuda_operators import inside
 from ds_cmli.memory_model.inside import Inside
 
 aten, bf16, fp16, fp32 = torch.ops.aten, torch.bfloat16, torch.float16, torch.float32
-A100, RTX_3090, H100, T4 = (gpus.find(name).limits for name in ("A100 80GB", "RTX 3090", "H100", "T4"))
+A100, RTX_3090, H100, T4 = (gpus.find(name).limits for name in ("A100 80GB", "RTX 3090", "H100 80GB", "T4"))
 
 
 def empty(*shape: int, dtype: torch.dtype = bf16) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """LoRA: what is trained, merged and refused; its checkpoints, on other ranks too."""
 
-import re
 from importlib.util import find_spec
 
 import pytest
@@ -8,8 +7,6 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ds_cmli.checkpoint import weights
-from ds_cmli.checkpoint.weights import FROZEN
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models, building
@@ -87,7 +84,7 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):
+def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch):
     """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
     arguments = [*SOME, "--steps", "6", "--save-every", "2"]
     arguments += [*source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})]
@@ -95,17 +92,15 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
     broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
     assert train(broken, stop_at=4) == 85
     root = tmp_path / "broken" / "checkpoint"
-    frozen = [root / name / FROZEN for name in ("step2", "step4")]
-    assert len({file.stat().st_ino for file in frozen}) == 1 and frozen[0].stat().st_nlink == 2
-    names = load_file(frozen[0]).keys()
+    (frozen,) = root.glob("frozen-*.safetensors")
+    names = load_file(frozen).keys()
     assert "student.image.model.cls_token" in names and not [name for name in names if "lora_" in name]
-    said = [float(size) for size in re.findall(r"checkpoint step\d: ([\d.]+) MB", capfd.readouterr().out)]
-    assert said[-1] == pytest.approx(said[-2] - frozen[0].stat().st_size / 1e6, abs=0.11)
 
     def others(*given, **more):
         objective, teacher = build_models(*given, **more)
-        for parameter in weights.frozen(objective).values():
-            parameter.data.zero_()
+        for parameter in objective.parameters():
+            if not parameter.requires_grad:
+                parameter.data.zero_()
         return objective, teacher
 
     monkeypatch.setattr(building, "build_models", others)
@@ -120,7 +115,7 @@ def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):
     arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     assert train([*arguments, *straight]) == 0
     assert train([*arguments, *broken], stop_at=5) == 85
-    codes, _ = ranks(2, [{"arguments": [*arguments, *broken]}])
+    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
     assert codes == [0]
     losses = [[line["loss"] for line in metrics(tmp_path / run) if "loss" in line] for run in ("straight", "broken")]
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -4,19 +4,18 @@ What slurm/train.sh does in the others is shown by stand-ins in test_script.py, 
 signals in tests/faults.
 """
 
-import json
 import random
 import re
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT, rank_environments
 from tests.make import pairs
 from tests.metrics_file import metrics
-from tests.ranks import start_ranks
+from tests.processes import Program, python
 from tests.slurm.cluster import NODES, Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
@@ -48,9 +47,10 @@ def options(tmp_path_factory) -> list[str]:
     return [*TINY, "--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=600)]
 
 
-def straight(folder: Path, options: list[str]) -> list[subprocess.Popen]:
+def straight(folder: Path, options: list[str]) -> list[Program]:
     """The ranks of the same run without interruption, started."""
-    return start_ranks(["ds_cmli/train.py", *options, "--output-dir", folder], [folder.with_suffix(".log")] * 2)
+    command = [str(ROOT / "ds_cmli" / "train.py"), *options, "--output-dir", str(folder)]
+    return [Program(command, env, ROOT, folder.with_suffix(".log")) for env in rank_environments(2)]
 
 
 def interrupted(
@@ -59,7 +59,7 @@ def interrupted(
     """A job that meets `kinds`, each at a random step; its folder and its log."""
     dice, steps = random.Random(seed), int(options[-1])
     request = ("--nodes=2", "--time=60", "--signal=TERM@90")
-    job = submit(cluster, folder, request, *options)
+    job = submit(cluster, folder, request, *options, python=python())
     run = folder / "runs" / f"slurm-{job}"
     stops = [0]
     for number, kind in enumerate(kinds):
@@ -108,41 +108,3 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
     stopped = re.search(r"checkpoint step(\d+): ", text)
     assert stopped and int(stopped[1]) == steps_done(run)
     assert "requeued" not in log(tmp_path, job)
-
-
-def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
-    """A node's slurmd dies and its task lives on, while the job is requeued to the other node."""
-    job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2")
-    run = tmp_path / "runs" / f"slurm-{job}"
-    poll(lambda: steps_done(run) >= 3, 120, lambda: log(tmp_path, job))
-    node, old = cluster.job(job)["BatchHost"], Path(f"/proc/{task(job, rank=0)}")
-    cluster.kill_node(node)
-    try:
-        cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        poll(lambda: not old.exists(), 240, lambda: log(tmp_path, job))
-        owner, start = json.loads((run / "run.lock").read_text())["job"]
-        assert owner == job and int(start) >= 1  # it ended because of that; on a slow machine Slurm may requeue twice
-        ended = steps_done(run)
-        poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))
-    finally:
-        cluster.command("scancel", job)
-        cluster.start_node(node)
-        # Refused where the node's return has been noticed already.
-        cluster.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
-        cluster.wait_idle()
-    assert cluster.job(job)["Restarts"] != "0" and "requeued" not in log(tmp_path, job)
-    steps = re.findall(r'"step": (\d+), "loss"', (run / "metrics.jsonl").read_text())
-    assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
-
-
-def task(job: str, rank: int) -> int:
-    """The process id of a job's task."""
-    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command, given = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"train.py" in command and b"SLURM_STEP_ID=" in given and wanted <= set(given.split(b"\0")):
-            return int(process.name)
-    raise AssertionError(f"no process of rank {rank} of job {job}")

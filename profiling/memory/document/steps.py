@@ -196,9 +196,12 @@ class WholeStep:
 
 
 def whole_step(
-    preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS
+    preset: str, world_size: int, device: str, gpu: str, seconds: float = STEP_SECONDS
 ) -> WholeStep:
-    """Predict the step for `device`, and measure it in a process if memory and time allow."""
+    """Predict the step for `device`, and measure it in a process if memory and time allow.
+
+    `gpu`: the name of the GPU that this is, as `gpus.find` takes it.
+    """
     whole = load_preset(preset, {}).optim.micro_batch
     pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
     config = load_preset(preset, {"optim": {"micro_batch": pairs}})
@@ -206,7 +209,13 @@ def whole_step(
     with predicting() as pool:
         # The measurement uses a fake process group as well, whose collectives copy nothing.
         submitted = pool.submit(
-            predict, config, ds_config, world_size, target=device, options=Options(backend="fake")
+            predict,
+            config,
+            ds_config,
+            world_size,
+            target=device,
+            gpu=gpu,
+            options=Options(backend="fake"),
         )
         prediction = submitted.result()
     needed, free = prediction.report.totals["requested"], free_bytes(device)

@@ -1,6 +1,6 @@
 // The cards and their properties: what cudaGetDeviceProperties and the attributes report. Capability, SMs, threads and blocks
 // an SM and shared memory are those of the CUDA C++ Programming Guide (technical specifications per compute capability) and
-// of NVIDIA's data sheets; memory is that of the package's gpus.json.
+// of NVIDIA's data sheets; memory is that of the package's memory_model/gpus.py.
 #include "null_gpu.h"
 #include <stdio.h>
 #include <stdlib.h>

@@ -11,7 +11,7 @@ from profiling.memory.document.compare import Row
 from profiling.memory.document.estimates import Setting, claims
 from profiling.memory.document.implementations import implementations
 from profiling.scripts import Table
-from tests.ranks import ROOT, python
+from tests.conftest import ROOT, run
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 SCRIPT = ROOT / "profiling" / "compare_estimates.py"
@@ -20,7 +20,7 @@ KEYS |= {"measured_bytes", "measured_peak_bytes", "measured_on", "verdict"}
 
 
 def command(*options: str) -> subprocess.CompletedProcess:
-    return python("profiling/compare_estimates.py", *options)
+    return run(*options, script="../profiling/compare_estimates.py")
 
 
 def test_a_row_is_measured_in_a_process_of_its_own():
@@ -151,9 +151,16 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch):
     rows, _ = steps.document_rows(s, [v for v in steps.VARIANTS if v.checkpointing])
     assert [row.implementation for row in rows] == ["materialised, checkpointing", "ours, checkpointing"]
     materialised, ours = (row.predicted_bytes for row in rows)
-    # At the least all similarities and their gradients at once.
-    assert ours - materialised > 2 * 6_576_668_672
-    assert 20e9 < ours < rows[0].extra["gpu_bytes"]
+    # Either direction's maxima give all similarities a gradient of their own; autograd holds both before it adds
+    # them. The similarities are gone by then, as a maximum keeps indices.
+    both = 2 * 6_576_668_672
+    assert both < rows[0].extra["categories"]["temporaries"] < 1.01 * both
+    # The two peaks are different moments, so their distance may be smaller: ours is in the encoders' backward, with
+    # DeepSpeed's bucket. The materialised one comes before the first parameter's gradient, that of the temperature.
+    bucket = rows[1].extra["categories"]["ZeRO buckets"]
+    assert (rows[0].extra["categories"]["ZeRO buckets"], bucket) == (0, 200_000_000)
+    assert rows[0].predicted_peak_bytes - rows[1].predicted_peak_bytes > both - bucket
+    assert rows[0].extra["gpu_bytes"] - materialised > both and 20e9 < ours < rows[0].extra["gpu_bytes"]
     assert rows[1].verdict == f"fits: {ours / 1e9:,.1f} GB free"
     for row in rows:
         assert sum(row.extra["categories"].values()) == row.extra["totals"]["requested"] == row.predicted_peak_bytes
@@ -222,6 +229,7 @@ def test_the_command(tmp_path):
     [
         (["--only", "E1,E9"], "error: --only is 'E1,E9': give some of E1, E2, E3, E4, E5\n"),
         (["--json", "/no/such/x.json"], "error: cannot write '/no/such/x.json': No such file or directory\n"),
+        (["--sm", "8.9"], "error: --gpu-memory and --sm are given together, and in place of --gpu\n"),
         (["--B", "0"], "error: --B is 0: give 1 or more\n"),
     ],
 )

@@ -1,0 +1,148 @@
+"""What the next step depends on beside the engine: position in the data, random generators, sums.
+
+`state.json` of a checkpoint holds what all ranks share, `rank-R.pt` what each has of its own.
+"""
+
+import dataclasses
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.data.pairs import BadSamples
+from ds_cmli.data.sampler import GlobalBatchSampler
+
+STATE = "state.json"
+OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
+
+
+@dataclass
+class TrainState:
+    """Everything that the next step depends on except the engine's state."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: bool = False  # whether the evaluation that is due at `step` is done
+    sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict`
+    best: dict[str, Any] = field(default_factory=dict)  # of `evaluate.report.best`, and its sha256
+    worse_in_row: int = 0  # evaluations since the best one
+    skipped_in_row: int = 0  # steps skipped because loss or gradients were not finite
+    world_size: int = 1
+    train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
+    accumulation: int = 1
+    rebatched: bool = False  # the number of ranks has changed, and with it the micro-batch
+    config: dict[str, Any] = field(default_factory=dict)  # what `settings.compared` gives
+    resumed_from: str = ""  # the path of --resume PATH
+
+    # Of each rank. The sums are those of `MicroBatchLosses.stacked`, in fp32.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
+    micro_batches: int = 0  # since the last logged step, over which `sums` adds up
+    bad_count: int = 0  # samples that could not be used
+    bad_first: list[tuple[str, str]] = field(default_factory=list)
+    generators: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best result was found at this step."""
+        return self.best.get("step") == self.step
+
+    def count_evaluation(self) -> None:
+        """Record an evaluation; called after `best` was updated."""
+        self.evaluated = True
+        self.worse_in_row = 0 if self.is_best else self.worse_in_row + 1
+
+    def out_of_patience(self, patience: int) -> bool:
+        return self.evaluated and 0 < patience <= self.worse_in_row
+
+    def shared(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OF_RANK}
+
+    def of_rank(self) -> dict[str, Any]:
+        """CPU-GPU sync."""
+        return {name: getattr(self, name) for name in OF_RANK} | {"sums": self.sums.cpu()}
+
+    def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
+        """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
+        self.sampler, self.generators = sampler.state_dict(), generators()
+        self.bad_count, self.bad_first = bad.count, list(bad.first)
+
+    def restore(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
+        """Put back what `of_rank` returned. Last: nothing may draw random numbers after it."""
+        device, losses = self.sums.device, len(self.sums)
+        vars(self).update(of_rank)
+        self.sums = self.sums.to(device)
+        if len(self.sums) != losses:  # resumed with other losses
+            self.sums, self.micro_batches = torch.zeros(losses, device=device), 0
+        bad.count, bad.first = self.bad_count, self.bad_first
+        random.setstate(self.generators["python"])
+        name, keys, *rest = self.generators["numpy"]
+        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+        torch.set_rng_state(self.generators["torch"])
+        if torch.cuda.is_available() and "cuda" in self.generators:
+            torch.cuda.set_rng_state(self.generators["cuda"])
+
+
+def generators() -> dict[str, Any]:
+    """The states of all random generators, as plain values and tensors. CPU-GPU sync."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    """The shared part. Raises `UserError` if it is that of another version, or of none."""
+    path = checkpoint / STATE
+    try:
+        values = json.loads(path.read_text())
+        known = {f.name: f.type for f in dataclasses.fields(TrainState) if f.name not in OF_RANK}
+        unlike = known.keys() ^ values.keys()
+        if unlike or type(values["step"]) is not int:
+            raise ValueError(f"another version's, by its {', '.join(sorted(unlike)) or 'step'}")
+        return TrainState(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no state of a run ({first_line(error)}): --resume another one, or go on "
+            "with the version that wrote it, which the run's config.json names"
+        ) from None
+
+
+def read_of_rank(checkpoint: Path, before: int, rank: int, ranks: int, seed: int) -> dict[str, Any]:
+    """This rank's part of the state; `before` ranks wrote it.
+
+    On another number of ranks the mean of `sums` over ranks stays, counts go to rank 0, since only
+    their sum is used, and a rank that did not exist seeds its generators with its rank and `seed`.
+    """
+    every = []
+    for number in [rank] if before == ranks else range(before):
+        file = checkpoint / f"rank-{number}.pt"
+        every.append(torch.load(file, map_location="cpu", weights_only=True))
+        if not isinstance(every[-1], dict) or {*every[-1]} != {*OF_RANK}:
+            raise UserError(f"{file} is no state of a rank: --resume another one")
+    if before == ranks:
+        return every[0]
+    if rank < before:
+        own = every[rank]["generators"]
+    else:
+        random.seed(f"{seed} {rank} {ranks}")
+        fresh = random.getrandbits(31)
+        np.random.seed(fresh)
+        torch.manual_seed(fresh)
+        own = generators()
+    return {
+        "sums": torch.stack([part["sums"] for part in every]).mean(0),
+        "micro_batches": every[0]["micro_batches"],
+        "bad_count": sum(part["bad_count"] for part in every) if rank == 0 else 0,
+        "bad_first": every[0]["bad_first"] if rank == 0 else [],
+        "generators": own,
+    }

@@ -1,0 +1,299 @@
+"""Starts that go on, are refused, or find damage: one folder, one command, in this process."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_cmli.checkpoint import files, resume
+from ds_cmli.checkpoint.files import no_code
+from ds_cmli.checkpoint.state import TrainState
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.run import Run
+from tests import make
+from tests.conftest import ZERO1, set_one_process
+from tests.drive_train import drive
+from tests.metrics_file import metrics
+
+pytestmark = pytest.mark.usefixtures("alone")
+OPTIMIZER = "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+SMALL = {"--steps": 8, "--log-every": 1, "--save-every": 2, "--keep": 3, "--eval-every": 3}
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    source = make.pairs(tmp_path_factory.mktemp("data") / "pairs", 33)
+    return make.small({"--data": source, **SMALL}, {"optim.ema_decay": 0.5, "student.freeze_image": 1})
+
+
+@pytest.fixture(scope="module")
+def stopped(arguments, tmp_path_factory) -> Path:
+    """A run stopped at step 4 of 8, with checkpoints of step 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        set_one_process(patch)
+        assert drive([*arguments, "--output-dir", str(folder)], stop_at=4) == 85
+    return folder
+
+
+@pytest.fixture
+def run(stopped, tmp_path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        drive(list(map(str, arguments)))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+    return str(error.value)
+
+
+# --- damage
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 4
+    path.write_bytes(content)
+
+
+def lengthen(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"\0")
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, lengthen, Path.unlink])
+def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage):
+    newest = run / "checkpoint" / "step4"
+    names = sorted(path.name for path in newest.iterdir())
+    assert names == [OPTIMIZER, "checksums.json", "mp_rank_00_model_states.pt", "rank-0.pt", "state.json",
+                     "student_ema.safetensors"]  # fmt: skip
+    for name in names:
+        whole = (newest / name).read_bytes()
+        damage(newest / name)
+        point = resume.find("auto", run)
+        assert point is not None and point.path.name == "step2", name
+        assert len(point.lines) == 1 and "step4 is damaged" in point.lines[0] and name in point.lines[0]
+        (newest / name).write_bytes(whole)
+    (frozen,) = (run / "checkpoint").glob("frozen-*")
+    damage(frozen)  # of both
+    with pytest.raises(UserError, match=f"step2 is damaged: ../{frozen.name} .*there is no other"):
+        resume.find("auto", run)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"step9", b"\xff\xfe", b"../step2"])
+def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
+    pointer = run / "checkpoint" / "latest"
+    pointer.unlink()
+    if content is not None:
+        pointer.write_bytes(content)
+    shutil.copytree(run / "checkpoint" / "step4", run / "checkpoint" / "step6.writing")
+    point = resume.find("auto", run)
+    assert point is not None and point.path.name == "step4"
+
+
+class Evil:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+FOREIGN = [
+    ("rank-0.pt", Evil), ("rank-0.pt", lambda ran: torch.ones(3)), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}),
+    ("mp_rank_00_model_states.pt", Evil), (OPTIMIZER, Evil),
+    ("state.json", lambda ran: 7), ("state.json", lambda ran: {"step": "x"}), ("state.json", lambda ran: None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", [2, 1])  # as it is, and through the universal checkpoint
+@pytest.mark.parametrize("name, content", FOREIGN)
+def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
+    name, content, stage, run, arguments, tmp_path
+):
+    checkpoint, ran = run / "checkpoint" / "step4", tmp_path / "ran"
+    value = content(ran)
+    (checkpoint / name).write_text(json.dumps(value)) if name == "state.json" else torch.save(value, checkpoint / name)
+    entries = files.read_checksums(checkpoint)
+    files.write_checksums(checkpoint, entries | {name: files.describe(checkpoint / name)})
+    ds_config = make.json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
+    changed = ["--deepspeed_config", ds_config, "--resume-with-changes"]
+    assert str(checkpoint) in refused(*arguments, "--output-dir", run, *changed)
+    assert not ran.exists()
+
+
+def test_no_library_runs_code_inside(tmp_path):
+    torch.save(Evil(tmp_path / "ran"), tmp_path / "file.pt")
+    with no_code(), pytest.raises(Exception, match="mkdir"):
+        torch.load(tmp_path / "file.pt", weights_only=False)  # as DeepSpeed's converter asks for
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("after", [0, 3, 6])
+def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
+    written, write = [], files.write
+
+    def full(path, write_to):
+        written.append(path)
+        if len(written) > after and "step6" in "".join(os.listdir(run / "checkpoint")):
+            raise OSError(28, "No space left on device")
+        return write(path, write_to)
+
+    before = {path: path.read_bytes() for path in (run / "checkpoint").rglob("*") if path.is_file()}
+    monkeypatch.setattr(files, "write", full)
+    line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
+    assert "the last checkpoint could not be written" in line and "No space left" in line
+    assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in (run / "checkpoint").rglob("*") if path.is_file()} == before
+    monkeypatch.undo()
+    set_one_process(monkeypatch)
+    assert drive([*arguments, "--output-dir", str(run)]) == 0
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
+
+
+# --- settings
+
+
+def test_other_settings_are_refused_with_their_differences_unless_asked_for(run, arguments):
+    changed = [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"]
+    line = refused(*changed)
+    assert "optimizer.params.lr" in line and 'loss.mse_reduction: "mean" -> "sum"' in line
+    assert drive([*changed, "--resume-with-changes"]) == 0
+    rates = {line["step"]: line["lr"] for line in metrics(run) if "lr" in line}
+    assert rates[5] > 1.4 * rates[4]
+
+
+def test_what_no_step_depends_on_may_change(run, arguments, tmp_path):
+    ds_config = {"wall_clock_breakdown": True, "steps_per_print": 5}
+    default = json.loads(Path("ds_configs/zero2.json").read_text())
+    free = ["--set", "data.prefetch=1", "--set", "run.eval_batch=3", "--set", "loss.cmli_scratch_bytes=2000000"]
+    free += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", {**default, **ds_config})]
+    assert drive([*arguments, "--output-dir", str(run), "--save-every", "5", *free]) == 0
+
+
+def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
+    other = make.pairs(tmp_path / "other", 12)
+    point = resume.find("auto", run)
+    assert point is not None and point.state.best["step"] == 3
+    config = load_preset("tiny", {"data": {"val_source": other}})
+    ds_config = DeepSpeedConfig.of(ZERO1).filled(config.optim, 1, 8)
+    state = resume.state_of(point, config, ds_config, True, print)
+    assert state.best == {} and state.worse_in_row == 0
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
+    point = resume.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    rebatched = resume.rebatch(point, DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
+    assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    with pytest.raises(UserError, match=r"24 = 12 pairs x 2 accumulation, which 5 ranks .*out of 1, 2, 3, 4, 6, 12"):
+        resume.rebatch(point, DeepSpeedConfig.of(ZERO1))
+
+
+# --- folders
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, arguments, capfd):
+    argv = [*arguments, "--output-dir", str(run)]
+    assert drive(argv) == 0
+    before = snapshot(run)
+    assert drive(argv) == 0
+    assert f"the run in {run} is finished, 8 steps" in capfd.readouterr().out
+    assert snapshot(run) == before
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_lines_after_the_resumed_step_and_half_lines_are_removed(run, arguments):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
+    assert drive([*arguments, "--output-dir", str(run)]) == 0
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
+
+
+def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(run, arguments, tmp_path, capfd):
+    argv = [*arguments, "--output-dir", str(tmp_path / "new"), "--resume", str(run / "checkpoint" / "step2")]
+    assert drive(argv, stop_at=4) == 85
+    assert drive(argv) == 0  # the same command goes on with what it has itself
+    assert f"resuming from {tmp_path / 'new' / 'checkpoint' / 'step4'}" in capfd.readouterr().out
+    line = refused(*argv[:-1], run / "checkpoint" / "step4")
+    assert "--resume" in line and "has checkpoints of its own" in line
+    assert "no checkpoint there" in refused(*arguments, "--output-dir", tmp_path / "b", "--resume", tmp_path)
+    assert drive([*arguments, "--resume", str(run)]) == 0
+    weights = [(folder / "student.safetensors").read_bytes() for folder in (run, tmp_path / "new")]
+    assert weights[0] == weights[1]
+
+
+def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(run, arguments, tmp_path, monkeypatch):
+    before = snapshot(run)
+    never = [*arguments, "--resume", "never", "--output-dir"]
+    assert "--resume is 'never'" in refused(*never, run)
+    assert snapshot(run) == before
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert drive([*never, str(tmp_path / "new")], stop_at=1) == 85
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert drive([*never, str(tmp_path / "new")], stop_at=2) == 85
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job's run is not gone on with
+    assert "has a run" in refused(*never, tmp_path / "new")
+
+
+def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp_path, capfd, monkeypatch):
+    from ds_cmli.evaluate import report
+
+    values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
+
+    def best(before, split, result, step):
+        now = {"metric": "m", "value": values[step], "step": step, "pairs": 4, "chance": 0.25}
+        return before if values[step] <= before.get("value", -1) else now
+
+    monkeypatch.setattr(report, "best", best)
+    run, kept = tmp_path / "run", tmp_path / "run" / "student-best.safetensors"
+    argv = [
+        *arguments,
+        "--steps",
+        "12",
+        "--eval-every",
+        "2",
+        "--save-every",
+        "0",
+        "--keep",
+        "1",
+        "--output-dir",
+        str(run),
+    ]
+    argv += ["--set", "run.patience=2", "--set", "run.keep_best=true"]
+    assert drive(argv, stop_at=7) == 85
+    assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step7"]
+    weights = kept.read_bytes()  # of the averages
+    flip(kept)
+    assert drive(argv) == 0
+    output = capfd.readouterr().out
+    assert "ended at step 8: 2 evaluations in a row gave no better result" in output
+    assert f"{kept} is not the best of this run: removed" in output and not kept.exists()
+    assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step8"]
+    assert weights != (run / "student_ema.safetensors").read_bytes()
+    assert drive(argv) == 0
+    assert "is finished, 8 steps" in capfd.readouterr().out
+
+
+def test_a_diverged_run_names_the_last_good_checkpoint(run, arguments, monkeypatch):
+    def diverge(run, losses):
+        run.state.skipped_in_row = 6
+        raise UserError(run.checkpoints.diverged("6 steps in a row were skipped", run.state))
+
+    monkeypatch.setattr(Run, "end_step", diverge)
+    line = refused(*arguments, "--output-dir", run)
+    assert "the run has diverged" in line and str(run / "checkpoint" / "step4") in line
