@@ -1,17 +1,11 @@
 import contextlib
 import gc
 import os
-import random
 import re
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 from functools import partial
 from itertools import combinations
-from pathlib import Path
-from unittest import mock
 
 import pytest
 from _pytest.mark.expression import Expression
@@ -28,51 +22,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
-ROOT = Path(__file__).resolve().parent.parent
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
-# By the durations that `.ci/run` writes; the tests of Slurm wait most of their time.
-LONGEST_FIRST = (
-    "tests/slurm",
-    "tests/memory/test_predict.py",
-    "tests/fake_cuda",
-    "tests/checkpoint/test_restore.py",
-    "tests/memory/test_repeated.py",
-    "tests/null_gpu",
-    "tests/cmli/test_triton.py",
-    "tests/checkpoint/test_universal.py",
-    "tests/checkpoint/test_resume_data.py",
-    "tests/engine/test_ema.py",
-    "tests/test_train.py",
-    "tests/engine/test_gradient_caching.py",
-    "tests/faults/test_nonfinite.py",
-    "tests/models/test_lora.py",
-    "tests/test_mistakes.py",
-    "tests/models/test_any_aspect.py",
-    "tests/checkpoint/test_unwritable.py",
-    "tests/memory/test_out_of_memory.py",
-    "tests/cmli/test_scores.py",
-    "tests/distributed/test_ranks.py",
-    "tests/engine/test_parameter_groups.py",
-    "tests/memory/test_measure.py",
-    "tests/engine/test_train_engine.py",
-    "tests/faults/test_preemption.py",
-    "tests/models/test_blocks.py",
-    "tests/data/test_loaders.py",
-    "tests/checkpoint/test_kill.py",
-    "tests/data/test_assets.py",
-    "tests/cmli/test_sparse_backward.py",
-    "tests/faults/test_restarts.py",
-    "tests/cmli/test_triton_compile.py",
-    "tests/profiling/memory/test_compare.py",
-)
-# Folders whose files run in one process: a machine can run only one Slurm, and the null GPU's server takes 12 s.
-TOGETHER = ("tests/slurm", "tests/null_gpu")
-
-
-def place(nodeid: str) -> str:
-    """The file of a test, or its folder where that is one of TOGETHER."""
-    file = nodeid.split("::")[0]
-    return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
 
 def selects_gpu(expression: str) -> bool:
@@ -92,36 +42,6 @@ def pytest_configure(config):
     if not selects_gpu(config.option.markexpr):
         # The second reaches what the launcher of DeepSpeed starts, which sets the first by itself.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 2`: a file's tests run in one process, for their fixtures. The longest begin first."""
-    from xdist.scheduler import LoadFileScheduling
-
-    config.option.loadscopereorder = False  # xdist's order: the files with the most tests first
-
-    class Files(LoadFileScheduling):
-        def _split_scope(self, nodeid):
-            return place(nodeid)
-
-    return Files(config, log)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(config, specs):
-    """All processes are forked from one that has imported the libraries, but where that would ask for the GPU first."""
-    from tests.processes import worker
-
-    if not selects_gpu(config.option.markexpr):
-        for spec in specs:
-            spec.python = worker()
-
-
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left alone with one at the end; then in the usual order."""
-    numbers = {name: number for number, name in enumerate(LONGEST_FIRST)}
-    items.sort(key=lambda item: numbers.get(place(item.nodeid), len(numbers)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -251,12 +171,9 @@ def null_gpu():
 
 @pytest.fixture(scope="session")
 def predicting_process():
-    from ds_cmli.memory import predict_subprocess
-    from tests.processes import python
+    from ds_cmli.memory.predict_subprocess import Predictor
 
-    with mock.patch.object(sys, "executable", python()):
-        predictor = predict_subprocess.Predictor(timeout_s=3600)
-    with predictor:
+    with Predictor(timeout_s=3600) as predictor:
         yield predictor
 
 
@@ -291,9 +208,6 @@ def one_predictor(monkeypatch, predicting_process):
             return self.receive()
 
     monkeypatch.setattr(predict_subprocess, "Predictor", predictor)
-
-
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_one_process(patch: pytest.MonkeyPatch) -> None:
@@ -336,67 +250,3 @@ def process_of_a_file():
 def process_of_a_test():
     with same_process():
         yield
-
-
-def clean_environment() -> dict[str, str]:
-    """This process's, without what a launcher would have set."""
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
-
-
-def run(*arguments: str, launcher: tuple[str, ...] = (), script: str = "train.py", timeout: float = 300):
-    """Run a script of ds_cmli by its path, or a module by its name, and return the finished process.
-
-    Args:
-        launcher: the command in front of it, as a user writes it; none: the process is forked with libraries loaded.
-    """
-    program = [str(ROOT / "ds_cmli" / script)] if script.endswith(".py") else ["-m", script]
-    command = [*launcher, *program, *arguments]
-    if launcher:
-        run = partial(subprocess.run, capture_output=True, text=True)
-        return run(command, env=clean_environment(), cwd=ROOT, timeout=timeout)
-    from tests.processes import finished
-
-    with tempfile.TemporaryDirectory() as folder:
-        return finished(command, clean_environment(), ROOT, Path(folder), timeout)
-
-
-def rank_environments(world_size: int, **more: str) -> list[dict[str, str]]:
-    """The environment of each rank's process on this machine, as a launcher would set it, and `more`."""
-    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-    env |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-
-
-def free_port() -> int:
-    """Below the ports that the system hands out by itself (32768 on): nobody is given it between now and its use."""
-    while True:
-        port = random.SystemRandom().randrange(20000, 32000)
-        with socket.socket() as s, contextlib.suppress(OSError):
-            s.bind(("127.0.0.1", port))
-            return port
-
-
-def spawn(function, world_size: int, *arguments) -> list:
-    """Run `function(rank, world_size, *arguments)` in `world_size` gloo processes; their results in rank order."""
-    import torch.multiprocessing as mp
-
-    from tests.processes import CONTEXT
-
-    with CONTEXT.Manager() as manager:
-        results = manager.dict()
-        given = (world_size, free_port(), function, arguments, results)
-        mp.start_processes(_worker, given, nprocs=world_size, start_method="forkserver")
-        return [results[r] for r in range(world_size)]
-
-
-def _worker(rank, world_size, port, function, arguments, results):
-    import torch
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.setdefault("LOCAL_RANK", str(rank))  # DeepSpeed asks for it
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    try:
-        results[rank] = function(rank, world_size, *arguments)
-    finally:
-        dist.destroy_process_group()

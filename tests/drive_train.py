@@ -1,20 +1,14 @@
-"""One rank that trains several times in one process, as the tests ask, under RANK and WORLD_SIZE: `drive_train.py FILE`
-
-FILE holds JSON, a list of `{"arguments": [...], "port": N}` and the other arguments of `drive`. The exit codes are
-printed as JSON, on rank 0.
-"""
+"""Trainings in this process, one after the other, under RANK and WORLD_SIZE."""
 
 import gc
+import io
 import json
 import os
 import signal
-import sys
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from unittest import mock
 
 from ds_cmli import train
-from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
 from ds_cmli.faults import preemption
 
@@ -69,15 +63,14 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
                 signal.signal(number, handler)
 
 
-def main(file: str) -> None:
-    codes = []
-    for task in json.loads(Path(file).read_text()):
-        os.environ["MASTER_PORT"] = str(task["port"])
-        codes.append(drive(task["arguments"], task.get("stop_at"), task.get("seen"), task.get("mistakes", False)))
-    if os.environ["RANK"] == "0":
-        print(json.dumps({"codes": codes}), flush=True)
-    leave(0)
+def drive_each(rank: int, world_size: int, tasks: list[dict]) -> tuple[list[int], str]:
+    """A rank's exit codes of several trainings, and what it has printed.
 
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    Each task has the arguments of `drive` by name, and the `port` at which its ranks meet.
+    """
+    codes, printed = [], io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed):
+        for task in tasks:
+            os.environ["MASTER_PORT"] = str(task["port"])
+            codes.append(drive(**{name: value for name, value in task.items() if name != "port"}))
+    return codes, printed.getvalue()

@@ -1,20 +1,26 @@
-"""Functions and commands on several ranks of this machine, over gloo, with a limit of time."""
+"""Programs as processes of their own, and functions on several ranks over gloo: each with a limit of time."""
 
+import atexit
+import multiprocessing
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def free_port() -> int:
-    """Below the ports that the system hands out by itself: nobody is given it between now and its use."""
+    """Below the ports that the system hands out by itself (32768 on): nobody is given it between now and its use."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as s, suppress(OSError):
@@ -22,56 +28,93 @@ def free_port() -> int:
             return port
 
 
+def clean_environment() -> dict[str, str]:
+    """This process's, without what a launcher would have set."""
+    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+
+
 def environments(world: int, **more: str) -> list[dict[str, str]]:
-    """The environment of each rank's process, as a launcher would set it."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
-    env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    """The environment of each rank's process on this machine, as a launcher would set it, and `more`."""
+    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
     return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
-def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list:
+def start(argv: Sequence[object], env: dict[str, str], output: Path, errors: Path | None = None) -> subprocess.Popen:
+    """`python ARGV`, started; what it writes is added to the file `output`, or `errors`."""
+    with open(output, "ab") as out, open(errors or output, "ab") as err:
+        return subprocess.Popen([sys.executable, *map(str, argv)], env=env, cwd=ROOT, stdout=out, stderr=err)
+
+
+def start_ranks(argv: Sequence[object], outputs: Sequence[Path], **more: str) -> list[subprocess.Popen]:
+    """`python ARGV` on as many ranks as there are `outputs`, started as a scheduler does."""
+    return [start(argv, env, output) for env, output in zip(environments(len(outputs), **more), outputs, strict=True)]
+
+
+def python(
+    *argv: object, launcher: Sequence[str] = (sys.executable,), env: dict[str, str] | None = None, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """`python ARGV`, or `LAUNCHER ARGV`, run to its end from the project's folder."""
+    command, env = [*launcher, *map(str, argv)], clean_environment() if env is None else env
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+_pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
+
+
+def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list[Any]:
     """`function(rank, world, *arguments)` of each rank of a process group; what they return, in rank order.
 
-    Without `group` they have a launcher's variables alone.
+    Without `group` they have a launcher's variables alone. The processes stay for the next call: they import the
+    libraries once. Where a rank fails, or takes longer than `timeout` seconds, all of them are ended.
     """
-    import torch.multiprocessing as mp
+    if len(_pools) < world:
+        context = multiprocessing.get_context("spawn")
+        # At its end a process is left at once: libraries would print what they have not freed.
+        leave = {"initializer": atexit.register, "initargs": (os._exit, 0)}
+        more = [ProcessPoolExecutor(1, context, **leave) for _ in range(len(_pools), world)]
+        started = [pool.submit(os.getpid) for pool in more]
+        _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
+    given = (function, arguments, group)
+    jobs = [
+        pool.submit(_rank, env, rank, world, *given)
+        for rank, (env, (pool, _)) in enumerate(zip(environments(world), _pools, strict=False))
+    ]
+    wait(jobs, timeout, FIRST_EXCEPTION)
+    late = [rank for rank, job in enumerate(jobs) if not job.done()]
+    if late or any(job.exception() for job in jobs):
+        for pool, pid in _pools:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            pool.shutdown(wait=True)
+        _pools.clear()
+    for rank, job in enumerate(jobs):
+        if rank not in late:
+            job.result()  # raises what the rank has raised
+    assert not late, f"ranks {late} are not done in {timeout} s"
+    return [job.result() for job in jobs]
 
-    context = mp.get_context("forkserver")
-    # What this process has imported, its ranks will.
-    context.set_forkserver_preload(["ds_cmli.engine"] if "deepspeed" in sys.modules else ["torch"])
-    results, port = context.SimpleQueue(), free_port()
-    started = mp.start_processes(
-        _rank, (world, port, function, arguments, results, group), nprocs=world, join=False, start_method="forkserver"
-    )
-    end, found = time.monotonic() + timeout, {}
-    try:
-        while len(found) < world or not started.join(0.05):  # raises what a rank has raised
-            while not results.empty():
-                found.update([results.get()])
-            if len(found) < world:
-                started.join(0.05)
-            assert time.monotonic() < end, f"ranks {set(range(world)) - set(found)} are not done in {timeout} s"
-    finally:
-        for process in started.processes:
-            process.kill()
-    return [found[rank] for rank in range(world)]
 
-
-def _rank(rank: int, world: int, port: int, function: Callable, arguments: tuple, results, group: bool) -> None:
+def _rank(env: dict[str, str], rank: int, world: int, function: Callable, arguments: tuple, group: bool) -> Any:
     import torch
     import torch.distributed as dist
 
+    from ds_cmli.distributed import process_group
+
+    os.environ.clear()
+    os.environ.update(env)
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if not group:
-        results.put((rank, function(rank, world, *arguments)))
-        return
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    if "deepspeed" in sys.modules:
+        from tests.engines import released as scope
+    else:
+        scope = nullcontext
+    if group:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
     try:
-        results.put((rank, function(rank, world, *arguments)))
+        with scope():
+            return function(rank, world, *arguments)
     finally:
-        dist.destroy_process_group()
+        process_group.shutdown()
 
 
 def commands(

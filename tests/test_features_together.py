@@ -132,7 +132,7 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
     tasks += [{"arguments": [*given, "--output-dir", str(broken), "--workers", "1"], "stop_at": stop} for stop in STOPS]
     tasks += [{"arguments": [*given, "--output-dir", str(broken)]}]
     if "two" in values:
-        codes, _ = ranks(tmp_path, 2, tasks)
+        codes, _ = ranks(2, tasks)
     else:
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 85, 0]

@@ -16,9 +16,9 @@ from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from ds_cmli.metrics import Writer
-from tests.conftest import free_port, run
 from tests.make import pairs
 from tests.metrics_file import BIN, metrics, without_times
+from tests.ranks import free_port, python
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ first = fit("first")
 try:
     fit("none", data="/nowhere")
 except UserError as error:
-    print("raised:", error)
+    print(f"raised: {error}\n", end="")  # written at once: both ranks write to one pipe, unbuffered
 second = fit("second")
 assert first.metrics["loss"] == second.metrics["loss"] and second.model
 """
@@ -161,7 +161,7 @@ def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path, launcher):
     script.write_text(RANKS)
     program, *options = launcher.split()
     options += ["--master_port", str(free_port())]
-    done = run(str(tmp_path), launcher=(os.path.join(BIN, program), *options), script=str(script))
+    done = python(script, tmp_path, launcher=(os.path.join(BIN, program), *options))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
     assert without_times(tmp_path / "first") == without_times(tmp_path / "second")

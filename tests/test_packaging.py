@@ -15,7 +15,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from tests.conftest import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 from docs import settings
 from ds_cmli import train
 from tests import drive_train
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.ranks import ROOT, clean_environment, free_port
 from tests.run_folder import write_run
 
 README = ROOT / "README.md"

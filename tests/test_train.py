@@ -13,10 +13,12 @@ from ds_cmli import train
 from ds_cmli.common.cli import exit_code
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.distributed.launchers import OF_A_RANK
-from tests.conftest import ROOT, clean_environment, free_port, rank_environments, run
+from ds_cmli.evaluate import __main__ as evaluate
+from tests.checkpoint.runs import ranks
+from tests.drive_train import drive
 from tests.make import pairs
 from tests.metrics_file import BIN, lines, without_times
-from tests.processes import Program
+from tests.ranks import ROOT, clean_environment, free_port, python
 
 TINY = ("--preset", "tiny", "--steps", "4")
 
@@ -25,9 +27,9 @@ TINY = ("--preset", "tiny", "--steps", "4")
 def finished(tmp_path_factory):
     """A run of four steps by the real `deepspeed` command, as the README writes it."""
     folder = tmp_path_factory.mktemp("run")
-    config = str(ROOT / "ds_configs" / "zero2.json")
+    command = ["ds_cmli/train.py", "--deepspeed_config", "ds_configs/zero2.json", *TINY, "--output-dir", folder]
     launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "1", "--master_port", str(free_port()))
-    done = run("--deepspeed_config", config, *TINY, "--output-dir", str(folder), launcher=launcher)
+    done = python(*command, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 
@@ -80,7 +82,7 @@ def test_what_a_run_leaves(finished):
 @pytest.mark.slow
 def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     folder, _ = finished
-    done = run(*TINY, "--output-dir", str(tmp_path / "again"), launcher=(sys.executable,))
+    done = python("ds_cmli/train.py", *TINY, "--output-dir", tmp_path / "again")
     assert done.returncode == 0, done.stdout + done.stderr
     # Without the launcher, whose own lines nobody can turn off, only ours are left.
     for noise in ("warning", "report", "traceback", "extension"):
@@ -117,11 +119,11 @@ def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path):
         assert configs[0] == configs[1]
 
 
-def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):
+def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkeypatch):
     folder, _ = finished
     file = tmp_path / "metrics.json"
-    done = run("--checkpoint", str(folder), "--json", str(file), script="ds_cmli.evaluate")
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", ["ds-cmli-evaluate", "--checkpoint", str(folder), "--json", str(file)])
+    assert exit_code(evaluate.command) == 0
     content = json.loads(file.read_text())
     last = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
     assert content.keys() == last.keys()
@@ -133,14 +135,13 @@ def test_two_ranks_and_accumulation(tmp_path):
     """torchrun itself: tests/faults/test_signals.py."""
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}))
-    command = [str(ROOT / "ds_cmli" / "train.py"), "--deepspeed_config", str(config), *TINY[:2], "--steps", "2"]
-    command += ["--log-every", "1", "--output-dir", str(tmp_path / "run")]
-    output = tmp_path / "output"
-    ranks = [Program(command, env, ROOT, output) for env in rank_environments(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0], output.read_text()
+    options = ["--deepspeed_config", str(config), *TINY[:2], "--steps", "2"]
+    options += ["--log-every", "1", "--output-dir", str(tmp_path / "run")]
+    codes, output = ranks(2, [{"arguments": options}])
+    assert codes == [0]
     logged = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert len(logged) == 2
-    assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in output.read_text()
+    assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in output
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -162,18 +163,17 @@ def test_a_dry_run_prints_the_resolved_configuration_and_ends(preset, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
+def test_training_on_a_folder_with_a_few_broken_images(tmp_path, alone, capsys):
     folder = pairs(tmp_path / "data", count=200, broken=range(4))
     share = ("--set", "data.max_bad_share=0.05")
-    done = run(*TINY[:2], "--steps", "24", *share, "--data", folder, "--output-dir", str(tmp_path / "run"))
-    assert done.returncode == 0, done.stdout + done.stderr
-    line = next(line for line in done.stdout.splitlines() if "bad samples" in line)
+    assert drive([*TINY[:2], "--steps", "24", *share, "--data", folder, "--output-dir", str(tmp_path / "run")]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "bad samples" in line)
     assert ".png (" in line and "cannot identify image file" in line and "[(" not in line
     assert any("eval/val/combined/i2t_r1" in line for line in lines(tmp_path / "run"))
 
 
 def test_help_groups_options_and_shows_defaults():
-    done = run("--help", timeout=5, launcher=(sys.executable,))
+    done = python("ds_cmli/train.py", "--help", timeout=5)
     assert done.returncode == 0
     for words in ("What to train", "Length and batch", "--losses", "[default: quick]"):
         assert words in " ".join(done.stdout.split())

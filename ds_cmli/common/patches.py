@@ -1,8 +1,4 @@
-"""A table of all run-time changes to libraries, and functions that replace attributes.
-
-`tests/common/test_patches.py` shows for each entry that the installed version of the library still
-needs the patch.
-"""
+"""A table of all run-time changes to libraries, and functions that replace attributes."""
 
 import importlib
 import os

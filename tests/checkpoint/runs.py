@@ -2,14 +2,13 @@
 
 import json
 import os
-import random
 import signal
 import time
 from pathlib import Path
 
-from tests.conftest import ROOT, free_port, rank_environments
+from tests.drive_train import drive_each
 from tests.metrics_file import metrics
-from tests.processes import Program
+from tests.ranks import free_port, run, start_ranks
 
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
 
@@ -34,24 +33,11 @@ def json_file(path: Path, content: dict) -> list[str]:
     return ["--deepspeed_config", str(path)]
 
 
-def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 300) -> tuple[list[int], str]:
+def ranks(world_size: int, tasks: list[dict], timeout: float = 300) -> tuple[list[int], str]:
     """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
-    file = tmp_path / f"tasks-{random.randrange(10**9)}.json"
-    file.write_text(json.dumps([{"port": free_port(), **task} for task in tasks]))
-    command = [str(ROOT / "tests" / "drive_train.py"), str(file)]
-    out = [file.with_suffix(f".{rank}.log") for rank in range(world_size)]
-    processes = [Program(command, env, ROOT, log) for log, env in zip(out, rank_environments(world_size), strict=True)]
-    end = time.monotonic() + timeout
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        if any(process.poll() for process in processes):
-            break  # the others would wait for the one that failed
-        time.sleep(0.1)
-    for process in processes:
-        process.kill()
-        process.wait()
-    output = "\n".join(log.read_text() for log in out)
-    assert all(process.returncode == 0 for process in processes), output
-    return json.loads(next(line for line in output.splitlines() if line.startswith('{"codes"')))["codes"], output
+    tasks = [{"port": free_port(), **task} for task in tasks]
+    results = run(drive_each, world_size, tasks, group=False, timeout=timeout)
+    return results[0][0], "\n".join(output for _, output in results)
 
 
 class Ranks:
@@ -59,10 +45,7 @@ class Ranks:
 
     def __init__(self, folder: Path, world_size: int, arguments: list[str]):
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
-        command = [str(ROOT / "ds_cmli" / "train.py"), *arguments]
-        self.processes = [
-            Program(command, env, ROOT, log) for log, env in zip(self.logs, rank_environments(world_size), strict=True)
-        ]
+        self.processes = start_ranks(["ds_cmli/train.py", *arguments], self.logs)
 
     @property
     def output(self) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from ds_cmli.common.cli import check_writable, exit_code, json_on_stdout
 from ds_cmli.common.errors import UserError
-from tests.conftest import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment
 
 
 def test_json_stands_alone_on_stdout(capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cmli.common.hardware import bf16_is_fast, one_attention_on_all_gpus
-from tests.conftest import clean_environment
+from tests.ranks import clean_environment
 
 FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 
 
 def test_a_thread_that_still_runs_changes_no_exit_code_and_loses_no_line():

@@ -41,6 +41,9 @@ SOURCES = {
 }
 
 
+STEPS = 10  # of about three epochs
+
+
 def run(data, ranks, workers, state, steps):
     """What each global batch holds, in order, and the sampler's state afterwards."""
     samplers = [GlobalBatchSampler(data.mixture, 8 // ranks, rank, ranks, 5) for rank in range(ranks)]
@@ -61,12 +64,12 @@ def run(data, ranks, workers, state, steps):
 @pytest.mark.parametrize("sources", SOURCES.values(), ids=SOURCES)
 def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, sources):
     chance, opened = random.Random(str(sources)), data(folders, sources)
-    whole, _ = run(opened, 1, 0, None, 20)
-    for ranks, workers in ((1, 2), (2, 0), (4, 2), (8, 0)):
-        stop = chance.randint(1, 19)
+    whole, _ = run(opened, 1, 0, None, STEPS)
+    for ranks, workers in ((1, 2), (4, 0)):
+        stop = chance.randint(1, STEPS - 1)
         first, state = run(opened, ranks, workers, None, stop)
-        other = chance.choice([1, 2, 4, 8])
-        rest, _ = run(opened, other, 2 - workers, state, 20 - stop)
+        other = chance.choice([1, 2, 8])
+        rest, _ = run(opened, other, 2 - workers, state, STEPS - stop)
         assert first + rest == whole, (ranks, workers, stop, other)
 
 

@@ -13,8 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from ds_cmli.distributed import rendezvous
-from tests.conftest import ROOT, free_port, rank_environments
-from tests.processes import Program
+from tests.ranks import ROOT, environments, free_port, start_ranks
 from tests.slurm.cluster import own_address
 
 SCRIPT = str(ROOT / "tests" / "distributed" / "connecting_rank.py")
@@ -24,16 +23,14 @@ MET = "the 2 ranks met at 127.0.0.1:{}, but their first collective over gloo "
 
 def two_ranks(folder: Path, away: str = "", **more: str) -> tuple[list[int], list[str], str]:
     """Exit codes and outputs of both ranks, where one that is away is killed in the end; and their port."""
-    environments = rank_environments(2, **more)
     outputs = [folder / f"rank-{rank}" for rank in range(2)]
-    ranks = [
-        Program([SCRIPT, away, str(LIMIT)], env, ROOT, output)
-        for env, output in zip(environments, outputs, strict=True)
-    ]
+    port = str(free_port())
+    ranks = start_ranks([SCRIPT, away, LIMIT], outputs, MASTER_PORT=port, **more)
     codes = [program.wait(50) for rank, program in enumerate(ranks) if str(rank) != away]
     for program in ranks:
         program.kill()
-    return codes, [output.read_text() for output in outputs], environments[0]["MASTER_PORT"]
+        program.wait()
+    return codes, [output.read_text() for output in outputs], port
 
 
 @pytest.mark.slow
@@ -97,7 +94,7 @@ def test_two_nodes_whose_names_are_of_a_loopback_address(tmp_path):
         pytest.skip("networks are made by root, with unshare and ip")
     command = ["unshare", "--net", "--uts", "--mount", "bash", "-c"]
     nodes = []
-    env = {**rank_environments(2)[0], "MASTER_ADDR": "n1", "MASTER_PORT": str(free_port())}
+    env = {**environments(2)[0], "MASTER_ADDR": "n1", "MASTER_PORT": str(free_port())}
     for number, name in enumerate(("n1", "n2"), 1):
         other = 3 - number
         hosts = f"127.0.0.1 localhost\n127.0.1.1 {name}\n10.77.0.{other} n{other}\n"

@@ -5,7 +5,7 @@ import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
-from tests.conftest import spawn
+from tests.ranks import run
 
 
 def messages(rank, world_size):
@@ -25,7 +25,7 @@ def messages(rank, world_size):
 
 
 def test_messages_between_ranks():
-    for entry in spawn(messages, 2):
+    for entry in run(messages, 2):
         assert entry == {
             "objects": [{"rank": 0}, {"rank": 1}],
             "broadcast": "from rank 1",

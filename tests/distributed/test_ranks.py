@@ -17,10 +17,10 @@ PAIRS = 8
         pytest.param(3, 2, marks=pytest.mark.slow),
     ],
 )
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation):
+def test_two_ranks_give_the_gradients_of_one_process(stage, accumulation):
     micro_batch = PAIRS // 2 // accumulation
-    two = gradients(tmp_path, micro_batch, stage, accumulation, world_size=2)
-    one = gradients(tmp_path, PAIRS, stage, 1)
+    two = gradients(micro_batch, stage, accumulation, world_size=2)
+    one = gradients(PAIRS, stage, 1)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
-from tests.conftest import free_port
+from tests.ranks import free_port
 
 START = timedelta(seconds=60)
 fork = multiprocessing.get_context("fork")

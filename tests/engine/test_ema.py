@@ -24,7 +24,7 @@ from ds_cmli.faults.preemption import Preempted
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
 from profiling.memory.measure_cpu import measure
-from tests.conftest import spawn
+from tests.ranks import run
 
 DECAY, STEPS, BATCH = 0.75, 2, 4
 STUDENT = {"freeze_image": 1, "dropout": 0.0}
@@ -167,7 +167,7 @@ def test_every_stage_precision_and_accumulation(device):
 
 @pytest.mark.slow
 def test_two_ranks():
-    assert spawn(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
+    assert run(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.losses.target_cmli import Features
 from tests.batches import rank_batches
-from tests.conftest import spawn
 from tests.engine.steps import everything, same, spoil
+from tests.ranks import run
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -187,7 +187,7 @@ def largest_difference(ours, theirs):
 
 def test_two_ranks_of_two_micro_batches_in_fp64():
     one = in_fp64(0, 1, 1, kept=True)
-    for loss, gradients, _ in spawn(in_fp64, 2, 2):
+    for loss, gradients, _ in run(in_fp64, 2, 2):
         assert loss == pytest.approx(one[0], rel=1e-12)
         assert largest_difference(gradients, one[1]) < 1e-9
 
@@ -198,7 +198,7 @@ def without_tokens(rank, world_size, number, kept=False):
 
 def test_two_ranks_without_a_loss_over_tokens():
     one = without_tokens(0, 1, 1, kept=True)
-    for loss, gradients, _ in spawn(without_tokens, 2, 2):
+    for loss, gradients, _ in run(without_tokens, 2, 2):
         assert loss == pytest.approx(one[0], rel=1e-12)
         assert largest_difference(gradients, one[1]) < 1e-9
 

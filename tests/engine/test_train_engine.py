@@ -15,8 +15,9 @@ from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
 from ds_cmli.memory import cpu_events
 from tests.batches import rank_batches
-from tests.conftest import ROOT, ZERO1
+from tests.conftest import ZERO1
 from tests.engine.steps import FP16, build
+from tests.ranks import ROOT
 
 
 @pytest.fixture(scope="module")

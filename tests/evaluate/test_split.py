@@ -12,7 +12,7 @@ from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.models.student import Student
-from tests.conftest import spawn
+from tests.ranks import run
 
 
 def untrained():
@@ -36,7 +36,7 @@ def on_rank(rank, world_size):
 
 def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
     expected = on_rank(0, 1)
-    for entry in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
+    for entry in run(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
         assert entry == pytest.approx(expected, abs=1e-9)
     # Scored in several blocks: the same again.
     monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
@@ -184,7 +184,7 @@ def counted_on_rank(rank, world_size, path):
 def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp_path):
     folder(tmp_path)
     (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
-    results = spawn(counted_on_rank, 2, tmp_path)  # shares of 3 and 2
+    results = run(counted_on_rank, 2, tmp_path)  # shares of 3 and 2
     assert sorted(file for _, opened in results for file in opened) == [f"{k}.png" for k in range(PICTURES)]
     assert [len(opened) for _, opened in results] == [3, 2]
     for entry, _ in results:

@@ -25,7 +25,7 @@ from ds_cmli.evaluate.zero_shot import (
     prompt_templates,
 )
 from ds_cmli.models.student import Student
-from tests.conftest import spawn
+from tests.ranks import run
 
 
 def unit(x):
@@ -210,7 +210,7 @@ def classes_of_rank(rank, world):
 
 
 def test_ranks_share_the_prompts_and_lose_none():
-    [one], several = spawn(classes_of_rank, 1), spawn(classes_of_rank, 3)
+    [one], several = run(classes_of_rank, 1), run(classes_of_rank, 3)
     for of_rank in several:
         for entry, expected in zip(of_rank, one, strict=True):
             torch.testing.assert_close(entry, expected)

@@ -12,8 +12,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Sample
 from ds_cmli.data.tokens import builtin_tokenizer
 from ds_cmli.inference import Model
-from tests.conftest import clean_environment
 from tests.export.conftest import TEXTS, export, make_run
+from tests.ranks import clean_environment
 
 
 @pytest.fixture(scope="module")

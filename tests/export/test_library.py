@@ -13,9 +13,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.library import TOKENS
 from ds_cmli.inference import Model
-from tests.conftest import free_port
 from tests.export.libraries import TEXTS, after_ten_steps, export, run_of
 from tests.models.dual_models import clip, siglip, start
+from tests.ranks import free_port
 
 LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
 AS = {"clip": "clip", "siglip": "siglip"}

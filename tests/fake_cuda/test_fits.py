@@ -14,7 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.fake_cuda import guard
 from ds_cmli.fake_cuda.answer import KEEPS_WORKSPACES
 from ds_cmli.memory.predict import predict
-from tests.conftest import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment
 
 GPU = "A100 80GB"
 TRAINER = str(ROOT / "ds_cmli" / "train.py")

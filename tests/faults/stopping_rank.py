@@ -1,4 +1,4 @@
-"""One rank of faults/test_watchdog.py: ten steps, each of which ends in a collective; a fate in place of step 5."""
+"""One rank of faults/test_watchdog.py: ten steps, each of which ends in a collective; fates from step 5 on."""
 
 import os
 import signal
@@ -14,14 +14,14 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
 
-fate, timeout, step_time = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+fates, timeout, step_time = sys.argv[1].split(" and "), float(sys.argv[2]), float(sys.argv[3])
 
 
 class Poisoned(Exception):
     pass
 
 
-def meet_fate(watchdog):
+def meet(fate, watchdog):
     if fate == "sleeps":
         time.sleep(1000)
     if fate == "spins":
@@ -54,25 +54,26 @@ with Watchdog(timeout, store) as watchdog:
     for step in range(10):
         watchdog.heartbeat(step)
         time.sleep(step_time)
-        if fate == "compiles" and step == 0:
+        fate = fates[step - 5] if 0 <= step - 5 < len(fates) else ""
+        if "compiles" in fates and step == 0:
             time.sleep(2 * timeout)
-        if step == 5 and fate == "agrees":  # a user's mistake, found by all ranks together
+        if fate == "agrees":  # a user's mistake, found by all ranks together
             print("FATE", time.time(), flush=True)
             raise UserError("too many broken images")
-        if step == 5 and fate == "is stopped after saving":
+        if fate == "is stopped after saving":
             with watchdog.slow(together=True):
                 time.sleep(1)
                 dist.all_reduce(torch.ones(1))
-        if step == 5 and (dist.get_rank() == victim or fate == "pauses"):
+        if fate and (dist.get_rank() == victim or fate == "pauses"):
             print("FATE", time.time(), flush=True)
-            meet_fate(watchdog)
+            meet(fate, watchdog)
         dist.all_reduce(torch.ones(1))
-        if step == 0 and fate == "is stopped after the first step":
+        if step == 0 and fates == ["is stopped after the first step"]:
             time.sleep(0.5)  # until its time limit of the first step has been published
             if dist.get_rank() == victim:
                 print("FATE", time.time(), flush=True)
                 os.kill(os.getpid(), signal.SIGSTOP)
-    if fate == "preempted":
+    if fates == ["preempted"]:
         sys.exit(85)
 distributed.shutdown()
 print("finished", dist.is_initialized(), flush=True)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment
 
 RANK = """
 import os, sys, time

@@ -18,10 +18,10 @@ from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
 from tests.batches import rank_batches
-from tests.conftest import spawn
 from tests.drive_train import drive
 from tests.engine.steps import FP16, build, everything, same, spoil
 from tests.make import pairs
+from tests.ranks import run
 
 # A loss scale that stays: a halved one would round the smallest gradients otherwise.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 256}}}
@@ -104,7 +104,7 @@ def on_two_ranks(rank, world_size, data_folder):
 
 
 def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
-    results = spawn(on_two_ranks, 2, pairs(tmp_path / "pairs", count=63))
+    results = run(on_two_ranks, 2, pairs(tmp_path / "pairs", count=63))
     assert results == [(True, True, list(range(1, 16, 2)), False)] * 2
 
 

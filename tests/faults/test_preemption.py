@@ -10,9 +10,8 @@ import time
 import pytest
 
 from ds_cmli.faults import preemption
-from tests.conftest import ROOT, clean_environment, free_port, rank_environments
 from tests.make import pairs
-from tests.processes import Program
+from tests.ranks import ROOT, clean_environment, free_port, start_ranks
 
 WAITS = """
 import sys, time
@@ -89,10 +88,7 @@ LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     arguments = [*LONG, "--data", pairs(tmp_path / "pairs", count=63), "--output-dir", str(tmp_path / "run")]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
-    processes = [
-        Program([str(ROOT / "ds_cmli" / "train.py"), *arguments], env, ROOT, log)
-        for log, env in zip(logs, rank_environments(2), strict=True)
-    ]
+    processes = start_ranks(["ds_cmli/train.py", *arguments], logs)
     try:
         wait_for(logs[0], r"step \d+/", processes[0])
         started = time.monotonic()

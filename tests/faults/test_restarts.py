@@ -1,14 +1,13 @@
 """`torchrun --max-restarts`, a rank killed: the run goes on from its checkpoint."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ds_cmli.common.errors import UserError
@@ -17,9 +16,9 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.profiler import Profiles
 from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.runs import Ranks, assert_same
-from tests.conftest import ROOT, ZERO1, clean_environment, free_port
+from tests.conftest import ZERO1
 from tests.make import pairs
-from tests.processes import python
+from tests.ranks import ROOT, clean_environment, free_port
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 STEPS = 20
@@ -48,7 +47,6 @@ def unbroken(options, tmp_path_factory) -> Path:
 
 def start(run: Path, options: list[str], *of_torchrun: str) -> subprocess.Popen:
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
-    env["PYTHON_EXEC"] = python()  # of the ranks: what restarts them is torchrun itself
     command = [TORCHRUN, "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5", *of_torchrun]
     with open(f"{run}.log", "a") as out:
         return subprocess.Popen(
@@ -73,7 +71,8 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(options, unbrok
     run = tmp_path / "run"
     process = start(run, options, "--nproc-per-node=2", f"--master-port={free_port()}")
     wait_for_a_checkpoint(run, process)
-    os.kill(ranks_of(run)[1], signal.SIGKILL)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
     assert process.wait(300) == 0, Path(f"{run}.log").read_text()
     [step] = resumed_from(run)
     assert 0 < step < STEPS
@@ -92,26 +91,3 @@ def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
     line = f"torchrun's --max-restarts is 3, --output-dir '{folder}' and --resume '{resume}': give a folder, "
     with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
         check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))
-
-
-def ranks_of(run: Path) -> list[int]:
-    """The processes of a run's ranks, the last rank last; not their launchers or data loaders."""
-    by_name = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (process / "cmdline").read_bytes().split(b"\0")
-            env = (process / "environ").read_bytes()
-            parent = (process / "stat").read_text().rsplit(")", 1)[1].split()[1]
-        except OSError:
-            continue
-        if (
-            words[0].split(b"/")[-1].startswith(b"python")
-            and str(run).encode() in words
-            and str(ROOT / "ds_cmli" / "train.py").encode()
-            in words[1:5]  # behind what stands for Python, as processes.python() does
-        ):
-            given = dict(word.split(b"=", 1) for word in env.split(b"\0") if b"=" in word)
-            rank = given.get(b"RANK") or given.get(b"SLURM_PROCID") or b"0"
-            by_name[int(process.name)] = (int(parent), int(rank))
-    own = [(rank, pid) for pid, (parent, rank) in by_name.items() if parent not in by_name]
-    return [pid for _, pid in sorted(own)]

@@ -10,8 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from ds_cmli.faults.watchdog import Heartbeat, Watchdog
-from tests.conftest import ROOT, rank_environments
-from tests.processes import Program
+from tests.ranks import environments, start
 
 pytestmark = pytest.mark.usefixtures("alone")
 TIMEOUT = 3.0  # seconds
@@ -21,10 +20,12 @@ STEP = 0.1
 
 def two_ranks(folder: Path, fate: str, victim: int = 1) -> tuple[list[int | None], str, float]:
     """Exit codes, all output, and the seconds from the fate of the victim to the end of the survivors."""
-    command = [str(ROOT / "tests" / "faults" / "stopping_rank.py"), fate, str(TIMEOUT), str(STEP)]
-    ranks, logs, ended = [], [folder / f"{fate}-{victim}-{rank}.log" for rank in range(2)], [0.0, 0.0]
-    for rank, env in enumerate(rank_environments(2, VICTIM=str(victim))):
-        ranks.append(Program(command, env | {"SLURMD_NODENAME": f"node-{rank}"}, ROOT, logs[rank]))
+    command = ["tests/faults/stopping_rank.py", fate, TIMEOUT, STEP]
+    logs, ended = [folder / f"{fate}-{victim}-{rank}.log" for rank in range(2)], [0.0, 0.0]
+    ranks = [
+        start(command, env | {"SLURMD_NODENAME": f"node-{rank}"}, logs[rank])
+        for rank, env in enumerate(environments(2, VICTIM=str(victim)))
+    ]
 
     def follow(rank: int) -> None:
         ranks[rank].wait()
@@ -61,7 +62,7 @@ FATES = {
 STOPPED = {fate: -signal.SIGKILL for fate in FATES if fate.startswith("is stopped")}
 # Rank 0 holds the store that all others read: where it stops they cannot ask about it.
 STOPS = [*((fate, 1) for fate in FATES), *((fate, 0) for fate in FATES if fate not in ("spins", "exits"))]
-GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
+GOES_ON = ("evaluates and compiles", "saves and pauses", "preempted", "agrees")
 
 
 @pytest.fixture(scope="module")

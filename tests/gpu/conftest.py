@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import ROOT, clean_environment
 from tests.gpu import limits
 from tests.gpu.settings import Setting
+from tests.ranks import ROOT, clean_environment
 
 LIMIT_S = 300  # of the CPU's time, for one setting
 # The most valuable first, as GPUs are lent for minutes.

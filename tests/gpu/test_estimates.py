@@ -3,9 +3,9 @@
 import json
 import sys
 
-from tests.conftest import ROOT, clean_environment
 from tests.gpu import limits
 from tests.gpu.figures import estimate_figures, judge
+from tests.ranks import ROOT, clean_environment
 
 
 def test_estimates(device, record_property, tmp_path):

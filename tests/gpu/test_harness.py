@@ -3,15 +3,12 @@
 import importlib.util
 import json
 import subprocess
-import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from tests.conftest import ROOT, clean_environment
 from tests.gpu import op_check
 from tests.gpu.conftest import run_setting
 from tests.gpu.figures import (
@@ -23,7 +20,7 @@ from tests.gpu.figures import (
     speed_figures,
 )
 from tests.gpu.settings import SETTINGS, Setting
-from tests.processes import finished
+from tests.ranks import ROOT, clean_environment, python
 
 CPU = torch.device("cpu")
 SCRIPT = ROOT / "profiling" / "gpu_check.py"
@@ -31,8 +28,7 @@ SCRIPT = ROOT / "profiling" / "gpu_check.py"
 
 def script(*arguments: object, device: str = "cpu", timeout: float = 300) -> subprocess.CompletedProcess:
     env = clean_environment() | {"DS_CMLI_GPU_TESTS_DEVICE": device}
-    with tempfile.TemporaryDirectory() as folder:
-        return finished([str(SCRIPT), *map(str, arguments)], env, ROOT, Path(folder), timeout)
+    return python(SCRIPT, *arguments, env=env, timeout=timeout)
 
 
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):

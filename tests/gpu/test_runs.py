@@ -15,12 +15,12 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.faults import preemption
-from tests.conftest import ROOT, clean_environment, free_port
 from tests.distributed.gradients import gradients
 from tests.gpu import limits
 from tests.gpu.figures import Figure, judge
 from tests.make import pairs
 from tests.metrics_file import metrics
+from tests.ranks import ROOT, clean_environment
 
 STEPS = 30
 GRADIENTS_BAR = 1e-4  # of the largest gradient of a parameter, in fp32
@@ -88,12 +88,11 @@ def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     judge([Figure("loss of the last step", last["loss"], None, data.note)], record_property, kernels=True)
 
 
-def test_two_gpus_give_the_gradients_of_one(device, data, record_property, tmp_path):
+def test_two_gpus_give_the_gradients_of_one(device, data, record_property):
     if device != "cuda" or torch.cuda.device_count() < 2:
         pytest.skip("there are no two GPUs")
-    launcher = (str(Path(sys.executable).with_name("torchrun")), "--nproc_per_node=2", f"--master_port={free_port()}")
-    two = gradients(tmp_path, launcher, 4, 2, 1, "gather", data.source)
-    one = gradients(tmp_path, (sys.executable,), 8, 2, 1, "gather", data.source)
+    two = gradients(4, 2, 1, data.source, world_size=2)
+    one = gradients(8, 2, 1, data.source)
     errors = []
     for name, gradient in one["gradients"][0].items():
         difference = (two["gradients"][0][name] - gradient).abs().max()
@@ -102,7 +101,7 @@ def test_two_gpus_give_the_gradients_of_one(device, data, record_property, tmp_p
     judge(
         [
             Figure("gradients of 2 ranks over NCCL, largest error / largest", max(errors), GRADIENTS_BAR),
-            Figure("losses of 5 steps, largest difference", losses, GRADIENTS_BAR),
+            Figure(f"losses of {STEPS} steps, largest difference", losses, GRADIENTS_BAR),
         ],
         record_property,
         kernels=True,

@@ -14,8 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import out_of_memory, predict_subprocess
 from ds_cmli.memory.changes import Shortage, Step
-from tests.conftest import ROOT, clean_environment, rank_environments
-from tests.processes import Program
+from tests.ranks import ROOT, clean_environment, environments, start
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 ROOM = 220  # MB: between what the setting needs with activation checkpointing and without
@@ -28,8 +27,8 @@ def run(folder: Path, limited: int, ranks: int = 1, ds_config: dict = ZERO2) -> 
     out, errors = folder / "out", folder / "errors"
     out.write_text("")
     errors.write_text("")
-    environments = rank_environments(ranks) if ranks > 1 else [clean_environment()]
-    programs = [Program(command, environment, ROOT, out, errors) for environment in environments]
+    every = environments(ranks) if ranks > 1 else [clean_environment()]
+    programs = [start(command, env, out, errors) for env in every]
     codes = [program.wait(200) for program in programs]
     return subprocess.CompletedProcess(command, codes[0], out.read_text(), errors.read_text())
 

@@ -32,7 +32,7 @@ from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import MemoryTracker
 from ds_cmli.memory_model import gpus
 from profiling.memory.measure_cpu import measure
-from tests.conftest import run
+from tests.ranks import python
 
 ALL = ("global", "cmli", "target_cmli")
 # For what does not depend on their number: a prediction takes a second for each.
@@ -326,7 +326,7 @@ def test_sizes_as_they_are_typed():
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
     one_block = ("--set", "student.layers=1", "--set", "teacher.block=0")
-    return run("--preset", "tiny", *one_block, *arguments, script="../profiling/predict.py")
+    return python("profiling/predict.py", "--preset", "tiny", *one_block, *arguments)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory.profiler import Profiles, parse_steps, profiling
-from tests.conftest import free_port, run
+from tests.ranks import free_port, python
 
 
 def train(steps: int, done=lambda: None) -> None:
@@ -108,8 +108,8 @@ def answer(port: int, route: str, **query):
 
 @pytest.mark.slow
 def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
-    arguments = ("--preset", "tiny", "--steps", "3", "--profile", "2:3", "--output-dir", str(tmp_path))
-    done = run(*arguments)
+    options = ("--preset", "tiny", "--steps", "3", "--profile", "2:3", "--output-dir", tmp_path)
+    done = python("ds_cmli/train.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "profiler_start" not in done.stdout + done.stderr or torch.cuda.is_available()
     port = free_port()

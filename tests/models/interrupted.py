@@ -87,7 +87,7 @@ def train_and_break(values: list[str], source: Path, tmp_path: Path) -> None:
         {"arguments": [*given, "--output-dir", str(broken)]},
     ]
     if "two" in values:
-        codes, _ = ranks(tmp_path, 2, tasks, timeout=1800 if "compiled" in values else 300)
+        codes, _ = ranks(2, tasks, timeout=1800 if "compiled" in values else 300)
     else:
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 0]

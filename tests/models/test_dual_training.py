@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, clean_environment
 from tests.make import pairs
 from tests.models.dual_models import clip, siglip
+from tests.ranks import ROOT, clean_environment
 
 pytestmark = pytest.mark.slow
 LOSSES = {"clip": "global,cmli,target_cmli", "siglip": "global_sigmoid,cmli"}

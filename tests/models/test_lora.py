@@ -115,7 +115,7 @@ def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):
     arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
     assert train([*arguments, *straight]) == 0
     assert train([*arguments, *broken], stop_at=5) == 85
-    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
+    codes, _ = ranks(2, [{"arguments": [*arguments, *broken]}])
     assert codes == [0]
     losses = [[line["loss"] for line in metrics(tmp_path / run) if "loss" in line] for run in ("straight", "broken")]
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)

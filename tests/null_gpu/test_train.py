@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
 from tests.make import pairs
 from tests.null_gpu.processes import run
+from tests.ranks import ROOT
 
 pytestmark = pytest.mark.null_gpu
 

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 from tests.slurm.cluster import Cluster
 
 SCRIPT = str(ROOT / "slurm" / "train.sh")

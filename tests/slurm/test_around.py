@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import finish, log
 

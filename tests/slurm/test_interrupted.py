@@ -6,16 +6,16 @@ signals in tests/faults.
 
 import random
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, rank_environments
 from tests.make import pairs
 from tests.metrics_file import metrics
-from tests.processes import Program, python
+from tests.ranks import start_ranks
 from tests.slurm.cluster import NODES, Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
@@ -47,10 +47,9 @@ def options(tmp_path_factory) -> list[str]:
     return [*TINY, "--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=600)]
 
 
-def straight(folder: Path, options: list[str]) -> list[Program]:
+def straight(folder: Path, options: list[str]) -> list[subprocess.Popen]:
     """The ranks of the same run without interruption, started."""
-    command = [str(ROOT / "ds_cmli" / "train.py"), *options, "--output-dir", str(folder)]
-    return [Program(command, env, ROOT, folder.with_suffix(".log")) for env in rank_environments(2)]
+    return start_ranks(["ds_cmli/train.py", *options, "--output-dir", folder], [folder.with_suffix(".log")] * 2)
 
 
 def interrupted(
@@ -59,7 +58,7 @@ def interrupted(
     """A job that meets `kinds`, each at a random step; its folder and its log."""
     dice, steps = random.Random(seed), int(options[-1])
     request = ("--nodes=2", "--time=60", "--signal=TERM@90")
-    job = submit(cluster, folder, request, *options, python=python())
+    job = submit(cluster, folder, request, *options)
     run = folder / "runs" / f"slurm-{job}"
     stops = [0]
     for number, kind in enumerate(kinds):

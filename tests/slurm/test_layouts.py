@@ -2,12 +2,12 @@
 
 import re
 import shutil
+import sys
 from itertools import groupby
 
 import pytest
 
 from ds_cmli.train import command
-from tests.processes import python
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 pytestmark = pytest.mark.slurm
@@ -123,7 +123,7 @@ def mistakes(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     jobs = {}
     for name, (sbatch, env, options, _) in MISTAKES.items():
-        env = {"DS_CMLI_PYTHON": python(), **env}
+        env = {"DS_CMLI_PYTHON": sys.executable, **env}
         jobs[name] = cluster.submit(*sbatch.split(), SCRIPT, *TINY, *options.split(), cwd=folder, **env)
     return folder, jobs
 
@@ -158,7 +158,7 @@ def test_where_the_project_is_not(cluster, tmp_path):
 
 
 def test_granted_gpus_that_torch_does_not_see_are_said(cluster, tmp_path):
-    command = f"env CUDA_VISIBLE_DEVICES= {python()}"  # Slurm sets it to device files that are no GPUs
+    command = f"env CUDA_VISIBLE_DEVICES= {sys.executable}"  # Slurm sets it to device files that are no GPUs
     job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY, python=command)
     text = refused(cluster, tmp_path, job)
     for node in ("n1", "n2"):

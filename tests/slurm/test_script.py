@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import ROOT
 from tests.slurm.cluster import poll
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 

@@ -11,7 +11,7 @@ from profiling.memory.document.compare import Row
 from profiling.memory.document.estimates import Setting, claims
 from profiling.memory.document.implementations import implementations
 from profiling.scripts import Table
-from tests.conftest import ROOT, run
+from tests.ranks import ROOT, python
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 SCRIPT = ROOT / "profiling" / "compare_estimates.py"
@@ -20,7 +20,7 @@ KEYS |= {"measured_bytes", "measured_peak_bytes", "measured_on", "verdict"}
 
 
 def command(*options: str) -> subprocess.CompletedProcess:
-    return run(*options, script="../profiling/compare_estimates.py")
+    return python("profiling/compare_estimates.py", *options)
 
 
 def test_a_row_is_measured_in_a_process_of_its_own():
