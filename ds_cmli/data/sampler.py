@@ -84,9 +84,6 @@ class GlobalBatchSampler:
     Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a
     loader's prefetching does not. The position counts samples of the global order, so a run on any
     other number of ranks can resume from it.
-
-    Raises:
-        UserError: an epoch is shorter than one global micro-batch.
     """
 
     def __init__(
@@ -125,11 +122,7 @@ class GlobalBatchSampler:
         return {name: getattr(self, name) for name in ("epoch", "position", "length", "seed")}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state`, of another number of ranks or another micro-batch size too.
-
-        Raises:
-            UserError: the state belongs to another order, of another length or seed.
-        """
+        """Continue from `state`, of another number of ranks or another micro-batch size too."""
         for name, own in (("length", self.length), ("seed", self.seed)):
             if state.get(name) != own:
                 raise UserError(

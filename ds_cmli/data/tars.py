@@ -127,10 +127,8 @@ def index(shard: Path) -> np.ndarray:
 def scan(shard: Path) -> np.ndarray:
     """The samples of a tar, `ROW` [n], in the order of their first members.
 
-    As in WebDataset, members with the same name up to its first dot are a sample.
-
-    Raises:
-        UserError: the tar is compressed, damaged or truncated, which `tarfile` takes for its end.
+    As in WebDataset, members with the same name up to its first dot are a sample. A `UserError`
+    names a tar that is compressed, damaged or truncated, which `tarfile` takes for its end.
     """
     samples: list[dict[str, Place]] = []
     last: dict[str, dict[str, Place]] = {}  # the last sample of each name

@@ -119,9 +119,8 @@ def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenize
 def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionTokenizer:
     """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
 
-    Raises:
-        UserError: the tokenizer cannot be loaded, is not fast, can neither pad nor end a text, has
-            ids beyond its vocabulary, or more special tokens than positions.
+    Raises `UserError` for one that is not fast, can neither pad nor end a text, has ids beyond its
+    vocabulary, or more special tokens than positions.
     """
     tokenizer = pretrained_tokenizer(name)
     with blame(f"data.tokenizer is {name!r}, which cannot be used"):
