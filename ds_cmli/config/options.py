@@ -57,7 +57,11 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _checkpoints = partial(_setting, "Checkpoints")
 WHAT = (
-    _what("--preset", "run.preset", f"{', '.join(PRESETS)}.  [default: {RunConfig.preset}]"),
+    _what(
+        "--preset",
+        "run.preset",
+        f"{', '.join(PRESETS)}.  [{RunConfig.preset}; with --start-from finetune]",
+    ),
     _what(
         "--losses",
         "loss.weights",

@@ -113,7 +113,8 @@ def load_preset(
 ) -> Config:
     """The preset's configuration with `overrides` ({section: {setting: value}}).
 
-    Without a name the preset is `run.preset` of the overrides, or the default.
+    Without a name the preset is `run.preset` of the overrides, or else "finetune" where training
+    starts from a model, and "quick" where it does not.
 
     `student.source` adds the settings that it decides. Steps or epochs replace whichever of the two
     the preset sets.
@@ -122,7 +123,8 @@ def load_preset(
         UserError: there is no such preset, a setting is wrong, or the preset is one of training
             from a model and none is given.
     """
-    name = str(name or overrides.get("run", {}).get("preset", RunConfig.preset))
+    usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
+    name = str(name or overrides.get("run", {}).get("preset", usual))
     choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
     overrides = sources.applied(overrides, written or {})
     values = merged({"run": {"preset": name}}, PRESETS[name], overrides)

@@ -25,6 +25,13 @@ def test_finetune_needs_a_model():
         load_preset("finetune", {})
 
 
+def test_who_starts_from_a_model_gets_its_preset_unless_another_is_named(tmp_path):
+    student = {"source": str(clip(tmp_path / "clip"))}
+    assert load_preset(None, {"student": student}).run.preset == "finetune"
+    assert load_preset(None, {"student": student, "run": {"preset": "quick"}}).run.preset == "quick"
+    assert load_preset(None, {}).run.preset == "quick"
+
+
 def test_overrides_win_over_the_preset():
     config = load_preset("tiny", {"student": {"layers": 1}, "optim": {"steps": 3}})
     assert (config.student.layers, config.optim.steps, config.student.embed_dim) == (1, 3, 16)
