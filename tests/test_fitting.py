@@ -148,7 +148,7 @@ first = fit("first")
 try:
     fit("none", data="/nowhere")
 except UserError as error:
-    print(f"raised: {error}\n", end="")  # written at once: both ranks write to one pipe, unbuffered
+    print(f"raised: {error}\\n", end="")  # written at once: both ranks write to one pipe, unbuffered
 second = fit("second")
 assert first.metrics["loss"] == second.metrics["loss"] and second.model
 """
