@@ -26,7 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.cmli import CMLILoss, cmli_scores
-from ds_cmli.cmli.op import upcast
 
 N, M, D = 196, 64, 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,13 +57,13 @@ def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]
 
 def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs as the document counts it: [I, N, J, M, D] is stored."""
-    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
+    similarities = broadcast_dots(image.float()[:, :, None, None], text.float())
     return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
-    similarities = upcast(image).flatten(0, 1) @ upcast(text).flatten(0, 1).t()  # [I*N, J*M]
+    similarities = image.float().flatten(0, 1) @ text.float().flatten(0, 1).t()  # [I*N, J*M]
     # In place and before the view: a copy of this tensor is what nobody can afford.
     similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
     return cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), token_mask)
