@@ -2,9 +2,8 @@
 //
 // Forward multiplies a block of images with a few texts at a time, and takes both maxima of each
 // pair while its similarities are in the cache. In backward a gradient's row is a sum of rows of
-// the other side, listed by counting. Lengths are ragged: no padding is computed.
-// Every number is written by one thread, which adds in a fixed order: any number of threads gives
-// the same bits.
+// the other side, listed by counting. No padding is computed. Every number is written by one
+// thread, which adds in a fixed order: any number of threads gives the same bits.
 //
 // Shapes: I images of N patches, J texts of M tokens, T tokens of all texts, D features.
 #include <omp.h>
@@ -115,12 +114,7 @@ void put(void* to, int64_t bytes, int64_t at, const int32_t* values, int64_t cou
     std::copy(values, values + count, static_cast<int16_t*>(to) + at);
 }
 
-int64_t get(const void* from, int64_t bytes, int64_t at) {
-  return bytes == 1 ? static_cast<const uint8_t*>(from)[at] : static_cast<const int16_t*>(from)[at];
-}
-
-// S [count, Q vectors] of rows of features with Q vectors of patches, whose features follow each
-// other.
+// S [count, Q vectors]: rows of features by Q vectors of patches, [D, Q, L].
 template <int Q>
 void multiply(const float* const* rows, int64_t count, const float* patches, int64_t D, float* S,
               int64_t stride) {
@@ -154,28 +148,24 @@ struct Maxima {
   }
 
   void find(const float* S, int64_t stride, int64_t N, int64_t M) {
-    bool finite = N >= L && find_vectors(S, stride, N, M);
-    if (finite) return;
     begin(N);
+    if (N >= L) {
+      Floats all = {};
+      // What is at the end of a row, or the last rows, may be taken twice, which changes nothing.
+      if (M < 4)
+        for (int64_t m = 0; m < M; ++m) rows<1>(S, stride, N, m, all);
+      else
+        for (int64_t m = 0; m < M; m += 4) rows<4>(S, stride, N, std::min(m, M - 4), all);
+      float total = sum(all);
+      if (total - total == 0) return;  // all are finite: above, a NaN wins no comparison
+      begin(N);
+    }
     for (int64_t m = 0; m < M; ++m) row(S + m * stride, N, m);
   }
 
  private:
   void begin(int64_t N) {
     for (int64_t n = 0; n < N; n += L) store(best_token + n, LOWEST), store(token + n, Integers{});
-  }
-
-  // For 16 patches or more. False if a similarity is not finite: a NaN wins no comparison here.
-  bool find_vectors(const float* S, int64_t stride, int64_t N, int64_t M) {
-    begin(N);
-    Floats all = {};
-    // What is at the end of a row, or the last rows, may be taken twice, which changes nothing.
-    if (M < 4)
-      for (int64_t m = 0; m < M; ++m) rows<1>(S, stride, N, m, all);
-    else
-      for (int64_t m = 0; m < M; m += 4) rows<4>(S, stride, N, std::min(m, M - 4), all);
-    float total = sum(all);
-    return total - total == 0;
   }
 
   static void take(Floats value, Integers index, Floats& best, Integers& where) {
@@ -348,6 +338,18 @@ void add_rows(float* __restrict to, const Entry* entries, int64_t count, const S
   }
 }
 
+// What the positions of one side have chosen in a pair, and the weight of each choice.
+struct Choices {
+  const void* indices;
+  int64_t bytes, first;
+  float weight;
+
+  int32_t operator[](int64_t k) const {
+    return bytes == 1 ? static_cast<const uint8_t*>(indices)[first + k]
+                      : static_cast<const int16_t*>(indices)[first + k];
+  }
+};
+
 // The gradient of one side (own). A row gets, of each sequence of the other side, the row that it
 // has chosen (its argmax), and every row that has chosen it.
 struct Gradient {
@@ -355,49 +357,41 @@ struct Gradient {
   const Side &own, &other;
   const Pairs& pairs;
 
-  // Use(sequence, weight of the chosen, where its index begins, weight of the choosers, likewise).
-  template <class Use>
-  void for_pairs(int64_t sequence, int64_t from, int64_t to, Use use) const {
+  // The choices of own and of other rows. False if the pair's scores have no gradient.
+  bool find(int64_t o, int64_t x, Choices& chosen, Choices& choosers) const {
     const Side &image = of_image ? own : other, &text = of_image ? other : own;
-    int64_t T = text.first(text.B);
-    for (int64_t x = from; x < to; ++x) {
-      int64_t i = of_image ? sequence : x, j = of_image ? x : sequence, pair = i * text.B + j;
-      int64_t N = image.length(i), M = text.length(j);
-      if (!N || !M || (pairs.i2t[pair] == 0 && pairs.t2i[pair] == 0)) continue;
-      int64_t tokens = image.first(i) * text.B + j * N, patches = i * T + text.first(j);
-      if (of_image)
-        use(x, pairs.i2t[pair] / N, tokens, pairs.t2i[pair] / M, patches);
-      else
-        use(x, pairs.t2i[pair] / M, patches, pairs.i2t[pair] / N, tokens);
-    }
+    int64_t i = of_image ? o : x, j = of_image ? x : o, pair = i * text.B + j;
+    int64_t N = image.length(i), M = text.length(j), T = text.first(text.B);
+    if (!N || !M || (pairs.i2t[pair] == 0 && pairs.t2i[pair] == 0)) return false;
+    int64_t tokens = image.first(i) * text.B + j * N, patches = i * T + text.first(j);
+    Choices of_patches{pairs.tokens, pairs.token_bytes, tokens, pairs.i2t[pair] / N};
+    Choices of_tokens{pairs.patches, pairs.patch_bytes, patches, pairs.t2i[pair] / M};
+    chosen = of_image ? of_patches : of_tokens;
+    choosers = of_image ? of_tokens : of_patches;
+    return true;
   }
 
-  int64_t token(int64_t at) const { return get(pairs.tokens, pairs.token_bytes, at); }
-  int64_t patch(int64_t at) const { return get(pairs.patches, pairs.patch_bytes, at); }
-  int64_t chosen(int64_t at) const { return of_image ? token(at) : patch(at); }
-  int64_t chooser(int64_t at) const { return of_image ? patch(at) : token(at); }
-
   // Add the other side's sequences [from, to) to one of the own. What its rows add is listed by row.
-  void add(int64_t sequence, int64_t from, int64_t to, float* out, Entry* list, int32_t* next) const {
-    int64_t P = own.length(sequence);
-    std::fill(next, next + P + 1, 0);  // where each row's part goes on
+  void add(int64_t o, int64_t from, int64_t to, float* out, Entry* list, int32_t* next) const {
+    Choices chosen, choosers;
+    int64_t P = own.length(o);
     int32_t count = 0;
-    for_pairs(sequence, from, to, [&](int64_t x, float, int64_t, float, int64_t choosers) {
+    std::fill(next, next + P + 1, 0);  // where each row's part goes on
+    for (int64_t x = from; x < to; ++x) {
+      if (!find(o, x, chosen, choosers)) continue;
       ++count;
-      for (int64_t k = 0; k < other.length(x); ++k) ++next[chooser(choosers + k) + 1];
-    });
+      for (int64_t k = 0; k < other.length(x); ++k) ++next[choosers[k] + 1];
+    }
     if (!count) return;
     for (int64_t p = 0; p < P; ++p) next[p + 1] += next[p] + count;
-    for_pairs(sequence, from, to, [&](int64_t x, float of_chosen, int64_t own_choice,
-                                      float of_chooser, int64_t choosers) {
-      int32_t first = static_cast<int32_t>(other.first(x));
-      for (int64_t p = 0; p < P; ++p)
-        list[next[p]++] = {first + static_cast<int32_t>(chosen(own_choice + p)), of_chosen};
-      for (int64_t k = 0; k < other.length(x); ++k)
-        list[next[chooser(choosers + k)]++] = {first + static_cast<int32_t>(k), of_chooser};
-    });
+    for (int64_t x = from; x < to; ++x) {
+      if (!find(o, x, chosen, choosers)) continue;
+      int32_t first = other.first(x), length = other.length(x);
+      for (int64_t p = 0; p < P; ++p) list[next[p]++] = {first + chosen[p], chosen.weight};
+      for (int32_t k = 0; k < length; ++k) list[next[choosers[k]]++] = {first + k, choosers.weight};
+    }
     for (int64_t p = 0, at = 0; p < P; at = next[p++])
-      add_rows(out + own.place(own.first(sequence) + p), list + at, next[p] - at, other);
+      add_rows(out + own.place(own.first(o) + p), list + at, next[p] - at, other);
   }
 };
 
@@ -415,10 +409,9 @@ void cmli_rows(const bool* mask, int64_t B, int64_t P, int64_t* rows, int32_t* e
   }
 }
 
-// Write the scores and, where there is room for them, the argmax indices. Of a pair without patches
-// or tokens: nothing.
+// Write the scores and, unless null, argmax indices: nothing of a pair without patches or tokens.
 void cmli_forward(const Side* text, const Side* image, const Pairs* out, int64_t block_rows,
-                  int64_t longest, char* scratch, int64_t each, int threads) {
+                  int64_t longest, char* scratch, int64_t bytes, int threads) {
   std::vector<int64_t> starts;  // of blocks of up to `block_rows` patches
   for (int64_t i = 0; i < image->B; ++i)
     if (starts.empty() || image->ends[i] - image->first(starts.back()) > block_rows)
@@ -428,7 +421,7 @@ void cmli_forward(const Side* text, const Side* image, const Pairs* out, int64_t
   for (int64_t b = 0; b < static_cast<int64_t>(starts.size()) - 1; ++b) {
     if (image->ends[starts[b + 1] - 1] == image->first(starts[b])) continue;
     Block block(*text, *image, *out, starts[b], starts[b + 1], longest,
-                scratch + omp_get_thread_num() * each);
+                scratch + omp_get_thread_num() * bytes);
     for (int64_t j = 0; j < text->B; ++j) block.add(j);
     block.compare();
   }
@@ -436,20 +429,24 @@ void cmli_forward(const Side* text, const Side* image, const Pairs* out, int64_t
 
 // Add to the gradient of one side's features, given those of the scores and the argmax indices.
 void cmli_backward(int of_image, const Side* own, const Side* other, const Pairs* pairs, float* out,
-                   int64_t longest, int64_t entries, char* scratch, int64_t each, int threads) {
+                   int64_t longest, int64_t entries, char* scratch, int64_t bytes, int threads) {
   Gradient gradient{of_image != 0, *own, *other, *pairs};
-  for (int64_t from = 0, to = 0; from < other->B; from = to) {
-    int64_t rows = 0;  // of a group that stays near and lists no more than `entries`
-    for (; to < other->B; ++to) {
-      int64_t more = rows + other->length(to), listed = (to + 1 - from) * longest + more;
-      bool near = more * other->D * int64_t(sizeof(float)) <= NEAR;
-      if (to > from && (listed > entries || !near)) break;
-      rows = more;
-    }
+  // Sequences for which a thread goes through the other side's.
+  int64_t each = threads == 1 ? own->B : (own->B + 4 * threads - 1) / (4 * threads);
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t o = 0; o < own->B; ++o) {
-      auto* list = reinterpret_cast<Entry*>(scratch + omp_get_thread_num() * each);
-      gradient.add(o, from, to, out, list, reinterpret_cast<int32_t*>(list + entries));
+  for (int64_t first = 0; first < own->B; first += each) {
+    auto* list = reinterpret_cast<Entry*>(scratch + omp_get_thread_num() * bytes);
+    auto* next = reinterpret_cast<int32_t*>(list + entries);
+    for (int64_t from = 0, to = 0; from < other->B; from = to) {
+      int64_t rows = 0;  // of a group that stays near and lists no more than `entries`
+      for (; to < other->B; ++to) {
+        int64_t more = rows + other->length(to), listed = (to + 1 - from) * longest + more;
+        bool near = more * other->D * int64_t(sizeof(float)) <= NEAR;
+        if (to > from && (listed > entries || !near)) break;
+        rows = more;
+      }
+      for (int64_t o = first; o < std::min(first + each, own->B); ++o)
+        gradient.add(o, from, to, out, list, next);
     }
   }
 }

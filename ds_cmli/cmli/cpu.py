@@ -17,39 +17,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .op import Pair, has_data
+from .op import Pair, Sides, has_data
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp -shared -fPIC"
 VECTORS = {
-    "AVX512": "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512",
-    "AVX2": "-mavx2 -mfma",
-}
+    "AVX512": "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"
+}  # fmt: skip
 BLOCK = 2**19  # bytes of the features of a thread's block of images, at the most
 ENTRIES = 2**14  # rows that a thread lists to add them, at the most
 FEW = 2**24  # multiplications for which other threads are not woken
 TOKENS, ROWS, LANES = 64, 8, 16  # TOKENS, and the most of ROWS and L of cpu.cpp
 
 
+def _fields(pointers: str, integers: str) -> list[tuple[str, type]]:
+    kinds = (pointers, ctypes.c_void_p), (integers, ctypes.c_int64)
+    return [(name, kind) for names, kind in kinds for name in names.split()]
+
+
 class Side(ctypes.Structure):
-    _fields_ = (
-        ("features", ctypes.c_void_p),
-        ("rows", ctypes.c_void_p),
-        ("ends", ctypes.c_void_p),
-        ("D", ctypes.c_int64),
-        ("B", ctypes.c_int64),
-    )
+    _fields_ = _fields("features rows ends", "D B")
 
 
 class Pairs(ctypes.Structure):
-    _fields_ = (
-        ("i2t", ctypes.c_void_p),
-        ("t2i", ctypes.c_void_p),
-        ("tokens", ctypes.c_void_p),
-        ("patches", ctypes.c_void_p),
-        ("token_bytes", ctypes.c_int64),
-        ("patch_bytes", ctypes.c_int64),
-    )
+    _fields_ = _fields("i2t t2i tokens patches", "token_bytes patch_bytes")
 
 
 @functools.cache
@@ -75,8 +66,6 @@ def library() -> ctypes.CDLL:
     loaded.cmli_rows.argtypes = at, size, size, at, at
     loaded.cmli_forward.argtypes = side, side, pairs, *scratch
     loaded.cmli_backward.argtypes = ctypes.c_int, side, side, pairs, at, *scratch
-    for function in (loaded.cmli_rows, loaded.cmli_forward, loaded.cmli_backward):
-        function.restype = None
     return loaded
 
 
@@ -92,67 +81,46 @@ def side(features: Tensor, mask: Tensor | None) -> Side:
     if has_data(features):
         mask = None if mask is None else mask.contiguous()
         library().cmli_rows(address(mask), B, P, address(rows), address(ends))
-    seen = Side(address(features), address(rows), address(ends), D, B)
+    seen = Side(*map(address, (features, rows, ends)), D, B)
     seen.tensors = features, rows, ends  # which it points to
     return seen
 
 
-def pairs(matrices: Pair, argmax: Pair | None) -> Pairs:
-    tokens, patches = argmax or (None, None)
-    sizes = [0 if x is None else x.itemsize for x in (tokens, patches)]
-    return Pairs(*map(address, (*matrices, tokens, patches)), *sizes)
+class Call:
+    """What kernels are given: both sides, numbers of pairs, and memory of their threads."""
 
+    def __init__(self, sides: Sides, matrices: Pair, argmax: Pair | None):
+        image, text, token_mask, patch_mask = sides
+        self.images, self.texts = side(image, patch_mask), side(text, token_mask)
+        tokens, patches = argmax or (None, None)
+        sizes = [0 if x is None else x.itemsize for x in (tokens, patches)]
+        self.pairs = Pairs(*map(address, (*matrices, tokens, patches)), *sizes)
 
-class Scratch:
-    """Memory of the kernels' threads."""
-
-    def __init__(self, image: Tensor, text: Tensor):
         (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
         # Patches of a block, at least those of an image; rows of a list, at least those of a pair.
         self.block, self.entries = max(N, BLOCK // (4 * D)), max(N + M, ENTRIES)
-        columns, tokens = self.block + LANES, max(TOKENS, M)
-        compared = 4 * (columns * (D + tokens + ROWS + 2) + 2 * (tokens + LANES)) + 16 * tokens
+        columns, most = self.block + LANES, max(TOKENS, M)
+        compared = 4 * (columns * (D + most + ROWS + 2) + 2 * (most + LANES)) + 16 * most
         listed = 8 * self.entries + 4 * (max(N, M) + 1)
-        self.each = -(-max(compared, listed) // 64) * 64  # bytes of a thread
+        each = -(-max(compared, listed) // 64) * 64  # bytes of a thread
         threads = min(I, torch.get_num_threads())
-        self.memory = image.new_empty(self.each * threads, dtype=torch.uint8)
-        self.threads = 1 if I * N * J * M * D < FEW else threads
-
-    def arguments(self) -> tuple[int | None, int, int]:
-        return address(self.memory), self.each, self.threads
+        self.memory = image.new_empty(each * threads, dtype=torch.uint8)
+        self.scratch = address(self.memory), each, 1 if I * N * J * M * D < FEW else threads
 
 
-def forward(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    scores: Pair,
-    argmax: Pair | None,
-) -> None:
+def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
-    images, texts = side(image, patch_mask), side(text, token_mask)
-    scratch, out = Scratch(image, text), pairs(scores, argmax)
-    if has_data(image):
-        sizes = scratch.block, text.shape[1]
-        library().cmli_forward(texts, images, out, *sizes, *scratch.arguments())
+    call = Call(sides, scores, argmax)
+    if has_data(sides.image):
+        given = call.texts, call.images, call.pairs, call.block, sides.text.shape[1]
+        library().cmli_forward(*given, *call.scratch)
 
 
-def backward(
-    grads: Pair,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    argmax: Pair,
-    d_image: Tensor,
-    d_text: Tensor,
-) -> None:
-    """Add the gradients of image and text to fp32 `d_image` and `d_text`."""
-    images, texts = side(image, patch_mask), side(text, token_mask)
-    scratch, both = Scratch(image, text), pairs(grads, argmax)
-    if has_data(image):
-        for of_image, own, other, out in ((0, texts, images, d_text), (1, images, texts, d_image)):
-            sizes = out.shape[1], scratch.entries
-            arguments = of_image, own, other, both, address(out), *sizes, *scratch.arguments()
-            library().cmli_backward(*arguments)
+def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+    """Add the gradients of image and text to those given, fp32."""
+    call = Call(sides, grads, argmax)
+    if has_data(sides.image):
+        own = (0, call.texts, call.images, d_sides[1]), (1, call.images, call.texts, d_sides[0])
+        for *of, out in own:
+            sizes = out.shape[1], call.entries
+            library().cmli_backward(*of, call.pairs, address(out), *sizes, *call.scratch)

@@ -1,8 +1,8 @@
 """What ranks exchange for the losses over all pairs: texts, their gradients, softmax statistics.
 
-One rule: a rank's loss is the mean over its own pairs, and what other ranks compute for its texts
-is *summed* to it. Averaging gradients over ranks, as DDP and DeepSpeed do, then gives exactly the
-gradient of the global batch's mean loss; no factor of P appears anywhere.
+A rank's loss is the mean over its own pairs, and what other ranks compute for its texts is *summed*
+to it. Averaging gradients over ranks, as DDP and DeepSpeed do, then gives exactly the gradient of
+the global batch's mean loss: no factor of P appears anywhere.
 
 Shapes: B pairs per rank, P ranks, G = B * P.
 """
@@ -47,10 +47,8 @@ def pad_to_longest(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def longest_text(text: Tensor) -> int:
-    """The largest M of all ranks' texts [B, M, D]. Collective, CPU-GPU sync.
-
-    Raises ValueError, on every rank, if their numbers of pairs differ.
-    """
+    """The largest M of all ranks' texts [B, M, D]. Raises ValueError, on every rank, if they differ
+    in B. Collective, CPU-GPU sync."""
     B, M, _ = text.shape
     sizes = torch.tensor([B, -B, M], device=text.device)
     dist.all_reduce(sizes, dist.ReduceOp.MAX)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .op import Pair, has_data, upcast
+from .op import Pair, Sides, has_data, slices, upcast
 
 
 def _groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
@@ -30,10 +30,9 @@ def _groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
             yield texts, longest, full
 
 
-def _slices(I: int, each: int, device: torch.device) -> list[slice]:  # noqa: E741
-    """Images of a tile, each of which has so many similarities."""
-    size = max(1, 2 ** (19 if device.type == "cpu" else 24) // each)
-    return [slice(i, min(i + size, I)) for i in range(0, I, size)]
+def _images(I: int, each: int, device: torch.device) -> list[slice]:  # noqa: E741
+    """Those of a tile, each of which has so many similarities."""
+    return slices(I, max(1, 2 ** (19 if device.type == "cpu" else 24) // each))
 
 
 def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,21 +52,15 @@ def _first_maxima(S: Tensor, dim: int, equal: Tensor | None) -> Pair:
     return best.squeeze(dim), length - equal.amax(dim).clamp_(min=1)  # no NaN equals any
 
 
-def forward(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    scores: Pair,
-    argmax: Pair | None,
-) -> None:
+def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
+    image, text, token_mask, patch_mask = sides
     (I, N, _), device = image.shape, image.device  # noqa: E741
     counts = torch.full((I,), N, device=device) if patch_mask is None else patch_mask.sum(1)
     for j, m, full in _groups(token_mask):
         token = token_mask[j, :m]
         w = _valid(text[j, :m], token).flatten(0, 1)
-        for i in _slices(I, N * len(w), device):
+        for i in _images(I, N * len(w), device):
             patch = None if patch_mask is None else patch_mask[i]
             S = (w @ _valid(image[i], patch).flatten(0, 1).t()).view(len(j), m, -1, N)
             if not full:
@@ -88,28 +81,19 @@ def forward(
                 argmax[1][i, j, :m] = which_patch.permute(2, 0, 1).to(argmax[1].dtype)
 
 
-def backward(
-    grads: Pair,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    argmax: Pair,
-    d_image: Tensor,
-    d_text: Tensor,
-) -> None:
-    """Add the gradients of image and text to `d_image` and `d_text`, fp32 or fp64."""
-    (I, N, _), device, dtype = image.shape, image.device, d_image.dtype  # noqa: E741
-    weights = torch.ones(I, N, dtype=dtype, device=device)
-    if patch_mask is not None:
-        weights = patch_mask.to(dtype)
+def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+    """Add the gradients of image and text to those given, fp32 or fp64."""
+    image, text, token_mask, patch_mask = sides
+    d_image, d_text = d_sides
+    I, N, _ = image.shape  # noqa: E741
+    weights = d_image.new_ones(I, N) if patch_mask is None else patch_mask.to(d_image.dtype)
     weights = weights / weights.sum(1, keepdim=True).clamp(min=1)
     for j, m, _ in _groups(token_mask):
         token = token_mask[j, :m]
-        w, of_token = _valid(text[j, :m], token).flatten(0, 1), token.to(dtype)
+        w, of_token = _valid(text[j, :m], token).flatten(0, 1), token.to(d_text.dtype)
         of_token = of_token / of_token.sum(1, keepdim=True).clamp(min=1)  # [j, m]
         d_w = torch.zeros_like(w)
-        for i in _slices(I, N * len(w), device):
+        for i in _images(I, N * len(w), image.device):
             patch = None if patch_mask is None else patch_mask[i]
             v = _valid(image[i], patch).flatten(0, 1)
             some = token.any(1)[:, None] & (weights[i] > 0).any(1)  # [j, i]
@@ -122,4 +106,7 @@ def backward(
             C = C.flatten(2).flatten(0, 1)  # [j m, i N]
             d_image[i].flatten(0, 1).addmm_(C.t(), w)
             d_w.addmm_(C, v)
-        d_text[j, :m] += d_w.unflatten(0, (len(j), m))
+        # A NaN of the other side is one times a coefficient of 0 too.
+        d_text[j, :m] += d_w.unflatten(0, (len(j), m)).masked_fill_(~token[..., None], 0)
+    if patch_mask is not None:
+        d_image.masked_fill_(~patch_mask[..., None], 0)

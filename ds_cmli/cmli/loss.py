@@ -3,20 +3,19 @@
 The pairs are of sequences, compared by CMLI, or of vectors, compared by their cosine. Scores are
 there for a block of this rank's images at a time, never for all pairs.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding
-dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, D features.
 """
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed, op
-from .op import Implementation, Pair, full_precision, index_dtype, upcast
+from .op import Implementation, Pair, Sides, full_precision, index_dtype, slices, upcast
 
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 SCRATCH_BYTES = 64 * 2**20
@@ -26,17 +25,12 @@ PAIR_BYTES, PATCH_BYTES = 32, 16
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Unit length over the last dimension, as by `F.normalize`: computed in fp32 (fp64 for fp64),
-    and returned in x's dtype.
+    """Unit length over the last dimension, computed in fp32 (fp64 for fp64), returned in x's dtype.
 
     A row of zeros, or shorter than 1e-12, has no direction: it gives zeros, and its gradient is 0,
     where that of `F.normalize` is divided by 1e-12.
     """
-    return _units(x).to(x.dtype)
-
-
-def _units(x: Tensor) -> Tensor:
-    return upcast(x) / _lengths(x)
+    return (upcast(x) / _lengths(x)).to(x.dtype)
 
 
 def _lengths(x: Tensor) -> Tensor:
@@ -56,7 +50,7 @@ class Temperature(nn.Module):
 
     A module of its own, as ZeRO-3 gathers parameters where their module is called. The clamp is
     straight-through: above the limit the value is constant but the gradient still passes, so a
-    parameter that drifted over it can return. A plain clamp has no gradient there.
+    parameter that drifted over it can return.
     """
 
     def __init__(self, init: float, bias: float | None = None, most: float = MAX_SCALE):
@@ -92,13 +86,10 @@ class _Block:
     def __init__(self, image: Tensor, rows: slice, texts: _Texts, kernels: Implementation | None):
         self.rows, self.kernels, self.text = rows, kernels, texts.units
         self.image = l2_normalize(image[rows]).to(self.text.dtype)
-        patch_mask = None if texts.patch_mask is None else texts.patch_mask[rows]
-        self.sides: tuple[Tensor, Tensor, Any, Any] = (
-            self.image,
-            self.text,
-            texts.token_mask,
-            patch_mask,
-        )
+        self.sides: Sides | None = None  # of vectors
+        if texts.token_mask is not None:
+            patch_mask = None if texts.patch_mask is None else texts.patch_mask[rows]
+            self.sides = Sides(self.image, self.text, texts.token_mask, patch_mask)
         self.first = distributed.rank() * len(image) + rows.start  # the place of their own texts
         self.alike: Tensor | None = None  # bool [block, G], other pairs that share an id
         if texts.own_ids is not None and texts.ids is not None:
@@ -113,22 +104,20 @@ class _Block:
         return matrix.diagonal(self.first)
 
     def scores(self, keep: bool) -> tuple[Pair, Pair | None]:
-        if self.kernels is not None:
-            return op.cmli_forward(self.kernels, *self.sides, keep)
+        if self.sides is not None and self.kernels is not None:
+            return op.cmli_forward(self.kernels, self.sides, keep)
         with full_precision(self.image.device):
             cosines = upcast(self.image) @ upcast(self.text).t()
         return (cosines, cosines), None
 
-    def add_gradients(
-        self, grads: Pair, argmax: Pair | None, d_image: Tensor, d_text: Tensor
-    ) -> None:
-        if self.kernels is not None and argmax is not None:
-            op.cmli_backward(self.kernels, grads, *self.sides, argmax, d_image, d_text)
+    def add_gradients(self, grads: Pair, argmax: Pair | None, d_sides: Pair) -> None:
+        if self.sides is not None and self.kernels is not None and argmax is not None:
+            op.cmli_backward(self.kernels, self.sides, grads, argmax, d_sides)
             return
         with full_precision(self.image.device):
             both = grads[0] + grads[1]
-            d_image.addmm_(both, upcast(self.text))
-            d_text.addmm_(both.t(), upcast(self.image))
+            d_sides[0].addmm_(both, upcast(self.text))
+            d_sides[1].addmm_(both.t(), upcast(self.image))
 
     def logits(self, scores: Tensor, scale: Tensor) -> Tensor:
         """Of the contrastive loss: -inf where a text is no negative."""
@@ -150,9 +139,9 @@ class _PairLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, learned, token_mask, patch_mask, ids, backend, scratch_bytes):
         B, G = len(image), len(image) * distributed.world_size()
-        units, ctx.kernels, ctx.cpu = l2_normalize(text), None, False
+        units, ctx.kernels = l2_normalize(text), None
         if token_mask is not None:
-            ctx.kernels = op.implementation(image, text, backend)
+            ctx.kernels = op.implementation(Sides(image, text, token_mask, patch_mask), backend)
             units, token_mask = distributed.pad_to_longest(units, token_mask)
             token_mask = distributed.gather(token_mask)
         all_ids = None if ids is None else distributed.gather(ids)
@@ -194,21 +183,21 @@ class _PairLoss(torch.autograd.Function):
         op.refuse_second_derivative()
         saved = ctx.saved_tensors  # once: checkpointing unpacks them only once
         image, text, learned = saved[:3]
-        texts = _Texts(*saved[3:8])
         d_image, d_learned = torch.empty_like(image), torch.zeros_like(learned)
-        d_texts = _add_gradients(ctx, grad, saved, texts, d_image, d_learned)
+        d_texts = _add_gradients(ctx, grad, saved, d_image, d_learned)
         d_own = distributed.sum_to_owner(d_texts)
         del d_texts
         d_text = torch.empty_like(text)
-        for rows in _slices(len(text), ctx.size):
+        for rows in slices(len(text), ctx.size):
             of_rows = d_own[rows] if text.ndim == 2 else d_own[rows, : text.shape[1]]
             d_text[rows] = _l2_normalize_backward(of_rows, text[rows])
         return d_image, d_text, d_learned, *[None] * 5
 
 
-def _add_gradients(ctx, grad, saved, texts, d_image, d_learned):
+def _add_gradients(ctx, grad, saved, d_image, d_learned):
     """Write the gradients of images, and of what is learned; returns that of all unit texts."""
     image, learned, kept, sigmoid = saved[0], saved[2], iter(saved[10:]), len(saved[2]) == 2
+    texts = _Texts(*saved[3:8])
     d_texts = op.zero_gradient(texts.units)
     share = grad / (2 * len(image))  # what a weight of 1 is
     # A column belongs to the loss of the rank that owns its text.
@@ -233,7 +222,7 @@ def _add_gradients(ctx, grad, saved, texts, d_image, d_learned):
             d_learned[0] += torch.dot(g.flatten(), s.flatten())
             grads.append(g.mul_(learned[0]))
         d_units = op.zero_gradient(block.image)
-        block.add_gradients((grads[0], grads[1]), argmax, d_units, d_texts)
+        block.add_gradients((grads[0], grads[1]), argmax, (d_units, d_texts))
         d_image[block.rows] = _l2_normalize_backward(d_units, image[block.rows])
     return d_texts
 
@@ -250,14 +239,10 @@ def _sizes(image: Tensor, texts: Tensor, cpu: bool, scratch_bytes: int) -> tuple
     return min(len(image), max(least, images)), indices + 8
 
 
-def _slices(size: int, each: int) -> list[slice]:
-    return [slice(at, min(at + each, size)) for at in range(0, size, each)]
-
-
 def _blocks(ctx, image: Tensor, texts: _Texts) -> Iterator[_Block]:
     if ctx.cpu:  # once, as a CPU multiplies 16 bits no faster
         texts = texts._replace(units=upcast(texts.units))
-    for rows in _slices(len(image), ctx.size):
+    for rows in slices(len(image), ctx.size):
         yield _Block(image, rows, texts, ctx.kernels)
 
 
@@ -269,10 +254,9 @@ class PairLoss(nn.Module):
     both directions, summed over the texts of an image and averaged over images.
 
     Where a process group is initialised the batch is that of all its ranks: texts travel, each rank
-    scores its own images against all of them, and the softmax over images needs only vectors of
-    length G. The mean over the ranks' losses is the loss of the global batch, and averaging
-    gradients over ranks (as DistributedDataParallel and DeepSpeed do) gives its gradient, for the
-    features and for the temperature.
+    scores its own images against all of them. The mean over the ranks' losses is the loss of the
+    global batch, and averaging gradients over ranks (as DistributedDataParallel and DeepSpeed do)
+    gives its gradient, for the features and for the temperature.
 
     Args:
         init_temperature: at the start, at least 1 / `max_scale`.
@@ -310,46 +294,38 @@ class PairLoss(nn.Module):
     ) -> Tensor:
         """The mean loss of this rank's B pairs, a scalar in fp32 (fp64 for fp64). Collective.
 
+        Raises ValueError if an argument does not fit, or the ranks' numbers of pairs differ.
+
         Args:
-            image: [B, N, D] patches, compared by CMLI, or [B, D], by the cosine. Not normalised:
-                that is done here, in fp32.
-            text: [B, M, D] tokens or [B, D], of the same dtype and device. M may differ between
-                ranks, B may not.
-            token_mask: bool [B, M] of tokens, True = valid. Leave out class, separator and padding
-                tokens.
+            image: [B, N, D] patches, compared by CMLI, or [B, D], by the cosine, which is made here
+                in fp32: they need not be normalised.
+            text: [B, M, D] tokens or [B, D], of the same dtype and device. Ranks may differ in M.
+            token_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
             patch_mask: bool [B, N]; None: all are valid.
             ids: int64 [B, K]. Pairs that share one, as the hash of their picture or of their
                 caption, are no negatives of each other; in the sigmoid loss they are positives.
             learned: what `temperature` has returned, in its place.
-
-        Raises:
-            ValueError: an argument does not fit, or the ranks' numbers of pairs differ.
         """
         if token_mask is not None:
-            image, text = op.checked(image, text, token_mask, patch_mask)
+            image, text, *_ = op.checked(Sides(image, text, token_mask, patch_mask))
         elif image.ndim != 2 or image.shape != text.shape or image.dtype != text.dtype:
             shapes = f"{list(image.shape)} {image.dtype} and {list(text.shape)} {text.dtype}"
             raise ValueError(f"image and text must be [B, D], or have a token_mask, not {shapes}")
-        if len(image) != len(text) or (
-            ids is not None and (ids.ndim != 2 or len(ids) != len(image))
-        ):
+        fit = ids is None or (ids.ndim == 2 and len(ids) == len(image))
+        if not fit or len(image) != len(text):
             counts = len(image), len(text), ids if ids is None else list(ids.shape)
             raise ValueError(f"image, text and ids must have a row for each pair, not {counts}")
-        if learned is None:
-            learned = self.temperature()
+        learned = self.temperature() if learned is None else learned
         learned = learned.to(torch.promote_types(image.dtype, torch.float32))
-        masks = token_mask, patch_mask, ids
-        loss, alike = _PairLoss.apply(
-            image, text, learned, *masks, self.backend, self.scratch_bytes
-        )
+        options = self.backend, self.scratch_bytes
+        loss, alike = _PairLoss.apply(image, text, learned, token_mask, patch_mask, ids, *options)
         self.alike.copy_(alike)
         return loss
 
 
 class CMLILoss(PairLoss):
-    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs of images
-    [B, N, D] and texts [B, M, D] with token_mask [B, M]: a `PairLoss` with a temperature that is
-    sharper than the usual 0.07, as a mean of maxima spreads less than a cosine."""
+    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs: a
+    `PairLoss` that starts sharper than at 0.07, as means of maxima spread less than cosines."""
 
     def __init__(self, init_temperature: float = 0.02, **options):
         super().__init__(init_temperature, **options)

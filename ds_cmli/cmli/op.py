@@ -1,8 +1,9 @@
 """`cmli_scores`: the all-pairs scores of Cross-Modal Late Interaction, and what computes them.
 
-An implementation is two functions that write into tensors made here: `forward` scores and argmax
-indices, `backward` the gradients of both sides, which it adds. On tensors without data, as those of
-FakeTensorMode, each allocates what it would otherwise and starts no kernel.
+An implementation is two functions that write into tensors made here: `forward(sides, scores,
+argmax)` writes scores and, unless None, argmax indices; `backward(sides, grads, argmax, d_sides)`
+adds gradients of features. On tensors without data, as those of FakeTensorMode, they allocate what
+they would otherwise and start no kernel.
 
 Shapes: I images, J texts, N patches, M text positions (padded), D features.
 """
@@ -12,6 +13,7 @@ import subprocess
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,13 @@ Implementation = tuple[Callable[..., None], Callable[..., None]]  # forward, bac
 
 BACKENDS = ("auto", "cpu", "triton", "torch")
 LONGEST = 2**15 - 1  # positions of a side: argmax indices are kept in int16 at most
+
+
+class Sides(NamedTuple):
+    image: Tensor  # [I, N, D]
+    text: Tensor  # [J, M, D]
+    token_mask: Tensor  # bool [J, M], True = valid
+    patch_mask: Tensor | None = None  # bool [I, N]; None: all are valid
 
 
 def has_data(x: Tensor) -> bool:
@@ -38,6 +47,15 @@ def index_dtype(length: int) -> torch.dtype:
     return torch.uint8 if length <= 256 else torch.int16
 
 
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n and at least 16, the smallest side of a product."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def slices(size: int, each: int) -> list[slice]:
+    return [slice(at, min(at + each, size)) for at in range(0, size, each)]
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
     """No autocast inside: it would multiply fp32 matrices in 16 bits."""
     if torch.amp.is_autocast_available(device.type):
@@ -45,40 +63,37 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def implementation(image: Tensor, text: Tensor, backend: str = "auto") -> Implementation:
-    """What computes pairs of such sides.
-
-    Raises RuntimeError if `backend` names kernels that do not run here; with "auto" PyTorch's
-    operators take their place, with a warning.
-    """
-    from . import fallback
-
-    name, reason = backend, None
-    if backend == "auto":
-        name = {"cpu": "cpu", "cuda": "triton"}.get(image.device.type, "torch")
-    if name == "torch" or image.dtype == torch.float64:
-        return fallback.forward, fallback.backward
+def implementation(sides: Sides, backend: str = "auto") -> Implementation:
+    """What computes the pairs of such sides: with "auto" PyTorch's operators, with a warning, where
+    no kernels run. Raises RuntimeError if `backend` names kernels that do not run here."""
+    device, reason = sides.image.device, None
+    of_device = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
+    name = of_device if backend == "auto" else backend
+    if sides.image.dtype == torch.float64:
+        name = "torch"
     if name == "cpu":
         reason = why_not_cpu()
-    elif has_data(image) and image.device.type == "cuda":
-        (_, N, D), M = image.shape, text.shape[1]
-        reason = why_not_triton(image.device, image.dtype, N, M, D)
+    elif name == "triton" and device.type == "cuda" and has_data(sides.image):
+        # As finely as the choice of tiles distinguishes sizes.
+        N, M = (power_of_two(x.shape[1]) for x in (sides.image, sides.text))
+        reason = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])
     if reason is None:
-        return _kernels(name)
+        return _functions(name)
     if backend != "auto":
         raise RuntimeError(f"backend={backend!r} does not run here: {reason}")
     _warn(reason)
-    return fallback.forward, fallback.backward
+    return _functions("torch")
 
 
-def _kernels(name: str) -> Implementation:
-    if name == "cpu":
-        from . import cpu
+def _functions(name: str) -> Implementation:
+    if name == "triton":
+        from . import triton_backward, triton_forward
 
-        return cpu.forward, cpu.backward
-    from . import triton_backward, triton_forward
+        return triton_forward.forward, triton_backward.backward
+    from . import cpu, fallback
 
-    return triton_forward.forward, triton_backward.backward
+    module = cpu if name == "cpu" else fallback
+    return module.forward, module.backward
 
 
 @functools.cache
@@ -98,31 +113,24 @@ def why_not_cpu() -> str | None:
     return None
 
 
+@functools.cache
 def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
     """Why the Triton kernels do not run on a GPU for such inputs, in one line; None if they do.
 
-    The first time they are compiled, started for one pair, and waited for.
+    They are compiled, started for one pair, and waited for.
     """
-    from .triton_forward import power_of_two
-
-    # As finely as the choice of tiles distinguishes sizes.
-    return _why_not(device, dtype, power_of_two(N), power_of_two(M), D)
-
-
-@functools.cache
-def _why_not(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
     from .triton_forward import unsuited
 
     reason = unsuited(torch.cuda.get_device_capability(device))
     if reason is not None:
         return reason
     image, text = (torch.ones(1, n, D, dtype=dtype, device=device) for n in (N, M))
-    sides = image, text, torch.ones(1, M, dtype=torch.bool, device=device), None
+    sides = Sides(image, text, torch.ones(1, M, dtype=torch.bool, device=device))
     try:
-        kernels = _kernels("triton")
-        scores, argmax = cmli_forward(kernels, *sides, True)
+        kernels = _functions("triton")
+        scores, argmax = cmli_forward(kernels, sides, True)
         assert argmax is not None  # they are kept
-        cmli_backward(kernels, scores, *sides, argmax, *map(zero_gradient, (image, text)))
+        cmli_backward(kernels, sides, scores, argmax, (zero_gradient(image), zero_gradient(text)))
         torch.cuda.synchronize(device)  # raises what failed while it ran
     except torch.OutOfMemoryError:
         raise
@@ -131,17 +139,11 @@ def _why_not(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -
     return None
 
 
-def cmli_forward(
-    kernels: Implementation,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    keep: bool,
-) -> tuple[Pair, Pair | None]:
+def cmli_forward(kernels: Implementation, sides: Sides, keep: bool) -> tuple[Pair, Pair | None]:
     """Both scores [I, J], and if `keep` the argmax indices for `cmli_backward`: the best token of
     each patch [I, J, N], and the best patch of each token [I, J, M]."""
-    (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
+    image = sides.image
+    (I, N, _), (J, M, _) = image.shape, sides.text.shape  # noqa: E741
     dtype, argmax = torch.promote_types(image.dtype, torch.float32), None
     # Zeros, because those of empty texts are not written.
     scores = image.new_zeros(I, J, dtype=dtype), image.new_zeros(I, J, dtype=dtype)
@@ -149,25 +151,14 @@ def cmli_forward(
         tokens = image.new_empty(I, J, N, dtype=index_dtype(M))
         argmax = tokens, image.new_empty(I, J, M, dtype=index_dtype(N))
     with full_precision(image.device):
-        kernels[0](image, text, token_mask, patch_mask, scores, argmax)
+        kernels[0](sides, scores, argmax)
     return scores, argmax
 
 
-def cmli_backward(
-    kernels: Implementation,
-    grads: Pair,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    argmax: Pair,
-    d_image: Tensor,
-    d_text: Tensor,
-) -> None:
+def cmli_backward(kernels: Implementation, sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair):
     """Add the features' gradients to `zero_gradient`s, given those of both scores [I, J]."""
-    g = grads[0].contiguous(), grads[1].contiguous()
-    with full_precision(image.device):
-        kernels[1](g, image, text, token_mask, patch_mask, argmax, d_image, d_text)
+    with full_precision(sides.image.device):
+        kernels[1](sides, (grads[0].contiguous(), grads[1].contiguous()), argmax, d_sides)
 
 
 def zero_gradient(x: Tensor) -> Tensor:
@@ -177,21 +168,19 @@ def zero_gradient(x: Tensor) -> Tensor:
 
 class _Scores(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, image, text, token_mask, patch_mask, backend):
-        ctx.kernels, keep = implementation(image, text, backend), any(ctx.needs_input_grad)
-        sides = image, text, token_mask, patch_mask
-        scores, argmax = cmli_forward(ctx.kernels, *sides, keep)
+    def forward(ctx, backend, *sides):
+        ctx.kernels = implementation(Sides(*sides), backend)
+        scores, argmax = cmli_forward(ctx.kernels, Sides(*sides), any(ctx.needs_input_grad))
         ctx.save_for_backward(*sides, *(argmax or ()))
         return scores
 
     @staticmethod
     def backward(ctx, *grads):
         refuse_second_derivative()
-        image, text, token_mask, patch_mask, *argmax = ctx.saved_tensors
-        d_image, d_text = zero_gradient(image), zero_gradient(text)
-        sides = image, text, token_mask, patch_mask
-        cmli_backward(ctx.kernels, grads, *sides, argmax, d_image, d_text)
-        return d_image.to(image.dtype), d_text.to(text.dtype), None, None, None
+        sides, argmax = Sides(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
+        d_sides = zero_gradient(sides.image), zero_gradient(sides.text)
+        cmli_backward(ctx.kernels, sides, grads, argmax, d_sides)
+        return None, *(d.to(sides.image.dtype) for d in d_sides), None, None
 
 
 def refuse_second_derivative() -> None:
@@ -202,8 +191,9 @@ def refuse_second_derivative() -> None:
         )
 
 
-def checked(image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor | None) -> Pair:
-    """The features, under autocast of one dtype. Raises ValueError for what does not fit."""
+def checked(sides: Sides) -> Sides:
+    """The same, under autocast of one dtype. Raises ValueError for what does not fit."""
+    image, text, *masks = sides
     device = image.device
     if image.dtype != text.dtype and torch.is_autocast_enabled(device.type):
         wider = torch.promote_types(image.dtype, text.dtype)
@@ -215,13 +205,13 @@ def checked(image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor 
     if image.dtype != text.dtype or not image.is_floating_point() or device != text.device:
         kinds = f"{image.dtype} on {device} and {text.dtype} on {text.device}"
         raise ValueError(f"image and text must be floats of one dtype on one device, not {kinds}")
-    for name, mask, x in (("token_mask", token_mask, text), ("patch_mask", patch_mask, image)):
+    for name, mask, x in zip(Sides._fields[2:], masks, (text, image), strict=True):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             kind = f"{mask.dtype} {list(mask.shape)}"
             raise ValueError(f"{name} must be bool {list(x.shape[:2])}, True = valid, not {kind}")
     if max(image.shape[1], text.shape[1]) > LONGEST:
         raise ValueError(f"image and text {shapes} may have {LONGEST} positions at most")
-    return image, text
+    return Sides(image, text, *masks)
 
 
 def cmli_scores(
@@ -233,17 +223,16 @@ def cmli_scores(
 ) -> Pair:
     """Score every image with every text by Cross-Modal Late Interaction, in both directions.
 
-    With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m:
+    With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m, by equations
+    (1) to (4) of the source document, and 4 and 5 of FILIP (arXiv 2111.07783):
         s_i2t[i, j] = mean over n of max over m of S[n, m]
         s_t2i[i, j] = mean over m of max over n of S[n, m]
-    Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The
-    similarities of all pairs are never stored: memory is the argmax indices, I*J*(N+M) bytes, and a
-    bounded scratch.
+    The similarities of all pairs are never stored: memory is the argmax indices, I*J*(N+M) bytes,
+    and a bounded scratch.
 
     Args:
-        image: [I, N, D] patch features, fp32, bf16, fp16 or fp64. Not normalised here: for cosines
-            the caller normalises, as `CMLILoss` does in fp32.
-        text: [J, M, D] token features, of the same dtype and device.
+        image: [I, N, D] patches, fp32, bf16, fp16 or fp64: normalised by the caller for cosines.
+        text: [J, M, D] tokens, of the same dtype and device.
         token_mask: bool [J, M], True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
         patch_mask: bool [I, N], likewise; None: all are valid.
         backend: "cpu" (C++) or "triton" (GPUs), "torch" for PyTorch's operators alone, or "auto":
@@ -255,11 +244,10 @@ def cmli_scores(
         a text without valid tokens and an image without valid patches score 0 with zero gradient.
         Of equal similarities the lowest index wins. NaN and inf propagate.
 
-    Raises:
-        ValueError: an argument does not fit.
-        RuntimeError: the backend does not run here, or a second derivative is asked for.
+    Raises ValueError for an argument that does not fit, RuntimeError if the backend does not run
+    here, or a second derivative is asked for.
     """
-    image, text = checked(image, text, token_mask, patch_mask)
+    sides = checked(Sides(image, text, token_mask, patch_mask))
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
-    return _Scores.apply(image, text, token_mask, patch_mask, backend)
+    return _Scores.apply(backend, *sides)

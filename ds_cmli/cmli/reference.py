@@ -10,8 +10,7 @@ from torch import Tensor
 
 
 def first_maximum(S: Tensor, dim: int) -> Tensor:
-    """Index of the maximum along `dim`; the lowest among equals; the first NaN where there is
-    one."""
+    """Index of the maximum along `dim`: the lowest among equals; the first NaN, if any."""
     shape = [-1 if d == dim % S.ndim else 1 for d in range(S.ndim)]
     index = torch.arange(S.shape[dim], device=S.device).view(shape)
     hit = (S.amax(dim, keepdim=True) == S) | S.isnan()
@@ -21,11 +20,8 @@ def first_maximum(S: Tensor, dim: int) -> Tensor:
 def cmli_scores_reference(
     image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """CMLI scores of all pairs, equations (1)-(4) (FILIP, arXiv 2111.07783, eq. 4-5), by plain
-    autograd.
-
-    Arguments, shapes and results as `cmli_scores`. 16-bit inputs are multiplied in fp32.
-    """
+    """CMLI scores of all pairs by plain autograd: equations (1)-(4), in FILIP (arXiv 2111.07783)
+    4 and 5. Arguments and results as of `cmli_scores`. 16-bit inputs are multiplied in fp32."""
     if patch_mask is None:
         patch_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     dtype = torch.promote_types(image.dtype, torch.float32)
@@ -52,12 +48,8 @@ def cmli_scores_reference(
 def pair_loss_reference(
     s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, alike: Tensor | None = None
 ) -> Tensor:
-    """The loss of `PairLoss`, written out over the scores [B, B] of a whole batch.
-
-    Args:
-        learned: 1/temperature [1], or with the sigmoid loss's bias [2].
-        alike: bool [B, B], other pairs that are no negatives; None: there are none.
-    """
+    """The loss of `PairLoss` over the scores [B, B] of a whole batch, with 1/temperature [1] or the
+    sigmoid loss's bias too [2]. alike: bool [B, B], other pairs that are no negatives."""
     own = torch.eye(len(s_i2t), dtype=torch.bool, device=s_i2t.device)
     alike = torch.zeros_like(own) if alike is None else alike & ~own
     logits = learned[0] * s_i2t, learned[0] * s_t2i.t()

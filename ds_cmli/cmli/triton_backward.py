@@ -7,41 +7,26 @@
 
 a, b are the best token and the best patch, N_i and M_j count valid positions. Both lines are one
 formula with the roles changed, so there is one kernel: P is the side of the gradient, Q the
-source's.
+source's. A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and
+writes each row once: no atomics, the same bits every time. Its rows are the next ROWS/16 tiles of
+16 positions, whichever sequences they belong to; the source comes in long steps and, for what is
+left of a sequence, steps of 16. So neither N=196 nor short texts waste products.
 
-A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row
-once: no atomics, the same bits every time. Rows come in tiles of 16 positions listed over all
-sequences, and a program takes the next ROWS/16 tiles whichever sequences they belong to; the source
-comes in long steps and, for what is left of a sequence, steps of 16. So neither N=196 nor short
-texts waste products.
-
-Shapes: P, Q sequences of the two sides; D features; in a program R tiles, ROWS = 16 R rows, STEP
-source positions.
+Shapes: P, Q sequences of a side; D features; of a program R tiles, ROWS = 16 R, STEP of the source.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .op import Pair
-from .triton_forward import (
-    Side,
-    TileList,
-    device_limits,
-    launcher,
-    on_device,
-    power_of_two,
-    tile_list,
-    tl,
-    triton,
-)
+from .op import Pair, Sides, power_of_two
+from .triton_forward import Side, TileList, device_limits, launch, tile_list, tl, triton
 
 
 class BackwardTiles(NamedTuple):
-    rows: int  # gradient rows a program owns
-    step: int  # source positions a product takes; what is left of a sequence goes in steps of 16
+    rows: int  # of the gradient, in a program
+    step: int  # source positions of a product
     features: int
     warps: int
     stages: int
@@ -50,8 +35,7 @@ class BackwardTiles(NamedTuple):
 def backward_tiles(
     D: int, dtype: torch.dtype, capability: tuple[int, int], source_length: int
 ) -> BackwardTiles:
-    """Tiles of the gradient kernel for one device, whose rows gather from sequences of
-    `source_length` positions.
+    """Tiles for one device, of rows that gather from sequences of `source_length` positions.
 
     Counted in the compiled kernels, 64 rows of 256 features take 21 to 42% fewer instructions a
     product than 128 x 128: each coefficient is made once for all features. fp16 takes steps of 64
@@ -75,107 +59,82 @@ def two_terms(dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     return dtype == torch.bfloat16 or (dtype == torch.float16 and capability[0] == 10)
 
 
-def row_tiles(side: Side) -> TileList:
-    """All positions up to each sequence's last valid one, in tiles of 16."""
-    slots = -(-side.features.shape[1] // 16)
-    return tile_list((side.ends + 15) // 16, torch.zeros_like(side.ends), slots, slots, 1, 0)
-
-
 def source_steps(side: Side, step: int) -> tuple[TileList, TileList]:
-    """The same positions in steps of `step` and, where 16 are enough for what is left of a
-    sequence, one of 16."""
+    """All positions up to each sequence's last valid one in steps of `step` and, where 16 are
+    enough for what is left of a sequence, one of 16."""
     length = side.features.shape[1]
     slots, unit = -(-length // 16), step // 16
     long = (side.ends + step - 1 - min(16, step - 16)) // step
     rest = (side.ends > long * step).int()
-    zero = torch.zeros_like(long)
-    return (
-        tile_list(long, zero, -(-length // step), slots, unit, 0),
-        tile_list(rest, long * unit, 1, slots, unit, 0),
-    )
+    of_long = tile_list(long, -(-length // step), slots, unit)
+    return of_long, tile_list(rest, 1, slots, unit, start=long * unit)
 
 
-def backward(
-    grads: Pair,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    argmax: Pair,
-    d_image: Tensor,
-    d_text: Tensor,
-) -> None:
-    """Add the gradients of image and text to fp32 `d_image` and `d_text`."""
-    images, texts = Side.of(image, patch_mask), Side.of(text, token_mask)
-    with on_device(image):
-        _add(d_image, images, texts, argmax, grads, 0)
-        _add(d_text, texts, images, (argmax[1], argmax[0]), (grads[1], grads[0]), 1)
+def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+    """Add the gradients of image and text to those given, fp32."""
+    images, texts = Side.of(sides.image, sides.patch_mask), Side.of(sides.text, sides.token_mask)
+    _add(d_sides[0], images, texts, argmax, grads, 0)
+    _add(d_sides[1], texts, images, (argmax[1], argmax[0]), (grads[1], grads[0]), 1)
 
 
 def _add(out: Tensor, p: Side, q: Side, indices: Pair, grads: Pair, p_axis: int) -> None:
-    """Add the gradient of side p, sums of features of side q.
+    """Add the gradient of side p: sums of features of side q. In a pair p is first if p_axis is 0.
 
-    Args:
-        indices, grads: what positions of p and of q have chosen, and the gradients of the scores
-            that are means over p's and q's positions.
-        p_axis: the place of p's sequences among the axes of both, 0 or 1.
+    indices, grads: what positions of p and of q have chosen, and the gradients of the scores that
+    are means over p's and q's positions.
     """
     (P, p_length, D), (Q, q_length, _) = p.features.shape, q.features.shape
-    q_axis, dtype, (capability, _) = 1 - p_axis, q.features.dtype, device_limits(out.device)
+    dtype, (capability, _) = q.features.dtype, device_limits(out.device)
     tiles = backward_tiles(D, dtype, capability, q_length)
-    rows, (long, short) = row_tiles(p), source_steps(q, tiles.step)
+    slots = -(-p_length // 16)
+    rows, (long, short) = tile_list((p.ends + 15) // 16, slots, slots), source_steps(q, tiles.step)
     p_grad, q_grad = (g if p_axis == 0 else g.t() for g in grads)  # [P, Q]
     some = q.counts > 0
     of_q = torch.where(some, q_grad / q.counts.clamp(min=1), 0.0)
     # Coefficients are divided by an upper bound of them, so that they keep their bits in fp16.
     scale = torch.where(some, p_grad, 0.0).abs().amax(1) / p.counts.clamp(min=1)
     scale = (scale + of_q.abs().amax(1)).clamp_(min=1e-30)
-    q_weight = (of_q / scale[:, None]).contiguous()
-    p_slots, q_slots = -(-p_length // 16), -(-q_length // 16)
+    q_weight = of_q / scale[:, None]
+    q_weight = (q_weight if p_axis == 0 else q_weight.t()).contiguous()  # [I, J], as p_grad
     # In the features' precision: in fp32 the last step needs more registers than there are.
     part = torch.zeros_like(p.features)
-    programs = math.ceil(P * p_slots / (tiles.rows // 16)), math.ceil(D / tiles.features)
-    launcher(gradient_kernel, programs)(
+    programs = -(-P * slots // (tiles.rows // 16)), -(-D // tiles.features)
+    launch(
+        gradient_kernel, programs,
         part, p.mask, rows.code, rows.first, p.counts, scale, q.features, q.mask, long.code,
-        long.first, short.code, short.first, *indices, p_grad, q_weight,
-        indices[0].stride(p_axis), indices[0].stride(q_axis),
-        indices[1].stride(p_axis), indices[1].stride(q_axis), *p_grad.stride(),
-        P, Q, p_length, q_length, p_slots, q_slots, 2 if dtype == torch.bfloat16 else 1, D=D,
-        BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step, P_MASKED=p.masked,
-        Q_MASKED=q.masked, TWO_TERMS=two_terms(dtype, capability), STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
+        long.first, short.code, short.first, *indices, p_grad, q_weight, *p_grad.stride(), P, Q,
+        p_length, q_length, slots, long.slots, 2 if dtype == torch.bfloat16 else 1, D=D,
+        BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step, P_MASKED=p.masked, Q_MASKED=q.masked,
+        TWO_TERMS=two_terms(dtype, capability), STAGES=tiles.stages, num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )  # fmt: skip
     out += part
 
 
 @triton.jit
-def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
-             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-             STEP: tl.constexpr):  # fmt: skip
+def _indices(here, rows, chosen, Q_LEN, q_slots, STEP: tl.constexpr):
     """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their
     coefficients [R]."""
-    q = (here // q_slots).to(tl.int64)
+    p, live, r, r_inside, p_factor, P_LEN = rows
+    p_win, q_win, p_grad, q_weight, p_step, q_step = chosen
     s = here % q_slots * 16 + tl.arange(0, STEP)
-    p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
-    p_share = tl.load(p_grad + p * grad_p + q * grad_q, mask=live, other=0.0) * p_factor
+    pair = p * p_step + (here // q_slots).to(tl.int64) * q_step
+    p_won = tl.load(p_win + (pair * P_LEN)[None, :] + r, mask=r_inside, other=0)
+    p_share = tl.load(p_grad + pair, mask=live, other=0.0) * p_factor
     inside = live[:, None] & (s < Q_LEN)[None, :]
-    q_won = tl.load(q_win + (p * q_win_p + q * q_win_q)[:, None] + s[None, :], mask=inside, other=0)
-    q_share = tl.load(q_weight + p * Q + q, mask=live, other=0.0)
+    q_won = tl.load(q_win + (pair * Q_LEN)[:, None] + s[None, :], mask=inside, other=0)
+    q_share = tl.load(q_weight + pair, mask=live, other=0.0)
     return p_won.to(tl.int32), q_won.to(tl.int32), p_share, q_share
 
 
 @triton.jit
-def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win,
-               p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p, q_win_q,
-               grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr,
-               STEP: tl.constexpr, Q_MASKED: tl.constexpr,
+def _add_steps(acc, code, total, terms, source, q_mask, d, rows, chosen, Q_LEN, q_slots,
+               D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr,
                TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    dtype = acc.dtype
+    """Add the products of `total` steps of STEP source positions."""
+    r = rows[2]
     here = tl.load(code)
-    p_won, q_won, p_share, q_share = _indices(
-        here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
-        p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-        STEP)  # fmt: skip
+    p_won, q_won, p_share, q_share = _indices(here, rows, chosen, Q_LEN, q_slots, STEP)
     for t in tl.range(0, total, num_stages=STAGES):
         s = here % q_slots * 16 + tl.arange(0, STEP)
         row = (here // q_slots).to(tl.int64) * Q_LEN + s
@@ -183,82 +142,51 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         # What a masked position holds, NaN included, must not meet even a zero coefficient.
         if Q_MASKED:
             s_ok = tl.load(q_mask + row, mask=s_ok, other=0) != 0
-        x = tl.load(
-            source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0
-        )
+        place = row[:, None] * D + d[None, :]
+        x = tl.load(source + place, mask=s_ok[:, None] & (d[None, :] < D), other=0.0)
 
         g = tl.where(p_won[:, :, None] == s[None, None, :], p_share[None, :, None], 0.0)
         g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
         g = tl.reshape(g, [ROWS, STEP])
 
-        # The next step's indices are loaded before this one's products, which hide their
-        # latency.
+        # The next step's indices are loaded before this step's products, which hide that.
         here = tl.load(code + t + 1)
-        p_won, q_won, p_share, q_share = _indices(
-            here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
-            p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-            STEP)  # fmt: skip
+        p_won, q_won, p_share, q_share = _indices(here, rows, chosen, Q_LEN, q_slots, STEP)
 
         main = g.to(source.dtype.element_ty)
-        acc = tl.dot(main, x, acc, input_precision="ieee", out_dtype=dtype)
+        acc = tl.dot(main, x, acc, input_precision="ieee")
         if TWO_TERMS:  # noqa: SIM102 - decided when compiled; the next one must not be
             # A branch the compiler cannot resolve: of two products in one block it would take the
             # second for a product of the first's result, as in attention, and give each warp all
             # columns and more registers than there are.
             if terms > 1:
-                rest = (g - main.to(dtype)).to(source.dtype.element_ty)
-                acc = tl.dot(rest, x, acc, input_precision="ieee", out_dtype=dtype)
+                rest = (g - main.to(tl.float32)).to(source.dtype.element_ty)
+                acc = tl.dot(rest, x, acc, input_precision="ieee")
     return acc
 
 
-VARYING = ["p_win_p", "p_win_q", "q_win_p", "q_win_q", "grad_p", "grad_q", "P", "Q", "terms"]
-
-
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=["p_step", "q_step", "P", "Q", "terms"])
 def gradient_kernel(
-    out,  # [P, P_LEN, D] zeros; rows in no tile stay so
-    p_mask,  # [P, P_LEN], not read unless P_MASKED
-    p_code,  # [tiles + 1] int32, sequence * p_slots + first position / 16
-    p_first,  # [P + 1] int32; the last is the number of tiles
-    p_count,  # [P] int32, valid positions
-    scale,  # [P] an upper bound of |coefficient| in each sequence's rows
-    source,  # [Q, Q_LEN, D]
-    q_mask,  # [Q, Q_LEN], not read unless Q_MASKED
-    long_code,  # steps of the source of LONG positions, as p_code
-    long_first,
-    short_code,  # steps of 16 positions
-    short_first,
-    p_win,  # [P, Q, P_LEN] (in some order): position in q that wins position in p
-    q_win,  # [P, Q, Q_LEN] (in some order): position in p that wins position in q
-    p_grad,  # [P, Q] (in some order): gradient of the score averaged over p's positions
-    q_weight,  # [P, Q], of the one averaged over q's: divided by scale and by q's positions
-    p_win_p,  # stride of p_win from one sequence p to the next
-    p_win_q,  # from one sequence q to the next
-    q_win_p,
-    q_win_q,
-    grad_p,
-    grad_q,
-    P,
-    Q,
-    P_LEN,
-    Q_LEN,
-    p_slots,
-    q_slots,
-    terms,  # products a coefficient is split into: 2 in bf16, 1 otherwise
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    ROWS: tl.constexpr,
-    LONG: tl.constexpr,
-    P_MASKED: tl.constexpr,
-    Q_MASKED: tl.constexpr,
-    TWO_TERMS: tl.constexpr,  # only with terms = 2
-    STAGES: tl.constexpr,
-):
+    out, p_mask, p_code, p_first, p_count, scale, source, q_mask, long_code, long_first, short_code,
+    short_first, p_win, q_win, p_grad, q_weight, p_step, q_step, P, Q, P_LEN, Q_LEN, p_slots,
+    q_slots, terms, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, LONG: tl.constexpr,
+    P_MASKED: tl.constexpr, Q_MASKED: tl.constexpr, TWO_TERMS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of the gradient out [P, P_LEN, D], zeros before: those in no tile stay so.
+
+    p_mask [P, P_LEN] and q_mask [Q, Q_LEN] are not read unless P_MASKED, Q_MASKED. p_code and
+    p_first are a `TileList` of p's rows; long and short ones are of the steps of source [Q, Q_LEN,
+    D]. p_count [P] are valid positions, scale [P] bounds the |coefficient| of a sequence's rows.
+
+    Of each pair, the element p * p_step + q * q_step: p_win [.., P_LEN] is the position in q that
+    one in p has chosen, and q_win [.., Q_LEN] the reverse; p_grad is the gradient of the mean over
+    p's positions, and q_weight that of the mean over q's, divided by these and by scale. terms: a
+    coefficient is the sum of so many products, 2 in bf16 (only if TWO_TERMS).
+    """
     R: tl.constexpr = ROWS // 16
     tiles = tl.load(p_first + P)
     if tl.program_id(0) * R >= tiles:
         return
-    dtype = scale.dtype.element_ty
     tile = tl.program_id(0) * R + tl.arange(0, R)
     live = tile < tiles
     here = tl.load(p_code + tile, mask=live, other=0)
@@ -269,17 +197,15 @@ def gradient_kernel(
     p_factor = 1.0 / (size * tl.maximum(tl.load(p_count + p), 1))
     d = tl.program_id(1) * BD + tl.arange(0, BD)
 
-    acc = tl.zeros([ROWS, BD], dtype)
-    acc = _add_steps(
-        acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
-        p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
-        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS,
-        STAGES)  # fmt: skip
-    acc = _add_steps(
-        acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
-        p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
-        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS,
-        STAGES)  # fmt: skip
+    rows = p, live, r, r_inside, p_factor, P_LEN
+    chosen = p_win, q_win, p_grad, q_weight, p_step, q_step
+    acc = tl.zeros([ROWS, BD], tl.float32)
+    steps = tl.load(long_first + Q)
+    acc = _add_steps(acc, long_code, steps, terms, source, q_mask, d, rows, chosen, Q_LEN, q_slots,
+                     D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+    steps = tl.load(short_first + Q)
+    acc = _add_steps(acc, short_code, steps, terms, source, q_mask, d, rows, chosen, Q_LEN, q_slots,
+                     D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
 
     row = p[None, :] * P_LEN + r
     r_ok = r_inside

@@ -1,10 +1,9 @@
 """The Triton forward kernel: one tile product feeds the maxima of both directions.
 
 The similarities stay on the chip. A program owns a block of ROWS patches of one image and walks
-over the tiles of a group of texts. Where D fits, the block is loaded once and stays in shared
-memory while the texts stream past: about 200 FLOP per byte read, against 40 for a program per pair.
-An image of one block writes its scores directly; an image of several blocks leaves the sum of its
-row maxima and its column maxima to `combine_kernel`.
+over the tiles of a group of texts. Where D fits, the block stays in shared memory while the texts
+stream past: about 200 FLOP per byte read, against 40 for a program per pair. An image of several
+blocks leaves the sum of its row maxima and its column maxima to `combine_kernel`.
 
 Products are fp32 sums of 16-bit products on tensor cores, plain fp32 for fp32 (never TF32). Nothing
 is tuned at run time and nothing is added atomically: the same input gives the same bits on the same
@@ -13,42 +12,36 @@ kind of GPU.
 Shapes: I images, J texts, N patches, M text positions (padded), D features; X sequences of a side.
 """
 
-import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .op import Pair, has_data
+from .op import Pair, Sides, has_data, power_of_two, slices
 
-if TYPE_CHECKING:
+try:
     import triton
     import triton.language as tl
-else:
-    try:
-        import triton
-        import triton.language as tl
-    except ImportError:
-        # A build of torch for CPUs brings none, and predicts the memory on a GPU all the same: it
-        # chooses tiles and allocates, and starts no kernel.
-        brought = {"2.13": "3.7.1", "2.14": "3.8.0"}  # by the builds of torch for GPUs
+except ImportError:
+    # A build of torch for CPUs brings none, and predicts the memory on a GPU all the same: it
+    # chooses tiles and allocates, and starts no kernel.
+    brought = {"2.13": "3.7.1", "2.14": "3.8.0"}  # by the builds of torch for GPUs
+    release = ".".join(torch.__version__.split(".")[:2])
 
-        def _unchanged(kernel: Callable | None = None, **_: object) -> Callable:
-            return _unchanged if kernel is None else kernel
+    def _unchanged(kernel: Callable | None = None, **_: object) -> Callable:
+        return _unchanged if kernel is None else kernel
 
-        release = ".".join(torch.__version__.split(".")[:2])
-        triton = SimpleNamespace(jit=_unchanged, __version__=brought.get(release, "3.9.0"))
-        tl = SimpleNamespace(constexpr=lambda value: value)
+    triton: Any = SimpleNamespace(jit=_unchanged, __version__=brought.get(release, "3.9.0"))
+    tl: Any = SimpleNamespace(constexpr=lambda value: value)
 
-LEAST_CAPABILITY = (8, 0)
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
 HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32, and so give no NaN by themselves
-PARTIAL_BYTES = 64 * 2**20  # for the partial maxima of images of more than one block
+PARTIAL_BYTES = 64 * 2**20  # for the maxima of images of several blocks, if one image's fit
 
 
 class ForwardTiles(NamedTuple):
@@ -60,24 +53,19 @@ class ForwardTiles(NamedTuple):
     stages: int
 
 
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n and at least 16, the smallest side of a product."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
 def forward_tiles(
     N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> ForwardTiles:
-    """Tiles for one device. Chosen from sizes that do not change between steps, never by timing:
+    """Tiles for one device, chosen from sizes that do not change between steps, never by timing:
     same input, same bits.
 
     `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86,
-    sm_89 and sm_120. 16-bit inputs: an image's block stays resident and 8 warps read it from shared
-    memory, which leaves the registers to S and its maxima (ROWS=256, D=256: 131 KB and 80 to 231
-    registers). sm_90 reads the texts from shared memory too, so it needs the tile in use and the
-    one in flight; earlier ones hold the tile in use in registers, where a tile of 64 by 256
-    rows comes too close to the 255 there are. 99 KB of shared memory hold 128 rows. fp32 runs
-    on plain multiply-adds, limited by arithmetic: small tiles, features in turn.
+    sm_89 and sm_120, which hold 128 rows. 16-bit inputs: an image's block stays resident and 8
+    warps read it from shared memory, which leaves the registers to S and its maxima (ROWS=256,
+    D=256: 131 KB and 80 to 231 registers). sm_90 reads the texts from shared memory too, the tile
+    in use and the one in flight; earlier ones hold the tile in use in registers, where one of 64 by
+    256 rows comes too close to the 255 there are. fp32 runs on plain multiply-adds, limited by
+    arithmetic: small tiles, features in turn.
     """
     widths = [width for width in (16, 32, 64) if width < 2 * M or width == 16]
     if dtype.itemsize > 2:
@@ -89,11 +77,9 @@ def forward_tiles(
     scratch = 2304  # what reductions and layout changes were seen to take at most
 
     def fitting(rows: int) -> tuple[int, ...]:
-        width = 64 if capability[0] >= 9 or rows < 256 else 32
-        need = [(rows + buffers * w) * features * dtype.itemsize + scratch for w in widths]
-        return tuple(
-            w for w, bytes_ in zip(widths, need, strict=True) if w <= width and bytes_ <= shared
-        )
+        widest = 64 if capability[0] >= 9 or rows < 256 else 32
+        most = (shared - scratch) // (features * dtype.itemsize) - rows  # tokens in the buffers
+        return tuple(w for w in widths if w <= widest and buffers * w <= most)
 
     while rows > 16 and len(fitting(rows)) < min(2, len(widths)):
         rows //= 2
@@ -101,25 +87,19 @@ def forward_tiles(
 
 
 def unsuited(capability: tuple[int, int]) -> str | None:
-    """Why GPUs of a compute capability do not run the kernels that this Triton compiles.
-
-    None if they do, as far as is known: `tests/cmli/test_triton_compile.py` compiles them.
-    """
+    """Why GPUs of a compute capability do not run what this Triton compiles; None if they do."""
     named = ".".join(map(str, capability))
-    if capability < LEAST_CAPABILITY:
+    if capability < (8, 0):
         return f"the kernels need compute capability 8.0 or later, this GPU has {named}"
     # Its tensor memory: 16-bit forward kernels do not compile, and fp32 gradients are of TF32.
     if capability[0] == 10 and TorchVersion(triton.__version__) < "3.9":
-        return (
-            f"Triton {triton.__version__} does not compile the kernels for compute capability "
-            f"{named} (3.9 does), and rounds fp32 to TF32 there"
-        )
+        does = f"Triton {triton.__version__} does not compile the kernels for compute capability"
+        return f"{does} {named} (3.9 does), and rounds fp32 to TF32 there"
     return None
 
 
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability, and bytes of shared memory of a block; an sm_80's where there is no
-    GPU."""
+    """Compute capability, and bytes of shared memory of a block; without a GPU an sm_80's."""
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)
@@ -128,19 +108,18 @@ def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), shared
 
 
-def launcher(kernel: Callable, grid: tuple[int, ...]) -> Callable[..., None]:
-    """What starts a kernel; with tensors without data it starts nothing, and compiles nothing."""
-
-    def start(*arguments: object, **options: object) -> None:
-        if has_data(arguments[0]):  # type: ignore[arg-type]
-            kernel[grid](*arguments, **options)  # type: ignore[index]
-
-    return start
+def launch(kernel: Any, grid: tuple[int, ...], out: Tensor, *others: object, **options: object):
+    """Start a kernel. With tensors without data it is neither started nor compiled."""
+    if has_data(out):
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
+            kernel[grid](out, *others, **options)
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
-    # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+def _suspect(x: Tensor) -> Tensor:
+    """Whether products of these features may give a NaN: one element, on the device."""
+    low, high = x.aminmax()
+    return ~((low >= -HUGE) & (high <= HUGE))  # a NaN is neither
 
 
 class Side(NamedTuple):
@@ -174,152 +153,94 @@ class TileList(NamedTuple):
 
     code: Tensor  # [bound + 1] int32
     first: Tensor  # [X + 1] int32: the sequence's first tile; the last entry is their number
+    slots: int
 
 
 def tile_list(
-    count: Tensor, start: Tensor, most: int, slots: int, unit: int, after: int
+    count: Tensor, most: int, slots: int, unit: int = 1, start: Tensor | None = None, after: int = 0
 ) -> TileList:
-    """List `count` [X] tiles of each sequence, each `unit` places after the one before.
-
-    Args:
-        start: [X] int64, the place of a sequence's first tile.
-        most: how many tiles a sequence can have.
-        after: the code after the last tile.
-    """
+    """List `count` [X] tiles of each sequence, `most` at the most, each `unit` places after the one
+    before, the first at `start` [X]; and last the code `after`."""
     first = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
     tile = torch.arange(len(count) * most + 1, dtype=torch.int32, device=count.device)
     sequence = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
     here = sequence.clamp(max=len(count) - 1)
-    code = here * slots + start[here] + (tile - first[here]) * unit
-    return TileList(torch.where(sequence < len(count), code, after).int(), first)
+    place = (tile - first[here]) * unit
+    code = here * slots + (place if start is None else start[here] + place)
+    return TileList(torch.where(sequence < len(count), code, after).int(), first, slots)
 
 
-def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[tuple[TileList, int]]:
-    """The tiles of the texts that take each tile width, and how many of them a text can have."""
-    lists, above, J = [], 0, len(ends)
+def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[TileList]:
+    """The tiles of the texts that take each tile width."""
+    lists, above = [], 0
     for width in widths:
         # Longer texts than the last width take several tiles of it.
         own = ends > above if width == widths[-1] else (ends > above) & (ends <= width)
         most = -(-longest // width) if width == widths[-1] else 1
         count = torch.where(own, (ends + width - 1) // width, 0)
-        tiles = tile_list(count, torch.zeros_like(count), most, most, 1, J * most)
-        lists.append((tiles, most))
+        lists.append(tile_list(count, most, most, after=len(ends) * most))
         above = width
     return lists
 
 
-def forward(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    patch_mask: Tensor | None,
-    scores: Pair,
-    argmax: Pair | None,
-) -> None:
-    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M].
-
-    Where nothing is computed (padding, empty texts) indices are not written, nor read.
-    """
-    images, texts = Side.of(image, patch_mask), Side.of(text, token_mask)
-    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    tiles = forward_tiles(N, M, D, image.dtype, *device_limits(image.device))
-    suspect = _suspect(images.features) | _suspect(texts.features)
-    save, blocks = argmax is not None, math.ceil(N / tiles.rows)
-    arg_i2t, arg_t2i = argmax or scores  # stand in for pointers that are not written
-    i_step, j_step = I, J
-    if blocks > 1:
-        pairs = max(1, PARTIAL_BYTES // (blocks * (4 + M * (4 + arg_t2i.itemsize))))
-        i_step, j_step = max(1, min(I, pairs // J)), min(J, pairs)
-    with on_device(image):
-        for j in range(0, J, j_step):
-            of_texts = texts.part(slice(j, j + j_step))
-            lists = text_tiles(of_texts.ends, M, tiles.tokens)
-            for i in range(0, I, i_step):
-                of_images = images.part(slice(i, i + i_step))
-                part = [x[i : i + i_step, j : j + j_step] for x in (*scores, arg_i2t, arg_t2i)]
-                _launch(of_images, of_texts, part, lists, tiles, blocks, suspect, save)
-
-
-def _launch(
-    images: Side,
-    texts: Side,
-    out: list[Tensor],
-    lists: list[tuple[TileList, int]],
-    tiles: ForwardTiles,
-    blocks: int,
-    suspect: Tensor,
-    save: bool,
-) -> None:
+def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
+    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M], but none where
+    nothing is computed (padding, empty texts): these are not read."""
+    images, texts = Side.of(sides.image, sides.patch_mask), Side.of(sides.text, sides.token_mask)
     (I, N, D), (J, M, _) = images.features.shape, texts.features.shape  # noqa: E741
-    s_i2t, s_t2i, arg_i2t, arg_t2i = out
-    rows, columns, column_arg = s_i2t, s_t2i, arg_t2i
+    tiles = forward_tiles(N, M, D, sides.image.dtype, *device_limits(sides.image.device))
+    suspect, blocks = _suspect(images.features) | _suspect(texts.features), -(-N // tiles.rows)
+    save, lists = argmax is not None, text_tiles(texts.ends, M, tiles.tokens)
+    # Where none are kept, scores stand in for pointers that are not written.
+    s_i2t, s_t2i, arg_i2t, arg_t2i = *scores, *(argmax or scores)
+    rows, columns, column_arg, size = s_i2t, s_t2i, arg_t2i, I
     if blocks > 1:
-        rows, columns = s_i2t.new_empty(I, blocks, J), s_i2t.new_empty(I, blocks, J, M)
-        column_arg = arg_t2i.new_empty((I, blocks, J, M) if save else (0,))
-    masks = images.mask, texts.mask, images.counts, texts.counts
-    strides = s_t2i.stride(0), arg_i2t.stride(0), arg_t2i.stride(0)
-    for width, (tile, slots) in zip(tiles.tokens, lists, strict=True):
-        launcher(forward_kernel, (I * blocks, math.ceil(J / TEXTS_PER_PROGRAM)))(
-            rows, columns, arg_i2t, column_arg, images.features, texts.features, *masks, suspect,
-            tile.first, tile.code, *strides, J, N, M, slots, TEXTS=TEXTS_PER_PROGRAM, D=D,
-            ROWS=tiles.rows, TOKENS=width, BD=tiles.features, BLOCKS=blocks, MASKED=images.masked,
-            SAVE=save, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
-    if blocks > 1:
-        launcher(combine_kernel, (I * J,))(
-            s_i2t, s_t2i, arg_t2i, rows, columns, column_arg, texts.mask, images.counts,
-            texts.counts, s_t2i.stride(0), arg_t2i.stride(0), J, M, BLOCKS=blocks,
-            WIDTH=power_of_two(M), SAVE=save,
-        )  # fmt: skip
-
-
-def _suspect(x: Tensor) -> Tensor:
-    """Whether products of these features may give a NaN: one element, on the device."""
-    low, high = x.aminmax()
-    return ~((low >= -HUGE) & (high <= HUGE))  # a NaN is neither
+        image_bytes = J * blocks * (4 + M * (4 + arg_t2i.itemsize))
+        size = min(I, max(1, PARTIAL_BYTES // image_bytes))
+        rows, columns = s_i2t.new_empty(size, blocks, J), s_i2t.new_empty(size, blocks, J, M)
+        column_arg = arg_t2i.new_empty((size, blocks, J, M) if save else (0,))
+    for i in slices(I, size):
+        of_images = images.part(i)
+        here = len(of_images.ends)
+        for width, tile in zip(tiles.tokens, lists, strict=True):
+            launch(
+                forward_kernel, (here * blocks, -(-J // TEXTS_PER_PROGRAM)),
+                rows, columns, arg_i2t[i], column_arg, of_images.features, texts.features,
+                of_images.mask, texts.mask, of_images.counts, texts.counts, suspect, tile.first,
+                tile.code, J, N, M, tile.slots, TEXTS=TEXTS_PER_PROGRAM, D=D, ROWS=tiles.rows,
+                TOKENS=width, BD=tiles.features, BLOCKS=blocks, MASKED=images.masked, SAVE=save,
+                STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
+            )  # fmt: skip
+        if blocks > 1:
+            launch(
+                combine_kernel, (here * J,), s_i2t[i], s_t2i[i], arg_t2i[i], rows, columns,
+                column_arg, texts.mask, of_images.counts, texts.counts, J, M, BLOCKS=blocks,
+                WIDTH=power_of_two(M), SAVE=save,
+            )  # fmt: skip
 
 
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
-# ROWS is a power of two because Triton's tensors are, so N=196 runs as 256: 31% of the products are
-# padding. As 128 + 64 + 16 it would be 6%, but the three products then share one warp layout on
-# sm_80 (each warp reads all of the image: 8 times the shared memory traffic), or, kept apart by
-# branches, each stages its part through shared memory again for every tile; on sm_90 the tiles of S
-# are converted between layouts through shared memory. Both cost more than the padding.
+# ROWS is a power of two as Triton's tensors are, so N=196 runs as 256: 31% of the products are
+# padding. As 128 + 64 + 16 it would be 6%, but on sm_80 the three products then share a warp layout
+# (8 times the shared memory traffic) or, kept apart by branches, stage their parts again for every
+# tile; on sm_90 tiles of S are converted between layouts. Both cost more than the padding.
 
 
-# Sizes that change with the batch select no compilation.
-@triton.jit(do_not_specialize=["score_stride", "i2t_stride", "t2i_stride", "J"])
+@triton.jit(do_not_specialize=["J"])  # which changes with the batch: it selects no compilation
 def forward_kernel(
-    s_i2t,  # [I, J] scores; several blocks: [I, BLOCKS, J] sums of the row maxima
-    s_t2i,  # [I, J] scores; several blocks: [I, BLOCKS, J, M] column maxima
-    arg_i2t,  # [I, J, N] uint8 or int16, untouched unless SAVE
-    arg_t2i,  # [I, J, M], several blocks: [I, BLOCKS, J, M]
-    image,  # [I, N, D]
-    text,  # [J, M, D]
-    image_mask,  # [I, N], not read unless MASKED
-    token_mask,  # [J, M]
-    image_count,  # [I] int32, valid patches
-    text_count,  # [J] int32, valid tokens
-    suspect,  # [] bool: some input may give a NaN
-    first,  # [J + 1] int32: the first tile of each text
-    code,  # [tiles + 1] int32, text * slots + place in the text; J * slots after the last
-    score_stride,  # elements from one image to the next in s_i2t; in s_t2i too, unless in blocks
-    i2t_stride,
-    t2i_stride,
-    J,
-    N,
-    M,
-    slots,
-    TEXTS: tl.constexpr,  # of a program
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BD: tl.constexpr,  # features a product takes at a time
-    BLOCKS: tl.constexpr,
-    MASKED: tl.constexpr,
-    SAVE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    s_i2t, s_t2i, arg_i2t, arg_t2i, image, text, image_mask, token_mask, image_count, text_count,
+    suspect, first, code, J, N, M, slots, TEXTS: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
+    TOKENS: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
+    SAVE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of an image against TEXTS texts, BD features at a time.
+
+    Writes the scores s_i2t, s_t2i [I, J]; of several blocks, sums of row maxima [I, BLOCKS, J] and
+    column maxima [I, BLOCKS, J, M]. If SAVE, also arg_i2t [I, J, N], uint8 or int16, and arg_t2i
+    [I, J, M], of several blocks [I, BLOCKS, J, M]. image_mask [I, N] is not read unless MASKED,
+    image_count [I] and text_count [J] are the valid positions, suspect [] is whether some input may
+    give a NaN, first and code are a `TileList`.
+    """
     i = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
     group = tl.program_id(1) * TEXTS
@@ -327,7 +248,6 @@ def forward_kernel(
     end = tl.load(first + tl.minimum(group + TEXTS, J))
     if begin == end:
         return
-    dtype = s_i2t.dtype.element_ty
     LOW = float("-inf")
 
     n = block * ROWS + tl.arange(0, ROWS)
@@ -342,10 +262,10 @@ def forward_kernel(
     check = tl.load(suspect) != 0
     c = tl.arange(0, TOKENS)
 
-    best = tl.full([ROWS], LOW, dtype)
+    best = tl.full([ROWS], LOW, tl.float32)
     best_m = tl.zeros([ROWS], tl.int32)
-    columns = tl.zeros([], dtype)
-    poison = tl.zeros([], dtype)
+    columns = tl.zeros([], tl.float32)
+    poison = tl.zeros([], tl.float32)
     for t in tl.range(begin, end, num_stages=STAGES):
         here = tl.load(code + t)
         j = (here // slots).to(tl.int64)
@@ -354,13 +274,13 @@ def forward_kernel(
         m_ok = tl.load(token_mask + j * M + m, mask=m_inside, other=0) != 0
         tokens = text + j * M * D + m[:, None] * D + d[None, :]
         w = tl.load(tokens, mask=m_inside[:, None] & (d[None, :] < D), other=0.0)  # [TOKENS, BD]
-        s = tl.dot(resident, tl.trans(w), input_precision="ieee", out_dtype=dtype)  # [ROWS, TOKENS]
+        s = tl.dot(resident, tl.trans(w), input_precision="ieee")  # [ROWS, TOKENS]
         if BD < D:
             for k in range(BD, D, BD):
                 k_ok = k + d[None, :] < D
                 v = tl.load(patches + k, mask=n_inside[:, None] & k_ok, other=0.0)
                 w = tl.load(tokens + k, mask=m_inside[:, None] & k_ok, other=0.0)
-                s = tl.dot(v, tl.trans(w), s, input_precision="ieee", out_dtype=dtype)
+                s = tl.dot(v, tl.trans(w), s, input_precision="ieee")
 
         # A maximum of the hardware passes over NaN. S can hold one only where an input is NaN,
         # infinite or huge: only then is it looked for.
@@ -380,81 +300,61 @@ def forward_kernel(
 
         over_n = tl.where(n_ok[:, None], s, LOW)
         column = tl.max(over_n, 0)
+        pair = (i * BLOCKS + block) * J + j
         if SAVE:
             column_n = tl.min(tl.where(over_n == column[None, :], n[:, None], NO_INDEX), 0)
             column_n = tl.minimum(column_n, N - 1).to(arg_t2i.dtype.element_ty)
-            if BLOCKS == 1:
-                tl.store(arg_t2i + i * t2i_stride + j * M + m, column_n, mask=m_inside)
-            else:
-                tl.store(arg_t2i + ((i * BLOCKS + block) * J + j) * M + m, column_n, mask=m_inside)
+            tl.store(arg_t2i + pair * M + m, column_n, mask=m_inside)
         if BLOCKS == 1:
             columns += tl.sum(tl.where(m_ok, column, 0.0), 0)
         else:
-            tl.store(s_t2i + ((i * BLOCKS + block) * J + j) * M + m, column + poison, mask=m_inside)
+            tl.store(s_t2i + pair * M + m, column + poison, mask=m_inside)
 
         if tl.load(code + t + 1) // slots != j:  # the text ends with this tile
             rows = tl.sum(tl.where(n_ok, best, 0.0), 0) + poison
             if BLOCKS == 1:
-                tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
+                tl.store(s_i2t + pair, rows / tl.maximum(n_count, 1))
                 mean = (columns + poison) / tl.load(text_count + j)
-                tl.store(s_t2i + i * score_stride + j, tl.where(n_count > 0, mean, 0.0))
+                tl.store(s_t2i + pair, tl.where(n_count > 0, mean, 0.0))
             else:
-                tl.store(s_i2t + (i * BLOCKS + block) * J + j, rows)
+                tl.store(s_i2t + pair, rows)
             if SAVE:
-                tl.store(
-                    arg_i2t + i * i2t_stride + j * N + n,
-                    best_m.to(arg_i2t.dtype.element_ty),
-                    mask=n_inside,
-                )
-            best = tl.full([ROWS], LOW, dtype)
-            columns = tl.zeros([], dtype)
-            poison = tl.zeros([], dtype)
+                chosen = best_m.to(arg_i2t.dtype.element_ty)
+                tl.store(arg_i2t + (i * J + j) * N + n, chosen, mask=n_inside)
+            best = tl.full([ROWS], LOW, tl.float32)
+            columns = tl.zeros([], tl.float32)
+            poison = tl.zeros([], tl.float32)
 
 
-@triton.jit(do_not_specialize=["score_stride", "t2i_stride", "J"])
+@triton.jit(do_not_specialize=["J"])
 def combine_kernel(
-    s_i2t,  # [I, J] out
-    s_t2i,  # [I, J] out
-    arg_t2i,  # [I, J, M] out
-    row_sum,  # [I, BLOCKS, J]
-    column_max,  # [I, BLOCKS, J, M]
-    column_arg,  # [I, BLOCKS, J, M]
-    token_mask,  # [J, M]
-    image_count,  # [I]
-    text_count,  # [J]
-    score_stride,
-    t2i_stride,
-    J,
-    M,
-    BLOCKS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SAVE: tl.constexpr,
-):
+    s_i2t, s_t2i, arg_t2i, row_sum, column_max, column_arg, token_mask, image_count, text_count,
+    J, M, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, SAVE: tl.constexpr,
+):  # fmt: skip
     """Scores of one pair from the results of the image's blocks, taken in order: the first of
-    equals stays."""
-    i = tl.program_id(0).to(tl.int64) // J
-    j = tl.program_id(0).to(tl.int64) % J
+    equals stays. row_sum is [I, BLOCKS, J], column_max and column_arg [I, BLOCKS, J, M]."""
+    pair = tl.program_id(0).to(tl.int64)
+    i, j = pair // J, pair % J
     m_count = tl.load(text_count + j)
     n_count = tl.load(image_count + i)
     if m_count == 0:
         return  # no tile was computed; the zeros of the outputs stay
-    dtype = s_i2t.dtype.element_ty
     m = tl.arange(0, WIDTH)
     ok = tl.load(token_mask + j * M + m, mask=m < M, other=0) != 0
-    best = tl.full([WIDTH], float("-inf"), dtype)
+    best = tl.full([WIDTH], float("-inf"), tl.float32)
     best_n = tl.zeros([WIDTH], tl.int32)
-    rows = tl.zeros([], dtype)
+    rows = tl.zeros([], tl.float32)
     for block in range(BLOCKS):
-        pair = (i * BLOCKS + block) * J + j
-        rows += tl.load(row_sum + pair)
-        column = tl.load(column_max + pair * M + m, mask=ok, other=0.0)
+        at = (i * BLOCKS + block) * J + j
+        rows += tl.load(row_sum + at)
+        column = tl.load(column_max + at * M + m, mask=ok, other=0.0)
         better = (column > best) | (column != column)
         if SAVE:
-            column_n = tl.load(column_arg + pair * M + m, mask=ok, other=0).to(tl.int32)
+            column_n = tl.load(column_arg + at * M + m, mask=ok, other=0).to(tl.int32)
             best_n = tl.where(better, column_n, best_n)
         best = tl.where(better, column, best)
     if SAVE:
-        tl.store(arg_t2i + i * t2i_stride + j * M + m, best_n.to(arg_t2i.dtype.element_ty), mask=ok)
-    tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
+        tl.store(arg_t2i + pair * M + m, best_n.to(arg_t2i.dtype.element_ty), mask=ok)
+    tl.store(s_i2t + pair, rows / tl.maximum(n_count, 1))
     columns = tl.sum(tl.where(ok, best, 0.0), 0)
-    tl.store(s_t2i + i * score_stride + j, tl.where(n_count > 0, columns / m_count, 0.0))
+    tl.store(s_t2i + pair, tl.where(n_count > 0, columns / m_count, 0.0))
