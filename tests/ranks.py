@@ -51,6 +51,15 @@ def start_ranks(argv: Sequence[object], outputs: Sequence[Path], **more: str) ->
     return [start(argv, env, output) for env, output in zip(environments(len(outputs), **more), outputs, strict=True)]
 
 
+def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+    """Until `condition()` holds, while the process lives."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"it has ended with {process.returncode}:\n{log.read_text()}"
+        assert time.monotonic() < end, f"not yet after {seconds} s:\n{log.read_text()}"
+        time.sleep(0.02)
+
+
 def python(
     *argv: object, launcher: Sequence[str] = (sys.executable,), env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:

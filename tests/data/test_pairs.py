@@ -73,14 +73,6 @@ def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, so
         assert first + rest == whole, (ranks, workers, stop, other)
 
 
-def test_a_bad_sample_is_replaced_by_the_next_of_its_source(folders):
-    train = data(folders, ["folder"], augmentation={}).train
-    number = next(i for i in range(len(train)) if train.images.name(i) == "7.png")
-    sample, after = train[Draw(number, 3)], train[Draw((number + 1) % len(train), 3)]
-    assert sample.index == number and sample.bad[0] == "7.png"
-    assert torch.equal(sample.image, after.image) and sample.image_id == after.image_id
-
-
 def test_captions_are_drawn_anew_each_turn(folders):
     train = data(folders, ["coco.json"]).train
     texts = {train[Draw(0, turn)].tokens.text for turn in range(20)}

@@ -1,5 +1,3 @@
-from collections import Counter
-
 import pytest
 import torch
 
@@ -56,14 +54,6 @@ def test_every_source_keeps_a_sample_an_epoch(lengths, weights, shares):
     assert len(draws(mixture, 0, 0)) == sum(lengths)
 
 
-def test_all_samples_of_a_source_are_taken_before_one_comes_again():
-    mixture = Mixture([7, 3], [0.2, 0.8])  # 2 and 8 of 10
-    taken = [draw for epoch in range(21) for draw in draws(mixture, 5, epoch)]
-    assert set(Counter(taken).values()) == {1}  # a sample once a turn
-    assert [sum(sample == k for sample, _ in taken) for k in range(7)] == [6] * 7
-    assert [sum(sample == k for sample, _ in taken) for k in range(7, 10)] == [56] * 3
-
-
 def global_batches(samples, micro_batch, world_size, count, state=None, seed=3):
     """The next batches of a training that consumes each: by rank, joined, and the state afterwards."""
     ranks = [GlobalBatchSampler(samples, micro_batch, r, world_size, seed) for r in range(world_size)]
@@ -78,13 +68,10 @@ def global_batches(samples, micro_batch, world_size, count, state=None, seed=3):
     return [[draw for part in parts for draw in part] for parts in zip(*taken, strict=True)], ranks[0].state_dict()
 
 
-MIXTURES = {"one source": 26, "weighted": Mixture([17, 9], [1, 2])}
-
-
-@pytest.mark.parametrize("samples", MIXTURES.values(), ids=MIXTURES)
-def test_any_number_of_ranks_sees_the_same_batches_and_resumes_them(samples):
+def test_any_number_of_ranks_sees_the_same_batches_and_resumes_them():
+    samples = Mixture([17, 9], [1, 2])
     whole, _ = global_batches(samples, 8, 1, 15)
-    assert [tuple(draw) for draw in whole[0]] == draws(MIXTURES["weighted"], 3, 0)[:8] or samples == 26
+    assert [tuple(draw) for draw in whole[0]] == draws(samples, 3, 0)[:8]
     for micro_batch, ranks in ((4, 2), (2, 4), (1, 8)):
         assert global_batches(samples, micro_batch, ranks, 15)[0] == whole
         for stop in (0, 1, 3, 4, 11):  # 26 = 3 x 8 + 2 dropped: some behind an epoch

@@ -22,8 +22,8 @@ def refused(**settings) -> str:
 @pytest.mark.parametrize(
     ("size", "student", "teacher", "fits"),
     [
-        (96, SIXTEEN, None, 112), (98, SIXTEEN, None, 112), (15, SIXTEEN, None, 112), (200, SIXTEEN, None, 224),
-        (4095, SIXTEEN, None, 4032), (60, None, EIGHT_BY_FOUR, 168), (57, None, None, 56),
+        (96, SIXTEEN, None, 112), (15, SIXTEEN, None, 112), (4095, SIXTEEN, None, 4032),
+        (60, None, EIGHT_BY_FOUR, 168), (57, None, None, 56),
     ],
 )  # fmt: skip
 def test_a_proposed_image_size_fits_student_and_teacher(size, student, teacher, fits):
@@ -42,22 +42,15 @@ def test_a_proposed_image_size_for_a_feature_map_and_without_a_teacher():
 
 
 def test_patches_that_no_size_fits():
-    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-    line = refused(
-        data={"image_size": 62}, student={"image_overrides": {**sizes, "patch_size": 61}},
-        teacher={"overrides": {**sizes, "patch_size": 97}},
-    )  # fmt: skip
+    student, teacher = {"image_overrides": {**SIXTEEN, "patch_size": 61}}, {"overrides": {**SIXTEEN, "patch_size": 97}}
+    line = refused(data={"image_size": 62}, student=student, teacher=teacher)
     assert line.endswith("no size fits patches of 61 and 97 pixels: choose other models")
 
 
 @pytest.mark.parametrize(
     ("section", "model", "name", "sizes"),
-    [
-        ("student", "image_model", "resnet10t", "image_overrides"), ("teacher", "model", "resnet10t", "overrides"),
-        ("student", "text_model", "gpt2", "text_overrides"),
-        ("student", "image_model", "convnext_atto", "image_overrides"),
-    ],
-)  # fmt: skip
+    [("teacher", "model", "resnet10t", "overrides"), ("student", "text_model", "gpt2", "text_overrides")],
+)
 def test_sizes_that_the_preset_has_set_are_not_blamed_on_the_user(section, model, name, sizes):
     line = refused(**{section: {model: name}})
     assert re.search(

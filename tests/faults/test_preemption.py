@@ -11,7 +11,7 @@ import pytest
 
 from ds_cmli.faults import preemption
 from tests.make import pairs
-from tests.ranks import ROOT, clean_environment, free_port, start_ranks
+from tests.ranks import ROOT, clean_environment, free_port, start_ranks, wait_for
 
 WAITS = """
 import sys, time
@@ -75,13 +75,6 @@ def test_a_start_that_waits_in_c_code_ends_within_five_seconds():
         assert time.monotonic() - started < 20  # on a machine with nothing else to do: 3 s
 
 
-def wait_for(log, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not re.search(pattern, log.read_text()):
-        assert process.poll() is None and time.monotonic() < end, log.read_text()
-        time.sleep(0.05)
-
-
 LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
 
 
@@ -90,7 +83,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = start_ranks(["ds_cmli/train.py", *arguments], logs)
     try:
-        wait_for(logs[0], r"step \d+/", processes[0])
+        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
         started = time.monotonic()
         processes[1].send_signal(signal.SIGUSR2)
         assert [process.wait(120) for process in processes] == [85, 85], logs[0].read_text()
@@ -114,10 +107,11 @@ def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
         process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     try:
-        wait_for(log, "step 5/", process)
+        wait_for(lambda: "step 5/" in log.read_text(), process, log)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the rank and its loader
         process.wait(60)
     finally:
         process.kill()
-    wait_for(log, "stopped at step .* by SIGINT", subprocess.Popen(["sleep", "10"]), 10)
+    stopped = re.compile("stopped at step .* by SIGINT")
+    wait_for(lambda: stopped.search(log.read_text()), subprocess.Popen(["sleep", "60"]), log)
     assert (tmp_path / "run" / "checkpoint" / "latest").is_file()

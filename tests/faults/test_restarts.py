@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -18,7 +17,7 @@ from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.runs import Ranks, assert_same
 from tests.conftest import ZERO1
 from tests.make import pairs
-from tests.ranks import ROOT, clean_environment, free_port
+from tests.ranks import ROOT, clean_environment, free_port, wait_for
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 STEPS = 20
@@ -55,13 +54,6 @@ def start(run: Path, options: list[str], *of_torchrun: str) -> subprocess.Popen:
         )  # fmt: skip
 
 
-def wait_for_a_checkpoint(run: Path, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 240
-    while not (run / "checkpoint" / "latest").is_file():
-        assert process.poll() is None and time.monotonic() < end, Path(f"{run}.log").read_text()
-        time.sleep(0.02)
-
-
 def resumed_from(run: Path) -> list[int]:
     return [int(step) for step in re.findall(r"resuming from \S+step0*(\d+)\n", Path(f"{run}.log").read_text())]
 
@@ -70,7 +62,7 @@ def resumed_from(run: Path) -> list[int]:
 def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(options, unbroken, tmp_path):
     run = tmp_path / "run"
     process = start(run, options, "--nproc-per-node=2", f"--master-port={free_port()}")
-    wait_for_a_checkpoint(run, process)
+    wait_for((run / "checkpoint" / "latest").is_file, process, Path(f"{run}.log"))
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
     ranks["1"].kill()
     assert process.wait(300) == 0, Path(f"{run}.log").read_text()
