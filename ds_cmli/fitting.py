@@ -18,7 +18,7 @@ from ds_cmli.config.schema import Config, RunConfig, Sections
 from ds_cmli.config.validation import check, shown
 from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
-from ds_cmli.memory.profiler import Profiles
+from ds_cmli.memory.profile import Profiles
 from ds_cmli.prepare import LaunchOptions
 from ds_cmli.train import train
 

@@ -11,7 +11,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.faults import preemption
-from ds_cmli.memory.profiler import Profiles
+from ds_cmli.memory.profile import Profiles
 
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
     import torch

@@ -35,7 +35,7 @@ from ds_cmli.config.options import (
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
-from ds_cmli.memory.profiler import Profiles
+from ds_cmli.memory.profile import Profiles
 from ds_cmli.prepare import LaunchOptions, Prepared, RankContext, check_early, load_data, prepare
 
 if TYPE_CHECKING:  # it takes seconds to import, and options are checked before

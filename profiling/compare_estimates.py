@@ -88,12 +88,11 @@ def command(
     quiet.silence()
     import torch
 
-    from ds_cmli.memory.predict import DEFAULT_GPU
     from profiling.memory.document import compare, steps, tables
     from profiling.scripts import Table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpu = DEFAULT_GPU
+    gpu = gpus.DEFAULT
     if device == "cuda":
         gpu = (given or gpus.present(torch.cuda.get_device_name())).name
     rows = compare.predicted_rows(setting, ids, device)
@@ -158,7 +157,7 @@ def plot(folder: Path, ours: Any, step: Any) -> str:
     drawn = []
     if ours is not None:
         drawn.append("timeline-document.png")
-        of = ours.report.setting
+        of = ours.setting
         title = f"Predicted: a step of {of['micro_batch']} pairs on each of {of['world_size']} GPUs, rank {of['rank']}"
         charts.timeline(ours.events, title, folder / drawn[-1])
     if step is not None:

@@ -169,47 +169,6 @@ def null_gpu():
         pytest.skip(f"no null GPU can be built: {reason}")
 
 
-@pytest.fixture(scope="session")
-def predicting_process():
-    from ds_cmli.memory.predict_subprocess import Predictor
-
-    with Predictor(timeout_s=3600) as predictor:
-        yield predictor
-
-
-@pytest.fixture
-def one_predictor(monkeypatch, predicting_process):
-    """Predictions of this process's commands come from one process that stays, and not from a new one each time."""
-    from ds_cmli.memory import predict_subprocess
-
-    @contextlib.contextmanager
-    def predictor(timeout_s):
-        """Answers that a command has asked for and not taken, as it failed meanwhile, are not the next one's."""
-        counted = Counted()
-        try:
-            yield counted
-        finally:
-            while counted.waiting:
-                counted.receive()
-
-    class Counted:
-        waiting = 0
-
-        def send(self, request):
-            self.waiting += 1
-            predicting_process.send(request)
-
-        def receive(self):
-            self.waiting -= 1
-            return predicting_process.receive()
-
-        def ask(self, request):
-            self.send(request)
-            return self.receive()
-
-    monkeypatch.setattr(predict_subprocess, "Predictor", predictor)
-
-
 def set_one_process(patch: pytest.MonkeyPatch) -> None:
     """Set the environment of a training of one process."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():

@@ -175,8 +175,8 @@ ROWS = (
      MEMORY + "test_freed_neighbours_become_one_block_and_the_smallest_that_is_large_enough_is_taken",
      "if after is not None and after.free:", "if after is not None and after.free and before is None:"),
     ("memory-ranks", "memory/command.py", MEMORY + "test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks",
-     "prediction = predict_largest(config, ds_config, ranks, gpu=gpu, options=options)",
-     "prediction = predict_largest(config, ds_config, 1, gpu=gpu, options=options)"),
+     "step, fitted = Step(config, ds_config, own.world_size), None",
+     "step, fitted = Step(config, ds_config, 1), None"),
     # Evaluation.
     ("evaluate-ties", "evaluate/metrics.py", EVALUATE + "test_a_tie_is_a_random_order",
      "above = (~(scores <= best) & negative)", "above = (~(scores < best) & negative)"),

@@ -77,7 +77,6 @@ SETTINGS: dict[str, dict[str, object]] = {
     "keep": {"loss.duplicates": "keep"},
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
-SCALARS = 512  # bytes: the few numbers that operators and the engine hold for a moment
 
 
 def test_any_two_values_of_two_axes_meet():
@@ -146,5 +145,5 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
         assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
     refused = used(straight).get("refused", "")
     assert ("takes pictures" in refused) if "aspect" in values else not refused
-    predicted = check_memory(config, content, 1 + ("two" in values), SCALARS)
+    predicted = check_memory(config, content, 1 + ("two" in values))
     assert (predicted["EMA weights"] > 0) == ("ema" in values)

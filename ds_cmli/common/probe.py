@@ -1,23 +1,13 @@
 """What training reports while it runs: the only place where prediction reaches into it.
 
 Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they
-do what training does, which is almost nothing. The memory tracker, the meter of the speed and the
-counter of traffic subscribe to the events. The prediction of memory, whose tensors hold no data,
-also answers the questions below in another way: it calls a function for fewer micro-batches, and
-makes a copy where a tensor would move to another device.
+do nothing. The recorder of memory, the meter of the speed and the counter of traffic subscribe.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
-
-if TYPE_CHECKING:  # train.py imports this before it imports torch
-    import torch
-    from torch import Tensor
-
-Returned = TypeVar("Returned")
 
 
 class Probe:
@@ -37,8 +27,6 @@ class Probe:
                 assert above.below is not None, "it is no longer subscribed"
                 above = above.below
             above.below, subscriber.below = subscriber.below, None
-
-    # --- events
 
     def scope(self, category: str) -> AbstractContextManager[object]:
         """Enter a context whose allocations belong to a category of a memory report."""
@@ -63,28 +51,6 @@ class Probe:
         if self.below is None:
             return nullcontext()
         return self.below.losses()
-
-    # --- questions that a prediction answers in another way
-
-    def alike(self, function: Callable[..., Returned], *arguments: object) -> Returned:
-        """Call a function that each micro-batch of a step calls once, with the same amounts."""
-        if self.below is None:
-            return function(*arguments)
-        return self.below.alike(function, *arguments)
-
-    def to_device(
-        self, x: Tensor, device: torch.device | str, non_blocking: bool = False
-    ) -> Tensor:
-        """Move a tensor from the host to the device that trains."""
-        if self.below is None:
-            return x.to(device, non_blocking=non_blocking)
-        return self.below.to_device(x, device, non_blocking)
-
-    def on_gpu(self, device: torch.device) -> bool:
-        """Tell whether tensors of this device are on a GPU."""
-        if self.below is None:
-            return device.type == "cuda"
-        return self.below.on_gpu(device)
 
 
 probe = Probe()

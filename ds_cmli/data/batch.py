@@ -52,7 +52,7 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
-            return tree_map(self, lambda tensor: probe.to_device(tensor, device, non_blocking))
+            return tree_map(self, lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         return tree_map(self, Tensor.pin_memory)

@@ -3,7 +3,6 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,7 +100,6 @@ def build(
     total_steps: int,
     device: torch.device,
     special: SpecialTokens | None = None,
-    models: Callable[..., Models] | None = None,
 ) -> TrainEngine:
     """Build the engine around student and losses, ready to train. Collective.
 
@@ -111,7 +109,6 @@ def build(
         total_steps: optimizer steps of the whole run, for the learning rate schedule.
         device: this rank's device; the process group must be initialised.
         special: the tokens that the tokenizer adds; None: those of the built-in one.
-        models: what builds student and teacher, called as `build_models`, which it is by default.
     """
     import deepspeed
 
@@ -125,7 +122,7 @@ def build(
     deepspeed.init_distributed(verbose=False)
     cmli_distributed.exchanging = probe.exchanging
     dtype = DTYPES[ds_config.precision]
-    objective, teacher = (models or build_models)(config, vocab_size, special=special)
+    objective, teacher = build_models(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code

@@ -97,7 +97,7 @@ class TrainEngine:
             return self._cached(micro_batches, update, heartbeat)
         losses = []
         for batch in micro_batches:
-            losses.append(probe.alike(self._backward, batch))  # collectives
+            losses.append(self._backward(batch))  # collectives
             update()  # collectives
             heartbeat()
         return losses
@@ -110,7 +110,7 @@ class TrainEngine:
     ) -> list[MicroBatchLosses]:
         """The same with gradient caching; each micro-batch is moved to the device twice."""
         self.mark("forward")
-        embedded = [probe.alike(self._embed, batch) for batch in micro_batches]  # collective
+        embedded = [self._embed(batch) for batch in micro_batches]  # collective
         losses = []
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus):  # the next step draws what follows the first pass
@@ -122,7 +122,7 @@ class TrainEngine:
             for k, (batch, (states, _)) in enumerate(zip(micro_batches, embedded, strict=True)):
                 gradient_cache.set_random_states(states, self.device)
                 known = pairs.of(k, len(micro_batches), batch.token_mask.shape[1])
-                losses.append(probe.alike(self._replay, batch, pairs, known))  # collective
+                losses.append(self._replay(batch, pairs, known))  # collective
                 update()  # collective
                 heartbeat()
         return losses

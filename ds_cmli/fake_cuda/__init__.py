@@ -1,1 +1,1 @@
-"""Whether any PyTorch program's training fits on a GPU; needs torch alone."""
+"""A device of type cuda that holds no data: what training does on it is recorded."""

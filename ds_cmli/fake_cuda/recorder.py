@@ -1,17 +1,13 @@
 """Records every storage that a program allocates and frees on a device, as changes in their order.
 
-Works on real and on fake tensors. What an operator allocates and frees internally is not seen; for
-a GPU's operators formulas give it (`memory_model/cuda_operators.py`).
+Works on real and on fake tensors. What a GPU's operators allocate and free inside is not seen: for
+a prediction formulas give it (`memory_model/workspaces.py`).
 """
 
-import os
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache, partial
-from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -21,21 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.memory_model import attention_choice, cuda_operators
+from ds_cmli.fake_cuda.streams import PendingFrees, Stream
+from ds_cmli.memory_model import workspaces
 from ds_cmli.memory_model.blocks import Event
 from ds_cmli.memory_model.gpus import Limits
-from ds_cmli.memory_model.inside import Inside, Stage
 
-# Autograd accumulates gradients, where the first is no view, and scatters those of maxima in place,
-# but not under a dispatch mode: there these operators return a new tensor, and their argument is
-# freed before the next allocation.
-IN_PLACE = (
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.index_add.default,
-    torch.ops.aten.index_put.default,
-    torch.ops.aten.scatter.src,
-    torch.ops.aten.scatter_add.default,
-)
+aten = torch.ops.aten
+# Autograd accumulates gradients, where the first is no view, in place, but not under a dispatch
+# mode: there these operators return a new tensor, and their argument is freed before the next
+# allocation.
+IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
+DISPATCHING = ("/torch/_", "/fake_cuda/")  # files that call operators and modes of dispatch
+# Products into tensors that they are given: what a GPU takes for them, the events do not show.
+INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
 
 
 @dataclass
@@ -49,39 +43,6 @@ class Allocation:
     stream: int  # of a GPU, for which it was allocated
     category: str | None = None  # the first claim stays
     ended: int | None = None  # the segment in which it was freed
-
-
-class Change(NamedTuple):
-    """An allocation, or a free with negative bytes, or with 0 an emptied cache."""
-
-    block: int  # index in `Recorder.blocks`
-    bytes: int
-    phase: str
-
-
-class OwnBlocks:
-    """The blocks that an operator holds inside, recorded from one stage to the next."""
-
-    def __init__(self, recorder: "Recorder", category: str, op: OpOverload):
-        self.recorder, self.category, self.op = recorder, category, f"{op}, inside"
-        self.held: list[tuple[int, int]] = []  # each block and its bytes
-
-    def enter(self, stage: Stage) -> None:
-        sizes = [size for size in stage if size]
-        kept: dict[int, int] = {}  # blocks by their places in this stage
-        place = len(sizes)
-        for block, size in reversed(self.held):
-            if size in sizes[:place]:
-                place -= sizes[place - 1 :: -1].index(size) + 1
-                kept[place] = block
-            else:
-                self.recorder._end(block, size)
-        self.held.clear()
-        for place, size in enumerate(sizes):
-            block = kept.get(place, -1)
-            if block < 0:
-                block = self.recorder._begin(size, self.category, self.op)
-            self.held.append((block, size))
 
 
 class Live(NamedTuple):
@@ -98,16 +59,15 @@ class Recorder(TorchDispatchMode):
     Args:
         device: the type of device whose memory is recorded.
         gpu: that of a prediction: also record what its operators hold inside.
-        deterministic: whether these are PyTorch's deterministic ones.
     """
 
-    supports_higher_order_operators = True
-
-    def __init__(self, device: str = "cpu", gpu: Limits | None = None, deterministic: bool = False):
+    def __init__(self, device: str = "cuda", gpu: Limits | None = None):
         super().__init__()
-        self.device, self.gpu, self.deterministic = device, gpu, deterministic
-        self.phase, self.recording = "init", True
-        self.log: list[Change] = []
+        self.device, self.gpu = device, gpu
+        self.phase = "init"
+        self.log: list[
+            tuple[int, int, str]
+        ] = []  # block, bytes (negative: freed; 0: empty_cache), phase
         self.blocks: list[Allocation] = []
         self.live: dict[int, Live] = {}  # by the storage's address
         # What is allocated and freed within one segment was temporary. Each phase is a segment, but
@@ -117,8 +77,10 @@ class Recorder(TorchDispatchMode):
         # Of an operator of IN_PLACE in backward, until the next allocation: its result's place in
         # the log, and its argument's block.
         self.in_place_at, self.in_place_of = 0, -1
-        self._scope: str | None = None
-        self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
+        self.scoped: str | None = None  # the category of what is allocated now
+        self.pending = PendingFrees()
+        # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
+        self.given: dict[tuple[bool, int], int] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
@@ -127,63 +89,83 @@ class Recorder(TorchDispatchMode):
         if grad != self.recomputing:
             self.recomputing = grad
             self.segment += 1
-        category, inside = "", Inside()
-        if self.recording:
-            category, inside = self._inside(func, args, kwargs)
-        own = OwnBlocks(self, category, func)
-        for stage in inside.before:
-            own.enter(stage)
+        if func is aten.record_stream.default:
+            return self._used(*args)
+        inside = workspaces.NOTHING
+        if self.gpu is not None and func in workspaces.KNOWN and self._concerns(func, args):
+            inside = workspaces.inside(func, args, kwargs or {}, self.gpu)
+        held = self._exchange([], inside.before, func)
         out = func(*args, **(kwargs or {}))
         if self.gpu is not None:
-            out = cuda_operators.returned(func, args, out)
+            out = workspaces.returned(func, args, out)
         if func in IN_PLACE:
-            own.enter(())  # already here, as the result will replace its argument
+            held = self._exchange(held, ((),), func)  # already, as the result replaces its argument
         place = len(self.log)
-        if self.recording:
-            self._see_results(func, args, out)
-        for stage in inside.after:
-            own.enter(stage)
-        own.enter(())
+        self._see_results(func, out)
+        self._exchange(held, (*inside.after, ()), func)
         if func in IN_PLACE and place < len(self.log) and self._is_accumulating(grad):
             known = None if args[0]._is_view() else self.block_of(args[0])
             self.in_place_at, self.in_place_of = place, -1 if known is None else known
+        if func in INTO_GIVEN:
+            self.given.setdefault(
+                (self.phase == "backward", Stream.current.stream_id), len(self.log)
+            )
         return out
 
+    def _is_here(self, x: object) -> bool:
+        return isinstance(x, Tensor) and x.device.type == self.device
+
+    def _concerns(self, func: OpOverload, args: tuple) -> bool:
+        return func in workspaces.TRANSFERS or any(map(self._is_here, tree_leaves(args)))
+
     def _is_accumulating(self, grad: bool) -> bool:
-        """Whether autograd itself, and no function of the program, has called the operator."""
-        return self.phase == "backward" and not grad and _is_autograds()
+        """Whether autograd itself, and no function of Python, has called the operator."""
+        if self.phase != "backward" or grad:
+            return False
+        frame = sys._getframe(2)
+        while frame is not None and any(part in frame.f_code.co_filename for part in DISPATCHING):
+            frame = frame.f_back
+        return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
-    def _inside(
-        self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
-    ) -> tuple[str, Inside]:
-        """The category of what an operator holds beyond its results, and its blocks."""
-        if self.gpu is None:
-            return "temporaries", Inside()
-        fixed = self.deterministic or attention_choice.deterministic()
-        inside = cuda_operators.inside(func, args, kwargs, self.gpu, fixed)
-        return "temporaries", inside
+    def _exchange(
+        self, held: list[tuple[int, int]], stages: tuple, func: OpOverload
+    ) -> list[tuple[int, int]]:
+        """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
+        for stage in stages:
+            sizes = [size for size in stage if size]
+            kept: dict[int, int] = {}  # blocks by their places in this stage
+            place = len(sizes)
+            for block, size in reversed(held):
+                if size in sizes[:place]:
+                    place -= sizes[place - 1 :: -1].index(size) + 1
+                    kept[place] = block
+                else:
+                    self._end(block, size)
+            held = []
+            for place, size in enumerate(sizes):
+                block = (
+                    kept[place]
+                    if place in kept
+                    else self._begin(size, "temporaries", f"{func}, inside")
+                )
+                held.append((block, size))
+        return held
 
-    def _see_results(
-        self, func: OpOverload, args: tuple, out: object, category: str | None = None
-    ) -> None:
+    def _see_results(self, func: OpOverload, out: object) -> None:
         results = [out] if isinstance(out, Tensor) else tree_leaves(out)
-        if func in cuda_operators.LAST_FIRST:
-            results = results[::-1]
-        for tensor in results:
-            if isinstance(tensor, Tensor):
-                self._see(tensor, category, func)
+        if func is aten.native_dropout.default:
+            results = results[::-1]  # as CUDA allocates them
+        for x in results:
+            if self._is_here(x):
+                self._see(x, None, func)
+        if self.gpu is not None and any(map(self._is_here, results[:1])) and not func.is_view:
+            Stream.current.work.launch()
 
     def _see(self, tensor: Tensor, category: str | None, op: OpOverload | str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
-        if tensor.device.type != self.device or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor._is_zerotensor():
             return
-        if tensor._is_zerotensor():  # of forward-mode differentiation, without memory
-            return
-        self._see_storage(tensor.untyped_storage(), category, op)
-
-    def _see_storage(
-        self, storage: torch.UntypedStorage, category: str | None, op: OpOverload | str = ""
-    ) -> None:
+        storage = tensor.untyped_storage()
         known, size = self.live.get(storage._cdata), storage.nbytes()
         if known is not None:
             if known.bytes == size:
@@ -192,9 +174,9 @@ class Recorder(TorchDispatchMode):
             category = category or self.blocks[known.block].category
             del self.live[storage._cdata]
         if size:
-            self.follow(storage, self._begin(size, category or self._scope, op), size)
+            self._follow(storage, self._begin(size, category or self.scoped, op), size)
 
-    def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
+    def _follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
         """From now on, `storage` is that of this block: the block is freed when the storage is."""
         key = storage._cdata
         weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
@@ -210,55 +192,46 @@ class Recorder(TorchDispatchMode):
         known = self.live.get(tensor.untyped_storage()._cdata)
         return None if known is None else known.block
 
-    def another(self, tensor: Tensor) -> Callable[[], None]:
-        """Record one more block like that of `tensor`, until the returned function is called."""
-        known = self.live.get(tensor.untyped_storage()._cdata)
-        if known is None or not self.recording:
-            return lambda: None
-        model = self.blocks[known.block]
-        return partial(self._end, self._begin(known.bytes, model.category, model.op), known.bytes)
-
-    def record_emptied_cache(self) -> None:
-        """Record that a GPU's allocator returns its free segments."""
-        if self.gpu is not None and self.recording:
-            self._begin(0, "temporaries", "empty_cache")
+    def empty_cache(self) -> None:
+        """Record that the GPU's allocator returns its free segments."""
+        self._begin(0, "temporaries", "empty_cache")
 
     def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
+        for ended, ended_bytes in self.pending.over():
+            self._freed(ended, ended_bytes)
         block, self.in_place_of = len(self.blocks), -1
+        stream = Stream.current.stream_id if self.gpu is not None else 0
         self.blocks.append(
-            Allocation(str(op), self.phase, self.segment, self.recomputing, self.stream, category)
+            Allocation(str(op), self.phase, self.segment, self.recomputing, stream, category)
         )
-        self.log.append(Change(block, size, self.phase))
+        self.log.append((block, size, self.phase))
         return block
 
     def _end(self, block: int, size: int) -> None:
-        if block == self.in_place_of and self.log[self.in_place_at].bytes == size:
-            self._replace(self.log.pop(self.in_place_at).block, block)
-            self.in_place_of = -1
+        if not self.pending.keeps(block, size):
+            self._freed(block, size)
+
+    def _freed(self, block: int, size: int) -> None:
+        if block == self.in_place_of and self.log[self.in_place_at][1] == size:
+            new, self.in_place_of = self.log.pop(self.in_place_at)[0], -1
+            for live in list(self.live.values()):
+                storage = live.storage()
+                if live.block == new and storage is not None:
+                    self._follow(storage, block, live.bytes)
             return
-        self.log.append(Change(block, -size, self.phase))
+        self.log.append((block, -size, self.phase))
         self.blocks[block].ended = self.segment
 
-    def _replace(self, new: int, block: int) -> None:
-        """Let the storage that was recorded as `new` be that of `block`, in place."""
-        for live in list(self.live.values()):
-            storage = live.storage()
-            if live.block == new and storage is not None:
-                self.follow(storage, block, live.bytes)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside, allocations are not recorded: they happen elsewhere, or not at all on a GPU."""
-        before, self.recording = self.recording, False
-        try:
-            yield
-        finally:
-            self.recording = before
+    def _used(self, tensor: Tensor, stream: torch.Stream) -> None:
+        """`Tensor.record_stream`: what ends is free once that stream has come so far."""
+        block = self.block_of(tensor)
+        if block is not None and stream.stream_id != self.blocks[block].stream:
+            self.pending.use(block, Stream(number=stream.stream_id))
 
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""
         for tensor in tensors:
-            if isinstance(tensor, Tensor):
+            if self._is_here(tensor):
                 self._see(tensor, category)
                 block = self.block_of(tensor)
                 if block is not None and self.blocks[block].category is None:
@@ -274,36 +247,7 @@ class Recorder(TorchDispatchMode):
         out = []
         for block, size, phase in self.log:
             allocation = self.blocks[block]
-            op, stream = allocation.op, allocation.stream
-            out.append(Event(block, size, categories[block], phase, op, stream))
+            out.append(
+                Event(block, size, categories[block], phase, allocation.op, allocation.stream)
+            )
         return out
-
-    @contextmanager
-    def on_stream(self, name: str) -> Iterator[None]:
-        """Inside, allocations are for a stream of their own."""
-        before = self.stream
-        self.stream = self.streams.setdefault(name, len(self.streams))
-        try:
-            yield
-        finally:
-            self.stream = before
-
-
-OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
-TORCH = os.path.dirname(os.path.realpath(torch.__file__)) + os.sep
-# Which call operators, and modes of dispatch, by Python.
-DISPATCH = tuple(os.path.join(TORCH, name) for name in ("_ops.py", "_compile.py", "_dynamo/"))
-
-
-def _is_autograds() -> bool:
-    """Whether the operator that is dispatched now comes from autograd, not from a function."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _dispatches(frame.f_code.co_filename, frame.f_code.co_name):
-        frame = frame.f_back
-    return frame is None or frame.f_code.co_name == "_engine_run_backward"
-
-
-@cache
-def _dispatches(filename: str, function: str) -> bool:
-    path = os.path.realpath(filename)
-    return function == "__torch_dispatch__" or path.startswith((OURS, *DISPATCH))

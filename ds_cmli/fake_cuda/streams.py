@@ -1,10 +1,11 @@
 """Streams and events of a GPU that is not there.
 
-A card runs behind its host: what was launched counts as done when somebody has waited for it, or
+A GPU runs behind its host: what was launched counts as done when somebody has waited for it, or
 when MOST_AHEAD launches have followed on its stream. Until then the allocator keeps what another
-stream may still read (`Tensor.record_stream`). A card that keeps up with its host needs less.
+stream may still read (`Tensor.record_stream`). A GPU that keeps up with its host needs less.
 """
 
+from collections import defaultdict
 from typing import ClassVar
 
 import torch
@@ -40,17 +41,62 @@ class Work:
             self.launch()  # the wait, which somebody may wait for in turn
 
 
-class StreamEvent:
-    """A place in the work of a stream."""
+class Stream(torch.Stream):
+    """Stands for `torch.cuda.Stream`; number 0 is the default one."""
+
+    works: ClassVar[dict[int, Work]] = defaultdict(Work)  # by number
+    current: ClassVar["Stream"]
+
+    def __new__(
+        cls, device: object = None, priority: int = 0, number: int | None = None
+    ) -> "Stream":
+        number = max(cls.works, default=0) + 1 if number is None else number
+        out = super().__new__(cls, stream_id=number, device_index=0, device_type=1)
+        cls.works[number]  # it has no work yet
+        return out
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    @classmethod
+    def begin(cls) -> None:
+        """Forget all streams but the default one, which becomes the current one."""
+        cls.works.clear()
+        cls.current = cls(number=0)
+
+    @property
+    def work(self) -> Work:
+        return Stream.works[self.stream_id]
+
+    def wait_stream(self, stream: "Stream") -> None:
+        self.work.wait(stream.work, stream.work.launched)
+
+    def wait_event(self, event: "Event") -> None:
+        self.work.wait(event.work, event.number)
+
+    def synchronize(self) -> None:
+        self.work.finish(self.work.launched)
+
+    def record_event(self, event: "Event | None" = None) -> "Event":
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def query(self) -> bool:
+        return self.record_event().query()
+
+
+class Event:
+    """Stands for `torch.cuda.Event`: a place in the work of a stream."""
 
     def __init__(self, *_: object, **__: object):
         self.work, self.number, self.asked = Work(), 0, 0  # over, until it is recorded
 
-    def record(self, stream: "Stream | None" = None) -> None:
+    def record(self, stream: Stream | None = None) -> None:
         self.work = (stream or Stream.current).work
         self.number, self.asked = self.work.launched, 0
 
-    def wait(self, stream: "Stream | None" = None) -> None:
+    def wait(self, stream: Stream | None = None) -> None:
         (stream or Stream.current).wait_event(self)
 
     def synchronize(self) -> None:
@@ -66,74 +112,16 @@ class StreamEvent:
             self.synchronize()
         return self.is_over
 
-    def elapsed_time(self, end: "StreamEvent") -> float:
+    def elapsed_time(self, end: "Event") -> float:
         return 1.0
 
 
-class Stream:
-    """A stream of a program's own, or the default one (number 0)."""
-
-    MOST = 32  # PyTorch has this many of each priority, and gives them out in turn
-    created: ClassVar[dict[int, int]] = {}  # by priority
-    works: ClassVar[dict[int, Work]] = {}  # by number
-    current: ClassVar["Stream"]
-    device_index, device_type = 0, 1
-
-    def __init__(self, device: object = None, priority: int = 0, **_: object):
-        turn = Stream.created.get(priority, 0)
-        Stream.created[priority] = turn + 1
-        self.priority = priority
-        self.stream_id = 1 + turn % self.MOST + self.MOST * abs(priority)
-
-    @classmethod
-    def numbered(cls, number: int) -> "Stream":
-        """The default stream, 0, or one that has been created."""
-        out = cls.__new__(cls)
-        out.priority, out.stream_id = 0, number
-        return out
-
-    @property
-    def work(self) -> Work:
-        return Stream.works[self.stream_id]
-
-    @property
-    def cuda_stream(self) -> int:
-        return self.stream_id
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def wait_stream(self, stream: "Stream") -> None:
-        self.work.wait(stream.work, stream.work.launched)
-
-    def wait_event(self, event: StreamEvent) -> None:
-        self.work.wait(event.work, event.number)
-
-    def synchronize(self) -> None:
-        self.work.finish(self.work.launched)
-
-    def record_event(self, event: StreamEvent | None = None) -> StreamEvent:
-        event = event or StreamEvent()
-        event.record(self)
-        return event
-
-    def query(self) -> bool:
-        return self.record_event().query()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and other.stream_id == self.stream_id
-
-    def __hash__(self) -> int:
-        return self.stream_id
-
-
-class Awaited:
+class PendingFrees:
     """Blocks that have ended, and that other streams than their own perhaps still read."""
 
     def __init__(self) -> None:
         self.uses: dict[int, set[Stream]] = {}  # of blocks that have not ended
-        self.pending: list[tuple[int, int, list[StreamEvent]]] = []
+        self.pending: list[tuple[int, int, list[Event]]] = []
 
     def use(self, block: int, stream: Stream) -> None:
         self.uses.setdefault(block, set()).add(stream)
@@ -148,11 +136,7 @@ class Awaited:
 
     def over(self) -> list[tuple[int, int]]:
         """Take out the ended blocks that no stream reads any more, each with its bytes."""
-        over, pending = [], []
-        for block, size, events in self.pending:
-            if all(event.is_over for event in events):
-                over.append((block, size))
-            else:
-                pending.append((block, size, events))
-        self.pending = pending
-        return over
+        over = [entry for entry in self.pending if all(event.is_over for event in entry[2])]
+        if over:
+            self.pending = [entry for entry in self.pending if entry not in over]
+        return [(block, size) for block, size, _ in over]

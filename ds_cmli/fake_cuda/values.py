@@ -1,181 +1,142 @@
-"""Answers where a program reads values, which tensors without data do not have.
+"""Answers where training reads values, which tensors without data do not have.
 
-Small tensors on the host have data: masks, indices, what a DataLoader makes. Copies of whole
-numbers and truth values to the device remember theirs, and so does what is computed of them alone.
-All others are stood in for.
+Small tensors on the host have data. A copy of whole numbers to the device remembers them, and so do
+what is computed and what is gathered of such alone. All others are stood in for.
 """
-
-from threading import RLock
 
 import torch
 from torch import Tensor
-from torch._guards import active_fake_mode
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import (
     FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
     unset_fake_temporarily,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_cmli.fake_cuda.stand_ins import (
-    SMALL,
-    all_known,
-    computed,
-    known_values,
-    on_device,
-    one,
-    remember,
-    stand_in,
-)
 from ds_cmli.fake_cuda.streams import Stream
 
 aten = torch.ops.aten
-MADE = ("zeros", "ones", "full", "rand", "randn", "randint")
-FACTORIES = {aten.empty.memory_format, aten.empty_strided.default, aten.randint.low}
-FACTORIES |= {getattr(aten, name).default for name in MADE}
-READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
-COMPARISONS = {aten.equal.default, aten.allclose.default}
-OF_STORAGE = {aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
-FILLING = {
-    aten.index_put.default: aten.masked_fill.Tensor,
-    aten.index_put_.default: aten.masked_fill_.Tensor,
+SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
+NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+FACTORIES = {aten.empty.memory_format, aten.empty_strided.default}
+FACTORIES |= {
+    getattr(aten, name).default for name in ("zeros", "ones", "full", "rand", "randn", "randint")
 }
-INDEXING = {aten.index.Tensor, *FILLING}
+READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
+GATHERS = {"_allgather_base_", "allgather_"}  # c10d's: the first argument gets what the second has
+
+
+def known_values(x: Tensor) -> Tensor | None:
+    """The values of a tensor: its own on the host, or those that it remembers."""
+    if not isinstance(x, FakeTensor):
+        return x
+    return x.constant if x.constant is not None else getattr(x, "remembered", None)
 
 
 class Values(TorchDispatchMode):
     """Runs operators of host tensors on their data, and gives a value wherever one is read."""
 
-    supports_higher_order_operators = True
-
-    def __init__(self) -> None:
+    def __init__(self, without_data: FakeTensorMode):
         super().__init__()
-        self.turn = RLock()  # of a thread, for one operator
+        self.without_data = without_data
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        with self.turn:
-            return self._answer(func, types, args, kwargs)
-
-    def _answer(self, func, types, args, kwargs):
-        if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
-            return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         kwargs = dict(kwargs or {})
-        kwargs.pop("pin_memory", None)  # the host's memory is not asked about
-        if isinstance(func, HigherOrderOperator):
-            return func(*args, **kwargs)
-        if torch.is_inference_mode_enabled() and func.namespace == "aten" and func._can_decompose():
-            with self:  # elsewhere autograd has done so
-                return func.decompose(*args, **kwargs)
+        if kwargs.pop("pin_memory", None) is None and func is aten.is_pinned.default:
+            return True  # the host's memory is not asked about
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
-        if func in READS or func in COMPARISONS or torch.Tag.dynamic_output_shape in func.tags:
-            Stream.current.synchronize()
         if func in READS:
+            Stream.current.synchronize()
             return self._value(args[0])
-        if func is aten.nonzero.default:
-            return self._places(args[0])
-        if func in FILLING and _is_filling(*args):
-            func, args = FILLING[func], (args[0], args[1][0], args[2])
-        if func in INDEXING:
-            args = (args[0], [*self._indices(args[1])], *args[2:])
-        if torch.Tag.dynamic_output_shape in func.tags and all_known(leaves):
-            values = computed(func, args, kwargs, known_values)
-            if values is not None:
-                return tree_map(lambda value: on_device(value, args[0].device), values)
-        if func in COMPARISONS:
-            return computed(func, args, kwargs, known_values if all_known(leaves) else one)
-        if func in OF_STORAGE:
-            out = _uncached(func, args)
-        elif func is aten._to_copy.default:
-            out = func(_without_data(args[0]), **kwargs)
-        else:
-            out = func(*args, **kwargs)
+        if func.namespace == "c10d":
+            return self._collective(func, args, kwargs)
         if func is aten._to_copy.default:
-            return self._copied(args[0], out)
-        remember(func, args, kwargs, leaves, out)
+            source = args[0]
+            if not isinstance(source, FakeTensor):
+                args = (self.without_data.from_tensor(source),)
+            return self._copied(source, func(*args, **kwargs))
+        out = func(*args, **kwargs)
+        self._remember(func, args, kwargs, leaves, out)
         return out
 
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        if func in FACTORIES:
-            elements = 1
-            for size in next((x for x in args if isinstance(x, list | tuple)), ()):
-                elements *= size
-            if elements > SMALL:
-                return func(*args, **kwargs)
+        if (
+            func in FACTORIES
+            and torch.Size(next(x for x in args if isinstance(x, list))).numel() > SMALL
+        ):
+            return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
-    def _value(self, tensor: Tensor) -> float | int | bool:
-        known = known_values(tensor)
+    def _value(self, x: Tensor) -> float | int | bool:
+        known = known_values(x)
         if known is not None:
             with _disable_current_modes():
                 return known.item()
-        return stand_in(tensor)
+        if x.dtype.is_floating_point:
+            return NUMBER
+        return getattr(x, "likely", False) if x.dtype == torch.bool else 0
+
+    def _collective(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
+        """All ranks have what this one has: of sums, too, nobody reads the values."""
+        with in_kernel_invocation_manager(self.without_data):
+            out = func(*args, **kwargs)
+        if func._schema.name.split("::")[1] in GATHERS:
+            own = tree_leaves(args[1])[0]
+            for into in tree_leaves(args[0]):
+                known = known_values(own)
+                if known is not None and isinstance(into, FakeTensor):
+                    with _disable_current_modes():
+                        times = into.numel() // known.numel()
+                        into.remembered = known.flatten().repeat(times).view(into.shape)
+        return out
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
-        to_host = out.device.type == "cpu" and source.device.type != "cpu"
-        if to_host:
+        known = known_values(source) if out.numel() <= SMALL else None
+        if out.device.type == "cpu" and source.device.type != "cpu":
             Stream.current.synchronize()
-        if to_host and out.numel() <= SMALL:
-            known = known_values(source)
+            if out.numel() <= SMALL:
+                with _disable_current_modes():
+                    if known is not None:
+                        return known.to(out.dtype, copy=True)
+                    return torch.full(out.shape, self._value(source), dtype=out.dtype)
+        if known is not None and not out.dtype.is_floating_point:
             with _disable_current_modes():
-                if known is not None:
-                    return known.to(out.dtype, copy=True)
-                return torch.full(out.shape, stand_in(source), dtype=out.dtype)
-        known = known_values(source)
-        if known is not None and out.numel() <= SMALL and not out.dtype.is_floating_point:
-            with _disable_current_modes():
-                out.fits_values = known.to(out.dtype, copy=True)  # type: ignore[attr-defined]
+                out.remembered = known.to(out.dtype, copy=True)  # type: ignore[attr-defined]
         return out
 
-    def _places(self, tensor: Tensor) -> Tensor:
-        """The result of `nonzero`; of unknown values the largest possible one."""
-        known = known_values(tensor)
-        if known is None:
-            shape = tensor.numel(), tensor.dim()
-            return torch.zeros(shape, dtype=torch.int64, device=tensor.device)
-        with _disable_current_modes():
-            places = known.nonzero()
-        return on_device(places, tensor.device)
-
-    def _indices(self, indices: list[Tensor | None]):
-        """Indices by number in place of masks."""
-        for index in indices:
-            if index is None or index.dtype not in (torch.bool, torch.uint8):
-                yield index
-            else:
-                yield from self._places(index).unbind(1)
-
-
-def _is_filling(x: Tensor, indices: list[Tensor | None], value: Tensor, add: bool = False) -> bool:
-    """Whether PyTorch fills `x[mask] = number` by the mask itself (`canDispatchToMaskedFill`)."""
-    mask = indices[0]
-    if mask is None or len(indices) > 1 or add or mask.dtype is not torch.bool:
-        return False
-    return mask.shape == x.shape and value.numel() == 1 and value.device.type == "cpu"
-
-
-def _uncached(func: OpOverload, args: tuple) -> Tensor:
-    """The result of an operator whose storage the cache of FakeTensorMode would keep for good."""
-    mode = active_fake_mode()
-    if mode is None:
-        return func(*args)
-    before, mode.cache_enabled = mode.cache_enabled, False
-    try:
-        return func(*args)
-    finally:
-        mode.cache_enabled = before
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    """A tensor of the host without its data, which PyTorch before 2.9 would copy to the device."""
-    mode = active_fake_mode()
-    if mode is None or isinstance(tensor, FakeTensor):
-        return tensor
-    return mode.from_tensor(tensor)
+    def _remember(
+        self, func, args: tuple, kwargs: dict[str, object], leaves: list, out: object
+    ) -> None:
+        """Compute the values of results whose operands are known; of others the likely truth."""
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        known = bool(tensors) and all(
+            x.numel() <= SMALL and known_values(x) is not None for x in tensors
+        )
+        if func._schema.is_mutable and not known:
+            for x in tensors:
+                if hasattr(x, "remembered"):
+                    del x.remembered
+        elif known:
+            with _disable_current_modes():
+                given = tree_map(
+                    lambda x: known_values(x) if isinstance(x, Tensor) else x, (args, kwargs)
+                )
+                if "device" in given[1]:
+                    given[1]["device"] = torch.device("cpu")
+                values = func(*given[0], **given[1])
+            for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
+                if isinstance(x, FakeTensor):
+                    x.remembered = value
+        elif isinstance(out, Tensor) and out.dtype == torch.bool:
+            # All gradients are finite, and no loss is anything else.
+            out.likely = func.overloadpacket in (aten.all, aten.isfinite)  # type: ignore[attr-defined]
 
 
 def _is_elsewhere(value: object) -> bool:

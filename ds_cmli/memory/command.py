@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import quiet
+from ds_cmli.common import plots, quiet
 from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
@@ -27,16 +27,17 @@ from ds_cmli.config.options import (
     resolve_config,
 )
 from ds_cmli.config.schema import Config
-from ds_cmli.memory.report import Report, gigabytes, show
+from ds_cmli.memory.report import Report, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.caching_allocator import by_retries
+from ds_cmli.memory_model.gpus import Gpu
 
 if TYPE_CHECKING:
-    from ds_cmli.memory.search import Fit
+    from ds_cmli.memory.fit import Fit
 
-# A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
-# imported.
-os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+# A prediction leaves a GPU of this machine alone.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows only when it has run"
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,6 +72,7 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 @option(
     "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
 )
+@option("Files", "--plot", metavar="FILE", help="What is live over two steps, as a picture.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
 def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
@@ -80,6 +82,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     own = PredictionOptions(
         **{name: options.pop(name) for name in PredictionOptions.__annotations__}
     )
+    plots.check_picture("--plot", own.plot)
     config = resolve_config(settings, options)
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
@@ -107,6 +110,7 @@ class PredictionOptions:
     sm: str | None
     fit: str | None
     json_path: str | None
+    plot: str | None
     snapshot: str | None
 
 
@@ -117,34 +121,35 @@ def single(
 
     Returns the report, and False where that does not fit.
     """
-    from ds_cmli.memory.largest_rank import predict_largest
-    from ds_cmli.memory.predict import Options
-    from ds_cmli.memory.search import fit
+    from ds_cmli.memory.fit import fit
+    from ds_cmli.memory.step_memory import Step, predicted_worst
 
-    ranks, fitted = own.world_size, None
+    if config.run.compile != "off":
+        tell(UNCOMPILED)
     chosen = gpus.chosen(own.gpu, own.gpu_memory, own.sm)
     room, fitted_gpu = gpus.parse_memory(own.fit) if own.fit else (0, None)
-    gpu = chosen.name if chosen else fitted_gpu or default_gpu()
+    gpu = chosen or gpus.find(fitted_gpu or default_gpu())
+    step, fitted = Step(config, ds_config, own.world_size), None
     if own.fit:
-        fitted = fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
-        prediction = fitted.prediction
+        fitted = fit(step, gpu, room, tell)
+        report = fitted.report
         tell("")
         print(fit_sentence(fitted, room))
-        print(meant(own.fit, room, fitted_gpu or "", gpu, ranks))
+        print(meant(own.fit, room, fitted_gpu or "", gpu, own.world_size))
     else:
-        options = Options(limit=gpus.find(gpu).total.bytes, tell=tell)
-        prediction = predict_largest(config, ds_config, ranks, gpu=gpu, options=options)
-        tell("")
-        print(sentence(prediction.report, gpu))
-    show(prediction.report)
+        report = predicted_worst(step, gpu, gpu.total.bytes)
+        print(sentence(report, gpu))
+    show(report)
     if fitted is not None:
         print_fit(fitted, room)
     if own.snapshot:
         from ds_cmli.memory_model import snapshot
 
         path = own.snapshot
-        write(path, "--snapshot", lambda: snapshot.write(prediction.events, path))
-    report = prediction.report
+        write(path, "--snapshot", lambda: snapshot.write(report.events, path))
+    if own.plot:
+        picture = own.plot
+        write(picture, "--plot", lambda: plot(report, picture))
     fits = chosen is None or report.totals["device"] <= chosen.total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
 
@@ -153,20 +158,18 @@ def default_gpu() -> str:
     """The listed name of the first GPU in this machine, or of the one that is assumed."""
     import pynvml  # not torch, which sees no GPU here
 
-    from ds_cmli.memory.predict import DEFAULT_GPU
-
     try:
         pynvml.nvmlInit()
         name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
-        return DEFAULT_GPU
+        return gpus.DEFAULT
     return gpus.present(name).name
 
 
-def sentence(report: Report, gpu: str) -> str:
+def sentence(report: Report, gpu: Gpu) -> str:
     """The answer in one sentence: whether the step fits on `gpu`."""
-    total, needed_bytes = gpus.find(gpu).total.bytes, report.totals["device"]
+    total, needed_bytes = gpu.total.bytes, report.totals["device"]
     needed, has = gigabytes(needed_bytes, total)
     digits = len(has.partition(".")[2])
     (difference,) = gigabytes(abs(needed_bytes - total), digits=digits)
@@ -176,36 +179,28 @@ def sentence(report: Report, gpu: str) -> str:
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
     if needed_bytes > total:
-        verdict = f"does not fit on a {gpu} ({has} GB), by {difference} GB"
-        return f"{step} needs {needed} GB and {verdict}: --fit {gpu!r} finds what does"
+        verdict = f"does not fit on a {gpu.name} ({has} GB), by {difference} GB"
+        return f"{step} needs {needed} GB and {verdict}: --fit {gpu.name!r} finds what does"
     left = f"{difference} GB are left{by_retries(report.retries)}"
-    return f"{step} needs {needed} GB and fits on a {gpu} ({has} GB), {left}"
+    return f"{step} needs {needed} GB and fits on a {gpu.name} ({has} GB), {left}"
 
 
 def fit_sentence(fitted: "Fit", room: int) -> str:
-    """The answer in one sentence: what fits, and which change makes the asked batch fit."""
-    more = fitted.tried.get(max(fitted.micro_batch + 1, 1))
-    change, changed = fitted.changes[0] if fitted.changes else ("", room)
-    size, one_more, with_change = gigabytes(room, more or room, changed)
+    """The answer in one sentence: what fits, and what one pair more needs."""
+    more = fitted.tried.get(fitted.micro_batch + 1)
+    size, one_more = gigabytes(room, more or room)
     if not fitted.micro_batch:
-        out = f"does not fit in {size} GB: one pair needs {one_more} GB"
-    else:
-        out = f"fits in {size} GB with micro-batch {fitted.micro_batch}"
-        out += by_retries(fitted.prediction.report.retries)
-        if more is not None:
-            out += f"; {fitted.micro_batch + 1} needs {one_more} GB"
-    if change:
-        out += f"; {fitted.asked} would fit with {change}: {with_change} GB"
-    elif fitted.asked > fitted.micro_batch:
-        out += f"; nothing that was tried makes {fitted.asked} fit"
-    return out
+        return f"does not fit in {size} GB: one pair needs {one_more} GB"
+    retries = by_retries(fitted.report.retries)
+    out = f"fits in {size} GB with micro-batch {fitted.micro_batch}{retries}"
+    return out if more is None else f"{out}; {fitted.micro_batch + 1} needs {one_more} GB"
 
 
-def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> str:
+def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, world_size: int) -> str:
     """What --fit was taken for, and how much of it tensors can have."""
-    usable = max(room - gpus.device_bytes(0, gpu, world_size), 0)
+    usable = max(room - gpu.outside(world_size), 0)
     rest = "CUDA's context and NCCL" if world_size > 1 else "CUDA's context"
-    left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu}"
+    left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu.name}"
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
     named = []
@@ -227,10 +222,6 @@ def print_fit(fitted: "Fit", room: int) -> None:
     else:
         answer = f"not even one pair per rank fits in {room:,} B"
         print(f"{answer}: it takes {fitted.tried[1]:,} B on the device")
-    for change, size in fitted.changes:
-        print(f"micro-batch {fitted.asked} fits with {change}: {size:,} B")
-    if not fitted.changes and not fitted.micro_batch:
-        print("no setting that was tried makes it fit: a smaller model, more ranks or a larger GPU")
 
 
 def tell(line: str) -> None:

@@ -1,9 +1,7 @@
 """The inputs of a predicted or measured step: random models, and batches without real data."""
 
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,22 +15,12 @@ from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
-if TYPE_CHECKING:
-    from ds_cmli.memory.fake import Answers
-    from ds_cmli.memory.tracker import MemoryTracker
-
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
-
-# The texts of a micro-batch, for each rank: their padded length, and each one's valid tokens.
-TextLengths = Sequence[tuple[int, Sequence[int]]]
 
 
 class NotPredictable(UserError):
     """A setting that can be trained, but whose memory cannot be predicted."""
-
-
-UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows only when it has run"
 
 
 def check_predictable(ds_config: DeepSpeedConfig) -> None:
@@ -130,45 +118,3 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         bad=[],
         padded=config.data.padding != "full",
     )
-
-
-class StepBatches(list[Batch]):
-    """A step's micro-batches; as each is taken, `answers` and `tracker` get its texts' lengths.
-
-    Args:
-        texts: the texts of each micro-batch; None: the longest, of which nothing is known.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        ds_config: DeepSpeedConfig,
-        texts: Sequence[TextLengths] | None,
-        answers: "Answers",
-        tracker: "MemoryTracker",
-    ):
-        self.texts = texts
-        self.answers, self.tracker = answers, tracker
-        self.full = config.data.padding == "full"  # no text has padding that is not attended to
-        positions: list[int | None] = [None] * ds_config.accumulation
-        if texts is not None:
-            positions = [rank[0][0] for rank in texts]
-        super().__init__(longest_batch(config, ds_config.micro_batch, n) for n in positions)
-
-    def _set_lengths(self, texts: Sequence[TextLengths]) -> None:
-        """Set the longest padded length on any rank."""
-        self.answers.positions = max(positions for rank in texts for positions, _ in rank)
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.texts is None:
-            with self.answers.texts(self.full):
-                yield from super().__iter__()
-            return
-        for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
-            self._set_lengths([ranks])
-            # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
-            positions, valid = ranks[0]
-            with self.answers.texts(self.full or all(n == positions - 2 for n in valid)):
-                yield batch
-        # Gradient caching then computes the losses over all micro-batches.
-        self._set_lengths(self.texts)

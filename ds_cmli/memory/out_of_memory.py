@@ -26,8 +26,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import measure
-from ds_cmli.memory.owners import owners
+from ds_cmli.memory.categories import owners
+from ds_cmli.memory.profile import record_history
 from ds_cmli.memory_model import gpus
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
@@ -195,7 +195,7 @@ def _leave() -> None:
 
 def _save_when_cuda_runs_out(path: Path) -> None:
     """Have the allocator's state and history saved at the moment when an allocation fails."""
-    measure.record_history()
+    record_history()
 
     def save(device: int, size: int, total: int, free: int) -> None:
         torch.cuda.memory._dump_snapshot(str(path))

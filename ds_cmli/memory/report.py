@@ -6,7 +6,7 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ds_cmli.common import plots
@@ -27,15 +27,15 @@ CATEGORIES = (
     "activations student",
     "activations teacher",
     "cached features",  # what gradient caching keeps, later replaced by the gradients
-    "CMLI op",  # saved argmax indices, scores and scratch memory of the all-pairs operator
+    "CMLI op",  # argmax indices, scores and scratch memory of the all-pairs operator
     "exchanged text",  # the other ranks' text features, and their gradients, which are sent back
     "data",
     "temporaries",
 )
+PHASES = ("init", "forward", "loss", "backward", "optimizer")
 # In every chart and page; neighbours in a stack differ most.
 _OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
 COLOURS = {name: plots.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
-PHASES = ("init", "forward", "loss", "backward", "optimizer")
 EXPLAINED = {
     "requested": "the largest sum of all tensors and workspaces",
     "allocated": "rounded up by the allocator",
@@ -54,9 +54,16 @@ class Report:
     # Peaks: "requested", and "allocated", "reserved" and "device" where they are known.
     totals: dict[str, int]
     retries: int = 0  # of the allocator, which then returned its cache for lack of room
+    events: Sequence[Event] = field(default=(), repr=False)
 
     def to_dict(self) -> JsonObject:
-        return dict(vars(self))
+        return {name: value for name, value in vars(self).items() if name != "events"}
+
+    def take(self, totals: dict[str, int]) -> None:
+        """Give measured totals to a report of what was recorded: what the allocator counts beyond
+        it, the workspaces of libraries and operators, are temporaries."""
+        self.categories["temporaries"] += totals["requested"] - self.totals["requested"]
+        self.totals = totals
 
 
 def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Report:
@@ -65,7 +72,8 @@ def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Repo
     for event in live_at_peak(events):
         categories[event.category] += event.bytes
     phases = dict.fromkeys(PHASES, 0) | peaks_of_phases(events)
-    return Report(setting, source, categories, phases, {"requested": sum(categories.values())})
+    totals = {"requested": sum(categories.values())}
+    return Report(setting, source, categories, phases, totals, events=events)
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
@@ -119,3 +127,27 @@ def _plain(value: object) -> str:
 
 def _sizes(size: int) -> tuple[str, str]:
     return f"{size:,}", f"{size / 1e9:.3f}"
+
+
+def plot(report: Report, path: str) -> None:
+    """Draw what is live over the events, by category. Raises `UserError` without matplotlib."""
+    pyplot = plots.matplotlib("--plot")
+    import numpy as np
+
+    changes = np.zeros((len(CATEGORIES), len(report.events)))
+    for place, event in enumerate(report.events):
+        changes[CATEGORIES.index(event.category), place] = event.bytes
+    live = changes.cumsum(1) / 1e9
+    shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
+    places = np.linspace(0, live.shape[1] - 1, 4000).astype(int)
+    names = [CATEGORIES[row] for row in shown]
+    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    colours = [COLOURS[name] for name in names]
+    axis.stackplot(places, live[shown][:, places], labels=names, colors=colours, linewidth=0)
+    axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title="Memory of a step")
+    handles, labels = axis.get_legend_handles_labels()
+    axis.legend(
+        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+    )
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -19,7 +19,7 @@ last), nor that a freed block may still be in use by other streams.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ds_cmli.memory_model.blocks import (
@@ -196,3 +196,16 @@ def by_retries(count: int) -> str:
     """What a sentence says of what fits only by so many retries of the allocator; 0: nothing."""
     tries = "1 retry" if count == 1 else f"{count} retries"
     return f", only as PyTorch's allocator returns its cache ({tries})" if count else ""
+
+
+def on_device(events: Sequence[Event], limit: int, outside: int) -> tuple[Replay, int]:
+    """Replay events where no more than `limit` bytes can be occupied, else without a limit.
+
+    Returns also the bytes that are then occupied, `outside` the allocator included: more than the
+    limit do not fit.
+    """
+    try:
+        replayed = replay(events, limit=limit - outside)
+    except OutOfMemory:
+        replayed = replay(events)
+    return replayed, replayed.reserved_peak + outside

@@ -138,6 +138,7 @@ _TABLE: list[tuple[str, str, tuple[int, int], int, Constant, Constant, Constant]
     ("B200 180GB", "B200", (10, 0), 148, assumed(182630), assumed(550), assumed(1000)),
 ]  # fmt: skip
 GPUS = {row[0]: Gpu(row[0], tuple(row[1].split("|")), *row[2:]) for row in _TABLE}
+DEFAULT = "RTX 3090 24GB"  # where there is none: the source document says 24 GB and no name
 _OF_SIZE = re.compile(r"GPU of (\S+), sm (\S+)")
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.common.probe import probe
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
@@ -69,7 +68,7 @@ class TimmGrid(ImageBackbone):
         return blocks_of_stages(self.model, self.stages)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if probe.on_gpu(pixels.device):
+        if pixels.is_cuda:
             # cuDNN's convolutions on tensor cores take channels last, and then give that. The
             # weights, parts of ZeRO's flat buffers, stay as they are: each is copied when used.
             pixels = pixels.contiguous(memory_format=torch.channels_last)

@@ -129,9 +129,9 @@ def serve(case: str) -> None:
         call()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        from ds_cmli.memory import cpu_events
+        from profiling.memory.document.implementations import cpu_sizes
 
-        peak = max(accumulate(cpu_events.sizes(call)))
+        peak = max(accumulate(cpu_sizes(call)))
     print(max(0, peak - gradients), flush=True)
     for _ in sys.stdin:
         started = measure()

@@ -4,7 +4,6 @@ That a skipped step leaves it alone: tests/faults/test_nonfinite.py; that a run 
 layout: tests/checkpoint.
 """
 
-import copy
 import itertools
 import os
 from types import SimpleNamespace
@@ -22,8 +21,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.faults.preemption import Preempted
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.memory.predict import Options, predict
-from profiling.memory.measure_cpu import measure
 from tests.ranks import run
 
 DECAY, STEPS, BATCH = 0.75, 2, 4
@@ -168,20 +165,6 @@ def test_every_stage_precision_and_accumulation(device):
 @pytest.mark.slow
 def test_two_ranks():
     assert run(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
-
-
-@pytest.mark.slow
-def test_predicted_equals_the_allocator_where_it_is_offloaded():
-    """With what else training can have, and on the device: tests/test_features_together.py."""
-    distributed.shutdown()
-    loss = {"weights": {"global": 1.0}}  # without a teacher
-    config = load_preset("tiny", {"student": {"layers": 1}, "optim": {"ema_decay": DECAY}, "loss": loss})
-    optimizer = {"type": "AdamW", "params": {"torch_adam": True}}
-    json = {"optimizer": optimizer, **ds_json(3, "bf16", 1, offload_optimizer={"device": "cpu"})}
-    predicted = predict(config, copy.deepcopy(json), 2, target="cpu", options=Options(backend="fake")).report
-    measured = measure(config, json, 2)
-    assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= 16
-    assert predicted.categories["EMA weights"] == measured.categories["EMA weights"]
 
 
 def test_without_fp32_weights_it_is_refused():

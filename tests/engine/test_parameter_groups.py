@@ -12,8 +12,6 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_groups
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.memory.predict import Options, predict
-from profiling.memory.measure_cpu import measure
 from tests.conftest import ZERO1
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each
@@ -110,21 +108,3 @@ def test_frozen_parameters_stay_and_all_others_move_with_their_rates(stage, chec
         assert max(rates) / min(rates) == pytest.approx(2)  # the shared parts and the image's last layer
     finally:
         distributed.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "checkpointing", "ranks"),
-    [
-        (1, True, 2),
-        (2, False, 1),
-        (3, False, 2),
-    ],
-)
-def test_predicted_with_frozen_layers_and_rates_equals_the_allocator(stage, checkpointing, ranks):
-    loss = {"weights": {"global": 1.0}}  # without a teacher
-    config = load_preset("tiny", {**FROZEN, **RATES, "loss": loss})
-    json = ds_json(stage, checkpointing)
-    predicted = predict(config, json, ranks, target="cpu", options=Options(backend="fake")).report
-    measured = measure(config, json, ranks)
-    assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= 16

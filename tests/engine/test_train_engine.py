@@ -13,7 +13,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
-from ds_cmli.memory import cpu_events
+from profiling.memory.document.implementations import cpu_sizes
 from tests.batches import rank_batches
 from tests.conftest import ZERO1
 from tests.engine.steps import FP16, build
@@ -96,7 +96,7 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
             {"student": {"shared_blocks": 2, "dropout": 0.1}},
         )  # fmt: skip
         losses.append([train_engine(b)[0] for b in batches[:3]])
-        peaks.append(max(accumulate(cpu_events.sizes(lambda: train_engine(batches[3])))))  # noqa: B023
+        peaks.append(max(accumulate(cpu_sizes(lambda: train_engine(batches[3])))))  # noqa: B023
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert peaks[1] < peaks[0]
     print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")

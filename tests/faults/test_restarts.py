@@ -12,7 +12,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.memory.profiler import Profiles
+from ds_cmli.memory.profile import Profiles
 from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.runs import Ranks, assert_same
 from tests.conftest import ZERO1

@@ -13,24 +13,21 @@ quiet.silence()
 
 import torch  # noqa: E402
 
-from ds_cmli import engine  # noqa: E402
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.memory import measure, predict_subprocess  # noqa: E402
+from ds_cmli.memory.profile import record_history  # noqa: E402
+from ds_cmli.memory.step_memory import Step, predicted, statistics  # noqa: E402
 from ds_cmli.memory_model import gpus  # noqa: E402
 from ds_cmli.memory_model.caching_allocator import CachingAllocator  # noqa: E402
-from profiling.memory import measure_cpu, measure_gpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
-
-LIMIT_S = 36_000  # for the prediction: `conftest.run_setting` limits both, by the CPU's time
 
 
 def measured(config: Config, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
     """Peaks on this GPU, and the error of the allocator's model on the recorded requests."""
-    measure.record_history()
-    totals = measure_gpu.peaks(config, ds_config, world)
-    trace = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]
-    return {"measured": {"totals": totals}, "allocator": modelled(trace)}
+    record_history(10**7)
+    Step(config, ds_config, world).take_twice()
+    device = torch.device("cuda", torch.cuda.current_device())
+    trace = torch.cuda.memory._snapshot()["device_traces"][device.index]
+    return {"measured": {"totals": statistics(device)}, "allocator": modelled(trace)}
 
 
 def modelled(trace: list[dict[str, Any]]) -> dict[str, float]:
@@ -61,25 +58,14 @@ def modelled(trace: list[dict[str, Any]]) -> dict[str, float]:
     return {**model, "error": peak_of_model / peak - 1}
 
 
-def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
+def measure_setting(setting: dict[str, Any]) -> dict[str, Any]:
     wanted = Setting(**setting)
     config, ds_config = wanted.resolve()
-    gpu = gpus.present(torch.cuda.get_device_name()).name if device == "cuda" else ""
-    filled = engine.filled(config, DeepSpeedConfig.of(ds_config), wanted.world, 100)
-    config, _ = engine.with_backend(config, filled, torch.device(device, 0))
-    # The prediction runs meanwhile, on the CPU.
-    with predict_subprocess.Predictor(LIMIT_S) as predictor:
-        predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu=gpu))
-        if device == "cuda":
-            out = measured(config, ds_config, wanted.world)
-        else:
-            out = {"measured": {"totals": measure_cpu.measure(config, ds_config, wanted.world).totals}}
-        answer = predictor.receive()
-    if answer.report is None:
-        raise RuntimeError(f"no prediction: {answer.failed}")
-    return {"predicted": answer.report, **out}
+    out = measured(config, ds_config, wanted.world)
+    gpu = gpus.present(torch.cuda.get_device_name())
+    return {"predicted": predicted(Step(config, ds_config, wanted.world), gpu).to_dict(), **out}
 
 
 if __name__ == "__main__":
-    device, setting = sys.argv[1:]
-    print("\n" + json.dumps(measure_setting(device, json.loads(setting))), flush=True)
+    _, setting = sys.argv[1:]
+    print("\n" + json.dumps(measure_setting(json.loads(setting))), flush=True)

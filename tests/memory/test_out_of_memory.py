@@ -1,4 +1,4 @@
-"""Out of memory: a real process that meets its limit, alone and as one of two ranks; and changes that need less."""
+"""Out of memory: a real process that meets its limit, alone and as one of two ranks."""
 
 import json
 import re
@@ -9,11 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.presets import load_preset
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import out_of_memory, predict_subprocess
-from ds_cmli.memory.changes import Shortage, Step
+from ds_cmli.memory import out_of_memory
 from tests.ranks import ROOT, clean_environment, environments, start
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
@@ -117,79 +114,3 @@ def test_other_errors_pass(error, tmp_path, alone):
     ):
         raise error
     assert not list(tmp_path.iterdir())
-
-
-def changes(ds_config, world_size, gpu, overrides=None):
-    config = load_preset("tiny", overrides or {})
-    filled = DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20)
-    return Step(config, filled, world_size, gpu).changes()
-
-
-def test_changes_that_train_the_same_come_first():
-    names = [change.what for change in changes(ZERO2, 2, True)]
-    assert names[:3] == [
-        '"activation_checkpointing": {} in the DeepSpeed JSON',
-        '"zero_optimization": {"stage": 3}',
-        '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
-    ]
-    assert (
-        names[3] == "--micro-batch 4 with gradient_accumulation_steps 2 (same pairs and negatives, by gradient caching)"
-    )
-    assert len(names) == 3 + 3 + 3  # 4, 2, 1 alone and with what saves most
-
-
-def test_large_buckets_can_shrink():
-    names = [change.what for change in changes({"zero_optimization": {"stage": 1}}, 1, False)]
-    assert '"zero_optimization": {"reduce_bucket_size": 5000000}' in names
-
-
-def test_only_changes_that_change_something():
-    everything = {**ZERO2, "activation_checkpointing": {}}
-    assert changes(everything, 1, False, {"loss": {"weights": {"global": 1.0}}, "optim": {"micro_batch": 1}}) == []
-    names = [change.what for change in changes(everything, 1, False)]
-    assert all(name.startswith("--micro-batch") for name in names)
-
-
-def test_every_part_of_a_proposal_helps():
-    """Recomputing argmaxes changes nothing here, a micro-batch half as large halves what is needed."""
-    config = load_preset("tiny", {})
-    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
-
-    def needs(change):
-        return (60 if change.ds_config.checkpointing else 100) * change.ds_config.micro_batch // 8
-
-    result = Shortage(Step(config, ds_config, 1, False), 35, needs).proposals()
-    batch = "(same pairs and negatives, by gradient caching)"
-    assert [(change.what, size) for change, size in result] == [
-        (f"--micro-batch 2 with gradient_accumulation_steps 4 {batch}", 25),
-        (
-            '"activation_checkpointing": {} in the DeepSpeed JSON and '
-            f"--micro-batch 4 with gradient_accumulation_steps 2 {batch}",
-            30,
-        ),
-    ]
-    (alone,) = Shortage(Step(config, ds_config, 1, False), 60, needs).proposals()[:1]
-    assert alone[0].what == '"activation_checkpointing": {} in the DeepSpeed JSON'
-
-
-def test_every_change_is_a_setting_that_resolves():
-    for change in changes(ZERO2, 2, True):
-        resolved = DeepSpeedConfig.of(change.ds_config).filled(change.config.optim, 2, 20)
-        assert resolved["train_batch_size"] == 16
-        DeepSpeedConfig.of(change.ds_config)
-
-
-def test_the_predicting_process_answers_each_request_and_names_what_fails(predicting_process):
-    config = load_preset("tiny", {})
-    wrong = {**ZERO2, "train_batch_size": 3, "train_micro_batch_size_per_gpu": 8}
-    for ds_config in (wrong, ZERO2):
-        predicting_process.send(predict_subprocess.Request(config, ds_config, 1, "cpu"))
-    first, second = predicting_process.receive(), predicting_process.receive()
-    assert first.report is None and first.failed.startswith("train_batch_size is 3")
-    assert sum(second.report["categories"].values()) == second.report["totals"]["requested"] > 0
-
-
-def test_a_predicting_process_that_takes_too_long_is_an_answer():
-    with predict_subprocess.Predictor(timeout_s=0.1) as predictor:
-        answer = predictor.ask(predict_subprocess.Request(load_preset("tiny", {}), ZERO2, 1, "cpu"))
-    assert answer == predict_subprocess.PredictionAnswer(None, "the predicting process ended with exit code -9")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.profiler import Profiles, parse_steps, profiling
+from ds_cmli.memory.profile import Profiles, parse_steps, profiling
 from tests.ranks import free_port, python
 
 

@@ -4,9 +4,8 @@ import pytest
 from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.predict_subprocess import Predictor, Request
 from ds_cmli.train import command
-from tests.stranger.drive import DS_CONFIG, STEPS, drive
+from tests.stranger.drive import STEPS, drive
 
 PLUGIN = ("--plugin", "tests.stranger.toy")
 pytestmark = pytest.mark.usefixtures("alone", "plugins")
@@ -26,16 +25,6 @@ def test_an_image_encoder(tmp_path):
     run_content = drive(tmp_path, *PLUGIN, *model, "--image-backbone", "mixers", "--losses", "global,cmli")
     assert len(run_content["logged"]) == STEPS and "refused" not in run_content
     assert "eval/seen/combined/i2t_r1" in run_content["evaluated"]
-
-
-def test_a_process_that_predicts_imports_it_too(plugins):
-    from ds_cmli.config.presets import load_preset
-
-    plugins.load(PLUGIN[1])
-    config = load_preset("tiny", {"loss": {"weights": {"filip": 1.0}}})
-    with Predictor() as predictor:
-        answer = predictor.ask(Request(config, DS_CONFIG, 1, "cpu"))
-    assert answer.report is not None, answer.failed
 
 
 def test_one_that_is_missing_is_one_line():

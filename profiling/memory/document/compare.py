@@ -38,7 +38,6 @@ ALL_SECONDS = 900.0  # limit for all measurements together
 # model is built.
 PRELOADED = [
     "profiling.memory.document.steps",
-    "profiling.memory.measure_cpu",
     "timm",
     "transformers.models.bert.modeling_bert",
 ]

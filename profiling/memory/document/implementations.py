@@ -21,12 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.losses.target_cmli import match_patches
-from ds_cmli.memory import cpu_events
-from ds_cmli.memory.tracker import MemoryTracker
-from ds_cmli.memory_model.gpus import Limits
 from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
 from profiling.speed.op import broadcast_dots, broadcast_scores, materialised_scores
 
@@ -167,7 +166,7 @@ def run(
 
     `say` is called after each pass, as backward may run out of memory.
     """
-    observe = cuda_sizes if device == "cuda" else cpu_events.sizes
+    observe = cuda_sizes if device == "cuda" else cpu_sizes
     inputs = implementation.inputs(device)
     out: list[Tensor] = []
     forward = observe(lambda: out.append(implementation.forward(*inputs)))
@@ -177,6 +176,15 @@ def run(
         allocations = summarise(forward, observe(out.pop().backward))
         say(allocations)
     return allocations
+
+
+def cpu_sizes(call: Callable[[], object]) -> list[int]:
+    """The bytes of `call` by PyTorch's profiler: allocations positive, frees negative."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = sorted(results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
@@ -198,22 +206,18 @@ def trace_sizes(trace: list[dict]) -> list[int]:
 
 def predict(implementation: Implementation, backward: bool = True) -> Allocations:
     """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
+    recorder = Recorder("cpu")
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
-        gpu = Limits.of(torch.device("cuda")) if implementation.device == "cuda" else None
-        # Libraries' workspaces are found by running operators, for which the other ways are too large.
-        with_workspace = implementation.device == "cpu" and implementation.op
-        tracker = MemoryTracker(gpu=gpu, workspaces=with_workspace)
-        tracker.claim("data", inputs)
-        known = len(tracker.log)
-        with tracker:
-            tracker.enter("forward")
+        recorder.claim("data", inputs)
+        known = len(recorder.log)
+        with recorder:
             out = implementation.forward(*inputs)
-            forward = len(tracker.log)
+            forward = len(recorder.log)
             if backward and out.requires_grad:
-                tracker.enter("backward")
+                recorder.phase = "backward"
                 out.backward()
-        events = tracker.events()
+        events = recorder.events()
     first, rest = events[known:forward], events[forward:]
     return summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
 

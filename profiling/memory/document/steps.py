@@ -1,14 +1,11 @@
 """Compares the document's claim about a whole training step (E4) with the step itself.
 
 It is predicted in the document's setting for each way to compute the loss, and for one preset it is
-predicted and measured by category: on a CPU with few pairs, so that it takes seconds.
+predicted by category, and measured where there is a GPU.
 """
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -24,10 +21,9 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
-from ds_cmli.memory import predict_subprocess
-from ds_cmli.memory.largest_rank import predict_largest
-from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
-from ds_cmli.memory.report import gigabytes
+from ds_cmli.engine import TrainEngine
+from ds_cmli.memory.report import Report, gigabytes
+from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_worst
 from ds_cmli.memory_model import gpus
 from profiling.memory.document.compare import Row, free_bytes, processes
 from profiling.memory.document.estimates import Setting, claims, zero_model_states
@@ -36,7 +32,6 @@ from profiling.memory.document.own_process import tell_from_process
 from profiling.speed.op import broadcast_scores, materialised_scores
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
-STEP_PAIRS = 4  # per rank, with which a CPU measures a preset's whole step
 
 ALL_LOSSES = ("global", "cmli", "target_cmli")
 # The losses of the step that leaves about 2 GB according to the document, before CMLI is added.
@@ -124,58 +119,46 @@ def document_json(checkpointing: bool) -> DeepSpeedConfig:
 def document_rows(
     s: Setting,
     variants: Iterable[Variant] = VARIANTS,
-    gpu: str = DEFAULT_GPU,
+    gpu: str = gpus.DEFAULT,
     say: Callable[[Row], None] = lambda row: None,
-) -> tuple[list[Row], Prediction | None]:
+) -> tuple[list[Row], Report | None]:
     """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours"."""
     claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
     rows, ours = [], None
-    with predicting() as pool:
-        for variant in variants:
-            name = variant.name + ", checkpointing" * variant.checkpointing
-            row = Row("E4", name, claim.document_bytes, None, None)
-            row.measured_on = f"predicted for {gpu}"
-            rows.append(row)
-            say(row)
-            try:
-                config = document_config(s, variant.losses)
-            except UserError as error:
-                row.verdict = f"not predicted: {error}"
-                continue
-            pair_loss = variant.scores and partial(stored_loss, variant.scores)
-            json, options = document_json(variant.checkpointing), Options(pair_loss=pair_loss)
-            submitted = pool.submit(predict_largest, config, json, s.P, gpu=gpu, options=options)
-            prediction = submitted.result()
-            if variant.name == "ours" and not variant.checkpointing:
-                ours = prediction
-            report = prediction.report
-            needed = report.totals["device"]
-            row.measured_on += f", rank {report.setting['rank']} of {s.P}, which needs the most"
-            row.predicted_bytes = total - needed
-            row.predicted_peak_bytes = report.totals["requested"]
-            fits = "fits" if needed <= total else "does not fit"
-            row.verdict = f"{fits}: {describe(total - needed)}"
-            row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
+    for variant in variants:
+        name = variant.name + ", checkpointing" * variant.checkpointing
+        row = Row("E4", name, claim.document_bytes, None, None)
+        row.measured_on = f"predicted for {gpu}"
+        rows.append(row)
+        say(row)
+        try:
+            config = document_config(s, variant.losses)
+        except UserError as error:
+            row.verdict = f"not predicted: {error}"
+            continue
+        step = Step(config, document_json(variant.checkpointing), s.P, built=partial(_use, variant))
+        report = predicted_worst(step, gpus.find(gpu), total)
+        if variant.name == "ours" and not variant.checkpointing:
+            ours = report
+        needed = report.totals["device"]
+        row.measured_on += f", rank {report.setting['rank']} of {s.P}, which needs the most"
+        row.predicted_bytes = total - needed
+        row.predicted_peak_bytes = report.totals["requested"]
+        fits = "fits" if needed <= total else "does not fit"
+        row.verdict = f"{fits}: {describe(total - needed)}"
+        row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
     return rows, ours
+
+
+def _use(variant: Variant, train_engine: TrainEngine) -> None:
+    if variant.scores is not None:
+        loss: Any = train_engine.objective.losses["cmli"]
+        loss.forward = partial(stored_loss, variant.scores)
 
 
 def describe(free: int) -> str:
     size, _ = gigabytes(abs(free), 0, digits=1)
     return f"{size} GB {'free' if free >= 0 else 'too much'}"
-
-
-@contextmanager
-def predicting() -> Iterator[ProcessPoolExecutor]:
-    """A pool of one process for predictions, which must see no GPU from its start on."""
-    context = processes("cuda" if torch.cuda.is_available() else "cpu")
-    with ProcessPoolExecutor(1, context, _without_gpu, (predict_subprocess.without_gpu(),)) as pool:
-        yield pool
-
-
-def _without_gpu(environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    quiet.silence()
 
 
 @dataclass
@@ -184,10 +167,9 @@ class WholeStep:
 
     preset: str
     pairs: int  # per rank
-    all_pairs: int  # per rank, of the preset itself
     world_size: int
     device: str
-    prediction: Prediction
+    prediction: Report
     measured: dict[str, Any] | None  # from `Report.to_dict`
     not_measured: str  # why `measured` is None
     parameters: int  # number of trained parameters
@@ -198,42 +180,34 @@ class WholeStep:
 def whole_step(
     preset: str, world_size: int, device: str, gpu: str, seconds: float = STEP_SECONDS
 ) -> WholeStep:
-    """Predict the step for `device`, and measure it in a process if memory and time allow.
+    """Predict the step for `gpu`, and measure it in a process if it is the GPU of this machine."""
+    config = load_preset(preset, {})
+    pairs, modules = config.optim.micro_batch, [0]
 
-    `gpu`: the name of the GPU that this is, as `gpus.find` takes it.
-    """
-    whole = load_preset(preset, {}).optim.micro_batch
-    pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
-    config = load_preset(preset, {"optim": {"micro_batch": pairs}})
-    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
-    with predicting() as pool:
-        # The measurement uses a fake process group as well, whose collectives copy nothing.
-        submitted = pool.submit(
-            predict,
-            config,
-            ds_config,
-            world_size,
-            target=device,
-            gpu=gpu,
-            options=Options(backend="fake"),
-        )
-        prediction = submitted.result()
-    needed, free = prediction.report.totals["requested"], free_bytes(device)
-    need, left = gigabytes(needed, free, digits=1)
-    measured, why_not = None, f"needs {need} GB, {left} GB are free"
-    if needed <= free:
-        ended = f"it failed, or took more than {seconds:.0f} s"
-        arguments = (measured_step, config, world_size, device)
-        reports = tell_from_process(processes(device), seconds, *arguments)
-        measured, why_not = (reports[-1], "") if reports else (None, ended)
-    parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
+    def count(train_engine: TrainEngine) -> None:
+        for module in train_engine.objective.modules():
+            # Under ZeRO-3 `numel` is not the size of the whole parameter.
+            own = module.parameters(recurse=False)
+            modules.append(sum(getattr(p, "ds_numel", p.numel()) for p in own))
+
+    step = Step(config, DeepSpeedConfig.load(DEFAULT_JSON), world_size)
+    report = predicted(replace(step, built=count), gpus.find(gpu))
+    taken, why_not = None, "there is no GPU here"
+    if device == "cuda":
+        need, left = report.totals["requested"], free_bytes(device)
+        why_not = "needs {} GB, {} GB are free".format(*gigabytes(need, left, digits=1))
+        if need <= left:
+            reports = tell_from_process(processes(device), seconds, measured_step, step)
+            failed = f"it failed, or took more than {seconds:.0f} s"
+            taken, why_not = (reports[-1], "") if reports else (None, failed)
+    parameters, stage = sum(modules), report.setting["zero_stage"]
     zero = zero_model_states(parameters, world_size, stage)
     estimate = None
     if stage >= 2:
-        largest = prediction.largest_module
-        estimate = deepspeed_estimate(stage, parameters, largest, world_size)
-    sizes = preset, pairs, whole, world_size, device
-    return WholeStep(*sizes, prediction, measured, why_not, parameters, zero, estimate)
+        estimate = deepspeed_estimate(stage, parameters, max(modules), world_size)
+    return WholeStep(
+        preset, pairs, world_size, device, report, taken, why_not, parameters, zero, estimate
+    )
 
 
 def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int) -> int:
@@ -249,11 +223,6 @@ def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int) -> in
     return estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, False, False)[1]
 
 
-def measured_step(
-    config: Config, world_size: int, device: str, say: Callable[[dict[str, Any]], object]
-) -> None:
-    from profiling.memory import measure_cpu, measure_gpu
-
+def measured_step(step: Step, say: Callable[[dict[str, Any]], object]) -> None:
     quiet.silence()
-    measured = measure_gpu if device == "cuda" else measure_cpu
-    say(measured.measure(config, DeepSpeedConfig.load(DEFAULT_JSON), world_size).to_dict())
+    say(measured(step).to_dict())

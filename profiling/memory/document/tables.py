@@ -54,15 +54,12 @@ def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None
 
 
 def remember_step(step: WholeStep) -> str:
-    predicted = step.prediction.report.totals["requested"]
+    predicted = step.prediction.totals["requested"]
     if step.measured is None:
         return f"not measured: {step.not_measured}."
     measured = step.measured["totals"]["requested"]
-    pairs = ""
-    if step.pairs < step.all_pairs:
-        pairs = f"with {step.pairs} of its {step.all_pairs} pairs a rank "
     off = f"{predicted / measured - 1:+.3%}"
-    return f"{pairs}measured {measured:,} B, predicted {predicted:,} B ({off})."
+    return f"measured {measured:,} B, predicted {predicted:,} B ({off})."
 
 
 def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
@@ -129,7 +126,7 @@ def remember_document(rows: list[Row]) -> str:
 
 def whole_step_table(step: WholeStep) -> Table:
     """A step's bytes by category and phase: predicted, measured, by ZeRO and by DeepSpeed."""
-    predicted, measured = step.prediction.report.to_dict(), step.measured
+    predicted, measured = step.prediction.to_dict(), step.measured
     columns = ["", "predicted B", "measured B", "ZeRO's formula B", "DeepSpeed's estimator B"]
 
     def line(
@@ -144,8 +141,8 @@ def whole_step_table(step: WholeStep) -> Table:
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
-        f"{step.parameters:,} parameters, {step.world_size} rank(s), {step.pairs} pairs a rank of the preset's "
-        f"{step.all_pairs}. Categories at the moment of the peak; "
+        f"{step.parameters:,} parameters, {step.world_size} rank(s), {step.pairs} pairs a rank. "
+        "Categories at the moment of the peak; "
         "formula and estimator know parameters, gradients and optimizer states only."
     ]
     notes.append(remember_step(step))

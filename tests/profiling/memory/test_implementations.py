@@ -8,12 +8,12 @@ import torch.nn.functional as F
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
-from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from profiling.memory.document import implementations as allocations
 from profiling.memory.document.estimates import Setting, claims
 from profiling.memory.document.implementations import (
     broadcast_match,
     broadcast_scores,
+    cpu_sizes,
     global_loss,
     implementations,
     materialised_match,

@@ -2,15 +2,20 @@
 
 `--profile` writes a torch.profiler trace of these steps: memory, shapes and stacks. Read it with
 `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
+`--profile-memory` writes the peaks of the first steps by category and phase, into memory.json, and
+on a GPU the allocator's history, for pytorch.org/memory_viz.
 """
 
+import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ds_cmli.common.cli import say as print_line
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 
@@ -18,6 +23,9 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
     from torch.profiler import profile
 
     from ds_cmli.engine import TrainEngine
+    from ds_cmli.memory.step_memory import Step
+
+FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,6 @@ class Profiles:
             done: the number of steps taken before.
         """
         from ds_cmli.distributed import process_group as distributed
-        from ds_cmli.memory.measure import profiling_memory
 
         steps = None if self.trace is None else parse_steps(self.trace, 10**12, done)
         with (
@@ -143,3 +150,121 @@ def profiling(
         with_stack=True,
     ) as profiler:
         yield profiler.step
+
+
+@contextmanager
+def profiling_memory(
+    steps: int | None,
+    train_engine: "TrainEngine",
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    folder: Path,
+) -> Iterator[Callable[[], None]]:
+    """Measure the first `steps` optimizer steps of the training loop inside.
+
+    Yields a function to call after each step. After the last of these steps rank 0 writes
+    `folder/memory.json`; at the end of the loop a process predicts for a GPU that is listed what
+    was measured, and the differences are added. Collective.
+
+    Args:
+        steps: None: nothing is measured. With 1, the optimizer's states do not exist yet at the
+            peak.
+        ds_config: as `engine.build` took it.
+    """
+    if steps is None:
+        yield lambda: None
+        return
+    import torch
+
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.memory.categories import TrainingRecorder
+    from ds_cmli.memory.report import summarise
+    from ds_cmli.memory.step_memory import Step, statistics
+
+    device, done, longest = train_engine.device, 0, 0
+    recorder, content, measuring = TrainingRecorder(device.type), JsonObject(), ExitStack()
+
+    def note_texts(module: object, inputs: tuple) -> None:
+        nonlocal longest
+        longest = max(longest, inputs[0].token_mask.shape[1])
+
+    def after_step() -> None:
+        nonlocal done
+        done += 1
+        if done != steps:
+            return
+        measuring.close()
+        if not distributed.is_main():
+            return
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        setting = {"preset": config.run.preset, "steps": steps, "gpu": name}
+        setting["world_size"] = distributed.world_size()
+        report = summarise(recorder.events(), setting, f"measured: {name}")
+        if device.type == "cuda":
+            report.take(statistics(device))  # CPU-GPU sync
+            torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
+            record_history()  # back to the history that every training run keeps
+        content["measurement"] = report.to_dict()
+        _write(folder / FILE, content)
+
+    with measuring:
+        measuring.enter_context(train_engine.objective.register_forward_pre_hook(note_texts))
+        if device.type == "cuda":
+            record_history(10**7)
+            torch.cuda.reset_peak_memory_stats(device)  # what came before is no step
+        measuring.enter_context(recorder)
+        measuring.enter_context(recorder.attach(train_engine))
+        yield after_step
+    if content and device.type == "cuda":
+        step = Step(config, ds_config, distributed.world_size(), 0, positions=longest)
+        predicted = _predicted(step, torch.cuda.get_device_name(device))
+        if predicted is not None:
+            content["prediction"] = predicted
+            content["differences"] = differences(predicted, content["measurement"])
+            _write(folder / FILE, content)
+
+
+def _predicted(step: "Step", name: str) -> JsonObject | None:
+    """The prediction for this GPU, called `name`, by a process of its own; None: there is none."""
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from ds_cmli.memory.step_memory import predicted
+    from ds_cmli.memory_model import gpus
+
+    try:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(predicted, step, gpus.present(name)).result().to_dict()
+    except Exception as error:  # the training has ended well
+        print_line(f"warning: the memory is measured and not predicted: {error}")
+        return None
+
+
+def differences(predicted: JsonObject, measured: JsonObject) -> JsonObject:
+    """Predicted minus measured bytes and their ratio, for every figure that both reports have."""
+    out: JsonObject = {}
+    for part in ("totals", "phases", "categories"):
+        out[part] = {}
+        for name in predicted[part].keys() & measured[part].keys():
+            ours, theirs = predicted[part][name], measured[part][name]
+            out[part][name] = {"bytes": ours - theirs} | (
+                {"ratio": ours / theirs} if theirs else {}
+            )
+    return out
+
+
+def record_history(most: int = 100_000) -> None:
+    """Keep the last `most` actions of CUDA's allocator from now on.
+
+    No stacks: they cost time at every allocation.
+    """
+    import torch
+
+    torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
+
+
+def _write(path: Path, content: JsonObject) -> None:
+    try:
+        path.write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:  # the training goes on
+        print_line(f"warning: {path} cannot be written: {error.strerror}")

@@ -1,0 +1,56 @@
+"""Inside `fake_cuda`, this process has one GPU, that is not there."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ds_cmli.common.patches import patched, patched_each
+from ds_cmli.fake_cuda import device, guard, kernels, modules
+from ds_cmli.fake_cuda.recorder import Recorder
+from ds_cmli.fake_cuda.streams import Stream
+from ds_cmli.fake_cuda.values import Values
+from ds_cmli.memory_model.gpus import Gpu
+
+
+@contextmanager
+def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
+    """Inside, tensors hold no data, and what they take of the GPU is recorded.
+
+    All is undone at the end: it works in any process, and again and again.
+
+    Raises:
+        UserError: PyTorch or the compiler is none that is known.
+    """
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    Stream.begin()
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    # A copied tensor, such as a teacher's, stays in it: views of another mode's are not views.
+    without_data.__deepcopy__ = lambda _: without_data  # type: ignore[attr-defined]
+    replacements: dict[str, Callable] = {
+        "torch: linear": lambda known: known,
+        "torch: module conversion": lambda _: modules.apply,
+        "torch: data of a tensor": modules.data_of_any_device,
+        "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
+        "deepspeed: kernels": kernels.loading,
+    }
+    with ExitStack() as stack:
+        stack.callback(torch.set_rng_state, torch.get_rng_state())
+        stack.enter_context(guard.answering())
+        stack.enter_context(patched_each("torch: GPU", device.functions(gpu, recorder)))
+        for name, replacement in replacements.items():
+            stack.enter_context(patched(name, replacement))
+        stack.enter_context(kernels.registered(gpu.limits))
+        stack.callback(set_accelerator, get_accelerator())
+        set_accelerator(CUDA_Accelerator())
+        stack.callback(gc.collect)  # engines are part of reference cycles
+        # `torch.tensor` makes its tensor on the host, and not first one with data on the device.
+        stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
+        torch._C._set_only_lift_cpu_tensors(True)
+        for mode in (without_data, recorder, Values(without_data)):
+            stack.enter_context(mode)
+        yield

@@ -1,0 +1,174 @@
+"""What a training step's memory is for: the recorder's blocks by phase and category.
+
+A table of owners is read three times in a step: when the engine is built, when all gradients exist,
+and when the weights have been updated. Blocks that nobody owned then are named after what allocated
+them: a scope that training enters (the teacher, an exchange, a batch), or the file of the code. Of
+the rest, what outlives the forward pass is an activation.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from ds_cmli.common.probe import Probe, probe
+from ds_cmli.engine import TrainEngine
+from ds_cmli.fake_cuda.recorder import Recorder
+from ds_cmli.memory_model.gpus import Limits
+
+AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
+# Attributes of DeepSpeed's optimizers, stages 1 to 3, that hold tensors.
+PARAMETERS = (
+    "bit16_groups_flat fp16_partitioned_groups_flat fp16_groups_flat bf16_groups_flat "
+    "lp_param_buffer"
+)
+MASTER = "single_partition_of_fp32_groups fp32_partitioned_groups_flat fp32_groups_flat_partition"
+GRADIENTS = (
+    "averaged_gradients all_grad_tensors grad_partitions_flat_buffer fp32_groups_gradients_flat"
+)
+# What code in these files allocates, and nobody owns.
+OF_FILES = {
+    "ds_cmli/cmli/op.py": "CMLI op",
+    "ds_cmli/cmli/triton_": "CMLI op",
+    "ds_cmli/cmli/fallback.py": "CMLI op",
+    "ds_cmli/losses/gradient_cache.py": "cached features",  # and their gradients
+    "deepspeed/runtime/zero/partition_parameters.py": "parameters",  # gathered, ZeRO-3
+    "deepspeed/runtime/zero/": "ZeRO buckets",
+}
+
+
+def owners(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
+    """Yield (category, tensors in nestings); the first category of a storage is right."""
+    engine, teacher = train_engine.engine, train_engine.teacher
+    module, optimizer, inner = engine.module, engine.optimizer, engine.basic_optimizer
+
+    def attributes(names: str) -> list[object]:
+        return [getattr(optimizer, name, None) for name in names.split()]
+
+    parameters = list(module.parameters())
+    # Without master weights the optimizer holds the module's own parameters.
+    updated = tree_leaves([[group["params"] for group in inner.param_groups], attributes(MASTER)])
+    if teacher is not None:
+        yield "teacher", [*teacher.parameters(), *teacher.buffers()]
+    yield "parameters", [*parameters, *module.buffers(), *attributes(PARAMETERS)]
+    yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # this rank's, ZeRO-3
+    yield "gradients", [(p.grad, getattr(p, "grad_accum", None)) for p in parameters]
+    yield "master weights", updated
+    yield "gradients", [getattr(p, "grad", None) for p in updated]
+    yield "gradients", attributes(GRADIENTS)
+    if train_engine.ema is not None:
+        yield "EMA weights", train_engine.ema.averages
+    yield "optimizer states", list(inner.state.values())
+
+
+class TrainingRecorder(Recorder, Probe):
+    """Records the trainer's step: enter it before the engine is built, then `attach` the engine.
+
+    Args:
+        device, gpu: as in `Recorder`.
+    """
+
+    def __init__(self, device: str = "cuda", gpu: Limits | None = None):
+        super().__init__(device, gpu)
+        self.last_of_init = 0  # the last segment before the first step
+        self.by_file: dict[int, str] = {}  # blocks of OF_FILES
+
+    @contextmanager
+    def attach(self, train_engine: TrainEngine) -> Iterator[None]:
+        """Inside, follow the phases of the engine's steps, and read what it owns."""
+        self.train_engine, self.last_of_init = train_engine, self.segment
+
+        def before_student(*_: object) -> None:
+            if self.phase != "forward":  # gradient caching runs several, with no update between
+                self.begin("forward")
+
+        student = train_engine.objective.student
+        self.begin("forward")
+        with (
+            student.register_forward_pre_hook(before_student),
+            student.register_forward_hook(lambda *_: self.begin("loss")),
+            train_engine.objective.register_forward_hook(self._claim_cached),
+            probe.subscribed(self),
+        ):
+            yield
+
+    def _claim_cached(self, module: nn.Module, inputs: tuple, output: object) -> None:
+        if isinstance(output, dict):
+            self.claim("cached features", output.values())
+
+    # --- phases
+
+    def begin(self, phase: str) -> None:
+        if phase in ("forward", "optimizer"):  # the weights are updated; all gradients exist
+            for category, held in owners(self.train_engine):
+                self.claim(category, tree_leaves(held))
+        # What ends in the segment of its allocation was temporary. Forward and losses are one.
+        self.segment += not (self.phase == "forward" and phase == "loss")
+        self.phase, self.recomputing = phase, False
+
+    @contextmanager
+    def step_phase(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        try:
+            with super().step_phase(name):
+                yield
+        finally:
+            self.begin(AFTER[name])
+
+    # --- categories
+
+    @contextmanager
+    def scope(self, category: str) -> Iterator[None]:
+        """Inside, allocations belong to `category`."""
+        before, self.scoped = self.scoped, category
+        try:
+            with super().scope(category):
+                yield
+        finally:
+            self.scoped = before
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        with self.scope("exchanged text"), super().exchanging():
+            yield
+
+    def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
+        if category is None or category == "temporaries":
+            file = self._allocating()
+            names = [name for part, name in OF_FILES.items() if part in file]
+            # What stays of an engine's construction is known by its owners.
+            if names and (self.phase != "init" or names[0] == "ZeRO buckets"):
+                self.by_file[len(self.blocks)] = names[0]
+        return super()._begin(size, category, op)
+
+    def category(self, number: int) -> str:
+        block = self.blocks[number]
+        known = block.category
+        if known is None or known == "temporaries":
+            known = self.by_file.get(number, known)
+        if known is not None:
+            return known
+        temporary = block.ended == block.segment
+        if (block.phase in ("forward", "loss") or block.recomputed) and not temporary:
+            return "activations student"
+        if block.phase == "init" and (block.ended is None or block.ended > self.last_of_init):
+            return "ZeRO buckets"  # what the engine allocates once and keeps
+        return "temporaries"
+
+    def _allocating(self) -> str:
+        """The file of the innermost Python code outside torch and the recorder.
+
+        In backward "" is autograd itself, whose caller says nothing.
+        """
+        frame = sys._getframe(2)
+        while frame is not None:
+            file = frame.f_code.co_filename
+            if self.phase == "backward" and frame.f_code.co_name == "_engine_run_backward":
+                return ""
+            if "/torch/" not in file and "/fake_cuda/" not in file and file != __file__:
+                return file
+            frame = frame.f_back
+        return ""

@@ -1,0 +1,68 @@
+"""The largest micro-batch that fits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.memory.report import Report
+from ds_cmli.memory.step_memory import Step, predicted_worst
+from ds_cmli.memory_model.gpus import Gpu
+
+LARGEST_BATCH = 2**16
+SECOND_BATCH = 128  # that is tried: far enough from 1 for a line through both
+MOST_GROWTH = 64  # from one micro-batch to the next that is tried
+
+
+@dataclass
+class Fit:
+    micro_batch: int  # the largest micro-batch that fits; 0: none does
+    report: Report  # for that micro-batch; for micro-batch 1 if none fits
+    tried: dict[int, int]  # micro-batch -> predicted bytes on the device
+
+
+def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -> int:
+    """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none.
+
+    `needs` must grow with n. It is nearly linear, so the next n to try comes from the line through
+    the two nearest to the room; as it may jump in between, every fourth one halves what is left.
+    """
+    known = {1: needs(1)}
+    if known[1] > room:
+        return 0
+    low, high, guess = 1, most + 1, SECOND_BATCH
+    while high - low > 1:
+        guess = min(max(guess, low + 1), high - 1, MOST_GROWTH * low)
+        known[guess] = needs(guess)
+        if known[guess] <= room:
+            low = guess
+        else:
+            high = guess
+        a, b = sorted(known, key=lambda n: abs(known[n] - room))[:2]
+        if len(known) % 4 == 0 or known[a] == known[b]:
+            guess = (low + min(high, MOST_GROWTH * low)) // 2
+        else:
+            guess = a + (room - known[a]) * (b - a) // (known[b] - known[a])
+    return low
+
+
+def fit(step: Step, gpu: Gpu, room: int, tell: Callable[[str], None]) -> Fit:
+    """Find the largest micro-batch that needs at most `room` bytes on the device by prediction.
+
+    `tell` is called with lines about the progress.
+    """
+    reports: dict[int, Report] = {}
+    rank: int | None = None  # that needs the most, whatever the micro-batch
+
+    def needs(micro_batch: int) -> int:
+        nonlocal rank
+        json = DeepSpeedConfig.of(step.ds_config).replaced(
+            train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
+        )
+        report = predicted_worst(replace(step, ds_config=json), gpu, room, rank)
+        reports[micro_batch], rank = report, report.setting["rank"]
+        tell(f"micro-batch {micro_batch}: {report.totals['device']:,} B on the device")
+        return report.totals["device"]
+
+    found = largest(needs, room)
+    tried = {n: reports[n].totals["device"] for n in sorted(reports)}
+    return Fit(found, reports[max(found, 1)], tried)

@@ -1,0 +1,219 @@
+"""Memory of the trainer's own step: two optimizer steps on the longest batch, on device cuda.
+
+On a GPU its statistics are the measurement; on the fake CUDA device the same lines are the
+prediction. Nothing is downloaded: weights are random, sizes those of the configuration.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from ds_cmli import engine
+from ds_cmli.cmli.triton_forward import unsuited
+from ds_cmli.common import hardware
+from ds_cmli.common.json_text import JsonObject, Section
+from ds_cmli.common.patches import environment
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config, check
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.fake_cuda.entered import fake_cuda
+from ds_cmli.memory.categories import TrainingRecorder
+from ds_cmli.memory.inputs import check_predictable, longest_batch, without_weights
+from ds_cmli.memory.report import Report, summarise
+from ds_cmli.memory_model.caching_allocator import on_device
+from ds_cmli.memory_model.gpus import Gpu
+from ds_cmli.memory_model.workspaces import with_cublas
+
+TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
+TOTALS = ("requested", "allocated", "reserved")
+Built = Callable[[engine.TrainEngine], object]  # is called with the engine before its first step
+Watched = Callable[[engine.TrainEngine], AbstractContextManager[object]]
+
+
+def _unchanged(train_engine: engine.TrainEngine) -> None:
+    """Change nothing; a function, as a process of its own is given the step."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step as one rank of several takes it.
+
+    Args:
+        config: any configuration; its weights become random ones of the same sizes.
+        ds_config: the DeepSpeed JSON, with or without "auto" values.
+        built: changes or reads the engine, once there is one.
+        positions: of the longest texts; None: as many as the configuration allows.
+    """
+
+    config: Config
+    ds_config: Section
+    world_size: int = 1
+    rank: int = 0
+    built: Built = _unchanged
+    positions: int | None = None
+
+    def take_twice(self, watched: Watched = nullcontext) -> JsonObject:
+        """Build the engine and take two steps: the optimizer's states are created in the first.
+
+        Returns what was run.
+        """
+        device = torch.device("cuda", torch.cuda.current_device())
+        bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        json = DeepSpeedConfig.of(self.ds_config).on("cuda", fp16=True, bf16=bf16)
+        json = engine.filled(self.config, json, self.world_size, TOTAL_STEPS)
+        config, vocab_size = without_weights(self.config)
+        reason = unsuited(torch.cuda.get_device_capability(device))
+        config, _ = engine.choose_backend(config, lambda: reason)
+        with _alone(self.world_size, self.rank):
+            train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
+            self.built(train_engine)
+            with watched(train_engine):
+                for _ in range(2):
+                    batch = longest_batch(config, json.micro_batch, self.positions)
+                    train_engine.step(json.accumulation * [batch])
+                    del batch
+        return {
+            "preset": config.run.preset,
+            "world_size": self.world_size,
+            "rank": self.rank,
+            "micro_batch": json.micro_batch,
+            "accumulation": json.accumulation,
+            "zero_stage": json.stage,
+            "precision": json.precision,
+            "checkpointing": json.checkpointing,
+            "losses": list(config.loss.weights),
+            "cmli_backend": config.loss.cmli_backend,
+        }
+
+
+@contextmanager
+def _alone(world_size: int, rank: int) -> Iterator[None]:
+    """Inside, this is one rank of a group whose collectives move nothing, alone on its machine."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a process group is up: a step is taken at a time without one")
+    with environment({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+        try:
+            yield
+        finally:
+            distributed.shutdown()
+
+
+def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
+    """The step's memory on a GPU that need not be there, of which `limit` bytes can be occupied.
+
+    Each text fills all positions but the first of a batch, which is one token shorter: the most
+    that a batch can need.
+
+    Raises:
+        UserError: a setting that cannot be built, or whose sizes are not known without a download.
+        RuntimeError: a process group is already initialised.
+    """
+    check(step.world_size >= 1, "--world-size", step.world_size, "give at least 1 rank")
+    check_predictable(DeepSpeedConfig.of(step.ds_config))
+    recorder = TrainingRecorder(gpu=gpu.limits)
+    with fake_cuda(recorder, gpu):
+        setting = step.take_twice(recorder.attach)
+        events = recorder.events()
+    fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
+    workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
+    events = with_cublas(events, workspaces, recorder.given)
+    report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
+    replayed, device = on_device(events, limit, gpu.outside(step.world_size))
+    peaks = replayed.requested_peak, replayed.allocated_peak, replayed.reserved_peak
+    report.totals = {**dict(zip(TOTALS, peaks, strict=True)), "device": device}
+    report.retries = replayed.retries
+    return report
+
+
+def measured(step: Step) -> Report:
+    """The step's memory on this GPU, which nothing else of this process uses.
+
+    It runs twice: while the recorder watches, gradients are added up in new tensors.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    step.take_twice()
+    totals = statistics(device)
+    recorder = TrainingRecorder()
+    with recorder:
+        setting = step.take_twice(recorder.attach)
+    name = torch.cuda.get_device_name(device)
+    report = summarise(recorder.events(), {**setting, "gpu": name}, f"measured: {name}")
+    report.take(totals)
+    return report
+
+
+def predicted_worst(step: Step, gpu: Gpu, limit: int = 1 << 44, rank: int | None = None) -> Report:
+    """The prediction of the rank that needs the most, or of `rank` if that is known.
+
+    ZeRO-1 and 2 divide parameters by elements, and a rank keeps the whole gradient of each of which
+    it has a part. The last rank has its own while most activations are stored; another one is
+    predicted too if it has parts of more.
+    """
+    if rank is not None or DeepSpeedConfig.of(step.ds_config).stage not in (1, 2):
+        return predicted(replace(step, rank=rank or 0), gpu, limit)
+    held = [0] * step.world_size  # elements of the parameters of which each rank has a part
+
+    def read(train_engine: engine.TrainEngine) -> None:
+        step.built(train_engine)
+        optimizer = train_engine.engine.optimizer
+        for parameters in optimizer.param_to_partition_ids.values():
+            for parameter, ranks in parameters.items():
+                for of_rank in ranks:
+                    held[of_rank] += optimizer.param_dict[parameter].numel()
+
+    last = step.world_size - 1
+    report = predicted(replace(step, rank=last, built=read), gpu, limit)
+    most = max(range(step.world_size), key=held.__getitem__)
+    if held[most] <= held[last]:
+        return report
+    other = predicted(replace(step, rank=most), gpu, limit)
+    return max(report, other, key=lambda each: each.totals["device"])
+
+
+def statistics(device: torch.device) -> dict[str, int]:
+    """Peaks since they were last reset, in bytes; with "device" if the driver reports it.
+
+    CPU-GPU sync.
+    """
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.memory_stats(device)
+    totals = {name: stats[f"{name}_bytes.all.peak"] for name in TOTALS}
+    occupied = gpu_bytes(device)
+    if occupied is not None:
+        # The driver reports no peak: memory outside the allocator's segments is assumed to be the
+        # same then as now.
+        totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
+    return totals
+
+
+def gpu_bytes(device: torch.device) -> int | None:
+    """The bytes that this process occupies on the GPU by NVML's count; None if it has none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return own_bytes({process.pid: process.usedGpuMemory for process in processes}, os.getpid())
+
+
+def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
+    """The entry of `used` for this process.
+
+    In a container NVML may list another process id: a single entry is then taken to be this
+    process's.
+    """
+    if pid in used:
+        return used[pid]
+    return next(iter(used.values())) if len(used) == 1 else None

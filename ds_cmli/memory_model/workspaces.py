@@ -1,0 +1,411 @@
+"""What CUDA's operators hold beyond their results: formulas of PyTorch's source, as sizes in bytes.
+
+Those of training's operators that show at a step's peak. Left out, as they are small or as no
+source tells them: partial results of full reductions, the workspaces of cuDNN's convolutions. Paths
+are those below aten/src/ATen/native.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
+
+from ds_cmli.memory_model.attention import HALF
+from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.gpus import Limits
+
+aten = torch.ops.aten
+# The sizes of the blocks that an operator holds at one moment, in the order of their allocation.
+# Blocks of the stage before it that a stage has too, in their order, stay.
+Stage = tuple[int, ...]
+
+
+class Inside(NamedTuple):
+    """The stages of an operator's own blocks; all have been freed when it returns.
+
+    before, after: until its results are allocated, and from then on.
+    """
+
+    before: tuple[Stage, ...] = ()
+    after: tuple[Stage, ...] = ()
+
+
+NOTHING = Inside()
+# Matrix products, with the places of the two matrices among the arguments.
+MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
+INDEX = 8  # bytes of an int64
+SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
+
+
+def inside(func: OpOverload, args: tuple, kwargs: Mapping[str, object], gpu: Limits) -> Inside:
+    """What an ATen operator holds inside; only sizes, strides and types of its tensors matter."""
+    if func in MATRICES:
+        return _operand_copies(func, args)
+    if func in TRANSFERS:
+        return _transfer_copies(func, args, kwargs)
+    return OPERATORS[func](args, gpu) if func in OPERATORS else NOTHING
+
+
+def returned(func: OpOverload, args: tuple, out: object) -> object:
+    """What an operator returns on CUDA, given what it returns without data.
+
+    Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), the two
+    numbers of efficient attention on the host, and cuDNN's convolutions channels last where an
+    operand is so.
+    """
+    if func in (aten.convolution.default, aten.convolution_backward.default):
+        x, weight = args[func is not aten.convolution.default :][:2]
+        if _suggested(x, weight) is torch.channels_last and not _depthwise(weight):
+            return tree_map_only(Tensor, _channels_last, out)
+    if func is aten.native_layer_norm.default:
+        normalised, mean, inverse_deviation = out  # type: ignore[misc]
+        return normalised, mean.float(), inverse_deviation.float()
+    if func is aten._scaled_dot_product_efficient_attention.default:
+        numbers = out[2:]  # type: ignore[index]
+        return *out[:2], *(torch.empty_like(number, device="cpu") for number in numbers)  # type: ignore[index]
+    return out
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+# --- copies
+
+
+def contiguous_copies(
+    *tensors: Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> Stage:
+    """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
+    return tuple(x.nbytes for x in tensors if not x.is_contiguous(memory_format=layout))
+
+
+def _suggested(*tensors: Tensor) -> torch.memory_format:
+    """Channels last if a tensor is so, and else contiguous."""
+    for x in tensors:
+        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+        if last and not x.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def _operand_copies(func: OpOverload, args: tuple) -> Inside:
+    """The copies that cuBLAS needs of operands that lie neither by rows nor by columns.
+
+    Expanded gradients do. Source: `prepare_matrix_for_cublas` of cuda/Blas.cpp.
+    """
+    first = MATRICES[func]
+    copied: Stage = ()
+    for x in args[first : first + 2]:
+        rows, columns = x.shape[-2:]
+        down, along = x.stride()[-2:]
+        by_rows = along == 1 and down >= max(1, columns)
+        if not by_rows and not (down == 1 and along >= max(1, rows)):
+            copied += (x.numel() * x.dtype.itemsize,)
+    return Inside(after=(copied,))
+
+
+def _transfer_copies(func: OpOverload, args: tuple, kwargs: Mapping[str, object]) -> Inside:
+    """The copy on the GPU that one of `TRANSFERS` makes where layout or type change on the way.
+
+    Source: `copy_requires_temporaries` and `copy_kernel_cuda` of cuda/Copy.cu.
+    """
+    source = args[func is aten.copy_.default]
+    if func is aten.copy_.default:
+        target, to, waits = args[0], args[0].device, not (len(args) > 2 and args[2])
+    else:
+        to, waits = (
+            torch.device(kwargs.get("device") or source.device),
+            not kwargs.get("non_blocking"),
+        )  # type: ignore[arg-type]
+        options = {name: kwargs.get(name) for name in ("dtype", "memory_format")}
+        target = torch.empty_like(source, device="meta", **options)  # type: ignore[call-overload]
+    same_type = target.dtype == source.dtype
+    if to.type == source.device.type or (same_type and target.stride() == source.stride()):
+        return NOTHING
+    there = target if to.type == "cuda" else source  # the one on the GPU
+    if there.is_contiguous() and (same_type or waits):  # then types change on the host
+        return NOTHING
+    of_type = source if to.type == "cuda" and not waits else target
+    return Inside(after=((target.numel() * of_type.dtype.itemsize,),))
+
+
+def _depthwise(weight: Tensor) -> bool:
+    """Whether PyTorch's own kernel convolves, which copies nothing."""
+    return weight.shape[1] == 1
+
+
+def _convolution(args: tuple, gpu: Limits) -> Inside:
+    """cudnn/ConvShared.cpp (`cudnn_convolution_forward`): operands become contiguous alike, and
+    channels last if one is so (`cudnn_conv_suggest_memory_format`)."""
+    x, weight = args[:2]
+    if _depthwise(weight):
+        return NOTHING
+    return Inside(after=(contiguous_copies(x, weight, layout=_suggested(x, weight)),))
+
+
+def _convolution_backward(args: tuple, gpu: Limits) -> Inside:
+    """cudnn/ConvShared.cpp (`cudnn_convolution_backward`)."""
+    grad, x, weight = args[:3]
+    if _depthwise(weight):
+        return NOTHING
+    layout = _suggested(x, weight)
+    kept = contiguous_copies(grad, layout=layout)  # while the other gradients are computed
+    return Inside((kept + contiguous_copies(x, weight, layout=layout), kept), (kept,))
+
+
+def _layer_norm(args: tuple, gpu: Limits) -> Inside:
+    """cuda/layer_norm_kernel.cu (`layer_norm_cuda`)."""
+    copy = contiguous_copies(args[0])
+    return Inside((copy,), (copy,))
+
+
+def _softmax(args: tuple, gpu: Limits) -> Inside:
+    """cuda/SoftMax.cu (`host_softmax`)."""
+    return Inside(after=(contiguous_copies(args[0]),))
+
+
+def _softmax_backward(args: tuple, gpu: Limits) -> Inside:
+    """cuda/SoftMax.cu (`softmax_backward_cuda_out`): gradient and output are multiplied first."""
+    return Inside(after=((args[0].nbytes, *contiguous_copies(args[1])),))
+
+
+# --- sums over rows
+
+
+def _partial_sums(rows: int, columns: int, gpu: Limits) -> Stage:
+    """What blocks of threads leave to each other where several add up the rows of the same columns.
+
+    cuda/Reduce.cuh (`setReduceConfig`) for rows that lie one after the other: a block has 32
+    threads for 4 columns each, by 4, of which each adds up 16 to 256 values; then the semaphores.
+    """
+    grid, blocks = math.ceil(columns / 128), gpu.multiprocessors * gpu.threads // 128
+    if columns < 128 or rows <= 1020 or grid > blocks:
+        return ()
+    parts = max(min(math.ceil(blocks / grid), math.ceil(rows / 64)), math.ceil(rows / 1024))
+    return (512 * columns * parts, 4 * grid) if parts > 1 else ()
+
+
+def _sum(args: tuple, gpu: Limits) -> Inside:
+    """The gradient of a bias: the first dimensions of a tensor are added up."""
+    x, dims = args[:2]
+    reduced = sorted(dim % x.dim() for dim in dims or ()) if x.dim() else []
+    if not reduced or reduced != list(range(len(reduced))) or not x.is_contiguous():
+        return NOTHING
+    rows = math.prod(x.shape[: len(reduced)])
+    return Inside(after=(_partial_sums(rows, x.numel() // max(rows, 1), gpu),))
+
+
+def _layer_norm_backward(args: tuple, gpu: Limits) -> Inside:
+    """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
+    gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
+    grad, x, shape = args[:3]
+    copies = contiguous_copies(x, grad)
+    width = math.prod(shape)
+    rows = x.numel() // width
+    if rows <= 1 << 16 or width // 32 >= gpu.multiprocessors // 2:
+        return Inside((contiguous_copies(x),), (copies,))
+    blocks = min((1 << 15) // math.ceil(width / 32), math.ceil(rows / 32))
+    both = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
+    summed = (*both, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
+    return Inside((contiguous_copies(x),), (summed, both, summed))
+
+
+# --- embeddings
+
+
+def _sorted_pairs(n: int, largest: int, gpu: Limits) -> Stage:
+    """What cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
+
+    cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
+    the keys, a table that blocks read from each other, and both arrays once more where there is
+    more than one pass. The number of keys that a block sorts at a time was seen on the null GPU, as
+    was that up to 2,048 keys are sorted by a single block.
+    """
+    if n <= 2048:
+        return (1,)
+    passes = math.ceil(max(1, largest.bit_length()) / 8)
+    tile = 3840 if gpu.capability < (9, 0) else 4608
+    arrays = 2 * math.ceil(n * INDEX / 256) * 256 if passes > 1 else 0
+    return (arrays + passes * 256 * INDEX + math.ceil(n / tile) * 1024 + 256 + 255,)
+
+
+def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
+    """cuda/Embedding.cu (`embedding_dense_backward_cuda`) and EmbeddingBackwardKernel.cu: more than
+    3,072 indices are sorted; gradients of equal indices are added up ten at a time, in fp32, and
+    then by index. Of a small table whose rows are frequent, the sums of ten are added to the table
+    at once, for 16 bits in a table of fp32; which tables these are was seen on the null GPU."""
+    grad, indices, rows = args[:3]
+    n, width = indices.numel(), grad.shape[-1]
+    copies = contiguous_copies(indices, grad)
+    if n <= 3072:
+        return Inside((copies,))
+    numbers, segments = n * INDEX, min(n, rows)
+    kept = (*copies, numbers, numbers)
+    sorting = (*kept, numbers, *_sorted_pairs(n, rows, gpu))
+    parts = n // 10 + segments
+    starts, partial = segments * INDEX, parts * INDEX
+    sums: Stage = (parts * width * 4,)
+    few = segments * math.ceil(width / 1024) < 4 * gpu.multiprocessors
+    if few and parts >= 4 * segments:
+        sums = (partial, rows * width * 4) if grad.dtype.itemsize < 4 else (partial,)
+    counted = (*kept, numbers, INDEX)
+    after = (
+        (*counted, numbers, SCAN),
+        (*counted, starts, starts, SCAN),
+        (*counted, starts, starts, INDEX, partial, *sums),
+    )
+    return Inside((sorting, kept), after)
+
+
+# --- attention
+
+
+def _deterministic() -> bool:
+    """Whether the program takes no kernels that add in an order of chance."""
+    strict = not torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch.are_deterministic_algorithms_enabled() and strict
+
+
+def _ceil_to(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+def _head_copies(*gradients: Tensor) -> Stage:
+    """Copies of [B, H, S, D] tensors whose [B, S, H, D] is not contiguous."""
+    return contiguous_copies(*(x.transpose(1, 2) for x in gradients))
+
+
+def _flash_backward(args: tuple, gpu: Limits) -> Inside:
+    """transformers/cuda/flash_attn/flash_api.cpp (`mha_bwd`): the row sums of the gradient times
+    the output, and the query's gradient in fp32, rounded up to tiles of 128 rows and of 32
+    features, or of 64 above 128; if deterministic, one such gradient for each block that works on a
+    head. Where heads share keys and values, each has gradients of its own, which are summed."""
+    grad, query, key, _, out = args[:5]
+    batch, heads, rows, width = query.shape
+    sums = batch * heads * _ceil_to(rows, 128) * 4
+    splits = math.ceil(gpu.multiprocessors / (batch * heads)) if _deterministic() else 1
+    copies = _head_copies(grad, out)
+    of_heads: Stage = ()
+    if key.shape[1] != heads:
+        of_heads = (batch * heads * key.shape[2] * width * key.dtype.itemsize,) * 2
+    whole = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
+    return Inside((copies,), ((*copies, sums, whole, *of_heads),))
+
+
+def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
+    """transformers/cuda/attention_backward.cu (`_efficient_attention_backward`) and
+    mem_eff_attention/kernel_backward.h (`workspace_size`): the row sums of the gradient times the
+    output, which fp32 computes by PyTorch's own operators, and partial gradients in fp32: of the
+    queries always, of keys and values where they do not fit into registers.
+
+    The kernel is the first that fits (kernels/cutlassB.h); which fit into the shared memory of a
+    block was seen on the null GPU: all but those of 128 x 128, and of 128 x 64 in fp32, into 64 KB.
+    """
+    grad, query, key, value = args[:4]
+    (batch, heads, rows, width), keys, of_values = query.shape, key.shape[2], value.shape[-1]
+    half, together, widest = query.dtype in HALF, batch * heads, max(width, of_values)
+    large, ampere = gpu.shared > 100 * 1024, gpu.capability >= (8, 0)
+    # The kernel's block of queries and of keys, and the most features whose gradients stay in
+    # registers.
+    by_queries, by_keys, kept = 64, 64, 64
+    if widest > 64 and half:
+        narrow = gpu.capability in ((8, 6), (8, 9)) and widest <= 96 and not args[9]
+        if narrow or widest > 128 or not ampere:
+            by_queries, by_keys, kept = 128, 64, 128
+        elif large:
+            by_queries, by_keys, kept = 128, 128, 128
+    elif widest > 64 and large and ampere:
+        by_queries = 128
+    staged = half and widest > kept
+    splits = math.ceil(keys / by_keys)
+    if together >= 256 and keys <= 2 * by_keys:
+        splits = 1
+    if staged:
+        splits = max(1, min(splits, 200 // together))
+    if _deterministic():
+        splits = 1
+    tiles = math.ceil(rows / by_queries) * math.ceil(width / by_keys)
+    elements = tiles * (4 + by_queries * by_keys)  # a lock and a counter, padded, each
+    if staged:
+        elements += (
+            splits * by_keys * (_ceil_to(width, by_queries) + _ceil_to(of_values, by_queries))
+        )
+    sums, workspace = together * rows * 4, together * _ceil_to(elements, 4) * 4
+    copies = _head_copies(grad)
+    held = (*copies, sums, workspace)
+    if half:
+        return Inside((copies,), (held,))
+    return Inside((copies,), ((*copies, grad.numel() * 4, sums, sums), held))
+
+
+OPERATORS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
+    aten.sum.dim_IntList: _sum,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten._softmax.default: _softmax,
+    aten._log_softmax.default: _softmax,
+    aten._softmax_backward_data.default: _softmax_backward,
+    aten.convolution.default: _convolution,
+    aten.convolution_backward.default: _convolution_backward,
+    aten.embedding_dense_backward.default: _embedding_backward,
+    aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}
+
+KNOWN = {*OPERATORS, *MATRICES, *TRANSFERS}
+
+# --- cuBLAS
+
+_VECTORS = aten.mv.default, aten.addmv.default, aten.dot.default, aten.vdot.default
+PRODUCTS = frozenset(map(str, (*MATRICES, *_VECTORS)))
+WITH_BIAS = str(aten.addmm.default)
+LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
+KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
+StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
+
+
+def with_cublas(
+    events: list[Event], workspaces: int, given: Mapping[StreamPlace, int]
+) -> list[Event]:
+    """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
+
+    The program's thread and that of backward each take a workspace for a stream at their first
+    matrix product there, once its result has been allocated, and keep it. From PyTorch 2.15 on each
+    product takes one and returns it, and one with a bias takes LT_WORKSPACE.
+
+    Args:
+        workspaces: bytes of both threads'.
+        given: how many events precede a place's first product into a tensor that it was given.
+    """
+    out: list[Event] = []
+    taken, left = set[StreamPlace](), dict(given)
+    block = 0
+
+    def take(place: StreamPlace, phase: str, op: str = "") -> None:
+        nonlocal block
+        block -= 1
+        size = workspaces // 2
+        if op == WITH_BIAS and not KEEPS_WORKSPACES:
+            size = min(size, LT_WORKSPACE)
+        out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))
+        if KEEPS_WORKSPACES:
+            taken.add(place)
+        else:
+            out.append(Event(block, -size, "temporaries", phase, "cuBLAS", place[1]))
+
+    for number, event in enumerate(events):
+        for place in [key for key in left if number >= left[key]]:
+            del left[place]
+            if place not in taken:
+                take(place, "backward" if place[0] else "forward")
+        out.append(event)
+        place = event.phase == "backward", event.stream
+        if place not in taken and event.bytes > 0 and event.op in PRODUCTS:
+            take(place, event.phase, event.op)
+    return out
