@@ -132,9 +132,8 @@ class _Block:
 
 
 class _PairLoss(torch.autograd.Function):
-    """Both losses in closed form: forward keeps log(sum(exp)) of rows and columns, and scores and
-    argmax indices where those of all pairs fit into the scratch; backward computes them again where
-    they did not. Collective in both."""
+    """Both losses in closed form, collective: forward keeps log(sum(exp)) of rows and columns, and
+    scores and argmax indices while they fit into the scratch; backward makes the others again."""
 
     @staticmethod
     def forward(ctx, image, text, learned, token_mask, patch_mask, ids, backend, scratch_bytes):
@@ -148,15 +147,17 @@ class _PairLoss(torch.autograd.Function):
         texts = _Texts(distributed.gather(units), token_mask, all_ids, patch_mask, ids)
         ctx.cpu = image.device.type == "cpu" and backend in ("auto", "cpu")
         ctx.size, pair_bytes = _sizes(image, texts.units, ctx.cpu, scratch_bytes)
-        ctx.keep = any(ctx.needs_input_grad) and B * G * pair_bytes <= scratch_bytes
+        fitting = scratch_bytes // (G * pair_bytes)  # images whose scores and indices stay
+        ctx.keep = fitting if any(ctx.needs_input_grad) else 0
 
         sigmoid, total = len(learned) == 2, learned.new_zeros(())
         over_texts, own = learned.new_empty(2, B), learned.new_empty(2, B)
         over_images = learned.new_full((G,), -torch.inf)
         alike, kept = torch.zeros((), dtype=torch.int64, device=image.device), list[Tensor]()
         for block in _blocks(ctx, image, texts):
-            scores, argmax = block.scores(ctx.keep)
-            if ctx.keep:
+            keep = block.rows.stop <= ctx.keep
+            scores, argmax = block.scores(keep)
+            if keep:
                 kept += *scores, *(argmax or ())
             if block.alike is not None:
                 alike += block.alike.sum()
@@ -203,7 +204,7 @@ def _add_gradients(ctx, grad, saved, d_image, d_learned):
     # A column belongs to the loss of the rank that owns its text.
     factors = share, distributed.gather(share.repeat(len(image)))
     for block in _blocks(ctx, image, texts):
-        if ctx.keep:
+        if block.rows.stop <= ctx.keep:
             scores = next(kept), next(kept)
             argmax = None if ctx.kernels is None else (next(kept), next(kept))
         else:
@@ -263,8 +264,8 @@ class PairLoss(nn.Module):
         init_bias: of the sigmoid loss; None: the loss is contrastive.
         max_scale: the most that 1/temperature can be.
         backend: see `cmli_scores`.
-        scratch_bytes: for the scores and argmax indices of all pairs, I*J*(N+M+8) bytes, which
-            backward computes again if they do not fit; on a GPU also for a block of images.
+        scratch_bytes: for scores and argmax indices, G * (N + M + 8) bytes an image, of which
+            backward computes again what does not fit; on a GPU also for a block of images.
     """
 
     alike: Tensor

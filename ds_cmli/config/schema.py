@@ -206,8 +206,8 @@ class LossConfig:
     # What computes the all-pairs scores: C++ ("cpu"), kernels for GPUs ("triton"), or PyTorch alone
     # ("torch"). "auto": the device's, where they run.
     cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
-    # Of the losses over pairs: memory for scores and argmax indices of all pairs, (N + M + 8) bytes
-    # a pair, which backward computes again if they do not fit; on a GPU also for a part of them.
+    # Of the losses over pairs: memory for scores and argmax indices, (N + M + 8) bytes a pair;
+    # backward computes again those that do not fit. On a GPU also for the pairs of a block.
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
 
     def __post_init__(self) -> None:

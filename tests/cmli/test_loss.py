@@ -45,7 +45,7 @@ def of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, do
     """The same of a rank's part, for each scratch and size of blocks."""
     dtype, B = torch.float64 if double else torch.float32, G // world
     mine, results = slice(rank * B, rank * B + B), []
-    for scratch, block in product((1, 2**26), (1, 2**24)):
+    for scratch, block in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):  # 2**11: of some images all is kept
         loss_file.CPU_BLOCK_BYTES = block
         loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch).to(dtype)
         image, text, mask, patch_mask, ids = (None if x is None else x[mine] for x in batch(vectors, extra, dtype))
