@@ -1,6 +1,4 @@
-"""Frozen layers, learning rates of parts and layers: which parameters move, how fast, and what memory that takes."""
-
-import itertools
+"""Frozen layers, learning rates of parts and layers: which parameters move, and how fast."""
 
 import pytest
 import torch
@@ -69,27 +67,13 @@ def test_a_scheduler_with_one_rate_for_all_is_refused(kind):
         engine.filled(load_preset("tiny", RATES), DeepSpeedConfig.of(content), 1, 10)
 
 
-def ds_json(stage, checkpointing, precision="bf16") -> dict:
-    return {
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
-        **({precision: {"enabled": True}} if precision != "fp32" else {}),
-        **({"activation_checkpointing": {}} if checkpointing else {}),
-    }
-
-
-@pytest.mark.parametrize(
-    ("stage", "checkpointing"),
-    [
-        (stage, checkpointing)
-        for stage, checkpointing in itertools.product((1, 2, 3), (False, True))
-        if (stage + checkpointing) % 2
-    ],
-)
+@pytest.mark.parametrize("stage, checkpointing", [(1, False), (2, True), (3, False)])
 def test_frozen_parameters_stay_and_all_others_move_with_their_rates(stage, checkpointing):
     both = {"student": FROZEN["student"], "optim": {**RATES["optim"], "warmup_share": 0.0}}
     config, vocab_size = without_weights(load_preset("tiny", both))
-    json = engine.filled(config, DeepSpeedConfig.of(ds_json(stage, checkpointing, "fp32")), 1, 1000)
+    content = {"zero_optimization": {"stage": stage}, **({"activation_checkpointing": {}} if checkpointing else {})}
+    content["optimizer"] = {"type": "AdamW", "params": {"torch_adam": True, "fused": True}}
+    json = engine.filled(config, DeepSpeedConfig.of(content), 1, 1000)
     train_engine = engine.build(config, json, vocab_size, 1000, distributed.init())
     try:
         whole = {n: getattr(p, "ds_tensor", p) for n, p in train_engine.objective.named_parameters()}
