@@ -25,39 +25,26 @@ from tests.ranks import run
 
 # A loss scale that stays: a halved one would round the smallest gradients otherwise.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 256}}}
-CONFIGS = {
-    f"zero {stage} {name}": {"zero_optimization": {"stage": stage}, **precision}
-    for stage in (1, 2, 3)
-    for name, precision in PRECISIONS.items()
-} | {
-    "zero 2 offload": {
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": True},
-    },
-    "zero 3 bf16, nothing kept whole": {
-        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-        "bf16": {"enabled": True},
-    },
-}
-
-
-# Stages and precisions with each other, and each of both with either kind of bad step.
-CASES = [
-    (name, what)
-    for number, name in enumerate(CONFIGS)
-    for other, what in enumerate(("nan", "gradient"))
-    if (number + other) % 2 == 0
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+CASES = [  # stages and precisions, and each of them with either kind of bad step
+    (1, {}, "fp16", "nan"),
+    (1, {}, "bf16", "gradient"),
+    (2, {}, "fp32", "nan"),
+    (2, {}, "fp16", "gradient"),
+    (2, OFFLOAD, "bf16", "gradient"),
+    (3, {}, "fp32", "gradient"),
+    (3, {"stage3_param_persistence_threshold": 0}, "bf16", "nan"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, what", CASES)
-def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, name, what, fp16_device):
+@pytest.mark.parametrize("stage, zero, precision, what", CASES)
+def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, zero, precision, what, fp16_device):
     batches = [b for b, _ in zip(rank_batches(data.train, data, 8), range(5), strict=False)]
     one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
     overrides = {"optim": {"warmup_share": 0.0, "ema_decay": 0.9}, **one_block}
-    ds_config = {"gradient_accumulation_steps": 2, **CONFIGS[name]}
+    ds_config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage, **zero}}
+    ds_config |= {"zero_force_ds_cpu_optimizer": False, **PRECISIONS[precision]}
     train_engine, straight = (build(device, data, ds_config, overrides) for _ in range(2))
     for batch in batches[:2]:
         train_engine(batch)
