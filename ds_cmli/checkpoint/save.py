@@ -67,10 +67,13 @@ class Checkpoints:
             UserError: a weight is not finite.
         """
         started = time.monotonic()
-        weights = self.engine.objective.named_parameters()
-        mine = not_finite(
-            {name: getattr(p, "ds_tensor", p) for name, p in weights}
-        )  # ZeRO-3's part
+        parts = {}
+        for key, parameter in self.engine.objective.named_parameters():
+            part = getattr(parameter, "ds_tensor", None)  # this rank's, of ZeRO-3
+            if part is not None:  # what is behind the parameter's end was never set
+                part = part[: max(0, parameter.ds_numel - distributed.rank() * part.numel())]
+            parts[key] = parameter if part is None else part
+        mine = not_finite(parts)
         bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective
         if bad is not None:
             why = f"the weight {bad} is not finite, nothing was saved"

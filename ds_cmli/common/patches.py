@@ -80,11 +80,6 @@ PATCHES = {
         "_copy_recovery_script",
         "It copies a script into each checkpoint that writes the weights of student.safetensors.",
     ),
-    "deepspeed: norm asked again": Patch(
-        f"{ZERO}.stage_1_and_2",
-        "is_invalid_grad_norm",
-        "It waits for the GPU, for each group of parameters, to learn nothing that decides.",
-    ),
     "torch: linear": Patch(
         "torch.nn.functional",
         "linear",

@@ -253,9 +253,6 @@ class OptimConfig:
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
     # one large batch).
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
-    # rank then holds all gradients, in the model's precision.
-    reduce_once: bool = False
     steps: PositiveCount | None = 300  # optimizer steps; or else `epochs`
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None  # or else `steps`
 

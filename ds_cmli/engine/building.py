@@ -21,13 +21,11 @@ from ds_cmli.config.sources import Source
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
     parameter_groups,
 )
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
-from ds_cmli.engine.starting import start_lines
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
@@ -59,11 +57,10 @@ def build_models(
     torch.manual_seed(config.run.seed)
     data = config.data
     teacher, run = None, run_of(config.student) if pretrained else None
-    with with_hints(config):
-        sizes = data.image_size, vocab_size, data.context_length
-        student = Student(config.student, *sizes, pretrained and run is None, special)
-        if needs_teacher(config.loss.weights):
-            teacher = Teacher(config.teacher, data.image_size, student.grid)
+    sizes = data.image_size, vocab_size, data.context_length
+    student = Student(config.student, *sizes, pretrained and run is None, special)
+    if needs_teacher(config.loss.weights):
+        teacher = Teacher(config.teacher, data.image_size, student.grid)
     width = teacher.width if teacher else None
     objective = Objective(student, config.loss, width)
     if run is not None:
@@ -71,11 +68,18 @@ def build_models(
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, config.student)
     freeze(objective, config)
-    if pretrained:
-        lines = start_lines(config, objective, teacher)
-        for line in lines:
-            say(line, objective)
+    if pretrained and config.student.source:
+        say(_starts_from(config.student, objective, data.image_size), objective)
     return objective, teacher
+
+
+def _starts_from(student: StudentConfig, objective: Objective, side: int) -> str:
+    own, built = student.source_config, objective.student
+    kind = (own.get("architectures") or [own.get("model_type", "a run of this package")])[0]
+    layers = f"{len(built.image.blocks)} + {len(built.text.blocks)} layers"
+    temperatures = [1 / scale for scale in objective.scales().values() if scale]
+    shown = ", ".join(f"temperature {value:.3f}" for value in temperatures[:1])
+    return f"starts from {student.source}: {kind}, {layers}, {side} px, {shown}".rstrip(", ")
 
 
 def run_of(student: StudentConfig) -> Source | None:
@@ -169,7 +173,6 @@ def build(
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,
         caching=compares_all(config, ds_config),
-        reduce_once=config.optim.reduce_once,
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
         compiled=compiled,
     )

@@ -4,8 +4,7 @@ Training, profiling and prediction all use this one step.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -57,7 +56,6 @@ class TrainEngine:
     accumulation: int = 1  # micro-batches per step
     # Whether losses over pairs take their negatives from all micro-batches of a step.
     caching: bool = False
-    reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
     timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
     # FLOPs of a micro-batch, by the padded length of its texts
     flops: dict[int, float] = field(default_factory=dict)
@@ -77,13 +75,6 @@ class TrainEngine:
                 pairs too.
         """
         self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
-        # At stage 1 DeepSpeed reduces gradients once anyway.
-        if self.reduce_once and self.engine.zero_optimization_stage() >= 2:
-            with self._reduced_once():  # collective
-                losses = self._losses_and_gradients(micro_batches, lambda: None, heartbeat)
-            for _ in losses:  # the engine counts micro-batches, and updates at the last one
-                self._update()  # collectives
-            return losses
         return self._losses_and_gradients(micro_batches, self._update, heartbeat)
 
     def _losses_and_gradients(
@@ -190,19 +181,6 @@ class TrainEngine:
         if self.ema is not None and self.engine.was_step_applied():
             self.ema.update()
         self.mark(None)
-
-    @contextmanager
-    def _reduced_once(self) -> Iterator[None]:
-        """Inside, gradients stay on this rank; at the end they are reduced. Collective."""
-        block = self.engine.coalesce_grad_reduction()
-        block.__enter__()
-        try:
-            yield
-        except BaseException:
-            # Kept, as its end would reduce gradients, which the other ranks do not.
-            self._unfinished = block
-            raise
-        block.__exit__(None, None, None)  # collectives
 
     @property
     def scale(self) -> float:

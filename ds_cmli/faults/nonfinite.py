@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ds_cmli.common.patches import patched
 from ds_cmli.distributed.process_group import CollectiveFlags
 
 if TYPE_CHECKING:
@@ -36,82 +34,9 @@ def poison(loss: Tensor) -> Tensor:
 def attach(engine: "DeepSpeedEngine") -> None:
     """Have each step that is not finite skipped, by one check, also at fp16's lowest loss scale."""
     optimizer: Optimizer = engine.optimizer
-    _clear_padding(engine)
-    if hasattr(optimizer, "get_grad_norm_direct"):  # not BF16_Optimizer
-        _fill_numbers(optimizer)
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
-    _look_once(optimizer)
-
-
-def _look_once(optimizer: Optimizer) -> None:
-    """Remove checks that ZeRO does twice, each a CPU-GPU sync.
-
-    It searches every gradient for NaN and inf (at stage 3 in fp16), and then computes the
-    gradients' norm and skips the update if the norm is not finite. The norm alone finds the same
-    steps, and is the same on all ranks. Stages 1 and 2 ask again whether it is finite to clip the
-    gradients of each group by it.
-    """
-    if hasattr(optimizer, "offload_optimizer"):  # stage 3
-        if not optimizer.offload_optimizer:
-            optimizer.check_overflow = lambda partition_gradients=True: None
-        return
-    if not hasattr(optimizer, "check_grad_overflow"):  # BF16_Optimizer
-        return
-    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
-        optimizer.check_overflow = lambda partition_gradients=True: None
-    clip = optimizer.unscale_and_clip_grads
-
-    def clip_by_finite(gradients: object, norm: Tensor) -> None:
-        with patched("deepspeed: norm asked again", lambda _: lambda norm: False):
-            clip(gradients, norm)
-
-    optimizer.unscale_and_clip_grads = clip_by_finite
-
-
-def _fill_numbers(optimizer: Optimizer) -> None:
-    """Keep ZeRO from copying numbers to the device, for each group, at a CPU-GPU sync."""
-    norm_of = optimizer.get_grad_norm_direct
-
-    def norm(*arguments: object) -> Tensor:
-        with _Filled():
-            return norm_of(*arguments)
-
-    optimizer.get_grad_norm_direct = norm
-
-
-class _Filled(TorchFunctionMode):
-    """Inside, `torch.tensor` of a number writes it on the device instead of copying it there."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.tensor:
-            return torch.full((), *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _clear_padding(engine: "DeepSpeedEngine") -> None:
-    """Zero the padding at the end of ZeRO-3's partitions, which is otherwise saved as it was."""
-    optimizer: Optimizer = engine.optimizer
-    flats = getattr(optimizer, "fp32_partitioned_groups_flat", ())
-    for group, flat in zip(getattr(optimizer, "fp16_groups", ()), flats, strict=False):
-        start = 0
-        for parameter in group:
-            size, used = parameter.ds_tensor.numel(), _clear_end(optimizer, parameter)
-            flat.detach()[start + used : start + size].zero_()
-            start += size
-    for parameter in engine.module.parameters():
-        if hasattr(parameter, "ds_tensor") and not parameter.requires_grad:  # frozen: in no group
-            _clear_end(optimizer, parameter)
-
-
-def _clear_end(optimizer: Optimizer, parameter: Any) -> int:
-    """Zero what is not the parameter's in this rank's partition; returns the size of the rest."""
-    size = parameter.ds_tensor.numel()
-    before = optimizer._get_param_partition_rank(parameter) * size
-    used = max(0, min(size, parameter.ds_numel - before))
-    parameter.ds_tensor[used:].zero_()
-    return used
 
 
 def can_lower_scale(optimizer: Optimizer) -> bool:

@@ -238,42 +238,18 @@ def last_block(request: ImageRequest, depth: int, unit: str) -> int:
     return request.layers - 1
 
 
-class WrongImageSize(UserError):
-    """The images' side is no multiple of an encoder's `patch`; the other encoder has one too."""
-
-    def __init__(self, request: ImageRequest, side: int, patch: tuple[int, int]):
-        size = request.image_size
-        self.problem = (
-            f"data.image_size is {size}: no multiple of the {side} pixels of a patch of "
-            f"{request.name}"
-        )
-        self.patch = patch
-        super().__init__(f"{self.problem}; give for instance {max(1, round(size / side)) * side}")
-
-
 def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
-    """Raise `WrongImageSize` unless the image side is a multiple of a patch's height and width.
+    """Raise `UserError` unless the image side is a multiple of a patch's height and width.
 
     timm would otherwise crop or pad the image.
     """
     for side in patch:
         if request.image_size % side:
-            raise WrongImageSize(request, side, patch)
-
-
-def patch(request: ImageRequest) -> tuple[int, int]:
-    """Height and width in pixels of a patch of the model."""
-    model = sketch(request)
-    ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
-    blocks = getattr(model, "blocks", None)
-    if ratio is not None and isinstance(blocks, nn.Sequential | nn.ModuleList):
-        return tuple(ratio(as_scalar=False))
-    stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
-    number = -1
-    if request.block is not None and -len(stages) <= request.block < len(stages):
-        number = request.block
-    side = stages[number]["reduction"]
-    return side, side
+            near = max(1, round(request.image_size / side)) * side
+            raise UserError(
+                f"data.image_size is {request.image_size}: no multiple of the {side} pixels of a "
+                f"patch of {request.name}; give for instance {near}"
+            )
 
 
 def cut(model: Any, last: int) -> None:

@@ -138,8 +138,6 @@ def account(
             f"them{allow}"
         )
     name = f"{source.setting} {source.weights}"
-    for key, parameter in model.named_parameters():
-        parameter.starts_random = key in missing  # type: ignore[attr-defined]
     if missing:
         count = _count(missing, wanted)
         say(f"{name}: {count} missing there, random at the start: {_some(missing)}")
