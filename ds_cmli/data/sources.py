@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.config.schema import DataConfig
 
 IMAGE_COLUMNS = (
@@ -151,9 +151,10 @@ def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
 
 def _table(path: Path, config: DataConfig) -> Rows:
     """The rows of a CSV, TSV or JSON lines; an error names the line."""
-    image, caption = config.image_key, config.caption_key
-    for line, row in _read(path, config.separator):
-        with blame(f"{path} line {line}"):
+    image, caption, line = config.image_key, config.caption_key, 0
+    try:
+        for number, row in _read(path, config.separator):
+            line = number
             image = image or _column(row, IMAGE_COLUMNS, "data.image_key (--csv-img-key)")
             caption = caption or _column(
                 row, CAPTION_COLUMNS, "data.caption_key (--csv-caption-key)"
@@ -162,9 +163,12 @@ def _table(path: Path, config: DataConfig) -> Rows:
             texts = texts if isinstance(texts, list) else [texts]
             if not isinstance(file, str) or not file:
                 raise ValueError(f"{image} is {file!r}: give the image's path")
-            if not all(isinstance(text, str | None) for text in texts):
+            if not all(text is None or isinstance(text, str) for text in texts):
                 raise ValueError(f"{caption} is {row[caption]!r}: give a text, or a list of them")
-        yield "train", file, texts
+            yield "train", file, texts
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{path} line {line}: {what}") from None
 
 
 def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
