@@ -193,7 +193,7 @@ def refuse_second_derivative() -> None:
 
 def checked(sides: Sides) -> Sides:
     """The same, under autocast of one dtype. Raises ValueError for what does not fit."""
-    image, text, *masks = sides
+    image, text, token_mask, patch_mask = sides
     device = image.device
     if image.dtype != text.dtype and torch.is_autocast_enabled(device.type):
         wider = torch.promote_types(image.dtype, text.dtype)
@@ -205,13 +205,13 @@ def checked(sides: Sides) -> Sides:
     if image.dtype != text.dtype or not image.is_floating_point() or device != text.device:
         kinds = f"{image.dtype} on {device} and {text.dtype} on {text.device}"
         raise ValueError(f"image and text must be floats of one dtype on one device, not {kinds}")
-    for name, mask, x in zip(Sides._fields[2:], masks, (text, image), strict=True):
+    for name, mask, x in (("token_mask", token_mask, text), ("patch_mask", patch_mask, image)):
         if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
             kind = f"{mask.dtype} {list(mask.shape)}"
             raise ValueError(f"{name} must be bool {list(x.shape[:2])}, True = valid, not {kind}")
     if max(image.shape[1], text.shape[1]) > LONGEST:
         raise ValueError(f"image and text {shapes} may have {LONGEST} positions at most")
-    return Sides(image, text, *masks)
+    return Sides(image, text, token_mask, patch_mask)
 
 
 def cmli_scores(

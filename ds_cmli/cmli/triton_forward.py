@@ -31,13 +31,13 @@ except ImportError:
     # A build of torch for CPUs brings none, and predicts the memory on a GPU all the same: it
     # chooses tiles and allocates, and starts no kernel.
     brought = {"2.13": "3.7.1", "2.14": "3.8.0"}  # by the builds of torch for GPUs
-    release = ".".join(torch.__version__.split(".")[:2])
 
     def _unchanged(kernel: Callable | None = None, **_: object) -> Callable:
         return _unchanged if kernel is None else kernel
 
-    triton: Any = SimpleNamespace(jit=_unchanged, __version__=brought.get(release, "3.9.0"))
-    tl: Any = SimpleNamespace(constexpr=lambda value: value)
+    version, language = brought.get(torch.__version__[:4]), SimpleNamespace(constexpr=lambda x: x)
+    stub: Any = SimpleNamespace(jit=_unchanged, __version__=version or "3.9.0", language=language)
+    triton, tl = stub, stub.language
 
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
 HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32, and so give no NaN by themselves
