@@ -33,7 +33,7 @@ def json_file(path: Path, content: dict) -> list[str]:
     return ["--deepspeed_config", str(path)]
 
 
-def ranks(world_size: int, tasks: list[dict], timeout: float = 300) -> tuple[list[int], str]:
+def ranks(world_size: int, tasks: list[dict], timeout: float = 600) -> tuple[list[int], str]:
     """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
     tasks = [{"port": free_port(), **task} for task in tasks]
     results = run(drive_each, world_size, tasks, group=False, timeout=timeout)
