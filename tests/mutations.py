@@ -122,7 +122,7 @@ ROWS = (
      "valid = [not added and token not in self.special_ids for token, added in tokens]",
      "valid = [True for token, added in tokens]"),
     ("data-held-out", "data/build.py", DATA + "test_held_out_pictures_are_not_trained_on",
-     "train[name] = source, np.setdiff1d(indices, held_out[name][1])", "train[name] = source, indices"),
+     "source, np.delete(np.arange(len(source)), held_out[name][1])", "source, range(len(source))"),
     ("data-bad", "data/pairs.py", DATA + "test_a_broken_sample_is_replaced_by_the_next_and_counted",
      "return replace(sample, index=index, bad=bad[0] if bad else None)", "return replace(sample, index=index)"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.

@@ -79,9 +79,9 @@ def build_data(config: DataConfig, seed: int) -> Data:
                 f"{lost} of the {lost + len(source)} images of {name} have no caption, more than "
                 f"data.max_bad_share = {config.max_bad_share}: give them some, or raise it"
             )
-        train[name] = source, indices = source, range(len(source))
+        train[name] = source, range(len(source))
         if name in held_out and held_out[name][0] is source:
-            train[name] = source, np.setdiff1d(indices, held_out[name][1])
+            train[name] = source, np.delete(np.arange(len(source)), held_out[name][1])
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_size(train[name])} to train on{share}")
         size = {"images": len(train[name][1]), "weight": weight}

@@ -95,7 +95,8 @@ class View:
             return self._change(pixels)
 
     def _change(self, pixels: Tensor) -> tuple[Tensor, bool]:
-        strength, share = map(self.augmentation.get, ("color_jitter", "horizontal_flip"))
+        strength = self.augmentation.get("color_jitter")
+        share = self.augmentation.get("horizontal_flip")
         if strength is not None:  # without hue, because captions name colours
             pixels = v2.ColorJitter(strength, strength, strength)(pixels)
         if share is not None and torch.rand(()) < share:
