@@ -168,7 +168,7 @@ ROWS = (
      MEMORY + "test_a_rest_of_a_large_block_is_used_again_if_it_has_more_than_a_mebibyte",
      "if left >= MIN_BLOCK if small else left > SMALL_REQUEST:",
      "if left >= MIN_BLOCK if small else left >= SMALL_REQUEST:"),
-    ("memory-segment", "memory_model/blocks.py",
+    ("memory-segment", "memory_model/caching_allocator.py",
      MEMORY + "test_requests_are_rounded_and_segments_have_their_pools_sizes",
      "if size < MIN_LARGE_SEGMENT_REQUEST:", "if size <= MIN_LARGE_SEGMENT_REQUEST:"),
     ("memory-neighbours", "memory_model/caching_allocator.py",

@@ -9,7 +9,7 @@ import torch
 
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Event, Stream
-from ds_cmli.memory_model.blocks import rounded
+from ds_cmli.memory_model.caching_allocator import rounded
 from ds_cmli.memory_model.gpus import Gpu
 
 

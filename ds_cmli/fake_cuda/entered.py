@@ -15,6 +15,12 @@ from ds_cmli.fake_cuda.values import Values
 from ds_cmli.memory_model.gpus import Gpu
 
 
+class WithoutData(FakeTensorMode):
+    def __deepcopy__(self, memo: object) -> "WithoutData":
+        """A copied tensor stays in the mode: views of another mode's are not views."""
+        return self
+
+
 @contextmanager
 def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
     """Inside, tensors hold no data, and what they take of the GPU is recorded.
@@ -28,9 +34,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
     Stream.begin()
-    without_data = FakeTensorMode(allow_non_fake_inputs=True)
-    # A copied tensor, such as a teacher's, stays in it: views of another mode's are not views.
-    without_data.__deepcopy__ = lambda _: without_data  # type: ignore[attr-defined]
+    without_data = WithoutData(allow_non_fake_inputs=True)
     replacements: dict[str, Callable] = {
         "torch: linear": lambda known: known,
         "torch: module conversion": lambda _: modules.apply,

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.fake_cuda.streams import PendingFrees, Stream
 from ds_cmli.memory_model import workspaces
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Limits
 
 aten = torch.ops.aten
@@ -122,7 +123,7 @@ class Recorder(TorchDispatchMode):
         """Whether autograd itself, and no function of Python, has called the operator."""
         if self.phase != "backward" or grad:
             return False
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None and any(part in frame.f_code.co_filename for part in DISPATCHING):
             frame = frame.f_back
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
@@ -231,7 +232,7 @@ class Recorder(TorchDispatchMode):
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""
         for tensor in tensors:
-            if self._is_here(tensor):
+            if isinstance(tensor, Tensor) and self._is_here(tensor):
                 self._see(tensor, category)
                 block = self.block_of(tensor)
                 if block is not None and self.blocks[block].category is None:

@@ -6,7 +6,7 @@ stream may still read (`Tensor.record_stream`). A GPU that keeps up with its hos
 """
 
 from collections import defaultdict
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -68,16 +68,16 @@ class Stream(torch.Stream):
     def work(self) -> Work:
         return Stream.works[self.stream_id]
 
-    def wait_stream(self, stream: "Stream") -> None:
+    def wait_stream(self, stream: Any) -> None:
         self.work.wait(stream.work, stream.work.launched)
 
-    def wait_event(self, event: "Event") -> None:
+    def wait_event(self, event: Any) -> None:
         self.work.wait(event.work, event.number)
 
     def synchronize(self) -> None:
         self.work.finish(self.work.launched)
 
-    def record_event(self, event: "Event | None" = None) -> "Event":
+    def record_event(self, event: Any = None) -> Any:
         event = event or Event()
         event.record(self)
         return event

@@ -93,7 +93,7 @@ class Values(TorchDispatchMode):
                 if known is not None and isinstance(into, FakeTensor):
                     with _disable_current_modes():
                         times = into.numel() // known.numel()
-                        into.remembered = known.flatten().repeat(times).view(into.shape)
+                        vars(into)["remembered"] = known.flatten().repeat(times).view(into.shape)
         return out
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class Values(TorchDispatchMode):
                     return torch.full(out.shape, self._value(source), dtype=out.dtype)
         if known is not None and not out.dtype.is_floating_point:
             with _disable_current_modes():
-                out.remembered = known.to(out.dtype, copy=True)  # type: ignore[attr-defined]
+                vars(out)["remembered"] = known.to(out.dtype, copy=True)
         return out
 
     def _remember(
@@ -121,8 +121,7 @@ class Values(TorchDispatchMode):
         )
         if func._schema.is_mutable and not known:
             for x in tensors:
-                if hasattr(x, "remembered"):
-                    del x.remembered
+                vars(x).pop("remembered", None)
         elif known:
             with _disable_current_modes():
                 given = tree_map(
@@ -133,10 +132,10 @@ class Values(TorchDispatchMode):
                 values = func(*given[0], **given[1])
             for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(x, FakeTensor):
-                    x.remembered = value
+                    vars(x)["remembered"] = value
         elif isinstance(out, Tensor) and out.dtype == torch.bool:
             # All gradients are finite, and no loss is anything else.
-            out.likely = func.overloadpacket in (aten.all, aten.isfinite)  # type: ignore[attr-defined]
+            vars(out)["likely"] = func.overloadpacket in (aten.all, aten.isfinite)
 
 
 def _is_elsewhere(value: object) -> bool:

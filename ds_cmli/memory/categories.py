@@ -9,6 +9,7 @@ the rest, what outlives the forward pass is an activation.
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from torch import nn
 from torch._ops import OpOverload
@@ -163,7 +164,7 @@ class TrainingRecorder(Recorder, Probe):
 
         In backward "" is autograd itself, whose caller says nothing.
         """
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         while frame is not None:
             file = frame.f_code.co_filename
             if self.phase == "backward" and frame.f_code.co_name == "_engine_run_backward":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ds_cmli.common import plots
 from ds_cmli.common.json_text import JsonObject
-from ds_cmli.memory_model.blocks import Event, live_at_peak, peaks_of_phases
+from ds_cmli.memory_model.caching_allocator import Event
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,6 +74,31 @@ def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Repo
     phases = dict.fromkeys(PHASES, 0) | peaks_of_phases(events)
     totals = {"requested": sum(categories.values())}
     return Report(setting, source, categories, phases, totals, events=events)
+
+
+def live_at_peak(events: Sequence[Event]) -> list[Event]:
+    """The allocations that are live when the requested bytes are the most, in their order."""
+    total = most = end = 0
+    for number, event in enumerate(events):
+        total += event.bytes
+        if total > most:
+            most, end = total, number + 1
+    live: dict[int, Event] = {}
+    for event in events[:end]:
+        if event.bytes > 0:
+            live[event.block] = event
+        elif event.bytes < 0:
+            del live[event.block]
+    return list(live.values())
+
+
+def peaks_of_phases(events: Sequence[Event]) -> dict[str, int]:
+    """The most that is requested in each phase, what was live when it began included."""
+    total, most = 0, dict[str, int]()
+    for event in events:
+        before, total = total, total + event.bytes
+        most[event.phase] = max(most.get(event.phase, 0), before, total)
+    return most
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:

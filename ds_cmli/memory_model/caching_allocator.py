@@ -19,24 +19,141 @@ last), nor that a freed block may still be in use by other streams.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 
-from ds_cmli.memory_model.blocks import (
-    FIRST_ADDRESS,
-    MIN_BLOCK,
-    SMALL_REQUEST,
-    Action,
-    Block,
-    Event,
-    OutOfMemory,
-    Place,
-    Segment,
-    join,
-    rounded,
-    segment_bytes,
-    split,
-)
+MIN_BLOCK = 512
+SMALL_REQUEST = 1 << 20  # the largest request that the small pool serves
+SMALL_SEGMENT = 2 << 20
+LARGE_SEGMENT = 20 << 20
+MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
+ROUND_SEGMENT = 2 << 20
+FIRST_ADDRESS = 0x7F00_0000_0000
+
+
+@dataclass(frozen=True)
+class Event:
+    """The allocation or the free of a block; of 0 bytes: the return of all free segments.
+
+    Lists of events are in the order in which they happened.
+    """
+
+    block: int  # the same number at the allocation and at the free of a block; not used again
+    bytes: int  # requested bytes: positive at the allocation, the same number negative at the free
+    category: str  # what the block is for
+    phase: str  # the part of a step in which it happened
+    op: str = ""  # the operator that allocated the block
+    stream: int = 0  # for which the block was allocated; 0: the default one
+
+
+def rounded(requested: int) -> int:
+    """Rule 1."""
+    return -(-requested // MIN_BLOCK) * MIN_BLOCK
+
+
+def segment_bytes(size: int) -> int:
+    """Rule 2: the size of the segment that is taken from the device for a rounded request."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE_SEGMENT_REQUEST:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+
+
+@dataclass(eq=False)
+class OutOfMemory(Exception):
+    """The modelled device has no room for the `requested` bytes that `event` asked for."""
+
+    requested: int
+    reserved: int
+    limit: int
+    missing: int  # bytes that would have to be freed first
+    event: Event | None
+
+
+Place = tuple[int, ...]  # of a free block: its size, its segment's number, its address
+
+
+@dataclass(eq=False)
+class Block:
+    """A part of a segment, in use or free."""
+
+    segment: "Segment"
+    address: int
+    size: int
+    requested: int = 0  # 0: free
+    event: Event | None = None  # the allocation, while the block is in use
+    before: "Block | None" = None
+    after: "Block | None" = None
+
+    @property
+    def free(self) -> bool:
+        return not self.requested
+
+    @property
+    def place(self) -> Place:
+        return self.size, self.segment.number, self.address
+
+    def split(self, size: int) -> "Block":
+        """Keep `size` bytes. Returns the rest, the block after it."""
+        rest = Block(
+            self.segment, self.address + size, self.size - size, before=self, after=self.after
+        )
+        if rest.after is not None:
+            rest.after.before = rest
+        self.size, self.after = size, rest
+        return rest
+
+    def join(self, second: "Block") -> "Block":
+        """Take the block after this one into it."""
+        self.size += second.size
+        self.after = second.after
+        if self.after is not None:
+            self.after.before = self
+        return self
+
+
+@dataclass(eq=False)
+class Segment:
+    """The memory that one call of cudaMalloc returned."""
+
+    address: int
+    size: int
+    stream: int
+    small: bool
+    first: Block = field(init=False)
+    event: Event | None = None  # the allocation that needed a new segment
+    number: int = 0  # in the order in which segments were taken
+
+    def __post_init__(self):
+        self.first = Block(self, self.address, self.size)
+
+    @property
+    def key(self) -> tuple[bool, int]:
+        return self.small, self.stream
+
+    @property
+    def free(self) -> bool:
+        return not self.first.requested and self.first.after is None
+
+    def blocks(self) -> list[Block]:
+        out, block = [], self.first
+        while block is not None:
+            out.append(block)
+            block = block.after  # type: ignore[assignment]
+        return out
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action of the allocator, named as in `torch.cuda.memory._record_memory_history`."""
+
+    name: str  # one of alloc, free_requested, free_completed, segment_alloc and segment_free
+    address: int
+    bytes: int  # for alloc and free_*: the requested bytes
+    stream: int
+    event: Event | None
 
 
 class CachingAllocator:
@@ -69,8 +186,8 @@ class CachingAllocator:
             block = self._from_device(requested, size, stream, event)
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
-            self._keep(split(block, block.address + size))
-        self.actions.append(Action("alloc", block.address, requested, stream, event))
+            self._keep(block.split(size))
+        self._note("alloc", block.address, requested, stream, event)
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
@@ -78,9 +195,7 @@ class CachingAllocator:
 
     def free(self, block: Block) -> None:
         for name in ("free_requested", "free_completed"):
-            self.actions.append(
-                Action(name, block.address, block.requested, block.segment.stream, block.event)
-            )
+            self._note(name, block.address, block.requested, block.segment.stream, block.event)
         self.requested -= block.requested
         self.allocated -= block.size
         block.requested, block.event = 0, None
@@ -88,27 +203,23 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Return the wholly free segments to the device."""
-
-        def order(segment: Segment) -> tuple[bool, int, int, int]:
-            return segment.small, segment.stream, segment.size, segment.address
-
+        order = attrgetter("small", "stream", "size", "address")
         for segment in sorted(self.segments.values(), key=order):
             if segment.free:
                 self._take(segment.first)
                 del self.segments[segment.address]
                 self.reserved -= segment.size
-                address, size, stream = segment.address, segment.size, segment.stream
-                self.actions.append(Action("segment_free", address, size, stream, None))
+                self._note("segment_free", segment.address, segment.size, segment.stream)
 
     def _merge(self, block: Block) -> Block:
         """Merge a freed block with its free neighbours, and put the result on the free list."""
         before, after = block.before, block.after
         if before is not None and before.free:
             self._take(before)
-            block = join(before, block)
+            block = before.join(block)
         if after is not None and after.free:
             self._take(after)
-            block = join(block, after)
+            block = block.join(after)
         self._keep(block)
         return block
 
@@ -120,16 +231,20 @@ class CachingAllocator:
             self.empty_cache()
             if self.reserved + taken > self.limit:
                 missing = self.reserved + taken - self.limit
-                held = self.allocated, self.reserved
-                raise OutOfMemory(requested, *held, self.limit, missing, event)
+                raise OutOfMemory(requested, self.reserved, self.limit, missing, event)
         self.taken += 1
         small = size <= SMALL_REQUEST
         segment = Segment(self.next_address, taken, stream, small, event=event, number=self.taken)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
-        self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
+        self._note("segment_alloc", segment.address, taken, stream, event)
         return segment.first
+
+    def _note(
+        self, name: str, address: int, size: int, stream: int, event: Event | None = None
+    ) -> None:
+        self.actions.append(Action(name, address, size, stream, event))
 
     def _keep(self, block: Block) -> None:
         """Put a block on the free list."""
@@ -159,18 +274,12 @@ class Replay:
     retries: int = 0  # requests that had no room until all cached memory was returned
 
 
-def replay(
-    events: Iterable[Event],
-    *,
-    limit: int | None = None,
-    stream: Callable[[Event], int] = lambda event: event.stream,
-) -> Replay:
+def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
     """Run `events` through the allocator.
 
     Args:
         limit: bytes that may be reserved: the device's memory minus the CUDA context and what other
             processes hold. None: no limit.
-        stream: gives the stream of an allocation; by default the event's own.
 
     Raises:
         OutOfMemory: a request does not fit in `limit`; the exception names it.
@@ -180,7 +289,7 @@ def replay(
     timeline = []
     for event in events:
         if event.bytes > 0:
-            live[event.block] = allocator.malloc(event.bytes, stream(event), event)
+            live[event.block] = allocator.malloc(event.bytes, event.stream, event)
         elif event.bytes < 0:
             allocator.free(live.pop(event.block))
         else:

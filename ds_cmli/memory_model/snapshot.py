@@ -10,8 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.memory_model.blocks import Block, Event, Segment
-from ds_cmli.memory_model.caching_allocator import Replay, replay
+from ds_cmli.memory_model.caching_allocator import Block, Event, Replay, Segment, replay
 
 Record = dict[str, Any]
 

@@ -7,7 +7,7 @@ are those below aten/src/ATen/native.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
 from ds_cmli.memory_model.attention import HALF
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Limits
 
 aten = torch.ops.aten
@@ -42,7 +42,7 @@ INDEX = 8  # bytes of an int64
 SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
-def inside(func: OpOverload, args: tuple, kwargs: Mapping[str, object], gpu: Limits) -> Inside:
+def inside(func: OpOverload, args: tuple, kwargs: Mapping[str, Any], gpu: Limits) -> Inside:
     """What an ATen operator holds inside; only sizes, strides and types of its tensors matter."""
     if func in MATRICES:
         return _operand_copies(func, args)
@@ -51,7 +51,7 @@ def inside(func: OpOverload, args: tuple, kwargs: Mapping[str, object], gpu: Lim
     return OPERATORS[func](args, gpu) if func in OPERATORS else NOTHING
 
 
-def returned(func: OpOverload, args: tuple, out: object) -> object:
+def returned(func: OpOverload, args: tuple, out: Any) -> Any:
     """What an operator returns on CUDA, given what it returns without data.
 
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), the two
@@ -63,11 +63,11 @@ def returned(func: OpOverload, args: tuple, out: object) -> object:
         if _suggested(x, weight) is torch.channels_last and not _depthwise(weight):
             return tree_map_only(Tensor, _channels_last, out)
     if func is aten.native_layer_norm.default:
-        normalised, mean, inverse_deviation = out  # type: ignore[misc]
+        normalised, mean, inverse_deviation = out
         return normalised, mean.float(), inverse_deviation.float()
     if func is aten._scaled_dot_product_efficient_attention.default:
-        numbers = out[2:]  # type: ignore[index]
-        return *out[:2], *(torch.empty_like(number, device="cpu") for number in numbers)  # type: ignore[index]
+        numbers = out[2:]
+        return *out[:2], *(torch.empty_like(number, device="cpu") for number in numbers)
     return out
 
 
@@ -110,7 +110,7 @@ def _operand_copies(func: OpOverload, args: tuple) -> Inside:
     return Inside(after=(copied,))
 
 
-def _transfer_copies(func: OpOverload, args: tuple, kwargs: Mapping[str, object]) -> Inside:
+def _transfer_copies(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Inside:
     """The copy on the GPU that one of `TRANSFERS` makes where layout or type change on the way.
 
     Source: `copy_requires_temporaries` and `copy_kernel_cuda` of cuda/Copy.cu.
@@ -122,9 +122,9 @@ def _transfer_copies(func: OpOverload, args: tuple, kwargs: Mapping[str, object]
         to, waits = (
             torch.device(kwargs.get("device") or source.device),
             not kwargs.get("non_blocking"),
-        )  # type: ignore[arg-type]
-        options = {name: kwargs.get(name) for name in ("dtype", "memory_format")}
-        target = torch.empty_like(source, device="meta", **options)  # type: ignore[call-overload]
+        )
+        dtype, layout = kwargs.get("dtype"), kwargs.get("memory_format")
+        target = torch.empty_like(source, device="meta", dtype=dtype, memory_format=layout)
     same_type = target.dtype == source.dtype
     if to.type == source.device.type or (same_type and target.stride() == source.stride()):
         return NOTHING

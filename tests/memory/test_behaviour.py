@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.memory_model.blocks import OutOfMemory
-from ds_cmli.memory_model.caching_allocator import CachingAllocator
+from ds_cmli.memory_model.caching_allocator import CachingAllocator, OutOfMemory
 from tests import make
 
 MiB = 2**20

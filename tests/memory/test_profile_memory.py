@@ -15,7 +15,7 @@ from ds_cmli.memory import profile, step_memory
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.profile import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 
 
 def test_the_first_steps_of_a_training(tmp_path, alone):

@@ -3,7 +3,7 @@
 import io
 
 from ds_cmli.memory.report import CATEGORIES, PHASES, Report, show, summarise
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 
 
 def events(*rows) -> list[Event]:

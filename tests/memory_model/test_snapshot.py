@@ -11,7 +11,7 @@ import pytest
 from torch.cuda import _memory_viz as viz
 
 from ds_cmli.memory_model import snapshot
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 
 M = 1 << 20
 EVENTS = [

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from ds_cmli.memory_model import attention, gpus, workspaces
-from ds_cmli.memory_model.blocks import Event
-from ds_cmli.memory_model.caching_allocator import on_device
+from ds_cmli.memory_model.caching_allocator import Event, on_device
 from ds_cmli.memory_model.workspaces import Inside, inside, returned, with_cublas
 
 aten, bf16, fp16, fp32 = torch.ops.aten, torch.bfloat16, torch.float16, torch.float32

@@ -6,7 +6,7 @@ from typing import Any
 
 from ds_cmli.common import plots
 from ds_cmli.memory.report import CATEGORIES, COLOURS
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 from profiling.memory.document.compare import GB
 from profiling.scripts import NARROW, picture, plain, readable, written
 

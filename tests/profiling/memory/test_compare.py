@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ds_cmli.memory_model.blocks import Event
+from ds_cmli.memory_model.caching_allocator import Event
 from profiling.memory.document import charts, compare, steps, tables
 from profiling.memory.document import implementations as allocations
 from profiling.memory.document.compare import Row
