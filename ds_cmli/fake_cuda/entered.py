@@ -5,20 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common.patches import patched, patched_each
 from ds_cmli.fake_cuda import device, guard, kernels, modules
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
-from ds_cmli.fake_cuda.values import Values
+from ds_cmli.fake_cuda.values import Values, WithoutData
 from ds_cmli.memory_model.gpus import Gpu
-
-
-class WithoutData(FakeTensorMode):
-    def __deepcopy__(self, memo: object) -> "WithoutData":
-        """A copied tensor stays in the mode: views of another mode's are not views."""
-        return self
 
 
 @contextmanager

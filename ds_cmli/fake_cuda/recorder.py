@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,9 +82,11 @@ class Recorder(TorchDispatchMode):
         # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
         self.given: dict[tuple[bool, int], int] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # which wraps each call of the method below; nothing is compiled here
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
-            return args[0].fake_device  # autograd asks for it more often than for operators
         grad = self.phase == "backward" and torch.is_grad_enabled()
         if grad != self.recomputing:
             self.recomputing = grad
