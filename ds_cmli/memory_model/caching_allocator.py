@@ -71,6 +71,10 @@ class OutOfMemory(Exception):
     missing: int  # bytes that would have to be freed first
     event: Event | None
 
+    def __str__(self) -> str:
+        held = f"{self.reserved:,} of {self.limit:,} reserved"
+        return f"{self.requested:,} bytes asked for with {held}"
+
 
 Place = tuple[int, ...]  # of a free block: its size, its segment's number, its address
 
