@@ -66,14 +66,17 @@ class OutOfMemory(Exception):
     """The modelled device has no room for the `requested` bytes that `event` asked for."""
 
     requested: int
+    allocated: int
     reserved: int
     limit: int
     missing: int  # bytes that would have to be freed first
     event: Event | None
 
     def __str__(self) -> str:
-        held = f"{self.reserved:,} of {self.limit:,} reserved"
-        return f"{self.requested:,} bytes asked for with {held}"
+        return (
+            f"{self.requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
+            f"reserved, {self.allocated:,} of them allocated"
+        )
 
 
 Place = tuple[int, ...]  # of a free block: its size, its segment's number, its address
@@ -235,7 +238,8 @@ class CachingAllocator:
             self.empty_cache()
             if self.reserved + taken > self.limit:
                 missing = self.reserved + taken - self.limit
-                raise OutOfMemory(requested, self.reserved, self.limit, missing, event)
+                held = self.allocated, self.reserved
+                raise OutOfMemory(requested, *held, self.limit, missing, event)
         self.taken += 1
         small = size <= SMALL_REQUEST
         segment = Segment(self.next_address, taken, stream, small, event=event, number=self.taken)
