@@ -1,6 +1,8 @@
 """Trainings in which any two features meet: interrupted as if never, evaluated, exported, their memory predicted."""
 
 import json
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,6 @@ from safetensors import safe_open
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.checkpoint.runs import AUGMENTED, assert_same, json_file, ranks
-from tests.covering import not_met
 from tests.drive_train import drive
 from tests.metrics_file import metrics
 from tests.stranger.drive import check_memory, used
@@ -77,6 +78,17 @@ SETTINGS: dict[str, dict[str, object]] = {
     "keep": {"loss.duplicates": "keep"},
 }
 BATCH, STEPS, STOPS = 8, 4, (1, 3)
+
+
+def not_met(axes: Mapping[str, Sequence[str]], runs: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of values that no run has; a run is one value of each axis."""
+    met = set()
+    for run in runs:
+        met |= set(combinations(enumerate(run.split()), 2))
+    missing = []
+    for (one, values), (other, others) in combinations(enumerate(axes.values()), 2):
+        missing += [pair for pair in product(values, others) if ((one, pair[0]), (other, pair[1])) not in met]
+    return missing
 
 
 def test_any_two_values_of_two_axes_meet():

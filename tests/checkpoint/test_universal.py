@@ -19,7 +19,7 @@ from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
-from tests.batches import rank_batches
+from tests import make
 from tests.make import pairs
 
 GLOBAL, STEPS = 8, 6  # pairs of a step, optimizer steps in all
@@ -39,8 +39,7 @@ class Setting:
         one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
         self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **one_block, **overrides})
         self.data = build_data(self.config.data, 0)
-        loader = iter(rank_batches(self.data.train, self.data, self.micro_batch, self.rank, self.ranks))
-        self.batches = [next(loader) for _ in range(4)]
+        self.batches = make.batches(self.data, self.micro_batch, 4, self.rank, self.ranks)
 
     def build(self, layout: Layout, **more):
         stage, precision = layout

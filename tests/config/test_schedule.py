@@ -8,7 +8,7 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
-from tests.batches import rank_batches
+from tests import make
 from tests.conftest import ZERO1
 
 STEPS = 4
@@ -16,8 +16,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def batches(data):
-    loader = iter(rank_batches(data.train, data, 8))
-    return [next(loader) for _ in range(STEPS)]
+    return make.batches(data, 8, STEPS)
 
 
 def decided(content):

@@ -11,7 +11,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.losses.target_cmli import Features
 from tests import make
-from tests.batches import rank_batches
 from tests.engine.steps import build, everything, same, spoil
 from tests.ranks import run
 
@@ -30,11 +29,6 @@ def trained(device, data, micro_batch, accumulation, zero, dropout=0.0, weights=
     return build(device, data, content, sections)
 
 
-def micro_batches(data, size, number):
-    loader = iter(rank_batches(data.train, data, size))
-    return [next(loader) for _ in range(number)]
-
-
 def largest_difference(ours, theirs) -> float:
     """Of gradients; below 1e-6 of the whole there is nothing to be relative to: a key's bias has but rounding."""
     whole = torch.stack([g.norm() for g in theirs.values()]).norm()
@@ -50,7 +44,7 @@ def assert_same(ours, theirs, limit=2e-5):  # a temperature's gradient is a sum 
 def in_one_piece(device, data):
     """Of two steps."""
     one = trained(device, data, 32, 1, {"stage": 2})
-    return [make.gradients(one, [batch]) for batch in micro_batches(data, 32, 2)]
+    return [make.gradients(one, [batch]) for batch in make.batches(data, 32, 2)]
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def in_one_piece(device, data):
 )
 def test_losses_and_gradients_are_those_of_one_piece(device, data, in_one_piece, zero):
     several = trained(device, data, 8, 4, zero, json={"activation_checkpointing": {}})
-    parts = micro_batches(data, 8, 8)
+    parts = make.batches(data, 8, 8)
     for step, whole in enumerate(in_one_piece):
         assert_same(make.gradients(several, parts[4 * step : 4 * step + 4]), whole)
 
@@ -77,7 +71,7 @@ def test_stage_3_learns_the_order_of_each_pass_once(device, data, monkeypatch):
     monkeypatch.setattr(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", learned.append)
     train_engine, counts = trained(device, data, 4, 2, {"stage": 3, **NOTHING_KEPT}), []
     for _ in range(3):
-        train_engine.step(micro_batches(data, 4, 2))
+        train_engine.step(make.batches(data, 4, 2))
         counts.append(len(learned))
     assert 0 < counts[1] == counts[2]
 
@@ -85,7 +79,7 @@ def test_stage_3_learns_the_order_of_each_pass_once(device, data, monkeypatch):
 def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
     plain = trained(device, data, 8, 2, {"stage": 2}, negatives="micro_batch", weights={"global": 1.0})
     alone = trained(device, data, 8, 1, {"stage": 2}, weights={"global": 1.0})
-    batches = micro_batches(data, 8, 2)
+    batches = make.batches(data, 8, 2)
     (first, _), (expected,) = plain.step(batches), alone.step(batches[:1])
     torch.testing.assert_close(first.total, expected.total)
 
@@ -111,7 +105,7 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, pairs=32, weights
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.double()
     teacher.double()
-    (whole,) = micro_batches(data, pairs, 1)
+    (whole,) = make.batches(data, pairs, 1)
     whole.pair_id[[3, 30], 0] = whole.pair_id[0, 0]  # other captions of a picture
     whole.pair_id[17, 1] = whole.pair_id[9, 1]  # one caption of two
     batches = pieces_of(pieces_of(whole, world_size)[rank], number)
@@ -160,14 +154,14 @@ def test_checkpointed_blocks_with_dropout_draw_the_same_again(device, data):
     results = []
     for json in ({}, {"activation_checkpointing": {}}):
         train_engine = trained(device, data, 8, 2, {"stage": 2}, dropout=0.3, json=json)
-        results.append(make.gradients(train_engine, micro_batches(data, 8, 2)))
+        results.append(make.gradients(train_engine, make.batches(data, 8, 2)))
     assert_same(*results, limit=1e-6)
 
 
 @pytest.mark.parametrize("stage, what", [(2, "nan"), (3, "gradient")])
 def test_a_step_that_is_not_finite_changes_nothing(device, data, stage, what):
     train_engine = trained(device, data, 8, 2, {"stage": stage})
-    batches = micro_batches(data, 8, 4)
+    batches = make.batches(data, 8, 4)
     train_engine.step(batches[:2])
     before = everything(train_engine)
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +177,7 @@ def test_a_step_that_is_not_finite_changes_nothing(device, data, stage, what):
 def test_an_overflow_in_the_third_micro_batch_skips_the_step_and_halves_the_scale_once(device, data, fp16_device):
     settings = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
     train_engine = trained(device, data, 8, 4, {"stage": 2}, json={"fp16": settings})
-    batches = micro_batches(data, 8, 8)
+    batches = make.batches(data, 8, 8)
     train_engine.step(batches[:4])
     assert not train_engine.skipped and train_engine.state()["loss_scale"] == 2.0**8
     before = [p.detach().clone() for p in train_engine.objective.parameters()]

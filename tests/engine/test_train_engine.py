@@ -14,7 +14,7 @@ from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
 from profiling.memory.document.implementations import cpu_sizes
-from tests.batches import rank_batches
+from tests import make
 from tests.conftest import ZERO1
 from tests.engine.steps import FP16, build
 from tests.ranks import ROOT
@@ -22,8 +22,7 @@ from tests.ranks import ROOT
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
-    loader = iter(rank_batches(data.train, data, 8))
-    return [next(loader) for _ in range(6)]
+    return make.batches(data, 8, 6)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)

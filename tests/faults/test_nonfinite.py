@@ -17,7 +17,7 @@ from ds_cmli.data.build import build_data
 from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
-from tests.batches import rank_batches
+from tests import make
 from tests.drive_train import drive
 from tests.engine.steps import FP16, build, everything, same, spoil
 from tests.make import pairs
@@ -40,7 +40,7 @@ CASES = [  # stages and precisions, and each of them with either kind of bad ste
 @pytest.mark.slow
 @pytest.mark.parametrize("stage, zero, precision, what", CASES)
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, zero, precision, what, fp16_device):
-    batches = [b for b, _ in zip(rank_batches(data.train, data, 8), range(5), strict=False)]
+    batches = make.batches(data, 8, 5)
     one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
     overrides = {"optim": {"warmup_share": 0.0, "ema_decay": 0.9}, **one_block}
     ds_config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage, **zero}}
@@ -76,7 +76,7 @@ def on_two_ranks(rank, world_size, data_folder):
     data = build_data(config.data, 0)
     ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}).filled(config.optim, world_size, 6)
     train_engine = engine.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
-    batch = next(iter(rank_batches(data.train, data, 8, rank, 2)))
+    (batch,) = make.batches(data, 8, 1, rank, 2)
     train_engine(batch)  # from here on the average is not the weights
     before = everything(train_engine)
     poison = nonfinite.poison
