@@ -153,13 +153,12 @@ def fp16_device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def null_gpu():
-    """A function `(card="a100", count=1)` that gives the environment of a process with null GPUs, for tests with the
+    """A function `(gpu="A100 80GB")` that gives the environment of a process with a null GPU, for tests with the
     marker `null_gpu`.
 
-    Where they cannot be built the tests skip; with DS_CMLI_REQUIRE_NULL_GPU=1 they fail.
+    Where it cannot be built the tests skip; with DS_CMLI_REQUIRE_NULL_GPU=1 they fail.
     """
-    from tests.null_gpu.build import NoNullGPU, build
-    from tests.null_gpu.environment import environment
+    from tests.null_gpu.build import NoNullGPU, build, environment
 
     try:
         return partial(environment, build())

@@ -1,11 +1,9 @@
-"""Builds the null GPU: `python tests/null_gpu/build.py` prints its folder.
+"""Builds the null GPU, and starts processes with it: `python tests/null_gpu/build.py` prints its folder.
 
-The CUDA wheel of PyTorch is fetched from the package index (527 MB, compared with the sums of requirements.txt) into
-the cache of ds-cmli, and the C files of csrc/ are compiled into one library that carries the names of all those of
-NVIDIA that it asks for. Needs pip, gcc and binutils.
+PyTorch's wheel for CUDA is fetched into the cache of ds-cmli, and csrc/ compiled into one library that carries the
+names of all those of NVIDIA that it asks for. Needs pip, gcc and binutils.
 """
 
-import ast
 import hashlib
 import os
 import re
@@ -19,16 +17,17 @@ from pathlib import Path
 from filelock import FileLock
 
 from ds_cmli.common.cache import cache_folder
+from ds_cmli.memory_model import gpus
 
 HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# What a launcher, or a user of this machine's own GPUs, may have set.
+FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 REQUIREMENTS = HERE / "requirements.txt"
 SOURCES = sorted((HERE / "csrc").glob("*.[ch]"))
 NVIDIA = re.compile(
     "(__cuda|cu[A-Z]|cuda|cublas|cudnn|cusparse|cufft|cufile|curand|cusolver|cupti|nvrtc|nvshmem|p?nccl|nvtx|nvml)"
 )
-# The settings of pip that say where packages come from. All others may ask for another build of PyTorch: constraints,
-# folders of wheels.
-INDEX_SETTINGS = ("index-url", "extra-index-url", "cert", "client-cert", "proxy", "trusted-host", "timeout", "retries")
 
 
 class NoNullGPU(Exception):
@@ -36,13 +35,7 @@ class NoNullGPU(Exception):
 
 
 def build() -> Path:
-    """Return the folder of the null GPU, which one process builds while others wait.
-
-    It holds `site` (PyTorch and Triton), `headers`, and `lib-SUM` for each state of the sources.
-
-    Raises:
-        NoNullGPU: something cannot be fetched or compiled.
-    """
+    """The folder of the null GPU: `site` (PyTorch and Triton), `headers`, and `lib-SUM` for each state of csrc/."""
     version = f"{sys.version_info.major}{sys.version_info.minor}"
     folder = cache_folder() / f"null-gpu-{_sum([REQUIREMENTS])}-cp{version}"
     if (folder / "headers").exists() and library(folder).exists():
@@ -63,7 +56,6 @@ def build() -> Path:
 
 
 def library(folder: Path) -> Path:
-    """The library, built from the C files as they are, in the folder that `build` returns."""
     return folder / f"lib-{_sum([Path(__file__), *SOURCES])}" / "libnullgpu.so"
 
 
@@ -80,30 +72,17 @@ def _fetch(folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="null-gpu-") as temporary:
         wheels, site, headers = (Path(temporary) / name for name in ("wheels", "site", "headers"))
         options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-cache-dir", "-r", REQUIREMENTS]
-        _run([sys.executable, "-m", "pip", "download", "-q", "-d", wheels, *options], env=_pip_environment())
+        _run([sys.executable, "-m", "pip", "download", "-q", "-d", wheels, *options])
         for wheel in wheels.glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(headers if wheel.name.startswith("nvidia") else site)
             wheel.unlink()
-        # Otherwise each process may have to do so. Files for later Pythons than this one do not compile.
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "2", site], stdout=subprocess.DEVNULL)
         for program in (site / "triton" / "backends" / "nvidia" / "bin").glob("*"):
             program.chmod(0o755)  # ptxas
         folder.mkdir(exist_ok=True)
         for part in (site, headers):  # the headers last: they say that all is there
             shutil.rmtree(folder / part.name, ignore_errors=True)
             part.rename(folder / part.name)
-
-
-def _pip_environment() -> dict[str, str]:
-    """The environment for pip, in which of its settings only those of the index hold."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
-    for line in _run([sys.executable, "-m", "pip", "config", "list"]).splitlines():
-        name, _, value = line.partition("=")
-        setting = name.rpartition(".")[2]
-        if setting in INDEX_SETTINGS:
-            environment["PIP_" + setting.upper().replace("-", "_")] = ast.literal_eval(value)
-    return environment | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def _compile(folder: Path) -> None:
@@ -122,19 +101,8 @@ def _compile(folder: Path) -> None:
         others = sorted(name for name in missing - ours if NVIDIA.match(name))
         (work / "others.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others))
         _run(["gcc", *options, "-fno-builtin", "-c", "others.c"], cwd=work)
-        _run(
-            [
-                "gcc",
-                "-shared",
-                "-o",
-                made / "libnullgpu.so",
-                *work.glob("*.o"),
-                "-ldl",
-                "-lpthread",
-                "-lm",
-                "-l:libstdc++.so.6",
-            ]
-        )
+        libraries = ["-ldl", "-lpthread", "-lm"]
+        _run(["gcc", "-shared", "-o", made / "libnullgpu.so", *work.glob("*.o"), *libraries])
         for name in {"libcuda.so", "libcuda.so.1", *_needed(users)}:
             (made / name).symlink_to("libnullgpu.so")
         made.chmod(0o755)
@@ -150,6 +118,29 @@ def _needed(files: list[Path]) -> set[str]:
     """The libraries of NVIDIA that the files are linked with."""
     names = re.findall(r"NEEDED.*\[(.+)\]", _run(["readelf", "-d", *files]))
     return {name for name in names if re.match("lib(cu|nv|nccl)", name)}
+
+
+def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
+    """The whole environment of a process with the null GPU in `folder`, as the one that `gpus.find` calls `gpu`."""
+    lib, card = str(library(folder).parent), gpus.find(gpu)
+    name = card.reported[0] if card.reported[0].startswith("Tesla") else f"NVIDIA {card.reported[0]}"
+    sizes = *card.capability, card.multiprocessors, card.limits.threads, card.limits.shared, card.total.bytes
+    path = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {name: value for name, value in os.environ.items() if name not in FOREIGN} | {
+        "NULLGPU": ";".join(map(str, (name, *sizes))),
+        "LD_LIBRARY_PATH": lib,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CUDNN_V8_API_DISABLED": "1",  # convolutions through the interface that csrc/libraries.c answers
+        "TRITON_LIBCUDA_PATH": lib,
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+
+
+def run(env: dict[str, str], *command: object, timeout: float = 600) -> subprocess.CompletedProcess:
+    """What stands behind `python`, under `stand_in.py`."""
+    words = [sys.executable, "-m", "tests.null_gpu.stand_in", *map(str, command)]
+    return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 if __name__ == "__main__":

@@ -1,61 +1,95 @@
-"""The null GPU itself: what README.md says of it."""
+"""The null GPU itself, and the trainer's step on it beside what is predicted."""
 
 import json
 
 import pytest
 
-from tests.null_gpu.processes import run
+from ds_cmli.memory.predict import predict
+from tests.gpu.settings import ALL, Setting, _losses
+from tests.make import pairs
+from tests.null_gpu.build import run
 
 pytestmark = pytest.mark.null_gpu
+SEEN = """
+import json, torch
+from torch.cuda import Stream, empty_cache
+
+def reused():  # a block that another stream may still read: at once, and after a wait for it
+    side, used = Stream(), torch.ones(1 << 20, device="cuda")
+    address = used.data_ptr()
+    used.record_stream(side)
+    with torch.cuda.stream(side):
+        used.mul_(2)
+        event = side.record_event()
+    del used
+    first = event.query(), torch.empty(1 << 20, device="cuda").data_ptr() == address
+    side.synchronize()
+    return [*first, event.query(), torch.empty(1 << 20, device="cuda").data_ptr() == address]
+
+def too_much():
+    try:
+        torch.empty(torch.cuda.mem_get_info()[1] + 1, dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError:
+        return True
+
+x, noise = torch.tensor([[3, 0, 5], [1, 1, 1]], device="cuda"), torch.full((3,), torch.inf, device="cuda")
+mask = torch.arange(3, device="cuda") < x.sum(1, keepdim=True) - 6
+mask[0, 2] = False
+print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_capability(), reused(), too_much(),
+    x.argsort(1, descending=True).tolist(), int(x.amax()), mask.tolist(), bool(mask.any()), x.add_(1)[0].tolist(),
+    noise.isfinite().all().item(), torch.linalg.vector_norm(noise).item(), torch.cat([x[0], x[:, 0]]).tolist()]))
+"""
+STEP = """
+import json, sys
+from profiling.memory import measure_gpu
+from tests.gpu.settings import Setting
+setting = Setting(**json.loads(sys.argv[1]))
+print("\\n" + json.dumps(measure_gpu.peaks(*setting.resolve(), setting.world)))
+"""
 
 
-def checked(environment: dict[str, str]) -> dict:
-    done = run(environment, "tests/null_gpu/checks.py")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def last_line(done):
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_work_is_pending_until_somebody_waits(null_gpu):
-    result = checked(null_gpu("4090", count=2))
-    assert (result["name"], result["capability"], result["devices"]) == ("NVIDIA GeForce RTX 4090", [8, 9], 2)
-    assert result["launches"] == 2
-    assert result["out of memory"]
-    assert result["events"] == [False, True, False, True]
-    # 12 MiB in the graph's pool, and one launch of it.
-    assert result["captured"] == [False, True, True, False, False, False, True, 1]
-    assert result["reused"] == {"before": False, "after": True}
-    assert result["values"] == {
-        "copied": [0, 1, 2],
-        "filled": [7, 7],
-        "compared": [True, False, True],
-        "all": [False, True, False],
-        "sum": 8,
-        "most": -2,
-        "joined": [3, 0, 5, 3, 0],
-        "masked": [3, 0, -100],
-        "strided": [
-            [[False, False], [False, False], [True, False]],
-            [[4, 8], [16, 20]],
-            [[0, 4], [6, 10]],
-            [[False, True], [False, True]],
-            [[1, 7], [3, 9], [5, 11]],
-            [[1, 3, 5, 1], [7, 9, 11, 7]],
-            [[1, 7, 1, 7], [3, 9, 3, 9], [5, 11, 5, 11]],
-            [[1, 7], [1, 7]],
-            [[0, 0, 1], [1, 2, 3]],
-            [9, 27],
-            [8, 12, 16],
-            [5, 11],
-            [True, True, True],
-        ],
-        "selected": [2, 30_000],
-        "norm": 0,
-        "finite": True,
-        "foreach": [0, 0],
-    }
+@pytest.mark.parametrize("events", ["pending", "done"])
+def test_what_a_program_sees(null_gpu, tmp_path, events):
+    (tmp_path / "seen.py").write_text(SEEN)
+    done = events == "done"
+    assert last_line(run(null_gpu("RTX 4090") | {"NULLGPU_EVENTS": events}, tmp_path / "seen.py")) == [
+        "NVIDIA GeForce RTX 4090", [8, 9], [done, done, True, True], True,
+        [[2, 0, 1], [0, 1, 2]], 5, [[True, True, False], [False, False, False]], True, [4, 1, 6],
+        True, 0, [4, 1, 6, 4, 2],
+    ]  # fmt: skip
 
 
-def test_work_is_done_at_once_where_that_is_asked_for(null_gpu):
-    result = checked(null_gpu("t4") | {"NULLGPU_EVENTS": "done"})
-    assert result["events"] == [True] * 4
-    assert result["reused"] == {"before": True, "after": True}
+TORCH = _losses(*ALL, cmli_backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "setting"),
+    [
+        ("T4", Setting("fallback", "demo", 32, precision="fp16", overrides=TORCH)),
+        ("A100 80GB", Setting("ranks", "demo", 32, world=8, stage=1, accumulation=2)),
+        ("H100 80GB", Setting("checkpointing", "demo", 64, world=2, checkpointing=True)),
+    ],
+)
+def test_a_step_takes_what_is_predicted(null_gpu, tmp_path, gpu, setting):
+    (tmp_path / "step.py").write_text(STEP)
+    counted = last_line(run(null_gpu(gpu), tmp_path / "step.py", json.dumps(setting.to_dict())))
+    predicted = predict(*setting.resolve(), setting.world, gpu=gpu).report.totals
+    print(gpu, setting.name, counted, predicted)
+    assert predicted["requested"] == pytest.approx(counted["requested"], rel=0.005)
+    assert 0.98 * counted["reserved"] <= predicted["reserved"] <= 1.1 * counted["reserved"]
+
+
+def test_a_profile_of_a_training_is_as_predicted(null_gpu, tmp_path):
+    (tmp_path / "ds.json").write_text('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    options = ["--preset", "tiny", "--steps", "2", "--deepspeed_config", tmp_path / "ds.json", "--profile-memory", "2"]
+    options += ["--data", pairs(tmp_path / "pairs", count=64), "--output-dir", tmp_path / "run"]
+    done = run(null_gpu(), "ds_cmli/train.py", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads((tmp_path / "run" / "memory.json").read_text())
+    predicted, measured = (content[name]["totals"]["requested"] for name in ("prediction", "measurement"))
+    assert abs(predicted - measured) <= 1e-3 * measured, (predicted, measured)

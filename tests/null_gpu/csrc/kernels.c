@@ -1,49 +1,37 @@
-// Kernels that torch was compiled with: their names, as its libraries register them, and their launches, which are checked
-// for a card's limits. What one leaves in memory is said in outputs.c.
+// Kernels, of torch and by the driver's entry points those of Triton: launches are checked for the GPU's limits, and compute
+// nothing. What the driver answers beside.
 #include "null_gpu.h"
+#include <cuda.h>
+#include <dlfcn.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
-// From the address of the host's stub to the kernel's mangled name.
-typedef struct {
-  const void *stub;
-  const char *name;
-  Plan *plan; // what its launches compute, once one has been launched
-  int planned;
-} Named;
-static Named *table;
-static size_t room, known;
-
-static Named *slot_of(const void *stub) {
-  size_t at = ((uintptr_t)stub >> 4) * 0x9E3779B97F4A7C15u;
-  for (at &= room - 1; table[at].stub && table[at].stub != stub; at = (at + 1) & (room - 1));
-  return &table[at];
+static int possible(unsigned x, unsigned y, unsigned z, unsigned long threads, size_t shared, void *stream) {
+  enqueue(stream);
+  if (x && y && z && y <= 65535 && z <= 65535 && threads && threads <= 1024 && shared <= card()->shared_per_block) return 1;
+  fprintf(stderr, "null GPU: no kernel can be launched with a grid of %u x %u x %u, %lu threads and %zu bytes of shared memory\n",
+          x, y, z, threads, shared);
+  return 0;
 }
-// Called while libraries load, by one thread at a time.
-static void name_kernel(const void *stub, const char *name) {
-  if (2 * known >= room) {
-    Named *old = table;
-    size_t old_room = room;
-    room = room ? 2 * room : 1 << 16;
-    table = calloc(room, sizeof *table);
-    for (size_t i = 0; i < old_room; i++)
-      if (old[i].stub) *slot_of(old[i].stub) = old[i];
-    free(old);
-  }
-  Named *slot = slot_of(stub);
-  known += !slot->stub;
-  *slot = (Named){stub, name, NULL, 0};
+static cudaError_t launch(dim3 g, dim3 b, size_t shared, void *stream) {
+  int fits = possible(g.x, g.y, g.z, (unsigned long)b.x * b.y * b.z, shared, stream);
+  return fits ? cudaSuccess : failed(cudaErrorInvalidConfiguration);
 }
-static Named *kernel_of(const void *stub) {
-  static Named unknown = {.name = "a kernel without a name", .planned = 1};
-  Named *slot = room ? slot_of(stub) : &unknown;
-  if (!slot->stub) return &unknown;
-  if (!slot->planned) {
-    slot->plan = plan_of(slot->name);
-    slot->planned = 1;
-  }
-  return slot;
+API cudaError_t cudaLaunchKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+  return launch(grid, block, shared, stream);
+}
+API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+  return launch(grid, block, shared, stream);
+}
+API cudaError_t cudaLaunchCooperativeKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
+  return launch(grid, block, shared, stream);
+}
+API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *stub, void **arguments) {
+  return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
+}
+API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
+  int fits = possible(c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes, c->hStream);
+  return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
 API void **__cudaRegisterFatBinary(void *binary) {
@@ -51,61 +39,22 @@ API void **__cudaRegisterFatBinary(void *binary) {
   return handle;
 }
 API char __cudaInitModule(void **handle) { return 1; }
-API void __cudaRegisterFunction(void **handle, const char *stub, char *device_stub, const char *name, int threads, uint3 *thread,
-                                uint3 *block, dim3 *block_size, dim3 *grid_size, int *warp) {
-  name_kernel(stub, name);
-}
-API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *stub) {
-  *kernel = (cudaKernel_t)stub;
-  return cudaSuccess;
-}
-
-// Between `<<<` and `>>>`, and the stub.
-static __thread struct {
+API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *stub) { *kernel = (cudaKernel_t)stub; return cudaSuccess; }
+static __thread struct { // between `<<<` and `>>>`, and the stub
   dim3 grid, block;
   size_t shared;
   void *stream;
 } configuration;
 API unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void *stream) {
-  configuration.grid = grid, configuration.block = block;
-  configuration.shared = shared, configuration.stream = stream;
+  configuration.grid = grid, configuration.block = block, configuration.shared = shared, configuration.stream = stream;
   return 0;
 }
 API cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
-  *grid = configuration.grid, *block = configuration.block;
-  *shared = configuration.shared, *(void **)stream = configuration.stream;
+  *grid = configuration.grid, *block = configuration.block, *shared = configuration.shared, *(void **)stream = configuration.stream;
   return cudaSuccess;
 }
 
-static cudaError_t launch(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  Named *kernel = kernel_of(stub);
-  COUNT(launches);
-  enqueue(stream);
-  unsigned long threads = (unsigned long)block.x * block.y * block.z;
-  int possible = grid.x && grid.y && grid.z && grid.y <= 65535 && grid.z <= 65535 && threads && threads <= 1024;
-  if (!possible || shared > card()->shared_per_block) {
-    fprintf(stderr, "null GPU: %s cannot be launched with a grid of %u x %u x %u, blocks of %u x %u x %u and %zu bytes of shared memory\n",
-            kernel->name, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
-    return failed(cudaErrorInvalidConfiguration);
-  }
-  trace("%s", kernel->name);
-  if (kernel->plan) compute(kernel->plan, grid, arguments);
-  return cudaSuccess;
-}
-API cudaError_t cudaLaunchKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(stub, grid, block, arguments, shared, stream);
-}
-API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(kernel, grid, block, arguments, shared, stream);
-}
-API cudaError_t cudaLaunchCooperativeKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(stub, grid, block, arguments, shared, stream);
-}
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *stub, void **arguments) {
-  return launch(stub, c->gridDim, c->blockDim, arguments, c->dynamicSmemBytes, c->stream);
-}
-
-enum { REGISTERS = 32 }; // of a thread, as if for every kernel: the real number is in the binary for the card
+enum { REGISTERS = 32 }; // of a thread, as if for every kernel: the real number is in the binary for the GPU
 API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *stub) {
   memset(attributes, 0, sizeof *attributes);
   attributes->maxThreadsPerBlock = 1024, attributes->numRegs = REGISTERS;
@@ -116,14 +65,62 @@ API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, con
   return cudaSuccess;
 }
 API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *stub, int threads, size_t shared, unsigned flags) {
+  struct cudaDeviceProp p;
+  cudaGetDeviceProperties(&p, 0);
   int rounded = (threads + 31) / 32 * 32;
-  *blocks = card()->threads_per_sm / rounded;
-  if (*blocks > card()->blocks_per_sm) *blocks = card()->blocks_per_sm;
-  int by_shared = card()->shared_per_sm / (shared + 1024), by_registers = 65536 / (REGISTERS * rounded);
-  if (*blocks > by_shared) *blocks = by_shared;
-  if (*blocks > by_registers) *blocks = by_registers;
+  int bounds[] = {p.maxBlocksPerMultiProcessor, p.sharedMemPerMultiprocessor / (shared + 1024), 65536 / (REGISTERS * rounded)};
+  *blocks = p.maxThreadsPerMultiProcessor / rounded;
+  for (int i = 0; i < 3; i++)
+    if (*blocks > bounds[i]) *blocks = bounds[i];
   return cudaSuccess;
 }
 API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *stub, int threads, size_t shared) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, shared, 0);
+}
+
+// The driver.
+API CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
+API CUresult cuGetErrorString(CUresult error, const char **text) { *text = error ? "error of the null GPU" : "no error"; return CUDA_SUCCESS; }
+API CUresult cuDeviceGet(CUdevice *device, int number) { *device = number; return CUDA_SUCCESS; }
+API CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device); // the numbers are the same
+}
+static CUcontext const context = (CUcontext)0x500;
+API CUresult cuDevicePrimaryCtxRetain(CUcontext *out, CUdevice device) { *out = context; return CUDA_SUCCESS; }
+API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) { *flags = 0, *active = 1; return CUDA_SUCCESS; }
+API CUresult cuCtxGetCurrent(CUcontext *out) { *out = context; return CUDA_SUCCESS; }
+API CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
+API CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = new_handle(); return CUDA_SUCCESS; }
+API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = new_handle(); return CUDA_SUCCESS; }
+API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : attribute == CU_FUNC_ATTRIBUTE_NUM_REGS ? 128 : 0;
+  return CUDA_SUCCESS;
+}
+API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
+  int too_much = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES && (size_t)value > card()->shared_per_block;
+  return too_much ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
+API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  int kind = find_range((void *)pointer).kind;
+  switch (attribute) {
+    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)value = context; break;
+    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)value = pointer; break;
+    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: *(unsigned *)value = kind == DEVICE ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
+    default: *(int *)value = 0;
+  }
+  return kind ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
+// By name: this library stands in for the driver's too.
+API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
+                                                 enum cudaDriverEntryPointQueryResult *result) {
+  *function = dlsym(RTLD_DEFAULT, name);
+  if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
+API CUresult cuGetProcAddress_v2(const char *name, void **function, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *result) {
+  *function = dlsym(RTLD_DEFAULT, name);
+  if (result) *result = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
+  return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
