@@ -25,9 +25,7 @@ ROOT = HERE.parent.parent
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
 REQUIREMENTS = HERE / "requirements.txt"
 SOURCES = sorted((HERE / "csrc").glob("*.[ch]"))
-NVIDIA = re.compile(
-    "(__cuda|cu[A-Z]|cuda|cublas|cudnn|cusparse|cufft|cufile|curand|cusolver|cupti|nvrtc|nvshmem|p?nccl|nvtx|nvml)"
-)
+NVIDIA = re.compile("__cuda|cu[A-Z]|cu(da|blas|dnn|sparse|fft|file|rand|solver|pti)|nv(rtc|shmem|tx|ml)|p?nccl")
 
 
 class NoNullGPU(Exception):
@@ -95,7 +93,6 @@ def _compile(folder: Path) -> None:
         work, made = Path(temporary), Path(temporary) / "lib"
         made.mkdir()
         options = ["-std=gnu11", "-fPIC", "-O1", "-w", f"-I{include}"]
-        # Only what is marked as API may be seen by other libraries.
         _run(["gcc", *options, "-fvisibility=hidden", "-c", *HERE.glob("csrc/*.c")], cwd=work)
         ours = _symbols(list(work.glob("*.o")), "--defined-only", dynamic=False)
         others = sorted(name for name in missing - ours if NVIDIA.match(name))
@@ -103,7 +100,8 @@ def _compile(folder: Path) -> None:
         _run(["gcc", *options, "-fno-builtin", "-c", "others.c"], cwd=work)
         libraries = ["-ldl", "-lpthread", "-lm"]
         _run(["gcc", "-shared", "-o", made / "libnullgpu.so", *work.glob("*.o"), *libraries])
-        for name in {"libcuda.so", "libcuda.so.1", *_needed(users)}:
+        needed = re.findall(r"NEEDED.*\[(lib(?:cu|nv|nccl).+)\]", _run(["readelf", "-d", *users]))
+        for name in {"libcuda.so", "libcuda.so.1", *needed}:
             (made / name).symlink_to("libnullgpu.so")
         made.chmod(0o755)
         made.rename(target)
@@ -112,12 +110,6 @@ def _compile(folder: Path) -> None:
 def _symbols(files: list[Path], which: str, dynamic: bool = True) -> set[str]:
     out = _run(["nm", *(["-D"] if dynamic else []), which, *files])
     return {line.split()[-1].split("@")[0] for line in out.splitlines() if line and not line.endswith(":")}
-
-
-def _needed(files: list[Path]) -> set[str]:
-    """The libraries of NVIDIA that the files are linked with."""
-    names = re.findall(r"NEEDED.*\[(.+)\]", _run(["readelf", "-d", *files]))
-    return {name for name in names if re.match("lib(cu|nv|nccl)", name)}
 
 
 def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:

@@ -31,7 +31,6 @@ def on_gpu(x: object) -> bool:
 
 
 def on_cpu(x: object) -> object:
-    """An argument for the CPU."""
     if isinstance(x, Tensor) and x.device.type == "cuda":
         return memory_of(x.detach()) if x.numel() else torch.empty_like(x, device="cpu")
     if isinstance(x, torch.device) or (isinstance(x, str) and x.startswith("cuda")):

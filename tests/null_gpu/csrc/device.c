@@ -34,7 +34,6 @@ API cudaError_t cudaPeekAtLastError(void) { return last_error; }
 API const char *cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "error of the null GPU";
 }
-API const char *cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorOfTheNullGPU" : "cudaSuccess"; }
 
 API cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
 API cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }

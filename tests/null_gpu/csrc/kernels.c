@@ -17,15 +17,13 @@ static cudaError_t launch(dim3 g, dim3 b, size_t shared, void *stream) {
   int fits = possible(g.x, g.y, g.z, (unsigned long)b.x * b.y * b.z, shared, stream);
   return fits ? cudaSuccess : failed(cudaErrorInvalidConfiguration);
 }
-API cudaError_t cudaLaunchKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(grid, block, shared, stream);
-}
-API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(grid, block, shared, stream);
-}
-API cudaError_t cudaLaunchCooperativeKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {
-  return launch(grid, block, shared, stream);
-}
+#define LAUNCH(name, Kernel) \
+  API cudaError_t name(Kernel stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) { \
+    return launch(grid, block, shared, stream); \
+  }
+LAUNCH(cudaLaunchKernel, const void *)
+LAUNCH(cudaLaunchCooperativeKernel, const void *)
+LAUNCH(__cudaLaunchKernel, cudaKernel_t)
 API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *stub, void **arguments) {
   return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
 }
@@ -34,10 +32,8 @@ API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void
   return fits ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-API void **__cudaRegisterFatBinary(void *binary) {
-  static void *handle[4];
-  return handle;
-}
+static void *binary_handle[4];
+API void **__cudaRegisterFatBinary(void *binary) { return binary_handle; }
 API char __cudaInitModule(void **handle) { return 1; }
 API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *stub) { *kernel = (cudaKernel_t)stub; return cudaSuccess; }
 static __thread struct { // between `<<<` and `>>>`, and the stub
@@ -81,6 +77,11 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const
 // The driver.
 API CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
 API CUresult cuGetErrorString(CUresult error, const char **text) { *text = error ? "error of the null GPU" : "no error"; return CUDA_SUCCESS; }
+API CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
+API CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *c) { *clusters = 1; return CUDA_SUCCESS; }
+API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {
+  return (CUresult)cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared);
+}
 API CUresult cuDeviceGet(CUdevice *device, int number) { *device = number; return CUDA_SUCCESS; }
 API CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device); // the numbers are the same

@@ -9,17 +9,18 @@
 
 enum { MOST_AHEAD = 1024, MOST_ASKED = 100000 };
 
-typedef struct Stream {
-  struct Stream *next;
-  void *handle;
-  long launched, done;       // numbers of pieces of work
-  struct Waits *waits;       // for other streams
-} Stream;
+typedef struct Stream Stream;
 typedef struct Waits {
   struct Waits *next;
   long since, until;         // work after `since` runs after `other` has done its `until`
   Stream *other;
 } Waits;
+struct Stream {
+  Stream *next;
+  void *handle;
+  long launched, done;       // numbers of pieces of work
+  Waits *waits;              // for other streams
+};
 typedef struct {
   Stream *stream;            // NULL: never recorded
   long number, asked;        // the last piece of work before it
@@ -73,15 +74,8 @@ void finish_stream(void *handle) {
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) { *stream = new_handle(); return cudaSuccess; }
 API cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { *stream = new_handle(); return cudaSuccess; }
 API cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = new_handle(); return cudaSuccess; }
-API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
-  if (least) *least = 0;
-  if (greatest) *greatest = -5;
-  return cudaSuccess;
-}
-API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
+API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0, *greatest = -5; return cudaSuccess; }
+API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) { *status = 0; return cudaSuccess; }
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { finish_stream(stream); return cudaSuccess; }
 API cudaError_t cudaStreamQuery(cudaStream_t stream) {
   pthread_mutex_lock(&lock);
