@@ -1,25 +1,22 @@
-"""python profiling/compare_estimates.py [--json FILE] [--markdown FILE]
+"""python profiling/compare_estimates.py [--only E1,E4] [--json FILE] [--markdown FILE]
 
-The document's memory estimates E1 to E5 and the truth: its arithmetic computed, what each way to
-compute the same thing really stores, predicted and measured to the byte, and the whole training
-step. On a GPU where there is one, otherwise on the CPU. Each way is measured at the document's own
-setting; in forward alone, or with fewer pairs, only if memory or three minutes do not suffice, which
-the first lines say. `profiling/predict.py` checks what fits a GPU.
+The document's memory estimates E1 to E5: as written, corrected, predicted and measured; and a whole
+training step, by category. On a GPU where there is one, otherwise on the CPU, where E1, E2, E3 and
+E5 are measured at the document's own batch: in forward alone where memory does not suffice for
+more, which the tables say. `profiling/predict.py` says what fits a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
     import by_path  # noqa: F401
 
 import os
-import sys
-from pathlib import Path
 
-# Threads that wait for each other use up the CPU's time; nothing here needs more than one. Before
-# torch is imported.
+# Threads that wait for each other use up the CPU's time. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
-from collections.abc import Callable
+import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -47,8 +44,6 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("What is compared", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
-@option("Output", "--plot", "plot_folder", default="runs/estimates", show_default=True, metavar="FOLDER",
-        help="Charts, as PNG files, where matplotlib is installed.")  # fmt: skip
 def command(
     only: str | None,
     preset: str,
@@ -56,15 +51,12 @@ def command(
     sm: str | None,
     json_path: str | None,
     markdown_path: str | None,
-    plot_folder: str,
     **sizes: int,
 ) -> None:
     """Compare the source document's memory estimates E1 to E5 with what is predicted and what is
     measured.
 
     With no options: the document's setting, and the whole training step of the preset "demo".
-    `--only E4` predicts the document's step in every way to compute the loss. What fits a GPU is
-    asked of profiling/predict.py.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
@@ -76,7 +68,7 @@ def command(
     from rich.console import Console
 
     from ds_cmli.common import quiet
-    from profiling.memory.document.estimates import Setting, claims, sentences
+    from profiling.memory.estimates import Setting, claims, sentences
 
     setting = Setting(**sizes)
     every = {id: claim for id, claim in claims(setting).items() if id in ids}
@@ -88,51 +80,44 @@ def command(
     quiet.silence()
     import torch
 
-    from profiling.memory.document import compare, steps, tables
-    from profiling.scripts import Table
+    from profiling.memory import measure, steps, tables
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    gpu = gpus.DEFAULT
-    if device == "cuda":
-        gpu = (given or gpus.present(torch.cuda.get_device_name())).name
-    rows = compare.predicted_rows(setting, ids, device)
-    document: list[compare.Row] = []
-    ours, step = None, None
+    assumed = gpus.find(gpus.DEFAULT)
+    here, device, gpu = torch.cuda.is_available(), "cpu", given or assumed
+    if here:
+        device, gpu = "cuda", given or gpus.present(torch.cuda.get_device_name())
+    if "E4" in ids:
+        steps.document_config(setting)  # sizes that its models cannot have
+    shown, content = [tables.arithmetic_table(every.values(), setting)], list[dict[str, Any]]()
+    judged = []
     with console.status("") as status:
-
-        def show(doing: str) -> Callable[[compare.Row], None]:
-            return lambda row: status.update(f"{doing} {row.id} {row.implementation}")
-
-        compare.measure(rows, setting, device, show("measuring"))
+        rows = measure.rows(setting, ids, device, status.update)
+        if rows:
+            content += [row.to_dict() for row in rows]
+            judged += tables.sentences_measured(rows)
+            shown += tables.rows_tables(rows, every)
         if "E4" in ids:
             variants = steps.FIRST_VARIANTS if only is None else steps.VARIANTS
-            document, ours = steps.document_rows(setting, variants, say=show("predicting"))
+            reports = steps.predict_document(setting, variants, assumed, status.update)
+            content += [{"id": "E4", "implementation": k} | r.to_dict() for k, r in reports.items()]
+            judged.append(steps.document_sentence(reports, assumed))
+            shown.append(steps.document_table(reports, assumed))
         if only is None:
             status.update(f"the whole step of {preset}")
-            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, device, gpu)
-    judged = tables.sentences_found(rows, document, step)
+            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, gpu, here)
+            judged.append(step.sentence())
+            shown.append(step.table())
     for sentence in judged:
         console.print(sentence, highlight=False)
     console.print()
-    summary += judged
-
-    shown: list[Table] = [tables.arithmetic_table(every.values(), setting)]
-    if rows:
-        shown += tables.rows_tables(rows, every)
-    if document:
-        shown.append(tables.document_table(document, tables.remember_document(document)))
-    if step is not None:
-        shown.append(tables.whole_step_table(step))
     for table in shown:
         table.show(console)
 
     if json_path is not None:
-        content = [row.to_dict() for row in [*rows, *document]]
         Path(json_path).write_text(json.dumps(content, indent=2) + "\n")
     if markdown_path is not None:
-        heading = "\n".join(["# Memory: the estimates and the truth", "", *summary, "", ""])
-        Path(markdown_path).write_text(heading + "\n".join(t.markdown() for t in shown))
-    console.print(plot(Path(plot_folder), ours, step), highlight=False)
+        heading = ["# Memory: the estimates and the truth", "", *summary, *judged, "", ""]
+        Path(markdown_path).write_text("\n".join(heading) + "\n".join(t.markdown() for t in shown))
 
 
 def parse_only(only: str | None) -> set[str]:
@@ -140,32 +125,9 @@ def parse_only(only: str | None) -> set[str]:
     if only is None:
         return set(IDS)
     ids = {part.strip().upper() for part in only.split(",") if part.strip()}
-    unknown = sorted(ids - set(IDS))
-    if unknown or not ids:
+    if not ids or not ids <= set(IDS):
         raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
     return ids
-
-
-def plot(folder: Path, ours: Any, step: Any) -> str:
-    """Draw what there is; the line that says what was drawn."""
-    from ds_cmli.common import plots
-    from profiling.memory.document import charts
-
-    if not plots.installed():
-        return "no charts: matplotlib is not installed; pip install matplotlib"
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    if ours is not None:
-        drawn.append("timeline-document.png")
-        of = ours.setting
-        title = f"Predicted: a step of {of['micro_batch']} pairs on each of {of['world_size']} GPUs, rank {of['rank']}"
-        charts.timeline(ours.events, title, folder / drawn[-1])
-    if step is not None:
-        drawn.append(f"timeline-{step.preset}.png")
-        charts.timeline(
-            step.prediction.events, f"A step of preset {step.preset}, predicted", folder / drawn[-1]
-        )
-    return f"charts in {folder}: {', '.join(drawn) or 'none'}"
 
 
 def main() -> None:

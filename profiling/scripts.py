@@ -1,47 +1,24 @@
-"""What the scripts share: options, timing, processes, tables and pictures."""
+"""What the scripts share: timing and tables."""
 
-import functools
-import os
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ds_cmli.common import plots
-from ds_cmli.common.cli import json_on_stdout
 from ds_cmli.common.documents import is_numeric, markdown_table
 
 if TYPE_CHECKING:
     import torch
-    from matplotlib.figure import Figure
     from rich.console import Console
 
-ROOT = Path(__file__).resolve().parent.parent
 Name = TypeVar("Name", bound=Hashable)
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 clock_option = click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True,
                             help="cpu: this process's time alone, for a CPU that others use too.")  # fmt: skip
-
-
-def prints_json(measured: Callable[..., object]) -> Callable[..., None]:
-    """A command with the option --json, which leaves stdout to the returned figures alone."""
-
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
-    @functools.wraps(measured)
-    def run(as_json: bool, **options: Any) -> None:
-        with json_on_stdout(as_json) as print_json:
-            figures = measured(**options)
-            if as_json:
-                print_json(figures)
-
-    return run
 
 
 def compare(
@@ -72,55 +49,6 @@ def to_the_end(call: Callable[..., object], device: "torch.device") -> Callable[
             torch.cuda.synchronize()  # CPU-GPU sync
 
     return run
-
-
-def processor() -> str:
-    """The processor's name; "" if it is not known."""
-    from cpuinfo import get_cpu_info
-
-    return get_cpu_info().get("brand_raw", "")
-
-
-@dataclass
-class Ended:
-    """A process that has ended."""
-
-    code: int
-    out: str
-    error: str
-    seconds: float  # of the processor
-    wall: float  # seconds by the clock
-    host: int  # bytes, the most that were resident
-
-    @property
-    def mistake(self) -> str:
-        """The exit code and the last line of its errors; "" if it ended well."""
-        if not self.code:
-            return ""
-        lines = self.error.strip().splitlines() or ["no message"]
-        return f"exit code {self.code}: {lines[-1][:300]}"
-
-
-def run(
-    command: list[str], limit: float = float("inf"), environment: Mapping[str, str] = os.environ
-) -> Ended:
-    """Run a command until it ends, or is ended after `limit` seconds; it finds the project's modules."""
-    paths = (environment.get("PYTHONPATH"), str(ROOT))
-    env = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as error:
-        folder, began = tempfile.gettempdir(), time.monotonic()
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=error, cwd=folder)
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        while not ended:
-            if time.monotonic() - began > limit:
-                process.kill()
-            time.sleep(0.05)
-            ended, status, usage = os.wait4(process.pid, os.WNOHANG)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        wall, seconds = time.monotonic() - began, usage.ru_utime + usage.ru_stime
-        out.seek(0), error.seek(0)
-        outputs = out.read(), error.read()
-        return Ended(process.returncode, *outputs, seconds, wall, usage.ru_maxrss << 10)
 
 
 @dataclass
@@ -166,31 +94,3 @@ def readable(size: int) -> str:
         if size >= one:
             return f"{size / one:.3g} {unit}"
     return f"{size} B"
-
-
-WIDTH = 7.5  # inches
-NARROW = 5.2  # where a page shows the picture 400 pixels wide, small text is 9 pixels high
-
-
-def picture(
-    height: float, columns: int = 1, *, rows: int = 1, width: float = WIDTH, **layout: Any
-) -> tuple["Figure", Any]:
-    """A figure and its axes, drawn to a file. Raises `UserError` without matplotlib."""
-    pyplot = plots.matplotlib("a picture")
-    return pyplot.subplots(rows, columns, figsize=(width, height), layout="constrained", **layout)
-
-
-def written(figure: "Figure", path: Path | str, finding: str, caption: str = "") -> None:
-    """Write a figure, above it what it shows: the finding in bold, below it `what` was drawn."""
-    size = min(12.0, 840 / max(1, len(finding)))  # a longer line is set smaller, so that it fits
-    figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
-    if caption:
-        figure.axes[0].set_title(caption, size=9.5, weight="normal", color=plots.SOFT)
-    figure.set_layout_engine("constrained", w_pad=0.12)  # inches: no text touches the edge
-    figure.savefig(path, dpi=200)
-    plots.matplotlib("a picture").close(figure)
-
-
-def plain(value: float, _: object = None) -> str:
-    """The label of a tick as a number without exponent: 0.1, 10, 1,000."""
-    return f"{value:,.12g}"

@@ -129,7 +129,7 @@ def serve(case: str) -> None:
         call()
         peak = torch.cuda.max_memory_allocated() - before
     else:
-        from profiling.memory.document.implementations import cpu_sizes
+        from profiling.memory.implementations import cpu_sizes
 
         peak = max(accumulate(cpu_sizes(call)))
     print(max(0, peak - gradients), flush=True)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ds_cmli.memory.predict import predict
+from ds_cmli.memory.step_memory import Step, predicted
+from ds_cmli.memory_model import gpus
 from tests.gpu.settings import ALL, Setting, _losses
 from tests.null_gpu.build import run
 
@@ -40,10 +41,11 @@ print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_capability
 """
 STEP = """
 import json, sys
-from profiling.memory import measure_gpu
+from ds_cmli.memory.step_memory import Step, statistics
 from tests.gpu.settings import Setting
 setting = Setting(**json.loads(sys.argv[1]))
-print("\\n" + json.dumps(measure_gpu.peaks(*setting.resolve(), setting.world)))
+Step(*setting.resolve(), setting.world).take_twice()
+print("\\n" + json.dumps(statistics("cuda")))
 """
 
 
@@ -77,7 +79,7 @@ TORCH = _losses(*ALL, cmli_backend="torch")
 def test_a_step_takes_what_is_predicted(null_gpu, tmp_path, gpu, setting):
     (tmp_path / "step.py").write_text(STEP)
     counted = last_line(run(null_gpu(gpu), tmp_path / "step.py", json.dumps(setting.to_dict())))
-    predicted = predict(*setting.resolve(), setting.world, gpu=gpu).report.totals
-    print(gpu, setting.name, counted, predicted)
-    assert predicted["requested"] == pytest.approx(counted["requested"], rel=0.005)
-    assert 0.98 * counted["reserved"] <= predicted["reserved"] <= 1.1 * counted["reserved"]
+    totals = predicted(Step(*setting.resolve(), setting.world), gpus.find(gpu)).totals
+    print(gpu, setting.name, counted, totals)
+    assert totals["requested"] == pytest.approx(counted["requested"], rel=0.005)
+    assert 0.98 * counted["reserved"] <= totals["reserved"] <= 1.1 * counted["reserved"]

@@ -1,7 +1,7 @@
 import pytest
 
 from ds_cmli.common.errors import UserError
-from profiling.memory.document.estimates import (
+from profiling.memory.estimates import (
     DOCUMENT,
     Setting,
     claims,

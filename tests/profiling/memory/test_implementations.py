@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
-from profiling.memory.document import implementations as allocations
-from profiling.memory.document.estimates import Setting, claims
-from profiling.memory.document.implementations import (
+from profiling.memory import implementations as allocations
+from profiling.memory.estimates import Setting, claims
+from profiling.memory.implementations import (
     broadcast_match,
     broadcast_scores,
     cpu_sizes,

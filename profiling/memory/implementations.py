@@ -13,7 +13,7 @@ H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 
@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.fake_cuda.recorder import Recorder
+from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.losses.target_cmli import match_patches
-from profiling.memory.document.estimates import SPECIAL_TOKENS, Setting
+from profiling.memory.estimates import SPECIAL_TOKENS, Setting
 from profiling.speed.op import broadcast_dots, broadcast_scores, materialised_scores
 
 SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
@@ -94,17 +95,14 @@ class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
     forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
     op: bool = False  # whether it runs the all-pairs operator
-    device: str = "cpu"  # type of the device whose operators are predicted
 
 
-def implementations(
-    s: Setting, backend: str = "auto", device: str = "cpu"
-) -> dict[tuple[str, str], Implementation]:
+def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
     """(claim's id, name) -> the implementation in the setting `s`.
 
     The names are the keys of `Claim.stored`.
 
-    `backend`: the backend of the all-pairs op, on `device`.
+    `backend`: of the all-pairs op.
     """
     kept = s.M - SPECIAL_TOKENS
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
@@ -113,7 +111,7 @@ def implementations(
     broadcast = partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y))
     stored = partial(cmli_loss, materialised_scores)
     ours = partial(cmli_loss, partial(cmli_scores, backend=backend))
-    table = {
+    return {
         ("E1", "broadcast"): Implementation(global_all, broadcast),
         ("E1", "materialised"): Implementation(global_all, product),
         ("E1", "ours"): Implementation(global_row, product),
@@ -131,7 +129,6 @@ def implementations(
             partial(match_inputs, kept, s), materialised_match
         ),
     }
-    return {key: replace(one, device=device) for key, one in table.items()}
 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:
@@ -206,6 +203,7 @@ def trace_sizes(trace: list[dict]) -> list[int]:
 
 def predict(implementation: Implementation, backward: bool = True) -> Allocations:
     """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
+    Stream.begin()
     recorder = Recorder("cpu")
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
@@ -220,14 +218,3 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
         events = recorder.events()
     first, rest = events[known:forward], events[forward:]
     return summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
-
-
-def measured(
-    row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]
-) -> None:
-    """Measure one implementation alone: `say` gets its allocations after each of `passes`."""
-    # Libraries allocate their workspaces at their first use, which must not count for any
-    # implementation.
-    for small in implementations(SMALL).values():
-        run(small, device, backward=True)
-    run(implementations(s)[row, name], device, passes == "forward and backward", say)
