@@ -34,7 +34,7 @@ def two_ranks(folder: Path, fate: str, victim: int = 1) -> tuple[list[int | None
     threads = [threading.Thread(target=follow, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
-    threads[1 - victim].join(60)
+    threads[1 - victim].join(300)  # with what the processes import
     if fate.startswith("is stopped"):
         ranks[victim].kill()
     for process, thread in zip(ranks, threads, strict=True):
