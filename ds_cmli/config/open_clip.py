@@ -27,8 +27,6 @@ NAMED = "open_clip:"
 LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
 PARTS = {"mean", "std", "model_cfg"}  # of `StudentConfig.source_config`
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
-# What of a model of open_clip acts in training alone.
-OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 # "random" is one of the others in open_clip's training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 PADDING = {True: "full", False: "longest"}  # by whether features depend on it
@@ -208,12 +206,3 @@ def _tokenizer(source: "Source", text: "CLIPTextCfg") -> str:
     if is_marked(source.name):
         return source.name.partition("@")[0]
     return f"{(HUB, LOCAL)[source.local]}{source.name}"
-
-
-def training_lines(own: JsonObject) -> list[str]:
-    """Lines about settings of the source's own training that are not taken over."""
-    vision = own.get("model_cfg", {}).get("vision_cfg", {})
-    settings = [f"{name} {vision[name]}" for name in OF_TRAINING if vision.get(name)]
-    if not settings:
-        return []
-    return [f"student.source: {', '.join(settings)} of its own training is not taken over"]

@@ -169,13 +169,6 @@ def test_shared_blocks_start_as_the_identity(folders, begun):
         assert torch.equal(x, y)
 
 
-def test_what_acts_in_its_own_training_alone_is_printed(folders, capsys):
-    start(folders["quick"], losses(folders["quick"]))
-    assert "patch_dropout 0.5 of its own training is not taken over" in capsys.readouterr().out
-    start(folders["convnext"], losses(folders["convnext"]))
-    assert "timm_drop_path 0.1 of its own training is not taken over\n" in capsys.readouterr().out
-
-
 REFUSED = [
     ({"hf_model_name": "./none"}, "text_cfg", "the sizes of its text encoder './none' cannot be read"),
     ({"tokenizer_mode": "clips"}, "text_cfg", "its tokenizer_mode is 'clips'"),
