@@ -21,14 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.losses.target_cmli import match_patches
 from profiling.memory.estimates import SPECIAL_TOKENS, Setting
-from profiling.speed.op import broadcast_dots, broadcast_scores, materialised_scores
+from profiling.speed.op import broadcast_dots, broadcast_scores, cpu_sizes, materialised_scores
 
 SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
 
@@ -173,15 +172,6 @@ def run(
         allocations = summarise(forward, observe(out.pop().backward))
         say(allocations)
     return allocations
-
-
-def cpu_sizes(call: Callable[[], object]) -> list[int]:
-    """The bytes of `call` by PyTorch's profiler: allocations positive, frees negative."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    events = sorted(results.events(), key=lambda event: event.start_ns())  # type: ignore[union-attr]
-    return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:

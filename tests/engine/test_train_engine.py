@@ -13,7 +13,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import planning
-from profiling.memory.implementations import cpu_sizes
+from profiling.speed.op import cpu_sizes
 from tests import make
 from tests.conftest import ZERO1
 from tests.engine.steps import FP16, build
