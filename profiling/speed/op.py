@@ -44,6 +44,10 @@ def text_lengths(setting: str, J: int) -> Tensor:
     return lengths
 
 
+def upcast(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
     """Dot products over the last dimension of broadcast tensors, with every product stored."""
     return (x * y).sum(-1)
@@ -58,13 +62,13 @@ def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]
 
 def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs as the document counts it: [I, N, J, M, D] is stored."""
-    similarities = broadcast_dots(image.float()[:, :, None, None], text.float())
+    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
     return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
-    similarities = image.float().flatten(0, 1) @ text.float().flatten(0, 1).t()  # [I*N, J*M]
+    similarities = upcast(image).flatten(0, 1) @ upcast(text).flatten(0, 1).t()  # [I*N, J*M]
     # In place and before the view: a copy of this tensor is what nobody can afford.
     similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
     return cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), token_mask)
