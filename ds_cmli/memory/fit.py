@@ -24,7 +24,8 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
     """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none.
 
     `needs` must grow with n. It is nearly linear, so the next n to try comes from the line through
-    the two nearest to the room; as it may jump in between, every fourth one halves what is left.
+    the two nearest to the room; as it may jump in between, every fourth one halves what is left
+    below one that does not fit.
     """
     known = {1: needs(1)}
     if known[1] > room:
@@ -38,7 +39,7 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
         else:
             high = guess
         a, b = sorted(known, key=lambda n: abs(known[n] - room))[:2]
-        if len(known) % 4 == 0 or known[a] == known[b]:
+        if (len(known) % 4 == 0 and high <= most) or known[a] == known[b]:
             guess = (low + min(high, MOST_GROWTH * low)) // 2
         else:
             guess = a + (room - known[a]) * (b - a) // (known[b] - known[a])
