@@ -71,7 +71,8 @@ class Checkpoints:
         for key, parameter in self.engine.objective.named_parameters():
             part = getattr(parameter, "ds_tensor", None)  # this rank's, of ZeRO-3
             if part is not None:  # what is behind the parameter's end was never set
-                part = part[: max(0, parameter.ds_numel - distributed.rank() * part.numel())]
+                size = getattr(parameter, "ds_numel", 0)
+                part = part[: max(0, size - distributed.rank() * part.numel())]
             parts[key] = parameter if part is None else part
         mine = not_finite(parts)
         bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective

@@ -27,6 +27,8 @@ NAMED = "open_clip:"
 LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions
 PARTS = {"mean", "std", "model_cfg"}  # of `StudentConfig.source_config`
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
+# What of a model of open_clip acts in training alone.
+OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 # "random" is one of the others in open_clip's training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 PADDING = {True: "full", False: "longest"}  # by whether features depend on it

@@ -19,7 +19,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import Config, Sections
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory.report import CATEGORIES, PHASES, Report, gigabytes
 from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_worst
@@ -77,7 +77,7 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     image = {"embed_dim": s.H, "num_heads": heads}
     text = {"hidden_size": s.H, "num_attention_heads": heads, "intermediate_size": 4 * s.H}
     student = {"embed_dim": s.D, "image_overrides": image, "text_overrides": text}
-    overrides = {
+    overrides: Sections = {
         "student": student | {"text_weights": "random"},
         "teacher": {"overrides": image},
         "data": {"image_size": 16 * side, "context_length": s.M},
