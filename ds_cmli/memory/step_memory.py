@@ -5,6 +5,7 @@ prediction. Nothing is downloaded: weights are random, sizes those of the config
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from ds_cmli import engine
 from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.common import hardware
 from ds_cmli.common.json_text import JsonObject, Section
-from ds_cmli.common.patches import environment
+from ds_cmli.common.patches import environment, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check
 from ds_cmli.distributed import process_group as distributed
@@ -97,7 +98,9 @@ def _alone(world_size: int, rank: int) -> Iterator[None]:
 
     if dist.is_initialized():
         raise RuntimeError("a process group is up: a step is taken at a time without one")
-    with environment({"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}):
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    hook = replaced(sys, "excepthook", sys.excepthook)  # the process group installs another one
+    with environment(variables), hook:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             yield
