@@ -158,3 +158,35 @@ def test_one_rank_goes_on_with_the_batches_and_states_of_two(tmp_path):
     for name in ("student.safetensors", "student_ema.safetensors"):
         two, one = (load_file(tmp_path / run / name) for run in ("two", "one"))
         assert max((two[key] - one[key]).abs().max() for key in two) < 1e-4
+
+
+def programs(world: int, folder: Path, argv: list[str]) -> None:
+    """Each rank a program of its own: what DeepSpeed's stage 3 changes in PyTorch stays for good."""
+    logs = [folder / f"{world}-{rank}.log" for rank in range(world)]
+    started = ranks.start_ranks(["ds_cmli/train.py", *argv], logs)
+    assert [process.wait(300) for process in started] == [0] * world, logs[0].read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, before, after", [(1, 2, 1), (2, 2, 3), (3, 1, 2), (3, 3, 1)])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(stage, before, after, tmp_path):
+    """With frozen layers, a rate for each layer and averages: losses and weights to rounding."""
+    make.pairs(tmp_path / "pairs", 43)
+    ds_config = make.json_file(tmp_path / "stage.json", {"zero_optimization": {"stage": stage}})
+    settings = {"student.dropout": 0.0, "optim.layer_decay": 0.7}
+
+    def argv(world: int, name: str, **more: object) -> list[str]:
+        options = {"--deepspeed_config": ds_config, "--micro-batch": 12 // world, "--log-every": 1, **more}
+        return arguments(tmp_path, tmp_path / name, options, settings)
+
+    programs(before, tmp_path, argv(before, "straight"))
+    changed = {"--resume": tmp_path / "straight" / "checkpoint" / "step2"}
+    programs(after, tmp_path, argv(after, "changed", **changed))
+    losses = [[line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("straight", "changed")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    resolved = json.loads((tmp_path / "changed" / "config.json").read_text())["deepspeed"]
+    assert resolved["train_batch_size"] == 12 and resolved["train_micro_batch_size_per_gpu"] == 12 // after
+    for name in ("student.safetensors", "student_ema.safetensors"):
+        straight, other = (load_file(tmp_path / run / name) for run in ("straight", "changed"))
+        assert max((straight[key] - other[key]).abs().max() for key in straight) < 1e-3
+    assert not list((tmp_path / "changed" / "checkpoint").glob("*.writing"))
