@@ -33,6 +33,10 @@ def one_rank(env: dict[str, str], results, held) -> None:
         held.wait(60)
     except UserError as error:
         results.put((env["RANK"], env.get("NAME", ""), str(error), time.monotonic() - began))
+    # Left at once: what the parent has imported must not be taken down in a forked process.
+    results.close()
+    results.join_thread()
+    os._exit(0)
 
 
 def given(port: int, rank: int) -> dict[str, str]:
