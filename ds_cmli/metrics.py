@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_folder import METRICS
-from ds_cmli.common.errors import UserError, blame, one_line
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import read
 from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
@@ -296,8 +296,7 @@ def open_wandb(folder: Path) -> Any:
 
     Raises `UserError` if it cannot be opened.
     """
-    with blame("run.report_to is 'wandb'"):
-        import wandb
+    import wandb
 
     name = folder / "wandb" / "run-id"
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.faults import preemption
@@ -64,6 +64,9 @@ class Prepared:
 def check_early(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
     profiles = start.profiles
+    if config.run.report_to == "wandb":
+        with blame("run.report_to is 'wandb'"):
+            import wandb  # noqa: F401
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "

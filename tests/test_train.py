@@ -175,5 +175,5 @@ def test_training_on_a_folder_with_a_few_broken_images(tmp_path, alone, capsys):
 def test_help_groups_options_and_shows_defaults():
     done = python("ds_cmli/train.py", "--help", timeout=5)
     assert done.returncode == 0
-    for words in ("What to train", "Length and batch", "--losses", "[default: quick]"):
+    for words in ("What to train", "Length and batch", "--losses", "[quick; with --start-from finetune]"):
         assert words in " ".join(done.stdout.split())

@@ -9,13 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.presets import load_preset
-from ds_cmli.memory.profile import Profiles
-from ds_cmli.prepare import LaunchOptions, check_early
 from tests.checkpoint.runs import Ranks, assert_same
-from tests.conftest import ZERO1
 from tests.make import pairs
 from tests.ranks import ROOT, clean_environment, free_port, wait_for
 
@@ -69,17 +63,3 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(options, unbrok
     [step] = resumed_from(run)
     assert 0 < step < STEPS
     assert_same(unbroken, run)
-
-
-@pytest.mark.parametrize("folder, resume", [("", "auto"), ("runs/mine", "never")])
-def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
-    config, request = (
-        load_preset("tiny", {"run": {"output_dir": folder}}),
-        DeepSpeedConfig.of(ZERO1),
-    )
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    line = f"torchrun's --max-restarts is 3, --output-dir '{folder}' and --resume '{resume}': give a folder, "
-    with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
-        check_early(config, request, LaunchOptions(resume, False, Profiles(None, None)))

@@ -180,15 +180,11 @@ def test_a_source_that_cannot_be_used_is_one_line(folders, tmp_path):
     refused("1 weights are missing, such as visual_projection.weight", folder)
 
 
-def test_what_the_losses_do_not_begin_with_is_said(folders, capsys):
-    start(folders["siglip"], {"global": 1.0})
-    out = capsys.readouterr().out
-    assert "1/temperature is 116.7, and the loss global has at most 100.0" in out
-    assert "trained with a sigmoid loss: global_sigmoid starts with its bias" in out
-    start(folders["clip"], {"cmli": 1.0})
-    assert "no loss compares class tokens: its temperature is not used" in capsys.readouterr().out
+def test_a_start_says_what_it_loads(folders, capsys):
+    start(folders["siglip"], {"global_sigmoid": 1.0})
+    assert f"starts from {folders['siglip']}: siglip, 2 + 2 layers, 56 px, temperature 0.0" in capsys.readouterr().out
     start(folders["clip"], PAIRS["clip"])
-    assert "student.source" not in capsys.readouterr().out
+    assert f"starts from {folders['clip']}: clip, 2 + 2 layers, " in capsys.readouterr().out
 
 
 def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_path):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.probe import Probe
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.student import Student
@@ -24,24 +23,6 @@ def student(positions=8, size=S, **settings):
 
 def teacher(size=S, **settings):
     return Teacher(dataclasses.replace(CONFIG.teacher, **settings), size, (4, 4))
-
-
-@pytest.mark.parametrize("model", ["resnet18", "convnext_atto"])
-def test_on_a_gpu_feature_maps_have_channels_last(monkeypatch, model):
-    built = student(image_model=model, size=64, image_overrides={}).image.eval()
-    pixels, formats, whole = torch.randn(2, 3, 64, 64), [], built.model.forward
-
-    def noted(x):
-        [out] = whole(x)
-        formats.append((x.is_contiguous(memory_format=torch.channels_last), out.flatten(2).mT.is_contiguous()))
-        return [out]
-
-    built.model.forward = noted
-    own = built(pixels)
-    monkeypatch.setattr(Probe, "on_gpu", lambda self, device: True)
-    torch.testing.assert_close(built(pixels), own)
-    assert formats[1] == (True, True) and not formats[0][0]
-    assert all(weight.is_contiguous() for weight in built.parameters())
 
 
 @pytest.mark.parametrize(
