@@ -21,15 +21,15 @@ def test_the_largest_that_fits(room):
         calls = []
         result = fit.largest(lambda n: (calls.append(n), needs(n))[1], room, most=100_000)  # noqa: B023
         expected = next((n for n in range(100_000, 0, -1) if needs(n) <= room), 0)
-        assert result == expected
-        assert len(calls) <= 40
+        assert result <= expected <= result + result // 200 and (result > 0) == (expected > 0)
+        assert len(calls) <= 30
 
 
 def test_a_line_finds_the_largest_in_few_predictions():
     calls = []
     needs = lambda n: 10**9 + n * 14_000_000 // 4096 * 4096 + (n // 50) * 2**21  # noqa: E731
-    assert fit.largest(lambda n: (calls.append(n), needs(n))[1], 24 * 10**9) == 1638
-    assert len(calls) <= 8
+    assert fit.largest(lambda n: (calls.append(n), needs(n))[1], 24 * 10**9) in range(1630, 1639)
+    assert len(calls) <= 6
 
 
 def test_sizes_as_they_are_typed():
