@@ -58,9 +58,17 @@ VARIANTS = (
 )
 
 
-def stored_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, *rest: Any):
+def stored_loss(
+    scores: Callable,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    *_: Any,
+    learned: Tensor,
+    **__: Any,
+):
     """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
-    ranks, learned = distributed.world_size(), rest[-1]  # whose texts are of this size too
+    ranks = distributed.world_size()  # whose texts are of this size too
     units = l2_normalize(text).repeat(ranks, 1, 1)
     s_i2t, s_t2i = scores(l2_normalize(image), units, token_mask.repeat(ranks, 1))
     return loss_of(s_i2t, s_t2i, learned.log())

@@ -65,9 +65,9 @@ def test_the_command_writes_json_snapshot_and_picture(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_predicts_with_the_loss_of_a_plugin_and_finds_what_fits():
-    done = started("--plugin", "tests.stranger.toy", "--losses", "global,filip", "--fit", "2GB")
+    done = started("--plugin", "tests.stranger.toy", "--losses", "global,filip", "--fit", "600MB")
     assert done.returncode == 0 and "requested" in done.stdout, done.stderr
-    assert done.stdout.startswith("fits in 2.00")
+    assert done.stdout.startswith("fits in 0.60")
 
 
 def test_fit_keeps_what_it_has_predicted(monkeypatch):

@@ -138,9 +138,8 @@ def test_another_implementation_of_all_pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["NAdam", "Muon"])
-def test_an_optimizer_that_reads_numbers_is_predicted(kind):
-    json = {**ds_json(1), "optimizer": {"type": kind, "params": {}}, "zero_allow_untested_optimizer": True}
+def test_an_optimizer_that_reads_numbers_is_predicted():
+    json = {**ds_json(1), "optimizer": {"type": "NAdam", "params": {}}, "zero_allow_untested_optimizer": True}
     assert predict(preset(), json, 2).categories["optimizer states"] > 0
 
 

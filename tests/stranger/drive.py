@@ -80,5 +80,6 @@ def check_memory(config: Config, ds_config: dict, world_size: int) -> dict[str, 
     """A configuration's memory is predicted; by category it is returned."""
     report = predicted(Step(config, ds_config, world_size), gpus.find("A100 80GB"))
     assert sum(report.categories.values()) == report.totals["requested"] <= report.totals["reserved"]
-    assert report.categories["parameters"] and report.categories["optimizer states"]
+    # The peak of a very small model may lie in the first step, before the optimizer has states.
+    assert report.categories["parameters"] and report.categories["master weights"], report.categories
     return report.categories

@@ -94,7 +94,8 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card(monkeypatch):
     # The two peaks are different moments, so their distance may be smaller: ours is in the encoders' backward, with
     # DeepSpeed's bucket. The materialised one comes before the first parameter's gradient, that of the temperature.
     bucket = ours.categories["ZeRO buckets"]
-    assert (materialised.categories["ZeRO buckets"], bucket) == (0, 200_000_000)
+    # Beside the bucket DeepSpeed holds some numbers.
+    assert materialised.categories["ZeRO buckets"] < 100 and 0 <= bucket - 200_000_000 < 100
     assert materialised.totals["requested"] - ours.totals["requested"] > both - bucket
     assert materialised.totals["device"] > both and gpu.total.bytes - ours.totals["device"] > 20e9
 
