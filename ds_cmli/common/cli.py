@@ -4,11 +4,10 @@ import atexit
 import contextlib
 import errno
 import io
-import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -53,17 +52,6 @@ def say(*lines: str | None) -> None:
     for line in lines:
         if line and _is_main():
             print(line, flush=True)
-
-
-@contextlib.contextmanager
-def json_on_stdout(alone: bool = True) -> Iterator[Callable[[object], None]]:
-    """Yield a function that prints JSON to stdout; all else that is printed goes to stderr.
-
-    With `alone=False` nothing is redirected.
-    """
-    stdout = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
-        yield lambda value: print(json.dumps(value), file=stdout, flush=True)
 
 
 def _is_main() -> bool:

@@ -35,7 +35,6 @@ class Patch:
         return out
 
 
-ZERO = "deepspeed.runtime.zero"
 _NO_GPU = "It asks the driver, and a predicted step is to find a GPU without one."
 _NO_DATA = "It does not know tensors without data as what they stand for."
 CUDA_FUNCTIONS = """

@@ -1,7 +1,7 @@
 """Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
 from collections.abc import Collection, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import (
     GetCoreSchemaHandler,
@@ -15,11 +15,9 @@ from ds_cmli.common.errors import UserError, nearest
 
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
-LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 SHOWN = 200  # the maximum number of characters of a value in a message
 NOT_REGISTERED = "not_registered"  # pydantic's name of the error of `NameOf`
 SectionType = TypeVar("SectionType")  # a section of them
-PydanticType = Any  # a type that pydantic knows
 
 
 def check(ok: bool, setting: str, value: object, need: str) -> None:
@@ -114,18 +112,3 @@ def build(
     if "description" in fields[key]:
         line += f" ({fields[key]['description']})"
     raise (NotRegistered if kind == NOT_REGISTERED else UserError)(line)
-
-
-def check_kind(name: str, value: object, kind: type[object]) -> None:
-    """Raise a one-line `ValueError` for a value that is not of `kind`, a type that pydantic knows.
-
-    Nothing is converted.
-    """
-    try:
-        TypeAdapter(kind).validate_python(value, strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, (name, *first["loc"])))
-        if first["type"] == "missing":
-            raise ValueError(f"{where} is missing") from None
-        raise ValueError(f"{where} is {shown(first['input'])}: {first['msg']}") from None

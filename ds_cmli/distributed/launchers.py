@@ -59,12 +59,6 @@ def map_launcher_environment() -> None:
     _check_ranks()
 
 
-def environment_without_rank(**more: str) -> dict[str, str]:
-    """This process's environment variables without those of a rank, and with `more`."""
-    out = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
-    return out | more
-
-
 def _is_slurm_task() -> bool:
     """Whether `srun` has started this process, and nothing else has made it a rank."""
     return "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ

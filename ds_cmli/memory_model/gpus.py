@@ -229,9 +229,3 @@ def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
             f"of {', '.join(GPUS)}"
         ) from None
     return gpu.total.bytes, gpu.name
-
-
-def device_bytes(reserved: int, name: str, world_size: int) -> int:
-    """The bytes that the process occupies on the device, as nvidia-smi shows them, where torch's
-    allocator has `reserved` of them, the cuBLAS workspace included."""
-    return reserved + find(name).outside(world_size)

@@ -1,7 +1,6 @@
 """Runs that tests break and go on with, on one rank or several, and damage to their files."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -72,35 +71,3 @@ class Ranks:
 
     def wait(self) -> list[int]:
         return [process.wait(300) for process in self.processes]
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path, byte=0):
-    content = bytearray(path.read_bytes())
-    content[byte] ^= 1
-    path.write_bytes(content)
-
-
-def lengthen(path):
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-def remove(path):
-    path.unlink()
-
-
-DAMAGES = (truncate, flip, lengthen, remove)
-
-
-class Evil:
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-    def __init__(self, path):
-        self.path = path
-
-
-STEPS = 8

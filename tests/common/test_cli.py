@@ -1,4 +1,4 @@
-"""How commands end: options given twice, JSON on stdout, and streams that are closed, full or read by nobody."""
+"""How commands end: options given twice, and streams that are closed, full or read by nobody."""
 
 import subprocess
 import sys
@@ -6,22 +6,9 @@ import sys
 import click
 import pytest
 
-from ds_cmli.common.cli import check_writable, exit_code, json_on_stdout
+from ds_cmli.common.cli import check_writable, exit_code
 from ds_cmli.common.errors import UserError
 from tests.ranks import ROOT, clean_environment
-
-
-def test_json_stands_alone_on_stdout(capsys):
-    with json_on_stdout() as print_json:
-        print("3 of 5 keys missing")
-        click.echo("a table")
-        print_json({"ratio": 1.5})
-    captured = capsys.readouterr()
-    assert captured.out == '{"ratio": 1.5}\n'
-    assert captured.err == "3 of 5 keys missing\na table\n"
-    with json_on_stdout(alone=False):
-        print("a table", file=sys.stdout)
-    assert capsys.readouterr().out == "a table\n"
 
 
 @pytest.mark.parametrize("name", ["train.py", "evaluate/__main__.py"])

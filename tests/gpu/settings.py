@@ -88,12 +88,3 @@ SETTINGS = [
     Setting("paper, batch 64, rank 0 of 8, stage 3", "paper", 64, world=8, stage=3, checkpointing=True),
     Setting("paper, rank 0 of 2, checkpointing, fp16", "paper", 256, world=2, precision="fp16", checkpointing=True),
 ]
-
-# The preset of the source document on few and several ranks, at each ZeRO stage.
-PAPER = [
-    Setting(
-        f"paper, batch 64, stage {stage}, rank 0 of {world}", "paper", 64, world=world, stage=stage, precision="fp16"
-    )
-    for world in (1, 2, 8)
-    for stage in (1, 2, 3)
-]

@@ -84,12 +84,11 @@ def test_one_that_is_not_listed_is_given_by_its_size():
             gpus.chosen(*given)
 
 
-def test_device_bytes_add_the_gpus_constants():
+def test_beside_the_allocator_lie_the_gpus_constants():
     gpu = gpus.find("A10G 24GB")
-    alone = gpus.device_bytes(10 * M, "A10G 24GB", 1)
-    assert alone == 10 * M + gpu.context.bytes
-    assert gpus.device_bytes(10 * M, "A10G 24GB", 2) == alone + gpu.nccl.bytes
-    assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
+    assert gpu.outside(1) == gpu.context.bytes
+    assert gpu.outside(2) == gpu.outside(1) + gpu.nccl.bytes
+    assert gpu.outside(64) == gpu.outside(1) + gpu.nccl.bytes
 
 
 def test_cublas_takes_what_its_variable_says():
