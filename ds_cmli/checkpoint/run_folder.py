@@ -113,9 +113,13 @@ def held(folder: Path) -> Iterator[None]:
             with suppress(OSError):
                 os.utime(path)
 
+    own = path.read_text()
+
     def release() -> None:
         ended.set()
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            if path.read_text() == own:  # a start that took this one for ended may hold it by now
+                path.unlink()
 
     threading.Thread(target=touch, daemon=True).start()
     preemption.before_leaving.append(release)

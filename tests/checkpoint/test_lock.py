@@ -64,6 +64,13 @@ def test_a_holder_elsewhere_is_gone_after_its_lease(tmp_path):
     assert free(tmp_path)
 
 
+def test_a_lock_that_another_start_has_taken_over_stays(tmp_path):
+    with held(tmp_path):
+        content = json.loads((tmp_path / LOCK).read_text())
+        (tmp_path / LOCK).write_text(json.dumps({**content, "host": "there"}))
+    assert not free(tmp_path)
+
+
 def test_a_lock_that_was_not_written_whole_is_free(tmp_path):
     for content in ("", "{", "[1]", "{}", '{"pid": "x"}'):
         (tmp_path / LOCK).write_text(content)
