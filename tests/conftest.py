@@ -8,6 +8,7 @@ from functools import partial
 from itertools import combinations
 
 import pytest
+import torch.nn.functional as F
 from _pytest.mark.expression import Expression
 
 from ds_cmli.common import hardware
@@ -186,11 +187,13 @@ def _group_is_up() -> bool:
 
 @contextlib.contextmanager
 def same_process():
-    """What commands set inside, as of a launcher, or a process group, is not there for the next test."""
+    """What commands set inside, as of a launcher, a process group, ZeRO-3, is not there for the next test."""
     before, grouped = dict(os.environ), _group_is_up()
+    linear = F.linear
     try:
         yield
     finally:
+        F.linear = linear
         if dict(os.environ) != before:
             os.environ.clear()
             os.environ.update(before)

@@ -30,6 +30,9 @@ MASTER = "single_partition_of_fp32_groups fp32_partitioned_groups_flat fp32_grou
 GRADIENTS = (
     "averaged_gradients all_grad_tensors grad_partitions_flat_buffer fp32_groups_gradients_flat"
 )
+# Functions in these files stand between an operator and the code that calls it; the second one is
+# `functional.linear` under ZeRO-3.
+BETWEEN = ("/torch/", "/fake_cuda/", "deepspeed/runtime/zero/linear.py", __file__)
 # What code in these files allocates, and nobody owns.
 OF_FILES = {
     "ds_cmli/cmli/op.py": "CMLI op",
@@ -160,7 +163,7 @@ class TrainingRecorder(Recorder, Probe):
         return "temporaries"
 
     def _allocating(self) -> str:
-        """The file of the innermost Python code outside torch and the recorder.
+        """The file of the innermost Python code that is not BETWEEN.
 
         In backward "" is autograd itself, whose caller says nothing.
         """
@@ -169,7 +172,7 @@ class TrainingRecorder(Recorder, Probe):
             file = frame.f_code.co_filename
             if self.phase == "backward" and frame.f_code.co_name == "_engine_run_backward":
                 return ""
-            if "/torch/" not in file and "/fake_cuda/" not in file and file != __file__:
+            if not any(part in file for part in BETWEEN):
                 return file
             frame = frame.f_back
         return ""
