@@ -38,7 +38,7 @@ def _lengths(x: Tensor) -> Tensor:
 
 
 def _l2_normalize_backward(d_unit: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x [.., D], given that of its unit rows, which is overwritten."""
+    """The gradient of x [.., D], in place of that of its unit rows."""
     lengths = _lengths(x)
     unit = upcast(x) / lengths
     along = (unit * d_unit).sum(-1, keepdim=True)
@@ -186,12 +186,13 @@ class _PairLoss(torch.autograd.Function):
         image, text, learned = saved[:3]
         d_image, d_learned = torch.empty_like(image), torch.zeros_like(learned)
         d_texts = _add_gradients(ctx, grad, saved, d_image, d_learned)
-        d_own = distributed.sum_to_owner(d_texts)
+        d_text = distributed.sum_to_owner(d_texts)
         del d_texts
-        d_text = torch.empty_like(text)
+        if text.ndim == 3:
+            d_text = d_text[:, : text.shape[1]]
         for rows in slices(len(text), ctx.size):
-            of_rows = d_own[rows] if text.ndim == 2 else d_own[rows, : text.shape[1]]
-            d_text[rows] = _l2_normalize_backward(of_rows, text[rows])
+            _l2_normalize_backward(d_text[rows], text[rows])
+        d_text = d_text.to(text.dtype).contiguous()
         return d_image, d_text, d_learned, *[None] * 5
 
 
