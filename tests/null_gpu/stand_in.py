@@ -5,6 +5,7 @@ computed here by the CPU on the GPU's memory, which is the host's; other small r
 """
 
 import ctypes
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -81,10 +82,22 @@ def backward_with_values(apply=BackwardCFunction.apply):
     return run
 
 
+def choose_cudnn() -> None:
+    """PyTorch asks cuDNN for convolutions in bf16 by its newer interface alone, and the null GPU has the older one. It
+    reads the variable once to choose cuDNN, and once again in cuDNN's own code, at the first convolution.
+    """
+    os.environ.pop("TORCH_CUDNN_V8_API_DISABLED", None)
+    if torch.cuda.get_device_capability() >= (8, 0):
+        x = torch.empty(1, 1, 1, 1, dtype=torch.bfloat16, device="cuda")
+        torch._C._select_conv_backend(x, x, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, None)
+    os.environ["TORCH_CUDNN_V8_API_DISABLED"] = "1"
+
+
 def main() -> None:
     del sys.argv[0]
     BackwardCFunction.apply = backward_with_values()
     torch.backends.cuda.enable_cudnn_sdp(False)  # the null GPU has none
+    choose_cudnn()
     with StandIn():
         if Path(sys.argv[0]).exists():
             sys.path.insert(0, str(Path(sys.argv[0]).parent))
