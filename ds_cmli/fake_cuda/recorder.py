@@ -102,16 +102,15 @@ class Recorder(TorchDispatchMode):
             out = workspaces.returned(func, args, out)
         if func in IN_PLACE:
             held = self._exchange(held, ((),), func)  # already, as the result replaces its argument
-        place = len(self.log)
+        before = len(self.log)
         self._see_results(func, out)
         self._exchange(held, (*inside.after, ()), func)
-        if func in IN_PLACE and place < len(self.log) and self._is_accumulating(grad):
+        if func in IN_PLACE and before < len(self.log) and self._is_accumulating(grad):
             known = None if args[0]._is_view() else self.block_of(args[0])
-            self.in_place_at, self.in_place_of = place, -1 if known is None else known
-        if func in INTO_GIVEN:
-            self.given.setdefault(
-                (self.phase == "backward", Stream.current.stream_id), len(self.log)
-            )
+            self.in_place_at, self.in_place_of = before, -1 if known is None else known
+        if self.gpu is not None and func in INTO_GIVEN:
+            place = self.phase == "backward", Stream.current.stream_id
+            self.given.setdefault(place, len(self.log))
         return out
 
     def _is_here(self, x: object) -> bool:

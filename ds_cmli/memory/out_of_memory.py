@@ -1,5 +1,4 @@
-"""Out of memory: the rank names what it asked for, what it has and who holds it, and ends with exit
-code 2.
+"""Out of memory: the rank names what it asked for and who holds it, and ends with exit code 2.
 
 Nothing here is a collective. A rank that waits in one for the failed rank is ended by the watchdog,
 or by the launcher, which sees the failed rank's exit code.
@@ -8,14 +7,12 @@ or by the launcher, which sees the failed rank's exit code.
 import errno
 import os
 import re
-import resource
 import shlex
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,68 +47,6 @@ def is_shortage(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
 
 
-def asked_bytes(error: BaseException) -> int | None:
-    """The size of the failed allocation by the error's message, if it has one; rounded on CUDA."""
-    size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
-    return int(float(size[1]) * UNITS[size[2]]) if size else None
-
-
-@dataclass(frozen=True)
-class DeviceRoom:
-    """How much memory tensors can have, and what limits it."""
-
-    bytes: int | None  # None if not known
-    limit: str  # a description for the message
-    fit: str = ""  # of a GPU: the options of ds-cmli-memory that mean it
-
-
-def process_room(base: dict[str, int]) -> DeviceRoom:
-    """On the CPU: the smallest limit of this process, minus what it occupied without tensors."""
-    limits = {
-        "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
-        "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),
-    }
-    smallest = DeviceRoom(None, "of this machine")
-    for name, (words, kind) in limits.items():
-        limit, _ = resource.getrlimit(kind)
-        left = limit - base.get(name, 0)
-        if limit != resource.RLIM_INFINITY and (smallest.bytes is None or left < smallest.bytes):
-            smallest = DeviceRoom(left, f"of this process, {words} (ulimit) = {limit:,} B")
-    return smallest
-
-
-def process_bytes() -> dict[str, int]:
-    """VmSize and VmData of this process: the sizes that RLIMIT_AS and RLIMIT_DATA limit."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    size, data = lines["VmSize"].split()[0], lines["VmData"].split()[0]
-    return {"VmSize": int(size) * 1024, "VmData": int(data) * 1024}
-
-
-def device_room(device: torch.device) -> DeviceRoom:
-    """The most that CUDA's allocator can reserve besides other processes.
-
-    To be called before its cache is emptied.
-    """
-    free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
-    room = free + torch.cuda.memory_reserved(device)
-    name, (major, minor) = (
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
-    )
-    try:
-        fit = f"--fit {shlex.quote(gpus.present(name).name)}"
-    except UserError:
-        size = f"{total // 10**6}MB"
-        fit = f"--fit {size} --gpu-memory {size} --sm {major}.{minor}"
-    return DeviceRoom(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank", fit)
-
-
-def room_of(device: torch.device, base: dict[str, int]) -> DeviceRoom:
-    if device.type == "cpu":
-        return process_room(base)
-    return device_room(device)
-
-
 @contextmanager
 def ending(
     folder: Path, device: torch.device, watchdog: Watchdog, raises: bool = False
@@ -126,7 +61,6 @@ def ending(
         raises: whether a single rank raises `UserError` with the message and goes on.
     """
     snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
-    base = process_bytes() if device.type == "cpu" else {}
     if device.type == "cuda":
         _save_when_cuda_runs_out(snapshot)
     engines: list[TrainEngine] = []
@@ -135,18 +69,20 @@ def ending(
     except (MemoryError, RuntimeError, OSError) as error:
         if not is_shortage(error):
             raise
-        room = room_of(device, base)
+        fit = fit_options(device) if device.type == "cuda" else ""
         sizes = held(engines, device)
         # The traceback's frames hold the step's tensors, and printing takes memory.
         traceback.clear_frames(error.__traceback__)
-        text = message(error, room, sizes, "" if raises else shlex.join(sys.argv[1:]))
+        text = message(error, sizes, fit, "" if raises else shlex.join(sys.argv[1:]))
         if snapshot.exists():
             text += f"\n  snapshot for pytorch.org/memory_viz: {snapshot}"
         if raises and distributed.world_size() == 1:
             raise UserError(text) from None
         print(f"error: {text}", file=sys.stderr, flush=True)
         watchdog.dismiss()
-        _leave()
+        sys.stdout.flush()
+        # Not sys.exit: ending the process group would wait for collectives that never finish.
+        os._exit(EXIT_CODE)
 
 
 def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
@@ -166,31 +102,33 @@ def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
     return dict(sizes)
 
 
-def message(error: BaseException, room: DeviceRoom, sizes: dict[str, int], options: str) -> str:
-    """What was asked for beyond which limit, what holds memory, largest first, and what to run.
+def fit_options(device: torch.device) -> str:
+    """The options of ds-cmli-memory that mean this GPU."""
+    try:
+        return f"--fit {shlex.quote(gpus.present(torch.cuda.get_device_name(device)).name)}"
+    except UserError:
+        size = f"{torch.cuda.mem_get_info(device)[1] // 10**6}MB"
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"--fit {size} --gpu-memory {size} --sm {major}.{minor}"
+
+
+def message(error: BaseException, sizes: dict[str, int], fit: str, options: str) -> str:
+    """What was asked for, what holds memory, largest first, and what to run.
 
     Args:
-        options: those of the run, for the command that finds what fits.
+        fit, options: those of the GPU and of the run, for the command that finds what fits.
     """
-    size, rank = asked_bytes(error), distributed.rank()
-    first = f": rank {rank} asked for {size:,} B" if size else f" on rank {rank}"
-    lines = [f"out of memory{first} over the limit {room.limit}"]
+    size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    rank = f"out of memory: rank {distributed.rank()}"
+    asked = f" asked for {int(float(size[1]) * UNITS[size[2]]):,} B" if size else ""
+    lines = [f"{rank}{asked}"]
     for category, n in sorted(sizes.items(), key=lambda item: -item[1]):
         if n:
             lines.append(f"{category:<24} {n:>16,} B")
-    if room.fit:
-        ranks = f"--world-size {distributed.world_size()}"
-        words = " ".join(filter(None, (options, ranks, room.fit)))
-        lines.append(f"what fits: ds-cmli-memory {words}")
+    if fit:
+        words = *filter(None, [options]), f"--world-size {distributed.world_size()}", fit
+        lines.append(f"what fits: ds-cmli-memory {' '.join(words)}")
     return "\n  ".join(lines)
-
-
-def _leave() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # os._exit and not sys.exit, because ending the process group would wait for collectives that
-    # never finish.
-    os._exit(EXIT_CODE)
 
 
 def _save_when_cuda_runs_out(path: Path) -> None:

@@ -20,12 +20,11 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
-    from torch.profiler import profile
-
     from ds_cmli.engine import TrainEngine
     from ds_cmli.memory.step_memory import Step
 
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
+AfterStep = Callable[[], None]  # called at the end of each step of the training loop
 
 
 @dataclass(frozen=True)
@@ -41,20 +40,15 @@ class Profiles:
         """
         trace, memory = self.trace, self.memory
         if memory is not None and not 1 <= memory <= total_steps:
-            raise UserError(
-                f"--profile-memory is {memory}: give 1 to {total_steps} steps of the training; "
-                "2 see the peak"
-            )
+            what = f"give 1 to {total_steps} steps of the training; 2 see the peak"
+            raise UserError(f"--profile-memory is {memory}: {what}")
         if memory is not None and trace is not None:
-            raise UserError(
-                f"--profile-memory is {memory} and --profile is {trace!r}: both take the profiler, "
-                "give one"
-            )
+            both = f"--profile-memory is {memory} and --profile is {trace!r}"
+            raise UserError(f"{both}: both take the profiler, give one")
         if trace is not None and parse_steps(trace, total_steps)[0] <= done:
             say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
             trace = None
-        if memory is not None and memory > total_steps - done:
-            left = total_steps - done
+        if memory is not None and memory > (left := total_steps - done):
             say(f"--profile-memory {memory} is left out: {left} steps are left of the training")
             memory = None
         return Profiles(trace, memory)
@@ -67,83 +61,66 @@ class Profiles:
         ds_config: DeepSpeedConfig,
         folder: Path,
         done: int,
-    ) -> Iterator[Callable[[], None]]:
-        """Profile the training loop inside; call the yielded function at the end of each step.
+    ) -> Iterator[AfterStep]:
+        """Profile the training loop inside, into `folder`, after `done` steps.
 
-        Args:
-            train_engine, config, ds_config: the `TrainEngine` and what it was built from.
-            folder: the run's folder; gets `profile/` and `memory.json`.
-            done: the number of steps taken before.
+        `config` and `ds_config` are what `engine.build` took.
         """
         from ds_cmli.distributed import process_group as distributed
 
-        steps = None if self.trace is None else parse_steps(self.trace, 10**12, done)
-        with (
-            profiling(steps, folder / "profile", distributed.rank(), done) as traced,
-            profiling_memory(self.memory, train_engine, config, ds_config, folder) as measured,
-        ):
-
-            def after_step() -> None:
-                traced()
-                measured()
-
-            yield after_step
+        if self.trace is not None:
+            steps = parse_steps(self.trace, 10**12, done)
+            with profiling(steps, folder / "profile", distributed.rank(), done) as after_step:
+                yield after_step
+        elif self.memory is not None:
+            arguments = self.memory, train_engine, config, ds_config, folder
+            with profiling_memory(*arguments) as after_step:
+                yield after_step
+        else:
+            yield lambda: None
 
 
 def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
     """ "3:5" -> (3, 5): the first and the last step, counted from 1 as in the log.
 
-    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`, the
-    steps that the run is about to take.
+    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(
-            f"--profile is {text!r}: give the first and the last step, from 1, for instance 3:5"
-        )
+        what = "give the first and the last step, from 1, for instance 3:5"
+        raise UserError(f"--profile is {text!r}: {what}")
     if not done < int(first) <= int(last) <= total_steps:
-        raise UserError(
-            f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this "
-            "training"
-        )
+        what = f"give some of the steps {done + 1} to {total_steps} of this training"
+        raise UserError(f"--profile is {text!r}: {what}")
     return int(first), int(last)
 
 
 @contextmanager
 def profiling(
-    steps: tuple[int, int] | None, folder: Path, rank: int = 0, done: int = 0
-) -> Iterator[Callable[[], None]]:
-    """Profile the training loop inside; call the yielded function at the end of each of its steps.
+    steps: tuple[int, int], folder: Path, rank: int = 0, done: int = 0
+) -> Iterator[AfterStep]:
+    """Record the first to the last of `steps`, counted from 1, of which `done` were taken before.
 
-    Args:
-        steps: the first and the last step to record, counted from 1; None: nothing is recorded.
-        done: the number of steps taken before.
-        folder: gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last
-            recorded step.
+    `folder` gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last one.
     """
-    if steps is None:
-        yield lambda: None
-        return
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
     handler = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
 
-    def write(profiler: "profile") -> None:
+    def write(profiler: profile) -> None:
         try:
             handler(profiler)
         except (OSError, RuntimeError) as error:  # the training goes on
             print(f"warning: rank {rank}: no trace in {folder}: {error}", flush=True)
 
     first, last = (step - done for step in steps)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    # The step before the first recorded one, if there is one, is the warm-up, because starting the
-    # tracer takes time.
-    warmup = min(first - 1, 1)
-    turns = schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1)
+    warmup = min(first - 1, 1)  # starting the tracer takes time
     with profile(
-        activities=activities,
-        schedule=turns,
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
+        schedule=schedule(
+            wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1
+        ),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
@@ -154,26 +131,17 @@ def profiling(
 
 @contextmanager
 def profiling_memory(
-    steps: int | None,
+    steps: int,
     train_engine: "TrainEngine",
     config: Config,
     ds_config: DeepSpeedConfig,
     folder: Path,
-) -> Iterator[Callable[[], None]]:
-    """Measure the first `steps` optimizer steps of the training loop inside.
+) -> Iterator[AfterStep]:
+    """Measure the first `steps` steps: 1 is before the optimizer's states exist.
 
-    Yields a function to call after each step. After the last of these steps rank 0 writes
-    `folder/memory.json`; at the end of the loop a process predicts for a GPU that is listed what
-    was measured, and the differences are added. Collective.
-
-    Args:
-        steps: None: nothing is measured. With 1, the optimizer's states do not exist yet at the
-            peak.
-        ds_config: as `engine.build` took it.
+    After the last of them rank 0 writes `folder/memory.json`; at the end of the loop a process
+    predicts for a GPU that is listed what was measured, and the differences are added.
     """
-    if steps is None:
-        yield lambda: None
-        return
     import torch
 
     from ds_cmli.distributed import process_group as distributed
@@ -182,7 +150,11 @@ def profiling_memory(
     from ds_cmli.memory.step_memory import Step, statistics
 
     device, done, longest = train_engine.device, 0, 0
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else "CPU"
     recorder, content, measuring = TrainingRecorder(device.type), JsonObject(), ExitStack()
+    setting = {"preset": config.run.preset, "steps": steps, "gpu": name}
+    setting["world_size"] = distributed.world_size()
 
     def note_texts(module: object, inputs: tuple) -> None:
         nonlocal longest
@@ -196,11 +168,8 @@ def profiling_memory(
         measuring.close()
         if not distributed.is_main():
             return
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        setting = {"preset": config.run.preset, "steps": steps, "gpu": name}
-        setting["world_size"] = distributed.world_size()
         report = summarise(recorder.events(), setting, f"measured: {name}")
-        if device.type == "cuda":
+        if cuda:
             report.take(statistics(device))  # CPU-GPU sync
             torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
             record_history()  # back to the history that every training run keeps
@@ -209,15 +178,15 @@ def profiling_memory(
 
     with measuring:
         measuring.enter_context(train_engine.objective.register_forward_pre_hook(note_texts))
-        if device.type == "cuda":
+        if cuda:
             record_history(10**7)
             torch.cuda.reset_peak_memory_stats(device)  # what came before is no step
         measuring.enter_context(recorder)
         measuring.enter_context(recorder.attach(train_engine))
         yield after_step
-    if content and device.type == "cuda":
+    if content and cuda:
         step = Step(config, ds_config, distributed.world_size(), 0, positions=longest)
-        predicted = _predicted(step, torch.cuda.get_device_name(device))
+        predicted = _predicted(step, name)
         if predicted is not None:
             content["prediction"] = predicted
             content["differences"] = differences(predicted, content["measurement"])
@@ -247,17 +216,14 @@ def differences(predicted: JsonObject, measured: JsonObject) -> JsonObject:
         out[part] = {}
         for name in predicted[part].keys() & measured[part].keys():
             ours, theirs = predicted[part][name], measured[part][name]
-            out[part][name] = {"bytes": ours - theirs} | (
-                {"ratio": ours / theirs} if theirs else {}
-            )
+            ratio = {"ratio": ours / theirs} if theirs else {}
+            out[part][name] = {"bytes": ours - theirs, **ratio}
     return out
 
 
 def record_history(most: int = 100_000) -> None:
-    """Keep the last `most` actions of CUDA's allocator from now on.
-
-    No stacks: they cost time at every allocation.
-    """
+    """Keep the last `most` actions of CUDA's allocator from now on, without stacks, which cost
+    time at every allocation."""
     import torch
 
     torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)

@@ -4,6 +4,7 @@ python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON
 """
 
 import json
+import re
 import resource
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) ->
 
     with Watchdog(120, store) as watchdog:
         if distributed.rank() == int(limited):
-            limit = out_of_memory.process_bytes()["VmData"] + int(megabytes) * 2**20
+            data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+            limit = int(data) * 1024 + int(megabytes) * 2**20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
         with out_of_memory.ending(Path(folder), device, watchdog) as engines:
             train_engine = engine.build(config, ds_config, 1000, 20, device)

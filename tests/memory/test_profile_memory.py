@@ -43,12 +43,6 @@ def test_the_first_steps_of_a_training(tmp_path, alone):
     assert content["categories"]["activations student"] > 100_000
 
 
-def test_nothing_asked_nothing_measured(tmp_path):
-    with profile.profiling_memory(None, None, None, {}, tmp_path) as after_step:
-        after_step()
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("steps", [0, -1, 15])
 def test_steps_that_are_not_taken_are_named(steps):
     with pytest.raises(UserError, match=f"--profile-memory is {steps}: give 1 to 14 steps"):

@@ -49,12 +49,6 @@ def test_the_first_step_has_no_warm_up(tmp_path):
     assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#0"}
 
 
-def test_nothing_asked_nothing_written(tmp_path):
-    with profiling(None, tmp_path / "profile") as done:
-        train(1, done)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("text", ["", "3", "3:", ":5", "0:2", "5:3", "-1:2", "a:b", "1:2:3", "1.5:2"])
 def test_mistakes_are_named(text):
     with pytest.raises(UserError, match=r"^--profile is .*: give the first and the last step"):
