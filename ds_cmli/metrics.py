@@ -212,7 +212,7 @@ class TensorBoard:
     def close(self) -> None:
         if self.events is None:
             return
-        if self.results and (self.folder / "config.json").is_file():
+        if self.results and (self.folder / "run.json").is_file():
             for summary in hparams(run_settings(self.folder), self.results):
                 self.events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.events.close()
@@ -267,9 +267,9 @@ def tag(name: str) -> str:
 
 
 def configuration(folder: Path) -> str:
-    """The run's `config.json` and, if there is one, its `memory.json`, as Markdown."""
+    """The run's `run.json` and, if there is one, its `memory.json`, as Markdown."""
     parts = []
-    for name in ("config.json", "memory.json"):
+    for name in ("run.json", "memory.json"):
         with suppress(OSError, ValueError):  # memory.json may be missing, or an earlier start's
             text = json.dumps(read(folder / name, dict), indent=2)
             parts.append(f"## {name}\n\n" + "\n".join(f"    {line}" for line in text.splitlines()))
@@ -278,7 +278,7 @@ def configuration(folder: Path) -> str:
 
 def run_settings(folder: Path) -> dict[str, Scalar]:
     """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
-    content = read(folder / "config.json", dict)
+    content = read(folder / "run.json", dict)
     sections = content["config"]
     out: dict[str, Scalar] = {
         f"{section}.{name}": value
@@ -309,7 +309,7 @@ def open_wandb(folder: Path) -> Any:
             id=name.read_text().strip(),
             resume="allow",
             dir=str(folder),
-            config=read(folder / "config.json", dict),
+            config=read(folder / "run.json", dict),
             sync_tensorboard=True,
             settings=wandb.Settings(silent=True, console="off"),
         )

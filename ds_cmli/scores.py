@@ -1,5 +1,5 @@
-"""The kinds of pair scores, each direction by its own: the one definition that evaluation, use and
-export share.
+"""The kinds of pair scores, and the match of words and patches: the one definition of evaluation,
+inference and the model of transformers.
 
 Shapes: I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 """
@@ -25,13 +25,9 @@ class BothWays(NamedTuple):
 
 
 def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
-    """The "combined" scores of one direction: the sum of the trained kinds, each over its
-    temperature.
+    """The sum of the trained kinds of one direction, each times its 1/temperature in `scales`.
 
-    Args:
-        scores: "global" and "cmli", of any equal shape, as far as `scales` has them.
-        scales: 1/temperature of each kind that the model's losses compare. If there is none, as in
-            a distillation alone, the cosines count, by which evaluation ranks too.
+    If there is none, as in a distillation alone, the cosines ("global") count.
     """
     trained = scales or {"global": 1.0}
     first, *others = [scale * scores[kind] for kind, scale in trained.items()]
@@ -39,17 +35,10 @@ def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor])
 
 
 def both_ways(
-    cosines: Tensor,
-    cmli: tuple[Tensor, Tensor] | None,
-    scales: Mapping[str, float | Tensor],
+    cosines: Tensor, cmli: tuple[Tensor, Tensor] | None, scales: Mapping[str, float | Tensor]
 ) -> dict[str, BothWays]:
-    """All kinds of scores: "global", "cmli" if it is given, and "combined".
-
-    Args:
-        cosines: [I, J], of the class tokens: the same both ways.
-        cmli: s_i2t and s_t2i, [I, J] each.
-        scales: as in `combined`.
-    """
+    """ "global", of the class tokens' cosines [I, J], "cmli", if s_i2t and s_t2i are given, and
+    "combined"."""
     kinds = {"global": BothWays(cosines, cosines)}
     if cmli is not None:
         kinds["cmli"] = BothWays(*cmli)
@@ -85,10 +74,6 @@ def match(
     spans: Sequence[tuple[int, int]],
     grid: tuple[int, int],
 ) -> Match:
-    """Match the tokens of a text, [M, D], with the patches of a picture, [N, D], both of unit
-    length.
-
-    CPU-GPU sync.
-    """
+    """Match tokens of a text [M, D] and patches [N, D], of unit length. CPU-GPU sync."""
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
     return Match(similarity, [text[start:end] for start, end in spans], list(spans), grid)

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -128,6 +129,7 @@ def build_and_train(ready: Prepared) -> int:
     from ds_cmli.engine import build, counts_line, release, with_backend
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, open_writer
+    from ds_cmli.models.hf import write_config
     from ds_cmli.run import Run
 
     config, plan, data, state = ready.config, ready.plan, ready.data, ready.state
@@ -149,7 +151,9 @@ def build_and_train(ready: Prepared) -> int:
         if raises:
             afterwards.callback(release, engine.engine)
         resume.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
-        run_folder.settle(ready.point, folder, config, plan.deepspeed)  # collective
+        student, words = engine.objective.student, data.tokenizer
+        describe = partial(write_config, config=config, student=student, words=words)
+        run_folder.settle(ready.point, folder, config, plan.deepspeed, describe)  # collective
         say(counts_line(engine.objective, engine.teacher))
         if ready.point is not None and ready.point.changed:
             rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1

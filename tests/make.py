@@ -166,16 +166,13 @@ def lines(folder: Path, key: str = "loss") -> list[dict]:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "student.safetensors")
+    return load_file(folder / "model.safetensors")
 
 
 def run_folder(folder: Path, **sections: dict) -> Path:
     """A run as training leaves it, with random weights."""
-    from safetensors.torch import save_file
+    from ds_cmli.data.tokens import tokenizer_of
+    from tests.run_folder import save_run
 
     chosen = config(**sections)
-    objective, _ = models(**sections)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, folder / "student.safetensors")
-    (folder / "config.json").write_text(json.dumps({"config": chosen.to_dict()}))
-    return folder
+    return save_run(folder, chosen, models(**sections)[0], tokenizer_of(chosen.data))

@@ -148,12 +148,12 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
         codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
     assert codes == [0, 85, 85, 0]
     assert_same(straight, broken)
-    config = load_config(straight / "config.json", "the run")
+    config = load_config(straight / "run.json", "the run")
     for line in metrics(straight):
         if "loss" in line and line["step"] > 1:
             parts = sum(weight * line[f"loss/{name}"] for name, weight in config.loss.weights.items())
             assert line["loss"] == pytest.approx(parts, rel=1e-5)
-    with safe_open(straight / "student.safetensors", "pt") as file:
+    with safe_open(straight / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
     refused = used(straight).get("refused", "")
     assert ("takes pictures" in refused) if "aspect" in values else not refused

@@ -32,7 +32,7 @@ def settings(folder, **more):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "student.safetensors")
+    return load_file(folder / "model.safetensors")
 
 
 def at_each_line(monkeypatch, use):

@@ -95,8 +95,8 @@ def test_each_scalar_has_its_group(name, expected):
 
 
 def write(folder, steps, first_step=0, report_to="tensorboard"):
-    if not (folder / "config.json").exists():
-        (folder / "config.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
+    if not (folder / "run.json").exists():
+        (folder / "run.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
     writer = Writer(folder, 4, first_step, report_to)
     for step in steps:
         writer.log(step, VALUES)

@@ -15,11 +15,11 @@ import pytest
 
 from tests import make, ranks
 
-ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate", "export")
+ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate")
 MODULES = {
     "train": "ds_cmli.train",
     "evaluate": "ds_cmli.evaluate.__main__",
-    "export": "ds_cmli.export.__main__",
+    "export": "ds_cmli.export",
     "memory": "ds_cmli.memory.command",
     "visualize": "ds_cmli.visualize",
 }

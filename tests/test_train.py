@@ -52,11 +52,11 @@ def test_what_a_run_leaves(finished):
                 assert 0 <= r1 <= r5 <= r10 <= 1
         assert 0 <= evals[f"eval/{split}/pointing_game"] <= 1
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "run.json").read_text())
     assert config["config"]["run"]["preset"] == "tiny"
     assert config["deepspeed"]["train_batch_size"] == 8
     assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
-    weights = load_file(folder / "student.safetensors")
+    weights = load_file(folder / "model.safetensors")
     assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} | {
         "student.projection.weight"
     } <= weights.keys()
@@ -88,7 +88,7 @@ def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     for noise in ("warning", "report", "traceback", "extension"):
         assert noise not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     assert without_times(tmp_path / "again") == without_times(folder)
-    a, b = (load_file(f / "student.safetensors") for f in (folder, tmp_path / "again"))
+    a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert all((a[name] == b[name]).all() for name in a)
 
 
@@ -104,16 +104,16 @@ for folder in sys.argv[2:]:
 @pytest.mark.slow
 def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path):
     folder, _ = finished
-    weights = load_file(folder / "student.safetensors")
+    weights = load_file(folder / "model.safetensors")
     places = [tmp_path / "first", tmp_path / "second"]
     # In a process of its own: sums of many elements differ by what a process has done before.
     command = [sys.executable, "-c", FROM_PYTHON, str(ROOT / "ds_configs" / "zero2.json"), *map(str, places)]
     subprocess.run(command, env=clean_environment(), cwd=ROOT, check=True, timeout=300)
     for place in places:
         assert without_times(place) == without_times(folder)
-        again = load_file(place / "student.safetensors")
+        again = load_file(place / "model.safetensors")
         assert again.keys() == weights.keys() and all((again[name] == weights[name]).all() for name in weights)
-        configs = [json.loads((of / "config.json").read_text())["config"] for of in (folder, place)]
+        configs = [json.loads((of / "run.json").read_text())["config"] for of in (folder, place)]
         for config in configs:
             del config["run"]["output_dir"]
         assert configs[0] == configs[1]
@@ -142,7 +142,7 @@ def test_two_ranks_and_accumulation(tmp_path):
     logged = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert len(logged) == 2
     assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in output
-    resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
+    resolved = json.loads((tmp_path / "run" / "run.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()

@@ -4,19 +4,13 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.inference import Match
-from ds_cmli.visualize import Panel, command, held_out, in_turns, write_figure
+from ds_cmli.visualize import command, held_out
 from tests.run_folder import write_run
-
-
-def test_each_picture_comes_once_before_any_comes_again():
-    assert in_turns([0, 0, 0, 1, 2, 2]) == [0, 3, 4, 1, 5, 2]
 
 
 @pytest.fixture(scope="module")
@@ -55,28 +49,6 @@ def test_pairs_that_are_asked_for(config):
 def test_pairs_beside_an_image_are_refused():
     done = CliRunner().invoke(command, ["RUN", "--image", "a.png", "--text", "a", "--pairs", "1"])
     assert str(done.exception) == "--pairs has no effect with --image: leave it out"
-
-
-TEXT = "a <b>red</b> car"
-SPANS = [(0, 1), (2, 3), (3, 4), (5, 8), (13, 16)]
-
-
-def panel(**names) -> Panel:
-    matches = {
-        name: Match(
-            torch.rand(5, 6, generator=torch.Generator().manual_seed(seed)),
-            [TEXT[a:b] for a, b in SPANS],
-            SPANS,
-            (2, 3),
-        )
-        for name, seed in names.items()
-    }
-    return Panel(TEXT, torch.zeros(3, 8, 12, dtype=torch.uint8), matches)
-
-
-def test_a_figure_is_written(tmp_path):
-    write_figure(panel(first=1, second=2), tmp_path / "match.png")
-    assert (tmp_path / "match.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):

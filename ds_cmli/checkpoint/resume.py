@@ -31,7 +31,7 @@ from ds_cmli.data.pairs import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import columns
-from ds_cmli.models.weights import AVERAGE
+from ds_cmli.models.hf import AVERAGE
 
 EMA_DECAY = "optim.ema_decay"
 # The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.

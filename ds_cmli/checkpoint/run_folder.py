@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,7 +17,6 @@ import psutil
 from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint.files import FOLDER, LATEST
 from ds_cmli.checkpoint.resume import ResumePoint
-from ds_cmli.checkpoint.weights import BEST
 from ds_cmli.common import provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
@@ -26,8 +25,9 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.faults import preemption
+from ds_cmli.models.hf import BEST
 
-METRICS, CONFIG, LOCK = "metrics.jsonl", "config.json", "run.lock"
+METRICS, CONFIG, LOCK = "metrics.jsonl", "run.json", "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches of the lock
 LEASE = 180.0  # seconds without a touch after which a holder elsewhere has ended; NFS delays by 60
 JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
@@ -196,9 +196,16 @@ def requeued(resume: str, folder: Path) -> str:
 
 
 def settle(
-    point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
+    point: ResumePoint | None,
+    folder: Path,
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    describe: Callable[[Path], None],
 ) -> None:
     """Remove the records of steps after that at which the run goes on. Collective.
+
+    Args:
+        describe: writes what a model's folder has beside its weights.
 
     Raises:
         UserError: on every rank, if the folder cannot be written.
@@ -219,6 +226,7 @@ def settle(
             if kept.is_file() and (best is None or files.describe(kept)["sha256"] != best):
                 say(f"{kept} is not the best of this run: removed")
                 kept.unlink()
+            describe(folder)
             files.publish(folder / CONFIG, provenance.of(config.to_dict(), ds_config))
         except OSError as caught:
             error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"

@@ -1,9 +1,9 @@
 """Writes a checkpoint beside the last one and publishes it by a rename.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), the
-averages as `student_ema.safetensors`, and `checksums.json`. Beside `checkpoint/` lie
-`student.safetensors` and `student_ema.safetensors` of the newest, `student-best.safetensors` of
-the best.
+averages as `model.ema.safetensors`, and `checksums.json`. Beside `checkpoint/` lie
+`model.safetensors` and `model.ema.safetensors` of the newest, `model.best.safetensors` of the best,
+which transformers loads with the files of `models/hf.py`.
 """
 
 import json
@@ -20,17 +20,18 @@ import torch
 from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint.files import FOLDER, LATEST, WRITING, CheckpointWriter, Entry
 from ds_cmli.checkpoint.state import STATE, TrainState
-from ds_cmli.checkpoint.weights import BEST, full_averages, full_weights, write_weights
+from ds_cmli.checkpoint.weights import full_averages, full_weights, write_weights
 from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
+from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 from ds_cmli.models.lora import merged
-from ds_cmli.models.weights import AVERAGE, WEIGHTS, not_finite
+from ds_cmli.models.weights import not_finite
 
-WRITTEN = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
+WRITTEN = ("run.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
 
 
 @dataclass

@@ -113,7 +113,7 @@ def read_state(checkpoint: Path) -> TrainState:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no state of a run ({first_line(error)}): --resume another one, or go on "
-            "with the version that wrote it, which the run's config.json names"
+            "with the version that wrote it, which the run's run.json names"
         ) from None
 
 

@@ -15,15 +15,11 @@ from torch import Tensor, nn
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.models.weights import WEIGHTS, load_weights
+from ds_cmli.models.hf import WEIGHTS, load
 
 if TYPE_CHECKING:
-    from ds_cmli.data.build import EvalData
-    from ds_cmli.data.tokens import CaptionTokenizer
     from ds_cmli.engine import TrainEngine
     from ds_cmli.losses.objective import Objective
-
-BEST = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
 
 
 def full_weights(engine: TrainEngine, distilled: bool = False) -> dict[str, Tensor]:
@@ -121,28 +117,20 @@ def load_averages(file: Path, engine: TrainEngine) -> None:
 
 
 def load_student(
-    folder: Path,
-    config: Config,
-    vocabulary: CaptionTokenizer | EvalData,
-    name: str = WEIGHTS,
-    setting: str = "--checkpoint",
+    folder: Path, config: Config, file: str = WEIGHTS, setting: str = "--checkpoint"
 ) -> Objective:
     """The student of a run with its losses over pairs, of which a distillation alone has none.
 
-    No teacher is built. Errors as of `load_weights`.
+    Errors as of `models.hf.load`.
     """
-    from ds_cmli.engine import build_models
+    from ds_cmli.losses.objective import Objective
 
+    model = load(folder, file, setting)
     pairs = over_pairs(config.loss.weights)
     # A configuration has at least one loss.
     loss = replace(config.loss, weights=pairs or {"global": 1.0}, start={})
-    objective, _ = build_models(
-        replace(config, loss=loss, optim=replace(config.optim, negatives="micro_batch")),
-        vocabulary.vocab_size,
-        pretrained=False,
-        special=vocabulary.special,
-    )
+    objective = Objective(model.student, loss)
     if not pairs:
         objective.losses.clear()
-    load_weights(folder, objective, name, setting)
+    objective.losses.load_state_dict(model.losses.state_dict())
     return objective

@@ -77,7 +77,7 @@ PATCHES = {
     "deepspeed: recovery script": Patch(
         "deepspeed.runtime.engine:DeepSpeedEngine",
         "_copy_recovery_script",
-        "It copies a script into each checkpoint that writes the weights of student.safetensors.",
+        "It copies a script into each checkpoint that writes the weights of model.safetensors.",
     ),
     "torch: linear": Patch(
         "torch.nn.functional",

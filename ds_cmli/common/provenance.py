@@ -1,4 +1,4 @@
-"""What a run was made with, as its `config.json` records it."""
+"""What a run was made with, as its `run.json` records it."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def versions() -> dict[str, str]:
 
 
 def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
-    """The content of a run's `config.json`."""
+    """The content of a run's `run.json`."""
     content = {
         "config": config,
         "deepspeed": dict(ds_config),

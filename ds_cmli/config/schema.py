@@ -289,7 +289,7 @@ class RunConfig:
         15.0
     )
     keep: PositiveCount = 2  # how many of the newest checkpoints are kept
-    # Keep the best evaluation's checkpoint too, and its student in student-best.safetensors.
+    # Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors.
     keep_best: bool = False
     # The run ends after this many evaluations in a row without a better result.
     patience: Annotated[Number, Field(description="0: never")] = 0
@@ -328,7 +328,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Sections, written: Mapping[str, str] | None = None) -> "Config":
-        """Rebuild a configuration from the values of `to_dict`, as in a run's `config.json`.
+        """Rebuild a configuration from the values of `to_dict`, as in a run's `run.json`.
 
         Args:
             written: the names by which the user gave settings, if they differ, as
@@ -348,24 +348,24 @@ class Config:
 
 
 def load_config(path: Path, setting: str) -> Config:
-    """Read the configuration from a run's `config.json`.
+    """Read the configuration from a run's `run.json`.
 
     Raises `UserError`, which names `setting`, if it cannot be read.
     """
     place = f"{setting} is {str(path.parent)!r}"
     if not path.is_file():
-        raise UserError(f"{place}: no config.json there; give a run's output folder")
+        raise UserError(f"{place}: no {path.name} there; give a run's output folder")
     try:
         content = json_text.read(path, dict, finite=True)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
         return Config.from_dict(content["config"])
     except OSError as error:
-        raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
+        raise UserError(f"{place}: cannot read its {path.name}: {error.strerror}") from None
     except NotRegistered as error:
         raise UserError(f"{place}: {error}") from None
     except (UserError, ValueError) as error:
         raise UserError(
-            f"{place}: its config.json is damaged, or of another version: {error}"
+            f"{place}: its {path.name} is damaged, or of another version: {error}"
         ) from None
 
 

@@ -17,12 +17,12 @@ from ds_cmli.common.json_text import JsonObject, read
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config import open_clip
 from ds_cmli.config.registry import DUAL, of_dual
-from ds_cmli.config.schema import Config, Sections, StudentConfig, load_config
+from ds_cmli.config.schema import Config, Sections, StudentConfig
 from ds_cmli.config.validation import shown
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
-EXPORT = "ds_cmli"  # the type of an export of this package
-CONFIG = "config.json"
+EXPORT = "ds_cmli"  # the type of a model of this package
+CONFIG, RUN = "config.json", "run.json"  # of a model; the settings of a run
 # Of a run, what says how pictures and texts are prepared.
 OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
@@ -150,12 +150,12 @@ class Source:
     @property
     def is_run(self) -> bool:
         """Whether it is a run or an export of this package."""
-        return self.has_own_data or self.config.get("model_type") == EXPORT
+        return self.config.get("model_type") == EXPORT
 
     @property
     def has_own_data(self) -> bool:
-        """Whether it is a run, whose configuration says what it was trained on."""
-        return "config" in self.config
+        """Whether it is a run, whose settings say what it was trained on."""
+        return self.local and (self.path / RUN).is_file()
 
 
 def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
@@ -221,18 +221,16 @@ def _allowed(key: str, value: object, decided: Sections) -> bool:
 
 def _of_run(source: Source) -> Sections:
     """The settings by which a run or an export of this package is built again."""
-    content = source.config
-    if "config" in content:
-        config = load_config(source.path / CONFIG, "student.source")
-    else:
-        settings: Any = content.get("settings")
-        if not isinstance(settings, dict):
-            raise source.error("its config.json is damaged: it has no settings")
-        config = Config.from_dict(settings)
+    settings: Any = source.config.get("settings")
+    if not isinstance(settings, dict):
+        raise source.error("its config.json is damaged: it has no settings")
+    config = Config.from_dict(settings)
     student = {name: getattr(config.student, name) for name in StudentConfig.__annotations__}
     data = {name: getattr(config.data, name) for name in OF_DATA}
-    data["tokenizer"] = config.data.tokenizer if "config" in content else source.name
-    return {"student": student | OF_TRAINING | {"source": source.name}, "data": data}
+    return {
+        "student": student | OF_TRAINING | {"source": source.name},
+        "data": data | {"tokenizer": str(source.path) if source.local else source.name},
+    }
 
 
 def _of_library(source: Source) -> Sections:

@@ -31,10 +31,11 @@ from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import cast_buffers
 from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
+from ds_cmli.models.hf import WEIGHTS, load
 from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
-from ds_cmli.models.weights import load_weights, say
+from ds_cmli.models.weights import say
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -54,9 +55,10 @@ def build_models(
         special: as in `Student`.
     """
     config = resolve_weights(config)
+    data, source, run, teacher = config.data, Source(config.student.source), None, None
+    if pretrained and source.name and source.is_run:
+        run = load(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
-    data = config.data
-    teacher, run = None, run_of(config.student) if pretrained else None
     sizes = data.image_size, vocab_size, data.context_length
     student = Student(config.student, *sizes, pretrained and run is None, special)
     if needs_teacher(config.loss.weights):
@@ -64,7 +66,8 @@ def build_models(
     width = teacher.width if teacher else None
     objective = Objective(student, config.loss, width)
     if run is not None:
-        load_weights(run.path, objective, run.weights, "student.source", partial=True)
+        student.load_state_dict(run.student.state_dict())
+        objective.losses.load_state_dict(run.losses.state_dict(), strict=False)  # what both have
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, config.student)
     freeze(objective, config)
@@ -80,12 +83,6 @@ def _starts_from(student: StudentConfig, objective: Objective, side: int) -> str
     temperatures = [1 / scale for scale in objective.scales().values() if scale]
     shown = ", ".join(f"temperature {value:.3f}" for value in temperatures[:1])
     return f"starts from {student.source}: {kind}, {layers}, {side} px, {shown}".rstrip(", ")
-
-
-def run_of(student: StudentConfig) -> Source | None:
-    """The run or export of this package whose weights training starts with, if any."""
-    source = Source(student.source)
-    return source if student.source and source.is_run else None
 
 
 def use_no_compiler() -> None:

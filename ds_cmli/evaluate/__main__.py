@@ -136,7 +136,7 @@ def _configured(request: EvaluationOptions) -> "Config":
     from ds_cmli.config.sources import to_evaluate
 
     if request.is_run:
-        return load_config(Path(request.model) / "config.json", "--checkpoint")
+        return load_config(Path(request.model) / "run.json", "--checkpoint")
     given = request.source or request.boxes or request.zero_shot
     if request.ema or not given:
         raise UserError(
@@ -226,7 +226,7 @@ def _started(
 
     device = distributed.init()  # collective
     if request.is_run:
-        objective = load_objective(config, Path(request.model), request.ema, data, device)
+        objective = load_objective(config, Path(request.model), request.ema, device)
     else:
         objective = source_objective(config, data, device)
     return objective, EmbedSettings(request.batch_size, device, request.workers)

@@ -12,17 +12,15 @@ if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
 
 
-def load_objective(
-    config: Config, folder: Path, ema: bool, data: "EvalData", device: torch.device
-) -> "Objective":
+def load_objective(config: Config, folder: Path, ema: bool, device: torch.device) -> "Objective":
     """Load the trained student with the temperatures of its scores, or with `ema` its average.
 
     No teacher is built, because evaluation does not need it. Raises `UserError`.
     """
     from ds_cmli.checkpoint.weights import load_student
-    from ds_cmli.models.weights import AVERAGE, WEIGHTS
+    from ds_cmli.models.hf import AVERAGE, WEIGHTS
 
-    objective = load_student(folder, config, data, AVERAGE if ema else WEIGHTS)
+    objective = load_student(folder, config, AVERAGE if ema else WEIGHTS)
     config.loss = objective.config
     return objective.to(device)
 

@@ -6,12 +6,9 @@ document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorith
 
 import math
 
-from ds_cmli.cmli.loss import CMLILoss, PairLoss
+from ds_cmli.cmli.loss import MAX_SIGMOID_SCALE, CMLILoss, PairLoss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.models.student import Student
-
-# Of a sigmoid loss on cosines: SigLIP's models have learned up to 120, without a maximum.
-MAX_SIGMOID_SCALE = 1000.0
 
 
 class GlobalContrastive(PairLoss):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -19,8 +18,6 @@ BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
 # Finds a key of an image encoder of transformers, whose layout is not timm's.
 TRANSFORMERS_VISION = re.compile(r"(?:^|\.)(?:patch_embeddings?|embedder)\.")
 FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names in a folder of weights
-WEIGHTS = "student.safetensors"  # of a run
-AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 Shape = tuple[int, ...]
 CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers and Slurm see it
 
@@ -212,64 +209,3 @@ def _free() -> Iterator[int]:
             yield int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
     except (OSError, ValueError):
         return
-
-
-def load_weights(
-    folder: Path,
-    module: nn.Module,
-    name: str | None = None,
-    setting: str = "--checkpoint",
-    partial: bool = False,
-) -> None:
-    """Load a file of a run's or an export's folder, whose losses may be a part of the file's.
-
-    Args:
-        name: of the file; None: the first of `WEIGHTS` and of an export's that is there.
-        partial: whether losses and heads that the file lacks keep the weights they have.
-
-    Raises:
-        UserError: it is damaged or does not fit; the line names `setting`.
-    """
-    if name is None:
-        name = next((file for file in (WEIGHTS, FILES[0]) if (folder / file).is_file()), WEIGHTS)
-    path = folder / name
-    if not path.is_file():
-        where = repr(str(folder))
-        if name == AVERAGE and (folder / WEIGHTS).is_file():
-            raise UserError(
-                f"--ema: {where} has no {name}: the run was made without optim.ema_decay"
-            )
-        raise UserError(f"{setting} is {where}: no {name} there; give a run's output folder")
-    try:
-        weights = load_file(path)
-        missing, unexpected = module.load_state_dict(weights, strict=False)
-        absent = _without_tied(module, weights, missing)
-        if partial:
-            absent = [key for key in absent if key.startswith("student.")]
-    except Exception as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{setting} {path}: cannot load it: {reason}") from None
-    key = not_finite(weights)
-    if key is not None:
-        raise UserError(
-            f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's"
-        )
-    losses = getattr(module, "losses", ())
-    for key in unexpected:
-        section, _, rest = key.partition(".")
-        if section != "losses" or rest.partition(".")[0] in losses:
-            absent.append(key)
-    if absent:
-        raise UserError(
-            f"{setting} {path}: does not fit the model: {absent[0]!r} has no counterpart"
-        )
-
-
-def _without_tied(
-    module: nn.Module, weights: Mapping[str, Tensor], missing: list[str]
-) -> list[str]:
-    """The missing names without those of tied weights, which are saved once (T5's embeddings)."""
-    tensors = module.state_dict()
-    given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
-    names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-    return [name for name in missing if name in names and tensors[name].data_ptr() not in given]

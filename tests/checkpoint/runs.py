@@ -20,8 +20,8 @@ AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizonta
 
 def assert_same(folder: Path, other: Path) -> None:
     assert metrics(folder) == metrics(other)
-    assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
-    averages = [run / "student_ema.safetensors" for run in (folder, other)]
+    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    averages = [run / "model.ema.safetensors" for run in (folder, other)]
     assert averages[0].exists() == averages[1].exists()
     if averages[0].exists():
         assert averages[0].read_bytes() == averages[1].read_bytes()

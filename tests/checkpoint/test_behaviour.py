@@ -32,7 +32,7 @@ def straight(tmp_path_factory) -> Path:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    for name in ("student.safetensors", "student_ema.safetensors"):
+    for name in ("model.safetensors", "model.ema.safetensors"):
         assert (run / name).read_bytes() == (other / name).read_bytes(), name
     measured = ("_s", "tflops", "mfu", "memory_bytes")
     lines = [
@@ -74,7 +74,7 @@ def names(run: Path) -> list[str]:
 
 
 def test_frozen_weights_stay_the_bytes_they_were(straight):
-    trained, averaged = (load_file(straight / f"student{name}.safetensors") for name in ("", "_ema"))
+    trained, averaged = (load_file(straight / f"model{name}.safetensors") for name in ("", ".ema"))
     sections = {"student": {"freeze_image": 1, "layers": 2}, "data": {"source": str(straight.parent / "pairs")}}
     objective, _ = make.models(**sections)
     for name, p in objective.named_parameters():
@@ -95,7 +95,7 @@ def test_frozen_weights_and_those_below_adapters_are_not_rounded(stage, tmp_path
     shutil.rmtree(run / "checkpoint" / "step2")
     assert make.train(*arguments(tmp_path, run, {**options, **last}, lora)) == 0
     assert len(list((run / "checkpoint").glob("frozen-*"))) == 1
-    trained = load_file(run / "student.safetensors")
+    trained = load_file(run / "model.safetensors")
     sections = {"student": {"freeze_image": 1, "layers": 2, "lora": {"text": ["query"]}}}
     objective, _ = make.models(**sections, data={"source": str(tmp_path / "pairs")})
     frozen = {name: p for name, p in objective.named_parameters() if not p.requires_grad and ".base_layer" not in name}
@@ -109,7 +109,7 @@ def test_averages_follow_the_weights(tmp_path):
     run = tmp_path / "run"
     assert make.train(*arguments(tmp_path, run, {"--steps": 1})) == 0
     objective, _ = make.models(student={"layers": 2}, data={"source": str(tmp_path / "pairs")})
-    trained, averaged = (load_file(run / f"student{name}.safetensors") for name in ("", "_ema"))
+    trained, averaged = (load_file(run / f"model{name}.safetensors") for name in ("", ".ema"))
     for name, p in objective.named_parameters():
         torch.testing.assert_close(averaged[name], (p.detach() + trained[name]) / 2, rtol=1e-6, atol=1e-7)
     assert not torch.equal(averaged["student.projection.weight"], trained["student.projection.weight"])
@@ -154,8 +154,8 @@ def test_one_rank_goes_on_with_the_batches_and_states_of_two(tmp_path):
     assert make.train(*arguments(tmp_path, tmp_path / "one", {**of_each, "--resume": at}, settings)) == 0
     two, one = ([line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("two", "one"))
     assert one == pytest.approx(two, rel=1e-4)
-    assert json.loads((tmp_path / "one" / "config.json").read_text())["deepspeed"]["train_batch_size"] == 8
-    for name in ("student.safetensors", "student_ema.safetensors"):
+    assert json.loads((tmp_path / "one" / "run.json").read_text())["deepspeed"]["train_batch_size"] == 8
+    for name in ("model.safetensors", "model.ema.safetensors"):
         two, one = (load_file(tmp_path / run / name) for run in ("two", "one"))
         assert max((two[key] - one[key]).abs().max() for key in two) < 1e-4
 
@@ -184,9 +184,9 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(stage, before, af
     programs(after, tmp_path, argv(after, "changed", **changed))
     losses = [[line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("straight", "changed")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-    resolved = json.loads((tmp_path / "changed" / "config.json").read_text())["deepspeed"]
+    resolved = json.loads((tmp_path / "changed" / "run.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 12 and resolved["train_micro_batch_size_per_gpu"] == 12 // after
-    for name in ("student.safetensors", "student_ema.safetensors"):
+    for name in ("model.safetensors", "model.ema.safetensors"):
         straight, other = (load_file(tmp_path / run / name) for run in ("straight", "changed"))
         assert max((straight[key] - other[key]).abs().max() for key in straight) < 1e-3
     assert not list((tmp_path / "changed" / "checkpoint").glob("*.writing"))

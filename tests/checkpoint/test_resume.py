@@ -76,7 +76,7 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage):
     newest = run / "checkpoint" / "step4"
     names = sorted(path.name for path in newest.iterdir())
     assert names == [OPTIMIZER, "checksums.json", "mp_rank_00_model_states.pt", "rank-0.pt", "state.json",
-                     "student_ema.safetensors"]  # fmt: skip
+                     "model.ema.safetensors"]  # fmt: skip
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
@@ -233,7 +233,7 @@ def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(
     assert "--resume" in line and "has checkpoints of its own" in line
     assert "no checkpoint there" in refused(*arguments, "--output-dir", tmp_path / "b", "--resume", tmp_path)
     assert drive([*arguments, "--resume", str(run)]) == 0
-    weights = [(folder / "student.safetensors").read_bytes() for folder in (run, tmp_path / "new")]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, tmp_path / "new")]
     assert weights[0] == weights[1]
 
 
@@ -260,7 +260,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
         return before if values[step] <= before.get("value", -1) else now
 
     monkeypatch.setattr(report, "best", best)
-    run, kept = tmp_path / "run", tmp_path / "run" / "student-best.safetensors"
+    run, kept = tmp_path / "run", tmp_path / "run" / "model.best.safetensors"
     argv = [
         *arguments,
         "--steps",
@@ -284,7 +284,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
     assert "ended at step 8: 2 evaluations in a row gave no better result" in output
     assert f"{kept} is not the best of this run: removed" in output and not kept.exists()
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step8"]
-    assert weights != (run / "student_ema.safetensors").read_bytes()
+    assert weights != (run / "model.ema.safetensors").read_bytes()
     assert drive(argv) == 0
     assert "is finished, 8 steps" in capfd.readouterr().out
 

@@ -169,17 +169,17 @@ def test_presets_and_random_weights_are_not_contradicted():
     ],
 )  # fmt: skip
 def test_a_damaged_config_of_a_run(content, tmp_path):
-    (tmp_path / "config.json").write_bytes(content)
-    line = refused(load_config, tmp_path / "config.json", "--checkpoint")
-    assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: its config.json is damaged, or of another version: ")
+    (tmp_path / "run.json").write_bytes(content)
+    line = refused(load_config, tmp_path / "run.json", "--checkpoint")
+    assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: its run.json is damaged, or of another version: ")
 
 
 def test_a_config_that_cannot_be_read(tmp_path):
-    (tmp_path / "config.json").mkdir()
-    assert "no config.json there" in refused(load_config, tmp_path / "config.json", "--checkpoint")
+    (tmp_path / "run.json").mkdir()
+    assert "no run.json there" in refused(load_config, tmp_path / "run.json", "--checkpoint")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps({"config": TINY.to_dict()}))
-    assert load_config(tmp_path / "run" / "config.json", "--checkpoint") == TINY
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"config": TINY.to_dict()}))
+    assert load_config(tmp_path / "run" / "run.json", "--checkpoint") == TINY
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_config_that_cannot_be_read(tmp_path):
 def test_a_name_that_a_package_would_register_is_no_damage(section, setting, value, tmp_path):
     content = TINY.to_dict()
     content[section] = {**content[section], setting: value}
-    (tmp_path / "config.json").write_text(json.dumps({"config": content}))
-    line = refused(load_config, tmp_path / "config.json", "--checkpoint")
+    (tmp_path / "run.json").write_text(json.dumps({"config": content}))
+    line = refused(load_config, tmp_path / "run.json", "--checkpoint")
     assert f"{section}.{setting}" in line and "of_a_package" in line and "damaged" not in line
     assert line.endswith("; or give the --plugin that registers it")

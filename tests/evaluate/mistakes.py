@@ -1,4 +1,4 @@
-"""What can be wrong in an evaluation and in match maps: see tests/test_mistakes.py."""
+"""What can be wrong in an evaluation, in match maps and in an export: see tests/test_mistakes.py."""
 
 from pathlib import Path
 
@@ -38,4 +38,9 @@ MISTAKES = [
     ("visualize {here}/nowhere", "nowhere"),
     ("visualize {here}/run --image {here}/pairs/0.png", "--text", run),
     ("visualize {here}/run --pairs first", "--pairs", run),
+    ("export {here}/nowhere {here}/out", "nowhere"),
+    ("export {here}/run {here}/out --as onyx", "--as", run),
+    ("export {here}/run {here}/out --ema", "ema", run),
+    ("export {here}/run {here}/pairs", "pairs", run),
+    ("export {here}/run {here}/out --interpolate 2", "--interpolate", run),
 ]

@@ -70,7 +70,7 @@ def test_stopped_and_gone_on_with(device, data, record_property, tmp_path):
     codes += [run.wait(LIMIT_S), started(data, stopped).wait(LIMIT_S)]
     assert codes == [0, preemption.EXIT_CODE, 0], (codes, (tmp_path / "output").read_text()[-2000:])
     entry, expected = compared(stopped), compared(whole)
-    weights = [folder / "student.safetensors" for folder in (stopped, whole)]
+    weights = [folder / "model.safetensors" for folder in (stopped, whole)]
     different = len(entry) != len(expected) or sum(a != b for a, b in zip(entry, expected, strict=False))
     last = next(line for line in reversed(expected) if "loss" in line)
     judge(

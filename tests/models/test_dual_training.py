@@ -59,11 +59,11 @@ def test_it_is_evaluated_first_and_resumes(kind, given, tmp_path):
     assert [x["step"] for x in lines(tmp_path / "run") if "eval/val/pairs" in x] == [0, 4]
     first = next((tmp_path / "run" / "checkpoint").glob("step*2"))
     train(given, start, losses, tmp_path / "again", "--steps", "4", "--save-every", "2", "--resume", str(first))
-    whole, again = (load_file(tmp_path / run / "student.safetensors") for run in ("run", "again"))
+    whole, again = (load_file(tmp_path / run / "model.safetensors") for run in ("run", "again"))
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
     train(given, start, losses, tmp_path / "three", "--steps", "4", stage=3)
-    for name, value in load_file(tmp_path / "three" / "student.safetensors").items():
+    for name, value in load_file(tmp_path / "three" / "model.safetensors").items():
         torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5)
 
 

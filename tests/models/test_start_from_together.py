@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from ds_cmli.config.schema import load_config
-from ds_cmli.export.__main__ import command as export
+from ds_cmli.export import command as export
 from tests.checkpoint.runs import assert_same, json_file, ranks
 from tests.drive_train import drive
-from tests.export.libraries import run_of
 from tests.make import pairs
 from tests.models.dual_models import clip, siglip
 from tests.run_folder import write_run
 from tests.stranger.drive import check_memory, used
+from tests.test_export import run_of
 
 # Of open_clip: a ViT, a CoCa, a ConvNeXt, a SigLIP. "locked" is the whole image tower.
 RUNS = """
@@ -101,4 +101,4 @@ def test_a_training_from_a_source(run, tmp_path, alone):
     assert codes == [0, 85, 0]
     assert_same(straight, broken)
     assert "refused" not in used(straight)
-    check_memory(load_config(straight / "config.json", "the run"), content, 1 + ("two" in values))
+    check_memory(load_config(straight / "run.json", "the run"), content, 1 + ("two" in values))

@@ -80,7 +80,7 @@ def interrupted(
 
 def same(run: Path, other: Path) -> None:
     assert metrics(run) == metrics(other)
-    weights = [(folder / "student.safetensors").read_bytes() for folder in (run, other)]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, other)]
     assert weights[0] == weights[1]
 
 

@@ -7,10 +7,16 @@ from PIL import Image
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
-from ds_cmli.inference import Model
-from ds_cmli.inference.model import list_pictures
+from ds_cmli.inference import Model, list_pictures
+from tests.models.dual_models import clip
+from tests.run_folder import write_run
 
 TEXTS = ["a red car", "two dogs under a tree", "x"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +24,21 @@ def model(run):
     return Model.load(run, "cpu")
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for i in range(12):
+        (folder / str(i % 2)).mkdir(exist_ok=True)
+        small = noise.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(small).resize((80, 60)).save(folder / str(i % 2) / f"{i:02}.png")
+    return folder
+
+
 def test_embeddings_are_the_students_features(model, pictures):
     images = model.embed_images(pictures, batch_size=5)
-    assert len(images) == 12 and images.names[0].endswith("0/00.png") and images.names[6].endswith("1/01.png")
+    assert len(images.names) == 12
+    assert images.names[0].endswith("0/00.png") and images.names[6].endswith("1/01.png")
     file = list_pictures(pictures)[7]
     with torch.no_grad():
         cls, patches = model.student.encode_image(model.read(file)[None])
@@ -37,7 +55,8 @@ def test_a_text_is_embedded_alike_alone_and_beside_longer_ones(model):
     torch.testing.assert_close(together.tokens[0][: len(valid)][valid], alone.tokens[0][valid], atol=1e-5, rtol=1e-5)
 
 
-def test_scores_are_the_definitions(model, pictures):
+def test_scores_are_the_definitions(model, pictures, monkeypatch):
+    monkeypatch.setattr("ds_cmli.inference.SCORED", 5)  # so that there are three parts
     images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)
     scores = model.scores(images, texts)
     for i in (0, 11):
@@ -52,6 +71,24 @@ def test_scores_are_the_definitions(model, pictures):
         by_global, cmli, combined = (getattr(scores[name], side) for name in scores)
         expected = by_global / 0.07 + cmli / 0.02  # the temperatures at the start
         torch.testing.assert_close(combined, expected, atol=1e-3, rtol=1e-4)
+
+
+def test_it_scores_on_its_device(model, pictures, monkeypatch):
+    devices = []
+    monkeypatch.setattr("ds_cmli.inference.cmli_scores", lambda *given: devices.append(given[0].device) or given[0])
+    images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)
+    monkeypatch.setattr(model, "device", torch.device("meta"))
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError)):  # which no result comes back from
+        model.scores(images, texts)
+    assert devices == [torch.device("meta")]
+
+
+def test_a_plain_clip_ranks_by_its_own_temperature(pictures, tmp_path):
+    model = Model.load(clip(tmp_path / "clip"), "cpu")
+    scores = model.scores(model.embed_images(pictures), model.embed_texts(TEXTS))
+    assert model.scales == {"global": pytest.approx(np.exp(4.2), rel=1e-5)}
+    torch.testing.assert_close(scores["combined"].i2t, model.scales["global"] * scores["global"].i2t)
+    assert scores["cmli"].i2t.shape == (12, 3) and len(model.match(list_pictures(pictures)[0], "a red car").words) == 3
 
 
 def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
@@ -75,32 +112,21 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
     assert match.similarity[match.word_of_patch[3], 3] == match.similarity[:, 3].max()
 
 
-@pytest.mark.parametrize(
-    "wrong, line",
-    [
-        (np.zeros((4, 4, 7), np.uint8), "a picture cannot be read"),
-        ("no/such.png", "'no/such.png' cannot be read"),
-        (7, "a picture cannot be read: .*int"),
-    ],
-)
-def test_what_is_no_picture_is_told(model, wrong, line):
-    with pytest.raises(UserError, match=line):
-        model.embed_images([wrong])
-
-
 def test_mistakes_are_one_line(model, run, tmp_path):
-    with pytest.raises(UserError, match="no such file or folder"):
-        model.embed_images(tmp_path / "none")
-    with pytest.raises(UserError, match="has no picture"):
-        model.embed_images(tmp_path)
-    with pytest.raises(UserError, match="batch_size is 0"):
-        model.embed_texts(["a"], batch_size=0)
-    with pytest.raises(UserError, match="a text is int 3: give a string"):
-        model.embed_texts(["a", 3])
-    with pytest.raises(UserError, match="no text is given"):
-        model.embed_texts([])
+    for given, line in (
+        ([np.zeros((4, 4, 7), np.uint8)], "a picture cannot be read"),
+        (["no/such.png"], "'no/such.png' cannot be read"),
+        ([7], "a picture cannot be read: .*int"),
+        ([], "no picture is given"),
+        (tmp_path, "has no picture"),
+    ):
+        with pytest.raises(UserError, match=line):
+            model.embed_images(given)
+    for texts, line in ((["a", 3], "a text is 3: give a string"), ([], "no text is given")):
+        with pytest.raises(UserError, match=line):
+            model.embed_texts(texts)
     with pytest.raises(UserError, match=r"no config\.json there"):
         Model.load(tmp_path)
     (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    with pytest.raises(UserError, match=r"the model is .*: no student\.safetensors there"):
+    with pytest.raises(UserError, match=r"the model is .*: no model\.safetensors there"):
         Model.load(tmp_path)

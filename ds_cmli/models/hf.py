@@ -1,0 +1,356 @@
+"""The student as a model of transformers: a run's folder is one, and all that is trained loads so:
+
+    import ds_cmli.models.hf  # registers the classes
+    model, processor = AutoModel.from_pretrained(RUN), AutoProcessor.from_pretrained(RUN)
+
+With `variant="ema"` it is the average of the weights, with `variant="best"` the best evaluation's.
+
+Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension,
+S image side.
+"""
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
+from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common.pretrained import loading
+from ds_cmli.config.registry import LOSSES, over_pairs
+from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
+from ds_cmli.config.sources import OF_TRAINING
+from ds_cmli.data.batch import Batch, Collate, Sample
+from ds_cmli.data.images import View, black
+from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, pretrained_tokenizer
+from ds_cmli.models.student import Student
+from ds_cmli.models.transformers_model import UNDECLARED, without_effect
+from ds_cmli.scores import both_ways
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of transformers'
+OF_DATA = ("image_size", "resize", "interpolation", "max_pixels", "context_length", "padding")
+
+
+class CMLIConfig(PreTrainedConfig):
+    """All that decides a tensor's shape or a score's value.
+
+    Args:
+        settings: of the run's configuration, the section `student`, with all sizes and without
+            paths, and those settings of `data` that say how pictures and texts are prepared.
+        losses: the names of the losses over pairs, in the run's order, with their weights.
+        vocab_size: the number of rows of the table of tokens.
+        pad_id: the padding token.
+        class_first: whether texts begin with a class token.
+        special_ids: the tokens that do not belong to a text itself.
+    """
+
+    model_type = "ds_cmli"
+
+    def __init__(
+        self,
+        settings: dict[str, dict[str, Any]] | None = None,
+        losses: Sequence[tuple[str, float]] = (),
+        vocab_size: int = 0,
+        pad_id: int = 0,
+        class_first: bool = True,
+        special_ids: Sequence[int] = (),
+        **kwargs: Any,
+    ):
+        self.settings, self.losses = settings or {}, [list(loss) for loss in losses]
+        self.vocab_size, self.pad_id, self.class_first = vocab_size, pad_id, class_first
+        self.special_ids = list(special_ids)
+        super().__init__(**kwargs)
+
+
+class _Student(Student):
+    def try_out(self, *_: object) -> None:
+        """Do nothing: its weights are still to be loaded."""
+
+
+class Learned(nn.Module):
+    """What a loss over pairs has learned, under its names."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        sigmoid, cosines = LOSSES[name].kind == "sigmoid", LOSSES[name].scores == "global"
+        most = MAX_SIGMOID_SCALE if sigmoid and cosines else MAX_SCALE
+        self.temperature = Temperature(1.0, 0.0 if sigmoid else None, most)
+
+
+@dataclass
+class CMLIOutput(ModelOutput):
+    # The "combined" scores, the sum of the trained ones, each times 1/temperature. Not each other's
+    # transpose, as they are in CLIP: CMLI from the image's side is not CMLI from the text's.
+    logits_per_image: Tensor | None = None  # fp32 [I, J]: a row ranks the texts for an image
+    logits_per_text: Tensor | None = None  # fp32 [J, I]: a row ranks the images for a text
+    image_embeds: Tensor | None = None  # [I, H], these four of unit length
+    text_embeds: Tensor | None = None  # [J, H]
+    patch_embeds: Tensor | None = None  # [I, N, D]
+    token_embeds: Tensor | None = None  # [J, M, D]
+    token_mask: Tensor | None = None  # bool [J, M], False for special tokens and padding
+
+
+class CMLIModel(PreTrainedModel):
+    config_class = CMLIConfig
+    config: CMLIConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _keep_in_fp32_modules_strict = ("losses",)  # 16 bits would round a temperature by up to 2%
+
+    def __init__(self, config: CMLIConfig):
+        super().__init__(config)
+        settings, precision = config.settings, torch.get_default_dtype()
+        # transformers builds on meta and in the user's precision: there, encoders cannot compute
+        # their constants, nor random weights.
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"), contextlib.redirect_stdout(io.StringIO()):
+                student = _Student(
+                    StudentConfig(**settings["student"]),
+                    settings["data"]["image_size"],
+                    config.vocab_size,
+                    settings["data"]["context_length"],
+                    pretrained=False,
+                    special=SpecialTokens(config.pad_id, config.class_first),
+                )
+                self.losses = nn.ModuleDict({name: Learned(name) for name, _ in config.losses})
+        finally:
+            torch.set_default_dtype(precision)
+        self.student = student.to(precision)
+        saved = self.state_dict().keys()
+        self._constants = {name: x for name, x in self.named_buffers() if name not in saved}
+        self.post_init()
+        # transformers looks for tied tables one module deep; T5's is three.
+        for name, module in self.named_modules():
+            if isinstance(module, PreTrainedModel) and module is not self:
+                for copy, table in module.all_tied_weights_keys.items():
+                    self.all_tied_weights_keys[f"{name}.{copy}"] = f"{name}.{table}"
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model, with the buffers that no file has, whose values transformers loses."""
+        out = super().from_pretrained(*args, **kwargs)
+        model = out[0] if isinstance(out, tuple) else out
+        for name, value in model._constants.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, key, value.to(getattr(module, key).device))
+        return out
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Do nothing: all weights come from the file."""
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """uint8 [I, 3, S, S] -> `pooler_output` [I, H] for global scores and `last_hidden_state`
+        [I, N, D] for CMLI, not normalised."""
+        cls, patches = self.student.encode_image(pixel_values)
+        return BaseModelOutputWithPooling(self.student.projection(patches), cls)
+
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor
+    ) -> BaseModelOutputWithPooling:
+        """int64 [J, M], bool [J, M] (True: attend) -> as images', [J, H] and [J, M, D], with
+        special tokens and padding (see `token_mask`)."""
+        cls, tokens = self.student.encode_text(input_ids, attention_mask.bool())
+        return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
+
+    def token_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """bool [J, M], True for the tokens of a text itself."""
+        special = torch.tensor(self.config.special_ids, device=input_ids.device)
+        return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+    def scales(self) -> dict[str, float]:
+        """1/temperature of each kind of scores that was trained, "global" and "cmli", of the first
+        loss over them. CPU-GPU sync."""
+        out: dict[str, float] = {}
+        for name, learned in self.losses.named_children():
+            assert isinstance(learned, Learned)
+            out.setdefault(LOSSES[name].scores, learned.temperature()[0].item())
+        return out
+
+    def forward(
+        self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor
+    ) -> CMLIOutput:
+        """Score all images against all texts."""
+        image_cls, patches = self.student.image_embeddings(pixel_values)
+        text_cls, tokens = self.student.text_embeddings(input_ids, attention_mask.bool())
+        mask = self.token_mask(input_ids, attention_mask)
+        cmli = cmli_scores(patches, tokens, mask)  # s_i2t and s_t2i
+        combined = both_ways(image_cls @ text_cls.t(), cmli, self.scales())["combined"]
+        features = (image_cls, text_cls, patches, tokens, mask)
+        return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
+
+
+class CMLIProcessor(ProcessorMixin):
+    """Prepares pictures and texts as training does, to the bit.
+
+    Args:
+        image_size, resize, interpolation, max_pixels: how a picture becomes S x S pixels, as the
+            settings of `data` in training.
+        context_length: the most tokens of a text; longer texts are cut off.
+        padding: "longest", or "full": texts are padded to `context_length`, and the model attends
+            to the padding.
+    """
+
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        image_size: int = DataConfig.image_size,
+        resize: Resize = "crop",
+        interpolation: Interpolation = "bicubic",
+        max_pixels: int = DataConfig.max_pixels,
+        context_length: int = DataConfig.context_length,
+        padding: str = "longest",
+    ):
+        self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
+        self.max_pixels, self.context_length, self.padding = max_pixels, context_length, padding
+        super().__init__(tokenizer)
+
+    @cached_property
+    def words(self) -> CaptionTokenizer:
+        return CaptionTokenizer(self.tokenizer, self.context_length, self.padding == "full")
+
+    def view(self, picture: Any) -> Tensor:
+        """A file's content or an image in memory -> uint8 [3, S, S]."""
+        view = View(self.image_size, self.resize, self.interpolation, self.max_pixels)
+        return view(picture)
+
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        padding: bool | str = True,
+        truncation: bool = True,
+        return_tensors: str = "pt",
+    ) -> BatchFeature:
+        """Prepare one or several pictures, one or several texts, or both.
+
+        Returns:
+            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
+        """
+        if padding not in (True, "longest") or not truncation:
+            raise ValueError("texts are padded and cut off as in training: leave that out")
+        out: dict[str, Tensor] = {}
+        if images is not None:
+            several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
+            out["pixel_values"] = torch.stack(list(map(self.view, images if several else [images])))
+        if text is not None:
+            batch = self.batch([text] if isinstance(text, str) else text)
+            out |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+        return BatchFeature(out, tensor_type=return_tensors)
+
+    def batch(self, texts: Sequence[str]) -> Batch:
+        """The texts as training batches them, with black pictures."""
+        samples = [Sample(black(0), self.words(text), i, i) for i, text in enumerate(texts)]
+        return Collate(self.words)(samples)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "input_ids", "attention_mask"]
+
+
+def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
+    """Write what a model's folder has beside its weights, each file whole or not at all.
+
+    Args:
+        config: of the run.
+        words: its tokenizer.
+    """
+    data = {name: getattr(config.data, name) for name in OF_DATA}
+    settings = asdict(config.student) | OF_TRAINING | {"source": ""}
+    text = getattr(getattr(student.text, "model", None), "config", None)
+    if not config.student.source_config:
+        settings |= {"image_weights": "random", "text_weights": "random"}
+        if text is not None:
+            settings |= {"text_model": text.model_type, "text_overrides": _sizes(text)}
+    sample = words("a")
+    added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
+    model = CMLIConfig(
+        {"student": settings, "data": data},
+        [*over_pairs(config.loss.weights).items()],
+        vocab_size=words.vocab_size if text is None else text.vocab_size,
+        pad_id=words.pad_id,
+        class_first=words.special.class_first,
+        special_ids=sorted({*words.special_ids, *added}),
+        architectures=[CMLIModel.__name__],
+        dtype="float32",
+    )
+    beside = folder / "model.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    model.save_pretrained(beside)
+    CMLIProcessor(pretrained_tokenizer(config.data.tokenizer), **data).save_pretrained(beside)
+    for file in beside.iterdir():
+        os.replace(file, folder / file.name)
+    beside.rmdir()
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, object]:
+    """The fields that have an effect and differ from the defaults of the model's family."""
+    kind = type(config)
+    usual = kind().to_dict()
+    sizes = json.loads(json.dumps(config.to_dict()))
+    names = {*inspect.signature(kind).parameters, *UNDECLARED.get(config.model_type, ())}
+    out = {}
+    for name in sorted(names & sizes.keys()):
+        if sizes[name] != usual.get(name) and without_effect(kind, name) is None:
+            out[name] = sizes[name]
+    return out
+
+
+def load(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint") -> CMLIModel:
+    """Load the model of a run or of an export, in eval mode.
+
+    Args:
+        file: `WEIGHTS`, `AVERAGE` or `BEST`.
+
+    Raises:
+        UserError: it is not there, or damaged; the line names `setting`.
+    """
+    place = f"{setting} is {str(folder)!r}"
+    for name in (CONFIG, WEIGHTS, file):
+        if not (folder / name).is_file():
+            why = "give a run's output folder"
+            if name == AVERAGE:
+                why = "leave out --ema: the run was made without optim.ema_decay"
+            raise UserError(f"{place}: no {name} there; {why}")
+    variant = file.removeprefix("model").removesuffix("safetensors").strip(".") or None
+    with blame(f"{place}, whose {file} cannot be loaded"), loading(hub=False):
+        model, info = CMLIModel.from_pretrained(
+            folder, variant=variant, local_files_only=True, output_loading_info=True
+        )
+    unlike = [*info["missing_keys"], *info["mismatched_keys"], *info["unexpected_keys"]]
+    if unlike:
+        raise UserError(f"{place}: its {file} does not fit: {min(map(str, unlike))!r}")
+    return model
+
+
+AutoConfig.register(CMLIConfig.model_type, CMLIConfig)
+AutoModel.register(CMLIConfig, CMLIModel)
+AutoProcessor.register(CMLIConfig, CMLIProcessor)

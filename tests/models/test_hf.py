@@ -1,0 +1,206 @@
+"""A run's folder is a model of transformers: the weights that were trained, their features, and their scores."""
+
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data.build import build_data
+from ds_cmli.data.images import View
+from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
+from ds_cmli.engine import build_models
+from ds_cmli.evaluate.embed import EmbedSettings
+from ds_cmli.evaluate.model import load_objective
+from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.models import hf
+from tests.ranks import clean_environment
+from tests.run_folder import save_run
+
+TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
+PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
+
+
+def trained(student=None, losses=("global", "cmli"), data=None):
+    """The configuration of a run, its objective with weights as after a training, and its tokenizer."""
+    weights = {name: 1.0 + i for i, name in enumerate(losses)}
+    config = load_preset("tiny", {"loss": {"weights": weights}, "student": student or {}, "data": data or {}})
+    torch.manual_seed(0)
+    words = tokenizer_of(config.data)
+    objective, _ = build_models(config, words.vocab_size, special=words.special)
+    for parameter in objective.student.shared.parameters():  # which start as the identity
+        torch.nn.init.normal_(parameter, std=0.2)
+    return config, objective.eval(), words
+
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
+SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
+KINDS = {
+    "vit, bert": ({}, ("global", "cmli")),
+    "rotary positions, bert": ({"image_model": "eva02_tiny_patch14_224", "image_overrides": SMALL}, ("cmli",)),
+    "batch norm, a causal text": (
+        {"image_model": "resnet18", "image_overrides": {"layers": [1, 1, 1, 1]}, "text_model": "clip",
+         "text_overrides": BERT},
+        ("cmli_sigmoid", "global_sigmoid"),
+    ),
+    "windows, a tied table": (
+        {"image_model": "swin_tiny_patch4_window7_224", "image_overrides": SWIN, "text_model": "t5",
+         "text_overrides": T5},
+        ("global",),
+    ),
+    "a distillation": ({}, ("cls_kd",)),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
+    student, losses = KINDS[kind]
+    config, objective, words = trained(student, losses, {"image_size": 64} if "batch norm" in kind else {})
+    run = save_run(tmp_path / "run", config, objective, words)
+    model, processor = AutoModel.from_pretrained(run), AutoProcessor.from_pretrained(run)
+    saved, loaded = load_file(run / hf.WEIGHTS), model.state_dict(keep_vars=True)
+    assert saved.keys() <= loaded.keys() and len({x.data_ptr() for x in loaded.values() if x.numel()}) <= len(saved)
+    assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+    for (name, buffer), (_, own) in zip(model.student.named_buffers(), objective.student.named_buffers(), strict=True):
+        assert torch.equal(buffer, own), name
+    inputs = processor(images=[PIXELS] * 3, text=TEXTS)
+    image, text = objective.student, (inputs["input_ids"], inputs["attention_mask"])
+    pairs = [
+        (model.get_image_features(inputs["pixel_values"]), image.encode_image(inputs["pixel_values"])),
+        (model.get_text_features(*text), image.encode_text(*text)),
+    ]
+    for found, (cls, tokens) in pairs:
+        torch.testing.assert_close(found.pooler_output, cls, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.last_hidden_state, image.projection(tokens), rtol=0, atol=1e-6)
+    if kind != "a distillation":
+        assert model.scales() == objective.score_scales()
+
+
+OTHER = """
+import sys, torch, ds_cmli.models.hf
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+model = AutoModel.from_pretrained(sys.argv[1]).eval()
+with torch.no_grad():
+    features = model(**load_file(sys.argv[2]))
+save_file({name: value.contiguous() for name, value in {**model.state_dict(), **features}.items()}, sys.argv[3])
+"""
+
+
+@torch.no_grad()
+def test_another_process_loads_the_same(run, tmp_path):
+    inputs = AutoProcessor.from_pretrained(run)(images=[PIXELS] * 3, text=TEXTS)
+    hf_model = AutoModel.from_pretrained(run)
+    files = [str(run), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
+    from safetensors.torch import save_file
+
+    save_file(dict(inputs), files[1])
+    environment = clean_environment() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", OTHER, *files], env=environment, check=True, stdin=subprocess.DEVNULL)
+    found = load_file(files[2])
+    assert all(torch.equal(value, found[name]) for name, value in load_file(run / hf.WEIGHTS).items())
+    for name, value in hf_model(**inputs).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return trained()
+
+
+@pytest.fixture(scope="module")
+def run(made, tmp_path_factory):
+    return save_run(tmp_path_factory.mktemp("run"), *made)
+
+
+@torch.no_grad()
+def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
+    model, half = AutoModel.from_pretrained(run), AutoModel.from_pretrained(run, dtype=torch.bfloat16)
+    assert half.scales() == model.scales() and half.student.projection.weight.dtype == torch.bfloat16
+    pixels = AutoProcessor.from_pretrained(run)(images=PIXELS)["pixel_values"]
+    wanted = model.get_image_features(pixels).pooler_output
+    torch.testing.assert_close(half.get_image_features(pixels).pooler_output.float(), wanted, atol=0.1, rtol=0.1)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).get_image_features(pixels).pooler_output
+    torch.testing.assert_close(again, wanted, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_its_logits_rank_as_the_evaluation_says(made, run):
+    config, _, _ = made
+    data = build_data(config.data, config.run.seed)
+    split = data.evals["seen"]
+    some = torch.utils.data.Subset(split, range(60))
+    how = EmbedSettings(16, torch.device("cpu"))
+    result = evaluate_split(load_objective(config, run, False, how.device), some, data, how)
+    pictures = [some[i].image.permute(1, 2, 0).numpy() for i in range(60)]
+    texts = [" ".join(split.pictures.names[concept] for concept, _ in split.layout(i)) for i in range(60)]
+    out = AutoModel.from_pretrained(run)(**AutoProcessor.from_pretrained(run)(images=pictures, text=texts))
+    for way, logits in (("i2t", out.logits_per_image), ("t2i", out.logits_per_text)):
+        above = (logits > logits.diagonal()[:, None]).sum(1)
+        for k in (1, 5, 10):
+            assert result[f"combined/{way}_r{k}"] == pytest.approx((above < k).float().mean().item(), abs=1e-6)
+
+
+def encoded(image, kind):
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+def test_the_processor_prepares_as_training_does(made, run):
+    config, _, words = made
+    processor, image = AutoProcessor.from_pretrained(run), Image.fromarray(PIXELS)
+    tensor, wanted = torch.from_numpy(PIXELS).permute(2, 0, 1), View.of(config.data)(PIXELS)
+    for given in (PIXELS, image, tensor, [PIXELS], (image,), PIXELS[None], tensor[None], encoded(image, "PNG")):
+        assert torch.equal(processor(images=given)["pixel_values"], wanted[None])
+    inputs = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
+    assert [row[mask].tolist() for row, mask in zip(*inputs.values(), strict=True)] == [
+        words(text).input_ids for text in TEXTS
+    ]
+    token_mask = AutoModel.from_pretrained(run).token_mask(**inputs)
+    assert [int(row.sum()) for row in token_mask] == [sum(words(text).valid) for text in TEXTS]
+    long = processor(text="a red car " * 100)["input_ids"]
+    assert long.shape == (1, words.positions) and long[0].tolist() == words("a red car " * 100).input_ids
+    arrays = processor(images=PIXELS, text="a", return_tensors="np")
+    assert all(isinstance(value, np.ndarray) for value in arrays.values())
+    with pytest.raises(ValueError, match="padded and cut off as in training"):
+        processor(text=TEXTS, padding="max_length")
+
+
+def test_an_end_that_is_also_the_padding_is_attended_to(tmp_path):
+    whole = builtin_tokenizer()
+    whole.pad_token = "[SEP]"
+    whole.save_pretrained(tmp_path / "words")
+    run = save_run(tmp_path / "run", *trained(data={"tokenizer": str(tmp_path / "words")}))
+    ids, mask = AutoProcessor.from_pretrained(run)(text="a red car").values()
+    assert ids[mask][-1] == whole.pad_token_id and mask.sum() == 5
+
+
+def test_what_is_not_there_or_damaged_is_one_line(run, tmp_path):
+    with pytest.raises(UserError, match=r"^the model is '[^\n]*: no config\.json there; give a run"):
+        hf.load(tmp_path, setting="the model")
+    with pytest.raises(UserError, match=r"no model\.ema\.safetensors there; leave out --ema"):
+        hf.load(run, hf.AVERAGE)
+    other = save_run(tmp_path / "other", *trained())
+    weights = load_file(other / hf.WEIGHTS)
+    name = "student.projection.weight"
+    for change, line in (({}, "does not fit"), ({name: weights[name][1:]}, "cannot be loaded|does not fit")):
+        from ds_cmli.checkpoint.weights import write_weights
+
+        write_weights({key: x for key, x in weights.items() if key != name} | change, other / hf.WEIGHTS)
+        with pytest.raises(UserError, match=f"^[^\n]*({line})[^\n]*$"):
+            hf.load(other)
+    (other / hf.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^[^\n]*cannot be loaded[^\n]*$"):
+        hf.load(other)

@@ -1,0 +1,223 @@
+"""A run as a model of the library that it began as, and as its own: `python -m ds_cmli.export RUN DIR --as ...`."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.export import command
+from ds_cmli.inference import Model
+from ds_cmli.models import hf
+from tests.drive_train import drive
+from tests.make import pairs
+from tests.models.dual_models import clip, siglip, start
+from tests.run_folder import save_run, write_run
+
+open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
+from tests.models.open_clip_models import losses, saved  # noqa: E402
+
+TEXTS = ["a red car", "two dogs,sitting under a tree"]
+LOSSES = {"clip": {"global": 1.0, "cmli": 1.0}, "siglip": {"global_sigmoid": 1.0, "cmli": 1.0}}
+OPEN_CLIP = ("vit", "convnext", "coca", "siglip", "roberta")
+OPEN_CLIP_FILE = "open_clip_model.safetensors"
+
+
+def run_of(source, folder, losses, trained=True, **student):
+    """A run's folder as a training from the source leaves it, or as it begins."""
+    objective, config, words = start(source, losses, **student)
+    if trained:
+        for parameter in objective.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    return save_run(folder, config, objective, words)
+
+
+def after_ten_steps(source, folder, losses, *more):
+    """The folder of a run of ten steps from the source."""
+    given = ["--preset", "tiny", "--steps", "10", "--losses", ",".join(losses), "--set", "run.match_maps=0", *more]
+    given += ["--data", pairs(folder.with_name("pairs"), 63)]
+    assert drive([*given, "--start-from", str(source), "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def export(run, folder, *options):
+    command.main([str(run), str(folder), *options], standalone_mode=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    noise = np.random.default_rng(0)
+    small = (Image.fromarray(noise.integers(0, 256, (4, 4, 3), np.uint8)) for _ in range(3))
+    return [image.resize((80, 60)) for image in small]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    every = {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip")}
+    (every["clip"] / "README.md").write_text("---\nlicense: mit\n---\n# CLIP\n")
+    return every | {f"open_clip {kind}": saved(root / "open_clip" / kind, kind) for kind in OPEN_CLIP}
+
+
+def of(kind, source):
+    """The losses that a source is trained with, what --as names, and the file of its weights."""
+    if kind.startswith("open_clip"):
+        return losses(source), "open_clip", OPEN_CLIP_FILE
+    return LOSSES[kind], kind, hf.WEIGHTS
+
+
+def features(kind, folder, pictures):
+    """Class features of pictures and texts by the library, with 1/temperature."""
+    with torch.no_grad():
+        if kind.startswith("open_clip"):
+            model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+            words = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+            images, texts = (
+                model.eval().encode_image(torch.stack(list(map(transform, pictures)))),
+                model.encode_text(words),
+            )
+        else:
+            model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+            pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
+            length = model.config.text_config.max_position_embeddings
+            words = tokenizer(TEXTS, padding="max_length", max_length=length, return_tensors="pt")
+            attended = {"attention_mask": words["attention_mask"]} if kind == "clip" else {}
+            images = model.get_image_features(**pixels).pooler_output
+            texts = model.get_text_features(input_ids=words["input_ids"], **attended).pooler_output
+    return F.normalize(images), F.normalize(texts), model.logit_scale.exp().item()
+
+
+KINDS = ["clip", "siglip", *(f"open_clip {kind}" for kind in OPEN_CLIP)]
+
+
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x in KINDS[2:-1])) for x in KINDS])
+def test_untrained_its_weights_are_the_sources_to_the_bit(kind, sources, tmp_path):
+    chosen, library, file = of(kind, sources[kind])
+    run = run_of(sources[kind], tmp_path / "run", chosen, trained=False)
+    folder = export(run, tmp_path / "back", "--as", library)
+    given, back = load_file(sources[kind] / file), load_file(folder / file)
+    towers = {key for key in given if not key.startswith("text_decoder.")}  # of a CoCa
+    assert towers == back.keys() and (towers == given.keys()) == (kind != "open_clip coca")
+    assert all(torch.equal(given[key], back[key]) for key in back)
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("trained", [run_of, pytest.param(after_ten_steps, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x in KINDS[2:-1])) for x in KINDS])
+def test_trained_the_library_computes_its_features(kind, trained, sources, tmp_path, pictures):
+    chosen, library, file = of(kind, sources[kind])
+    run = trained(sources[kind], tmp_path / "run", chosen)
+    folder, ours = export(run, tmp_path / "back", "--as", library), Model.load(run, "cpu")
+    images, texts, scale = features(kind, folder, pictures)
+    torch.testing.assert_close(ours.embed_images(pictures).cls, images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.embed_texts(TEXTS).cls, texts, rtol=0, atol=1e-5)
+    assert ours.scales["global"] == pytest.approx(scale)
+    given, back = load_file(sources[kind] / file), load_file(folder / file)
+    assert not torch.equal(given["logit_scale"], back["logit_scale"])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alone")
+def test_frozen_tensors_keep_their_bytes(sources, tmp_path):
+    frozen = ("--set", "student.freeze_image=2", "--set", "student.freeze_text=1")
+    run = after_ten_steps(sources["clip"], tmp_path / "run", LOSSES["clip"], *frozen)
+    back = load_file(export(run, tmp_path / "back", "--as", "clip") / hf.WEIGHTS)
+    same = {name for name, value in load_file(sources["clip"] / hf.WEIGHTS).items() if torch.equal(value, back[name])}
+    assert {name for name in back if "vision_model.e" in name or "text_model.encoder.layers.0" in name} <= same
+    assert not any("text_model.encoder.layers.1" in name for name in same)
+
+
+def test_without_as_it_is_the_runs_own_model(sources, tmp_path, pictures):
+    run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
+    shutil.copytree(sources["clip"], tmp_path / "source")
+    folder = export(run, tmp_path / "own model")
+    given, own = load_file(run / hf.WEIGHTS), load_file(folder / hf.WEIGHTS)
+    assert given.keys() == own.keys() and all(torch.equal(given[name], own[name]) for name in own)
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    trained, again = Model.load(run, "cpu"), Model.load(folder, "cpu")
+    out = model(**processor(images=pictures, text=TEXTS))
+    for one in (trained, again):
+        scores = one.scores(one.embed_images(pictures), one.embed_texts(TEXTS))["combined"]
+        torch.testing.assert_close(out.logits_per_image, scores.i2t)
+        torch.testing.assert_close(out.logits_per_text, scores.t2i.t())
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (folder, *folder.rglob("*")))
+    readme = (folder / "README.md").read_text()
+    assert "# own model" in readme and "license: mit" in readme and "the model clip (mit)" in readme
+    assert str(tmp_path) not in readme + (folder / "config.json").read_text() and len(readme.splitlines()) < 20
+
+
+def test_the_readme_names_what_a_run_from_a_run_began_as(sources, tmp_path):
+    first = run_of(sources["clip"], tmp_path / "first", LOSSES["clip"])
+    second = run_of(first, tmp_path / "second", LOSSES["clip"])
+    assert "the model clip (mit)" in (export(second, tmp_path / "x") / "README.md").read_text()
+    readme = (export(write_run(tmp_path / "run"), tmp_path / "y") / "README.md").read_text()
+    assert "vit_tiny_patch16_224 with random weights" in readme and "Twemoji" in readme
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sources, tmp_path):
+    run, ends = run_of(sources[kind], tmp_path / "run", LOSSES[kind]), {}
+    for share in ("0", "0.5", "1"):
+        ends[share] = load_file(export(run, tmp_path / share, "--as", kind, "--interpolate", share) / hf.WEIGHTS)
+    source, plain = (
+        load_file(sources[kind] / hf.WEIGHTS),
+        load_file(export(run, tmp_path / "p", "--as", kind) / hf.WEIGHTS),
+    )
+    for name, value in ends["0.5"].items():
+        assert torch.equal(ends["0"][name], source[name]) and torch.equal(ends["1"][name], plain[name])
+        torch.testing.assert_close(value, 0.5 * source[name] + 0.5 * plain[name])
+    own = export(run, tmp_path / "own", "--interpolate", "0.5")
+    name, same = "student.text.model.final_layer_norm.weight", "text_model.final_layer_norm.weight"
+    assert torch.equal(load_file(own / hf.WEIGHTS)[name], ends["0.5"][same])
+    assert "0.5 of the way from student.source to the weights" in (own / "README.md").read_text()
+
+
+def test_averages_are_exported(sources, tmp_path):
+    run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
+    averages = run_of(sources["clip"], tmp_path / "other", LOSSES["clip"])
+    shutil.copy(averages / hf.WEIGHTS, run / hf.AVERAGE)
+    found = load_file(export(run, tmp_path / "x", "--ema") / hf.WEIGHTS)
+    assert all(torch.equal(value, found[name]) for name, value in load_file(averages / hf.WEIGHTS).items())
+
+
+def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
+    run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
+    own, wanted = export(run, tmp_path / "own"), Model.load(run, "cpu")
+    pixels = torch.stack([wanted.read(picture) for picture in pictures])
+    for place in (run, own, run / hf.WEIGHTS):
+        objective, config, _ = start(place, {"global": 1.0, "cmli": 1.0}, freeze_text=1)
+        with torch.no_grad():
+            cls, _ = objective.student.image_embeddings(pixels)
+        torch.testing.assert_close(cls, wanted.embed_images(pictures).cls, rtol=0, atol=1e-6)
+        assert objective.score_scales() == wanted.scales
+        assert config.student.freeze_text == 1 and config.student.embed_dim == 24
+    with pytest.raises(UserError, match="no such file or folder"):
+        start(run / hf.AVERAGE, LOSSES["clip"])
+    (run / hf.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"^student.source [^\n]*cannot be loaded"):
+        start(run, LOSSES["clip"])
+
+
+def test_what_it_is_not_is_refused(sources, tmp_path):
+    def refused(problem, *arguments):
+        with pytest.raises(UserError, match=f"^[^\n]*{problem}[^\n]*$"):
+            export(*arguments)
+        assert not (tmp_path / "x").exists()
+
+    run, new = write_run(tmp_path / "run"), tmp_path / "x"
+    began = run_of(shutil.copytree(sources["clip"], tmp_path / "gone"), tmp_path / "began", LOSSES["clip"])
+    refused("--as is 'siglip', and the run's student began as clip", began, new, "--as", "siglip")
+    refused("began as two encoders", run, new, "--as", "clip")
+    even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
+    refused("its models have no shared blocks, the run has 1", even, new, "--as", "clip")
+    refused("no student.source: leave it out", run, new, "--interpolate", "0.5")
+    shutil.rmtree(tmp_path / "gone")
+    refused("no such file or folder", began, new, "--interpolate", "0.5")
+    refused("is not empty; give a new folder", run, run)
+    refused(r"no run\.json there", tmp_path, new)
