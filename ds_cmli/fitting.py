@@ -68,8 +68,7 @@ def fit(
 
     Raises:
         UserError: a mistake that the user can correct, on every rank.
-        Preempted: the run has saved after a signal, if the script handles signals as the command
-            does, by `ds_cmli.faults.preemption.install()`.
+        Preempted: the run has saved after a signal, as the command does.
     """
     resolved = _resolved(config, data)
     start = LaunchOptions(resume, False, Profiles(), raises=True)

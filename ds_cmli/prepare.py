@@ -182,7 +182,6 @@ def next_batch(
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     ready.place.watchdog.heartbeat()
-    preemption.begin()
     signalled = preemption.requested() is not None
     failed, stop, due = ready.flags.any(batch is None, signalled, save_due())  # collective
     if failed:

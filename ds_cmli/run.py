@@ -203,7 +203,7 @@ class Run:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
         self.writer.flush()
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
-        with self.watchdog.slow(together=True):
+        with self.watchdog.slow():
             line, seconds = self.checkpoints.save(self.state)  # collectives
         self.writer.say(line)
         self.writer.draw(self.state.step, checkpoint_s=seconds)

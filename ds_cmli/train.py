@@ -21,9 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from ds_cmli.common import cli, hardware, provenance, quiet
+from ds_cmli.common import hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
-from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import (
@@ -85,28 +84,23 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     if config.run.deterministic:
         hardware.enforce_determinism()
     data, mistake = load_data(config)
+    import torch.distributed as dist
+
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():
         from ds_cmli.checkpoint import run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
-    from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
+    from ds_cmli.faults.watchdog import Watchdog
 
     ds_config = on_this_device(ds_config)
 
     # --- processes
-    theirs = start.raises and distributed.is_up()  # a group that the script has made stays
-    hold_back_nccl(config.run.watchdog)
-    try:
-        store = distributed.meet()  # collective
-    except UserError:
-        preemption.end_start()  # rank 0, which the others miss, may have ended by the same signal
-        raise
+    theirs = dist.is_initialized()  # a group that the script has made stays
+    device = distributed.init()  # collective
     alone = start.raises and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
-    watchdog = Watchdog(0.0 if alone else config.run.watchdog, store)
-    try:
-        with watchdog:
-            device = distributed.connect(store)  # collective
+    with Watchdog(0.0 if alone else config.run.watchdog) as watchdog:
+        try:
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
             folder = run_folder.make(config, start.resume)  # collective
@@ -116,10 +110,9 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
                 if ready is None:
                     return Ended(0, folder)
                 return Ended(build_and_train(ready), folder)  # collectives
-    finally:
-        if not theirs:
-            distributed.shutdown()
-        watchdog.cleaned_up()
+        finally:
+            if not theirs:
+                distributed.shutdown()
 
 
 def build_and_train(ready: Prepared) -> int:
@@ -137,7 +130,7 @@ def build_and_train(ready: Prepared) -> int:
     chosen, notice = with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
     raises, afterwards = ready.start.raises, contextlib.ExitStack()
-    ending = out_of_memory.ending(folder, device, watchdog, raises)
+    ending = out_of_memory.ending(folder, device, raises)
     with afterwards, ending as engines:
         engine = build(
             chosen,
@@ -158,7 +151,7 @@ def build_and_train(ready: Prepared) -> int:
         if ready.point is not None and ready.point.changed:
             rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1
             say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
-        with watchdog.slow(together=True):  # a tracker may ask its server
+        with watchdog.slow():  # a tracker may ask its server
             writer = open_writer(
                 folder, plan.total_steps, state.step, config.run.report_to
             )  # collective
@@ -173,6 +166,7 @@ def build_and_train(ready: Prepared) -> int:
         with (
             probe.subscribed(parts.meter),
             profiles.around(engine, chosen, plan.deepspeed, folder, state.step) as after_step,
+            preemption.handled(),
         ):
             return loop(parts, after_step)  # collective
 
@@ -194,8 +188,6 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
         train_loader(run.data, run.sampler, data.workers, preemption.shield, data.prefetch)
     )
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
-    if save_due or not state.evaluated:
-        preemption.begin()
     try:
         while True:
             # The evaluation of a step comes before its checkpoint, which holds the result.
@@ -220,8 +212,10 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     except preemption.Preempted:
         run.save_done()  # collectives
         signal = preemption.requested() or "a signal to another rank"
-        again = preemption.to_go_on(f"start again with --output-dir {run.checkpoints.folder}")
-        run.writer.say(f"stopped at step {state.step} of {run.total_steps} by {signal}{again}")
+        run.writer.say(
+            f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
+            f"--output-dir {run.checkpoints.folder} to go on"
+        )
         run.writer.close()
         return preemption.EXIT_CODE
 
@@ -232,8 +226,6 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    cli.guard_streams()
-    preemption.install()
     run_command(command, prints_results=False)
 
 

@@ -10,7 +10,6 @@ from unittest import mock
 
 from ds_cmli import train
 from ds_cmli.common.errors import UserError
-from ds_cmli.faults import preemption
 
 
 def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = None, mistakes: bool = False) -> int:
@@ -38,15 +37,9 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
                 file.writelines(json.dumps(batch.index.tolist()) + "\n" for batch in micro_batches)
         return one_step(engine, micro_batches, heartbeat)
 
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ["MASTER_PORT"] = "0"  # the last training has left its own there, still taken
-    handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-    preemption._received.clear()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(Run, "end_step", ended))
         stack.enter_context(mock.patch.object(TrainEngine, "step", step))
-        for number in preemption.SIGNALS:
-            signal.signal(number, preemption._note)
         try:
             # Without the watchdog, which ends the process of a training that has failed.
             with released():
@@ -58,9 +51,6 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
             return 2
         finally:
             gc.collect()
-            preemption._received.clear()
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
 
 
 def drive_each(rank: int, world_size: int, tasks: list[dict]) -> tuple[list[int], str]:

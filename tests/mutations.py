@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 OP, LOSSES, ENGINE = "cmli/test_behaviour.py::", "losses/test_behaviour.py::", "engine/test_behaviour.py::"
 DATA, MODELS = "data/test_behaviour.py::", "models/test_behaviour.py::"
 CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_behaviour.py::"
+FAULTS = "faults/test_"
 EVALUATE = "evaluate/test_behaviour.py::"
 EQUATIONS = OP + "test_scores_and_gradients_are_those_of_the_equations"
 TIES = OP + "test_a_tie_goes_to_the_lowest_valid_index"
@@ -97,6 +98,21 @@ ROWS = (
     ("ranks-mean-twice", "distributed/process_group.py",
      CHECKPOINT + "test_one_rank_goes_on_with_the_batches_and_states_of_two", "values /= world_size()",
      "values /= world_size() ** 2"),
+    # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
+    ("faults-signal", "faults/preemption.py", FAULTS + "preemption.py::test_each_signal_sets_the_flag_until_the_end",
+     "    _requested.append((name, now))\n", ""),
+    ("faults-launcher", "faults/preemption.py", FAULTS + "preemption.py::test_a_rank_learns_of_its_launchers_end",
+     "if _launcher() != before:", "if False:"),
+    ("faults-hung", "faults/watchdog.py",
+     FAULTS + "watchdog.py::test_a_rank_without_progress_is_named_and_the_job_ends", "if still[blamed] > limit:",
+     "if False:"),
+    ("faults-poison", "faults/nonfinite.py",
+     FAULTS + "nonfinite.py::test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told",
+     "return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)", "return loss"),
+    ("faults-most-skipped", "run.py",
+     FAULTS + "nonfinite.py::test_too_many_in_a_row_stop_with_a_checkpoint_from_before",
+     "if state.skipped_in_row > (most := self.config.run.most_skipped):",
+     "if (most := self.config.run.most_skipped) and False:"),
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",
      ENGINE + "test_cached_micro_batches_have_the_losses_and_gradients_of_one",

@@ -107,7 +107,7 @@ def test_a_lack_of_memory_is_raised(tmp_path, data, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(TrainEngine, "step", short)
-        with pytest.raises(UserError, match=r"^out of memory on rank 0 over the limit of this machine\n  "):
+        with pytest.raises(UserError, match=r"^out of memory: rank 0\n  "):
             ds_cmli.fit(settings(tmp_path), data)
     assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
 
@@ -123,16 +123,16 @@ def test_a_process_group_of_the_script_stays(tmp_path, data):
     assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
 
 
-def test_signals_are_raised_where_the_script_handles_them(tmp_path, data, monkeypatch):
-    at_each_line(monkeypatch, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
-    before = signal.signal(signal.SIGUSR1, preemption._note)
-    try:
+def test_a_signal_saves_and_afterwards_signals_are_the_scripts(tmp_path, data, monkeypatch):
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    with monkeypatch.context() as patched:
+        at_each_line(patched, lambda step: os.kill(os.getpid(), signal.SIGUSR1))
         with pytest.raises(preemption.Preempted, match=str(tmp_path)):
             ds_cmli.fit(settings(tmp_path), data)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-        preemption._received.clear()
     assert (tmp_path / "checkpoint" / "latest").read_text() == "step1"
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+    assert preemption.requested() is None
+    assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
 
 
 RANKS = """

@@ -24,7 +24,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
-from ds_cmli.faults import preemption
 from ds_cmli.models.hf import BEST
 
 METRICS, CONFIG, LOCK = "metrics.jsonl", "run.json", "run.lock"
@@ -122,11 +121,9 @@ def held(folder: Path) -> Iterator[None]:
                 path.unlink()
 
     threading.Thread(target=touch, daemon=True).start()
-    preemption.before_leaving.append(release)
     try:
         yield
     finally:
-        preemption.before_leaving.remove(release)
         release()
 
 

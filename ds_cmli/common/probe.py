@@ -1,7 +1,7 @@
 """What training reports while it runs: the only place where prediction reaches into it.
 
 Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they
-do nothing. The recorder of memory, the meter of the speed and the counter of traffic subscribe.
+do nothing. The recorder of memory and the meter of the speed subscribe.
 """
 
 from __future__ import annotations

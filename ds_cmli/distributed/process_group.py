@@ -2,148 +2,60 @@
 
 import os
 import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
-from functools import partial
+from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, first_line, one_line
-from ds_cmli.distributed import rendezvous
+from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
 Value = TypeVar("Value")
-LIMIT = 180.0  # seconds in which ranks that have met are connected
-REMEDIES = {
-    "nccl": "set it to the network device by which the nodes reach each other, or "
-    "NCCL_P2P_DISABLE=1 if the GPUs of one node do not; NCCL_DEBUG=INFO tells more",
-    "gloo": "set it to the network device by which the nodes reach each other",
-}
+TIMEOUT = timedelta(minutes=30)  # of a collective, and in which all ranks start
 
 
 def init() -> torch.device:
     """Start the process group and return this rank's device. Collective.
 
-    Raises `UserError` as `meet` and `connect` do.
-    """
-    return connect(meet())  # collectives
-
-
-def meet(start: timedelta = timedelta(minutes=10)) -> dist.Store:
-    """Wait for all ranks, and return the store that they share. Collective.
-
-    Args:
-        start: how long the ranks wait for each other.
-
-    Raises:
-        UserError: not all ranks have started in time, or this rank alone on its node has no GPU.
-    """
-    map_launcher_environment()
-    _device()
-    if dist.is_initialized():
-        return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
-    return rendezvous.meet(start)  # collective
-
-
-def connect(
-    store: dist.Store, timeout: timedelta = timedelta(minutes=30), limit: float = LIMIT
-) -> torch.device:
-    """Start the process group of ranks that have met, and return this rank's device. Collective.
-
     The group is of NCCL on GPUs, and of gloo on CPUs. One that is up already is taken as it is.
 
-    Args:
-        timeout: the time limit of a collective.
-        limit: that of the first one, in seconds; ranks that do not reach each other end by it.
-
     Raises:
-        UserError: the ranks do not reach each other.
+        UserError: not all ranks have started in time, or do not reach each other.
     """
-    device = _device()
-    if dist.is_initialized():
-        return device
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    store.set_timeout(timeout)
-    with connecting(backend, limit):
-        rendezvous.choose_device_of_gloo(store)  # collective
+    map_launcher_environment()
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device("cpu")
+    with blame(f"rank {rank} of {ranks} cannot start"):
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if dist.is_initialized():
+            return device
+        store: dist.Store = dist.HashStore()  # which needs no port
+        if ranks > 1:
+            store = _store(rank, ranks, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+            groups = (store.add("ds_cmli", 1) - 1) // ranks  # that these ranks have made before
+            store = dist.PrefixStore(f"ds_cmli/{groups}", store)
         dist.init_process_group(  # collective
-            backend,
+            "nccl" if device.type == "cuda" else "gloo",
             store=store,
-            rank=int(os.environ["RANK"]),
-            world_size=int(os.environ["WORLD_SIZE"]),
-            timeout=timeout,
+            rank=rank,
+            world_size=ranks,
+            timeout=TIMEOUT,
             # NCCL connects at once, and every group of all ranks shares its connections.
             device_id=device if device.type == "cuda" else None,
         )
-        first = torch.ones(1, device=device)
-        dist.all_reduce(first)  # collective
-        first.item()  # CPU-GPU sync
     return device
 
 
-@contextmanager
-def connecting(backend: str, limit: float) -> Iterator[None]:
-    """Inside, ranks connect: they make groups of `backend`, and each group's first collective.
-
-    A rank that waits longer than `limit` seconds ends with exit code 2, as nothing else ends a
-    collective of NCCL; rank 0 prints the line.
-
-    Raises:
-        UserError: the backend has found out itself that it does not reach a rank.
-    """
-    timer = threading.Timer(limit, partial(_end, backend, limit))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except RuntimeError as error:
-        raise UserError(f"{_line(backend, 'failed')} ({first_line(error)})") from error
-    finally:
-        timer.cancel()
-
-
-def _end(backend: str, limit: float) -> None:
-    if os.environ["RANK"] == "0":
-        line = _line(backend, f"did not end within {limit:g} s")
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        time.sleep(2)  # it holds the store, and ends last
-    time.sleep(2)  # a launcher that sees one rank end kills the others, rank 0 among them
-    os._exit(2)
-
-
-def _line(backend: str, what: str) -> str:
-    env = os.environ
-    name = f"{backend.upper()}_SOCKET_IFNAME"
-    value = repr(env[name]) if name in env else "not set"
-    return (
-        f"the {env['WORLD_SIZE']} ranks met at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, but "
-        f"their first collective over {backend} {what}; {name} is {value}: {REMEDIES[backend]}"
-    )
-
-
-def _device() -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    count, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
-    if local >= count:
-        rank = os.environ["RANK"]
-        message = f"rank {rank} has no GPU: its node has {count}; start one rank a GPU"
-        if rank != "0":  # the mistakes of rank 0 are printed anyway
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        raise UserError(message)
-    device = torch.device("cuda", local)
-    torch.cuda.set_device(device)
-    return device
-
-
-def is_up() -> bool:
-    return dist.is_initialized()
+@cache
+def _store(rank: int, ranks: int, address: str, port: str) -> dist.Store:
+    """The store by which the ranks of a launch meet, each time: its port stays taken."""
+    return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
 
 
 def shutdown() -> None:
@@ -230,13 +142,11 @@ class CollectiveFlags:
     be a CPU-GPU sync.
     """
 
-    def __init__(self, limit: float = LIMIT) -> None:
-        """Collective; `limit` is as in `connect`."""
+    def __init__(self) -> None:
+        """Collective."""
         self.group: dist.ProcessGroup | None = None
         if world_size() > 1 and dist.get_backend() != "gloo":
-            with connecting("gloo", limit):
-                self.group = dist.new_group(backend="gloo")  # collective
-                self.any(False)  # collective
+            self.group = dist.new_group(backend="gloo")  # collective
 
     def any(self, *flags: bool) -> list[bool]:
         """Tell of each flag whether it is set on any rank. Collective."""

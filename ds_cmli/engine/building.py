@@ -156,7 +156,7 @@ def build(
         for encoder in (objective.student.image, objective.student.text):
             for module, parameter in encoder.read_outside():
                 deepspeed.zero.register_external_parameter(module, parameter)
-    nonfinite.attach(engine)
+    nonfinite.count_at_lowest_scale(engine.optimizer)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
     return TrainEngine(

@@ -2,20 +2,15 @@
 
 DeepSpeed's ZeRO optimizers check the gradients before each update, agree across ranks, and skip the
 update if they are not finite: weights, moments and schedule stay as they were. This module adds
-two things: a loss that is not finite also skips the update, and the samples of a skipped step are
-named.
+that a loss that is not finite also skips the update, and that the samples of such a step are named.
 """
 
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_cmli.distributed.process_group import CollectiveFlags
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 Optimizer = Any  # one of DeepSpeed's, which have no common type
 SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
@@ -31,12 +26,11 @@ def poison(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def attach(engine: "DeepSpeedEngine") -> None:
-    """Have each step that is not finite skipped, by one check, also at fp16's lowest loss scale."""
-    optimizer: Optimizer = engine.optimizer
+def count_at_lowest_scale(optimizer: Optimizer) -> None:
+    """Have fp16's overflows at the lowest loss scale skipped, and not raised."""
     scaler = getattr(optimizer, "loss_scaler", None)
-    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False
 
 
 def can_lower_scale(optimizer: Optimizer) -> bool:
@@ -49,37 +43,26 @@ def can_lower_scale(optimizer: Optimizer) -> bool:
 def skipped_samples(
     window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags
 ) -> list[int]:
-    """The samples of a skipped step. Collective, CPU-GPU sync.
+    """The samples of a skipped step, as sorted indices into the training set. Collective.
 
-    It is called on all ranks after a skipped step only.
+    They are those of the micro-batches whose loss is not finite or, if every loss is finite, of the
+    whole step: unless that one only asked for a lower loss scale. CPU-GPU sync.
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
-        lower_scale: what `can_lower_scale` returned; if true, gradients that are not finite are no
-            fault by themselves.
-
-    Returns:
-        Sorted indices into the training set: those of the micro-batches whose loss is not finite
-        or, if every loss is finite, those of the whole step. Empty if the step only asked for a
-        lower loss scale.
+        lower_scale: what `can_lower_scale` returned.
     """
-    lost: list[int] = []
-    every: list[int] = []
-    for index, loss in window:
-        every += index.tolist()
-        if not loss.isfinite().item():
-            lost += index.tolist()
-    ranks = flags.gather((lost, [] if lower_scale else every))  # collective
-    all_lost, all_of_the_step = zip(*ranks, strict=True)
-    return sorted(chain(*all_lost)) or sorted(chain(*all_of_the_step))
+    own = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
+    every = [batch for of_rank in flags.gather(own) for batch in of_rank]  # collective
+    lost = [sample for samples, finite in every if not finite for sample in samples]
+    whole = [] if lower_scale else [sample for samples, _ in every for sample in samples]
+    return sorted(lost or whole)
 
 
 def line(step: int, samples: list[int]) -> str:
     """The terminal's line about a skipped step."""
-    listed = ", ".join(map(str, samples[:SHOWN]))
-    if len(samples) > SHOWN:
-        listed += f" and {len(samples) - SHOWN} more"
+    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
     return (
-        f"step {step} skipped: loss or gradients are not finite; samples {listed} of the training "
-        "set"
+        f"step {step} skipped: loss or gradients are not finite; samples "
+        f"{', '.join(map(str, samples[:SHOWN]))}{more} of the training set"
     )

@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory.categories import owners
 from ds_cmli.memory.profile import record_history
 from ds_cmli.memory_model import gpus
@@ -48,16 +47,13 @@ def is_shortage(error: BaseException) -> bool:
 
 
 @contextmanager
-def ending(
-    folder: Path, device: torch.device, watchdog: Watchdog, raises: bool = False
-) -> Iterator[list[TrainEngine]]:
+def ending(folder: Path, device: torch.device, raises: bool = False) -> Iterator[list[TrainEngine]]:
     """Build and train inside: if memory runs out, this ends the process.
 
     Yields a list for the engine, once there is one: its tensors are counted in the message.
 
     Args:
         folder: the run's folder; on a GPU the snapshot is written there.
-        watchdog: tells the other ranks to end.
         raises: whether a single rank raises `UserError` with the message and goes on.
     """
     snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
@@ -79,7 +75,6 @@ def ending(
         if raises and distributed.world_size() == 1:
             raise UserError(text) from None
         print(f"error: {text}", file=sys.stderr, flush=True)
-        watchdog.dismiss()
         sys.stdout.flush()
         # Not sys.exit: ending the process group would wait for collectives that never finish.
         os._exit(EXIT_CODE)

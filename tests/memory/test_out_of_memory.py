@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import out_of_memory
 from tests.ranks import ROOT, clean_environment, environments, start
 
@@ -104,10 +102,9 @@ def test_shortages_are_known_and_what_was_asked(error, asked):
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("memory")])
 def test_other_errors_pass(error, tmp_path, alone):
     assert not out_of_memory.is_shortage(error)
-    watchdog = Watchdog(0, dist.HashStore())
     with (
         pytest.raises(type(error), match=str(error.args[-1])),
-        out_of_memory.ending(tmp_path, torch.device("cpu"), watchdog),
+        out_of_memory.ending(tmp_path, torch.device("cpu")),
     ):
         raise error
     assert not list(tmp_path.iterdir())

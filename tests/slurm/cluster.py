@@ -6,7 +6,10 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from tests.ranks import free_port
 
@@ -107,9 +110,16 @@ class Cluster:
         self.nodes[node] = [*self.daemons.values()][-1]
 
     def kill_node(self, node: str) -> None:
-        """Kill a node's slurmd, but not the tasks that it has started."""
+        """Kill a node's slurmd, and the tasks that it has started with what watches over them."""
         self.nodes[node].kill()
         self.nodes[node].wait()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("SLURMD_NODENAME") == node:
+                    parent = process.parent()
+                    process.kill()
+                    if parent and parent.name().startswith("slurmstepd"):
+                        parent.kill()
 
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / f"{program}{len(self.daemons)}.out").open("w")

@@ -1,0 +1,165 @@
+"""slurm/train.sh on a real Slurm: trainings interrupted in the ways it has, and stand-ins in Python's place."""
+
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.runs import assert_same
+from tests.make import pairs
+from tests.ranks import ROOT, start_ranks
+from tests.slurm.cluster import NODES, Cluster, poll
+
+pytestmark = pytest.mark.slurm
+
+SCRIPT = str(ROOT / "slurm" / "train.sh")
+TWO_NODES = ("--nodes=2", "--time=60")
+# The micro-batch makes a step long enough to be interrupted somewhere before the end.
+TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.eval_batch=100", "--set", "run.match_maps=0")
+
+
+class Job:
+    """A job of slurm/train.sh. Its run and log are in `folder`; `stand_in` are bash commands in Python's place."""
+
+    def __init__(self, cluster: Cluster, folder: Path, *sbatch: str, options=(), stand_in: str = "", **env: str):
+        python = folder / f"python-{time.monotonic_ns()}"
+        python.write_text("#!/bin/bash\n" + (stand_in or f'exec {sys.executable} "$@"'))
+        python.chmod(0o755)
+        self.cluster, self.run, self.logs = cluster, folder / "run", folder
+        given = (f"--output={folder}/%j.out", *sbatch, SCRIPT, "--output-dir", str(self.run), *options)
+        env = {"DS_CMLI_PYTHON": str(python), "OMP_NUM_THREADS": "1", **env}
+        self.id = cluster.submit(*given, cwd=ROOT, **env)
+
+    @property
+    def log(self) -> str:
+        file = self.logs / f"{self.id}.out"
+        return file.read_text() if file.exists() else ""
+
+    @property
+    def restarts(self) -> str:
+        return self.cluster.job(self.id)["Restarts"]
+
+    def until(self, condition, seconds: float = 120) -> None:
+        poll(condition, seconds, lambda: self.log, interval=0.02)
+
+    def ends(self, state: str = "COMPLETED", timeout: float = 240) -> str:
+        """Its log, when it has ended in this state."""
+        assert self.cluster.wait(self.id, timeout=timeout)["JobState"] == state, self.log
+        return self.log
+
+    def steps(self) -> int:
+        """The last step in metrics.jsonl; 0 before the first."""
+        file = self.run / "metrics.jsonl"
+        matches = re.findall(r'^\{"step": (\d+),', file.read_text(), re.MULTILINE) if file.exists() else []
+        return int(matches[-1]) if matches else 0
+
+
+@pytest.fixture
+def job(cluster, tmp_path):
+    return lambda *sbatch, **more: Job(cluster, tmp_path, *sbatch, **more)
+
+
+def preempt(cluster: Cluster, job: Job) -> None:
+    """A job of the partition above wants all nodes."""
+    wants = ("--partition=high", f"--nodes={len(NODES)}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert cluster.wait(cluster.submit(*wants))["JobState"] == "COMPLETED"
+
+
+def node_down(cluster: Cluster, job: Job) -> None:
+    cluster.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
+    try:
+        cluster.wait(job.id, "PENDING", "RUNNING")
+        poll(lambda: "COMPLETING" not in cluster.command("sinfo", "-h", "-o", "%T").upper(), 60, lambda: "completing")
+    finally:
+        cluster.command("scontrol", "update", "nodename=n2", "state=idle")
+
+
+def node_dies(cluster: Cluster, job: Job) -> None:
+    """Its slurmd and all that it has started are gone at once, which Slurm notices after SlurmdTimeout."""
+    cluster.kill_node("n2")
+    try:
+        job.until(lambda: job.restarts != "2", 120)
+    finally:
+        cluster.start_node("n2")
+
+
+def requeue(cluster: Cluster, job: Job) -> None:
+    cluster.command("scontrol", "requeue", job.id)
+
+
+def test_an_interrupted_run_equals_one_left_alone(cluster, job, tmp_path):
+    options = [*TINY, "--data", pairs(tmp_path / "pairs", count=600), "--steps", "40"]
+    interrupted = job(*TWO_NODES, options=options)
+    stops = [0]
+    for number, kind in enumerate((preempt, requeue, node_dies, node_down)):
+        # Otherwise two interruptions may meet one start.
+        interrupted.until(lambda number=number: interrupted.log.count(", start ") > number)
+        target = stops[-1] + random.randint(1, 7)
+        interrupted.until(lambda target=target: interrupted.steps() >= target)
+        kind(cluster, interrupted)
+        cluster.wait(interrupted.id, "PENDING", "RUNNING")
+        stops.append(interrupted.steps())
+    text = interrupted.ends(timeout=300)
+    print(f"stopped at steps {stops[1:]}")
+    assert stops[-1] < 40, "the last interruption came too late to matter"
+    assert int(interrupted.restarts) == 4, text
+    alone = tmp_path / "alone"
+    ranks = start_ranks(["ds_cmli/train.py", *options, "--output-dir", alone], [tmp_path / "log"] * 2)
+    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    assert_same(interrupted.run, alone)
+
+
+def test_a_cancelled_job_is_saved_and_not_requeued(cluster, job):
+    cancelled = job(options=(*TINY, "--steps=1000"))
+    cancelled.until(lambda: cancelled.steps() >= 2)
+    cluster.command("scancel", cancelled.id)
+    cancelled.ends("CANCELLED")
+    cancelled.until(lambda: "stopped at step" in cancelled.log, 30)
+    stopped = re.search(r"stopped at step (\d+) of 1000 by SIGTERM", cancelled.log)
+    assert (cancelled.run / "checkpoint" / "latest").read_text() == f"step{stopped[1]}"
+    assert cancelled.restarts == "0" and "requeued" not in cancelled.log
+
+
+ONCE = "[[ $SLURM_RESTART_COUNT ]] && exit 0; {}"
+# stand-in: sbatch's options, the variables, the job's state at its end, restarts, and what the log says
+CASES = {
+    ONCE.format("exit 85"): ((), {}, "COMPLETED", "1", ": requeued\n"),
+    ONCE.format("kill -TERM $$"): ((), {}, "COMPLETED", "1", ": requeued\n"),
+    "exit 85": ((), {"DS_CMLI_REQUEUE_MOST": "2"}, "FAILED", "2", "not requeued after 2 restarts"),
+    "exit 85 # where that is forbidden": (("--no-requeue",), {}, "FAILED", "0", "disabled for job"),
+    "exit 2": ((), {}, "FAILED", "0", "start 0: 1 tasks on each of 1 nodes"),
+    ONCE.format("trap 'echo told; exit 85' TERM; for ((;;)); do sleep 0.1; done"): (
+        ("--time=1", "--signal=TERM@50"), {}, "COMPLETED", "1", "told\n"
+    ),
+    'echo "task $SLURM_PROCID of $SLURM_NTASKS sees $CUDA_VISIBLE_DEVICES, $SLURM_CPUS_PER_TASK CPUs"': (
+        ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=3"), {}, "COMPLETED", "0", "task 3 of 4 sees 0,1, 3 CPUs\n"
+    ),
+    'echo "$SLURMD_NODENAME: $SLURM_PROCID of $SLURM_NTASKS"': (
+        ("--nodes=3", "--ntasks-per-node=2"), {}, "COMPLETED", "0", "n3: 5 of 6\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster, tmp_path_factory):
+    """All cases, submitted at once."""
+    folder = tmp_path_factory.mktemp("cases")
+    return {name: Job(cluster, folder, *of[0], stand_in=name, **of[1]) for name, of in CASES.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_the_script_does(jobs, name):
+    _, _, state, restarts, words = CASES[name]
+    assert words in jobs[name].ends(state), jobs[name].log
+    assert jobs[name].restarts == restarts
+
+
+def test_the_last_task_of_an_array_is_requeued_alone(cluster, job):
+    array = job("--array=0-2", stand_in=f"[[ $SLURM_ARRAY_TASK_ID != 2 ]] && exit 0; sleep 2; {ONCE.format('exit 85')}")
+    ended = [cluster.wait(f"{array.id}_{task}") for task in range(3)]
+    assert [task["JobState"] for task in ended] == ["COMPLETED"] * 3
+    assert [task["Restarts"] for task in ended] == ["0", "0", "1"]
+    assert ended[2]["JobId"] == array.id  # what makes it the last
