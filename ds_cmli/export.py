@@ -6,7 +6,6 @@ It goes by the names of the tensors in the run's file: those that are not traine
 import json
 import math
 import os
-import re
 import tempfile
 from contextlib import suppress
 from dataclasses import replace
@@ -36,29 +35,32 @@ license: {licence}
 
 # {name}
 
-An image-text model: {what} of a run of ds-cmli {version}. The licences of what it was trained from
-hold for it: {origins}.
+An image-text model, {what} of a run of ds-cmli {version}. It loads by {loads}.
 
-```python
-{code}
-```
+{origins}. The licences of all that it was trained from hold for it.
 """
-LOADED = """\
-from transformers import AutoModel, AutoProcessor
-
-model, processor = AutoModel.from_pretrained("{0}"), AutoProcessor.from_pretrained("{0}")"""
-CODE = {
-    "": f"import ds_cmli.models.hf\n{LOADED}",
-    "open_clip": 'import open_clip\n\nmodel, transform = open_clip.create_model_from_pretrained("'
-    'local-dir:{0}")',
+LOADS = {  # by --as
+    None: "AutoModel and AutoProcessor of transformers, after `import ds_cmli.models.hf`",
+    "clip": "CLIPModel of transformers",
+    "siglip": "SiglipModel of transformers",
+    "open_clip": "create_model_from_pretrained('local-dir:...') of open_clip",
 }
-# Where the parts of a student are in the library's models: towers and heads of images and texts.
-PARTS = ("image.model.", "text.model.", "image.class_head.", "text.class_head.")
-NAMES = {
-    "clip": ("vision_model.", "text_model.", "visual_projection.", "text_projection."),
-    "siglip": ("vision_model.", "text_model.", "", "text_model.head."),
-    "open_clip": ("visual.", "", "visual.proj.", "text_projection."),
+# Where the library's models have the parts of a student: what a name there begins with, and here.
+PARTS = {
+    "clip": {
+        "visual_projection": "image.class_head",
+        "text_projection": "text.class_head",
+        "vision_model": "image.model",
+        "text_model": "text.model",
+    },
+    "siglip": {
+        "text_model.head": "text.class_head",
+        "vision_model": "image.model",
+        "text_model": "text.model",
+    },
+    "open_clip": {"visual.proj": "image.class_head", "visual": "image.model"},
 }
+NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss was not trained
 
 
 @click.command()
@@ -68,7 +70,7 @@ NAMES = {
 @click.option(
     "--as",
     "kind",
-    type=click.Choice(list(NAMES)),
+    type=click.Choice(list(PARTS)),
     help="Write the model of transformers or of open_clip that the run began as (student.source).",
 )
 @click.option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
@@ -85,11 +87,10 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
     config = load_config(source / RUN, "the run")
-    own, blocks = config.student.source_config, config.student.shared_blocks
-    began = own.get("model_type", "two encoders")
+    began = config.student.source_config.get("model_type", "two encoders")
     if kind is not None and began.replace("siglip2", "siglip") != kind:
         raise UserError(f"--as is {kind!r}, and the run's student began as {began}")
-    if kind is not None and blocks:
+    if kind is not None and (blocks := config.student.shared_blocks):
         raise UserError(f"--as is {kind!r}: its models have no shared blocks, the run has {blocks}")
     if share is not None and not config.student.source:
         raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
@@ -119,8 +120,11 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
         else:
             write = write_open_clip if kind == "open_clip" else write_transformers
             with loading(hub=False), blame(f"--as {kind}"):
-                write(out, config, weights)
+                write_weights(*write(out, config, weights, kind))
                 processor.tokenizer.save_pretrained(out)
+            words = json.loads((out / "tokenizer_config.json").read_text())
+            words.pop("processor_class", None)  # it is the library's own, no more ours
+            (out / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
         licence, origins = origins_of(config)
         readme = README.format(
             library="open_clip" if kind == "open_clip" else "transformers",
@@ -128,8 +132,8 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
             name=target.resolve().name,
             what=what,
             version=provenance.version(),
+            loads=LOADS[kind],
             origins=origins,
-            code=CODE.get(kind or "", LOADED).format(target.name),
         )
         (out / "README.md").write_text(readme, errors="backslashreplace")
         for path in out.iterdir():
@@ -137,15 +141,12 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
         if target.exists():
             target.rmdir()
         os.replace(out, target)
-    click.echo(f"{folder}: {what} of {run}{f', as {kind}' if kind else ''}")
+    click.echo(f"{folder}: {what} of {run}, for {LOADS[kind]}")
 
 
 def between(config: Config, model: Any, trained: Weights, share: float) -> Weights:
     """(1 - share) * source + share * trained of each weight and temperature, at 0 and 1 an end's
-    to the bit. This is WiSE-FT (Wortsman et al., 2022, arXiv 2109.01903).
-
-    Args:
-        model: the run's `CMLIConfig`.
+    to the bit: WiSE-FT (Wortsman et al., 2022, arXiv 2109.01903). `model`: the run's `CMLIConfig`.
     """
     from ds_cmli.data.tokens import SpecialTokens
     from ds_cmli.engine import build_models
@@ -162,99 +163,73 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
     return out
 
 
-def renamed(weights: Weights, kind: str, loss: str, text: str = "") -> Weights:
-    """The weights by the library's names, with the temperature and bias of its loss.
+def fitted(weights: Weights, parts: dict[str, str], model: Any) -> Weights:
+    """The weights of a library's `model` by its names; `parts`: as in `PARTS`."""
+    import torch
 
-    Args:
-        text: what stands before the names of its text tower.
-    """
     out = {}
-    for part, name in zip(PARTS, NAMES[kind], strict=True):
-        before, after = f"student.{part}", text * part.startswith("text") + name
-        for key in weights:
-            if key.startswith(before):
-                out[after + key.removeprefix(before)] = weights[key]
-    for name in ("logit_scale", "logit_bias"):
-        learned = weights.get(f"losses.{loss}.temperature.{name}")
-        if learned is not None:
-            out[name] = learned
+    for name, wanted in model.state_dict().items():
+        begin = next(begin for begin in parts if name.startswith(begin))
+        own = f"student.{parts[begin]}{name.removeprefix(begin)}".replace(
+            "student.losses", "losses"
+        )
+        value = weights.get(own, weights.get(own.replace("in_proj_", "in_proj.")))
+        if value is None and f"{own}.weight" in weights:  # a matrix [H, E] there, and no layer
+            value = weights[f"{own}.weight"].t()
+        if value is None and name in NEW:
+            value = torch.tensor(NEW[name])
+        if value is None or value.numel() != wanted.numel():
+            raise UserError(f"the run has no weight for {name!r}")
+        out[name] = value.reshape(wanted.shape)
     return out
 
 
-def write_transformers(folder: Path, config: Config, weights: Weights) -> None:
-    """Write a `CLIPModel` or `SiglipModel` of transformers."""
+def write_transformers(
+    folder: Path, config: Config, weights: Weights, kind: str
+) -> tuple[Weights, Path]:
+    """Write all but the weights of a model of transformers; returns these, and their file."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor, SiglipImageProcessor
 
-    from ds_cmli.checkpoint.weights import write_weights
-
-    fields = {name: value for name, value in config.student.source_config.items()}
+    fields = json.loads(json.dumps(config.student.source_config))
     how = {"image_mean": fields.pop("mean"), "image_std": fields.pop("std")}
-    library = CONFIG_MAPPING[fields["model_type"]].from_dict(json.loads(json.dumps(fields)))
+    library = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     with torch.device("meta"):
         model = AutoModel.from_config(library)
-    # Where its loss was not trained, as a new model's.
-    new = {"logit_scale": math.log(10), "logit_bias": -10.0}
-    if library.model_type == "clip":
-        new = {"logit_scale": library.logit_scale_init_value}
-    kind = "clip" if library.model_type == "clip" else "siglip"
-    given = {name: torch.tensor(value) for name, value in new.items()}
-    given |= renamed(weights, kind, dual.loss_of(fields))
-    shapes = {name: value.shape for name, value in model.state_dict().items()}
-    write_weights(
-        {key: given[key].reshape(shapes[key]) for key in shapes}, folder / "model.safetensors"
-    )
     library.architectures, library.dtype = [type(model).__name__], "float32"
     library.save_pretrained(folder)
-    side = config.data.image_size
-    square = {"height": side, "width": side}
-    how["resample"] = {name: n for n, name in dual.INTERPOLATIONS.items()}[
-        config.data.interpolation
-    ]
+    side, kinds = config.data.image_size, {one: n for n, one in dual.INTERPOLATIONS.items()}
+    square, how["resample"] = {"height": side, "width": side}, kinds[config.data.interpolation]
+    pictures: Any = SiglipImageProcessor(size=square, **how)
     if config.data.resize == "shortest":
         pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
-    elif kind == "clip":
-        pictures = CLIPImageProcessor(size=square, do_center_crop=False, **how)
-    else:
-        pictures = SiglipImageProcessor(size=square, **how)
     pictures.save_pretrained(folder)
+    learned = {"logit": f"losses.{dual.loss_of(fields)}.temperature.logit"}
+    return fitted(weights, learned | PARTS[kind], model), folder / "model.safetensors"
 
 
-def write_open_clip(folder: Path, config: Config, weights: Weights) -> None:
-    """Write a model of open_clip, without a CoCa's decoder of captions, and load it."""
-    import torch
-    from open_clip import create_model_from_pretrained
+def write_open_clip(
+    folder: Path, config: Config, weights: Weights, kind: str
+) -> tuple[Weights, Path]:
+    """The same of open_clip, without a CoCa's decoder of captions."""
+    from open_clip import create_model
 
-    from ds_cmli.checkpoint.weights import write_weights
     from ds_cmli.models.open_clip import FILES, of_towers
 
-    own = config.student.source_config
-    model = of_towers(own)
-    custom = "text." * bool(model.get("custom_text") or "text_config" in own)
-    new = {
-        "logit_scale": model.get("init_logit_scale", math.log(1 / 0.07)),
-        "logit_bias": model.get("init_logit_bias"),
-    }
-    given = {name: torch.tensor(float(x)) for name, x in new.items() if x is not None}
-    given |= renamed(weights, "open_clip", open_clip.loss_of(own), custom)
-    shape = [1] * bool(model.get("nonscalar_logit_scale"))
-    bare = ["visual.proj"]  # which are a matrix [H, E] there, and no layer
-    if not model["text_cfg"].get("proj_bias"):
-        bare.append(f"{custom}text_projection")
-    out = {}
-    for name, value in given.items():
-        if name in new:
-            value = value.reshape(shape)
-        elif name.removesuffix(".weight") in bare:
-            name, value = name.removesuffix(".weight"), value.t()
-        out[re.sub(r"\.in_proj\.(\w+)$", r".in_proj_\1", name)] = value
-    write_weights(out, folder / FILES[0])
-    data = config.data
+    own, data = config.student.source_config, config.data
+    modes = {ours: theirs for theirs, ours in open_clip.RESIZING.items()}
     how = {"mean": own["mean"], "std": own["std"], "interpolation": data.interpolation}
-    how["resize_mode"] = {ours: theirs for theirs, ours in open_clip.RESIZING.items()}[data.resize]
-    content = {"model_cfg": model, "preprocess_cfg": how}
+    content = {
+        "model_cfg": of_towers(own),
+        "preprocess_cfg": how | {"resize_mode": modes[data.resize]},
+    }
     (folder / open_clip.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-    create_model_from_pretrained(f"{open_clip.LOCAL}{folder}", return_transform=False)
+    place = f"{open_clip.LOCAL}{folder}"
+    model = create_model(place, load_weights=False, pretrained_text=False)
+    text = "text." * any(name.startswith("text.") for name in model.state_dict())
+    parts = {"logit": f"losses.{open_clip.loss_of(own)}.temperature.logit", **PARTS[kind]}
+    parts |= {f"{text}text_projection": "text.class_head", text: "text.model."}
+    return fitted(weights, parts, model), folder / FILES[0]
 
 
 def origins_of(config: Config) -> tuple[str, str]:
@@ -263,27 +238,24 @@ def origins_of(config: Config) -> tuple[str, str]:
 
     from ds_cmli.data.assets import ASSETS, used
 
-    begun, licence = config, "other"
-    while (source := Source(begun.student.source)).name and source.has_own_data:
-        begun = load_config(source.path / RUN, "student.source")
-    student, lines = begun.student, []
+    licence = "other"
+    while (source := Source(config.student.source)).name and source.has_own_data:
+        config = load_config(source.path / RUN, "student.source")  # of the run before
+    student = config.student
     if source.name:
-        with suppress(Exception), loading(hub=not source.local):  # what others wrote, or nothing
+        with suppress(Exception), loading(hub=not source.local):  # no card, or no network
             card = source.path / "README.md" if source.local else source.place
             licence = ModelCard.load(card).data.license or licence
-        found = licence if licence != "other" else "as its own page says"
-        lines.append(
-            f"the model {Path(source.place).name if source.local else source.name} ({found})"
-        )
+        name = Path(source.place).name if source.local else source.name
+        origins = [f"{name} (licence: {'as it says' if licence == 'other' else licence})"]
     else:
-        for model, of in (
-            (student.image_model, student.image_weights),
-            (student.text_model, student.text_weights),
-        ):
-            lines.append(f"{model} with {Path(of).name} weights")
-    lines += [ASSETS[name].licence for name in used(config)]
-    data = [config.data.source] if isinstance(config.data.source, str) else config.data.source
-    return licence, "; ".join([*lines, f"data: {', '.join(Path(name).name for name in data)}"])
+        both = {
+            student.image_model: student.image_weights,
+            student.text_model: student.text_weights,
+        }
+        origins = [f"{model} with {Path(weights).name} weights" for model, weights in both.items()]
+    origins += [ASSETS[name].licence for name in used(config)]
+    return licence, f"It began as {'; '.join(origins)}"
 
 
 def main() -> None:

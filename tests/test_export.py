@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.export import command
@@ -84,7 +84,7 @@ def features(kind, folder, pictures):
             )
         else:
             model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-            pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
+            pixels = AutoProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
             length = model.config.text_config.max_position_embeddings
             words = tokenizer(TEXTS, padding="max_length", max_length=length, return_tensors="pt")
             attended = {"attention_mask": words["attention_mask"]} if kind == "clip" else {}
@@ -148,14 +148,14 @@ def test_without_as_it_is_the_runs_own_model(sources, tmp_path, pictures):
         torch.testing.assert_close(out.logits_per_text, scores.t2i.t())
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (folder, *folder.rglob("*")))
     readme = (folder / "README.md").read_text()
-    assert "# own model" in readme and "license: mit" in readme and "the model clip (mit)" in readme
+    assert "# own model" in readme and "license: mit" in readme and "clip (licence: mit)" in readme
     assert str(tmp_path) not in readme + (folder / "config.json").read_text() and len(readme.splitlines()) < 20
 
 
 def test_the_readme_names_what_a_run_from_a_run_began_as(sources, tmp_path):
     first = run_of(sources["clip"], tmp_path / "first", LOSSES["clip"])
     second = run_of(first, tmp_path / "second", LOSSES["clip"])
-    assert "the model clip (mit)" in (export(second, tmp_path / "x") / "README.md").read_text()
+    assert "clip (licence: mit)" in (export(second, tmp_path / "x") / "README.md").read_text()
     readme = (export(write_run(tmp_path / "run"), tmp_path / "y") / "README.md").read_text()
     assert "vit_tiny_patch16_224 with random weights" in readme and "Twemoji" in readme
 
