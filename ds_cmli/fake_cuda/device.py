@@ -9,7 +9,7 @@ import torch
 
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Event, Stream
-from ds_cmli.memory_model.caching_allocator import rounded
+from ds_cmli.memory_model.caching_allocator import MIN_BLOCK
 from ds_cmli.memory_model.gpus import Gpu
 
 
@@ -65,7 +65,7 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         recorder.empty_cache()
 
     def memory_stats(*_: object, **__: object) -> dict[str, int]:
-        allocated = sum(rounded(live.bytes) for live in recorder.live.values())
+        allocated = sum(-(-live.bytes // MIN_BLOCK) * MIN_BLOCK for live in recorder.live.values())
         return defaultdict(int, {"allocated_bytes.all.current": allocated})
 
     return {name: _always(None) for name in NOTHING.split()} | {

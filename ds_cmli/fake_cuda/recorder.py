@@ -94,8 +94,8 @@ class Recorder(TorchDispatchMode):
         if func is aten.record_stream.default:
             return self._used(*args)
         inside = workspaces.NOTHING
-        if self.gpu is not None and func in workspaces.KNOWN and self._concerns(func, args):
-            inside = workspaces.inside(func, args, kwargs or {}, self.gpu)
+        if self.gpu is not None and func in workspaces.OPERATORS and self._is_here(args[0]):
+            inside = workspaces.OPERATORS[func](args, self.gpu)
         held = self._exchange([], inside.before, func)
         out = func(*args, **(kwargs or {}))
         if self.gpu is not None:
@@ -115,9 +115,6 @@ class Recorder(TorchDispatchMode):
 
     def _is_here(self, x: object) -> bool:
         return isinstance(x, Tensor) and x.device.type == self.device
-
-    def _concerns(self, func: OpOverload, args: tuple) -> bool:
-        return func in workspaces.TRANSFERS or any(map(self._is_here, tree_leaves(args)))
 
     def _is_accumulating(self, grad: bool) -> bool:
         """Whether autograd itself, and no function of Python, has called the operator."""

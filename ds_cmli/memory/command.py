@@ -203,12 +203,7 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, world_size: int) -> st
     left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu.name}"
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
-    named = []
-    for other in gpus.GPUS.values():
-        if room in other.nominal and other.total.bytes != room:
-            named.append(f"{other.name} ({other.total.bytes:,} B)")
-    hint = f"; to mean a GPU's own memory, name it: {', '.join(named)}" if named else ""
-    return f"--fit {fit!r} means {room:,} B of a GPU: {left}{hint}"
+    return f"--fit {fit!r} means {room:,} B of a GPU: {left}"
 
 
 def print_fit(fitted: "Fit", room: int) -> None:

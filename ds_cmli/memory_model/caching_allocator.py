@@ -14,14 +14,15 @@ since 2.0), with the default settings, so without expandable segments.
  5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
     free stays reserved for its stream until the device has no room: then all wholly free segments
     are returned, and the request is retried.
-The model does not know at which address the device puts a segment (here each one follows the
-last), nor that a freed block may still be in use by other streams.
+The device's addresses are not known: here each segment follows the last.
 """
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 MIN_BLOCK = 512
 SMALL_REQUEST = 1 << 20  # the largest request that the small pool serves
@@ -47,20 +48,6 @@ class Event:
     stream: int = 0  # for which the block was allocated; 0: the default one
 
 
-def rounded(requested: int) -> int:
-    """Rule 1."""
-    return -(-requested // MIN_BLOCK) * MIN_BLOCK
-
-
-def segment_bytes(size: int) -> int:
-    """Rule 2: the size of the segment that is taken from the device for a rounded request."""
-    if size <= SMALL_REQUEST:
-        return SMALL_SEGMENT
-    if size < MIN_LARGE_SEGMENT_REQUEST:
-        return LARGE_SEGMENT
-    return -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
-
-
 @dataclass(eq=False)
 class OutOfMemory(Exception):
     """The modelled device has no room for the `requested` bytes that `event` asked for."""
@@ -69,7 +56,6 @@ class OutOfMemory(Exception):
     allocated: int
     reserved: int
     limit: int
-    missing: int  # bytes that would have to be freed first
     event: Event | None
 
     def __str__(self) -> str:
@@ -79,7 +65,7 @@ class OutOfMemory(Exception):
         )
 
 
-Place = tuple[int, ...]  # of a free block: its size, its segment's number, its address
+Place = tuple[int, ...]  # of a free block in the order of rule 3: size, segment's number, address
 
 
 @dataclass(eq=False)
@@ -95,18 +81,13 @@ class Block:
     after: "Block | None" = None
 
     @property
-    def free(self) -> bool:
-        return not self.requested
-
-    @property
     def place(self) -> Place:
         return self.size, self.segment.number, self.address
 
     def split(self, size: int) -> "Block":
         """Keep `size` bytes. Returns the rest, the block after it."""
-        rest = Block(
-            self.segment, self.address + size, self.size - size, before=self, after=self.after
-        )
+        end, left = self.address + size, self.size - size
+        rest = Block(self.segment, end, left, before=self, after=self.after)
         if rest.after is not None:
             rest.after.before = rest
         self.size, self.after = size, rest
@@ -114,8 +95,7 @@ class Block:
 
     def join(self, second: "Block") -> "Block":
         """Take the block after this one into it."""
-        self.size += second.size
-        self.after = second.after
+        self.size, self.after = self.size + second.size, second.after
         if self.after is not None:
             self.after.before = self
         return self
@@ -129,31 +109,22 @@ class Segment:
     size: int
     stream: int
     small: bool
+    number: int  # in the order in which segments were taken
+    event: Event | None  # the allocation that needed a new segment
     first: Block = field(init=False)
-    event: Event | None = None  # the allocation that needed a new segment
-    number: int = 0  # in the order in which segments were taken
 
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)
 
-    @property
-    def key(self) -> tuple[bool, int]:
-        return self.small, self.stream
-
-    @property
-    def free(self) -> bool:
-        return not self.first.requested and self.first.after is None
-
     def blocks(self) -> list[Block]:
-        out, block = [], self.first
+        out, block = list[Block](), self.first
         while block is not None:
             out.append(block)
             block = block.after  # type: ignore[assignment]
         return out
 
 
-@dataclass(frozen=True)
-class Action:
+class Action(NamedTuple):
     """One action of the allocator, named as in `torch.cuda.memory._record_memory_history`."""
 
     name: str  # one of alloc, free_requested, free_completed, segment_alloc and segment_free
@@ -169,8 +140,7 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        # (small, stream) -> each free block's place in the order of rule 3, sorted.
-        self.free_blocks: dict[tuple[bool, int], list[Place]] = {}
+        self.free_blocks = defaultdict[tuple[bool, int], list[Place]](list)  # sorted, by pool
         self.at: dict[int, Block] = {}  # the free blocks by address
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
@@ -183,9 +153,9 @@ class CachingAllocator:
 
         Raises `OutOfMemory` if `limit` leaves no room for it.
         """
-        size = rounded(requested)
+        size = -(-requested // MIN_BLOCK) * MIN_BLOCK
         small = size <= SMALL_REQUEST
-        free = self.free_blocks.setdefault((small, stream), [])
+        free = self.free_blocks[small, stream]
         position = bisect_left(free, (size,))
         if position < len(free):
             block = self.at.pop(free.pop(position)[-1])
@@ -194,107 +164,91 @@ class CachingAllocator:
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
             self._keep(block.split(size))
-        self._note("alloc", block.address, requested, stream, event)
+        self.actions.append(Action("alloc", block.address, requested, stream, event))
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
         return block
 
     def free(self, block: Block) -> None:
+        segment = block.segment
         for name in ("free_requested", "free_completed"):
-            self._note(name, block.address, block.requested, block.segment.stream, block.event)
+            freed = block.address, block.requested, segment.stream, block.event
+            self.actions.append(Action(name, *freed))
         self.requested -= block.requested
         self.allocated -= block.size
         block.requested, block.event = 0, None
-        self._merge(block)
+        before, after = block.before, block.after
+        if before is not None and not before.requested:
+            self._take(before)
+            block = before.join(block)
+        if after is not None and not after.requested:
+            self._take(after)
+            block = block.join(after)
+        self._keep(block)
 
     def empty_cache(self) -> None:
         """Return the wholly free segments to the device."""
         order = attrgetter("small", "stream", "size", "address")
         for segment in sorted(self.segments.values(), key=order):
-            if segment.free:
+            if not segment.first.requested and segment.first.after is None:
                 self._take(segment.first)
                 del self.segments[segment.address]
                 self.reserved -= segment.size
-                self._note("segment_free", segment.address, segment.size, segment.stream)
-
-    def _merge(self, block: Block) -> Block:
-        """Merge a freed block with its free neighbours, and put the result on the free list."""
-        before, after = block.before, block.after
-        if before is not None and before.free:
-            self._take(before)
-            block = before.join(block)
-        if after is not None and after.free:
-            self._take(after)
-            block = block.join(after)
-        self._keep(block)
-        return block
+                returned = segment.address, segment.size, segment.stream, None
+                self.actions.append(Action("segment_free", *returned))
 
     def _from_device(self, requested: int, size: int, stream: int, event: Event | None) -> Block:
         """Reserve memory; returns a free block of at least `size` bytes, on no free list."""
-        taken = segment_bytes(size)
+        small, taken = size <= SMALL_REQUEST, LARGE_SEGMENT
+        if small:
+            taken = SMALL_SEGMENT
+        elif size >= MIN_LARGE_SEGMENT_REQUEST:
+            taken = -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
         if self.limit is not None and self.reserved + taken > self.limit:
             self.retries += 1
             self.empty_cache()
             if self.reserved + taken > self.limit:
-                missing = self.reserved + taken - self.limit
-                held = self.allocated, self.reserved
-                raise OutOfMemory(requested, *held, self.limit, missing, event)
+                raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
         self.taken += 1
-        small = size <= SMALL_REQUEST
-        segment = Segment(self.next_address, taken, stream, small, event=event, number=self.taken)
+        segment = Segment(self.next_address, taken, stream, small, self.taken, event)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
-        self._note("segment_alloc", segment.address, taken, stream, event)
+        self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment.first
 
-    def _note(
-        self, name: str, address: int, size: int, stream: int, event: Event | None = None
-    ) -> None:
-        self.actions.append(Action(name, address, size, stream, event))
-
     def _keep(self, block: Block) -> None:
-        """Put a block on the free list."""
-        insort(self.free_blocks.setdefault(block.segment.key, []), block.place)
+        insort(self.free_blocks[block.segment.small, block.segment.stream], block.place)
         self.at[block.address] = block
 
     def _take(self, block: Block) -> None:
-        """Take a block off the free list."""
-        free = self.free_blocks[block.segment.key]
+        free = self.free_blocks[block.segment.small, block.segment.stream]
         free.pop(bisect_left(free, block.place))
         del self.at[block.address]
 
 
 @dataclass
 class Replay:
-    """The result of `replay`, in bytes.
-
-    The timeline has (requested, allocated, reserved) after each event.
-    """
+    """The result of `replay`, in bytes."""
 
     requested_peak: int
     allocated_peak: int
     reserved_peak: int
-    timeline: list[tuple[int, int, int]]
+    timeline: list[tuple[int, int, int]]  # requested, allocated, reserved after each event
     segments: list[Segment]  # those reserved at the end
     actions: list[Action]
-    retries: int = 0  # requests that had no room until all cached memory was returned
+    retries: int  # requests that had no room until all cached memory was returned
 
 
 def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
-    """Run `events` through the allocator.
-
-    Args:
-        limit: bytes that may be reserved: the device's memory minus the CUDA context and what other
-            processes hold. None: no limit.
+    """Run `events` through the allocator, which may reserve at most `limit` bytes.
 
     Raises:
         OutOfMemory: a request does not fit in `limit`; the exception names it.
     """
-    allocator = CachingAllocator(limit)
-    live: dict[int, Block] = {}
-    timeline = []
+    allocator, live = CachingAllocator(limit), dict[int, Block]()
+    timeline = [(0, 0, 0)]
     for event in events:
         if event.bytes > 0:
             live[event.block] = allocator.malloc(event.bytes, event.stream, event)
@@ -303,10 +257,9 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
         else:
             allocator.empty_cache()
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    requested, allocated, reserved = map(max, zip((0, 0, 0), *timeline, strict=True))
+    peaks = map(max, zip(*timeline, strict=True))
     segments = list(allocator.segments.values())
-    actions, retries = allocator.actions, allocator.retries
-    return Replay(requested, allocated, reserved, timeline, segments, actions, retries)
+    return Replay(*peaks, timeline[1:], segments, allocator.actions, allocator.retries)
 
 
 def by_retries(count: int) -> str:

@@ -1,20 +1,17 @@
 """The GPUs that memory is predicted for, and what a process occupies on one besides tensors.
 
-Capability and multiprocessors are those of NVIDIA's data sheets. Sizes are marked `measured` by
-this project (`profiling/gpu_check.py` prints them) or `assumed`, and then they are from: the "total
-capacity" of published out-of-memory messages, which is less than the GPU's name says; published
-nvidia-smi readings of a process with torch and lazily loaded kernels, 0.3 to 0.6 GB; and published
-readings of NCCL, hundreds of MB to over 1 GB a communicator (NVIDIA/nccl issues 864 and 1685).
+Capability and multiprocessors are those of NVIDIA's data sheets. Sizes are measured by this project
+(`profiling/gpu_check.py` prints them) or assumed: the "total capacity" of published out-of-memory
+messages, less than the GPU's name says; nvidia-smi's readings of a process with torch and lazily
+loaded kernels, 0.3 to 0.6 GB; and NCCL's, hundreds of MB to over 1 GB a communicator (NVIDIA/nccl
+issues 864 and 1685).
 """
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ds_cmli.common.errors import UserError
-
-if TYPE_CHECKING:  # commands read the list before they import torch
-    import torch
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 UNLISTED = "give its memory and compute capability, as --gpu-memory 48GB --sm 8.9"
@@ -27,20 +24,6 @@ class Limits(NamedTuple):
     multiprocessors: int
     threads: int  # that a multiprocessor runs at a time
     shared: int  # bytes of shared memory that a block may ask for
-
-    @classmethod
-    def of(cls, device: "torch.device") -> "Limits":
-        """The limits of a GPU in this machine."""
-        import torch
-
-        properties = torch.cuda.get_device_properties(device)
-        most = properties.shared_memory_per_block
-        return cls(
-            (properties.major, properties.minor),
-            properties.multi_processor_count,
-            properties.max_threads_per_multi_processor,
-            getattr(properties, "shared_memory_per_block_optin", most),
-        )
 
 
 # The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
@@ -62,14 +45,10 @@ class Constant(NamedTuple):
     known: str  # "measured" or "assumed"
 
 
-def assumed(mib: float) -> Constant:
-    return Constant(int(mib * 2**20), "assumed")
-
-
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    reported: tuple[str, ...]  # the names that nvidia-smi prints for it, without "NVIDIA"
+    reported: tuple[str, ...]  # nvidia-smi's names for it, without "NVIDIA" or "Tesla"
     capability: tuple[int, int]
     multiprocessors: int
     total: Constant  # what the driver reports as the device's memory
@@ -97,47 +76,48 @@ class Gpu:
         which ZeRO and the losses share."""
         return self.context.bytes + (self.nccl.bytes if world_size > 1 else 0)
 
-    @property
-    def usable(self) -> int:
-        """What a single process can reserve for tensors."""
-        return self.total.bytes - self.outside(1)
 
-    @property
-    def nominal(self) -> tuple[int, int]:
-        """The size that its name states, in GB and in GiB: the driver reports another."""
-        number = int(self.name.rpartition(" ")[2].removesuffix("GB"))
-        return number * UNITS["GB"], number * UNITS["GIB"]
+# Compute capability, multiprocessors, MiB in all, of context and of NCCL (a: assumed, m: measured),
+# name: nvidia-smi's names
+_TABLE = """
+7.5   40  14912.3125a  300a   300a  T4 16GB: T4
+7.0   80  16150a       300a   300a  V100 16GB: V100-SXM2-16GB, V100-PCIE-16GB, V100-FHHL-16GB
+7.0   80  32500a       300a   300a  V100 32GB: V100-SXM2-32GB, V100-PCIE-32GB, V100S-PCIE-32GB
+8.6   72  22589a       300a   300a  A10 24GB: A10
+8.6   80  22589a       300a   300a  A10G 24GB: A10G
+8.9   58  22574a       300a   300a  L4 24GB: L4
+8.6   82  24248a       300a   300a  RTX 3090 24GB: GeForce RTX 3090
+8.9  128  24197a       350a   300a  RTX 4090 24GB: GeForce RTX 4090
+12.0 170  32112a       350a   300a  RTX 5090 32GB: GeForce RTX 5090
+8.6   84  45410a       350a   300a  A40 48GB: A40
+8.6   84  48570a       350a   300a  A6000 48GB: RTX A6000
+8.9  142  45480a       350a   300a  L40S 48GB: L40S
+8.0  108  40325a       450a   600a  A100 40GB: A100-SXM4-40GB, A100-PCIE-40GB
+8.0  108  81039a       450a   600a  A100 80GB: A100-SXM4-80GB, A100 80GB PCIe
+9.0  114  80998a       550a  1000a  H100 PCIe 80GB: H100 PCIe
+9.0  132  80998a       550a  1000a  H100 80GB: H100 80GB HBM3
+9.0  132  95232a       550a  1000a  H100 NVL 94GB: H100 NVL
+9.0  132  143155a      550a  1000a  H200 141GB: H200, H200 NVL
+9.0  132  96768a       550a  1000a  GH200 96GB: GH200 480GB
+9.0  132  146000a      550a  1000a  GH200 144GB: GH200 144G HBM3e
+10.0 148  182630a      550a  1000a  B200 180GB: B200
+"""
 
 
-# name, nvidia-smi's names, compute capability, multiprocessors; MiB in all, of context, of NCCL
-_TABLE: list[tuple[str, str, tuple[int, int], int, Constant, Constant, Constant]] = [
-    ("T4 16GB", "Tesla T4", (7, 5), 40, assumed(14912.3125), assumed(300), assumed(300)),
-    ("V100 16GB", "Tesla V100-SXM2-16GB|Tesla V100-PCIE-16GB|Tesla V100-FHHL-16GB",
-     (7, 0), 80, assumed(16150), assumed(300), assumed(300)),
-    ("V100 32GB", "Tesla V100-SXM2-32GB|Tesla V100-PCIE-32GB|Tesla V100S-PCIE-32GB",
-     (7, 0), 80, assumed(32500), assumed(300), assumed(300)),
-    ("A10 24GB", "A10", (8, 6), 72, assumed(22589), assumed(300), assumed(300)),
-    ("A10G 24GB", "A10G", (8, 6), 80, assumed(22589), assumed(300), assumed(300)),
-    ("L4 24GB", "L4", (8, 9), 58, assumed(22574), assumed(300), assumed(300)),
-    ("RTX 3090 24GB", "GeForce RTX 3090", (8, 6), 82, assumed(24248), assumed(300), assumed(300)),
-    ("RTX 4090 24GB", "GeForce RTX 4090", (8, 9), 128, assumed(24197), assumed(350), assumed(300)),
-    ("RTX 5090 32GB", "GeForce RTX 5090", (12, 0), 170, assumed(32112), assumed(350), assumed(300)),
-    ("A40 48GB", "A40", (8, 6), 84, assumed(45410), assumed(350), assumed(300)),
-    ("A6000 48GB", "RTX A6000", (8, 6), 84, assumed(48570), assumed(350), assumed(300)),
-    ("L40S 48GB", "L40S", (8, 9), 142, assumed(45480), assumed(350), assumed(300)),
-    ("A100 40GB", "A100-SXM4-40GB|A100-PCIE-40GB",
-     (8, 0), 108, assumed(40325), assumed(450), assumed(600)),
-    ("A100 80GB", "A100-SXM4-80GB|A100 80GB PCIe",
-     (8, 0), 108, assumed(81039), assumed(450), assumed(600)),
-    ("H100 PCIe 80GB", "H100 PCIe", (9, 0), 114, assumed(80998), assumed(550), assumed(1000)),
-    ("H100 80GB", "H100 80GB HBM3", (9, 0), 132, assumed(80998), assumed(550), assumed(1000)),
-    ("H100 NVL 94GB", "H100 NVL", (9, 0), 132, assumed(95232), assumed(550), assumed(1000)),
-    ("H200 141GB", "H200|H200 NVL", (9, 0), 132, assumed(143155), assumed(550), assumed(1000)),
-    ("GH200 96GB", "GH200 480GB", (9, 0), 132, assumed(96768), assumed(550), assumed(1000)),
-    ("GH200 144GB", "GH200 144G HBM3e", (9, 0), 132, assumed(146000), assumed(550), assumed(1000)),
-    ("B200 180GB", "B200", (10, 0), 148, assumed(182630), assumed(550), assumed(1000)),
-]  # fmt: skip
-GPUS = {row[0]: Gpu(row[0], tuple(row[1].split("|")), *row[2:]) for row in _TABLE}
+def _read(row: str) -> Gpu:
+    sm, multiprocessors, *sizes, name = row.split(maxsplit=5)
+    name, _, reported = name.partition(": ")
+    marks = {"a": "assumed", "m": "measured"}
+    constants = [Constant(int(float(x[:-1]) * 2**20), marks[x[-1]]) for x in sizes]
+    return Gpu(name, tuple(reported.split(", ")), _capability(sm), int(multiprocessors), *constants)
+
+
+def _capability(sm: str) -> tuple[int, int]:
+    major, _, minor = sm.partition(".")
+    return int(major), int(minor)
+
+
+GPUS = {gpu.name: gpu for gpu in map(_read, _TABLE.strip().splitlines())}
 DEFAULT = "RTX 3090 24GB"  # where there is none: the source document says 24 GB and no name
 _OF_SIZE = re.compile(r"GPU of (\S+), sm (\S+)")
 
@@ -171,7 +151,7 @@ def present(name: str) -> Gpu:
 
 
 def _reported(name: str) -> Gpu | None:
-    short = name.removeprefix("NVIDIA ")
+    short = name.removeprefix("NVIDIA ").removeprefix("Tesla ")
     return next((gpu for gpu in GPUS.values() if short in gpu.reported), None)
 
 
@@ -183,10 +163,10 @@ def of_size(memory: str, sm: str) -> Gpu:
     total = parse_bytes(memory)
     if not total:
         raise UserError(f"--gpu-memory is {memory!r}: give a size, for instance 48GB or 44GiB")
-    by_sm = {f"{major}.{minor}": (major, minor) for major, minor in BY_CAPABILITY}
-    if sm not in by_sm:
-        raise UserError(f"--sm is {sm!r}: give one of {', '.join(by_sm)}")
-    capability = by_sm[sm]
+    known = [f"{major}.{minor}" for major, minor in BY_CAPABILITY]
+    if sm not in known:
+        raise UserError(f"--sm is {sm!r}: give one of {', '.join(known)}")
+    capability = _capability(sm)
     alike = [gpu for gpu in GPUS.values() if gpu.capability == capability]
     return Gpu(
         f"GPU of {memory.replace(' ', '')}, sm {sm}",
@@ -210,10 +190,9 @@ def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:
 
 def parse_bytes(text: str) -> int | None:
     """ "24GB" -> 24 * 10^9; None: it is no size."""
-    number = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    if number is None or number[2].upper() not in UNITS:
-        return None
-    return int(float(number[1]) * UNITS[number[2].upper()])
+    number = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
+    known = number is not None and number[2].upper() in UNITS
+    return int(float(number[1]) * UNITS[number[2].upper()]) if known else None
 
 
 def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:

@@ -7,7 +7,7 @@ are those below aten/src/ATen/native.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,23 +35,11 @@ class Inside(NamedTuple):
 
 
 NOTHING = Inside()
-# Matrix products, with the places of the two matrices among the arguments.
-MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
-TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
 INDEX = 8  # bytes of an int64
 SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
-def inside(func: OpOverload, args: tuple, kwargs: Mapping[str, Any], gpu: Limits) -> Inside:
-    """What an ATen operator holds inside; only sizes, strides and types of its tensors matter."""
-    if func in MATRICES:
-        return _operand_copies(func, args)
-    if func in TRANSFERS:
-        return _transfer_copies(func, args, kwargs)
-    return OPERATORS[func](args, gpu) if func in OPERATORS else NOTHING
-
-
-def returned(func: OpOverload, args: tuple, out: Any) -> Any:
+def returned(func: OpOverload, args: tuple, out: object) -> object:
     """What an operator returns on CUDA, given what it returns without data.
 
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), the two
@@ -78,9 +66,7 @@ def _channels_last(x: Tensor) -> Tensor:
 # --- copies
 
 
-def contiguous_copies(
-    *tensors: Tensor, layout: torch.memory_format = torch.contiguous_format
-) -> Stage:
+def contiguous_copies(*tensors: Tensor, layout=torch.contiguous_format) -> Stage:
     """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
     return tuple(x.nbytes for x in tensors if not x.is_contiguous(memory_format=layout))
 
@@ -94,75 +80,19 @@ def _suggested(*tensors: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _operand_copies(func: OpOverload, args: tuple) -> Inside:
-    """The copies that cuBLAS needs of operands that lie neither by rows nor by columns.
-
-    Expanded gradients do. Source: `prepare_matrix_for_cublas` of cuda/Blas.cpp.
-    """
-    first = MATRICES[func]
-    copied: Stage = ()
-    for x in args[first : first + 2]:
-        rows, columns = x.shape[-2:]
-        down, along = x.stride()[-2:]
-        by_rows = along == 1 and down >= max(1, columns)
-        if not by_rows and not (down == 1 and along >= max(1, rows)):
-            copied += (x.numel() * x.dtype.itemsize,)
-    return Inside(after=(copied,))
-
-
-def _transfer_copies(func: OpOverload, args: tuple, kwargs: Mapping[str, Any]) -> Inside:
-    """The copy on the GPU that one of `TRANSFERS` makes where layout or type change on the way.
-
-    Source: `copy_requires_temporaries` and `copy_kernel_cuda` of cuda/Copy.cu.
-    """
-    source = args[func is aten.copy_.default]
-    if func is aten.copy_.default:
-        target, to, waits = args[0], args[0].device, not (len(args) > 2 and args[2])
-    else:
-        to, waits = (
-            torch.device(kwargs.get("device") or source.device),
-            not kwargs.get("non_blocking"),
-        )
-        dtype, layout = kwargs.get("dtype"), kwargs.get("memory_format")
-        target = torch.empty_like(source, device="meta", dtype=dtype, memory_format=layout)
-    same_type = target.dtype == source.dtype
-    if to.type == source.device.type or (same_type and target.stride() == source.stride()):
-        return NOTHING
-    there = target if to.type == "cuda" else source  # the one on the GPU
-    if there.is_contiguous() and (same_type or waits):  # then types change on the host
-        return NOTHING
-    of_type = source if to.type == "cuda" and not waits else target
-    return Inside(after=((target.numel() * of_type.dtype.itemsize,),))
-
-
 def _depthwise(weight: Tensor) -> bool:
     """Whether PyTorch's own kernel convolves, which copies nothing."""
     return weight.shape[1] == 1
 
 
-def _convolution(args: tuple, gpu: Limits) -> Inside:
-    """cudnn/ConvShared.cpp (`cudnn_convolution_forward`): operands become contiguous alike, and
-    channels last if one is so (`cudnn_conv_suggest_memory_format`)."""
-    x, weight = args[:2]
-    if _depthwise(weight):
-        return NOTHING
-    return Inside(after=(contiguous_copies(x, weight, layout=_suggested(x, weight)),))
-
-
 def _convolution_backward(args: tuple, gpu: Limits) -> Inside:
-    """cudnn/ConvShared.cpp (`cudnn_convolution_backward`)."""
+    """cudnn/ConvShared.cpp: operands become contiguous alike, and channels last if one is so."""
     grad, x, weight = args[:3]
     if _depthwise(weight):
         return NOTHING
     layout = _suggested(x, weight)
     kept = contiguous_copies(grad, layout=layout)  # while the other gradients are computed
     return Inside((kept + contiguous_copies(x, weight, layout=layout), kept), (kept,))
-
-
-def _layer_norm(args: tuple, gpu: Limits) -> Inside:
-    """cuda/layer_norm_kernel.cu (`layer_norm_cuda`)."""
-    copy = contiguous_copies(args[0])
-    return Inside((copy,), (copy,))
 
 
 def _softmax(args: tuple, gpu: Limits) -> Inside:
@@ -346,24 +276,20 @@ def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
 
 OPERATORS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.sum.dim_IntList: _sum,
-    aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._softmax.default: _softmax,
     aten._log_softmax.default: _softmax,
     aten._softmax_backward_data.default: _softmax_backward,
-    aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
     aten.embedding_dense_backward.default: _embedding_backward,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
 }
 
-KNOWN = {*OPERATORS, *MATRICES, *TRANSFERS}
-
 # --- cuBLAS
 
-_VECTORS = aten.mv.default, aten.addmv.default, aten.dot.default, aten.vdot.default
-PRODUCTS = frozenset(map(str, (*MATRICES, *_VECTORS)))
+_NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
+PRODUCTS = frozenset(str(getattr(aten, name).default) for name in _NAMES.split())
 WITH_BIAS = str(aten.addmm.default)
 LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
