@@ -35,30 +35,23 @@ license: {licence}
 
 # {name}
 
-An image-text model, {what} of a run of ds-cmli {version}. It loads by {loads}.
+An image-text model, {what} of a run of ds-cmli {version}, for {loads}.
 
-{origins}. The licences of all that it was trained from hold for it.
+It began as {origins}. The licences of all that it was trained from hold for it.
 """
 LOADS = {  # by --as
-    None: "AutoModel and AutoProcessor of transformers, after `import ds_cmli.models.hf`",
+    None: "AutoModel of transformers after `import ds_cmli.models.hf`",
     "clip": "CLIPModel of transformers",
     "siglip": "SiglipModel of transformers",
     "open_clip": "create_model_from_pretrained('local-dir:...') of open_clip",
 }
-# Where the library's models have the parts of a student: what a name there begins with, and here.
+# What a name begins with in the library's models, and in a student.
+TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
+IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
 PARTS = {
-    "clip": {
-        "visual_projection": "image.class_head",
-        "text_projection": "text.class_head",
-        "vision_model": "image.model",
-        "text_model": "text.model",
-    },
-    "siglip": {
-        "text_model.head": "text.class_head",
-        "vision_model": "image.model",
-        "text_model": "text.model",
-    },
-    "open_clip": {"visual.proj": "image.class_head", "visual": "image.model"},
+    "clip": {"visual_projection": IMAGE, "text_projection": TEXT, **TOWERS},
+    "siglip": {"text_model.head": TEXT, **TOWERS},
+    "open_clip": {"visual.proj": IMAGE, "visual": "student.image.model"},
 }
 NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss was not trained
 
@@ -76,12 +69,10 @@ NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss
 @click.option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
 @click.option(
     "--interpolate",
-    "share",
-    metavar="SHARE",
     type=click.FloatRange(0, 1),
-    help="Weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
+    help="A share: weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
 )
-def command(run: str, folder: str, kind: str | None, ema: bool, share: float | None) -> None:
+def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: float | None) -> None:
     """Write the model of RUN into the new folder DIR; without --as, as one of this package."""
     source, target = Path(run), Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -90,9 +81,9 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
     began = config.student.source_config.get("model_type", "two encoders")
     if kind is not None and began.replace("siglip2", "siglip") != kind:
         raise UserError(f"--as is {kind!r}, and the run's student began as {began}")
-    if kind is not None and (blocks := config.student.shared_blocks):
-        raise UserError(f"--as is {kind!r}: its models have no shared blocks, the run has {blocks}")
-    if share is not None and not config.student.source:
+    if kind is not None and config.student.shared_blocks:
+        raise UserError(f"--as is {kind!r}: its models have no shared blocks, and the run's has")
+    if interpolate is not None and not config.student.source:
         raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
 
     from safetensors.torch import load_file
@@ -103,9 +94,9 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
     file = hf.AVERAGE if ema else hf.WEIGHTS
     model = hf.load(source, file, "the run")
     weights, what = load_file(source / file), "the averaged weights" if ema else "the weights"
-    if share is not None:
-        weights = between(config, model.config, weights, share)
-        what = f"{share:g} of the way from student.source to {what}"
+    if interpolate is not None:
+        weights = between(config, model.config, weights, interpolate)
+        what = f"{interpolate:g} of the way from student.source to {what}"
     parent = target.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its name only after everything in it has been written.
@@ -118,23 +109,19 @@ def command(run: str, folder: str, kind: str | None, ema: bool, share: float | N
             processor.save_pretrained(out)
             write_weights(weights, out / hf.WEIGHTS)
         else:
-            write = write_open_clip if kind == "open_clip" else write_transformers
+            write = of_open_clip if kind == "open_clip" else of_transformers
             with loading(hub=False), blame(f"--as {kind}"):
-                write_weights(*write(out, config, weights, kind))
+                library, loss, name = write(out, config)
+                write_weights(fitted(weights, kind, loss, library), out / name)
                 processor.tokenizer.save_pretrained(out)
             words = json.loads((out / "tokenizer_config.json").read_text())
             words.pop("processor_class", None)  # it is the library's own, no more ours
             (out / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
         licence, origins = origins_of(config)
-        readme = README.format(
-            library="open_clip" if kind == "open_clip" else "transformers",
-            licence=licence,
-            name=target.resolve().name,
-            what=what,
-            version=provenance.version(),
-            loads=LOADS[kind],
-            origins=origins,
-        )
+        library = "open_clip" if kind == "open_clip" else "transformers"
+        title = {"library": library, "licence": licence, "name": target.resolve().name}
+        text = {"what": what, "version": provenance.version(), "loads": LOADS[kind]}
+        readme = README.format(**title, **text, origins=origins)
         (out / "README.md").write_text(readme, errors="backslashreplace")
         for path in out.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
@@ -163,31 +150,33 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
     return out
 
 
-def fitted(weights: Weights, parts: dict[str, str], model: Any) -> Weights:
-    """The weights of a library's `model` by its names; `parts`: as in `PARTS`."""
+def fitted(weights: Weights, kind: str, loss: str, model: Any) -> Weights:
+    """The weights of a library's `model` by its names."""
     import torch
 
+    wanted, parts = model.state_dict(), {"logit": f"losses.{loss}.temperature.logit", **PARTS[kind]}
+    if kind == "open_clip":
+        text = "text." * any(name.startswith("text.") for name in wanted)
+        parts |= {f"{text}text_projection": TEXT, text: "student.text.model."}
     out = {}
-    for name, wanted in model.state_dict().items():
-        begin = next(begin for begin in parts if name.startswith(begin))
-        own = f"student.{parts[begin]}{name.removeprefix(begin)}".replace(
-            "student.losses", "losses"
-        )
-        value = weights.get(own, weights.get(own.replace("in_proj_", "in_proj.")))
-        if value is None and f"{own}.weight" in weights:  # a matrix [H, E] there, and no layer
-            value = weights[f"{own}.weight"].t()
-        if value is None and name in NEW:
-            value = torch.tensor(NEW[name])
-        if value is None or value.numel() != wanted.numel():
+    for name, like in wanted.items():
+        value = torch.tensor(NEW[name]) if name in NEW else None
+        for begin in filter(name.startswith, parts):
+            own = parts[begin] + name.removeprefix(begin)
+            value = weights.get(own, weights.get(own.replace("in_proj_", "in_proj."), value))
+            if f"{own}.weight" in weights:  # a layer here, and a matrix [H, E] there
+                value = weights[f"{own}.weight"].t()
+        if value is None or value.numel() != like.numel():
             raise UserError(f"the run has no weight for {name!r}")
-        out[name] = value.reshape(wanted.shape)
+        out[name] = value.reshape(like.shape)
     return out
 
 
-def write_transformers(
-    folder: Path, config: Config, weights: Weights, kind: str
-) -> tuple[Weights, Path]:
-    """Write all but the weights of a model of transformers; returns these, and their file."""
+def of_transformers(folder: Path, config: Config) -> tuple[Any, str, str]:
+    """Write all but the weights of a model of transformers.
+
+    Returns the model, the loss whose temperature it has, and the name of its file of weights.
+    """
     import torch
     from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor, SiglipImageProcessor
 
@@ -198,38 +187,29 @@ def write_transformers(
         model = AutoModel.from_config(library)
     library.architectures, library.dtype = [type(model).__name__], "float32"
     library.save_pretrained(folder)
-    side, kinds = config.data.image_size, {one: n for n, one in dual.INTERPOLATIONS.items()}
-    square, how["resample"] = {"height": side, "width": side}, kinds[config.data.interpolation]
+    side, names = config.data.image_size, {name: n for n, name in dual.INTERPOLATIONS.items()}
+    square, how["resample"] = {"height": side, "width": side}, names[config.data.interpolation]
     pictures: Any = SiglipImageProcessor(size=square, **how)
     if config.data.resize == "shortest":
         pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
     pictures.save_pretrained(folder)
-    learned = {"logit": f"losses.{dual.loss_of(fields)}.temperature.logit"}
-    return fitted(weights, learned | PARTS[kind], model), folder / "model.safetensors"
+    return model, dual.loss_of(fields), "model.safetensors"
 
 
-def write_open_clip(
-    folder: Path, config: Config, weights: Weights, kind: str
-) -> tuple[Weights, Path]:
+def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
     """The same of open_clip, without a CoCa's decoder of captions."""
     from open_clip import create_model
 
-    from ds_cmli.models.open_clip import FILES, of_towers
+    from ds_cmli.models.open_clip import of_towers
 
     own, data = config.student.source_config, config.data
-    modes = {ours: theirs for theirs, ours in open_clip.RESIZING.items()}
     how = {"mean": own["mean"], "std": own["std"], "interpolation": data.interpolation}
-    content = {
-        "model_cfg": of_towers(own),
-        "preprocess_cfg": how | {"resize_mode": modes[data.resize]},
-    }
+    how["resize_mode"] = data.resize.removesuffix("_pillow")
+    content = {"model_cfg": of_towers(own), "preprocess_cfg": how}
     (folder / open_clip.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
     place = f"{open_clip.LOCAL}{folder}"
     model = create_model(place, load_weights=False, pretrained_text=False)
-    text = "text." * any(name.startswith("text.") for name in model.state_dict())
-    parts = {"logit": f"losses.{open_clip.loss_of(own)}.temperature.logit", **PARTS[kind]}
-    parts |= {f"{text}text_projection": "text.class_head", text: "text.model."}
-    return fitted(weights, parts, model), folder / FILES[0]
+    return model, open_clip.loss_of(own), "open_clip_model.safetensors"
 
 
 def origins_of(config: Config) -> tuple[str, str]:
@@ -241,21 +221,17 @@ def origins_of(config: Config) -> tuple[str, str]:
     licence = "other"
     while (source := Source(config.student.source)).name and source.has_own_data:
         config = load_config(source.path / RUN, "student.source")  # of the run before
-    student = config.student
+    student, demo = config.student, [ASSETS[name].licence for name in used(config)]
     if source.name:
         with suppress(Exception), loading(hub=not source.local):  # no card, or no network
             card = source.path / "README.md" if source.local else source.place
             licence = ModelCard.load(card).data.license or licence
         name = Path(source.place).name if source.local else source.name
-        origins = [f"{name} (licence: {'as it says' if licence == 'other' else licence})"]
+        began = f"{name} (licence: {'as it says' if licence == 'other' else licence})"
     else:
-        both = {
-            student.image_model: student.image_weights,
-            student.text_model: student.text_weights,
-        }
-        origins = [f"{model} with {Path(weights).name} weights" for model, weights in both.items()]
-    origins += [ASSETS[name].licence for name in used(config)]
-    return licence, f"It began as {'; '.join(origins)}"
+        weights = [Path(name).name for name in (student.image_weights, student.text_weights)]
+        began = f"{student.image_model} ({weights[0]}) and {student.text_model} ({weights[1]})"
+    return licence, "; ".join([began, *demo])
 
 
 def main() -> None:

@@ -25,13 +25,14 @@ from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import RUN, Source, to_evaluate
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View, black
-from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tokenizer_of
+from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
+from ds_cmli.engine import build_models
 from ds_cmli.models import hf
 from ds_cmli.models.student import Student
 from ds_cmli.scores import BothWays, Match, both_ways, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SCORED = 256  # images that are on the device at a time
+SCORED = 256  # images that are scored at a time
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -52,60 +53,45 @@ class TextEmbeddings:
     tokens: Tensor  # [J, M, D]
     token_mask: Tensor  # bool [J, M], True for tokens of the text, not special ones and padding
     texts: list[str]
-    # Of each position, as (start, end) in characters; (0, 0) for special tokens.
-    spans: list[list[tuple[int, int]]]
 
 
+@dataclass
 class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
-    def __init__(
-        self,
-        config: Config,
-        student: Student,
-        scales: dict[str, float],
-        tokenizer: CaptionTokenizer,
-        device: torch.device,
-    ):
-        """`scales`: 1/temperature of each kind of scores that was trained: "global", "cmli"."""
-        one_attention_on_all_gpus()  # as in training
-        self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.student, self.scales = student.to(device).eval(), scales
+    config: Config
+    student: Student
+    scales: dict[str, float]  # 1/temperature of the scores that were trained: "global", "cmli"
+    tokenizer: CaptionTokenizer
+    device: torch.device
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Model":
         """Load a run, an export, or what else training can start from, such as a plain CLIP.
 
         Args:
-            path: its folder, one of its files of weights, or a name of the hub.
+            path: its folder, a file of weights in a run's folder, or a name of the hub.
             device: None means a GPU if there is one, and else the CPU.
 
         Raises:
             UserError: it is not there, or cannot be loaded.
         """
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        source = Source(str(path))
-        if not source.is_run:
-            from ds_cmli.engine import build_models
-
-            config = to_evaluate(source)
-            words = tokenizer_of(config.data)
-            objective, _ = build_models(config, words.vocab_size, special=words.special)
-            # No one has trained a temperature for its patches.
-            scales = {"global": objective.score_scales()["global"]}
-            return cls(config, objective.student, scales, words, chosen)
-        model = hf.load(source.path, source.weights or hf.WEIGHTS, "the model")
+        one_attention_on_all_gpus()  # as in training
+        source, run = Source(str(path)), None
+        if source.is_run:
+            run = hf.load(source.path, source.weights or hf.WEIGHTS, "the model")
         config = to_evaluate(source)
-        data, full = config.data, config.data.padding == "full"
-        words = load_tokenizer(str(source.path), data.context_length, full)
+        words = tokenizer_of(config.data)
         if source.has_own_data:
             config = load_config(source.path / RUN, "the model")
-        return cls(config, model.student, model.scales(), words, chosen)
-
-    @property
-    def image_size(self) -> int:
-        """S in pixels."""
-        return self.config.data.image_size
+        if run is not None:
+            student, scales = run.student, run.scales()
+        else:
+            objective, _ = build_models(config, words.vocab_size, special=words.special)
+            # No one has trained a temperature for its patches.
+            student, scales = objective.student, {"global": objective.score_scales()["global"]}
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(config, student.to(chosen).eval(), scales, words, chosen)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -115,14 +101,15 @@ class Model:
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file or an image in memory as in training -> uint8 [3, S, S].
 
-        Raises:
-            UserError: it cannot be read.
+        Raises `UserError` if it cannot be read.
         """
-        is_file = isinstance(picture, str | Path)
+        view, name = View.of(self.config.data), "a picture"
         try:
-            return View.of(self.config.data)(Path(picture).read_bytes() if is_file else picture)
+            if not isinstance(picture, str | Path):
+                return view(picture)
+            name = repr(str(picture))
+            return view(Path(picture).read_bytes())
         except Exception as error:  # decoders of damaged files raise nearly anything
-            name = repr(str(picture)) if is_file else "a picture"
             raise UserError(f"{name} cannot be read: {one_line(error)}") from None
 
     @torch.inference_mode()
@@ -130,36 +117,35 @@ class Model:
         self, pictures: str | Path | Sequence[Picture], batch_size: int = 32
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
-        files = list_pictures(pictures)
-        cls, patches = [], []
-        for start in range(0, len(files), batch_size):
-            images = torch.stack([self.read(file) for file in files[start : start + batch_size]])
-            image_cls, features = self.student.image_embeddings(images.to(self.device))
-            cls.append(image_cls.cpu())  # CPU-GPU sync
-            patches.append(features.cpu())
-        names = [str(x) if isinstance(x, str | Path) else str(i) for i, x in enumerate(files)]
-        return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
+        if isinstance(pictures, str | Path):
+            path = Path(pictures)
+            inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+            pictures = [path] if path.is_file() else sorted(inside)
+        if not pictures:
+            raise UserError(f"no picture is given: give some, or a folder of {', '.join(SUFFIXES)}")
+        batches = []
+        for start in range(0, len(pictures), batch_size):
+            pixels = torch.stack([self.read(one) for one in pictures[start : start + batch_size]])
+            features = self.student.image_embeddings(pixels.to(self.device))
+            batches.append([x.cpu() for x in features])  # CPU-GPU sync
+        names = [str(x) if isinstance(x, str | Path) else str(i) for i, x in enumerate(pictures)]
+        return ImageEmbeddings(*map(torch.cat, zip(*batches, strict=True)), names)
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128) -> TextEmbeddings:
         """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts:
-            raise UserError("no text is given: give at least one")
-        for text in texts:
+        for text in texts or [None]:
             if not isinstance(text, str) or printable(text) != text:
                 raise UserError(f"a text is {text!r}: give a string of Unicode")
         samples = [Sample(black(0), self.tokenizer(text), i, i) for i, text in enumerate(texts)]
-        whole = Collate(self.tokenizer)(samples)
-        cls, tokens = [], []
-        for start in range(0, len(texts), batch_size):
-            part = slice(start, start + batch_size)
-            ids, mask = whole.input_ids[part], whole.attention_mask[part]
-            of_texts = self.student.text_embeddings(ids.to(self.device), mask.to(self.device))
-            cls.append(of_texts[0].cpu())  # CPU-GPU sync
-            tokens.append(of_texts[1].cpu())
-        spans = [self.tokenizer.spans(text) for text in texts]
-        return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
+        whole, batches = Collate(self.tokenizer)(samples), []
+        given = (x.split(batch_size) for x in (whole.input_ids, whole.attention_mask))
+        for ids, mask in zip(*given, strict=True):
+            features = self.student.text_embeddings(ids.to(self.device), mask.to(self.device))
+            batches.append([x.cpu() for x in features])  # CPU-GPU sync
+        cls, tokens = map(torch.cat, zip(*batches, strict=True))
+        return TextEmbeddings(cls, tokens, whole.token_mask, texts)
 
     @torch.inference_mode()
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
@@ -171,15 +157,13 @@ class Model:
             both ways; "cmli" are s_i2t and s_t2i, which are not; "combined" is the sum of what was
             trained, each times 1/temperature.
         """
-        text_cls, tokens, mask = (
-            x.to(self.device) for x in (texts.cls, texts.tokens, texts.token_mask)
-        )
+        of_texts = (texts.cls, texts.tokens, texts.token_mask)
+        text_cls, tokens, mask = (x.to(self.device) for x in of_texts)
         parts = []
-        for start in range(0, len(images.cls), SCORED):
-            part = slice(start, start + SCORED)
-            cmli = cmli_scores(images.patches[part].to(self.device), tokens, mask)
-            cosines = images.cls[part].to(self.device) @ text_cls.t()
-            parts.append([x.cpu() for x in (cosines, *cmli)])
+        for part in zip(images.cls.split(SCORED), images.patches.split(SCORED), strict=True):
+            cls, patches = (x.to(self.device) for x in part)
+            both = cls @ text_cls.t(), *cmli_scores(patches, tokens, mask)
+            parts.append([x.cpu() for x in both])
         cosines, i2t, t2i = map(torch.cat, zip(*parts, strict=True))
         return both_ways(cosines, (i2t, t2i), self.scales)
 
@@ -187,18 +171,5 @@ class Model:
         """Match each word of a text with its best patch, and each patch with its best word."""
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         valid = texts.token_mask[0]
-        spans = list(compress(texts.spans[0], valid.tolist()))  # the mask is of the padded text
+        spans = list(compress(self.tokenizer.spans(text), valid.tolist()))  # padded is the mask
         return match(texts.tokens[0][valid], images.patches[0], text, spans, self.grid)
-
-
-def list_pictures(pictures: str | Path | Sequence[Picture]) -> list[Picture]:
-    """The pictures of a list, of a folder and its subfolders sorted by name, or a file itself."""
-    if isinstance(pictures, str | Path):
-        path = Path(pictures)
-        inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        pictures = [path] if path.is_file() else sorted(inside)
-        if not pictures:
-            raise UserError(f"{str(path)!r} has no picture: give files of {', '.join(SUFFIXES)}")
-    if not len(pictures):
-        raise UserError("no picture is given: give at least one")
-    return list(pictures)

@@ -1,7 +1,6 @@
-"""The kinds of pair scores, and the match of words and patches: the one definition of evaluation,
-inference and the model of transformers.
+"""The kinds of pair scores, and the match of words and patches.
 
-Shapes: I images, J texts, N image patches, M tokens of a text, D embedding dimension.
+I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,23 +11,20 @@ from torch import Tensor
 
 from ds_cmli.cmli.op import upcast
 
+Span = tuple[int, int]  # the first character and that after the last
+
 
 class BothWays(NamedTuple):
-    """One kind of scores of all images with all texts, fp32 [I, J] each (fp64 for fp64 features).
-
-    CMLI from the image's side is a mean over patches, from the text's side one over tokens: the two
-    matrices differ. Each is for its own ranking, as the contrastive loss trains it.
-    """
+    """One kind of scores, fp32 [I, J] each (fp64 for fp64 features), each for its own ranking.
+    CMLI from the image's side is a mean over patches, from the text's one over tokens."""
 
     i2t: Tensor  # along a row: ranks the texts for an image
     t2i: Tensor  # along a column: ranks the images for a text
 
 
 def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
-    """The sum of the trained kinds of one direction, each times its 1/temperature in `scales`.
-
-    If there is none, as in a distillation alone, the cosines ("global") count.
-    """
+    """The sum of the trained kinds of one direction, each times its 1/temperature in `scales`; if
+    none is trained, as in a distillation alone, the cosines ("global")."""
     trained = scales or {"global": 1.0}
     first, *others = [scale * scores[kind] for kind, scale in trained.items()]
     return sum(others, start=first)
@@ -37,8 +33,7 @@ def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor])
 def both_ways(
     cosines: Tensor, cmli: tuple[Tensor, Tensor] | None, scales: Mapping[str, float | Tensor]
 ) -> dict[str, BothWays]:
-    """ "global", of the class tokens' cosines [I, J], "cmli", if s_i2t and s_t2i are given, and
-    "combined"."""
+    """All kinds: "global" of cosines [I, J], "cmli" of s_i2t and s_t2i if given, and "combined"."""
     kinds = {"global": BothWays(cosines, cosines)}
     if cmli is not None:
         kinds["cmli"] = BothWays(*cmli)
@@ -53,7 +48,7 @@ class Match:
 
     similarity: Tensor  # [M, N] fp32, cosines of tokens, without special ones, and patches
     words: list[str]  # the M tokens as pieces of the text
-    spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
+    spans: list[Span]  # their M places in the text
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
 
     @property
@@ -68,11 +63,7 @@ class Match:
 
 
 def match(
-    tokens: Tensor,
-    patches: Tensor,
-    text: str,
-    spans: Sequence[tuple[int, int]],
-    grid: tuple[int, int],
+    tokens: Tensor, patches: Tensor, text: str, spans: Sequence[Span], grid: tuple[int, int]
 ) -> Match:
     """Match tokens of a text [M, D] and patches [N, D], of unit length. CPU-GPU sync."""
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()

@@ -6,7 +6,6 @@ those of several runs are shown below each other, on the same pairs. S is the im
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from ds_cmli.config.schema import Config
 
 DEFAULT = 4  # pairs that are shown if none are given
+PAIRS = "Numbers of pairs: each picture with its first caption, then each with its second.  "
 
 
 @click.command()
@@ -29,21 +29,10 @@ DEFAULT = 4  # pairs that are shown if none are given
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("--data", help="Data as in training.  [default: the first run's]")
 @click.option("--split", help="Held-out part.  [default: the first]")
-@click.option(
-    "--pairs",
-    metavar="0,1,2",
-    help="Numbers of pairs: each picture with its first caption, then each with its second.  "
-    "[default: the first four]",
-)
+@click.option("--pairs", metavar="0,1,2", help=PAIRS + "[default: the first four]")
 @click.option("--image", help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", help="The text for --image.")
-@click.option(
-    "--output",
-    default="match-maps",
-    show_default=True,
-    metavar="FOLDER",
-    help="Folder for a PNG of each pair.",
-)
+@click.option("--output", default="match-maps", show_default=True, metavar="FOLDER")
 def command(
     runs: tuple[str, ...],
     data: str | None,
@@ -54,21 +43,19 @@ def command(
     output: str,
 ) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
-    if (image is None) != (text is None):
+    if (image is None) != (text is None) or (image is not None and pairs is not None):
         raise UserError("--image and --text belong together: give both, or --pairs")
-    if image is not None and pairs is not None:
-        raise UserError("--pairs has no effect with --image: leave it out")
     numbers = None
     if pairs is not None:
-        if not all(part.strip().isdigit() for part in pairs.split(",")):
+        if not pairs.replace(",", "").isdigit():
             raise UserError(f"--pairs is {pairs!r}: give numbers from 0 on, separated by commas")
-        numbers = list(map(int, pairs.split(",")))
-    Path(output).mkdir(parents=True, exist_ok=True)
+        numbers = [int(number) for number in pairs.split(",") if number]
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
 
     from ds_cmli.evaluate.match_maps import sheet
     from ds_cmli.inference import Model
 
-    # By the folder's name, or the path if two have the same.
     names = [Path(run).resolve().name for run in runs]
     names = names if len({*names}) == len(runs) else list(runs)
     models = {name: Model.load(run) for name, run in zip(names, runs, strict=True)}
@@ -79,16 +66,12 @@ def command(
         shown = held_out(first.config, data, split, numbers)
     for number, (pixels, caption) in enumerate(shown):
         matches = {name: model.match(pixels, caption) for name, model in models.items()}
-        spans = matches[names[0]].spans
         for name, match in matches.items():
-            if not match.words:
-                raise UserError(f"the text is {caption!r}, of which {name} knows no word")
-            if match.spans != spans:
-                raise UserError(f"{name} and {names[0]} divide {caption!r} differently: show one")
+            if not match.words or match.spans != matches[names[0]].spans:
+                raise UserError(f"{name} knows no words in {caption!r}, or others than {names[0]}")
         if len(runs) == 1:  # which is not named
             matches = {"": matches[names[0]]}
-        picture = sheet(pixels, caption, matches)
-        picture.save(Path(output) / f"match-{number}.png", optimize=True)
+        sheet(pixels, caption, matches).save(folder / f"match-{number}.png", optimize=True)
     click.echo(f"match maps of {len(shown)} pair{'s'[: len(shown) != 1]}: {output}")
 
 
@@ -97,28 +80,21 @@ def held_out(
 ) -> list[tuple[Tensor, str]]:
     """Pairs of a held-out split, as (picture uint8 [3, S, S], caption as it is written).
 
-    Args:
-        numbers: counting each picture's first caption, then each one's second; None: the first
-            `DEFAULT` that can be used.
-
-    Raises:
-        UserError: there is no such split or pair, or a pair cannot be used.
+    `numbers` count each picture's first caption, then each one's second; None: the first `DEFAULT`
+    that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
     from ds_cmli.evaluate.held_out import HeldOut
 
-    if source is not None:
-        config = dataclasses.replace(config, data=evaluation_data(config.data, source))
-    evals = build_eval_data(config.data, config.run.seed, None).evals
+    data = config.data if source is None else evaluation_data(config.data, source)
+    evals = build_eval_data(data, config.run.seed, None).evals
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs = HeldOut(evals[split])
-    before: dict[int, int] = {}  # captions of a picture
-    turns = []
+    pairs, before, turns = HeldOut(evals[split]), dict[int, int](), []
     for caption, picture in enumerate(pairs.image_of.tolist()):
-        turns.append((before.setdefault(picture, 0), caption))
-        before[picture] += 1
+        before[picture] = before.get(picture, 0) + 1
+        turns.append((before[picture], caption))
     order = [caption for _, caption in sorted(turns)]
     out: list[tuple[Tensor, str]] = []
     for number in range(len(order)) if numbers is None else numbers:

@@ -157,7 +157,7 @@ def test_the_readme_names_what_a_run_from_a_run_began_as(sources, tmp_path):
     second = run_of(first, tmp_path / "second", LOSSES["clip"])
     assert "clip (licence: mit)" in (export(second, tmp_path / "x") / "README.md").read_text()
     readme = (export(write_run(tmp_path / "run"), tmp_path / "y") / "README.md").read_text()
-    assert "vit_tiny_patch16_224 with random weights" in readme and "Twemoji" in readme
+    assert "vit_tiny_patch16_224 (random) and bert (random)" in readme and "Twemoji" in readme
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
@@ -215,7 +215,7 @@ def test_what_it_is_not_is_refused(sources, tmp_path):
     refused("--as is 'siglip', and the run's student began as clip", began, new, "--as", "siglip")
     refused("began as two encoders", run, new, "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", LOSSES["clip"], shared_blocks=1)
-    refused("its models have no shared blocks, the run has 1", even, new, "--as", "clip")
+    refused("its models have no shared blocks, and the run", even, new, "--as", "clip")
     refused("no student.source: leave it out", run, new, "--interpolate", "0.5")
     shutil.rmtree(tmp_path / "gone")
     refused("no such file or folder", began, new, "--interpolate", "0.5")

@@ -7,7 +7,7 @@ from PIL import Image
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
-from ds_cmli.inference import Model, list_pictures
+from ds_cmli.inference import Model
 from tests.models.dual_models import clip
 from tests.run_folder import write_run
 
@@ -39,7 +39,7 @@ def test_embeddings_are_the_students_features(model, pictures):
     images = model.embed_images(pictures, batch_size=5)
     assert len(images.names) == 12
     assert images.names[0].endswith("0/00.png") and images.names[6].endswith("1/01.png")
-    file = list_pictures(pictures)[7]
+    file = sorted(pictures.rglob("*.png"))[7]
     with torch.no_grad():
         cls, patches = model.student.encode_image(model.read(file)[None])
         patches = model.student.projection(patches)
@@ -88,11 +88,20 @@ def test_a_plain_clip_ranks_by_its_own_temperature(pictures, tmp_path):
     scores = model.scores(model.embed_images(pictures), model.embed_texts(TEXTS))
     assert model.scales == {"global": pytest.approx(np.exp(4.2), rel=1e-5)}
     torch.testing.assert_close(scores["combined"].i2t, model.scales["global"] * scores["global"].i2t)
-    assert scores["cmli"].i2t.shape == (12, 3) and len(model.match(list_pictures(pictures)[0], "a red car").words) == 3
+    assert (
+        scores["cmli"].i2t.shape == (12, 3)
+        and len(model.match(sorted(pictures.rglob("*.png"))[0], "a red car").words) == 3
+    )
+
+
+def test_a_distillation_ranks_by_cosines(pictures, tmp_path):
+    model = Model.load(write_run(tmp_path, ("cls_kd",)), "cpu")
+    scores = model.scores(model.embed_images(pictures), model.embed_texts(TEXTS))
+    assert model.scales == {} and torch.equal(scores["combined"].i2t, scores["global"].i2t)
 
 
 def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
-    file = list_pictures(pictures)[0]
+    file = sorted(pictures.rglob("*.png"))[0]
     image = Image.open(file)
     pixels = np.array(image)
     kinds = [file, str(file), image, pixels, model.read(file), torch.from_numpy(pixels).permute(2, 0, 1)]
@@ -104,7 +113,7 @@ def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
 
 def test_a_match_names_the_words_and_where_they_stand(model, pictures):
     text = "two  dogs, sitting"
-    match = model.match(list_pictures(pictures)[0], text)
+    match = model.match(sorted(pictures.rglob("*.png"))[0], text)
     assert "".join(match.words) == "twodogs,sitting"  # words that the vocabulary lacks fall into characters
     assert [text[start:end] for start, end in match.spans] == match.words
     assert match.similarity.shape == (len(match.words), match.grid[0] * match.grid[1])
@@ -118,11 +127,11 @@ def test_mistakes_are_one_line(model, run, tmp_path):
         (["no/such.png"], "'no/such.png' cannot be read"),
         ([7], "a picture cannot be read: .*int"),
         ([], "no picture is given"),
-        (tmp_path, "has no picture"),
+        (tmp_path, "no picture is given"),
     ):
         with pytest.raises(UserError, match=line):
             model.embed_images(given)
-    for texts, line in ((["a", 3], "a text is 3: give a string"), ([], "no text is given")):
+    for texts, line in ((["a", 3], "a text is 3: give a string"), ([], "a text is None")):
         with pytest.raises(UserError, match=line):
             model.embed_texts(texts)
     with pytest.raises(UserError, match=r"no config\.json there"):

@@ -48,7 +48,7 @@ def test_pairs_that_are_asked_for(config):
 
 def test_pairs_beside_an_image_are_refused():
     done = CliRunner().invoke(command, ["RUN", "--image", "a.png", "--text", "a", "--pairs", "1"])
-    assert str(done.exception) == "--pairs has no effect with --image: leave it out"
+    assert str(done.exception) == "--image and --text belong together: give both, or --pairs"
 
 
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):
