@@ -27,26 +27,26 @@ def _always(value: object) -> Callable[..., object]:
     return lambda *_, **__: value
 
 
-NOTHING = """
-init _lazy_init set_device manual_seed manual_seed_all set_rng_state ipc_collect
-reset_peak_memory_stats reset_max_memory_allocated reset_max_memory_cached range_push range_pop
-"""
+# What functions of torch.cuda return that need no state.
+ANSWERS = {
+    "init _lazy_init set_device manual_seed manual_seed_all set_rng_state ipc_collect": None,
+    "reset_peak_memory_stats reset_max_memory_allocated reset_max_memory_cached": None,
+    "range_push range_pop": None,
+    "is_available is_initialized is_bf16_supported": True,
+    "_is_in_bad_fork is_current_stream_capturing": False,
+    "current_device _exchange_device _maybe_exchange_device initial_seed": 0,
+    "device_count": 1,
+}
 
 
 def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` for this GPU, by name."""
-    major, minor = gpu.capability
     generator = RandomNumbers("cuda")
-    properties = SimpleNamespace(
-        name=gpu.name,
-        major=major,
-        minor=minor,
-        total_memory=gpu.total.bytes,
-        multi_processor_count=gpu.multiprocessors,
-        max_threads_per_multi_processor=gpu.limits.threads,
-        shared_memory_per_block=48 * 1024,
-        shared_memory_per_block_optin=gpu.limits.shared,
-    )
+    properties = SimpleNamespace(name=gpu.name, shared_memory_per_block=48 * 1024)
+    properties.major, properties.minor = gpu.capability
+    properties.total_memory, properties.multi_processor_count = gpu.total.bytes, gpu.multiprocessors
+    properties.max_threads_per_multi_processor = gpu.limits.threads
+    properties.shared_memory_per_block_optin = gpu.limits.shared
 
     @contextmanager
     def stream(on: Stream | None) -> Iterator[None]:
@@ -68,17 +68,8 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         allocated = sum(-(-live.bytes // MIN_BLOCK) * MIN_BLOCK for live in recorder.live.values())
         return defaultdict(int, {"allocated_bytes.all.current": allocated})
 
-    return {name: _always(None) for name in NOTHING.split()} | {
-        "is_available": _always(True),
-        "is_initialized": _always(True),
-        "is_bf16_supported": _always(True),
-        "device_count": _always(1),
-        "current_device": _always(0),
-        "_exchange_device": _always(0),
-        "_maybe_exchange_device": _always(0),
-        "initial_seed": _always(0),
-        "_is_in_bad_fork": _always(False),
-        "is_current_stream_capturing": _always(False),
+    stateless = {name: _always(x) for names, x in ANSWERS.items() for name in names.split()}
+    return stateless | {
         "get_device_properties": _always(properties),
         "get_device_capability": _always(gpu.capability),
         "get_device_name": _always(gpu.name),

@@ -3,12 +3,14 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import GetSetDescriptorType as Descriptor
 
 import torch
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fake_cuda import device, guard, kernels, modules
+from ds_cmli.fake_cuda import device, guard, kernels
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.fake_cuda.values import Values, WithoutData
@@ -31,8 +33,8 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
     without_data = WithoutData(allow_non_fake_inputs=True)
     replacements: dict[str, Callable] = {
         "torch: linear": lambda known: known,
-        "torch: module conversion": lambda _: modules.apply,
-        "torch: data of a tensor": modules.data_of_any_device,
+        "torch: module conversion": lambda _: _apply,
+        "torch: data of a tensor": _data_of_any_device,
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
         "deepspeed: kernels": kernels.loading,
     }
@@ -52,3 +54,43 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         for mode in (without_data, recorder, Values(without_data)):
             stack.enter_context(mode)
         yield
+
+
+def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
+    """Replace `nn.Module._apply`: each parameter stays the same object, as optimizers hold it."""
+    for part in self.children() if recurse else ():
+        part._apply(function)
+    for parameter in self._parameters.values():
+        if parameter is not None:
+            _convert(parameter, function)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self
+
+
+def _data_of_any_device(known: Descriptor) -> property:
+    """Replace `Tensor.data`, which is set to move parameters."""
+
+    def assign(self: Tensor, new: Tensor) -> None:
+        of_a_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)
+        if of_a_kind and self.device == new.device:
+            known.__set__(self, new)
+        else:
+            _convert(self, lambda _: new.detach())
+
+    return property(known.__get__, assign)
+
+
+def _convert(tensor: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        new = function(tensor)
+    if new is tensor:
+        return
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, tensor.requires_grad)
+    # As `torch.utils.swap_tensors`, which refuses tensors that are referred to weakly, as those of
+    # FakeTensorMode always are.
+    torch._C._swap_tensor_impl(tensor, new)
+    tensor.__class__ = type(new)
+    vars(tensor).update(vars(new))

@@ -25,9 +25,7 @@ def library() -> ctypes.CDLL:
     """
     installed = TorchVersion(torch.__version__)
     if installed < OLDEST or installed >= NEXT:
-        raise UserError(
-            f"torch is {installed}: a prediction knows {OLDEST} and later, before {NEXT}"
-        )
+        raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
     root = Path(torch.__file__).parent
     include, lib = root / "include", root / "lib"
     options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]

@@ -49,18 +49,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _attention(
-    gpu: Limits,
-    query,
-    key,
-    value,
-    attn_mask=None,
-    dropout_p=0.0,
-    is_causal=False,
-    *,
-    scale=None,
-    enable_gqa=False,
+    gpu: Limits, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
     """The kernel that `_fused_sdp_choice` chooses on the GPU."""
+    scale, enable_gqa = options.get("scale"), options.get("enable_gqa", False)
     kernel = attention.chosen(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, gpu)
     if kernel == attention.FLASH:
         width = query.shape[-1]
@@ -75,17 +67,8 @@ def _attention(
         attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
         attn_mask = torch.where(attn_mask, attended, left_out)
     if kernel == attention.MATH:
-        return aten._scaled_dot_product_attention_math(
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            None,
-            scale=scale,
-            enable_gqa=enable_gqa,
-        )[0]
+        inputs = query, key, value, attn_mask, dropout_p, is_causal
+        return aten._scaled_dot_product_attention_math(*inputs, **options)[0]
     if attn_mask is not None:
         # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask`
         # copies other masks.
@@ -100,14 +83,12 @@ def _attention(
 
 
 class _Kernels:
-    """A compiled module whose functions do nothing."""
-
     def __getattr__(self, name: str) -> Callable[..., int]:
         return lambda *_, **__: 0
 
 
 def loading(load: Callable) -> Callable:
-    """Replace `OpBuilder.load` of DeepSpeed, which compiles for a GPU."""
+    """Replace `OpBuilder.load` of DeepSpeed, which compiles for a GPU, by kernels of no effect."""
 
     def run(self, verbose: bool = False) -> object:
         return _Kernels() if self.name in IN_PLACE else load(self, verbose)

@@ -1,7 +1,6 @@
-"""Records every storage that a program allocates and frees on a device, as changes in their order.
+"""Records every storage, real or fake, that a program allocates and frees on a device, in order.
 
-Works on real and on fake tensors. What a GPU's operators allocate and free inside is not seen: for
-a prediction formulas give it (`memory_model/workspaces.py`).
+What a GPU's operators hold inside is given by formulas (`memory_model/workspaces.py`).
 """
 
 import sys
@@ -23,9 +22,8 @@ from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.gpus import Limits
 
 aten = torch.ops.aten
-# Autograd accumulates gradients, where the first is no view, in place, but not under a dispatch
-# mode: there these operators return a new tensor, and their argument is freed before the next
-# allocation.
+# Autograd adds gradients up in place, where the first is no view, but not under a dispatch mode:
+# there these operators return a new tensor, and their argument is freed before the next allocation.
 IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
 DISPATCHING = ("/torch/_", "/fake_cuda/")  # files that call operators and modes of dispatch
 # Products into tensors that they are given: what a GPU takes for them, the events do not show.
@@ -43,6 +41,9 @@ class Allocation:
     stream: int  # of a GPU, for which it was allocated
     category: str | None = None  # the first claim stays
     ended: int | None = None  # the segment in which it was freed
+
+
+Held = list[tuple[int, int]]  # blocks inside an operator, and their bytes
 
 
 class Live(NamedTuple):
@@ -65,9 +66,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.device, self.gpu = device, gpu
         self.phase = "init"
-        self.log: list[
-            tuple[int, int, str]
-        ] = []  # block, bytes (negative: freed; 0: empty_cache), phase
+        # Block, bytes (negative: freed; 0: empty_cache), phase.
+        self.log: list[tuple[int, int, str]] = []
         self.blocks: list[Allocation] = []
         self.live: dict[int, Live] = {}  # by the storage's address
         # What is allocated and freed within one segment was temporary. Each phase is a segment, but
@@ -125,9 +125,7 @@ class Recorder(TorchDispatchMode):
             frame = frame.f_back
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
-    def _exchange(
-        self, held: list[tuple[int, int]], stages: tuple, func: OpOverload
-    ) -> list[tuple[int, int]]:
+    def _exchange(self, held: Held, stages: tuple, func: OpOverload) -> Held:
         """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
         for stage in stages:
             sizes = [size for size in stage if size]
@@ -141,12 +139,9 @@ class Recorder(TorchDispatchMode):
                     self._end(block, size)
             held = []
             for place, size in enumerate(sizes):
-                block = (
-                    kept[place]
-                    if place in kept
-                    else self._begin(size, "temporaries", f"{func}, inside")
-                )
-                held.append((block, size))
+                if place not in kept:
+                    kept[place] = self._begin(size, "temporaries", f"{func}, inside")
+                held.append((kept[place], size))
         return held
 
     def _see_results(self, func: OpOverload, out: object) -> None:
@@ -199,9 +194,8 @@ class Recorder(TorchDispatchMode):
             self._freed(ended, ended_bytes)
         block, self.in_place_of = len(self.blocks), -1
         stream = Stream.current.stream_id if self.gpu is not None else 0
-        self.blocks.append(
-            Allocation(str(op), self.phase, self.segment, self.recomputing, stream, category)
-        )
+        moment = self.phase, self.segment, self.recomputing
+        self.blocks.append(Allocation(str(op), *moment, stream, category))
         self.log.append((block, size, self.phase))
         return block
 
@@ -244,8 +238,6 @@ class Recorder(TorchDispatchMode):
         categories = list(map(self.category, range(len(self.blocks))))
         out = []
         for block, size, phase in self.log:
-            allocation = self.blocks[block]
-            out.append(
-                Event(block, size, categories[block], phase, allocation.op, allocation.stream)
-            )
+            of = self.blocks[block]
+            out.append(Event(block, size, categories[block], phase, of.op, of.stream))
         return out

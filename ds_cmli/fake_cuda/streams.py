@@ -82,9 +82,6 @@ class Stream(torch.Stream):
         event.record(self)
         return event
 
-    def query(self) -> bool:
-        return self.record_event().query()
-
 
 class Event:
     """Stands for `torch.cuda.Event`: a place in the work of a stream."""

@@ -108,11 +108,10 @@ class Values(TorchDispatchMode):
         return out
 
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        if (
-            func in FACTORIES
-            and torch.Size(next(x for x in args if isinstance(x, list))).numel() > SMALL
-        ):
-            return func(*args, **kwargs)
+        if func in FACTORIES:
+            shape = next(x for x in args if isinstance(x, list))
+            if torch.Size(shape).numel() > SMALL:
+                return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
 
@@ -154,24 +153,18 @@ class Values(TorchDispatchMode):
                 vars(out)["remembered"] = known.to(out.dtype, copy=True)
         return out
 
-    def _remember(
-        self, func, args: tuple, kwargs: dict[str, object], leaves: list, out: object
-    ) -> None:
+    def _remember(self, func, args: tuple, kwargs: dict, leaves: list, out: object) -> None:
         """Compute the values of results whose operands are known; of others the likely truth."""
         tensors = [x for x in leaves if isinstance(x, Tensor)]
-        known = bool(tensors) and all(
-            x.numel() <= SMALL and known_values(x) is not None for x in tensors
-        )
+        small = bool(tensors) and all(x.numel() <= SMALL for x in tensors)
+        known = small and all(known_values(x) is not None for x in tensors)
         if func._schema.is_mutable and not known:
             for x in tensors:
                 vars(x).pop("remembered", None)
         elif known:
             with _disable_current_modes():
-                given = tree_map(
-                    lambda x: known_values(x) if isinstance(x, Tensor) else x, (args, kwargs)
-                )
-                if "device" in given[1]:
-                    given[1]["device"] = torch.device("cpu")
+                host = {"device": torch.device("cpu")} if "device" in kwargs else {}
+                given = tree_map(_values_of, (args, kwargs | host))
                 values = func(*given[0], **given[1])
             for x, value in zip(tree_leaves(out), tree_leaves(values), strict=True):
                 if isinstance(x, FakeTensor):
@@ -181,10 +174,14 @@ class Values(TorchDispatchMode):
             vars(out)["likely"] = func.overloadpacket in (aten.all, aten.isfinite)
 
 
+def _values_of(value: object) -> object:
+    return known_values(value) if isinstance(value, Tensor) else value
+
+
 def _is_elsewhere(value: object) -> bool:
     """Whether an argument has no data, or names the device."""
     if isinstance(value, torch.device):
         return value.type != "cpu"
-    return isinstance(value, FakeTensor) or (
-        isinstance(value, Tensor) and value.device.type != "cpu"
+    return isinstance(value, Tensor) and (
+        isinstance(value, FakeTensor) or value.device.type != "cpu"
     )

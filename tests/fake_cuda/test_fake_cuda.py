@@ -167,7 +167,7 @@ def test_gradients_add_up_in_place(recorder):
 def test_another_version_of_pytorch_is_refused_in_one_line(monkeypatch):
     guard.library.cache_clear()
     monkeypatch.setattr(guard, "NEXT", "2.11")
-    with pytest.raises(UserError, match=r"^torch is [\d.+a-z]+: a prediction knows 2\.10 and later, before 2\.11$"):
+    with pytest.raises(UserError, match=r"^torch is [\d.+a-z]+: a prediction knows 2\.10 to before 2\.11$"):
         guard.library()
 
 
