@@ -190,12 +190,10 @@ class _PairLoss(torch.autograd.Function):
         d_texts = _add_gradients(ctx, grad, saved, d_image, d_learned)
         d_text = distributed.sum_to_owner(d_texts)
         del d_texts
-        if text.ndim == 3:
-            d_text = d_text[:, : text.shape[1]]
+        d_text = d_text if text.ndim == 2 else d_text[:, : text.shape[1]]
         for rows in slices(len(text), ctx.size):
             _l2_normalize_backward(d_text[rows], text[rows])
-        d_text = d_text.to(text.dtype).contiguous()
-        return d_image, d_text, d_learned, *[None] * 5
+        return d_image, d_text.to(text.dtype).contiguous(), d_learned, *[None] * 5
 
 
 def _add_gradients(ctx, grad, saved, d_image, d_learned):
