@@ -51,7 +51,7 @@ IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
 PARTS = {
     "clip": {"visual_projection": IMAGE, "text_projection": TEXT, **TOWERS},
     "siglip": {"text_model.head": TEXT, **TOWERS},
-    "open_clip": {"visual.proj": IMAGE, "visual": "student.image.model"},
+    "open_clip": {"visual": "student.image.model"},
 }
 NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss was not trained
 
@@ -157,15 +157,13 @@ def fitted(weights: Weights, kind: str, loss: str, model: Any) -> Weights:
     wanted, parts = model.state_dict(), {"logit": f"losses.{loss}.temperature.logit", **PARTS[kind]}
     if kind == "open_clip":
         text = "text." * any(name.startswith("text.") for name in wanted)
-        parts |= {f"{text}text_projection": TEXT, text: "student.text.model."}
+        parts[text] = "student.text.model."
     out = {}
     for name, like in wanted.items():
         value = torch.tensor(NEW[name]) if name in NEW else None
         for begin in filter(name.startswith, parts):
             own = parts[begin] + name.removeprefix(begin)
-            value = weights.get(own, weights.get(own.replace("in_proj_", "in_proj."), value))
-            if f"{own}.weight" in weights:  # a layer here, and a matrix [H, E] there
-                value = weights[f"{own}.weight"].t()
+            value = weights.get(own, value)
         if value is None or value.numel() != like.numel():
             raise UserError(f"the run has no weight for {name!r}")
         out[name] = value.reshape(like.shape)

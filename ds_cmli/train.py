@@ -90,7 +90,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
 
     with quiet.without_trackers():
         from ds_cmli.checkpoint import run_folder
-        from ds_cmli.engine import cannot_compile, on_this_device
+        from ds_cmli.engine import on_this_device
     from ds_cmli.faults.watchdog import Watchdog
 
     ds_config = on_this_device(ds_config)
@@ -101,7 +101,7 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
     alone = start.raises and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
     with Watchdog(0.0 if alone else config.run.watchdog) as watchdog:
         try:
-            distributed.raise_together(mistake or cannot_compile(config, device))  # collective
+            distributed.raise_together(mistake)  # collective
             assert data is not None, "a mistake has been raised"
             folder = run_folder.make(config, start.resume)  # collective
             with run_folder.held(folder):  # collective

@@ -143,9 +143,9 @@ ROWS = (
      "return replace(sample, index=index, bad=bad[0] if bad else None)", "return replace(sample, index=index)"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.
     ("models-padding", "models/student.py", MODELS + "test_padding_changes_no_text",
-     "return self.block(x, attn_mask=mask[:, None, None, :])", "return self.block(x, attn_mask=None)"),
+     "attn_mask=None if mask is None else mask[:, None, None]", "attn_mask=None"),
     ("models-class-token", "models/student.py", MODELS + "test_patches_lie_row_by_row_without_the_class_token",
-     "x[:, self.image.prefix :]", "x[:, self.image.prefix - 1 : -1]"),
+     "cls, patches = x[:, 0], x[:, 1:]", "cls, patches = x[:, 0], x[:, :-1]"),
     ("models-teacher-norm", "models/teacher.py",
      MODELS + "test_the_teacher_gives_normalised_features_of_frozen_weights",
      "return F.layer_norm(x.float(), (self.width,))", "return x.float()"),

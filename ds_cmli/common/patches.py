@@ -47,11 +47,6 @@ memory_stats empty_cache reset_peak_memory_stats reset_max_memory_allocated rese
 range_push range_pop
 """
 PATCHES = {
-    "timm: loaded keys": Patch(
-        "timm.models._builder",
-        "load_pretrained",
-        "It does not return which keys of the pretrained weights it has used.",
-    ),
     "transformers: mask": Patch(
         "transformers.masking_utils",
         "is_tracing",

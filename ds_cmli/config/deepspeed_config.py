@@ -134,6 +134,9 @@ class DeepSpeedConfig(Mapping):
             else:
                 check(value in NOTHING, key, value, "it has no effect here: remove it")
         _check(used)
+        for key, value in used.get("activation_checkpointing", {}).items():
+            need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
+            check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
         return cls(used)
 
     def replaced(
@@ -198,11 +201,9 @@ class DeepSpeedConfig(Mapping):
     @property
     def prints(self) -> bool:
         """Whether the JSON asks for output of DeepSpeed's own log."""
-        return (
-            any(self.content.get(name) for name in LOGS)
-            or self.content.get("comms_logger", {}).get("enabled", False)
-            or self.content.get("activation_checkpointing", {}).get("profile", False)
-        )
+        return any(self.content.get(name) for name in LOGS) or self.content.get(
+            "comms_logger", {}
+        ).get("enabled", False)
 
     # --- decisions
 

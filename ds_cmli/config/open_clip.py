@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ds_cmli.config.sources import Source
 
-CONFIG = "open_clip_config.json"
+CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 TYPE = "open_clip"  # of a model, as `model_type` in others' config.json
 NAMED = "open_clip:"
 LOCAL, HUB = "local-dir:", "hf-hub:"  # as in open_clip's own functions

@@ -11,7 +11,7 @@ from ds_cmli.common.cli import option
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, SOURCES, TEXT, BackboneEntry
+from ds_cmli.config.registry import IMAGE, LOSSES, SOURCES, TEXT, BackboneEntry
 from ds_cmli.config.schema import (
     Config,
     RunConfig,
@@ -48,7 +48,7 @@ def _setting(group: str, name: str, place: str, help: str, **more: Any) -> Decor
 
 def _described(table: dict[str, BackboneEntry]) -> str:
     kinds = [f"{name}: {entry.models}" for name, entry in table.items()]
-    return "; ".join([f"{AUTO}: by the model", *kinds]) + ".  [preset]"
+    return "; ".join(kinds) + ".  [preset]"
 
 
 _what = partial(_setting, "What to train")

@@ -64,29 +64,19 @@ LOSSES = {
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    implementation: str  # a `models.backbone.ImageBackbone` or `TextBackbone`
+    implementation: str  # built and used as those of `models/encoders.py`
     models: str  # the models that it supports, for the help text
 
 
-AUTO = "auto"  # selects the first entry of the table whose `takes` accepts the model
 IMAGE = {
-    "timm_tokens": BackboneEntry(
-        "ds_cmli.models.timm_tokens:TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"
-    ),
-    "timm_grid": BackboneEntry(
-        "ds_cmli.models.timm_grid:TimmGrid",
-        "timm's Swin, ConvNeXt, ResNet and others with a feature map",
-    ),
+    "timm": BackboneEntry(
+        "ds_cmli.models.encoders:ImageEncoder", "any model of timm with feature maps"
+    )
 }
 TEXT = {
-    "encoder": BackboneEntry(
-        "ds_cmli.models.transformers_text:Encoder",
-        "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5",
-    ),
-    "causal": BackboneEntry(
-        "ds_cmli.models.transformers_text:Causal",
-        "transformers' CLIP, GPT-2: pooled at the end token",
-    ),
+    "transformers": BackboneEntry(
+        "ds_cmli.models.encoders:TextEncoder", "transformers' BERT, T5, CLIP, GPT-2 and others"
+    )
 }
 
 # The types of other libraries' dual encoders, with which a student can start (`student.source`),

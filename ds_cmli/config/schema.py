@@ -15,7 +15,6 @@ from ds_cmli.common import json_text
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import parse
 from ds_cmli.config.registry import (
-    AUTO,
     DUAL,
     IMAGE,
     LOSSES,
@@ -35,8 +34,8 @@ from ds_cmli.config.validation import (
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
 LossName = Annotated[str, NameOf(LOSSES)]
-ImageBackboneName = Annotated[str, NameOf(IMAGE, AUTO)]
-TextBackboneName = Annotated[str, NameOf(TEXT, AUTO)]
+ImageBackboneName = Annotated[str, NameOf(IMAGE)]
+TextBackboneName = Annotated[str, NameOf(TEXT)]
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
 Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
@@ -68,13 +67,12 @@ class StudentConfig:
     source: Text = ""
     # The sizes of the source's model; filled from `source`.
     source_config: dict[str, Any] = Field(default_factory=dict)
-    # A name of the table in `registry.py`; auto: the first that supports the model.
-    image_backbone: ImageBackboneName = "auto"
+    image_backbone: ImageBackboneName = "timm"  # a name of the table in `registry.py`
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
     # Keyword arguments of timm.create_model.
     image_overrides: dict[str, Any] = Field(default_factory=dict)
-    text_backbone: TextBackboneName = "auto"  # as for images
+    text_backbone: TextBackboneName = "transformers"  # as for images
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"  # as for images
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of transformers' config
@@ -85,7 +83,6 @@ class StudentConfig:
     shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
-    weights_partial: bool = False  # whether weights may lack blocks, which then start random
     # How many first layers are frozen, together with the embeddings below them; with all layers,
     # the whole encoder is.
     freeze_image: Number = 0
@@ -110,16 +107,13 @@ class StudentConfig:
 class TeacherConfig:
     """`models/teacher.py`. Weights as for the student."""
 
-    backbone: ImageBackboneName = "auto"  # as the student's
+    backbone: ImageBackboneName = "timm"  # as the student's
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"  # as the student's
     overrides: dict[str, Any] = Field(default_factory=dict)  # as the student's
     # The features are the output of this block (or stage, for a model in stages), 0-based;
     # negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
-    weights_partial: bool = False  # as the student's
-    # How many blocks, up to `block`, the features are the mean of; each is layer-normalised before.
-    average_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
 
     def __post_init__(self) -> None:
         check_sizes("teacher.overrides", self.overrides)

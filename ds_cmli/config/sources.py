@@ -33,7 +33,6 @@ OF_TRAINING = {
     "lora_rank": 8,
     "lora_alpha": 16,
     "dropout": 0.0,
-    "weights_partial": False,
 }
 
 
@@ -180,7 +179,7 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
     decided = _of_run(source) if is_run else _of_library(source)
     free = set(OF_TRAINING)
     if not is_run:
-        free = free - {"dropout", "weights_partial"} | {"shared_blocks"}
+        free = free - {"dropout"} | {"shared_blocks"}
     out = {section: dict(values) for section, values in overrides.items()}
     for section, values in decided.items():
         given = out.setdefault(section, {})
@@ -246,11 +245,9 @@ def _of_library(source: Source) -> Sections:
     student: dict[str, object] = {
         **OF_TRAINING,
         "source_config": own,
-        "image_backbone": "auto",
         "image_model": f"{kind}_vision_model",
         "image_weights": "source",
         "image_overrides": {},
-        "text_backbone": "auto",
         "text_model": f"{kind}_text_model",
         "text_weights": "source",
         "text_overrides": {},

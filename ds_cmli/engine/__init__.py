@@ -13,4 +13,3 @@ from ds_cmli.engine.planning import (
     with_backend,
 )
 from ds_cmli.engine.train_engine import TrainEngine
-from ds_cmli.models.blocks import cannot_compile

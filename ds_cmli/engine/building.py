@@ -21,16 +21,12 @@ from ds_cmli.config.sources import Source
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.parameter_groups import (
-    freeze,
-    parameter_groups,
-)
+from ds_cmli.engine.parameter_groups import freeze, parameter_groups
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.backbone import cast_buffers
-from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
+from ds_cmli.models.blocks import cast_buffers, checkpoint_blocks, compile_blocks, read_outside
 from ds_cmli.models.hf import WEIGHTS, load
 from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
@@ -86,10 +82,7 @@ def _starts_from(student: StudentConfig, objective: Objective, side: int) -> str
 
 
 def use_no_compiler() -> None:
-    """On a CPU, keep DeepSpeed from compiling its shared-memory collectives.
-
-    That takes minutes at the first start.
-    """
+    """On a CPU, keep DeepSpeed from compiling collectives for minutes at the first start."""
     if not torch.cuda.is_available():
         patch_for_good("deepspeed: compiled operators", {})
 
@@ -127,12 +120,14 @@ def build(
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
-        compile_blocks(objective.student.blocks, ds_config.stage)
+        student = objective.student
+        compile_blocks(student.image.blocks + student.text.blocks, ds_config.stage)
+        if ds_config.stage < 3:  # whose leaf modules must be called once in a step
+            compile_blocks([*student.shared])
         if teacher is not None:
             compile_blocks(teacher.image.blocks)
     if ds_config.checkpointing:
-        deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
-        checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
+        checkpoint_blocks(objective.student.blocks)
 
     frozen = {}  # before DeepSpeed casts them
     if distributed.is_main():
@@ -154,7 +149,7 @@ def build(
     if ds_config.stage == 3:
         # ZeRO-3 gathers others where their module is called, and in training alone where not.
         for encoder in (objective.student.image, objective.student.text):
-            for module, parameter in encoder.read_outside():
+            for module, parameter in read_outside(encoder):
                 deepspeed.zero.register_external_parameter(module, parameter)
     nonfinite.count_at_lowest_scale(engine.optimizer)
     if teacher is not None:

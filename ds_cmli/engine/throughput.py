@@ -120,6 +120,11 @@ class ModelFlops(TorchFunctionMode):
             self._add(out.numel() * args[1][0].numel(), args[1].requires_grad)
         elif func is F.scaled_dot_product_attention:
             self._add((args[0].numel() + out.numel()) * args[1].shape[-2])
+        elif func is F.multi_head_attention_forward:  # [L, B, H] each, of `nn.MultiheadAttention`
+            query, key, value = (x.numel() for x in args[:3])
+            inputs = 2 * query + key + value  # of its four projections
+            self._add(inputs * args[0].shape[-1], args[11].requires_grad)
+            self._add(2 * query * len(args[1]))
         return out
 
     def _add(self, products: int, both: bool = True) -> None:

@@ -110,8 +110,8 @@ class Objective(nn.Module):
         return {name: cast(PairLoss, self.losses[name]) for name in over_pairs(self.config.weights)}
 
     def _features(self, batch: Batch) -> Features:
-        with self.student.text.knowing(batch.padded):
-            x, patches, y, tokens = self.student(batch.image, batch.input_ids, batch.attention_mask)
+        texts = batch.input_ids, batch.attention_mask, batch.padded
+        x, patches, y, tokens = self.student(batch.image, *texts)
         return Features(x, patches, y, tokens, batch.token_mask)
 
     def _pair_features(self, f: Features, batch: Batch) -> PairFeatures:

@@ -4,16 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.registry import of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
-from ds_cmli.models.transformers_model import family, text_part, without_effect
+from ds_cmli.models.encoders import changed_fields, family
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
@@ -29,13 +29,6 @@ def check_predictable(ds_config: DeepSpeedConfig) -> None:
     if device != "none":
         raise NotPredictable(
             f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave "
-            "it out"
-        )
-    # With it, DeepSpeed saves sizes in a tensor and reads them later, but fake tensors hold no
-    # data.
-    if (ds_config.get("activation_checkpointing") or {}).get("partition_activations"):
-        raise NotPredictable(
-            "activation_checkpointing.partition_activations is true: it cannot be predicted: leave "
             "it out"
         )
 
@@ -58,11 +51,12 @@ def without_weights(config: Config) -> tuple[Config, int]:
     else:
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
-            encoder = text_part(
-                AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            whole = AutoConfig.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False
             )
+            encoder = getattr(whole, "text_config", None) or whole
             vocab_size = encoder.vocab_size
-            overrides = {**_sizes(encoder), **student.text_overrides}
+            overrides = {**changed_fields(encoder), **student.text_overrides}
             student = replace(student, text_model=encoder.model_type, text_overrides=overrides)
         except Exception:
             if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
@@ -71,7 +65,8 @@ def without_weights(config: Config) -> tuple[Config, int]:
                     " give them in student.text_overrides, or start it once"
                 ) from None
     if vocab_size is None:
-        vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
+        with blame(f"student.text_model is {student.text_model!r}"):
+            vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
     config = replace(
         config,
         student=replace(student, image_weights="random", text_weights="random"),
@@ -79,16 +74,6 @@ def without_weights(config: Config) -> tuple[Config, int]:
         run=replace(config.run, compile="off"),
     )
     return config, vocab_size
-
-
-def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
-    """The settings of a text model that have an effect on its memory."""
-    sizes = {}
-    for name, value in encoder.to_diff_dict().items():
-        plain = isinstance(value, int | float | bool | str | list)
-        if plain and without_effect(type(encoder), name) is None:
-            sizes[name] = value
-    return sizes
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:

@@ -7,27 +7,22 @@ Shapes: B pairs, S image side in pixels, N image patches, M text positions, H wi
 width of the joint space.
 """
 
-from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ds_cmli.common.json_text import JsonObject
-from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.pretrained import loading
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.models.backbone import ImageBackbone, TextBackbone
-from ds_cmli.models.transformers_text import Causal
-from ds_cmli.models.weights import WeightsSource, check_finite, check_room, count
+from ds_cmli.models.encoders import TextEncoder
+from ds_cmli.models.weights import building
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """What the losses over pairs start with."""
 
     log_scale: float  # ln(1/temperature)
@@ -68,7 +63,7 @@ def _copied(map: nn.Module) -> nn.Linear:
     return out
 
 
-class DualImage(ImageBackbone):
+class DualImage(nn.Module):
     """The image tower, up to its last norm; SigLIP's pooled features are the class token."""
 
     model: Any
@@ -78,12 +73,11 @@ class DualImage(ImageBackbone):
         super().__init__()
         self.model = dual.get_submodule("vision_model")
         config: Any = self.model.config
-        self.width, self.depth = config.hidden_size, config.num_hidden_layers
-        side = image_size // config.patch_size
-        self.grid, self.prefix = (side, side), 1
-        self.mean, self.std = own["mean"], own["std"]
+        self.width, side = config.hidden_size, image_size // config.patch_size
+        self.grid, self.mean, self.std = (side, side), own["mean"], own["std"]
         self.class_head: nn.Module = nn.Identity()
-        if hasattr(self.model, "head"):
+        self.pools = hasattr(self.model, "head")
+        if self.pools:
             self.token_head: nn.Module = ValuePath(self.model.head, config)
         else:
             self.class_head = dual.get_submodule("visual_projection")
@@ -93,34 +87,26 @@ class DualImage(ImageBackbone):
     def blocks(self) -> list[nn.Module]:
         return list(self.model.encoder.layers)
 
-    def read_outside(self) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-        if hasattr(self.model, "head"):  # torch's attention computes with its output projection
-            attention = self.model.head.attention
-            for parameter in attention.out_proj.parameters():
-                yield attention, parameter
-
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.model.embeddings(pixels)
         if hasattr(self.model, "pre_layrnorm"):
             x = self.model.pre_layrnorm(x)
         x = self.model.post_layernorm(self.model.encoder(inputs_embeds=x).last_hidden_state)
-        if hasattr(self.model, "head"):
-            return torch.cat([self.model.head(x)[:, None], x], 1)
-        return x
+        return torch.cat([self.model.head(x)[:, None], x], 1) if self.pools else x
 
     def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_head(cls), self.token_head(patches)
 
 
-class DualText(Causal):
+class DualText(TextEncoder):
     """The text tower, up to its last norm, pooled at the last position that is attended to."""
+
+    pooling = "last"
 
     def __init__(self, dual: PreTrainedModel):
         nn.Module.__init__(self)
         self.model = dual.get_submodule("text_model")
-        config = self.model.config
-        self.width, self.depth = config.hidden_size, config.num_hidden_layers
-        self.most_positions = config.max_position_embeddings
+        self.width = self.model.config.hidden_size
         if hasattr(dual, "text_projection"):
             self.class_head = dual.get_submodule("text_projection")
         else:
@@ -133,7 +119,7 @@ class DualText(Causal):
 
 def build(
     config: StudentConfig, image_size: int, pretrained: bool
-) -> tuple[ImageBackbone, TextBackbone, Start | None]:
+) -> tuple[DualImage, DualText, Start | None]:
     """Both towers of the source, on the CPU in fp32.
 
     Args:
@@ -147,43 +133,27 @@ def build(
         UserError: the weights cannot be loaded, or do not fit.
     """
     own, sizes = config.source_config, library(config)
-    if not isinstance(torch.empty(0), FakeTensor):
-        with torch.device("meta"):
-            parameters = count(AutoModel.from_config(sizes))
-        check_room("student.source", config.source, parameters)
     if not (pretrained and config.source):
         dual: Any = AutoModel.from_config(sizes, dtype=torch.float32)
         return DualImage(dual, own, image_size), DualText(dual), None
-    dual = _loaded(config.source, sizes)
+    path = Path(config.source).expanduser()
+    what = f"student.source is {config.source!r}: its weights cannot be loaded"
+    with building(what, str(path) if path.exists() else "hub"):
+        dual, keys = AutoModel.from_pretrained(
+            str(path) if path.exists() else config.source,
+            config=sizes,
+            local_files_only=path.exists(),
+            dtype=torch.float32,
+            weights_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if missing := sorted(keys["missing_keys"]):
+            raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
+    dual.train()
     bias = getattr(dual, "logit_bias", None)
     start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
     return DualImage(dual, own, image_size), DualText(dual), start
-
-
-def _loaded(name: str, sizes: PreTrainedConfig) -> PreTrainedModel:
-    """The model with the source's weights."""
-    path = Path(name).expanduser()
-    source = WeightsSource("student.source", name, False)
-    try:
-        with loading(hub=not path.exists()):
-            dual, info = AutoModel.from_pretrained(
-                str(path) if path.exists() else name,
-                config=sizes,
-                local_files_only=path.exists(),
-                dtype=torch.float32,
-                weights_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except Exception as error:
-        raise source.error(f"its weights cannot be loaded: {reason(error)}") from None
-    for problem in ("missing_keys", "mismatched_keys"):
-        keys = sorted(map(str, info[problem]))
-        if keys:
-            kind = problem.partition("_")[0]
-            raise source.error(f"{len(keys)} weights are {kind}, such as {keys[0]}: give them all")
-    check_finite(source, dual)
-    return dual.train()
 
 
 def vocab_size(config: StudentConfig) -> int:

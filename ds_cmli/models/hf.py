@@ -9,10 +9,6 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 S image side.
 """
 
-import contextlib
-import inspect
-import io
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -46,8 +42,8 @@ from ds_cmli.config.sources import OF_TRAINING
 from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, pretrained_tokenizer
+from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student
-from ds_cmli.models.transformers_model import UNDECLARED, without_effect
 from ds_cmli.scores import both_ways
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -84,11 +80,6 @@ class CMLIConfig(PreTrainedConfig):
         self.vocab_size, self.pad_id, self.class_first = vocab_size, pad_id, class_first
         self.special_ids = list(special_ids)
         super().__init__(**kwargs)
-
-
-class _Student(Student):
-    def try_out(self, *_: object) -> None:
-        """Do nothing: its weights are still to be loaded."""
 
 
 class Learned(nn.Module):
@@ -128,8 +119,8 @@ class CMLIModel(PreTrainedModel):
         # their constants, nor random weights.
         torch.set_default_dtype(torch.float32)
         try:
-            with torch.device("cpu"), contextlib.redirect_stdout(io.StringIO()):
-                student = _Student(
+            with torch.device("cpu"):
+                student = Student(
                     StudentConfig(**settings["student"]),
                     settings["data"]["image_size"],
                     config.vocab_size,
@@ -288,7 +279,7 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
     if not config.student.source_config:
         settings |= {"image_weights": "random", "text_weights": "random"}
         if text is not None:
-            settings |= {"text_model": text.model_type, "text_overrides": _sizes(text)}
+            settings |= {"text_model": text.model_type, "text_overrides": changed_fields(text)}
     sample = words("a")
     added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
     model = CMLIConfig(
@@ -309,19 +300,6 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
     for file in beside.iterdir():
         os.replace(file, folder / file.name)
     beside.rmdir()
-
-
-def _sizes(config: PreTrainedConfig) -> dict[str, object]:
-    """The fields that have an effect and differ from the defaults of the model's family."""
-    kind = type(config)
-    usual = kind().to_dict()
-    sizes = json.loads(json.dumps(config.to_dict()))
-    names = {*inspect.signature(kind).parameters, *UNDECLARED.get(config.model_type, ())}
-    out = {}
-    for name in sorted(names & sizes.keys()):
-        if sizes[name] != usual.get(name) and without_effect(kind, name) is None:
-            out[name] = sizes[name]
-    return out
 
 
 def load(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint") -> CMLIModel:

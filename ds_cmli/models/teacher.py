@@ -6,16 +6,16 @@ Shapes: B images, S image side in pixels, N patches of the student's grid, H_t t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli import models
-from ds_cmli.common.pretrained import reason
+from ds_cmli.config.registry import IMAGE, load
 from ds_cmli.config.schema import TeacherConfig
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest, PixelNorm
-from ds_cmli.models.weights import say
+from ds_cmli.models.encoders import PixelNorm
+from ds_cmli.models.weights import building
 
 
 @dataclass
@@ -27,45 +27,23 @@ class Targets:
 
 
 class Teacher(nn.Module):
-    image: ImageBackbone
-
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
         """`grid`: the student's patch grid, to which the teacher's patches are resampled."""
         super().__init__()
-        request = ImageRequest(
-            prefix="teacher.",
-            model=config.model,
-            weights=config.weights,
-            overrides=config.overrides,
-            image_size=image_size,
-            partial=config.weights_partial,
-            block=config.block,
-            average=config.average_blocks,
-        )
-        self.image = models.build(models.IMAGE, config.backbone, request)
+        what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
+        with building(what, config.weights):
+            self.image: Any = load(IMAGE[config.backbone])(
+                config.model,
+                image_size,
+                config.weights,
+                block=config.block,
+                overrides=config.overrides,
+            )
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid = tuple(grid)
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()
-        problem = self._problem(image_size)
-        if problem:
-            raise request.unfit(f"it cannot encode {image_size} pixels square ({problem})")
-        if self.image.grid != self.grid:
-            own = "{} x {}".format(*self.image.grid)
-            wanted = "{} x {}".format(*grid)
-            say(f"{request.name}: its {own} patches are resampled to the student's {wanted}", self)
-
-    def _problem(self, side: int) -> str:
-        """Encode an image: what does not fit is a `UserError` now, and no traceback later."""
-        try:
-            features = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
-        except Exception as error:
-            return reason(error)
-        rows, columns = self.grid
-        shapes = features.cls.shape, features.patches.shape
-        fits = shapes == ((1, self.width), (1, rows * columns, self.width))
-        return "" if fits else f"gives {list(features.patches.shape)}"
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -74,8 +52,8 @@ class Teacher(nn.Module):
     def forward(self, image: Tensor) -> Targets:
         """uint8 [B, 3, S, S] -> `Targets` in the teacher's precision."""
         dtype = next(self.image.parameters()).dtype
-        x = self.image(self.pixels(image, dtype))  # [B, prefix + N of its own grid, H_t]
-        cls, patches = x[:, 0], x[:, self.image.prefix :]
+        x = self.image(self.pixels(image, dtype))  # [B, 1 + N of its own grid, H_t]
+        cls, patches = x[:, 0], x[:, 1:]
         if self.image.grid != self.grid:
             # [B, H_t, rows, columns]
             square = patches.transpose(1, 2).unflatten(2, self.image.grid)

@@ -18,7 +18,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.step_memory import Step, predicted, predicted_worst
 from ds_cmli.memory_model import gpus
 
@@ -165,9 +165,10 @@ def test_zero_3_gathers_parameters_and_leaves_nothing_for_the_next_prediction():
 def test_what_cannot_be_predicted_is_said():
     with pytest.raises(UserError, match=r"offload_param\.device is 'cpu'"):
         predict(preset(), ds_json(3, offload_param={"device": "cpu"}))
-    partitioned = {"partition_activations": True, "cpu_checkpointing": True}
-    with pytest.raises(NotPredictable, match=r"activation_checkpointing\.partition_activations is true"):
-        predict(preset(), {**ds_json(1), "activation_checkpointing": partitioned})
+    with pytest.raises(
+        UserError, match=r"activation_checkpointing\.cpu_checkpointing is True: blocks are recomputed by"
+    ):
+        predict(preset(), {**ds_json(1), "activation_checkpointing": {"cpu_checkpointing": True}})
     unknown = {"text_model": "someone/no-such-model", "text_weights": "hub", "text_overrides": {}}
     with pytest.raises(UserError, match=r"student\.text_model is 'someone/no-such-model'"):
         predict(load_preset("demo", {"student": unknown}), ds_json())

@@ -3,20 +3,18 @@
 import dataclasses
 from collections import Counter
 from dataclasses import replace
-from functools import partial
 from itertools import count
 
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.models.blocks import cannot_compile, checkpoint_blocks
+from ds_cmli.models.blocks import checkpoint_blocks
 from ds_cmli.models.student import Student
 
 CONFIG = load_preset("tiny", {})
@@ -66,7 +64,7 @@ def test_gradients_are_the_same_and_come_once(kind, model):
 
     expected = gradients()
     assert len(student.blocks) >= 4 - (model == "albert")
-    checkpoint_blocks(student.blocks, partial(checkpoint, use_reentrant=True))
+    checkpoint_blocks(student.blocks)
     arrived: Counter[str] = Counter()
     for name, parameter in student.named_parameters():
         parameter.register_hook(lambda gradient, name=name: arrived.update([name]))
@@ -77,7 +75,6 @@ def test_gradients_are_the_same_and_come_once(kind, model):
 
 # One block of each kind, and dropout, which is to draw what it draws without the compiler.
 TINY = {"student": {"layers": 1, "dropout": 0.2}, "teacher": {"block": 0}, "optim": {"warmup_share": 0.0, "lr": 0.001}}
-COMPILED = load_preset("tiny", {"run": {"compile": "blocks"}})
 
 
 def losses(compile_, stage, checkpointing, weights):
@@ -104,7 +101,7 @@ def losses(compile_, stage, checkpointing, weights):
 
 # The blocks: of the image encoder, of the text encoder, and the one that both share.
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "checkpointing", "numbers"), [(3, False, (0, 2)), (1, True, (1,))])
+@pytest.mark.parametrize(("stage", "checkpointing", "numbers"), [(3, False, (0, 1)), (1, True, (1,))])
 def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, numbers):
     """Some blocks as torch.compile traces them, forward and backward, whose operators run as they are: Inductor takes
     20 s of each block, and the tracing of each some seconds."""
@@ -118,13 +115,5 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     monkeypatch.setattr(torch, "compile", traced_or_not)
     plain, traced = (losses(kind, stage, checkpointing, {"global": 1.0}) for kind in ("off", "blocks"))
     assert traced == pytest.approx(plain, rel=1e-4)
-    assert next(number) == 3
+    assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
-
-
-def test_without_a_compiler_it_is_one_line(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    line = cannot_compile(COMPILED, torch.device("cpu"))
-    assert line == (
-        "run.compile is 'blocks' and there is no C++ compiler 'no-such-compiler' (CXX): install it, or give 'off'"
-    )

@@ -4,11 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.backbone import PixelNorm
+from ds_cmli.models.encoders import PixelNorm
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets, Teacher
 
@@ -85,42 +84,6 @@ def test_teacher_features_are_layer_normalised_and_of_the_chosen_block():
     assert not targets.patches.requires_grad
 
 
-def test_teacher_features_are_the_mean_of_normalised_blocks():
-    torch.manual_seed(0)
-    teacher = Teacher(dataclasses.replace(CONFIG.teacher, block=1, average_blocks=2), S, (4, 4))
-    image, model = inputs()[0], teacher.image.model
-    x = model._pos_embed(model.patch_embed(teacher.pixels(image, torch.float32)))
-    results = []
-    for block in model.blocks:
-        x = block(x)
-        results.append(torch.nn.functional.layer_norm(x, (32,)))
-    mean = torch.nn.functional.layer_norm((results[0] + results[1]) / 2, (32,))
-    assert_close(teacher(image).cls, mean[:, 0])
-    assert_close(teacher(image).patches, mean[:, 1:])
-
-
-@pytest.mark.parametrize("model", ["vit_base_patch16_siglip_224", "beit_base_patch16_224", "eva02_tiny_patch14_224"])
-def test_models_of_other_tokens_average_too(model):
-    """Without a class token, whose pooling is left out; with a class token and other position embeddings."""
-    size = {"embed_dim": 48, "depth": 3, "num_heads": 3}
-    config = dataclasses.replace(CONFIG.teacher, model=model, overrides=size, block=2, average_blocks=3)
-    teacher = Teacher(config, 112, (7, 7))
-    result = teacher(torch.randint(256, (2, 3, 112, 112), dtype=torch.uint8))
-    assert result.patches.shape == (2, 49, 48) and result.patches.isfinite().all() and result.cls.isfinite().all()
-
-
-@pytest.mark.parametrize(
-    "change, line",
-    [
-        ({"block": 0}, "^teacher.average_blocks is 2: 'vit_tiny_patch16_224' has 1 up to teacher.block: give fewer$"),
-        ({"model": "resnet18", "overrides": {}}, "'resnet18': it is no plain stack of blocks: leave out teacher.av"),
-    ],
-)
-def test_blocks_that_are_not_there_are_not_averaged(change, line):
-    with pytest.raises(UserError, match=line):
-        Teacher(dataclasses.replace(CONFIG.teacher, average_blocks=2, **change), S, (4, 4))
-
-
 def test_teacher_grid_is_resampled_to_the_students():
     teacher = Teacher(CONFIG.teacher, S, (2, 2))
     assert teacher(inputs()[0]).patches.shape == (3, 4, 32)
@@ -153,13 +116,3 @@ def test_target_cmli_alone_never_trains_g(student):
     total.backward()
     assert student.projection.weight.grad is None
     assert student.image_out.weight.grad.abs().sum() > 0
-
-
-def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
-    Student(CONFIG.student, S, 50).text.model.save_pretrained(tmp_path)
-    saved = dataclasses.replace(CONFIG.student, text_weights=str(tmp_path))
-    assert Student(saved, S, 50).text.model.config.vocab_size == 50
-    with pytest.raises(
-        UserError, match=r"data.tokenizer has 99 tokens and the text model of student.text_weights .* only 50"
-    ):
-        Student(saved, S, 99)

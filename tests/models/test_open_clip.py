@@ -98,9 +98,9 @@ def test_a_patch_starts_where_a_picture_of_it_alone_would(name, begun):
     tower = begun(name)[0].student.image
     model: Any = tower.model
     pooling = {
-        "vit": lambda x: tower.class_head(x),
-        "clipa": lambda x: tower.class_head(model.ln_post(x)),
-        "coca": lambda x: tower.class_head(model.ln_post(model.attn_pool(x[:, None]))[:, 0]),
+        "vit": lambda x: x @ model.proj,
+        "clipa": lambda x: model.ln_post(x) @ model.proj,
+        "coca": lambda x: model.ln_post(model.attn_pool(x[:, None]))[:, 0] @ model.proj,
         "convnext": lambda x: model.head(model.trunk.forward_head(x[:, :, None, None])),
         "siglip": lambda x: model.head(model.trunk.attn_pool(x[:, None])),
         "token": lambda x: model.trunk.head(x),
@@ -108,7 +108,7 @@ def test_a_patch_starts_where_a_picture_of_it_alone_would(name, begun):
     x = torch.randn(5, model.trunk.num_features if hasattr(model, "trunk") else 32)
     torch.testing.assert_close(tower.token_head(x), pooling[name](x), rtol=0, atol=1e-5)
     own = {id(parameter) for parameter in tower.token_head.parameters()}
-    assert own.isdisjoint(id(parameter) for part in (model, tower.class_head) for parameter in part.parameters())
+    assert own.isdisjoint(id(parameter) for parameter in model.parameters())
 
 
 def test_weights_by_a_name_and_a_file_and_of_its_own_training(begun, tmp_path, monkeypatch):
@@ -116,10 +116,10 @@ def test_weights_by_a_name_and_a_file_and_of_its_own_training(begun, tmp_path, m
     monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": MODELS["vit"]})
     image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
     wanted = begun("vit")[0].student.image_embeddings(image)[0]
-    for name in (f"local-dir:{folder}", f"open_clip:ViT-small@{folder}/epoch_1.pt"):
-        objective, config, _ = start(name, losses(folder))
-        assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
-        assert config.data.tokenizer == "open_clip" and config.student.source == str(name)
+    name = f"open_clip:ViT-small@{folder}/epoch_1.pt"
+    objective, config, _ = start(name, losses(folder))
+    assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
+    assert config.data.tokenizer == "open_clip" and config.student.source == str(name)
 
 
 def test_a_name_of_the_hub_is_read_from_its_cache(begun, folders, tmp_path, monkeypatch):
@@ -179,8 +179,8 @@ REFUSED = [
     ({"width": 33}, "vision_cfg", "open_clip cannot build it: embed_dim must be divisible by num_heads"),
     ({"colour": 1}, "vision_cfg", "cannot be used: .*unexpected keyword argument 'colour'"),
     ({"timm_model_name": "vit_none"}, "vision_cfg", "open_clip cannot build it: Unknown model"),
-    ({"layers": 3}, "vision_cfg", r"12 weights are missing, such as visual.transformer.resblocks.2"),
-    ({"layers": 1}, "vision_cfg", r"12 weights are not of the model, such as visual.transformer.resblocks.1"),
+    ({"layers": 3}, "vision_cfg", r"its weights cannot be loaded: .*Missing key.*visual.transformer.resblocks.2"),
+    ({"layers": 1}, "vision_cfg", r"its weights cannot be loaded: .*Unexpected key.*visual.transformer.resblocks.1"),
     ({"resize_mode": "longest"}, "preprocess_cfg", "its resize_mode is 'longest'"),
     ({"interpolation": "nearest"}, "preprocess_cfg", "its interpolation is 'nearest'"),
     ({"std": [0.5, 0.5]}, "preprocess_cfg", "are not three numbers"),
@@ -199,6 +199,14 @@ def test_a_model_that_cannot_be_used_is_one_line(values, section, problem, folde
         start(folder, {"global": 1.0, "cmli": 1.0})
 
 
+def test_adapters_in_a_fused_projection_are_refused(folders):
+    with pytest.raises(UserError, match=r"^student.lora.text has 'in_proj', which no layer's name ends with: "):
+        start(folders["vit"], {"global": 1.0}, lora={"text": ["in_proj"]})
+    with pytest.raises(UserError, match=r"^student.lora.text has 'out_proj': \S+ is no nn.Linear but Non"):
+        start(folders["vit"], {"global": 1.0}, lora={"text": ["out_proj"]})
+    start(folders["vit"], {"global": 1.0}, lora={"text": ["c_fc", "c_proj"], "image": ["c_fc"]})
+
+
 def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     def refused(problem, name):
         with pytest.raises(UserError, match=rf"^student.source is '[^\n]*{problem}[^\n]*$"):
@@ -215,7 +223,7 @@ def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     (folder / "open_clip_model.safetensors").write_bytes(b"damaged")
     refused("its weights cannot be loaded", folder)
     (folder / "open_clip_model.safetensors").unlink()
-    refused("no weights there", folder)
+    refused("its weights cannot be loaded: Required pretrained weights", folder)
     (folder / "open_clip_config.json").write_text("{")
     refused("cannot be read", folder)
     monkeypatch.setattr("ds_cmli.config.open_clip.find_spec", lambda name: None)

@@ -72,7 +72,7 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
     if values[0] == "oc-siglip" and "lora" in values:
-        settings["student.lora"] = {"image": ["qkv"], "text": ["in_proj"]}
+        settings["student.lora"] = {"image": ["qkv"], "text": ["c_fc"]}
     loss = "global_sigmoid" if "siglip" in values[0] else "global"
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ds_cmli.cmli import CMLILoss
 from ds_cmli.config.registry import IMAGE, LOSSES, BackboneEntry, LossEntry
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest
 
 PATCH, WIDTH, BLOCKS = 14, 32, 3
 LOSSES["filip"] = LossEntry(f"{__name__}:Filip", scores="cmli", kind="contrastive")
@@ -31,23 +30,18 @@ class Mixer(nn.Module):
         return x + self.along(x).relu()
 
 
-class Mixers(ImageBackbone):
+class Mixers(nn.Module):
     mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
 
-    @classmethod
-    def takes(cls, request: ImageRequest) -> bool:
-        return request.model == "mixers"
-
-    def __init__(self, request: ImageRequest):
+    def __init__(self, name: str, image_size: int, weights: str, layers: int | None, overrides: dict):
         super().__init__()
-        if request.image_size % PATCH:
-            raise request.unfit(f"data.image_size is no multiple of {PATCH}")
-        side = request.image_size // PATCH
-        self.width, self.grid, self.prefix = WIDTH, (side, side), 1
+        if image_size % PATCH:
+            raise ValueError(f"data.image_size is no multiple of {PATCH}")
+        side = image_size // PATCH
+        self.width, self.grid = WIDTH, (side, side)
         self.cls = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
-        depth = BLOCKS if request.layers is None else request.layers
-        self.mixers = nn.ModuleList(Mixer(1 + side * side) for _ in range(depth))
+        self.mixers = nn.ModuleList(Mixer(1 + side * side) for _ in range(layers or BLOCKS))
 
     @property
     def blocks(self) -> list[nn.Module]:

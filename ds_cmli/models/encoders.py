@@ -1,0 +1,384 @@
+"""Encoders: any model of timm or transformers as a class token and patches, or as tokens.
+
+B pairs, S image side in pixels, N patches, M text positions, H width.
+"""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from timm.models import load_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+)
+
+from ds_cmli.common.errors import nearest
+from ds_cmli.common.patches import patched
+
+LAYERS = 6  # kept of a plain stack (equal layers, one after the other) if the settings name none
+# The names that families of transformers give to dropout after layers, and inside the attention.
+DROPOUT = (
+    *("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop"),
+    *("embedding_dropout", "mlp_dropout"),
+)
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+# Fields that DeBERTa reads although its configuration classes do not declare them.
+UNDECLARED = {
+    *("attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size"),
+    *("norm_rel_ebd", "position_buckets", "share_att_key", "talking_head"),
+}
+CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")  # of CaiT and XCiT, after the patches'
+
+
+class PixelNorm(nn.Module):
+    """uint8 pixels as the encoder was trained with: zero mean and unit deviation of each colour."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Iterable[float], std: Iterable[float]):
+        """`mean` and `std` of each colour, for pixel values from 0 to 1."""
+        super().__init__()
+        # Integers in units of 1/10000 of a pixel value: a cast to 16 bits would round floats.
+        for name, values in (("mean", mean), ("std", std)):
+            value = torch.tensor(list(values))[:, None, None] * 255e4
+            self.register_buffer(name, value.round().int(), persistent=False)
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [B, 3, S, S] -> `dtype` [B, 3, S, S]."""
+        return ((image.float() * 1e4 - self.mean) / self.std).to(dtype)
+
+
+class ImageEncoder(nn.Module):
+    """A timm model up to one block (or stage): normalised pixels [B, 3, S, S] -> [B, 1 + N, H].
+
+    Attributes: `width` (H), `grid` (rows and columns of patches), `mean` and `std` (for
+    `PixelNorm`), `blocks`. Where a model has no class token, the mean of patches stands for it.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        name: str,
+        image_size: int,
+        weights: str = "random",
+        layers: int | None = None,
+        block: int | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            weights: "hub", "random" or a file with all weights of the model.
+            layers: how many first blocks are kept; None: `LAYERS`, or all of a model in stages.
+            block: instead, the last block (or stage) that is kept.
+            overrides: arguments of `timm.create_model`.
+        """
+        super().__init__()
+        # With the weights' own `num_classes` timm loads strictly; the head is cut off below.
+        args: dict[str, Any] = {"pretrained": True, **(overrides or {})}
+        if weights == "random":
+            args |= {"pretrained": False, "num_classes": 0}
+        elif weights != "hub":
+            given = {key: args[key] for key in ("num_classes",) if key in args}
+            args["pretrained_cfg_overlay"] = {"file": weights, **given}
+        try:
+            model: Any = timm.create_model(name, img_size=image_size, **args)
+        except TypeError as error:
+            if "'img_size'" not in str(error) or "multiple" in str(error):
+                raise
+            model = timm.create_model(name, **args)  # a convolutional model takes any size
+        self.model, info = model, [dict(stage) for stage in model.feature_info]
+        if block is None:
+            block = _last_layer(info, layers) - 1
+        elif not -len(info) <= block < len(info):
+            raise ValueError(f"its blocks are 0 to {len(info) - 1}, and teacher.block is {block}")
+        self.last = block % len(info)
+        model.prune_intermediate_layers([self.last], prune_norm=True, prune_head=True)
+        # The pretrained final norm fits only the last block; student and teacher have their own.
+        for unused in ("norm", "fc_norm", "head", "head_dist"):
+            if isinstance(getattr(model, unused, None), nn.Module):
+                setattr(model, unused, nn.Identity())
+        if any(hasattr(model, unused) for unused in CLASS_BLOCKS):
+            for unused in ("cls_token", *CLASS_BLOCKS):
+                setattr(model, unused, None)
+        self.stages = [stage["module"] for stage in info[: self.last + 1]]
+        parameters = inspect.signature(model.forward_intermediates).parameters
+        self.has_tokens = "return_prefix_tokens" in parameters  # ViT, DeiT, BEiT, EVA
+        self.has_class_token = self.has_tokens and getattr(model, "cls_token", None) is not None
+        side, rest = divmod(image_size, info[self.last]["reduction"])
+        if rest:  # timm would crop or pad
+            raise ValueError(
+                f"data.image_size is {image_size}: no multiple of the "
+                f"{info[self.last]['reduction']} pixels of a patch"
+            )
+        self.width, self.grid = info[self.last]["num_chs"], (side, side)
+        if self.has_tokens:
+            self.grid = tuple(model.patch_embed.grid_size)
+        self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What activation checkpointing recomputes."""
+        return blocks_of_stages(self.model, self.stages)
+
+    def train(self, mode: bool = True) -> "ImageEncoder":
+        """BatchNorm keeps its statistics: those of a batch would differ between ranks."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        options: dict[str, Any] = {"indices": [self.last], "norm": False}
+        if self.has_tokens:
+            options |= {"output_fmt": "NLC", "return_prefix_tokens": True}
+        elif pixels.is_cuda:
+            # cuDNN's convolutions on tensor cores take channels last, and then give that. The
+            # weights, parts of ZeRO's flat buffers, stay as they are: each is copied when used.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        [x] = self.model.forward_intermediates(pixels, intermediates_only=True, **options)
+        patches, prefix = x if isinstance(x, tuple) else (x, None)
+        if not self.has_tokens:
+            patches = patches.flatten(2).mT  # [B, H, rows, columns] -> [B, N, H]
+        first = prefix[:, :1] if self.has_class_token else patches.mean(1, keepdim=True)
+        return torch.cat([first, patches], 1)
+
+
+def _last_layer(info: list[dict[str, Any]], layers: int | None) -> int:
+    plain = len({(stage["num_chs"], stage["reduction"]) for stage in info}) == 1
+    if layers is None:
+        return min(LAYERS, len(info)) if plain else len(info)
+    if not plain:
+        raise ValueError(f"it has stages and no plain stack: student.layers is {layers}: give null")
+    if layers > len(info):
+        raise ValueError(f"it has {len(info)} blocks, and student.layers is {layers}")
+    return layers
+
+
+def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
+    """The blocks of a timm model's stages, by their names in its `feature_info`."""
+    blocks: list[nn.Module] = []
+    for number, name in enumerate(stages):
+        stage = model.get_submodule(name)
+        inside, above = getattr(stage, "blocks", stage), name.rpartition(".")[0]
+        if isinstance(inside, nn.Sequential | nn.ModuleList):
+            blocks += inside
+        elif next(stage.parameters(), None) is not None and (above or number > 0):  # not the stem
+            blocks.append(stage)
+    return blocks
+
+
+class TextEncoder(nn.Module):
+    """A model of transformers for its last hidden states: int64 and bool [B, M] -> [B, M, H].
+
+    Attributes: `width` (H), `blocks`.
+    """
+
+    model: Any
+    pooling: str
+
+    def __init__(
+        self,
+        name: str,
+        vocab_size: int,
+        positions: int,
+        weights: str = "random",
+        layers: int | None = None,
+        dropout: float = 0.0,
+        pad_id: int = 0,
+        pretrained: bool = True,
+        overrides: Mapping[str, Any] | None = None,
+    ):
+        """
+        Args:
+            name: a family such as "bert", or a name of the hub.
+            vocab_size, pad_id: of the tokenizer.
+            positions: M, the length of the longest text.
+            weights: "hub", "random", a folder of transformers, or a file of weights.
+            layers: how many first layers are kept; None: `LAYERS`.
+            dropout: after layers. There is none inside the attention.
+            pretrained: False: random weights of the same shapes, to be overwritten.
+            overrides: fields of the family's configuration class.
+        """
+        super().__init__()
+        file = weights if Path(weights).is_file() else None
+        if weights not in ("hub", "random") and not Path(weights).exists():
+            raise ValueError(f"its weights are {weights!r}: no such file or folder")
+        if weights == "random" or file:
+            own = {"vocab_size": vocab_size, "pad_token_id": pad_id}
+            config = text_config(family(name), layers, dropout, **own | dict(overrides or {}))
+        else:
+            where = name if weights == "hub" else weights
+            config = text_config(where, layers, dropout, published=True, **(overrides or {}))
+        kind = _model_class(config)
+        # Otherwise a pooler is made, whose random weights would change those that follow.
+        pooler = "add_pooling_layer" in inspect.signature(kind).parameters
+        options: dict[str, Any] = {"add_pooling_layer": False} if pooler else {}
+        if not pretrained or weights == "random":
+            # The default dtype is what a user asks for in `from_pretrained` of a whole model.
+            self.model = kind._from_config(config, dtype=torch.get_default_dtype(), **options)
+        else:
+            self.model, keys = kind.from_pretrained(
+                None if file else where,
+                config=config,
+                state_dict=load_state_dict(file) if file else None,
+                local_files_only=weights != "hub",
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
+                **options,
+            )
+            if missing := sorted(keys["missing_keys"]):
+                raise ValueError(f"{weights!r} lacks {len(missing)} weights, such as {missing[0]}")
+            self.model.train()
+        for module in self.model.modules():
+            if isinstance(getattr(module, "head", None), nn.Linear):
+                module.head = nn.Identity()  # SigLIP's, after its own pooling
+        if config.vocab_size < vocab_size:
+            raise ValueError(
+                f"it has {config.vocab_size} tokens and data.tokenizer {vocab_size}: choose the "
+                "tokenizer that belongs to the model"
+            )
+        if positions > (most := _most_positions(self.model)):
+            raise ValueError(f"data.context_length is {positions}, and it has only {most}")
+        self.width = config.hidden_size
+        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        causal = causal and type(config) not in MODEL_FOR_MASKED_LM_MAPPING
+        contrastive = config.model_type.endswith("_text_model")  # CLIP's and its like
+        self.pooling = "last" if causal or contrastive else "first"
+        if "t5" in config.model_type:
+            self.pooling = "mean"  # it has no class token
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What activation checkpointing recomputes."""
+        return layers_of(self.model)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
+    ) -> Tensor:
+        """`padded`: whether a text of the batch is padded; None: unknown."""
+        if padded is None or not input_ids.is_cuda:
+            mask: dict[str, Tensor] = {"attention_mask": attention_mask.long()}
+            return self.model(input_ids=input_ids, **mask).last_hidden_state
+        mask = {"attention_mask": attention_mask.long()} if padded else {}
+        # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
+        with patched("transformers: mask", lambda _: lambda tensor=None: True):
+            return self.model(input_ids=input_ids, **mask).last_hidden_state
+
+    def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """[B, M, *] -> [B, *]."""
+        if self.pooling == "first":
+            return tokens[:, 0]
+        if self.pooling == "last":
+            rows = torch.arange(len(tokens), device=tokens.device)
+            return tokens[rows, attention_mask.sum(1) - 1]
+        share = attention_mask.to(tokens.dtype) / attention_mask.sum(1, keepdim=True)
+        return (share[:, None] @ tokens)[:, 0]  # a matrix product accumulates in fp32
+
+
+def family(name: str) -> str:
+    """The architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
+
+    def dashed(text: str) -> str:
+        return text.lower().replace("_", "-") + "-"
+
+    known = [
+        kind for kind in CONFIG_MAPPING if dashed(name.split("/")[-1]).startswith(dashed(kind))
+    ]
+    if not known:
+        raise ValueError(
+            "without a configuration of its own, give an architecture of the transformers library, "
+            "such as bert, t5 or clip"
+        )
+    return max(known, key=len)
+
+
+def text_config(
+    name: str,
+    layers: int | None = None,
+    dropout: float = 0.0,
+    published: bool = False,
+    **fields: Any,
+) -> PreTrainedConfig:
+    """The configuration of a text encoder: of a family, or `published` on the hub or in a folder.
+
+    `layers`, `dropout` and `fields` are as in `TextEncoder`.
+    """
+    if published:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    else:
+        config = AutoConfig.for_model(name)
+    config = getattr(config, "text_config", None) or config
+    kind, own = type(config), config.to_dict()
+    for unknown in sorted(fields.keys() - own.keys() - kind.attribute_map.keys() - UNDECLARED):
+        raise ValueError(f"text_overrides has {unknown!r}: {nearest(unknown, own)}")
+    # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
+    rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in own}
+    rates |= {key: dropout for key in DROPOUT if key in own}
+    # Built anew, as some classes compute fields from others: not from a family's computed defaults.
+    config = kind(**(own if published else {}) | rates | {"use_cache": False} | fields)
+    depth = config.num_hidden_layers
+    if layers is not None and layers > depth:
+        raise ValueError(f"it has {depth} layers, and student.layers is {layers}")
+    config.num_hidden_layers = kept = min(LAYERS, depth) if layers is None else layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types[:kept])
+    return config
+
+
+def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields, beside the tokenizer's and dropout, by which `text_config` gives the same."""
+    usual, own = type(config)().to_dict(), config.to_dict()
+    common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}
+    declared = inspect.signature(type(config)).parameters.keys() | UNDECLARED
+    out = {}
+    for name in sorted(declared & own.keys() - common):
+        left_out = name in (*DROPOUT, *ATTENTION_DROPOUT, "vocab_size", "use_cache")
+        if own[name] != usual.get(name) and not left_out:
+            out[name] = own[name]
+    return out
+
+
+def _model_class(config: PreTrainedConfig) -> Any:
+    encoding = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    kind: Any = encoding or MODEL_MAPPING.get(type(config), None)
+    if kind is None:  # SigLIP's text model is in neither table
+        kind = getattr(transformers, type(config).__name__.replace("Config", "Model"))
+    whole = getattr(config, "is_encoder_decoder", False) and encoding is None
+    if whole or kind.main_input_name != "input_ids":
+        raise ValueError(f"transformers has no text encoder of {config.model_type!r} alone")
+    return kind
+
+
+def _most_positions(model: Any) -> float:
+    """The greatest length of a text."""
+    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    for name, table in model.named_modules():
+        # RoBERTa's positions begin after the row of the padding index.
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            most -= table.padding_idx + 1
+    return most
+
+
+def layers_of(model: Any) -> list[nn.Module]:
+    """The layers of a text model of transformers."""
+    stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    stacks = [stack for stack in stacks if len(stack) == model.config.num_hidden_layers]
+    if not stacks:
+        return [model.encoder]  # ALBERT's, whose layers share their weights
+    return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())))
