@@ -14,9 +14,9 @@ from ds_cmli.distributed.process_group import mean_over_ranks, world_size
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate import report
-from ds_cmli.evaluate.embed import EmbedSettings, Share
-from ds_cmli.evaluate.match_maps import draw
-from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.evaluate.embed import Evaluator
+from ds_cmli.evaluate.match_map import match_maps
+from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.metrics import Meter, NullWriter, Writer, peak_memory_bytes
 from ds_cmli.prepare import Prepared, next_batch
@@ -164,24 +164,18 @@ class Run:
         `counts`: whether the result can be the best of the run. Collectives.
         """
         settings, state, engine = self.config.run, self.state, self.engine
-        workers = self.config.data.workers
-        how = EmbedSettings(
-            settings.eval_batch, engine.device, workers, self.poll, preemption.shield
-        )
-        for split, dataset in self.data.evals.items():
+        how = settings.eval_batch, self.config.data.workers, self.poll, preemption.shield
+        # Collective under ZeRO-3.
+        model = Evaluator(engine.objective, self.data.tokenizer, engine.device, *how)
+        for split, pairs in self.data.evals.items():
             name = split + suffix
-
-            def show(share: Share, name: str = name) -> None:
-                maps, tokenizer = settings.match_maps, self.data.tokenizer
-                draw(self.writer, state.step, name, maps, tokenizer, share)  # collective
-
-            metrics = evaluate_split(
-                engine.objective, dataset, self.data, how, show=show
-            )  # collectives
-            self.writer.log(
-                state.step, {f"eval/{name}/{metric}": x for metric, x in metrics.items()}
-            )
-            self.writer.say(report.summary(name, metrics))
+            metrics, embedded = evaluate_split(model, pairs)  # collectives
+            grid = model.student.grid
+            maps = match_maps(embedded, model.tokenizer, grid, settings.match_maps)  # collective
+            for number, picture in enumerate(maps):
+                self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
+            self.writer.log(state.step, report.prefixed(f"eval/{name}/", metrics))
+            self.writer.say(report.summary(metrics, model.precision, name))
             if counts:
                 state.best = report.best(state.best, name, metrics, state.step)
 

@@ -53,7 +53,7 @@ def command(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
 
-    from ds_cmli.evaluate.match_maps import sheet
+    from ds_cmli.evaluate.match_map import sheet
     from ds_cmli.inference import Model
 
     names = [Path(run).resolve().name for run in runs]
@@ -84,15 +84,16 @@ def held_out(
     that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
-    from ds_cmli.evaluate.held_out import HeldOut
+    from ds_cmli.data.pairs import described
+    from ds_cmli.evaluate.embed import picture_numbers
 
     data = config.data if source is None else evaluation_data(config.data, source)
     evals = build_eval_data(data, config.run.seed, None).evals
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs, before, turns = HeldOut(evals[split]), dict[int, int](), []
-    for caption, picture in enumerate(pairs.image_of.tolist()):
+    pairs, before, turns = evals[split], dict[int, int](), []
+    for caption, picture in enumerate(picture_numbers(pairs)):
         before[picture] = before.get(picture, 0) + 1
         turns.append((before[picture], caption))
     order = [caption for _, caption in sorted(turns)]
@@ -100,12 +101,13 @@ def held_out(
     for number in range(len(order)) if numbers is None else numbers:
         if number >= len(order):
             raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
-        sample = pairs.pairs.pair(pairs.rows[order[number]])
-        if sample.bad is None:
-            out.append((sample.image, sample.tokens.text))
-        elif numbers is not None:
-            name, reason = sample.bad
-            raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")
+        row = order[number]
+        try:
+            out.append((pairs.image(row), pairs.text(row)))
+        except Exception as error:  # decoders raise nearly any exception for damaged files
+            if numbers is not None:
+                why = f"which cannot be used: {pairs.name(row)}: {described(error)}"
+                raise UserError(f"--pairs has {number}, {why}") from None
         if numbers is None and len(out) == DEFAULT:
             break
     if not out:

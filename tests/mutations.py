@@ -195,16 +195,16 @@ ROWS = (
      "step, fitted = Step(config, ds_config, 1), None"),
     # Evaluation.
     ("evaluate-ties", "evaluate/metrics.py", EVALUATE + "test_a_tie_is_a_random_order",
-     "above = (~(scores <= best) & negative)", "above = (~(scores < best) & negative)"),
+     "above = (~(scores <= best) & ~right)", "above = (~(scores < best) & ~right)"),
     ("evaluate-ways", "evaluate/metrics.py",
      EVALUATE + "test_recall_of_images_goes_by_rows_and_of_texts_by_columns_of_their_own_scores",
-     "return best, self.t2i.gather(1, row)", "return best, self.i2t.gather(1, row)"),
+     "return best, t2i.gather(1, right", "return best, i2t.gather(1, right"),
     ("evaluate-classes", "evaluate/metrics.py", EVALUATE + "test_accuracies_by_class_weigh_classes_alike",
      "(hits[0, shown] / counts[shown]).mean()", "(hits[0].sum() / counts.sum())"),
-    ("evaluate-centres", "evaluate/metrics.py", EVALUATE + "test_hits_of_scenes_and_phrases",
+    ("evaluate-centres", "evaluate/metrics.py", EVALUATE + "test_hits_of_phrases",
      "y = top + (torch.arange(rows).double() + 0.5)", "y = top + torch.arange(rows).double()"),
-    ("evaluate-prompts", "evaluate/zero_shot.py", EVALUATE + "test_zero_shot_of_two_ranks_is_that_of_one",
-     "count = -(-len(prompts) // distributed.world_size())", "count = len(prompts) // distributed.world_size()"),
+    ("evaluate-ranks", "evaluate/zero_shot.py", EVALUATE + "test_zero_shot_of_two_ranks_is_that_of_one",
+     "    distributed.sum_over_ranks(counts)  # collective\n", ""),
 )
 # fmt: on
 MUTANTS = [Mutant(*row) for row in ROWS]

@@ -32,8 +32,9 @@ class Sample:
     tokens: Tokens
     index: int  # the requested index, even if another sample replaces that one
     image_id: int  # identifies the image: all captions of one image have the same number
-    token_picture: Sequence[int] = ()  # only for scenes, see `Batch`
-    cell_picture: Sequence[int] = (NO_PICTURE,) * 4  # only for scenes, see `Batch`
+    # Of scenes: which picture each token names, and which is in each quarter of the image; or -1.
+    token_picture: Sequence[int] = ()
+    cell_picture: Sequence[int] = ()
     bad: Bad | None = None  # the requested sample and why it could not be used
 
 
@@ -45,8 +46,6 @@ class Batch:
     token_mask: Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: Tensor  # int64 [B], position in the data set
     pair_id: Tensor  # int64 [B, 2], hashes of the image and of its caption: equal for equal ones
-    token_picture: Tensor  # int64 [B, M], which picture of the scene the token names, or -1
-    cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
 
@@ -82,8 +81,6 @@ class Collate:
             token_mask=padded([sample.tokens.valid for sample in samples], length, False),
             index=torch.tensor([sample.index for sample in samples]),
             pair_id=torch.tensor(pair_ids),
-            token_picture=padded([sample.token_picture for sample in samples], length, NO_PICTURE),
-            cell_picture=torch.tensor([sample.cell_picture for sample in samples]).view(-1, 2, 2),
             bad=[sample.bad for sample in samples if sample.bad],
             padded=int(lengths.min()) < length,
         )

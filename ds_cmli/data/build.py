@@ -37,12 +37,11 @@ Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validatio
 
 @dataclass(kw_only=True)
 class EvalData:
-    """The data that a model is evaluated on. Its data sets are map-style and return `Sample`s."""
+    """The data that a model is evaluated on."""
 
     # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
-    evals: dict[str, Dataset] = field(default_factory=dict)
+    evals: Mapping[str, EvalPairs | Scenes]
     tokenizer: CaptionTokenizer
-    has_places: bool = False  # whether each token's place is known, as the pointing game needs
     summary: list[str] = field(default_factory=list)  # lines to print: what was read
 
     def __post_init__(self):
@@ -94,7 +93,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     return Data(
         train=pairs,
         mixture=Mixture([len(indices) for _, indices in train.values()], weights),
-        evals={SPLITS[config.val_split]: EvalPairs(Images(held_out), tokenizer, config)},
+        evals={SPLITS[config.val_split]: EvalPairs(Images(held_out), config)},
         tokenizer=tokenizer,
         summary=summary,
         fingerprint=fingerprint,
@@ -123,7 +122,7 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
     else:
         shares = _held_out(opened, config)
     tokenizer = tokenizer_of(config)
-    pairs = EvalPairs(Images(shares), tokenizer, config)
+    pairs = EvalPairs(Images(shares), config)
     return EvalData(
         evals={split or SPLITS[config.val_split]: pairs},
         tokenizer=tokenizer,
@@ -306,6 +305,5 @@ def _demo(config: DataConfig, seed: int) -> Data:
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, *of_demo) for split in ("seen", "unseen")
         },
         tokenizer=tokenizer,
-        has_places=True,
         summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
     )

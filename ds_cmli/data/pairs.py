@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.batch import Bad, Sample, hashed
-from ds_cmli.data.images import View, black
+from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer
@@ -105,15 +106,15 @@ class TrainPairs(Dataset):
         return Sample(image, tokens, index, hashed("image", index))
 
 
-class EvalPairs(Dataset):
-    """A map-style data set of all captions of all images, as `evaluate.held_out` takes it.
+class EvalPairs:
+    """All captions of all images, as evaluations take them.
 
     Attributes:
         bad: images whose captions cannot be read, and which are left out.
     """
 
-    def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig):
-        self.images, self.tokenizer, self.view = images, tokenizer, View.of(config)
+    def __init__(self, images: Images, config: DataConfig):
+        self.images, self.view = images, View.of(config)
         self.size, self.bad = config.image_size, list[Bad]()
         self.rows: list[tuple[int, int]] = []  # (image, which of its captions)
         for index in range(len(images)):
@@ -125,31 +126,20 @@ class EvalPairs(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, row: int) -> Sample:
-        return self.pair(row)
+    def text(self, row: int) -> str:
+        index, number = self.rows[row]
+        return self.images.captions(index)[number]
+
+    def image(self, row: int) -> Tensor:
+        """uint8 [3, S, S]; any exception says why it cannot be used."""
+        source, place = self.images.at(self.rows[row][0])
+        return self.view(source.image(place))
 
     def name(self, row: int) -> str:
         return self.images.name(self.rows[row][0])
 
     def image_id(self, row: int) -> int:
-        return hashed("image", self.rows[row][0])
-
-    def pair(self, row: int, picture: bool = True) -> Sample:
-        """The sample, even if it cannot be used: then `bad` says why, and the image is black.
-
-        Without `picture` the image is not read and black.
-        """
-        index, caption = self.rows[row]
-        tokens = self.tokenizer(self.images.captions(index)[caption])
-        image, reason = black(self.size), "" if any(tokens.valid) else NO_TOKEN
-        if picture:
-            source, place = self.images.at(index)
-            try:
-                image = self.view(source.image(place))
-            except Exception as error:
-                reason = described(error)
-        bad = (self.images.name(index), reason) if reason else None
-        return Sample(image, tokens, row, self.image_id(row), bad=bad)
+        return self.rows[row][0]
 
 
 def described(error: Exception) -> str:

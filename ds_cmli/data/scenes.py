@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
@@ -98,8 +99,8 @@ class Scenes(Dataset):
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
 
-    def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample without augmentation, also without `picture`: drawing it costs little."""
+    def pair(self, index: int) -> Sample:
+        """The sample without augmentation."""
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
@@ -148,6 +149,12 @@ class Scenes(Dataset):
 
     def name(self, index: int) -> str:
         return str(index)
+
+    def text(self, index: int) -> str:
+        return self.caption(index)[0]
+
+    def image(self, index: int) -> Tensor:
+        return self.pair(index).image
 
     def image_id(self, index: int) -> int:
         """A number that encodes which pictures the scene shows where: equal for equal images."""

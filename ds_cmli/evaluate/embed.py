@@ -1,233 +1,236 @@
-"""Embeddings of pictures and texts, which are computed once and kept in CPU memory.
+"""Embeds pictures and captions with a model, each once on one of the ranks, and scores them.
 
-Shapes: r pictures and t captions of this rank, B of them per batch, b of them in a block, N
-patches, M text positions, T valid tokens of all t captions, H hidden size, D embedding dimension.
+Shapes: r pictures and t texts, B of them in a batch, N patches, M tokens, H hidden size, D
+embedding dimension, S image side in pixels.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.common.errors import UserError, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
-from ds_cmli.data.batch import Bad, Batch, Collate, Sample
-from ds_cmli.data.images import black
-from ds_cmli.data.pairs import NO_TOKEN, batches, told
+from ds_cmli.data.batch import Bad, Collate, Sample
+from ds_cmli.data.images import View, black
+from ds_cmli.data.pairs import NO_TOKEN, batches, described, told
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.held_out import FILLER, HeldOut, NumberedView, PictureBatch, collate_pictures
+from ds_cmli.evaluate.report import Metrics
+from ds_cmli.scores import BothWays, both_ways
 
 if TYPE_CHECKING:
-    from ds_cmli.models.student import Student
+    from ds_cmli.losses.objective import Objective
+
+FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
+# A picture's class token [H] in fp32 and patches [N, D]; a text's and its valid tokens [M, D]: of
+# unit length, the latter in the model's precision.
+Embedding = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class EmbedSettings:
-    """How pictures and captions are read and embedded.
+class HeldOut(Protocol):
+    """Captions, by which all is counted, with their pictures."""
+
+    size: int  # S
+
+    def __len__(self) -> int: ...
+    def text(self, row: int) -> str: ...
+    def image(self, row: int) -> Tensor: ...  # uint8 [3, S, S]; any exception: it cannot be used
+    def name(self, row: int) -> str: ...  # of the picture, for messages
+    def image_id(self, row: int) -> Hashable: ...  # equal for all captions of one picture
+
+
+class Files:
+    """Captions of image files: a `HeldOut`."""
+
+    def __init__(self, view: View, rows: list[tuple[Path, str]]) -> None:
+        self.view, self.size, self.rows = view, view.size, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def text(self, row: int) -> str:
+        return self.rows[row][1]
+
+    def image(self, row: int) -> Tensor:
+        return self.view(self.rows[row][0].read_bytes())
+
+    def name(self, row: int) -> str:
+        return self.rows[row][0].name
+
+    def image_id(self, row: int) -> Path:
+        return self.rows[row][0]
+
+
+@dataclass
+class Evaluator:
+    """A model, and how it embeds and scores.
 
     `heartbeat` is called for every batch and block, as often on every rank, for the detection of
     hangs; it may be collective.
     """
 
-    batch_size: int
+    objective: "Objective"
+    tokenizer: CaptionTokenizer
     device: torch.device
+    batch_size: int = 50
     workers: int = 0
     heartbeat: Callable[[], None] = lambda: None
     worker_init: Callable[[int], None] | None = None
+    trained: bool = True  # whether the temperatures are; else no kinds of scores are combined
 
+    def __post_init__(self) -> None:
+        one_attention_on_all_gpus()  # as in training
+        self.student = self.objective.student
+        self.precision = str(next(self.objective.parameters()).dtype).removeprefix("torch.")
+        # 1/temperature of each kind of scores that the losses compare.
+        self.scales = self.objective.score_scales()  # collective under ZeRO-3
+        both = ["global", "cmli", "combined"] if self.trained else ["global", "cmli"]
+        self.kinds = both if "cmli" in self.scales else ["global"]
 
-@dataclass
-class Images:
-    """The embeddings of this rank's pictures; class tokens and patches have unit length."""
+    def images(
+        self, read: Callable[[int], Tensor], numbers: Sequence[int], size: int
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, dict[int, str]]]:
+        """Embed the pictures `read(number)`, as many numbers on every rank.
 
-    number: Tensor  # int64 [r]
-    cls: Tensor  # [r, H], fp32
-    patches: Tensor  # [r, N, D], in the model's precision
-    cell_picture: Tensor  # int64 [r, 2, 2], see `data.batch.Batch`
-    grid: tuple[int, int]  # rows and columns of patches: N is their product
-    # The pictures left out as they cannot be read, by number.
-    broken: dict[int, Bad] = field(default_factory=dict)
-
-    def select(self, keep: Tensor) -> "Images":
-        """The pictures that a mask, bool [r], selects."""
-        parts = self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
-        return Images(*parts, self.grid)
-
-
-@dataclass
-class Texts:
-    """The embeddings of this rank's captions, of unit length; only valid tokens, one by one."""
-
-    number: Tensor  # int64 [t]
-    cls: Tensor  # [t, H], fp32
-    tokens: Tensor  # [T, D], in the model's precision
-    token_picture: Tensor  # int64 [T], see `data.batch.Batch`
-    length: Tensor  # int64 [t], number of valid tokens
-
-    def __post_init__(self):
-        self.ends = self.length.cumsum(0)  # [t], where each caption's tokens end
-
-    def select(self, keep: Tensor) -> "Texts":
-        """The captions that a mask, bool [t], selects."""
-        tokens = keep.repeat_interleave(self.length)  # [T]
-        return Texts(
-            self.number[keep],
-            self.cls[keep],
-            self.tokens[tokens],
-            self.token_picture[tokens],
-            self.length[keep],
-        )
-
-    def tokens_of(self, row: int) -> slice:
-        """The range of one caption's tokens in `tokens`."""
-        end = int(self.ends[row])
-        return slice(end - int(self.length[row]), end)
-
-    def block(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Class tokens [b, H], padded tokens [b, M, D] and their mask, bool [b, M], of some rows.
-
-        The mask is True for valid tokens.
+        Yields for each batch the numbers, class tokens [B, H] and patches [B, N, D], on the device,
+        and why others cannot be read, by number.
         """
-        tokens = pad_sequence(
-            [self.tokens[self.tokens_of(row)] for row in rows.tolist()], batch_first=True
-        )
-        mask = torch.arange(tokens.shape[1]) < self.length[rows][:, None]
-        return self.cls[rows], tokens, mask
+        pictures = Pictures(read, numbers, size)
+        for items in batches(pictures, self.batch_size, self.workers, list, self.worker_init):
+            self.heartbeat()
+            images = torch.stack([image for _, image, _ in items]).to(self.device)
+            cls, patches = self.student.image_embeddings(images)
+            usable = [number != FILLER and not why for number, _, why in items]
+            own = [number for number, _, why in items if number != FILLER and not why]
+            broken = {number: why for number, _, why in items if why}
+            yield own, cls[usable], patches[usable], broken
+
+    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], dict]:
+        """Embed texts, in as many batches as `count` of them take, the same on every rank.
+
+        Returns also why others cannot be used.
+        """
+        samples, bad, out = list[Sample](), dict[int, str](), dict[int, Embedding]()
+        for number, text in texts.items():
+            unicode = printable(text) == text
+            sample = Sample(black(0), self.tokenizer(text if unicode else ""), number, 0)
+            if any(sample.tokens.valid):
+                samples.append(sample)
+            else:
+                bad[number] = NO_TOKEN if unicode else "caption that is no Unicode"
+        samples += [Sample(black(0), self.tokenizer("a"), FILLER, 0)] * (count - len(samples))
+        for start in range(0, count, self.batch_size):
+            self.heartbeat()
+            batch = Collate(self.tokenizer)(samples[start : start + self.batch_size])
+            ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+            cls, tokens = (x.cpu() for x in self.student.text_embeddings(ids, mask))  # sync
+            for row, number in enumerate(batch.index.tolist()):
+                out[number] = cls[row], tokens[row, batch.token_mask[row]]
+        out.pop(FILLER, None)
+        return out, bad
+
+    def scores(self, images: Sequence[Embedding], texts: Sequence[Tensor]) -> dict[str, BothWays]:
+        """Each of `kinds` for pictures and a `block` of texts, on the device."""
+        cls, patches = (torch.stack(part).to(self.device) for part in zip(*images, strict=True))
+        text_cls, tokens, token_mask = (part.to(self.device) for part in texts)
+        cmli = cmli_scores(patches, tokens, token_mask) if "cmli" in self.kinds else None
+        both = both_ways(cls @ text_cls.t(), cmli, self.scales)
+        return {kind: both[kind] for kind in self.kinds}
 
 
-def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedSettings) -> Images:
-    """Embed the pictures of a loader; fillers and broken pictures are encoded but left out.
-
-    The loaders of all ranks have as many batches.
-    """
-    numbers, classes, patches, cells = [], [], [], []
-    broken: dict[int, Bad] = {}
-    for batch in loader:
-        how.heartbeat()
-        broken |= batch.broken
-        cls, features = student.image_embeddings(batch.image.to(how.device, non_blocking=True))
-        usable = batch.usable()
-        numbers.append(batch.number[usable])
-        classes.append(cls.cpu()[usable])  # CPU-GPU sync
-        patches.append(features.cpu()[usable])
-        cells.append(batch.cell_picture[usable])
-    parts = torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells)
-    return Images(*parts, student.grid, broken)
-
-
-def embed_texts(
-    student: "Student", loader: Iterable[Batch], how: EmbedSettings
-) -> tuple[Texts, list[int]]:
-    """Embed the captions of a loader; fillers and captions without a valid token are left out.
-
-    Returns the embeddings and the numbers of the captions without a valid token. The loaders of all
-    ranks have as many batches.
-    """
-    numbers, classes, tokens, places, lengths, empty = [], [], [], [], [], []
-    for batch in loader:
-        how.heartbeat()
-        on_device = batch.to(how.device, non_blocking=True)
-        cls, features = student.text_embeddings(on_device.input_ids, on_device.attention_mask)
-        length = batch.token_mask.sum(1)  # [B]
-        kept = (batch.index >= 0) & (length > 0)
-        empty += batch.index[(batch.index >= 0) & (length == 0)].tolist()
-        valid = batch.token_mask & kept[:, None]  # [B, M]
-        numbers.append(batch.index[kept])
-        classes.append(cls.cpu()[kept])  # CPU-GPU sync
-        tokens.append(features.cpu()[valid])
-        places.append(batch.token_picture[valid])
-        lengths.append(length[kept])
-    return Texts(*map(torch.cat, (numbers, classes, tokens, places, lengths))), empty
-
-
-def embed_listed(
-    student: "Student",
-    tokenizer: CaptionTokenizer,
-    texts: Sequence[str],
-    numbers: Sequence[int],
-    how: EmbedSettings,
-) -> tuple[Texts, list[int]]:
-    """What `embed_texts` returns, of the texts of these numbers in a list."""
-
-    def sample(number: int) -> Sample:
-        return Sample(black(0), tokenizer(texts[number]), number, image_id=0)
-
-    view = NumberedView(sample, numbers)
-    return embed_texts(student, batches(view, how.batch_size, 0, Collate(tokenizer)), how)
+def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
+    """Class tokens [t, H], padded tokens [t, M, D], and bool [t, M], False for the padding."""
+    cls, tokens = zip(*texts, strict=True)
+    length = torch.tensor([len(one) for one in tokens])
+    mask = torch.arange(int(length.max())) < length[:, None]
+    return torch.stack(cls), pad_sequence(list(tokens), batch_first=True), mask
 
 
 @dataclass
-class Share:
-    """The embeddings of a rank's share of the pictures and of their captions."""
+class Pictures(Dataset):
+    """A map-style data set of (number, picture, why it cannot be read)."""
 
-    held_out: HeldOut
-    images: Images
-    texts: Texts
-    captions: Tensor  # int64, the numbers of the usable captions of all ranks
-    left_out: list[Bad]  # the samples of all ranks that cannot be used
+    read: Callable[[int], Tensor]
+    numbers: Sequence[int]
+    size: int
 
-    def pair_rows(self) -> Iterator[tuple[int, int]]:
-        """Yield (row in `images`, row in `texts`) of each caption whose picture is in the share."""
-        place = rows_of(self.images.number)
-        for row, caption in enumerate(self.texts.number.tolist()):
-            picture = int(self.held_out.image_of[caption])
-            if picture in place:
-                yield place[picture], row
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-
-def rows_of(numbers: Tensor) -> dict[int, int]:
-    """The row of each picture or caption, by its number."""
-    return {number: row for row, number in enumerate(numbers.tolist())}
+    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
+        number, why = self.numbers[index], ""
+        if number != FILLER:
+            try:
+                return number, self.read(number), why
+            except Exception as error:  # decoders raise nearly any exception for damaged files
+                why = described(error)
+        return number, black(self.size), why
 
 
-def padded_share(count: int, rank: int, ranks: int) -> list[int]:
-    """The numbers rank, rank + ranks, ... below `count`, with fillers to be as many as rank 0's."""
-    share = list(range(rank, count, ranks))
-    return share + [FILLER] * (-(-count // ranks) - len(share))
+def share(count: int) -> list[int]:
+    """This rank's numbers below `count`, with fillers to be as many as rank 0's."""
+    rank, ranks = distributed.rank(), distributed.world_size()
+    own = list(range(rank, count, ranks))
+    return own + [FILLER] * (-(-count // ranks) - len(own))
+
+
+@dataclass
+class Embedded:
+    """A rank's pictures and exactly their captions, as far as they can be used, by number."""
+
+    pairs: HeldOut
+    image_of: list[int]  # the number of each caption's picture
+    images: dict[int, Embedding]
+    texts: dict[int, Embedding]
+    captions: list[int]  # the usable ones of all ranks, in their order
+    counts: Metrics  # `pairs`, `pictures`, and `left_out` and the names of some if any were
+
+
+def picture_numbers(pairs: HeldOut) -> list[int]:
+    """The number of each caption's picture, in order of first appearance."""
+    numbers: dict[Hashable, int] = {}
+    return [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in range(len(pairs))]
 
 
 @torch.no_grad()
-def embed_share(
-    student: "Student", held_out: HeldOut, collate: Callable, how: EmbedSettings
-) -> Share:
+def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
     """Embed every picture and every caption once, on one of the ranks. Collective.
 
     Raises:
         UserError: on every rank, if no pair can be used.
     """
-    one_attention_on_all_gpus()  # as in training
     rank, ranks = distributed.rank(), distributed.world_size()
-    image_of = held_out.image_of
-    pictures = held_out.pictures(padded_share(held_out.images, rank, ranks))
-    loader = batches(pictures, how.batch_size, how.workers, collate_pictures, how.worker_init)
-    images = embed_images(student, loader, how)  # collective
+    image_of = picture_numbers(pairs)
+    first = {number: row for row, number in reversed([*enumerate(image_of)])}  # a caption of each
+    images, lost = dict[int, Embedding](), list[Bad]()
+    read = lambda number: pairs.image(first[number])  # noqa: E731
+    for numbers, cls, patches, broken in model.images(read, share(len(first)), pairs.size):
+        images |= zip(numbers, zip(cls.cpu(), patches.cpu(), strict=True), strict=True)  # sync
+        lost += [(pairs.name(first[number]), why) for number, why in broken.items()]
     # A caption belongs to the rank of its picture.
-    longest = int((image_of % ranks).bincount().max())
-    numbers = (image_of % ranks == rank).nonzero().flatten().tolist()
-    captions = held_out.captions(numbers + [FILLER] * (longest - len(numbers)))
-    loader = batches(captions, how.batch_size, how.workers, collate, how.worker_init)
-    texts, empty = embed_texts(student, loader, how)  # collective
-
-    # Broken pictures with all of their captions, and captions without a token, cannot be used.
-    broken: dict[int, Bad] = {}
-    without: list[int] = []
-    for share, others in distributed.gather_objects((images.broken, empty)):  # collective
-        broken |= share
-        without += others
-    without.sort()
-    keep = ~torch.isin(image_of, torch.tensor(sorted(broken), dtype=torch.int64))
-    keep[without] = False
-    left_out = [*held_out.at_load, *broken.values()]
-    left_out += [(held_out.file(caption), NO_TOKEN) for caption in without]
-    usable = keep.nonzero().flatten()
-    if not len(usable):
-        raise UserError(
-            "no pair of the validation set can be used, for instance " + ", ".join(told(left_out))
-        )
-    shown = torch.isin(images.number, image_of[usable])
-    images, texts = images.select(shown), texts.select(keep[texts.number])
-    return Share(held_out, images, texts, usable, left_out)
+    own = {row: pairs.text(row) for row, number in enumerate(image_of) if number % ranks == rank}
+    most = max(Counter(number % ranks for number in image_of).values())
+    texts, bad = model.texts(own, most)
+    lost += [(pairs.name(row), why) for row, why in bad.items()]
+    texts = {row: text for row, text in texts.items() if image_of[row] in images}
+    images = {number: images[number] for number in sorted({image_of[row] for row in texts})}
+    gathered = distributed.gather_objects((list(texts), lost))  # collective
+    captions = sorted(row for rows, _ in gathered for row in rows)
+    at_load = list(getattr(pairs, "bad", ()))
+    lost = [*at_load, *(one for _, of_rank in gathered for one in of_rank)]
+    if not captions:
+        raise UserError("no pair can be used, for instance " + ", ".join(told(lost)))
+    pictures = len({image_of[caption] for caption in captions})
+    counts: Metrics = {"pairs": len(captions), "pictures": pictures}
+    if lost:
+        left_out = len(image_of) - len(captions) + len(at_load)
+        counts |= {"left_out": left_out, "left_out_first": told(lost)}
+    return Embedded(pairs, image_of, images, texts, captions, counts)

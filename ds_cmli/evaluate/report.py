@@ -1,93 +1,51 @@
 """The results of evaluations as text, and a run's best result, without importing torch."""
 
-from collections.abc import Mapping
-from itertools import product
-from typing import Any, TypeVar
+from typing import Any
 
 Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
-Metric = TypeVar("Metric")
 
 SCORES = ("combined", "cmli", "global")
-POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
+COUNTS = ("pairs", "choices", "phrases", "pictures", "classes")
 
 
-def best(before: Metrics, split: str, figures: Metrics, step: int) -> Metrics:
-    """The best result of a run so far.
-
-    This is the one `found` if it has the metric of `before` and a higher value, else `before`.
-    """
-    score = next(score for score in SCORES if f"{score}/i2t_r1" in figures)
-    metric, value = f"{split} {score} R@1", _mean_r1(figures, score)
-    if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
-        return before
-    return {
-        "metric": metric,
-        "value": value,
-        "step": step,
-        "pairs": figures["pairs"],
-        "chance": _mean_r1(figures, "chance"),
-    }
-
-
-def _mean_r1(figures: Metrics, score: str) -> float:
-    return (figures[f"{score}/i2t_r1"] + figures[f"{score}/t2i_r1"]) / 2
-
-
-def summary(split: str, figures: Metrics) -> str:
-    """The result of one split as a table of less than 80 columns.
-
-    It has each score both ways, chance, and the pointing game.
-    """
-    width = len("fold/combined")
-    parts = [
-        f"  {split} {figures['pairs']} pairs, {figures['pictures']} pictures{left_out(figures)}",
-        f"    {'':{width}}  {'image to text':19}   {'text to image':19}    mean",
-        f"    {'':{width}}  {'R@1    R@5    R@10':19}   {'R@1    R@5    R@10':19}  recall",
-    ]
-    for prefix, score in product(("", "fold/"), (*SCORES, "chance")):
-        name = prefix + score
-        if f"{name}/i2t_r1" not in figures:
-            continue
-        row = f"    {name:{width}}"
-        for way in ("i2t", "t2i"):
-            row += "".join(f"  {figures[f'{name}/{way}_r{k}']:.3f}" for k in (1, 5, 10))
-            row += " " if way == "i2t" else f"   {figures[f'{name}/mean_recall']:.3f}"
-        parts.append(row)
-    if "pointing_game" in figures:
-        accuracy = f"{figures['pointing_game']:.3f} (chance {POINTING_CHANCE})"
-        parts.append(f"    pointing-game accuracy {accuracy}")
-    return "\n".join(parts)
-
-
-def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
-    """The metrics with a prefix before their names."""
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
-def left_out(figures: Metrics) -> str:
-    if "left_out" not in figures:
-        return ""
-    return f", {figures['left_out']} left out: {', '.join(figures['left_out_first'])}"
+def best(before: Metrics, split: str, figures: Metrics, step: int) -> Metrics:
+    """The best result of a run: this one, unless `before` has another metric or a higher value."""
+
+    def r1(score: str) -> float:
+        return (figures[f"{score}/i2t_r1"] + figures[f"{score}/t2i_r1"]) / 2
+
+    score = next(score for score in SCORES if f"{score}/i2t_r1" in figures)
+    metric, value = f"{split} {score} R@1", r1(score)
+    if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
+        return before
+    size = {"pairs": figures["pairs"], "chance": r1("chance")}
+    return {"metric": metric, "value": value, "step": step, **size}
 
 
-def classification(figures: Metrics) -> str:
-    """The result of zero-shot classification as lines of a table."""
-    parts = [f"  {figures['pictures']} pictures, {figures['classes']} classes{left_out(figures)}"]
-    for score in (*SCORES, "chance"):
-        if f"{score}/top1" in figures:
-            row = f"  {score:<8} top-1 {figures[f'{score}/top1']:.3f}"
-            row += f"  top-5 {figures[f'{score}/top5']:.3f}"
-            if score != "chance":
-                row += f"  mean per class {figures[f'{score}/mean_per_class']:.3f}"
-            parts.append(row)
-    return "\n".join(parts)
-
-
-def pointing(game: Metrics) -> str:
-    """The result of the pointing game with boxes, as two lines."""
-    visible = f"{game['visible']:.0%} of them have a box that holds the centre of a patch"
-    accuracy, chance = game["pointing_game"], game["chance/pointing_game"]
-    return (
-        f"  {game['phrases']} phrases, {game['pictures']} pictures, {visible}{left_out(game)}\n"
-        f"  pointing-game accuracy {accuracy:.3f} (chance {chance:.3f})"
-    )
+def summary(figures: Metrics, precision: str, name: str = "") -> str:
+    """What was measured, and a table of less than 80 columns with a row of each score."""
+    heading = ", ".join(f"{figures[count]} {count}" for count in COUNTS if count in figures)
+    lines = [" ".join(filter(None, (" ", name, heading))) + f", in {precision}"]
+    if "left_out" in figures:
+        lines[0] += f", {figures['left_out']} left out: {', '.join(figures['left_out_first'])}"
+    columns = dict.fromkeys(key.split("/")[1] for key in figures if key.startswith("global/"))
+    if columns:
+        lines.append(f"{'':12}" + "".join(f"  {column:5}" for column in columns))
+    for score in (*SCORES, "chance") if columns else ():
+        cells = {column: figures.get(f"{score}/{column}") for column in columns}
+        if any(cell is not None for cell in cells.values()):
+            texts = {column: "" if x is None else f"{x:.3f}" for column, x in cells.items()}
+            row = "".join(f"  {text:{max(5, len(column))}}" for column, text in texts.items())
+            lines.append(f"    {score:8}{row}".rstrip())
+    if "pointing_game" in figures:
+        chance = figures.get("chance/pointing_game", 0.25)  # of scenes, with pictures in quarters
+        lines.append(
+            f"    pointing-game accuracy {figures['pointing_game']:.3f} (chance {chance:.3g})"
+        )
+    if "visible" in figures:
+        lines[-1] += f"; {figures['visible']:.0%} of the phrases are in sight"
+    return "\n".join(lines)

@@ -98,8 +98,6 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),
         pair_id=torch.arange(2 * B).view(B, -1),
-        token_picture=torch.zeros(B, M, dtype=torch.int64),
-        cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
         padded=config.data.padding != "full",
     )

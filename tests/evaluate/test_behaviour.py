@@ -3,12 +3,15 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 
 from ds_cmli.evaluate import metrics
+from ds_cmli.evaluate.embed import Embedded
+from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from tests import make, ranks
 
 
@@ -53,15 +56,22 @@ def test_accuracies_by_class_weigh_classes_alike():
     assert found["top5"] == pytest.approx((4 + 0.8) / 5)
 
 
-def test_hits_of_scenes_and_phrases():
+def test_hits_of_phrases():
     patches, tokens = torch.eye(16), torch.eye(16)[[0, 3, 15, 5]]
-    cells = torch.tensor([[7, 8], [-1, 9]])  # pictures by quarter of a grid of 4 x 4
-    hits = metrics.scene_hits(patches, tokens, torch.tensor([7, 8, 8, -1]), cells, (4, 4))
-    assert hits.tolist() == [2.0, 3.0]
     inside = metrics.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 4)).view(4, 4)
     assert inside.nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
     found = metrics.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), inside.flatten().repeat(2, 1))
     assert found.tolist() == [True, False]
+
+
+def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
+    """Pictures 0 and 1 in the first and the last quarter; each token's best patch is one of 4 x 4."""
+    tokens = SimpleNamespace(valid=[False, True, True, True, True, False])
+    sample = SimpleNamespace(tokens=tokens, token_picture=[-1, 0, 0, 1, -1, -1], cell_picture=[0, -1, -1, 1])
+    texts = {0: (torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
+    own = Embedded(SimpleNamespace(pair=lambda row: sample), [0], {0: (torch.ones(1), torch.eye(16))}, texts, [0], {})
+    found = pointing_game(own, quarters, (4, 4))
+    assert found == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
 
 
 # The command.

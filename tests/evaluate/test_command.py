@@ -7,9 +7,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.evaluate.__main__ import command
+from ds_cmli.models.hf import AVERAGE, WEIGHTS
+from tests.models.dual_models import clip
 from tests.run_folder import write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")
@@ -47,13 +50,11 @@ def karpathy(path):
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_karpathys_test_split_with_five_captions_a_picture_and_folds(tmp_path, model, photographs, workers):
+def test_karpathys_test_split_with_five_captions_a_picture(tmp_path, model, photographs, workers):
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--workers", workers]
-    printed, result = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test", "--fold-size", "3")
-    assert "test 30 pairs, 6 pictures" in printed and "    fold/combined  " in printed
+    printed, result = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test")
+    assert "test 30 pairs, 6 pictures, in float32" in printed and "    combined  " in printed
     assert result["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
-    # Three pictures of which the first five hold them all.
-    assert result["eval/test/fold/global/t2i_r5"] == 1 and result["eval/test/fold/global/t2i_r1"] > 0
     ways = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
     mean = sum(result[f"eval/test/cmli/{way}"] for way in ways) / 6
     assert result["eval/test/cmli/mean_recall"] == pytest.approx(mean)
@@ -72,7 +73,7 @@ def test_zero_shot(tmp_path, model):
     for more in ([], ["--templates", str(tmp_path / "templates.txt")]):
         chosen = ["--zero-shot", str(tmp_path / "classes"), *more]
         printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen)
-        assert "11 pictures, 4 classes, 1 left out: 2.png (cannot identify" in printed
+        assert "11 pictures, 4 classes, in float32, 1 left out: 2.png (cannot identify" in printed
         assert result["zero_shot/combined/top5"] == 1 and result["zero_shot/chance/top1"] == 0.25
         assert 0 <= result["zero_shot/cmli/top1"] <= 1
 
@@ -96,27 +97,25 @@ def entities(path, photographs):
 def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
     chosen = entities(tmp_path / "entities", photographs)
     printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen, "--split", "test")
-    assert "6 phrases, 3 pictures, 100% of them" in printed
+    assert "6 phrases, 3 pictures, in float32" in printed and "100% of the phrases" in printed
     # The box is the left half of what is seen: half of the patches' centres.
     assert result["entities/chance/pointing_game"] == pytest.approx(0.5)
     assert result["entities/pointing_game"] * 6 == pytest.approx(round(result["entities/pointing_game"] * 6))
-    with pytest.raises(UserError, match=r"--split is 'val': .* has the lists test; 'all' takes every picture"):
+    with pytest.raises(UserError, match="--split is 'val': --boxes has test, and 'all'"):
         evaluate(tmp_path, "--checkpoint", model, *chosen)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", ""], "--data is empty: give a value, or leave it out"),
+        (["--data", ""], "--data has no value: leave it out"),
         (["--data", "red\udcff"], r"--data is 'red\udcff', which is no Unicode: rename it"),
-        (["--zero-shot", ""], "--zero-shot is empty"),
-        (["--fold-size", "0"], "--fold-size is 0: give at least 1"),
-        (["--zero-shot", ".", "--fold-size", "5"], "--fold-size has no effect with --zero-shot"),
-        (["--templates", "x"], "--templates has no effect without --zero-shot"),
+        (["--zero-shot", ""], "--zero-shot has no value"),
+        (["--zero-shot", ".", "--split", "val"], "--split has no effect with --zero-shot"),
+        (["--templates", "x"], "--templates has no effect with --data"),
         (["--boxes", "."], "--boxes needs --image-root"),
         (["--boxes", ".", "--image-root", "."], "give Flickr30k Entities' folder, with Annotations/ and Sentences/"),
         (["--data", "demo", "--split", "test"], "--split is 'test': the demo has its own two"),
-        (["--data", "demo", "--fold-size", "7"], "--fold-size is 7: the split has 300 pictures, which is no multiple"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, model, arguments, words):
@@ -124,3 +123,54 @@ def test_mistakes_are_one_line(tmp_path, model, arguments, words):
         evaluate(tmp_path, "--checkpoint", model, *arguments)
     assert words in str(error.value)
     assert not torch.distributed.is_initialized()  # a process that exits with its group up may abort
+
+
+def test_choices_between_captions(tmp_path, model, photographs):
+    lines = [
+        {"image": f"{k}.jpg", "captions": [WORDS[k % 4], WORDS[(k + 1) % 4], "a"], "group": k // 2} for k in range(6)
+    ]
+    lines[5]["captions"][1] = lines[5]["captions"][0]  # no model can tell them apart
+    lines.append({"image": "none.jpg", "captions": ["red", "blue"]})
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen = ["--choices", str(file), "--image-root", str(photographs)]
+    printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen)
+    assert "6 choices, 6 pictures, in float32, 2 left out: none.jpg (no such file)" in printed
+    assert result["choices/chance/accuracy"] == pytest.approx(1 / 3)
+
+    from ds_cmli.inference import Model
+
+    loaded = Model.load(model, device="cpu")
+    right = []
+    for line in lines[:6]:
+        pictures = loaded.embed_images([str(photographs / line["image"])])
+        scores = loaded.scores(pictures, loaded.embed_texts(line["captions"]))["combined"].i2t[0]
+        right.append(bool((scores[0] > scores[1:]).all()))
+    right[5] = False
+    assert result["choices/combined/accuracy"] == pytest.approx(sum(right) / 6)
+    assert result["choices/combined/group"] == sum(a and b for a, b in zip(right[::2], right[1::2], strict=True)) / 3
+    file.write_text('{"image": "0.jpg", "captions": ["red"]}\n')
+    with pytest.raises(UserError, match="line 1: give two captions or more"):
+        evaluate(tmp_path, "--checkpoint", model, *chosen)
+
+
+def test_a_file_of_weights_is_that_model(tmp_path, photographs):
+    folder = write_run(tmp_path)
+    torch.manual_seed(1)
+    other = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in load_file(folder / WEIGHTS).items()}
+    save_file(other, folder / AVERAGE)
+    data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--split", "all"]
+    own, ema = (evaluate(tmp_path, str(folder), *data, *more)[1] for more in ([], ["--ema"]))
+    file = str(folder / AVERAGE)
+    assert evaluate(tmp_path, file, *data)[1] == ema != own
+    assert evaluate(tmp_path, str(folder / WEIGHTS), *data)[1] == own
+    with pytest.raises(UserError, match="--ema has no effect with"):
+        evaluate(tmp_path, file, *data, "--ema")
+
+
+def test_scores_of_a_plain_clip_are_combined_only_once_trained(tmp_path, photographs):
+    start = str(clip(tmp_path / "clip"))
+    data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--split", "all"]
+    result = evaluate(tmp_path, start, *data)[1]
+    kinds = {name.split("/")[2] for name in result if name.count("/") == 3}
+    assert kinds == {"global", "cmli", "chance"}

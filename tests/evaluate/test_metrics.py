@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import ds_cmli
-from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate import accuracies, chance, patches_inside, phrase_hits, recalls, scene_hits
-from ds_cmli.evaluate.metrics import RECALLS, RankCounts, ScoreBlock
+from ds_cmli.evaluate.metrics import RECALLS, accuracies, chance, patches_inside, phrase_hits, recalls
 
 
 def metrics(i2t, t2i=None, image_of=None):
@@ -17,59 +14,17 @@ def metrics(i2t, t2i=None, image_of=None):
     return recalls(i2t, t2i, own if image_of is None else torch.tensor(image_of))
 
 
-def test_recall_by_hand():
-    # Image 0 finds its text first, image 1 second; text 0 finds its image first, text 1 first.
-    result = metrics([[3.0, 1.0], [2.0, 1.5]])
-    assert (result["i2t_r1"], result["i2t_r5"]) == (0.5, 1.0)
-    assert result["t2i_r1"] == 1.0
-
-
-def test_recall_takes_rows_and_columns_from_their_own_scores():
-    result = metrics([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]])
-    assert (result["i2t_r1"], result["t2i_r1"]) == (1.0, 0.0)
-
-
-def test_any_own_caption_of_a_picture_counts():
-    # Captions 0 and 1 are of picture 0. It finds its second one first; of the captions 0 does not find it.
-    result = metrics([[0.0, 3.0, 2.0], [1.0, 1.0, 2.5]], image_of=[0, 0, 1])
-    assert result["i2t_r1"] == 1.0
-    assert result["t2i_r1"] == pytest.approx(2 / 3)
-
-
-def test_perfect_scores_of_five_captions_a_picture_are_perfect():
-    image_of = torch.arange(50) // 5
-    perfect = (torch.arange(10)[:, None] == image_of).float()
-    assert set(recalls(perfect, perfect, image_of).values()) == {1.0}
-
-
 @pytest.mark.parametrize("captions", [1, 5])
 def test_constant_scores_are_worth_chance(captions):
     image_of = torch.arange(12 * captions) // captions
     constant = torch.full((12, len(image_of)), 0.5)
     result = recalls(constant, constant, image_of)
     expected = chance(image_of)
-    assert result == pytest.approx({k: expected[f"chance/{k}"] for k in result})
+    assert result == pytest.approx(expected)
     assert [result[f"t2i_r{k}"] for k in RECALLS] == pytest.approx([k / 12 for k in RECALLS])
     if captions == 5:
         drawn = [1 - math.comb(55, k) / math.comb(60, k) for k in RECALLS]
         assert [result[f"i2t_r{k}"] for k in RECALLS] == pytest.approx(drawn)
-
-
-def test_a_tie_counts_as_a_random_order():
-    # The right text shares the first place with one other, and in row 1 the second place with two others.
-    result = metrics([[2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
-    assert result["i2t_r1"] == pytest.approx((0.5 + 0 + 1 + 1) / 4)
-    assert result["i2t_r5"] == 1.0
-
-
-def test_scores_that_are_no_numbers_retrieve_nothing():
-    assert set(metrics([[math.nan] * 12] * 12).values()) == {0.0}
-    result = metrics([[1.0, math.nan], [0.0, 1.0]])
-    assert (result["i2t_r1"], result["t2i_r1"]) == (0.5, 0.5)
-
-
-def test_chance_of_few_pairs_is_certainty():
-    assert chance(torch.arange(3))["chance/i2t_r5"] == 1.0
 
 
 def scores():
@@ -117,7 +72,7 @@ def recall_by_sorting(i2t, t2i, image_of, k):
 
 
 @pytest.mark.parametrize("case", range(20))
-def test_recall_and_folds_in_blocks_as_by_sorting(case):
+def test_recall_as_by_sorting(case):
     draw = np.random.default_rng(case)
     m = int(draw.integers(2, 8)) * 2
     image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
@@ -126,56 +81,12 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
     result = recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
     for k in RECALLS:
         assert (result[f"i2t_r{k}"], result[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
-    # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
-    fold_of = np.arange(m) // (m // 2)
-    counts = RankCounts.zeros(1, m, len(image_of))
-    whole = ScoreBlock(
-        torch.arange(m), torch.arange(len(image_of)), torch.tensor(i2t)[None], torch.tensor(t2i)[None],
-        torch.arange(m)[:, None] == torch.tensor(image_of),
-    )  # fmt: skip
-    best, own = whole.positive_scores()
-    for rows in torch.arange(m).split(3):
-        for columns in torch.arange(len(image_of)).split(4):
-            part = [x[:, rows][:, :, columns] for x in (whole.i2t, whole.t2i)]
-            block = ScoreBlock(rows, columns, *part, whole.is_positive[rows][:, columns])
-            same = torch.tensor(fold_of)[rows, None] == torch.tensor(fold_of[image_of])[columns]
-            counts.add(block, best[:, rows], own[:, columns], same)
-    result = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]
-    for k in RECALLS:
-        expected = np.zeros(2)
-        for fold in (0, 1):
-            rows, columns = fold_of == fold, fold_of[image_of] == fold
-            values = recall_by_sorting(
-                i2t[rows][:, columns], t2i[rows][:, columns], image_of[columns] - fold * m // 2, k
-            )
-            expected += np.array(values) * [0.5, columns.mean()]
-        assert (result[f"i2t_r{k}"], result[f"t2i_r{k}"]) == pytest.approx(expected)
-
-
-def test_they_are_found_from_the_package_alone():
-    assert ds_cmli.evaluate.recalls is recalls and "recalls" in ds_cmli.evaluate.__all__
-    with pytest.raises(AttributeError, match=r"^module 'ds_cmli.evaluate' has no attribute 'recall'$"):
-        ds_cmli.evaluate.recall  # noqa: B018
 
 
 def test_a_picture_without_a_caption_is_a_candidate_alone():
     # Caption 0 finds picture 2, which has none, before its own.
     result = metrics([[2.0, 0.5], [0.0, 1.0], [3.0, 0.0]], image_of=[0, 1])
     assert (result["i2t_r1"], result["t2i_r1"], result["t2i_r5"]) == (1.0, 0.5, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("shapes", "image_of", "words"),
-    [
-        (((3, 2), (2, 3)), [0, 1], r"are \[3, 2\], \[2, 3\], \[2\]: give \[I, J\], \[I, J\] and \[J\]$"),
-        (((2, 3), (2, 3)), [0, 1], r"are \[2, 3\], \[2, 3\], \[2\]: give"),
-        (((1, 2, 2), (1, 2, 2)), [0, 1], "give"), (((2, 2), (2, 2)), [0, 2], "give each caption a row, 0 to 1$"),
-        (((2, 2), (2, 2)), [-1, 0], "a row, 0 to 1$"), (((2, 0), (2, 0)), [], "a row"),
-    ],
-)  # fmt: skip
-def test_scores_that_do_not_fit_are_one_line(shapes, image_of, words):
-    with pytest.raises(UserError, match=words):
-        recalls(*map(torch.zeros, shapes), torch.tensor(image_of, dtype=torch.long))
 
 
 def test_accuracies_by_hand():
@@ -218,20 +129,3 @@ def test_hits_as_a_loop_over_phrases_finds_them(case):
     inside = torch.stack([patches_inside(entry, view, (int(rows), int(columns))) for entry in boxes])
     entry = phrase_hits(torch.tensor(patches), torch.tensor(tokens), torch.tensor(phrase), inside)
     assert entry.tolist() == expected
-
-
-@pytest.mark.parametrize("case", range(20))
-def test_hits_of_scenes_as_a_loop_over_tokens_finds_them(case):
-    draw = np.random.default_rng(case)
-    patches, tokens = draw.normal(size=(16, 3)), draw.normal(size=(6, 3))
-    cells = draw.permutation([0, 1, -1, -1])
-    names = draw.integers(-1, 2, 6)
-    hits = 0
-    for j in range(6):
-        best = max(range(16), key=lambda n: patches[n] @ tokens[j] / np.linalg.norm(patches[n]))
-        row, column = divmod(best, 4)
-        hits += names[j] >= 0 and cells[2 * (row // 2) + column // 2] == names[j]
-    result = scene_hits(
-        torch.tensor(patches), torch.tensor(tokens), torch.tensor(names), torch.tensor(cells).view(2, 2), (4, 4)
-    )
-    assert result.tolist() == [hits, (names >= 0).sum()]

@@ -17,9 +17,9 @@ from ds_cmli.data.build import build_data
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
-from ds_cmli.evaluate.embed import EmbedSettings
-from ds_cmli.evaluate.model import load_objective
-from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.evaluate.embed import Evaluator
+from ds_cmli.evaluate.model import EvaluatedModel
+from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.models import hf
 from tests.ranks import clean_environment
 from tests.run_folder import save_run
@@ -140,10 +140,11 @@ def test_its_logits_rank_as_the_evaluation_says(made, run):
     config, _, _ = made
     data = build_data(config.data, config.run.seed)
     split = data.evals["seen"]
-    some = torch.utils.data.Subset(split, range(60))
-    how = EmbedSettings(16, torch.device("cpu"))
-    result = evaluate_split(load_objective(config, run, False, how.device), some, data, how)
-    pictures = [some[i].image.permute(1, 2, 0).numpy() for i in range(60)]
+    split.length = 60
+    device = torch.device("cpu")
+    objective = EvaluatedModel(str(run), True).load(data.tokenizer, False, None, device)
+    result, _ = evaluate_split(Evaluator(objective, data.tokenizer, device, 16), split)
+    pictures = [split.image(i).permute(1, 2, 0).numpy() for i in range(60)]
     texts = [" ".join(split.pictures.names[concept] for concept, _ in split.layout(i)) for i in range(60)]
     out = AutoModel.from_pretrained(run)(**AutoProcessor.from_pretrained(run)(images=pictures, text=texts))
     for way, logits in (("i2t", out.logits_per_image), ("t2i", out.logits_per_text)):
