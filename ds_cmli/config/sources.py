@@ -203,9 +203,8 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
 def to_evaluate(source: Source) -> Config:
     """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
     decided = applied({"student": {"source": source.name}}, {})
-    if source.is_run:  # a distillation has none, and its cosines are compared
-        losses = dict(source.config.get("losses") or {"global": 1.0})
-    else:
+    losses = dict(source.config.get("losses") or {"global": 1.0})  # a distillation has none
+    if not source.is_run:
         losses = {of_dual("config", source.config).loss_of(source.config): 1.0, "cmli": 1.0}
     return Config.from_dict({**decided, "loss": {"weights": losses}})
 

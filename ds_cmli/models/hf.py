@@ -38,8 +38,8 @@ from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
-from ds_cmli.config.sources import OF_TRAINING
-from ds_cmli.data.batch import Batch, Collate, Sample
+from ds_cmli.config.sources import OF_DATA, OF_TRAINING
+from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, pretrained_tokenizer
 from ds_cmli.models.encoders import changed_fields
@@ -48,7 +48,6 @@ from ds_cmli.scores import both_ways
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of transformers'
-OF_DATA = ("image_size", "resize", "interpolation", "max_pixels", "context_length", "padding")
 
 
 class CMLIConfig(PreTrainedConfig):
@@ -57,10 +56,8 @@ class CMLIConfig(PreTrainedConfig):
     Args:
         settings: of the run's configuration, the section `student`, with all sizes and without
             paths, and those settings of `data` that say how pictures and texts are prepared.
-        losses: the names of the losses over pairs, in the run's order, with their weights.
-        vocab_size: the number of rows of the table of tokens.
-        pad_id: the padding token.
-        class_first: whether texts begin with a class token.
+        losses: the losses over pairs, in the run's order, with their weights.
+        vocab_size, pad_id, class_first: of the tokenizer, as `SpecialTokens`.
         special_ids: the tokens that do not belong to a text itself.
     """
 
@@ -76,9 +73,8 @@ class CMLIConfig(PreTrainedConfig):
         special_ids: Sequence[int] = (),
         **kwargs: Any,
     ):
-        self.settings, self.losses = settings or {}, [list(loss) for loss in losses]
+        self.settings, self.losses, self.special_ids = settings or {}, losses, special_ids
         self.vocab_size, self.pad_id, self.class_first = vocab_size, pad_id, class_first
-        self.special_ids = list(special_ids)
         super().__init__(**kwargs)
 
 
@@ -197,15 +193,7 @@ class CMLIModel(PreTrainedModel):
 
 
 class CMLIProcessor(ProcessorMixin):
-    """Prepares pictures and texts as training does, to the bit.
-
-    Args:
-        image_size, resize, interpolation, max_pixels: how a picture becomes S x S pixels, as the
-            settings of `data` in training.
-        context_length: the most tokens of a text; longer texts are cut off.
-        padding: "longest", or "full": texts are padded to `context_length`, and the model attends
-            to the padding.
-    """
+    """Prepares pictures and texts as training does, to the bit, by those settings of `data`."""
 
     tokenizer_class = "AutoTokenizer"
 
@@ -215,22 +203,16 @@ class CMLIProcessor(ProcessorMixin):
         image_size: int = DataConfig.image_size,
         resize: Resize = "crop",
         interpolation: Interpolation = "bicubic",
-        max_pixels: int = DataConfig.max_pixels,
         context_length: int = DataConfig.context_length,
         padding: str = "longest",
     ):
         self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
-        self.max_pixels, self.context_length, self.padding = max_pixels, context_length, padding
+        self.context_length, self.padding = context_length, padding
         super().__init__(tokenizer)
 
     @cached_property
     def words(self) -> CaptionTokenizer:
         return CaptionTokenizer(self.tokenizer, self.context_length, self.padding == "full")
-
-    def view(self, picture: Any) -> Tensor:
-        """A file's content or an image in memory -> uint8 [3, S, S]."""
-        view = View(self.image_size, self.resize, self.interpolation, self.max_pixels)
-        return view(picture)
 
     def __call__(
         self,
@@ -240,7 +222,7 @@ class CMLIProcessor(ProcessorMixin):
         truncation: bool = True,
         return_tensors: str = "pt",
     ) -> BatchFeature:
-        """Prepare one or several pictures, one or several texts, or both.
+        """Prepare one or several pictures (files' content, or in memory), texts, or both.
 
         Returns:
             `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
@@ -250,29 +232,17 @@ class CMLIProcessor(ProcessorMixin):
         out: dict[str, Tensor] = {}
         if images is not None:
             several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
-            out["pixel_values"] = torch.stack(list(map(self.view, images if several else [images])))
+            view = View(self.image_size, self.resize, self.interpolation)
+            out["pixel_values"] = torch.stack([*map(view, images if several else [images])])
         if text is not None:
-            batch = self.batch([text] if isinstance(text, str) else text)
+            tokens = map(self.words, [text] if isinstance(text, str) else text)
+            batch = Collate(self.words)([Sample(black(0), one, 0, 0) for one in tokens])
             out |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         return BatchFeature(out, tensor_type=return_tensors)
 
-    def batch(self, texts: Sequence[str]) -> Batch:
-        """The texts as training batches them, with black pictures."""
-        samples = [Sample(black(0), self.words(text), i, i) for i, text in enumerate(texts)]
-        return Collate(self.words)(samples)
-
-    @property
-    def model_input_names(self) -> list[str]:
-        return ["pixel_values", "input_ids", "attention_mask"]
-
 
 def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
-    """Write what a model's folder has beside its weights, each file whole or not at all.
-
-    Args:
-        config: of the run.
-        words: its tokenizer.
-    """
+    """Write what a run's folder has beside its weights, each file whole or not at all."""
     data = {name: getattr(config.data, name) for name in OF_DATA}
     settings = asdict(config.student) | OF_TRAINING | {"source": ""}
     text = getattr(getattr(student.text, "model", None), "config", None)
