@@ -140,13 +140,12 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
 
     student = replace(config.student, lora={}, freeze_image=0, freeze_text=0)
     loss = replace(config.loss, weights=dict(model.losses) or {"global": 1.0}, start={})
-    start = replace(config, student=student, loss=loss)
-    special = SpecialTokens(model.pad_id, model.class_first)
+    start, special = replace(config, student=student, loss=loss), SpecialTokens(model.pad_id)
     begun = build_models(start, model.vocab_size, special=special)[0].state_dict()
-    out = {}
-    for name, value in trained.items():
-        mixed = name in begun and share < 1 and value.is_floating_point()
-        out[name] = begun[name].to(value.dtype).lerp(value, share) if mixed else value
+    out = dict(trained)
+    for name in begun.keys() & trained.keys() if share < 1 else ():
+        if trained[name].is_floating_point():
+            out[name] = begun[name].to(trained[name].dtype).lerp(trained[name], share)
     return out
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common.errors import UserError, one_line, printable
+from ds_cmli.common.errors import UserError, blame, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import RUN, Source, to_evaluate
@@ -38,7 +38,7 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 @dataclass
 class ImageEmbeddings:
-    """Of I images, on the CPU, of unit length, in the model's precision."""
+    """Of I images, on the CPU, of unit length."""
 
     cls: Tensor  # [I, H], for global scores
     patches: Tensor  # [I, N, D], for CMLI
@@ -47,7 +47,7 @@ class ImageEmbeddings:
 
 @dataclass
 class TextEmbeddings:
-    """Of J texts, on the CPU, of unit length, in the model's precision."""
+    """Of J texts, on the CPU, of unit length."""
 
     cls: Tensor  # [J, H]
     tokens: Tensor  # [J, M, D]
@@ -67,14 +67,10 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None) -> "Model":
-        """Load a run, an export, or what else training can start from, such as a plain CLIP.
+        """Load a run, an export, or what else training can start from, such as a plain CLIP: a
+        folder, a file of weights in a run's, or a name of the hub. Raises `UserError`.
 
-        Args:
-            path: its folder, a file of weights in a run's folder, or a name of the hub.
-            device: None means a GPU if there is one, and else the CPU.
-
-        Raises:
-            UserError: it is not there, or cannot be loaded.
+        `device`: None means a GPU if there is one, and else the CPU.
         """
         one_attention_on_all_gpus()  # as in training
         source, run = Source(str(path)), None
@@ -99,18 +95,11 @@ class Model:
         return self.student.grid
 
     def read(self, picture: Picture) -> Tensor:
-        """Prepare a file or an image in memory as in training -> uint8 [3, S, S].
-
-        Raises `UserError` if it cannot be read.
-        """
-        view, name = View.of(self.config.data), "a picture"
-        try:
-            if not isinstance(picture, str | Path):
-                return view(picture)
-            name = repr(str(picture))
-            return view(Path(picture).read_bytes())
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            raise UserError(f"{name} cannot be read: {one_line(error)}") from None
+        """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
+        is_file = isinstance(picture, str | Path)
+        with blame(f"{str(picture)!r} cannot be read" if is_file else "a picture cannot be read"):
+            content = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+            return View.of(self.config.data)(content)
 
     @torch.inference_mode()
     def embed_images(
@@ -151,11 +140,8 @@ class Model:
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
         """Score all images against all texts, on the model's device.
 
-        Returns:
-            For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, on the CPU, of
-            which a row is an image's in both. "global" are the cosines of the class tokens, equal
-            both ways; "cmli" are s_i2t and s_t2i, which are not; "combined" is the sum of what was
-            trained, each times 1/temperature.
+        Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
+        class tokens, "cmli", and "combined", the sum of what was trained over its temperatures.
         """
         of_texts = (texts.cls, texts.tokens, texts.token_mask)
         text_cls, tokens, mask = (x.to(self.device) for x in of_texts)

@@ -15,18 +15,16 @@ Span = tuple[int, int]  # the first character and that after the last
 
 
 class BothWays(NamedTuple):
-    """One kind of scores, fp32 [I, J] each (fp64 for fp64 features), each for its own ranking.
-    CMLI from the image's side is a mean over patches, from the text's one over tokens."""
+    """One kind of scores, fp32 [I, J] each (fp64 for fp64 features), each for its own ranking."""
 
-    i2t: Tensor  # along a row: ranks the texts for an image
-    t2i: Tensor  # along a column: ranks the images for a text
+    i2t: Tensor  # along a row: ranks the texts for an image; CMLI's are means over patches
+    t2i: Tensor  # along a column: ranks the images for a text; CMLI's are means over tokens
 
 
 def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
     """The sum of the trained kinds of one direction, each times its 1/temperature in `scales`; if
     none is trained, as in a distillation alone, the cosines ("global")."""
-    trained = scales or {"global": 1.0}
-    first, *others = [scale * scores[kind] for kind, scale in trained.items()]
+    first, *others = [scale * scores[kind] for kind, scale in (scales or {"global": 1.0}).items()]
     return sum(others, start=first)
 
 
@@ -37,14 +35,13 @@ def both_ways(
     kinds = {"global": BothWays(cosines, cosines)}
     if cmli is not None:
         kinds["cmli"] = BothWays(*cmli)
-    ways = zip(*kinds.values(), strict=True)
-    both = [combined(dict(zip(kinds, way, strict=True)), scales) for way in ways]
-    return {**kinds, "combined": BothWays(*both)}
+    ways = [{kind: both[way] for kind, both in kinds.items()} for way in (0, 1)]
+    return {**kinds, "combined": BothWays(*(combined(way, scales) for way in ways))}
 
 
 @dataclass
 class Match:
-    """The match of one text and one picture: each word's best patch, and each patch's best word."""
+    """The match of one text and one picture."""
 
     similarity: Tensor  # [M, N] fp32, cosines of tokens, without special ones, and patches
     words: list[str]  # the M tokens as pieces of the text

@@ -1,18 +1,19 @@
 """Draws match maps, a PNG for each pair: `python -m ds_cmli.visualize RUN --pairs 0,1,2`.
 
-For each word of a caption they show its best patches of the picture, for each patch its best word;
-those of several runs are shown below each other, on the same pairs. S is the image side in pixels.
+Those of several runs are shown below each other, on the same pairs. S is the image side in pixels.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ds_cmli.common.cli import run_command
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.plugins import plugin_option
 
 if TYPE_CHECKING:
@@ -84,7 +85,6 @@ def held_out(
     that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
-    from ds_cmli.data.pairs import described
     from ds_cmli.evaluate.embed import picture_numbers
 
     data = config.data if source is None else evaluation_data(config.data, source)
@@ -92,9 +92,9 @@ def held_out(
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs, before, turns = evals[split], dict[int, int](), []
+    pairs, before, turns = evals[split], Counter[int](), []
     for caption, picture in enumerate(picture_numbers(pairs)):
-        before[picture] = before.get(picture, 0) + 1
+        before[picture] += 1
         turns.append((before[picture], caption))
     order = [caption for _, caption in sorted(turns)]
     out: list[tuple[Tensor, str]] = []
@@ -102,12 +102,9 @@ def held_out(
         if number >= len(order):
             raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
         row = order[number]
-        try:
+        what = f"--pairs has {number}, which cannot be used: {pairs.name(row)}"
+        with suppress(UserError if numbers is None else ()), blame(what):
             out.append((pairs.image(row), pairs.text(row)))
-        except Exception as error:  # decoders raise nearly any exception for damaged files
-            if numbers is not None:
-                why = f"which cannot be used: {pairs.name(row)}: {described(error)}"
-                raise UserError(f"--pairs has {number}, {why}") from None
         if numbers is None and len(out) == DEFAULT:
             break
     if not out:

@@ -48,8 +48,6 @@ class SpecialTokens:
     """What text encoders need to know of a tokenizer; the defaults are the built-in one's."""
 
     pad_id: int = 0
-    # Whether a text begins with a special token, which can be the class token.
-    class_first: bool = True
 
 
 class CaptionTokenizer:
@@ -88,8 +86,7 @@ class CaptionTokenizer:
         names = ("pad", "cls", "sep", "bos", "eos")
         named = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
         self.special_ids = {self.pad_id, *named}
-        valid = self("a").valid
-        self.special = SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
+        self.special = SpecialTokens(self.pad_id)
 
     def __call__(self, text: str) -> Tokens:
         encoding = self._encoded(text)

@@ -57,7 +57,7 @@ class CMLIConfig(PreTrainedConfig):
         settings: of the run's configuration, the section `student`, with all sizes and without
             paths, and those settings of `data` that say how pictures and texts are prepared.
         losses: the losses over pairs, in the run's order, with their weights.
-        vocab_size, pad_id, class_first: of the tokenizer, as `SpecialTokens`.
+        vocab_size, pad_id: of the tokenizer.
         special_ids: the tokens that do not belong to a text itself.
     """
 
@@ -69,12 +69,11 @@ class CMLIConfig(PreTrainedConfig):
         losses: Sequence[tuple[str, float]] = (),
         vocab_size: int = 0,
         pad_id: int = 0,
-        class_first: bool = True,
         special_ids: Sequence[int] = (),
         **kwargs: Any,
     ):
         self.settings, self.losses, self.special_ids = settings or {}, losses, special_ids
-        self.vocab_size, self.pad_id, self.class_first = vocab_size, pad_id, class_first
+        self.vocab_size, self.pad_id = vocab_size, pad_id
         super().__init__(**kwargs)
 
 
@@ -122,7 +121,7 @@ class CMLIModel(PreTrainedModel):
                     config.vocab_size,
                     settings["data"]["context_length"],
                     pretrained=False,
-                    special=SpecialTokens(config.pad_id, config.class_first),
+                    special=SpecialTokens(config.pad_id),
                 )
                 self.losses = nn.ModuleDict({name: Learned(name) for name, _ in config.losses})
         finally:
@@ -257,7 +256,6 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
         [*over_pairs(config.loss.weights).items()],
         vocab_size=words.vocab_size if text is None else text.vocab_size,
         pad_id=words.pad_id,
-        class_first=words.special.class_first,
         special_ids=sorted({*words.special_ids, *added}),
         architectures=[CMLIModel.__name__],
         dtype="float32",
