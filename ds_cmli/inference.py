@@ -118,13 +118,16 @@ class Model:
             features = self.student.image_embeddings(pixels.to(self.device))
             batches.append([x.cpu() for x in features])  # CPU-GPU sync
         names = [str(x) if isinstance(x, str | Path) else str(i) for i, x in enumerate(pictures)]
-        return ImageEmbeddings(*map(torch.cat, zip(*batches, strict=True)), names)
+        cls, patches = map(torch.cat, zip(*batches, strict=True))
+        return ImageEmbeddings(cls, patches, names)
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128) -> TextEmbeddings:
         """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        for text in texts or [None]:
+        if not texts:
+            raise UserError("no text is given: give at least one")
+        for text in texts:
             if not isinstance(text, str) or printable(text) != text:
                 raise UserError(f"a text is {text!r}: give a string of Unicode")
         samples = [Sample(black(0), self.tokenizer(text), i, i) for i, text in enumerate(texts)]

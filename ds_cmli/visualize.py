@@ -98,12 +98,13 @@ def held_out(
         turns.append((before[picture], caption))
     order = [caption for _, caption in sorted(turns)]
     out: list[tuple[Tensor, str]] = []
+    unless_asked = (UserError,) if numbers is None else ()
     for number in range(len(order)) if numbers is None else numbers:
         if number >= len(order):
             raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
         row = order[number]
         what = f"--pairs has {number}, which cannot be used: {pairs.name(row)}"
-        with suppress(UserError if numbers is None else ()), blame(what):
+        with suppress(*unless_asked), blame(what):
             out.append((pairs.image(row), pairs.text(row)))
         if numbers is None and len(out) == DEFAULT:
             break

@@ -131,7 +131,7 @@ def test_mistakes_are_one_line(model, run, tmp_path):
     ):
         with pytest.raises(UserError, match=line):
             model.embed_images(given)
-    for texts, line in ((["a", 3], "a text is 3: give a string"), ([], "a text is None")):
+    for texts, line in ((["a", 3], "a text is 3: give a string"), ([], "no text is given")):
         with pytest.raises(UserError, match=line):
             model.embed_texts(texts)
     with pytest.raises(UserError, match=r"no config\.json there"):

@@ -47,6 +47,7 @@ from ds_cmli.models.student import Student
 from ds_cmli.scores import both_ways
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+IN_FP32 = ["losses"]  # 16 bits would round a temperature by up to 2%
 AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of transformers'
 
 
@@ -105,7 +106,7 @@ class CMLIModel(PreTrainedModel):
     config: CMLIConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _keep_in_fp32_modules_strict = ("losses",)  # 16 bits would round a temperature by up to 2%
+    _keep_in_fp32_modules_strict = IN_FP32
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
