@@ -1,11 +1,11 @@
 """`ds_cmli.fit`: the training of `train.py` from a script or a notebook."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
@@ -15,12 +15,10 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, RunConfig, Sections
-from ds_cmli.config.validation import check, shown
+from ds_cmli.config.validation import check
 from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
-from ds_cmli.memory.profile import Profiles
-from ds_cmli.prepare import LaunchOptions
-from ds_cmli.train import train
+from ds_cmli.train import Start, train
 
 if TYPE_CHECKING:  # it imports torch, before which a start sets variables
     from ds_cmli.inference import Model
@@ -53,11 +51,12 @@ def fit(
     data: str | Path | Sequence[str | Path] | None = None,
     deepspeed_config: str | Path | Section = DEFAULT_JSON,
     resume: str = "auto",
+    on_log: Callable[[int, dict[str, Any]], object] | None = None,
 ) -> Fitted:
     """Train as the command does, to the bit, in this process. Collective.
 
     It prints the command's lines. A launcher's ranks, as of torchrun, all call it; without one it
-    is one process, which no watchdog ends.
+    is one process, which no watchdog ends. The environment is as before afterwards.
 
     Args:
         config: a preset's name; sections of settings that change the preset `run.preset`, as
@@ -65,15 +64,15 @@ def fit(
         data: what --data takes, or several of it; None: the configuration's.
         deepspeed_config: DeepSpeed's JSON, as a file or its content.
         resume: as --resume; "auto" goes on from the run in `run.output_dir`.
+        on_log: called on rank 0 with the step and the columns of each line of `metrics.jsonl`.
 
     Raises:
         UserError: a mistake that the user can correct, on every rank.
         Preempted: the run has saved after a signal, as the command does.
     """
     resolved = _resolved(config, data)
-    start = LaunchOptions(resume, False, Profiles(), raises=True)
     # A start sets the variables of a rank where no launcher has.
-    with environment({}, *OF_A_RANK), warnings.catch_warnings():
+    with environment({}, *OF_A_RANK, "CUDA_VISIBLE_DEVICES"), warnings.catch_warnings():
         map_launcher_environment()
         quiet.silence()
         if isinstance(deepspeed_config, Mapping):
@@ -81,14 +80,15 @@ def fit(
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
         try:
-            ended = train(resolved, ds_config, start)  # collective
+            start = Start(resume, raises=True, on_log=on_log)
+            code, folder = train(resolved, ds_config, start)  # collective
         except OSError as error:  # as the command takes it
             if error.filename is None:
                 raise
             raise UserError(f"{error.strerror}: {error.filename!r}") from error
-    if ended.code == preemption.EXIT_CODE:
-        raise preemption.Preempted(f"call fit again with run.output_dir {ended.folder} to go on")
-    return Fitted(ended.folder)
+    if code == preemption.EXIT_CODE:
+        raise preemption.Preempted(f"call fit again with run.output_dir {folder} to go on")
+    return Fitted(folder)
 
 
 def _resolved(
@@ -99,33 +99,22 @@ def _resolved(
     sections: Sections = {}
     if isinstance(config, str):
         sections["run"] = {"preset": config}
-    elif isinstance(config, Mapping):
-        for name, settings in config.items():
-            check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
-            sections[name] = dict(settings)
     elif isinstance(config, Config):
         sections = config.to_dict()
     else:
         need = "give a preset's name, a mapping of sections, or a Config"
-        raise UserError(f"config is {shown(config)}: {need}")
+        check(isinstance(config, Mapping), "config", config, need)
+        for name, settings in config.items():
+            check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
+            sections[name] = dict(settings)
     if data is not None:
-        of_data, source = sections.setdefault("data", {}), _source(data)
-        other = of_data.get("source", source)
-        good = isinstance(config, Config) or other == source
-        check(good, "data", data, f"data.source is {other!r}: give one of them")
-        of_data["source"] = source
+        given = [data] if isinstance(data, str | Path) else data
+        check(isinstance(given, Sequence), "data", data, "give what --data takes, or a list of it")
+        names = list(map(str, given))
+        sections.setdefault("data", {})["source"] = names[0] if len(names) == 1 else names
     written = {"data.source": "data", "run.preset": "run.preset"}
     if isinstance(config, str):
         written["run.preset"] = "config"
     if isinstance(config, Config):
         return Config.from_dict(sections, written)
     return load_preset(None, sections, written)
-
-
-def _source(data: str | Path | Sequence[str | Path]) -> str | list[str]:
-    """The setting `data.source`."""
-    if isinstance(data, str | Path):
-        return str(data)
-    check(isinstance(data, Sequence), "data", data, "give what --data takes, or a list of it")
-    names = list(map(str, data))
-    return names[0] if len(names) == 1 else names

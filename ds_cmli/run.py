@@ -1,49 +1,50 @@
-"""The parts of a run, and what the training loop does with them between its steps.
+"""What the training loop does between its steps: taking data, logging, evaluating and saving.
 
-That is taking data, logging, evaluating and saving. All methods are called by all ranks together.
+All methods are called by all ranks together.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ds_cmli.checkpoint.save import Checkpoints
+from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
-from ds_cmli.distributed.process_group import mean_over_ranks, world_size
-from ds_cmli.engine import TrainEngine
+from ds_cmli.data.build import Data
+from ds_cmli.data.pairs import BadSamples
+from ds_cmli.distributed.process_group import CollectiveFlags, mean_over_ranks, world_size
+from ds_cmli.engine import Plan, TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate import report
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.faults import nonfinite, preemption
+from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.metrics import Meter, NullWriter, Writer, peak_memory_bytes
-from ds_cmli.prepare import Prepared, next_batch
-
-
-class Due(NamedTuple):
-    log: bool
-    evaluation: bool
-    checkpoint: bool  # by the number of steps; also by the clock and after an evaluation
 
 
 @dataclass
 class Run:
-    """The parts of a run, as `train.loop` uses them."""
+    """A run in training."""
 
-    ready: Prepared
+    config: Config
+    data: Data
+    plan: Plan  # among other things the order of the samples, and the position in it
+    state: TrainState  # what the next step depends on besides the engine
     engine: TrainEngine
     checkpoints: Checkpoints
     writer: Writer | NullWriter  # of rank 0, and of the others
     meter: Meter
+    bad: BadSamples
+    flags: CollectiveFlags  # what ranks decide together
+    watchdog: Watchdog
 
-    def __post_init__(self) -> None:
-        self.config, self.data, self.state = self.ready.config, self.ready.data, self.ready.state
-        self.total_steps = self.ready.plan.total_steps  # optimizer steps
-        self.sampler = self.ready.plan.sampler  # the order of the samples, and the position in it
-        self.bad, self.flags = self.ready.bad, self.ready.flags
-        self.watchdog = self.ready.place.watchdog
+    def due(self, every: int) -> bool:
+        """Whether what comes every so many steps, 0: never, and after the last one, is due now."""
+        step = self.state.step
+        return step == self.plan.total_steps or (every > 0 and step % every == 0)
 
     def take_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], bool]:
         """The micro-batches of a step, and whether a checkpoint is due by the clock. Collectives.
@@ -53,24 +54,34 @@ class Run:
         self.watchdog.heartbeat(self.state.step)
         micro_batches: list[Batch] = []
         save_due = False
-        for _ in range(self.ready.plan.deepspeed.accumulation):
+        for _ in range(self.plan.deepspeed.accumulation):
             self.meter.timer.mark("data")
-            batch, stop, save_due = next_batch(
-                self.ready, batches, self.checkpoints.due, self.save_done
+            batch: Batch | None = None
+            error: Exception | None = None
+            try:
+                batch = next(batches)
+            except UserError as caught:  # of a loading process: its traceback precedes its message
+                line = str(caught).strip().splitlines()[-1]
+                error = UserError(line.split("UserError: ", 1)[-1])
+            except Exception as caught:  # the other ranks must not wait for this one
+                error = caught
+            self.watchdog.heartbeat()
+            signalled = preemption.requested() is not None
+            failed, stop, save_due = self.flags.any(
+                batch is None, signalled, self.checkpoints.due()
             )  # collective
+            if failed:
+                self.save_done()  # collectives
+                self.flags.fail_together(error)  # collective
             if stop and not micro_batches:
                 raise preemption.Preempted
+            assert batch is not None, "an error has been raised"
             micro_batches.append(batch)
         for batch in micro_batches:  # only now: where the data fails, the step before is saved
             self.bad.add(batch.bad)
-            self.meter.pairs += self.sampler.global_batch
-            self.sampler.advance()
+            self.meter.pairs += self.plan.sampler.global_batch
+            self.plan.sampler.advance()
         return micro_batches, save_due
-
-    def sign_of_life(self) -> None:
-        """Tell the watchdog, and whoever reads the log of a long step."""
-        self.watchdog.heartbeat()
-        self.writer.say_alive(self.state.step + 1, self.meter.timer.so_far)
 
     def end_step(self, step_losses: list[MicroBatchLosses]) -> None:
         """Count the step's losses, or the step as skipped on all ranks.
@@ -103,28 +114,15 @@ class Run:
             )
             raise UserError(self.checkpoints.diverged(why, state))
 
-    def due(self) -> Due:
-        """What is due after the step that has just been taken."""
-        settings, step = self.config.run, self.state.step
-        if step == self.total_steps:
-            return Due(True, True, True)
-
-        def every(steps: int) -> bool:
-            return steps > 0 and step % steps == 0
-
-        return Due(
-            every(settings.log_every), every(settings.eval_every), every(settings.save_every)
-        )
-
     def log(self) -> None:
         """Write means over all ranks and all steps since the last line.
 
         Collectives, CPU-GPU sync.
         """
-        state, micro_batch = self.state, self.sampler.global_batch
+        state, micro_batch = self.state, self.plan.sampler.global_batch
         sums = state.sums / max(1, state.micro_batches)
         means = mean_over_ranks(sums).tolist()  # collective, CPU-GPU sync
-        accumulation = self.ready.plan.deepspeed.accumulation
+        accumulation = self.plan.deepspeed.accumulation
         self.bad.check(self.flags, state.step * accumulation * micro_batch)  # collective
         values = by_name(means, self.config.loss.weights, state.micro_batches * micro_batch)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
@@ -134,28 +132,22 @@ class Run:
         state.micro_batches = 0
 
     def evaluate(self) -> None:
-        """Evaluate all held-out splits; if that fails, first save what has been trained.
+        """Evaluate every held-out split, with the weights and with their average, if there is one.
 
-        Raises `Preempted` on all ranks where a signal came. Collectives.
+        The results of the last of both count as the best or not. If it fails, what has been trained
+        is saved first. Raises `Preempted` on all ranks where a signal came. Collectives.
         """
+        ema = self.engine.ema
         try:
-            self._evaluate()  # collectives
+            with self.meter.paused():
+                self._evaluate_splits("", counts=ema is None)  # collectives
+                if ema is not None:
+                    with ema.as_weights():  # collectives
+                        self._evaluate_splits("_ema", counts=True)  # collectives
         except UserError:
             if world_size() == 1:  # other ranks would be in the midst of theirs
                 self.save_done()
             raise
-
-    def _evaluate(self) -> None:
-        """Evaluate every held-out split, with the weights and with their average, if there is one.
-
-        The results of the last of both count as the best or not. Collectives.
-        """
-        ema = self.engine.ema
-        with self.meter.paused():
-            self._evaluate_splits("", counts=ema is None)  # collectives
-            if ema is not None:
-                with ema.as_weights():  # collectives
-                    self._evaluate_splits("_ema", counts=True)  # collectives
         self.state.count_evaluation()
 
     def _evaluate_splits(self, suffix: str, counts: bool) -> None:
@@ -195,10 +187,6 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
-        self.writer.flush()
-        self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
-        with self.watchdog.slow():
-            line, seconds = self.checkpoints.save(self.state)  # collectives
-        self.writer.say(line)
-        self.writer.draw(self.state.step, checkpoint_s=seconds)
-        self.meter.pause(seconds, checkpoint=True)
+        self.state.capture(self.plan.sampler, self.bad)  # CPU-GPU sync
+        with self.meter.paused(checkpoint=True), self.watchdog.slow():
+            self.writer.say(self.checkpoints.save(self.state))  # collectives

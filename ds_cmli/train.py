@@ -1,8 +1,7 @@
 """Train the student: `deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json`
 
 The same script starts under `deepspeed`, `torchrun`, `srun` and plain `python`. It reads top to
-bottom: configuration, processes, the engine, and the loop. What there is to go on from is found in
-`prepare.py`.
+bottom: the command, the processes, what there is to go on from, the engine, and the loop.
 """
 
 import sys
@@ -15,31 +14,41 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ds_cmli.common import hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import (
-    OUTPUT,
-    START,
-    WHAT,
-    add,
-    resolve_config,
-)
+from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profile import Profiles
-from ds_cmli.prepare import LaunchOptions, Prepared, RankContext, check_early, load_data, prepare
 
-if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
+if TYPE_CHECKING:  # these take seconds to import, and options are checked before
+    import torch
+
+    from ds_cmli.data.build import Data
+    from ds_cmli.faults.watchdog import Watchdog
     from ds_cmli.run import Run
+
+
+@dataclass(frozen=True)
+class Start:
+    """The options of one start that are not settings of the run."""
+
+    resume: str = "auto"
+    with_changes: bool = False  # --resume-with-changes
+    profiles: Profiles = field(default_factory=Profiles)
+    raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
+    on_log: Callable[[int, dict[str, Any]], object] | None = None
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,7 +63,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
     dry_run = options.pop("dry_run")
-    start = LaunchOptions(options.pop("resume"), options.pop("resume_with_changes"), profiles)
+    start = Start(options.pop("resume"), options.pop("resume_with_changes"), profiles)
     config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
@@ -64,26 +73,51 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         check_early(config, ds_config, start)
         say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
         return 0
-    return train(config, ds_config, start).code
+    return train(config, ds_config, start)[0]
 
 
-class Ended(NamedTuple):
-    """A run that was started: its exit code, 0 at the end, and its folder.
+def check_early(config: Config, ds_config: DeepSpeedConfig, start: Start) -> None:
+    """Raise `UserError` for what would otherwise be refused only when the processes have met."""
+    profiles = start.profiles
+    if config.run.report_to == "wandb":
+        with blame("run.report_to is 'wandb'"):
+            import wandb  # noqa: F401
+    if config.run.compile != "off" and profiles.memory is not None:
+        raise UserError(
+            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
+            "what is measured is compared with the prediction, which is of the blocks as they are: "
+            "leave out one of the two"
+        )
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    if start.resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
-    The code is `preemption.EXIT_CODE` where the run is to be started again.
+
+def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> tuple[int, Path]:
+    """Train: what the command and `ds_cmli.fit` call. Collective.
+
+    Returns:
+        The exit code, which is `preemption.EXIT_CODE` where the run is to be started again, and the
+        run's folder.
     """
-
-    code: int
-    folder: Path
-
-
-def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> Ended:
-    """Train: what the command and `ds_cmli.fit` call. Collective."""
-    # --- configuration: on every rank, before the processes meet
+    # --- on every rank, before the processes meet
     check_early(config, ds_config, start)
     if config.run.deterministic:
         hardware.enforce_determinism()
-    data, mistake = load_data(config)
+    from ds_cmli.data import assets
+    from ds_cmli.data.build import build_data
+
+    data, mistake = None, None
+    try:
+        for name in assets.used(config):
+            assets.fetch(name)
+        data = build_data(config.data, config.run.seed)
+        say(*data.summary)
+    except UserError as error:
+        if os.environ["WORLD_SIZE"] == "1":
+            raise
+        mistake = str(error)  # maybe on this node alone: raised once the ranks have met
     import torch.distributed as dist
 
     from ds_cmli.distributed import process_group as distributed
@@ -105,34 +139,75 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: LaunchOptions) -> E
             assert data is not None, "a mistake has been raised"
             folder = run_folder.make(config, start.resume)  # collective
             with run_folder.held(folder):  # collective
-                place = RankContext(device, folder, watchdog)
-                ready = prepare(config, ds_config, data, place, start)  # collective
-                if ready is None:
-                    return Ended(0, folder)
-                return Ended(build_and_train(ready), folder)  # collectives
+                # Collectives.
+                return begin(config, ds_config, data, start, device, folder, watchdog), folder
         finally:
             if not theirs:
                 distributed.shutdown()
 
 
-def build_and_train(ready: Prepared) -> int:
-    """Build the engine, put back what there is to go on from, and train. Collective."""
+def begin(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    data: "Data",
+    start: Start,
+    device: "torch.device",
+    folder: Path,
+    watchdog: "Watchdog",
+) -> int:
+    """Find what there is to go on from, build the engine, and train. Returns the exit code.
+
+    Collective.
+
+    Args:
+        ds_config: the user's DeepSpeed JSON, as this device can run it.
+    """
+    from ds_cmli import engine as engines
     from ds_cmli.checkpoint import resume, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
-    from ds_cmli.engine import build, counts_line, release, with_backend
+    from ds_cmli.data.pairs import BadSamples
+    from ds_cmli.distributed import process_group as distributed
     from ds_cmli.memory import out_of_memory
-    from ds_cmli.metrics import Meter, open_writer
+    from ds_cmli.metrics import Meter, NullWriter, Writer
     from ds_cmli.models.hf import write_config
     from ds_cmli.run import Run
 
-    config, plan, data, state = ready.config, ready.plan, ready.data, ready.state
-    device, folder, watchdog = ready.place.device, ready.place.folder, ready.place.watchdog
-    chosen, notice = with_backend(config, plan.deepspeed, device)  # collective
+    # --- what there is to go on from
+    with_changes = start.with_changes
+    found = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
+    point = resume.find(found, folder)  # collective
+    plan = engines.make_plan(config, resume.rebatch(point, ds_config), data.mixture)  # collective
+    state = resume.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
+    finished = state.step == plan.total_steps and state.evaluated
+    finished = finished or state.out_of_patience(config.run.patience)
+    own = point is None or (point.is_of(folder) and not point.changed)
+    if state.step > plan.total_steps or (finished and not own):
+        assert point is not None, "a fresh start has steps to take"
+        raise UserError(
+            f"{point.path} is of a run that has ended, and this start has {plan.total_steps} steps "
+            f"in all, {state.step} of them done: nothing would be trained: give more --steps, or "
+            "start without --resume"
+        )
+    if finished:
+        say(
+            f"the run in {folder} is finished, {state.step} steps: "
+            "give another --output-dir to start a new one"
+        )
+        return 0
+    if point is not None:
+        plan.sampler.load_state_dict(state.sampler)
+    profiles = start.profiles.left(plan.total_steps, state.step, say)
+    bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
+    flags = distributed.CollectiveFlags()  # collective
+
+    # --- the engine
+    chosen, notice = engines.with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
-    raises, afterwards = ready.start.raises, contextlib.ExitStack()
-    ending = out_of_memory.ending(folder, device, raises)
-    with afterwards, ending as engines:
-        engine = build(
+    with (
+        contextlib.ExitStack() as afterwards,
+        out_of_memory.ending(folder, device, start.raises) as held,
+    ):
+        engine = engines.build(
             chosen,
             plan.deepspeed,
             data.tokenizer.vocab_size,
@@ -140,35 +215,42 @@ def build_and_train(ready: Prepared) -> int:
             device,
             data.tokenizer.special,
         )
-        engines.append(engine)
-        if raises:
-            afterwards.callback(release, engine.engine)
-        resume.load(ready.point, state, engine, ready.bad, ready.start.with_changes)  # collective
+        held.append(engine)
+        if start.raises:
+            afterwards.callback(engines.release, engine.engine)
+        resume.load(point, state, engine, bad, with_changes)  # collective
         student, words = engine.objective.student, data.tokenizer
         describe = partial(write_config, config=config, student=student, words=words)
-        run_folder.settle(ready.point, folder, config, plan.deepspeed, describe)  # collective
-        say(counts_line(engine.objective, engine.teacher))
-        if ready.point is not None and ready.point.changed:
+        run_folder.settle(point, folder, config, plan.deepspeed, describe)  # collective
+        say(engines.counts_line(engine.objective, engine.teacher))
+        if point is not None and point.changed:
             rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1
             say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
-        with watchdog.slow():  # a tracker may ask its server
-            writer = open_writer(
-                folder, plan.total_steps, state.step, config.run.report_to
-            )  # collective
-            parts = Run(
-                ready=ready,
-                engine=engine,
-                checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
-                writer=writer,
-                meter=Meter(engine),
-            )
-        profiles = ready.start.profiles
+        writer: Writer | NullWriter = NullWriter()
+        with watchdog.slow(), distributed.raised_together():  # a tracker may ask its server
+            if distributed.is_main():
+                writer = Writer(
+                    folder, plan.total_steps, state.step, config.run.report_to, start.on_log
+                )
+        run = Run(
+            config=config,
+            data=data,
+            plan=plan,
+            state=state,
+            engine=engine,
+            checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
+            writer=writer,
+            meter=Meter(engine),
+            bad=bad,
+            flags=flags,
+            watchdog=watchdog,
+        )
         with (
-            probe.subscribed(parts.meter),
+            probe.subscribed(run.meter),
             profiles.around(engine, chosen, plan.deepspeed, folder, state.step) as after_step,
             preemption.handled(),
         ):
-            return loop(parts, after_step)  # collective
+            return loop(run, after_step)  # collective
 
 
 def loop(run: "Run", after_step: Callable[[], None]) -> int:
@@ -184,10 +266,9 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     from ds_cmli.data.pairs import train_loader
 
     settings, state, data = run.config.run, run.state, run.config.data
-    batches = iter(
-        train_loader(run.data, run.sampler, data.workers, preemption.shield, data.prefetch)
-    )
-    save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
+    sampler, total = run.plan.sampler, run.plan.total_steps
+    batches = iter(train_loader(run.data, sampler, data.workers, preemption.shield, data.prefetch))
+    save_due = state.step == total  # the run was stopped in its last evaluation
     try:
         while True:
             # The evaluation of a step comes before its checkpoint, which holds the result.
@@ -196,24 +277,23 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
                 save_due = save_due or run.checkpoints.due_after_evaluation(state)
             if save_due:
                 run.save()  # collectives
-            if state.step == run.total_steps or state.out_of_patience(settings.patience):
+            if state.step == total or state.out_of_patience(settings.patience):
                 break
             micro_batches, by_the_clock = run.take_micro_batches(batches)  # collectives
             # Collectives: one optimizer step.
-            losses = run.engine.step(micro_batches, run.sign_of_life)
+            losses = run.engine.step(micro_batches, run.watchdog.heartbeat)
             state.step += 1
             run.end_step(losses)  # collectives after a skipped step
             after_step()
-            due = run.due()
-            if due.log:
+            if run.due(settings.log_every):
                 run.log()  # collectives, CPU-GPU sync
-            state.evaluated = not due.evaluation
-            save_due = due.checkpoint or by_the_clock
+            state.evaluated = not run.due(settings.eval_every)
+            save_due = by_the_clock or run.due(settings.save_every)
     except preemption.Preempted:
         run.save_done()  # collectives
         signal = preemption.requested() or "a signal to another rank"
         run.writer.say(
-            f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
+            f"stopped at step {state.step} of {total} by {signal}: start again with "
             f"--output-dir {run.checkpoints.folder} to go on"
         )
         run.writer.close()

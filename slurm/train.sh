@@ -43,8 +43,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
 step=(--nodes="$SLURM_NNODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --distribution=block:block)
 ((gpus == 0)) || step+=(--gpus-per-node="$gpus" --gpu-bind=none) # every task sees all GPUs of its node, for NCCL
 # ALL: the tasks get this script's environment even if sbatch passes none to the script. A failed task does not end the
-# others at once, so that they can report which one failed, or save.
-step+=(--export=ALL --kill-on-bad-exit=0 --wait=300)
+# others at once, so that they can report which one failed, or save, and that Slurm can notice a node that has failed.
+step+=(--export=ALL --kill-on-bad-exit=0 --wait=600)
 # srun would read these and divide GPUs and CPUs again.
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND \
     SLURM_NTASKS SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK

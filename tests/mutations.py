@@ -167,7 +167,7 @@ ROWS = (
     # Checkpoints: what is not restored, or another rank's; damage that is not seen.
     ("checkpoint-generators", "checkpoint/state.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      'torch.set_rng_state(self.generators["torch"])', "pass"),
-    ("checkpoint-sampler", "prepare.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
+    ("checkpoint-sampler", "train.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      "plan.sampler.load_state_dict(state.sampler)", "pass"),
     ("checkpoint-averages", "checkpoint/resume.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      "    load_averages(path / AVERAGE, train_engine)\n", ""),

@@ -59,8 +59,8 @@ class Checkpoints:
         """Whether `state` is that of the last checkpoint, or that of the start."""
         return self.saved == (state.step, state.evaluated)
 
-    def save(self, state: TrainState) -> tuple[str, float]:
-        """Write and publish a checkpoint: the line that tells of it, and its seconds. Collective.
+    def save(self, state: TrainState) -> str:
+        """Write and publish a checkpoint: the line that tells of it. Collective.
 
         If that fails on any rank, as on a full disk, the files published before are unchanged.
 
@@ -110,14 +110,12 @@ class Checkpoints:
         # Collective: no rank continues or ends before it is published.
         self.error = distributed.broadcast_object(error)
         self.saved_at = time.monotonic()
-        seconds = self.saved_at - started
         if self.error is not None:
             kept = "the one before stays" if files.names(root) else "there is none before"
-            line = f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
-            return line, seconds
+            return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
         self.saved = state.step, state.evaluated
         size = sum(entry["bytes"] for path, entry in entries.items() if "/" not in path)
-        return f"checkpoint {name}: {size / 1e6:.1f} MB in {seconds:.2f} s", seconds
+        return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
 
     def _write(self, writing: Path, state: TrainState) -> tuple[dict[str, Entry], str | None]:
         """Write all files: those of all ranks, and the first rank's error. Collective."""

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from typing import TypeVar
@@ -133,6 +134,17 @@ def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) 
         if first:
             same = len({*mistakes}) == 1
             raise UserError(first if same else f"{named(rank, nodes)}: {first}")
+
+
+@contextmanager
+def raised_together() -> Iterator[None]:
+    """Raise a `UserError` of one rank inside on all ranks. Collective."""
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = str(error)
+    raise_together(mistake)  # collective
 
 
 class CollectiveFlags:

@@ -48,12 +48,6 @@ class StepTimer:
         yield
         self.mark(before)
 
-    def so_far(self) -> dict[str, float]:
-        """The seconds in each phase since the last `lap`, as far as the GPU has come."""
-        if self.marks:
-            self.mark(self.marks[-1][0])
-        return self._seconds()
-
     def _seconds(self) -> dict[str, float]:
         seconds = dict.fromkeys(PHASES, 0.0)
         for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):

