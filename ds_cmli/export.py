@@ -35,16 +35,10 @@ license: {licence}
 
 # {name}
 
-An image-text model, {what} of a run of ds-cmli {version}, for {loads}.
+An image-text model of {library}, {what} of a run of ds-cmli {version}.
 
 It began as {origins}. The licences of all that it was trained from hold for it.
 """
-LOADS = {  # by --as
-    None: "AutoModel of transformers after `import ds_cmli.models.hf`",
-    "clip": "CLIPModel of transformers",
-    "siglip": "SiglipModel of transformers",
-    "open_clip": "create_model_from_pretrained('local-dir:...') of open_clip",
-}
 # What a name begins with in the library's models, and in a student.
 TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
 IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
@@ -118,17 +112,21 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
             words.pop("processor_class", None)  # it is the library's own, no more ours
             (out / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
         licence, origins = origins_of(config)
-        library = "open_clip" if kind == "open_clip" else "transformers"
-        title = {"library": library, "licence": licence, "name": target.resolve().name}
-        text = {"what": what, "version": provenance.version(), "loads": LOADS[kind]}
-        readme = README.format(**title, **text, origins=origins)
-        (out / "README.md").write_text(readme, errors="backslashreplace")
+        about = {
+            "licence": licence,
+            "origins": origins,
+            "what": what,
+            "name": target.resolve().name,
+        }
+        about |= {"library": "open_clip" if kind == "open_clip" else "transformers"}
+        text = README.format(**about, version=provenance.version())
+        (out / "README.md").write_text(text, errors="backslashreplace")
         for path in out.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
         if target.exists():
             target.rmdir()
         os.replace(out, target)
-    click.echo(f"{folder}: {what} of {run}, for {LOADS[kind]}")
+    click.echo(f"{folder}: {what} of {run}, as {kind or 'a model of this package'}")
 
 
 def between(config: Config, model: Any, trained: Weights, share: float) -> Weights:

@@ -117,7 +117,7 @@ def test_trained_the_library_computes_its_features(kind, trained, sources, tmp_p
     images, texts, scale = features(kind, folder, pictures)
     torch.testing.assert_close(ours.embed_images(pictures).cls, images, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.embed_texts(TEXTS).cls, texts, rtol=0, atol=1e-5)
-    assert ours.scales["global"] == pytest.approx(scale)
+    assert ours.evaluator.scales["global"] == pytest.approx(scale)
     given, back = load_file(sources[kind] / file), load_file(folder / file)
     assert not torch.equal(given["logit_scale"], back["logit_scale"])
 
@@ -195,7 +195,7 @@ def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):
         with torch.no_grad():
             cls, _ = objective.student.image_embeddings(pixels)
         torch.testing.assert_close(cls, wanted.embed_images(pictures).cls, rtol=0, atol=1e-6)
-        assert objective.score_scales() == wanted.scales
+        assert objective.score_scales() == wanted.evaluator.scales
         assert config.student.freeze_text == 1 and config.student.embed_dim == 24
     with pytest.raises(UserError, match="no such file or folder"):
         start(run / hf.AVERAGE, LOSSES["clip"])

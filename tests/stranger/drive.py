@@ -64,7 +64,7 @@ def compare(run: Path, exported: Path) -> None:
     """The exported model's scores are those of the run."""
     model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
     trained, again = Model.load(run, "cpu"), Model.load(exported, "cpu")
-    assert again.scales == trained.scales
+    assert again.evaluator.scales == trained.evaluator.scales
     texts = ["a red car", "two dogs", "x"]
     pictures = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue", "green")]
     out = model(**processor(images=pictures, text=texts))
