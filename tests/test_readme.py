@@ -132,6 +132,12 @@ def test_python_of_inference(place, monkeypatch):
         run(re.sub(r"runs/[\w-]+", "RUN", code))
 
 
+def test_python_of_the_loss():
+    for page in (README, ROOT / "docs" / "op.md"):
+        names = run(next(body for body in blocks("python", [page]) if "CMLILoss" in body))
+        assert 0 < names["value" if page == README else "loss"].item() < 5
+
+
 def test_python_of_metrics():
     (code,) = [body for body in blocks("python") if "ds_cmli.evaluate" in body]
     names = run(re.sub(r"(?m)^(recalls|phrase_hits)", r"\1_ = \1", code))
