@@ -27,18 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Weights = dict[str, "Tensor"]
-README = """\
----
-library_name: {library}
-license: {licence}
----
-
-# {name}
-
-An image-text model of {library}, {what} of a run of ds-cmli {version}.
-
-It began as {origins}. The licences of all that it was trained from hold for it.
-"""
 # What a name begins with in the library's models, and in a student.
 TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
 IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
@@ -54,12 +42,7 @@ NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss
 @plugin_option
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
-@click.option(
-    "--as",
-    "kind",
-    type=click.Choice(list(PARTS)),
-    help="Write the model of transformers or of open_clip that the run began as (student.source).",
-)
+@click.option("--as", "kind", type=click.Choice(list(PARTS)), help="What the run began as.")
 @click.option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
 @click.option(
     "--interpolate",
@@ -111,15 +94,7 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
             words = json.loads((out / "tokenizer_config.json").read_text())
             words.pop("processor_class", None)  # it is the library's own, no more ours
             (out / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
-        licence, origins = origins_of(config)
-        about = {
-            "licence": licence,
-            "origins": origins,
-            "what": what,
-            "name": target.resolve().name,
-        }
-        about |= {"library": "open_clip" if kind == "open_clip" else "transformers"}
-        text = README.format(**about, version=provenance.version())
+        text = readme(config, target.resolve().name, what, kind)
         (out / "README.md").write_text(text, errors="backslashreplace")
         for path in out.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
@@ -207,26 +182,36 @@ def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
     return model, open_clip.loss_of(own), "open_clip_model.safetensors"
 
 
-def origins_of(config: Config) -> tuple[str, str]:
-    """The licence of the model that a run began as, and what it was trained from, in words."""
+def readme(config: Config, name: str, what: str, kind: str | None) -> str:
+    """The page of a model, with what it began as and the licence of that."""
     from huggingface_hub import ModelCard
 
     from ds_cmli.data.assets import ASSETS, used
 
-    licence = "other"
     while (source := Source(config.student.source)).name and source.has_own_data:
         config = load_config(source.path / RUN, "student.source")  # of the run before
-    student, demo = config.student, [ASSETS[name].licence for name in used(config)]
+    licence, student = "other", config.student
     if source.name:
         with suppress(Exception), loading(hub=not source.local):  # no card, or no network
             card = source.path / "README.md" if source.local else source.place
             licence = ModelCard.load(card).data.license or licence
-        name = Path(source.place).name if source.local else source.name
-        began = f"{name} (licence: {'as it says' if licence == 'other' else licence})"
+        began = Path(source.place).name if source.local else source.name
+        began += f", licence: {'as it says' if licence == 'other' else licence}"
     else:
-        weights = [Path(name).name for name in (student.image_weights, student.text_weights)]
-        began = f"{student.image_model} ({weights[0]}) and {student.text_model} ({weights[1]})"
-    return licence, "; ".join([began, *demo])
+        began = f"{student.image_model} and {student.text_model}"
+    origins = "; ".join([began, *(ASSETS[asset].licence for asset in used(config))])
+    return f"""\
+---
+library_name: {"open_clip" if kind == "open_clip" else "transformers"}
+license: {licence}
+---
+
+# {name}
+
+An image-text model: {what} of a run of ds-cmli {provenance.version()}.
+
+It began as {origins}. The licences of all that it was trained from hold for it.
+"""
 
 
 def main() -> None:

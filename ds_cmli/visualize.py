@@ -51,8 +51,7 @@ def command(
         if not pairs.replace(",", "").isdigit():
             raise UserError(f"--pairs is {pairs!r}: give numbers from 0 on, separated by commas")
         numbers = [int(number) for number in pairs.split(",") if number]
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(output).mkdir(parents=True, exist_ok=True)
 
     from ds_cmli.evaluate.match_map import sheet
     from ds_cmli.inference import Model
@@ -70,9 +69,8 @@ def command(
         for name, match in matches.items():
             if not match.words or match.spans != matches[names[0]].spans:
                 raise UserError(f"{name} knows no words in {caption!r}, or others than {names[0]}")
-        if len(runs) == 1:  # which is not named
-            matches = {"": matches[names[0]]}
-        sheet(pixels, caption, matches).save(folder / f"match-{number}.png", optimize=True)
+        titled = {name * (len(runs) > 1): match for name, match in matches.items()}
+        sheet(pixels, caption, titled).save(Path(output) / f"match-{number}.png", optimize=True)
     click.echo(f"match maps of {len(shown)} pair{'s'[: len(shown) != 1]}: {output}")
 
 
