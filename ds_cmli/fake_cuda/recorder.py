@@ -93,7 +93,7 @@ class Recorder(TorchDispatchMode):
             self.segment += 1
         if func is aten.record_stream.default:
             return self._used(*args)
-        inside = workspaces.NOTHING
+        inside = workspaces.Inside()
         if self.gpu is not None and func in workspaces.OPERATORS and self._is_here(args[0]):
             inside = workspaces.OPERATORS[func](args, self.gpu)
         held = self._exchange([], inside.before, func)

@@ -2,7 +2,7 @@
 
 Those of training's operators that show at a step's peak. Left out, as they are small or as no
 source tells them: partial results of full reductions, the workspaces of cuDNN's convolutions. Paths
-are those below aten/src/ATen/native.
+are those below aten/src/ATen/native; "seen" is: on the null GPU.
 """
 
 import math
@@ -25,18 +25,11 @@ Stage = tuple[int, ...]
 
 
 class Inside(NamedTuple):
-    """The stages of an operator's own blocks; all have been freed when it returns.
-
-    before, after: until its results are allocated, and from then on.
-    """
+    """The stages of an operator's own blocks before and after its results are allocated; all have
+    been freed when it returns."""
 
     before: tuple[Stage, ...] = ()
     after: tuple[Stage, ...] = ()
-
-
-NOTHING = Inside()
-INDEX = 8  # bytes of an int64
-SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
 def returned(func: OpOverload, args: tuple, out: object) -> object:
@@ -63,9 +56,6 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-# --- copies
-
-
 def contiguous_copies(*tensors: Tensor, layout=torch.contiguous_format) -> Stage:
     """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
     return tuple(x.nbytes for x in tensors if not x.is_contiguous(memory_format=layout))
@@ -89,7 +79,7 @@ def _convolution_backward(args: tuple, gpu: Limits) -> Inside:
     """cudnn/ConvShared.cpp: operands become contiguous alike, and channels last if one is so."""
     grad, x, weight = args[:3]
     if _depthwise(weight):
-        return NOTHING
+        return Inside()
     layout = _suggested(x, weight)
     kept = contiguous_copies(grad, layout=layout)  # while the other gradients are computed
     return Inside((kept + contiguous_copies(x, weight, layout=layout), kept), (kept,))
@@ -111,8 +101,8 @@ def _softmax_backward(args: tuple, gpu: Limits) -> Inside:
 def _partial_sums(rows: int, columns: int, gpu: Limits) -> Stage:
     """What blocks of threads leave to each other where several add up the rows of the same columns.
 
-    cuda/Reduce.cuh (`setReduceConfig`) for rows that lie one after the other: a block has 32
-    threads for 4 columns each, by 4, of which each adds up 16 to 256 values; then the semaphores.
+    cuda/Reduce.cuh (`setReduceConfig`): a block has 32 threads for 4 columns each, by 4, of which
+    each adds up 16 to 256 values; then the semaphores.
     """
     grid, blocks = math.ceil(columns / 128), gpu.multiprocessors * gpu.threads // 128
     if columns < 128 or rows <= 1020 or grid > blocks:
@@ -126,7 +116,7 @@ def _sum(args: tuple, gpu: Limits) -> Inside:
     x, dims = args[:2]
     reduced = sorted(dim % x.dim() for dim in dims or ()) if x.dim() else []
     if not reduced or reduced != list(range(len(reduced))) or not x.is_contiguous():
-        return NOTHING
+        return Inside()
     rows = math.prod(x.shape[: len(reduced)])
     return Inside(after=(_partial_sums(rows, x.numel() // max(rows, 1), gpu),))
 
@@ -135,8 +125,7 @@ def _layer_norm_backward(args: tuple, gpu: Limits) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
     gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
-    copies = contiguous_copies(x, grad)
-    width = math.prod(shape)
+    copies, width = contiguous_copies(x, grad), math.prod(shape)
     rows = x.numel() // width
     if rows <= 1 << 16 or width // 32 >= gpu.multiprocessors // 2:
         return Inside((contiguous_copies(x),), (copies,))
@@ -148,14 +137,16 @@ def _layer_norm_backward(args: tuple, gpu: Limits) -> Inside:
 
 # --- embeddings
 
+INDEX = 8  # bytes of an int64
+SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
+
 
 def _sorted_pairs(n: int, largest: int, gpu: Limits) -> Stage:
     """What cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
 
     cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
     the keys, a table that blocks read from each other, and both arrays once more where there is
-    more than one pass. The number of keys that a block sorts at a time was seen on the null GPU, as
-    was that up to 2,048 keys are sorted by a single block.
+    more than one pass. How many keys a block sorts was seen.
     """
     if n <= 2048:
         return (1,)
@@ -166,10 +157,10 @@ def _sorted_pairs(n: int, largest: int, gpu: Limits) -> Stage:
 
 
 def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
-    """cuda/Embedding.cu (`embedding_dense_backward_cuda`) and EmbeddingBackwardKernel.cu: more than
-    3,072 indices are sorted; gradients of equal indices are added up ten at a time, in fp32, and
-    then by index. Of a small table whose rows are frequent, the sums of ten are added to the table
-    at once, for 16 bits in a table of fp32; which tables these are was seen on the null GPU."""
+    """cuda/Embedding.cu, EmbeddingBackwardKernel.cu: more than 3,072 indices are sorted; gradients
+    of equal indices are added up ten at a time, in fp32, and then by index. Of a small table whose
+    rows are frequent, the sums of ten are added to the table at once, for 16 bits in one of fp32;
+    which tables these are was seen."""
     grad, indices, rows = args[:3]
     n, width = indices.numel(), grad.shape[-1]
     copies = contiguous_copies(indices, grad)
@@ -185,12 +176,8 @@ def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
     if few and parts >= 4 * segments:
         sums = (partial, rows * width * 4) if grad.dtype.itemsize < 4 else (partial,)
     counted = (*kept, numbers, INDEX)
-    after = (
-        (*counted, numbers, SCAN),
-        (*counted, starts, starts, SCAN),
-        (*counted, starts, starts, INDEX, partial, *sums),
-    )
-    return Inside((sorting, kept), after)
+    scanned = (*counted, numbers, SCAN), (*counted, starts, starts, SCAN)
+    return Inside((sorting, kept), (*scanned, (*counted, starts, starts, INDEX, partial, *sums)))
 
 
 # --- attention
@@ -220,23 +207,17 @@ def _flash_backward(args: tuple, gpu: Limits) -> Inside:
     batch, heads, rows, width = query.shape
     sums = batch * heads * _ceil_to(rows, 128) * 4
     splits = math.ceil(gpu.multiprocessors / (batch * heads)) if _deterministic() else 1
-    copies = _head_copies(grad, out)
-    of_heads: Stage = ()
-    if key.shape[1] != heads:
-        of_heads = (batch * heads * key.shape[2] * width * key.dtype.itemsize,) * 2
+    copies, shared = _head_copies(grad, out), key.shape[1] != heads
+    of_heads = 2 * shared * (batch * heads * key.shape[2] * width * key.dtype.itemsize,)
     whole = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
     return Inside((copies,), ((*copies, sums, whole, *of_heads),))
 
 
 def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
-    """transformers/cuda/attention_backward.cu (`_efficient_attention_backward`) and
-    mem_eff_attention/kernel_backward.h (`workspace_size`): the row sums of the gradient times the
-    output, which fp32 computes by PyTorch's own operators, and partial gradients in fp32: of the
-    queries always, of keys and values where they do not fit into registers.
-
-    The kernel is the first that fits (kernels/cutlassB.h); which fit into the shared memory of a
-    block was seen on the null GPU: all but those of 128 x 128, and of 128 x 64 in fp32, into 64 KB.
-    """
+    """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h: the row sums
+    of the gradient times the output, which fp32 computes by PyTorch's own operators, and partial
+    gradients in fp32: of the queries always, of keys and values where they do not fit into
+    registers. The kernel is the first that fits (kernels/cutlassB.h), which was seen."""
     grad, query, key, value = args[:4]
     (batch, heads, rows, width), keys, of_values = query.shape, key.shape[2], value.shape[-1]
     half, together, widest = query.dtype in HALF, batch * heads, max(width, of_values)
@@ -252,26 +233,20 @@ def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
             by_queries, by_keys, kept = 128, 128, 128
     elif widest > 64 and large and ampere:
         by_queries = 128
-    staged = half and widest > kept
-    splits = math.ceil(keys / by_keys)
-    if together >= 256 and keys <= 2 * by_keys:
+    staged, splits = half and widest > kept, math.ceil(keys / by_keys)
+    if (together >= 256 and keys <= 2 * by_keys) or _deterministic():
         splits = 1
     if staged:
         splits = max(1, min(splits, 200 // together))
-    if _deterministic():
-        splits = 1
     tiles = math.ceil(rows / by_queries) * math.ceil(width / by_keys)
     elements = tiles * (4 + by_queries * by_keys)  # a lock and a counter, padded, each
     if staged:
-        elements += (
-            splits * by_keys * (_ceil_to(width, by_queries) + _ceil_to(of_values, by_queries))
-        )
+        widths = _ceil_to(width, by_queries) + _ceil_to(of_values, by_queries)
+        elements += splits * by_keys * widths
     sums, workspace = together * rows * 4, together * _ceil_to(elements, 4) * 4
     copies = _head_copies(grad)
     held = (*copies, sums, workspace)
-    if half:
-        return Inside((copies,), (held,))
-    return Inside((copies,), ((*copies, grad.numel() * 4, sums, sums), held))
+    return Inside((copies,), (held,) if half else ((*copies, grad.numel() * 4, sums, sums), held))
 
 
 OPERATORS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
@@ -290,8 +265,7 @@ OPERATORS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
 
 _NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
 PRODUCTS = frozenset(str(getattr(aten, name).default) for name in _NAMES.split())
-WITH_BIAS = str(aten.addmm.default)
-LT_WORKSPACE = 1 << 20  # bytes, of cublasLt
+WITH_BIAS, LT_WORKSPACE = str(aten.addmm.default), 1 << 20  # bytes, of cublasLt
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
