@@ -153,7 +153,7 @@ ROWS = (
      MODELS + "test_the_teachers_patches_are_resampled_to_the_students_grid", "patches = square.flatten(2)",
      "patches = square.transpose(2, 3).flatten(2)"),
     ("models-projection", "models/student.py", MODELS + "test_one_projection_starts_orthonormal_and_serves_both_sides",
-     "        nn.init.orthogonal_(self.projection.weight)\n", ""),
+     "            nn.init.orthogonal_(self.projection.weight)\n", ""),
     # The engine: a frozen layer that learns, tables that decay, rates upside down, a first update at rate 0.
     ("engine-frozen", "engine/parameter_groups.py", ENGINE + "test_frozen_layers_keep_every_bit_and_the_others_move",
      "if count and (depth <= count or count == layers):", "if count and (depth < count or count == layers):"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -32,22 +33,12 @@ class Start(NamedTuple):
 class ValuePath(nn.Module):
     """What SigLIP's attention pooling gives where it attends to one patch alone."""
 
-    def __init__(self, pooling: nn.Module, config: PreTrainedConfig):
-        """`config`: of the image tower."""
+    def __init__(self, pooling: Any):
         super().__init__()
-        attention: Any = pooling.attention
-        width = attention.embed_dim
-        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
-        norm, mlp = pooling.get_submodule("layernorm"), pooling.get_submodule("mlp")
-        self.norm.load_state_dict(norm.state_dict())
-        self.mlp = type(mlp)(config)
-        self.mlp.load_state_dict(mlp.state_dict())
-        with torch.no_grad():
-            self.value.weight.copy_(attention.in_proj_weight[2 * width :])
-            self.value.bias.copy_(attention.in_proj_bias[2 * width :])
-            self.out.weight.copy_(attention.out_proj.weight)
-            self.out.bias.copy_(attention.out_proj.bias)
+        own = pooling.attention
+        self.value = layer(own.in_proj_weight.chunk(3)[2], own.in_proj_bias.chunk(3)[2])
+        self.out = layer(own.out_proj.weight, own.out_proj.bias)
+        self.norm, self.mlp = copied(pooling.layernorm), copied(pooling.mlp)
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, N, H] -> [B, N, H]."""
@@ -55,11 +46,24 @@ class ValuePath(nn.Module):
         return x + self.mlp(self.norm(x))
 
 
-def _copied(map: nn.Module) -> nn.Linear:
-    assert isinstance(map, nn.Linear)
-    # Not `deepcopy`, whose copies of fake tensors have storages on another device.
-    out = nn.Linear(map.in_features, map.out_features, bias=map.bias is not None)
-    out.load_state_dict(map.state_dict())
+def copied(part: nn.Module | Tensor | None) -> nn.Module:
+    """A module, or a projection [H, E], as one with parameters of its own and for vectors."""
+    if part is None:
+        return nn.Identity()
+    if isinstance(part, Tensor):
+        return layer(part.mT, None)
+    if isinstance(part, LayerNorm2d):
+        norm = nn.LayerNorm(part.normalized_shape, part.eps)
+        norm.load_state_dict(part.state_dict())
+        return norm
+    # `deepcopy` alone gives copies of fake tensors storages on another device.
+    memo: dict[int, Any] = {id(x): nn.Parameter(x.detach().clone()) for x in part.parameters()}
+    return deepcopy(part, memo | {id(x): x.clone() for x in part.buffers()})
+
+
+def layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    out.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return out
 
 
@@ -78,10 +82,10 @@ class DualImage(nn.Module):
         self.class_head: nn.Module = nn.Identity()
         self.pools = hasattr(self.model, "head")
         if self.pools:
-            self.token_head: nn.Module = ValuePath(self.model.head, config)
+            self.token_head: nn.Module = ValuePath(self.model.head)
         else:
             self.class_head = dual.get_submodule("visual_projection")
-            self.token_head = _copied(self.class_head)
+            self.token_head = copied(self.class_head)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -111,7 +115,7 @@ class DualText(TextEncoder):
             self.class_head = dual.get_submodule("text_projection")
         else:
             self.class_head, self.model.head = self.model.head, nn.Identity()
-        self.token_head = _copied(self.class_head)
+        self.token_head = copied(self.class_head)
 
     def joint(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_head(cls), self.token_head(tokens)
@@ -120,17 +124,9 @@ class DualText(TextEncoder):
 def build(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[DualImage, DualText, Start | None]:
-    """Both towers of the source, on the CPU in fp32.
+    """Both towers of the source, and what the losses start with; None for random weights.
 
-    Args:
-        image_size: S.
-        pretrained: whether to load the source's weights; if not, they are random.
-
-    Returns:
-        The towers, and what the losses start with; None for random weights.
-
-    Raises:
-        UserError: the weights cannot be loaded, or do not fit.
+    `image_size`: S; `pretrained`: whether to load the source's weights.
     """
     own, sizes = config.source_config, library(config)
     if not (pretrained and config.source):

@@ -5,6 +5,7 @@ B pairs, S image side in pixels, N patches, M text positions, H width.
 
 import inspect
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ import torch
 import transformers
 from timm.models import load_state_dict
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -79,13 +79,9 @@ class ImageEncoder(nn.Module):
         block: int | None = None,
         overrides: Mapping[str, Any] | None = None,
     ):
-        """
-        Args:
-            weights: "hub", "random" or a file with all weights of the model.
-            layers: how many first blocks are kept; None: `LAYERS`, or all of a model in stages.
-            block: instead, the last block (or stage) that is kept.
-            overrides: arguments of `timm.create_model`.
-        """
+        """`layers`: how many first blocks are kept, None: `LAYERS`, or all of a model in stages;
+        `block`: instead, the last block (or stage) that is kept; `weights`: "hub", "random" or a
+        file with all of the model's; `overrides`: arguments of `timm.create_model`."""
         super().__init__()
         # With the weights' own `num_classes` timm loads strictly; the head is cut off below.
         args: dict[str, Any] = {"pretrained": True, **(overrides or {})}
@@ -133,14 +129,6 @@ class ImageEncoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """What activation checkpointing recomputes."""
         return blocks_of_stages(self.model, self.stages)
-
-    def train(self, mode: bool = True) -> "ImageEncoder":
-        """BatchNorm keeps its statistics: those of a batch would differ between ranks."""
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()
-        return self
 
     def forward(self, pixels: Tensor) -> Tensor:
         options: dict[str, Any] = {"indices": [self.last], "norm": False}
@@ -206,11 +194,9 @@ class TextEncoder(nn.Module):
         """
         Args:
             name: a family such as "bert", or a name of the hub.
-            vocab_size, pad_id: of the tokenizer.
-            positions: M, the length of the longest text.
+            vocab_size, positions, pad_id: the tokenizer's, positions M of the longest text.
             weights: "hub", "random", a folder of transformers, or a file of weights.
             layers: how many first layers are kept; None: `LAYERS`.
-            dropout: after layers. There is none inside the attention.
             pretrained: False: random weights of the same shapes, to be overwritten.
             overrides: fields of the family's configuration class.
         """
@@ -272,13 +258,12 @@ class TextEncoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
     ) -> Tensor:
         """`padded`: whether a text of the batch is padded; None: unknown."""
-        if padded is None or not input_ids.is_cuda:
-            mask: dict[str, Tensor] = {"attention_mask": attention_mask.long()}
-            return self.model(input_ids=input_ids, **mask).last_hidden_state
-        mask = {"attention_mask": attention_mask.long()} if padded else {}
+        known = padded is not None and input_ids.is_cuda
+        mask = None if known and not padded else attention_mask.long()
         # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
-        with patched("transformers: mask", lambda _: lambda tensor=None: True):
-            return self.model(input_ids=input_ids, **mask).last_hidden_state
+        traced = patched("transformers: mask", lambda _: lambda tensor=None: True)
+        with traced if known else nullcontext():
+            return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """[B, M, *] -> [B, *]."""

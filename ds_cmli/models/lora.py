@@ -18,11 +18,7 @@ BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 def add_adapters(student: Student, config: StudentConfig) -> None:
     """Freeze the encoders of `config.lora` and put adapters into the layers that it names.
 
-    A layer adds alpha / R times B(A(x)) to its output, with A [R, I] and B [O, R], which is zero at
-    first.
-
-    Raises:
-        UserError: peft is not installed, or a name is not that of linear layers.
+    A layer adds alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first.
     """
     if not config.lora:
         return
@@ -36,10 +32,8 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
         encoder = getattr(student, part)
         for name in names:
             _check(encoder, part, name)
-        adapters = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(names)
-        )
-        inject_adapter_in_model(adapters, encoder)
+        sizes = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
+        inject_adapter_in_model(LoraConfig(target_modules=list(names), **sizes), encoder)
     student.lora_scale = config.lora_alpha / config.lora_rank
 
 
@@ -61,13 +55,7 @@ def _check(encoder: nn.Module, part: str, name: str) -> None:
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """Add the adapters to their layers' weights: W + scale B A, [O, I], under W's usual name.
-
-    Weights of a model without adapters stay as they are.
-
-    Args:
-        scale: alpha / R.
-    """
+    """The adapters in their layers' weights, W + scale B A under W's name; `scale`: alpha / R."""
     out = {}
     for name, weight in weights.items():
         if name.endswith((IN, OUT)):

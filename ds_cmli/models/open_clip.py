@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.layers import AttentionPoolLatent, LayerNorm2d
+from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.open_clip import HUB, LOCAL, NAMED, OF_TRAINING, Named, is_marked
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.models.dual import Start
+from ds_cmli.models.dual import Start, copied, layer
 from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
 from ds_cmli.models.weights import building
 
@@ -69,8 +69,7 @@ class OpenClipText(nn.Module):
         super().__init__()
         self.model, self.width = text, own["model_cfg"]["embed_dim"]
         self.of_transformers = hasattr(text, "pooler")
-        projection = text.proj if self.of_transformers else text.text_projection
-        self.token_head = copied(projection)
+        self.token_head = copied(text.proj if self.of_transformers else text.text_projection)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -151,36 +150,8 @@ def patch_map(visual: Any) -> nn.Module:
     head = getattr(trunk, "head", None)  # with `timm_proj` null it is the projection
     parts += [getattr(trunk, "fc_norm", None), getattr(head, "norm", None)]
     parts += [getattr(head, "pre_logits", None), getattr(head, "fc", head), visual.head]
-    parts = [
-        part
-        for part in parts
-        if isinstance(part, nn.Module) and next(part.parameters(), None) is not None
-    ]
+    parts = [part for part in parts if isinstance(part, nn.Module) and [*part.parameters()]]
     return nn.Sequential(*map(copied, parts))
-
-
-def copied(part: nn.Module | Tensor | None) -> nn.Module:
-    """A module, or a projection [H, E], as one with parameters of its own and for vectors."""
-    if part is None:
-        return nn.Identity()
-    if isinstance(part, Tensor):
-        return layer(part.mT, None)
-    if isinstance(part, LayerNorm2d):
-        norm = nn.LayerNorm(part.normalized_shape, part.eps)
-        norm.load_state_dict(part.state_dict())
-        return norm
-    # `deepcopy` alone gives copies of fake tensors storages on another device.
-    memo: dict[int, Any] = {id(x): nn.Parameter(x.detach().clone()) for x in part.parameters()}
-    return deepcopy(part, memo | {id(x): x.clone() for x in part.buffers()})
-
-
-def layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    with torch.no_grad():
-        out.weight.copy_(weight)
-        if bias is not None:
-            out.bias.copy_(bias)
-    return out
 
 
 def of_towers(own: JsonObject) -> JsonObject:
@@ -195,9 +166,12 @@ def of_towers(own: JsonObject) -> JsonObject:
 
 def transformers_config(own: JsonObject) -> PreTrainedConfig:
     """The configuration of a text encoder of transformers, without dropout."""
-    fields = deepcopy(own["text_config"])
-    fields |= {name: 0.0 for name in (*DROPOUT, *ATTENTION_DROPOUT) if name in fields}
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields | {"use_cache": False})
+    fields = deepcopy(own["text_config"]) | {"use_cache": False}
+    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    for name in (*DROPOUT, *ATTENTION_DROPOUT):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 def build(
@@ -206,8 +180,8 @@ def build(
     """As `dual.build`."""
     import open_clip
 
-    own, start = config.source_config, None
-    with building(f"student.source is {config.source!r}: open_clip cannot build it"):
+    own, start, what = config.source_config, None, f"student.source is {config.source!r}"
+    with building(f"{what}: open_clip cannot build it"):
         cfg = of_towers(own)
         cfg.pop("custom_text", None)
         cfg["vision_cfg"] |= {name: 0.0 for name in OF_TRAINING if cfg["vision_cfg"].get(name)}
@@ -226,15 +200,15 @@ def build(
         elif not is_marked(name):
             name = f"{LOCAL if Path(name).expanduser().is_dir() else HUB}{name}"
         hub = name.startswith(HUB) or bool(weights and not file)
-        what = f"student.source is {config.source!r}: its weights cannot be loaded"
-        with building(what, "hub" if hub else "random"):
-            options = {"force_custom_text": True, "require_pretrained": True}
-            theirs: Any = open_clip.create_model(name, weights, **options)
+        with building(f"{what}: its weights cannot be loaded", "hub" if hub else "random"):
+            theirs: Any = open_clip.create_model(
+                name, weights, force_custom_text=True, require_pretrained=True
+            )
         for part in ("visual", "text"):
             getattr(model, part).load_state_dict(getattr(theirs, part).state_dict())
         bias = theirs.logit_bias
         start = Start(theirs.logit_scale.item(), None if bias is None else bias.item())
-    with building(f"student.source is {config.source!r}"):
+    with building(what):
         return OpenClipImage(model.visual, own, image_size), OpenClipText(model.text, own), start
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import upcast
@@ -74,8 +75,9 @@ class Student(nn.Module):
         self.image: Any
         self.text: Any
         self.start: Start | None = None
-        self.embed_dim, self.of_source = config.embed_dim, bool(config.source_config)
-        if self.of_source:
+        self.embed_dim, own = config.embed_dim, bool(config.source_config)
+        self.has_joint_space = own
+        if own:
             towers = of_dual("models", config.source_config)
             if vocab_size > (most := towers.vocab_size(config)):
                 raise UserError(
@@ -84,46 +86,62 @@ class Student(nn.Module):
                 )
             self.image, self.text, self.start = towers.build(config, image_size, pretrained)
         else:
-            self.image = _image_encoder(config, image_size, pretrained)
+            weights = config.image_weights if pretrained else "random"
+            what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
+            with building(what, weights):
+                self.image = load(IMAGE[config.image_backbone])(
+                    config.image_model,
+                    image_size,
+                    weights,
+                    layers=config.layers,
+                    overrides=config.image_overrides,
+                )
+            weights = config.text_weights
+            what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
+            with building(what, weights):
+                self.text = load(TEXT[config.text_backbone])(
+                    config.text_model,
+                    vocab_size,
+                    positions,
+                    weights,
+                    layers=config.layers,
+                    dropout=config.dropout,
+                    pad_id=(special or SpecialTokens()).pad_id,
+                    pretrained=pretrained,
+                    overrides=config.text_overrides,
+                )
         self.pixels = PixelNorm(self.image.mean, self.image.std)
-        if self.of_source:
-            self._keep_joint_space(config)
-        else:
-            special = special or SpecialTokens()
-            self.text = _text_encoder(config, vocab_size, positions, pretrained, special)
-            self._align(config)
         self.grid: tuple[int, int] = self.image.grid
-
-    def _align(self, config: StudentConfig) -> None:
-        """Make what brings two encoders into one space, H wide as the image encoder."""
-        width = self.width = self.image.width
-        same = self.text.width == width
-        self.text_head: nn.Module = nn.Identity() if same else nn.Linear(self.text.width, width)
+        # What brings two encoders into one space; a source has its own, E = D wide.
+        width, same = self.image.width, self.image.width == self.text.width
+        if own and config.shared_blocks and not same:
+            raise UserError(
+                f"student.shared_blocks is {config.shared_blocks}, and the towers of "
+                f"student.source are {width} and {self.text.width} wide: give 0"
+            )
+        self.width = config.embed_dim if own else width
+        self.text_head = nn.Identity() if own or same else nn.Linear(self.text.width, width)
         self.shared = nn.ModuleList(SharedBlock(width) for _ in range(config.shared_blocks))
         # The encoders' outputs differ in scale before the shared blocks and in mean after them: a
         # norm for each modality lets the gap between them close.
-        self.image_in: nn.Module = nn.LayerNorm(width)
-        self.text_in: nn.Module = nn.LayerNorm(width)
-        self.image_out: nn.Module = nn.LayerNorm(width)
-        self.text_out: nn.Module = nn.LayerNorm(width)
-        # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows
-        # keep cosine similarities approximately, from the first step on.
-        self.projection: nn.Module = nn.Linear(width, config.embed_dim, bias=False)
-        nn.init.orthogonal_(self.projection.weight)
+        norm: Any = nn.Identity if own else nn.LayerNorm
+        self.image_in, self.text_in = norm(width), norm(width)
+        self.image_out, self.text_out = norm(width), norm(width)
+        self.projection: nn.Module = nn.Identity()
+        if not own:
+            # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows
+            # keep cosine similarities approximately, from the first step on.
+            self.projection = nn.Linear(width, config.embed_dim, bias=False)
+            nn.init.orthogonal_(self.projection.weight)
+        self.train()
 
-    def _keep_joint_space(self, config: StudentConfig) -> None:
-        """Add nothing to the source's space, E = D wide, but the configuration's shared blocks."""
-        if config.shared_blocks and self.image.width != self.text.width:
-            raise UserError(
-                f"student.shared_blocks is {config.shared_blocks}, and the towers of "
-                f"student.source are {self.image.width} and {self.text.width} wide: give 0"
-            )
-        self.width = config.embed_dim
-        self.text_head, self.projection = nn.Identity(), nn.Identity()
-        blocks = (SharedBlock(self.image.width) for _ in range(config.shared_blocks))
-        self.shared = nn.ModuleList(blocks)
-        self.image_in, self.text_in = nn.Identity(), nn.Identity()
-        self.image_out, self.text_out = nn.Identity(), nn.Identity()
+    def train(self, mode: bool = True) -> "Student":
+        """BatchNorm keeps its statistics: those of a batch would differ between ranks."""
+        super().train(mode)
+        for module in self.image.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -157,7 +175,7 @@ class Student(nn.Module):
             x = block(x)
         x = self.image_out(x)
         cls, patches = x[:, 0], x[:, 1:]
-        return self.image.joint(cls, patches) if self.of_source else (cls, patches)
+        return self.image.joint(cls, patches) if self.has_joint_space else (cls, patches)
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
@@ -170,7 +188,7 @@ class Student(nn.Module):
             y = block(y, attended)
         y = self.text_out(y)
         cls = self.text.pool(y, attention_mask)
-        return self.text.joint(cls, y) if self.of_source else (cls, y)
+        return self.text.joint(cls, y) if self.has_joint_space else (cls, y)
 
     def image_embeddings(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images as class tokens in fp32 and patches [B, N, D], all of unit length."""
@@ -181,38 +199,3 @@ class Student(nn.Module):
         """Encode texts as class tokens in fp32 and tokens [B, M, D], all of unit length."""
         cls, tokens = self.encode_text(input_ids, attention_mask)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
-
-
-def _image_encoder(config: StudentConfig, image_size: int, pretrained: bool) -> Any:
-    weights = config.image_weights if pretrained else "random"
-    what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
-    with building(what, weights):
-        return load(IMAGE[config.image_backbone])(
-            config.image_model,
-            image_size,
-            weights,
-            layers=config.layers,
-            overrides=config.image_overrides,
-        )
-
-
-def _text_encoder(
-    config: StudentConfig,
-    vocab_size: int,
-    positions: int,
-    pretrained: bool,
-    special: SpecialTokens,
-) -> Any:
-    what = f"student.text_model is {config.text_model!r}, its weights {config.text_weights!r}"
-    with building(what, config.text_weights):
-        return load(TEXT[config.text_backbone])(
-            config.text_model,
-            vocab_size,
-            positions,
-            config.text_weights,
-            layers=config.layers,
-            dropout=config.dropout,
-            pad_id=special.pad_id,
-            pretrained=pretrained,
-            overrides=config.text_overrides,
-        )

@@ -1,7 +1,6 @@
 """The frozen image-only teacher: an image encoder whose features are the targets of distillation.
 
-It is not part of DeepSpeed's engine: it has no optimizer state and no gradient buffers and is not
-in checkpoints.
+It is no part of DeepSpeed's engine nor of checkpoints.
 Shapes: B images, S image side in pixels, N patches of the student's grid, H_t the teacher's width.
 """
 
@@ -55,11 +54,8 @@ class Teacher(nn.Module):
         x = self.image(self.pixels(image, dtype))  # [B, 1 + N of its own grid, H_t]
         cls, patches = x[:, 0], x[:, 1:]
         if self.image.grid != self.grid:
-            # [B, H_t, rows, columns]
-            square = patches.transpose(1, 2).unflatten(2, self.image.grid)
-            square = F.interpolate(
-                square.float(), size=self.grid, mode="bilinear", align_corners=False
-            )
+            square = patches.mT.unflatten(2, self.image.grid)  # [B, H_t, rows, columns]
+            square = F.interpolate(square.float(), self.grid, mode="bilinear", align_corners=False)
             patches = square.flatten(2).transpose(1, 2).to(dtype)
         # Without the final norm a block's raw output is unbounded. The student's features come out
         # of a LayerNorm, so they can match targets that are normalised too, without a learned

@@ -116,4 +116,4 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     plain, traced = (losses(kind, stage, checkpointing, {"global": 1.0}) for kind in ("off", "blocks"))
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)

@@ -86,7 +86,7 @@ def test_tokens_start_in_the_joint_space(folders):
 
 def test_the_value_path_is_pooling_over_one_patch(folders):
     model = AutoModel.from_pretrained(folders["siglip"])
-    pooling, path = model.vision_model.head, ValuePath(model.vision_model.head, model.config.vision_config)
+    pooling, path = model.vision_model.head, ValuePath(model.vision_model.head)
     patches = torch.randn(3, 5, 32)
     item = torch.stack([pooling(patches[:, n : n + 1]) for n in range(5)], 1)
     torch.testing.assert_close(path(patches), item)

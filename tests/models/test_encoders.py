@@ -85,7 +85,8 @@ def test_patches_lie_row_by_row(model):
 def test_batch_norm_keeps_its_statistics():
     built = student(image_model="resnet18", image_overrides=MAPS["resnet18"], size=64)
     buffers = {name: buffer.clone() for name, buffer in built.named_buffers() if "running" in name}
-    built.train().encode_image(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8))
+    for model in (built, built.eval().train()):
+        model.encode_image(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8))
     assert buffers and all(torch.equal(buffer, built.get_buffer(name)) for name, buffer in buffers.items())
 
 

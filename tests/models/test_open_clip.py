@@ -199,6 +199,11 @@ def test_a_model_that_cannot_be_used_is_one_line(values, section, problem, folde
         start(folder, {"global": 1.0, "cmli": 1.0})
 
 
+def test_batch_norm_keeps_its_statistics(begun):
+    student = begun("resnet")[0].student.train()
+    assert student.training and not student.image.model.bn1.training
+
+
 def test_adapters_in_a_fused_projection_are_refused(folders):
     with pytest.raises(UserError, match=r"^student.lora.text has 'in_proj', which no layer's name ends with: "):
         start(folders["vit"], {"global": 1.0}, lora={"text": ["in_proj"]})
