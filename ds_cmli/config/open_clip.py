@@ -12,12 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_cmli.common.errors import nearest
+from ds_cmli.common.errors import blame, nearest
 from ds_cmli.common.json_text import JsonObject
-from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.pretrained import loading
 
 if TYPE_CHECKING:
-    from open_clip import CLIPTextCfg, CLIPVisionCfg
+    from open_clip import CLIPTextCfg
 
     from ds_cmli.config.sources import Source
 
@@ -31,7 +31,6 @@ DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with the package
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 # "random" is one of the others in open_clip's training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
-PADDING = {True: "full", False: "longest"}  # by whether features depend on it
 RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
@@ -119,86 +118,52 @@ def sections(source: "Source") -> tuple[JsonObject, int, JsonObject]:
 
     Returns:
         `StudentConfig.source_config`, the width of the joint space, and the settings of `data`.
-
-    Raises:
-        UserError: it cannot be used, or is of a kind that is not supported.
     """
     import open_clip
     from open_clip.transform import merge_preprocess_dict
 
-    content = source.config
+    what, content = f"student.source is {source.name!r}", source.config
     model = deepcopy(content["model_cfg"])
-    try:
+    with blame(f"{what}: its {CONFIG} cannot be used"):  # a file of others may hold anything
         vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
         text = open_clip.CLIPTextCfg(**model["text_cfg"])
-        width = int(model["embed_dim"])
+        width, size = int(model["embed_dim"]), vision.image_size
         usual = asdict(open_clip.transform.PreprocessCfg())
         pictures: Any = merge_preprocess_dict(usual, content["preprocess_cfg"])
-    except Exception as error:  # a file of others may hold anything
-        raise source.error(f"its {CONFIG} cannot be used: {reason(error)}") from None
-    mean, std = _of_colours(pictures["mean"]), _of_colours(pictures["std"])
-    refusal = _refusal(vision, text, pictures)
-    if not refusal and not (_are_numbers(mean) and _are_numbers(std) and all(std)):
-        refusal = f"its mean {mean} and std {std} are not three numbers"
-    if refusal:
-        raise source.error(refusal)
-    own = {"model_type": TYPE, "mean": mean, "std": std, "model_cfg": model}
-    if text.hf_model_name:
-        own["text_config"] = _of_transformers(source, text.hf_model_name)
+    pool, mode = vision.attentional_pool, pictures["resize_mode"]
+    interpolation = pictures["interpolation"]
+    for name, value, fits in (
+        ("tokenizer_mode", text.tokenizer_mode, not text.tokenizer_mode),
+        ("attentional_pool", pool, not isinstance(pool, str)),
+        ("pool_type", "none", "none" not in (vision.pool_type, text.pool_type)),
+        ("image_size", size, isinstance(size, int) or len(set(size)) == 1),
+        ("resize_mode", mode, mode in RESIZING),
+        ("interpolation", interpolation, interpolation in INTERPOLATIONS),
+    ):
+        if not fits:
+            raise source.error(f"its {name} is {value!r}, which is not supported")
+    own: JsonObject = {"model_type": TYPE, "model_cfg": model}
+    for name in ("mean", "std"):
+        value = pictures[name]
+        own[name] = list(value) if isinstance(value, list | tuple) else [value] * 3
+    if name := text.hf_model_name:  # open_clip names it alone
+        from transformers import AutoConfig
+
+        hub = not Path(name).is_dir()
+        with blame(f"{what}: the sizes of its text encoder cannot be read"), loading(hub=hub):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own["text_config"] = config.to_diff_dict()
     # Towers whose features depend on the padding need all of it.
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
-        "image_size": open_clip.utils.to_2tuple(vision.image_size)[0],
-        "resize": RESIZING[pictures["resize_mode"]],
-        "interpolation": INTERPOLATIONS[pictures["interpolation"]],
+        "image_size": size if isinstance(size, int) else size[0],
+        "resize": RESIZING[mode],
+        "interpolation": INTERPOLATIONS[interpolation],
         "tokenizer": _tokenizer(source, text),
         "context_length": text.context_length,
-        "padding": PADDING[bool(full)],
+        "padding": "full" if full else "longest",
     }
     return own, width, data
-
-
-def _of_transformers(source: "Source", name: str) -> JsonObject:
-    """The configuration of a text encoder of transformers, which open_clip names alone."""
-    from transformers import AutoConfig
-
-    try:
-        with loading(hub=not Path(name).is_dir()):
-            return AutoConfig.from_pretrained(name, trust_remote_code=False).to_diff_dict()
-    except Exception as error:  # the hub's client and transformers raise their own
-        raise source.error(
-            f"the sizes of its text encoder {name!r} cannot be read: {reason(error)}"
-        ) from None
-
-
-def _refusal(vision: "CLIPVisionCfg", text: "CLIPTextCfg", pictures: JsonObject) -> str:
-    """Why a model is not supported; "" if it is."""
-    size, mode = vision.image_size, pictures["resize_mode"]
-    if text.tokenizer_mode:
-        return f"its tokenizer_mode is {text.tokenizer_mode!r}: give a model without one"
-    if isinstance(vision.attentional_pool, str):
-        return f"its attentional_pool is {vision.attentional_pool!r}: give a model where it is true"
-    if "none" in (vision.pool_type, text.pool_type):
-        return "its pool_type is 'none': give a model that pools its features"
-    if not isinstance(size, int) and len(set(size)) > 1:
-        return f"its pictures are {size[0]} x {size[1]} pixels: give a model of square ones"
-    if mode not in RESIZING:
-        known = " or ".join(RESIZING)
-        return f"its resize_mode is {mode!r}: give a model where it is {known}"
-    if pictures["interpolation"] not in INTERPOLATIONS:
-        known = ", ".join(INTERPOLATIONS)
-        return f"its interpolation is {pictures['interpolation']!r}: give a model with {known}"
-    return ""
-
-
-def _of_colours(value: object) -> list[float]:
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [value] * 3  # type: ignore[list-item] # checked below
-
-
-def _are_numbers(values: list[float]) -> bool:
-    return len(values) == 3 and all(isinstance(value, int | float) for value in values)
 
 
 def _tokenizer(source: "Source", text: "CLIPTextCfg") -> str:

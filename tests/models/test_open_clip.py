@@ -170,12 +170,12 @@ def test_shared_blocks_start_as_the_identity(folders, begun):
 
 
 REFUSED = [
-    ({"hf_model_name": "./none"}, "text_cfg", "the sizes of its text encoder './none' cannot be read"),
+    ({"hf_model_name": "./none"}, "text_cfg", "the sizes of its text encoder cannot be read"),
     ({"tokenizer_mode": "clips"}, "text_cfg", "its tokenizer_mode is 'clips'"),
     ({"pool_type": "none"}, "text_cfg", "its pool_type is 'none'"),
     ({"vocab_size": 100}, "text_cfg", "its tokenizer has 49408 tokens, and its text encoder only 100"),
     ({"attentional_pool": "cascade"}, "vision_cfg", "its attentional_pool is 'cascade'"),
-    ({"image_size": [56, 70]}, "vision_cfg", "its pictures are 56 x 70 pixels"),
+    ({"image_size": [56, 70]}, "vision_cfg", r"its image_size is \[56, 70\]"),
     ({"width": 33}, "vision_cfg", "open_clip cannot build it: embed_dim must be divisible by num_heads"),
     ({"colour": 1}, "vision_cfg", "cannot be used: .*unexpected keyword argument 'colour'"),
     ({"timm_model_name": "vit_none"}, "vision_cfg", "open_clip cannot build it: Unknown model"),
@@ -183,7 +183,6 @@ REFUSED = [
     ({"layers": 1}, "vision_cfg", r"its weights cannot be loaded: .*Unexpected key.*visual.transformer.resblocks.1"),
     ({"resize_mode": "longest"}, "preprocess_cfg", "its resize_mode is 'longest'"),
     ({"interpolation": "nearest"}, "preprocess_cfg", "its interpolation is 'nearest'"),
-    ({"std": [0.5, 0.5]}, "preprocess_cfg", "are not three numbers"),
 ]
 
 
