@@ -83,7 +83,7 @@ def held_out(
     that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
-    from ds_cmli.evaluate.embed import picture_numbers
+    from ds_cmli.evaluate.embed import pictures_of
 
     data = config.data if source is None else evaluation_data(config.data, source)
     evals = build_eval_data(data, config.run.seed, None).evals
@@ -91,7 +91,7 @@ def held_out(
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
     pairs, before, turns = evals[split], Counter[int](), []
-    for caption, picture in enumerate(picture_numbers(pairs)):
+    for caption, picture in enumerate(pictures_of(pairs)):
         before[picture] += 1
         turns.append((before[picture], caption))
     order = [caption for _, caption in sorted(turns)]
@@ -103,7 +103,7 @@ def held_out(
         row = order[number]
         what = f"--pairs has {number}, which cannot be used: {pairs.name(row)}"
         with suppress(*unless_asked), blame(what):
-            out.append((pairs.image(row), pairs.text(row)))
+            out.append((pairs.image(row), pairs.rows[row][1]))
         if numbers is None and len(out) == DEFAULT:
             break
     if not out:

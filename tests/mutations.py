@@ -200,11 +200,12 @@ ROWS = (
      EVALUATE + "test_recall_of_images_goes_by_rows_and_of_texts_by_columns_of_their_own_scores",
      "return best, t2i.gather(1, right", "return best, i2t.gather(1, right"),
     ("evaluate-classes", "evaluate/metrics.py", EVALUATE + "test_accuracies_by_class_weigh_classes_alike",
-     "(hits[0, shown] / counts[shown]).mean()", "(hits[0].sum() / counts.sum())"),
+     "(right / counts)[counts > 0].mean()", "(right.sum() / counts.sum())"),
     ("evaluate-centres", "evaluate/metrics.py", EVALUATE + "test_hits_of_phrases",
      "y = top + (torch.arange(rows).double() + 0.5)", "y = top + torch.arange(rows).double()"),
     ("evaluate-ranks", "evaluate/zero_shot.py", EVALUATE + "test_zero_shot_of_two_ranks_is_that_of_one",
-     "    distributed.sum_over_ranks(counts)  # collective\n", ""),
+     "every = distributed.gather_objects((torch.cat(hits, 2), torch.cat(targets), lost))",
+     "every = [(torch.cat(hits, 2), torch.cat(targets), lost)]"),
 )
 # fmt: on
 MUTANTS = [Mutant(*row) for row in ROWS]

@@ -115,20 +115,16 @@ class EvalPairs:
 
     def __init__(self, images: Images, config: DataConfig):
         self.images, self.view = images, View.of(config)
-        self.size, self.bad = config.image_size, list[Bad]()
-        self.rows: list[tuple[int, int]] = []  # (image, which of its captions)
+        self.bad = list[Bad]()
+        self.rows: list[tuple[int, str]] = []  # image and text of each caption
         for index in range(len(images)):
             try:
-                self.rows += [(index, number) for number in range(len(images.captions(index)))]
+                self.rows += [(index, caption) for caption in images.captions(index)]
             except Exception as error:
                 self.bad.append((images.name(index), described(error)))
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def text(self, row: int) -> str:
-        index, number = self.rows[row]
-        return self.images.captions(index)[number]
 
     def image(self, row: int) -> Tensor:
         """uint8 [3, S, S]; any exception says why it cannot be used."""
@@ -137,9 +133,6 @@ class EvalPairs:
 
     def name(self, row: int) -> str:
         return self.images.name(self.rows[row][0])
-
-    def image_id(self, row: int) -> int:
-        return self.rows[row][0]
 
 
 def described(error: Exception) -> str:
@@ -206,7 +199,7 @@ def train_loader(
 
 
 def batches(
-    dataset: Dataset,
+    dataset: Dataset | Sequence,
     batch_size: int,
     workers: int,
     collate: Callable,

@@ -6,6 +6,7 @@ Each token of a name thus has a known place. S image size in pixels, C = S // 2 
 import random
 import zlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -150,8 +151,10 @@ class Scenes(Dataset):
     def name(self, index: int) -> str:
         return str(index)
 
-    def text(self, index: int) -> str:
-        return self.caption(index)[0]
+    @cached_property
+    def rows(self) -> list[tuple[int, str]]:
+        """Image and text of each caption, as evaluations take them."""
+        return [(self.image_id(index), self.caption(index)[0]) for index in range(self.length)]
 
     def image(self, index: int) -> Tensor:
         return self.pair(index).image

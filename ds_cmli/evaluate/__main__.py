@@ -1,7 +1,4 @@
-"""`python -m ds_cmli.evaluate`: a trained student on held-out data.
-
-It also runs on several ranks: `torchrun --nproc_per_node 2 -m ds_cmli.evaluate ...`.
-"""
+"""`python -m ds_cmli.evaluate`: a trained student on held-out data, on one rank or on several."""
 
 import json
 from dataclasses import replace
@@ -13,11 +10,13 @@ import click
 
 from ds_cmli.common.cli import check_writable, run_command, say
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import read
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.plugins import plugin_option
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import Config, load_config
+from ds_cmli.config.sources import RUN, Source, to_evaluate
 from ds_cmli.distributed import launchers
 from ds_cmli.evaluate import report
-from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.report import Metrics, prefixed
 
 option = partial(click.option, show_default=True)
@@ -28,6 +27,7 @@ READS = {
     "choices": {"choices", "image_root"},
     "data": {"data", "image_root", "split"},
 }
+PRECISIONS, SPLITS = click.Choice(("fp32", "bf16", "fp16")), click.Choice(("val", "test", "all"))
 
 
 @click.command()
@@ -35,46 +35,23 @@ READS = {
 @plugin_option
 @option("--checkpoint", help="A run's output folder, as MODEL.")
 @option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
-@option(
-    "--precision",
-    type=click.Choice(("fp32", "bf16", "fp16")),
-    help="Of the model.  [that of the run's training, else fp32]",
-)
+@option("--precision", type=PRECISIONS, help="Of the model.  [a run's: of its training; else fp32]")
 @option("--batch-size", type=click.IntRange(1), default=50, help="Pictures or captions per batch.")
 @option("--workers", type=click.IntRange(0), default=0, help="Data loading processes per rank.")
 @option("--json", "json_file", help="Write the metrics to this file too.")
-@option(
-    "--data",
-    help="Retrieval: data as in training: 'demo', a folder, tars, COCO's JSON, ...; without a "
-    "validation part it is used whole.  [the run's own]",
-)
+@option("--data", help="Retrieval on data as in training: 'demo', a folder, ...  [the run's own]")
 @option("--image-root", help="Folder of the images that a list, --boxes or --choices names.")
-@option(
-    "--split",
-    type=click.Choice(("val", "test", "all")),
-    help="Part of --data and --boxes: val: what training holds out; test: Karpathy's test part; "
-    "all.  [the run's]",
-)
+@option("--split", type=SPLITS, help="Of --data or --boxes; val: what training holds out.")
 @option("--zero-shot", metavar="FOLDER", help="Classify the pictures of a folder of class folders.")
 @option("--class-names", metavar="FILE", help="A line for each class folder.  [the folders' names]")
 @option("--templates", metavar="FILE", help="Prompts with {}, by line.  [seven of CLIP's]")
-@option(
-    "--boxes",
-    metavar="FOLDER",
-    help="Play the pointing game on Flickr30k Entities, with Annotations/ and Sentences/.",
-)
-@option(
-    "--choices",
-    metavar="FILE",
-    help='Choose between captions: lines of {"image": FILE, "captions": [RIGHT, WRONG, ...]}.',
-)
+@option("--boxes", metavar="FOLDER", help="The pointing game on Flickr30k Entities.")
+@option("--choices", help='Lines of {"image": FILE, "captions": [RIGHT, WRONG, ...]}.')
 def command(model: str | None, checkpoint: str | None, json_file: str | None, **given: Any) -> None:
-    """Evaluate a model as papers report it: retrieval on held-out pairs, pointing-game accuracy on
-    scenes; or what --zero-shot, --boxes or --choices ask for.
+    """Measure retrieval on held-out pairs, or what --zero-shot, --boxes or --choices ask for.
 
     MODEL is a run's output folder, one of its files of weights, or what training may start from: an
-    export, a CLIP or SigLIP model of transformers, or a model of open_clip, by its folder or its
-    name on the hub.
+    export, a CLIP or SigLIP of transformers, or a model of open_clip, by folder or name on the hub.
     """
     place = model or checkpoint
     if not place or (model and checkpoint):
@@ -84,28 +61,45 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
         if given[name] == "" or (given[name] is not None and name not in READS[mode]):
             why = f"no effect with --{mode}" if given[name] else "no value"
             raise UserError(f"--{name} has {why}: leave it out".replace("_", "-"))
-    if mode == "boxes" and not given["image_root"]:
-        raise UserError("--boxes needs --image-root: give the folder of the pictures")
     if json_file:
         check_writable(json_file)
-    subject = EvaluatedModel(place, checkpoint is not None)
-    if not subject.is_run and (given["ema"] or not given[mode]):
-        raise UserError(
-            f"{place!r} is no run, which has averages and data of its own: give --data, and leave "
-            "out --ema"
-        )
+    source, trained_in = Source(place), "fp32"
+    if is_run := checkpoint is not None or source.has_own_data:
+        config = load_config(source.path / RUN, "--checkpoint")
+        written = read(source.path / RUN, dict).get("deepspeed", {})
+        trained_in = DeepSpeedConfig(written).precision
+    elif given["ema"] or not given[mode]:
+        own = "which has averages and data of its own: give --data, and leave out --ema"
+        raise UserError(f"{place!r} is no run, {own}")
+    else:
+        config = to_evaluate(source)
+    if given["ema"] and source.weights:
+        raise UserError(f"--ema has no effect with {place}: leave it out")
+    from ds_cmli.checkpoint.weights import load_student
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.engine import DTYPES, build_models
     from ds_cmli.evaluate.embed import Evaluator
+    from ds_cmli.models.blocks import cast_buffers
+    from ds_cmli.models.hf import AVERAGE, WEIGHTS
 
     launchers.map_launcher_environment()
     try:
         device = distributed.init()  # collective
-        tokenizer = tokenizer_of(subject.config.data)
-        objective = subject.load(tokenizer, given["ema"], given["precision"], device)
-        batches = given["batch_size"], given["workers"]
-        evaluator = Evaluator(objective, tokenizer, device, *batches, trained=subject.trained)
-        metrics = _measure(evaluator, subject.config, mode, given)  # collective
+        tokenizer = tokenizer_of(config.data)
+        if is_run:
+            file = source.weights or (AVERAGE if given["ema"] else WEIGHTS)
+            objective = load_student(source.path, config, file)
+        else:
+            objective, _ = build_models(config, tokenizer.vocab_size, special=tokenizer.special)
+        dtype = DTYPES[given["precision"] or trained_in]
+        cast_buffers(objective.student.image, dtype)  # as in training, by engine.build
+        for parameter in objective.parameters():
+            parameter.data = parameter.data.to(dtype)
+        trained = is_run or source.is_run  # temperatures, of an export too
+        how = tokenizer, device, given["batch_size"], given["workers"]
+        evaluator = Evaluator(objective.to(device).eval(), *how, trained=trained)
+        metrics = _measure(evaluator, config, mode, given)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:
@@ -121,10 +115,9 @@ def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Me
 
     source, root, split, chosen = given[mode], given["image_root"], given["split"], config.data
     if mode == "data":
-        if source:
-            chosen = evaluation_data(chosen, source)
-            if split:  # it names a part, or the share that training would hold out
-                chosen = replace(chosen, val_source="")
+        chosen = evaluation_data(chosen, source) if source else chosen
+        if source and split:  # it names a part, or the share that training would hold out
+            chosen = replace(chosen, val_source="")
         chosen = replace(chosen, image_root=root or chosen.image_root)
         data = build_eval_data(chosen, config.run.seed, split)
         say(*data.summary)
@@ -135,14 +128,14 @@ def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Me
             metrics |= prefixed(f"eval/{name}/", figures)
         return metrics
     if mode == "zero_shot":
-        names, templates = given["class_names"], given["templates"]
-        pictures = zero_shot.ClassPictures(source, names, templates, chosen)
-        figures = zero_shot.classify(model, pictures)  # collective
+        prompts = given["class_names"], given["templates"]
+        figures = zero_shot.classify(model, zero_shot.ClassPictures(source, *prompts, chosen))
     elif mode == "choices":
         figures = choices.choose(model, choices.Choices(source, root, chosen))  # collective
     else:
-        entities = pointing_game.Entities(source, root, split or "val", model.tokenizer, chosen)
-        own, grid = embed(model, entities), model.student.grid  # collective
+        how = root or source, split or "val", model.tokenizer, chosen
+        own = embed(model, pointing_game.Entities(source, *how))  # collective
+        grid = model.student.grid
         figures = own.counts | pointing_game.pointing_game(own, pointing_game.boxes, grid)
     say(report.summary(figures, model.precision))
     return prefixed({"boxes": "entities"}.get(mode, mode) + "/", figures)

@@ -1,11 +1,9 @@
 """Choices: does a picture fit its caption better than others that were made to mislead?
 
 SugarCrepe, ARO, Winoground and the like, as lines of JSON, whose first caption is the right one:
-
-    {"image": "2.jpg", "captions": ["a dog chases a cat", "a cat chases a dog"]}
-
-Lines of an equal "group", which may be left out, are one question: whether all of them are right,
-as Winoground's text score asks. Captions are ranked by the scores from the picture's side.
+`{"image": "2.jpg", "captions": ["a dog chases a cat", "a cat chases a dog"]}`. Lines of an equal
+"group", which may be left out, are one question: whether all of them are right. Captions are
+ranked by the scores from the picture's side.
 """
 
 import json
@@ -42,22 +40,16 @@ class Choices(Files):
 
 @torch.no_grad()
 def choose(model: Evaluator, choices: Choices) -> Metrics:
-    """The share of lines whose first caption is strictly above the others. Collective.
-
-    Returns:
-        `<score>/accuracy`; `<score>/group`, the share of groups that are right as a whole;
-        `chance/accuracy`; `choices`, their number; and `Embedded.counts`, of captions. A line is
-        left out with any of its captions.
-    """
+    """The shares of lines, and of groups, whose first captions are strictly above. Collective."""
     own = embed(model, choices)  # collective
     right: list[tuple[str, int, list[bool]]] = []  # group, captions, and of each kind of scores
     for group, rows in choices.lines:
         if not all(row in own.texts for row in rows):
-            continue  # another rank has it, or it cannot be used
+            continue  # another rank has the line, or it cannot be used as a whole
         image = own.images[own.image_of[rows[0]]]
         scores = model.scores([image], block([own.texts[row] for row in rows]))
         i2t = torch.stack([both.i2t[0] for both in scores.values()])  # [K, captions]
-        first, *others = (model.tokenizer(choices.text(row)).input_ids for row in rows)
+        first, *others = (model.tokenizer(choices.rows[row][1]).input_ids for row in rows)
         above = (i2t[:, :1] > i2t[:, 1:]).all(1).tolist()  # CPU-GPU sync
         # Where the model reads two captions alike, their scores may still differ by rounding.
         right.append((group, len(rows), [one and first not in others for one in above]))
@@ -65,10 +57,10 @@ def choose(model: Evaluator, choices: Choices) -> Metrics:
     groups: dict[str, list[list[bool]]] = defaultdict(list)
     for group, _, values in every:
         groups[group].append(values)
-    out: Metrics = {**own.counts, "choices": len(every)}
+    out, number = {**own.counts, "choices": len(every)}, max(len(every), 1)
+    out["chance/accuracy"] = sum(1 / captions for _, captions, _ in every) / number
     for k, kind in enumerate(model.kinds):
         whole = [all(values[k] for values in of_group) for of_group in groups.values()]
-        out[f"{kind}/accuracy"] = sum(values[k] for _, _, values in every) / max(len(every), 1)
+        out[f"{kind}/accuracy"] = sum(values[k] for _, _, values in every) / number
         out[f"{kind}/group"] = sum(whole) / max(len(whole), 1)
-    chance = sum(1 / count for _, count, _ in every) / max(len(every), 1)
-    return {**out, "chance/accuracy": chance}
+    return out

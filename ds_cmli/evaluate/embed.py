@@ -1,26 +1,25 @@
 """Embeds pictures and captions with a model, each once on one of the ranks, and scores them.
 
-Shapes: r pictures and t texts, B of them in a batch, N patches, M tokens, H hidden size, D
-embedding dimension, S image side in pixels.
+t texts, B pictures of a batch, N patches, M tokens, H hidden size, D embedding dimension.
 """
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common.errors import UserError, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
-from ds_cmli.data.pairs import NO_TOKEN, batches, described, told
+from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, batches, described, told
+from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.report import Metrics
@@ -30,34 +29,14 @@ if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
-# A picture's class token [H] in fp32 and patches [N, D]; a text's and its valid tokens [M, D]: of
-# unit length, the latter in the model's precision.
-Embedding = tuple[Tensor, Tensor]
+Embedding = tuple[Tensor, Tensor]  # class token [H]; patches [N, D] or valid tokens [M, D]
+Broken = dict[int, str]  # why pictures or texts cannot be used, by number
 
 
-class HeldOut(Protocol):
-    """Captions, by which all is counted, with their pictures."""
-
-    size: int  # S
-
-    def __len__(self) -> int: ...
-    def text(self, row: int) -> str: ...
-    def image(self, row: int) -> Tensor: ...  # uint8 [3, S, S]; any exception: it cannot be used
-    def name(self, row: int) -> str: ...  # of the picture, for messages
-    def image_id(self, row: int) -> Hashable: ...  # equal for all captions of one picture
-
-
+@dataclass
 class Files:
-    """Captions of image files: a `HeldOut`."""
-
-    def __init__(self, view: View, rows: list[tuple[Path, str]]) -> None:
-        self.view, self.size, self.rows = view, view.size, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def text(self, row: int) -> str:
-        return self.rows[row][1]
+    view: View
+    rows: list[tuple[Path, str]]  # picture and text of each caption
 
     def image(self, row: int) -> Tensor:
         return self.view(self.rows[row][0].read_bytes())
@@ -65,23 +44,20 @@ class Files:
     def name(self, row: int) -> str:
         return self.rows[row][0].name
 
-    def image_id(self, row: int) -> Path:
-        return self.rows[row][0]
+
+HeldOut = EvalPairs | Scenes | Files
 
 
 @dataclass
 class Evaluator:
-    """A model, and how it embeds and scores.
-
-    `heartbeat` is called for every batch and block, as often on every rank, for the detection of
-    hangs; it may be collective.
-    """
+    """A model, and how it embeds and scores."""
 
     objective: "Objective"
     tokenizer: CaptionTokenizer
     device: torch.device
     batch_size: int = 50
     workers: int = 0
+    # Called for every batch and block, as often on every rank: it may be collective.
     heartbeat: Callable[[], None] = lambda: None
     worker_init: Callable[[int], None] | None = None
     trained: bool = True  # whether the temperatures are; else no kinds of scores are combined
@@ -95,30 +71,32 @@ class Evaluator:
         both = ["global", "cmli", "combined"] if self.trained else ["global", "cmli"]
         self.kinds = both if "cmli" in self.scales else ["global"]
 
-    def images(
-        self, read: Callable[[int], Tensor], numbers: Sequence[int], size: int
-    ) -> Iterator[tuple[list[int], Tensor, Tensor, dict[int, str]]]:
-        """Embed the pictures `read(number)`, as many numbers on every rank.
+    def images(self, pictures: Any, numbers: list[int]) -> Iterator[tuple]:
+        """Embed `pictures.image(number)` of as many numbers on every rank, batch by batch.
 
-        Yields for each batch the numbers, class tokens [B, H] and patches [B, N, D], on the device,
-        and why others cannot be read, by number.
+        Yields numbers, class tokens [B, H], patches [B, N, D], and `Broken` of the others.
         """
-        pictures = Pictures(read, numbers, size)
-        for items in batches(pictures, self.batch_size, self.workers, list, self.worker_init):
+
+        def collate(batch: list[int]) -> tuple[Tensor, list[int], Broken]:
+            images, broken = [], Broken()
+            for number in batch:
+                images.append(black(pictures.view.size))
+                try:
+                    images[-1] = images[-1] if number == FILLER else pictures.image(number)
+                except Exception as error:  # decoders raise nearly any for damaged files
+                    broken[number] = described(error)
+            return torch.stack(images), batch, broken
+
+        how = self.batch_size, self.workers, collate, self.worker_init
+        for images, batch, broken in batches(numbers, *how):
             self.heartbeat()
-            images = torch.stack([image for _, image, _ in items]).to(self.device)
-            cls, patches = self.student.image_embeddings(images)
-            usable = [number != FILLER and not why for number, _, why in items]
-            own = [number for number, _, why in items if number != FILLER and not why]
-            broken = {number: why for number, _, why in items if why}
-            yield own, cls[usable], patches[usable], broken
+            cls, patches = self.student.image_embeddings(images.to(self.device, non_blocking=True))
+            usable = [number != FILLER and number not in broken for number in batch]
+            yield [*compress(batch, usable)], cls[usable], patches[usable], broken
 
-    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], dict]:
-        """Embed texts, in as many batches as `count` of them take, the same on every rank.
-
-        Returns also why others cannot be used.
-        """
-        samples, bad, out = list[Sample](), dict[int, str](), dict[int, Embedding]()
+    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], Broken]:
+        """Embed texts, in as many batches as `count` of them take, the same on every rank."""
+        samples, bad, out = list[Sample](), Broken(), dict[int, Embedding]()
         for number, text in texts.items():
             unicode = printable(text) == text
             sample = Sample(black(0), self.tokenizer(text if unicode else ""), number, 0)
@@ -154,32 +132,16 @@ def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(cls), pad_sequence(list(tokens), batch_first=True), mask
 
 
-@dataclass
-class Pictures(Dataset):
-    """A map-style data set of (number, picture, why it cannot be read)."""
-
-    read: Callable[[int], Tensor]
-    numbers: Sequence[int]
-    size: int
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, str]:
-        number, why = self.numbers[index], ""
-        if number != FILLER:
-            try:
-                return number, self.read(number), why
-            except Exception as error:  # decoders raise nearly any exception for damaged files
-                why = described(error)
-        return number, black(self.size), why
-
-
-def share(count: int) -> list[int]:
-    """This rank's numbers below `count`, with fillers to be as many as rank 0's."""
+def share(numbers: list[int]) -> list[int]:
+    """This rank's of all numbers, with fillers to be as many as rank 0's."""
     rank, ranks = distributed.rank(), distributed.world_size()
-    own = list(range(rank, count, ranks))
-    return own + [FILLER] * (-(-count // ranks) - len(own))
+    return [*numbers[rank::ranks], FILLER][: len(numbers[::ranks])]
+
+
+def pictures_of(pairs: HeldOut) -> list[int]:
+    """Each caption's picture, whose number is that of its first caption."""
+    first: dict[object, int] = {}
+    return [first.setdefault(image, row) for row, (image, _) in enumerate(pairs.rows)]
 
 
 @dataclass
@@ -187,50 +149,40 @@ class Embedded:
     """A rank's pictures and exactly their captions, as far as they can be used, by number."""
 
     pairs: HeldOut
-    image_of: list[int]  # the number of each caption's picture
+    image_of: list[int]  # as `pictures_of`
     images: dict[int, Embedding]
     texts: dict[int, Embedding]
     captions: list[int]  # the usable ones of all ranks, in their order
-    counts: Metrics  # `pairs`, `pictures`, and `left_out` and the names of some if any were
-
-
-def picture_numbers(pairs: HeldOut) -> list[int]:
-    """The number of each caption's picture, in order of first appearance."""
-    numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in range(len(pairs))]
+    counts: Metrics  # `pairs`, `pictures`; `left_out` and `left_out_first`, names, if any were
 
 
 @torch.no_grad()
 def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
-    """Embed every picture and every caption once, on one of the ranks. Collective.
-
-    Raises:
-        UserError: on every rank, if no pair can be used.
-    """
-    rank, ranks = distributed.rank(), distributed.world_size()
-    image_of = picture_numbers(pairs)
-    first = {number: row for row, number in reversed([*enumerate(image_of)])}  # a caption of each
-    images, lost = dict[int, Embedding](), list[Bad]()
-    read = lambda number: pairs.image(first[number])  # noqa: E731
-    for numbers, cls, patches, broken in model.images(read, share(len(first)), pairs.size):
+    """Embed every picture and every caption once, on one of the ranks. Collective."""
+    image_of, lost = pictures_of(pairs), list[Bad]()
+    images, own = dict[int, Embedding](), share([*dict.fromkeys(image_of)])
+    for numbers, cls, patches, broken in model.images(pairs, own):
         images |= zip(numbers, zip(cls.cpu(), patches.cpu(), strict=True), strict=True)  # sync
-        lost += [(pairs.name(first[number]), why) for number, why in broken.items()]
-    # A caption belongs to the rank of its picture.
-    own = {row: pairs.text(row) for row, number in enumerate(image_of) if number % ranks == rank}
-    most = max(Counter(number % ranks for number in image_of).values())
-    texts, bad = model.texts(own, most)
+        lost += [(pairs.name(number), why) for number, why in broken.items()]
+    here = {*own}  # a caption belongs to the rank of its picture
+    written = {row: pairs.rows[row][1] for row, picture in enumerate(image_of) if picture in here}
+    most = max(distributed.gather_objects(len(written)))  # collective
+    texts, bad = model.texts(written, most)
     lost += [(pairs.name(row), why) for row, why in bad.items()]
     texts = {row: text for row, text in texts.items() if image_of[row] in images}
     images = {number: images[number] for number in sorted({image_of[row] for row in texts})}
     gathered = distributed.gather_objects((list(texts), lost))  # collective
     captions = sorted(row for rows, _ in gathered for row in rows)
     at_load = list(getattr(pairs, "bad", ()))
-    lost = [*at_load, *(one for _, of_rank in gathered for one in of_rank)]
-    if not captions:
-        raise UserError("no pair can be used, for instance " + ", ".join(told(lost)))
+    lost = at_load + [one for _, of_rank in gathered for one in of_rank]
     pictures = len({image_of[caption] for caption in captions})
-    counts: Metrics = {"pairs": len(captions), "pictures": pictures}
-    if lost:
-        left_out = len(image_of) - len(captions) + len(at_load)
-        counts |= {"left_out": left_out, "left_out_first": told(lost)}
+    number = len(image_of) - len(captions) + len(at_load)
+    counts = {"pairs": len(captions), "pictures": pictures, **left_out(number, lost, pictures)}
     return Embedded(pairs, image_of, images, texts, captions, counts)
+
+
+def left_out(number: int, lost: list[Bad], used: int) -> Metrics:
+    """How many cannot be used, and the names of some. Raises `UserError` if none can."""
+    if not used:
+        raise UserError("no picture can be used, for instance " + ", ".join(told(lost)))
+    return {"left_out": number, "left_out_first": told(lost)} if lost else {}

@@ -1,7 +1,6 @@
 """The metrics of evaluations as functions of tensors: recall, accuracy, hits of the pointing game.
 
-Shapes: K kinds of scores (global, cmli, combined), I images, J captions; B pictures of a batch, C
-classes; N = rows * columns patches, M tokens of a caption, F phrases in it, D embedding dimension.
+K kinds of scores, I images, J captions, C classes; N patches, M tokens, F phrases of a caption.
 """
 
 import torch
@@ -11,10 +10,7 @@ RECALLS, TOP = (1, 5, 10), (1, 5)
 
 
 def expected_hits(counts: Tensor, k: int) -> Tensor:
-    """The probability that one of the best right candidates is among the first k.
-
-    Ties are in a random order. `counts`, float64 [..., 3], as of `count`.
-    """
+    """The probability that one of the best right candidates, as `count`s, is among the first k."""
     above, tied, right = counts.unbind(-1)
     miss = torch.ones_like(above)
     for i in range(k):  # the places after `above` go one by one to tied candidates, drawn at random
@@ -26,8 +22,7 @@ def expected_hits(counts: Tensor, k: int) -> Tensor:
 def count(scores: Tensor, best: Tensor, right: Tensor, axis: int) -> Tensor:
     """Compare the candidates along an axis with the best right one: float64 [K, queries, 3].
 
-    The wrong ones above it, the wrong ones equal to it, and the right ones equal to it: none if it
-    is NaN, which is no hit. A wrong candidate with NaN counts as above.
+    The wrong ones above it, which NaN counts as, the wrong ones and the right ones equal to it.
     """
     equal = scores == best
     above = (~(scores <= best) & ~right).sum(axis)
@@ -35,17 +30,17 @@ def count(scores: Tensor, best: Tensor, right: Tensor, axis: int) -> Tensor:
 
 
 def best_right(i2t: Tensor, t2i: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """The best scores of right pairs in a block that has the picture of each of its captions.
+    """The best scores of right pairs, of which the block has the picture of each caption.
 
-    i2t and t2i [K, I, J], bool [I, J] -> each image's highest with a caption of its own, [K, I, 1],
-    minus infinity without any; each caption's with its picture, [K, 1, J].
+    [K, I, J] twice, bool [I, J] -> each image's with a caption of its own, minus infinity without
+    any, [K, I, 1]; each caption's with its picture, [K, 1, J].
     """
     best = i2t.masked_fill(~right, -torch.inf).amax(2, keepdim=True)
     return best, t2i.gather(1, right.int().argmax(0).expand(len(t2i), 1, -1))
 
 
 def mean_recalls(i2t: Tensor, t2i: Tensor) -> dict[str, float]:
-    """`i2t_r1` ... `t2i_r10` and their mean `mean_recall`, from counts [queries, 3] each way."""
+    """`i2t_r1` ... `t2i_r10` and their mean, from counts [queries, 3] each way."""
     values: dict[str, float] = {}
     for way, counts in (("i2t", i2t), ("t2i", t2i)):
         values |= {f"{way}_r{k}": expected_hits(counts, k).mean().item() for k in RECALLS}
@@ -73,31 +68,22 @@ def chance(image_of: Tensor) -> dict[str, float]:
 
 
 def top_hits(scores: Tensor, target: Tensor) -> Tensor:
-    """Whether the right class is among the first k, for each k of `TOP`: fp64 [len(TOP), K, B].
-
-    Ties make it a probability. `scores` [K, B, C], `target` int64 [B], the right classes.
-    """
-    right = torch.arange(scores.shape[2], device=scores.device) == target[:, None]  # [B, C]
-    best = scores.gather(2, target.expand(len(scores), -1)[:, :, None])
-    counts = count(scores, best, right, 2)
+    """Whether the right class is among the first of `TOP`: [K, I, C], int64 [I] -> [2, K, I]."""
+    right = torch.arange(scores.shape[2], device=scores.device) == target[:, None]  # [I, C]
+    counts = count(scores, scores.gather(2, target.expand(len(scores), -1)[:, :, None]), right, 2)
     return torch.stack([expected_hits(counts, k) for k in TOP])
 
 
 def accuracies(scores: Tensor, target: Tensor) -> dict[str, float]:
-    """`accuracies_by_class` of scores [I, C]; `target` int64 [I]. Ties get the expected rank."""
-    hits = torch.zeros(len(TOP), scores.shape[1], dtype=torch.float64)
-    hits.index_add_(1, target.cpu(), top_hits(scores[None], target)[:, 0].cpu())
-    return accuracies_by_class(hits, target.cpu().bincount(minlength=scores.shape[1]))
+    """`mean_hits` of scores [I, C] and right classes, int64 [I]. Ties get the expected rank."""
+    return mean_hits(top_hits(scores[None], target)[:, 0], target)
 
 
-def accuracies_by_class(hits: Tensor, counts: Tensor) -> dict[str, float]:
-    """`top1`, `top5`, and `mean_per_class`, top 1 averaged over the classes that have pictures.
-
-    From the sum of `top_hits` over each class's pictures, [len(TOP), C], and their number, [C].
-    """
-    shown = counts > 0
-    out = {f"top{k}": (row.sum() / counts.sum()).item() for k, row in zip(TOP, hits, strict=True)}
-    return {**out, "mean_per_class": (hits[0, shown] / counts[shown]).mean().item()}
+def mean_hits(hits: Tensor, target: Tensor) -> dict[str, float]:
+    """`top1`, `top5`, and top 1 averaged over the classes that have pictures: [2, I], int64 [I]."""
+    counts, right = target.bincount(), target.bincount(hits[0])
+    means = {f"top{k}": row.mean().item() for k, row in zip(TOP, hits, strict=True)}
+    return {**means, "mean_per_class": (right / counts)[counts > 0].mean().item()}
 
 
 def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor) -> Tensor:
@@ -117,8 +103,7 @@ def patches_inside(boxes: list, view: tuple, grid: tuple[int, int]) -> Tensor:
 
     `boxes` and `view`, which the grid of rows and columns divides, are left, top, right, bottom.
     """
-    left, top, right, bottom = view
-    rows, columns = grid
+    (left, top, right, bottom), (rows, columns) = view, grid
     y = top + (torch.arange(rows).double() + 0.5) * (bottom - top) / rows
     x = left + (torch.arange(columns).double() + 0.5) * (right - left) / columns
     inside = torch.zeros(rows, columns, dtype=torch.bool)

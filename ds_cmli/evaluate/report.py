@@ -3,7 +3,6 @@
 from typing import Any
 
 Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
-
 SCORES = ("combined", "cmli", "global")
 COUNTS = ("pairs", "choices", "phrases", "pictures", "classes")
 
@@ -14,15 +13,13 @@ def prefixed(prefix: str, metrics: Metrics) -> Metrics:
 
 def best(before: Metrics, split: str, figures: Metrics, step: int) -> Metrics:
     """The best result of a run: this one, unless `before` has another metric or a higher value."""
-
-    def r1(score: str) -> float:
-        return (figures[f"{score}/i2t_r1"] + figures[f"{score}/t2i_r1"]) / 2
-
     score = next(score for score in SCORES if f"{score}/i2t_r1" in figures)
-    metric, value = f"{split} {score} R@1", r1(score)
+    ways = ((f"{kind}/i2t_r1", f"{kind}/t2i_r1") for kind in (score, "chance"))
+    value, chance = ((figures[i2t] + figures[t2i]) / 2 for i2t, t2i in ways)
+    metric = f"{split} {score} R@1"
     if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
         return before
-    size = {"pairs": figures["pairs"], "chance": r1("chance")}
+    size = {"pairs": figures["pairs"], "chance": chance}
     return {"metric": metric, "value": value, "step": step, **size}
 
 
@@ -32,15 +29,14 @@ def summary(figures: Metrics, precision: str, name: str = "") -> str:
     lines = [" ".join(filter(None, (" ", name, heading))) + f", in {precision}"]
     if "left_out" in figures:
         lines[0] += f", {figures['left_out']} left out: {', '.join(figures['left_out_first'])}"
-    columns = dict.fromkeys(key.split("/")[1] for key in figures if key.startswith("global/"))
+    columns = [key.removeprefix("global/") for key in figures if key.startswith("global/")]
     if columns:
         lines.append(f"{'':12}" + "".join(f"  {column:5}" for column in columns))
-    for score in (*SCORES, "chance") if columns else ():
-        cells = {column: figures.get(f"{score}/{column}") for column in columns}
-        if any(cell is not None for cell in cells.values()):
-            texts = {column: "" if x is None else f"{x:.3f}" for column, x in cells.items()}
-            row = "".join(f"  {text:{max(5, len(column))}}" for column, text in texts.items())
-            lines.append(f"    {score:8}{row}".rstrip())
+    for score in (*SCORES, "chance"):
+        cells = [(figures.get(f"{score}/{column}"), len(column)) for column in columns]
+        texts = [f"  {'' if x is None else f'{x:.3f}':{max(5, width)}}" for x, width in cells]
+        if any(map(str.strip, texts)):
+            lines.append(f"    {score:8}{''.join(texts)}".rstrip())
     if "pointing_game" in figures:
         chance = figures.get("chance/pointing_game", 0.25)  # of scenes, with pictures in quarters
         lines.append(

@@ -2,10 +2,10 @@
 
 No rank ever holds a whole row of the score matrix. Each keeps its own pictures and their captions.
 Captions are communicated: each block of them is broadcast from its rank to all others, which score
-it against their own pictures, block by block.
-
-Shapes: K kinds of scores, r pictures and b captions of a block.
+it against their own pictures, block by block. K kinds of scores, r pictures, b captions of a block.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,19 +17,15 @@ from ds_cmli.evaluate.metrics import best_right, chance, count, mean_recalls
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from ds_cmli.evaluate.report import Metrics, prefixed
 
-PICTURES, CAPTIONS = 128, 512  # the most per block
+PICTURES = 128  # per block, which has as many captions as they have
 
 
 @torch.no_grad()
 def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]:
-    """Measure all metrics of a split, the same on every rank. Collective.
+    """All metrics of a split, the same on every rank, and this rank's embeddings. Collective.
 
-    Returns:
-        `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, of scenes `pointing_game`, and
-        `Embedded.counts`; and this rank's embeddings.
-
-    Raises:
-        UserError: on every rank, if no pair can be used.
+    `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `pointing_game` of scenes, and
+    `Embedded.counts`.
     """
     was_training = model.objective.training
     model.objective.eval()
@@ -47,12 +43,15 @@ def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]
 
 def rank(model: Evaluator, own: Embedded) -> dict[str, dict[str, float]]:
     """The recalls of each kind of scores over all ranks' pictures and captions. Collective."""
-    image_of, here = torch.tensor(own.image_of), list(own.images)
-    pictures, kinds = int(image_of.max()) + 1, len(model.kinds)
-    most = -(-pictures // distributed.world_size())  # of a rank: the same on all of them
+    image_of, here, kinds = torch.tensor(own.image_of), list(own.images), len(model.kinds)
+    most = -(-len(image_of.unique()) // distributed.world_size())  # as many blocks on all ranks
     blocks = [here[start : start + PICTURES] for start in range(0, most, PICTURES)]
+    place = {number: place // PICTURES for place, number in enumerate(here)}
+    captions_of: list[list[int]] = [[] for _ in blocks]
+    for row in own.texts:
+        captions_of[place[own.image_of[row]]].append(row)
 
-    def scores(numbers: list[int], captions: list[int], texts: tuple) -> tuple[Tensor, ...]:
+    def scores(numbers: list[int], captions: list[int], texts: Sequence) -> tuple[Tensor, ...]:
         """i2t and t2i, [K, r, b], and whether the caption is one of the picture's. CPU-GPU sync."""
         ways = model.scores([own.images[number] for number in numbers], texts).values()
         i2t, t2i = (torch.stack(way).cpu() for way in zip(*ways, strict=True))
@@ -60,35 +59,29 @@ def rank(model: Evaluator, own: Embedded) -> dict[str, dict[str, float]]:
 
     # The right pairs first, in the blocks with the pictures of their captions: computed as again
     # below, so that a score is bitwise equal to itself.
-    best = torch.full((kinds, pictures, 1), -torch.inf)
-    parts = []  # this rank's captions, and their scores with their pictures
-    for numbers in blocks:
-        inside = {*numbers}
-        rows = [caption for caption in own.texts if own.image_of[caption] in inside]
-        for captions in (rows[start : start + CAPTIONS] for start in range(0, len(rows), CAPTIONS)):
-            pairs = scores(numbers, captions, block([own.texts[caption] for caption in captions]))
-            best_images, best_captions = best_right(*pairs)
-            best[:, numbers] = torch.maximum(best[:, numbers], best_images)
-            parts.append((captions, best_captions))
+    best = torch.full((kinds, len(image_of), 1), -torch.inf)
+    sent: list[tuple | None] = []  # captions, their scores with their pictures, their embeddings
+    for numbers, captions in zip(blocks, captions_of, strict=True):
+        if not captions:
+            sent.append(None)
+            continue
+        texts = block([own.texts[caption] for caption in captions])
+        best[:, numbers], of_captions = best_right(*scores(numbers, captions, texts))
+        sent.append((captions, of_captions, texts))
 
-    i2t_counts = torch.zeros(kinds, pictures, 3, dtype=torch.float64)
-    t2i_counts = torch.zeros(kinds, len(image_of), 3, dtype=torch.float64)
-    for source, length in enumerate(distributed.gather_objects(len(parts))):  # collective
-        for part in range(length):
-            sent = None
-            if source == distributed.rank():
-                sent = *parts[part], block([own.texts[caption] for caption in parts[part][0]])
-            captions, best_captions, texts = distributed.broadcast_object(
-                sent, source
-            )  # collective
+    i2t_counts, t2i_counts = torch.zeros(2, kinds, len(image_of), 3, dtype=torch.float64)
+    for source in range(distributed.world_size()):
+        for mine in sent:
+            part = distributed.broadcast_object(mine, source)  # collective
             for numbers in blocks:
                 model.heartbeat()
-                if numbers:
+                if part and numbers:
+                    captions, of_captions, texts = part
                     i2t, t2i, right = scores(numbers, captions, texts)
                     i2t_counts[:, numbers] += count(i2t, best[:, numbers], right, 2)
-                    t2i_counts[:, captions] += count(t2i, best_captions, right, 1)
+                    t2i_counts[:, captions] += count(t2i, of_captions, right, 1)
     distributed.sum_over_ranks(i2t_counts)  # collective
     distributed.sum_over_ranks(t2i_counts)  # collective
-    i2t_counts = i2t_counts[:, image_of[own.captions].unique()]
-    ways = zip(i2t_counts, t2i_counts[:, own.captions], strict=True)
+    pictures = image_of[own.captions].unique()
+    ways = zip(i2t_counts[:, pictures], t2i_counts[:, own.captions], strict=True)
     return {kind: mean_recalls(*way) for kind, way in zip(model.kinds, ways, strict=True)}

@@ -4,8 +4,7 @@ A class's global embedding is the normalised mean over its prompts (Radford et a
 3.1.4). Token embeddings of different prompts have no mean, so the CMLI scores of the prompts, from
 the picture's side, are averaged (FILIP, arXiv 2111.07783, section 3.1).
 
-Shapes: B pictures of a batch, C classes, T prompt templates, N patches, H hidden size, D embedding
-dimension; K kinds of scores (global, cmli, combined).
+K kinds of scores, B pictures, C classes, N patches, H hidden size, D embedding dimension.
 """
 
 from pathlib import Path
@@ -13,16 +12,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.datasets import ImageFolder
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.build import IMAGES
 from ds_cmli.data.images import View
-from ds_cmli.data.pairs import told
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import Evaluator, block, share
-from ds_cmli.evaluate.metrics import TOP, accuracies_by_class, top_hits
+from ds_cmli.evaluate.embed import Evaluator, block, left_out, share
+from ds_cmli.evaluate.metrics import TOP, mean_hits, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.scores import combined
 
@@ -42,27 +40,20 @@ class ClassPictures:
     """The pictures of a folder of class folders, with the classes' names and prompts."""
 
     def __init__(self, folder: str, names: str | None, templates: str | None, config: DataConfig):
-        self.view, root = View.of(config), Path(folder).expanduser()
-        places = sorted(place for place in root.glob("*") if place.is_dir())
-        self.files = [  # with the numbers of their classes
-            (file, number)
-            for number, place in enumerate(places)
-            for file in sorted(place.rglob("*"))
-            if file.suffix.lower() in IMAGES and file.is_file()
-        ]
-        self.names = [place.name.replace("_", " ") for place in places]
-        if names:
-            self.names = _lines("--class-names", names)
+        with blame(f"--zero-shot {folder}: give a folder with folders of pictures"):
+            found = ImageFolder(Path(folder).expanduser(), allow_empty=True)
+        self.view, places = View.of(config), found.classes
+        self.files = [(Path(file), c) for file, c in found.samples if Path(file).is_file()]
+        given = _lines("--class-names", names) if names else None
+        self.names = given or [place.replace("_", " ") for place in places]
         self.templates = _lines("--templates", templates) if templates else TEMPLATES.splitlines()
-        problem = ""
-        if len(places) < 2 or not self.files:
-            problem = f"--zero-shot {folder}: give a folder with folders of pictures"
-        elif len(self.names) != len(places):
-            problem = f"--class-names {names}: {len(self.names)} names for {len(places)} folders"
-        elif wrong := [line for line in self.templates if line.count("{}") != 1]:
-            problem = f"--templates {templates}: {wrong[0]!r} needs one {{}} for the class's name"
-        if problem:
-            raise UserError(problem)
+        wrong = [line for line in self.templates if line.count("{}") != 1]
+        if len({number for _, number in self.files}) < 2:
+            raise UserError(f"--zero-shot {folder}: give a folder with folders of pictures")
+        if (count := len(self.names)) != len(places):
+            raise UserError(f"--class-names {names}: {count} names for {len(places)} folders")
+        if wrong:
+            raise UserError(f"--templates {templates}: {wrong[0]!r} needs one {{}} for the name")
 
     def image(self, number: int) -> Tensor:
         return self.view(self.files[number][0].read_bytes())
@@ -76,18 +67,12 @@ def _lines(option: str, file: str) -> list[str]:
 
 @torch.no_grad()
 def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
-    """Measure accuracies over the pictures of all ranks. Collective.
-
-    Returns:
-        What `accuracies_by_class` does for each score, `chance/top1`, `chance/top5`, `pictures`,
-        `classes`; if pictures could not be read `left_out`, and the names of some.
-    """
+    """Measure `mean_hits` of each score over the pictures of all ranks. Collective."""
     classes, templates = len(pictures.names), len(pictures.templates)
     prompts = [t.replace("{}", name) for name in pictures.names for t in pictures.templates]
     texts, bad = model.texts(dict(enumerate(prompts)), len(prompts))
-    if bad:
-        first = prompts[min(bad)]
-        raise UserError(f"the prompt {first!r} has no token: name the class by --class-names")
+    for number in bad:
+        raise UserError(f"{prompts[number]!r} has no token: name the class by --class-names")
     embedded, size = [texts[number] for number in range(len(prompts))], CLASSES * templates
     parts = [block(embedded[start : start + size]) for start in range(0, len(prompts), size)]
     blocks = [[x.to(model.device) for x in part] for part in parts]  # once, for all pictures
@@ -104,22 +89,16 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
             kinds["combined"] = combined(kinds, model.scales)
         return torch.stack([*kinds.values()])
 
-    hits = torch.zeros(len(TOP), len(model.kinds), classes, dtype=torch.float64)
-    counts, lost = torch.zeros(classes, dtype=torch.float64), []
-    own = share(len(pictures.files))
-    for numbers, cls, patches, broken in model.images(pictures.image, own, pictures.view.size):
+    hits, targets, lost, own = [], [], [], share([*range(len(pictures.files))])
+    for numbers, cls, patches, broken in model.images(pictures, own):
         target = torch.tensor([pictures.files[number][1] for number in numbers], dtype=torch.int64)
-        hits.index_add_(2, target, top_hits(scores(cls, patches).cpu(), target))  # CPU-GPU sync
-        counts += target.bincount(minlength=classes)
+        hits.append(top_hits(scores(cls, patches).cpu(), target))  # CPU-GPU sync
+        targets.append(target)
         lost += [(pictures.files[number][0].name, why) for number, why in broken.items()]
-    distributed.sum_over_ranks(hits)  # collective
-    distributed.sum_over_ranks(counts)  # collective
-    lost = [bad for of_rank in distributed.gather_objects(lost) for bad in of_rank]  # collective
-    if not counts.sum():
-        raise UserError(f"--zero-shot: no picture can be read: {', '.join(told(lost))}")
-    out: Metrics = {"pictures": int(counts.sum()), "classes": classes}
-    if lost:
-        out |= {"left_out": len(lost), "left_out_first": told(lost)}
+    every = distributed.gather_objects((torch.cat(hits, 2), torch.cat(targets), lost))  # collective
+    all_hits, target = torch.cat([hits for hits, *_ in every], 2), torch.cat([x[1] for x in every])
+    lost = [one for *_, of_rank in every for one in of_rank]
+    out = {"pictures": len(target), "classes": classes, **left_out(len(lost), lost, len(target))}
     for k, kind in enumerate(model.kinds):
-        out |= prefixed(f"{kind}/", accuracies_by_class(hits[:, k], counts))
+        out |= prefixed(f"{kind}/", mean_hits(all_hits[:, k], target))
     return out | {f"chance/top{k}": min(1.0, k / classes) for k in TOP}

@@ -105,7 +105,7 @@ def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
 
 def test_evaluation_has_every_caption_and_fails_to_read_what_is_broken(folders):
     pairs = data(folders, ["folder"], val_source=str(folders / "folder")).evals["val"]
-    assert len(pairs) == 30 and all(pairs.text(row) for row in range(30))
+    assert len(pairs) == 30 and all(text for _, text in pairs.rows)
     broken = []
     for row in range(30):
         try:

@@ -113,8 +113,7 @@ def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
         (["--zero-shot", ""], "--zero-shot has no value"),
         (["--zero-shot", ".", "--split", "val"], "--split has no effect with --zero-shot"),
         (["--templates", "x"], "--templates has no effect with --data"),
-        (["--boxes", "."], "--boxes needs --image-root"),
-        (["--boxes", ".", "--image-root", "."], "give Flickr30k Entities' folder, with Annotations/ and Sentences/"),
+        (["--boxes", ".", "--image-root", "."], "give Flickr30k Entities' folder, with Annotations/"),
         (["--data", "demo", "--split", "test"], "--split is 'test': the demo has its own two"),
     ],
 )

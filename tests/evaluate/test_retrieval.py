@@ -47,7 +47,6 @@ def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
         assert len(drawn) == 5 and all((one == other).all() for one, other in zip(drawn, maps, strict=True))
     # Scored in several blocks: the same again.
     monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
-    monkeypatch.setattr("ds_cmli.evaluate.retrieval.CAPTIONS", 3)
     assert on_rank(0, 1)[0] == pytest.approx(expected, abs=1e-9)
     assert 0 < expected["pointing_game"] < 1
     assert (expected["pairs"], expected["pictures"]) == (11, 11)
@@ -154,7 +153,7 @@ def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
     assert "9 pairs, 3 pictures, in bf16, 8 left out: " in summary(result, "bf16", "val")
     for file in (tmp_path / "validation").glob("*.png"):
         file.write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"no pair can be used.*png \(cannot identify"):
+    with pytest.raises(UserError, match=r"no picture can be used.*png \(cannot identify"):
         score(tmp_path)
 
 
