@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -93,9 +94,9 @@ class Model:
         if not pictures:
             raise UserError(f"no picture is given: give some, or a folder of {', '.join(SUFFIXES)}")
         names = [str(x) if isinstance(x, str | Path) else str(i) for i, x in enumerate(pictures)]
-        read, size = lambda i: self.read(pictures[i]), self.config.data.image_size
-        parts = []
-        for _, cls, patches, broken in self.evaluator.images(read, range(len(names)), size):
+        read, view = lambda i: self.read(pictures[i]), View.of(self.config.data)
+        listed, parts = SimpleNamespace(image=read, view=view), []
+        for _, cls, patches, broken in self.evaluator.images(listed, [*range(len(names))]):
             for number, why in broken.items():
                 raise UserError(f"the picture {names[number]} cannot be read: {why}")
             parts.append((cls.cpu(), patches.cpu()))  # CPU-GPU sync

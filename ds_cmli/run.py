@@ -157,8 +157,7 @@ class Run:
         """
         settings, state, engine = self.config.run, self.state, self.engine
         how = settings.eval_batch, self.config.data.workers, self.poll, preemption.shield
-        # Collective under ZeRO-3.
-        model = Evaluator(engine.objective, self.data.tokenizer, engine.device, *how)
+        model = Evaluator(engine.objective, self.data.tokenizer, engine.device, *how)  # collective
         for split, pairs in self.data.evals.items():
             name = split + suffix
             metrics, embedded = evaluate_split(model, pairs)  # collectives

@@ -10,13 +10,11 @@ import click
 
 from ds_cmli.common.cli import check_writable, run_command, say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import read
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.plugins import plugin_option
-from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.sources import RUN, Source, to_evaluate
+from ds_cmli.config.schema import Config
 from ds_cmli.distributed import launchers
 from ds_cmli.evaluate import report
+from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.report import Metrics, prefixed
 
 option = partial(click.option, show_default=True)
@@ -63,43 +61,22 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
             raise UserError(f"--{name} has {why}: leave it out".replace("_", "-"))
     if json_file:
         check_writable(json_file)
-    source, trained_in = Source(place), "fp32"
-    if is_run := checkpoint is not None or source.has_own_data:
-        config = load_config(source.path / RUN, "--checkpoint")
-        written = read(source.path / RUN, dict).get("deepspeed", {})
-        trained_in = DeepSpeedConfig(written).precision
-    elif given["ema"] or not given[mode]:
+    subject = EvaluatedModel(place, checkpoint is not None)
+    if not subject.is_run and (given["ema"] or not given[mode]):
         own = "which has averages and data of its own: give --data, and leave out --ema"
         raise UserError(f"{place!r} is no run, {own}")
-    else:
-        config = to_evaluate(source)
-    if given["ema"] and source.weights:
-        raise UserError(f"--ema has no effect with {place}: leave it out")
-    from ds_cmli.checkpoint.weights import load_student
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.engine import DTYPES, build_models
     from ds_cmli.evaluate.embed import Evaluator
-    from ds_cmli.models.blocks import cast_buffers
-    from ds_cmli.models.hf import AVERAGE, WEIGHTS
 
     launchers.map_launcher_environment()
     try:
         device = distributed.init()  # collective
-        tokenizer = tokenizer_of(config.data)
-        if is_run:
-            file = source.weights or (AVERAGE if given["ema"] else WEIGHTS)
-            objective = load_student(source.path, config, file)
-        else:
-            objective, _ = build_models(config, tokenizer.vocab_size, special=tokenizer.special)
-        dtype = DTYPES[given["precision"] or trained_in]
-        cast_buffers(objective.student.image, dtype)  # as in training, by engine.build
-        for parameter in objective.parameters():
-            parameter.data = parameter.data.to(dtype)
-        trained = is_run or source.is_run  # temperatures, of an export too
+        tokenizer = tokenizer_of(subject.config.data)
+        objective = subject.load(tokenizer, given["ema"], given["precision"], device)
         how = tokenizer, device, given["batch_size"], given["workers"]
-        evaluator = Evaluator(objective.to(device).eval(), *how, trained=trained)
-        metrics = _measure(evaluator, config, mode, given)  # collective
+        evaluator = Evaluator(objective, *how, trained=subject.trained)
+        metrics = _measure(evaluator, subject.config, mode, given)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:
