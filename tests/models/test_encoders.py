@@ -97,7 +97,6 @@ def test_batch_norm_keeps_its_statistics():
         ({"size": 57}, "data.image_size is 57: no multiple of the 14 pixels of a patch"),
         ({"overrides": {**PATCH, "dpeth": 3}}, "unexpected keyword argument 'dpeth'"),
         ({"overrides": {**PATCH, "img_size": 28}}, "multiple values for keyword argument 'img_size'"),
-        ({"model": "vit_none", "weights": "hub"}, "Unknown model"),
     ],
 )
 def test_other_image_models_are_one_line(settings, why):

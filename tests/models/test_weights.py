@@ -181,13 +181,7 @@ def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch):
     [
         ("student", {"shared_blocks": 10**9}, "student.shared_blocks is 1000000000: Input should be .* 1000"),
         ("student", {"image_overrides": {"depth": 10**9}}, "image_overrides.depth is 1000000000: give at most 1000"),
-        ("student", {"text_overrides": {"num_hidden_layers": 1001}}, "num_hidden_layers is 1001: give at most 1000"),
-        ("teacher", {"overrides": {"depths": [2, 10**9]}}, "teacher.overrides.depths is 1000000000: give at most 1000"),
-        ("optim", {"micro_batch": 10**9}, "optim.micro_batch is 1000000000: Input should be .* 1000000"),
         ("run", {"watchdog": 1e-9}, "run.watchdog is 1e-09: give 1 to 1000000 seconds"),
-        ("optim", {"lr_factors": {"image": 1e43}}, r"lr_factors is {'image': 1e\+43}: Input should be .* 1000000000"),
-        ("optim", {"lr": 1e300}, r"optim.lr is 1e\+300: Input should be .* 1000000000"),
-        ("optim", {"eps": 1e-300}, "optim.eps is 1e-300: Input should be greater than or equal to "),
         ("loss", {"weights": {"cmli": 1e300}}, "loss.weights is {'cmli': 1e.300}: "),
     ],
 )  # fmt: skip

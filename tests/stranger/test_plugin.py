@@ -5,6 +5,7 @@ from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.train import command
+from tests import make
 from tests.stranger.drive import STEPS, drive
 
 PLUGIN = ("--plugin", "tests.stranger.toy")
@@ -25,6 +26,12 @@ def test_an_image_encoder(tmp_path):
     run_content = drive(tmp_path, *PLUGIN, *model, "--image-backbone", "mixers", "--losses", "global,cmli")
     assert len(run_content["logged"]) == STEPS and "refused" not in run_content
     assert "eval/seen/combined/i2t_r1" in run_content["evaluated"]
+
+
+def test_a_typo_builds_none_of_its_encoders(plugins):
+    plugins.load("tests.stranger.toy")
+    with pytest.raises(UserError, match=r"student.image_model is 'vit_tinny', .*Unknown model"):
+        make.models(student={"image_model": "vit_tinny"})
 
 
 def test_one_that_is_missing_is_one_line():
