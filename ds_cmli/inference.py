@@ -22,7 +22,6 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data.images import View
-from ds_cmli.data.tokens import tokenizer_of
 from ds_cmli.evaluate.embed import Evaluator, block
 from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.scores import BothWays, Match, match
@@ -69,10 +68,7 @@ class Model:
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = EvaluatedModel(str(path), is_run=False)
-        words = tokenizer_of(model.config.data)
-        objective = model.load(words, ema=False, precision="fp32", device=chosen)
-        how = Evaluator(objective, words, chosen, batch_size, trained=model.trained)
-        return cls(model.config, how)
+        return cls(model.config, model.load(chosen, False, "fp32", batch_size))
 
     @property
     def grid(self) -> tuple[int, int]:

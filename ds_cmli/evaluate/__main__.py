@@ -65,17 +65,13 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     if not subject.is_run and (given["ema"] or not given[mode]):
         own = "which has averages and data of its own: give --data, and leave out --ema"
         raise UserError(f"{place!r} is no run, {own}")
-    from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.embed import Evaluator
 
     launchers.map_launcher_environment()
     try:
         device = distributed.init()  # collective
-        tokenizer = tokenizer_of(subject.config.data)
-        objective = subject.load(tokenizer, given["ema"], given["precision"], device)
-        how = tokenizer, device, given["batch_size"], given["workers"]
-        evaluator = Evaluator(objective, *how, trained=subject.trained)
+        batches = given["batch_size"], given["workers"]
+        evaluator = subject.load(device, given["ema"], given["precision"], *batches)
         metrics = _measure(evaluator, subject.config, mode, given)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")

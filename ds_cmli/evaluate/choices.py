@@ -49,8 +49,8 @@ def choose(model: Evaluator, choices: Choices) -> Metrics:
         image = own.images[own.image_of[rows[0]]]
         scores = model.scores([image], block([own.texts[row] for row in rows]))
         i2t = torch.stack([both.i2t[0] for both in scores.values()])  # [K, captions]
-        first, *others = (model.tokenizer(choices.rows[row][1]).input_ids for row in rows)
         above = (i2t[:, :1] > i2t[:, 1:]).all(1).tolist()  # CPU-GPU sync
+        first, *others = (model.tokenizer(choices.rows[row][1]).input_ids for row in rows)
         # Where the model reads two captions alike, their scores may still differ by rounding.
         right.append((group, len(rows), [one and first not in others for one in above]))
     every = [one for of_rank in distributed.gather_objects(right) for one in of_rank]  # collective

@@ -50,9 +50,8 @@ def mean_recalls(i2t: Tensor, t2i: Tensor) -> dict[str, float]:
 def recalls(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
     """Recall at 1, 5 and 10 both ways, `i2t_r1` ... `t2i_r10`, and their mean, `mean_recall`.
 
-    Captions are ranked for an image by a row of `i2t`, [I, J], images for a caption by a column of
-    `t2i`, [I, J]. `image_of`, int64 [J], is each caption's image, which finds any of its captions.
-    Ties get the expected random rank, and NaN never helps.
+    Captions are ranked by a row of `i2t`, [I, J], images by a column of `t2i`, [I, J]. `image_of`,
+    int64 [J], is each caption's image. Ties get the expected random rank, and NaN never helps.
     """
     right = torch.arange(len(i2t), device=i2t.device)[:, None] == image_of.to(i2t.device)
     best_images, best_captions = best_right(i2t[None], t2i[None], right)

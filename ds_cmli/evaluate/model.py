@@ -22,23 +22,26 @@ class EvaluatedModel:
         else:
             self.config = to_evaluate(self.source)
 
-    def load(self, tokenizer: Any, ema: bool, precision: str | None, device: Any) -> Any:
-        """The `Objective` with student and temperatures, of the training's precision by default."""
+    def load(self, device: Any, ema: bool, precision: str | None, batch: int, workers: int = 0):
+        """The `Evaluator`, by default in the training's precision."""
         from ds_cmli.checkpoint.weights import load_student
+        from ds_cmli.data.tokens import tokenizer_of
         from ds_cmli.engine import DTYPES, build_models
+        from ds_cmli.evaluate.embed import Evaluator
         from ds_cmli.models.blocks import cast_buffers
         from ds_cmli.models.hf import AVERAGE, WEIGHTS
 
         if ema and self.source.weights:
             raise UserError(f"--ema has no effect with {self.source.name}: leave it out")
+        words = tokenizer_of(self.config.data)
         if self.is_run:
             file = self.source.weights or (AVERAGE if ema else WEIGHTS)
             objective = load_student(self.source.path, self.config, file)
         else:
-            sizes = self.config, tokenizer.vocab_size
-            objective, _ = build_models(*sizes, special=tokenizer.special)
+            objective, _ = build_models(self.config, words.vocab_size, special=words.special)
         dtype = DTYPES[precision or self.precision]
         cast_buffers(objective.student.image, dtype)  # as in training, by engine.build
         for parameter in objective.parameters():
             parameter.data = parameter.data.to(dtype)
-        return objective.to(device).eval()
+        objective = objective.to(device).eval()
+        return Evaluator(objective, words, device, batch, workers, trained=self.trained)

@@ -24,8 +24,7 @@ from ds_cmli.evaluate.metrics import TOP, mean_hits, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.scores import combined
 
-# Seven of OpenAI's eighty prompt templates for ImageNet, which OpenAI found to work about as well
-# as all eighty.
+# Seven of OpenAI's eighty for ImageNet, which OpenAI found to work about as well as all.
 TEMPLATES = """itap of a {}.
 a bad photo of the {}.
 a origami {}.
@@ -44,8 +43,8 @@ class ClassPictures:
             found = ImageFolder(Path(folder).expanduser(), allow_empty=True)
         self.view, places = View.of(config), found.classes
         self.files = [(Path(file), c) for file, c in found.samples if Path(file).is_file()]
-        given = _lines("--class-names", names) if names else None
-        self.names = given or [place.replace("_", " ") for place in places]
+        self.names = [place.replace("_", " ") for place in places]
+        self.names = _lines("--class-names", names) if names else self.names
         self.templates = _lines("--templates", templates) if templates else TEMPLATES.splitlines()
         wrong = [line for line in self.templates if line.count("{}") != 1]
         if len({number for _, number in self.files}) < 2:
