@@ -1,9 +1,8 @@
 """python profiling/compare_estimates.py [--only E1,E4] [--json FILE] [--markdown FILE]
 
-The document's memory estimates E1 to E5: as written, corrected, predicted and measured; and a whole
-training step, by category. On a GPU where there is one, otherwise on the CPU, where E1, E2, E3 and
-E5 are measured at the document's own batch: in forward alone where memory does not suffice for
-more, which the tables say. `profiling/predict.py` says what fits a GPU.
+The memory estimates E1 to E5 of Cares (2024): as written, corrected, predicted and measured; and a
+whole training step, by category. On a GPU where there is one, otherwise on the CPU, which takes no
+whole step. `profiling/predict.py` says what fits a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
@@ -16,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,95 +44,77 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("What is compared", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
-def command(
-    only: str | None,
-    preset: str,
-    gpu_memory: str | None,
-    sm: str | None,
-    json_path: str | None,
-    markdown_path: str | None,
-    **sizes: int,
-) -> None:
-    """Compare the source document's memory estimates E1 to E5 with what is predicted and what is
+def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> None:
+    """Compare the memory estimates E1 to E5 of Cares (2024) with what is predicted and what is
     measured.
 
-    With no options: the document's setting, and the whole training step of the preset "demo".
+    With no options: the setting of that document, and the whole training step of the preset "demo".
     """
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
-    ids = parse_only(only)
+    ids = {part.strip().upper() for part in (only or ",".join(IDS)).split(",")}
+    if not ids <= set(IDS):
+        raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
     given = gpus.chosen(None, gpu_memory, sm)
     for name in (json_path, markdown_path):
         if name is not None:
             check_writable(name)
     from rich.console import Console
+    from rich.markdown import Markdown
 
     from ds_cmli.common import quiet
-    from profiling.memory.estimates import Setting, claims, sentences
+    from profiling.memory.estimates import Setting, arithmetic, claims, sentences
 
     setting = Setting(**sizes)
     every = {id: claim for id, claim in claims(setting).items() if id in ids}
     console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
-    summary = sentences(every.values())
-    for sentence in summary:
-        console.print(sentence, highlight=False)
+    said, shown, content = list[str](), [arithmetic(every, setting)], list[dict[str, Any]]()
 
+    def say(*lines: str) -> None:
+        for line in lines:
+            said.append(line)
+            console.print(line, highlight=False)
+
+    say(*sentences(every))
     quiet.silence()
     import torch
 
-    from profiling.memory import measure, steps, tables
+    from profiling.memory import measure, steps
 
     assumed = gpus.find(gpus.DEFAULT)
-    here, device, gpu = torch.cuda.is_available(), "cpu", given or assumed
-    if here:
-        device, gpu = "cuda", given or gpus.present(torch.cuda.get_device_name())
+    present = None
+    if torch.cuda.is_available():
+        present = given or gpus.present(torch.cuda.get_device_name())
     if "E4" in ids:
         steps.document_config(setting)  # sizes that its models cannot have
-    shown, content = [tables.arithmetic_table(every.values(), setting)], list[dict[str, Any]]()
-    judged = []
     with console.status("") as status:
-        rows = measure.rows(setting, ids, device, status.update)
+        rows = measure.rows(setting, ids, present, status.update)
         if rows:
-            content += [row.to_dict() for row in rows]
-            judged += tables.sentences_measured(rows)
-            shown += tables.rows_tables(rows, every)
+            say(*measure.sentences(rows))
+            shown += measure.tables(rows)
+            content += [asdict(row) for row in rows]
         if "E4" in ids:
-            variants = steps.FIRST_VARIANTS if only is None else steps.VARIANTS
+            variants = steps.VARIANTS[: 3 if only is None else None]
             reports = steps.predict_document(setting, variants, assumed, status.update)
-            content += [{"id": "E4", "implementation": k} | r.to_dict() for k, r in reports.items()]
-            judged.append(steps.document_sentence(reports, assumed))
+            say(steps.document_sentence(reports, assumed))
             shown.append(steps.document_table(reports, assumed))
+            content += [{"id": "E4", "implementation": k} | r.to_dict() for k, r in reports.items()]
         if only is None:
             status.update(f"the whole step of {preset}")
-            step = steps.whole_step(preset, setting.P if preset == "paper" else 1, gpu, here)
-            judged.append(step.sentence())
-            shown.append(step.table())
-    for sentence in judged:
-        console.print(sentence, highlight=False)
-    console.print()
+            ranks = setting.P if preset == "paper" else 1
+            gpu, here = present or given or assumed, present is not None
+            sentence, table = steps.whole_step(preset, ranks, gpu, here)
+            say(sentence)
+            shown.append(table)
     for table in shown:
-        table.show(console)
-
+        console.print("", Markdown(table))
     if json_path is not None:
         Path(json_path).write_text(json.dumps(content, indent=2) + "\n")
     if markdown_path is not None:
-        heading = ["# Memory: the estimates and the truth", "", *summary, *judged, "", ""]
-        Path(markdown_path).write_text("\n".join(heading) + "\n".join(t.markdown() for t in shown))
-
-
-def parse_only(only: str | None) -> set[str]:
-    """`"E1,E3"` -> `{"E1", "E3"}`; None: all."""
-    if only is None:
-        return set(IDS)
-    ids = {part.strip().upper() for part in only.split(",") if part.strip()}
-    if not ids or not ids <= set(IDS):
-        raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
-    return ids
-
-
-def main() -> None:
-    run_command(command)
+        lines = [f"- {line}" for line in said]
+        page = "\n".join(["# Memory: the estimates and the truth", "", *lines, "", *shown])
+        Path(markdown_path).write_text(page)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(command)

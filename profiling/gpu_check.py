@@ -1,8 +1,7 @@
 """python profiling/gpu_check.py [--markdown FILE] [--only NAME]
 
-Who has a GPU runs it once: one page for docs/results.md, of what `pytest -m gpu` finds there. The
-most valuable comes first, and the page is written after each test, so that a run that is cut off
-keeps what it has. Exit code: 1 where a bar is missed, 2 without a GPU.
+Who has a GPU runs it once: one page for docs/results.md, of what `pytest -m gpu` finds there. It is
+written after each test. Exit code: 1 where a bar is missed, 2 without a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
@@ -18,9 +17,7 @@ import click
 import pytest
 import torch
 
-from ds_cmli.common.documents import markdown_table
-
-TESTS = Path(__file__).resolve().parents[1] / "tests" / "gpu"
+from profiling.tables import table
 
 
 class Page:
@@ -42,11 +39,11 @@ class Page:
             self.missed += 1
         for row in figures if report.when == "call" else ():
             verdict = {True: "met", False: "**missed**", None: "no bar"}[row["passed"]]
-            numbers = [f"{x:.4g}" if x is not None else "" for x in (row["value"], row["bar"])]
-            self.rows.append([test, row["name"], *numbers, verdict, row["note"]])
+            bar = "" if row["bar"] is None else f"{row['bar']:.4g}"
+            self.rows.append([test, row["name"], f"{row['value']:.4g}", bar, verdict, row["note"]])
             self.missed += row["passed"] is False
-        table = markdown_table(["test", "figure", "value", "bar", "", ""], self.rows)
-        self.path.write_text(f"{self.title}\n\n{self.missed} missed their bar.\n\n{table}\n")
+        rows = table(["test", "figure", "value", "bar", "", ""], self.rows)
+        self.path.write_text(f"{self.title}\n\n{self.missed} missed their bar.\n\n{rows}\n")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -59,7 +56,8 @@ def command(markdown: str, only: str) -> None:
         sys.exit(2)
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
     page = Page(name, Path(markdown))
-    code = pytest.main(["-q", "-m", "gpu", "-k", only, str(TESTS)], plugins=[page])
+    tests = str(Path(__file__).resolve().parents[1] / "tests" / "gpu")
+    code = pytest.main(["-q", "-m", "gpu", "-k", only, tests], plugins=[page])
     click.echo(f"{len(page.rows)} figures on {name}, {page.missed} missed: {markdown}")
     sys.exit(1 if page.missed or code else 0)
 

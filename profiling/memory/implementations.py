@@ -1,18 +1,14 @@
-"""The ways to compute what E1 to E3 and E5 are about, as code that runs and is measured.
+"""The ways to compute what E1, E2, E3 and E5 are about, as code that is measured, and predicted.
 
-`broadcast` stores every product of every dot product, as the document counts. `materialised` stores
-one number per dot product, by a matrix product. `ours` is what this project trains with. One
-process stands for one rank: where a rank would gather the other ranks' texts, they are given as
-inputs. The other ranks' images are given too in the first two of E1, and in "broadcast" and
-"materialised, all" of E2.
+"broadcast" stores every product of every dot product, as the document counts; "materialised" one
+number per dot product, by a matrix product; "ours" is what this project trains with. One process
+stands for one rank: the other ranks' texts are inputs, and where I is G their images too.
 
-`run` measures an implementation. `predict` runs the same code on tensors without data.
-
-Shapes: B pairs per rank, P ranks, G = B * P, I images (B or G), N image patches, M text positions,
-H hidden size, D embedding dimension.
+Shapes: as in `estimates.py`; I images, B or G.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -23,34 +19,45 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.fake_cuda.entered import fake_cuda
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.losses.target_cmli import match_patches
+from ds_cmli.memory_model.gpus import Gpu
 from profiling.memory.estimates import SPECIAL_TOKENS, Setting
-from profiling.speed.op import broadcast_dots, broadcast_scores, cpu_sizes, materialised_scores
-
-SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
+from profiling.speed.op import cmli_from, cpu_sizes, materialised_scores, upcast
 
 
-def loss_of(s_i2t: Tensor, s_t2i: Tensor, logit_scale: Tensor) -> Tensor:
-    """The contrastive loss of scores [I, G], of which the first I columns are the images' own."""
+def contrastive_loss(
+    scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
+) -> Tensor:
+    """The loss of both scores [I, G], of which the first I columns are the images' own."""
+    s_i2t, s_t2i = scores(image, text, token_mask)
     rows, columns = logit_scale.exp() * s_i2t, logit_scale.exp() * s_t2i
     of_rows, of_columns = rows.logsumexp(1), columns.logsumexp(0)[: len(columns)]
     return (of_rows + of_columns - rows.diagonal() - columns.diagonal()).mean() / 2
 
 
-def global_loss(
-    dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor
-) -> Tensor:
-    scores = dots(image, text)
-    return loss_of(scores, scores, logit_scale)
+def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products over the last dimension of broadcast tensors, with every product stored."""
+    return (x * y).sum(-1)
 
 
-def cmli_loss(
-    scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
-) -> Tensor:
-    s_i2t, s_t2i = scores(image, text, token_mask)
-    return loss_of(s_i2t, s_t2i, logit_scale)
+def global_broadcast(image: Tensor, text: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    """[I, H], [G, H] -> cosines [I, G], twice. Stores [I, G, H]."""
+    cosines = broadcast_dots(image[:, None], text)
+    return cosines, cosines
+
+
+def global_materialised(image: Tensor, text: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    cosines = image @ text.t()
+    return cosines, cosines
+
+
+def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored."""
+    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
+    return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:
@@ -63,75 +70,54 @@ def materialised_match(tokens: Tensor, patches: Tensor) -> Tensor:
     return (patches @ tokens.transpose(1, 2)).argmax(1)
 
 
-def unit_rows(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    return F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype)
-
-
-def global_inputs(images: int, s: Setting, device: str) -> tuple[Tensor, ...]:
-    rows = partial(unit_rows, dtype=torch.float32, device=device)
-    return rows(images, s.H).requires_grad_(), rows(s.G, s.H).requires_grad_(), _logit_scale(device)
-
-
-def cmli_inputs(images: int, tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
-    rows = partial(unit_rows, dtype=torch.float32, device=device)
-    image, text = rows(images, s.N, s.D).requires_grad_(), rows(s.G, tokens, s.D).requires_grad_()
-    mask = torch.ones(s.G, tokens, dtype=torch.bool, device=device)
-    return image, text, mask, _logit_scale(device)
-
-
-def match_inputs(tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
-    # They need no gradient, as none passes through an index.
-    rows = partial(unit_rows, dtype=torch.float16, device=device)
-    return rows(s.B, tokens, s.D), rows(s.B, s.N, s.D)
-
-
-def _logit_scale(device: str) -> Tensor:
-    return torch.zeros(1, device=device, requires_grad=True)
-
-
 @dataclass(frozen=True)
 class Implementation:
-    inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
-    forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
-    op: bool = False  # whether it runs the all-pairs operator
+    image: tuple[int, ...]  # shapes of the features
+    text: tuple[int, ...]
+    function: Callable  # gives the scores of a contrastive loss, or
+    matches: bool = False  # the best patches of tokens, in 16 bit; no gradient passes an index
+
+    def inputs(self, device: str) -> tuple[Tensor, ...]:
+        image, text = (
+            F.normalize(torch.randn(shape, device=device), dim=-1)
+            for shape in (self.image, self.text)
+        )
+        if self.matches:
+            return text.half(), image.half()
+        mask = torch.ones(text.shape[:2], dtype=torch.bool, device=device)
+        logit_scale = torch.zeros(1, device=device, requires_grad=True)
+        return image.requires_grad_(), text.requires_grad_(), mask, logit_scale
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The loss, or indices."""
+        if self.matches:
+            return self.function(*inputs)
+        return contrastive_loss(self.function, *inputs)
 
 
 def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
-    """(claim's id, name) -> the implementation in the setting `s`.
-
-    The names are the keys of `Claim.stored`.
+    """(claim's id, name) -> the implementation in the setting `s`, by the keys of `Claim.stored`.
 
     `backend`: of the all-pairs op.
     """
-    kept = s.M - SPECIAL_TOKENS
-    blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
-    global_all, global_row = (partial(global_inputs, images, s) for images in (s.G, s.B))
-    match, product = partial(match_inputs, s.M, s), partial(global_loss, _product)
-    broadcast = partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y))
-    stored = partial(cmli_loss, materialised_scores)
-    ours = partial(cmli_loss, partial(cmli_scores, backend=backend))
+    kept, dots = s.M - SPECIAL_TOKENS, (s.G, s.H)
+    own, all_images, text = (s.B, s.N, s.D), (s.G, s.N, s.D), (s.G, s.M, s.D)
+    match = partial(Implementation, own, (s.B, s.M, s.D), matches=True)
+    shorter = f"materialised, {kept} of {s.M}"
     return {
-        ("E1", "broadcast"): Implementation(global_all, broadcast),
-        ("E1", "materialised"): Implementation(global_all, product),
-        ("E1", "ours"): Implementation(global_row, product),
-        ("E2", "broadcast"): Implementation(blocks["all"], partial(cmli_loss, broadcast_scores)),
-        ("E2", "materialised"): Implementation(blocks["row"], stored),
-        ("E2", "ours"): Implementation(blocks["row"], ours, op=True),
-        ("E2", "materialised, all"): Implementation(blocks["all"], stored),
-        ("E3", "broadcast"): Implementation(match, broadcast_match),
-        ("E3", "materialised"): Implementation(match, materialised_match),
-        ("E3", "ours"): Implementation(match, match_patches),
-        ("E5", f"E2 materialised, {kept} of {s.M}"): Implementation(
-            partial(cmli_inputs, s.B, kept, s), stored
-        ),
-        ("E5", f"E3 materialised, {kept} of {s.M}"): Implementation(
-            partial(match_inputs, kept, s), materialised_match
-        ),
+        ("E1", "broadcast"): Implementation(dots, dots, global_broadcast),
+        ("E1", "materialised"): Implementation(dots, dots, global_materialised),
+        ("E1", "ours"): Implementation((s.B, s.H), dots, global_materialised),
+        ("E2", "broadcast"): Implementation(all_images, text, broadcast_scores),
+        ("E2", "materialised"): Implementation(own, text, materialised_scores),
+        ("E2", "ours"): Implementation(own, text, partial(cmli_scores, backend=backend)),
+        ("E2", "materialised, all"): Implementation(all_images, text, materialised_scores),
+        ("E3", "broadcast"): match(broadcast_match),
+        ("E3", "materialised"): match(materialised_match),
+        ("E3", "ours"): match(match_patches),
+        ("E5", f"E2 {shorter}"): Implementation(own, (s.G, kept, s.D), materialised_scores),
+        ("E5", f"E3 {shorter}"): Implementation(own, (s.B, kept, s.D), materialised_match, True),
     }
-
-
-def _product(image: Tensor, text: Tensor) -> Tensor:
-    return image @ text.t()
 
 
 @dataclass(frozen=True)
@@ -140,38 +126,23 @@ class Allocations:
     peak: int  # the most bytes held at once above what was live before, over the passes that ran
     passes: str  # "forward", or "forward and backward"
 
-
-def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocations:
-    """Summarise the bytes of allocations (positive) and frees (negative), in order.
-
-    `backward` None: it did not run.
-    """
-    forward = list(forward)
-    peak = max(accumulate([*forward, *(backward or ())]), default=0)
-    passes = "forward" if backward is None else "forward and backward"
-    return Allocations(max(forward, default=0), max(peak, 0), passes)
+    @classmethod
+    def of(cls, forward: list[int], backward: list[int] | None = None) -> "Allocations":
+        """From the bytes of allocations (positive) and frees (negative), in order."""
+        peak = max(accumulate([*forward, *(backward or ())]), default=0)
+        passes = "forward" if backward is None else "forward and backward"
+        return cls(max(forward, default=0), max(peak, 0), passes)
 
 
-def run(
-    implementation: Implementation,
-    device: str,
-    backward: bool,
-    say: Callable = lambda allocations: None,
-) -> Allocations:
-    """Measure forward as in training, and backward if it is requested and there is a gradient.
-
-    `say` is called after each pass, as backward may run out of memory.
-    """
+def run(implementation: Implementation, device: str, backward: bool) -> Iterator[Allocations]:
+    """Measure forward as in training; then backward too, if it is requested and there is a gradient."""
     observe = cuda_sizes if device == "cuda" else cpu_sizes
     inputs = implementation.inputs(device)
     out: list[Tensor] = []
     forward = observe(lambda: out.append(implementation.forward(*inputs)))
-    allocations = summarise(forward, None)
-    say(allocations)
+    yield Allocations.of(forward)
     if backward and out[0].requires_grad:
-        allocations = summarise(forward, observe(out.pop().backward))
-        say(allocations)
-    return allocations
+        yield Allocations.of(forward, observe(out.pop().backward))
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
@@ -182,29 +153,31 @@ def cuda_sizes(call: Callable[[], object]) -> list[int]:
     torch.cuda.synchronize()  # CPU-GPU sync
     trace = history._snapshot()["device_traces"][torch.cuda.current_device()]
     history._record_memory_history(enabled=None)
-    return trace_sizes(trace)
-
-
-def trace_sizes(trace: list[dict]) -> list[int]:
-    """The requested bytes of a history: allocations positive, frees negative."""
     sign = {"alloc": 1, "free_requested": -1}
     return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
 
 
-def predict(implementation: Implementation, backward: bool = True) -> Allocations:
-    """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
-    Stream.begin()
-    recorder = Recorder("cpu")
-    with FakeTensorMode():
-        inputs = implementation.inputs("cpu")
-        recorder.claim("data", inputs)
+def predict(
+    implementation: Implementation, gpu: Gpu | None = None
+) -> tuple[Allocations, Allocations]:
+    """Of forward, and of all passes: the same code on tensors with sizes and lifetimes but no data,
+    on the CPU or on `gpu`.
+    """
+    recorder = Recorder("cpu") if gpu is None else Recorder("cuda", gpu.limits)
+    with ExitStack() as stack:
+        if gpu is None:
+            Stream.begin()
+            stack.enter_context(FakeTensorMode())
+            stack.enter_context(recorder)
+        else:
+            stack.enter_context(fake_cuda(recorder, gpu))
+        inputs = implementation.inputs(recorder.device)
         known = len(recorder.log)
-        with recorder:
-            out = implementation.forward(*inputs)
-            forward = len(recorder.log)
-            if backward and out.requires_grad:
-                recorder.phase = "backward"
-                out.backward()
-        events = recorder.events()
-    first, rest = events[known:forward], events[forward:]
-    return summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
+        out = implementation.forward(*inputs)
+        forward = len(recorder.log)
+        if out.requires_grad:
+            recorder.phase = "backward"
+            out.backward()
+        sizes = [event.bytes for event in recorder.events()]
+    first, rest = sizes[known:forward], sizes[forward:]
+    return Allocations.of(first), Allocations.of(first, rest if out.requires_grad else None)

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from ds_cmli.cmli import CMLILoss, cmli_scores
 
 N, M, D = 196, 64, 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # of all processes; of this one
 ROOT = Path(__file__).parents[2]
 
 
@@ -48,22 +49,11 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products over the last dimension of broadcast tensors, with every product stored."""
-    return (x * y).sum(-1)
-
-
 def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both scores [I, J] from [I, N, J, M], masked tokens at minus infinity."""
     s_i2t = similarities.max(3).values.mean(1)
     best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, J, M]
     return s_i2t, best.sum(2) / token_mask.sum(1)
-
-
-def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs as the document counts it: [I, N, J, M, D] is stored."""
-    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
-    return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,17 +117,23 @@ def cpu_sizes(call: Callable[[], object]) -> list[int]:
     return [event.nbytes() for event in events if event.name() == "[memory]"]
 
 
+def seconds(call: Callable[[], object], clock: str, device: torch.device) -> float:
+    started = CLOCKS[clock]()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()  # CPU-GPU sync
+    return CLOCKS[clock]() - started
+
+
 def serve(case: str) -> None:
     """Answer each line with the seconds of a call; first with the bytes of one."""
     name, clock, threads, *problem = json.loads(case)
     torch.set_num_threads(threads)
-    measure = time.process_time if clock == "cpu" else time.perf_counter
-    small = Problem(problem[0], 2, 2, *problem[3:])
-    small.call(name)()  # libraries load and start their threads
+    Problem(problem[0], 2, 2, *problem[3:]).call(name)()  # libraries load and start their threads
     problem = Problem(*problem)
-    call, cuda = problem.call(name), problem.image.is_cuda
+    call = problem.call(name)
     gradients = 0 if name == "floor" else problem.image.nbytes + problem.text.nbytes
-    if cuda:
+    if problem.image.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
@@ -146,11 +142,7 @@ def serve(case: str) -> None:
         peak = max(accumulate(cpu_sizes(call)))
     print(max(0, peak - gradients), flush=True)
     for _ in sys.stdin:
-        started = measure()
-        call()
-        if cuda:
-            torch.cuda.synchronize()
-        print(measure() - started, flush=True)
+        print(seconds(call, clock, problem.image.device), flush=True)
 
 
 class Server:
@@ -172,12 +164,18 @@ class Server:
         return float(self.process.stdout.readline() or "nan")  # it has said why on stderr
 
     def seconds(self) -> float:
-        assert self.process.stdin is not None
-        if self.process.poll() is not None:
-            return float("nan")
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        if self.process.poll() is None:
+            print(file=self.process.stdin, flush=True)
         return self.answer()
+
+
+def in_turn(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each gives, `repeats` times, all in turn; the order turns round each time."""
+    times = {name: list[float]() for name in functions}
+    for repeat in range(repeats):
+        for name in list(functions)[:: 1 if repeat % 2 else -1]:
+            times[name].append(functions[name]())
+    return times
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
@@ -187,7 +185,7 @@ class Server:
 @click.option("--dtype", type=click.Choice(tuple(DTYPES)), default="fp32")
 @click.option("--threads", default=1, show_default=True)
 @click.option("--repeats", default=9, show_default=True)
-@click.option("--clock", type=click.Choice(("wall", "cpu")), default="wall")
+@click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--only", default="scores,loss,stored,x-clip,floor", show_default=True)
 @click.option("--beside", type=click.Path(exists=True), help="Another checkout.")
@@ -202,10 +200,7 @@ def command(images, texts, setting, dtype, threads, repeats, clock, device, only
         servers[name] = Server(ROOT, one)
         if beside and name in ("scores", "loss"):
             servers[f"{name} beside"] = Server(Path(beside).resolve(), one)
-    times = {name: list[float]() for name in servers}
-    for repeat in range(repeats):
-        for name in list(servers)[:: 1 if repeat % 2 else -1]:
-            times[name].append(servers[name].seconds())
+    times = in_turn({name: server.seconds for name, server in servers.items()}, repeats)
     print(
         f"{images} x {texts}, {setting}, {dtype}, {threads} threads, {device}; medians of {repeats}"
     )

@@ -1,7 +1,6 @@
 """python -m profiling.speed.step
 
-The trainer's step and a plain PyTorch loop over the same models and the same batches, in one
-process, interleaved.
+The trainer's step and a plain PyTorch loop's, over the same models and batches, in turn.
 
 The plain loop is what one writes without this project: fp32 weights, autocast to the trainer's
 precision where that is 16 bit, a fused AdamW over the same parameter groups, clipping by the global
@@ -31,7 +30,7 @@ from ds_cmli.data.build import Data, build_data
 from ds_cmli.data.pairs import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
-from profiling.scripts import CLOCKS, clock_option, compare, to_the_end
+from profiling.speed.op import CLOCKS, in_turn, seconds
 
 STEPS = 1_000_000  # of the schedule: the rate stays near its start
 
@@ -68,7 +67,7 @@ def plain(
 @click.command(help=(__doc__ or "").split("\n\n")[1])
 @add(*WHAT)
 @click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
-@clock_option
+@click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True)
 def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     config = resolve_config(settings, options)
     device = distributed.init()
@@ -84,13 +83,14 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
         "trainer": engine.build(*sizes),
         "plain": plain(config, ds_config, data, device),
     }
-    turns = {name: cycle(batches) for name in steps}
-    runs = {}
-    for name, step in steps.items():
-        whole = to_the_end(step, device)
-        runs[name] = lambda whole=whole, name=name: whole(next(turns[name]))
-    # The first two warm up: optimizer states are made, and shapes seen.
-    times = compare(runs, repeats, CLOCKS[clock], warm_ups=2)
+
+    def run(step: Callable[[Batch], object]) -> Callable[[], float]:
+        turns = cycle(batches)
+        return lambda: seconds(lambda: step(next(turns)), clock, device)
+
+    runs = {name: run(step) for name, step in steps.items()}
+    in_turn(runs, 2)  # they warm up: optimizer states are made, and shapes seen
+    times = in_turn(runs, repeats)
     ours, theirs = (statistics.median(times[name]) * 1e3 for name in steps)
     ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     print(

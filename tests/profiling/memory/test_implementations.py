@@ -1,6 +1,7 @@
 """What is compared computes the same thing, and its predicted allocations are the allocator's."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,17 +9,17 @@ import torch.nn.functional as F
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
-from profiling.memory import implementations as allocations
+from ds_cmli.memory_model import gpus
 from profiling.memory.estimates import Setting, claims
 from profiling.memory.implementations import (
     broadcast_match,
     broadcast_scores,
-    cpu_sizes,
-    global_loss,
     implementations,
     materialised_match,
-    materialised_scores,
+    predict,
+    run,
 )
+from profiling.speed.op import cpu_sizes, materialised_scores
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 
@@ -50,56 +51,52 @@ def test_matches_agree():
 
 def test_global_losses_agree():
     broadcast, product, ours = (implementations(SMALL)["E1", n] for n in ("broadcast", "materialised", "ours"))
-    image, text, scale = broadcast.inputs("cpu")
-    torch.testing.assert_close(broadcast.forward(image, text, scale), product.forward(image, text, scale))
+    image, text, _, scale = inputs = broadcast.inputs("cpu")
+    torch.testing.assert_close(broadcast.forward(*inputs), product.forward(*inputs))
     # A rank's block of rows; the loss of its own pairs.
     scores = image[:6] @ text.t()
     logits, own = scale.exp() * scores, torch.arange(6)
     expected = (F.cross_entropy(logits, own) + F.cross_entropy(logits.t()[:6], own)) / 2
-    torch.testing.assert_close(ours.forward(image[:6], text, scale), expected)
-    assert global_loss is broadcast.forward.func
+    torch.testing.assert_close(ours.forward(image[:6], text, _, scale), expected)
 
 
 @pytest.fixture(scope="module")
 def warm():
     """Workspaces that libraries take once."""
-    for implementation in implementations(allocations.SMALL).values():
-        allocations.run(implementation, "cpu", backward=True)
+    for implementation in implementations(Setting(2, 1, 4, 4, 8, 8)).values():
+        list(run(implementation, "cpu", backward=True))
 
 
 @pytest.mark.parametrize("key", implementations(SMALL), ids=" ".join)
 def test_predicted_is_what_the_allocator_reports(warm, key):
     implementation = implementations(SMALL)[key]
-    predicted = allocations.predict(implementation)
-    if not implementation.op:
-        assert predicted.largest == claims(SMALL)[key[0]].stored[key[1]]
+    forward, whole = predict(implementation)
+    assert forward.largest == whole.largest == claims(SMALL)[key[0]].stored.get(key[1], whole.largest)
     if "E3 materialised" in " ".join(key):  # the 16-bit product takes a workspace of its own, here the largest
         inputs = implementation.inputs("cpu")
-        assert predicted.largest in cpu_sizes(lambda: implementation.forward(*inputs))
+        assert whole.largest in cpu_sizes(lambda: implementation.forward(*inputs))
     else:
-        assert predicted == allocations.run(implementation, "cpu", backward=True)
+        assert list(run(implementation, "cpu", backward=True))[-1] == whole
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [("T4", "torch"), ("H100 80GB", "triton")])
+def test_the_op_of_a_gpu_is_predicted_without_one(gpu, backend):
+    one = implementations(SMALL, backend)["E2", "ours"]
+    forward, whole = predict(one, gpus.find(gpu))
+    assert 0 < forward.largest < forward.peak <= whole.peak
 
 
 @pytest.mark.parametrize("name", ["materialised", "ours"])
 def test_forward_alone(warm, name):
     implementation = implementations(replace(SMALL, B=64))["E2", name]
-    both = allocations.run(implementation, "cpu", backward=True)
-    forward = allocations.run(implementation, "cpu", backward=False)
-    assert (forward.passes, both.passes) == ("forward", "forward and backward")
-    assert forward.largest == both.largest
-    assert forward == allocations.predict(implementation, backward=False)
+    forward, whole = predict(implementation)
+    assert list(run(implementation, "cpu", backward=True)) == [forward, whole]
+    assert list(run(implementation, "cpu", backward=False)) == [forward]
 
 
-def test_sizes_of_a_recorded_history():
-    trace = [
-        {"action": "segment_alloc", "size": 2097152},
-        {"action": "alloc", "size": 100},
-        {"action": "alloc", "size": 300},
-        {"action": "free_requested", "size": 100},
-        {"action": "free_completed", "size": 100},
-        {"action": "alloc", "size": 250},
-    ]
-    sizes = allocations.trace_sizes(trace)
-    assert sizes == [100, 300, -100, 250]
-    assert allocations.summarise(sizes, None) == allocations.Allocations(300, 550, "forward")
-    assert allocations.summarise(sizes, [700]) == allocations.Allocations(300, 1250, "forward and backward")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_the_op_of_a_cpu_is_predicted_as_it_is_measured(warm, backend):
+    """With its compiled kernels, and by PyTorch's operators."""
+    one = implementations(Setting(B=24, P=2, N=49, M=16, H=32, D=64))["E2", "ours"]
+    one = replace(one, function=partial(one.function, backend=backend))
+    assert tuple(run(one, "cpu", True)) == predict(one)
