@@ -75,8 +75,8 @@ def lengthen(path: Path) -> None:
 def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage):
     newest = run / "checkpoint" / "step4"
     names = sorted(path.name for path in newest.iterdir())
-    assert names == [OPTIMIZER, "checksums.json", "mp_rank_00_model_states.pt", "rank-0.pt", "state.json",
-                     "model.ema.safetensors"]  # fmt: skip
+    assert names == [OPTIMIZER, "checksums.json", "model.ema.safetensors", "mp_rank_00_model_states.pt", "rank-0.pt",
+                     "state.json"]  # fmt: skip
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
