@@ -77,7 +77,7 @@ def test_a_device_that_is_not_here(monkeypatch, capsys):
 
 def trained(folder) -> bool:
     """Whether two ranks have trained together."""
-    return json.loads((folder / "config.json").read_text())["deepspeed"]["train_batch_size"] == 16
+    return json.loads((folder / "run.json").read_text())["deepspeed"]["train_batch_size"] == 16
 
 
 @pytest.fixture
