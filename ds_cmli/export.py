@@ -108,13 +108,12 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
     """(1 - share) * source + share * trained of each weight and temperature, at 0 and 1 an end's
     to the bit: WiSE-FT (Wortsman et al., 2022, arXiv 2109.01903). `model`: the run's `CMLIConfig`.
     """
-    from ds_cmli.data.tokens import SpecialTokens
     from ds_cmli.engine import build_models
 
     student = replace(config.student, lora={}, freeze_image=0, freeze_text=0)
     loss = replace(config.loss, weights=dict(model.losses) or {"global": 1.0}, start={})
-    start, special = replace(config, student=student, loss=loss), SpecialTokens(model.pad_id)
-    begun = build_models(start, model.vocab_size, special=special)[0].state_dict()
+    start = replace(config, student=student, loss=loss)
+    begun = build_models(start, model.vocab_size, pad_id=model.pad_id)[0].state_dict()
     out = dict(trained)
     for name in begun.keys() & trained.keys() if share < 1 else ():
         if trained[name].is_floating_point():

@@ -213,7 +213,7 @@ def begin(
             data.tokenizer.vocab_size,
             plan.total_steps,
             device,
-            data.tokenizer.special,
+            data.tokenizer.pad_id,
         )
         held.append(engine)
         if start.raises:

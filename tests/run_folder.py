@@ -19,7 +19,7 @@ def write_run(folder: Path, losses: tuple[str, ...] = ("global", "cmli")) -> Pat
     config = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
     torch.manual_seed(0)
     words = tokenizer_of(config.data)
-    objective, _ = build_models(config, words.vocab_size, special=words.special)
+    objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     return save_run(folder, config, objective, words)
 
 

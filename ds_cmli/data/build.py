@@ -46,7 +46,7 @@ class EvalData:
 
     def __post_init__(self):
         self.collate = Collate(self.tokenizer)
-        self.vocab_size, self.special = self.tokenizer.vocab_size, self.tokenizer.special
+        self.vocab_size, self.pad_id = self.tokenizer.vocab_size, self.tokenizer.pad_id
 
 
 @dataclass(kw_only=True)

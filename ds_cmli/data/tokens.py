@@ -43,13 +43,6 @@ class Tokens:
     text: str = ""  # the caption as it was written
 
 
-@dataclass(frozen=True)
-class SpecialTokens:
-    """What text encoders need to know of a tokenizer; the defaults are the built-in one's."""
-
-    pad_id: int = 0
-
-
 class CaptionTokenizer:
     """A transformers tokenizer that truncates captions and marks valid tokens.
 
@@ -57,7 +50,7 @@ class CaptionTokenizer:
         vocab_size: all ids are below it.
         positions: the maximum length with special tokens.
         full: whether texts are padded to `positions` and their padding is attended to.
-        special: the special tokens in this tokenizer's captions.
+        pad_id: the token that fills up texts.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
@@ -86,7 +79,6 @@ class CaptionTokenizer:
         names = ("pad", "cls", "sep", "bos", "eos")
         named = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
         self.special_ids = {self.pad_id, *named}
-        self.special = SpecialTokens(self.pad_id)
 
     def __call__(self, text: str) -> Tokens:
         encoding = self._encoded(text)

@@ -18,7 +18,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.config.sources import Source
-from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
@@ -40,7 +39,7 @@ Models = tuple[Objective, Teacher | None]
 
 
 def build_models(
-    config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
+    config: Config, vocab_size: int, pretrained: bool = True, pad_id: int = 0
 ) -> Models:
     """Build the student with its losses, and the teacher if a loss needs it.
 
@@ -48,7 +47,7 @@ def build_models(
 
     Args:
         pretrained: False: the student's weights are random, because they will be overwritten.
-        special: as in `Student`.
+        pad_id: of the tokenizer, which fills up texts.
     """
     config = resolve_weights(config)
     data, source, run, teacher = config.data, Source(config.student.source), None, None
@@ -56,7 +55,7 @@ def build_models(
         run = load(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
-    student = Student(config.student, *sizes, pretrained and run is None, special)
+    student = Student(config.student, *sizes, pretrained and run is None, pad_id)
     if needs_teacher(config.loss.weights):
         teacher = Teacher(config.teacher, data.image_size, student.grid)
     width = teacher.width if teacher else None
@@ -93,7 +92,7 @@ def build(
     vocab_size: int,
     total_steps: int,
     device: torch.device,
-    special: SpecialTokens | None = None,
+    pad_id: int = 0,
 ) -> TrainEngine:
     """Build the engine around student and losses, ready to train. Collective.
 
@@ -102,7 +101,7 @@ def build(
         vocab_size: the tokenizer's.
         total_steps: optimizer steps of the whole run, for the learning rate schedule.
         device: this rank's device; the process group must be initialised.
-        special: the tokens that the tokenizer adds; None: those of the built-in one.
+        pad_id: of the tokenizer.
     """
     import deepspeed
 
@@ -116,7 +115,7 @@ def build(
     deepspeed.init_distributed(verbose=False)
     cmli_distributed.exchanging = probe.exchanging
     dtype = DTYPES[ds_config.precision]
-    objective, teacher = build_models(config, vocab_size, special=special)
+    objective, teacher = build_models(config, vocab_size, pad_id=pad_id)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code

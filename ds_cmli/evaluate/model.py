@@ -38,7 +38,7 @@ class EvaluatedModel:
             file = self.source.weights or (AVERAGE if ema else WEIGHTS)
             objective = load_student(self.source.path, self.config, file)
         else:
-            objective, _ = build_models(self.config, words.vocab_size, special=words.special)
+            objective, _ = build_models(self.config, words.vocab_size, pad_id=words.pad_id)
         dtype = DTYPES[precision or self.precision]
         cast_buffers(objective.student.image, dtype)  # as in training, by engine.build
         for parameter in objective.parameters():

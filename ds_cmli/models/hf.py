@@ -41,7 +41,7 @@ from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, Stu
 from ds_cmli.config.sources import OF_DATA, OF_TRAINING
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View, black
-from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, pretrained_tokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student
 from ds_cmli.scores import both_ways
@@ -122,7 +122,7 @@ class CMLIModel(PreTrainedModel):
                     config.vocab_size,
                     settings["data"]["context_length"],
                     pretrained=False,
-                    special=SpecialTokens(config.pad_id),
+                    pad_id=config.pad_id,
                 )
                 self.losses = nn.ModuleDict({name: Learned(name) for name, _ in config.losses})
         finally:

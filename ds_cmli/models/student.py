@@ -16,7 +16,6 @@ from ds_cmli.cmli.op import upcast
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import IMAGE, TEXT, load, of_dual
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.dual import Start
 from ds_cmli.models.encoders import PixelNorm
 from ds_cmli.models.weights import building
@@ -59,7 +58,7 @@ class Student(nn.Module):
         vocab_size: int,
         positions: int = 8,
         pretrained: bool = True,
-        special: SpecialTokens | None = None,
+        pad_id: int = 0,
     ):
         """Build both encoders and the layers above them.
 
@@ -68,8 +67,7 @@ class Student(nn.Module):
             positions: M, the length of the longest text.
             pretrained: whether to load pretrained weights; if not, they are random and meant to be
                 overwritten.
-            special: the special tokens that the tokenizer adds; None: those of the built-in
-                tokenizer.
+            pad_id: the token that fills up texts.
         """
         super().__init__()
         self.image: Any
@@ -106,7 +104,7 @@ class Student(nn.Module):
                     weights,
                     layers=config.layers,
                     dropout=config.dropout,
-                    pad_id=(special or SpecialTokens()).pad_id,
+                    pad_id=pad_id,
                     pretrained=pretrained,
                     overrides=config.text_overrides,
                 )

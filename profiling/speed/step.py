@@ -78,7 +78,7 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
     loader = iter(train_loader(data, sampler, 0, prefetch=config.data.prefetch))
     batches = [next(loader) for _ in range(4)]
-    sizes = config, ds_config, data.vocab_size, STEPS, device, data.special
+    sizes = config, ds_config, data.vocab_size, STEPS, device, data.pad_id
     steps: dict[str, Callable[[Batch], object]] = {
         "trainer": engine.build(*sizes),
         "plain": plain(config, ds_config, data, device),

@@ -23,7 +23,7 @@ def test_special_tokens_are_not_valid(builtin):
     assert tokens.ends[1:3] == [3, 9]
     assert valid_pieces(builtin, "red [SEP] apple [PAD]") == ["red", "apple"]
     assert builtin("\u200b").valid == [False, False]
-    assert builtin.special.pad_id == 0
+    assert builtin.pad_id == 0
 
 
 def test_truncation_keeps_the_special_tokens(builtin):

@@ -67,5 +67,5 @@ def start(source: Path, losses: dict[str, float], **student):
     """The objective, the configuration and the tokenizer of a training that starts from the source."""
     config = settings(source, losses, **student)
     words = tokenizer_of(config.data)
-    objective, _ = build_models(config, words.vocab_size, special=words.special)
+    objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     return objective.eval(), config, words

@@ -34,7 +34,7 @@ def trained(student=None, losses=("global", "cmli"), data=None):
     config = load_preset("tiny", {"loss": {"weights": weights}, "student": student or {}, "data": data or {}})
     torch.manual_seed(0)
     words = tokenizer_of(config.data)
-    objective, _ = build_models(config, words.vocab_size, special=words.special)
+    objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     for parameter in objective.student.shared.parameters():  # which start as the identity
         torch.nn.init.normal_(parameter, std=0.2)
     return config, objective.eval(), words
