@@ -257,9 +257,9 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
         else:
             allocator.empty_cache()
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    peaks = map(max, zip(*timeline, strict=True))
-    segments = list(allocator.segments.values())
-    return Replay(*peaks, timeline[1:], segments, allocator.actions, allocator.retries)
+    requested, allocated, reserved = map(max, zip(*timeline, strict=True))
+    segments, more = list(allocator.segments.values()), (allocator.actions, allocator.retries)
+    return Replay(requested, allocated, reserved, timeline[1:], segments, *more)
 
 
 def by_retries(count: int) -> str:

@@ -191,8 +191,9 @@ def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:
 def parse_bytes(text: str) -> int | None:
     """ "24GB" -> 24 * 10^9; None: it is no size."""
     number = re.fullmatch(r"\s*([0-9]+\.?[0-9]*|\.[0-9]+)\s*([a-zA-Z]*)\s*", text)
-    known = number is not None and number[2].upper() in UNITS
-    return int(float(number[1]) * UNITS[number[2].upper()]) if known else None
+    if number is None or number[2].upper() not in UNITS:
+        return None
+    return int(float(number[1]) * UNITS[number[2].upper()])
 
 
 def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:

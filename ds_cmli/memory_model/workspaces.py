@@ -7,7 +7,7 @@ are those below aten/src/ATen/native; "seen" is: on the null GPU.
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Inside(NamedTuple):
     after: tuple[Stage, ...] = ()
 
 
-def returned(func: OpOverload, args: tuple, out: object) -> object:
+def returned(func: OpOverload, args: tuple, out: Any) -> Any:
     """What an operator returns on CUDA, given what it returns without data.
 
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), the two
