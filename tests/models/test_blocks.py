@@ -77,9 +77,8 @@ def test_gradients_are_the_same_and_come_once(kind, model):
 TINY = {"student": {"layers": 1, "dropout": 0.2}, "teacher": {"block": 0}, "optim": {"warmup_share": 0.0, "lr": 0.001}}
 
 
-def losses(compile_, stage, checkpointing, weights):
-    """Of three steps in fp32."""
-    config, vocab_size = without_weights(load_preset("tiny", {**TINY, "loss": {"weights": weights}}))
+def losses(compile_, stage, checkpointing):  # of three steps in fp32
+    config, vocab_size = without_weights(load_preset("tiny", {**TINY, "loss": {"weights": {"global": 1.0}}}))
     config.run = replace(config.run, compile=compile_)
     json = {
         "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
@@ -112,8 +111,9 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+    plain = losses("off", stage, checkpointing)  # which imports what compiles functions of its own
     monkeypatch.setattr(torch, "compile", traced_or_not)
-    plain, traced = (losses(kind, stage, checkpointing, {"global": 1.0}) for kind in ("off", "blocks"))
+    traced = losses("blocks", stage, checkpointing)
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)
