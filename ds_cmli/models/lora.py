@@ -16,10 +16,8 @@ BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weigh
 
 
 def add_adapters(student: Student, config: StudentConfig) -> None:
-    """Freeze the encoders of `config.lora` and put adapters into the layers that it names.
-
-    A layer adds alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first.
-    """
+    """Freeze the encoders of `config.lora` and put adapters into the layers that it names, which
+    add alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first."""
     if not config.lora:
         return
     if find_spec("peft") is None:
@@ -32,8 +30,9 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
         encoder = getattr(student, part)
         for name in names:
             _check(encoder, part, name)
-        sizes = {"r": config.lora_rank, "lora_alpha": config.lora_alpha}
-        inject_adapter_in_model(LoraConfig(target_modules=list(names), **sizes), encoder)
+        rank, alpha = config.lora_rank, config.lora_alpha
+        adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
+        inject_adapter_in_model(adapters, encoder)
     student.lora_scale = config.lora_alpha / config.lora_rank
 
 
