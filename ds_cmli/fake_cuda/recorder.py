@@ -120,7 +120,7 @@ class Recorder(TorchDispatchMode):
         """Whether autograd itself, and no function of Python, has called the operator."""
         if self.phase != "backward" or grad:
             return False
-        frame: FrameType | None = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None and any(part in frame.f_code.co_filename for part in DISPATCHING):
             frame = frame.f_back
         return frame is None or frame.f_code.co_name == "_engine_run_backward"

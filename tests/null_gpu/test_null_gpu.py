@@ -83,3 +83,23 @@ def test_a_step_takes_what_is_predicted(null_gpu, tmp_path, gpu, setting):
     print(gpu, setting.name, counted, totals)
     assert totals["requested"] == pytest.approx(counted["requested"], rel=0.005)
     assert 0.98 * counted["reserved"] <= totals["reserved"] <= 1.1 * counted["reserved"]
+
+
+MEASURED = """
+import json
+from ds_cmli.memory.step_memory import Step, measured
+from tests.gpu.settings import Setting
+report = measured(Step(*Setting("recorded", "tiny", 8, precision="fp32").resolve()))
+print("\\n" + json.dumps(report.to_dict()))
+"""
+
+
+def test_a_step_is_recorded_on_the_gpus_own_thread_of_backward(null_gpu, tmp_path):
+    (tmp_path / "measured.py").write_text(MEASURED)
+    report = last_line(run(null_gpu("A100 80GB"), tmp_path / "measured.py"))
+    setting = Setting("recorded", "tiny", 8, precision="fp32")
+    expected = predicted(Step(*setting.resolve()), gpus.find("A100 80GB"))
+    assert report["source"].startswith("measured: NVIDIA A100")
+    assert report["totals"]["requested"] == pytest.approx(expected.totals["requested"], rel=0.005)
+    for name in ("parameters", "optimizer states", "activations student"):
+        assert report["categories"][name] == pytest.approx(expected.categories[name], rel=0.01), name
