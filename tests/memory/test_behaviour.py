@@ -97,7 +97,7 @@ def test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks(tmp_path)
 
 def test_activations_grow_with_the_micro_batch_and_weights_do_not(tmp_path):
     # Large enough for both peaks to be the same moment of backward, whose cuBLAS workspace is 17 MB.
-    small, large = (predicted(tmp_path, str(size), {"--micro-batch": size}, LOSSES, **ADAM) for size in (32, 128))
+    small, large = (predicted(tmp_path, str(size), {"--micro-batch": size}, LOSSES, **ADAM) for size in (128, 512))
     assert small["categories"]["parameters"] == large["categories"]["parameters"]
     assert small["categories"]["optimizer states"] == large["categories"]["optimizer states"]
     of = [report["categories"]["activations student"] for report in (small, large)]
