@@ -99,7 +99,7 @@ def test_commands_of_the_readme(place, tmp_path):
         printed = ""
         for text in started.stdout or ():
             printed += text
-            if text.startswith("parameters:"):
+            if text.startswith("step "):  # from the loop on a signal is a flag
                 for rank in ranks_of(started.pid):
                     rank.terminate()
         code = started.wait(60)

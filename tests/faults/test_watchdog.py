@@ -58,7 +58,9 @@ def test_a_rank_without_progress_is_named_and_the_job_ends(outcomes, case):
     assert seconds < 2 * TIMEOUT + SLACK
     assert len(printed) == 1, output
     assert printed[0].startswith(f"error: rank {case[1]} on node node-{case[1]}: {LINES[case]}"), output
-    assert printed[0].endswith("; last step 5"), output
+    # A stopped rank publishes nothing more: what it had done may be a moment old.
+    steps = (3, 4, 5) if case[0] == "is stopped" else (5,)
+    assert printed[0].endswith(tuple(f"; last step {step}" for step in steps)), output
 
 
 @pytest.mark.slow

@@ -79,7 +79,8 @@ def test_a_run_starts_another(given, tmp_path):
 def test_the_lines_of_the_page(given, tmp_path):
     """`docs/finetune.md`: before, fine-tuned, exported."""
     start, run = str(given[0] / "clip"), tmp_path / "run"
-    assert "combined" in python("-m", "ds_cmli.evaluate", start, "--data", given[1])
+    before = python("-m", "ds_cmli.evaluate", start, "--data", given[1])
+    assert "global" in before and "combined" not in before  # its patches and words are not trained
     small = ("--steps", "4", "--micro-batch", "4", "--workers", "0")
     command(given, run, "--preset", "finetune", "--start-from", start, *small)
     assert [x["step"] for x in lines(run) if "eval/val/pairs" in x] == [0, 4]
