@@ -18,7 +18,7 @@ from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.report import Metrics, prefixed
 
 option = partial(click.option, show_default=True)
-# The options that each evaluation reads, by the one that asks for it.
+# The options that each evaluation reads, by the option that selects it.
 READS = {
     "zero_shot": {"zero_shot", "class_names", "templates"},
     "boxes": {"boxes", "image_root", "split"},

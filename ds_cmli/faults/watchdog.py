@@ -95,10 +95,10 @@ class Watchdog:
                 still[r] = 0.0 if changed - {"turn", "where"} else still[r] + self.interval
                 states[r] = state
             dead = [r for r in ranks if silent[r] > self.timeout / 2]
-            # At work for the others, which wait: of several the one that has come least far.
+            # Ranks that compute while others wait; of several the one with the fewest heartbeats.
             busy = dead or [r for r in ranks if not states[r].get("waiting")]
             blamed = min(busy, key=lambda r: states[r].get("count", 0), default=None)
-            if blamed is None:  # all wait: for the one that has come last, or for ever
+            if blamed is None:  # all wait in collectives: the one whose state changed last
                 blamed = min(ranks, key=still.__getitem__)
             limit = self.timeout * (SLOW if states[blamed]["slow"] else 1)
             if still[blamed] > limit:

@@ -108,7 +108,7 @@ def fit_options(device: torch.device) -> str:
 
 
 def message(error: BaseException, sizes: dict[str, int], fit: str, options: str) -> str:
-    """What was asked for, what holds memory, largest first, and what to run.
+    """The failed request, the categories that hold memory, largest first, and a command to run.
 
     Args:
         fit, options: those of the GPU and of the run, for the command that finds what fits.

@@ -1,4 +1,4 @@
-"""How models of other libraries are built, and what is said of it."""
+"""Builds models of other libraries, and turns their exceptions into one line."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
