@@ -37,7 +37,8 @@ class Mutant(NamedTuple):
 
 OP, LOSSES, ENGINE = "cmli/test_behaviour.py::", "losses/test_behaviour.py::", "engine/test_behaviour.py::"
 DATA, MODELS = "data/test_behaviour.py::", "models/test_behaviour.py::"
-CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_behaviour.py::"
+CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_prediction.py::"
+ALLOCATOR = "memory_model/test_allocator.py::test_worked_out_by_hand"
 FAULTS = "faults/test_"
 EVALUATE = "evaluate/test_behaviour.py::"
 EQUATIONS = OP + "test_scores_and_gradients_are_those_of_the_equations"
@@ -180,15 +181,12 @@ ROWS = (
      CHECKPOINT + "test_one_rank_goes_on_with_the_batches_and_states_of_two", "updates = float(",
      "updates = 0 * float("),
     # Memory: the allocator's rules, and what several ranks share.
-    ("memory-rest", "memory_model/caching_allocator.py",
-     MEMORY + "test_a_rest_of_a_large_block_is_used_again_if_it_has_more_than_a_mebibyte",
+    ("memory-rest", "memory_model/caching_allocator.py", ALLOCATOR,
      "if left >= MIN_BLOCK if small else left > SMALL_REQUEST:",
      "if left >= MIN_BLOCK if small else left >= SMALL_REQUEST:"),
-    ("memory-segment", "memory_model/caching_allocator.py",
-     MEMORY + "test_requests_are_rounded_and_segments_have_their_pools_sizes",
+    ("memory-segment", "memory_model/caching_allocator.py", ALLOCATOR,
      "elif size >= MIN_LARGE_SEGMENT_REQUEST:", "elif size > MIN_LARGE_SEGMENT_REQUEST:"),
-    ("memory-neighbours", "memory_model/caching_allocator.py",
-     MEMORY + "test_freed_neighbours_become_one_block_and_the_smallest_that_is_large_enough_is_taken",
+    ("memory-neighbours", "memory_model/caching_allocator.py", ALLOCATOR,
      "if after is not None and not after.requested:",
      "if after is not None and not after.requested and before is None:"),
     ("memory-ranks", "memory/command.py", MEMORY + "test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks",

@@ -1,0 +1,105 @@
+"""What a training on a CPU measures of itself, its trace, and how it ends when memory runs out."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_cmli.memory import out_of_memory
+from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
+from ds_cmli.memory_model.caching_allocator import Event
+from tests import make
+from tests.ranks import ROOT, environments, start
+
+ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
+
+
+def train(folder: Path, source: list[str], *more: str) -> Path:
+    options = {"--deepspeed_config": make.json_file(folder / "ds.json", ZERO2), "--output-dir": folder / "run"}
+    assert not make.train(*make.small({**options, "--micro-batch": 8}), *source, *more)
+    return folder / "run"
+
+
+def test_the_memory_of_the_first_steps(tmp_path, source):
+    run = train(tmp_path, source, "--steps", "3", "--profile-memory", "2")
+    content = json.loads((run / "memory.json").read_text())["measurement"]
+    assert content["source"] == "measured: CPU" and content["setting"]["steps"] == 2
+    assert list(content["categories"]) == list(CATEGORIES) and list(content["phases"]) == list(PHASES)
+    assert sum(content["categories"].values()) == content["totals"]["requested"]
+    count = sum(p.numel() for p in make.models()[0].parameters())
+    assert content["categories"]["optimizer states"] == pytest.approx(8 * count, rel=0.01)
+    assert content["categories"]["activations student"] > 100_000
+
+
+def test_a_trace_has_the_given_steps_with_memory_shapes_and_stacks(tmp_path, source):
+    run = train(tmp_path, source, "--steps", "4", "--profile", "2:3")
+    (path,) = (run / "profile").glob("rank0.*.json")
+    events = json.loads(path.read_text())["traceEvents"]
+    # The profiler counts from 0.
+    assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#1", "ProfilerStep#2"}
+    assert max(e["args"]["Bytes"] for e in events if e["name"] == "[memory]") > 100_000
+    assert any(e["name"] == "aten::addmm" and e["args"]["Input Dims"][1] for e in events)
+    assert any("train_engine.py" in e["name"] for e in events)
+
+
+def test_peaks_and_categories_by_hand():
+    rows = (
+        (0, 100, "parameters", "init"),
+        (1, 30, "activations student", "forward"),
+        (2, 50, "temporaries", "forward"),
+        (2, -50, "temporaries", "forward"),
+        (3, 20, "gradients", "backward"),
+        (1, -30, "activations student", "backward"),
+        (4, 90, "optimizer states", "optimizer"),
+        (3, -20, "gradients", "optimizer"),
+    )
+    figures = summarise([Event(*row) for row in rows], {}, "predicted")
+    at_peak = {"parameters": 100, "gradients": 20, "optimizer states": 90}
+    assert figures.categories == {**dict.fromkeys(CATEGORIES, 0), **at_peak}
+    assert figures.totals == {"requested": 210}
+    # What lived when a phase began counts: backward starts at 130 and reaches 150.
+    assert figures.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
+
+
+@pytest.mark.slow
+def test_a_rank_that_runs_out_of_memory_says_so_and_the_other_one_ends_too(tmp_path):
+    """The second of two may have 220 MB beside what it has before the model is built."""
+    script = ROOT / "tests" / "memory" / "run_out_of_memory.py"
+    outputs = [tmp_path / f"rank{rank}" for rank in range(2)]
+    arguments = [script, tmp_path, 1, 220, json.dumps(ZERO2)]
+    ranks = [start(arguments, env, output) for env, output in zip(environments(2), outputs, strict=True)]
+    codes = [rank.wait(200) for rank in ranks]
+    first, second = (output.read_text() for output in outputs)
+    assert codes[1] == 2 and codes[0] != 0 and "trained" not in first + second, (codes, first, second)
+    assert "error: out of memory" not in first and "Traceback" not in second
+    line, *table = second[second.index("error: out of memory") :].splitlines()
+    assert re.fullmatch(r"error: out of memory: rank 1 asked for [\d,]+ B", line)
+    sizes = [int(row[1].replace(",", "")) for row in (re.fullmatch(r" +\D+ ([\d,]+) B", row) for row in table)]
+    assert sizes and sizes == sorted(sizes, reverse=True)
+
+
+SHORTAGES = [
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes. Error code 12"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 MiB. GPU 0 has a total capacity of 22.06 GiB."),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+]
+OTHERS = [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("memory")]
+
+
+@pytest.mark.parametrize("error", [*SHORTAGES, *OTHERS], ids=str)
+def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp_path, alone):
+    expected = type(error) if error in OTHERS else Exception
+    with (
+        pytest.raises(expected) as raised,
+        out_of_memory.ending(tmp_path, torch.device("cpu"), raises=True),
+    ):
+        raise error
+    assert (raised.value is error) == (error in OTHERS)
+    if error not in OTHERS:
+        assert str(raised.value).startswith("out of memory: rank 0")
+    assert not list(tmp_path.iterdir()) and sys.exc_info()[0] is None

@@ -1,0 +1,174 @@
+"""Predictions by the command and by `Step`: bytes by hand, what a setting changes, and that nothing stays behind."""
+
+import copy
+import json
+import pickle
+import sys
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig
+
+from ds_cmli import engine
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import assets
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.step_memory import Step, predicted, predicted_worst
+from ds_cmli.memory_model import gpus
+from tests import make
+
+ZERO = {"stage": 2, "reduce_bucket_size": 1000}
+ADAM = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, "bf16": {"enabled": True}}
+LOSSES = {"loss.weights": '{"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}'}
+GLOBAL = {"loss.weights": '{"global": 1.0}'}
+A100 = gpus.find("A100 80GB")
+
+
+def by_command(folder: Path, name: str, options: dict | None = None, settings: dict | None = None) -> tuple[int, dict]:
+    """The exit code and the report of ds-cmli-memory."""
+    from ds_cmli.memory.command import command
+
+    ds_config = make.json_file(folder / f"{name}.ds.json", {"zero_optimization": ZERO, **ADAM})
+    own = {"--deepspeed_config": ds_config, "--json": folder / f"{name}.json", **(options or {})}
+    code = command.main(make.small(own, settings), standalone_mode=False)
+    return code, json.loads((folder / f"{name}.json").read_text())
+
+
+def test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks(tmp_path):
+    """bf16 weights of 2 B each; the fp32 copy and two moments, 12 B, of which two ranks have a half each."""
+    files = {"--plot": tmp_path / "memory.png", "--snapshot": tmp_path / "memory.pickle"}
+    _, one = by_command(tmp_path, "one", files, LOSSES)
+    _, two = by_command(tmp_path, "two", {"--world-size": 2}, LOSSES)
+    objective, teacher = make.models(loss={"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}})
+    count = sum(p.numel() for p in objective.parameters())
+    of_teacher = sum(p.numel() for p in teacher.parameters())
+    for report, share in ((one, 1), (two, 2)):
+        of, totals = report["categories"], report["totals"]
+        assert of["parameters"] == pytest.approx(2 * count, rel=0.05)
+        assert of["master weights"] == pytest.approx(4 * count / share, rel=0.02)
+        assert of["optimizer states"] == pytest.approx(8 * count / share, rel=0.02)
+        assert of["teacher"] == pytest.approx(2 * of_teacher, rel=0.1)
+        assert sum(of.values()) == totals["requested"] == max(report["phases"].values())
+        assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
+    assert files["--plot"].read_bytes().startswith(b"\x89PNG")
+    segments = pickle.loads(files["--snapshot"].read_bytes())["segments"]
+    assert sum(segment["requested_size"] for segment in segments) <= one["totals"]["requested"]
+
+
+def test_activations_grow_with_the_micro_batch_and_weights_do_not(tmp_path):
+    # Large enough for both peaks to be the same moment of backward, whose cuBLAS workspace is 17 MB.
+    small, large = (by_command(tmp_path, str(size), {"--micro-batch": size}, GLOBAL)[1] for size in (128, 512))
+    assert small["categories"]["parameters"] == large["categories"]["parameters"]
+    assert small["categories"]["optimizer states"] == large["categories"]["optimizer states"]
+    of = [report["categories"]["activations student"] for report in (small, large)]
+    assert 3 * of[0] < of[1] < 5 * of[0] and small["totals"]["requested"] < large["totals"]["requested"]
+
+
+def test_fit_finds_the_largest_micro_batch_and_what_does_not_fit_has_exit_code_3(tmp_path):
+    gpu = {"--gpu-memory": "1GB", "--sm": "8.0"}
+    code, found = by_command(tmp_path, "found", {**gpu, "--fit": "1GB"}, GLOBAL)
+    most = found["setting"]["micro_batch"]
+    assert code == 0 and most > 1 and found["totals"]["device"] <= 10**9
+    code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": most + most // 200 + 1}, GLOBAL)
+    assert code == 3 and above["totals"]["device"] > 10**9
+    assert by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)[0] == 3
+
+
+def config(losses=("global", "cmli", "target_cmli"), micro_batch=8, **sections):
+    optim = {"micro_batch": micro_batch, **sections.pop("optim", {})}
+    return make.config(loss={"weights": dict.fromkeys(losses, 1.0)}, optim=optim, **sections)
+
+
+def ds_json(stage=2, **zero) -> dict:
+    return {**ADAM, "zero_optimization": {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 100_000, **zero}}
+
+
+def test_a_gpu_without_the_kernels_takes_the_fallback():
+    json_ = {**ds_json(), "fp16": {"enabled": True}, "bf16": {"enabled": False}}
+    assert predicted(Step(config(), json_), A100).setting["cmli_backend"] == "triton"
+    assert predicted(Step(config(), json_), gpus.find("T4")).setting["cmli_backend"] == "torch"
+
+
+def test_an_offloaded_optimizer_takes_nothing_from_the_device():
+    offloaded = ds_json(offload_optimizer={"device": "cpu", "pin_memory": True})
+    offloaded["zero_force_ds_cpu_optimizer"] = False
+    there, own = (predicted(Step(config(("global",)), json_), A100) for json_ in (offloaded, ds_json()))
+    assert there.categories["optimizer states"] == there.categories["master weights"] == 0
+    kept = own.categories["optimizer states"] + own.categories["master weights"]
+    assert there.totals["requested"] < own.totals["requested"] - 0.8 * kept
+
+
+def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_both():
+    """As DeepSpeed does at stages 1 and 2: then both copies never lie on the device; and the rest stays as it was."""
+
+    def most_before_master_weights(events) -> int:
+        first = next(place for place, event in enumerate(events) if event.category == "master weights")
+        return max(accumulate(event.bytes for event in events[:first]))
+
+    step = Step(config(("global",), 2), ds_json(), 2)
+    usual, little = (predicted(step, gpu) for gpu in (A100, replace(A100, total=A100.total._replace(bytes=0))))
+    assert most_before_master_weights(little.events) < most_before_master_weights(usual.events)
+    assert little.categories == usual.categories
+
+
+def test_cached_micro_batches_hold_features_and_others_do_not():
+    json_ = {**ds_json(1), "gradient_accumulation_steps": 3}
+    for negatives, cached in (("global_batch", True), ("micro_batch", False)):
+        report = predicted(Step(config(("cmli",), optim={"negatives": negatives}), json_, 2), A100)
+        assert (report.categories["cached features"] > 0) == cached
+
+
+def test_zero_3_gathers_parameters_and_leaves_nothing_for_the_next_prediction():
+    before = F.linear
+    report = predicted(Step(config(("global",)), ds_json(3), 2), A100)
+    assert F.linear is before
+    assert {event.stream for event in report.events if event.bytes > 0} > {0}
+    assert report.totals["requested"] == max(report.phases.values())
+    # What linear layers keep are activations as before, although a function of DeepSpeed's allocates it.
+    other = predicted(Step(config(("global",)), ds_json(2), 2), A100)
+    assert report.categories["activations student"] >= other.categories["activations student"]
+
+
+def test_packaged_weights_are_predicted_with_their_own_sizes():
+    chosen, words = without_weights(load_preset("demo", {}))
+    packaged = AutoConfig.from_pretrained(assets.fetch("minilm")).to_dict()
+    assert packaged["vocab_size"] == words and packaged["model_type"] == chosen.student.text_model
+    assert chosen.student.text_overrides and chosen.student.text_overrides.items() <= packaged.items()
+
+
+@pytest.mark.slow
+def test_a_training_has_the_same_bits_before_and_after_predictions_that_end_well_or_badly(alone):
+    json_ = {**ds_json(), "activation_checkpointing": {}}
+    resolved = DeepSpeedConfig.of(json_).filled(config().optim, 1, 10)
+
+    def train() -> list[float]:
+        train_engine = engine.build(config(), copy.deepcopy(resolved), 300, 10, distributed.init())
+        losses = [train_engine(longest_batch(config(), 8))[0].item() for _ in range(3)]
+        distributed.shutdown()
+        return losses
+
+    before, apply, hook, generator = train(), nn.Module._apply, sys.excepthook, torch.get_rng_state()
+    sizes = [predicted(Step(config(), json_, world), A100).totals["requested"] for world in (1, 8, 1)]
+    assert sizes[0] == sizes[2] != sizes[1]
+    with pytest.raises(UserError, match="no_such_model"):
+        predicted(Step(config(student={"image_model": "no_such_model"}), json_, 2), A100)
+    assert nn.Module._apply is apply and sys.excepthook is hook and not torch.cuda.is_available()
+    assert torch.equal(torch.get_rng_state(), generator) and type(torch.empty(1)) is torch.Tensor
+    assert train() == before
+
+
+@pytest.mark.slow
+def test_the_rank_that_needs_the_most_is_predicted():
+    step = Step(config(("global",), 1), ds_json(), 3)
+    each = [predicted(replace(step, rank=rank), A100).totals["requested"] for rank in range(3)]
+    worst = predicted_worst(step, A100)
+    assert worst.totals["requested"] == max(each) > min(each)
+    assert each[worst.setting["rank"]] == max(each)
