@@ -7,7 +7,6 @@ written after each test. Exit code: 1 where a bar is missed, 2 without a GPU.
 if __name__ == "__main__" and not __package__:  # run by its path
     import by_path  # noqa: F401
 
-import os
 import sys
 from datetime import date
 from pathlib import Path
@@ -50,11 +49,10 @@ class Page:
 @click.option("--markdown", default="gpu_check.md", show_default=True, help="The page.")
 @click.option("--only", default="", help="Tests that this expression of pytest's -k selects.")
 def command(markdown: str, only: str) -> None:
-    device = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
-    if device == "cuda" and not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         click.echo("error: no GPU that torch can use here", err=True)
         sys.exit(2)
-    name = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
+    name = torch.cuda.get_device_name()
     page = Page(name, Path(markdown))
     tests = str(Path(__file__).resolve().parents[1] / "tests" / "gpu")
     code = pytest.main(["-q", "-m", "gpu", "-k", only, tests], plugins=[page])

@@ -15,13 +15,14 @@ import pytest
 
 from tests import make, ranks
 
-ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate")
+ROOMS = ("config", "data", "models", "checkpoint", "memory", "evaluate", "profiling")
 MODULES = {
     "train": "ds_cmli.train",
     "evaluate": "ds_cmli.evaluate.__main__",
     "export": "ds_cmli.export",
     "memory": "ds_cmli.memory.command",
     "visualize": "ds_cmli.visualize",
+    "estimates": "profiling.compare_estimates",
 }
 ROWS = []
 for room in ROOMS:

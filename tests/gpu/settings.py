@@ -1,16 +1,18 @@
-"""The settings whose memory is predicted and measured on a GPU: presets, batches, ZeRO stages, ranks, precisions.
+"""The settings whose memory is predicted and measured: presets, batches, ZeRO stages, ranks, precisions.
 
-All with random weights and made-up batches: nothing is downloaded.
+All with random weights and made-up batches: nothing is downloaded. `python -m tests.gpu.settings JSON [recorded]` takes
+a setting's step on the GPU here; the last line are its peaks, or its whole report. It needs a process of its own, as
+peaks are those since the process began.
 """
 
 import copy
+import json
+import sys
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config
-
-STEPS = 3  # the optimizer's states appear in the first, the peak in the second; one more shows that it stays
+from ds_cmli.memory.step_memory import Step
 
 
 @dataclass(frozen=True)
@@ -26,24 +28,14 @@ class Setting:
     accumulation: int = 1
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def resolve(self) -> tuple[Config, dict[str, Any]]:
-        """The configuration, and the DeepSpeed JSON as its file would hold it."""
+    def step(self) -> Step:
         overrides = copy.deepcopy(self.overrides)
         overrides.setdefault("student", {}).update(image_weights="random", text_weights="random")
         overrides.setdefault("teacher", {})["weights"] = "random"
         overrides.setdefault("data", {})["tokenizer"] = "builtin"
         overrides.setdefault("optim", {})["micro_batch"] = self.batch
-        config = load_preset(self.preset, overrides)
-        zero: dict[str, Any] = {
-            "stage": self.stage,
-            "contiguous_gradients": True,
-            "overlap_comm": True,
-            "reduce_bucket_size": 50_000_000,
-            "allgather_bucket_size": 50_000_000,
-        }
+        sizes = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+        zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": True, **sizes}
         ds_config: dict[str, Any] = {
             "gradient_accumulation_steps": self.accumulation,
             "zero_optimization": zero,
@@ -55,14 +47,18 @@ class Setting:
             ds_config["activation_checkpointing"] = {}
         if self.offload:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-        return config, ds_config
+        return Step(load_preset(self.preset, overrides), ds_config, self.world)
+
+    def arguments(self, *more: str) -> list[str]:
+        """Of Python, to measure it."""
+        return ["tests.gpu.settings", json.dumps(asdict(self)), *more]
 
 
-def _losses(*names: str, **settings: Any) -> dict[str, dict[str, Any]]:
+def losses(*names: str, **settings: Any) -> dict[str, dict[str, Any]]:
     return {"loss": {"weights": dict.fromkeys(names, 1.0), **settings}}
 
 
-ALL = ("global", "cmli", "target_cmli")
+TORCH = losses("global", "cmli", "target_cmli", cmli_backend="torch")
 SETTINGS = [
     Setting("tiny", "tiny", 8, precision="fp32"),
     Setting("demo", "demo", 64),
@@ -75,16 +71,34 @@ SETTINGS = [
     Setting("demo, checkpointing", "demo", 64, checkpointing=True),
     Setting("demo, offload", "demo", 64, offload=True),
     Setting("demo, accumulation 2", "demo", 64, accumulation=2),
-    Setting("demo, global loss only", "demo", 64, overrides=_losses("global")),
-    Setting("demo, cmli loss only", "demo", 64, overrides=_losses("cmli")),
-    Setting("demo, torch backend", "demo", 64, overrides=_losses(*ALL, cmli_backend="torch")),
+    Setting("demo, global loss only", "demo", 64, overrides=losses("global")),
+    Setting("demo, cmli loss only", "demo", 64, overrides=losses("cmli")),
+    Setting("demo, torch backend", "demo", 64, overrides=TORCH),
     Setting("demo, rank 0 of 2", "demo", 64, world=2),
     Setting("demo, rank 0 of 8", "demo", 64, world=8),
     Setting("demo, rank 0 of 64", "demo", 64, world=64),
     Setting("demo, rank 0 of 8, stage 3", "demo", 64, world=8, stage=3),
     Setting("paper, batch 16", "paper", 16),
     Setting("paper, batch 64, rank 0 of 2", "paper", 64, world=2),
-    Setting("paper, batch 64, torch", "paper", 64, world=2, overrides=_losses(*ALL, cmli_backend="torch")),
+    Setting("paper, batch 64, torch", "paper", 64, world=2, overrides=TORCH),
     Setting("paper, batch 64, rank 0 of 8, stage 3", "paper", 64, world=8, stage=3, checkpointing=True),
     Setting("paper, rank 0 of 2, checkpointing, fp16", "paper", 256, world=2, precision="fp16", checkpointing=True),
 ]
+
+
+def main(setting: str, *recorded: str) -> None:
+    import torch
+
+    from ds_cmli.memory.step_memory import measured, statistics
+
+    step = Setting(**json.loads(setting)).step()
+    if recorded:
+        result = measured(step).to_dict()
+    else:
+        step.take_twice()
+        result = statistics(torch.device("cuda", torch.cuda.current_device()))
+    print("\n" + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from ds_cmli.memory.step_memory import Step, predicted
+from ds_cmli.memory.step_memory import predicted
 from ds_cmli.memory_model import gpus
-from tests.gpu.settings import ALL, Setting, _losses
+from tests.gpu.settings import TORCH, Setting
 from tests.null_gpu.build import run
 
 pytestmark = pytest.mark.null_gpu
@@ -39,14 +39,6 @@ print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_capability
     x.argsort(1, descending=True).tolist(), int(x.amax()), mask.tolist(), bool(mask.any()), x.add_(1)[0].tolist(),
     noise.isfinite().all().item(), torch.linalg.vector_norm(noise).item(), torch.cat([x[0], x[:, 0]]).tolist()]))
 """
-STEP = """
-import json, sys
-from ds_cmli.memory.step_memory import Step, statistics
-from tests.gpu.settings import Setting
-setting = Setting(**json.loads(sys.argv[1]))
-Step(*setting.resolve(), setting.world).take_twice()
-print("\\n" + json.dumps(statistics("cuda")))
-"""
 
 
 def last_line(done):
@@ -65,9 +57,6 @@ def test_what_a_program_sees(null_gpu, tmp_path, events):
     ]  # fmt: skip
 
 
-TORCH = _losses(*ALL, cmli_backend="torch")
-
-
 @pytest.mark.parametrize(
     ("gpu", "setting"),
     [
@@ -76,29 +65,18 @@ TORCH = _losses(*ALL, cmli_backend="torch")
         ("H100 80GB", Setting("checkpointing", "demo", 64, world=2, checkpointing=True)),
     ],
 )
-def test_a_step_takes_what_is_predicted(null_gpu, tmp_path, gpu, setting):
-    (tmp_path / "step.py").write_text(STEP)
-    counted = last_line(run(null_gpu(gpu), tmp_path / "step.py", json.dumps(setting.to_dict())))
-    totals = predicted(Step(*setting.resolve(), setting.world), gpus.find(gpu)).totals
+def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):
+    counted = last_line(run(null_gpu(gpu), *setting.arguments()))
+    totals = predicted(setting.step(), gpus.find(gpu)).totals
     print(gpu, setting.name, counted, totals)
     assert totals["requested"] == pytest.approx(counted["requested"], rel=0.005)
     assert 0.98 * counted["reserved"] <= totals["reserved"] <= 1.1 * counted["reserved"]
 
 
-MEASURED = """
-import json
-from ds_cmli.memory.step_memory import Step, measured
-from tests.gpu.settings import Setting
-report = measured(Step(*Setting("recorded", "tiny", 8, precision="fp32").resolve()))
-print("\\n" + json.dumps(report.to_dict()))
-"""
-
-
-def test_a_step_is_recorded_on_the_gpus_own_thread_of_backward(null_gpu, tmp_path):
-    (tmp_path / "measured.py").write_text(MEASURED)
-    report = last_line(run(null_gpu("A100 80GB"), tmp_path / "measured.py"))
+def test_a_step_is_recorded_on_the_gpus_own_thread_of_backward(null_gpu):
     setting = Setting("recorded", "tiny", 8, precision="fp32")
-    expected = predicted(Step(*setting.resolve()), gpus.find("A100 80GB"))
+    report = last_line(run(null_gpu("A100 80GB"), *setting.arguments("recorded")))
+    expected = predicted(setting.step(), gpus.find("A100 80GB"))
     assert report["source"].startswith("measured: NVIDIA A100")
     assert report["totals"]["requested"] == pytest.approx(expected.totals["requested"], rel=0.005)
     for name in ("parameters", "optimizer states", "activations student"):
