@@ -4,31 +4,25 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_folder import CONFIG, METRICS
 from ds_cmli.common.errors import blame
-from ds_cmli.common.json_text import read
-from ds_cmli.common.probe import Probe
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 
-SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
 COUNTS = ("ignored_negatives", "added_positives")
-OPTIMIZER = ("lr", "grad_norm", "loss_scale", "skipped_steps", *COUNTS)
 
 
 class Writer:
@@ -49,17 +43,16 @@ class Writer:
 
         `on_log` is called with the step and the columns of each line of metrics.jsonl.
         """
-        self.folder, self.total, self.first_step = folder, total_steps, first_step
-        self.on_log = on_log
+        self.folder, self.total, self.on_log = folder, total_steps, on_log
+        settings = json.loads((folder / CONFIG).read_text())
         # It follows the files that are opened later.
-        self.wandb = open_wandb(folder) if report_to == "wandb" else None
+        self.wandb = open_wandb(folder, settings) if report_to == "wandb" else None
         # `purge_step` hides what an interrupted run wrote after the step at which this one begins.
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
-        self.results: dict[str, float] = {}  # the last value of each held-out metric
-        if (folder / CONFIG).is_file():
-            text = json.dumps(read(folder / CONFIG, dict), indent=2)
-            self.events.add_text("configuration", f"```\\n{text}\\n```", first_step)
-        self.started = time.monotonic()
+        text = json.dumps(settings, indent=2)
+        self.events.add_text("configuration", f"```\\n{text}\\n```", first_step)
+        # The first step, which compiles and fills caches, says nothing of the time that is left.
+        self.timed_from, self.since = first_step + 1, math.inf
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -76,6 +69,8 @@ class Writer:
                 sys.stdout.flush()
 
     def advance(self) -> None:
+        """Count a step."""
+        self.since = min(self.since, time.monotonic())
         with suppress(OSError):
             self.bar.update()
 
@@ -89,37 +84,32 @@ class Writer:
             file.write(json.dumps({"step": step} | values) + "\n")
         for name, value in (values | only_tracked).items():
             if isinstance(value, int | float):
-                self.events.add_scalar(tag(name), value, step)
-                if name.startswith("eval/"):
-                    self.results[tag(name)] = value
+                # TensorBoard groups by what precedes the "/".
+                tag = "loss/total" if name == "loss" else name if "/" in name else f"train/{name}"
+                self.events.add_scalar(tag, value, step)
         if "loss" in values:
-            self._say_step(step, values)
+            self.say(self._line(step, values))
         if self.on_log is not None:
             self.on_log(step, values)
 
-    def _say_step(self, step: int, values: dict[str, Any]) -> None:
-        """Print the line of a logged step."""
+    def _line(self, step: int, values: dict[str, Any]) -> str:
+        """The terminal's line of a logged step."""
         parts = [f"step {step}/{self.total}", f"loss {values['loss']:.4f}"]
         parts += [f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/")]
-        for name in COUNTS:
-            if values.get(name):
-                parts.append(f"{name.replace('_', ' ')} {values[name]}")
-        speed = [f"{values['pairs_per_s']:g} pairs/s"]
+        parts += [f"{name.replace('_', ' ')} {values[name]}" for name in COUNTS if values.get(name)]
+        parts += [f"lr {values['lr']:.2e}", f"{values['pairs_per_s']:g} pairs/s"]
         if "tflops" in values:
-            speed.append(f"{values['tflops']:.3g} TFLOP/s")
+            parts.append(f"{values['tflops']:.3g} TFLOP/s")
         if "mfu" in values:
-            speed.append(f"MFU {values['mfu']:.0%}")
-        times = ((name[5:], x) for name, x in values.items() if name.startswith("time/"))
-        shares = " ".join(f"{name} {share:.0%}" for name, share in times if round(share, 2))
-        line, rest = "  ".join(parts), [f"lr {values['lr']:.2e}", *speed, *filter(None, [shares])]
-        if self.bar.disable:
-            a_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+            parts.append(f"MFU {values['mfu']:.0%}")
+        times = {k[5:]: v for k, v in values.items() if k.startswith("time/") and round(v, 2)}
+        if times:
+            parts.append(" ".join(f"{phase} {share:.0%}" for phase, share in times.items()))
+        if self.bar.disable and step > self.timed_from:  # the bar tells the time left
+            a_step = (time.monotonic() - self.since) / (step - self.timed_from)
             minutes, seconds = divmod(round(a_step * (self.total - step)), 60)
-            rest.append(f"{minutes}m{seconds:02}s left")
-        else:  # the bar below tells the time left; a line of the terminal's width does not wrap
-            free = shutil.get_terminal_size().columns - len(line) - 2
-            rest = [part for part in ("  ".join(rest), "  ".join(speed)) if len(part) < free][:1]
-        self.say("  ".join([line, *rest]))
+            parts.append(f"{minutes}m{seconds:02}s left")
+        return "  ".join(parts)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Give a picture, uint8 [height, width, 3], to TensorBoard."""
@@ -128,9 +118,6 @@ class Writer:
     def close(self) -> None:
         with suppress(OSError):
             self.bar.close()
-        if self.results and (self.folder / CONFIG).is_file():
-            for summary in hparams(run_settings(self.folder), self.results):
-                self.events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
@@ -146,36 +133,7 @@ class NullWriter:
     def close(self) -> None: ...
 
 
-def tag(name: str) -> str:
-    """Name a column of metrics.jsonl for TensorBoard. The part before "/" is its group there."""
-    group, _, rest = name.partition("/")
-    if group == "eval":
-        split, _, metric = rest.partition("/")
-        return f"pointing-game/{split}" if "pointing" in metric else f"retrieval/{rest}"
-    if name == "loss":
-        return "loss/total"
-    if name in SPEED or group == "time":
-        return f"speed/{name}"
-    if "memory" in name:
-        return f"memory/{name}"
-    return f"optimizer/{name}" if name in OPTIMIZER else name
-
-
-def run_settings(folder: Path) -> dict[str, bool | int | float | str]:
-    """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
-    content = read(folder / CONFIG, dict)
-    out: dict[str, bool | int | float | str] = {
-        f"{section}.{name}": value
-        for section, values in content["config"].items()
-        for name, value in values.items()
-        if isinstance(value, bool | int | float | str)
-    }
-    out["losses"] = ",".join(content["config"]["loss"]["weights"])
-    out["ZeRO stage"] = content.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
-    return out
-
-
-def open_wandb(folder: Path) -> Any:
+def open_wandb(folder: Path, settings: dict[str, Any]) -> Any:
     """Send what TensorBoard gets to Weights & Biases too; a run that goes on stays one run there.
 
     Raises `UserError` if it cannot be opened.
@@ -193,13 +151,13 @@ def open_wandb(folder: Path) -> Any:
             id=name.read_text().strip(),
             resume="allow",
             dir=str(folder),
-            config=read(folder / CONFIG, dict),
+            config=settings,
             sync_tensorboard=True,
             settings=wandb.Settings(silent=True, console="off"),
         )
 
 
-class Meter(Probe):
+class Meter:
     """Measures the speed since the last logged step.
 
     Time in which training was interrupted does not count.
@@ -211,15 +169,10 @@ class Meter(Probe):
         self.peak = peak_flops(engine.device, engine.dtype)
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
 
-    @contextmanager
-    def exchanging(self) -> Iterator[None]:
-        with self.timer.inside("exchange"), super().exchanging():
-            yield
-
-    @contextmanager
-    def losses(self) -> Iterator[None]:
-        with self.timer.inside("loss"), super().losses():
-            yield
+    def scope(self, name: str) -> AbstractContextManager[None]:
+        """Time a scope of the `probe` that is a phase."""
+        phase = {"losses": "loss", "exchange": "exchange"}.get(name)
+        return self.timer.inside(phase) if phase else nullcontext()
 
     @contextmanager
     def paused(self, checkpoint: bool = False) -> Iterator[None]:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ds_cmli import probe
 from ds_cmli.common import hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError, blame
-from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config
 from ds_cmli.config.schema import Config
@@ -246,7 +246,7 @@ def begin(
             watchdog=watchdog,
         )
         with (
-            probe.subscribed(run.meter),
+            probe.subscribed(run.meter.scope),
             profiles.around(engine, chosen, plan.deepspeed, folder, state.step) as after_step,
             preemption.handled(),
         ):

@@ -97,8 +97,8 @@ ROWS = (
     ("ranks-own-texts", "cmli/loss.py", RANKS, "self.first = distributed.rank() * len(image) + rows.start",
      "self.first = rows.start"),
     ("ranks-mean-twice", "distributed/process_group.py",
-     CHECKPOINT + "test_one_rank_goes_on_with_the_batches_and_states_of_two", "values /= world_size()",
-     "values /= world_size() ** 2"),
+     CHECKPOINT + "test_one_rank_goes_on_with_the_batches_and_states_of_two", "div_(world_size())",
+     "div_(world_size() ** 2)"),
     # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
     ("faults-signal", "faults/preemption.py", FAULTS + "preemption.py::test_each_signal_sets_the_flag_until_the_end",
      "    _requested.append((name, now))\n", ""),

@@ -65,17 +65,14 @@ def test_what_a_run_leaves(finished):
     assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    drawn = {"loss/total", "loss/cmli", "optimizer/lr", "optimizer/grad_norm", "temperature/global"}
-    drawn |= {"speed/pairs_per_s", "speed/checkpoint_s", "memory/peak_memory_bytes"}
-    drawn |= {"retrieval/seen/combined/i2t_r1", "pointing-game/seen"}
+    drawn = {"loss/total", "loss/cmli", "train/lr", "train/grad_norm", "temperature/global"}
+    drawn |= {"train/pairs_per_s", "train/peak_memory_bytes", "eval/seen/combined/i2t_r1", "eval/seen/pointing_game"}
     assert drawn <= set(events.Tags()["scalars"])
     maps = {f"match-maps/{split}/{i}" for split in ("seen", "unseen") for i in range(4)}
     assert set(events.Tags()["images"]) == maps
     assert {event.step for tag in maps for event in events.Images(tag)} == {4}
     (text,) = events.Tensors("configuration/text_summary")
     assert b'"preset": "tiny"' in text.tensor_proto.string_val[0]
-    entry = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
-    assert b"optim.lr" in entry and b"ZeRO stage" in entry
     assert "written to" in done.stdout and str(folder) in done.stdout
 
 

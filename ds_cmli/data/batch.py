@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_cmli.common.probe import probe
+from ds_cmli import probe
 from ds_cmli.common.trees import tree_map
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 

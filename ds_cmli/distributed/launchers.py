@@ -15,20 +15,16 @@ def map_launcher_environment() -> None:
 
     `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_*
     variables, and a plain `python` process is a world of one. GPUs are hidden if DS_ACCELERATOR is
-    cpu.
-
-    Raises:
-        UserError: a variable is missing, or no number, or the rank is none of the run's.
+    cpu. Raises `UserError` if one is missing, or no number, or the rank is none of the run's.
     """
     env = os.environ
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" in env and "RANK" not in env and tasks != "1":
         with blame("SLURM_STEP_ID is set: start it by srun, or set RANK and WORLD_SIZE"):
             _map_slurm(tasks)
-    if ("RANK" in env) != ("WORLD_SIZE" in env) and env.get("WORLD_SIZE") != "1":
-        raise UserError("one of RANK and WORLD_SIZE is set: set both, or neither for one process")
-    defaults = ("0", "1", "0", "127.0.0.1", "29500")
-    for name, value in zip(OF_A_RANK, defaults, strict=True):
+    if env.get("WORLD_SIZE", "1") == "1":
+        env.setdefault("RANK", "0")
+    for name, value in zip(OF_A_RANK[1:], ("1", "0", "127.0.0.1", "29500"), strict=True):
         env.setdefault(name, value)
     if env.get("DS_ACCELERATOR") == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""  # the launcher of DeepSpeed sets it on CPUs, too

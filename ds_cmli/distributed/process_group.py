@@ -20,12 +20,10 @@ TIMEOUT = timedelta(minutes=30)  # of a collective, and in which all ranks start
 
 
 def init() -> torch.device:
-    """Start the process group and return this rank's device. Collective.
+    """Start the process group, NCCL on GPUs and gloo on CPUs, and return this rank's device.
 
-    The group is of NCCL on GPUs, and of gloo on CPUs. One that is up already is taken as it is.
-
-    Raises:
-        UserError: not all ranks have started in time, or do not reach each other.
+    One that is up already is taken as it is. Raises `UserError` if not all ranks have started in
+    time, or do not reach each other. Collective.
     """
     map_launcher_environment()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -72,12 +70,12 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def rank(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world_size(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
@@ -86,17 +84,7 @@ def is_main() -> bool:
 
 def named(rank: int, nodes: Sequence[str]) -> str:
     """Name a rank in a message, with its node if the ranks are on several of the `nodes`."""
-    if len(set(nodes)) > 1:
-        return f"rank {rank} on node {nodes[rank]}"
-    return f"rank {rank}"
-
-
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average `values` over ranks, in place. Collective."""
-    if world_size() > 1:
-        dist.all_reduce(values)  # collective
-        values /= world_size()
-    return values
+    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -105,8 +93,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         # NCCL does not accept CPU tensors.
         moved = values.cuda() if dist.get_backend() == "nccl" else values
         dist.all_reduce(moved)  # collective
-        values.copy_(moved)  # CPU-GPU sync, under NCCL
+        if moved is not values:
+            values.copy_(moved)  # CPU-GPU sync
     return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average `values` over ranks, in place. Collective."""
+    return sum_over_ranks(values).div_(world_size())
 
 
 def broadcast_object(value: Value | None, source: int = 0) -> Value:
@@ -119,11 +113,10 @@ def broadcast_object(value: Value | None, source: int = 0) -> Value:
 
 def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Every rank's `value`, in rank order, on every rank. Collective."""
-    if world_size() == 1:
-        return [value]
-    out: list[Value] = [value] * world_size()
-    dist.all_gather_object(out, value, group=group)  # collective
-    return out
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=group)  # collective
+    return values
 
 
 def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) -> None:
@@ -150,7 +143,7 @@ def raised_together() -> Iterator[None]:
 class CollectiveFlags:
     """Decisions that ranks take together, such as whether any was signalled or has to save.
 
-    They are small messages between the ranks' CPUs, over a gloo group. Over NCCL each of them would
+    They are small messages between the ranks' CPUs, over a gloo group: over NCCL each of them would
     be a CPU-GPU sync.
     """
 
@@ -161,11 +154,10 @@ class CollectiveFlags:
             self.group = dist.new_group(backend="gloo")  # collective
 
     def any(self, *flags: bool) -> list[bool]:
-        """Tell of each flag whether it is set on any rank. Collective."""
-        if world_size() == 1:
-            return list(flags)
+        """Whether each flag is set on any rank. Collective."""
         raised = torch.tensor(flags, dtype=torch.uint8)
-        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)  # collective, on the CPU
+        if world_size() > 1:
+            dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)  # collective, on the CPU
         return raised.bool().tolist()
 
     def gather(self, value: Value) -> list[Value]:

@@ -3,16 +3,17 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
-from ds_cmli.common.probe import probe
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
@@ -113,7 +114,7 @@ def build(
     if ds_config.prints:
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
-    cmli_distributed.exchanging = probe.exchanging
+    cmli_distributed.exchanging = partial(probe.scope, "exchange")
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, pad_id=pad_id)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ds_cmli.common.probe import probe
+from ds_cmli import probe
 from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
@@ -168,14 +168,14 @@ class TrainEngine:
         """
         self.mark("backward")
         loss = nonfinite.poison(total)
-        with probe.step_phase("backward"):
+        with probe.scope("backward"):
             return self.engine.backward(loss)
 
     def _update(self) -> None:
         # The rate of this update: `engine.step` sets that of the next one.
         self.lr = self.engine.get_lr()[0] / self.lr_factor
         self.mark("step")
-        with probe.step_phase("optimizer"):
+        with probe.scope("optimizer"):
             # Collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights.
             self.engine.step()
         if self.ema is not None and self.engine.was_step_applied():

@@ -61,8 +61,7 @@ def skipped_samples(
 
 def line(step: int, samples: list[int]) -> str:
     """The terminal's line about a skipped step."""
+    shown = ", ".join(map(str, samples[:SHOWN]))
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
-    return (
-        f"step {step} skipped: loss or gradients are not finite; samples "
-        f"{', '.join(map(str, samples[:SHOWN]))}{more} of the training set"
-    )
+    what = f"loss or gradients are not finite; samples {shown}{more} of the training set"
+    return f"step {step} skipped: {what}"

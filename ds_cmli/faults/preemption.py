@@ -1,8 +1,7 @@
 """While training, a signal only sets a flag: the step is finished, all ranks save, exit code 85.
 
-TERM, USR1, USR2, INT, QUIT and HUP have this effect, since schedulers differ in what they send, and
-so has the end of the launcher. Before, there is nothing to save, and a signal does what it does to
-any process.
+Schedulers differ in the signal they send, and the end of the launcher has the same effect. Before
+training there is nothing to save, and a signal does what it does to any process.
 """
 
 import atexit
@@ -18,14 +17,7 @@ from types import FrameType
 import psutil
 
 EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
-SIGNALS = (
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-)
+SIGNALS = [signal.Signals[f"SIG{x}"] for x in ("TERM", "USR1", "USR2", "INT", "QUIT", "HUP")]
 # Seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher.
 SAME_PRESS = 1.0
 INTERVAL = 0.5  # seconds between two looks for the launcher
@@ -34,10 +26,7 @@ _requested: list[tuple[str, float]] = []  # what asked the run to end, and when
 
 
 class Preempted(Exception):
-    """Leaves work that need not be finished before the run ends.
-
-    It is raised on all ranks together, after they agreed.
-    """
+    """Leaves work that need not be finished before the run ends; raised on all ranks together."""
 
 
 def requested() -> str | None:
@@ -90,10 +79,7 @@ def _watch_launcher(before: list[int], ended: threading.Event) -> None:
 
 
 def shield(worker: int) -> None:
-    """Block the signals in a data loading process.
-
-    Schedulers signal it too, and the rank still needs its data.
-    """
+    """Block the signals in a data loading process, whose data the rank still needs."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 
-EXIT_CODE = 1
 # Factor on the time limit while models are built, kernels compiled or a checkpoint written.
 SLOW = 10
 # A thread inside these files waits for other ranks.
@@ -58,9 +57,8 @@ class Watchdog:
         self.is_slow = before
 
     def __enter__(self) -> "Watchdog":
-        if self.timeout:
-            for target in (self._watch, self._watch_store):
-                threading.Thread(target=target, daemon=True).start()
+        for target in (self._watch, self._watch_store) if self.timeout else ():
+            threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,11 +87,10 @@ class Watchdog:
                     self._end(0, "its store is gone")
                 return
             for r, text in enumerate(texts):
-                before, state = states[r], json.loads(text)
-                changed = {name for name in state if state[name] != before.get(name)}
+                before, states[r] = states[r], json.loads(text)
+                changed = {name for name, value in states[r].items() if value != before.get(name)}
                 silent[r] = 0.0 if changed else silent[r] + self.interval
                 still[r] = 0.0 if changed - {"turn", "where"} else still[r] + self.interval
-                states[r] = state
             dead = [r for r in ranks if silent[r] > self.timeout / 2]
             # Ranks that compute while others wait; of several the one with the fewest heartbeats.
             busy = dead or [r for r in ranks if not states[r].get("waiting")]
@@ -108,11 +105,11 @@ class Watchdog:
     def _watch_store(self) -> None:
         """Notice a store that no longer answers, for which `_watch` waits for ever."""
         seen, still = 0, 0.0
-        while not self.closed.wait(self.interval):
-            still = still + self.interval if self.turn == seen else 0.0
-            seen = self.turn
-            if still > self.timeout:
-                self._end(0, "its store does not answer")
+        while still <= self.timeout:
+            if self.closed.wait(self.interval):
+                return
+            seen, still = self.turn, still + self.interval if self.turn == seen else 0.0
+        self._end(0, "its store does not answer")
 
     def _end(self, rank: int, what: str) -> None:
         """Print on one rank what has happened, and end the process."""
@@ -124,17 +121,16 @@ class Watchdog:
         # Until the others have found out as well: rank 0 holds the store, and a launcher that sees
         # a rank end kills the one that prints.
         time.sleep(1.0 + 3 * self.interval)
-        os._exit(EXIT_CODE)
+        os._exit(1)
 
 
 def _position(thread: int) -> tuple[bool, str]:
     """Whether a thread waits in a collective, and its innermost line of the project's code."""
-    frame = sys._current_frames().get(thread)
-    waiting, where = False, ""
+    frame, waiting, where = sys._current_frames().get(thread), False, "a library"
     while frame:
         file = frame.f_code.co_filename
         waiting = waiting or any(part in file for part in COLLECTIVES)
-        if not where and "/lib/python" not in file and not file.startswith("<"):
+        if where == "a library" and "/lib/python" not in file and not file.startswith("<"):
             where = f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    return waiting, where or "a library"
+    return waiting, where

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ds_cmli import probe
 from ds_cmli.cmli.loss import PairLoss, Temperature
-from ds_cmli.common.probe import probe
 from ds_cmli.common.trees import tree_map
 from ds_cmli.config.registry import LOSSES, load, over_pairs
 from ds_cmli.config.schema import LossConfig
@@ -65,7 +65,7 @@ class Objective(nn.Module):
             # A class token is a view of its sequence, whose memory would be kept.
             return tree_map(pairs, lambda x: x.clone() if x._base is not None else x)
         values = {}
-        with probe.losses():
+        with probe.scope("losses"):
             for name, loss in self.losses.items():
                 if not LOSSES[name].scores:
                     values[name] = loss(features, targets, self.student, self.width_head)

@@ -15,7 +15,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.common.probe import Probe, probe
+from ds_cmli import probe
 from ds_cmli.engine import TrainEngine
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory_model.gpus import Limits
@@ -68,7 +68,7 @@ def owners(train_engine: TrainEngine) -> Iterator[tuple[str, object]]:
     yield "optimizer states", list(inner.state.values())
 
 
-class TrainingRecorder(Recorder, Probe):
+class TrainingRecorder(Recorder):
     """Records the trainer's step: enter it before the engine is built, then `attach` the engine.
 
     Args:
@@ -95,7 +95,7 @@ class TrainingRecorder(Recorder, Probe):
             student.register_forward_pre_hook(before_student),
             student.register_forward_hook(lambda *_: self.begin("loss")),
             train_engine.objective.register_forward_hook(self._claim_cached),
-            probe.subscribed(self),
+            probe.subscribed(self.scope),
         ):
             yield
 
@@ -114,30 +114,21 @@ class TrainingRecorder(Recorder, Probe):
         self.phase, self.recomputing = phase, False
 
     @contextmanager
-    def step_phase(self, name: str) -> Iterator[None]:
-        self.begin(name)
+    def scope(self, name: str) -> Iterator[None]:
+        """A phase of the step, or what allocations inside belong to."""
+        before = self.scoped
+        if name in AFTER:
+            self.begin(name)
+        elif name != "losses":
+            self.scoped = "exchanged text" if name == "exchange" else name
         try:
-            with super().step_phase(name):
-                yield
-        finally:
-            self.begin(AFTER[name])
-
-    # --- categories
-
-    @contextmanager
-    def scope(self, category: str) -> Iterator[None]:
-        """Inside, allocations belong to `category`."""
-        before, self.scoped = self.scoped, category
-        try:
-            with super().scope(category):
-                yield
+            yield
         finally:
             self.scoped = before
+            if name in AFTER:
+                self.begin(AFTER[name])
 
-    @contextmanager
-    def exchanging(self) -> Iterator[None]:
-        with self.scope("exchanged text"), super().exchanging():
-            yield
+    # --- categories
 
     def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
         if category is None or category == "temporaries":

@@ -50,8 +50,8 @@ def test_the_cpu_is_asked_for_where_a_launcher_has_given_gpus(monkeypatch):
 @pytest.mark.parametrize(
     ("given", "line"),
     [
-        ("WORLD_SIZE=2", "one of RANK and WORLD_SIZE is set"),
-        ("RANK=1", "one of RANK and WORLD_SIZE is set"),
+        ("WORLD_SIZE=2", "RANK, WORLD_SIZE and LOCAL_RANK: KeyError: 'RANK'"),
+        ("RANK=1", "RANK is 1 and WORLD_SIZE is 1: the ranks are 0 to 0"),
         ("RANK=x WORLD_SIZE=2", "RANK, WORLD_SIZE and LOCAL_RANK: ValueError: invalid literal .* 'x'"),
         ("RANK=2 WORLD_SIZE=2", "RANK is 2 and WORLD_SIZE is 2: the ranks are 0 to 1"),
         ("SLURM_STEP_ID=0 SLURM_NTASKS=2", "SLURM_STEP_ID is set: start it by srun, .*: KeyError: 'SLURM_LOCALID'"),
