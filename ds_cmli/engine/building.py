@@ -11,6 +11,7 @@ import torch
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
@@ -31,7 +32,6 @@ from ds_cmli.models.hf import WEIGHTS, load
 from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
-from ds_cmli.models.weights import say
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -68,7 +68,7 @@ def build_models(
         add_adapters(student, config.student)
     freeze(objective, config)
     if pretrained and config.student.source:
-        say(_starts_from(config.student, objective, data.image_size), objective)
+        say(_starts_from(config.student, objective, data.image_size))
     return objective, teacher
 
 

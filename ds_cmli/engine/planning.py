@@ -16,7 +16,7 @@ from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast, cpu_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import LOSSES, compares_tokens, of_dual
+from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.data import assets
 from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
@@ -81,7 +81,7 @@ def filled(
     def width() -> int:
         student = config.student
         if student.source_config:
-            return int(of_dual("models", student.source_config).width(student))
+            return student.embed_dim
         with torch.device("meta"):
             model: Any = timm.create_model(student.image_model, **student.image_overrides)
             return model.num_features

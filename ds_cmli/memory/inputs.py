@@ -9,7 +9,6 @@ from transformers import AutoConfig
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
-from ds_cmli.config.registry import of_dual
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
@@ -42,7 +41,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
     student, data = replace(config.student, source=""), config.data
     vocab_size = None
     if student.source_config:
-        vocab_size = of_dual("models", student.source_config).vocab_size(student)
+        vocab_size = 0  # its text encoder has its own table
     elif student.text_weights == "random" or Path(student.text_weights).is_file():
         if data.tokenizer == "builtin" or Path(data.tokenizer).is_dir():
             vocab_size = load_tokenizer(data.tokenizer, data.context_length).vocab_size

@@ -1,4 +1,4 @@
-"""The towers of a dual encoder that starts a student with its joint space: `student.source`.
+"""The towers of a CLIP or SigLIP of transformers, which start a student with their joint space.
 
 The class features of both towers are the source's embeddings. Patches and tokens begin in the same
 space: through the map that the source applies to the class features, as parameters of their own.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading
@@ -28,6 +28,11 @@ class Start(NamedTuple):
 
     log_scale: float  # ln(1/temperature)
     bias: float | None  # of a sigmoid loss; None: the source was not trained with one
+
+    @classmethod
+    def of(cls, model: Any) -> "Start":
+        bias = getattr(model, "logit_bias", None)
+        return cls(model.logit_scale.item(), None if bias is None else bias.item())
 
 
 class ValuePath(nn.Module):
@@ -79,9 +84,9 @@ class DualImage(nn.Module):
         config: Any = self.model.config
         self.width, side = config.hidden_size, image_size // config.patch_size
         self.grid, self.mean, self.std = (side, side), own["mean"], own["std"]
-        self.class_head: nn.Module = nn.Identity()
         self.pools = hasattr(self.model, "head")
         if self.pools:
+            self.class_head: nn.Module = nn.Identity()
             self.token_head: nn.Module = ValuePath(self.model.head)
         else:
             self.class_head = dual.get_submodule("visual_projection")
@@ -110,7 +115,7 @@ class DualText(TextEncoder):
     def __init__(self, dual: PreTrainedModel):
         nn.Module.__init__(self)
         self.model = dual.get_submodule("text_model")
-        self.width = self.model.config.hidden_size
+        self.width, self.vocab_size = self.model.config.hidden_size, self.model.config.vocab_size
         if hasattr(dual, "text_projection"):
             self.class_head = dual.get_submodule("text_projection")
         else:
@@ -128,42 +133,27 @@ def build(
 
     `image_size`: S; `pretrained`: whether to load the source's weights.
     """
-    own, sizes = config.source_config, library(config)
-    if not (pretrained and config.source):
-        dual: Any = AutoModel.from_config(sizes, dtype=torch.float32)
-        return DualImage(dual, own, image_size), DualText(dual), None
-    path = Path(config.source).expanduser()
-    what = f"student.source is {config.source!r}: its weights cannot be loaded"
-    with building(what, str(path) if path.exists() else "hub"):
-        dual, keys = AutoModel.from_pretrained(
-            str(path) if path.exists() else config.source,
-            config=sizes,
-            local_files_only=path.exists(),
-            dtype=torch.float32,
-            weights_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        if missing := sorted(keys["missing_keys"]):
-            raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
-    dual.train()
-    bias = getattr(dual, "logit_bias", None)
-    start = Start(dual.logit_scale.item(), None if bias is None else bias.item())
-    return DualImage(dual, own, image_size), DualText(dual), start
-
-
-def vocab_size(config: StudentConfig) -> int:
-    """The number of rows of the source's table of tokens."""
-    return library(config).text_config.vocab_size
-
-
-def width(config: StudentConfig) -> int:
-    """The width of the image tower."""
-    return library(config).vision_config.hidden_size
-
-
-def library(config: StudentConfig) -> PreTrainedConfig:
-    """The source's configuration, as transformers has it."""
-    sizes = deepcopy(config.source_config)  # which transformers changes
+    fields, start = deepcopy(config.source_config), None  # which transformers changes
     with loading(hub=False):
-        return CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes)
+        sizes = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    if pretrained and config.source:
+        folder = Path(config.source).expanduser()
+        source = str(folder) if folder.exists() else config.source
+        what = f"student.source is {config.source!r}: its weights cannot be loaded"
+        with building(what, source if folder.exists() else "hub"):
+            dual, keys = AutoModel.from_pretrained(
+                source,
+                config=sizes,
+                local_files_only=folder.exists(),
+                dtype=torch.float32,
+                weights_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            if missing := sorted(keys["missing_keys"]):
+                raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
+        dual.train()
+        start = Start.of(dual)
+    else:
+        dual = AutoModel.from_config(sizes, dtype=torch.float32)
+    return DualImage(dual, config.source_config, image_size), DualText(dual), start

@@ -88,8 +88,8 @@ class ImageEncoder(nn.Module):
         if weights == "random":
             args |= {"pretrained": False, "num_classes": 0}
         elif weights != "hub":
-            given = {key: args[key] for key in ("num_classes",) if key in args}
-            args["pretrained_cfg_overlay"] = {"file": weights, **given}
+            classes = {key: args[key] for key in ("num_classes",) if key in args}
+            args["pretrained_cfg_overlay"] = {"file": weights, **classes}
         try:
             model: Any = timm.create_model(name, img_size=image_size, **args)
         except TypeError as error:
@@ -97,10 +97,19 @@ class ImageEncoder(nn.Module):
                 raise
             model = timm.create_model(name, **args)  # a convolutional model takes any size
         self.model, info = model, [dict(stage) for stage in model.feature_info]
-        if block is None:
-            block = _last_layer(info, layers) - 1
-        elif not -len(info) <= block < len(info):
-            raise ValueError(f"its blocks are 0 to {len(info) - 1}, and teacher.block is {block}")
+        plain = len({(stage["num_chs"], stage["reduction"]) for stage in info}) == 1
+        if block is not None:
+            if not -len(info) <= block < len(info):
+                last = len(info) - 1
+                raise ValueError(f"its blocks are 0 to {last}, and teacher.block is {block}")
+        elif layers is None:
+            block = min(LAYERS, len(info)) - 1 if plain else -1
+        elif not plain or layers > len(info):
+            has = f"{len(info)} blocks, and" if plain else "stages and no plain stack:"
+            why = "" if plain else ": give null"
+            raise ValueError(f"it has {has} student.layers is {layers}{why}")
+        else:
+            block = layers - 1
         self.last = block % len(info)
         model.prune_intermediate_layers([self.last], prune_norm=True, prune_head=True)
         # The pretrained final norm fits only the last block; student and teacher have their own.
@@ -110,20 +119,18 @@ class ImageEncoder(nn.Module):
         if any(hasattr(model, unused) for unused in CLASS_BLOCKS):
             for unused in ("cls_token", *CLASS_BLOCKS):
                 setattr(model, unused, None)
-        self.stages = [stage["module"] for stage in info[: self.last + 1]]
         parameters = inspect.signature(model.forward_intermediates).parameters
         self.has_tokens = "return_prefix_tokens" in parameters  # ViT, DeiT, BEiT, EVA
         self.has_class_token = self.has_tokens and getattr(model, "cls_token", None) is not None
-        side, rest = divmod(image_size, info[self.last]["reduction"])
-        if rest:  # timm would crop or pad
-            raise ValueError(
-                f"data.image_size is {image_size}: no multiple of the "
-                f"{info[self.last]['reduction']} pixels of a patch"
-            )
-        self.width, self.grid = info[self.last]["num_chs"], (side, side)
+        reduction, self.width = info[self.last]["reduction"], info[self.last]["num_chs"]
+        if image_size % reduction:  # timm would crop or pad
+            of_a_patch = f"no multiple of the {reduction} pixels of a patch"
+            raise ValueError(f"data.image_size is {image_size}: {of_a_patch}")
+        self.grid = (image_size // reduction, image_size // reduction)
         if self.has_tokens:
             self.grid = tuple(model.patch_embed.grid_size)
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        self.stages = [stage["module"] for stage in info[: self.last + 1]]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -144,30 +151,6 @@ class ImageEncoder(nn.Module):
             patches = patches.flatten(2).mT  # [B, H, rows, columns] -> [B, N, H]
         first = prefix[:, :1] if self.has_class_token else patches.mean(1, keepdim=True)
         return torch.cat([first, patches], 1)
-
-
-def _last_layer(info: list[dict[str, Any]], layers: int | None) -> int:
-    plain = len({(stage["num_chs"], stage["reduction"]) for stage in info}) == 1
-    if layers is None:
-        return min(LAYERS, len(info)) if plain else len(info)
-    if not plain:
-        raise ValueError(f"it has stages and no plain stack: student.layers is {layers}: give null")
-    if layers > len(info):
-        raise ValueError(f"it has {len(info)} blocks, and student.layers is {layers}")
-    return layers
-
-
-def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
-    """The blocks of a timm model's stages, by their names in its `feature_info`."""
-    blocks: list[nn.Module] = []
-    for number, name in enumerate(stages):
-        stage = model.get_submodule(name)
-        inside, above = getattr(stage, "blocks", stage), name.rpartition(".")[0]
-        if isinstance(inside, nn.Sequential | nn.ModuleList):
-            blocks += inside
-        elif next(stage.parameters(), None) is not None and (above or number > 0):  # not the stem
-            blocks.append(stage)
-    return blocks
 
 
 class TextEncoder(nn.Module):
@@ -191,29 +174,25 @@ class TextEncoder(nn.Module):
         pretrained: bool = True,
         overrides: Mapping[str, Any] | None = None,
     ):
-        """
-        Args:
-            name: a family such as "bert", or a name of the hub.
-            vocab_size, positions, pad_id: the tokenizer's, positions M of the longest text.
-            weights: "hub", "random", a folder of transformers, or a file of weights.
-            layers: how many first layers are kept; None: `LAYERS`.
-            pretrained: False: random weights of the same shapes, to be overwritten.
-            overrides: fields of the family's configuration class.
-        """
+        """`name`: a family such as "bert", or a name of the hub; `vocab_size`, `pad_id`: the
+        tokenizer's; `positions`: M of the longest text; `weights`: "hub", "random", a folder of
+        transformers or a file; `layers`: how many first ones are kept, None: `LAYERS`;
+        `pretrained`: False: random weights of the same shapes; `overrides`: fields of the family's
+        configuration class."""
         super().__init__()
         file = weights if Path(weights).is_file() else None
         if weights not in ("hub", "random") and not Path(weights).exists():
             raise ValueError(f"its weights are {weights!r}: no such file or folder")
-        if weights == "random" or file:
-            own = {"vocab_size": vocab_size, "pad_token_id": pad_id}
-            config = text_config(family(name), layers, dropout, **own | dict(overrides or {}))
-        else:
-            where = name if weights == "hub" else weights
-            config = text_config(where, layers, dropout, published=True, **(overrides or {}))
-        kind = _model_class(config)
+        where, fields = name if weights == "hub" else weights, dict(overrides or {})
+        published = not (weights == "random" or file)
+        if not published:
+            where = family(name)
+            fields = {"vocab_size": vocab_size, "pad_token_id": pad_id} | fields
+        config = text_config(where, layers, dropout, published, **fields)
+        kind, options = _model_class(config), {}
         # Otherwise a pooler is made, whose random weights would change those that follow.
-        pooler = "add_pooling_layer" in inspect.signature(kind).parameters
-        options: dict[str, Any] = {"add_pooling_layer": False} if pooler else {}
+        if "add_pooling_layer" in inspect.signature(kind).parameters:
+            options["add_pooling_layer"] = False
         if not pretrained or weights == "random":
             # The default dtype is what a user asks for in `from_pretrained` of a whole model.
             self.model = kind._from_config(config, dtype=torch.get_default_dtype(), **options)
@@ -231,15 +210,20 @@ class TextEncoder(nn.Module):
             if missing := sorted(keys["missing_keys"]):
                 raise ValueError(f"{weights!r} lacks {len(missing)} weights, such as {missing[0]}")
             self.model.train()
-        for module in self.model.modules():
+        most = getattr(config, "max_position_embeddings", None) or float("inf")
+        for module_name, module in self.model.named_modules():
             if isinstance(getattr(module, "head", None), nn.Linear):
                 module.head = nn.Identity()  # SigLIP's, after its own pooling
+            if module_name.endswith("position_embeddings"):
+                # RoBERTa's positions begin after the row of the padding index.
+                padding = getattr(module, "padding_idx", None)
+                most -= 0 if padding is None else padding + 1
         if config.vocab_size < vocab_size:
             raise ValueError(
                 f"it has {config.vocab_size} tokens and data.tokenizer {vocab_size}: choose the "
                 "tokenizer that belongs to the model"
             )
-        if positions > (most := _most_positions(self.model)):
+        if positions > most:
             raise ValueError(f"data.context_length is {positions}, and it has only {most}")
         self.width = config.hidden_size
         causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -276,15 +260,27 @@ class TextEncoder(nn.Module):
         return (share[:, None] @ tokens)[:, 0]  # a matrix product accumulates in fp32
 
 
+def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
+    """The blocks of a timm model's stages, by their names in its `feature_info`."""
+    blocks: list[nn.Module] = []
+    for number, name in enumerate(stages):
+        stage = model.get_submodule(name)
+        inside, above = getattr(stage, "blocks", stage), name.rpartition(".")[0]
+        if isinstance(inside, nn.Sequential | nn.ModuleList):
+            blocks += inside
+        elif next(stage.parameters(), None) is not None and (above or number > 0):  # not the stem
+            blocks.append(stage)
+    return blocks
+
+
 def family(name: str) -> str:
     """The architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
 
     def dashed(text: str) -> str:
         return text.lower().replace("_", "-") + "-"
 
-    known = [
-        kind for kind in CONFIG_MAPPING if dashed(name.split("/")[-1]).startswith(dashed(kind))
-    ]
+    own = dashed(name.split("/")[-1])
+    known = [kind for kind in CONFIG_MAPPING if own.startswith(dashed(kind))]
     if not known:
         raise ValueError(
             "without a configuration of its own, give an architecture of the transformers library, "
@@ -348,16 +344,6 @@ def _model_class(config: PreTrainedConfig) -> Any:
     if whole or kind.main_input_name != "input_ids":
         raise ValueError(f"transformers has no text encoder of {config.model_type!r} alone")
     return kind
-
-
-def _most_positions(model: Any) -> float:
-    """The greatest length of a text."""
-    most = getattr(model.config, "max_position_embeddings", None) or float("inf")
-    for name, table in model.named_modules():
-        # RoBERTa's positions begin after the row of the padding index.
-        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
-            most -= table.padding_idx + 1
-    return most
 
 
 def layers_of(model: Any) -> list[nn.Module]:

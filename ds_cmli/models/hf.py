@@ -10,7 +10,6 @@ S image side.
 """
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -52,40 +51,17 @@ AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of
 
 
 class CMLIConfig(PreTrainedConfig):
-    """All that decides a tensor's shape or a score's value.
-
-    Args:
-        settings: of the run's configuration, the section `student`, with all sizes and without
-            paths, and those settings of `data` that say how pictures and texts are prepared.
-        losses: the losses over pairs, in the run's order, with their weights.
-        vocab_size, pad_id: of the tokenizer.
-        special_ids: the tokens that do not belong to a text itself.
-    """
+    """All that decides a tensor's shape or a score's value."""
 
     model_type = "ds_cmli"
 
-    def __init__(
-        self,
-        settings: dict[str, dict[str, Any]] | None = None,
-        losses: Sequence[tuple[str, float]] = (),
-        vocab_size: int = 0,
-        pad_id: int = 0,
-        special_ids: Sequence[int] = (),
-        **kwargs: Any,
-    ):
-        self.settings, self.losses, self.special_ids = settings or {}, losses, special_ids
-        self.vocab_size, self.pad_id = vocab_size, pad_id
-        super().__init__(**kwargs)
-
-
-class Learned(nn.Module):
-    """What a loss over pairs has learned, under its names."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        sigmoid, cosines = LOSSES[name].kind == "sigmoid", LOSSES[name].scores == "global"
-        most = MAX_SIGMOID_SCALE if sigmoid and cosines else MAX_SCALE
-        self.temperature = Temperature(1.0, 0.0 if sigmoid else None, most)
+    # The run's section `student`, with all sizes and without paths, and those settings of `data`
+    # that say how pictures and texts are prepared.
+    settings: dict[str, Any] | None = None
+    losses: list[Any] | tuple[Any, ...] = ()  # over pairs, [name, weight], in the run's order
+    vocab_size: int = 0  # these two of the tokenizer
+    pad_id: int = 0
+    special_ids: list[int] | tuple[int, ...] = ()  # tokens that do not belong to a text itself
 
 
 @dataclass
@@ -110,7 +86,8 @@ class CMLIModel(PreTrainedModel):
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
-        settings, precision = config.settings, torch.get_default_dtype()
+        settings: Any = config.settings
+        precision = torch.get_default_dtype()
         # transformers builds on meta and in the user's precision: there, encoders cannot compute
         # their constants, nor random weights.
         torch.set_default_dtype(torch.float32)
@@ -124,12 +101,11 @@ class CMLIModel(PreTrainedModel):
                     pretrained=False,
                     pad_id=config.pad_id,
                 )
-                self.losses = nn.ModuleDict({name: Learned(name) for name, _ in config.losses})
+                self.losses = nn.ModuleDict({name: _learned(name) for name, _ in config.losses})
         finally:
             torch.set_default_dtype(precision)
         self.student = student.to(precision)
-        saved = self.state_dict().keys()
-        self._constants = {name: x for name, x in self.named_buffers() if name not in saved}
+        self._constants = dict(self.named_non_persistent_buffers())
         self.post_init()
         # transformers looks for tied tables one module deep; T5's is three.
         for name, module in self.named_modules():
@@ -143,9 +119,7 @@ class CMLIModel(PreTrainedModel):
         out = super().from_pretrained(*args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         for name, value in model._constants.items():
-            owner, _, key = name.rpartition(".")
-            module = model.get_submodule(owner)
-            setattr(module, key, value.to(getattr(module, key).device))
+            model.get_buffer(name).copy_(value)
         return out
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,9 +148,9 @@ class CMLIModel(PreTrainedModel):
         """1/temperature of each kind of scores that was trained, "global" and "cmli", of the first
         loss over them. CPU-GPU sync."""
         out: dict[str, float] = {}
-        for name, learned in self.losses.named_children():
-            assert isinstance(learned, Learned)
-            out.setdefault(LOSSES[name].scores, learned.temperature()[0].item())
+        for name, _ in self.config.losses:
+            temperature = self.get_submodule(f"losses.{name}.temperature")
+            out.setdefault(LOSSES[name].scores, temperature()[0].item())
         return out
 
     def forward(
@@ -190,6 +164,13 @@ class CMLIModel(PreTrainedModel):
         combined = both_ways(image_cls @ text_cls.t(), cmli, self.scales())["combined"]
         features = (image_cls, text_cls, patches, tokens, mask)
         return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
+
+
+def _learned(name: str) -> nn.ModuleDict:
+    """What a loss over pairs has learned, under its names."""
+    sigmoid = LOSSES[name].kind == "sigmoid"
+    most = MAX_SIGMOID_SCALE if sigmoid and LOSSES[name].scores == "global" else MAX_SCALE
+    return nn.ModuleDict({"temperature": Temperature(1.0, 0.0 if sigmoid else None, most)})
 
 
 class CMLIProcessor(ProcessorMixin):
@@ -253,17 +234,16 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
     sample = words("a")
     added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
     model = CMLIConfig(
-        {"student": settings, "data": data},
-        [*over_pairs(config.loss.weights).items()],
+        settings={"student": settings, "data": data},
+        losses=[*over_pairs(config.loss.weights).items()],
         vocab_size=words.vocab_size if text is None else text.vocab_size,
         pad_id=words.pad_id,
         special_ids=sorted({*words.special_ids, *added}),
         architectures=[CMLIModel.__name__],
-        dtype="float32",
+        dtype="float32",  # of the file: `save_pretrained` of the module would write the engine's
     )
     beside = folder / "model.writing"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    beside.mkdir(exist_ok=True)
     model.save_pretrained(beside)
     CMLIProcessor(pretrained_tokenizer(config.data.tokenizer), **data).save_pretrained(beside)
     for file in beside.iterdir():
@@ -272,13 +252,9 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
 
 
 def load(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint") -> CMLIModel:
-    """Load the model of a run or of an export, in eval mode.
+    """Load the model of a run or of an export, in eval mode; `file`: `WEIGHTS` or a variant.
 
-    Args:
-        file: `WEIGHTS`, `AVERAGE` or `BEST`.
-
-    Raises:
-        UserError: it is not there, or damaged; the line names `setting`.
+    Raises `UserError`, which names `setting`, if it is not there, or damaged.
     """
     place = f"{setting} is {str(folder)!r}"
     for name in (CONFIG, WEIGHTS, file):

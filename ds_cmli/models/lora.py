@@ -28,29 +28,22 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
 
     for part, names in config.lora.items():
         encoder = getattr(student, part)
-        for name in names:
-            _check(encoder, part, name)
+        kinds = {layer: type(module) for layer, module in encoder.named_modules()}
+        for name in names:  # peft takes any layer, and is silent where others of the names fit
+            named = [layer for layer in kinds if f".{layer}".endswith(f".{name}")]
+            setting, linear = f"student.lora.{part} has {name!r}", nn.Linear
+            if not named:
+                known = {layer.rpartition(".")[2] for layer in kinds if kinds[layer] is linear}
+                why = f"which no layer's name ends with: {nearest(name, known)}"
+                raise UserError(f"{setting}, {why}")
+            for layer in named:
+                if kinds[layer] is not linear:
+                    why = f"{layer} is no nn.Linear but {kinds[layer].__name__}"
+                    raise UserError(f"{setting}: {why}: name linear layers")
         rank, alpha = config.lora_rank, config.lora_alpha
         adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
         inject_adapter_in_model(adapters, encoder)
     student.lora_scale = config.lora_alpha / config.lora_rank
-
-
-def _check(encoder: nn.Module, part: str, name: str) -> None:
-    kinds = {layer: type(module) for layer, module in encoder.named_modules()}
-    named = [layer for layer in kinds if f".{layer}".endswith(f".{name}")]
-    for layer in named:
-        if kinds[layer] is not nn.Linear:
-            raise UserError(
-                f"student.lora.{part} has {name!r}: {layer} is no nn.Linear but "
-                f"{kinds[layer].__name__}: name linear layers"
-            )
-    if not named:
-        ends = {layer.rpartition(".")[2] for layer in kinds if kinds[layer] is nn.Linear}
-        raise UserError(
-            f"student.lora.{part} has {name!r}, which no layer's name ends with: "
-            f"{nearest(name, ends)}"
-        )
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:

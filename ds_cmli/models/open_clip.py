@@ -3,19 +3,22 @@
 Class features are the library's own. Patches and tokens begin in the same space: through copies of
 what the library applies to its pooled features.
 
-Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of a tower, E
-width of the joint space.
+Shapes: B pairs, S image side in pixels, N image patches, M text positions, E width of the joint
+space.
 """
 
-import tempfile
+from collections import OrderedDict
 from copy import deepcopy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import open_clip
 import torch
+from open_clip.transformer import text_global_pool
 from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.open_clip import HUB, LOCAL, NAMED, OF_TRAINING, Named, is_marked
@@ -36,7 +39,7 @@ class OpenClipImage(nn.Module):
         # A norm before the pooling is that of patches too; a CoCa's is as wide as its output.
         pooled_norm = getattr(visual, "final_ln_after_pool", False)
         self.normed = getattr(visual, "attn_pool", None) is None and not pooled_norm
-        self.token_head = patch_map(visual)
+        self.token_head = nn.Sequential(*map(copied, patch_map(visual)))
         patch = getattr(visual, "patch_size", (32, 32))[0]
         if hasattr(visual, "trunk"):
             patch = visual.trunk.feature_info[-1]["reduction"]
@@ -44,22 +47,19 @@ class OpenClipImage(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        if hasattr(self.model, "trunk"):
-            trunk = self.model.trunk
-            return blocks_of_stages(trunk, [stage["module"] for stage in trunk.feature_info])
-        if hasattr(self.model, "layer4"):
-            return [block for i in range(1, 5) for block in getattr(self.model, f"layer{i}")]
-        return list(self.model.transformer.resblocks)
+        model = self.model
+        if hasattr(model, "trunk"):
+            stages = [stage["module"] for stage in model.trunk.feature_info]
+            return blocks_of_stages(model.trunk, stages)
+        if hasattr(model, "layer4"):
+            return [*model.layer1, *model.layer2, *model.layer3, *model.layer4]
+        return list(model.transformer.resblocks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        out = self.model.forward_intermediates(
-            pixels, indices=1, normalize_intermediates=self.normed
-        )
+        norm = {"normalize_intermediates": self.normed}
+        out = self.model.forward_intermediates(pixels, indices=1, **norm)
         patches = out["image_intermediates"][0].flatten(2).mT  # [B, H, rows, columns]
         return torch.cat([out["image_features"][:, None], self.token_head(patches)], 1)
-
-    def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        return cls, patches
 
 
 class OpenClipText(nn.Module):
@@ -70,12 +70,12 @@ class OpenClipText(nn.Module):
         self.model, self.width = text, own["model_cfg"]["embed_dim"]
         self.of_transformers = hasattr(text, "pooler")
         self.token_head = copied(text.proj if self.of_transformers else text.text_projection)
+        self.vocab_size: int = text.vocab_size
 
     @property
     def blocks(self) -> list[nn.Module]:
-        if self.of_transformers:
-            return layers_of(self.model.transformer)
-        return list(self.model.transformer.resblocks)
+        model = self.model.transformer
+        return layers_of(model) if self.of_transformers else list(model.resblocks)
 
     def forward(self, input_ids: Tensor, *_: object) -> Tensor:
         """What a token attends to, the ids and the model say."""
@@ -85,73 +85,59 @@ class OpenClipText(nn.Module):
             out = model.transformer(input_ids=input_ids, attention_mask=mask)
             pooled, tokens = model.proj(model.pooler(out, mask)), out.last_hidden_state
         else:
-            pooled, tokens = _of_text(model, input_ids)
+            # The library's own `forward` takes texts of the greatest length alone.
+            x, mask = model._embeds(input_ids)
+            if mask is not None and mask.ndim == 2:
+                mask = mask[: x.shape[1], : x.shape[1]]
+            tokens = model.ln_final(model.transformer(x, attn_mask=mask))
+            if model.cls_emb is not None:
+                pooled, tokens = tokens[:, -1], tokens[:, :-1]
+            else:
+                pooled = text_global_pool(tokens, input_ids, model.pool_type, model.eos_id)
+            if isinstance(projection := model.text_projection, nn.Linear):
+                pooled = projection(pooled)
+            elif projection is not None:
+                pooled = pooled @ projection
         return torch.cat([self.token_head(tokens), pooled[:, None]], 1)
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return tokens[:, -1]
 
-    def joint(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        return cls, tokens[:, :-1]
 
-
-def _of_text(model: Any, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """As `TextTransformer.forward`, whose causal mask is that of the longest texts alone."""
-    from open_clip.transformer import text_global_pool
-
-    x, mask = model._embeds(input_ids)
-    if mask is not None and mask.ndim == 2:
-        mask = mask[: x.shape[1], : x.shape[1]]
-    x = model.ln_final(model.transformer(x, attn_mask=mask))
-    if model.cls_emb is not None:
-        pooled, x = x[:, -1], x[:, :-1]
-    else:
-        pooled = text_global_pool(x, input_ids, model.pool_type, model.eos_id)
-    projection = model.text_projection
-    if isinstance(projection, nn.Linear):
-        return projection(pooled), x
-    return pooled if projection is None else pooled @ projection, x
-
-
-class Residual(nn.Module):
-    def __init__(self, norm: nn.Module, mlp: nn.Module):
-        super().__init__()
-        self.norm, self.mlp = norm, mlp
-
+class Residual(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.mlp(self.norm(x))
+        return x + super().forward(x)
 
 
-def patch_map(visual: Any) -> nn.Module:
-    """What the tower's pooling gives where it attends to one patch alone (MaskCLIP, 2112.01071)."""
+def patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
+    """What the tower's pooling does to a patch that it attends to alone (MaskCLIP, 2112.01071)."""
     if hasattr(visual, "attnpool"):  # ResNet
-        return nn.Sequential(copied(visual.attnpool.v_proj), copied(visual.attnpool.c_proj))
-    parts: list[Any] = []
-    if not hasattr(visual, "trunk"):
-        if (pool := visual.attn_pool) is not None:
-            values = pool.attn.v_proj_weight
+        return [visual.attnpool.v_proj, visual.attnpool.c_proj]
+    trunk = getattr(visual, "trunk", visual)
+    pool, parts = getattr(trunk, "attn_pool", None), []
+    if trunk is visual:
+        if pool is not None:
+            values = pool.attn.v_proj_weight  # None: as wide as the queries
             if values is None:
                 values = pool.attn.in_proj_weight.chunk(3)[2]
             value = layer(values, pool.attn.in_proj_bias.chunk(3)[2])
             parts += [pool.ln_k, value, pool.attn.out_proj]
         if pool is not None or visual.final_ln_after_pool:
             parts.append(visual.ln_post)
-        return nn.Sequential(*map(copied, parts), copied(visual.proj))
-    trunk, own = visual.trunk, dict(visual.head.named_children())
-    if (pool := getattr(trunk, "attn_pool", None)) is not None:
-        if not isinstance(pool, AttentionPoolLatent) or pool.pos_embed is not None:
-            raise ValueError(f"its pooling is {type(pool).__name__}, which is not supported")
+        return [*parts, visual.proj]
+    known = pool is None or (isinstance(pool, AttentionPoolLatent) and pool.pos_embed is None)
+    if not known or hasattr(visual.head, "pool"):
+        kind = type(visual.head.pool if known else pool).__name__
+        raise ValueError(f"its pooling is {kind}, which is not supported")
+    if pool is not None:
         bias = None if pool.kv.bias is None else pool.kv.bias.chunk(2)[1]
         parts += [layer(pool.kv.weight.chunk(2)[1], bias), pool.proj]
         if pool.mlp is not None:
-            parts.append(Residual(pool.norm, pool.mlp))
-    if "pool" in own:
-        raise ValueError(f"its timm_pool is {type(own['pool']).__name__}, which is not supported")
+            parts.append(Residual(OrderedDict(norm=pool.norm, mlp=pool.mlp)))
     head = getattr(trunk, "head", None)  # with `timm_proj` null it is the projection
     parts += [getattr(trunk, "fc_norm", None), getattr(head, "norm", None)]
     parts += [getattr(head, "pre_logits", None), getattr(head, "fc", head), visual.head]
-    parts = [part for part in parts if isinstance(part, nn.Module) and [*part.parameters()]]
-    return nn.Sequential(*map(copied, parts))
+    return [part for part in parts if isinstance(part, nn.Module) and [*part.parameters()]]
 
 
 def of_towers(own: JsonObject) -> JsonObject:
@@ -164,62 +150,43 @@ def of_towers(own: JsonObject) -> JsonObject:
     return model
 
 
-def transformers_config(own: JsonObject) -> PreTrainedConfig:
-    """The configuration of a text encoder of transformers, without dropout."""
-    fields = deepcopy(own["text_config"]) | {"use_cache": False}
-    config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
-    for name in (*DROPOUT, *ATTENTION_DROPOUT):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    return config
-
-
 def build(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
     """As `dual.build`."""
-    import open_clip
-
     own, start, what = config.source_config, None, f"student.source is {config.source!r}"
-    with building(f"{what}: open_clip cannot build it"):
+    with building(f"{what}: open_clip cannot build it"), TemporaryDirectory() as folder:
         cfg = of_towers(own)
         cfg.pop("custom_text", None)
         cfg["vision_cfg"] |= {name: 0.0 for name in OF_TRAINING if cfg["vision_cfg"].get(name)}
         cfg["vision_cfg"]["timm_model_pretrained"] = False
-        with tempfile.TemporaryDirectory() as folder:
-            if "text_config" in own:  # open_clip reads it by a name
-                transformers_config(own).save_pretrained(folder)
-                cfg["text_cfg"] |= {"hf_model_name": folder, "hf_model_pretrained": False}
-            model: Any = open_clip.CustomTextCLIP(**cfg)
+        if "text_config" in own:  # open_clip reads it by a name
+            fields = deepcopy(own["text_config"]) | {"use_cache": False}
+            text = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+            for name in {*DROPOUT, *ATTENTION_DROPOUT} & vars(text).keys():
+                setattr(text, name, 0.0)
+            text.save_pretrained(folder)
+            cfg["text_cfg"] |= {"hf_model_name": folder, "hf_model_pretrained": False}
+        model: Any = open_clip.CustomTextCLIP(**cfg)
     if pretrained and config.source:
-        name, weights = config.source, None
-        if name.startswith(NAMED):
-            named = Named.of(name)
-            file = named.file.is_file()
-            name, weights = named.architecture, str(named.file) if file else named.weights
-        elif not is_marked(name):
-            name = f"{LOCAL if Path(name).expanduser().is_dir() else HUB}{name}"
-        hub = name.startswith(HUB) or bool(weights and not file)
+        name, weights = library_name(config.source)
+        hub = name.startswith(HUB) or not (weights is None or Path(weights).is_file())
         with building(f"{what}: its weights cannot be loaded", "hub" if hub else "random"):
             theirs: Any = open_clip.create_model(
                 name, weights, force_custom_text=True, require_pretrained=True
             )
         for part in ("visual", "text"):
             getattr(model, part).load_state_dict(getattr(theirs, part).state_dict())
-        bias = theirs.logit_bias
-        start = Start(theirs.logit_scale.item(), None if bias is None else bias.item())
+        start = Start.of(theirs)
     with building(what):
         return OpenClipImage(model.visual, own, image_size), OpenClipText(model.text, own), start
 
 
-def vocab_size(config: StudentConfig) -> int:
-    """The number of rows of the source's table of tokens."""
-    own = config.source_config
-    if "text_config" in own:
-        return transformers_config(own).vocab_size
-    return own["model_cfg"]["text_cfg"].get("vocab_size", 49408)
-
-
-def width(config: StudentConfig) -> int:
-    """The width of the joint space."""
-    return config.embed_dim
+def library_name(source: str) -> tuple[str, str | None]:
+    """What `open_clip.create_model` calls `student.source`: its name and that of its weights."""
+    if source.startswith(NAMED):
+        named = Named.of(source)
+        return named.architecture, str(named.file) if named.file.is_file() else named.weights
+    if is_marked(source):
+        return source, None
+    return f"{LOCAL if Path(source).expanduser().is_dir() else HUB}{source}", None

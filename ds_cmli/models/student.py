@@ -49,6 +49,8 @@ class Student(nn.Module):
     the losses over pairs start with; None: their own).
     """
 
+    image: Any
+    text: Any
     lora_scale = 0.0  # of the adapters, if there are any
 
     def __init__(
@@ -60,29 +62,19 @@ class Student(nn.Module):
         pretrained: bool = True,
         pad_id: int = 0,
     ):
-        """Build both encoders and the layers above them.
-
-        Args:
-            vocab_size: the tokenizer's vocabulary size.
-            positions: M, the length of the longest text.
-            pretrained: whether to load pretrained weights; if not, they are random and meant to be
-                overwritten.
-            pad_id: the token that fills up texts.
-        """
+        """`vocab_size`, `pad_id`: the tokenizer's; `positions`: M, the length of the longest text;
+        `pretrained`: False: random weights, meant to be overwritten."""
         super().__init__()
-        self.image: Any
-        self.text: Any
         self.start: Start | None = None
         self.embed_dim, own = config.embed_dim, bool(config.source_config)
-        self.has_joint_space = own
         if own:
-            towers = of_dual("models", config.source_config)
-            if vocab_size > (most := towers.vocab_size(config)):
+            build = of_dual("models", config.source_config).build
+            self.image, self.text, self.start = build(config, image_size, pretrained)
+            if vocab_size > self.text.vocab_size:
                 raise UserError(
                     f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
-                    f"and its text encoder only {most}"
+                    f"and its text encoder only {self.text.vocab_size}"
                 )
-            self.image, self.text, self.start = towers.build(config, image_size, pretrained)
         else:
             weights = config.image_weights if pretrained else "random"
             what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
@@ -110,13 +102,13 @@ class Student(nn.Module):
                 )
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid: tuple[int, int] = self.image.grid
-        # What brings two encoders into one space; a source has its own, E = D wide.
         width, same = self.image.width, self.image.width == self.text.width
         if own and config.shared_blocks and not same:
             raise UserError(
                 f"student.shared_blocks is {config.shared_blocks}, and the towers of "
                 f"student.source are {width} and {self.text.width} wide: give 0"
             )
+        # What brings two encoders into one space; a source has its own, E = D wide.
         self.width = config.embed_dim if own else width
         self.text_head = nn.Identity() if own or same else nn.Linear(self.text.width, width)
         self.shared = nn.ModuleList(SharedBlock(width) for _ in range(config.shared_blocks))
@@ -155,13 +147,11 @@ class Student(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
-        Args:
-            padded: whether a text of the batch is padded; None: unknown.
+        `padded`: whether a text of the batch is padded; None: unknown.
 
-        Returns:
-            Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,
-            H] (padding and special tokens included), not normalised, in the model's precision. They
-            are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
+        Returns image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens
+        [B, M, H] (padding and special tokens included), not normalised, in the model's precision,
+        in a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
         return *self.encode_image(image), *self.encode_text(input_ids, attention_mask, padded)
 
@@ -173,7 +163,7 @@ class Student(nn.Module):
             x = block(x)
         x = self.image_out(x)
         cls, patches = x[:, 0], x[:, 1:]
-        return self.image.joint(cls, patches) if self.has_joint_space else (cls, patches)
+        return self.image.joint(cls, patches) if hasattr(self.image, "joint") else (cls, patches)
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
@@ -185,8 +175,8 @@ class Student(nn.Module):
         for block in self.shared:
             y = block(y, attended)
         y = self.text_out(y)
-        cls = self.text.pool(y, attention_mask)
-        return self.text.joint(cls, y) if self.has_joint_space else (cls, y)
+        cls, tokens = self.text.pool(y, attention_mask), y[:, : attention_mask.shape[1]]
+        return self.text.joint(cls, tokens) if hasattr(self.text, "joint") else (cls, tokens)
 
     def image_embeddings(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images as class tokens in fp32 and patches [B, N, D], all of unit length."""

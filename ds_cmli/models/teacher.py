@@ -31,13 +31,9 @@ class Teacher(nn.Module):
         super().__init__()
         what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
         with building(what, config.weights):
-            self.image: Any = load(IMAGE[config.backbone])(
-                config.model,
-                image_size,
-                config.weights,
-                block=config.block,
-                overrides=config.overrides,
-            )
+            own = {"block": config.block, "overrides": config.overrides}
+            encoder = load(IMAGE[config.backbone])
+            self.image: Any = encoder(config.model, image_size, config.weights, **own)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid = tuple(grid)
         self.width = self.image.width
@@ -60,7 +56,5 @@ class Teacher(nn.Module):
         # Without the final norm a block's raw output is unbounded. The student's features come out
         # of a LayerNorm, so they can match targets that are normalised too, without a learned
         # scale.
-        return Targets(self._normalised(cls).to(dtype), self._normalised(patches).to(dtype))
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), (self.width,))
+        cls, patches = (F.layer_norm(part.float(), (self.width,)) for part in (cls, patches))
+        return Targets(cls.to(dtype), patches.to(dtype))
