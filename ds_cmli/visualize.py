@@ -86,7 +86,7 @@ def held_out(
     from ds_cmli.evaluate.embed import pictures_of
 
     data = config.data if source is None else evaluation_data(config.data, source)
-    evals = build_eval_data(data, config.run.seed, None).evals
+    evals, _ = build_eval_data(data, config.run.seed, None)
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")

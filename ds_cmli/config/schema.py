@@ -163,7 +163,6 @@ class DataConfig:
     )
     # The run stops if the share of broken images and empty captions exceeds this.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # a larger image is broken
 
     def __post_init__(self) -> None:
         count = self.held_out or 0.0

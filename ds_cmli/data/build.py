@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -20,43 +21,37 @@ from ds_cmli.config.registry import SOURCES, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.arrow import HUB, open_hub
 from ds_cmli.data.batch import Collate
-from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.sampler import Mixture
-from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Scenes
+from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
 from ds_cmli.data.sources import Files, Source
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
-MOST_FILES = 100_000
+LOOKED_AT = 100_000  # files of a folder of no known kind
 IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
 SPLITS = {"validation": "val", "test": "test"}  # of a configuration, as evaluations name them
 Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validation, test
+# By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
+Evals = Mapping[str, EvalPairs | Scenes]
 
 
 @dataclass(kw_only=True)
-class EvalData:
-    """The data that a model is evaluated on."""
-
-    # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
-    evals: Mapping[str, EvalPairs | Scenes]
-    tokenizer: CaptionTokenizer
-    summary: list[str] = field(default_factory=list)  # lines to print: what was read
-
-    def __post_init__(self):
-        self.collate = Collate(self.tokenizer)
-        self.vocab_size, self.pad_id = self.tokenizer.vocab_size, self.tokenizer.pad_id
-
-
-@dataclass(kw_only=True)
-class Data(EvalData):
+class Data:
     """The data that a run trains and evaluates on."""
 
     train: Dataset
     mixture: Mixture  # decides which samples of `train` an epoch takes
+    evals: Evals
+    tokenizer: CaptionTokenizer
+    summary: list[str]  # lines to print: what was read
     # Identifies the data, as JSON; must be equal when a run resumes.
     fingerprint: dict[str, Mapping[str, object]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.collate = Collate(self.tokenizer)
+        self.vocab_size, self.pad_id = self.tokenizer.vocab_size, self.tokenizer.pad_id
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
@@ -68,8 +63,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     held_out = _held_out(opened, config)
     train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
     summary = list[str]()
-    for number, name in enumerate(names):
-        (kind, parts), weight = opened[name], weights and weights[number]
+    for number, (name, (kind, parts)) in enumerate(opened.items()):
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source, lost = parts["train"], getattr(parts["train"], "left_out", 0)
@@ -81,6 +75,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
         train[name] = source, range(len(source))
         if name in held_out and held_out[name][0] is source:
             train[name] = source, np.delete(np.arange(len(source)), held_out[name][1])
+        weight = weights and weights[number]
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_size(train[name])} to train on{share}")
         size = {"images": len(train[name][1]), "weight": weight}
@@ -100,8 +95,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     )
 
 
-def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
-    """Open the data that an evaluation reads from `data.source`.
+def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[Evals, list[str]]:
+    """What an evaluation reads from `data.source`, and lines to print.
 
     Args:
         split: "val" or "test" for that part, "all" for every part (also what training uses); None:
@@ -110,24 +105,18 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
     if config.source == "demo":
         if split is not None:
             raise UserError(f"--split is {split!r}: the demo has its own two, leave it out")
-        return _demo(config, seed)
+        demo = _demo(config, seed)
+        return demo.evals, demo.summary
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
     names = weighted(config.source)[0] if split == "all" or not config.val_source else []
     opened = {name: open_source(name, config) for name in names}
-    shares: dict[str, Share] = {}
+    shares = dict[str, Share]() if split == "all" else _held_out(opened, config)
     if split == "all":
         for name, (_, parts) in opened.items():
             shares |= {f"{name} ({part})": (one, range(len(one))) for part, one in parts.items()}
-    else:
-        shares = _held_out(opened, config)
-    tokenizer = tokenizer_of(config)
-    pairs = EvalPairs(Images(shares), config)
-    return EvalData(
-        evals={split or SPLITS[config.val_split]: pairs},
-        tokenizer=tokenizer,
-        summary=[f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()],
-    )
+    summary = [f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()]
+    return {split or SPLITS[config.val_split]: EvalPairs(Images(shares), config)}, summary
 
 
 def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]:
@@ -202,10 +191,12 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
         name, mark, weight = source.rpartition("::")
         names.append(name if mark else source)
         if mark:
-            number = re.fullmatch(r"\s*(\d*\.?\d+|\d+\.)(e[-+]?\d+)?\s*", weight, re.IGNORECASE)
-            weights.append(float(weight) if number else 0)
-            if not 0 < weights[-1] < math.inf:
+            number = 0.0
+            with suppress(ValueError):
+                number = float(weight)
+            if not 0 < number < math.inf:
                 raise UserError(f"--data is {source!r}: write WHAT::WEIGHT, as {name}::0.7")
+            weights.append(number)
     if len(set(names)) < len(names) or ("demo" in names and len(names) > 1):
         raise UserError(f"--data is {sources}: name each source once, and the demo alone")
     if weights and (len(weights) < len(names) or len(names) == 1):
@@ -224,14 +215,13 @@ def open_source(name: str, config: DataConfig) -> Opened:
                 files = [file for file in files if file.name.endswith(entry.ends)] or [path]
                 break
     else:
-        files = expand(name)
+        found = expand(name)
         for entry in SOURCES.values():
-            if entry.ends and all(file.name.lower().endswith(entry.ends) for file in files):
+            if entry.ends and all(file.name.lower().endswith(entry.ends) for file in found):
+                files = found
                 break
-        else:
-            files = []
     if not files:
-        raise UserError(f"data.source is {name!r}, {_guess(path)}\n{accepted()}")
+        raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
     if entry.package and find_spec(entry.package) is None:
         raise UserError(
             f"data.source is {name!r}, which the package {entry.package} reads: pip install "
@@ -248,11 +238,9 @@ def expand(pattern: str) -> list[Path]:
     while braces := next(filter(None, (re.search(r"\{([^{}]*)\}", name) for name in names)), None):
         choices = braces[1].split(",")
         if span := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
-            numbers = range(int(span[1]), int(span[2]) + 1)[: MOST_FILES + 1]
+            numbers = range(int(span[1]), int(span[2]) + 1)
             choices = [str(number).zfill(len(span[1])) for number in numbers]
         names = [name.replace(braces[0], choice, 1) for name in names for choice in choices]
-        if not 0 < len(names) <= MOST_FILES:
-            raise UserError(f"data.source is {pattern!r}: {len(names):,} files")
     files = [Path(file) for name in names for file in sorted(glob.glob(name)) or [name]]
     if missing := [file for file in files if not file.is_file()]:
         folder = missing[0].parent
@@ -260,12 +248,12 @@ def expand(pattern: str) -> list[Path]:
         close = difflib.get_close_matches(str(missing[0]), beside, n=1)
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
-            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{accepted()}"
+            f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{_accepted()}"
         )
     return files
 
 
-def accepted() -> str:
+def _accepted() -> str:
     return f"accepted are 'demo', {HUB}OWNER/NAME, {', '.join(e.what for e in SOURCES.values())}"
 
 
@@ -276,7 +264,7 @@ def _guess(path: Path) -> str:
     inside = sorted(path.iterdir())
     if lists := [file for file in inside if file.suffix.lower() in LISTS]:
         return f"a folder with the list {lists[0].name}: give that, --data {lists[0]}"
-    if any(file.suffix.lower() in IMAGES for file in islice(path.rglob("*"), MOST_FILES)):
+    if any(file.suffix.lower() in IMAGES for file in islice(path.rglob("*"), LOOKED_AT)):
         return (
             "a folder of images without captions: write a metadata.csv with file_name,text in it; "
             "folders of images by class serve ds-cmli-evaluate --zero-shot"
@@ -291,19 +279,13 @@ def _size(share: Share) -> str:
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
-    for name in ("val_source", "image_root", "image_key", "caption_key", "separator", "val_split"):
-        if getattr(config, name) not in ("", "validation"):
-            raise UserError(f"data.{name} says nothing of the demo: leave it out")
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures, tokenizer = DemoPictures(config.image_size), tokenizer_of(config)
-    view = View.of(config, seed)
     of_demo = pictures, tokenizer, config.scenes
     return Data(
-        train=Scenes("train", seed, TRAIN_SCENES, *of_demo, view),
+        train=Scenes("train", seed, TRAIN_SCENES, *of_demo, View.of(config, seed)),
         mixture=Mixture([TRAIN_SCENES]),
-        evals={
-            split: Scenes(split, EVAL_SEED, EVAL_SCENES, *of_demo) for split in ("seen", "unseen")
-        },
+        evals={name: Scenes(name, EVAL_SEED, EVAL_SCENES, *of_demo) for name in ("seen", "unseen")},
         tokenizer=tokenizer,
         summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
     )

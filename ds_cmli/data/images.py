@@ -9,6 +9,7 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,7 +30,6 @@ FORMATS = list(filter(Image.OPEN.get, ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF
 # pixels per output pixel along each side.
 SHARP = 2
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-PixelBox = tuple[float, float, float, float]  # the same, also between pixels
 
 
 def black(size: int) -> Tensor:
@@ -37,6 +37,7 @@ def black(size: int) -> Tensor:
     return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
+@dataclass
 class View:
     """What of an image is shown, as uint8 [3, S, S].
 
@@ -47,25 +48,17 @@ class View:
         augmentation: strengths of random transforms, as `DataConfig.augmentation`.
     """
 
-    def __init__(
-        self,
-        size: int,
-        resize: Resize = "crop",
-        interpolation: Interpolation = "bicubic",
-        max_pixels: int = 64_000_000,
-    ):
-        self.size, self.resize, self.interpolation = size, resize, interpolation
-        self.max_pixels, self.seed = max_pixels, 0
-        self.augmentation: Mapping[AugmentationName, float] = {}
-        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS or 0, max_pixels)  # Pillow's own limit
+    size: int
+    resize: Resize = "crop"
+    interpolation: Interpolation = "bicubic"
+    augmentation: Mapping[AugmentationName, float] = field(default_factory=dict)
+    seed: int = 0
 
     @classmethod
     def of(cls, config: DataConfig, seed: int | None = None) -> "View":
         """The view of training by a seed; without one that of evaluation: nothing is random."""
-        view = cls(config.image_size, config.resize, config.interpolation, config.max_pixels)
-        if seed is not None:
-            view.augmentation, view.seed = config.augmentation, seed
-        return view
+        random = ({}, 0) if seed is None else (config.augmentation, seed)
+        return cls(config.image_size, config.resize, config.interpolation, *random)
 
     def __call__(
         self, picture: bytes | Image.Image | np.ndarray | Tensor, turn: int = 0, index: int = 0
@@ -81,8 +74,6 @@ class View:
             except UnidentifiedImageError:
                 names = ", ".join(FORMATS)
                 raise ValueError(f"cannot identify image file: none of {names}") from None
-            if image.width * image.height > self.max_pixels:
-                raise ValueError(f"{image.width} x {image.height}: more than data.max_pixels")
         else:
             image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
             image = image.copy()
@@ -95,13 +86,11 @@ class View:
             return self._change(pixels)
 
     def _change(self, pixels: Tensor) -> tuple[Tensor, bool]:
-        strength = self.augmentation.get("color_jitter")
-        share = self.augmentation.get("horizontal_flip")
-        if strength is not None:  # without hue, because captions name colours
+        if strength := self.augmentation.get("color_jitter"):  # no hue, as captions name colours
             pixels = v2.ColorJitter(strength, strength, strength)(pixels)
-        if share is not None and torch.rand(()) < share:
-            return pixels.flip(-1), True
-        return pixels, False
+        share = self.augmentation.get("horizontal_flip")
+        flipped = share is not None and bool(torch.rand(()) < share)
+        return pixels.flip(-1) if flipped else pixels, flipped
 
     @contextmanager
     def _seeded(self, turn: int, index: int) -> Iterator[None]:
@@ -116,8 +105,7 @@ class View:
 
     def part(self, width: int, height: int) -> Box:
         """The part that is shown of an image of this size."""
-        least = self.augmentation.get("random_resized_crop")
-        if least is not None:
+        if least := self.augmentation.get("random_resized_crop"):
             top, left, rows, columns = v2.RandomResizedCrop.get_params(
                 torch.empty(3, height, width, device="meta"), [least, 1.0], [3 / 4, 4 / 3]
             )
@@ -143,19 +131,7 @@ class View:
                 scale = whole / reduced[1][2] if reduced else 1.0
         ImageOps.exif_transpose(image, in_place=True)
         box = box or self.part(*image.size)
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-            wide = np.asarray(image).astype(np.float32)
-            image = Image.fromarray((wide * (255 / 65535) + 0.5).astype(np.uint8))
-        elif image.mode in ("I", "F"):
-            raise ValueError("pixels of more than 8 bits, whose range is not known")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            background = Image.new("RGB", image.size, "white")
-            background.paste(image, mask=image.getchannel("A"))
-            image = background
-        if image.mode != "RGB":  # `convert` would copy an RGB image
-            image = image.convert("RGB")
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(on_white(image))).permute(2, 0, 1)
         if self.resize.startswith("shortest") and "random_resized_crop" not in self.augmentation:
             return self._shortest(pixels)
         left, top, right, bottom = (round(side / scale) for side in box)
@@ -180,3 +156,18 @@ class View:
         # On uint8, which torchvision would cast: a fifth of Pillow's time, equal up to one bit.
         pixels = interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
         return pixels.contiguous()
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """An image as RGB, where it is transparent on white."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.float32) * (255 / 65535) + 0.5
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError("pixels of more than 8 bits, whose range is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        background = Image.new("RGB", image.size, "white")
+        background.paste(image, mask=image.getchannel("A"))
+        return background
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy

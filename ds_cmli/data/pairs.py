@@ -4,7 +4,6 @@ import gc
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
@@ -77,8 +76,6 @@ class TrainPairs(Dataset):
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else Draw(at)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
         source = bisect_right(self.images.starts, index)
         first, end = self.images.starts[source - 1 : source + 1]
         bad, tries = list[Bad](), min(MOST_TRIES, end - first)
@@ -97,8 +94,7 @@ class TrainPairs(Dataset):
 
     def _pair(self, index: int, turn: int) -> Sample:
         captions = self.images.captions(index)
-        number = hashed(self.seed, turn, index) % 2**64 % len(captions)
-        tokens = self.tokenizer(captions[number])
+        tokens = self.tokenizer(captions[hashed(self.seed, turn, index) % 2**64 % len(captions)])
         if not any(tokens.valid):
             raise ValueError(NO_TOKEN)
         source, place = self.images.at(index)
@@ -195,39 +191,33 @@ def train_loader(
     Each of the `workers` loading processes prepares `prefetch` batches ahead.
     """
     options = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
-    return _loader(data.train, data.collate, workers, worker_init, batch_sampler=sampler, **options)
+    return loader(data.train, data.collate, workers, worker_init, batch_sampler=sampler, **options)
 
 
-def batches(
+def loader(
     dataset: Dataset | Sequence,
-    batch_size: int,
-    workers: int,
     collate: Callable,
+    workers: int,
     worker_init: Callable[[int], None] | None = None,
+    **options,
 ) -> DataLoader:
-    """A loader that reads a data set once, in its order."""
-    workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
-    return _loader(dataset, collate, workers, worker_init, batch_size=batch_size)
+    """A loader whose processes are forked, and share what the sources hold."""
 
+    def begin(worker: int) -> None:
+        # The garbage collector would write to all objects that the training has made, and
+        # copy-on-write would copy some 100 MB into this process. Frozen objects are skipped.
+        gc.freeze()
+        if worker_init is not None:
+            worker_init(worker)
 
-def _loader(dataset, collate, workers, worker_init, **options) -> DataLoader:
     return DataLoader(
-        dataset,
+        dataset,  # type: ignore[arg-type]  # a sequence is one
         collate_fn=collate,
         num_workers=workers,
-        # Sources are shared by fork; a generator of its own, as torch would draw the processes'
-        # seeds from that which the model's dropout uses.
         multiprocessing_context="fork" if workers else None,
+        # Of its own: the processes' seeds would be drawn from that which the model's dropout uses.
         generator=torch.Generator().manual_seed(0),
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=partial(_begin, worker_init),
+        worker_init_fn=begin,
         **options,
     )
-
-
-def _begin(init: Callable[[int], None] | None, worker: int) -> None:
-    # The garbage collector would write to all objects that the training has made, and copy-on-write
-    # would copy some 100 MB into this process. Frozen objects are skipped.
-    gc.freeze()
-    if init is not None:
-        init(worker)

@@ -30,16 +30,12 @@ class Draw(NamedTuple):
 
 
 class Mixture:
-    """Epochs over the samples of S sources, which are numbered one source after the other.
+    """Epochs over the samples of S sources of the given lengths, numbered one after the other.
 
-    Without weights an epoch takes every sample once. With weights it has the same length and takes
-    from each source its share, at least one sample. Each source has an endless order, one
-    permutation of its samples after the other, in which an epoch continues where the epoch before
-    stopped. All samples of a source are thus taken before one of them is repeated.
-
-    Args:
-        lengths: number of samples in each source.
-        weights: one per source; only their ratios matter.
+    Without weights an epoch takes every sample once. With weights, whose ratios matter, it has the
+    same length and takes from each source its share, at least one sample. Each source has an
+    endless order, one permutation of its samples after the other, in which an epoch continues where
+    the epoch before stopped.
     """
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):

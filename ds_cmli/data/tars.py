@@ -21,13 +21,11 @@ from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import Source
 
-FIELDS = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image"}
-FIELDS |= {"txt": "text", "json": "json"}
+FIELDS = {**dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"), "txt": "text", "json": "json"}
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
 # Where a sample's members are in the shard, and their sizes; 0 of one that it has not.
-ROW = np.dtype(
-    [(f"{name}{of}", "<u8") for name in ("image", "text", "json") for of in ("", "_size")]
-)
+NAMES = ("image", "image_size", "text", "text_size", "json", "json_size")
+ROW = np.dtype([(name, "<u8") for name in NAMES])
 Place = tuple[int, int] | str  # offset and size in the shard; or the name that a link has
 MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
 
@@ -47,8 +45,7 @@ class Tars:
     """Samples of an image and its captions: the .txt, or a key of the .json."""
 
     def __init__(self, shards: list[Path], caption_key: str = ""):
-        self.shards = shards
-        self.use_text, self.keys = not caption_key, (caption_key,) if caption_key else CAPTION_KEYS
+        self.shards, self.caption_key = shards, caption_key
         self.rows, self.left_out = list[np.ndarray](), 0  # the latter without image or caption
         for rows in map(index, shards):
             whole = (rows["image_size"] > 0) & (rows["text_size"] + rows["json_size"] > 0)
@@ -64,12 +61,13 @@ class Tars:
         return self._read(index, "image")
 
     def captions(self, index: int) -> list[str]:
-        if self.use_text and (text := self._read(index, "text")):
+        if not self.caption_key and (text := self._read(index, "text")):
             return [text.decode().strip()]
         values = json.loads(self._read(index, "json") or b"{}")
-        value = next((values[key] for key in self.keys if values.get(key)), None)
+        keys = [self.caption_key] if self.caption_key else CAPTION_KEYS
+        value = next((values[key] for key in keys if values.get(key)), None)
         if value is None:
-            raise ValueError(f"its .json has no {' or '.join(self.keys)}")
+            raise ValueError(f"its .json has no {' or '.join(keys)}")
         return value if isinstance(value, list) else [value]
 
     def name(self, index: int) -> str:

@@ -6,16 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import (
-    Encoding,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-)
+from tokenizers import Encoding, Regex, Tokenizer, normalizers, processors
 
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.pretrained import loading
@@ -27,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 WORDS = Path(__file__).with_name("words.txt")
-MOST_CHARACTERS = 65_536  # of a text that are tokenised: 5 MB would take 10 s
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -46,6 +36,9 @@ class Tokens:
 class CaptionTokenizer:
     """A transformers tokenizer that truncates captions and marks valid tokens.
 
+    Raises `ValueError` for one that is not fast, can neither pad nor end a text, has ids beyond its
+    vocabulary, or more special tokens than positions.
+
     Attributes:
         vocab_size: all ids are below it.
         positions: the maximum length with special tokens.
@@ -61,9 +54,8 @@ class CaptionTokenizer:
         backend, self.name = getattr(tokenizer, "backend_tokenizer", None), tokenizer.name_or_path
         if backend is None or pad_id is None:
             lacks = "fast version (tokenizer.json)" if backend is None else "padding or end token"
-            raise UserError(
-                f"data.tokenizer is {self.name!r}, which has no {lacks}: choose another"
-            )
+            raise ValueError(f"it has no {lacks}: choose another")
+        self.positions, self.full, self.pad_id = positions, full, int(pad_id)
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
         # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
@@ -73,12 +65,14 @@ class CaptionTokenizer:
             self.backend.enable_padding(
                 direction="left", length=positions, pad_id=pad_id, pad_token=tokenizer.pad_token
             )
-        self.positions, self.full, self.pad_id = positions, full, int(pad_id)
         # "[SEP]" written out in a caption becomes the special token but is not in the special
         # tokens mask.
         names = ("pad", "cls", "sep", "bos", "eos")
         named = {getattr(tokenizer, f"{name}_token_id") for name in names} - {None}
         self.special_ids = {self.pad_id, *named}
+        ids = self("a").input_ids
+        if max(ids, default=0) >= self.vocab_size or len(ids) > positions:
+            raise ValueError(f"its tokens of 'a' are {ids}, of {self.vocab_size:,}")
 
     def __call__(self, text: str) -> Tokens:
         encoding = self._encoded(text)
@@ -88,7 +82,7 @@ class CaptionTokenizer:
 
     def _encoded(self, text: str) -> Encoding:
         with blame(f"data.tokenizer is {self.name!r}, which cannot split {text[:60]!r}"):
-            return self.backend.encode(text[:MOST_CHARACTERS])
+            return self.backend.encode(text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """The range of characters of each position: the first, and the one after the last."""
@@ -99,29 +93,19 @@ class CaptionTokenizer:
         return out
 
 
-def tokenizer_of(config: DataConfig, name: str | None = None) -> CaptionTokenizer:
-    """Load the tokenizer of a configuration; `name`: another one. Errors: `load_tokenizer`."""
-    full = config.padding == "full"
-    return load_tokenizer(name or config.tokenizer, config.context_length, full)
+def tokenizer_of(config: DataConfig) -> CaptionTokenizer:
+    return load_tokenizer(config.tokenizer, config.context_length, config.padding == "full")
 
 
 def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionTokenizer:
-    """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
-
-    Raises `UserError` for one that is not fast, can neither pad nor end a text, has ids beyond its
-    vocabulary, or more special tokens than positions.
-    """
+    """Load the tokenizer that `DataConfig.tokenizer` names. Raises `UserError`."""
     tokenizer = pretrained_tokenizer(name)
     with blame(f"data.tokenizer is {name!r}, which cannot be used"):
-        ours = CaptionTokenizer(tokenizer, positions, full)
-        ids = ours("a").input_ids
-        if max(ids, default=0) >= ours.vocab_size or len(ids) > positions:
-            raise ValueError(f"its tokens of 'a' are {ids}, of {ours.vocab_size:,}")
-    return ours
+        return CaptionTokenizer(tokenizer, positions, full)
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError`.
+    """The transformers tokenizer of that name. Raises `UserError`.
 
     "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
     name or local path, or marked as open_clip's.
@@ -154,8 +138,8 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from open_clip.tokenizer import get_clean_fn
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
     with loading(hub=not name.startswith(LOCAL)):
+        model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
         given: Any = open_clip.get_tokenizer(model)
     blanks = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     lower = [*blanks, normalizers.Lowercase()]
@@ -163,15 +147,14 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     signs = Regex("[" + "".join("\\" + sign for sign in string.punctuation) + "]")
     canonical = [normalizers.Replace("_", " "), normalizers.Replace(signs, ""), *lower[::-1]]
     cleaning = {"lower": lower, "whitespace": blanks, "canonicalize": canonical}
-    ways = [way for way in cleaning if get_clean_fn(way) == given.clean_fn]
-    if getattr(given, "reduction_fn", None) or getattr(given, "tokenizer_mode", None) or not ways:
+    clean = next((cleaning[way] for way in cleaning if get_clean_fn(way) == given.clean_fn), None)
+    if getattr(given, "reduction_fn", None) or getattr(given, "tokenizer_mode", None) or not clean:
         raise UserError(f"data.tokenizer is {name!r}, which shortens or marks texts in its own way")
-    special: dict[str, Any]
     if isinstance(given, open_clip.SimpleTokenizer):
         start, end = given.decoder[given.sot_token_id], given.decoder[given.eot_token_id]
         merges = [merge for merge in given.bpe_ranks if len(merge) == 2]
         special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
-        own = CLIPTokenizer(vocab=given.encoder, merges=merges, **special)
+        own: Any = CLIPTokenizer(vocab=given.encoder, merges=merges, **special)
         special["pad_id"] = 0
     else:
         own = given.tokenizer
@@ -182,8 +165,7 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
         backend.post_processor = processors.TemplateProcessing(
             f"{first} $A {pad}", special_tokens=[(first, own.cls_token_id), (pad, 0)]
         )
-    normal = [*cleaning[ways[0]], *filter(None, [backend.normalizer])]
-    backend.normalizer = normalizers.Sequence(normal)
+    backend.normalizer = normalizers.Sequence([*clean, *filter(None, [backend.normalizer])])
     return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path=name, **special)
 
 
@@ -194,19 +176,11 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
     continuation, and the words of the demo pictures' names (`words.txt`). Other ASCII words are
     split into characters; other words are [UNK].
     """
-    from transformers import PreTrainedTokenizerFast
+    from transformers import BertTokenizer
 
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
     words = WORDS.read_text(encoding="utf-8").split()
     pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters)]
     pieces += [word for word in words if word not in characters]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")]
-    )
-    named = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="builtin", **named)
+    return BertTokenizer(vocab=vocabulary, name_or_path="builtin")

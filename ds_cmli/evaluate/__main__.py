@@ -92,10 +92,10 @@ def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Me
         if source and split:  # it names a part, or the share that training would hold out
             chosen = replace(chosen, val_source="")
         chosen = replace(chosen, image_root=root or chosen.image_root)
-        data = build_eval_data(chosen, config.run.seed, split)
-        say(*data.summary)
+        evals, summary = build_eval_data(chosen, config.run.seed, split)
+        say(*summary)
         metrics: Metrics = {}
-        for name, pairs in data.evals.items():
+        for name, pairs in evals.items():
             figures, _ = evaluate_split(model, pairs)  # collective
             say(report.summary(figures, model.precision, name))
             metrics |= prefixed(f"eval/{name}/", figures)

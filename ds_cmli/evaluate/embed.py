@@ -18,7 +18,7 @@ from ds_cmli.common.errors import UserError, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
-from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, batches, described, told
+from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
@@ -87,8 +87,9 @@ class Evaluator:
                     broken[number] = described(error)
             return torch.stack(images), batch, broken
 
-        how = self.batch_size, self.workers, collate, self.worker_init
-        for images, batch, broken in batches(numbers, *how):
+        workers = min(self.workers, -(-len(numbers) // self.batch_size))
+        how = collate, workers, self.worker_init
+        for images, batch, broken in loader(numbers, *how, batch_size=self.batch_size):
             self.heartbeat()
             cls, patches = self.student.image_embeddings(images.to(self.device, non_blocking=True))
             usable = [number != FILLER and number not in broken for number in batch]

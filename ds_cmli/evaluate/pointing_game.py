@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.images import PixelBox, View
+from ds_cmli.data.images import View
 from ds_cmli.data.scenes import Scenes, spans_of_tokens
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
@@ -29,6 +29,7 @@ from ds_cmli.evaluate.report import Metrics
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
+PixelBox = tuple[float, float, float, float]  # left, top, right, bottom
 Pair = tuple[int, int]  # a span of characters; width and height; rows and columns of patches
 # The phrase of each valid token, int64 [M], -1 for none, and the patches that show it, bool [F, N].
 Regions = tuple[Tensor, Tensor]

@@ -73,14 +73,14 @@ def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
     assert sizes(source=[a, b], held_out=3) == (16, {"val": 8})
     with pytest.raises(UserError, match="val_split"):
         sizes(source=a, val_split="test")
-    assert len(build_eval_data(config(source=a), 0, "all").evals["all"]) == 17
-    assert len(build_eval_data(config(source=a), 0, "val").evals["val"]) == 5
+    assert len(build_eval_data(config(source=a), 0, "all")[0]["all"]) == 17
+    assert len(build_eval_data(config(source=a), 0, "val")[0]["val"]) == 5
 
 
 def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path):
     make.pairs(tmp_path / "a", 20), make.pairs(tmp_path / "b", 7, column="german")
     run = config(source=str(tmp_path / "a"), held_out=4, image_root=str(tmp_path / "a"))
-    assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None).evals["val"]) == 4
+    assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None)[0]["val"]) == 4
     other = evaluation_data(run, str(tmp_path / "b"))
     assert (other.image_root, other.val_source) == ("", str(tmp_path / "b"))
     with pytest.raises(UserError, match=r"german.*data\.caption_key"):
@@ -119,11 +119,6 @@ def test_an_image_missing_at_the_start_is_an_error_there(tmp_path):
     make.pairs(tmp_path / "a", 4, broken=range(4))
     with pytest.raises(UserError, match="cannot be used"):
         build_data(config(source=str(tmp_path / "a")), 0)
-
-
-def test_settings_that_say_nothing_of_the_demo_are_refused():
-    with pytest.raises(UserError, match=r"data\.image_root"):
-        build_data(config(source="demo", image_root="x"), 0)
 
 
 def test_the_fingerprint_knows_names_and_captions_but_no_dates(tmp_path):

@@ -90,13 +90,6 @@ def test_what_is_no_image_raises(content):
         View(8)(content)
 
 
-def test_more_pixels_than_allowed_are_refused():
-    view = View.of(DataConfig(image_size=8, max_pixels=100))
-    with pytest.raises(ValueError, match=r"data\.max_pixels"):
-        view(stored(corners(11, 10)))
-    assert view(stored(corners(10, 10))).shape == (3, 8, 8)
-
-
 def test_images_in_memory_are_shown_as_files_and_stay_as_they_are():
     image = corners()
     expected = View(16)(stored(image))

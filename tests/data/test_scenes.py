@@ -6,10 +6,9 @@ import torch
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.batch import NO_PICTURE
-from ds_cmli.data.demo_pictures import DemoPictures
 from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.scenes import EVAL_SCENES, Scenes, spans_of_tokens
+from ds_cmli.data.scenes import EVAL_SCENES, DemoPictures, Scenes, spans_of_tokens
 from ds_cmli.data.tokens import Tokens, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("demo")

@@ -113,9 +113,9 @@ def test_the_first_files_may_be_missing_but_not_all(tmp_path):
 
 MISTAKES = {  # what a list holds: what the line names
     "a,b\nx,y\n": "line 2",
-    "file_name,text\na.png,one,two\n": "after line 0",
+    "file_name,text\na.png,one,two\n": "line 2: not as many cells",
     'file_name,text\na.png,one\na.png,"open\n': "after line 2",
-    "file_name,text\na.png\n": "after line 0",
+    "file_name,text\na.png\n": "line 2: not as many cells",
     "file_name,text\n": "has no row",
     b"file_name,text\n" + b"a.png,one\n" * 3000 + b"a.png,\xff\n": "line 3002 is no UTF-8",
     '{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"}\n': "line 2.*text",

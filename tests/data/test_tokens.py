@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
@@ -29,7 +30,6 @@ def test_special_tokens_are_not_valid(builtin):
 def test_truncation_keeps_the_special_tokens(builtin):
     tokens = builtin("red " * 40)
     assert tokens.valid == [False] + [True] * 10 + [False]
-    assert builtin("red apple " * 5_000_000).input_ids == builtin("red apple " * 5).input_ids
 
 
 def test_builtin_vocabulary():
@@ -51,9 +51,10 @@ def test_a_saved_tokenizer_loads_by_its_path(tmp_path, builtin):
 
 
 def changed(folder, change, **tokens):
-    tokenizer = builtin_tokenizer()
-    for name, token in tokens.items():
-        setattr(tokenizer, name, token)
+    # Of a class that reads all of its tokenizer.json.
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=builtin_tokenizer().backend_tokenizer, **{"pad_token": "[PAD]", **tokens}
+    )
     tokenizer.save_pretrained(folder)
     content = json.loads((folder / "tokenizer.json").read_text())
     change(content)
