@@ -174,10 +174,9 @@ def begin(
 
     # --- what there is to go on from
     with_changes = start.with_changes
-    found = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
-    point = resume.find(found, folder)  # collective
+    point = resume.find(start.resume, folder)  # collective
     plan = engines.make_plan(config, resume.rebatch(point, ds_config), data.mixture)  # collective
-    state = resume.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
+    state = resume.state_of(point, config, plan.deepspeed, with_changes, data.fingerprint)
     finished = state.step == plan.total_steps and state.evaluated
     finished = finished or state.out_of_patience(config.run.patience)
     own = point is None or (point.is_of(folder) and not point.changed)

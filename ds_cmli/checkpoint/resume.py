@@ -7,22 +7,29 @@ and optimizer states whole, in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for
 import argparse
 import contextlib
 import io
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
 
-from ds_cmli.checkpoint import files
-from ds_cmli.checkpoint.files import FOLDER, WRITING, CheckpointWriter, no_code
+from ds_cmli.checkpoint import save
+from ds_cmli.checkpoint.save import FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen, load_module
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, blame, first_line
+from ds_cmli.common.patches import environment
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
@@ -33,7 +40,6 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import columns
 from ds_cmli.models.hf import AVERAGE
 
-EMA_DECAY = "optim.ema_decay"
 # The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.
 OF_FILES = (
     "deepspeed.zero_",
@@ -42,7 +48,8 @@ OF_FILES = (
     "deepspeed.data_types",
     "deepspeed.torch_auto",
 )
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# All that PyTorch's loader builds from a file besides tensors and plain values.
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 # The state of a dynamic loss scaler.
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -54,7 +61,6 @@ class ResumePoint:
     path: Path
     state: TrainState
     ranks: int  # number of ranks that wrote it
-    lines: list[str]  # messages to the user about damaged checkpoints that were skipped
     # Whether this start partitions weights and optimizer states differently than the checkpoint.
     resharded: bool = False
     changed: bool = False  # whether this start has other settings, by --resume-with-changes
@@ -64,13 +70,9 @@ class ResumePoint:
         return folder.resolve() in self.path.resolve().parents
 
     @property
-    def same_ranks(self) -> bool:
-        return self.ranks == distributed.world_size()
-
-    @property
     def batch_as_asked(self) -> bool:
         """Whether the batch is split over ranks as this start's settings say."""
-        return self.same_ranks and not self.state.rebatched
+        return self.ranks == distributed.world_size() and not self.state.rebatched
 
 
 # --- find
@@ -85,29 +87,26 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
     Raises:
         UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
     """
-    choice: tuple[list[Path], str | None] | None = None
-    if distributed.is_main():
-        try:
-            choice = _candidates(resume, folder), None
-        except UserError as caught:
-            choice = [], str(caught)
-    paths, error = distributed.broadcast_object(choice)  # collective
-    if error is not None:
-        raise UserError(error)
-    lines: list[str] = []
-    for path in paths:
+    paths: list[Path] = []
+    with distributed.raised_together():  # collective
+        if distributed.is_main():
+            paths = _candidates(resume, folder)
+    line = None
+    for path in distributed.broadcast_object(paths):  # collective
+        if line is not None:
+            say(f"{line}; trying the one before")
         # The ranks share this work: reading all files takes as long as loading them.
-        mine = files.damage(path, distributed.rank(), distributed.world_size())
+        mine = save.damage(path, distributed.rank(), distributed.world_size())
         damage = next(filter(None, distributed.gather_objects(mine)), None)  # collective
         if damage is None:
             state = read_state(path)
-            if resume not in ("auto", "never") and not state.resumed_from:
-                state.resumed_from = resume
-            return ResumePoint(path, state, state.world_size, lines)
-        lines.append(f"checkpoint {path} is damaged: {damage}")
-    if lines:
+            if resume not in ("auto", "never"):
+                state.resumed_from = state.resumed_from or resume
+            return ResumePoint(path, state, state.world_size)
+        line = f"checkpoint {path} is damaged: {damage}"
+    if line is not None:
         raise UserError(
-            f"{lines[-1]}; there is no other to go on from: give another --output-dir to start over"
+            f"{line}; there is no other to go on from: give another --output-dir to start over"
         )
     return None
 
@@ -115,20 +114,24 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
 def _candidates(resume: str, folder: Path) -> list[Path]:
     """The checkpoints in the order in which to try them. Raises `UserError`."""
     root = folder / FOLDER
-    own = [root / name for name in files.candidates(root)]
+    own = [root / name for name in save.candidates(root)]
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and own:
+        return own  # the job has followed "never" or a path before it was requeued
     if resume == "never" and own:
         raise UserError(f"--resume is 'never', and {folder} has a run: give another --output-dir")
     if resume in ("auto", "never"):
         return own
     path = Path(resume).absolute()
-    if path.is_dir() and path.name in files.names(path.parent):
+    if path.is_dir() and path.name in save.names(path.parent):
         root, paths = path.parent, [path]
     else:
         root = path if path.name == FOLDER else path / FOLDER
-        paths = [root / name for name in files.candidates(root)]
+        paths = [root / name for name in save.candidates(root)]
     if own and root != own[0].parent.absolute():
-        if any(_resumed_from(checkpoint) == resume for checkpoint in own):
-            return own  # the same command again
+        for checkpoint in own:
+            with contextlib.suppress(UserError):
+                if read_state(checkpoint).resumed_from == resume:
+                    return own  # the same command again
         raise UserError(
             f"--resume is {resume!r}, and {folder} has checkpoints of its own: leave out --resume, "
             "or give another --output-dir"
@@ -136,12 +139,6 @@ def _candidates(resume: str, folder: Path) -> list[Path]:
     if not paths:
         raise UserError(f"--resume is {resume!r}: no checkpoint there; give a run's output folder")
     return paths
-
-
-def _resumed_from(checkpoint: Path) -> str:
-    with contextlib.suppress(UserError):
-        return read_state(checkpoint).resumed_from
-    return ""
 
 
 # --- compare
@@ -182,7 +179,6 @@ def state_of(
     config: Config,
     ds_config: DeepSpeedConfig,
     with_changes: bool,
-    say: Callable[[str], None],
     fingerprint: Mapping[str, object] | None = None,
 ) -> TrainState:
     """The state to continue from, or a fresh one, with the settings and the batch of this start.
@@ -198,8 +194,6 @@ def state_of(
     state = TrainState(evaluated=not config.student.source)
     if point is not None:
         state = point.state
-        for line in point.lines:
-            say(f"{line}; trying the one before")
         changed = settings.differences(state.config, now, point.batch_as_asked)
         if changed and not with_changes:
             raise UserError(
@@ -214,13 +208,12 @@ def state_of(
             {k: v for k, v in values.items() if k.startswith(OF_FILES)}
             for values in (state.config, now)
         )
-        point.resharded = before != after or not point.same_ranks
+        point.resharded = before != after or point.ranks != distributed.world_size()
         if point.resharded:
             ranks = f"written by {point.ranks} ranks, read by {distributed.world_size()}"
             say(f"{ranks}: through a universal checkpoint")
         state.rebatched = not point.batch_as_asked
-        averages = bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY])
-        if averages or any(line.startswith(("data.", "sources.")) for line in changed):
+        if any(line.startswith(("data.", "sources.", "optim.ema_decay")) for line in changed):
             # Results of averaged and of plain weights, or on other data, cannot be compared.
             state.best, state.worse_in_row = {}, 0
     state.sums = torch.zeros(columns(config.loss))
@@ -231,6 +224,17 @@ def state_of(
 
 
 # --- load
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """A context in which no library runs code from files that it reads, even if it asks for that.
+
+    It does not nest.
+    """
+    force = environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
+    with force, torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        yield
 
 
 def load(
@@ -250,14 +254,9 @@ def load(
     rank, path = distributed.rank(), point.path
     with blame(f"{path}: does not fit the model and the optimizer of this start"):
         _load_engine(point, engine, with_changes)  # collectives
-    problem = None
-    try:
-        with blame(f"{path}: rank-{rank}.pt is no state of a rank"):
-            ranks, seed = distributed.world_size(), state.sampler["seed"]
-            state.restore(read_of_rank(path, point.ranks, rank, ranks, seed), bad)
-    except UserError as error:
-        problem = str(error)
-    distributed.raise_together(problem)  # collective
+    no_state = f"{path}: rank-{rank}.pt is no state of a rank"
+    with distributed.raised_together(), blame(no_state):  # collective
+        state.restore(read_of_rank(path, point.ranks, rank, distributed.world_size()), bad)
 
 
 def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:
@@ -268,19 +267,22 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
     of_schedule = dict(engine.lr_scheduler.state_dict())
     engine.checkpoint_engine = CheckpointWriter()
     if point.resharded:
-        converted = _convert(path, train_engine.names)  # collective
+        converted = path.parent / f"universal{WRITING}" / path.name
+        with distributed.raised_together():  # collective
+            if distributed.is_main():
+                _convert(path, converted, train_engine.names[0][0])
         _load_universal(train_engine, converted)  # collectives
         distributed.gather_objects(None)  # collective: all ranks have read it
         if distributed.is_main():
-            files.remove(converted.parent)
+            shutil.rmtree(converted.parent, ignore_errors=True)
     else:
         with no_code():
             engine.load_checkpoint(  # collectives
                 str(path.parent), tag=path.name, custom_load_fn=load_module
             )
-    frozen = [name for name in files.read_checksums(path) if name.startswith("../frozen-")]
-    for name in frozen:
-        load_frozen(path / name, train_engine)  # collectives
+    for name in save.read_checksums(path):
+        if name.startswith("../frozen-"):
+            load_frozen(path / name, train_engine)  # collectives
     load_averages(path / AVERAGE, train_engine)
     if with_changes:
         # This start's rates, weight decay and schedule, which loading has overwritten.
@@ -292,100 +294,89 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 # --- other ranks, stages and precisions
 
 
-def _convert(checkpoint: Path, names: list[list[str]]) -> Path:
-    """Write the universal form of a verified checkpoint beside it; only rank 0 writes. Collective.
+def _convert(checkpoint: Path, converted: Path, first: str) -> None:
+    """Write the universal form of a verified checkpoint, in which `first` is a parameter's name.
 
-    Args:
-        names: the names of the parameters in each of the optimizer's groups.
-
-    Raises:
-        UserError: on every rank, if it cannot be written.
+    Raises `UserError` if it cannot be written.
     """
-    converted = checkpoint.parent / f"universal{WRITING}" / checkpoint.name
-    error = None
-    if distributed.is_main():
-        try:
-            _write_universal(checkpoint, converted, names[0][0])
-        except KeyError as missing:
-            error = f"it has no {missing}; that of Adam and AdamW after their first update can be"
-        except Exception as caught:
-            error = refused_code(caught) or first_line(caught)
-        if error is not None:
-            files.remove(converted.parent)
-    error = distributed.broadcast_object(error)  # collective
-    if error is not None:
+    try:
+        shutil.rmtree(converted.parent, ignore_errors=True)
+        converted.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as plain, no_code():
+            # DeepSpeed uses paths as glob patterns, so it is given links whose names have no
+            # special characters.
+            for name, target in (("from", checkpoint), ("to", converted)):
+                Path(plain, name).symlink_to(target.absolute())
+            _run_converter(f"{plain}/from", f"{plain}/to")
+            _complete(converted, first)
+    except Exception as error:
+        shutil.rmtree(converted.parent, ignore_errors=True)
+        why = refused_code(error) or first_line(error)
+        if isinstance(error, KeyError):
+            why = f"it has no {error}; that of Adam and AdamW after their first update can be"
         raise UserError(
-            f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {error}"
-        )
-    return converted
+            f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {why}"
+        ) from None
 
 
-def _write_universal(checkpoint: Path, converted: Path, first: str) -> None:
+def _run_converter(source: str, target: str) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
-    files.remove(converted.parent)
-    converted.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as plain, no_code():
-        # DeepSpeed uses paths as glob patterns, so it is given links whose names have no special
-        # characters.
-        for name, target in (("from", checkpoint), ("to", converted)):
-            Path(plain, name).symlink_to(target.absolute())
-        arguments = argparse.Namespace(
-            input_folder=f"{plain}/from",
-            output_folder=f"{plain}/to",
-            # No worker processes: forking a process with threads and a process group can deadlock.
-            num_extract_workers=1,
-            num_merge_workers=1,
-            keep_temp_folder=False,
-            strict=True,
-            inject_missing_state=True,
-        )
-        silent = io.StringIO()
-        with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-            ds_to_universal.main(arguments)
-        model_file = min(converted.glob("*model_states.pt"))
-        model = _load(model_file)
-        for group in model.get("param_shapes") or ():  # stage 3 leaves the files flat
-            for name, shape in group.items():
-                for key in ("fp32", *MOMENTS):
-                    file = converted / "zero" / name / f"{key}.pt"
-                    value = _load(file)
-                    if isinstance(value, Tensor):
-                        torch.save({"param": value.view(shape)}, file)
-        # What DeepSpeed's loaders expect, and none of its stages writes for the others.
-        optimizer = _load(converted / "zero" / "optimizer_state.pt")
-        inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
-        step = inner["state"].get(0, {}).get("step")
-        if step is None:
-            step = _load(converted / "zero" / first / "step.pt")
-        for folder in (converted / "zero").iterdir():
-            if folder.is_dir():
-                torch.save(step, folder / "step.pt")
-        groups = []
-        for group in optimizer["param_groups"]:
-            groups.append({name: value for name, value in group.items() if name != "params"})
-        inner = {"param_groups": groups, "state": {0: {"step": step}}}
-        scaler = optimizer.get("loss_scaler")
-        scale = {} if scaler is None else vars(scaler)
-        theirs = {
-            "param_groups": groups,  # stages 1 and 2
-            "optimizer_state_dict": inner,  # stage 3
-            "ds_version": deepspeed.__version__,
-            "scale": scale,  # ours
-        }
-        torch.save(theirs, converted / "zero" / "optimizer_state.pt")
-        for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-            if not (converted / name).exists():
-                shutil.copyfile(model_file, converted / name)
+    arguments = argparse.Namespace(
+        input_folder=source,
+        output_folder=target,
+        # No worker processes: forking a process with threads and a process group can deadlock.
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    silent = io.StringIO()
+    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+        ds_to_universal.main(arguments)
+
+
+def _complete(converted: Path, first: str) -> None:
+    """Add what DeepSpeed's loaders expect, and none of its stages writes for the others."""
+    zero, model_file = converted / "zero", min(converted.glob("*model_states.pt"))
+    for group in _load(model_file).get("param_shapes") or ():  # stage 3 leaves the files flat
+        for name, shape in group.items():
+            for key in ("fp32", "exp_avg", "exp_avg_sq"):
+                value = _load(zero / name / f"{key}.pt")
+                if isinstance(value, Tensor):
+                    torch.save({"param": value.view(shape)}, zero / name / f"{key}.pt")
+    optimizer = _load(zero / "optimizer_state.pt")
+    inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
+    step = inner["state"].get(0, {}).get("step")
+    if step is None:
+        step = _load(zero / first / "step.pt")
+    for folder in zero.iterdir():
+        if folder.is_dir():
+            torch.save(step, folder / "step.pt")
+    groups = []
+    for group in optimizer["param_groups"]:
+        groups.append({name: value for name, value in group.items() if name != "params"})
+    scaler = optimizer.get("loss_scaler")
+    complete = {
+        "param_groups": groups,  # stages 1 and 2
+        "optimizer_state_dict": {"param_groups": groups, "state": {0: {"step": step}}},  # stage 3
+        "ds_version": deepspeed.__version__,
+        "scale": {} if scaler is None else vars(scaler),  # ours
+    }
+    torch.save(complete, zero / "optimizer_state.pt")
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        if not (converted / name).exists():
+            shutil.copyfile(model_file, converted / name)
 
 
 def _load(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _load_universal(step: TrainEngine, converted: Path) -> None:
+def _load_universal(train_engine: TrainEngine, converted: Path) -> None:
     """Load a universal checkpoint into the engine. Collective."""
-    engine, optimizer = step.engine, step.engine.optimizer
+    engine, optimizer = train_engine.engine, train_engine.engine.optimizer
     with no_code():
         engine._config.load_universal_checkpoint = True
         engine.load_checkpoint(str(converted.parent), tag=converted.name)  # collectives

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 
-from ds_cmli.checkpoint import files
-from ds_cmli.checkpoint.files import FOLDER, LATEST
+from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.resume import ResumePoint
-from ds_cmli.common import provenance
+from ds_cmli.checkpoint.save import FOLDER
+from ds_cmli.common import checksums, provenance
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
@@ -32,8 +32,19 @@ LEASE = 180.0  # seconds without a touch after which a holder elsewhere has ende
 JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
 
 
+@contextmanager
+def written_together(folder: Path) -> Iterator[None]:
+    """Inside, rank 0 writes into the folder: all ranks raise a `UserError` if it cannot.
+
+    Collective.
+    """
+    place = f"--output-dir is {str(folder)!r}: cannot write there"
+    with distributed.raised_together(), blame(place):  # collective
+        yield
+
+
 def make(config: Config, resume: str) -> Path:
-    """Make the run's folder, which every node must see. Collective.
+    """Make the run's folder. Collective.
 
     Raises:
         UserError: on every rank.
@@ -41,46 +52,21 @@ def make(config: Config, resume: str) -> Path:
     named = config.run.output_dir
     if not named and resume not in ("auto", "never"):  # that of the run in `--resume PATH`
         path = Path(resume).absolute()
-        if (path / files.CHECKSUMS).is_file():
+        if (path / save.CHECKSUMS).is_file():
             path = path.parent
         named = str(path.parent if path.name == FOLDER else path)
     base = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    made, mark = None, ""
-    if distributed.is_main():
-        made = _make(base, new=not named)
-    folder, mark, error = distributed.broadcast_object(made)  # collective
-    if error:
-        raise UserError(f"--output-dir is {str(folder)!r}: cannot write there: {error}")
-    answers = distributed.gather_objects((this_node(), (folder / mark).exists()))  # collective
-    if distributed.is_main():
-        (folder / mark).unlink(missing_ok=True)
-    nodes, seen = zip(*answers, strict=True)
-    if not all(seen):
-        raise UserError(
-            f"--output-dir is {str(folder)!r}: {distributed.named(seen.index(False), nodes)} does "
-            "not see what rank 0 writes there; give a folder that all nodes share"
-        )
-    return folder
-
-
-def _make(base: Path, new: bool) -> tuple[Path, str, str | None]:
-    """The folder, the name of a file that all nodes must see in it, and the error."""
-    folder, mark = base, f".shared-{os.getpid()}"
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
+    folder = base
+    with written_together(base):  # collective
+        for number in itertools.count(2) if distributed.is_main() else ():
             try:
-                folder.mkdir(exist_ok=not new)
+                folder.mkdir(parents=True, exist_ok=bool(named))
                 break
-            except FileExistsError:
-                if folder.is_dir():
-                    continue
-                raise
-        (folder / mark).write_bytes(b"")
-    except OSError as error:
-        return folder, mark, error.strerror
-    return folder, mark, None
+            except FileExistsError:  # another start has made it in this second
+                if not folder.is_dir():
+                    raise
+                folder = base.with_name(f"{base.name}.{number}")
+    return distributed.broadcast_object(folder)  # collective
 
 
 @contextmanager
@@ -92,63 +78,53 @@ def held(folder: Path) -> Iterator[None]:
     earlier start of the same job.
 
     Raises:
-        UserError: on every rank, if another run holds it.
+        UserError: on every rank, if another run holds it, or a node does not see it.
     """
-    error, path, ended = None, folder / LOCK, threading.Event()
-    if distributed.is_main():
-        try:
-            error = _take(path)
-        except OSError as caught:
-            error = f"cannot lock it: {caught.strerror}"
-    error = distributed.broadcast_object(error)  # collective
-    if error is not None:
-        raise UserError(f"--output-dir is {str(folder)!r}: {error}")
-    if not distributed.is_main():
-        yield
-        return
+    path, own, ended = folder / LOCK, "", threading.Event()
 
     def touch() -> None:
         while not ended.wait(TOUCH_SECONDS):
             with suppress(OSError):
                 os.utime(path)
 
-    own = path.read_text()
-
-    def release() -> None:
-        ended.set()
-        with suppress(OSError):
-            if path.read_text() == own:  # a start that took this one for ended may hold it by now
-                path.unlink()
-
-    threading.Thread(target=touch, daemon=True).start()
+    with written_together(folder):  # collective
+        if distributed.is_main():
+            own = _take(path)
+            threading.Thread(target=touch, daemon=True).start()
     try:
+        with distributed.raised_together():  # collective
+            if not path.exists():
+                raise UserError(
+                    f"--output-dir is {str(folder)!r}: {this_node()} does not see what rank 0 "
+                    "writes there; give a folder that all nodes share"
+                )
         yield
     finally:
-        release()
+        ended.set()
+        with suppress(OSError):
+            if own and path.read_text() == own:  # a start that took this one for ended may have it
+                path.unlink()
 
 
-def _take(path: Path) -> str | None:
-    """Make the lock file; the reason if another run holds it."""
+def _take(path: Path) -> str:
+    """Make the lock file, and return its text. Raises `UserError` if another run holds it."""
     started = psutil.Process().create_time()
     job = [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")]
     if os.environ.get(JOB):
         job = [os.environ[JOB], f"{os.getpid()} {started}"]
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "job": job}
     while True:
-        try:
-            with open(path, "x") as file:
-                json.dump(mine, file)
-            return None
-        except FileExistsError:
-            pass
+        with suppress(FileExistsError), open(path, "x") as file:
+            file.write(json.dumps(mine))
+            return json.dumps(mine)
         with suppress(FileNotFoundError):  # given back since
             age = time.time() - path.stat().st_mtime
             holder = _holder(path)
             if holder is not None and _runs(holder, mine, age):
-                return (
-                    f"in use by process {holder.get('pid')} on {holder.get('host')}, which gave a "
-                    f"sign {age:.0f} s ago; without one for {LEASE:.0f} s the folder is free: give "
-                    "another --output-dir"
+                raise UserError(
+                    f"--output-dir is {str(path.parent)!r}: in use by process {holder.get('pid')} "
+                    f"on {holder.get('host')}, which gave a sign {age:.0f} s ago; without one for "
+                    f"{LEASE:.0f} s the folder is free: give another --output-dir"
                 )
             path.unlink()
 
@@ -177,21 +153,6 @@ def _runs(holder: dict[str, Any], mine: dict[str, Any], age: float) -> bool:
         return False
 
 
-def requeued(resume: str, folder: Path) -> str:
-    """The value of --resume to follow: "auto" if Slurm has restarted a job that has saved here.
-
-    It starts with the same command line, whose "never" or path has been followed already.
-    """
-    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if not restarted or not files.names(folder / FOLDER):
-        return resume
-    with suppress(OSError, ValueError, AttributeError):
-        job = json.loads((folder / CONFIG).read_text()).get("slurm_job")
-        if job != os.environ.get("SLURM_JOB_ID"):
-            return resume
-    return "auto"
-
-
 def settle(
     point: ResumePoint | None,
     folder: Path,
@@ -207,29 +168,23 @@ def settle(
     Raises:
         UserError: on every rank, if the folder cannot be written.
     """
-    error = None
-    if distributed.is_main():
-        try:
-            files.remove_incomplete(folder)
-            step = evaluated = 0
-            best = None
-            if point is not None:
-                step, evaluated = point.state.step, point.state.evaluated
-                best = point.state.best.get("sha256")
-                if point.is_of(folder):
-                    files.publish(folder / FOLDER / LATEST, point.path.name.encode())
-            _cut_back(folder / METRICS, step, bool(evaluated))
-            kept = folder / BEST
-            if kept.is_file() and (best is None or files.describe(kept)["sha256"] != best):
-                say(f"{kept} is not the best of this run: removed")
-                kept.unlink()
-            describe(folder)
-            files.publish(folder / CONFIG, provenance.of(config.to_dict(), ds_config))
-        except OSError as caught:
-            error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
-    error = distributed.broadcast_object(error)  # collective
-    if error is not None:
-        raise UserError(error)
+    with written_together(folder):  # collective
+        if not distributed.is_main():
+            return
+        save.remove_incomplete(folder)
+        step, evaluated, best = 0, False, None
+        if point is not None:
+            step, evaluated = point.state.step, point.state.evaluated
+            best = point.state.best.get("sha256")
+            if point.is_of(folder):
+                save.publish(folder / FOLDER / save.LATEST, point.path.name.encode())
+        _cut_back(folder / METRICS, step, evaluated)
+        kept = folder / BEST
+        if kept.is_file() and (best is None or checksums.of_file(kept) != best):
+            say(f"{kept} is not the best of this run: removed")
+            kept.unlink()
+        describe(folder)
+        save.publish(folder / CONFIG, provenance.of(config.to_dict(), ds_config))
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:
@@ -241,4 +196,4 @@ def _cut_back(path: Path, step: int, evaluated: bool) -> None:
             again = not evaluated and any(name.startswith("eval/") for name in values)
             if values["step"] < step + (not again) and line.endswith(b"\n"):
                 kept.append(line)
-    files.publish(path, b"".join(kept))
+    save.publish(path, b"".join(kept))

@@ -1,26 +1,34 @@
 """Writes a checkpoint beside the last one and publishes it by a rename.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), the
-averages as `model.ema.safetensors`, and `checksums.json`. Beside `checkpoint/` lie
+averages as `model.ema.safetensors`, and `checksums.json`; `stepN.K` is a later one of the same
+step. `checkpoint/latest` names the newest, and `checkpoint/frozen-DIGEST.safetensors` has the
+weights that are not trained, once for all checkpoints. Beside `checkpoint/` lie
 `model.safetensors` and `model.ema.safetensors` of the newest, `model.best.safetensors` of the best,
-which transformers loads with the files of `models/hf.py`.
+which transformers loads with the files of `models/hf.py`. What is still being written has a name
+that ends in `.writing`.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from safetensors import SafetensorError
+from torch import Tensor
 
-from ds_cmli.checkpoint import files
-from ds_cmli.checkpoint.files import FOLDER, LATEST, WRITING, CheckpointWriter, Entry
 from ds_cmli.checkpoint.state import STATE, TrainState
-from ds_cmli.checkpoint.weights import full_averages, full_weights, write_weights
+from ds_cmli.checkpoint.weights import full_averages, full_weights, student_of, write_weights
+from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
@@ -28,10 +36,142 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
-from ds_cmli.models.lora import merged
 from ds_cmli.models.weights import not_finite
 
-WRITTEN = ("run.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
+FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
+OF_RUN = ("run.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
+
+# --- names
+
+
+def names(root: Path) -> dict[str, int]:
+    """The checkpoints in `root` and their steps, oldest first."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), int(match[2] or 0), path.name))
+    return {name: step for step, _, name in sorted(found)}
+
+
+def candidates(root: Path) -> list[str]:
+    """The checkpoints to try: the one that `latest` names and older ones, newest first; or all."""
+    known, newest = [*names(root)], ""
+    with suppress(OSError, UnicodeDecodeError):
+        newest = (root / LATEST).read_text().strip()
+    return (known[: known.index(newest) + 1] if newest in known else known)[::-1]
+
+
+# --- files
+
+
+def write(path: Path, write_to: Callable[[Path], object]) -> str:
+    """Make a file by `write_to(path)`, sync it to disk, and return its SHA-256. Raises OSError."""
+    try:
+        write_to(path)
+    except (RuntimeError, SafetensorError) as error:  # in place of a full disk's OSError
+        raise OSError(first_line(error)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return checksums.of_file(path)
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Replace `path` atomically and durably: a reader sees the old or the new file."""
+    beside = path.with_name(path.name + WRITING)
+    write(beside, lambda file: file.write_bytes(data))
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync a folder's entries to disk; otherwise a power failure can undo a rename."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what a save that was interrupted has left in the run's folder."""
+    for path in (*folder.glob("*" + WRITING), *(folder / FOLDER).glob("*" + WRITING)):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+
+
+def write_checksums(folder: Path, digests: dict[str, str]) -> None:
+    """Write `checksums.json`, whose first line is the SHA-256 of the others."""
+    body = json.dumps(digests, indent=1, sort_keys=True) + "\n"
+    text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
+    write(folder / CHECKSUMS, lambda file: file.write_text(text))
+    sync_folder(folder)
+
+
+def read_checksums(folder: Path) -> dict[str, str]:
+    """Raises ValueError or OSError."""
+    digest, _, body = (folder / CHECKSUMS).read_text().partition("\n")
+    if hashlib.sha256(body.encode()).hexdigest() != digest:
+        raise ValueError("does not match its checksum")
+    return json.loads(body)
+
+
+def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint; None if all files agree with `checksums.json`.
+
+    Only every `parts`-th file is read, from number `part` on, so that ranks can share the work.
+    """
+    name = CHECKSUMS
+    try:
+        for name, digest in sorted(read_checksums(folder).items())[part::parts]:
+            if checksums.of_file(folder / name) != digest:
+                raise ValueError("does not match its checksum")
+    except (OSError, ValueError) as error:
+        return f"{name}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+class CheckpointWriter(TorchCheckpointEngine):
+    """Writes files, DeepSpeed's too, durably, and records the first error instead of raising it.
+
+    If one rank left DeepSpeed's `save_checkpoint`, the others would wait in it for ever.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.digests: dict[str, str] = {}  # the SHA-256 of each file
+        self.error: str | None = None
+
+    def makedirs(self, path, exist_ok=False):
+        pass  # it is there
+
+    def save(self, state_dict, path):
+        self.write(Path(path), partial(torch.save, state_dict))
+
+    def load(self, path, map_location=None):
+        return torch.load(path, map_location=map_location, weights_only=True)
+
+    def write(self, path: Path, write_to: Callable[[Path], object]) -> None:
+        self.attempt(lambda: self.digests.update({path.name: write(path, write_to)}))
+
+    def attempt(self, action: Callable[[], object]) -> None:
+        if self.error is None:
+            try:
+                action()
+            except OSError as error:
+                self.error = first_line(error)
+
+    def gather(self) -> None:
+        """Give all ranks the files of all, and the error of the first that has one. Collective."""
+        gathered = distributed.gather_objects((this_node(), self.digests, self.error))  # collective
+        nodes, digests, errors = zip(*gathered, strict=True)
+        self.digests = {name: x for of_rank in digests for name, x in of_rank.items()}
+        failed = next((rank for rank, error in enumerate(errors) if error), None)
+        if failed is not None:
+            self.error = f"{distributed.named(failed, nodes)}: {errors[failed]}"
+
+
+# --- a run's checkpoints
 
 
 @dataclass
@@ -44,7 +184,7 @@ class Checkpoints:
     saved: tuple[int, bool]  # step and whether it was evaluated, of the last one or of the start
     saved_at: float = field(default_factory=time.monotonic)
     error: str | None = None  # why the last one could not be written
-    frozen: tuple[str, Entry] | None = None  # the file of the weights that are not trained
+    frozen: dict[str, str] = field(default_factory=dict)  # the file of the weights not trained
 
     def due(self) -> bool:
         """Whether a checkpoint is due by this rank's clock."""
@@ -67,116 +207,88 @@ class Checkpoints:
         Raises:
             UserError: a weight is not finite.
         """
-        started = time.monotonic()
-        parts = {}
-        for key, parameter in self.engine.objective.named_parameters():
-            part = getattr(parameter, "ds_tensor", None)  # this rank's, of ZeRO-3
-            if part is not None:  # what is behind the parameter's end was never set
-                size = getattr(parameter, "ds_numel", 0)
-                part = part[: max(0, size - distributed.rank() * part.numel())]
-            parts[key] = parameter if part is None else part
-        mine = not_finite(parts)
-        bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective
-        if bad is not None:
-            why = f"the weight {bad} is not finite, nothing was saved"
-            raise UserError(self.diverged(why, state))
-        root, name, again = self.folder / FOLDER, f"step{state.step}", 0
-        if distributed.is_main():
+        started, main, root = time.monotonic(), distributed.is_main(), self.folder / FOLDER
+        weights = full_weights(self.engine)  # collectives
+        averages = full_averages(self.engine)  # collectives
+        bad, name, again = None, f"step{state.step}", 0
+        if main:
+            with suppress(OSError):
+                remove_incomplete(self.folder)
             while (root / name).is_dir():
                 again += 1
                 name = f"step{state.step}.{again}"
-        name = distributed.broadcast_object(name)  # collective
-        writing, error = root / (name + WRITING), None
-        if distributed.is_main():
-            try:
-                files.remove_incomplete(self.folder)
-                writing.mkdir(parents=True)
-            except OSError as caught:
-                error = str(caught)
-        error = distributed.broadcast_object(error)  # collective
-        entries: dict[str, Entry] = {}
-        if error is None:
-            entries, error = self._write(writing, state)  # collectives
-        if distributed.is_main():
-            try:
-                if error is None:
-                    files.write_checksums(writing, entries)
-                    self._publish(name, state.best.get("step"))
-            except OSError as caught:
-                error = str(caught)
-            if error is not None:
-                with suppress(OSError):  # what cannot be written can often not be removed either
-                    files.remove_incomplete(self.folder)
-        # Collective: no rank continues or ends before it is published.
-        self.error = distributed.broadcast_object(error)
-        self.saved_at = time.monotonic()
-        if self.error is not None:
-            kept = "the one before stays" if files.names(root) else "there is none before"
-            return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
-        self.saved = state.step, state.evaluated
-        size = sum(entry["bytes"] for path, entry in entries.items() if "/" not in path)
-        return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
-
-    def _write(self, writing: Path, state: TrainState) -> tuple[dict[str, Entry], str | None]:
-        """Write all files: those of all ranks, and the first rank's error. Collective."""
-        writer, engine = CheckpointWriter(), self.engine.engine
-        engine.checkpoint_engine = writer
+            # In the precision that forward passes compute in.
+            checks = (not_finite(x.to(self.engine.dtype), key) for key, x in weights.items())
+            bad = next(filter(None, checks), None)
+        bad, name = distributed.broadcast_object((bad, name))  # collective
+        if bad is not None:
+            why = f"the weight {bad} is not finite, nothing was saved"
+            raise UserError(self.diverged(why, state))
+        writer, writing = CheckpointWriter(), root / (name + WRITING)
+        writer.attempt(lambda: writing.mkdir(parents=True, exist_ok=True))
+        self.engine.engine.checkpoint_engine = writer
         with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
-            engine.save_checkpoint(  # collectives
-                str(writing.parent),
-                tag=writing.name,
-                save_latest=False,
-                exclude_frozen_parameters=True,
+            self.engine.engine.save_checkpoint(  # collectives
+                str(root), tag=writing.name, save_latest=False, exclude_frozen_parameters=True
             )
-        weights = full_weights(self.engine)  # collectives
-        averages = full_averages(self.engine)  # collectives
-        if distributed.is_main() and writer.error is None:
-            scale, frozen = self.engine.objective.student.lora_scale, self.engine.frozen
-            for name, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
-                if tensors is not None:  # with averages the best result is theirs
-                    student = merged({key: tensors[key] for key in weights}, scale)
-                    writer.write(self.folder / (name + WRITING), partial(write_weights, student))
-                    if state.is_best and writer.error is None:
-                        state.best["sha256"] = writer.files[name + WRITING]["sha256"]
-                    writer.files.pop(name + WRITING, None)
-            if averages is not None:
-                moving = {name: x for name, x in averages.items() if name not in frozen}
-                writer.write(writing / AVERAGE, partial(write_weights, moving))
-            text = json.dumps(state.shared(), indent=1)
-            writer.write(writing / STATE, lambda path: path.write_text(text))
-            self._keep_frozen(writer, writing.parent)
+        if main:
+            self._write(writer, writing, state, weights, averages)
         of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
         writer.write(writing / f"rank-{distributed.rank()}.pt", of_rank)
-        error = None if writer.error is None else first_line(writer.error)
-        every = distributed.gather_objects((this_node(), writer.files, error))  # collective
-        nodes, listed, errors = zip(*every, strict=True)
-        entries = {name: entry for files_of_rank in listed for name, entry in files_of_rank.items()}
-        failed = next((rank for rank, error in enumerate(errors) if error), None)
-        if failed is None:
-            return entries, None
-        return entries, f"{distributed.named(failed, nodes)}: {errors[failed]}"
-
-    def _keep_frozen(self, writer: CheckpointWriter, root: Path) -> None:
-        """Write the weights that are not trained, unless that is done, and list their file."""
-        if self.frozen is None and self.engine.frozen and writer.error is None:
-            path = root / ("frozen" + WRITING)
-            writer.write(path, partial(write_weights, self.engine.frozen))
+        writer.gather()  # collective
+        if main:
+            writer.attempt(lambda: write_checksums(writing, writer.digests))
+            writer.attempt(lambda: self._publish(name, state.best.get("step")))
             if writer.error is not None:
-                return
-            entry = writer.files.pop(path.name)
-            name = f"frozen-{entry['sha256'][:12]}.safetensors"
-            os.replace(path, root / name)
-            self.frozen = name, entry
-        if self.frozen is not None:
-            name, entry = self.frozen
-            writer.files[f"../{name}"] = entry
+                with suppress(OSError):  # what cannot be written can often not be removed either
+                    remove_incomplete(self.folder)
+        # Collective: no rank continues or ends before it is published.
+        self.error = distributed.broadcast_object(writer.error)
+        self.saved_at = time.monotonic()
+        if self.error is not None:
+            kept = "the one before stays" if names(root) else "there is none before"
+            return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
+        self.saved = state.step, state.evaluated
+        size = sum(path.stat().st_size for path in (root / name).iterdir()) if main else 0
+        return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
+
+    def _write(
+        self,
+        writer: CheckpointWriter,
+        writing: Path,
+        state: TrainState,
+        weights: dict[str, Tensor],
+        averages: dict[str, Tensor] | None,
+    ) -> None:
+        """Write the student's files, and those of all ranks but DeepSpeed's."""
+        scale, frozen = self.engine.objective.student.lora_scale, self.engine.frozen
+        for file, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
+            if tensors is not None:  # with averages the best result is theirs
+                path, student = self.folder / (file + WRITING), student_of(tensors, scale)
+                writer.write(path, partial(write_weights, student))
+                digest = writer.digests.pop(path.name, None)
+                if state.is_best:
+                    state.best["sha256"] = digest
+        if averages is not None:
+            moving = {name: x for name, x in averages.items() if name not in frozen}
+            writer.write(writing / AVERAGE, partial(write_weights, moving))
+        if frozen and not self.frozen:
+            path = writing.with_name("frozen" + WRITING)
+            writer.write(path, partial(write_weights, frozen))
+            if digest := writer.digests.pop(path.name, None):
+                name = f"frozen-{digest[:12]}.safetensors"
+                os.replace(path, path.with_name(name))
+                self.frozen = {f"../{name}": digest}
+        writer.digests |= self.frozen
+        text = json.dumps(state.shared(), indent=1)
+        writer.write(writing / STATE, lambda path: path.write_text(text))
 
     def _publish(self, name: str, best: int | None) -> None:
         """Publish the checkpoint that has been written, then remove old ones."""
         folder, root = self.folder, self.folder / FOLDER
-        before = files.candidates(root)
+        before = candidates(root)
         os.replace(root / (name + WRITING), root / name)
-        files.sync_folder(root)
+        sync_folder(root)
         for file in (WEIGHTS, AVERAGE):
             if (folder / (file + WRITING)).is_file():
                 os.replace(folder / (file + WRITING), folder / file)
@@ -184,30 +296,22 @@ class Checkpoints:
             else:  # of an earlier run, or from before a change of settings
                 (folder / file).unlink(missing_ok=True)
         best = best if self.settings.keep_best else None
-        if best == files.step_of(name):
+        if best == names(root)[name]:
             shutil.copyfile(folder / evaluated, folder / (BEST + WRITING))
             os.replace(folder / (BEST + WRITING), folder / BEST)
-        files.sync_folder(folder)
-        files.publish(root / LATEST, name.encode())
+        sync_folder(folder)
+        publish(root / LATEST, name.encode())
         # Those newer than the one published before are left over from before a resume from an older
         # one.
-        kept = {name, *before[: self.settings.keep - 1]}
-        kept |= {*[other for other in (name, *before) if files.step_of(other) == best][:1]}
-        listed: set[str] = set()
-        for other in files.names(root):
-            if other not in kept:
-                files.remove(root / other)
-            else:
-                with suppress(ValueError):
-                    listed |= files.read_checksums(root / other).keys()
-        for path in root.glob("frozen-*"):
-            if f"../{path.name}" not in listed:
-                path.unlink()
+        kept, steps = {name, *before[: self.settings.keep - 1]}, names(root)
+        kept |= {*[other for other in (name, *before) if steps[other] == best][:1]}
+        for other in steps.keys() - kept:
+            shutil.rmtree(root / other, ignore_errors=True)
 
     def diverged(self, what: str, state: TrainState) -> str:
         """The error message of a diverged run: its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
-        good = next(iter(files.candidates(self.folder / FOLDER)), None)
+        good = next(iter(candidates(self.folder / FOLDER)), None)
         kept = "no checkpoint had been saved before"
         if good is not None:
             kept = f"the last good checkpoint is {self.folder / FOLDER / good}"
@@ -227,15 +331,14 @@ class Checkpoints:
                 f"the last checkpoint could not be written ({self.error}): mend that, and start "
                 f"{self.folder} again"
             )
-        lines = []
+        lines, best = [], state.best
         if state.out_of_patience(self.settings.patience):
             lines.append(
                 f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no "
                 "better result"
             )
-        best = state.best
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
         lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
-        paths = [self.folder / name for name in WRITTEN if (self.folder / name).exists()]
-        names = ", ".join(path.name + "/" * path.is_dir() for path in paths)
-        return [*lines, f"written to {self.folder}: {names}"]
+        paths = [self.folder / name for name in OF_RUN if (self.folder / name).exists()]
+        written = ", ".join(path.name + "/" * path.is_dir() for path in paths)
+        return [*lines, f"written to {self.folder}: {written}"]

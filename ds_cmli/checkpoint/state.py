@@ -3,7 +3,6 @@
 `state.json` of a checkpoint holds what all ranks share, `rank-R.pt` what each has of its own.
 """
 
-import dataclasses
 import json
 import random
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, first_line
+from ds_cmli.common.errors import blame
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
@@ -101,48 +100,28 @@ def generators() -> dict[str, Any]:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The shared part. Raises `UserError` if it is that of another version, or of none."""
+    """The shared part. Raises `UserError`."""
     path = checkpoint / STATE
-    try:
-        values = json.loads(path.read_text())
-        known = {f.name: f.type for f in dataclasses.fields(TrainState) if f.name not in OF_RANK}
-        unlike = known.keys() ^ values.keys()
-        if unlike or type(values["step"]) is not int:
-            raise ValueError(f"another version's, by its {', '.join(sorted(unlike)) or 'step'}")
-        return TrainState(**values)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is no state of a run ({first_line(error)}): --resume another one, or go on "
-            "with the version that wrote it, which the run's run.json names"
-        ) from None
+    with blame(f"{path} is no state of a run of this version: --resume another one"):
+        return TrainState(**json.loads(path.read_text()))
 
 
-def read_of_rank(checkpoint: Path, before: int, rank: int, ranks: int, seed: int) -> dict[str, Any]:
+def read_of_rank(checkpoint: Path, before: int, rank: int, ranks: int) -> dict[str, Any]:
     """This rank's part of the state; `before` ranks wrote it.
 
     On another number of ranks the mean of `sums` over ranks stays, counts go to rank 0, since only
-    their sum is used, and a rank that did not exist seeds its generators with its rank and `seed`.
+    their sum is used, and the generators of a rank that did not exist are as this start seeds them.
     """
     every = []
     for number in [rank] if before == ranks else range(before):
         file = checkpoint / f"rank-{number}.pt"
         every.append(torch.load(file, map_location="cpu", weights_only=True))
-        if not isinstance(every[-1], dict) or {*every[-1]} != {*OF_RANK}:
-            raise UserError(f"{file} is no state of a rank: --resume another one")
     if before == ranks:
         return every[0]
-    if rank < before:
-        own = every[rank]["generators"]
-    else:
-        random.seed(f"{seed} {rank} {ranks}")
-        fresh = random.getrandbits(31)
-        np.random.seed(fresh)
-        torch.manual_seed(fresh)
-        own = generators()
     return {
         "sums": torch.stack([part["sums"] for part in every]).mean(0),
         "micro_batches": every[0]["micro_batches"],
         "bad_count": sum(part["bad_count"] for part in every) if rank == 0 else 0,
         "bad_first": every[0]["bad_first"] if rank == 0 else [],
-        "generators": own,
+        "generators": every[rank]["generators"] if rank < before else generators(),
     }

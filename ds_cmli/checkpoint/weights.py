@@ -1,9 +1,8 @@
-"""The student's weights in fp32, whole: out of ZeRO's partitions, and back into them."""
+"""The weights in fp32, whole: out of ZeRO's partitions, and back into them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,36 +11,30 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ds_cmli.config.registry import over_pairs
-from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.models.hf import WEIGHTS, load
+from ds_cmli.models.lora import merged
 
 if TYPE_CHECKING:
     from ds_cmli.engine import TrainEngine
-    from ds_cmli.losses.objective import Objective
+
+OF_DISTILLATION = "width_head."  # the head to the teacher's width, which is not the student's
 
 
-def full_weights(engine: TrainEngine, distilled: bool = False) -> dict[str, Tensor]:
-    """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage.
+def full_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    """The objective's weights in fp32, from the optimizer's master weights, at any ZeRO stage.
 
     Those that are not trained are on rank 0 alone, as their source gave them. Persistent buffers
-    (BatchNorm's statistics) are included. `distilled` also includes the head to the teacher's
-    width, which belongs to distillation and not to the student. Collective.
+    (BatchNorm's statistics) are included. Collective.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    out: dict[str, Tensor] = {}
+    out = dict(engine.frozen)
     for name, parameter in engine.objective.named_parameters():
-        if name.startswith("width_head.") and not distilled:
-            continue
         if parameter.requires_grad:
             full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
             # Under ZeRO-3 a parameter has an empty shape while it is partitioned.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             out[name] = (parameter if full is None else full).detach().float().cpu().reshape(shape)
-        elif name in engine.frozen:
-            out[name] = engine.frozen[name]
     kept = engine.objective.state_dict().keys()
     for name, buffer in engine.objective.named_buffers():
         if name in kept:
@@ -51,16 +44,19 @@ def full_weights(engine: TrainEngine, distilled: bool = False) -> dict[str, Tens
 
 
 def full_averages(engine: TrainEngine) -> dict[str, Tensor] | None:
-    """The averages as `full_weights` gives weights, with the head to the teacher's width.
-
-    None without EMA. Collective.
-    """
+    """The averages as `full_weights` gives weights; None without EMA. Collective."""
     if engine.ema is None:
         return None
     with engine.ema.as_master_weights():
-        full = full_weights(engine, distilled=True)  # collectives
+        full = full_weights(engine)  # collectives
         # Cloned, because on a CPU in fp32 `full_weights` does not copy.
         return {name: value.clone() for name, value in full.items()}
+
+
+def student_of(weights: Mapping[str, Tensor], lora_scale: float) -> dict[str, Tensor]:
+    """The student and its temperatures out of `full_weights`, with its adapters merged."""
+    own = {name: x for name, x in weights.items() if not name.startswith(OF_DISTILLATION)}
+    return merged(own, lora_scale)
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -77,11 +73,9 @@ def load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
         RuntimeError: other names.
     """
     missing, unexpected = dst.load_state_dict(src, strict=False)
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    buffers = {*dict(dst.named_buffers())}
-    wrong = [*unexpected, *sorted(set(missing) & (trained | buffers))]
-    if wrong:
-        raise RuntimeError(f"only one of the two has {wrong[0]!r}")
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    for wrong in (*unexpected, *sorted({*missing} - frozen)):
+        raise RuntimeError(f"only one of the two has {wrong!r}")
 
 
 def load_frozen(file: Path, engine: TrainEngine) -> None:
@@ -114,23 +108,3 @@ def load_averages(file: Path, engine: TrainEngine) -> None:
         for name, parameter in engine.objective.named_parameters():
             if parameter.requires_grad:
                 set_master_weight(engine.engine, parameter, averages.get_tensor(name))
-
-
-def load_student(
-    folder: Path, config: Config, file: str = WEIGHTS, setting: str = "--checkpoint"
-) -> Objective:
-    """The student of a run with its losses over pairs, of which a distillation alone has none.
-
-    Errors as of `models.hf.load`.
-    """
-    from ds_cmli.losses.objective import Objective
-
-    model = load(folder, file, setting)
-    pairs = over_pairs(config.loss.weights)
-    # A configuration has at least one loss.
-    loss = replace(config.loss, weights=pairs or {"global": 1.0}, start={})
-    objective = Objective(model.student, loss)
-    if not pairs:
-        objective.losses.clear()
-    objective.losses.load_state_dict(model.losses.state_dict())
-    return objective

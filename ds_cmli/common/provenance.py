@@ -1,7 +1,6 @@
 """What a run was made with, as its `run.json` records it."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -58,6 +57,5 @@ def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
         "versions": versions(),
         "revision": revision(),
         "command": sys.argv,
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     return (json.dumps(content, indent=2) + "\n").encode()

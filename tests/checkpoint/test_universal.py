@@ -56,7 +56,7 @@ class Setting:
         train_engine, ds_config = self.build(layout, **more)
         for batch in self.batches[:2]:
             train_engine(batch)
-        state = resume.state_of(None, self.config, ds_config, False, print)
+        state = resume.state_of(None, self.config, ds_config, False)
         state.step = 2
         sampler, bad = self.parts()
         state.capture(sampler, bad)
@@ -73,7 +73,7 @@ class Setting:
         train_engine, ds_config = self.build(layout, **more)
         result = resume.find("auto", folder)
         assert result is not None
-        state = resume.state_of(result, self.config, ds_config, True, lambda line: None)
+        state = resume.state_of(result, self.config, ds_config, True)
         sampler, bad = self.parts()
         sampler.load_state_dict(state.sampler)
         resume.load(result, state, train_engine, bad, False)

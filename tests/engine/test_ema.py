@@ -93,7 +93,7 @@ def some_batch(config, seed):
 
 def weights_of(train_engine):
     """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(train_engine, distilled=True)
+    full = full_weights(train_engine)
     return {n: full[n].clone() for n, p in train_engine.objective.named_parameters() if p.requires_grad}
 
 

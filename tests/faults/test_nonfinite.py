@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.files import no_code
+from ds_cmli.checkpoint.resume import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset

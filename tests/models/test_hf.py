@@ -11,14 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from ds_cmli.checkpoint.weights import load_student
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
-from ds_cmli.evaluate.embed import Evaluator
+from ds_cmli.evaluate.embed import EvaluatedModel
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.models import hf
 from tests.ranks import clean_environment
@@ -142,7 +141,7 @@ def test_its_logits_rank_as_the_evaluation_says(made, run):
     split = data.evals["seen"]
     split.length = 60
     device = torch.device("cpu")
-    result, _ = evaluate_split(Evaluator(load_student(run, config), data.tokenizer, device, 16), split)
+    result, _ = evaluate_split(EvaluatedModel(str(run), True).load(device, False, "fp32", 16), split)
     pictures = [split.image(i).permute(1, 2, 0).numpy() for i in range(60)]
     texts = [" ".join(split.pictures.names[concept] for concept, _ in split.layout(i)) for i in range(60)]
     out = AutoModel.from_pretrained(run)(**AutoProcessor.from_pretrained(run)(images=pictures, text=texts))
