@@ -84,7 +84,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     assumed = gpus.find(gpus.DEFAULT)
     present = None
     if torch.cuda.is_available():
-        present = given or gpus.present(torch.cuda.get_device_name())
+        present = given or gpus.find(torch.cuda.get_device_name(), "this GPU")
     if "E4" in ids:
         steps.document_config(setting)  # sizes that its models cannot have
     with console.status("") as status:

@@ -27,9 +27,8 @@ from ds_cmli.config.options import (
     resolve_config,
 )
 from ds_cmli.config.schema import Config
-from ds_cmli.memory.report import Report, gigabytes, plot, show
+from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
-from ds_cmli.memory_model.caching_allocator import by_retries
 from ds_cmli.memory_model.gpus import Gpu
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ def default_gpu() -> str:
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return gpus.DEFAULT
-    return gpus.present(name).name
+    return gpus.find(name, "this GPU").name
 
 
 def sentence(report: Report, gpu: Gpu) -> str:

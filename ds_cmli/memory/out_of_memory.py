@@ -100,7 +100,7 @@ def held(engines: list[TrainEngine], device: torch.device) -> dict[str, int]:
 def fit_options(device: torch.device) -> str:
     """The options of ds-cmli-memory that mean this GPU."""
     try:
-        return f"--fit {shlex.quote(gpus.present(torch.cuda.get_device_name(device)).name)}"
+        return f"--fit {shlex.quote(gpus.find(torch.cuda.get_device_name(device)).name)}"
     except UserError:
         size = f"{torch.cuda.mem_get_info(device)[1] // 10**6}MB"
         major, minor = torch.cuda.get_device_capability(device)

@@ -203,7 +203,7 @@ def _predicted(step: "Step", name: str) -> JsonObject | None:
 
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(predicted, step, gpus.present(name)).result().to_dict()
+            return pool.submit(predicted, step, gpus.find(name, "this GPU")).result().to_dict()
     except Exception as error:  # the training has ended well
         print_line(f"warning: the memory is measured and not predicted: {error}")
         return None

@@ -113,6 +113,12 @@ def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
         digits += 1
 
 
+def by_retries(count: int) -> str:
+    """What a sentence says of what fits only by so many retries of the allocator; 0: nothing."""
+    tries = "1 retry" if count == 1 else f"{count} retries"
+    return f", only as PyTorch's allocator returns its cache ({tries})" if count else ""
+
+
 def show(report: Report, console: "Console | None" = None) -> None:
     """Print the report as tables, on a rich console; None: on the terminal."""
     from rich.console import Console

@@ -25,7 +25,7 @@ from ds_cmli.fake_cuda.entered import fake_cuda
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import check_predictable, longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
-from ds_cmli.memory_model.caching_allocator import on_device
+from ds_cmli.memory_model.caching_allocator import OutOfMemory, replay
 from ds_cmli.memory_model.gpus import Gpu
 from ds_cmli.memory_model.workspaces import with_cublas
 
@@ -128,10 +128,14 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
     events = with_cublas(events, workspaces, recorder.given)
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
-    replayed, device = on_device(events, limit, gpu.outside(step.world_size))
-    peaks = replayed.requested_peak, replayed.allocated_peak, replayed.reserved_peak
-    report.totals = {**dict(zip(TOTALS, peaks, strict=True)), "device": device}
-    report.retries = replayed.retries
+    outside = gpu.outside(step.world_size)
+    try:
+        replayed = replay(events, limit=limit - outside)
+    except OutOfMemory:  # then without a limit: the totals say how much is missing
+        replayed = replay(events)
+    report.totals = dict(zip(TOTALS, replayed.peaks, strict=True))
+    report.totals["device"] = report.totals["reserved"] + outside
+    report.retries = replayed.allocator.retries
     return report
 
 

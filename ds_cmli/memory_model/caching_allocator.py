@@ -19,7 +19,7 @@ The device's addresses are not known: here each segment follows the last.
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -48,24 +48,8 @@ class Event:
     stream: int = 0  # for which the block was allocated; 0: the default one
 
 
-@dataclass(eq=False)
 class OutOfMemory(Exception):
-    """The modelled device has no room for the `requested` bytes that `event` asked for."""
-
-    requested: int
-    allocated: int
-    reserved: int
-    limit: int
-    event: Event | None
-
-    def __str__(self) -> str:
-        return (
-            f"{self.requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
-            f"reserved, {self.allocated:,} of them allocated"
-        )
-
-
-Place = tuple[int, ...]  # of a free block in the order of rule 3: size, segment's number, address
+    """The modelled device has no room for an allocation."""
 
 
 @dataclass(eq=False)
@@ -81,7 +65,8 @@ class Block:
     after: "Block | None" = None
 
     @property
-    def place(self) -> Place:
+    def place(self) -> tuple[int, int, int]:
+        """Its key in the order of rule 3."""
         return self.size, self.segment.number, self.address
 
     def split(self, size: int) -> "Block":
@@ -116,12 +101,11 @@ class Segment:
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)
 
-    def blocks(self) -> list[Block]:
-        out, block = list[Block](), self.first
+    def blocks(self) -> Iterator[Block]:
+        block: Block | None = self.first
         while block is not None:
-            out.append(block)
-            block = block.after  # type: ignore[assignment]
-        return out
+            yield block
+            block = block.after
 
 
 class Action(NamedTuple):
@@ -140,27 +124,26 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        self.free_blocks = defaultdict[tuple[bool, int], list[Place]](list)  # sorted, by pool
-        self.at: dict[int, Block] = {}  # the free blocks by address
+        # Of each pool and stream, sorted: place and block.
+        self.free_blocks = defaultdict[tuple[bool, int], list[tuple]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
-        self.next_address = FIRST_ADDRESS
-        self.taken = 0  # segments
+        self.next_address, self.segments_taken = FIRST_ADDRESS, 0
         self.retries = 0  # requests for which all cached memory was returned
 
     def malloc(self, requested: int, stream: int = 0, event: Event | None = None) -> Block:
         """Allocate a block for `requested` bytes.
 
-        Raises `OutOfMemory` if `limit` leaves no room for it.
+        Raises `OutOfMemory` if `limit` leaves no room.
         """
         size = -(-requested // MIN_BLOCK) * MIN_BLOCK
         small = size <= SMALL_REQUEST
         free = self.free_blocks[small, stream]
         position = bisect_left(free, (size,))
         if position < len(free):
-            block = self.at.pop(free.pop(position)[-1])
+            block = free.pop(position)[-1]
         else:
-            block = self._from_device(requested, size, stream, event)
+            block = self._segment(requested, size, stream, event).first
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:  # rule 4
             self._keep(block.split(size))
@@ -171,9 +154,8 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        segment = block.segment
         for name in ("free_requested", "free_completed"):
-            freed = block.address, block.requested, segment.stream, block.event
+            freed = block.address, block.requested, block.segment.stream, block.event
             self.actions.append(Action(name, *freed))
         self.requested -= block.requested
         self.allocated -= block.size
@@ -198,8 +180,8 @@ class CachingAllocator:
                 returned = segment.address, segment.size, segment.stream, None
                 self.actions.append(Action("segment_free", *returned))
 
-    def _from_device(self, requested: int, size: int, stream: int, event: Event | None) -> Block:
-        """Reserve memory; returns a free block of at least `size` bytes, on no free list."""
+    def _segment(self, requested: int, size: int, stream: int, event: Event | None) -> Segment:
+        """A new segment from the device for a block of `size` bytes."""
         small, taken = size <= SMALL_REQUEST, LARGE_SEGMENT
         if small:
             taken = SMALL_SEGMENT
@@ -209,46 +191,46 @@ class CachingAllocator:
             self.retries += 1
             self.empty_cache()
             if self.reserved + taken > self.limit:
-                raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
-        self.taken += 1
-        segment = Segment(self.next_address, taken, stream, small, self.taken, event)
+                raise OutOfMemory(
+                    f"{requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
+                    f"reserved, {self.allocated:,} of them allocated"
+                )
+        self.segments_taken += 1
+        segment = Segment(self.next_address, taken, stream, small, self.segments_taken, event)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
-        return segment.first
+        return segment
 
     def _keep(self, block: Block) -> None:
-        insort(self.free_blocks[block.segment.small, block.segment.stream], block.place)
-        self.at[block.address] = block
+        free = self.free_blocks[block.segment.small, block.segment.stream]
+        insort(free, (*block.place, block))
 
     def _take(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
         free.pop(bisect_left(free, block.place))
-        del self.at[block.address]
 
 
-@dataclass
-class Replay:
-    """The result of `replay`, in bytes."""
+class Replay(NamedTuple):
+    """The allocator after `events`, and what it had after each of them: requested, allocated and
+    reserved bytes."""
 
-    requested_peak: int
-    allocated_peak: int
-    reserved_peak: int
-    timeline: list[tuple[int, int, int]]  # requested, allocated, reserved after each event
-    segments: list[Segment]  # those reserved at the end
-    actions: list[Action]
-    retries: int  # requests that had no room until all cached memory was returned
+    allocator: CachingAllocator
+    timeline: list[tuple[int, int, int]]
+
+    @property
+    def peaks(self) -> tuple[int, ...]:
+        """The most that was requested, allocated and reserved at a time."""
+        return tuple(map(max, zip((0, 0, 0), *self.timeline, strict=True)))
 
 
 def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
     """Run `events` through the allocator, which may reserve at most `limit` bytes.
 
-    Raises:
-        OutOfMemory: a request does not fit in `limit`; the exception names it.
+    Raises `OutOfMemory` if a request does not fit in `limit`.
     """
-    allocator, live = CachingAllocator(limit), dict[int, Block]()
-    timeline = [(0, 0, 0)]
+    allocator, live, timeline = CachingAllocator(limit), dict[int, Block](), []
     for event in events:
         if event.bytes > 0:
             live[event.block] = allocator.malloc(event.bytes, event.stream, event)
@@ -257,25 +239,4 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
         else:
             allocator.empty_cache()
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    requested, allocated, reserved = map(max, zip(*timeline, strict=True))
-    segments, more = list(allocator.segments.values()), (allocator.actions, allocator.retries)
-    return Replay(requested, allocated, reserved, timeline[1:], segments, *more)
-
-
-def by_retries(count: int) -> str:
-    """What a sentence says of what fits only by so many retries of the allocator; 0: nothing."""
-    tries = "1 retry" if count == 1 else f"{count} retries"
-    return f", only as PyTorch's allocator returns its cache ({tries})" if count else ""
-
-
-def on_device(events: Sequence[Event], limit: int, outside: int) -> tuple[Replay, int]:
-    """Replay events where no more than `limit` bytes can be occupied, else without a limit.
-
-    Returns also the bytes that are then occupied, `outside` the allocator included: more than the
-    limit do not fit.
-    """
-    try:
-        replayed = replay(events, limit=limit - outside)
-    except OutOfMemory:
-        replayed = replay(events)
-    return replayed, replayed.reserved_peak + outside
+    return Replay(allocator, timeline)

@@ -14,7 +14,6 @@ from typing import NamedTuple
 from ds_cmli.common.errors import UserError
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-UNLISTED = "give its memory and compute capability, as --gpu-memory 48GB --sm 8.9"
 
 
 class Limits(NamedTuple):
@@ -105,8 +104,8 @@ _TABLE = """
 
 
 def _read(row: str) -> Gpu:
-    sm, multiprocessors, *sizes, name = row.split(maxsplit=5)
-    name, _, reported = name.partition(": ")
+    sm, multiprocessors, *sizes, names = row.split(maxsplit=5)
+    name, _, reported = names.partition(": ")
     marks = {"a": "assumed", "m": "measured"}
     constants = [Constant(int(float(x[:-1]) * 2**20), marks[x[-1]]) for x in sizes]
     return Gpu(name, tuple(reported.split(", ")), _capability(sm), int(multiprocessors), *constants)
@@ -117,61 +116,43 @@ def _capability(sm: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+def _key(name: str) -> str:
+    return " ".join(word for word in name.lower().split() if word not in MAKER)
+
+
+MAKER = ("nvidia", "tesla", "geforce")
 GPUS = {gpu.name: gpu for gpu in map(_read, _TABLE.strip().splitlines())}
+_BY_NAME = {_key(name): gpu for gpu in GPUS.values() for name in (gpu.name, *gpu.reported)}
 DEFAULT = "RTX 3090 24GB"  # where there is none: the source document says 24 GB and no name
-_OF_SIZE = re.compile(r"GPU of (\S+), sm (\S+)")
 
 
 def find(name: str, setting: str = "--gpu") -> Gpu:
-    """The GPU that `name` means: "A10G", "A100 80GB", nvidia-smi's "NVIDIA H100 80GB HBM3", or the
-    name that `of_size` gives.
-
-    Raises `UserError` if no GPU or more than one fits.
-    """
-    if name in GPUS:
-        return GPUS[name]
-    if size := _OF_SIZE.fullmatch(name):
-        return of_size(size[1], size[2])
-    reported = _reported(name)
-    if reported is not None:
-        return reported
-    words = set(name.lower().split()) - {"nvidia", "geforce", "tesla"}
-    fitting = [gpu for gpu in GPUS.values() if words and words <= set(gpu.name.lower().split())]
-    if len(fitting) != 1:
-        raise UserError(f"{setting} is {name!r}: give one of {', '.join(GPUS)}, or {UNLISTED}")
-    return fitting[0]
-
-
-def present(name: str) -> Gpu:
-    """The GPU of this machine that nvidia-smi and torch call `name`: no other one in its place."""
-    gpu = _reported(name)
+    """The GPU with this name, the table's or nvidia-smi's; no other one in its place."""
+    gpu = _BY_NAME.get(_key(name))
     if gpu is None:
-        raise UserError(f"this GPU, {name!r}, is not listed: {UNLISTED}")
+        raise UserError(
+            f"{setting} is {name!r}, which is not listed: give one of {', '.join(GPUS)}, or its "
+            "memory and compute capability, as --gpu-memory 48GB --sm 8.9"
+        )
     return gpu
-
-
-def _reported(name: str) -> Gpu | None:
-    short = name.removeprefix("NVIDIA ").removeprefix("Tesla ")
-    return next((gpu for gpu in GPUS.values() if short in gpu.reported), None)
 
 
 def of_size(memory: str, sm: str) -> Gpu:
     """A GPU that is not listed, of `memory` like "48GB" and compute capability `sm` like "8.9".
 
-    All else is assumed: the most that the listed GPUs of its capability, or near it, have.
+    All else is assumed: the most that the listed GPUs of its capability have.
     """
     total = parse_bytes(memory)
     if not total:
         raise UserError(f"--gpu-memory is {memory!r}: give a size, for instance 48GB or 44GiB")
-    known = [f"{major}.{minor}" for major, minor in BY_CAPABILITY]
-    if sm not in known:
-        raise UserError(f"--sm is {sm!r}: give one of {', '.join(known)}")
-    capability = _capability(sm)
-    alike = [gpu for gpu in GPUS.values() if gpu.capability == capability]
+    alike = [gpu for gpu in GPUS.values() if sm == "{}.{}".format(*gpu.capability)]
+    if not alike:
+        known = ", ".join("{}.{}".format(*capability) for capability in BY_CAPABILITY)
+        raise UserError(f"--sm is {sm!r}: give one of {known}")
     return Gpu(
-        f"GPU of {memory.replace(' ', '')}, sm {sm}",
+        f"GPU of {memory}, sm {sm}",
         (),
-        capability,
+        _capability(sm),
         max(gpu.multiprocessors for gpu in alike),
         Constant(total, "given"),
         max(gpu.context for gpu in alike),
@@ -196,16 +177,10 @@ def parse_bytes(text: str) -> int | None:
     return int(float(number[1]) * UNITS[number[2].upper()])
 
 
-def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
-    """ "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
-    number = parse_bytes(text)
-    if number is not None:
-        return number, None
-    try:
-        gpu = find(text)
-    except UserError:
-        raise UserError(
-            f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one "
-            f"of {', '.join(GPUS)}"
-        ) from None
+def parse_memory(text: str) -> tuple[int, str | None]:
+    """Of --fit: "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
+    size = parse_bytes(text)
+    if size is not None:
+        return size, None
+    gpu = find(text, "--fit")
     return gpu.total.bytes, gpu.name

@@ -56,18 +56,18 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def contiguous_copies(*tensors: Tensor, layout=torch.contiguous_format) -> Stage:
+def _copies(*tensors: Tensor, layout=torch.contiguous_format) -> Stage:
     """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
     return tuple(x.nbytes for x in tensors if not x.is_contiguous(memory_format=layout))
 
 
 def _suggested(*tensors: Tensor) -> torch.memory_format:
     """Channels last if a tensor is so, and else contiguous."""
-    for x in tensors:
-        last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-        if last and not x.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
+    last = torch.channels_last
+    fours = [x for x in tensors if x.dim() == 4 and not x.is_contiguous()]
+    return (
+        last if any(x.is_contiguous(memory_format=last) for x in fours) else torch.contiguous_format
+    )
 
 
 def _depthwise(weight: Tensor) -> bool:
@@ -81,18 +81,18 @@ def _convolution_backward(args: tuple, gpu: Limits) -> Inside:
     if _depthwise(weight):
         return Inside()
     layout = _suggested(x, weight)
-    kept = contiguous_copies(grad, layout=layout)  # while the other gradients are computed
-    return Inside((kept + contiguous_copies(x, weight, layout=layout), kept), (kept,))
+    kept = _copies(grad, layout=layout)  # while the other gradients are computed
+    return Inside((kept + _copies(x, weight, layout=layout), kept), (kept,))
 
 
 def _softmax(args: tuple, gpu: Limits) -> Inside:
     """cuda/SoftMax.cu (`host_softmax`)."""
-    return Inside(after=(contiguous_copies(args[0]),))
+    return Inside(after=(_copies(args[0]),))
 
 
 def _softmax_backward(args: tuple, gpu: Limits) -> Inside:
     """cuda/SoftMax.cu (`softmax_backward_cuda_out`): gradient and output are multiplied first."""
-    return Inside(after=((args[0].nbytes, *contiguous_copies(args[1])),))
+    return Inside(after=((args[0].nbytes, *_copies(args[1])),))
 
 
 # --- sums over rows
@@ -125,14 +125,14 @@ def _layer_norm_backward(args: tuple, gpu: Limits) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
     gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
-    copies, width = contiguous_copies(x, grad), math.prod(shape)
+    copies, width = _copies(x, grad), math.prod(shape)
     rows = x.numel() // width
     if rows <= 1 << 16 or width // 32 >= gpu.multiprocessors // 2:
-        return Inside((contiguous_copies(x),), (copies,))
+        return Inside((_copies(x),), (copies,))
     blocks = min((1 << 15) // math.ceil(width / 32), math.ceil(rows / 32))
     both = (*copies, *2 * (blocks * width * grad.dtype.itemsize,))
     summed = (*both, width * grad.dtype.itemsize, *_partial_sums(blocks, width, gpu))
-    return Inside((contiguous_copies(x),), (summed, both, summed))
+    return Inside((_copies(x),), (summed, both, summed))
 
 
 # --- embeddings
@@ -163,7 +163,7 @@ def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
     which tables these are was seen."""
     grad, indices, rows = args[:3]
     n, width = indices.numel(), grad.shape[-1]
-    copies = contiguous_copies(indices, grad)
+    copies = _copies(indices, grad)
     if n <= 3072:
         return Inside((copies,))
     numbers, segments = n * INDEX, min(n, rows)
@@ -183,19 +183,13 @@ def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
 # --- attention
 
 
-def _deterministic() -> bool:
-    """Whether the program takes no kernels that add in an order of chance."""
-    strict = not torch.is_deterministic_algorithms_warn_only_enabled()
-    return torch.are_deterministic_algorithms_enabled() and strict
-
-
 def _ceil_to(number: int, multiple: int) -> int:
     return math.ceil(number / multiple) * multiple
 
 
 def _head_copies(*gradients: Tensor) -> Stage:
     """Copies of [B, H, S, D] tensors whose [B, S, H, D] is not contiguous."""
-    return contiguous_copies(*(x.transpose(1, 2) for x in gradients))
+    return _copies(*(x.transpose(1, 2) for x in gradients))
 
 
 def _flash_backward(args: tuple, gpu: Limits) -> Inside:
@@ -206,7 +200,11 @@ def _flash_backward(args: tuple, gpu: Limits) -> Inside:
     grad, query, key, _, out = args[:5]
     batch, heads, rows, width = query.shape
     sums = batch * heads * _ceil_to(rows, 128) * 4
-    splits = math.ceil(gpu.multiprocessors / (batch * heads)) if _deterministic() else 1
+    splits = (
+        math.ceil(gpu.multiprocessors / (batch * heads))
+        if torch.are_deterministic_algorithms_enabled()
+        else 1
+    )
     copies, shared = _head_copies(grad, out), key.shape[1] != heads
     of_heads = 2 * shared * (batch * heads * key.shape[2] * width * key.dtype.itemsize,)
     whole = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
@@ -234,7 +232,7 @@ def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
     elif widest > 64 and large and ampere:
         by_queries = 128
     staged, splits = half and widest > kept, math.ceil(keys / by_keys)
-    if (together >= 256 and keys <= 2 * by_keys) or _deterministic():
+    if (together >= 256 and keys <= 2 * by_keys) or torch.are_deterministic_algorithms_enabled():
         splits = 1
     if staged:
         splits = max(1, min(splits, 200 // together))
