@@ -35,7 +35,8 @@ class Mutant(NamedTuple):
     new: str
 
 
-OP, LOSSES, ENGINE = "cmli/test_behaviour.py::", "losses/test_behaviour.py::", "engine/test_behaviour.py::"
+OP, LOSS = "cmli/test_op.py::", "cmli/test_loss.py::"
+LOSSES, ENGINE = "losses/test_losses.py::", "engine/test_behaviour.py::"
 DATA, MODELS = "data/test_behaviour.py::", "models/test_behaviour.py::"
 CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_prediction.py::"
 ALLOCATOR = "memory_model/test_allocator.py::test_worked_out_by_hand"
@@ -43,7 +44,7 @@ FAULTS = "faults/test_"
 EVALUATE = "evaluate/test_behaviour.py::"
 EQUATIONS = OP + "test_scores_and_gradients_are_those_of_the_equations"
 TIES = OP + "test_a_tie_goes_to_the_lowest_valid_index"
-RANKS = OP + "test_ranks_with_uneven_texts_equal_one"
+RANKS = LOSS + "test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch"
 OF_A_STEP = LOSSES + "test_a_step_has_the_losses_of_the_equations"
 
 # fmt: off
@@ -72,10 +73,10 @@ ROWS = (
     ("op-triton-mask", "cmli/triton_forward.py", OP + "test_triton_interpreted",
      "over_m = tl.where(m_ok[None, :], s, LOW)", "over_m = tl.where(m_inside[None, :], s, LOW)"),
     # The losses: columns of the wrong scores, a temperature that sticks, equal captions as negatives.
-    ("loss-columns", "cmli/loss.py", OP + "test_loss_and_gradients_are_those_of_the_equations",
+    ("loss-columns", "cmli/loss.py", LOSS + "test_loss_and_gradients_are_those_of_the_equations",
      "(block.logits(s, learned) for s in scores)", "(block.logits(scores[0], learned) for s in scores)"),
     ("loss-temperature", "cmli/loss.py",
-     OP + "test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too",
+     LOSS + "test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too",
      "(x + (x.clamp(max=math.log(self.most)) - x).detach()).exp()", "x.clamp(max=math.log(self.most)).exp()"),
     ("loss-duplicates", "cmli/loss.py", OF_A_STEP, "self.alike |= own[:, k, None] == texts.ids[:, k]",
      "self.alike |= False"),

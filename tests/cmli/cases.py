@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 
+PADDING = 50.0  # what stands at positions that do not count
 LENGTHS = [1, 2, 7, 15, 16, 17, 49, 197, 300], [1, 2, 3, 5, 9, 16, 33, 64, 70, 300]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Rounding of the gradients that are returned; scores are fp32 whatever the inputs.
@@ -75,3 +76,25 @@ def check(scores, of: Case) -> None:
         torch.testing.assert_close(g, right, rtol=0, atol=limit * max(1e-3, right.abs().max().item()))
     patch_mask = torch.ones_like(ours[2][..., 0], dtype=torch.bool) if of.sides[3] is None else of.sides[3]
     assert not ours[2][~patch_mask].any() and not ours[3][~of.sides[2]].any()
+
+
+def random_case(dtype=torch.float64, I=3, J=5, N=37, M=9, D=16, seed=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: E741
+    """Features and masks with holes; the last image and the last text have no valid position, the first text one."""
+    g = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(*shape, D, generator=g).to(dtype) for shape in ((I, N), (J, M)))
+    patch_mask, token_mask = torch.rand(I, N, generator=g) < 0.7, torch.rand(J, M, generator=g) < 0.6
+    patch_mask[-1], token_mask[-1], token_mask[0] = False, False, torch.arange(M) == 2
+    image[~patch_mask], text[~token_mask] = PADDING, PADDING
+    return image, text, token_mask, patch_mask
+
+
+def by_loops(image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(1) to (4) in fp64, a pair at a time."""
+    rows = []
+    for v, of_patch in zip(image.double(), patch_mask, strict=True):
+        for w, of_token in zip(text.double(), token_mask, strict=True):
+            S = v[of_patch] @ w[of_token].t()
+            both = (S.amax(1).mean(), S.amax(0).mean()) if S.numel() else (S.sum(), S.sum())
+            rows.append(torch.stack(both))
+    s = torch.stack(rows).view(len(image), len(text), 2)
+    return s[..., 0], s[..., 1]

@@ -1,5 +1,6 @@
-"""The implementations of the op against the fp64 reference, and what is around them."""
+"""The all-pairs op against equations (1) to (4) written out in loops, and its backends against the fp64 reference."""
 
+import os
 import subprocess
 import sys
 from functools import partial
@@ -7,12 +8,86 @@ from functools import partial
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
-from ds_cmli.cmli import cmli_scores, cpu, op
-from ds_cmli.cmli.loss import CMLILoss
-from tests.cmli.cases import LIMITS, case, check, with_gradients
+from ds_cmli.cmli import CMLILoss, cmli_scores, cpu, op
+from ds_cmli.cmli.reference import cmli_scores_reference
+from tests.cmli.cases import by_loops, case, check, random_case, with_gradients
 
+IMPLEMENTATIONS = {"reference": cmli_scores_reference, "chosen": cmli_scores}
 IMAGE, TEXT, MASK = torch.randn(3, 20, 8), torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.bool)
+
+
+def of_random_grads(function, sides) -> list[torch.Tensor]:
+    """s_i2t, s_t2i, and the gradients of images and texts for random ones of the scores."""
+    image, text = (x.clone().requires_grad_() for x in sides[:2])
+    scores = function(image, text, *sides[2:])
+    g = torch.Generator().manual_seed(1)
+    of_scores = [torch.randn(s.shape, generator=g, dtype=torch.float64).to(s.dtype) for s in scores]
+    return [*scores, *torch.autograd.grad(scores, (image, text), of_scores)]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def scores(request):
+    return IMPLEMENTATIONS[request.param]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"N": 3, "M": 2, "D": 4}, {"N": 70, "M": 33, "D": 5}], ids=str)
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+def test_scores_and_gradients_are_those_of_the_equations(scores, dtype, limit, sizes):
+    sides = random_case(dtype, **sizes)
+    ours = of_random_grads(scores, sides)
+    expected = of_random_grads(by_loops, (sides[0].double(), sides[1].double(), *sides[2:]))
+    assert [x.dtype for x in ours] == [dtype] * 4
+    assert_close([x.double() for x in ours], expected, rtol=limit, atol=limit)
+    # What does not count gets exactly no gradient, and no text and no image without a position any score.
+    assert not ours[2][~sides[3]].any() and not ours[3][~sides[2]].any()
+    assert not any(s[-1].any() or s[:, -1].any() for s in ours[:2])
+
+
+def test_padding_does_not_beat_negative_similarities(scores):
+    image, text = torch.ones(2, 5, 4), -torch.ones(3, 6, 4)
+    token_mask, patch_mask = torch.arange(6) < torch.tensor([[1], [4], [6]]), torch.arange(5) < torch.tensor([[2], [5]])
+    assert [s.unique().item() for s in scores(image, text, token_mask, patch_mask)] == [-4.0, -4.0]
+
+
+@pytest.mark.parametrize("N, M", [(1, 1), (3, 3), (40, 3), (40, 7), (2, 40)])
+def test_a_tie_goes_to_the_lowest_valid_index(scores, N, M):
+    """All similarities are equal, so each maximum's gradient goes to the first valid position."""
+    image, text = torch.ones(2, N, 4, requires_grad=True), torch.ones(3, M, 4, requires_grad=True)
+    token_mask, patch_mask = torch.ones(3, M, dtype=torch.bool), torch.ones(2, N, dtype=torch.bool)
+    token_mask[1, 0], patch_mask[1, 0] = M == 1, N == 1  # where there are more, the first of some does not count
+    s_i2t, s_t2i = scores(image, text, token_mask, patch_mask)
+    d_image, d_text = torch.autograd.grad(s_t2i.sum(), (image, text), retain_graph=True)
+    assert (d_image[..., 0].argmax(1) == patch_mask.int().argmax(1)).all()
+    assert d_image[..., 0].count_nonzero(1).tolist() == [1, 1] and (d_text[token_mask] != 0).all()
+    d_image, d_text = torch.autograd.grad(s_i2t.sum(), (image, text))
+    assert (d_text[..., 0].argmax(1) == token_mask.int().argmax(1)).all()
+    assert d_text[..., 0].count_nonzero(1).tolist() == [1, 1, 1] and (d_image[patch_mask] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_products_are_summed_in_fp32(scores, dtype):
+    sides = random_case(dtype, N=20, D=64)
+    ours = scores(*sides)
+    assert [s.dtype for s in ours] == [torch.float32] * 2
+    assert_close([s.double() for s in ours], list(by_loops(*sides)), rtol=1e-5, atol=1e-5)
+    # Two patches that rounded sums would not tell apart: the second is better by 1 of 257.
+    image = torch.ones(1, 2, 257, dtype=dtype)
+    image[0, 0, 0] = 0
+    text = torch.ones(1, 1, 257, dtype=dtype)
+    one = torch.ones(1, 1, dtype=torch.bool)
+    assert scores(image, text, one, one.expand(1, 2))[1].item() == 257.0
+
+
+def test_nan_stays_with_its_pair_and_behind_a_mask(scores):
+    image, text, token_mask, patch_mask = random_case(torch.float32, J=4, N=40)
+    expected = scores(image, text, token_mask, patch_mask)
+    image[~patch_mask], text[~token_mask] = torch.nan, torch.inf
+    assert_close(scores(image, text, token_mask, patch_mask), expected)
+    image[0, patch_mask[0].nonzero()[-1, 0]] = torch.nan
+    for s, before in zip(scores(image, text, token_mask, patch_mask), expected, strict=True):
+        assert s[0, :-1].isnan().all() and torch.equal(s[1:], before[1:]) and s[0, -1] == 0
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -20,19 +95,20 @@ IMAGE, TEXT, MASK = torch.randn(3, 20, 8), torch.randn(4, 6, 8), torch.ones(4, 6
 def test_random_cases(backend, first):
     for seed in range(first, first + 20):
         check(partial(cmli_scores, backend=backend), case(seed))
+        if seed < 4:  # fp64 throughout
+            check(partial(cmli_scores, backend=backend), case(seed, dtype=torch.float64))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_300_random_cases(backend):
-    for seed in range(300):
-        check(partial(cmli_scores, backend=backend), case(seed))
+TRITON_SEEDS = "0 1 2 3 4 5 6 7"
 
 
-def test_fp64_is_fp64_throughout():
-    for seed in range(12):
-        check(cmli_scores, case(seed, dtype=torch.float64))
-    assert LIMITS[torch.float64] == 1e-12
+def test_triton_interpreted():
+    """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
+    pytest.importorskip("triton")
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.cmli.interpreted", *TRITON_SEEDS.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -84,17 +160,6 @@ def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypa
             cached.cache_clear()
 
 
-def test_the_library_is_renamed_into_place(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    try:
-        cpu.library.cache_clear()
-        cpu.library()
-    finally:
-        cpu.library.cache_clear()
-    (built,) = (tmp_path / "ds-cmli").iterdir()
-    assert built.suffix == ".so"
-
-
 @pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 def test_tensors_without_data_have_the_shapes_of_others(backend):
     with FakeTensorMode():
@@ -118,11 +183,9 @@ def test_a_second_derivative_is_refused():
 
 
 def test_the_op_imports_torch_alone():
-    loaded = []
-    for module in ("torch", "ds_cmli.cmli"):
-        code = f"import sys, {module}; print(*{{m.partition('.')[0] for m in sys.modules}})"
-        loaded.append(set(subprocess.check_output([sys.executable, "-c", code], text=True).split()))
-    assert loaded[1] - loaded[0] == {"ds_cmli"}
+    code = "import sys, torch; before = {*sys.modules}; import ds_cmli.cmli; print(*{*sys.modules} - before)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert {name.partition(".")[0] for name in loaded} - {"torch"} == {"ds_cmli"}
 
 
 def test_a_compiled_model_trains_with_the_loss():
