@@ -44,12 +44,10 @@ def test_padding_changes_no_text(built, images):
 
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch_nor_on_texts(built, images):
-    student = built[0].student
-    cls, patches, *_ = student(images, *texts(8, 8))
+    cls, patches, *_ = built[0].student(images, *texts(8, 8))
     assert patches.shape == (3, 16, 32) and cls.shape == (3, 32)
-    alone = student(images[1:2], *(x[:1] for x in texts(8, 3)))
-    torch.testing.assert_close(alone[0], cls[1:2], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(alone[1], patches[1:2], rtol=1e-4, atol=1e-5)
+    alone = built[0].student.encode_image(images[1:2])
+    torch.testing.assert_close(alone, (cls[1:2], patches[1:2]), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -103,6 +101,14 @@ def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
     weight = built[0].student.projection.weight
     torch.testing.assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
     assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
+
+
+def test_target_cmli_alone_never_trains_the_projection():
+    objective, teacher = make.models(loss={"weights": {"target_cmli": 1.0}})
+    [batch] = make.batches(make.data_of(make.config()), 4, 1)
+    objective(batch, teacher(batch.image))[0].backward()
+    assert objective.student.projection.weight.grad is None
+    assert objective.student.image_out.weight.grad.abs().sum() > 0
 
 
 def test_a_longer_student_begins_with_the_layers_of_a_shorter_one():

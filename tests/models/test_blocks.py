@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import replace
 from itertools import count
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.models.blocks import checkpoint_blocks
 from ds_cmli.models.student import Student
+from tests.checkpoint.runs import json_file
+from tests.drive_train import drive
+from tests.make import pairs
+from tests.metrics_file import metrics
 
 CONFIG = load_preset("tiny", {})
 VOCAB = 99
@@ -117,3 +122,18 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)
+
+
+def test_divided_leaf_modules_are_evaluated_also_where_the_first_layers_are_frozen(tmp_path, alone):
+    """Blocks that are compiled under ZeRO-3 are its leaf modules; evaluation uses other methods than forward."""
+    zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    given = ["--preset", "tiny", "--losses", "global,cmli", "--steps", "2", "--set", "run.match_maps=0"]
+    given += ["--data", pairs(tmp_path / "pairs", count=40), "--set", "student.freeze_image=1"]
+    losses = []
+    for kind in ("off", "blocks"):
+        more = [*json_file(tmp_path / "ds.json", zero), "--set", f"run.compile={kind}", "--eval-every", "1"]
+        with mock.patch("torch.compile", lambda function, **_: function):  # which takes minutes
+            assert drive([*given, *more, "--output-dir", str(tmp_path / kind)]) == 0
+        assert [line["step"] for line in metrics(tmp_path / kind) if "eval/val/pairs" in line] == [1, 2]
+        losses.append([line["loss"] for line in metrics(tmp_path / kind) if "loss" in line])
+    assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)

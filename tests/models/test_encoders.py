@@ -7,7 +7,7 @@ import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.models.encoders import changed_fields, text_config
+from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 
@@ -113,6 +113,24 @@ def test_layers_that_are_not_there_are_one_line():
         student(layers=3)
     with pytest.raises(UserError, match=r"its blocks are 0 to 1, and teacher.block is 2"):
         teacher(block=2)
+
+
+@torch.no_grad()
+def test_a_teacher_ends_with_the_chosen_block():
+    cut, image = teacher(block=0), torch.randint(256, (3, 3, S, S), dtype=torch.uint8)
+    model = cut.image.model
+    assert len(model.blocks) == 1  # later ones are not held
+    x = model.blocks[0](model._pos_embed(model.patch_embed(cut.pixels(image, torch.float32))))
+    torch.testing.assert_close(cut(image).patches, torch.nn.functional.layer_norm(x[:, 1:], (32,)))
+
+
+def test_pixels_are_normalised_alike_in_16_bit():
+    image = torch.randint(256, (3, 3, S, S), dtype=torch.uint8)
+    own = teacher().image.model.pretrained_cfg
+    mean, std = (torch.tensor(own[name])[:, None, None] for name in ("mean", "std"))
+    exact = PixelNorm(own["mean"], own["std"])(image, torch.float32)
+    torch.testing.assert_close(exact, (image / 255 - mean) / std, rtol=1e-4, atol=1e-4)
+    assert torch.equal(PixelNorm(own["mean"], own["std"]).half()(image, torch.float32), exact)
 
 
 @pytest.mark.parametrize("width", [40, 200])

@@ -1,6 +1,8 @@
 """A run's folder is a model of transformers: the weights that were trained, their features, and their scores."""
 
 import io
+import json
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from ds_cmli.checkpoint.weights import write_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
@@ -70,6 +73,7 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
     saved, loaded = load_file(run / hf.WEIGHTS), model.state_dict(keep_vars=True)
     assert saved.keys() <= loaded.keys() and len({x.data_ptr() for x in loaded.values() if x.numel()}) <= len(saved)
     assert all(torch.equal(value, loaded[name]) for name, value in saved.items())
+    assert json.loads((run / "config.json").read_text())["dtype"] == "float32"  # whatever an engine has
     for (name, buffer), (_, own) in zip(model.student.named_buffers(), objective.student.named_buffers(), strict=True):
         assert torch.equal(buffer, own), name
     inputs = processor(images=[PIXELS] * 3, text=TEXTS)
@@ -87,28 +91,23 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
 
 OTHER = """
 import sys, torch, ds_cmli.models.hf
-from safetensors.torch import load_file, save_file
 from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1]).eval()
+model = AutoModel.from_pretrained(sys.argv[1])
 with torch.no_grad():
-    features = model(**load_file(sys.argv[2]))
-save_file({name: value.contiguous() for name, value in {**model.state_dict(), **features}.items()}, sys.argv[3])
+    torch.save({**model.state_dict(), **model(**torch.load(sys.argv[2]))}, sys.argv[3])
 """
 
 
 @torch.no_grad()
 def test_another_process_loads_the_same(run, tmp_path):
     inputs = AutoProcessor.from_pretrained(run)(images=[PIXELS] * 3, text=TEXTS)
-    hf_model = AutoModel.from_pretrained(run)
-    files = [str(run), str(tmp_path / "inputs"), str(tmp_path / "outputs")]
-    from safetensors.torch import save_file
-
-    save_file(dict(inputs), files[1])
+    torch.save(dict(inputs), tmp_path / "in")
     environment = clean_environment() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    files = [run, tmp_path / "in", tmp_path / "out"]
     subprocess.run([sys.executable, "-c", OTHER, *files], env=environment, check=True, stdin=subprocess.DEVNULL)
-    found = load_file(files[2])
+    found = torch.load(tmp_path / "out")
     assert all(torch.equal(value, found[name]) for name, value in load_file(run / hf.WEIGHTS).items())
-    for name, value in hf_model(**inputs).items():
+    for name, value in AutoModel.from_pretrained(run)(**inputs).items():
         torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
 
 
@@ -151,17 +150,12 @@ def test_its_logits_rank_as_the_evaluation_says(made, run):
             assert result[f"combined/{way}_r{k}"] == pytest.approx((above < k).float().mean().item(), abs=1e-6)
 
 
-def encoded(image, kind):
-    buffer = io.BytesIO()
-    image.save(buffer, kind)
-    return buffer.getvalue()
-
-
 def test_the_processor_prepares_as_training_does(made, run):
     config, _, words = made
     processor, image = AutoProcessor.from_pretrained(run), Image.fromarray(PIXELS)
     tensor, wanted = torch.from_numpy(PIXELS).permute(2, 0, 1), View.of(config.data)(PIXELS)
-    for given in (PIXELS, image, tensor, [PIXELS], (image,), PIXELS[None], tensor[None], encoded(image, "PNG")):
+    image.save(file := io.BytesIO(), "PNG")
+    for given in (PIXELS, image, tensor, [PIXELS], (image,), PIXELS[None], tensor[None], file.getvalue()):
         assert torch.equal(processor(images=given)["pixel_values"], wanted[None])
     inputs = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
     assert [row[mask].tolist() for row, mask in zip(*inputs.values(), strict=True)] == [
@@ -191,12 +185,9 @@ def test_what_is_not_there_or_damaged_is_one_line(run, tmp_path):
         hf.load(tmp_path, setting="the model")
     with pytest.raises(UserError, match=r"no model\.ema\.safetensors there; leave out --ema"):
         hf.load(run, hf.AVERAGE)
-    other = save_run(tmp_path / "other", *trained())
-    weights = load_file(other / hf.WEIGHTS)
-    name = "student.projection.weight"
+    shutil.copytree(run, other := tmp_path / "other")
+    weights, name = load_file(run / hf.WEIGHTS), "student.projection.weight"
     for change, line in (({}, "does not fit"), ({name: weights[name][1:]}, "cannot be loaded|does not fit")):
-        from ds_cmli.checkpoint.weights import write_weights
-
         write_weights({key: x for key, x in weights.items() if key != name} | change, other / hf.WEIGHTS)
         with pytest.raises(UserError, match=f"^[^\n]*({line})[^\n]*$"):
             hf.load(other)
