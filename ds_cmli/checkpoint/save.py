@@ -218,7 +218,7 @@ class Checkpoints:
                 again += 1
                 name = f"step{state.step}.{again}"
             # In the precision that forward passes compute in.
-            checks = (not_finite(x.to(self.engine.dtype), key) for key, x in weights.items())
+            checks = (not_finite({key: x.to(self.engine.dtype)}) for key, x in weights.items())
             bad = next(filter(None, checks), None)
         bad, name = distributed.broadcast_object((bad, name))  # collective
         if bad is not None:
