@@ -1,1 +1,0 @@
-"""The comparison of the source document's memory estimates with what is predicted and measured."""

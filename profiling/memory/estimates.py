@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ds_cmli.cmli.op import index_dtype
-from ds_cmli.config.schema import check
-from profiling.tables import count, section
 
 # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M.
 SPECIAL_TOKENS = 2
@@ -29,11 +27,6 @@ class Setting:
     M: int = 64
     H: int = 768
     D: int = 256
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            least = SPECIAL_TOKENS + 1 if name == "M" else 1
-            check(value >= least, f"--{name}", value, f"give {least} or more")
 
     @property
     def G(self) -> int:
@@ -141,3 +134,21 @@ def arithmetic(every: dict[str, Claim], s: Setting) -> str:
     quotes = [f'{id}: "{claim.quote}"' for id, claim in every.items()]
     columns = ["", "formula", "comes to", "the document's result"]
     return section(f"The document's arithmetic: {sizes}", columns, rows, *quotes)
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """As Markdown; columns of numbers are right-aligned."""
+    cells_of = [cells for _, *cells in zip(columns, *rows, strict=True)]
+    words = (any(cell.strip("0123456789,.-") for cell in cells) for cells in cells_of)
+    alignment = ["---" if has_words else "---:" for has_words in words]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))
+
+
+def section(title: str, columns: list[str], rows: list[list[str]], *notes: str) -> str:
+    lines = [f"- {note}" for note in notes]
+    return "\n".join([f"## {title}", "", table(columns, rows) if rows else "", "", *lines, ""])
+
+
+def count(number: int | None) -> str:
+    """The number with thousands separators, as in 1,024; "-" for None."""
+    return "-" if number is None else f"{number:,}"

@@ -11,7 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,7 +19,7 @@ import torch
 from ds_cmli.cmli.op import power_of_two, why_not_triton
 from ds_cmli.memory.report import gigabytes
 from ds_cmli.memory_model.gpus import Gpu
-from profiling.memory.estimates import Setting, claims
+from profiling.memory.estimates import Setting, claims, count, section
 from profiling.memory.implementations import (
     Allocations,
     Implementation,
@@ -28,13 +27,11 @@ from profiling.memory.implementations import (
     predict,
     run,
 )
-from profiling.tables import count, section
 
 GB = 10**9
 MOST_BYTES = 16 * GB  # of main memory, as others may use the machine too
 SPARE_BYTES = 2 * GB  # left for the system and for the process itself
 MOST_SECONDS = 180.0
-CGROUPS = "/sys/fs/cgroup"
 
 
 @dataclass
@@ -112,18 +109,11 @@ def measure(
 
 
 def free_bytes(device: str) -> int:
-    """What a measurement may take: of a CPU's memory also what a container or batch job may."""
+    """What a measurement may take."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0] - GB
-    free = [MOST_BYTES + SPARE_BYTES, psutil.virtual_memory().available]
-    with suppress(OSError, IndexError):  # Linux cgroups v2
-        own = Path(CGROUPS + Path("/proc/self/cgroup").read_text().split("::", 1)[1].strip())
-        for folder in (own, *own.parents):
-            with suppress(OSError, ValueError):  # no limit is "max"
-                most = int((folder / "memory.max").read_text())
-                free.append(most - int((folder / "memory.current").read_text()))
-    return min(free) - SPARE_BYTES
+    return min(MOST_BYTES, psutil.virtual_memory().available - SPARE_BYTES)
 
 
 def given_by_process(

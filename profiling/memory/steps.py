@@ -22,11 +22,10 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.memory.report import Report, gigabytes
 from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_worst
 from ds_cmli.memory_model.gpus import Gpu
-from profiling.memory.estimates import Setting
+from profiling.memory.estimates import Setting, count, section
 from profiling.memory.implementations import broadcast_scores, contrastive_loss
-from profiling.memory.measure import free_bytes, given_by_process
+from profiling.memory.measure import given_by_process
 from profiling.speed.op import materialised_scores
-from profiling.tables import count, section
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
 ALL_LOSSES = ("global", "cmli", "target_cmli")
@@ -154,13 +153,9 @@ def whole_step(preset: str, world_size: int, gpu: Gpu, here: bool) -> tuple[str,
 
 def measure_step(step: Step, expected: int) -> tuple[Report | None, str]:
     """The step on this machine's GPU, and what there is to say about it."""
-    free = free_bytes("cuda")
-    if expected > free:
-        need = gigabytes(expected, free, digits=1)
-        return None, "not measured: needs {} GB, {} GB are free".format(*need)
     reports = given_by_process(STEP_SECONDS, measured_alone, step)
     if not reports:
-        return None, "not measured: it failed, or took too long"
+        return None, "not measured: it does not fit, or took too long"
     size = reports[0].totals["requested"]
     return reports[0], f"measured {size:,} B ({expected / size - 1:+.3%})"
 
