@@ -20,7 +20,7 @@ from .op import Implementation, Pair, Sides, full_precision, index_dtype, slices
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 # Of a sigmoid loss on cosines: SigLIP's models have learned up to 120, without a maximum.
 MAX_SIGMOID_SCALE = 1000.0
-SCRATCH_BYTES = 64 * 2**20
+SCRATCH_BYTES = 2**27
 CPU_BLOCK_BYTES = 16 * 2**20  # of a block of images on a CPU: larger ones leave the cache
 # What a block takes beside argmax indices, in fp32: matrices of pairs, copies of patches.
 PAIR_BYTES, PATCH_BYTES = 32, 16

@@ -201,7 +201,7 @@ class LossConfig:
     cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
     # Of the losses over pairs: memory for scores and argmax indices, (N + M + 8) bytes a pair;
     # backward computes again those that do not fit. On a GPU also for the pairs of a block.
-    cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
+    cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**27
 
     def __post_init__(self) -> None:
         for name in self.start:
