@@ -305,7 +305,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
 
 def main() -> None:
-    run_command(command, prints_results=False)
+    run_command(command)
 
 
 if __name__ == "__main__":

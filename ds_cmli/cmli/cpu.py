@@ -20,7 +20,7 @@ from torch import Tensor
 from .op import Pair, Sides, has_data
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp -shared -fPIC"
+FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp"
 VECTORS = {
     "AVX512": "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"
 }  # fmt: skip
@@ -43,24 +43,31 @@ class Pairs(ctypes.Structure):
     _fields_ = _fields("i2t t2i tokens patches", "token_bytes patch_bytes")
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """Raises OSError or CalledProcessError where there is no compiler, or it fails."""
-    flags = f"{FLAGS} {VECTORS.get(torch.backends.cpu.get_cpu_capability(), '')}".split()
+def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
+    """The library of a C++ file, from the cache if it has been compiled so before.
+
+    Raises OSError or CalledProcessError where there is no compiler, or it fails.
+    """
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    parts = SOURCE.read_bytes(), " ".join([*compiler, *flags]).encode()
-    name = f"cpu-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+    parts = source.read_bytes(), " ".join([*compiler, *flags]).encode()
+    name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    built = Path(home).expanduser() / "ds-cmli" / name
+    built = Path(os.environ.get("DS_CMLI_CACHE") or f"{home}/ds-cmli").expanduser() / name
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         # Ranks may all compile; each renames a whole library into place.
         with tempfile.TemporaryDirectory(dir=built.parent) as folder:
             out = Path(folder) / name
-            command = [*compiler, str(SOURCE), *flags, "-o", str(out)]
+            command = [*compiler, str(source), *flags, "-shared", "-fPIC", "-o", str(out)]
             subprocess.run(command, check=True, capture_output=True)
             out.replace(built)
-    loaded = ctypes.CDLL(str(built))
+    return ctypes.CDLL(str(built))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    flags = f"{FLAGS} {VECTORS.get(torch.backends.cpu.get_cpu_capability(), '')}"
+    loaded = compiled(SOURCE, flags.split())
     at, size, side, pairs = ctypes.c_void_p, ctypes.c_int64, *map(ctypes.POINTER, (Side, Pairs))
     scratch = size, size, at, size, ctypes.c_int
     loaded.cmli_rows.argtypes = at, size, size, at, at

@@ -2,18 +2,11 @@
 
 import ctypes
 import os
+from contextlib import suppress
 from pathlib import Path
 
 # The values of ONEDNN_MAX_CPU_ISA with which oneDNN uses no bf16 instructions.
-WITHOUT_BF16 = (
-    "SSE41",
-    "AVX",
-    "AVX2",
-    "AVX2_VNNI",
-    "AVX2_VNNI_2",
-    "AVX512_CORE",
-    "AVX512_CORE_VNNI",
-)
+WITHOUT_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI"
 # Flags in /proc/cpuinfo of processors with bf16 instructions: x86 with AVX-512 or AMX, and Arm.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 DETERMINISTIC_CUBLAS = ":4096:8"  # the CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic
@@ -22,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def onednn_limit() -> str:
     """The instructions that oneDNN is limited to by the environment; "": it is not."""
-    return os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper()
 
 
 def bf16_is_fast() -> bool:
@@ -33,16 +26,11 @@ def bf16_is_fast() -> bool:
     """
     import torch
 
-    if onednn_limit() in WITHOUT_BF16 or not torch.backends.mkldnn.is_available():
+    if onednn_limit() in WITHOUT_BF16.split() or not torch.backends.mkldnn.is_available():
         return False
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return False
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return True  # not Linux: oneDNN's answer is all there is
-    lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return bool(BF16_FLAGS & set(next(lines, "").split()))
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else BF16_FLAGS
+    return bool(BF16_FLAGS & words) and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def cpu_line() -> str:
@@ -58,15 +46,12 @@ def keep_freed_memory() -> None:
     """Let glibc's allocator keep freed memory for the next step.
 
     Otherwise every large tensor gets new pages, which the system clears at their first use; the
-    update of the weights then took twice as long. Other allocators (jemalloc, tcmalloc) are not
-    affected.
+    update of the weights then took twice as long.
     """
-    try:
+    with suppress(OSError, AttributeError):  # the C library is not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    except (OSError, AttributeError):
-        pass  # the C library is not glibc
 
 
 def one_attention_on_all_gpus() -> None:

@@ -1,38 +1,37 @@
-"""How libraries load pretrained models here: without code from files, quietly and quickly."""
+"""How libraries load pretrained models here: without code from files, and quietly."""
 
 import logging
-import re
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
+from unittest import mock
 
-from ds_cmli.common.patches import environment, patched
-
-LIBRARIES = ("huggingface_hub", "timm", "transformers")
+from ds_cmli.common.errors import one_line
 
 
 @contextmanager
 def loading(hub: bool) -> Iterator[None]:
     """A context for every call that loads a model or a tokenizer.
 
+    torch.load accepts nothing but tensors in it, whatever arguments a library gives it.
+
     Args:
         hub: whether the call may ask the model hub. If the hub does not answer the first request,
-            only its local cache is used; the library itself would retry for up to a minute.
+            only its local cache is used; the library itself would retry for up to a minute a file.
     """
     from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with ExitStack() as stack:
-        # torch.load then accepts nothing but tensors, whatever arguments a library gives it.
-        stack.enter_context(environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}))
-        for name in LIBRARIES:
+        stack.enter_context(mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"))
+        for name in ("huggingface_hub", "timm", "transformers"):
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        if hub and not constants.HF_HUB_OFFLINE:
-            offline = not _answers(constants.ENDPOINT)
-            stack.enter_context(patched("huggingface_hub: offline", lambda _: offline))
+        offline = constants.HF_HUB_OFFLINE or (hub and not _answers(constants.ENDPOINT))
+        stack.enter_context(mock.patch.object(constants, "HF_HUB_OFFLINE", offline))
         yield
 
 
@@ -47,36 +46,9 @@ def _answers(url: str) -> bool:
     return True
 
 
-def refused_code(error: Exception) -> str | None:
-    """The message for a pickle that torch refuses, without its advice; None for other errors."""
-    text = str(error)
-    if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
-        return None
-    named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
-    accepted = f"tensors ({named[1]})" if named else "tensors"
-    return f"it holds more than {accepted}, and code in pickles is never run"
-
-
 def reason(error: Exception) -> str:
-    """Why a library could not load something, in one line that advises nothing unsafe."""
-    text = re.sub(r"\s+", " ", str(error)).strip()
-    refused = refused_code(error)
-    if refused is not None:
-        return f"{refused}: give a .safetensors file, or a state dict that torch.save wrote"
-    if "SentencePiece library" in text or "protobuf library" in text:
-        return "its spiece.model needs `pip install sentencepiece protobuf`"
-    if "trust_remote_code" in text:
-        return (
-            "it needs code of its own, which is never run: choose a model that the transformers "
-            "library has"
-        )
-    if (
-        type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
-        or "couldn't connect" in text
-    ):
-        return (
-            "the model hub cannot be reached and its cache does not have it: give a local path, or "
-            "another model"
-        )
-    alone = isinstance(error, KeyError | IndexError) or not text
-    return (f"{type(error).__name__}: {text}" if alone else text)[:300]
+    return f"{type(error).__name__}: {one_line(error)[:500]}"
+
+
+def refused_code(error: Exception) -> str | None:
+    return None

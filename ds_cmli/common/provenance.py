@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -13,40 +12,31 @@ PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
 def revision() -> str | None:
-    """The source tree's git commit, with "+" if sources were changed; None if there is none.
-
-    Untracked files inside the package count as changes.
-    """
-    package = Path(__file__).parent.parent
-    git = ["git", "-C", str(package)]
+    """The git commit of the sources, with "-dirty" if they were changed; None if there is none."""
+    git = [
+        "git",
+        "-C",
+        str(Path(__file__).parent),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+    ]
     try:
-        head = _output(*git, "rev-parse", "HEAD")
-        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
-        new = _output(*git, "ls-files", "--others", "--exclude-standard")
+        return subprocess.check_output([*git, "--exclude=*"], stderr=-3, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return f"{head}+" if changed or new else head
 
 
-def _output(*command: str) -> str:
-    return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
-
-
-def version() -> str:
-    """The version of this package, as it was installed."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version("ds-cmli")
-    return "from its sources"
+def version(package: str = "ds-cmli") -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def versions() -> dict[str, str]:
-    result = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            result[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            result[name] = "not installed"
-    return result
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
 def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:

@@ -9,39 +9,30 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Trackers that timm and DeepSpeed import where they are installed, which takes seconds, and use
-# only when asked to.
-UNASKED = ("mlflow", "wandb")
 USUAL = gc.get_threshold()
 
 
 @contextmanager
 def without_trackers() -> Iterator[None]:
-    """Hide from libraries, inside, the trackers that have not been imported yet."""
-    hidden = [name for name in UNASKED if name not in sys.modules]
-    for name in hidden:
-        sys.modules[name] = None  # type: ignore[assignment]
+    """Hide from libraries, inside, trackers that they would import, which takes seconds."""
+    hidden = {"mlflow", "wandb"} - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
         for name in hidden:
-            if sys.modules.get(name) is None:
-                sys.modules.pop(name, None)
+            del sys.modules[name]
 
 
 def silence() -> None:
     """Set the libraries' switches. To be called before they are imported."""
-    # Otherwise there is a warning at each loading process.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at each loading process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Otherwise there are socket traces around every lost rank.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # torch.profiler prints two lines about missing GPUs at each use.
-    if not os.path.exists("/dev/nvidiactl"):
-        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # socket traces around every lost rank
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # A sixth of a start would be spent on looking for garbage among a million imported objects. A
-    # process forked with them has no such start.
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler on missing GPUs
+    # A sixth of a start would be spent on looking for garbage among a million imported objects.
     if "deepspeed" not in sys.modules:
         gc.set_threshold(100_000)
     warnings.filterwarnings("ignore")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_cmli.common.cache import cache_folder, is_sealed, locked, seal
+from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import Source
@@ -104,17 +104,16 @@ class Tars:
 def index(shard: Path) -> np.ndarray:
     """Where a shard's samples are, `ROW` [n], memory-mapped from the cache.
 
-    One process makes it, others wait. A cached index that is damaged is made again.
+    One process makes it, others wait.
     """
     status, folder = shard.stat(), cache_folder() / "tar-index"
     state = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
     file = folder / f"{name}.npy"
-    if not is_sealed(file):
+    if not file.exists():
         with locked(folder, f"{name}.lock", f"the index of {shard}"):
-            if not is_sealed(file):
+            if not file.exists():
                 np.save(beside := folder / f"{name}.new.npy", scan(shard))
-                seal(beside)
                 beside.replace(file)
     rows = np.load(file, mmap_mode="r")
     # Mapped by torch, which keeps no descriptor open: there may be thousands of shards.

@@ -3,18 +3,24 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import GetSetDescriptorType as Descriptor
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 
-from ds_cmli.common.patches import patched, patched_each
 from ds_cmli.fake_cuda import device, guard, kernels
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.fake_cuda.values import Values, WithoutData
 from ds_cmli.memory_model.gpus import Gpu
+
+FOREACH = "_foreach_supported_types"
+GPU = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
 
 
 @contextmanager
@@ -31,19 +37,12 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
 
     Stream.begin()
     without_data = WithoutData(allow_non_fake_inputs=True)
-    replacements: dict[str, Callable] = {
-        "torch: linear": lambda known: known,
-        "torch: module conversion": lambda _: _apply,
-        "torch: data of a tensor": _data_of_any_device,
-        "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
-        "deepspeed: kernels": kernels.loading,
-    }
     with ExitStack() as stack:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
         stack.enter_context(guard.answering())
-        stack.enter_context(patched_each("torch: GPU", device.functions(gpu, recorder)))
-        for name, replacement in replacements.items():
-            stack.enter_context(patched(name, replacement))
+        for owner, name, replacement in _patches(device.functions(gpu, recorder)):
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.registered(gpu.limits))
         stack.callback(set_accelerator, get_accelerator())
         set_accelerator(CUDA_Accelerator())
@@ -54,6 +53,26 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         for mode in (without_data, recorder, Values(without_data)):
             stack.enter_context(mode)
         yield
+
+
+def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object]]:
+    """What of PyTorch and DeepSpeed is replaced: owner, name, replacement."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+
+    return [
+        # They ask the driver, and a predicted step is to find a GPU without one.
+        *((module, *named) for module in GPU for named in gpu_functions.items()),
+        # ZeRO-3 replaces it for good by a function that keeps less for backward.
+        (F, "linear", F.linear),
+        # It replaces parameters without data even where nothing changes, and then fails.
+        (nn.Module, "_apply", _apply),
+        # A tensor that gets the data of another device, or of one without data, stays as it was.
+        (Tensor, "data", _data_of_any_device(Tensor.data)),
+        # It does not know tensors without data as what they stand for.
+        *((x, FOREACH, [*getattr(x, FOREACH), FakeTensor]) for x in (optimizer, _foreach_utils)),
+        # It compiles kernels for a GPU, which update in place and allocate nothing.
+        (OpBuilder, "load", kernels.loading(OpBuilder.load)),
+    ]
 
 
 def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:
@@ -69,7 +88,7 @@ def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Modu
     return self
 
 
-def _data_of_any_device(known: Descriptor) -> property:
+def _data_of_any_device(known: Any) -> property:
     """Replace `Tensor.data`, which is set to move parameters."""
 
     def assign(self: Tensor, new: Tensor) -> None:

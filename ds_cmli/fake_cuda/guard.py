@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch.torch_version import TorchVersion
 
-from ds_cmli.common import native
-from ds_cmli.common.errors import UserError
+from ds_cmli.cmli.cpu import compiled
+from ds_cmli.common.errors import UserError, blame
 
 SOURCE = Path(__file__).parent / "guard.cpp"
 OLDEST, NEXT = "2.10", "2.16"  # of PyTorch: what is between is known to answer alike
@@ -28,14 +28,11 @@ def library() -> ctypes.CDLL:
         raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
     root = Path(torch.__file__).parent
     include, lib = root / "include", root / "lib"
-    options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    options += [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
-    try:
-        return ctypes.CDLL(str(native.library(SOURCE, options, str(installed))))
-    except OSError as reason:  # such as a file system without programs
-        raise UserError(f"{reason}: set DS_CMLI_CACHE to another folder") from None
-    except UserError as reason:
-        raise UserError(f"a prediction needs g++ 10 or later: {reason}") from None
+    flags = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    flags += [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    flags += [f"-DFOR_TORCH={installed}"]  # another version has another library
+    with blame("a prediction compiles with g++ 10 or later, into the folder DS_CMLI_CACHE"):
+        return compiled(SOURCE, flags)
 
 
 @contextmanager

@@ -121,7 +121,6 @@ def test_nothing_is_given_twice():
         assert "--set student.layers is given twice" in refused(
             parse_settings, ("student.layers=1", f"student.layers={second}")
         )
-    assert "has 'cmli' twice" in refused(parse_settings, ('loss.weights={"cmli": 1, "cmli": 2}',))
 
 
 @pytest.mark.parametrize(
