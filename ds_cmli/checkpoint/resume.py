@@ -40,14 +40,8 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import columns
 from ds_cmli.models.hf import AVERAGE
 
-# The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.
-OF_FILES = (
-    "deepspeed.zero_",
-    "deepspeed.fp16",
-    "deepspeed.bf16",
-    "deepspeed.data_types",
-    "deepspeed.torch_auto",
-)
+# The sections of the DeepSpeed JSON that decide the form of DeepSpeed's files.
+OF_FILES = ("zero_", "fp16", "bf16", "data_types", "torch_auto")
 # All that PyTorch's loader builds from a file besides tensors and plain values.
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 # The state of a dynamic loss scaler.
@@ -61,8 +55,7 @@ class ResumePoint:
     path: Path
     state: TrainState
     ranks: int  # number of ranks that wrote it
-    # Whether this start partitions weights and optimizer states differently than the checkpoint.
-    resharded: bool = False
+    resharded: bool = False  # whether this start partitions weights and moments otherwise
     changed: bool = False  # whether this start has other settings, by --resume-with-changes
 
     def is_of(self, folder: Path) -> bool:
@@ -79,13 +72,9 @@ class ResumePoint:
 
 
 def find(resume: str, folder: Path) -> ResumePoint | None:
-    """The newest undamaged checkpoint, given `--resume` and the run's folder. Collective.
+    """The newest undamaged checkpoint, given `--resume` and the run's folder; None: a fresh start.
 
-    Returns:
-        None for a fresh start.
-
-    Raises:
-        UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
+    Raises `UserError` if the path has no checkpoint, or all of them are damaged. Collective.
     """
     paths: list[Path] = []
     with distributed.raised_together():  # collective
@@ -147,18 +136,13 @@ def _candidates(resume: str, folder: Path) -> list[Path]:
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The DeepSpeed JSON with the batch of the run to resume, if the ranks were or are others.
 
-    The global batch and thus the number of negatives stay the same, and so does gradient
-    accumulation: accumulated micro-batches cannot replace ranks, because they do not see each
-    other's negatives.
-
-    Raises:
-        UserError: the batch is not divisible by the number of ranks.
+    The number of negatives stays the same, and so does gradient accumulation: micro-batches cannot
+    replace ranks, because they do not see each other's negatives. Raises `UserError`.
     """
     if point is None or point.batch_as_asked:
         return ds_config
     total, accumulation = point.state.train_batch_size, point.state.accumulation
-    ranks = distributed.world_size()
-    negatives = total // accumulation
+    negatives, ranks = total // accumulation, distributed.world_size()
     if negatives % ranks:
         fitting = ", ".join(str(n) for n in range(1, negatives + 1) if negatives % n == 0)
         raise UserError(
@@ -183,11 +167,8 @@ def state_of(
 ) -> TrainState:
     """The state to continue from, or a fresh one, with the settings and the batch of this start.
 
-    Args:
-        fingerprint: `Data.fingerprint`, which is compared like the settings.
-
-    Raises:
-        UserError: the run to resume had other settings, which are listed, without `with_changes`.
+    `fingerprint` is that of the data, compared like the settings. Raises `UserError` if the run to
+    resume had other settings, which are listed, without `with_changes`.
     """
     now = settings.compared(config, ds_config, fingerprint)
     # What a source gives before training is evaluated first.
@@ -204,14 +185,13 @@ def state_of(
         point.changed = bool(changed)
         changes = f" with changes: {'; '.join(changed)}" if changed else ""
         say(f"resuming from {point.path}{changes}")
-        before, after = (
-            {k: v for k, v in values.items() if k.startswith(OF_FILES)}
-            for values in (state.config, now)
-        )
-        point.resharded = before != after or point.ranks != distributed.world_size()
-        if point.resharded:
-            ranks = f"written by {point.ranks} ranks, read by {distributed.world_size()}"
-            say(f"{ranks}: through a universal checkpoint")
+        sections = tuple(f"deepspeed.{section}" for section in OF_FILES)
+        names = [name for name in {*state.config, *now} if name.startswith(sections)]
+        point.resharded = any(state.config.get(name, name) != now.get(name, name) for name in names)
+        ranks = distributed.world_size()
+        if point.resharded or point.ranks != ranks:
+            point.resharded = True
+            say(f"written by {point.ranks} ranks, read by {ranks}: through a universal checkpoint")
         state.rebatched = not point.batch_as_asked
         if any(line.startswith(("data.", "sources.", "optim.ema_decay")) for line in changed):
             # Results of averaged and of plain weights, or on other data, cannot be compared.
@@ -228,10 +208,7 @@ def state_of(
 
 @contextmanager
 def no_code() -> Iterator[None]:
-    """A context in which no library runs code from files that it reads, even if it asks for that.
-
-    It does not nest.
-    """
+    """No library runs code from files that it reads inside, even if it asks for that."""
     force = environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
     with force, torch.serialization.safe_globals(DEEPSPEED_CLASSES):
         yield
@@ -299,15 +276,23 @@ def _convert(checkpoint: Path, converted: Path, first: str) -> None:
 
     Raises `UserError` if it cannot be written.
     """
+    from deepspeed.checkpoint import ds_to_universal
+
+    # No worker processes: forking a process with threads and a process group can deadlock.
+    how: dict[str, Any] = {"num_extract_workers": 1, "num_merge_workers": 1, "strict": True}
+    how |= {"keep_temp_folder": False, "inject_missing_state": True}
+    silent = io.StringIO()
     try:
         shutil.rmtree(converted.parent, ignore_errors=True)
         converted.mkdir(parents=True)
         with tempfile.TemporaryDirectory() as plain, no_code():
             # DeepSpeed uses paths as glob patterns, so it is given links whose names have no
             # special characters.
-            for name, target in (("from", checkpoint), ("to", converted)):
-                Path(plain, name).symlink_to(target.absolute())
-            _run_converter(f"{plain}/from", f"{plain}/to")
+            for name, folder in (("input_folder", checkpoint), ("output_folder", converted)):
+                Path(plain, name).symlink_to(folder.absolute())
+                how[name] = f"{plain}/{name}"
+            with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
+                ds_to_universal.main(argparse.Namespace(**how))
             _complete(converted, first)
     except Exception as error:
         shutil.rmtree(converted.parent, ignore_errors=True)
@@ -317,24 +302,6 @@ def _convert(checkpoint: Path, converted: Path, first: str) -> None:
         raise UserError(
             f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {why}"
         ) from None
-
-
-def _run_converter(source: str, target: str) -> None:
-    from deepspeed.checkpoint import ds_to_universal
-
-    arguments = argparse.Namespace(
-        input_folder=source,
-        output_folder=target,
-        # No worker processes: forking a process with threads and a process group can deadlock.
-        num_extract_workers=1,
-        num_merge_workers=1,
-        keep_temp_folder=False,
-        strict=True,
-        inject_missing_state=True,
-    )
-    silent = io.StringIO()
-    with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
-        ds_to_universal.main(arguments)
 
 
 def _complete(converted: Path, first: str) -> None:

@@ -34,21 +34,14 @@ JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than 
 
 @contextmanager
 def written_together(folder: Path) -> Iterator[None]:
-    """Inside, rank 0 writes into the folder: all ranks raise a `UserError` if it cannot.
-
-    Collective.
-    """
+    """All ranks raise a `UserError` if rank 0 cannot write inside. Collective."""
     place = f"--output-dir is {str(folder)!r}: cannot write there"
     with distributed.raised_together(), blame(place):  # collective
         yield
 
 
 def make(config: Config, resume: str) -> Path:
-    """Make the run's folder. Collective.
-
-    Raises:
-        UserError: on every rank.
-    """
+    """Make the run's folder. Collective."""
     named = config.run.output_dir
     if not named and resume not in ("auto", "never"):  # that of the run in `--resume PATH`
         path = Path(resume).absolute()
@@ -75,10 +68,7 @@ def held(folder: Path) -> Iterator[None]:
 
     A file made by an exclusive open, which is atomic on NFS too, and touched again and again: a
     holder that has died here, or does not touch it any more elsewhere, has lost it, and so has an
-    earlier start of the same job.
-
-    Raises:
-        UserError: on every rank, if another run holds it, or a node does not see it.
+    earlier start of the same job. Raises `UserError` on every rank if another run holds it.
     """
     path, own, ended = folder / LOCK, "", threading.Event()
 
@@ -118,38 +108,32 @@ def _take(path: Path) -> str:
             file.write(json.dumps(mine))
             return json.dumps(mine)
         with suppress(FileNotFoundError):  # given back since
-            age = time.time() - path.stat().st_mtime
-            holder = _holder(path)
-            if holder is not None and _runs(holder, mine, age):
+            if not path.read_text():
+                time.sleep(0.5)  # it is being written, or the disk was full
+            age, holder = time.time() - path.stat().st_mtime, None
+            with suppress(ValueError, KeyError, TypeError):  # it was not written whole
+                content = json.loads(path.read_text())
+                holder = content if _runs(content, mine, age) else None
+            if holder is not None:
                 raise UserError(
-                    f"--output-dir is {str(path.parent)!r}: in use by process {holder.get('pid')} "
-                    f"on {holder.get('host')}, which gave a sign {age:.0f} s ago; without one for "
+                    f"--output-dir is {str(path.parent)!r}: in use by process {holder['pid']} on "
+                    f"{holder['host']}, which gave a sign {age:.0f} s ago; without one for "
                     f"{LEASE:.0f} s the folder is free: give another --output-dir"
                 )
             path.unlink()
 
 
-def _holder(path: Path) -> dict[str, Any] | None:
-    """What the lock file says; None if it was not written whole, as on a full disk."""
-    for _ in range(2):
-        with suppress(ValueError):
-            holder = json.loads(path.read_text())
-            return holder if isinstance(holder, dict) and "host" in holder else None
-        time.sleep(0.5)  # it is being written
-    return None
-
-
 def _runs(holder: dict[str, Any], mine: dict[str, Any], age: float) -> bool:
-    job, start = holder.get("job") or [None, None]
-    if job is not None and job == mine["job"][0] and start != mine["job"][1]:
+    (job, start), (own_job, own_start) = holder["job"], mine["job"]
+    if job is not None and job == own_job and start != own_start:
         return False  # an earlier start of the same job, which its scheduler has ended
-    if holder.get("host") != mine["host"]:
+    if holder["host"] != mine["host"]:
         return age < LEASE
     try:
-        process = psutil.Process(holder.get("pid"))
+        process = psutil.Process(holder["pid"])
         zombie = process.status() == psutil.STATUS_ZOMBIE
-        return not zombie and abs(process.create_time() - holder.get("started", 0)) < 1
-    except (psutil.Error, TypeError, ValueError):
+        return not zombie and abs(process.create_time() - holder["started"]) < 1
+    except psutil.Error:
         return False
 
 
@@ -162,11 +146,7 @@ def settle(
 ) -> None:
     """Remove the records of steps after that at which the run goes on. Collective.
 
-    Args:
-        describe: writes what a model's folder has beside its weights.
-
-    Raises:
-        UserError: on every rank, if the folder cannot be written.
+    `describe` writes what a model's folder has beside its weights.
     """
     with written_together(folder):  # collective
         if not distributed.is_main():

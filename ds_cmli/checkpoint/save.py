@@ -33,7 +33,6 @@ from ds_cmli.common.errors import UserError, first_line
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 from ds_cmli.models.weights import not_finite
@@ -102,7 +101,7 @@ def remove_incomplete(folder: Path) -> None:
 
 def write_checksums(folder: Path, digests: dict[str, str]) -> None:
     """Write `checksums.json`, whose first line is the SHA-256 of the others."""
-    body = json.dumps(digests, indent=1, sort_keys=True) + "\n"
+    body = json.dumps(digests, indent=1)
     text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
     write(folder / CHECKSUMS, lambda file: file.write_text(text))
     sync_folder(folder)
@@ -163,12 +162,12 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def gather(self) -> None:
         """Give all ranks the files of all, and the error of the first that has one. Collective."""
-        gathered = distributed.gather_objects((this_node(), self.digests, self.error))  # collective
-        nodes, digests, errors = zip(*gathered, strict=True)
-        self.digests = {name: x for of_rank in digests for name, x in of_rank.items()}
-        failed = next((rank for rank, error in enumerate(errors) if error), None)
-        if failed is not None:
-            self.error = f"{distributed.named(failed, nodes)}: {errors[failed]}"
+        for digests in distributed.gather_objects(self.digests):  # collective
+            self.digests |= digests
+        try:
+            distributed.raise_together(self.error)  # collective
+        except UserError as error:
+            self.error = str(error)
 
 
 # --- a run's checkpoints
@@ -187,7 +186,7 @@ class Checkpoints:
     frozen: dict[str, str] = field(default_factory=dict)  # the file of the weights not trained
 
     def due(self) -> bool:
-        """Whether a checkpoint is due by this rank's clock."""
+        """By this rank's clock."""
         return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
     def due_after_evaluation(self, state: TrainState) -> bool:
@@ -203,13 +202,10 @@ class Checkpoints:
         """Write and publish a checkpoint: the line that tells of it. Collective.
 
         If that fails on any rank, as on a full disk, the files published before are unchanged.
-
-        Raises:
-            UserError: a weight is not finite.
+        Raises `UserError` if a weight is not finite.
         """
         started, main, root = time.monotonic(), distributed.is_main(), self.folder / FOLDER
         weights = full_weights(self.engine)  # collectives
-        averages = full_averages(self.engine)  # collectives
         bad, name, again = None, f"step{state.step}", 0
         if main:
             with suppress(OSError):
@@ -224,20 +220,11 @@ class Checkpoints:
         if bad is not None:
             why = f"the weight {bad} is not finite, nothing was saved"
             raise UserError(self.diverged(why, state))
-        writer, writing = CheckpointWriter(), root / (name + WRITING)
-        writer.attempt(lambda: writing.mkdir(parents=True, exist_ok=True))
-        self.engine.engine.checkpoint_engine = writer
-        with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
-            self.engine.engine.save_checkpoint(  # collectives
-                str(root), tag=writing.name, save_latest=False, exclude_frozen_parameters=True
-            )
-        if main:
-            self._write(writer, writing, state, weights, averages)
-        of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
-        writer.write(writing / f"rank-{distributed.rank()}.pt", of_rank)
+        writer = CheckpointWriter()
+        self._write(writer, root / (name + WRITING), state, weights)  # collectives
         writer.gather()  # collective
         if main:
-            writer.attempt(lambda: write_checksums(writing, writer.digests))
+            writer.attempt(lambda: write_checksums(root / (name + WRITING), writer.digests))
             writer.attempt(lambda: self._publish(name, state.best.get("step")))
             if writer.error is not None:
                 with suppress(OSError):  # what cannot be written can often not be removed either
@@ -253,15 +240,22 @@ class Checkpoints:
         return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
 
     def _write(
-        self,
-        writer: CheckpointWriter,
-        writing: Path,
-        state: TrainState,
-        weights: dict[str, Tensor],
-        averages: dict[str, Tensor] | None,
+        self, writer: CheckpointWriter, to: Path, state: TrainState, weights: dict[str, Tensor]
     ) -> None:
-        """Write the student's files, and those of all ranks but DeepSpeed's."""
-        scale, frozen = self.engine.objective.student.lora_scale, self.engine.frozen
+        """Write DeepSpeed's files, the student's, and the state's. Collective."""
+        engine, frozen = self.engine.engine, self.engine.frozen
+        engine.checkpoint_engine = writer
+        writer.attempt(lambda: to.mkdir(parents=True, exist_ok=True))
+        with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
+            engine.save_checkpoint(  # collectives
+                str(to.parent), tag=to.name, save_latest=False, exclude_frozen_parameters=True
+            )
+        averages = full_averages(self.engine)  # collectives
+        of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
+        writer.write(to / f"rank-{distributed.rank()}.pt", of_rank)
+        if not distributed.is_main():
+            return
+        scale = self.engine.objective.student.lora_scale
         for file, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
             if tensors is not None:  # with averages the best result is theirs
                 path, student = self.folder / (file + WRITING), student_of(tensors, scale)
@@ -271,17 +265,17 @@ class Checkpoints:
                     state.best["sha256"] = digest
         if averages is not None:
             moving = {name: x for name, x in averages.items() if name not in frozen}
-            writer.write(writing / AVERAGE, partial(write_weights, moving))
+            writer.write(to / AVERAGE, partial(write_weights, moving))
         if frozen and not self.frozen:
-            path = writing.with_name("frozen" + WRITING)
+            path = to.with_name("frozen" + WRITING)
             writer.write(path, partial(write_weights, frozen))
             if digest := writer.digests.pop(path.name, None):
                 name = f"frozen-{digest[:12]}.safetensors"
-                os.replace(path, path.with_name(name))
+                writer.attempt(lambda: os.replace(path, path.with_name(name)))
                 self.frozen = {f"../{name}": digest}
         writer.digests |= self.frozen
         text = json.dumps(state.shared(), indent=1)
-        writer.write(writing / STATE, lambda path: path.write_text(text))
+        writer.write(to / STATE, lambda path: path.write_text(text))
 
     def _publish(self, name: str, best: int | None) -> None:
         """Publish the checkpoint that has been written, then remove old ones."""
@@ -323,8 +317,7 @@ class Checkpoints:
     def closing_lines(self, state: TrainState) -> list[str]:
         """The lines to print at the end of a run.
 
-        Raises:
-            UserError: its last checkpoint could not be written.
+        Raises `UserError` if its last checkpoint could not be written.
         """
         if not self.holds(state):
             raise UserError(

@@ -4,12 +4,10 @@
 """
 
 import json
-import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +41,7 @@ class TrainState:
     micro_batches: int = 0  # since the last logged step, over which `sums` adds up
     bad_count: int = 0  # samples that could not be used
     bad_first: list[tuple[str, str]] = field(default_factory=list)
-    generators: dict[str, Any] = field(default_factory=dict)
+    generators: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def is_best(self) -> bool:
@@ -78,25 +76,18 @@ class TrainState:
         if len(self.sums) != losses:  # resumed with other losses
             self.sums, self.micro_batches = torch.zeros(losses, device=device), 0
         bad.count, bad.first = self.bad_count, self.bad_first
-        random.setstate(self.generators["python"])
-        name, keys, *rest = self.generators["numpy"]
-        np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
         torch.set_rng_state(self.generators["torch"])
         if torch.cuda.is_available() and "cuda" in self.generators:
             torch.cuda.set_rng_state(self.generators["cuda"])
 
 
-def generators() -> dict[str, Any]:
-    """The states of all random generators, as plain values and tensors. CPU-GPU sync."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def generators() -> dict[str, Tensor]:
+    """The states of PyTorch's random generators, the only ones that a step draws from.
+
+    CPU-GPU sync.
+    """
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"torch": torch.get_rng_state(), **cuda}
 
 
 def read_state(checkpoint: Path) -> TrainState:

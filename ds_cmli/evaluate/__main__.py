@@ -54,10 +54,9 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     if not place or (model and checkpoint):
         raise UserError(f"MODEL or --checkpoint: {'2 are' if place else 'none is'} given: give one")
     mode = next((mode for mode in READS if given[mode] is not None), "data")
-    for name in {name for reads in READS.values() for name in reads}:
-        if given[name] == "" or (given[name] is not None and name not in READS[mode]):
-            why = f"no effect with --{mode}" if given[name] else "no value"
-            raise UserError(f"--{name} has {why}: leave it out".replace("_", "-"))
+    for name in {name for reads in READS.values() for name in reads} - READS[mode]:
+        if given[name] is not None:
+            raise UserError(f"--{name} has no effect with --{mode}: leave it out".replace("_", "-"))
     if json_file:
         check_writable(json_file)
     from ds_cmli.evaluate.embed import EvaluatedModel
@@ -89,9 +88,10 @@ def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Me
 
     source, root, split, chosen = given[mode], given["image_root"], given["split"], config.data
     if mode == "data":
-        chosen = evaluation_data(chosen, source) if source else chosen
-        if source and split:  # it names a part, or the share that training would hold out
-            chosen = replace(chosen, val_source="")
+        if source:
+            chosen = evaluation_data(chosen, source)
+            # A split names a part, or the share that training would hold out.
+            chosen = replace(chosen, val_source="") if split else chosen
         chosen = replace(chosen, image_root=root or chosen.image_root)
         evals, summary = build_eval_data(chosen, config.run.seed, split)
         say(*summary)
@@ -102,15 +102,16 @@ def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Me
             metrics |= prefixed(f"eval/{name}/", figures)
         return metrics
     if mode == "zero_shot":
-        prompts = given["class_names"], given["templates"]
-        figures = zero_shot.classify(model, zero_shot.ClassPictures(source, *prompts, chosen))
+        how = given["class_names"], given["templates"], chosen
+        figures = zero_shot.classify(model, zero_shot.ClassPictures(source, *how))
     elif mode == "choices":
         figures = choices.choose(model, choices.Choices(source, root, chosen))  # collective
     else:
-        how = root or source, split or "val", model.tokenizer, chosen
-        own = embed(model, pointing_game.Entities(source, *how))  # collective
-        grid = model.student.grid
-        figures = own.counts | pointing_game.pointing_game(own, pointing_game.boxes, grid)
+        phrases = pointing_game.Entities(
+            source, root or source, split or "val", model.tokenizer, chosen
+        )
+        own, boxes = embed(model, phrases), pointing_game.boxes  # collective
+        figures = own.counts | pointing_game.pointing_game(own, boxes, model.student.grid)
     say(report.summary(figures, model.precision))
     return prefixed({"boxes": "entities"}.get(mode, mode) + "/", figures)
 

@@ -42,7 +42,7 @@ Broken = dict[int, str]  # why pictures or texts cannot be used, by number
 @dataclass
 class Files:
     view: View
-    rows: list[tuple[Path, str]]  # picture and text of each caption
+    rows: list[tuple[Path, Any]]  # picture and text of each caption
 
     def image(self, row: int) -> Tensor:
         return self.view(self.rows[row][0].read_bytes())
@@ -146,12 +146,7 @@ class EvaluatedModel:
             self.config = to_evaluate(self.source)
 
     def load(
-        self,
-        device: torch.device,
-        ema: bool,
-        precision: str | None,
-        batch_size: int,
-        workers: int = 0,
+        self, device: torch.device, ema: bool, precision: str | None, batch: int, workers: int = 0
     ) -> Evaluator:
         """By default in the training's precision. Raises `UserError`."""
         if ema and self.source.weights:
@@ -171,7 +166,7 @@ class EvaluatedModel:
         for parameter in objective.parameters():
             parameter.data = parameter.data.to(dtype)
         objective = objective.to(device).eval()
-        return Evaluator(objective, words, device, batch_size, workers, trained=trained)
+        return Evaluator(objective, words, device, batch, workers, trained=trained)
 
 
 def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,7 +19,7 @@ from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import Evaluator, block, left_out, share
+from ds_cmli.evaluate.embed import Evaluator, Files, block, left_out, share
 from ds_cmli.evaluate.metrics import TOP, mean_hits, top_hits
 from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.scores import combined
@@ -35,27 +35,24 @@ a photo of the small {}."""
 CLASSES = 64  # number of classes that are scored at a time
 
 
-class ClassPictures:
-    """The pictures of a folder of class folders, with the classes' names and prompts."""
+class ClassPictures(Files):
+    """The pictures of a folder of class folders, each with the number of its class."""
 
     def __init__(self, folder: str, names: str | None, templates: str | None, config: DataConfig):
         with blame(f"--zero-shot {folder}: give a folder with folders of pictures"):
             found = ImageFolder(Path(folder).expanduser(), allow_empty=True)
-        self.view, places = View.of(config), found.classes
-        self.files = [(Path(file), c) for file, c in found.samples if Path(file).is_file()]
-        self.names = [place.replace("_", " ") for place in places]
+        files = [(Path(file), c) for file, c in found.samples if Path(file).is_file()]
+        super().__init__(View.of(config), files)
+        self.names = [place.replace("_", " ") for place in found.classes]
         self.names = _lines("--class-names", names) if names else self.names
         self.templates = _lines("--templates", templates) if templates else TEMPLATES.splitlines()
-        wrong = [line for line in self.templates if line.count("{}") != 1]
-        if len({number for _, number in self.files}) < 2:
+        if len({number for _, number in self.rows}) < 2:
             raise UserError(f"--zero-shot {folder}: give a folder with folders of pictures")
-        if (count := len(self.names)) != len(places):
-            raise UserError(f"--class-names {names}: {count} names for {len(places)} folders")
-        if wrong:
-            raise UserError(f"--templates {templates}: {wrong[0]!r} needs one {{}} for the name")
-
-    def image(self, number: int) -> Tensor:
-        return self.view(self.files[number][0].read_bytes())
+        if (count := len(self.names)) != len(found.classes):
+            raise UserError(f"--class-names {names}: {count} names, {len(found.classes)} folders")
+        for line in self.templates:
+            if line.count("{}") != 1:
+                raise UserError(f"--templates {templates}: {line!r} needs one {{}} for the name")
 
 
 def _lines(option: str, file: str) -> list[str]:
@@ -88,12 +85,12 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
             kinds["combined"] = combined(kinds, model.scales)
         return torch.stack([*kinds.values()])
 
-    hits, targets, lost, own = [], [], [], share([*range(len(pictures.files))])
+    hits, targets, lost, own = [], [], [], share([*range(len(pictures.rows))])
     for numbers, cls, patches, broken in model.images(pictures, own):
-        target = torch.tensor([pictures.files[number][1] for number in numbers], dtype=torch.int64)
+        target = torch.tensor([pictures.rows[number][1] for number in numbers], dtype=torch.int64)
         hits.append(top_hits(scores(cls, patches).cpu(), target))  # CPU-GPU sync
         targets.append(target)
-        lost += [(pictures.files[number][0].name, why) for number, why in broken.items()]
+        lost += [(pictures.name(number), why) for number, why in broken.items()]
     every = distributed.gather_objects((torch.cat(hits, 2), torch.cat(targets), lost))  # collective
     all_hits, target = torch.cat([hits for hits, *_ in every], 2), torch.cat([x[1] for x in every])
     lost = [one for *_, of_rank in every for one in of_rank]

@@ -76,7 +76,7 @@ def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
     pictures = SimpleNamespace(
         names=[str(c) for c in range(classes)],
         templates=[f"a {{}} {t}" for t in range(templates)],
-        files=[(SimpleNamespace(name=str(number)), int(c)) for number, c in enumerate(target)],
+        rows=[(str(number), int(c)) for number, c in enumerate(target)],
         image=lambda number: torch.full((3, 2, 2), number, dtype=torch.uint8),
         view=SimpleNamespace(size=2),
     )
@@ -101,7 +101,7 @@ def folders(path):
 def test_a_folder_of_class_folders(tmp_path):
     pictures = ClassPictures(folders(tmp_path / "data"), None, None, DataConfig(image_size=8))
     assert pictures.names == ["blue bird", "red car"] and len(pictures.templates) == 7
-    assert [number for _, number in pictures.files] == [0, 0, 1, 1]
+    assert [number for _, number in pictures.rows] == [0, 0, 1, 1]
     assert [int(pictures.image(k)[2, 0, 0]) for k in range(4)] == [255, 255, 0, 0]
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
     names.write_text("bird\ncar\n")
@@ -113,7 +113,7 @@ def test_a_folder_of_class_folders(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("names.txt", "bird\n", "names.txt: 1 names for 2 folders"),
+        ("names.txt", "bird\n", "names.txt: 1 names, 2 folders"),
         ("templates.txt", "a photo\n", "templates.txt: 'a photo' needs one {}"),
         ("templates.txt", "\n", "'' needs one {}"),
         ("folder", "", "give a folder with folders of pictures"),
