@@ -18,7 +18,7 @@ from ds_cmli.config.schema import Config, RunConfig, Sections
 from ds_cmli.config.validation import check
 from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
-from ds_cmli.train import Start, train
+from ds_cmli.train import train
 
 if TYPE_CHECKING:  # it imports torch, before which a start sets variables
     from ds_cmli.inference import Model
@@ -80,8 +80,7 @@ def fit(
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
         try:
-            start = Start(resume, raises=True, on_log=on_log)
-            code, folder = train(resolved, ds_config, start)  # collective
+            code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
         except OSError as error:  # as the command takes it
             if error.filename is None:
                 raise
@@ -96,25 +95,25 @@ def _resolved(
     data: str | Path | Sequence[str | Path] | None,
 ) -> Config:
     """The whole configuration. Raises `UserError`."""
+    written = {"data.source": "data", "run.preset": "run.preset"}
     sections: Sections = {}
     if isinstance(config, str):
         sections["run"] = {"preset": config}
+        written["run.preset"] = "config"
     elif isinstance(config, Config):
         sections = config.to_dict()
     else:
         need = "give a preset's name, a mapping of sections, or a Config"
         check(isinstance(config, Mapping), "config", config, need)
+        need = "give sections of settings, as {'run': {'preset': 'tiny'}}"
         for name, settings in config.items():
-            check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
+            check(isinstance(settings, Mapping), name, settings, need)
             sections[name] = dict(settings)
     if data is not None:
         given = [data] if isinstance(data, str | Path) else data
         check(isinstance(given, Sequence), "data", data, "give what --data takes, or a list of it")
         names = list(map(str, given))
         sections.setdefault("data", {})["source"] = names[0] if len(names) == 1 else names
-    written = {"data.source": "data", "run.preset": "run.preset"}
-    if isinstance(config, str):
-        written["run.preset"] = "config"
     if isinstance(config, Config):
         return Config.from_dict(sections, written)
     return load_preset(None, sections, written)

@@ -7,21 +7,35 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_folder import CONFIG, METRICS
 from ds_cmli.common.errors import blame
+from ds_cmli.config.registry import compares_tokens
+from ds_cmli.data.batch import Batch
+from ds_cmli.distributed.process_group import world_size
 from ds_cmli.engine import TrainEngine
-from ds_cmli.engine.throughput import StepTimer, peak_flops
 
+# Operators that PyTorch's counter of FLOPs does not know by itself, given their inputs' shapes.
+ON_CPU: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value)
+    ),
+}
+LEAST_MFU = 0.005  # what would be shown as 0% is left out: such steps do not wait for products
 COUNTS = ("ignored_negatives", "added_positives")
 
 
@@ -163,16 +177,33 @@ class Meter:
     Time in which training was interrupted does not count.
     """
 
-    def __init__(self, engine: TrainEngine):
-        """`engine`: the one whose steps are timed."""
-        self.timer = engine.timer = StepTimer()
-        self.peak = peak_flops(engine.device, engine.dtype)
-        self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
+    def __init__(self, engine: TrainEngine, counts: bool = True):
+        """`counts`: whether FLOPs are counted, which those of compiled code cannot be."""
+        self.engine, self.peak = engine, peak_flops(engine.device, engine.dtype)
+        self.flops = None if counts else 0.0  # of a step of this rank; None: not known yet
+        self._restart()
 
-    def scope(self, name: str) -> AbstractContextManager[None]:
-        """Time a scope of the `probe` that is a phase."""
-        phase = {"losses": "loss", "exchange": "exchange"}.get(name)
-        return self.timer.inside(phase) if phase else nullcontext()
+    def _restart(self) -> None:
+        self.pairs = self.steps = 0
+        self.since, self.data_s, self.checkpoint_s = time.monotonic(), 0.0, 0.0
+
+    @contextmanager
+    def step(self, micro_batches: Sequence[Batch]) -> Iterator[None]:
+        """Enter a step; the FLOPs of the first one are counted, and taken for those of each."""
+        self.steps += 1
+        if self.flops is not None:
+            yield
+            return
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter:
+            yield
+        of_pairs = sum(all_pairs_flops(self.engine, batch) for batch in micro_batches)
+        self.flops = float(counter.get_total_flops() + of_pairs)
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self.data_s += time.monotonic() - started
 
     @contextmanager
     def paused(self, checkpoint: bool = False) -> Iterator[None]:
@@ -184,11 +215,57 @@ class Meter:
         self.checkpoint_s += seconds if checkpoint else 0.0
 
     def lap(self) -> dict[str, float]:
-        """The columns of a logged step; counting begins anew. CPU-GPU sync."""
-        speed = self.pairs / (time.monotonic() - self.since)
-        out = {"pairs_per_s": float(f"{speed:.4g}"), "checkpoint_s": round(self.checkpoint_s, 3)}
-        self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
-        return out | self.timer.lap(self.peak)
+        """The columns of a logged step, MFU from `LEAST_MFU` on; counting begins anew."""
+        seconds = time.monotonic() - self.since
+        out = {
+            "pairs_per_s": float(f"{self.pairs / seconds:.4g}"),
+            "checkpoint_s": round(self.checkpoint_s, 3),
+            "time/data": round(self.data_s / seconds, 4),
+        }
+        flops = (self.flops or 0.0) * self.steps / seconds
+        if flops:
+            out["tflops"] = float(f"{flops / 1e12:.4g}")
+            if flops / self.peak >= LEAST_MFU:
+                out["mfu"] = round(flops / self.peak, 4)
+        self._restart()
+        return out
+
+
+def all_pairs_flops(engine: TrainEngine, batch: Batch) -> int:
+    """FLOPs of the all-pairs kernels, into which PyTorch's counter does not see.
+
+    They are those of the similarities, and as many again for the gradient of each side.
+    """
+    objective = engine.objective
+    tokens = compares_tokens(objective.config.weights)
+    if not tokens or objective.config.cmli_backend == "torch":  # which is seen
+        return 0
+    (B, M), N, D = batch.input_ids.shape, objective.student.grid, objective.student.embed_dim
+    G = B * world_size() * (engine.accumulation if engine.caching else 1)
+    return 3 * 2 * B * G * math.prod(N) * M * D
+
+
+@cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest matrix product of half a second on this device, or of a tenth on a CPU,
+    measured once in a process. CPU-GPU sync.
+
+    A GPU's allocator returns all free memory, the product's too, which is no part of a step.
+    """
+    size, duration_s = (4096, 0.5) if device.type == "cuda" else (512, 0.1)  # a GPU's clocks rise
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    weight = torch.ones_like(x)
+    best, end = math.inf, time.perf_counter() + duration_s
+    while time.perf_counter() < end or best == math.inf:
+        started = time.perf_counter()
+        torch.nn.functional.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    del x, weight
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2.0 * size**3 / best
 
 
 def peak_memory_bytes() -> int:

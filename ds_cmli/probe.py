@@ -1,6 +1,6 @@
 """What training reports while it runs: the one place where measuring reaches into it.
 
-The recorder of memory and the meter of the speed subscribe. Without a subscriber nothing happens.
+The recorder of memory subscribes. Without a subscriber nothing happens.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,8 +24,8 @@ def subscribed(subscriber: Subscriber) -> Iterator[None]:
 def scope(name: str) -> Iterator[None]:
     """What is inside is a part of training.
 
-    "backward" and "optimizer" are phases of a step. "losses" are those of features. "exchange" is
-    that of texts, or of their gradients, between ranks. Others are categories of memory reports.
+    "backward" and "optimizer" are phases of a step. "exchange" is that of texts, or of their
+    gradients, between ranks. Others are categories of memory reports.
     """
     with ExitStack() as stack:
         for subscriber in _subscribers:

@@ -13,8 +13,9 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data
 from ds_cmli.data.pairs import BadSamples
+from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed.process_group import CollectiveFlags, mean_over_ranks, world_size
-from ds_cmli.engine import Plan, TrainEngine
+from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate import report
 from ds_cmli.evaluate.embed import Evaluator
@@ -31,7 +32,8 @@ class Run:
 
     config: Config
     data: Data
-    plan: Plan  # among other things the order of the samples, and the position in it
+    sampler: GlobalBatchSampler  # the order of the training set's samples, and the position in it
+    total_steps: int
     state: TrainState  # what the next step depends on besides the engine
     engine: TrainEngine
     checkpoints: Checkpoints
@@ -44,7 +46,7 @@ class Run:
     def due(self, every: int) -> bool:
         """Whether what comes every so many steps, 0: never, and after the last one, is due now."""
         step = self.state.step
-        return step == self.plan.total_steps or (every > 0 and step % every == 0)
+        return step == self.total_steps or (every > 0 and step % every == 0)
 
     def take_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], bool]:
         """The micro-batches of a step, and whether a checkpoint is due by the clock. Collectives.
@@ -54,12 +56,12 @@ class Run:
         self.watchdog.heartbeat(self.state.step)
         micro_batches: list[Batch] = []
         save_due = False
-        for _ in range(self.plan.deepspeed.accumulation):
-            self.meter.timer.mark("data")
+        for _ in range(self.engine.accumulation):
             batch: Batch | None = None
             error: Exception | None = None
             try:
-                batch = next(batches)
+                with self.meter.waiting_for_data():
+                    batch = next(batches)
             except UserError as caught:  # of a loading process: its traceback precedes its message
                 line = str(caught).strip().splitlines()[-1]
                 error = UserError(line.split("UserError: ", 1)[-1])
@@ -79,8 +81,8 @@ class Run:
             micro_batches.append(batch)
         for batch in micro_batches:  # only now: where the data fails, the step before is saved
             self.bad.add(batch.bad)
-            self.meter.pairs += self.plan.sampler.global_batch
-            self.plan.sampler.advance()
+            self.meter.pairs += self.sampler.global_batch
+            self.sampler.advance()
         return micro_batches, save_due
 
     def end_step(self, step_losses: list[MicroBatchLosses]) -> None:
@@ -119,14 +121,14 @@ class Run:
 
         Collectives, CPU-GPU sync.
         """
-        state, micro_batch = self.state, self.plan.sampler.global_batch
+        state, micro_batch = self.state, self.sampler.global_batch
         sums = state.sums / max(1, state.micro_batches)
         means = mean_over_ranks(sums).tolist()  # collective, CPU-GPU sync
-        accumulation = self.plan.deepspeed.accumulation
-        self.bad.check(self.flags, state.step * accumulation * micro_batch)  # collective
+        taken = state.step * self.engine.accumulation * micro_batch
+        self.bad.check(self.flags, taken)  # collective
         values = by_name(means, self.config.loss.weights, state.micro_batches * micro_batch)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
-        values |= self.meter.lap()  # CPU-GPU sync
+        values |= self.meter.lap()
         self.writer.log(state.step, values, peak_memory_bytes=peak_memory_bytes())
         state.sums.zero_()
         state.micro_batches = 0
@@ -186,6 +188,6 @@ class Run:
 
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
-        self.state.capture(self.plan.sampler, self.bad)  # CPU-GPU sync
+        self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
         with self.meter.paused(checkpoint=True), self.watchdog.slow():
             self.writer.say(self.checkpoints.save(self.state))  # collectives

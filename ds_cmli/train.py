@@ -1,7 +1,7 @@
 """Train the student: `deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json`
 
 The same script starts under `deepspeed`, `torchrun`, `srun` and plain `python`. It reads top to
-bottom: the command, the processes, what there is to go on from, the engine, and the loop.
+bottom: the command, the start (processes, what there is to go on from, the engine), and the loop.
 """
 
 import sys
@@ -14,14 +14,12 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli import probe
 from ds_cmli.common import hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError, blame
@@ -32,28 +30,24 @@ from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profile import Profiles
 
-if TYPE_CHECKING:  # these take seconds to import, and options are checked before
-    import torch
-
-    from ds_cmli.data.build import Data
-    from ds_cmli.faults.watchdog import Watchdog
+if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
     from ds_cmli.run import Run
 
-
-@dataclass(frozen=True)
-class Start:
-    """The options of one start that are not settings of the run."""
-
-    resume: str = "auto"
-    with_changes: bool = False  # --resume-with-changes
-    profiles: Profiles = field(default_factory=Profiles)
-    raises: bool = False  # whether the process goes on after the run, or after its error: `fit`
-    on_log: Callable[[int, dict[str, Any]], object] | None = None
+NO_PROFILES = Profiles()
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT, *START)
-def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
+def command(
+    deepspeed_config: str,
+    settings: tuple[str, ...],
+    resume: str,
+    resume_with_changes: bool,
+    profile: str | None,
+    profile_memory: int | None,
+    dry_run: bool,
+    **options: Any,
+) -> int:
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI
     losses.
 
@@ -61,24 +55,23 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     it saves and ends with exit code 85; started again in the same way, it resumes.
     """
     map_launcher_environment()
-    profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
-    dry_run = options.pop("dry_run")
-    start = Start(options.pop("resume"), options.pop("resume_with_changes"), profiles)
     config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
+    profiles = Profiles(profile, profile_memory)
     if dry_run:
-        check_early(config, ds_config, start)
+        check_early(config, ds_config, resume, profiles)
         say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
         return 0
-    return train(config, ds_config, start)[0]
+    return train(config, ds_config, resume, resume_with_changes, profiles)[0]
 
 
-def check_early(config: Config, ds_config: DeepSpeedConfig, start: Start) -> None:
+def check_early(
+    config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles
+) -> None:
     """Raise `UserError` for what would otherwise be refused only when the processes have met."""
-    profiles = start.profiles
     if config.run.report_to == "wandb":
         with blame("run.report_to is 'wandb'"):
             import wandb  # noqa: F401
@@ -90,19 +83,32 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, start: Start) -> Non
         )
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
-    if start.resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+    if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
-def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> tuple[int, Path]:
+def train(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    resume_from: str = "auto",
+    with_changes: bool = False,
+    profiles: Profiles = NO_PROFILES,
+    on_log: Callable[[int, dict[str, Any]], object] | None = None,
+    goes_on: bool = False,
+) -> tuple[int, Path]:
     """Train: what the command and `ds_cmli.fit` call. Collective.
+
+    Args:
+        with_changes: --resume-with-changes.
+        on_log: called on rank 0 with the step and the columns of each line of `metrics.jsonl`.
+        goes_on: whether the process goes on after the run, or after its error.
 
     Returns:
         The exit code, which is `preemption.EXIT_CODE` where the run is to be started again, and the
         run's folder.
     """
     # --- on every rank, before the processes meet
-    check_early(config, ds_config, start)
+    check_early(config, ds_config, resume_from, profiles)
     if config.run.deterministic:
         hardware.enforce_determinism()
     from ds_cmli.data import assets
@@ -118,138 +124,106 @@ def train(config: Config, ds_config: DeepSpeedConfig, start: Start) -> tuple[int
         if os.environ["WORLD_SIZE"] == "1":
             raise
         mistake = str(error)  # maybe on this node alone: raised once the ranks have met
+    with quiet.without_trackers():
+        from ds_cmli import engine as engines
+        from ds_cmli.checkpoint import resume, run_folder
     import torch.distributed as dist
 
-    from ds_cmli.distributed import process_group as distributed
-
-    with quiet.without_trackers():
-        from ds_cmli.checkpoint import run_folder
-        from ds_cmli.engine import on_this_device
-    from ds_cmli.faults.watchdog import Watchdog
-
-    ds_config = on_this_device(ds_config)
-
-    # --- processes
-    theirs = dist.is_initialized()  # a group that the script has made stays
-    device = distributed.init()  # collective
-    alone = start.raises and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
-    with Watchdog(0.0 if alone else config.run.watchdog) as watchdog:
-        try:
-            distributed.raise_together(mistake)  # collective
-            assert data is not None, "a mistake has been raised"
-            folder = run_folder.make(config, start.resume)  # collective
-            with run_folder.held(folder):  # collective
-                # Collectives.
-                return begin(config, ds_config, data, start, device, folder, watchdog), folder
-        finally:
-            if not theirs:
-                distributed.shutdown()
-
-
-def begin(
-    config: Config,
-    ds_config: DeepSpeedConfig,
-    data: "Data",
-    start: Start,
-    device: "torch.device",
-    folder: Path,
-    watchdog: "Watchdog",
-) -> int:
-    """Find what there is to go on from, build the engine, and train. Returns the exit code.
-
-    Collective.
-
-    Args:
-        ds_config: the user's DeepSpeed JSON, as this device can run it.
-    """
-    from ds_cmli import engine as engines
-    from ds_cmli.checkpoint import resume, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.faults.watchdog import Watchdog
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, Writer
     from ds_cmli.models.hf import write_config
     from ds_cmli.run import Run
 
-    # --- what there is to go on from
-    with_changes = start.with_changes
-    point = resume.find(start.resume, folder)  # collective
-    plan = engines.make_plan(config, resume.rebatch(point, ds_config), data.mixture)  # collective
-    state = resume.state_of(point, config, plan.deepspeed, with_changes, data.fingerprint)
-    finished = state.step == plan.total_steps and state.evaluated
-    finished = finished or state.out_of_patience(config.run.patience)
-    own = point is None or (point.is_of(folder) and not point.changed)
-    if state.step > plan.total_steps or (finished and not own):
-        assert point is not None, "a fresh start has steps to take"
-        raise UserError(
-            f"{point.path} is of a run that has ended, and this start has {plan.total_steps} steps "
-            f"in all, {state.step} of them done: nothing would be trained: give more --steps, or "
-            "start without --resume"
-        )
-    if finished:
-        say(
-            f"the run in {folder} is finished, {state.step} steps: "
-            "give another --output-dir to start a new one"
-        )
-        return 0
-    if point is not None:
-        plan.sampler.load_state_dict(state.sampler)
-    profiles = start.profiles.left(plan.total_steps, state.step, say)
-    bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
-    flags = distributed.CollectiveFlags()  # collective
+    ds_config = engines.on_this_device(ds_config)
+    with contextlib.ExitStack() as stack:
+        # --- processes
+        theirs = dist.is_initialized()  # a group that the script has made stays
+        device = distributed.init()  # collective
+        alone = goes_on and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
+        watchdog = stack.enter_context(Watchdog(0.0 if alone else config.run.watchdog))
+        if not theirs:
+            stack.callback(distributed.shutdown)
+        distributed.raise_together(mistake)  # collective
+        assert data is not None, "a mistake has been raised"
+        folder = run_folder.make(config, resume_from)  # collective
+        stack.enter_context(run_folder.held(folder))  # collective
 
-    # --- the engine
-    chosen, notice = engines.with_backend(config, plan.deepspeed, device)  # collective
-    say(notice)
-    with (
-        contextlib.ExitStack() as afterwards,
-        out_of_memory.ending(folder, device, start.raises) as held,
-    ):
-        engine = engines.build(
-            chosen,
-            plan.deepspeed,
-            data.tokenizer.vocab_size,
-            plan.total_steps,
-            device,
-            data.tokenizer.pad_id,
+        # --- what there is to go on from
+        point = resume.find(resume_from, folder)  # collectives
+        ds_config, sampler, total_steps = engines.make_plan(
+            config, resume.rebatch(point, ds_config), data.mixture
         )
-        held.append(engine)
-        if start.raises:
+        state = resume.state_of(point, config, ds_config, with_changes, data.fingerprint)
+        finished = state.step == total_steps and state.evaluated
+        finished = finished or state.out_of_patience(config.run.patience)
+        own = point is None or (point.is_of(folder) and not point.changed)
+        if point is not None and (state.step > total_steps or (finished and not own)):
+            raise UserError(
+                f"{point.path} is of a run that has ended, and this start has {total_steps} steps "
+                f"in all, {state.step} of them done: nothing would be trained: give more --steps, "
+                "or start without --resume"
+            )
+        if finished:
+            say(
+                f"the run in {folder} is finished, {state.step} steps: "
+                "give another --output-dir to start a new one"
+            )
+            return 0, folder
+        if point is not None:
+            sampler.load_state_dict(state.sampler)
+        profiles = profiles.left(total_steps, state.step, say)
+        bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
+        flags = distributed.CollectiveFlags()  # collective
+
+        # --- the engine
+        chosen = engines.with_backend(config, ds_config, device)  # collective
+        afterwards = stack.enter_context(contextlib.ExitStack())
+        built = stack.enter_context(out_of_memory.ending(folder, device, goes_on))
+        words = data.tokenizer
+        engine = engines.build(
+            chosen, ds_config, words.vocab_size, total_steps, device, words.pad_id
+        )  # collectives
+        built.append(engine)
+        if goes_on:
             afterwards.callback(engines.release, engine.engine)
         resume.load(point, state, engine, bad, with_changes)  # collective
-        student, words = engine.objective.student, data.tokenizer
-        describe = partial(write_config, config=config, student=student, words=words)
-        run_folder.settle(point, folder, config, plan.deepspeed, describe)  # collective
+        describe = partial(
+            write_config, config=config, student=engine.objective.student, words=words
+        )
+        run_folder.settle(point, folder, config, ds_config, describe)  # collective
         say(engines.counts_line(engine.objective, engine.teacher))
         if point is not None and point.changed:
             rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1
-            say(f"with changes: step {at} of {plan.total_steps} has a learning rate of {rate:.2e}")
+            say(f"with changes: step {at} of {total_steps} has a learning rate of {rate:.2e}")
+
+        # --- the loop
         writer: Writer | NullWriter = NullWriter()
         with watchdog.slow(), distributed.raised_together():  # a tracker may ask its server
             if distributed.is_main():
-                writer = Writer(
-                    folder, plan.total_steps, state.step, config.run.report_to, start.on_log
-                )
+                writer = Writer(folder, total_steps, state.step, config.run.report_to, on_log)
         run = Run(
             config=config,
             data=data,
-            plan=plan,
+            sampler=sampler,
+            total_steps=total_steps,
             state=state,
             engine=engine,
             checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
             writer=writer,
-            meter=Meter(engine),
+            meter=Meter(engine, counts=config.run.compile == "off"),
             bad=bad,
             flags=flags,
             watchdog=watchdog,
         )
-        with (
-            probe.subscribed(run.meter.scope),
-            profiles.around(engine, chosen, plan.deepspeed, folder, state.step) as after_step,
-            preemption.handled(),
-        ):
-            return loop(run, after_step)  # collective
+        after_step = stack.enter_context(
+            profiles.around(engine, chosen, ds_config, folder, state.step)
+        )
+        stack.enter_context(preemption.handled())
+        return loop(run, after_step), folder  # collectives
 
 
 def loop(run: "Run", after_step: Callable[[], None]) -> int:
@@ -257,7 +231,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     One step: for each micro-batch, features -> losses over the pairs of all ranks -> backward; then
     clip, update, EMA (`TrainEngine.step`). With optim.negatives = "global_batch" and several
-    micro-batches: the features of all of them first, then the losses tile by tile, then each
+    micro-batches: the features of all of them first, then the losses over their pairs, then each
     micro-batch again (`losses/gradient_cache.py`).
 
     Returns the exit code.
@@ -265,9 +239,9 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     from ds_cmli.data.pairs import train_loader
 
     settings, state, data = run.config.run, run.state, run.config.data
-    sampler, total = run.plan.sampler, run.plan.total_steps
-    batches = iter(train_loader(run.data, sampler, data.workers, preemption.shield, data.prefetch))
-    save_due = state.step == total  # the run was stopped in its last evaluation
+    loader = train_loader(run.data, run.sampler, data.workers, preemption.shield, data.prefetch)
+    batches = iter(loader)
+    save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
             # The evaluation of a step comes before its checkpoint, which holds the result.
@@ -276,11 +250,12 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
                 save_due = save_due or run.checkpoints.due_after_evaluation(state)
             if save_due:
                 run.save()  # collectives
-            if state.step == total or state.out_of_patience(settings.patience):
+            if state.step == run.total_steps or state.out_of_patience(settings.patience):
                 break
             micro_batches, by_the_clock = run.take_micro_batches(batches)  # collectives
-            # Collectives: one optimizer step.
-            losses = run.engine.step(micro_batches, run.watchdog.heartbeat)
+            with run.meter.step(micro_batches):
+                # Collectives: one optimizer step.
+                losses = run.engine.step(micro_batches, run.watchdog.heartbeat)
             state.step += 1
             run.end_step(losses)  # collectives after a skipped step
             after_step()
@@ -292,7 +267,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
         run.save_done()  # collectives
         signal = preemption.requested() or "a signal to another rank"
         run.writer.say(
-            f"stopped at step {state.step} of {total} by {signal}: start again with "
+            f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
             f"--output-dir {run.checkpoints.folder} to go on"
         )
         run.writer.close()

@@ -1,11 +1,9 @@
 """Plan a run on this device, build its models and DeepSpeed's engine, and run training steps."""
 
-from ds_cmli.engine.building import Models, build, build_models, release
+from ds_cmli.engine.build import Models, build, build_models, release
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
-from ds_cmli.engine.planning import (
+from ds_cmli.engine.plan import (
     DTYPES,
-    NO_GPU,
-    Plan,
     choose_backend,
     filled,
     make_plan,

@@ -10,7 +10,7 @@ for each parameter of the share. Frozen parameters and buffers (BatchNorm's stat
 average: their current values are used instead.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,33 +19,27 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import OptimConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 
 CHUNK = 2**22  # elements that are swapped at a time
-IN_16_BIT = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"))
-
-
-def check_average(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
-    """Raise `UserError` if an average is requested and DeepSpeed keeps no fp32 master weights."""
-    sections = DeepSpeedConfig.of(ds_config)
-    for section, key in IN_16_BIT:
-        if optim.ema_decay and (sections.get(section) or {}).get(key):
-            raise UserError(
-                f"optim.ema_decay is {optim.ema_decay} and {section}.{key} is true, which keeps no "
-                "fp32 weights to average: leave out one of the two"
-            )
 
 
 class EMA:
     """Keeps the averages of this rank's share of the master weights in `averages`."""
 
     def __init__(self, engine: Any, decay: float):
-        """`engine`: DeepSpeed's engine, with its optimizer."""
+        """`engine`: DeepSpeed's engine, with its optimizer.
+
+        Raises `UserError` if that keeps no fp32 master weights.
+        """
         self.engine = engine
         self.averages: list[Tensor] = [master.clone() for master in master_weights(engine)]
+        if any(average.dtype != torch.float32 for average in self.averages):
+            raise UserError(
+                f"optim.ema_decay is {decay} and the DeepSpeed JSON has its master weights in 16 "
+                "bits, which cannot be averaged: leave out one of the two"
+            )
         self._average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import probe
 from ds_cmli.cmli.loss import PairLoss, Temperature
 from ds_cmli.common.trees import tree_map
 from ds_cmli.config.registry import LOSSES, load, over_pairs
@@ -65,12 +64,11 @@ class Objective(nn.Module):
             # A class token is a view of its sequence, whose memory would be kept.
             return tree_map(pairs, lambda x: x.clone() if x._base is not None else x)
         values = {}
-        with probe.scope("losses"):
-            for name, loss in self.losses.items():
-                if not LOSSES[name].scores:
-                    values[name] = loss(features, targets, self.student, self.width_head)
-            if known is None:
-                values |= self.compare(pairs)  # collectives
+        for name, loss in self.losses.items():
+            if not LOSSES[name].scores:
+                values[name] = loss(features, targets, self.student, self.width_head)
+        if known is None:
+            values |= self.compare(pairs)  # collectives
         terms = self.weighted(values)
         for name, gradient in (known or {}).items():
             terms.append(KnownGradient.apply(pairs[name], gradient, factor))

@@ -119,7 +119,7 @@ class TrainingRecorder(Recorder):
         before = self.scoped
         if name in AFTER:
             self.begin(name)
-        elif name != "losses":
+        else:
             self.scoped = "exchanged text" if name == "exchange" else name
         try:
             yield

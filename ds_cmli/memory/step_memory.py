@@ -67,8 +67,8 @@ class Step:
         json = DeepSpeedConfig.of(self.ds_config).on("cuda", fp16=True, bf16=bf16)
         json = engine.filled(self.config, json, self.world_size, TOTAL_STEPS)
         config, vocab_size = without_weights(self.config)
-        reason = unsuited(torch.cuda.get_device_capability(device))
-        config, _ = engine.choose_backend(config, lambda: reason)
+        why_not = unsuited(torch.cuda.get_device_capability(device))
+        config = engine.choose_backend(config, why_not)
         with _alone(self.world_size, self.rank):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
             self.built(train_engine)

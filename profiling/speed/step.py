@@ -73,14 +73,14 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)
-    config, _ = engine.with_backend(config, ds_config, device)
+    config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
     loader = iter(train_loader(data, sampler, 0, prefetch=config.data.prefetch))
     batches = [next(loader) for _ in range(4)]
-    sizes = config, ds_config, data.vocab_size, STEPS, device, data.pad_id
+    trainer = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.pad_id)
     steps: dict[str, Callable[[Batch], object]] = {
-        "trainer": engine.build(*sizes),
+        "trainer": lambda batch: trainer.step([batch]),
         "plain": plain(config, ds_config, data, device),
     }
 

@@ -55,7 +55,7 @@ class Setting:
         """Two steps, a checkpoint of them, and in `record.pt` what it holds and the losses of the next two steps."""
         train_engine, ds_config = self.build(layout, **more)
         for batch in self.batches[:2]:
-            train_engine(batch)
+            train_engine.step([batch])
         state = resume.state_of(None, self.config, ds_config, False)
         state.step = 2
         sampler, bad = self.parts()
@@ -93,7 +93,7 @@ class Setting:
         return worst
 
     def losses(self, train_engine) -> list[float]:
-        return [distributed.mean_over_ranks(train_engine(batch)[0].clone()).item() for batch in self.batches[2:]]
+        return [distributed.mean_over_ranks(train_engine.step([batch])[0].total).item() for batch in self.batches[2:]]
 
 
 def whole(train_engine) -> dict:
@@ -166,7 +166,7 @@ def test_every_stage_trains_the_same(setting, precision, fp16_device):
     losses, weights, norms = [], [], []
     for stage in (1, 2, 3):
         train_engine, _ = setting.build((stage, precision))
-        losses.append([train_engine(batch)[0].item() for batch in setting.batches])
+        losses.append([train_engine.step([batch])[0].total.item() for batch in setting.batches])
         norms.append(train_engine.state()["grad_norm"])
         weights.append(full_weights(train_engine)["student.projection.weight"].clone())
     assert norms == pytest.approx([norms[0]] * len(norms), rel=0.05)

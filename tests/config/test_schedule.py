@@ -32,7 +32,7 @@ def train(content, device, data, batches):
     logged, moved, after = [], [], []
     for batch in batches:
         before = train_engine.objective.student.projection.weight.detach().clone()
-        train_engine(batch)
+        train_engine.step([batch])
         logged.append(train_engine.state()["lr"])
         moved.append(not torch.equal(before, train_engine.objective.student.projection.weight))
         after.append(train_engine.engine.get_lr()[0])

@@ -62,16 +62,12 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, given, li
         mapped(monkeypatch, dict(pair.split("=") for pair in given.split()))
 
 
-def test_a_device_that_is_not_here(monkeypatch, capsys):
+def test_a_device_that_is_not_here(monkeypatch):
     from ds_cmli import engine
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
-    engine.on_this_device(DeepSpeedConfig.of(ZERO1))
-    line = "CUDA_VISIBLE_DEVICES is '99', and PyTorch finds no GPU there: training on the CPU\n"
-    assert line in capsys.readouterr().out
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
-    with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to tr"):
+    with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch trains on cpu here: unset it"):
         engine.on_this_device(DeepSpeedConfig.of(ZERO1))
 
 

@@ -17,6 +17,13 @@ def build(device, data, ds_config, overrides=None, steps=6):
 FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
 
 
+def micro_batch(train_engine, batch) -> torch.Tensor:
+    """Train on one micro-batch, maybe one of several of a step; its weighted loss."""
+    losses = train_engine._forward_backward(batch)
+    train_engine.update()
+    return losses.total
+
+
 def everything(train_engine) -> list[torch.Tensor]:
     """Copies of all that an update changes: weights, fp32 copies, their averages, moments and the learning rate."""
     optimizer = train_engine.engine.optimizer

@@ -46,6 +46,11 @@ def test_by_hand():
     assert module.weight.item() == 0.0
 
 
+def test_master_weights_in_16_bits_are_refused():
+    with pytest.raises(UserError, match=r"^optim\.ema_decay is 0\.75 and .* master weights in 16 bits"):
+        EMA(stand_in(nn.Linear(1, 1).bfloat16()), DECAY)
+
+
 @pytest.mark.parametrize("error", [UserError("one rank's data"), RuntimeError(), KeyboardInterrupt(), MemoryError()])
 def test_the_weights_are_put_back_after_any_error(error):
     module = nn.Linear(1, 1, bias=False)
@@ -165,11 +170,3 @@ def test_every_stage_precision_and_accumulation(device):
 @pytest.mark.slow
 def test_two_ranks():
     assert run(check, 2, [(1, "fp32", 2), (2, "bf16", 1), (3, "bf16", 2)]) == [[], []]
-
-
-def test_without_fp32_weights_it_is_refused():
-    config = load_preset("tiny", {"optim": {"ema_decay": DECAY}})
-    json = ds_json(2, "bf16")
-    json["bf16"]["bf16_master_weights_and_grads"] = True
-    with pytest.raises(UserError, match=r"optim\.ema_decay is 0\.75 and bf16\.bf16_master_weights_and_grads is true"):
-        engine.filled(config, DeepSpeedConfig.of(json), 1, 10)

@@ -20,7 +20,7 @@ from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
 from tests import make
 from tests.drive_train import drive
-from tests.engine.steps import FP16, build, everything, same, spoil
+from tests.engine.steps import FP16, build, everything, micro_batch, same, spoil
 from tests.make import pairs
 from tests.ranks import run
 
@@ -48,13 +48,13 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, ze
     ds_config |= {"zero_force_ds_cpu_optimizer": False, **PRECISIONS[precision]}
     train_engine, straight = (build(device, data, ds_config, overrides) for _ in range(2))
     for batch in batches[:2]:
-        train_engine(batch)
+        micro_batch(train_engine, batch)
     assert not train_engine.skipped
     before = everything(train_engine)
-    train_engine(batches[2])
+    micro_batch(train_engine, batches[2])
     with pytest.MonkeyPatch.context() as patch:
         handles = spoil(train_engine, what, patch)
-        train_engine(batches[3])  # the last of an accumulation
+        micro_batch(train_engine, batches[3])  # the last of an accumulation
     for handle in handles:
         handle.remove()
     assert train_engine.skipped
@@ -62,12 +62,12 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, ze
     # Logged, although ZeRO-3 holds parts of the parameters only after a skipped step.
     assert train_engine.state()["temperature/cmli"] == pytest.approx(0.02, rel=0.1)
     for batch in batches[3:]:
-        train_engine(batch)
+        micro_batch(train_engine, batch)
     assert not train_engine.skipped
     train_engine.state()
     # Nothing of the bad step is left: the same as a run that never met it.
     for batch in [*batches[:2], *batches[3:]]:
-        straight(batch)
+        micro_batch(straight, batch)
     assert same(everything(straight), everything(train_engine))
 
 
@@ -78,16 +78,16 @@ def on_two_ranks(rank, world_size, data_folder):
     ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}).filled(config.optim, world_size, 6)
     train_engine = engine.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
     (batch,) = make.batches(data, 8, 1, rank, 2)
-    train_engine(batch)  # from here on the average is not the weights
+    micro_batch(train_engine, batch)  # from here on the average is not the weights
     before = everything(train_engine)
     poison = nonfinite.poison
     nonfinite.poison = lambda loss: poison(loss + (torch.nan if rank == 1 else 0.0))  # its gradients are finite
-    total, _ = train_engine(batch)
+    total = micro_batch(train_engine, batch)
     nonfinite.poison = poison
     skipped, untouched = train_engine.skipped, same(before, everything(train_engine))
     window = [(batch.index, total * (torch.nan if rank == 1 else 1.0))]
     samples = nonfinite.skipped_samples(window, False, CollectiveFlags())
-    train_engine(batch)
+    micro_batch(train_engine, batch)
     return skipped, untouched, samples, train_engine.skipped
 
 

@@ -98,7 +98,7 @@ def losses(compile_, stage, checkpointing):  # of three steps in fp32
         batch = longest_batch(config, 4)
         batch.image.random_(0, 256)
         batch.input_ids.random_(5, 200)
-        results.append(train_engine(batch)[0].item())
+        results.append(train_engine.step([batch])[0].total.item())
     train_engine.engine.destroy()
     return results
 

@@ -3,6 +3,7 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +12,19 @@ import torch
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
-from ds_cmli.common.cli import say
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
-from ds_cmli.config.schema import Config, StudentConfig
+from ds_cmli.config.schema import Config
 from ds_cmli.config.sources import Source
+from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
-from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
+from ds_cmli.engine.plan import DTYPES, compares_all
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
@@ -50,41 +51,30 @@ def build_models(
         pretrained: False: the student's weights are random, because they will be overwritten.
         pad_id: of the tokenizer, which fills up texts.
     """
-    config = resolve_weights(config)
-    data, source, run, teacher = config.data, Source(config.student.source), None, None
+    data, settings, teacher_settings = config.data, config.student, config.teacher
+    if settings.image_weights == "demo":
+        settings = replace(settings, image_weights=str(assets.fetch("vit") / assets.WEIGHTS))
+    if settings.text_weights == "demo":
+        settings = replace(settings, text_weights=str(assets.fetch("minilm")))
+    if teacher_settings.weights == "demo":
+        weights = str(assets.fetch("vit") / assets.WEIGHTS)
+        teacher_settings = replace(teacher_settings, weights=weights)
+    source, run, teacher = Source(settings.source), None, None
     if pretrained and source.name and source.is_run:
         run = load(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
-    student = Student(config.student, *sizes, pretrained and run is None, pad_id)
+    student = Student(settings, *sizes, pretrained and run is None, pad_id)
     if needs_teacher(config.loss.weights):
-        teacher = Teacher(config.teacher, data.image_size, student.grid)
-    width = teacher.width if teacher else None
-    objective = Objective(student, config.loss, width)
+        teacher = Teacher(teacher_settings, data.image_size, student.grid)
+    objective = Objective(student, config.loss, teacher.width if teacher else None)
     if run is not None:
         student.load_state_dict(run.student.state_dict())
         objective.losses.load_state_dict(run.losses.state_dict(), strict=False)  # what both have
     if pretrained:  # weights that are loaded have theirs merged
-        add_adapters(student, config.student)
-    freeze(objective, config)
-    if pretrained and config.student.source:
-        say(_starts_from(config.student, objective, data.image_size))
+        add_adapters(student, settings)
+    freeze(objective, settings)
     return objective, teacher
-
-
-def _starts_from(student: StudentConfig, objective: Objective, side: int) -> str:
-    own, built = student.source_config, objective.student
-    kind = (own.get("architectures") or [own.get("model_type", "a run of this package")])[0]
-    layers = f"{len(built.image.blocks)} + {len(built.text.blocks)} layers"
-    temperatures = [1 / scale for scale in objective.scales().values() if scale]
-    shown = ", ".join(f"temperature {value:.3f}" for value in temperatures[:1])
-    return f"starts from {student.source}: {kind}, {layers}, {side} px, {shown}".rstrip(", ")
-
-
-def use_no_compiler() -> None:
-    """On a CPU, keep DeepSpeed from compiling collectives for minutes at the first start."""
-    if not torch.cuda.is_available():
-        patch_for_good("deepspeed: compiled operators", {})
 
 
 def build(
@@ -103,52 +93,64 @@ def build(
         total_steps: optimizer steps of the whole run, for the learning rate schedule.
         device: this rank's device; the process group must be initialised.
         pad_id: of the tokenizer.
+
+    Raises:
+        UserError: for what DeepSpeed refuses.
     """
     import deepspeed
 
     quiet.imported()
-    use_no_compiler()
-    one_attention_on_all_gpus()
     if device.type == "cpu":
+        patch_for_good("deepspeed: compiled operators", {})
         keep_freed_memory()
+    one_attention_on_all_gpus()
     if ds_config.prints:
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
     cmli_distributed.exchanging = partial(probe.scope, "exchange")
+
+    # --- student, losses, teacher
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, pad_id=pad_id)
+    student = objective.student
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
-    compiled = config.run.compile != "off"
-    if compiled:  # inside checkpointing, which then recomputes with the compiled code
-        student = objective.student
+    if config.run.compile != "off":  # inside checkpointing, which recomputes with compiled code
         compile_blocks(student.image.blocks + student.text.blocks, ds_config.stage)
         if ds_config.stage < 3:  # whose leaf modules must be called once in a step
             compile_blocks([*student.shared])
         if teacher is not None:
             compile_blocks(teacher.image.blocks)
     if ds_config.checkpointing:
-        checkpoint_blocks(objective.student.blocks)
-
+        checkpoint_blocks(student.blocks)
+    names = {parameter: name for name, parameter in objective.named_parameters()}
     frozen = {}  # before DeepSpeed casts them
     if distributed.is_main():
-        for name, parameter in objective.named_parameters():
+        for parameter, name in names.items():
             if not parameter.requires_grad:
                 frozen[name] = parameter.detach().clone()
-    cast_buffers(objective.student.image, dtype)
+    cast_buffers(student.image, dtype)
+
+    # --- DeepSpeed
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
-    name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
-    names: list[list[str]] = []
-    for group in groups:
-        names.append([name_of[id(parameter)] for parameter in group["params"]])
+    names_of_groups = [[names[parameter] for parameter in group["params"]] for group in groups]
     warmup = config.optim.warmup_steps(total_steps)
-    scheduler = schedule.maker(ds_config, warmup, total_steps)
-    engine = _initialize(ds_config, objective, groups, scheduler)
+    scheduler: Any = schedule.maker(ds_config, warmup, total_steps)
+    json = ds_config.raw()
+    if not json.get("steps_per_print"):
+        # The timer whose lines it would print waits for the GPU twice a micro-batch.
+        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
+        throughput.setdefault("enabled", False)
+    model_parameters: Any = groups
+    with blame("DeepSpeed refuses the configuration"):
+        engine, *_ = deepspeed.initialize(
+            model=objective, model_parameters=model_parameters, config=json, lr_scheduler=scheduler
+        )
     if ds_config.stage == 3:
         # ZeRO-3 gathers others where their module is called, and in training alone where not.
-        for encoder in (objective.student.image, objective.student.text):
+        for encoder in (student.image, student.text):
             for module, parameter in read_outside(encoder):
                 deepspeed.zero.register_external_parameter(module, parameter)
     nonfinite.count_at_lowest_scale(engine.optimizer)
@@ -160,38 +162,13 @@ def build(
         teacher=teacher,
         device=device,
         dtype=dtype,
-        names=names,
+        names=names_of_groups,
         frozen=frozen,
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,
         caching=compares_all(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
-        compiled=compiled,
     )
-
-
-def _initialize(
-    ds_config: DeepSpeedConfig,
-    objective: Objective,
-    groups: list[dict[str, Any]],
-    scheduler: object,
-) -> "DeepSpeedEngine":
-    """Build DeepSpeed's engine. Raises `UserError` for what it refuses. Collective."""
-    import deepspeed
-
-    json = ds_config.raw()
-    if not json.get("steps_per_print"):
-        # The timer whose lines it would print waits for the GPU twice a micro-batch.
-        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
-        throughput.setdefault("enabled", False)
-    with blame("DeepSpeed refuses the configuration"):
-        engine, *_ = deepspeed.initialize(
-            model=objective,
-            model_parameters=groups,  # type: ignore[arg-type]
-            config=json,
-            lr_scheduler=scheduler,  # type: ignore[arg-type]
-        )
-    return engine
 
 
 def release(engine: "DeepSpeedEngine") -> None:
