@@ -126,7 +126,7 @@ def single(
     if config.run.compile != "off":
         tell(UNCOMPILED)
     chosen = gpus.chosen(own.gpu, own.gpu_memory, own.sm)
-    room, fitted_gpu = gpus.parse_memory(own.fit) if own.fit else (0, None)
+    room, fitted_gpu = parse_memory(own.fit) if own.fit else (0, None)
     gpu = chosen or gpus.find(fitted_gpu or default_gpu())
     step, fitted = Step(config, ds_config, own.world_size), None
     if own.fit:
@@ -151,6 +151,15 @@ def single(
         write(picture, "--plot", lambda: plot(report, picture))
     fits = chosen is None or report.totals["device"] <= chosen.total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
+
+
+def parse_memory(text: str) -> tuple[int, str | None]:
+    """Of --fit: "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
+    size = gpus.parse_bytes(text)
+    if size is not None:
+        return size, None
+    gpu = gpus.find(text, "--fit")
+    return gpu.total.bytes, gpu.name
 
 
 def default_gpu() -> str:

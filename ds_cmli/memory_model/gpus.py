@@ -175,12 +175,3 @@ def parse_bytes(text: str) -> int | None:
     if number is None or number[2].upper() not in UNITS:
         return None
     return int(float(number[1]) * UNITS[number[2].upper()])
-
-
-def parse_memory(text: str) -> tuple[int, str | None]:
-    """Of --fit: "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
-    size = parse_bytes(text)
-    if size is not None:
-        return size, None
-    gpu = find(text, "--fit")
-    return gpu.total.bytes, gpu.name

@@ -172,3 +172,11 @@ def test_the_rank_that_needs_the_most_is_predicted():
     worst = predicted_worst(step, A100)
     assert worst.totals["requested"] == max(each) > min(each)
     assert each[worst.setting["rank"]] == max(each)
+
+
+def test_sizes_as_they_are_typed():
+    from ds_cmli.memory.command import parse_memory  # which hides this machine's GPU
+
+    assert parse_memory("24GB") == (24 * 10**9, None)
+    assert parse_memory("1.5 GiB") == (3 * 2**29, None)
+    assert parse_memory("RTX 3090")[1] == "RTX 3090 24GB"

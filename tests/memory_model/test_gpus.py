@@ -57,12 +57,6 @@ def test_one_that_is_not_listed_is_given_by_its_size():
     assert gpus.chosen(None, None, None) is None and gpus.chosen("A10G", None, None) == gpus.find("A10G")
 
 
-def test_sizes_as_they_are_typed():
-    assert gpus.parse_memory("24GB") == (24 * 10**9, None)
-    assert gpus.parse_memory("1.5 GiB") == (3 * 2**29, None)
-    assert gpus.parse_memory("RTX 3090")[1] == "RTX 3090 24GB"
-
-
 def test_cublas_takes_what_its_variable_says():
     gpu = gpus.find("A100 80GB")
     assert gpu.cublas_bytes() == gpu.cublas_bytes("nonsense") == gpu.cublas_bytes(":4096:2:16:8") == 17_039_360
