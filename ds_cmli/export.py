@@ -19,7 +19,7 @@ from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config import dual, open_clip
-from ds_cmli.config.plugins import plugin_option
+from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.sources import RUN, Source
 

@@ -14,8 +14,7 @@ from ds_cmli.common.patches import environment
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config, RunConfig, Sections
-from ds_cmli.config.validation import check
+from ds_cmli.config.schema import Config, RunConfig, Sections, check, check_sections
 from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.train import train
@@ -105,15 +104,13 @@ def _resolved(
     else:
         need = "give a preset's name, a mapping of sections, or a Config"
         check(isinstance(config, Mapping), "config", config, need)
-        need = "give sections of settings, as {'run': {'preset': 'tiny'}}"
-        for name, settings in config.items():
-            check(isinstance(settings, Mapping), name, settings, need)
-            sections[name] = dict(settings)
+        check_sections(config)
+        sections = {name: dict(settings) for name, settings in config.items()}
     if data is not None:
         given = [data] if isinstance(data, str | Path) else data
         check(isinstance(given, Sequence), "data", data, "give what --data takes, or a list of it")
         names = list(map(str, given))
         sections.setdefault("data", {})["source"] = names[0] if len(names) == 1 else names
     if isinstance(config, Config):
-        return Config.from_dict(sections, written)
-    return load_preset(None, sections, written)
+        return Config.from_dict(sections)
+    return load_preset(None, sections)

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli.common import hardware, provenance, quiet
-from ds_cmli.common.cli import GroupedCommand, run_command, say
+from ds_cmli.common.cli import run_command, say
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config
+from ds_cmli.config.options import OUTPUT, START, WHAT, ConfigCommand, add, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
 NO_PROFILES = Profiles()
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT, *START)
 def command(
     deepspeed_config: str,

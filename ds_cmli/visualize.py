@@ -14,7 +14,7 @@ import click
 
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError, blame
-from ds_cmli.config.plugins import plugin_option
+from ds_cmli.config.registry import plugin_option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -117,15 +117,15 @@ def data(demo):
 
 @pytest.fixture
 def plugins():
-    """The module `config.plugins`; what a test imports by it is forgotten at the end."""
-    from ds_cmli.config import plugins, registry
+    """What a test's plugins register is forgotten at the end, and so are the modules."""
+    from ds_cmli.config import registry
 
     tables = registry.LOSSES, registry.IMAGE
-    before = list(map(dict, tables))
-    yield plugins
-    for name in plugins.imported:
-        sys.modules.pop(name, None)
-    plugins.imported.clear()
+    before, modules = list(map(dict, tables)), {*sys.modules}
+    yield
+    for name in {*sys.modules} - modules:
+        if name.startswith(("my_cmli", "tests.stranger.toy")):
+            del sys.modules[name]
     for table, entries in zip(tables, before, strict=True):
         table.clear()
         table.update(entries)

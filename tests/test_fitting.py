@@ -60,15 +60,15 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"config": "tny"}, r"^config is 'tny': did you mean 'tiny'\?$"),
+        ({"config": "tny"}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
         ({"config": 3}, r"^config is 3: give a preset's name, a mapping of sections, or a Config$"),
         ({"config": {"preset": "tiny"}}, r"^preset is 'tiny': give sections .* as {'run': {'preset': 'tiny'}}$"),
         ({"config": {"run": {"preset": "tny"}}}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
-        ({"config": {"optm": {}}}, r"^configuration section is 'optm': did you mean 'optim'\?$"),
+        ({"config": {"optm": {}}}, r"^section of settings is 'optm': did you mean 'optim'\?$"),
         ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
         ({"config": {"optim": {"lr": -1}}}, r"^optim.lr is -1: Input should be greater than 0$"),
-        ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"), ({"data": []}, r"^data is \[\]: "),
-        
+        ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"),
+        ({"data": []}, r"^data.source is \[\]: "),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
         ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: .*No such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),

@@ -49,6 +49,7 @@ def files(here: Path) -> dict[str, bytes]:
 def assert_one_line(code: int, errors: str, named: str) -> None:
     told = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(told) == 1 and named in told[0] and "Traceback" not in errors, errors
+    assert len(told[0]) < 2000, errors
 
 
 @pytest.mark.parametrize("line, named, prepare", ROWS)

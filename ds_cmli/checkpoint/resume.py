@@ -31,7 +31,7 @@ from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError, blame, first_line
 from ds_cmli.common.patches import environment
 from ds_cmli.common.pretrained import refused_code
-from ds_cmli.config import schedule, settings
+from ds_cmli.config import schedule, schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import BadSamples
@@ -170,12 +170,12 @@ def state_of(
     `fingerprint` is that of the data, compared like the settings. Raises `UserError` if the run to
     resume had other settings, which are listed, without `with_changes`.
     """
-    now = settings.compared(config, ds_config, fingerprint)
+    now = schema.compared(config, ds_config, fingerprint)
     # What a source gives before training is evaluated first.
     state = TrainState(evaluated=not config.student.source)
     if point is not None:
         state = point.state
-        changed = settings.differences(state.config, now, point.batch_as_asked)
+        changed = schema.differences(state.config, now, point.batch_as_asked)
         if changed and not with_changes:
             raise UserError(
                 f"the run in {point.path.parent.parent} was made with other settings: "

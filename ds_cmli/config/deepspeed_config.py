@@ -1,72 +1,46 @@
 """The DeepSpeed JSON: read, checked by DeepSpeed, suited to the device, its "auto" values filled.
 
-"auto" means the same as in Hugging Face's integration. DeepSpeed ignores keys at the top that it
-does not know, so their names are checked here; the rest is its own check, made before a run begins.
+"auto" means the same as in Hugging Face's integration. What is read here, and the names at the top,
+which DeepSpeed ignores where it does not know them, are checked here; the rest is its own check.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+from typing_extensions import NotRequired, Required, TypedDict
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError, blame, nearest
 from ds_cmli.common.json_text import JsonObject, Section, read
-from ds_cmli.config.schema import OptimConfig
-from ds_cmli.config.validation import check
+from ds_cmli.config.schema import (
+    Count,
+    NotNegative,
+    OptimConfig,
+    check,
+    choice,
+    refusal,
+    shown,
+    words,
+)
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-KEYS = {
-    *BATCH_KEYS,
-    *LOGS,
-    "activation_checkpointing",
-    "bf16",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "csv_monitor",
-    "data_types",
-    "disable_python_gc",
-    "flops_profiler",
-    "fp16",
-    "gradient_allreduce_op",
-    "gradient_clipping",
-    "gradient_predivide_factor",
-    "optimizer",
-    "prescale_gradients",
-    "scheduler",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
+KEYS = {*BATCH_KEYS, *LOGS} | words("""
+    activation_checkpointing bf16 checkpoint comet comms_logger communication_data_type csv_monitor
+    data_types disable_python_gc flops_profiler fp16 gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor optimizer prescale_gradients scheduler tensorboard timers
+    torch_autocast wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+""")
 # Keys of DeepSpeed that training does not use: left out where they ask for nothing.
-UNUSED = {
-    "aio",
-    "autotuning",
-    "compile",
-    "compression_training",
-    "curriculum_learning",
-    "data_efficiency",
-    "dataloader_drop_last",
-    "disable_allgather",
-    "elasticity",
-    "hybrid_engine",
-    "nebula",
-    "pipeline",
-    "progressive_layer_drop",
-    "sparse_attention",
-    "sparse_gradients",
-    "tensor_parallel",
-    "weight_quantization",
-}
+UNUSED = words("""
+    aio autotuning compile compression_training curriculum_learning data_efficiency
+    dataloader_drop_last disable_allgather elasticity hybrid_engine nebula pipeline
+    progressive_layer_drop sparse_attention sparse_gradients tensor_parallel weight_quantization
+""")
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 # The sizes of ZeRO's buffers by the model's hidden size.
 WIDTHS: dict[str, Callable[[int], int]] = {
@@ -74,70 +48,105 @@ WIDTHS: dict[str, Callable[[int], int]] = {
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }
-FILLED = ("lr", "betas", "eps", "weight_decay")  # parameters of the optimizer
-# Parameters of Adam in a DeepSpeed JSON that are DeepSpeed's, not PyTorch's.
-OF_DEEPSPEED = ("torch_adam", "adam_w_mode")
+ADAMS = ("adam", "adamw")
+OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
+
+Auto = Literal["auto"]
 
 
-class BatchSizes(NamedTuple):
-    train: int  # pairs per step, of all ranks
-    micro: int  # pairs per micro-batch of a rank
-    accumulation: int  # micro-batches per step
+class Enabled(TypedDict):
+    enabled: bool | Auto
 
 
-@dataclass(frozen=True)
-class DeepSpeedConfig(Mapping):
-    """A read-only mapping of the JSON's top level, with derived values as properties.
+class Offload(TypedDict, total=False):
+    device: Literal["none", "cpu"]  # what is swapped to NVMe is in no checkpoint
+
+
+class Zero(TypedDict):
+    stage: Annotated[int, Field(ge=1, le=3)]
+    offload_optimizer: NotRequired[Offload | None]
+    offload_param: NotRequired[Offload | None]
+
+
+class Kind(TypedDict):
+    type: str
+    params: NotRequired[JsonObject]
+
+
+class Content(TypedDict, total=False):
+    """What is read here of the JSON, where DeepSpeed alone would go on, or end in a traceback."""
+
+    zero_optimization: Required[Zero]
+    train_batch_size: Count | Auto
+    train_micro_batch_size_per_gpu: Count | Auto
+    gradient_accumulation_steps: Count | Auto
+    gradient_clipping: NotNegative | Auto
+    fp16: Enabled
+    bf16: Enabled
+    optimizer: Kind
+    scheduler: Kind
+    activation_checkpointing: JsonObject
+    comms_logger: JsonObject
+    torch_autocast: JsonObject
+
+
+class DeepSpeedConfig(dict[str, Any]):
+    """The JSON's top level, with what is derived from it; methods that decide return a copy.
 
     `load` or `of` checks the JSON, `on` decides what depends on the device, and `filled` replaces
-    all remaining "auto" values. Each returns a new object.
+    all remaining "auto" values.
     """
 
-    content: Section
-    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to print
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
-
-    def __getitem__(self, key: str) -> Any:
-        return copy.deepcopy(self.content[key])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.content)
-
-    def __len__(self) -> int:
-        return len(self.content)
-
-    def raw(self) -> JsonObject:
-        """A copy of the JSON, which the caller may change."""
-        return copy.deepcopy(dict(self.content))
+    notices: tuple[str, ...] = ()  # lines to print
 
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
         """Read and check a file; raises `UserError` with one line for the first mistake in it."""
         with blame(f"--deepspeed_config {path}"):
-            try:
-                return cls.of(read(Path(path), dict, finite=True))
-            except UserError as error:
-                raise UserError(f"--deepspeed_config {path}: {error}") from None
+            content = read(Path(path), dict)
+        try:
+            return cls.of(content)
+        except UserError as error:
+            raise UserError(f"--deepspeed_config {path}: {error}") from None
 
     @classmethod
     def of(cls, content: Section) -> "DeepSpeedConfig":
         """Check the content of such a file. Raises `UserError`. Imports DeepSpeed."""
         if isinstance(content, cls):
             return content
-        used: JsonObject = {}
-        for key, value in content.items():
-            check(key in KEYS | UNUSED, "key", key, nearest(key, KEYS))
+        out = cls()
+        for key, value in copy.deepcopy(dict(content)).items():
+            check(key in KEYS or key in UNUSED, "key", key, nearest(key, KEYS))
+            check(key in KEYS or value in NOTHING, key, value, "it has no effect here: remove it")
             if key in KEYS:
-                used[key] = value
-            else:
-                check(value in NOTHING, key, value, "it has no effect here: remove it")
-        _check(used)
-        for key, value in used.get("activation_checkpointing", {}).items():
+                out[key] = value
+        try:
+            TypeAdapter(Content).validate_python(out, strict=True)
+        except ValidationError as error:
+            raise refusal(error, "", out) from None
+        for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
-        return cls(used)
+        kind, allowed = out.optimizer, out.get("zero_allow_untested_optimizer")
+        need = 'not tested with ZeRO: take AdamW, or give "zero_allow_untested_optimizer": true'
+        for section in {"optimizer", "scheduler"} & out.keys():
+            params = out[section].get("params", {})
+            if section == "optimizer" and kind in ADAMS:
+                params = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
+            takes = signature(section, out[section]["type"])
+            with blame(f"{section}.params does not suit {out[section]['type']}"):
+                takes.bind_partial(None, **params)
+        check(kind in ADAMS or bool(allowed), "optimizer.type", kind, need)
+        with quiet.without_trackers():
+            from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+        with blame("DeepSpeed refuses it"):
+            plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
+            Theirs(plain | {"train_micro_batch_size_per_gpu": 1})
+        return out
+
+    def raw(self) -> JsonObject:
+        """A plain copy, which the caller may change."""
+        return copy.deepcopy(dict(self))
 
     def replaced(
         self, zero_optimization: JsonObject | None = None, **settings: Any
@@ -146,64 +155,60 @@ class DeepSpeedConfig(Mapping):
 
         The keys of `zero_optimization` are set one by one.
         """
-        changed = self.raw()
-        for key, value in settings.items():
-            changed[key] = value
-            if value is None:
-                del changed[key]
-        if zero_optimization is not None:
-            changed.setdefault("zero_optimization", {}).update(zero_optimization)
-        return DeepSpeedConfig(DeepSpeedConfig.of(changed), self.notices)
+        changed = self.raw() | settings
+        changed["zero_optimization"] |= zero_optimization or {}
+        removed = [key for key in settings if settings[key] is None]
+        out = DeepSpeedConfig.of({key: changed[key] for key in changed if key not in removed})
+        out.notices = self.notices
+        return out
 
     # --- derived values
 
     @property
     def stage(self) -> int:
-        return self.zero["stage"]
-
-    @property
-    def zero(self) -> JsonObject:
-        return self.get("zero_optimization", {})
+        return self["zero_optimization"]["stage"]
 
     @property
     def precision(self) -> str:
         """The model's precision: "fp16", "bf16" or "fp32"."""
-        for name in ("fp16", "bf16"):
-            if self.content.get(name, {}).get("enabled") is True:
-                return name
-        return "fp32"
+        on = (name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True)
+        return next(on, "fp32")
 
     @property
     def micro_batch(self) -> int:
-        return self.content["train_micro_batch_size_per_gpu"]
+        return self["train_micro_batch_size_per_gpu"]
 
     @property
     def accumulation(self) -> int:
-        return self.content["gradient_accumulation_steps"]
+        return self["gradient_accumulation_steps"]
 
     @property
     def train_batch(self) -> int:
-        return self.content["train_batch_size"]
+        return self["train_batch_size"]
 
     @property
     def checkpointing(self) -> bool:
         """Whether activations are recomputed."""
-        return "activation_checkpointing" in self.content
+        return "activation_checkpointing" in self
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's name in lower case."""
+        return self.get("optimizer", {"type": "AdamW"})["type"].lower()
 
     @property
     def optimizer_params(self) -> JsonObject:
-        return self.get("optimizer", {}).get("params", {})
+        return dict(self.get("optimizer", {}).get("params", {}))
 
     def offload(self, part: str) -> str:
         """The device to which "optimizer" or "param" is offloaded; "none" if it is not."""
-        return (self.zero.get(f"offload_{part}") or {}).get("device", "none")
+        return (self["zero_optimization"].get(f"offload_{part}") or {}).get("device", "none")
 
     @property
     def prints(self) -> bool:
         """Whether the JSON asks for output of DeepSpeed's own log."""
-        return any(self.content.get(name) for name in LOGS) or self.content.get(
-            "comms_logger", {}
-        ).get("enabled", False)
+        logged = self.get("comms_logger", {}).get("enabled", False)
+        return logged or any(self.get(name) for name in LOGS)
 
     # --- decisions
 
@@ -214,14 +219,13 @@ class DeepSpeedConfig(Mapping):
             device: the device type, such as "cuda" or "cpu".
             fp16, bf16: whether the device supports them at no loss of speed.
         """
-        out, has = self.raw(), {"bf16": bf16, "fp16": fp16}  # in the order of preference
+        out, has = copy.deepcopy(self), {"bf16": bf16, "fp16": fp16}  # in the order of preference
         asked = {name: out.get(name, {}).get("enabled") for name in has}
         if "auto" not in asked.values() and (asked["fp16"] is not True or fp16):
             return self
         # What is asked for, then what is left open. A device without fp16 trains in bf16 instead.
         order = sorted(has, key=lambda name: (asked[name] is not True, asked[name] != "auto"))
-        usable = [name for name in order if has[name] and asked[name] is not False]
-        chosen = usable[0] if usable else "fp32"
+        chosen = next((name for name in order if has[name] and asked[name] is not False), "fp32")
         if out.get("torch_autocast", {}).get("enabled"):
             chosen = "fp32"
         for name in has:
@@ -232,15 +236,16 @@ class DeepSpeedConfig(Mapping):
         line = f"training in {chosen} on this device ({device})"
         if asked["fp16"] is True and not fp16:
             line += ", where fp16 is slow or missing"
-        return DeepSpeedConfig(out, (*self.notices, line))
+        out.notices = (*self.notices, line)
+        return out
 
-    def batch(self, micro_batch: int, world_size: int) -> BatchSizes:
-        """Compute the sizes of a batch, any of which may be "auto" in the JSON.
+    def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
+        """The values of `BATCH_KEYS`, any of which may be "auto" in the JSON.
 
         Raises `UserError` if the first is not the product of the other two and the number of ranks.
         """
-        given = [self.content.get(key, "auto") for key in BATCH_KEYS]
-        total, micro, steps = (None if value == "auto" else int(value) for value in given)
+        given = [self.get(key, "auto") for key in BATCH_KEYS]
+        total, micro, steps = (None if value == "auto" else value for value in given)
         if micro is None:
             micro = micro_batch
             if total is not None and steps is not None:
@@ -254,7 +259,7 @@ class DeepSpeedConfig(Mapping):
                 f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: "
                 "change one of the three"
             )
-        return BatchSizes(product, micro, steps)
+        return product, micro, steps
 
     def filled(
         self,
@@ -267,71 +272,36 @@ class DeepSpeedConfig(Mapping):
 
         `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes need it.
         """
-        out = self.raw()
+        out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
             out["gradient_clipping"] = optim.grad_clip
-        optimizer = out.setdefault("optimizer", {"type": "AdamW"})
-        params = optimizer.setdefault("params", {})
-        if optimizer["type"].lower() in ("adam", "adamw"):
+        params = out.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
+        if out.optimizer in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
-        takes = inspect.signature(_optimizer(optimizer["type"])).parameters
-        for key in FILLED:
-            if key in takes and params.get(key, "auto") == "auto":
-                value = getattr(optim, key)
-                params[key] = list(value) if key == "betas" else value
+        values: JsonObject = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps}
+        _fill(out, "optimizer", **values, weight_decay=optim.weight_decay)
         for key, size in WIDTHS.items():
-            if self.zero.get(key) == "auto":
+            if out["zero_optimization"].get(key) == "auto":
                 if width is None:
                     raise UserError(f'zero_optimization.{key} is "auto": give a number')
                 out["zero_optimization"][key] = size(width())
         if "scheduler" in out:
-            fill = {
-                "warmup_num_steps": optim.warmup_steps(total_steps),
-                "total_num_steps": total_steps,
-                "warmup_min_lr": 0,
-                "warmup_max_lr": params["lr"],
-            }
-            schedule = out["scheduler"].setdefault("params", {})
-            takes = inspect.signature(_schedule(out["scheduler"]["type"])).parameters
-            for key, value in fill.items():
-                if key in takes and schedule.get(key, "auto") == "auto":
-                    schedule[key] = value
-        return DeepSpeedConfig(out, self.notices)
+            warmup = {"warmup_min_lr": 0, "warmup_num_steps": optim.warmup_steps(total_steps)}
+            end: JsonObject = {"warmup_max_lr": params["lr"], "total_num_steps": total_steps}
+            _fill(out, "scheduler", **warmup, **end)
+        return out
 
 
-def _check(content: JsonObject) -> None:
-    """Raise `UserError` for the first mistake, most of them found by DeepSpeed itself."""
-    with quiet.without_trackers():
-        from deepspeed.runtime.config import DeepSpeedConfig as Theirs
-    for name in ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16"):
-        value = content.get(name, {})
-        check(isinstance(value, dict), name, value, "Input should be a valid dictionary")
-    zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", "not set")
-    one = type(stage) is int and 1 <= stage <= 3
-    check(one, "zero_optimization.stage", stage, "give one of 1, 2, 3")
-    for key in (*BATCH_KEYS, "gradient_clipping"):
-        value = content.get(key, "auto")
-        good = value == "auto" or (isinstance(value, int | float) and value >= (key in BATCH_KEYS))
-        check(good, key, value, 'give a number, or "auto"')
-    for name in {"fp16", "bf16"} & content.keys():
-        on = content[name].get("enabled", "not set")
-        given = isinstance(on, bool) or on == "auto"
-        check(given, f"{name}.enabled", on, 'give true, false or "auto"')
-    for part in ("offload_optimizer", "offload_param"):
-        offload = zero.get(part)
-        nvme = isinstance(offload, dict) and offload.get("device") == "nvme"
-        need = "what is swapped to NVMe is in no checkpoint: give cpu"
-        check(not nvme, f"zero_optimization.{part}.device", "nvme", need)
-    if "optimizer" in content:
-        _check_optimizer(content)
-    if "scheduler" in content:
-        kind, params = content["scheduler"].get("type"), content["scheduler"].get("params", {})
-        _bind("scheduler", kind, _schedule(kind), params)
-    with blame("DeepSpeed refuses it"):
-        plain = _without_auto({**content, **dict.fromkeys(BATCH_KEYS, "auto")})
-        Theirs(plain | {"train_micro_batch_size_per_gpu": 1})
+def _fill(json: JsonObject, section: str, **values: object) -> None:
+    """Set what is "auto" or missing of what the section's optimizer or schedule takes."""
+    params, takes = (
+        json[section].setdefault("params", {}),
+        signature(section, json[section]["type"]),
+    )
+    for key, value in values.items():
+        if params.get(key, "auto") == "auto" and key in takes.parameters:
+            params[key] = value
 
 
 def _without_auto(section: Section) -> JsonObject:
@@ -343,48 +313,24 @@ def _without_auto(section: Section) -> JsonObject:
     return out
 
 
-def _check_optimizer(content: Section) -> None:
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
-    kind, params = content["optimizer"].get("type"), content["optimizer"].get("params", {})
-    need = "Input should be a valid dictionary"
-    check(isinstance(params, dict), "optimizer.params", params, need)
-    adam = str(kind).lower() in ("adam", "adamw")
-    own = not adam and str(kind).lower() in DEEPSPEED_OPTIMIZERS
-    check(not own, "optimizer.type", kind, "DeepSpeed's own is not used here: take AdamW")
-    if adam:
-        params = {name: value for name, value in params.items() if name not in OF_DEEPSPEED}
-    _bind("optimizer", str(kind), _optimizer(kind), params)
-    tested = adam or content.get("zero_allow_untested_optimizer")
-    need = 'not tested with ZeRO: take AdamW, or give "zero_allow_untested_optimizer": true'
-    check(bool(tested), "optimizer.type", kind, need)
-
-
-def _bind(section: str, kind: str, maker: Callable[..., Any], params: Section) -> None:
-    with blame(f"{section}.params does not suit {kind}"):
-        inspect.signature(maker).bind_partial(None, **params)
-
-
-def _optimizer(name: object) -> Callable[..., Any]:
-    """PyTorch's optimizer of this name, in any case of its letters."""
+def signature(section: str, name: str) -> inspect.Signature:
+    """What PyTorch's optimizer, in any case of its letters, or DeepSpeed's schedule takes."""
     import torch
 
-    kinds = {}
-    for kind in vars(torch.optim).values():
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
-            kinds[kind.__name__.lower()] = kind
-    for refused in ("optimizer", "lbfgs", "sparseadam"):
-        kinds.pop(refused, None)
-    known = [kind.__name__ for kind in kinds.values()]
-    check(str(name).lower() in kinds, "optimizer.type", name, nearest(str(name), known))
-    return kinds[str(name).lower()]
-
-
-def _schedule(name: object) -> Callable[..., Any]:
-    """DeepSpeed's schedule of this name."""
     with quiet.without_trackers():
         from deepspeed.runtime import lr_schedules
+        from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    known = lr_schedules.VALID_LR_SCHEDULES
-    check(name in known, "scheduler.type", name, nearest(str(name), known))
-    return getattr(lr_schedules, str(name))
+    if section == "scheduler":
+        choice("scheduler.type", name, lr_schedules.VALID_LR_SCHEDULES)
+        return inspect.signature(getattr(lr_schedules, name))
+    # DeepSpeed would take its own in their place, or a step of theirs needs more than gradients.
+    refused = {*DEEPSPEED_OPTIMIZERS, "optimizer", "lbfgs", "sparseadam"} - {*ADAMS}
+    kinds = {}
+    for kind in vars(torch.optim).values():
+        if isinstance(kind, type) and kind.__name__.lower() not in refused:
+            kinds[kind.__name__.lower()] = kind
+    if name.lower() not in kinds:
+        known = [kind.__name__ for kind in kinds.values()]
+        raise UserError(f"optimizer.type is {shown(name)}: {nearest(name, known)}")
+    return inspect.signature(kinds[name.lower()])

@@ -1,54 +1,57 @@
-"""The command-line options that make up a run's configuration, for all commands that need one."""
+"""The command-line options that make up a run's configuration, for all commands that need one.
+
+An option of a setting is that setting by name: of it and of `--set`, the last one given counts.
+"""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ds_cmli.common.cli import option
+from ds_cmli.common.cli import GroupedCommand, option
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.plugins import plugin_option
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.registry import IMAGE, LOSSES, SOURCES, TEXT, BackboneEntry
-from ds_cmli.config.schema import (
-    Config,
-    RunConfig,
-    Sections,
-    parse_losses,
-    parse_settings,
-)
-from ds_cmli.config.validation import shown
+from ds_cmli.config.registry import IMAGE, LOSSES, SOURCES, TEXT, plugin_option
+from ds_cmli.config.schema import SECTIONS, Config, RunConfig, parse_losses, parse_settings
 
 Decorator = Callable[[Callable], Callable]
-OptionValues = dict[str, Any]  # the values that click gives a command
-
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
-# The options of a single setting: its section and name.
-PLACES: dict[str, tuple[str, str]] = {}
-# The settings that `--init random` sets.
-RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))
+PLACES: dict[str, str] = {}  # the options of a single setting, and that setting: "lr": "optim.lr"
+# The settings that `--init random` sets, unless they are given.
+RANDOM = {
+    "student": {"image_weights": "random", "text_weights": "random"},
+    "teacher": {"weights": "random"},
+    "data": {"tokenizer": "builtin"},
+}
 
 
-def _setting(group: str, name: str, place: str, help: str, **more: Any) -> Decorator:
-    """Declare an option of the setting `place`, such as "optim.lr", of the type of its default."""
+def number(text: str) -> object:
+    """What is no number stays a text, which the setting refuses."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def _setting(group: str, name: str, help: str, place: str = "", **more: Any) -> Decorator:
+    """Declare an option of the setting `place`, or of its own name, of the default's type."""
+    key = name.removeprefix("--").replace("-", "_")
+    if not place:
+        (place,) = (f"{of}.{key}" for of, kind in SECTIONS.items() if hasattr(kind(), key))
+    PLACES[key] = place
     section, _, key = place.partition(".")
-    PLACES[name.removeprefix("--").replace("-", "_")] = (section, key)
-    default = getattr(getattr(Config(), section), key)
+    default = getattr(SECTIONS[section](), key)
     if isinstance(default, bool):
         more |= {"is_flag": True, "default": None}
     elif isinstance(default, int | float):
-        more["type"] = type(default)
+        more["type"] = number
     return option(group, name, help=help, **more)
-
-
-def _described(table: dict[str, BackboneEntry]) -> str:
-    kinds = [f"{name}: {entry.models}" for name, entry in table.items()]
-    return "; ".join(kinds) + ".  [preset]"
 
 
 _what = partial(_setting, "What to train")
@@ -57,25 +60,21 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _checkpoints = partial(_setting, "Checkpoints")
 WHAT = (
-    _what(
-        "--preset",
-        "run.preset",
-        f"{', '.join(PRESETS)}.  [{RunConfig.preset}; with --start-from finetune]",
-    ),
+    _what("--preset", f"{', '.join(PRESETS)}.  [{RunConfig.preset}; with --start-from finetune]"),
     _what(
         "--losses",
-        "loss.weights",
         f"NAME or NAME=WEIGHT, by comma, of {', '.join(LOSSES)}.  [preset]",
+        "loss.weights",
     ),
     _what(
         "--start-from",
-        "student.source",
         "Start from a CLIP or SigLIP model of transformers or a model of open_clip (a folder, or a "
         "name of the hub), or from a run or an export, with its joint space (docs/finetune.md).",
+        "student.source",
         metavar="MODEL",
     ),
-    _what("--image-backbone", "student.image_backbone", _described(IMAGE)),
-    _what("--text-backbone", "student.text_backbone", _described(TEXT)),
+    _what("--image-backbone", f"Of {', '.join(IMAGE)}.  [preset]"),
+    _what("--text-backbone", f"Of {', '.join(TEXT)}.  [preset]"),
     plugin_option,
     option(
         "What to train",
@@ -96,47 +95,27 @@ WHAT = (
     ),
     _data(
         "--data",
-        "data.source",
         f"'demo', or pairs as {', '.join(entry.short for entry in SOURCES.values())}, also by "
         "hf://datasets/OWNER/NAME (docs/train.md). Repeat it to mix, each with a share as "
         "WHAT::0.7.  [preset]",
+        "data.source",
         multiple=True,
         metavar="WHAT",
     ),
+    _data("--val-data", "Pairs to evaluate on.  [some of --data]", "data.val_source"),
+    _data("--image-root", "Folder of the images that a table or JSON names.  [the list's]"),
+    _data("--csv-separator", "Separator of columns.  [detected]", "data.separator"),
     _data(
-        "--val-data", "data.val_source", "Data to evaluate on.  [a part of --data]", metavar="WHAT"
+        "--csv-img-key", "Column of the image in a table or parquet.  [detected]", "data.image_key"
     ),
-    _data(
-        "--image-root",
-        "data.image_root",
-        "Folder of the images that a table or JSON names.  [the list's]",
-    ),
-    _data("--csv-separator", "data.separator", "Separator of columns.  [detected]"),
-    _data(
-        "--csv-img-key",
-        "data.image_key",
-        "Column of the image, in a table and parquet.  [detected]",
-    ),
-    _data(
-        "--csv-caption-key",
-        "data.caption_key",
-        "Column of the caption, in a table and parquet.  [detected]",
-    ),
-    _data("--workers", "data.workers", "Data loading processes per rank.  [preset]"),
-    _length("--steps", "optim.steps", "Number of optimizer steps.  [preset]"),
-    _length("--epochs", "optim.epochs", "Epochs, instead of --steps.  [preset]", type=float),
-    _length(
-        "--micro-batch",
-        "optim.micro_batch",
-        'Pairs per rank, where the JSON says "auto".  [preset]',
-    ),
-    _length("--lr", "optim.lr", 'Learning rate, where the JSON says "auto".  [preset]'),
-    _length("--seed", "run.seed", "Seed of weights, data order and scenes.  [0]"),
-    _length(
-        "--deterministic",
-        "run.deterministic",
-        "Reproduce every bit on the same kind of device; slower on a GPU.",
-    ),
+    _data("--csv-caption-key", "The same of the caption.  [detected]", "data.caption_key"),
+    _data("--workers", "Data loading processes per rank.  [preset]"),
+    _length("--steps", "Number of optimizer steps.  [preset]"),
+    _length("--epochs", "Epochs, instead of --steps.  [preset]", type=number),
+    _length("--micro-batch", 'Pairs per rank, where the JSON says "auto".  [preset]'),
+    _length("--lr", 'Learning rate, where the JSON says "auto".  [preset]'),
+    _length("--seed", "Seed of weights, data order and scenes.  [0]"),
+    _length("--deterministic", "Reproduce every bit on the same device; slower on a GPU."),
     option(
         "DeepSpeed",
         "--deepspeed_config",
@@ -145,61 +124,37 @@ WHAT = (
     ),
 )
 OUTPUT = (
-    _output(
-        "--output-dir", "run.output_dir", "Folder of the run.  [runs/<preset>-<date and time>]"
-    ),
-    _output("--log-every", "run.log_every", "Log every so many steps.  [preset]"),
-    _output(
-        "--eval-every", "run.eval_every", "Steps between evaluations; 0: only at the end.  [preset]"
-    ),
-    _checkpoints(
-        "--save-every", "run.save_every", "Steps between checkpoints; 0: by time alone.  [preset]"
-    ),
-    _checkpoints(
-        "--save-minutes",
-        "run.save_minutes",
-        "Minutes between checkpoints; 0: by steps alone.  [15]",
-    ),
-    _checkpoints("--keep", "run.keep", "Number of newest checkpoints to keep.  [2]"),
+    _output("--output-dir", "Folder of the run.  [runs/<preset>-<date and time>]"),
+    _output("--log-every", "Log every so many steps.  [preset]"),
+    _output("--eval-every", "Steps between evaluations; 0: only at the end.  [preset]"),
+    _checkpoints("--save-every", "Steps between checkpoints; 0: by time alone.  [preset]"),
+    _checkpoints("--save-minutes", "Minutes between checkpoints; 0: by steps alone.  [15]"),
+    _checkpoints("--keep", "Number of newest checkpoints to keep.  [2]"),
 )
+_kept = partial(option, "Checkpoints")
+_profile = partial(option, "Profiling")
+_deepspeed = partial(option, "DeepSpeed")
 START = (
-    option(
-        "Checkpoints",
+    _kept(
         "--resume",
         default="auto",
         show_default=True,
         metavar="auto|never|PATH",
         help="auto: resume the run in --output-dir. never: a new run. PATH: resume another run.",
     ),
-    option(
-        "Checkpoints",
-        "--resume-with-changes",
-        is_flag=True,
-        help="Resume even if settings differ from the run's.",
-    ),
-    option(
-        "Profiling",
-        "--profile",
-        metavar="FIRST:LAST",
-        help="Trace these steps with torch.profiler, into profile/.",
-    ),
-    option(
-        "Profiling",
+    _kept("--resume-with-changes", is_flag=True, help="Resume even if settings differ."),
+    _profile("--profile", metavar="FIRST:LAST", help="Trace these steps, into profile/."),
+    _profile(
         "--profile-memory",
         type=int,
         metavar="STEPS",
         help="Measure the memory of the first steps, and predict it, into memory.json.",
     ),
-    option(
-        "DeepSpeed",
-        "--dry-run",
-        is_flag=True,
-        help="Print the resolved configuration, and stop.",
-    ),
+    _deepspeed("--dry-run", is_flag=True, help="Print the resolved configuration, and stop."),
     # Users pass it by habit; the JSON is always read.
-    option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True),
+    _deepspeed("--deepspeed", is_flag=True, hidden=True),
     # Launchers pass it; LOCAL_RANK says the same.
-    option("DeepSpeed", "--local_rank", type=int, hidden=True),
+    _deepspeed("--local_rank", type=int, hidden=True),
 )
 
 
@@ -214,17 +169,28 @@ def add(*options: Decorator) -> Decorator:
     return decorate
 
 
-def resolve_config(settings: tuple[str, ...], options: OptionValues) -> Config:
-    """The preset's configuration, overridden by the options that were given.
+class ConfigCommand(GroupedCommand):
+    """A command with these options."""
 
-    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `settings`
-    and `deepspeed_config`.
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(list(args))
+        rest = super().parse_args(ctx, args)
+        last, settings = {}, iter(ctx.params["settings"])
+        for given in order:
+            text = next(settings) if given.name == "settings" else PLACES.get(str(given.name), "")
+            last[text.partition("=")[0]] = given.name
+        for name, place in PLACES.items():
+            if last.get(place) == "settings":
+                ctx.params[name] = None
+        return rest
 
-    Raises:
-        UserError: `Config.from_dict` refuses a setting, or one is given twice with other values.
+
+def resolve_config(settings: tuple[str, ...], options: dict[str, Any]) -> Config:
+    """The preset's configuration, overridden by `--set` and the options that were given.
+
+    Raises `UserError`, which names an option where `Config.from_dict` refuses its setting.
     """
-    overrides = parse_settings(settings)
-    written: dict[str, str] = {}
+    sections, given = parse_settings(settings), {}
     for name, value in options.items():
         if name not in PLACES or value in (None, ()):
             continue
@@ -232,20 +198,17 @@ def resolve_config(settings: tuple[str, ...], options: OptionValues) -> Config:
             value = parse_losses(value)
         elif isinstance(value, tuple):  # of --data
             value = list(value) if len(value) > 1 else value[0]
-        section, key = PLACES[name]
-        written[f"{section}.{key}"] = flag = "--" + name.replace("_", "-")
-        _put(overrides, section, key, value, flag)
+        section, _, key = PLACES[name].partition(".")
+        sections.setdefault(section, {})[key] = value
+        given[PLACES[name]] = "--" + name.replace("_", "-")
     if options["init"] == "random":
-        for section, key in RANDOM:
-            _put(overrides, section, key, "random", "--init")
-        overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
-    return load_preset(None, overrides, written)
-
-
-def _put(overrides: Sections, section: str, key: str, value: object, flag: str) -> None:
-    """Set the value of an option; raises `UserError` if `--set` gives another one."""
-    values = overrides.setdefault(section, {})
-    if key in values and values[key] != value:
-        other = f"--set {section}.{key} is {shown(values[key])}"
-        raise UserError(f"{flag} is {shown(value)} and {other}: give one of them")
-    values[key] = value
+        for section, values in RANDOM.items():
+            sections[section] = values | sections.get(section, {})
+    try:
+        return load_preset(None, sections)
+    except UserError as error:
+        line = str(error)
+        for place, flag in given.items():
+            if line.startswith((f"{place} ", f"{place}.")):
+                line = flag + line.removeprefix(place)
+        raise UserError(line) from None

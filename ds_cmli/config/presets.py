@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import Section
 from ds_cmli.config import sources
-from ds_cmli.config.schema import Config, RunConfig, Sections, choice
+from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
@@ -33,12 +34,12 @@ QUICK: Sections = {
 }
 
 
-def merged(*layers: Sections) -> Sections:
+def merged(*layers: Mapping[str, Section]) -> Sections:
     """The settings of all layers; of one that several have, the last."""
     values: Sections = {}
     for layer in layers:
         for section, settings in layer.items():
-            values[section] = values.get(section, {}) | settings
+            values.setdefault(section, {}).update(settings)
     return values
 
 
@@ -108,31 +109,28 @@ PRESETS: dict[str, Sections] = {
 }
 
 
-def load_preset(
-    name: str | None, overrides: Sections, written: Mapping[str, str] | None = None
-) -> Config:
+def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
     """The preset's configuration with `overrides` ({section: {setting: value}}).
 
     Without a name the preset is `run.preset` of the overrides, or else "finetune" where training
-    starts from a model, and "quick" where it does not.
-
-    `student.source` adds the settings that it decides. Steps or epochs replace whichever of the two
-    the preset sets.
+    starts from a model, and "quick" where it does not. `student.source` adds the settings that it
+    decides. Steps or epochs replace whichever of the two the preset sets.
 
     Raises:
         UserError: there is no such preset, a setting is wrong, or the preset is one of training
             from a model and none is given.
     """
+    check_sections(overrides)
     usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
     name = str(name or overrides.get("run", {}).get("preset", usual))
-    choice((written or {}).get("run.preset", "--preset"), name, PRESETS)
-    overrides = sources.applied(overrides, written or {})
+    choice("run.preset", name, PRESETS)
+    overrides = sources.applied(overrides)
     values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
-    config = Config.from_dict(values, written)
+    config = Config.from_dict(values)
     if name == "finetune" and not config.student.source:
         raise UserError(
             "run.preset is 'finetune', and no model is given to start from: give --start-from "

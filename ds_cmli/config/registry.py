@@ -1,18 +1,20 @@
-"""The tables of what a run can be built from: losses, backbones, sources.
+"""The tables of what a run can be built from: losses, backbones, sources; and `--plugin`.
 
-A new one is a file of its own and one entry here, or one that a plugin adds (`plugins.py`).
+A new one is a file of its own and one entry here, or one that a module of `--plugin MODULE` adds.
 Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
 and `load` imports it. The command-line options, the check of the names, the help texts and the
 memory prediction follow from the entries.
 """
 
+import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from types import ModuleType
 from typing import Any, Literal
 
+from ds_cmli.common.cli import option
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.json_text import JsonObject
 
 
@@ -31,34 +33,14 @@ class LossEntry:
     several: bool = False  # whether an image may have several positives
 
 
+PAIRS, TARGETS = "ds_cmli.losses.pairs", "ds_cmli.losses.target_cmli"
 LOSSES = {
-    "global": LossEntry(
-        "ds_cmli.losses.pairs:GlobalContrastive",
-        scores="global",
-        kind="contrastive",
-    ),
-    "global_sigmoid": LossEntry(
-        "ds_cmli.losses.pairs:GlobalSigmoid",
-        scores="global",
-        kind="sigmoid",
-        several=True,
-    ),
-    "cmli": LossEntry(
-        "ds_cmli.losses.pairs:AllPairsCMLI",
-        scores="cmli",
-        kind="contrastive",
-    ),
-    "cmli_sigmoid": LossEntry(
-        "ds_cmli.losses.pairs:CMLISigmoid",
-        scores="cmli",
-        kind="sigmoid",
-        several=True,
-    ),
-    "target_cmli": LossEntry(
-        "ds_cmli.losses.target_cmli:TargetCMLI",
-        teacher=True,
-    ),
-    "cls_kd": LossEntry("ds_cmli.losses.target_cmli:ClsDistillation", teacher=True),
+    "global": LossEntry(f"{PAIRS}:GlobalContrastive", "global", "contrastive"),
+    "global_sigmoid": LossEntry(f"{PAIRS}:GlobalSigmoid", "global", "sigmoid", several=True),
+    "cmli": LossEntry(f"{PAIRS}:AllPairsCMLI", "cmli", "contrastive"),
+    "cmli_sigmoid": LossEntry(f"{PAIRS}:CMLISigmoid", "cmli", "sigmoid", several=True),
+    "target_cmli": LossEntry(f"{TARGETS}:TargetCMLI", teacher=True),
+    "cls_kd": LossEntry(f"{TARGETS}:ClsDistillation", teacher=True),
 }
 
 
@@ -68,25 +50,24 @@ class BackboneEntry:
     models: str  # the models that it supports, for the help text
 
 
+ENCODERS = "ds_cmli.models.encoders"
 IMAGE = {
-    "timm": BackboneEntry(
-        "ds_cmli.models.encoders:ImageEncoder", "any model of timm with feature maps"
-    )
+    "timm": BackboneEntry(f"{ENCODERS}:ImageEncoder", "any model of timm with feature maps"),
 }
 TEXT = {
     "transformers": BackboneEntry(
-        "ds_cmli.models.encoders:TextEncoder", "transformers' BERT, T5, CLIP, GPT-2 and others"
-    )
+        f"{ENCODERS}:TextEncoder", "transformers' BERT, T5, CLIP, GPT-2 and others"
+    ),
 }
 
 # The types of other libraries' dual encoders, with which a student can start (`student.source`),
-# and the module in `config`, `models` and `export` that knows them: transformers' or open_clip's.
+# and the module in `config` and `models` that knows them: transformers' or open_clip's.
 DUAL = {"clip": "dual", "siglip": "dual", "siglip2": "dual", "open_clip": "open_clip"}
 
 
 def of_dual(folder: str, own: JsonObject) -> ModuleType:
     """The module in a folder that knows a dual encoder, by its `model_type`."""
-    return import_module(f"ds_cmli.{folder}.{DUAL[own['model_type']]}")
+    return importlib.import_module(f"ds_cmli.{folder}.{DUAL[own['model_type']]}")
 
 
 @dataclass(frozen=True)
@@ -150,10 +131,7 @@ SOURCES = {
 }
 
 
-Entry = LossEntry | BackboneEntry | SourceEntry
-
-
-def load(entry: Entry) -> Any:
+def load(entry: LossEntry | BackboneEntry | SourceEntry) -> Any:
     """Import the implementation of an entry and return it."""
     return pkgutil.resolve_name(entry.implementation)
 
@@ -170,3 +148,24 @@ def needs_teacher(names: Iterable[str]) -> bool:
 def compares_tokens(names: Iterable[str]) -> bool:
     """Whether one of the losses uses the all-pairs op."""
     return any(LOSSES[name].scores == "cmli" for name in names)
+
+
+def load_plugins(context: object, parameter: object, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UserError(f"--plugin is {name!r}: {one_line(error)}") from error
+
+
+plugin_option = option(
+    "Plugins",
+    "--plugin",
+    metavar="MODULE",
+    multiple=True,
+    is_eager=True,  # before options whose values a plugin may add
+    expose_value=False,
+    callback=load_plugins,
+    help="Import a module that registers losses, backbones or sources (docs/plugins.md). "
+    "Repeatable.",
+)

@@ -12,13 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common.errors import UserError, check_regular
-from ds_cmli.common.json_text import JsonObject, read
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.json_text import JsonObject, Section, read
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.config import open_clip
 from ds_cmli.config.registry import DUAL, of_dual
-from ds_cmli.config.schema import Config, Sections, StudentConfig
-from ds_cmli.config.validation import shown
+from ds_cmli.config.schema import Config, Sections, StudentConfig, shown
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 EXPORT = "ds_cmli"  # the type of a model of this package
@@ -127,8 +126,6 @@ class Source:
         of_hub = HUB_NAME.fullmatch(self.place) and not self.name.startswith(open_clip.LOCAL)
         if not (self.local or of_hub):
             raise self.error("no such file or folder")
-        if self.local:
-            check_regular(f"student.source is {self.name!r}", self.path)
         if open_clip.is_marked(self.name):
             return open_clip.described(self)
         content = None
@@ -157,12 +154,8 @@ class Source:
         return self.local and (self.path / RUN).is_file()
 
 
-def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
+def applied(overrides: Mapping[str, Section]) -> Sections:
     """The user's settings with those that `student.source` decides, if it is given.
-
-    Args:
-        overrides: the user's settings.
-        written: as in `Config.from_dict`, the options by which some were given.
 
     Raises:
         UserError: the source cannot be read, or a setting of the user's contradicts it.
@@ -170,8 +163,9 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
     name = overrides.get("student", {}).get("source")
     if "source_config" in overrides.get("student", {}):
         raise UserError("student.source_config is filled from student.source: give that one alone")
+    out = {section: dict(values) for section, values in overrides.items()}
     if not name:
-        return overrides
+        return out
     if not isinstance(name, str):
         raise UserError(f"student.source is {shown(name)}: give a folder or a name of the hub")
     source = Source(name)
@@ -180,15 +174,13 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
     free = set(OF_TRAINING)
     if not is_run:
         free = free - {"dropout"} | {"shared_blocks"}
-    out = {section: dict(values) for section, values in overrides.items()}
     for section, values in decided.items():
         given = out.setdefault(section, {})
         for key, value in values.items():
             if key in given and key not in free and not _allowed(key, given[key], decided):
-                setting = f"{section}.{key}"
                 raise UserError(
-                    f"{written.get(setting, setting)} is {shown(given[key])}, and student.source "
-                    f"{name!r} has {shown(value)}: leave it out"
+                    f"{section}.{key} is {shown(given[key])}, and student.source {name!r} has "
+                    f"{shown(value)}: leave it out"
                 )
             given.setdefault(key, value)
     temperature = out.get("loss", {}).get("init_temperature")
@@ -202,7 +194,7 @@ def applied(overrides: Sections, written: Mapping[str, str]) -> Sections:
 
 def to_evaluate(source: Source) -> Config:
     """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
-    decided = applied({"student": {"source": source.name}}, {})
+    decided = applied({"student": {"source": source.name}})
     losses = dict(source.config.get("losses") or {"global": 1.0})  # a distillation has none
     if not source.is_run:
         losses = {of_dual("config", source.config).loss_of(source.config): 1.0, "cmli": 1.0}

@@ -10,7 +10,7 @@ import click
 
 from ds_cmli.common.cli import check_writable, run_command, say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.plugins import plugin_option
+from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import launchers
 from ds_cmli.evaluate import report

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli.common import plots, quiet
-from ds_cmli.common.cli import DOES_NOT_FIT, GroupedCommand, option, run_command
+from ds_cmli.common.cli import DOES_NOT_FIT, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -23,6 +23,7 @@ from ds_cmli.config.options import (
     OUTPUT,
     START,
     WHAT,
+    ConfigCommand,
     add,
     resolve_config,
 )
@@ -39,7 +40,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows only when it has run"
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT, *START)
 @option(
     "Prediction",

@@ -23,7 +23,7 @@ from torch import nn
 from ds_cmli import engine
 from ds_cmli.common.cli import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import WHAT, add, resolve_config
+from ds_cmli.config.options import WHAT, ConfigCommand, add, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data, build_data
@@ -64,7 +64,7 @@ def plain(
     return step
 
 
-@click.command(help=(__doc__ or "").split("\n\n")[1])
+@click.command(cls=ConfigCommand, help=(__doc__ or "").split("\n\n")[1])
 @add(*WHAT)
 @click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True)

@@ -1,5 +1,7 @@
 """A loss and an encoder of a plugin: trained, evaluated, exported, their memory predicted; and one that is missing."""
 
+import importlib
+
 import pytest
 from click.testing import CliRunner
 
@@ -28,8 +30,8 @@ def test_an_image_encoder(tmp_path):
     assert "eval/seen/combined/i2t_r1" in run_content["evaluated"]
 
 
-def test_a_typo_builds_none_of_its_encoders(plugins):
-    plugins.load("tests.stranger.toy")
+def test_a_typo_builds_none_of_its_encoders():
+    importlib.import_module("tests.stranger.toy")
     with pytest.raises(UserError, match=r"student.image_model is 'vit_tinny', .*Unknown model"):
         make.models(student={"image_model": "vit_tinny"})
 
