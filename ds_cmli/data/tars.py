@@ -26,7 +26,9 @@ CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has
 # Where a sample's members are in the shard, and their sizes; 0 of one that it has not.
 NAMES = ("image", "image_size", "text", "text_size", "json", "json_size")
 ROW = np.dtype([(name, "<u8") for name in NAMES])
-Place = tuple[int, int] | str  # offset and size in the shard; or the name that a link has
+Place = tuple[int, int]  # offset and size in the shard
+NOWHERE: Place = 0, 0
+DIGEST_BYTES = 32  # SHA-256 of an index, at its end
 MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
 
 
@@ -47,7 +49,10 @@ class Tars:
     def __init__(self, shards: list[Path], caption_key: str = ""):
         self.shards, self.caption_key = shards, caption_key
         self.rows, self.left_out = list[np.ndarray](), 0  # the latter without image or caption
-        for rows in map(index, shards):
+        self.sizes = dict[str, int]()
+        for shard in shards:
+            status = shard.stat()
+            self.sizes[shard.name], rows = status.st_size, index(shard, status)
             whole = (rows["image_size"] > 0) & (rows["text_size"] + rows["json_size"] > 0)
             self.rows.append(rows if whole.all() else rows[whole])
             self.left_out += len(rows) - len(self.rows[-1])
@@ -77,8 +82,7 @@ class Tars:
         return f"{self.shards[shard].name}/{member}"
 
     def fingerprint(self) -> dict[str, object]:
-        sizes = {shard.name: shard.stat().st_size for shard in self.shards}
-        return {"images": len(self), "files": sizes}
+        return {"images": len(self), "files": self.sizes}
 
     def _at(self, index: int) -> tuple[int, np.void]:
         shard = bisect_right(self.starts, index) - 1
@@ -101,24 +105,31 @@ class Tars:
         return self.open[shard]
 
 
-def index(shard: Path) -> np.ndarray:
+def index(shard: Path, status: os.stat_result) -> np.ndarray:
     """Where a shard's samples are, `ROW` [n], memory-mapped from the cache.
 
-    One process makes it, others wait.
+    One process makes it, others wait. A cached index that is damaged is made again.
     """
-    status, folder = shard.stat(), cache_folder() / "tar-index"
+    folder = cache_folder() / "tar-index"
     state = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
     name = hashlib.sha256(os.fsencode(state)).hexdigest()[:24]
-    file = folder / f"{name}.npy"
-    if not file.exists():
+    file = folder / f"{name}.rows"
+    if not _is_whole(file):
         with locked(folder, f"{name}.lock", f"the index of {shard}"):
-            if not file.exists():
-                np.save(beside := folder / f"{name}.new.npy", scan(shard))
+            if not _is_whole(file):
+                content, beside = scan(shard).tobytes(), folder / f"{name}.new"
+                beside.write_bytes(content + hashlib.sha256(content).digest())
                 beside.replace(file)
-    rows = np.load(file, mmap_mode="r")
-    # Mapped by torch, which keeps no descriptor open: there may be thousands of shards.
-    whole = torch.from_file(str(file), size=rows.offset + rows.nbytes, dtype=torch.uint8)
-    return whole.numpy()[rows.offset :].view(ROW)
+    size = file.stat().st_size - DIGEST_BYTES
+    if not size:  # no sample
+        return np.empty(0, ROW)
+    # By torch, which keeps no descriptor open: there may be thousands of shards.
+    return torch.from_file(str(file), size=size, dtype=torch.uint8).numpy().view(ROW)
+
+
+def _is_whole(file: Path) -> bool:
+    content = file.read_bytes() if file.exists() else b""
+    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
 
 
 def scan(shard: Path) -> np.ndarray:
@@ -129,36 +140,39 @@ def scan(shard: Path) -> np.ndarray:
     """
     samples: list[dict[str, Place]] = []
     last: dict[str, dict[str, Place]] = {}  # the last sample of each name
-    files: dict[str, tuple[int, int]] = {}
+    files: dict[str, Place] = {}
+    links: list[tuple[dict[str, Place], str, str]] = []  # sample, field, and what it links to
     with blame(f"{shard} is no whole, uncompressed tar"):
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
-                place: Place = member.offset_data, member.size
-                if member.islnk() or member.issym():
-                    folder = os.path.dirname(member.name) if member.issym() else ""
-                    place = os.path.normpath(os.path.join(folder, member.linkname))
-                elif member.isreg() and not member.issparse():
-                    files[os.path.normpath(member.name)] = member.offset_data, member.size
-                else:
-                    continue
                 folder, _, base = member.name.rpartition("/")
+                target = f"{folder or '.'}/{member.linkname}" if member.issym() else member.linkname
+                place = member.offset_data, member.size
+                if member.isreg() and not member.issparse():
+                    files[member.name] = place
+                elif not member.issym() and not member.islnk():
+                    continue
                 stem, _, ending = base.partition(".")
-                if stem and (field := FIELDS.get(ending.lower())):
-                    key = f"{folder}/{stem}"
-                    if key not in last or field in last[key]:
-                        last[key] = {}
-                        samples.append(last[key])
-                    last[key][field] = place
+                field, key = FIELDS.get(ending.lower()), f"{folder}/{stem}"
+                if not stem or not field:
+                    continue
+                if key not in last or field in last[key]:
+                    last[key] = {}
+                    samples.append(last[key])
+                last[key][field] = place
+                if target:
+                    links.append((last[key], field, target))
             end = archive.offset
         with open(shard, "rb") as file:
             file.seek(end)
             rest = file.read(2**20)
         if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
             raise ValueError(f"damaged or cut off at byte {end:,}")
-    rows = np.zeros(len(samples), ROW)
-    for row, sample in zip(rows, samples, strict=True):
-        for field, place in sample.items():
-            start_size = files.get(place, (0, 0)) if isinstance(place, str) else place
-            row[field], row[f"{field}_size"] = start_size
-    return rows
+    if links:
+        files = {os.path.normpath(name): place for name, place in files.items()}
+    for sample, field, target in links:
+        sample[field] = files.get(os.path.normpath(target), NOWHERE)
+    fields = NAMES[::2]
+    rows = [sum((sample.get(field, NOWHERE) for field in fields), ()) for sample in samples]
+    return np.array(rows, ROW)

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import os
 import zipfile
@@ -9,7 +10,6 @@ from safetensors.numpy import load_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
-from tests.make import picture
 
 
 @pytest.fixture
@@ -23,8 +23,6 @@ def packaged(tmp_path, monkeypatch):
         archive.writestr("toy-1.0.dist-info/RECORD", "")
     wheels.mkdir()
     (wheels / "toy-1.0-py3-none-any.whl").write_bytes(content.getvalue())
-    import hashlib
-
     digest = hashlib.sha256(content.getvalue()).hexdigest()
 
     def build(folder, out):
@@ -34,7 +32,8 @@ def packaged(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset("toy-1.0", {"toy==1.0": digest}, 1, "none", build))
+    monkeypatch.setitem(assets.SHA256, "toy==1.0", digest)
+    monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset("toy-1.0", ["toy==1.0"], "none", build))
     return tmp_path
 
 
@@ -56,7 +55,8 @@ def test_two_processes_fetch_once(packaged):
 
 @pytest.mark.parametrize("digest", ["0" * 64, "1" * 64])
 def test_wrong_content_and_a_lost_index_are_one_line(packaged, monkeypatch, digest):
-    wrong = assets.Asset("toy-2", {"toy==1.0": digest}, 1, "none", assets.ASSETS["toy"].build)
+    monkeypatch.setitem(assets.SHA256, "toy==1.0", digest)
+    wrong = assets.Asset("toy-2", ["toy==1.0"], "none", assets.ASSETS["toy"].build)
     monkeypatch.setitem(assets.ASSETS, "toy", wrong)
     if digest[0] == "1":
         monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
@@ -79,4 +79,3 @@ def test_the_vit_is_a_state_dict_of_timm():
     weights = {name: torch.from_numpy(value) for name, value in load_file(assets.fetch("vit") / assets.WEIGHTS).items()}
     model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0)
     assert not model.load_state_dict(weights, strict=False).unexpected_keys
-    assert picture(0).size == (40, 40)

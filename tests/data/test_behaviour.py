@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
 from tests import make
 
 
@@ -30,31 +30,36 @@ def consumed(samples, count: int, micro_batch: int = 4, world: int = 1, state=No
 
 
 def test_an_epoch_has_each_sample_once_and_each_epoch_its_own_order():
-    seen, _ = consumed(20, 15)
+    seen, _ = consumed(Mixture([12, 8]), 15)
     epochs = [[*chain(*seen[first : first + 5])] for first in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
     assert seen == consumed(20, 15)[0] != consumed(20, 15, seed=4)[0]
 
 
+MIXTURE = Mixture([17, 9], [1, 2])
+
+
 @pytest.mark.parametrize("world", [2, 4])
-def test_any_number_of_ranks_has_the_same_batches(world):
-    assert consumed(26, 15, 4 // world, world) == consumed(26, 15)
+@pytest.mark.parametrize("samples", [26, MIXTURE], ids=["one source", "a mixture"])
+def test_any_number_of_ranks_has_the_same_batches(samples, world):
+    assert consumed(samples, 15, 4 // world, world) == consumed(samples, 15)
 
 
 @pytest.mark.parametrize("before, worlds", [(3, (1, 1)), (8, (1, 2)), (6, (4, 1)), (13, (2, 4))])
 def test_a_resumed_order_repeats_nothing_and_skips_nothing(before, worlds):
     """Also at the end of an epoch, of which the last 2 of 26 samples are no whole batch."""
-    whole = consumed(26, 15)[0]
-    first, state = consumed(26, before, 4 // worlds[0], worlds[0])
-    rest, _ = consumed(26, 15 - before, 4 // worlds[1], worlds[1], json.loads(json.dumps(state)))
-    assert first + rest == whole
+    for samples in (26, MIXTURE):
+        whole = consumed(samples, 15)[0]
+        first, state = consumed(samples, before, 4 // worlds[0], worlds[0])
+        rest, _ = consumed(samples, 15 - before, 4 // worlds[1], worlds[1], json.loads(json.dumps(state)))
+        assert first + rest == whole
 
 
 def test_a_state_of_other_data_or_of_another_seed_is_refused():
     _, state = consumed(26, 3)
-    for samples, seed in ((27, 3), (26, 4)):
-        with pytest.raises(UserError):
+    for samples, seed, named in ((27, 3, "length of 26"), (26, 4, "seed of 3")):
+        with pytest.raises(UserError, match=named):
             consumed(samples, 1, state=state, seed=seed)
 
 
@@ -63,10 +68,62 @@ def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
     taken = [mixture.order(0, epoch) for epoch in range(3)]
     for indices, _ in taken:
         assert int((indices < 30).sum()) == 10 and len(indices) == 40
+        assert 0 < int((indices[:20] < 30).sum()) < 10  # mixed, not one source after the other
     times = Counter(torch.cat([indices for indices, _ in taken]).tolist())
     assert [times[n] for n in range(30)] == [1] * 30 and [times[n] for n in range(30, 40)] == [9] * 10
     turns = {(int(i), int(turn)) for indices, turns in taken for i, turn in zip(indices, turns, strict=True)}
     assert len(turns) == 120  # no sample comes twice at the same turn, so none gets the same view twice
+
+
+def test_a_permutation_is_a_function_of_its_arguments_alone():
+    order = permutation(100, 1, 2)
+    assert sorted(order.tolist()) == list(range(100))
+    torch.rand(3)  # what the global generator does must not matter
+    assert torch.equal(order, permutation(100, 1, 2))
+    assert not torch.equal(order, permutation(100, 2, 1))
+    assert not torch.equal(order, permutation(100, 1, 3))
+    assert permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]  # never another order: runs resume by it
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights", "shares"),
+    [
+        ([70, 30], [0.5, 0.5], [50, 50]),
+        ([4, 3], [2, 1], [5, 2]),  # of 4.67 and 2.33
+        ([3, 3, 4], [1, 1, 1e-9], [5, 4, 1]),
+        ([200, 200], [0.002, 1], [1, 399]),  # 0.8 of 400
+        ([200, 200], [1e308, 1e308], [200, 200]),
+        ([200, 200], [5e-324, 1e308], [1, 399]),
+        ([1, 1, 1], [1, 1e-9, 1e-9], [1, 1, 1]),
+    ],
+)
+def test_every_source_keeps_a_sample_an_epoch(lengths, weights, shares):
+    mixture = Mixture(lengths, weights)
+    assert mixture.shares == shares and len(mixture.order(0, 0)[0]) == sum(lengths)
+
+
+def test_a_larger_global_batch_loses_only_the_end_of_the_epoch():
+    _, state = consumed(26, 5)
+    assert state["position"] == 20
+    larger, after = consumed(26, 1, 8, state=state)  # 6 samples of the epoch are left, fewer than 8
+    assert larger[0] == permutation(26, 3, 1)[:8].tolist()
+    assert (after["epoch"], after["position"]) == (1, 8)
+
+
+def test_only_advance_moves_the_position():
+    sampler = GlobalBatchSampler(10, 2, 0, 1, 0)
+    ahead = iter(sampler)
+    for _ in range(9):  # a loader that prefetches, even into the next epoch
+        next(ahead)
+    assert (sampler.epoch, sampler.position) == (0, 0)
+    sampler.advance()
+    assert sampler.position == 2
+    assert next(iter(sampler)) == [Draw(index, 0) for index in permutation(10, 0, 0)[2:4].tolist()]
+
+
+def test_too_few_samples_are_refused():
+    with pytest.raises(UserError, match=r"7 samples.*8 = 4 \(micro-batch\) x 2 \(ranks\)"):
+        GlobalBatchSampler(7, 4, 0, 2, 0)
 
 
 # What a sample is.
@@ -152,17 +209,3 @@ def test_a_picture_is_shown_whole_in_its_colours(tmp_path):
     shown = data(source, val_source=str(source)).train[0].image
     assert shown.shape == (3, 56, 56) and shown.dtype == torch.uint8
     assert shown[:, 28, 10].tolist() == [255, 0, 0] and shown[:, 28, 45].tolist() == [0, 0, 255]
-
-
-def test_tars_have_the_pairs_of_their_names(tmp_path):
-    for first in (0, 10):
-        make.tar(tmp_path / f"{first}.tar", 10, first)
-    loaded = data(tmp_path, val_source=str(tmp_path))
-    assert len(loaded.train) == 20
-    found = [loaded.train[n] for n in range(20)]
-    assert len({sample.tokens.text for sample in found}) == 20 and not any(sample.bad for sample in found)
-    numbers = [int(sample.tokens.text.split()[-1]) for sample in found]
-    for number, sample in zip(numbers, found, strict=True):
-        colour = make.picture(number).getpixel((20, 0)), make.picture(number).getpixel((20, 39))
-        edges = [tuple(sample.image[:, y, 28].tolist()) for y in (0, 55)]
-        assert edges[1] == colour[1] or edges[0] == colour[0], number

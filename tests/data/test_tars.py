@@ -78,6 +78,12 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     monkeypatch.setattr(tars, "scan", lambda shard: scanned.append(shard) or scan(shard))
     assert samples(path) == samples(path)
     assert len(scanned) == 1
+    (cached,) = (tmp_path / "cache/tar-index").glob("*.rows")
+    content = bytearray(cached.read_bytes())
+    content[-40] ^= 1
+    cached.write_bytes(content)
+    assert samples(path)[0] == (b"J0", ["zero"])
+    assert len(scanned) == 2
     shard(path, [("0.jpg", b"new"), ("0.txt", b"new")])
     os.utime(path, (1, 1))
     assert samples(path) == [(b"new", ["new"])]
