@@ -26,8 +26,8 @@ def open_parquet(files: list[Path], config: DataConfig) -> dict[str, Source]:
 
     splits: dict[str, list[str]] = {}
     for file in files:
-        prefix = re.match(r"[a-z]*", file.name)
-        splits.setdefault(SPLITS.get(prefix[0] if prefix else "", "train"), []).append(str(file))
+        split = SPLITS.get(re.split("[^a-z]", file.name)[0], "train")
+        splits.setdefault(split, []).append(str(file))
     if "train" not in splits:
         splits = {"train": list(map(str, files))}
     with blame(f"{files[0]} cannot be read as parquet"):
@@ -49,15 +49,13 @@ def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo, _, given = name.removeprefix(HUB).partition("@")
-    revision, shards = given or None, list[Path]()
+    at, shards = {"revision": given or None}, list[Path]()
     with blame(f"{name} cannot be fetched"):
         with suppress(LocalEntryNotFoundError):  # without a network: `datasets` may have a copy
-            tars = snapshot_download(
-                repo, repo_type="dataset", revision=revision, allow_patterns="*.tar"
-            )
+            tars = snapshot_download(repo, repo_type="dataset", allow_patterns="*.tar", **at)
             shards = sorted(Path(tars).rglob("*.tar"))
         if not shards:
-            return _arrow(datasets.load_dataset(repo, revision=revision), config)
+            return _arrow(datasets.load_dataset(repo, **at), config)
     return open_tars(shards, config)
 
 
@@ -75,11 +73,9 @@ class Arrow:
     def __init__(self, dataset: "Dataset", config: DataConfig):
         import datasets
 
-        images, texts = list[str](), list[str]()
+        images, texts, self.columns = list[str](), list[str](), sorted(dataset.features)
         for name, feature in dataset.features.items():
-            dtype = getattr(
-                getattr(feature, "feature", feature), "dtype", ""
-            )  # or of a list's items
+            dtype = getattr(getattr(feature, "feature", feature), "dtype", "")  # or of a list's
             if isinstance(feature, datasets.Image):
                 dataset = dataset.cast_column(name, datasets.Image(decode=False))
                 images.append(name)
@@ -87,7 +83,6 @@ class Arrow:
                 images.append(name)
             elif "string" in dtype:
                 texts.append(name)
-        self.columns = sorted(dataset.features)
         self.image_key = _column(images, IMAGE_COLUMNS, config.image_key, "data.image_key")
         self.caption_key = _column(texts, CAPTION_COLUMNS, config.caption_key, "data.caption_key")
         self.images = dataset.select_columns([self.image_key]).with_format(None)

@@ -26,9 +26,7 @@ from ds_cmli.config.schema import AugmentationName, DataConfig, Interpolation, R
 # default includes one that starts Ghostscript.
 Image.init()
 FORMATS = list(filter(Image.OPEN.get, ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")))
-# Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many
-# pixels per output pixel along each side.
-SHARP = 2
+SHARP = 2  # a JPEG decoded at a reduced scale keeps so many pixels per output pixel along a side
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -77,15 +75,11 @@ class View:
         else:
             image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
             image = image.copy()
-        with image, self._seeded(turn, index):
-            return self._change(self._resized(image))[0]
+        with image, self.seeded(turn, index):
+            return self.changed(self._resized(image))[0]
 
-    def changed(self, pixels: Tensor, turn: int, index: int) -> tuple[Tensor, bool]:
+    def changed(self, pixels: Tensor) -> tuple[Tensor, bool]:
         """Random colours and a random flip of uint8 [3, S, S]; also whether it was flipped."""
-        with self._seeded(turn, index):
-            return self._change(pixels)
-
-    def _change(self, pixels: Tensor) -> tuple[Tensor, bool]:
         if strength := self.augmentation.get("color_jitter"):  # no hue, as captions name colours
             pixels = v2.ColorJitter(strength, strength, strength)(pixels)
         share = self.augmentation.get("horizontal_flip")
@@ -93,7 +87,7 @@ class View:
         return pixels.flip(-1) if flipped else pixels, flipped
 
     @contextmanager
-    def _seeded(self, turn: int, index: int) -> Iterator[None]:
+    def seeded(self, turn: int, index: int) -> Iterator[None]:
         if not self.augmentation:
             yield
             return

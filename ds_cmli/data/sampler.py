@@ -77,9 +77,8 @@ class GlobalBatchSampler:
     samples. P ranks with B samples each and one rank with P*B thus see the same global batches. An
     incomplete last batch is dropped.
 
-    Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a
-    loader's prefetching does not. The position counts samples of the global order, so a run on any
-    other number of ranks can resume from it.
+    Iteration starts at the position, in samples of the global order, that the trainer has
+    *consumed*: only `advance` moves it, a loader's prefetching does not.
     """
 
     def __init__(

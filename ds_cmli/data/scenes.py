@@ -156,7 +156,8 @@ class Scenes(Dataset):
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else Draw(at)
         sample = self.pair(index)
-        sample.image, flipped = self.view.changed(sample.image, turn, index)
+        with self.view.seeded(turn, index):
+            sample.image, flipped = self.view.changed(sample.image)
         if flipped:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
