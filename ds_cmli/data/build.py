@@ -7,7 +7,6 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError, printable
+from ds_cmli.common.errors import UserError, blame, printable
 from ds_cmli.config.registry import SOURCES, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.arrow import HUB, open_hub
@@ -60,9 +59,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
         return _demo(config, seed)
     names, weights = weighted(config.source)
     opened = {name: open_source(name, config) for name in names}
-    held_out = _held_out(opened, config)
+    held_out, summary = _held_out(opened, config), list[str]()
     train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
-    summary = list[str]()
     for number, (name, (kind, parts)) in enumerate(opened.items()):
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
@@ -111,10 +109,11 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[E
         config = replace(config, val_split="test" if split == "test" else "validation")
     names = weighted(config.source)[0] if split == "all" or not config.val_source else []
     opened = {name: open_source(name, config) for name in names}
-    shares = dict[str, Share]() if split == "all" else _held_out(opened, config)
     if split == "all":
-        for name, (_, parts) in opened.items():
-            shares |= {f"{name} ({part})": (one, range(len(one))) for part, one in parts.items()}
+        every = [(f"{name} ({p})", one) for name in names for p, one in opened[name][1].items()]
+        shares: dict[str, Share] = {name: (one, range(len(one))) for name, one in every}
+    else:
+        shares = _held_out(opened, config)
     summary = [f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()]
     return {split or SPLITS[config.val_split]: EvalPairs(Images(shares), config)}, summary
 
@@ -191,12 +190,10 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
         name, mark, weight = source.rpartition("::")
         names.append(name if mark else source)
         if mark:
-            number = 0.0
-            with suppress(ValueError):
-                number = float(weight)
-            if not 0 < number < math.inf:
-                raise UserError(f"--data is {source!r}: write WHAT::WEIGHT, as {name}::0.7")
-            weights.append(number)
+            with blame(f"--data is {source!r}: write WHAT::WEIGHT, as {name}::0.7"):
+                weights.append(float(weight))
+                if not 0 < weights[-1] < math.inf:
+                    raise ValueError("a weight is above 0")
     if len(set(names)) < len(names) or ("demo" in names and len(names) > 1):
         raise UserError(f"--data is {sources}: name each source once, and the demo alone")
     if weights and (len(weights) < len(names) or len(names) == 1):
@@ -243,9 +240,7 @@ def expand(pattern: str) -> list[Path]:
         names = [name.replace(braces[0], choice, 1) for name in names for choice in choices]
     files = [Path(file) for name in names for file in sorted(glob.glob(name)) or [name]]
     if missing := [file for file in files if not file.is_file()]:
-        folder = missing[0].parent
-        beside = map(str, folder.iterdir()) if folder.is_dir() else ()
-        close = difflib.get_close_matches(str(missing[0]), beside, n=1)
+        close = difflib.get_close_matches(str(missing[0]), glob.glob(f"{missing[0].parent}/*"), n=1)
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
             f"first {missing[0]}{f' (did you mean {close[0]}?)' if close else ''}\n{_accepted()}"

@@ -198,14 +198,3 @@ def test_a_broken_sample_is_replaced_by_the_next_and_counted(tmp_path):
     whole = samples[4]
     broken = next(sample for sample in samples if sample.bad and "3.png" in sample.bad[0])
     assert torch.equal(broken.image, whole.image) and broken.image.any()
-
-
-def test_a_picture_is_shown_whole_in_its_colours(tmp_path):
-    """Its left half red, its right half blue: channels, sides and the range of values."""
-    source = Path(make.pairs(tmp_path / "pairs", 8))
-    image = Image.new("RGB", (80, 80), (255, 0, 0))
-    image.paste((0, 0, 255), (40, 0, 80, 80))
-    image.save(source / "0.png")
-    shown = data(source, val_source=str(source)).train[0].image
-    assert shown.shape == (3, 56, 56) and shown.dtype == torch.uint8
-    assert shown[:, 28, 10].tolist() == [255, 0, 0] and shown[:, 28, 45].tolist() == [0, 0, 255]

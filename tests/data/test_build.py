@@ -19,18 +19,12 @@ def sizes(**settings):
 
 @pytest.mark.parametrize(
     ("pattern", "files"),
-    [
-        ("{00..02}.tar", ["00.tar", "01.tar", "02.tar"]),
-        ("{a,b}{1,2}.tar", ["a1.tar", "a2.tar", "b1.tar", "b2.tar"]),
-        ("[ab]1.tar", ["a1.tar", "b1.tar"]),
-        ("0?.tar", ["00.tar", "01.tar", "02.tar"]),
-        ("01.tar", ["01.tar"]),
-    ],
+    [("{00..02}", "00 01 02"), ("{a,b}{1,2}", "a1 a2 b1 b2"), ("[ab]1", "a1 b1"), ("0?", "00 01 02"), ("01", "01")],
 )
 def test_patterns(tmp_path, pattern, files):
     for name in ("00", "01", "02", "a1", "a2", "b1", "b2"):
         (tmp_path / f"{name}.tar").touch()
-    assert [file.name for file in expand(f"{tmp_path}/{pattern}")] == files
+    assert [file.stem for file in expand(f"{tmp_path}/{pattern}.tar")] == files.split()
 
 
 def test_missing_files_are_named_with_the_nearest(tmp_path):
@@ -113,12 +107,6 @@ def test_a_folder_of_no_kind_is_refused_in_two_lines_the_nearest_guess_first(tmp
             build_data(config(source=str(tmp_path / name)), 0)
         first, second = str(error.value).splitlines()
         assert guess in first and name in first and second.startswith("accepted are")
-
-
-def test_an_image_missing_at_the_start_is_an_error_there(tmp_path):
-    make.pairs(tmp_path / "a", 4, broken=range(4))
-    with pytest.raises(UserError, match="cannot be used"):
-        build_data(config(source=str(tmp_path / "a")), 0)
 
 
 def test_the_fingerprint_knows_names_and_captions_but_no_dates(tmp_path):

@@ -54,15 +54,12 @@ def test_resizing_equals_pillow_but_for_the_last_bit(resize, interpolation):
         assert (by_pillow == np.asarray(expected)).all()
 
 
-def test_a_large_jpeg_is_decoded_at_a_smaller_scale():
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale_and_turned_upright():
     content = stored(corners(800, 400), "JPEG", quality=95)
     pixels = View(20)(content)
     assert close(pixels[:, :, :9], [0, 0, 254], 8) and close(pixels[:, :, 11:], [254, 0, 0], 8)
-
-
-def test_images_are_turned_upright():
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees: left becomes up
+    exif[0x0112] = 6  # to be turned upright by 90 degrees: left becomes up
     pixels = View(20)(stored(corners(40, 40), "JPEG", exif=exif, quality=95))
     assert close(pixels[:, :9], [0, 0, 254], 8) and close(pixels[:, 11:], [254, 0, 0], 8)
 
@@ -75,10 +72,7 @@ def test_transparency_is_on_white_and_every_mode_becomes_rgb():
     for mode, colour in (("L", 7), ("1", 1), ("P", 3), ("LA", (7, 255)), ("CMYK", (0, 0, 0, 0))):
         kind = "TIFF" if mode == "CMYK" else "PNG"
         assert View(4)(stored(Image.new(mode, (9, 9), colour), kind)).shape == (3, 4, 4)
-
-
-def test_sixteen_bits_are_scaled():
-    grey = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))
+    grey = Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16))  # sixteen bits are scaled
     assert close(View(8)(stored(grey)), [128, 128, 128], 0)
     with pytest.raises(ValueError, match="8 bits"):
         View(8)(stored(Image.new("F", (4, 4)), "TIFF"))

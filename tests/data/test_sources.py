@@ -4,7 +4,7 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources import Packed, open_folder, open_json, open_tables
+from ds_cmli.data.sources import open_folder, open_json, open_tables
 
 
 def rows(source):
@@ -24,17 +24,13 @@ def opened(path, **settings):
     return open_tables([path], DataConfig(**settings))["train"]
 
 
-def test_strings_stay_strings_and_rows_of_one_image_are_one_image(tmp_path):
-    write(tmp_path, t_csv="file_name,text\na.png,NA\nb.png,2012\n./a.png,None\nb.png, \na.png,'x'\n")
+def test_cells_stay_strings_and_rows_of_one_image_are_one_image(tmp_path):
+    rest = 'a.png,"one, two"\nb.png,"three\nfour ""five"""\n'
+    write(tmp_path, t_csv="file_name,text\na.png,NA\nb.png,2012\n./a.png,None\nb.png, \n" + rest)
     source = opened(tmp_path / "t.csv")
-    assert rows(source) == {"a.png": ["NA", "None", "'x'"], "b.png": ["2012"]}
+    assert rows(source) == {"a.png": ["NA", "None", "one, two"], "b.png": ["2012", 'three\nfour "five"']}
     assert source.image(1) == b"b.png"
     assert source.left_out == 0
-
-
-def test_quoted_cells_hold_separators_and_lines(tmp_path):
-    write(tmp_path, t_csv='file_name,text\na.png,"one, two"\nb.png,"three\nfour ""five"""\n')
-    assert rows(opened(tmp_path / "t.csv")) == {"a.png": ["one, two"], "b.png": ['three\nfour "five"']}
 
 
 def test_tabs_other_separators_and_columns_are_found_or_named(tmp_path):
@@ -142,11 +138,3 @@ def test_a_json_of_another_form_is_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"t\.json") as error:
         open_json([tmp_path / "t.json"], DataConfig())
     assert "\n" not in str(error.value)
-
-
-def test_packed_gives_back_what_it_was_given():
-    items = ["", "a", ("b.png", ["c", "\u4e2d"]), 5]
-    packed = Packed(items)
-    assert [packed[i] for i in range(len(packed))] == items
-    with pytest.raises(IndexError):
-        packed[len(items)]

@@ -92,32 +92,30 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
 def test_more_shards_than_a_process_may_open(tmp_path):
     count = MOST_OPEN + 3
     paths = [shard(tmp_path / f"{i}.tar", [("0.jpg", b"%d" % i), ("0.txt", b"t")]) for i in range(count)]
+    before = len(os.listdir("/proc/self/fd"))
     source = Tars(paths)
+    assert len(os.listdir("/proc/self/fd")) == before  # no index keeps its file open
     order = np.random.default_rng(0).permutation(count).tolist() * 2
     assert [source.image(i) for i in order] == [b"%d" % i for i in order]
     assert len(source.open) == MOST_OPEN
     assert source.name(2) == "2.tar/0.jpg"
 
 
-def damaged(content, what):
-    if what == "cut in a member":
-        return content[:700]
-    if what == "cut behind a member":
-        return content[:2048]
-    if what == "a damaged header":
-        return content[:1030] + b"\xff" * 100 + content[1130:]
-    if what == "two tars joined":
-        return content + content
-    return {"empty": b"", "no tar": b"x" * 2000, "compressed": b"\x1f\x8b" + content}[what]
+DAMAGES = {
+    "cut in a member": lambda content: content[:700],
+    "cut behind a member": lambda content: content[:2048],
+    "a damaged header": lambda content: content[:1030] + b"\xff" * 100 + content[1130:],
+    "two tars joined": lambda content: content + content,
+    "empty": lambda _: b"",
+    "no tar": lambda _: b"x" * 2000,
+    "compressed": lambda content: b"\x1f\x8b" + content,
+}
 
 
-@pytest.mark.parametrize(
-    "what",
-    ["cut in a member", "cut behind a member", "a damaged header", "two tars joined", "empty", "no tar", "compressed"],
-)
-def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, what):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, damage):
     path = shard(tmp_path / "7.tar", PAIR)
-    path.write_bytes(damaged(path.read_bytes(), what))
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(UserError, match=r"7\.tar is no whole, uncompressed tar"):
         Tars([path])
 
@@ -126,16 +124,5 @@ def test_samples_without_image_or_caption_are_left_out_and_counted(tmp_path):
     path = shard(tmp_path / "0.tar", [*PAIR, ("c.jpg", b"J"), ("d.txt", b"D"), ("e.jpg", b"J"), ("e.txt", b"")])
     source = open_tars([path], DataConfig())["train"]
     assert (len(source), source.left_out) == (2, 3)
-
-
-def test_an_index_keeps_no_file_open(tmp_path):
-    """There may be more shards than a process may open files."""
-    paths = [shard(tmp_path / f"{i}.tar", PAIR) for i in range(40)]
-    before = len(os.listdir("/proc/self/fd"))
-    source = Tars(paths)
-    assert len(os.listdir("/proc/self/fd")) == before and len(source) == 80
-
-
-def test_tars_without_a_sample_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"0\.tar holds no sample"):
-        open_tars([shard(tmp_path / "0.tar", [("0.jpg", b"J"), ("1.txt", b"T")])], DataConfig())
+    with pytest.raises(UserError, match=r"1\.tar holds no sample"):
+        open_tars([shard(tmp_path / "1.tar", [("0.jpg", b"J"), ("1.txt", b"T")])], DataConfig())
