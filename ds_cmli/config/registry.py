@@ -79,9 +79,6 @@ class SourceEntry:
     short: str  # one of a few words
     ends: tuple[str, ...] = ()  # suffixes of its files
     holds: tuple[str, ...] = ()  # patterns of files of which its folder holds at least one
-    # The package that reads it, if it does not come with this one, and the extra that installs it.
-    package: str = ""
-    extra: str = ""
 
 
 SOURCES = {
@@ -97,8 +94,6 @@ SOURCES = {
         "a folder of save_to_disk",
         "a folder of save_to_disk",
         holds=("dataset_dict.json", "state.json"),
-        package="datasets",
-        extra="parquet",
     ),
     "tars": SourceEntry(
         "ds_cmli.data.tars:open_tars",
@@ -113,8 +108,6 @@ SOURCES = {
         "parquet",
         ends=(".parquet",),
         holds=("*.parquet", "data/*.parquet"),
-        package="datasets",
-        extra="parquet",
     ),
     "table": SourceEntry(
         "ds_cmli.data.sources:open_tables",

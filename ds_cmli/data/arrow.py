@@ -7,7 +7,7 @@ fast random access. The cache is the user's own, and nothing in it is changed he
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.config.schema import DataConfig
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 HUB = "hf://datasets/"
 
 
+def library() -> Any:
+    with blame("parquet, save_to_disk and hf:// need datasets (pip install 'ds-cmli[parquet]')"):
+        import datasets
+    return datasets
+
+
 def open_parquet(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open parquet files; names such as `train-00000-of-00002.parquet` say the split of each."""
-    import datasets
-
     splits: dict[str, list[str]] = {}
     for file in files:
         split = SPLITS.get(re.split("[^a-z]", file.name)[0], "train")
@@ -31,20 +35,17 @@ def open_parquet(files: list[Path], config: DataConfig) -> dict[str, Source]:
     if "train" not in splits:
         splits = {"train": list(map(str, files))}
     with blame(f"{files[0]} cannot be read as parquet"):
-        return _arrow(datasets.load_dataset("parquet", data_files=splits), config)
+        return _arrow(library().load_dataset("parquet", data_files=splits), config)
 
 
 def open_saved(files: list[Path], config: DataConfig) -> dict[str, Source]:
     """Open a folder that `save_to_disk` wrote: one data set, or several splits."""
-    import datasets
-
     with blame(f"{files[0]} cannot be read as data of save_to_disk"):
-        return _arrow(datasets.load_from_disk(str(files[0])), config)
+        return _arrow(library().load_from_disk(str(files[0])), config)
 
 
 def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
     """Open hf://datasets/OWNER/NAME[@REVISION]: its tars, or what `datasets` reads of it."""
-    import datasets
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -55,7 +56,7 @@ def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
             tars = snapshot_download(repo, repo_type="dataset", allow_patterns="*.tar", **at)
             shards = sorted(Path(tars).rglob("*.tar"))
         if not shards:
-            return _arrow(datasets.load_dataset(repo, **at), config)
+            return _arrow(library().load_dataset(repo, **at), config)
     return open_tars(shards, config)
 
 
@@ -71,13 +72,12 @@ class Arrow:
     """Rows of a `datasets.Dataset`: a column of images, and one of captions or lists of them."""
 
     def __init__(self, dataset: "Dataset", config: DataConfig):
-        import datasets
-
+        image = library().Image
         images, texts, self.columns = list[str](), list[str](), sorted(dataset.features)
         for name, feature in dataset.features.items():
             dtype = getattr(getattr(feature, "feature", feature), "dtype", "")  # or of a list's
-            if isinstance(feature, datasets.Image):
-                dataset = dataset.cast_column(name, datasets.Image(decode=False))
+            if isinstance(feature, image):
+                dataset = dataset.cast_column(name, image(decode=False))
                 images.append(name)
             elif "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
                 images.append(name)
@@ -111,7 +111,7 @@ class Arrow:
         return {"images": len(self), "columns": self.columns}
 
 
-def _column(columns: list[str], usual: tuple[str, ...], given: str, setting: str) -> str:
+def _column(columns: list[str], usual: set[str], given: str, setting: str) -> str:
     named = [given] if given else [name for name in columns if name.lower() in usual] or columns
     if len(named) != 1 or named[0] not in columns:
         raise UserError(

@@ -8,7 +8,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -203,10 +202,10 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
 
 def open_source(name: str, config: DataConfig) -> Opened:
     """Open one source: its kind in a few words, and its parts by split."""
-    path, files = Path(os.path.expanduser(name)), list[Path]()
     if name.startswith(HUB):
-        entry, files = SOURCES["parquet"], [path]
-    elif path.is_dir():
+        return "a data set of the hub", open_hub(name, config)
+    path, files = Path(os.path.expanduser(name)), list[Path]()
+    if path.is_dir():
         for entry in SOURCES.values():
             if files := sorted(file for pattern in entry.holds for file in path.glob(pattern)):
                 files = [file for file in files if file.name.endswith(entry.ends)] or [path]
@@ -219,13 +218,6 @@ def open_source(name: str, config: DataConfig) -> Opened:
                 break
     if not files:
         raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
-    if entry.package and find_spec(entry.package) is None:
-        raise UserError(
-            f"data.source is {name!r}, which the package {entry.package} reads: pip install "
-            f"'ds-cmli[{entry.extra}]'"
-        )
-    if name.startswith(HUB):
-        return "a data set of the hub", open_hub(name, config)
     return entry.short, load(entry)(files, config)
 
 

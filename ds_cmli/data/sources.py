@@ -22,37 +22,27 @@ import numpy as np
 from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.config.schema import DataConfig
 
-IMAGE_COLUMNS = (
-    *("filepath", "file_name", "filename", "image", "image_path", "img", "path"),
-    *("jpg", "png", "image_bytes", "bytes"),
-)
-CAPTION_COLUMNS = ("title", "caption", "captions", "text", "sentences")
-SPLITS = {
-    **{"train": "train", "restval": "train", "test": "test"},
-    **{"validation": "validation", "valid": "validation", "val": "validation"},
-}
+IMAGE_COLUMNS = {"filepath", "file_name", "filename", "image", "image_path", "img", "path"}
+IMAGE_COLUMNS |= {"jpg", "png", "image_bytes", "bytes"}
+CAPTION_COLUMNS = {"title", "caption", "captions", "text", "sentences"}
+SPLITS = {"train": "train", "restval": "train", "test": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val"), "validation")
 METADATA = ("metadata.csv", "metadata.jsonl")
 LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
 Rows = Iterator[tuple[str, str, list[str | None]]]  # split, image file, captions
 
 
 class Source(Protocol):
-    """Images with one or more captions each, by number."""
+    """Images with one or more captions each, by number.
 
-    def __len__(self) -> int:
-        """The number of images."""
+    Any exception of `image` and `captions` makes the sample a bad one.
+    """
 
-    def image(self, index: int) -> bytes:
-        """The content of the image's file, undecoded; any exception makes the sample a bad one."""
-
-    def captions(self, index: int) -> list[str]:
-        """At least one; any exception makes the sample a bad one."""
-
-    def name(self, index: int) -> str:
-        """The image's name in messages."""
-
-    def fingerprint(self) -> Mapping[str, object]:
-        """What must be equal when a run resumes, as JSON."""
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> bytes: ...  # the content of the image's file, undecoded
+    def captions(self, index: int) -> list[str]: ...  # at least one
+    def name(self, index: int) -> str: ...  # in messages
+    def fingerprint(self) -> Mapping[str, object]: ...  # equal when a run resumes, as JSON
 
 
 class Packed:
@@ -73,16 +63,12 @@ class Packed:
 
 
 class Files:
-    """Images in files, with the captions that a list has of them.
-
-    Attributes:
-        left_out: how many of the list's images have no caption that is not blank.
-    """
+    """Images in files, with the captions that a list has of them."""
 
     def __init__(self, root: Path, captions: dict[str, list[str]]):
         self.root = root
         self.rows = Packed((file, texts) for file, texts in captions.items() if texts)
-        self.left_out = len(captions) - len(self.rows)
+        self.left_out = len(captions) - len(self.rows)  # those without a caption
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,7 +182,7 @@ def _table(path: Path, config: DataConfig) -> Rows:
         raise UserError(f"{path} line {line}: {what}") from None
 
 
-def _column(row: dict, usual: tuple[str, ...], setting: str) -> str:
+def _column(row: dict, usual: set[str], setting: str) -> str:
     names = [name for name in row if name.lower() in usual]
     # The names of Hugging Face's imagefolder come before others.
     named = [name for name in names if name in ("file_name", "text")] or names

@@ -39,11 +39,9 @@ class CaptionTokenizer:
     Raises `ValueError` for one that is not fast, can neither pad nor end a text, has ids beyond its
     vocabulary, or more special tokens than positions.
 
-    Attributes:
-        vocab_size: all ids are below it.
+    Args:
         positions: the maximum length with special tokens.
         full: whether texts are padded to `positions` and their padding is attended to.
-        pad_id: the token that fills up texts.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
