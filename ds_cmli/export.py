@@ -18,10 +18,9 @@ from ds_cmli.common import provenance, quiet
 from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.pretrained import loading
-from ds_cmli.config import dual, open_clip
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.sources import RUN, Source
+from ds_cmli.config.source import LOCAL, OPEN_CLIP, PILLOW, RUN, Source, loss_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -156,13 +155,13 @@ def of_transformers(folder: Path, config: Config) -> tuple[Any, str, str]:
         model = AutoModel.from_config(library)
     library.architectures, library.dtype = [type(model).__name__], "float32"
     library.save_pretrained(folder)
-    side, names = config.data.image_size, {name: n for n, name in dual.INTERPOLATIONS.items()}
+    side, names = config.data.image_size, {name: n for n, name in PILLOW.items()}
     square, how["resample"] = {"height": side, "width": side}, names[config.data.interpolation]
     pictures: Any = SiglipImageProcessor(size=square, **how)
     if config.data.resize == "shortest":
         pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
     pictures.save_pretrained(folder)
-    return model, dual.loss_of(fields), "model.safetensors"
+    return model, loss_of(fields), "model.safetensors"
 
 
 def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
@@ -175,10 +174,10 @@ def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
     how = {"mean": own["mean"], "std": own["std"], "interpolation": data.interpolation}
     how["resize_mode"] = data.resize.removesuffix("_pillow")
     content = {"model_cfg": of_towers(own), "preprocess_cfg": how}
-    (folder / open_clip.CONFIG).write_text(json.dumps(content, indent=2) + "\n")
-    place = f"{open_clip.LOCAL}{folder}"
+    (folder / OPEN_CLIP).write_text(json.dumps(content, indent=2) + "\n")
+    place = f"{LOCAL}{folder}"
     model = create_model(place, load_weights=False, pretrained_text=False)
-    return model, open_clip.loss_of(own), "open_clip_model.safetensors"
+    return model, loss_of(own), "open_clip_model.safetensors"
 
 
 def readme(config: Config, name: str, what: str, kind: str | None) -> str:

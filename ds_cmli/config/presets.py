@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section
-from ds_cmli.config import sources
 from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
+from ds_cmli.config.source import applied
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
@@ -124,7 +124,7 @@ def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
     usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
     name = str(name or overrides.get("run", {}).get("preset", usual))
     choice("run.preset", name, PRESETS)
-    overrides = sources.applied(overrides)
+    overrides = applied(overrides)
     values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):

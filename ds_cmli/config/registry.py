@@ -61,13 +61,13 @@ TEXT = {
 }
 
 # The types of other libraries' dual encoders, with which a student can start (`student.source`),
-# and the module in `config` and `models` that knows them: transformers' or open_clip's.
+# and the module in `models` that builds them.
 DUAL = {"clip": "dual", "siglip": "dual", "siglip2": "dual", "open_clip": "open_clip"}
 
 
-def of_dual(folder: str, own: JsonObject) -> ModuleType:
-    """The module in a folder that knows a dual encoder, by its `model_type`."""
-    return importlib.import_module(f"ds_cmli.{folder}.{DUAL[own['model_type']]}")
+def of_dual(own: JsonObject) -> ModuleType:
+    """The module of `models` that builds a dual encoder, by its `model_type`."""
+    return importlib.import_module(f"ds_cmli.models.{DUAL[own['model_type']]}")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tokenizers import Encoding, Regex, Tokenizer, normalizers, processors
 
 from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.pretrained import loading
-from ds_cmli.config.open_clip import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.config.source import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
 from ds_cmli.data import assets
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
-from ds_cmli.config.sources import Source
+from ds_cmli.config.source import Source
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA

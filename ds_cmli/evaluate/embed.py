@@ -20,7 +20,7 @@ from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.common.json_text import read
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import load_config
-from ds_cmli.config.sources import RUN, Source, to_evaluate
+from ds_cmli.config.source import RUN, Source, to_evaluate
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told

@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
 from ds_cmli.common.json_text import JsonObject
-from ds_cmli.config.open_clip import HUB, LOCAL, NAMED, OF_TRAINING, Named, is_marked
 from ds_cmli.config.schema import StudentConfig
+from ds_cmli.config.source import HUB, LOCAL, NAMED, architecture_and_weights, is_marked
 from ds_cmli.models.dual import Start, copied, layer
 from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
 from ds_cmli.models.weights import building
+
+# What of a model of open_clip acts in training alone.
+OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
 
 
 class OpenClipImage(nn.Module):
@@ -185,8 +188,7 @@ def build(
 def library_name(source: str) -> tuple[str, str | None]:
     """What `open_clip.create_model` calls `student.source`: its name and that of its weights."""
     if source.startswith(NAMED):
-        named = Named.of(source)
-        return named.architecture, str(named.file) if named.file.is_file() else named.weights
+        return architecture_and_weights(source)
     if is_marked(source):
         return source, None
     return f"{LOCAL if Path(source).expanduser().is_dir() else HUB}{source}", None

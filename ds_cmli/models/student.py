@@ -68,7 +68,7 @@ class Student(nn.Module):
         self.start: Start | None = None
         self.embed_dim, own = config.embed_dim, bool(config.source_config)
         if own:
-            build = of_dual("models", config.source_config).build
+            build = of_dual(config.source_config).build
             self.image, self.text, self.start = build(config, image_size, pretrained)
             if vocab_size > self.text.vocab_size:
                 raise UserError(

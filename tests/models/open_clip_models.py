@@ -9,8 +9,7 @@ from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 from transformers import RobertaConfig
 
-from ds_cmli.config import sources
-from ds_cmli.config.registry import of_dual
+from ds_cmli.config.source import Source, loss_of
 from ds_cmli.data.tokens import builtin_tokenizer
 
 VIT = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
@@ -20,8 +19,7 @@ CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 48, "heads": 2, 
 
 def losses(folder: Path) -> dict[str, float]:
     """The loss whose temperature the model of a folder has, and CMLI."""
-    own = sources.Source(str(folder)).config
-    return {of_dual("config", own).loss_of(own): 1.0, "cmli": 1.0}
+    return {loss_of(Source(str(folder)).config): 1.0, "cmli": 1.0}
 
 
 def of_timm(name: str, size: int, pool: str, proj: str | None) -> dict:

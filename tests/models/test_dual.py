@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import sources
+from ds_cmli.config.source import applied
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View
 from ds_cmli.models.dual import ValuePath
@@ -99,18 +99,18 @@ def test_a_setting_that_contradicts_the_source_is_one_line(section, key, value, 
     given = {"student": {"source": str(folders["clip"])}}
     given.setdefault(section, {})[key] = value
     with pytest.raises(UserError, match=rf"^{section}\.{key} is [^\n]*student.source [^\n]*: leave it out$"):
-        sources.applied(given, {})
+        applied(given)
 
 
 def test_shorter_texts_and_what_is_of_a_training_are_free(folders):
     given = {"student": {"source": str(folders["clip"]), "freeze_image": 2}, "data": {"context_length": 16}}
-    out = sources.applied(given, {})
+    out = applied(given)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
-        sources.applied({**given, "student": {"source": str(folders["siglip"])}}, {})
+        applied({**given, "student": {"source": str(folders["siglip"])}})
     with pytest.raises(UserError, match="source_config is filled"):
-        sources.applied({"student": {"source_config": {}}}, {})
+        applied({"student": {"source_config": {}}})
 
 
 def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_path):
@@ -152,7 +152,7 @@ def test_a_source_that_cannot_be_used_is_one_line(folders, tmp_path):
     weights = load_file((folder := copy()) / "model.safetensors")
     del weights["visual_projection.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    refused("cannot be loaded: 1 are missing, such as visual_projection.weight", folder)
+    refused("cannot be loaded: ValueError: 1 are missing, such as visual_projection.weight", folder)
 
 
 def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_path):

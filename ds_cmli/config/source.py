@@ -1,0 +1,390 @@
+"""`student.source`: a dual encoder as a whole, whose own files decide the settings of a student.
+
+It is a CLIP or SigLIP model of transformers or a model of open_clip, each as a folder or by its
+name on the hub, where open_clip's own prefixes `local-dir:` and `hf-hub:` may mark its format;
+`open_clip:ARCHITECTURE@WEIGHTS`, with a file of weights or the tag of published ones; or the folder
+of a run or of an export of this package.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError, blame, nearest
+from ds_cmli.common.json_text import JsonObject, Section, read
+from ds_cmli.common.pretrained import loading
+from ds_cmli.config.registry import DUAL
+from ds_cmli.config.schema import Config, Sections, StudentConfig, shown
+
+HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
+RUN = "run.json"  # the settings of a run
+CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"  # of a model
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
+NAMED, LOCAL, HUB = "open_clip:", "local-dir:", "hf-hub:"  # the last two as in open_clip
+DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
+# Of a run, what says how pictures and texts are prepared.
+OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
+# Settings of a student that are of one training, and not of its architecture.
+OF_TRAINING = {
+    "freeze_image": 0,
+    "freeze_text": 0,
+    "lora": {},
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "dropout": 0.0,
+}
+PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
+# Those of open_clip, where "random" is one of the others in training, and bicubic else.
+INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
+
+
+def is_marked(name: str) -> bool:
+    """Whether a name says by its beginning that it is open_clip's."""
+    return name.startswith((NAMED, LOCAL, HUB))
+
+
+def architecture_and_weights(name: str) -> tuple[str, str]:
+    """The parts of `open_clip:ARCHITECTURE@WEIGHTS`."""
+    architecture, _, weights = name.removeprefix(NAMED).partition("@")
+    file = os.path.expanduser(weights)
+    return architecture, file if os.path.isfile(file) else weights
+
+
+def loss_of(own: JsonObject) -> str:
+    """The loss whose temperature a model has, by `StudentConfig.source_config`."""
+    if own["model_type"] == "open_clip":
+        sigmoid = own["model_cfg"].get("init_logit_bias") is not None
+    else:
+        sigmoid = own["model_type"].startswith("siglip")
+    return "global_sigmoid" if sigmoid else "global"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files of a source, of a folder or on the hub."""
+
+    name: str  # the value of student.source
+
+    @property
+    def place(self) -> str:
+        """The name without a prefix of open_clip's."""
+        return self.name.removeprefix(LOCAL).removeprefix(HUB)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the model, of which `name` may also be a file of weights."""
+        path = Path(self.place).expanduser()
+        return path.parent if path.suffix == ".safetensors" and os.path.isfile(path) else path
+
+    @property
+    def weights(self) -> str | None:
+        """The name of its file of weights; None: the usual one."""
+        path = Path(self.place).expanduser()
+        return None if path == self.path else path.name
+
+    @property
+    def local(self) -> bool:
+        # Also of a name that is too long for a path.
+        return not self.name.startswith(HUB) and os.path.exists(self.path)
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether it is a run, whose settings say what it was trained on."""
+        return self.local and (self.path / RUN).is_file()
+
+    @property
+    def is_run(self) -> bool:
+        """Whether it is a run or an export of this package."""
+        return self.config.get("model_type") == "ds_cmli"
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"student.source is {shown(self.name)}: {problem}")
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where its JSON files are; those of the hub are fetched into its cache."""
+        if self.local:
+            return self.path
+        from huggingface_hub import snapshot_download
+
+        what = f"student.source is {shown(self.name)}: no folder, and the hub does not give it"
+        with blame(what), loading(hub=True):
+            names = [CONFIG, OPEN_CLIP, *PROCESSORS]
+            return Path(snapshot_download(self.place, allow_patterns=names))
+
+    def json(self, name: str) -> JsonObject:
+        """The content of a JSON file; empty if the source has none of that name."""
+        if not (self.folder / name).is_file():
+            return {}
+        with blame(f"student.source is {shown(self.name)}: its {name} cannot be read"):
+            return read(self.folder / name, dict)
+
+    @cached_property
+    def config(self) -> JsonObject:
+        """The content of its `config.json`, or what `of_open_clip` has in its place.
+
+        Raises `UserError` if there is neither.
+        """
+        if self.name.startswith(NAMED):
+            return self.of_open_clip()
+        if self.local and not self.path.is_dir():
+            raise self.error("a file: give the folder of the model, with its config.json")
+        of_hub = HUB_NAME.fullmatch(self.place) and not self.name.startswith(LOCAL)
+        if not (self.local or of_hub):
+            raise self.error("no such file or folder")
+        content = {} if is_marked(self.name) else self.json(CONFIG)
+        # Models that both libraries load have both files.
+        if "model_type" in content:
+            return content
+        if is_marked(self.name) or (self.folder / OPEN_CLIP).is_file():
+            return self.of_open_clip()
+        raise self.error("no config.json there: give the folder of a model or of a run")
+
+    def of_open_clip(self) -> JsonObject:
+        """`model_type`, `model_cfg` and `preprocess_cfg` of a model of open_clip."""
+        if find_spec("open_clip") is None:
+            need = "pip install 'ds-cmli[open_clip]'"
+            raise self.error(f"a model of open_clip, which is not installed: {need}")
+        if self.name.startswith(NAMED):
+            model, preprocess = self.published()
+        else:
+            content = self.json(OPEN_CLIP)
+            if not isinstance(content.get("model_cfg"), dict):
+                raise self.error(f"no {OPEN_CLIP} there, or it has no model_cfg")
+            model, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
+        return {"model_type": "open_clip", "model_cfg": model, "preprocess_cfg": preprocess}
+
+    def published(self) -> tuple[JsonObject, JsonObject]:
+        """`model_cfg` and `preprocess_cfg` of an architecture that the package has."""
+        import open_clip
+
+        name, weights = architecture_and_weights(self.name)
+        if name not in open_clip.list_models():
+            known = nearest(name, open_clip.list_models())
+            raise self.error(f"open_clip has no architecture {name!r}: {known}")
+        model = open_clip.get_model_config(name)
+        if os.path.isfile(weights):
+            return model, {}
+        published = open_clip.get_pretrained_cfg(name, weights)
+        if not published:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:3]) or "none"
+            problem = f"{weights!r} is no file" if weights else "it names no weights"
+            form = f"{NAMED}{name}@FILE or {NAMED}{name}@TAG, of the tags {tags}"
+            raise self.error(f"{problem}: give {form}")
+        if bool(published.get("quick_gelu")) != bool(model.get("quick_gelu")):
+            quick = f"{name}-quickgelu"
+            other = quick if published.get("quick_gelu") else name.removesuffix("-quickgelu")
+            need = f"give {NAMED}{other}@{weights}"
+            raise self.error(f"these weights were trained with another activation: {need}")
+        return model, published
+
+
+def applied(overrides: Mapping[str, Section]) -> Sections:
+    """The user's settings with those that `student.source` decides, if it is given.
+
+    Raises:
+        UserError: the source cannot be read, or a setting of the user's contradicts it.
+    """
+    out = {section: dict(values) for section, values in overrides.items()}
+    student = out.get("student", {})
+    if "source_config" in student:
+        raise UserError("student.source_config is filled from student.source: give that one alone")
+    if not isinstance(student.get("source", ""), str) or not student.get("source"):
+        return out  # what is no text is refused with the other settings
+    source = Source(student["source"])
+    decided = of_run(source) if source.is_run else of_library(source)
+    free = {*OF_TRAINING} if source.is_run else {*OF_TRAINING, "shared_blocks"} - {"dropout"}
+    whole = decided["data"]["padding"] == "full"  # shorter texts would be other ones
+    for section, values in decided.items():
+        given = out.setdefault(section, {})
+        for key, value in values.items():
+            mine = given.setdefault(key, value)
+            fits = mine == value or key in free
+            if key == "context_length" and isinstance(mine, int) and not whole:
+                fits = mine <= value
+            if not fits:
+                raise UserError(
+                    f"{section}.{key} is {shown(mine)}, and student.source {source.name!r} has "
+                    f"{shown(value)}: leave it out"
+                )
+    temperature = out.get("loss", {}).get("init_temperature")
+    if temperature is not None:
+        raise UserError(
+            f"loss.init_temperature is {shown(temperature)}, and training starts with that of "
+            f"student.source {source.name!r}: leave it out"
+        )
+    return out
+
+
+def to_evaluate(source: Source) -> Config:
+    """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
+    decided = applied({"student": {"source": source.name}})
+    if source.is_run:
+        losses = dict(source.config.get("losses") or {"global": 1.0})  # a distillation has none
+    else:
+        losses = {loss_of(source.config): 1.0, "cmli": 1.0}
+    return Config.from_dict({**decided, "loss": {"weights": losses}})
+
+
+def of_run(source: Source) -> Sections:
+    """The settings by which a run or an export of this package is built again."""
+    settings: Any = source.config.get("settings")
+    if not isinstance(settings, dict):
+        raise source.error("its config.json is damaged: it has no settings")
+    config = Config.from_dict(settings)
+    student = {name: getattr(config.student, name) for name in StudentConfig.__annotations__}
+    data = {name: getattr(config.data, name) for name in OF_DATA}
+    return {
+        "student": student | OF_TRAINING | {"source": source.name},
+        "data": data | {"tokenizer": str(source.path) if source.local else source.name},
+    }
+
+
+def of_library(source: Source) -> Sections:
+    """The settings of a model of another library."""
+    kind = source.config.get("model_type")
+    if not isinstance(kind, str) or kind not in DUAL:  # a file of others may hold anything
+        known = ", ".join(DUAL)
+        raise source.error(
+            f"a model of the type {kind!r}: give one of {known}, a run or an export of this package"
+        )
+    decide = of_open_clip if kind == "open_clip" else of_transformers
+    own, embed_dim, data = decide(source)
+    student: dict[str, object] = {
+        **OF_TRAINING,
+        "source_config": {"model_type": kind, **own},
+        "image_model": f"{kind}_vision_model",
+        "image_weights": "source",
+        "image_overrides": {},
+        "text_model": f"{kind}_text_model",
+        "text_weights": "source",
+        "text_overrides": {},
+        "layers": None,
+        "shared_blocks": 0,
+        "embed_dim": embed_dim,
+    }
+    return {"student": student, "data": data}
+
+
+def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
+    """What a CLIP or SigLIP model decides.
+
+    Returns:
+        `StudentConfig.source_config`, the width of the joint space, and the settings of `data`.
+    """
+    from transformers import CONFIG_MAPPING
+
+    kind = source.config["model_type"]
+    if source.weights is not None:
+        raise source.error("a file of weights: of a model of transformers, give its folder")
+    what = f"student.source is {source.name!r}: its config.json cannot be used"
+    with blame(what), loading(hub=False):
+        config: Any = CONFIG_MAPPING[kind].from_dict(source.config)
+        vision, text = config.vision_config, config.text_config
+    # How its processor prepares pictures.
+    pictures = source.json(PROCESSORS[0]) | source.json(PROCESSORS[1])
+    if not pictures:
+        raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
+    pictures = pictures.get("image_processor", pictures)
+    interpolation = PILLOW.get(pictures.get("resample", 3))
+    if interpolation is None:
+        raise source.error(f"its pictures are resampled by Pillow's {pictures['resample']!r}")
+    for name in ("do_resize", "do_rescale", "do_normalize"):
+        if pictures.get(name, True) is not True:
+            raise source.error(f"its pictures are prepared with {name} {pictures[name]!r}")
+    size, crop = sides(pictures.get("size")), sides(pictures.get("crop_size"))
+    cuts = bool(pictures.get("do_center_crop"))
+    square = {*size, *crop} == {vision.image_size} and crop if cuts else len(size) == 2
+    if not square or {*size} != {vision.image_size}:
+        raise source.error(
+            f"its pictures are resized to {pictures.get('size')} and cut to "
+            f"{pictures.get('crop_size')}, and its encoder takes {vision.image_size} pixels square"
+        )
+    own = {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
+    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+    for name, tower in (("vision_config", vision), ("text_config", text)):
+        own[name] = {k: v for k, v in tower.to_diff_dict().items() if k not in noise}
+    embed_dim = vision.hidden_size
+    if kind == "clip":
+        embed_dim = own["projection_dim"] = config.projection_dim
+    elif text.projection_size != embed_dim:
+        raise source.error(
+            f"its texts have {text.projection_size} features and its pictures {embed_dim}: no "
+            "joint space"
+        )
+    data = {
+        "image_size": vision.image_size,
+        "resize": "shortest" if cuts else "squash",
+        "interpolation": interpolation,
+        "tokenizer": source.name,
+        "context_length": text.max_position_embeddings,
+        "padding": "longest" if kind == "clip" else "full",
+    }
+    return own, embed_dim, data
+
+
+def sides(size: object) -> tuple[int, ...]:
+    """Height and width of a processor's size, or the shortest side alone."""
+    if isinstance(size, dict):
+        return tuple(size[key] for key in ("shortest_edge", "height", "width") if key in size)
+    return (size,) if isinstance(size, int) else ()
+
+
+def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
+    """What a model of open_clip decides, as `of_transformers`."""
+    import open_clip
+    from open_clip.transform import merge_preprocess_dict
+
+    what, model = f"student.source is {source.name!r}", deepcopy(source.config["model_cfg"])
+    with blame(f"{what}: its {OPEN_CLIP} cannot be used"):  # a file of others may hold anything
+        vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
+        text = open_clip.CLIPTextCfg(**model["text_cfg"])
+        width, size = int(model["embed_dim"]), vision.image_size
+        usual = asdict(open_clip.transform.PreprocessCfg())
+        pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"])
+    pool, mode = vision.attentional_pool, pictures["resize_mode"]
+    interpolation = pictures["interpolation"]
+    for name, value, fits in (
+        ("tokenizer_mode", text.tokenizer_mode, not text.tokenizer_mode),
+        ("attentional_pool", pool, not isinstance(pool, str)),
+        ("pool_type", "none", "none" not in (vision.pool_type, text.pool_type)),
+        ("image_size", size, isinstance(size, int) or len(set(size)) == 1),
+        ("resize_mode", mode, mode in RESIZING),
+        ("interpolation", interpolation, interpolation in INTERPOLATIONS),
+    ):
+        if not fits:
+            raise source.error(f"its {name} is {value!r}, which is not supported")
+    own: JsonObject = {"model_cfg": model}
+    for name in ("mean", "std"):
+        value = pictures[name]
+        own[name] = list(value) if isinstance(value, list | tuple) else [value] * 3
+    if name := text.hf_model_name:  # open_clip names it alone
+        from transformers import AutoConfig
+
+        hub = not Path(name).is_dir()
+        with blame(f"{what}: the sizes of its text encoder cannot be read"), loading(hub=hub):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        own["text_config"] = config.to_diff_dict()
+    tokenizer = DEFAULT_TOKENIZER
+    if text.hf_tokenizer_name or text.tokenizer_kwargs:
+        tokenizer = f"{(HUB, LOCAL)[source.local]}{source.name}"
+        if is_marked(source.name):
+            tokenizer = source.name.partition("@")[0]
+    # Towers whose features depend on the padding need all of it.
+    full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
+    data = {
+        "image_size": size if isinstance(size, int) else size[0],
+        "resize": RESIZING[mode],
+        "interpolation": INTERPOLATIONS[interpolation],
+        "tokenizer": tokenizer,
+        "context_length": text.context_length,
+        "padding": "full" if full else "longest",
+    }
+    return own, width, data
