@@ -273,7 +273,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
         run.writer.close()
         return preemption.EXIT_CODE
 
-    run.writer.say(*run.bad.summary(run.flags))  # collective
+    run.writer.say(*run.bad.check(run.flags))  # collective
     run.writer.close()
     run.writer.say(*run.checkpoints.closing_lines(state))
     return 0

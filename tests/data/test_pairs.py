@@ -94,7 +94,7 @@ def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
     bad = BadSamples(0.1, 100)
     bad.add([(f"{i}.png", "broken") for i in range(7)])
     bad.check(OneRank(), 20)  # of the data set, not of 20
-    assert bad.summary(OneRank()) == [
+    assert bad.check(OneRank()) == [
         "7 bad samples were replaced; the first: " + ", ".join(f"{i}.png (broken)" for i in range(5))
     ]
     bad.add([("7.png", "broken")] * 4)
