@@ -77,13 +77,14 @@ def page() -> str:
     lines = [HEAD]
     for name, section in SECTIONS.items():
         lines += table(name, section)
-    lines += ["## Presets", "", "What each preset changes of the defaults above."]
+    lines += ["## Presets", "", "| preset | what it changes of the defaults |", "|---|---|"]
     for name, sections in PRESETS.items():
-        lines += ["", f"### {name}", "", "| setting | value |", "|---|---|"]
-        for section, settings in sections.items():
-            lines += [
-                f"| `{section}.{key}` | `{json.dumps(value)}` |" for key, value in settings.items()
-            ]
+        changes = [
+            f"`{section}.{key}={json.dumps(value)}`"
+            for section, settings in sections.items()
+            for key, value in settings.items()
+        ]
+        lines.append(f"| `{name}` | {', '.join(changes)} |")
     return "\n".join(lines) + "\n"
 
 
