@@ -22,7 +22,8 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data.images import View
-from ds_cmli.evaluate.embed import EvaluatedModel, Evaluator, block
+from ds_cmli.evaluate.embed import Evaluator, block
+from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.scores import BothWays, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -190,7 +190,7 @@ def train(
         built.append(engine)
         if goes_on:
             afterwards.callback(engines.release, engine.engine)
-        resume.load(point, state, engine, bad, with_changes)  # collective
+        resume.load(point, state, engine, bad)  # collective
         describe = partial(
             write_config, config=config, student=engine.objective.student, words=words
         )

@@ -5,7 +5,6 @@ Those of several runs are shown below each other, on the same pairs. S is the im
 
 from __future__ import annotations
 
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from ds_cmli.config.schema import Config
 
 DEFAULT = 4  # pairs that are shown if none are given
-PAIRS = "Numbers of pairs: each picture with its first caption, then each with its second.  "
 
 
 @click.command()
@@ -30,7 +28,9 @@ PAIRS = "Numbers of pairs: each picture with its first caption, then each with i
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("--data", help="Data as in training.  [default: the first run's]")
 @click.option("--split", help="Held-out part.  [default: the first]")
-@click.option("--pairs", metavar="0,1,2", help=PAIRS + "[default: the first four]")
+@click.option(
+    "--pairs", metavar="0,1,2", help="Numbers of pairs.  [default: of the first four pictures]"
+)
 @click.option("--image", help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", help="The text for --image.")
 @click.option("--output", default="match-maps", show_default=True, metavar="FOLDER")
@@ -79,8 +79,8 @@ def held_out(
 ) -> list[tuple[Tensor, str]]:
     """Pairs of a held-out split, as (picture uint8 [3, S, S], caption as it is written).
 
-    `numbers` count each picture's first caption, then each one's second; None: the first `DEFAULT`
-    that can be used. Raises `UserError`.
+    `numbers` count captions; None: the first captions of the first `DEFAULT` pictures that can be
+    used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
     from ds_cmli.evaluate.embed import pictures_of
@@ -90,24 +90,20 @@ def held_out(
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs, before, turns = evals[split], Counter[int](), []
-    for caption, picture in enumerate(pictures_of(pairs)):
-        before[picture] += 1
-        turns.append((before[picture], caption))
-    order = [caption for _, caption in sorted(turns)]
+    pairs, rows = evals[split], evals[split].rows
     out: list[tuple[Tensor, str]] = []
-    unless_asked = (UserError,) if numbers is None else ()
-    for number in range(len(order)) if numbers is None else numbers:
-        if number >= len(order):
-            raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
-        row = order[number]
-        what = f"--pairs has {number}, which cannot be used: {pairs.name(row)}"
-        with suppress(*unless_asked), blame(what):
-            out.append((pairs.image(row), pairs.rows[row][1]))
+    for row in [*dict.fromkeys(pictures_of(pairs))] if numbers is None else numbers:
+        if row >= len(rows):
+            raise UserError(f"--pairs has {row}: {split} has {len(rows)} pairs, from 0 on")
+        with (
+            suppress(*[UserError] * (numbers is None)),
+            blame(f"--pairs has {row}, which cannot be used: {pairs.name(row)}"),
+        ):
+            out.append((pairs.image(row), rows[row][1]))
         if numbers is None and len(out) == DEFAULT:
             break
     if not out:
-        raise UserError(f"--split is {split!r}: none of its {len(order)} pairs can be used")
+        raise UserError(f"--split is {split!r}: none of its {len(rows)} pairs can be used")
     return out
 
 

@@ -172,18 +172,12 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sou
     for name, value in ends["0.5"].items():
         assert torch.equal(ends["0"][name], source[name]) and torch.equal(ends["1"][name], plain[name])
         torch.testing.assert_close(value, 0.5 * source[name] + 0.5 * plain[name])
-    own = export(run, tmp_path / "own", "--interpolate", "0.5")
-    name, same = "student.text.model.final_layer_norm.weight", "text_model.final_layer_norm.weight"
-    assert torch.equal(load_file(own / hf.WEIGHTS)[name], ends["0.5"][same])
-    assert "0.5 of the way from student.source to the weights" in (own / "README.md").read_text()
-
-
-def test_averages_are_exported(sources, tmp_path):
-    run = run_of(sources["clip"], tmp_path / "run", LOSSES["clip"])
-    averages = run_of(sources["clip"], tmp_path / "other", LOSSES["clip"])
-    shutil.copy(averages / hf.WEIGHTS, run / hf.AVERAGE)
-    found = load_file(export(run, tmp_path / "x", "--ema") / hf.WEIGHTS)
-    assert all(torch.equal(value, found[name]) for name, value in load_file(averages / hf.WEIGHTS).items())
+    averages = run_of(sources[kind], tmp_path / "other", LOSSES[kind]) / hf.WEIGHTS
+    shutil.copy(averages, run / hf.AVERAGE)
+    own = export(run, tmp_path / "own", "--ema", "--interpolate", "1")
+    back = load_file(own / hf.WEIGHTS)
+    assert all(torch.equal(value, back[name]) for name, value in load_file(averages).items())
+    assert "1 of the way from student.source to the averaged weights" in (own / "README.md").read_text()
 
 
 def test_a_run_and_its_export_start_a_training(sources, tmp_path, pictures):

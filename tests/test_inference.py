@@ -116,16 +116,11 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
 
 
 def test_mistakes_are_one_line(model, run, tmp_path):
-    for given, line in (
-        ([np.zeros((4, 4, 7), np.uint8)], "the picture 0 cannot be read"),
-        (["no/such.png"], "the picture no/such.png cannot be read: no such file"),
-        ([7], "the picture 0 cannot be read: .*int"),
-        ([], "no picture is given"),
-        (tmp_path, "no picture is given"),
-    ):
+    for given, line in ((["no/such.png"], "the picture no/such.png cannot be read: no such file"),
+                        ([7], "the picture 0 cannot be read: .*int"), (tmp_path, "no picture is given")):  # fmt: skip
         with pytest.raises(UserError, match=line):
             model.embed_images(given)
-    for texts, line in ((["a", 3], "at least one string"), ([], "at least one string"), (["\udc00"], "no Unicode")):
+    for texts, line in (([], "at least one string"), (["\udc00"], "no Unicode")):
         with pytest.raises(UserError, match=line):
             model.embed_texts(texts)
     with pytest.raises(UserError, match=r"no config\.json there"):

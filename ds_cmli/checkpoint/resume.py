@@ -215,11 +215,7 @@ def no_code() -> Iterator[None]:
 
 
 def load(
-    point: ResumePoint | None,
-    state: TrainState,
-    engine: TrainEngine,
-    bad: BadSamples,
-    with_changes: bool,
+    point: ResumePoint | None, state: TrainState, engine: TrainEngine, bad: BadSamples
 ) -> None:
     """Restore the engine, this rank's part of `state`, counts of bad samples and generators.
 
@@ -230,13 +226,13 @@ def load(
         return
     rank, path = distributed.rank(), point.path
     with blame(f"{path}: does not fit the model and the optimizer of this start"):
-        _load_engine(point, engine, with_changes)  # collectives
+        _load_engine(point, engine)  # collectives
     no_state = f"{path}: rank-{rank}.pt is no state of a rank"
     with distributed.raised_together(), blame(no_state):  # collective
         state.restore(read_of_rank(path, point.ranks, rank, distributed.world_size()), bad)
 
 
-def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:
+def _load_engine(point: ResumePoint, train_engine: TrainEngine) -> None:
     engine, path = train_engine.engine, point.path
     fresh = []  # the settings of each parameter group
     for group in engine.optimizer.param_groups:
@@ -247,7 +243,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         converted = path.parent / f"universal{WRITING}" / path.name
         with distributed.raised_together():  # collective
             if distributed.is_main():
-                _convert(path, converted, train_engine.names[0][0])
+                _convert(path, converted)
         _load_universal(train_engine, converted)  # collectives
         distributed.gather_objects(None)  # collective: all ranks have read it
         if distributed.is_main():
@@ -261,7 +257,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         if name.startswith("../frozen-"):
             load_frozen(path / name, train_engine)  # collectives
     load_averages(path / AVERAGE, train_engine)
-    if with_changes:
+    if point.changed:
         # This start's rates, weight decay and schedule, which loading has overwritten.
         for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
             group.update(new)
@@ -271,11 +267,8 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 # --- other ranks, stages and precisions
 
 
-def _convert(checkpoint: Path, converted: Path, first: str) -> None:
-    """Write the universal form of a verified checkpoint, in which `first` is a parameter's name.
-
-    Raises `UserError` if it cannot be written.
-    """
+def _convert(checkpoint: Path, converted: Path) -> None:
+    """Write the universal form of a verified checkpoint. Raises `UserError`."""
     from deepspeed.checkpoint import ds_to_universal
 
     # No worker processes: forking a process with threads and a process group can deadlock.
@@ -293,7 +286,7 @@ def _convert(checkpoint: Path, converted: Path, first: str) -> None:
                 how[name] = f"{plain}/{name}"
             with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
                 ds_to_universal.main(argparse.Namespace(**how))
-            _complete(converted, first)
+            _complete(converted)
     except Exception as error:
         shutil.rmtree(converted.parent, ignore_errors=True)
         why = refused_code(error) or first_line(error)
@@ -304,7 +297,7 @@ def _convert(checkpoint: Path, converted: Path, first: str) -> None:
         ) from None
 
 
-def _complete(converted: Path, first: str) -> None:
+def _complete(converted: Path) -> None:
     """Add what DeepSpeed's loaders expect, and none of its stages writes for the others."""
     zero, model_file = converted / "zero", min(converted.glob("*model_states.pt"))
     for group in _load(model_file).get("param_shapes") or ():  # stage 3 leaves the files flat
@@ -317,7 +310,7 @@ def _complete(converted: Path, first: str) -> None:
     inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
     step = inner["state"].get(0, {}).get("step")
     if step is None:
-        step = _load(zero / first / "step.pt")
+        step = _load(next(zero.glob("*/step.pt")))
     for folder in zero.iterdir():
         if folder.is_dir():
             torch.save(step, folder / "step.pt")

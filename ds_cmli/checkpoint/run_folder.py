@@ -108,7 +108,7 @@ def _take(path: Path) -> str:
             file.write(json.dumps(mine))
             return json.dumps(mine)
         with suppress(FileNotFoundError):  # given back since
-            if not path.read_text():
+            if not path.stat().st_size:
                 time.sleep(0.5)  # it is being written, or the disk was full
             age, holder = time.time() - path.stat().st_mtime, None
             with suppress(ValueError, KeyError, TypeError):  # it was not written whole

@@ -38,7 +38,6 @@ from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 from ds_cmli.models.weights import not_finite
 
 FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
-OF_RUN = ("run.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST)
 
 # --- names
 
@@ -305,9 +304,8 @@ class Checkpoints:
     def diverged(self, what: str, state: TrainState) -> str:
         """The error message of a diverged run: its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
-        good = next(iter(candidates(self.folder / FOLDER)), None)
         kept = "no checkpoint had been saved before"
-        if good is not None:
+        for good in candidates(self.folder / FOLDER)[:1]:
             kept = f"the last good checkpoint is {self.folder / FOLDER / good}"
         return (
             f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
@@ -332,6 +330,4 @@ class Checkpoints:
             )
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
         lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
-        paths = [self.folder / name for name in OF_RUN if (self.folder / name).exists()]
-        written = ", ".join(path.name + "/" * path.is_dir() for path in paths)
-        return [*lines, f"written to {self.folder}: {written}"]
+        return [*lines, f"written to {self.folder}"]

@@ -33,7 +33,7 @@ class TrainState:
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
     rebatched: bool = False  # the number of ranks has changed, and with it the micro-batch
-    config: dict[str, Any] = field(default_factory=dict)  # what `settings.compared` gives
+    config: dict[str, Any] = field(default_factory=dict)  # what `schema.compared` gives
     resumed_from: str = ""  # the path of --resume PATH
 
     # Of each rank. The sums are those of `MicroBatchLosses.stacked`, in fp32.

@@ -426,7 +426,7 @@ def parse_settings(settings: tuple[str, ...]) -> Sections:
 
 # No step depends on the rest of `run`, and on these: output, evaluation, checkpoints, loading.
 OF_STEPS = {"run.seed", "run.compile", "run.deterministic"}
-FREE = {"loss.cmli_scratch_bytes", "data.workers", "data.prefetch"}
+FREE = {"loss.cmli_scratch_bytes", "data.workers", "data.prefetch", "data.max_bad_share"}
 # Likewise keys of the DeepSpeed JSON.
 FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown

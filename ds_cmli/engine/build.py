@@ -122,10 +122,9 @@ def build(
             compile_blocks(teacher.image.blocks)
     if ds_config.checkpointing:
         checkpoint_blocks(student.blocks)
-    names = {parameter: name for name, parameter in objective.named_parameters()}
     frozen = {}  # before DeepSpeed casts them
     if distributed.is_main():
-        for parameter, name in names.items():
+        for name, parameter in objective.named_parameters():
             if not parameter.requires_grad:
                 frozen[name] = parameter.detach().clone()
     cast_buffers(student.image, dtype)
@@ -135,7 +134,6 @@ def build(
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
-    names_of_groups = [[names[parameter] for parameter in group["params"]] for group in groups]
     warmup = config.optim.warmup_steps(total_steps)
     scheduler: Any = schedule.maker(ds_config, warmup, total_steps)
     json = ds_config.raw()
@@ -162,7 +160,6 @@ def build(
         teacher=teacher,
         device=device,
         dtype=dtype,
-        names=names_of_groups,
         frozen=frozen,
         lr_factor=lr_factor,
         accumulation=ds_config.accumulation,

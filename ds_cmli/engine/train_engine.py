@@ -47,7 +47,6 @@ class TrainEngine:
     teacher: Teacher | None
     device: torch.device
     dtype: torch.dtype
-    names: list[list[str]]  # the parameters' names, in the order of the optimizer's groups
     # Weights that are not trained, on rank 0's host, in the precision of their source.
     frozen: dict[str, Tensor] = field(default_factory=dict)
     lr_factor: float = 1.0  # the factor of the first group's learning rate

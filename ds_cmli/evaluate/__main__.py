@@ -14,6 +14,7 @@ from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import launchers
 from ds_cmli.evaluate import report
+from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.report import Metrics, prefixed
 
 option = partial(click.option, show_default=True)
@@ -59,8 +60,6 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
             raise UserError(f"--{name} has no effect with --{mode}: leave it out".replace("_", "-"))
     if json_file:
         check_writable(json_file)
-    from ds_cmli.evaluate.embed import EvaluatedModel
-
     subject = EvaluatedModel(place, checkpoint is not None)
     if not subject.is_run and (given["ema"] or not given[mode]):
         own = "which has averages and data of its own: give --data, and leave out --ema"

@@ -1,11 +1,10 @@
-"""The model that is evaluated; pictures and captions embedded with it, each once on one of the
-ranks, and scored.
+"""Embeds pictures and captions with a model, each once on one of the ranks, and scores them.
 
 t texts, B pictures of a batch, N patches, M tokens, H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,14 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common.errors import UserError, printable
 from ds_cmli.common.hardware import one_attention_on_all_gpus
-from ds_cmli.common.json_text import read
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import load_config
-from ds_cmli.config.source import RUN, Source, to_evaluate
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told
 from ds_cmli.data.scenes import Scenes
-from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import DTYPES, build_models
 from ds_cmli.evaluate.report import Metrics
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models import hf
-from ds_cmli.models.blocks import cast_buffers
 from ds_cmli.scores import BothWays, both_ways
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
@@ -129,44 +121,6 @@ class Evaluator:
         cmli = cmli_scores(patches, tokens, token_mask) if "cmli" in self.kinds else None
         both = both_ways(cls @ text_cls.t(), cmli, self.scales)
         return {kind: both[kind] for kind in self.kinds}
-
-
-class EvaluatedModel:
-    """A run, one of its files of weights, or what training starts from."""
-
-    def __init__(self, name: str, is_run: bool) -> None:
-        """Read its configuration. Raises `UserError`."""
-        self.source, self.precision = Source(name), "fp32"
-        self.is_run = is_run or self.source.has_own_data
-        if self.is_run:
-            self.config = load_config(self.source.path / RUN, "--checkpoint")
-            written = read(self.source.path / RUN, dict).get("deepspeed", {})
-            self.precision = DeepSpeedConfig(written).precision
-        else:
-            self.config = to_evaluate(self.source)
-
-    def load(
-        self, device: torch.device, ema: bool, precision: str | None, batch: int, workers: int = 0
-    ) -> Evaluator:
-        """By default in the training's precision. Raises `UserError`."""
-        if ema and self.source.weights:
-            raise UserError(f"--ema has no effect with {self.source.name}: leave it out")
-        words, trained = tokenizer_of(self.config.data), self.is_run or self.source.is_run
-        if trained:
-            file = self.source.weights or (hf.AVERAGE if ema else hf.WEIGHTS)
-            model = hf.load(self.source.path, file)
-            weights = dict(model.config.losses) or {"global": 1.0}  # a distillation has none
-            loss = replace(self.config.loss, weights=weights, start={})
-            objective = Objective(model.student, loss)
-            objective.losses.load_state_dict(model.losses.state_dict(), strict=False)
-        else:
-            objective, _ = build_models(self.config, words.vocab_size, pad_id=words.pad_id)
-        dtype = DTYPES[precision or self.precision]
-        cast_buffers(objective.student.image, dtype)  # as in training, by engine.build
-        for parameter in objective.parameters():
-            parameter.data = parameter.data.to(dtype)
-        objective = objective.to(device).eval()
-        return Evaluator(objective, words, device, batch, workers, trained=trained)
 
 
 def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,12 +9,6 @@ from tests.drive_train import drive_each
 from tests.metrics_file import metrics
 from tests.ranks import free_port, run, start_ranks
 
-TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
-
-
-TINY += ["--set", "student.dropout=0.2", "--set", "run.match_maps=1", "--set", "teacher.block=0"]
-
-
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 

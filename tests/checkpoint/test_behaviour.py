@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests import make, ranks
+from tests.checkpoint.runs import assert_same
 
 STEPS = {"--steps": 4, "--log-every": 4, "--save-every": 2, "--keep": 3}
 SETTINGS = {"student.dropout": 0.3, "optim.ema_decay": 0.5, "student.freeze_image": 1, "student.layers": 2}
@@ -29,17 +30,6 @@ def straight(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("straight")
     assert make.train(*arguments(folder, folder / "run")) == 0
     return folder / "run"
-
-
-def assert_same(run: Path, other: Path) -> None:
-    for name in ("model.safetensors", "model.ema.safetensors"):
-        assert (run / name).read_bytes() == (other / name).read_bytes(), name
-    measured = ("_s", "tflops", "mfu", "memory_bytes")
-    lines = [
-        [{k: v for k, v in line.items() if not k.startswith("time/") and not k.endswith(measured)} for line in every]
-        for every in map(make.lines, (run, other))
-    ]
-    assert lines[0] == lines[1] and lines[0]
 
 
 def test_a_run_goes_on_to_the_bit(straight, tmp_path):

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ds_cmli.checkpoint import resume, save
-from ds_cmli.checkpoint.resume import no_code
 from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError
@@ -134,13 +133,6 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
     assert not ran.exists()
 
 
-def test_no_library_runs_code_inside(tmp_path):
-    torch.save(Evil(tmp_path / "ran"), tmp_path / "file.pt")
-    with no_code(), pytest.raises(Exception, match="mkdir"):
-        torch.load(tmp_path / "file.pt", weights_only=False)  # as DeepSpeed's converter asks for
-    assert not (tmp_path / "ran").exists()
-
-
 @pytest.mark.parametrize("after", [0, 3, 6])
 def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
     written, write = [], save.write
@@ -178,7 +170,16 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(run,
 def test_what_no_step_depends_on_may_change(run, arguments, tmp_path):
     ds_config = {"wall_clock_breakdown": True, "steps_per_print": 5}
     default = json.loads(Path("ds_configs/zero2.json").read_text())
-    free = ["--set", "data.prefetch=1", "--set", "run.eval_batch=3", "--set", "loss.cmli_scratch_bytes=2000000"]
+    free = [
+        "--set",
+        "data.prefetch=1",
+        "--set",
+        "data.max_bad_share=0.5",
+        "--set",
+        "run.eval_batch=3",
+        "--set",
+        "loss.cmli_scratch_bytes=2000000",
+    ]
     free += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", {**default, **ds_config})]
     assert drive([*arguments, "--output-dir", str(run), "--save-every", "5", *free]) == 0
 
@@ -261,20 +262,8 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
 
     monkeypatch.setattr(report, "best", best)
     run, kept = tmp_path / "run", tmp_path / "run" / "model.best.safetensors"
-    argv = [
-        *arguments,
-        "--steps",
-        "12",
-        "--eval-every",
-        "2",
-        "--save-every",
-        "0",
-        "--keep",
-        "1",
-        "--output-dir",
-        str(run),
-    ]
-    argv += ["--set", "run.patience=2", "--set", "run.keep_best=true"]
+    argv = [*arguments, "--output-dir", str(run), "--steps=12", "--eval-every=2"]
+    argv += ["--save-every=0", "--keep=1", "--set", "run.patience=2", "--set", "run.keep_best=true"]
     assert drive(argv, stop_at=7) == 85
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step7"]
     weights = kept.read_bytes()  # of the averages

@@ -76,7 +76,7 @@ class Setting:
         state = resume.state_of(result, self.config, ds_config, True)
         sampler, bad = self.parts()
         sampler.load_state_dict(state.sampler)
-        resume.load(result, state, train_engine, bad, False)
+        resume.load(result, state, train_engine, bad)
         record, own = torch.load(folder / "record.pt"), whole(train_engine)
         assert own["shared"] == record["shared"]
         if distributed.is_main():

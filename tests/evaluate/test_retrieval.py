@@ -2,6 +2,7 @@
 
 import copy
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -34,20 +35,28 @@ def untrained(length):
     return Evaluator(objective, data.tokenizer, CPU, 2), scenes
 
 
-def on_rank(rank, world_size):
+def on_rank(rank, world_size, path):
+    """Of scenes, figures and match maps; of a folder with a broken picture, figures and the pictures that are read."""
     model, scenes = untrained(11)
     figures, own = evaluate_split(model, scenes)
-    return figures, match_maps(own, model.tokenizer, model.student.grid, 5)
+    maps = match_maps(own, model.tokenizer, model.student.grid, 5)
+    opened, read = [], Files.image
+    with mock.patch.object(Files, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
+        return figures, maps, score(path), [file for file in opened if file != "a.png"]
 
 
-def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
-    expected, maps = on_rank(0, 1)
-    for figures, drawn in run(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
-        assert figures == pytest.approx(expected, abs=1e-9)
+def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
+    folder(tmp_path)
+    (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
+    expected, maps, of_folder, opened = on_rank(0, 1, tmp_path)
+    results = run(on_rank, 3, tmp_path)  # 11 pictures on 3 ranks: shares of 4, 4 and 3
+    for figures, drawn, also, _ in results:
+        assert figures == pytest.approx(expected, abs=1e-9) and also == of_folder
         assert len(drawn) == 5 and all((one == other).all() for one, other in zip(drawn, maps, strict=True))
+    assert sorted(file for *_, files in results for file in files) == opened  # each is read once
     # Scored in several blocks: the same again.
     monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
-    assert on_rank(0, 1)[0] == pytest.approx(expected, abs=1e-9)
+    assert on_rank(0, 1, tmp_path)[0] == pytest.approx(expected, abs=1e-9)
     assert 0 < expected["pointing_game"] < 1
     assert (expected["pairs"], expected["pictures"]) == (11, 11)
     assert expected["chance/t2i_r5"] == pytest.approx(5 / 11)
@@ -155,27 +164,3 @@ def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"no picture can be used.*png \(cannot identify"):
         score(tmp_path)
-
-
-def counted_on_rank(rank, world_size, path):
-    opened = []
-    read = Files.image
-
-    def counting(source, index):
-        opened.append(source.name(index))
-        return read(source, index)
-
-    Files.image = counting
-    return score(path), opened
-
-
-def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp_path):
-    folder(tmp_path)
-    (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
-    results = run(counted_on_rank, 2, tmp_path)  # shares of 3 and 2
-    of_split = [[file for file in opened if file != "a.png"] for _, opened in results]
-    assert sorted(file for files in of_split for file in files) == [f"{k}.png" for k in range(PICTURES)]
-    assert [len(files) for files in of_split] == [3, 2]
-    for entry, _ in results:
-        assert entry == results[0][0] and set(recalls(entry).values()) == {1.0}
-        assert (entry["pairs"], entry["left_out"]) == (12, 3)

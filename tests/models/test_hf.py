@@ -20,7 +20,7 @@ from ds_cmli.data.build import build_data
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
-from ds_cmli.evaluate.embed import EvaluatedModel
+from ds_cmli.evaluate.model import EvaluatedModel
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.models import hf
 from tests.ranks import clean_environment
