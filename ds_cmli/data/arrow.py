@@ -50,13 +50,13 @@ def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     repo, _, given = name.removeprefix(HUB).partition("@")
-    at, shards = {"revision": given or None}, list[Path]()
+    at, shards = given or None, list[Path]()
     with blame(f"{name} cannot be fetched"):
         with suppress(LocalEntryNotFoundError):  # without a network: `datasets` may have a copy
-            tars = snapshot_download(repo, repo_type="dataset", allow_patterns="*.tar", **at)
+            tars = snapshot_download(repo, repo_type="dataset", revision=at, allow_patterns="*.tar")
             shards = sorted(Path(tars).rglob("*.tar"))
         if not shards:
-            return _arrow(library().load_dataset(repo, **at), config)
+            return _arrow(library().load_dataset(repo, revision=at), config)
     return open_tars(shards, config)
 
 
