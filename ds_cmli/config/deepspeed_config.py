@@ -42,11 +42,11 @@ UNUSED = words("""
     progressive_layer_drop sparse_attention sparse_gradients tensor_parallel weight_quantization
 """)
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
-# The sizes of ZeRO's buffers by the model's hidden size.
-WIDTHS: dict[str, Callable[[int], int]] = {
-    "reduce_bucket_size": lambda width: width * width,
-    "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
-    "stage3_param_persistence_threshold": lambda width: 10 * width,
+# The sizes of ZeRO's buffers by the model's hidden size, as factor and power.
+WIDTHS = {
+    "reduce_bucket_size": (1, 2),
+    "stage3_prefetch_bucket_size": (0.9, 2),
+    "stage3_param_persistence_threshold": (10, 1),
 }
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
@@ -148,17 +148,10 @@ class DeepSpeedConfig(dict[str, Any]):
         """A plain copy, which the caller may change."""
         return copy.deepcopy(dict(self))
 
-    def replaced(
-        self, zero_optimization: JsonObject | None = None, **settings: Any
-    ) -> "DeepSpeedConfig":
-        """Copy it with these keys set; None removes one.
-
-        The keys of `zero_optimization` are set one by one.
-        """
-        changed = self.raw() | settings
-        changed["zero_optimization"] |= zero_optimization or {}
-        removed = [key for key in settings if settings[key] is None]
-        out = DeepSpeedConfig.of({key: changed[key] for key in changed if key not in removed})
+    def replaced(self, **settings: Any) -> "DeepSpeedConfig":
+        """Copy it with these keys set; None removes one."""
+        changed = dict(self) | settings
+        out = self.of({key: value for key, value in changed.items() if value is not None})
         out.notices = self.notices
         return out
 
@@ -171,8 +164,8 @@ class DeepSpeedConfig(dict[str, Any]):
     @property
     def precision(self) -> str:
         """The model's precision: "fp16", "bf16" or "fp32"."""
-        on = (name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True)
-        return next(on, "fp32")
+        on = [name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True]
+        return on[0] if on else "fp32"
 
     @property
     def micro_batch(self) -> int:
@@ -281,11 +274,11 @@ class DeepSpeedConfig(dict[str, Any]):
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
         values: JsonObject = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps}
         _fill(out, "optimizer", **values, weight_decay=optim.weight_decay)
-        for key, size in WIDTHS.items():
+        for key, (factor, power) in WIDTHS.items():
             if out["zero_optimization"].get(key) == "auto":
                 if width is None:
                     raise UserError(f'zero_optimization.{key} is "auto": give a number')
-                out["zero_optimization"][key] = size(width())
+                out["zero_optimization"][key] = int(factor * width() ** power)
         if "scheduler" in out:
             warmup = {"warmup_min_lr": 0, "warmup_num_steps": optim.warmup_steps(total_steps)}
             end: JsonObject = {"warmup_max_lr": params["lr"], "total_num_steps": total_steps}

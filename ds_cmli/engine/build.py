@@ -15,9 +15,9 @@ from ds_cmli.common import quiet
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
-from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
+from ds_cmli.config.schedule import warmup_then_cosine
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import Source
 from ds_cmli.data import assets
@@ -135,7 +135,9 @@ def build(
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     warmup = config.optim.warmup_steps(total_steps)
-    scheduler: Any = schedule.maker(ds_config, warmup, total_steps)
+    scheduler: Any = None  # DeepSpeed makes the JSON's
+    if "scheduler" not in ds_config:
+        scheduler = partial(warmup_then_cosine, warmup=warmup, total_steps=total_steps)
     json = ds_config.raw()
     if not json.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.

@@ -176,7 +176,7 @@ def test_decisions_change_copies():
     config = DeepSpeedConfig.of(given)
     given["zero_optimization"]["stage"] = 1
     config.raw()["zero_optimization"]["stage"] = 3
-    assert config.stage == 2 and config.replaced({"stage": 1}).stage == 1
+    assert config.stage == 2 and config.replaced(zero_optimization={"stage": 1}).stage == 1
     config.filled(OptimConfig(), 1, 10)
     assert config == {"zero_optimization": {"stage": 2}}
     assert "fp16" not in config.replaced(fp16={"enabled": True}).replaced(fp16=None)
