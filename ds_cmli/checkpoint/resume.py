@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -28,9 +29,7 @@ from ds_cmli.checkpoint.save import FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen, load_module
 from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError, blame, first_line
-from ds_cmli.common.patches import environment
-from ds_cmli.common.pretrained import refused_code
+from ds_cmli.common.errors import UserError, blame, one_line
 from ds_cmli.config import schedule, schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -209,7 +208,7 @@ def state_of(
 @contextmanager
 def no_code() -> Iterator[None]:
     """No library runs code from files that it reads inside, even if it asks for that."""
-    force = environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
+    force = mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1")
     with force, torch.serialization.safe_globals(DEEPSPEED_CLASSES):
         yield
 
@@ -289,7 +288,7 @@ def _convert(checkpoint: Path, converted: Path) -> None:
             _complete(converted)
     except Exception as error:
         shutil.rmtree(converted.parent, ignore_errors=True)
-        why = refused_code(error) or first_line(error)
+        why = one_line(error)
         if isinstance(error, KeyError):
             why = f"it has no {error}; that of Adam and AdamW after their first update can be"
         raise UserError(

@@ -29,8 +29,7 @@ from torch import Tensor
 from ds_cmli.checkpoint.state import STATE, TrainState
 from ds_cmli.checkpoint.weights import full_averages, full_weights, student_of, write_weights
 from ds_cmli.common import checksums
-from ds_cmli.common.errors import UserError, first_line
-from ds_cmli.common.patches import patched
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
@@ -68,7 +67,7 @@ def write(path: Path, write_to: Callable[[Path], object]) -> str:
     try:
         write_to(path)
     except (RuntimeError, SafetensorError) as error:  # in place of a full disk's OSError
-        raise OSError(first_line(error)) from error
+        raise OSError(one_line(error)) from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
     return checksums.of_file(path)
@@ -157,7 +156,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             try:
                 action()
             except OSError as error:
-                self.error = first_line(error)
+                self.error = one_line(error)
 
     def gather(self) -> None:
         """Give all ranks the files of all, and the error of the first that has one. Collective."""
@@ -244,11 +243,12 @@ class Checkpoints:
         """Write DeepSpeed's files, the student's, and the state's. Collective."""
         engine, frozen = self.engine.engine, self.engine.frozen
         engine.checkpoint_engine = writer
+        # A script that writes the weights of `model.safetensors` would be copied into each.
+        engine._copy_recovery_script = lambda path: None
         writer.attempt(lambda: to.mkdir(parents=True, exist_ok=True))
-        with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
-            engine.save_checkpoint(  # collectives
-                str(to.parent), tag=to.name, save_latest=False, exclude_frozen_parameters=True
-            )
+        engine.save_checkpoint(  # collectives
+            str(to.parent), tag=to.name, save_latest=False, exclude_frozen_parameters=True
+        )
         averages = full_averages(self.engine)  # collectives
         of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
         writer.write(to / f"rank-{distributed.rank()}.pt", of_rank)

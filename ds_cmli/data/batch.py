@@ -4,14 +4,13 @@ B images with a caption each, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ds_cmli import probe
-from ds_cmli.common.trees import tree_map
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 Bad = tuple[str, str]  # an image's name, and why it cannot be used
@@ -51,10 +50,15 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
-            return tree_map(self, lambda x: x.to(device, non_blocking=non_blocking))
+            return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
-        return tree_map(self, Tensor.pin_memory)
+        return self.map(Tensor.pin_memory)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply it to each tensor."""
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **{name: function(x) for name, x in tensors.items()})
 
 
 class Collate:

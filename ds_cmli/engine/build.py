@@ -14,7 +14,6 @@ from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
-from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schedule import warmup_then_cosine
@@ -101,7 +100,8 @@ def build(
 
     quiet.imported()
     if device.type == "cpu":
-        patch_for_good("deepspeed: compiled operators", {})
+        # It would compile collectives, for minutes at the first start.
+        deepspeed.ops.__compatible_ops__ = {}
         keep_freed_memory()
     one_attention_on_all_gpus()
     if ds_config.prints:

@@ -10,7 +10,6 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate, max_pool2d
 
-from ds_cmli.common.plots import ACCENT
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Embedded
@@ -51,7 +50,7 @@ def tile(picture: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
     best = (torch.arange(len(values)) == values.argmax()).float()
     of_patches = torch.stack([share, best]).view(1, 2, *grid)
     share, best = interpolate(of_patches, picture.shape[1:], mode="nearest")[0]
-    tint = torch.tensor(ImageColor.getrgb(ACCENT))[:, None, None] / 255
+    tint = torch.tensor(ImageColor.getrgb("#6f4bd8"))[:, None, None] / 255
     paper = 127.5 + 0.5 * picture.mean(0)  # as ink on it, lines stay visible under the tint
     inside = -max_pool2d(-best[None], 7, 1, 3)
     return (paper * (1 - 0.9 * share * (1 - tint))).masked_fill(best > inside, 29)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli.loss import PairLoss, Temperature
-from ds_cmli.common.trees import tree_map
 from ds_cmli.config.registry import LOSSES, load, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
@@ -62,7 +61,7 @@ class Objective(nn.Module):
         pairs = self._pair_features(features, batch)
         if embed:
             # A class token is a view of its sequence, whose memory would be kept.
-            return tree_map(pairs, lambda x: x.clone() if x._base is not None else x)
+            return {name: x if x._base is None else x.clone() for name, x in pairs.items()}
         values = {}
         for name, loss in self.losses.items():
             if not LOSSES[name].scores:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import plots, quiet
-from ds_cmli.common.cli import DOES_NOT_FIT, option, run_command
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import quiet
+from ds_cmli.common.cli import check_writable, option, run_command
+from ds_cmli.common.errors import UserError, blame
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import (
@@ -82,7 +82,12 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
     own = PredictionOptions(
         **{name: options.pop(name) for name in PredictionOptions.__annotations__}
     )
-    plots.check_picture("--plot", own.plot)
+    if own.plot:
+        with blame("--plot"):
+            import matplotlib  # noqa: F401
+        if not own.plot.endswith((".png", ".svg", ".pdf")):
+            raise UserError(f"--plot is {own.plot!r}: end its name in .png, .svg or .pdf")
+        check_writable(own.plot)
     config = resolve_config(settings, options)
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
@@ -96,7 +101,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         path = Path(own.json_path)
         text = json.dumps(content, indent=2) + "\n"
         write(own.json_path, "--json", lambda: path.write_text(text))
-    return 0 if fits else DOES_NOT_FIT
+    return 0 if fits else 3
 
 
 @dataclass

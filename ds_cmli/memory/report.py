@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ds_cmli.common import plots
+from ds_cmli.common.errors import blame
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.memory_model.caching_allocator import Event
 
@@ -33,9 +33,6 @@ CATEGORIES = (
     "temporaries",
 )
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
-# In every chart and page; neighbours in a stack differ most.
-_OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
-COLOURS = {name: plots.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 EXPLAINED = {
     "requested": "the largest sum of all tensors and workspaces",
     "allocated": "rounded up by the allocator",
@@ -161,9 +158,10 @@ def _sizes(size: int) -> tuple[str, str]:
 
 
 def plot(report: Report, path: str) -> None:
-    """Draw what is live over the events, by category. Raises `UserError` without matplotlib."""
-    pyplot = plots.matplotlib("--plot")
+    """Draw what is live over the events, by category."""
     import numpy as np
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
 
     changes = np.zeros((len(CATEGORIES), len(report.events)))
     for place, event in enumerate(report.events):
@@ -172,13 +170,14 @@ def plot(report: Report, path: str) -> None:
     shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
     places = np.linspace(0, live.shape[1] - 1, 4000).astype(int)
     names = [CATEGORIES[row] for row in shown]
-    figure, axis = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
-    colours = [COLOURS[name] for name in names]
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    axis = figure.subplots()
+    colours = [colormaps["tab20"](row) for row in shown]
     axis.stackplot(places, live[shown][:, places], labels=names, colors=colours, linewidth=0)
     axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title="Memory of a step")
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(
         handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
     )
-    figure.savefig(path)
-    pyplot.close(figure)
+    with blame(f"--plot {path}"):
+        figure.savefig(path)

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,6 @@ from ds_cmli import engine
 from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.common import hardware
 from ds_cmli.common.json_text import JsonObject, Section
-from ds_cmli.common.patches import environment, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check
 from ds_cmli.distributed import process_group as distributed
@@ -99,8 +99,9 @@ def _alone(world_size: int, rank: int) -> Iterator[None]:
     if dist.is_initialized():
         raise RuntimeError("a process group is up: a step is taken at a time without one")
     variables = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    hook = replaced(sys, "excepthook", sys.excepthook)  # the process group installs another one
-    with environment(variables), hook:
+    # The process group installs another one.
+    hook = mock.patch.object(sys, "excepthook", sys.excepthook)
+    with mock.patch.dict(os.environ, variables), hook:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         try:
             yield

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -22,10 +23,10 @@ from transformers import (
     MODEL_MAPPING,
     AutoConfig,
     PreTrainedConfig,
+    masking_utils,
 )
 
 from ds_cmli.common.errors import nearest
-from ds_cmli.common.patches import patched
 
 LAYERS = 6  # kept of a plain stack (equal layers, one after the other) if the settings name none
 # The names that families of transformers give to dropout after layers, and inside the attention.
@@ -245,7 +246,7 @@ class TextEncoder(nn.Module):
         known = padded is not None and input_ids.is_cuda
         mask = None if known and not padded else attention_mask.long()
         # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
-        traced = patched("transformers: mask", lambda _: lambda tensor=None: True)
+        traced = mock.patch.object(masking_utils, "is_tracing", lambda tensor=None: True)
         with traced if known else nullcontext():
             return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
 

@@ -2,25 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, check_regular
-from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.errors import blame
+from ds_cmli.common.pretrained import loading
 
 
 @contextmanager
 def building(what: str, weights: str = "random") -> Iterator[None]:
     """Inside a library builds a model with `weights`; its exception becomes a line after `what`."""
-    check_regular(what, Path(weights))
-    with loading(hub=weights == "hub"):
-        try:
-            yield
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{what}: {reason(error)}") from None
+    with loading(hub=weights == "hub"), blame(what):
+        yield
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

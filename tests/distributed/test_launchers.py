@@ -39,9 +39,6 @@ def test_a_task_of_srun_is_mapped(monkeypatch, tmp_path):
     assert mapped(monkeypatch, env) == ["3", "4", "1", "10.0.0.7", "12007"]
     one_gpu = {**SRUN, "MASTER_ADDR": "a", "CUDA_VISIBLE_DEVICES": "1"}
     assert mapped(monkeypatch, one_gpu) == ["3", "4", "0", "a", "12007"]
-
-
-def test_the_cpu_is_asked_for_where_a_launcher_has_given_gpus(monkeypatch):
     env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "0,1"}
     mapped(monkeypatch, env)
     assert env["CUDA_VISIBLE_DEVICES"] == ""

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.common.trees import tree_map
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.distributed import process_group as distributed
@@ -75,7 +74,7 @@ def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
 def pieces_of(batch, number):
     """A batch cut into micro-batches."""
     size = len(batch.index) // number
-    return [tree_map(batch, lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
+    return [batch.map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
 class WithoutDeepSpeed(TrainEngine):

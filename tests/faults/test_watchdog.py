@@ -15,12 +15,11 @@ SLACK = 8.0  # seconds; a loaded machine takes its time to end a process
 # fate, rank: what the line says of the rank
 LINES = {
     ("sleeps", 1): "no progress for 3 s, at stopping_rank.py:",
-    ("sleeps", 0): "no progress for 3 s, at stopping_rank.py:",
-    ("spins", 1): "no progress for 3 s, at stopping_rank.py:",
+    ("spins", 0): "no progress for 3 s, at stopping_rank.py:",
     ("is stopped", 1): "no progress for 3 s, dead or stopped",
     ("is stopped", 0): "its store does not answer",
 }
-ENDS = (("is killed", 1), ("is killed", 0), ("raises", 1))  # gloo itself tells the other rank
+ENDS = (("is killed", 1), ("raises", 1))  # gloo itself tells the other rank
 GOES_ON = (("evaluates", 1), ("saves", 1), ("pauses", 1), ("compiles", 1))
 
 
