@@ -1,21 +1,22 @@
 """`ds_cmli.fit`: the training of `train.py` from a script or a notebook."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
-from ds_cmli.common.patches import environment
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, RunConfig, Sections, check, check_sections
-from ds_cmli.distributed.launchers import OF_A_RANK, map_launcher_environment
+from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.train import train
 
@@ -71,7 +72,7 @@ def fit(
     """
     resolved = _resolved(config, data)
     # A start sets the variables of a rank where no launcher has.
-    with environment({}, *OF_A_RANK, "CUDA_VISIBLE_DEVICES"), warnings.catch_warnings():
+    with mock.patch.dict(os.environ), warnings.catch_warnings():
         map_launcher_environment()
         quiet.silence()
         if isinstance(deepspeed_config, Mapping):

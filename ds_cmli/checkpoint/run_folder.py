@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -164,7 +165,14 @@ def settle(
             say(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
-        save.publish(folder / CONFIG, provenance.of(config.to_dict(), ds_config))
+        made = {
+            "config": config.to_dict(),
+            "deepspeed": dict(ds_config),
+            "versions": provenance.versions(),
+            "revision": provenance.revision(),
+            "command": sys.argv,
+        }
+        save.publish(folder / CONFIG, (json.dumps(made, indent=2) + "\n").encode())
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:

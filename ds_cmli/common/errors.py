@@ -38,9 +38,6 @@ def one_line(error: BaseException) -> str:
     return text
 
 
-first_line = one_line
-
-
 def printable(text: str) -> str:
     r"""The text with what is no Unicode, as in names of files and in JSON, written as \udcff."""
     return text.encode(errors="backslashreplace").decode()
@@ -51,7 +48,3 @@ def nearest(name: str, known: Iterable[object]) -> str:
     names = sorted(map(str, known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
-
-
-def check_regular(setting: str, *paths: object) -> None:
-    pass

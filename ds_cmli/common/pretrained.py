@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from functools import cache
 from unittest import mock
 
-from ds_cmli.common.errors import one_line
-
 
 @contextmanager
 def loading(hub: bool) -> Iterator[None]:
@@ -44,11 +42,3 @@ def _answers(url: str) -> bool:
     except Exception:  # the type depends on the HTTP client that the library uses
         return False
     return True
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {one_line(error)[:500]}"
-
-
-def refused_code(error: Exception) -> str | None:
-    return None

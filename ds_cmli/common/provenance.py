@@ -1,10 +1,7 @@
 """What a run was made with, as its `run.json` records it."""
 
-import json
 import platform
 import subprocess
-import sys
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -37,15 +34,3 @@ def version(package: str = "ds-cmli") -> str:
 
 def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def of(config: Mapping[str, object], ds_config: Mapping[str, object]) -> bytes:
-    """The content of a run's `run.json`."""
-    content = {
-        "config": config,
-        "deepspeed": dict(ds_config),
-        "versions": versions(),
-        "revision": revision(),
-        "command": sys.argv,
-    }
-    return (json.dumps(content, indent=2) + "\n").encode()

@@ -50,13 +50,3 @@ def imported() -> None:
 
 def only_errors(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
-
-
-def let_deepspeed_print(info: bool) -> None:
-    """Print DeepSpeed's log lines; with `info`, also those of level INFO, as most are."""
-    logger = logging.getLogger("DeepSpeed")
-    logger.removeFilter(only_errors)
-    if info:
-        logger.setLevel(logging.INFO)
-        for handler in logger.handlers:
-            handler.setLevel(logging.INFO)

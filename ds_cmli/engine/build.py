@@ -3,6 +3,7 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -105,7 +106,12 @@ def build(
         keep_freed_memory()
     one_attention_on_all_gpus()
     if ds_config.prints:
-        quiet.let_deepspeed_print(ds_config.get("log_level") is None)
+        logger = logging.getLogger("DeepSpeed")
+        logger.filters.clear()  # of `silence`
+        if ds_config.get("log_level") is None:
+            logger.setLevel(logging.INFO)
+            for handler in logger.handlers:
+                handler.setLevel(logging.INFO)
     deepspeed.init_distributed(verbose=False)
     cmli_distributed.exchanging = partial(probe.scope, "exchange")
 
