@@ -26,6 +26,7 @@ MISTAKES = [
     ("train --set student.layers=two", "layers"),
     ("train --set optim.ema_decay=1.5", "optim.ema_decay"),
     ("train --set run.report_to=wadnb", "run.report_to"),
+    ("train --plugin nowhere.at_all", "nowhere"),
     ("train --profile 30:31", "--profile"),
     ("train --profile-memory 0", "--profile-memory"),
     ("train --deepspeed_config {here}/ds.json", "ds.json"),

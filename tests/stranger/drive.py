@@ -1,47 +1,21 @@
-"""Uses what a stranger has added, through every door.
-
-It trains a few steps of the preset `tiny`, evaluates, exports and loads the export, and predicts and measures the
-memory.
-"""
+"""Uses a run through every door: evaluated, exported and loaded again; and its memory predicted."""
 
 import json
 from pathlib import Path
-from unittest import mock
 
 import torch
 from click.testing import CliRunner
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from ds_cmli.config.schema import Config, load_config
-from ds_cmli.data import build
+from ds_cmli.config.schema import Config
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
 from ds_cmli.inference import Model
 from ds_cmli.memory.step_memory import Step, predicted
 from ds_cmli.memory_model import gpus
-from tests.drive_train import drive as train
-from tests.metrics_file import metrics
 
-STEPS = 3
 ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # of each encoder: half of a step
-SCENES = 20  # of each split: what is found in them is not looked at here
-DS_CONFIG = {
-    "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
-    "zero_optimization": {"stage": 2},
-    "bf16": {"enabled": True},
-}
-
-
-@mock.patch.object(build, "EVAL_SCENES", SCENES)
-def drive(folder: Path, *options: str) -> dict[str, object]:
-    """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
-    run = folder / "run"
-    given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *ONE_BLOCK, *options]
-    assert not train([*given, "--set", "run.log_every=1"])
-    by_name = {"logged": [line for line in metrics(run) if "loss" in line], **used(run)}
-    check_memory(load_config(run / "run.json", "the run"), DS_CONFIG, 2)
-    return by_name
 
 
 def used(run: Path) -> dict[str, object]:

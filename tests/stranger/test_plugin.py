@@ -1,42 +1,34 @@
 """A loss and an encoder of a plugin: trained, evaluated, exported, their memory predicted; and one that is missing."""
 
-import importlib
-
 import pytest
-from click.testing import CliRunner
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.train import command
+from ds_cmli.config.schema import load_config
 from tests import make
-from tests.stranger.drive import STEPS, drive
+from tests.stranger.drive import check_memory, used
 
-PLUGIN = ("--plugin", "tests.stranger.toy")
-pytestmark = pytest.mark.usefixtures("alone", "plugins")
+BF16 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 
 
-def test_a_loss_beside_another(tmp_path):
-    run_content = drive(tmp_path, *PLUGIN, "--losses", "filip,global=0.5")
-    assert len(run_content["logged"]) == STEPS and "refused" not in run_content
-    for line in run_content["logged"]:
+def test_a_plugins_loss_and_encoder(tmp_path, source, plugins):
+    run = tmp_path / "run"
+    model = {
+        "student.image_backbone": "mixers",
+        "student.image_model": "mixers",
+        "student.image_weights": "random",
+        "student.layers": 1,
+    }
+    options = {
+        "--plugin": "tests.stranger.toy",
+        "--losses": "filip,global=0.5",
+        "--output-dir": run,
+        "--micro-batch": 8,
+    }
+    assert not make.train(*make.small({**options, "--steps": 3, "--log-every": 1}, model), *source)
+    logged = make.lines(run)
+    assert len(logged) == 3
+    for line in logged:
         assert line["loss"] == pytest.approx(line["loss/filip"] + 0.5 * line["loss/global"], rel=1e-5)
         assert "temperature/filip" in line
-    assert {"eval/seen/combined/i2t_r1", "eval/seen/cmli/i2t_r1"} <= run_content["evaluated"].keys()
-
-
-def test_an_image_encoder(tmp_path):
-    model = ("--set", "student.image_model=mixers", "--set", "student.image_weights=random")
-    run_content = drive(tmp_path, *PLUGIN, *model, "--image-backbone", "mixers", "--losses", "global,cmli")
-    assert len(run_content["logged"]) == STEPS and "refused" not in run_content
-    assert "eval/seen/combined/i2t_r1" in run_content["evaluated"]
-
-
-def test_a_typo_builds_none_of_its_encoders():
-    importlib.import_module("tests.stranger.toy")
-    with pytest.raises(UserError, match=r"student.image_model is 'vit_tinny', .*Unknown model"):
-        make.models(student={"image_model": "vit_tinny"})
-
-
-def test_one_that_is_missing_is_one_line():
-    done = CliRunner().invoke(command, ["--plugin", "nowhere.at_all"])
-    assert isinstance(done.exception, UserError)
-    assert str(done.exception) == "--plugin is 'nowhere.at_all': No module named 'nowhere'"
+    results = used(run)
+    assert "refused" not in results and any(name.endswith("/cmli/i2t_r1") for name in results["evaluated"])
+    check_memory(load_config(run / "run.json", "the run"), BF16, 2)
