@@ -90,13 +90,6 @@ def demo():
         pytest.fail(f"the demo's pictures are needed: {error}", pytrace=False)
 
 
-@pytest.fixture(autouse=True)
-def cublas_without_setting():
-    """Training with run.deterministic in this process sets a variable, which predictions and other processes read."""
-    yield
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
 @pytest.fixture(scope="module")
 def device():
     """This process as the only rank of a process group."""

@@ -91,21 +91,17 @@ def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(tmp_
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_wandb_gets_what_tensorboard_gets_offline(tmp_path):
     """In a process of its own: wandb changes TensorBoard's writer for good."""
     pytest.importorskip("wandb")
-    code = (
-        "import sys; from pathlib import Path; from tests.test_metrics import write;"
-        "write(Path(sys.argv[1]), [int(step) for step in sys.argv[3:]], int(sys.argv[2]), 'wandb')"
-    )
-    for first, *steps in ("0", "1", "2"), ("2", "3"):
-        env = {**os.environ, "WANDB_MODE": "offline"}
-        command = [sys.executable, "-c", code, str(tmp_path), first, *steps]
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-        assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
-    name = (tmp_path / "wandb" / "run-id").read_text()
-    one, two = sorted((tmp_path / "wandb").glob("offline-run-*"))
-    assert one.name.endswith(name) and two.name.endswith(name)
+    code = "import sys; from pathlib import Path; from tests.test_metrics import write;"
+    code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"
+    env = {**os.environ, "WANDB_MODE": "offline"}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
+    (one,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert one.name.endswith((tmp_path / "wandb" / "run-id").read_text())  # by which the next start goes on
     content = next(one.glob("*.wandb")).read_bytes()
     assert b"loss/total" in content and b"eval/seen/combined/i2t_r1" in content and b"context_length" in content
     assert len(list(one.glob("files/media/images/**/*.png"))) == 1

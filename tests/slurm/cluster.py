@@ -102,8 +102,8 @@ class Cluster:
             self.start_node(node)
             try:
                 self.wait_idle(60, number + 1)
-            except TimeoutError:
-                raise NoSlurm(f"node {node} is not idle after 60 s; {self._last_words()}") from None
+            except TimeoutError as error:
+                raise NoSlurm(f"node {node} is not idle after 60 s: {error}") from None
 
     def start_node(self, node: str) -> None:
         self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
@@ -124,11 +124,6 @@ class Cluster:
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / f"{program}{len(self.daemons)}.out").open("w")
         self.daemons[log.name] = subprocess.Popen([program, *arguments], stdout=log, stderr=subprocess.STDOUT)
-
-    def _last_words(self) -> str:
-        ended = [name for name, daemon in self.daemons.items() if daemon.poll() is not None]
-        lines = (Path(ended[0]).read_text().splitlines() if ended else []) or ["no daemon ended"]
-        return lines[-1]
 
     def stop(self) -> None:
         if self.daemons:
