@@ -13,7 +13,6 @@ MISTAKES = [
     ("train --set teacher.model=resnet18 --set teacher.overrides={{}}", "resnet18"),
     ("train --set data.image_size=57", "57"),
     ("train --set student.image_overrides=" + HEADS, "student.image_"),
-    ("""train --set student.image_overrides='{{"depth": 1000000000}}'""", "depth"),
     ("train --set teacher.weights={here}/nowhere.pt", "nowhere.pt"),
     (
         "train --set student.image_weights={here}/w.safetensors",
