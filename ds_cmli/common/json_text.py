@@ -10,7 +10,7 @@ Section = Mapping[str, Any]  # a part of a JSON that is only read
 Kind = TypeVar("Kind")
 
 
-def parse(text: str | bytes, kind: type[Kind], finite: bool = False) -> Kind:
+def parse(text: str | bytes, kind: type[Kind]) -> Kind:
     try:
         value = json.loads(text)
     except RecursionError:
@@ -20,5 +20,5 @@ def parse(text: str | bytes, kind: type[Kind], finite: bool = False) -> Kind:
     return value
 
 
-def read(path: Path, kind: type[Kind], finite: bool = False) -> Kind:
+def read(path: Path, kind: type[Kind]) -> Kind:
     return parse(path.read_bytes(), kind)
