@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError
 from ds_cmli.common.json_text import Section, parse
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
-from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config, RunConfig, Sections, check, check_sections
+from ds_cmli.config.presets import load_preset, merged
+from ds_cmli.config.schema import Config, RunConfig, check, check_sections
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.train import train
@@ -71,7 +70,6 @@ def fit(
         Preempted: the run has saved after a signal, as the command does.
     """
     resolved = _resolved(config, data)
-    # A start sets the variables of a rank where no launcher has.
     with mock.patch.dict(os.environ), warnings.catch_warnings():
         map_launcher_environment()
         quiet.silence()
@@ -79,12 +77,7 @@ def fit(
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
-        try:
-            code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
-        except OSError as error:  # as the command takes it
-            if error.filename is None:
-                raise
-            raise UserError(f"{error.strerror}: {error.filename!r}") from error
+        code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
     if code == preemption.EXIT_CODE:
         raise preemption.Preempted(f"call fit again with run.output_dir {folder} to go on")
     return Fitted(folder)
@@ -95,23 +88,17 @@ def _resolved(
     data: str | Path | Sequence[str | Path] | None,
 ) -> Config:
     """The whole configuration. Raises `UserError`."""
-    written = {"data.source": "data", "run.preset": "run.preset"}
-    sections: Sections = {}
     if isinstance(config, str):
-        sections["run"] = {"preset": config}
-        written["run.preset"] = "config"
-    elif isinstance(config, Config):
-        sections = config.to_dict()
-    else:
-        need = "give a preset's name, a mapping of sections, or a Config"
-        check(isinstance(config, Mapping), "config", config, need)
-        check_sections(config)
-        sections = {name: dict(settings) for name, settings in config.items()}
+        config = {"run": {"preset": config}}
+    need = "give a preset's name, a mapping of sections, or a Config"
+    check(isinstance(config, Mapping | Config), "config", config, need)
+    whole = isinstance(config, Config)
+    sections: Any = config.to_dict() if isinstance(config, Config) else config
+    check_sections(sections)
     if data is not None:
         given = [data] if isinstance(data, str | Path) else data
         check(isinstance(given, Sequence), "data", data, "give what --data takes, or a list of it")
         names = list(map(str, given))
-        sections.setdefault("data", {})["source"] = names[0] if len(names) == 1 else names
-    if isinstance(config, Config):
-        return Config.from_dict(sections)
-    return load_preset(None, sections)
+        source = {"data": {"source": names[0] if len(names) == 1 else names}}
+        sections = merged(sections, source)
+    return Config.from_dict(sections) if whole else load_preset(None, sections)

@@ -110,10 +110,8 @@ class Run:
         self.writer.log(state.step, {"skipped": samples})
         if state.skipped_in_row > (most := self.config.run.most_skipped):
             self.save()  # collectives: with the weights from before the first of them
-            why = (
-                f"{state.skipped_in_row} steps in a row were skipped, "
-                f"more than run.most_skipped = {most}"
-            )
+            count = f"{state.skipped_in_row} steps in a row were skipped"
+            why = f"{count}, more than run.most_skipped = {most}"
             raise UserError(self.checkpoints.diverged(why, state))
 
     def log(self) -> None:
@@ -157,7 +155,7 @@ class Run:
 
         `counts`: whether the result can be the best of the run. Collectives.
         """
-        settings, state, engine = self.config.run, self.state, self.engine
+        settings, state, engine, writer = self.config.run, self.state, self.engine, self.writer
         how = settings.eval_batch, self.config.data.workers, self.poll, preemption.shield
         model = Evaluator(engine.objective, self.data.tokenizer, engine.device, *how)  # collective
         for split, pairs in self.data.evals.items():
@@ -166,9 +164,9 @@ class Run:
             grid = model.student.grid
             maps = match_maps(embedded, model.tokenizer, grid, settings.match_maps)  # collective
             for number, picture in enumerate(maps):
-                self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
-            self.writer.log(state.step, report.prefixed(f"eval/{name}/", metrics))
-            self.writer.say(report.summary(metrics, model.precision, name))
+                writer.picture(state.step, f"match-maps/{name}/{number}", picture)
+            writer.log(state.step, report.prefixed(f"eval/{name}/", metrics))
+            writer.say(report.summary(metrics, model.precision, name))
             if counts:
                 state.best = report.best(state.best, name, metrics, state.step)
 

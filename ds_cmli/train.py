@@ -61,17 +61,32 @@ def command(
     quiet.silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     profiles = Profiles(profile, profile_memory)
-    if dry_run:
-        check_early(config, ds_config, resume, profiles)
-        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
-        return 0
-    return train(config, ds_config, resume, resume_with_changes, profiles)[0]
+    return train(config, ds_config, resume, resume_with_changes, profiles, dry_run=dry_run)[0]
 
 
-def check_early(
-    config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles
-) -> None:
-    """Raise `UserError` for what would otherwise be refused only when the processes have met."""
+def train(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    resume_from: str = "auto",
+    with_changes: bool = False,
+    profiles: Profiles = NO_PROFILES,
+    on_log: Callable[[int, dict[str, Any]], object] | None = None,
+    goes_on: bool = False,
+    dry_run: bool = False,
+) -> tuple[int, Path]:
+    """Train: what the command and `ds_cmli.fit` call. Collective.
+
+    Args:
+        with_changes: --resume-with-changes.
+        on_log: called on rank 0 with the step and the columns of each line of `metrics.jsonl`.
+        goes_on: whether the process goes on after the run, or after its error.
+        dry_run: only check and print the configuration.
+
+    Returns:
+        The exit code, which is `preemption.EXIT_CODE` where the run is to be started again, and the
+        run's folder.
+    """
+    # --- what can be refused before anything heavy is imported, and before the processes meet
     if config.run.report_to == "wandb":
         with blame("run.report_to is 'wandb'"):
             import wandb  # noqa: F401
@@ -83,53 +98,21 @@ def check_early(
         )
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
-    if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+    if resume_from == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
-
-
-def train(
-    config: Config,
-    ds_config: DeepSpeedConfig,
-    resume_from: str = "auto",
-    with_changes: bool = False,
-    profiles: Profiles = NO_PROFILES,
-    on_log: Callable[[int, dict[str, Any]], object] | None = None,
-    goes_on: bool = False,
-) -> tuple[int, Path]:
-    """Train: what the command and `ds_cmli.fit` call. Collective.
-
-    Args:
-        with_changes: --resume-with-changes.
-        on_log: called on rank 0 with the step and the columns of each line of `metrics.jsonl`.
-        goes_on: whether the process goes on after the run, or after its error.
-
-    Returns:
-        The exit code, which is `preemption.EXIT_CODE` where the run is to be started again, and the
-        run's folder.
-    """
-    # --- on every rank, before the processes meet
-    check_early(config, ds_config, resume_from, profiles)
+    if dry_run:
+        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
+        return 0, Path()
     if config.run.deterministic:
         hardware.enforce_determinism()
-    from ds_cmli.data import assets
-    from ds_cmli.data.build import build_data
-
-    data, mistake = None, None
-    try:
-        for name in assets.used(config):
-            assets.fetch(name)
-        data = build_data(config.data, config.run.seed)
-        say(*data.summary)
-    except UserError as error:
-        if os.environ["WORLD_SIZE"] == "1":
-            raise
-        mistake = str(error)  # maybe on this node alone: raised once the ranks have met
     with quiet.without_trackers():
         from ds_cmli import engine as engines
-        from ds_cmli.checkpoint import resume, run_folder
     import torch.distributed as dist
 
+    from ds_cmli.checkpoint import resume, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
+    from ds_cmli.data import assets
+    from ds_cmli.data.build import build_data
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.faults.watchdog import Watchdog
@@ -140,15 +123,18 @@ def train(
 
     ds_config = engines.on_this_device(ds_config)
     with contextlib.ExitStack() as stack:
-        # --- processes
+        # --- processes and data
         theirs = dist.is_initialized()  # a group that the script has made stays
         device = distributed.init()  # collective
         alone = goes_on and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
         watchdog = stack.enter_context(Watchdog(0.0 if alone else config.run.watchdog))
         if not theirs:
             stack.callback(distributed.shutdown)
-        distributed.raise_together(mistake)  # collective
-        assert data is not None, "a mistake has been raised"
+        with distributed.raised_together():  # a mistake may be of one node alone
+            for name in assets.used(config):
+                assets.fetch(name)
+            data = build_data(config.data, config.run.seed)
+        say(*data.summary)
         folder = run_folder.make(config, resume_from)  # collective
         stack.enter_context(run_folder.held(folder))  # collective
 
@@ -158,16 +144,14 @@ def train(
             config, resume.rebatch(point, ds_config), data.mixture
         )
         state = resume.state_of(point, config, ds_config, with_changes, data.fingerprint)
-        finished = state.step == total_steps and state.evaluated
-        finished = finished or state.out_of_patience(config.run.patience)
-        own = point is None or (point.is_of(folder) and not point.changed)
-        if point is not None and (state.step > total_steps or (finished and not own)):
+        ended = state.step > total_steps or (state.step == total_steps and state.evaluated)
+        ended = ended or state.out_of_patience(config.run.patience)
+        if ended and point is not None and (point.changed or not point.is_of(folder)):
             raise UserError(
-                f"{point.path} is of a run that has ended, and this start has {total_steps} steps "
-                f"in all, {state.step} of them done: nothing would be trained: give more --steps, "
-                "or start without --resume"
+                f"{point.path} has {state.step} of the {total_steps} steps of this start, and "
+                "nothing would be trained: give more --steps, or start without --resume"
             )
-        if finished:
+        if ended:
             say(
                 f"the run in {folder} is finished, {state.step} steps: "
                 "give another --output-dir to start a new one"
@@ -184,21 +168,16 @@ def train(
         afterwards = stack.enter_context(contextlib.ExitStack())
         built = stack.enter_context(out_of_memory.ending(folder, device, goes_on))
         words = data.tokenizer
-        engine = engines.build(
-            chosen, ds_config, words.vocab_size, total_steps, device, words.pad_id
-        )  # collectives
+        sizes = words.vocab_size, total_steps, device, words.pad_id
+        engine = engines.build(chosen, ds_config, *sizes)  # collectives
         built.append(engine)
         if goes_on:
             afterwards.callback(engines.release, engine.engine)
         resume.load(point, state, engine, bad)  # collective
-        describe = partial(
-            write_config, config=config, student=engine.objective.student, words=words
-        )
+        student = engine.objective.student
+        describe = partial(write_config, config=config, student=student, words=words)
         run_folder.settle(point, folder, config, ds_config, describe)  # collective
         say(engines.counts_line(engine.objective, engine.teacher))
-        if point is not None and point.changed:
-            rate, at = engine.engine.get_lr()[0] / engine.lr_factor, state.step + 1
-            say(f"with changes: step {at} of {total_steps} has a learning rate of {rate:.2e}")
 
         # --- the loop
         writer: Writer | NullWriter = NullWriter()
@@ -219,9 +198,8 @@ def train(
             flags=flags,
             watchdog=watchdog,
         )
-        after_step = stack.enter_context(
-            profiles.around(engine, chosen, ds_config, folder, state.step)
-        )
+        of_run = engine, chosen, ds_config, folder, state.step
+        after_step = stack.enter_context(profiles.around(*of_run))
         stack.enter_context(preemption.handled())
         return loop(run, after_step), folder  # collectives
 

@@ -162,7 +162,7 @@ ROWS = (
      "if count and (depth <= count or count == layers):", "if count and (depth < count or count == layers):"),
     ("engine-decay", "engine/parameter_groups.py",
      ENGINE + "test_matrices_decay_and_vectors_tables_and_temperatures_do_not",
-     "(factor, matrix and not table)", "(factor, matrix)"),
+     " and parameter not in spared", ""),
     ("engine-layer-decay", "engine/parameter_groups.py", ENGINE + "test_a_layer_below_has_a_lower_rate",
      "above = layers + 1 - depth", "above = depth"),
     ("engine-warm-up", "config/schedule.py", ENGINE + "test_each_rate_of_the_warm_up_is_that_of_its_update",

@@ -43,6 +43,7 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     logged = {}
     given = settings(tmp_path / "straight")
     straight = ds_cmli.fit(given, Path(data), on_log=lambda step, values: logged.setdefault(step, {}).update(values))
+    assert os.environ == before
     assert straight.metrics["step"] == 4 and straight.metrics["loss"] == logged[4]["loss"]
     assert straight.model.embed_texts(["a", "b"]).cls.shape == (2, 32)
     given = settings(tmp_path / "broken", save_every=2)
@@ -53,8 +54,6 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     for name, value in weights(straight.folder).items():
         assert torch.equal(weights(again.folder)[name], value)
     assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        assert os.environ.get(name) == before.get(name)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,8 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
         ({"config": "tny"}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
         ({"config": 3}, r"^config is 3: give a preset's name, a mapping of sections, or a Config$"),
         ({"config": {"preset": "tiny"}}, r"^section of settings is 'preset': did you mean run.preset\?$"),
-        ({"config": {"run": {"preset": "tny"}}}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
-        ({"config": {"optm": {}}}, r"^section of settings is 'optm': did you mean 'optim'\?$"),
         ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
-        ({"config": {"optim": {"lr": -1}}}, r"^optim.lr is -1: Input should be greater than 0$"),
         ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"),
-        ({"data": []}, r"^data.source is \[\]: "),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
         ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: .*No such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),

@@ -46,16 +46,7 @@ def in_one_piece(device, data):
     return [make.gradients(one, [batch]) for batch in make.batches(data, 32, 2)]
 
 
-@pytest.mark.parametrize(
-    "zero",
-    [
-        {"stage": 1, **OFFLOAD},
-        {"stage": 2},
-        {"stage": 2, **OFFLOAD},
-        {"stage": 3, **NOTHING_KEPT},
-        {"stage": 3, **OFFLOAD},
-    ],
-)
+@pytest.mark.parametrize("zero", [{"stage": 1, **OFFLOAD}, {"stage": 2}, {"stage": 3, **NOTHING_KEPT}])
 def test_losses_and_gradients_are_those_of_one_piece(device, data, in_one_piece, zero):
     several = trained(device, data, 8, 4, zero, json={"activation_checkpointing": {}})
     parts = make.batches(data, 8, 8)
@@ -85,21 +76,20 @@ class WithoutDeepSpeed(TrainEngine):
         pass
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False, pairs=32, weights=WEIGHTS):
-    """Loss and gradients of `pairs` in fp64, as `number` micro-batches a rank, without DeepSpeed.
+def in_fp64(rank, world_size, number, weights, kept=False):
+    """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
-    config = load_preset("tiny", {"loss": {"weights": weights}, "student": {"dropout": dropout}})
+    config = load_preset("tiny", {"loss": {"weights": weights}})
     data = build_data(config.data, 0)
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.double()
     teacher.double()
-    (whole,) = make.batches(data, pairs, 1)
+    (whole,) = make.batches(data, 32, 1)
     whole.pair_id[[3, 30], 0] = whole.pair_id[0, 0]  # other captions of a picture
     whole.pair_id[17, 1] = whole.pair_id[9, 1]  # one caption of two
     batches = pieces_of(pieces_of(whole, world_size)[rank], number)
-    torch.manual_seed(5)
     if kept:
         features = [objective._features(batch) for batch in batches]
         joined = Features(*(None if x[0] is None else torch.cat(x) for x in zip(*features, strict=True)))
@@ -117,27 +107,18 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, pairs=32, weights
         )
         outcome = train_engine.step(batches)
         total = torch.stack([losses.total for losses in outcome]).mean()
-    after = torch.rand(1).item()
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
         distributed.mean_over_ranks(gradient)
-    return distributed.mean_over_ranks(total.detach()).item(), gradients, after
+    return distributed.mean_over_ranks(total.detach()).item(), gradients
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, {"global": 1.0, "cls_kd": 0.5}], ids=["all", "none over tokens"])
 def test_two_ranks_of_two_micro_batches_in_fp64(weights):
-    one = in_fp64(0, 1, 1, kept=True, weights=weights)
-    for loss, gradients, _ in run(in_fp64, 2, 2, 0.0, False, 32, weights):
+    one = in_fp64(0, 1, 1, weights, kept=True)
+    for loss, gradients in run(in_fp64, 2, 2, weights):
         assert loss == pytest.approx(one[0], rel=1e-12)
         assert largest_difference(gradients, one[1]) < 1e-9
-
-
-def test_dropout_of_the_second_pass_is_that_of_the_first():
-    one, several = in_fp64(0, 1, 4, dropout=0.3, kept=True), in_fp64(0, 1, 4, dropout=0.3)
-    assert several[0] == pytest.approx(one[0], rel=1e-12)
-    assert largest_difference(several[1], one[1]) < 1e-9
-    assert several[2] == one[2]  # the next step draws what it would have drawn
-    assert in_fp64(0, 1, 4)[0] != pytest.approx(one[0], rel=1e-3)
 
 
 def test_checkpointed_blocks_with_dropout_draw_the_same_again(device, data):
