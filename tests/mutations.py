@@ -157,6 +157,14 @@ ROWS = (
      "patches = square.transpose(2, 3).flatten(2)"),
     ("models-projection", "models/student.py", MODELS + "test_one_projection_starts_orthonormal_and_serves_both_sides",
      "            nn.init.orthogonal_(self.projection.weight)\n", ""),
+    # What a run's folder loads as, and what is written of it: constants and tied tables lost, the wrong end.
+    ("hf-constants", "models/hf.py", "models/test_hf.py::test_what_was_trained_is_loaded_to_the_bit",
+     "model.get_buffer(name).copy_(value)", "pass"),
+    ("hf-tied", "models/hf.py", "models/test_hf.py::test_what_was_trained_is_loaded_to_the_bit",
+     'self.all_tied_weights_keys[f"{name}.{copy}"] = f"{name}.{table}"', "pass"),
+    ("export-interpolate", "export.py",
+     "test_export.py::test_interpolated_it_is_between_the_source_and_the_trained_weights",
+     ".lerp(trained[name], share)", ".lerp(trained[name], 1 - share)"),
     # The engine: a frozen layer that learns, tables that decay, rates upside down, a first update at rate 0.
     ("engine-frozen", "engine/parameter_groups.py", ENGINE + "test_frozen_layers_keep_every_bit_and_the_others_move",
      "if count and (depth <= count or count == layers):", "if count and (depth < count or count == layers):"),

@@ -97,11 +97,10 @@ class DualImage(nn.Module):
         return list(self.model.encoder.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.model.embeddings(pixels)
-        if hasattr(self.model, "pre_layrnorm"):
-            x = self.model.pre_layrnorm(x)
-        x = self.model.post_layernorm(self.model.encoder(inputs_embeds=x).last_hidden_state)
-        return torch.cat([self.model.head(x)[:, None], x], 1) if self.pools else x
+        out = self.model(pixel_values=pixels)
+        if self.pools:
+            return torch.cat([out.pooler_output[:, None], out.last_hidden_state], 1)
+        return self.model.post_layernorm(out.last_hidden_state)  # of patches too
 
     def joint(self, cls: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_head(cls), self.token_head(patches)

@@ -98,20 +98,15 @@ class ImageEncoder(nn.Module):
                 raise
             model = timm.create_model(name, **args)  # a convolutional model takes any size
         self.model, info = model, [dict(stage) for stage in model.feature_info]
-        plain = len({(stage["num_chs"], stage["reduction"]) for stage in info}) == 1
-        if block is not None:
-            if not -len(info) <= block < len(info):
-                last = len(info) - 1
-                raise ValueError(f"its blocks are 0 to {last}, and teacher.block is {block}")
-        elif layers is None:
-            block = min(LAYERS, len(info)) - 1 if plain else -1
-        elif not plain or layers > len(info):
-            has = f"{len(info)} blocks, and" if plain else "stages and no plain stack:"
-            why = "" if plain else ": give null"
-            raise ValueError(f"it has {has} student.layers is {layers}{why}")
-        else:
-            block = layers - 1
-        self.last = block % len(info)
+        plain, has = len({(stage["num_chs"], stage["reduction"]) for stage in info}) == 1, len(info)
+        if block is not None and not -has <= block < has:
+            raise ValueError(f"its blocks are 0 to {has - 1}, and teacher.block is {block}")
+        if layers is not None and (not plain or layers > has):
+            kind = "blocks" if plain else "stages and no plain stack"
+            raise ValueError(f"it has {has} {kind}, and student.layers is {layers}: give null")
+        if block is None:
+            block = (layers or (min(LAYERS, has) if plain else has)) - 1
+        self.last = block % has
         model.prune_intermediate_layers([self.last], prune_norm=True, prune_head=True)
         # The pretrained final norm fits only the last block; student and teacher have their own.
         for unused in ("norm", "fc_norm", "head", "head_dist"):
@@ -277,11 +272,10 @@ def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]
 def family(name: str) -> str:
     """The architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
 
-    def dashed(text: str) -> str:
-        return text.lower().replace("_", "-") + "-"
-
-    own = dashed(name.split("/")[-1])
-    known = [kind for kind in CONFIG_MAPPING if own.startswith(dashed(kind))]
+    own = name.split("/")[-1].lower().replace("_", "-") + "-"
+    known = [
+        kind for kind in CONFIG_MAPPING if own.startswith(kind.lower().replace("_", "-") + "-")
+    ]
     if not known:
         raise ValueError(
             "without a configuration of its own, give an architecture of the transformers library, "

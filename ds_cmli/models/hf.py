@@ -29,6 +29,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import local_torch_dtype
 from transformers.utils import ModelOutput
 
 from ds_cmli.cmli import cmli_scores
@@ -87,23 +88,19 @@ class CMLIModel(PreTrainedModel):
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
         settings: Any = config.settings
-        precision = torch.get_default_dtype()
         # transformers builds on meta and in the user's precision: there, encoders cannot compute
         # their constants, nor random weights.
-        torch.set_default_dtype(torch.float32)
-        try:
-            with torch.device("cpu"):
-                student = Student(
-                    StudentConfig(**settings["student"]),
-                    settings["data"]["image_size"],
-                    config.vocab_size,
-                    settings["data"]["context_length"],
-                    pretrained=False,
-                    pad_id=config.pad_id,
-                )
-                self.losses = nn.ModuleDict({name: _learned(name) for name, _ in config.losses})
-        finally:
-            torch.set_default_dtype(precision)
+        precision = torch.get_default_dtype()
+        with torch.device("cpu"), local_torch_dtype(torch.float32):
+            student = Student(
+                StudentConfig(**settings["student"]),
+                settings["data"]["image_size"],
+                config.vocab_size,
+                settings["data"]["context_length"],
+                pretrained=False,
+                pad_id=config.pad_id,
+            )
+            self.losses = nn.ModuleDict({name: _learned(name) for name, _ in config.losses})
         self.student = student.to(precision)
         self._constants = dict(self.named_non_persistent_buffers())
         self.post_init()

@@ -4,7 +4,6 @@ Shapes: I inputs and O outputs of a layer, R rank.
 """
 
 from collections.abc import Mapping
-from importlib.util import find_spec
 
 from torch import Tensor, nn
 
@@ -20,11 +19,11 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
     add alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first."""
     if not config.lora:
         return
-    if find_spec("peft") is None:
-        raise UserError(
-            "student.lora is given, and peft is not installed: pip install 'ds-cmli[lora]'"
-        )
-    from peft import LoraConfig, inject_adapter_in_model
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        why = "peft is not installed: pip install 'ds-cmli[lora]'"
+        raise UserError(f"student.lora is given, and {why}") from None
 
     for part, names in config.lora.items():
         encoder = getattr(student, part)

@@ -27,26 +27,17 @@ VOCAB = 99
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SMALL = CONFIG.student.text_overrides
 IMAGE = {
-    "vit_tiny_patch16_224": VIT,
     "beit_base_patch16_224": VIT,  # relative positions
     "vit_small_patch16_dinov3": VIT,  # rotary positions
     "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
-    "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 32]},
     "resnet18": {"layers": [1, 1, 1, 1], "channels": [16, 16, 16, 32]},
 }
-RELATIVE = {
-    "relative_attention": True,
-    "position_biased_input": False,
-    "pos_att_type": ["p2c", "c2p"],
-    "norm_rel_ebd": "layer_norm",
-}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
 TEXT = {
     "bert": SMALL,
     "albert": {**SMALL, "embedding_size": 16},  # its layers share their weights
-    "deberta-v2": {**SMALL, **RELATIVE},
-    "modernbert": SMALL,
+    "deberta-v2": {**SMALL, **RELATIVE, "position_biased_input": False},
     "t5": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16},
-    "clip": SMALL,
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},  # keeps keys and values unless told otherwise
 }
 

@@ -56,30 +56,24 @@ def test_feature_maps_are_patches_of_student_and_teacher(model):
     built = student(image_model=model, image_overrides=MAPS[model], size=96)
     cls, patches = built.encode_image(torch.zeros(2, 3, 96, 96, dtype=torch.uint8))
     assert (cls.shape, patches.shape, built.grid) == ((2, built.width), (2, 9, built.width), (3, 3))
-    with pytest.raises(UserError, match=r"student.image_model is .* no plain stack: student.layers is 1: give null"):
-        student(image_model=model, image_overrides=MAPS[model], size=96, layers=1)
     targets = teacher(model=model, overrides=MAPS[model], size=96, block=-1)(torch.zeros(2, 3, 96, 96))
     assert targets.patches.shape == (2, 16, built.width)
     # A stage before the last has more patches: a feature map of 6 x 6 here.
     assert teacher(model=model, overrides=MAPS[model], size=96, block=-2).image.grid == (6, 6)
 
 
-@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
-def test_patches_lie_row_by_row(model):
+@pytest.mark.parametrize("model", ["swin_tiny_patch4_window7_224", "convnext_atto"])
+@torch.no_grad()
+def test_patches_of_feature_maps_lie_row_by_row(model):
     """A bright patch changes its own feature most."""
     torch.manual_seed(0)
-    size, overrides = (128, MAPS[model]) if model in MAPS else (64, SMALL)
-    built = student(image_model=model, image_overrides=overrides, size=size).eval()
-    rows, columns = built.grid
-    side = size // columns
-    grey = torch.full((1, 3, size, size), 100, dtype=torch.uint8)
-    with torch.no_grad():
-        before = built.image(built.pixels(grey, torch.float32))[0, 1:]
-        for row, column in ((0, columns - 1), (rows - 1, 0), (1, 2)):
-            picture = grey.clone()
-            picture[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side] = 255
-            after = built.image(built.pixels(picture, torch.float32))[0, 1:]
-            assert (after - before).norm(dim=1).argmax() == row * columns + column
+    built = student(image_model=model, image_overrides=MAPS[model], size=128).eval()
+    grey = torch.full((1, 3, 128, 128), 100, dtype=torch.uint8)
+    for row, column in ((0, 3), (3, 0), (1, 2)):
+        picture = grey.clone()
+        picture[:, :, row * 32 : (row + 1) * 32, column * 32 : (column + 1) * 32] = 255
+        before, after = (built.image(built.pixels(x, torch.float32))[0, 1:] for x in (grey, picture))
+        assert (after - before).norm(dim=1).argmax() == row * 4 + column
 
 
 def test_batch_norm_keeps_its_statistics():
@@ -109,6 +103,10 @@ def test_other_image_models_are_one_line(settings, why):
 
 
 def test_layers_that_are_not_there_are_one_line():
+    with pytest.raises(
+        UserError, match=r"student.image_model is .* no plain stack, and student.layers is 1: give null"
+    ):
+        student(image_model="resnet18", image_overrides=MAPS["resnet18"], size=96, layers=1)
     with pytest.raises(UserError, match=r"it has 2 blocks, and student.layers is 3"):
         student(layers=3)
     with pytest.raises(UserError, match=r"its blocks are 0 to 1, and teacher.block is 2"):
@@ -131,11 +129,6 @@ def test_pixels_are_normalised_alike_in_16_bit():
     exact = PixelNorm(own["mean"], own["std"])(image, torch.float32)
     torch.testing.assert_close(exact, (image / 255 - mean) / std, rtol=1e-4, atol=1e-4)
     assert torch.equal(PixelNorm(own["mean"], own["std"]).half()(image, torch.float32), exact)
-
-
-@pytest.mark.parametrize("width", [40, 200])
-def test_any_width_has_heads_that_divide_it(width):
-    assert student(image_overrides={**PATCH, "embed_dim": width}).width == width
 
 
 BERT = CONFIG.student.text_overrides
@@ -199,10 +192,3 @@ def test_changed_fields_give_the_same_configuration(model):
 def test_other_text_models_are_one_line(settings, why):
     with pytest.raises(UserError, match=f"^student.text_model is '[^\n]*({why})[^\n]*$"):
         student(**settings)
-
-
-def test_text_overrides_arrive():
-    built = student(text_overrides={**BERT, "layer_norm_eps": 0.5, "hidden_act": "relu"})
-    assert built.text.model.embeddings.LayerNorm.eps == 0.5
-    assert len(student(text_overrides={**BERT, "num_hidden_layers": 1}).text.blocks) == 1
-    assert student(dropout=0.3).text.model.encoder.layer[0].output.dropout.p == 0.3

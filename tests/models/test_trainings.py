@@ -21,16 +21,15 @@ from tests.test_export import run_of
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 # Of open_clip: a ViT, a CoCa, a ConvNeXt, a SigLIP. "locked" is the whole image tower.
 RUNS = """
-export   zero3 two   bf16 one    recomputed ema -
-siglip   zero1 alone fp32 one    -          ema lora
-run      zero2 alone bf16 one    recomputed ema locked
-clip     zero3 two   fp32 one    recomputed -   locked
-siglip   zero1 two   bf16 cached recomputed -   locked
-vit      zero3 two   fp32 one    recomputed -   locked
-coca     zero2 alone bf16 one    recomputed ema locked
-convnext zero3 two   bf16 one    recomputed ema -
-oc-siglip zero1 alone fp32 one   -          ema lora
-oc-siglip zero1 two  bf16 cached recomputed -   locked
+export    zero3 two   bf16 one    recomputed ema -
+siglip    zero1 alone fp32 one    -          ema lora
+run       zero2 alone bf16 one    recomputed ema locked
+clip      zero3 two   fp32 one    recomputed -   locked
+siglip    zero1 two   bf16 cached recomputed -   locked
+vit       zero3 two   fp32 one    recomputed -   locked
+coca      zero2 alone bf16 one    recomputed ema locked
+convnext  zero3 two   bf16 one    recomputed ema -
+oc-siglip zero1 two   bf16 cached recomputed -   lora
 """.strip().splitlines()
 JSON: dict[str, dict] = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in (1, 2, 3)},
@@ -71,8 +70,9 @@ def source_of(name: str, folder: Path) -> Path:
     return run_of(begun, folder / "run", {"global": 1.0, "cmli": 1.0}) if name == "run" else begun
 
 
-def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[str], dict]:
-    """The arguments of a training, and its DeepSpeed JSON."""
+@pytest.mark.parametrize("run", RUNS)
+def test_a_training_from_a_source(run, tmp_path):
+    values = run.split()
     content: dict = {}
     settings: dict[str, object] = {"run.match_maps": 0, "teacher.block": 0}
     for value in values:
@@ -82,18 +82,11 @@ def asked(values: list[str], source: Path, data: str, file: Path) -> tuple[list[
         settings |= {"student.lora": LORA[values[0]], "student.lora_rank": 4}
     loss = "global_sigmoid" if "siglip" in values[0] else "global"
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
-    arguments = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch), "--data", data]
-    arguments += ["--start-from", str(source), "--losses", f"{loss},cmli,target_cmli"]
+    given = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", str(micro_batch)]
+    given += ["--data", pairs(tmp_path / "pairs", count=40), "--start-from", str(source_of(values[0], tmp_path))]
+    given += ["--losses", f"{loss},cmli,target_cmli", *json_file(tmp_path / "ds.json", content)]
     for name, value in settings.items():
-        arguments += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    return [*arguments, *json_file(file, content)], content
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_a_training_from_a_source(run, tmp_path):
-    values = run.split()
-    data = pairs(tmp_path / "pairs", count=40)
-    given, content = asked(values, source_of(values[0], tmp_path), data, tmp_path / "ds.json")
+        given += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     tasks: list[dict] = [
         {"arguments": [*given, "--output-dir", str(straight)]},

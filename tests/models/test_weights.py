@@ -141,11 +141,6 @@ def test_code_of_a_model_folder_is_never_run(kind, tmp_path, state, load, monkey
     assert not (tmp_path / "ran").exists()
 
 
-def test_libraries_print_nothing(state, load, capfd):
-    load("text", {**state["text"], "foreign": torch.ones(1)})
-    assert "LOAD REPORT" not in "".join(capfd.readouterr())
-
-
 def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch):
     from huggingface_hub import constants
 
