@@ -167,14 +167,12 @@ class TextEncoder(nn.Module):
         layers: int | None = None,
         dropout: float = 0.0,
         pad_id: int = 0,
-        pretrained: bool = True,
         overrides: Mapping[str, Any] | None = None,
     ):
         """`name`: a family such as "bert", or a name of the hub; `vocab_size`, `pad_id`: the
         tokenizer's; `positions`: M of the longest text; `weights`: "hub", "random", a folder of
         transformers or a file; `layers`: how many first ones are kept, None: `LAYERS`;
-        `pretrained`: False: random weights of the same shapes; `overrides`: fields of the family's
-        configuration class."""
+        `overrides`: fields of the family's configuration class."""
         super().__init__()
         file = weights if Path(weights).is_file() else None
         if weights not in ("hub", "random") and not Path(weights).exists():
@@ -189,7 +187,7 @@ class TextEncoder(nn.Module):
         # Otherwise a pooler is made, whose random weights would change those that follow.
         if "add_pooling_layer" in inspect.signature(kind).parameters:
             options["add_pooling_layer"] = False
-        if not pretrained or weights == "random":
+        if weights == "random":
             # The default dtype is what a user asks for in `from_pretrained` of a whole model.
             self.model = kind._from_config(config, dtype=torch.get_default_dtype(), **options)
         else:

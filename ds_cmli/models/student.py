@@ -63,7 +63,7 @@ class Student(nn.Module):
         pad_id: int = 0,
     ):
         """`vocab_size`, `pad_id`: the tokenizer's; `positions`: M, the length of the longest text;
-        `pretrained`: False: random weights, meant to be overwritten."""
+        `pretrained`: whether a source's weights are loaded."""
         super().__init__()
         self.start: Start | None = None
         self.embed_dim, own = config.embed_dim, bool(config.source_config)
@@ -76,7 +76,7 @@ class Student(nn.Module):
                     f"and its text encoder only {self.text.vocab_size}"
                 )
         else:
-            weights = config.image_weights if pretrained else "random"
+            weights = config.image_weights
             what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
             with building(what, weights):
                 self.image = load(IMAGE[config.image_backbone])(
@@ -97,7 +97,6 @@ class Student(nn.Module):
                     layers=config.layers,
                     dropout=config.dropout,
                     pad_id=pad_id,
-                    pretrained=pretrained,
                     overrides=config.text_overrides,
                 )
         self.pixels = PixelNorm(self.image.mean, self.image.std)

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from dataclasses import replace
 from itertools import count
 from unittest import mock
 
@@ -10,16 +9,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli import engine
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.models.blocks import checkpoint_blocks
 from ds_cmli.models.student import Student
+from tests import make
 from tests.checkpoint.runs import json_file
 from tests.drive_train import drive
-from tests.make import pairs
 from tests.metrics_file import metrics
 
 CONFIG = load_preset("tiny", {})
@@ -69,28 +64,16 @@ def test_gradients_are_the_same_and_come_once(kind, model):
     assert set(arrived.values()) == {1}
 
 
-# One block of each kind, and dropout, which is to draw what it draws without the compiler.
-TINY = {"student": {"layers": 1, "dropout": 0.2}, "teacher": {"block": 0}, "optim": {"warmup_share": 0.0, "lr": 0.001}}
-
-
-def losses(compile_, stage, checkpointing):  # of three steps in fp32
-    config, vocab_size = without_weights(load_preset("tiny", {**TINY, "loss": {"weights": {"global": 1.0}}}))
-    config.run = replace(config.run, compile=compile_)
-    json = {
-        "train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage},
-        **({"activation_checkpointing": {}} if checkpointing else {}),
-    }  # fmt: skip
-    train_engine = engine.build(
-        config, engine.filled(config, DeepSpeedConfig.of(json), 1, 100), vocab_size, 100, distributed.init()
-    )
-    results = []
-    for step in range(3):
-        torch.manual_seed(step)
-        batch = longest_batch(config, 4)
-        batch.image.random_(0, 256)
-        batch.input_ids.random_(5, 200)
-        results.append(train_engine.step([batch])[0].total.item())
-    train_engine.engine.destroy()
+def losses(device, compile_, stage, checkpointing):
+    """Of three steps in fp32 with dropout, which is to draw what it draws without the compiler."""
+    json = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": stage}}
+    json |= {"activation_checkpointing": {}} if checkpointing else {}
+    chosen = {"student": {"dropout": 0.2}, "loss": {"weights": {"global": 1.0}}, "run": {"compile": compile_}}
+    trained, results = make.train_engine(device, json, **chosen), []
+    for number, batch in enumerate(make.batches(make.data_of(make.config()), 4, 3)):
+        torch.manual_seed(number)
+        results.append(make.step(trained, [batch])["total"])
+    trained.engine.destroy()
     return results
 
 
@@ -107,9 +90,9 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    plain = losses("off", stage, checkpointing)  # which imports what compiles functions of its own
+    plain = losses(device, "off", stage, checkpointing)  # which imports what compiles functions of its own
     monkeypatch.setattr(torch, "compile", traced_or_not)
-    traced = losses("blocks", stage, checkpointing)
+    traced = losses(device, "blocks", stage, checkpointing)
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)
@@ -119,7 +102,7 @@ def test_divided_leaf_modules_are_evaluated_also_where_the_first_layers_are_froz
     """Blocks that are compiled under ZeRO-3 are its leaf modules; evaluation uses other methods than forward."""
     zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
     given = ["--preset", "tiny", "--losses", "global,cmli", "--steps", "2", "--set", "run.match_maps=0"]
-    given += ["--data", pairs(tmp_path / "pairs", count=40), "--set", "student.freeze_image=1"]
+    given += ["--data", make.pairs(tmp_path / "pairs", count=40), "--set", "student.freeze_image=1"]
     losses = []
     for kind in ("off", "blocks"):
         more = [*json_file(tmp_path / "ds.json", zero), "--set", f"run.compile={kind}", "--eval-every", "1"]

@@ -1,5 +1,6 @@
 """LoRA: what is trained, merged and refused; its checkpoints, on other ranks too."""
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.engine import build_models, building
+from ds_cmli.engine import build_models
 from ds_cmli.models.lora import merged
 from tests.checkpoint.runs import assert_same, json_file
 from tests.drive_train import drive as train
@@ -96,6 +97,6 @@ def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkey
                 parameter.data.zero_()
         return objective, teacher
 
-    monkeypatch.setattr(building, "build_models", others)
+    monkeypatch.setattr(import_module("ds_cmli.engine.build"), "build_models", others)
     assert train(broken) == 0
     assert_same(tmp_path / "straight", tmp_path / "broken")
