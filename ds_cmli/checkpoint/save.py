@@ -27,14 +27,19 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ds_cmli.checkpoint.state import STATE, TrainState
-from ds_cmli.checkpoint.weights import full_averages, full_weights, student_of, write_weights
+from ds_cmli.checkpoint.weights import (
+    full_averages,
+    full_weights,
+    not_finite,
+    student_of,
+    write_weights,
+)
 from ds_cmli.common import checksums
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
-from ds_cmli.models.weights import not_finite
 
 FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
 

@@ -108,3 +108,14 @@ def load_averages(file: Path, engine: TrainEngine) -> None:
         for name, parameter in engine.objective.named_parameters():
             if parameter.requires_grad:
                 set_master_weight(engine.engine, parameter, averages.get_tensor(name))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor that has NaN or inf. CPU-GPU sync."""
+    for name, x in tensors.items():
+        if x.is_floating_point() and x.numel():
+            # Both are NaN if any value is; this needs no mask of the tensor's size.
+            least, most = x.detach().aminmax()
+            if not (least.isfinite() and most.isfinite()):
+                return name
+    return None

@@ -16,11 +16,11 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
+from ds_cmli.common.errors import blame
 from ds_cmli.common.json_text import JsonObject
 from ds_cmli.common.pretrained import loading
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.encoders import TextEncoder
-from ds_cmli.models.weights import building
 
 
 class Start(NamedTuple):
@@ -139,7 +139,7 @@ def build(
         folder = Path(config.source).expanduser()
         source = str(folder) if folder.exists() else config.source
         what = f"student.source is {config.source!r}: its weights cannot be loaded"
-        with building(what, source if folder.exists() else "hub"):
+        with loading(hub=not folder.exists()), blame(what):
             dual, keys = AutoModel.from_pretrained(
                 source,
                 config=sizes,

@@ -20,12 +20,13 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
+from ds_cmli.common.errors import blame
 from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common.pretrained import loading
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import HUB, LOCAL, NAMED, architecture_and_weights, is_marked
 from ds_cmli.models.dual import Start, copied, layer
 from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
-from ds_cmli.models.weights import building
 
 # What of a model of open_clip acts in training alone.
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")
@@ -158,7 +159,8 @@ def build(
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
     """As `dual.build`."""
     own, start, what = config.source_config, None, f"student.source is {config.source!r}"
-    with building(f"{what}: open_clip cannot build it"), TemporaryDirectory() as folder:
+    how = f"{what}: open_clip cannot build it"
+    with loading(hub=False), blame(how), TemporaryDirectory() as folder:
         cfg = of_towers(own)
         cfg.pop("custom_text", None)
         cfg["vision_cfg"] |= {name: 0.0 for name in OF_TRAINING if cfg["vision_cfg"].get(name)}
@@ -174,14 +176,14 @@ def build(
     if pretrained and config.source:
         name, weights = library_name(config.source)
         hub = name.startswith(HUB) or not (weights is None or Path(weights).is_file())
-        with building(f"{what}: its weights cannot be loaded", "hub" if hub else "random"):
+        with loading(hub), blame(f"{what}: its weights cannot be loaded"):
             theirs: Any = open_clip.create_model(
                 name, weights, force_custom_text=True, require_pretrained=True
             )
         for part in ("visual", "text"):
             getattr(model, part).load_state_dict(getattr(theirs, part).state_dict())
         start = Start.of(theirs)
-    with building(what):
+    with blame(what):
         return OpenClipImage(model.visual, own, image_size), OpenClipText(model.text, own), start
 
 

@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import upcast
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common.pretrained import loading
 from ds_cmli.config.registry import IMAGE, TEXT, load, of_dual
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.dual import Start
 from ds_cmli.models.encoders import PixelNorm
-from ds_cmli.models.weights import building
 
 
 class SharedBlock(nn.Module):
@@ -78,7 +78,7 @@ class Student(nn.Module):
         else:
             weights = config.image_weights
             what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
-            with building(what, weights):
+            with loading(hub=weights == "hub"), blame(what):
                 self.image = load(IMAGE[config.image_backbone])(
                     config.image_model,
                     image_size,
@@ -88,7 +88,7 @@ class Student(nn.Module):
                 )
             weights = config.text_weights
             what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
-            with building(what, weights):
+            with loading(hub=weights == "hub"), blame(what):
                 self.text = load(TEXT[config.text_backbone])(
                     config.text_model,
                     vocab_size,

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_cmli.common.errors import blame
+from ds_cmli.common.pretrained import loading
 from ds_cmli.config.registry import IMAGE, load
 from ds_cmli.config.schema import TeacherConfig
 from ds_cmli.models.encoders import PixelNorm
-from ds_cmli.models.weights import building
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Teacher(nn.Module):
         """`grid`: the student's patch grid, to which the teacher's patches are resampled."""
         super().__init__()
         what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
-        with building(what, config.weights):
+        with loading(hub=config.weights == "hub"), blame(what):
             own = {"block": config.block, "overrides": config.overrides}
             encoder = load(IMAGE[config.backbone])
             self.image: Any = encoder(config.model, image_size, config.weights, **own)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from ds_cmli import engine
+from ds_cmli.checkpoint.weights import not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
-from ds_cmli.models.weights import not_finite
 from tests import make
 from tests.drive_train import drive
 from tests.engine.steps import FP16, build, everything, micro_batch, same, spoil
