@@ -320,12 +320,8 @@ def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
     usual, own = type(config)().to_dict(), config.to_dict()
     common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}
     declared = inspect.signature(type(config)).parameters.keys() | UNDECLARED
-    out = {}
-    for name in sorted(declared & own.keys() - common):
-        left_out = name in (*DROPOUT, *ATTENTION_DROPOUT, "vocab_size", "use_cache")
-        if own[name] != usual.get(name) and not left_out:
-            out[name] = own[name]
-    return out
+    names = declared - common - {*DROPOUT, *ATTENTION_DROPOUT, "vocab_size", "use_cache"}
+    return {name: own[name] for name in sorted(names & own.keys()) if own[name] != usual.get(name)}
 
 
 def _model_class(config: PreTrainedConfig) -> Any:

@@ -81,7 +81,6 @@ class CMLIOutput(ModelOutput):
 class CMLIModel(PreTrainedModel):
     config_class = CMLIConfig
     config: CMLIConfig
-    base_model_prefix = ""
     main_input_name = "pixel_values"
     _keep_in_fp32_modules_strict = IN_FP32
 

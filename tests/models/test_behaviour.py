@@ -118,10 +118,3 @@ def test_a_longer_student_begins_with_the_layers_of_a_shorter_one():
     assert any(".1." in name for name in long) and not any(".1." in name for name in short)
     kept = [name for name in short if ".blocks.0." in name]
     assert kept and all(torch.equal(short[name], long[name]) for name in kept)
-
-
-def test_weights_of_a_file_arrive_and_those_of_a_run_too(tmp_path):
-    run = make.run_folder(tmp_path / "run", loss=LOSSES, run={"seed": 5})
-    objective, _ = make.models(loss=LOSSES, student={"source": str(run)})
-    saved = make.weights(run)
-    assert all(torch.equal(p, saved[name]) for name, p in objective.named_parameters())

@@ -16,12 +16,9 @@ from transformers import AutoModel, AutoProcessor
 from ds_cmli.checkpoint.weights import write_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
-from ds_cmli.evaluate.model import EvaluatedModel
-from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.models import hf
 from tests.ranks import clean_environment
 from tests.run_folder import save_run
@@ -131,23 +128,6 @@ def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path).get_image_features(pixels).pooler_output
     torch.testing.assert_close(again, wanted, rtol=0, atol=1e-6)
-
-
-@torch.no_grad()
-def test_its_logits_rank_as_the_evaluation_says(made, run):
-    config, _, _ = made
-    data = build_data(config.data, config.run.seed)
-    split = data.evals["seen"]
-    split.length = 60
-    device = torch.device("cpu")
-    result, _ = evaluate_split(EvaluatedModel(str(run), True).load(device, False, "fp32", 16), split)
-    pictures = [split.image(i).permute(1, 2, 0).numpy() for i in range(60)]
-    texts = [" ".join(split.pictures.names[concept] for concept, _ in split.layout(i)) for i in range(60)]
-    out = AutoModel.from_pretrained(run)(**AutoProcessor.from_pretrained(run)(images=pictures, text=texts))
-    for way, logits in (("i2t", out.logits_per_image), ("t2i", out.logits_per_text)):
-        above = (logits > logits.diagonal()[:, None]).sum(1)
-        for k in (1, 5, 10):
-            assert result[f"combined/{way}_r{k}"] == pytest.approx((above < k).float().mean().item(), abs=1e-6)
 
 
 def test_the_processor_prepares_as_training_does(made, run):
