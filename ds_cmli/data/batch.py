@@ -6,6 +6,7 @@ B images with a caption each, M text positions (padded), S image size in pixels.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,8 +58,9 @@ class Batch:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Apply it to each tensor."""
-        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor)}
-        return replace(self, **{name: function(x) for name, x in tensors.items()})
+        own = vars(self).items()
+        changed: dict[str, Any] = {name: function(x) for name, x in own if isinstance(x, Tensor)}
+        return replace(self, **changed)
 
 
 class Collate:
