@@ -5,6 +5,7 @@ Those of several runs are shown below each other, on the same pairs. S is the im
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,7 +30,10 @@ DEFAULT = 4  # pairs that are shown if none are given
 @click.option("--data", help="Data as in training.  [default: the first run's]")
 @click.option("--split", help="Held-out part.  [default: the first]")
 @click.option(
-    "--pairs", metavar="0,1,2", help="Numbers of pairs.  [default: of the first four pictures]"
+    "--pairs",
+    metavar="0,1,2",
+    help="Numbers of pairs: each picture with its first caption, then each with its second.  "
+    "[default: the first four]",
 )
 @click.option("--image", help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", help="The text for --image.")
@@ -79,8 +83,8 @@ def held_out(
 ) -> list[tuple[Tensor, str]]:
     """Pairs of a held-out split, as (picture uint8 [3, S, S], caption as it is written).
 
-    `numbers` count captions; None: the first captions of the first `DEFAULT` pictures that can be
-    used. Raises `UserError`.
+    `numbers` count each picture's first caption, then each one's second; None: the first `DEFAULT`
+    that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
     from ds_cmli.evaluate.embed import pictures_of
@@ -92,12 +96,18 @@ def held_out(
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
     pairs, rows = evals[split], evals[split].rows
     out: list[tuple[Tensor, str]] = []
-    for row in [*dict.fromkeys(pictures_of(pairs))] if numbers is None else numbers:
-        if row >= len(rows):
-            raise UserError(f"--pairs has {row}: {split} has {len(rows)} pairs, from 0 on")
+    before, turns = Counter[int](), []
+    for row, picture in enumerate(pictures_of(pairs)):
+        turns.append((before[picture], row))
+        before[picture] += 1
+    order = [row for _, row in sorted(turns)]
+    for number in range(len(order)) if numbers is None else numbers:
+        if number >= len(order):
+            raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
+        row = order[number]
         with (
             suppress(*[UserError] * (numbers is None)),
-            blame(f"--pairs has {row}, which cannot be used: {pairs.name(row)}"),
+            blame(f"--pairs has {number}, which cannot be used: {pairs.name(row)}"),
         ):
             out.append((pairs.image(row), rows[row][1]))
         if numbers is None and len(out) == DEFAULT:
