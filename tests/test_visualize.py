@@ -36,11 +36,11 @@ def test_the_default_shows_different_pictures_that_can_be_used(config):
 
 
 def test_pairs_that_are_asked_for(config):
-    assert [text[7:] for _, text in held_out(config, None, None, [0, 2, 6])] == [
-        "2, Caption 0!", "2, Caption 2!", "4, Caption 0!"
+    assert [text[7:] for _, text in held_out(config, None, None, [0, 2, 6, 12])] == [
+        "2, Caption 0!", "4, Caption 0!", "2, Caption 1!", "2, Caption 2!"
     ]  # fmt: skip
-    with pytest.raises(UserError, match="--pairs has 3, which cannot be used"):
-        held_out(config, None, None, [3])
+    with pytest.raises(UserError, match="--pairs has 1, which cannot be used"):
+        held_out(config, None, None, [1])
     with pytest.raises(UserError, match=r"--pairs has 18: .* has 18 pairs, from 0 on"):
         held_out(config, None, None, [18])
 
