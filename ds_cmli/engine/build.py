@@ -13,12 +13,13 @@ import torch
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import quiet
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import blame
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schedule import warmup_then_cosine
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
@@ -74,7 +75,17 @@ def build_models(
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, settings)
     freeze(objective, settings)
+    if pretrained and settings.source:
+        say(_starts_from(settings, objective, data.image_size))
     return objective, teacher
+
+
+def _starts_from(settings: StudentConfig, objective: Objective, side: int) -> str:
+    own, built = settings.source_config, objective.student
+    kind = (own.get("architectures") or [own.get("model_type", "a run of this package")])[0]
+    layers = f"{len(built.image.blocks)} + {len(built.text.blocks)} layers"
+    temperatures = [f", temperature {1 / x:.3f}" for x in objective.scales().values() if x]
+    return f"starts from {settings.source}: {kind}, {layers}, {side} px{''.join(temperatures[:1])}"
 
 
 def build(

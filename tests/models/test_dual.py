@@ -155,6 +155,13 @@ def test_a_source_that_cannot_be_used_is_one_line(folders, tmp_path):
     refused("cannot be loaded: ValueError: 1 are missing, such as visual_projection.weight", folder)
 
 
+def test_a_start_says_what_it_loads(folders, capsys):
+    start(folders["siglip"], {"global_sigmoid": 1.0})
+    assert f"starts from {folders['siglip']}: siglip, 2 + 2 layers, 56 px, temperature 0.0" in capsys.readouterr().out
+    start(folders["clip"], PAIRS["clip"])
+    assert f"starts from {folders['clip']}: clip, 2 + 2 layers, " in capsys.readouterr().out
+
+
 def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_path):
     folder = shutil.copytree(folders["siglip"], tmp_path / "gone")
     config = settings(folder, PAIRS["siglip"])
