@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import provenance, quiet
-from ds_cmli.common.cli import run_command
-from ds_cmli.common.errors import UserError, blame
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import UserError, blame, run_command, silence, version
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import LOCAL, OPEN_CLIP, PILLOW, RUN, Source, loss_of
+from ds_cmli.pretrained import loading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -206,14 +204,14 @@ license: {licence}
 
 # {name}
 
-An image-text model: {what} of a run of ds-cmli {provenance.version()}.
+An image-text model: {what} of a run of ds-cmli {version()}.
 
 It began as {origins}. The licences of all that it was trained from hold for it.
 """
 
 
 def main() -> None:
-    quiet.silence()
+    silence()
     run_command(command)
 
 

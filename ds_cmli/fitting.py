@@ -1,5 +1,6 @@
 """`ds_cmli.fit`: the training of `train.py` from a script or a notebook."""
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from ds_cmli.common import quiet
-from ds_cmli.common.json_text import Section, parse
+from ds_cmli.common import Section, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset, merged
@@ -34,7 +34,7 @@ class Fitted:
         """The last value of each column of `metrics.jsonl`, such as "eval/seen/combined/i2t_r1"."""
         last: dict[str, float] = {}
         for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
-            last |= parse(line, dict)
+            last |= json.loads(line)
         return last
 
     @cached_property
@@ -72,7 +72,7 @@ def fit(
     resolved = _resolved(config, data)
     with mock.patch.dict(os.environ), warnings.catch_warnings():
         map_launcher_environment()
-        quiet.silence()
+        silence()
         if isinstance(deepspeed_config, Mapping):
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:

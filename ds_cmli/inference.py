@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data.images import View
 from ds_cmli.evaluate.embed import Evaluator, block

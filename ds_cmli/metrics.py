@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_folder import CONFIG, METRICS
-from ds_cmli.common.errors import blame
+from ds_cmli.common import blame
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.process_group import world_size

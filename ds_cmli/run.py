@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.state import TrainState
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import hardware, provenance, quiet
-from ds_cmli.common.cli import run_command, say
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli import hardware
+from ds_cmli.common import UserError, blame, run_command, say, silence, version, without_trackers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import OUTPUT, START, WHAT, ConfigCommand, add, resolve_config
 from ds_cmli.config.schema import Config
@@ -57,8 +56,8 @@ def command(
     map_launcher_environment()
     config = resolve_config(settings, options)
     where = config.run.output_dir or "a new folder in runs"
-    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
-    quiet.silence()
+    say(f"ds-cmli {version()}: preset {config.run.preset}, to {where}")
+    silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     profiles = Profiles(profile, profile_memory)
     return train(config, ds_config, resume, resume_with_changes, profiles, dry_run=dry_run)[0]
@@ -105,7 +104,7 @@ def train(
         return 0, Path()
     if config.run.deterministic:
         hardware.enforce_determinism()
-    with quiet.without_trackers():
+    with without_trackers():
         from ds_cmli import engine as engines
     import torch.distributed as dist
 

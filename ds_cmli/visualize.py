@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ds_cmli.common.cli import run_command
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame, run_command
 from ds_cmli.config.registry import plugin_option
 
 if TYPE_CHECKING:

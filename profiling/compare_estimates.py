@@ -21,8 +21,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import GroupedCommand, UserError, check_writable, option, run_command
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.memory_model import gpus
 
@@ -61,7 +60,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from ds_cmli.common import quiet
+    from ds_cmli.common import silence
     from profiling.memory.estimates import Setting, arithmetic, claims, sentences
 
     setting = Setting(**sizes)
@@ -75,7 +74,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
             console.print(line, highlight=False)
 
     say(*sentences(every))
-    quiet.silence()
+    silence()
     import torch
 
     from ds_cmli.fake_cuda import guard

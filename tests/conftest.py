@@ -11,7 +11,7 @@ import pytest
 import torch.nn.functional as F
 from _pytest.mark.expression import Expression
 
-from ds_cmli.common import hardware
+from ds_cmli import hardware
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
 # refuses to fork it. Engines take the function from here, when they are first imported.
@@ -81,7 +81,7 @@ def what_a_test_imports_stays_as_well():
 @pytest.fixture(scope="session")
 def demo():
     """The demo's pictures, fetched once for the whole session."""
-    from ds_cmli.common.errors import UserError
+    from ds_cmli.common import UserError
     from ds_cmli.data import assets
 
     try:

@@ -9,7 +9,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from unittest import mock
 
 from ds_cmli import train
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 
 
 def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = None, mistakes: bool = False) -> int:

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.export import command
 from ds_cmli.inference import Model
 from ds_cmli.models import hf

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import ds_cmli
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
@@ -118,7 +118,7 @@ def test_a_signal_saves_and_afterwards_signals_are_the_scripts(tmp_path, data):
 RANKS = """
 import sys
 import ds_cmli
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 
 def fit(name, **more):
     run = {"preset": "tiny", "output_dir": f"{sys.argv[-1]}/{name}", "match_maps": 0, "watchdog": 5.0}

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.inference import Model
 from tests.models.dual_models import clip
 from tests.run_folder import write_run

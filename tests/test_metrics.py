@@ -15,7 +15,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import probe, train
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.metrics import Meter, Writer
 
@@ -136,15 +136,15 @@ def test_what_training_reports_reaches_every_subscriber():
 def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_imports():
     code = (
         "import sys, time; started = time.process_time(); sys.argv = ['train.py', '--preset', 'tiny', '--dry-run'];"
-        "from ds_cmli import train; from ds_cmli.common import cli;"
-        "train.quiet.silence = lambda: (print(sorted({'torch', 'timm', 'deepspeed'} & {*sys.modules})), sys.exit());"
-        "cli.exit_code(train.command)"
+        "from ds_cmli import common, train;"
+        "train.silence = lambda: (print(sorted({'torch', 'timm', 'deepspeed'} & {*sys.modules})), sys.exit());"
+        "common.exit_code(train.command)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     first, imported = done.stdout.splitlines()
     assert first.startswith("ds-cmli ") and "preset tiny" in first and imported == "[]"
     code = (
-        "import sys; from ds_cmli.common import quiet\nwith quiet.without_trackers():\n import deepspeed, timm\n"
+        "import sys; from ds_cmli.common import without_trackers\nwith without_trackers():\n import deepspeed, timm\n"
         "print({'mlflow', 'wandb'} & {*sys.modules})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
-from ds_cmli.common.cli import exit_code
+from ds_cmli.common import exit_code
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.distributed.launchers import OF_A_RANK
 from ds_cmli.evaluate import __main__ as evaluate

@@ -7,7 +7,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.visualize import command, held_out
 from tests.run_folder import write_run

@@ -28,8 +28,7 @@ from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.save import FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen, load_module
-from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError, blame, one_line
+from ds_cmli.common import UserError, blame, one_line, say
 from ds_cmli.config import schedule, schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config

@@ -18,9 +18,7 @@ import psutil
 from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.resume import ResumePoint
 from ds_cmli.checkpoint.save import FOLDER
-from ds_cmli.common import checksums, provenance
-from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame, revision, say, sha256, versions
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
@@ -161,15 +159,15 @@ def settle(
                 save.publish(folder / FOLDER / save.LATEST, point.path.name.encode())
         _cut_back(folder / METRICS, step, evaluated)
         kept = folder / BEST
-        if kept.is_file() and (best is None or checksums.of_file(kept) != best):
+        if kept.is_file() and (best is None or sha256(kept) != best):
             say(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
         made = {
             "config": config.to_dict(),
             "deepspeed": dict(ds_config),
-            "versions": provenance.versions(),
-            "revision": provenance.revision(),
+            "versions": versions(),
+            "revision": revision(),
             "command": sys.argv,
         }
         save.publish(folder / CONFIG, (json.dumps(made, indent=2) + "\n").encode())

@@ -34,8 +34,7 @@ from ds_cmli.checkpoint.weights import (
     student_of,
     write_weights,
 )
-from ds_cmli.common import checksums
-from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common import UserError, one_line, sha256
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
@@ -75,7 +74,7 @@ def write(path: Path, write_to: Callable[[Path], object]) -> str:
         raise OSError(one_line(error)) from error
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-    return checksums.of_file(path)
+    return sha256(path)
 
 
 def publish(path: Path, data: bytes) -> None:
@@ -126,7 +125,7 @@ def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     name = CHECKSUMS
     try:
         for name, digest in sorted(read_checksums(folder).items())[part::parts]:
-            if checksums.of_file(folder / name) != digest:
+            if sha256(folder / name) != digest:
                 raise ValueError("does not match its checksum")
     except (OSError, ValueError) as error:
         return f"{name}: {getattr(error, 'strerror', None) or error}"

@@ -13,9 +13,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, Required, TypedDict
 
-from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError, blame, nearest
-from ds_cmli.common.json_text import JsonObject, Section, read
+from ds_cmli.common import (
+    JsonObject,
+    Section,
+    UserError,
+    blame,
+    nearest,
+    read_json,
+    without_trackers,
+)
 from ds_cmli.config.schema import (
     Count,
     NotNegative,
@@ -103,7 +109,7 @@ class DeepSpeedConfig(dict[str, Any]):
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
         """Read and check a file; raises `UserError` with one line for the first mistake in it."""
         with blame(f"--deepspeed_config {path}"):
-            content = read(Path(path), dict)
+            content = read_json(Path(path))
         try:
             return cls.of(content)
         except UserError as error:
@@ -137,7 +143,7 @@ class DeepSpeedConfig(dict[str, Any]):
             with blame(f"{section}.params does not suit {out[section]['type']}"):
                 takes.bind_partial(None, **params)
         check(kind in ADAMS or bool(allowed), "optimizer.type", kind, need)
-        with quiet.without_trackers():
+        with without_trackers():
             from deepspeed.runtime.config import DeepSpeedConfig as Theirs
         with blame("DeepSpeed refuses it"):
             plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
@@ -310,7 +316,7 @@ def signature(section: str, name: str) -> inspect.Signature:
     """What PyTorch's optimizer, in any case of its letters, or DeepSpeed's schedule takes."""
     import torch
 
-    with quiet.without_trackers():
+    with without_trackers():
         from deepspeed.runtime import lr_schedules
         from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 

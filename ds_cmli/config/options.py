@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import GroupedCommand, option
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import GroupedCommand, UserError, option
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import IMAGE, LOSSES, SOURCES, TEXT, plugin_option
 from ds_cmli.config.schema import SECTIONS, Config, RunConfig, parse_losses, parse_settings

@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import Section
+from ds_cmli.common import Section, UserError
 from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
 from ds_cmli.config.source import applied
 

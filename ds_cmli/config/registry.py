@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
-from ds_cmli.common.cli import option
-from ds_cmli.common.errors import UserError, one_line
-from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common import JsonObject, UserError, one_line, option
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import math
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from ds_cmli.common.json_text import JsonObject, Section
+from ds_cmli.common import JsonObject, Section
 
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "lr_lambdas")

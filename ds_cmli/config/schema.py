@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ds_cmli.common import json_text
-from ds_cmli.common.errors import UserError, nearest
-from ds_cmli.common.json_text import JsonObject, Section
+from ds_cmli.common import JsonObject, Section, UserError, nearest, read_json
 from ds_cmli.config.registry import IMAGE, LOSSES, TEXT
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
@@ -375,7 +373,7 @@ def load_config(path: Path, setting: str) -> Config:
     if not path.is_file():
         raise UserError(f"{place}: no {path.name} there; give a run's output folder")
     try:
-        content = json_text.read(path, dict)
+        content = read_json(path)
         check(isinstance(content.get("config"), dict), path.name, content, "no run's")
         return Config.from_dict(content["config"])
     except OSError as error:
@@ -413,7 +411,7 @@ def parse_settings(settings: tuple[str, ...]) -> Sections:
         need = "write SECTION.SETTING=VALUE, for instance student.layers=4"
         check(bool(equals and dot and key), "--set", setting, need)
         try:
-            value: object = json_text.parse(text, object)
+            value: object = json.loads(text)
         except ValueError as error:
             valid = not text.startswith(("{", "["))
             check(valid, f"--set {path}", text, f"not valid JSON: {error}")

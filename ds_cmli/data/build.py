@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError, blame, printable
+from ds_cmli.common import UserError, blame, printable
 from ds_cmli.config.registry import SOURCES, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.arrow import HUB, open_hub

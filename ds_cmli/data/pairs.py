@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ds_cmli.common.errors import UserError, one_line
+from ds_cmli.common import UserError, one_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.batch import Bad, Sample, hashed
 from ds_cmli.data.images import View

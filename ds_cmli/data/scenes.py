@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
 from ds_cmli.data.images import View, on_white

@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ds_cmli.common.errors import UserError, blame, one_line
+from ds_cmli.common import UserError, blame, one_line
 from ds_cmli.config.schema import DataConfig
 
 IMAGE_COLUMNS = {"filepath", "file_name", "filename", "image", "image_path", "img", "path"}

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ds_cmli.common.cache import cache_folder, locked
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame, cache_folder, locked
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import Source
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, blame, one_line
+from ds_cmli.common import UserError, blame, one_line
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
 Value = TypeVar("Value")

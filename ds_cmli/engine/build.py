@@ -12,10 +12,7 @@ import torch
 
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
-from ds_cmli.common import quiet
-from ds_cmli.common.cli import say
-from ds_cmli.common.errors import blame
-from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
+from ds_cmli.common import blame, freeze_imports, say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schedule import warmup_then_cosine
@@ -28,6 +25,7 @@ from ds_cmli.engine.parameter_groups import freeze, parameter_groups
 from ds_cmli.engine.plan import DTYPES, compares_all
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
+from ds_cmli.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.blocks import cast_buffers, checkpoint_blocks, compile_blocks, read_outside
 from ds_cmli.models.hf import WEIGHTS, load
@@ -110,7 +108,7 @@ def build(
     """
     import deepspeed
 
-    quiet.imported()
+    freeze_imports()
     if device.type == "cpu":
         # It would compile collectives, for minutes at the first start.
         deepspeed.ops.__compatible_ops__ = {}

@@ -8,15 +8,14 @@ import timm
 import torch
 
 from ds_cmli.cmli.op import why_not_triton
-from ds_cmli.common.cli import say
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.hardware import bf16_is_fast, cpu_line
+from ds_cmli.common import UserError, say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import check_rates
+from ds_cmli.hardware import bf16_is_fast, cpu_line
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Patches of an image for which the kernels are tried: more take no other tiles.

@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import check_writable, run_command, say
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError, check_writable, run_command, say
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import launchers

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ds_cmli.common.errors import blame
+from ds_cmli.common import blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.distributed import process_group as distributed

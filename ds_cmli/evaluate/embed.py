@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common.errors import UserError, printable
-from ds_cmli.common.hardware import one_attention_on_all_gpus
+from ds_cmli.common import UserError, printable
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told
@@ -23,6 +22,7 @@ from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.report import Metrics
+from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.scores import BothWays, both_ways
 

@@ -3,8 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import read
+from ds_cmli.common import UserError, read_json
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import load_config
 from ds_cmli.config.source import RUN, Source, to_evaluate
@@ -17,7 +16,7 @@ class EvaluatedModel:
         self.is_run = is_run or self.source.has_own_data
         if self.is_run:
             self.config = load_config(self.source.path / RUN, "--checkpoint")
-            written = read(self.source.path / RUN, dict).get("deepspeed", {})
+            written = read_json(self.source.path / RUN).get("deepspeed", {})
             self.precision = DeepSpeedConfig(written).precision
         else:
             self.config = to_evaluate(self.source)

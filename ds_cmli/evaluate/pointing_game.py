@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.scenes import Scenes, spans_of_tokens

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.distributed import process_group as distributed

@@ -10,7 +10,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from ds_cmli.cmli.cpu import compiled
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame
 
 SOURCE = Path(__file__).parent / "guard.cpp"
 OLDEST, NEXT = "2.10", "2.16"  # of PyTorch: what is between is known to answer alike

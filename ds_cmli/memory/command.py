@@ -14,10 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import quiet
-from ds_cmli.common.cli import check_writable, option, run_command
-from ds_cmli.common.errors import UserError, blame
-from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common import (
+    JsonObject,
+    UserError,
+    blame,
+    check_writable,
+    option,
+    run_command,
+    silence,
+)
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import (
     OUTPUT,
@@ -89,7 +94,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
             raise UserError(f"--plot is {own.plot!r}: end its name in .png, .svg or .pdf")
         check_writable(own.plot)
     config = resolve_config(settings, options)
-    quiet.silence()
+    silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     if own.checkpointing == "on":
         section = ds_config.get("activation_checkpointing", {})

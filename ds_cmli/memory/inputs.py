@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from ds_cmli.common.errors import UserError, blame
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config

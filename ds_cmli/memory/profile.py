@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_cmli.common.cli import say as print_line
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.json_text import JsonObject
+from ds_cmli.common import JsonObject, UserError
+from ds_cmli.common import say as print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 

@@ -14,10 +14,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from ds_cmli import engine
+from ds_cmli import engine, hardware
 from ds_cmli.cmli.triton_forward import unsuited
-from ds_cmli.common import hardware
-from ds_cmli.common.json_text import JsonObject, Section
+from ds_cmli.common import JsonObject, Section
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check
 from ds_cmli.distributed import process_group as distributed

@@ -26,7 +26,7 @@ from transformers import (
     masking_utils,
 )
 
-from ds_cmli.common.errors import nearest
+from ds_cmli.common import nearest
 
 LAYERS = 6  # kept of a plain stack (equal layers, one after the other) if the settings name none
 # The names that families of transformers give to dropout after layers, and inside the attention.

@@ -34,8 +34,7 @@ from transformers.utils import ModelOutput
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
-from ds_cmli.common.errors import UserError, blame
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
 from ds_cmli.config.source import OF_DATA, OF_TRAINING
@@ -44,6 +43,7 @@ from ds_cmli.data.images import View, black
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student
+from ds_cmli.pretrained import loading
 from ds_cmli.scores import both_ways
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

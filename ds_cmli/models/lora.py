@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common import UserError, nearest
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.student import Student
 

@@ -20,13 +20,12 @@ from timm.layers import AttentionPoolLatent
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING
 
-from ds_cmli.common.errors import blame
-from ds_cmli.common.json_text import JsonObject
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import JsonObject, blame
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import HUB, LOCAL, NAMED, architecture_and_weights, is_marked
 from ds_cmli.models.dual import Start, copied, layer
 from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
+from ds_cmli.pretrained import loading
 
 # What of a model of open_clip acts in training alone.
 OF_TRAINING = ("patch_dropout", "timm_drop", "timm_drop_path")

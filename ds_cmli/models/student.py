@@ -13,12 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import upcast
-from ds_cmli.common.errors import UserError, blame
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import IMAGE, TEXT, load, of_dual
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.dual import Start
 from ds_cmli.models.encoders import PixelNorm
+from ds_cmli.pretrained import loading
 
 
 class SharedBlock(nn.Module):

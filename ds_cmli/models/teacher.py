@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli.common.errors import blame
-from ds_cmli.common.pretrained import loading
+from ds_cmli.common import blame
 from ds_cmli.config.registry import IMAGE, load
 from ds_cmli.config.schema import TeacherConfig
 from ds_cmli.models.encoders import PixelNorm
+from ds_cmli.pretrained import loading
 
 
 @dataclass

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ds_cmli.cmli import distributed
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
@@ -161,5 +160,5 @@ def measure_step(step: Step, expected: int) -> tuple[Report | None, str]:
 
 
 def measured_alone(step: Step) -> Iterator[Report]:
-    quiet.silence()
+    silence()
     yield replace(measured(step), events=())

@@ -12,16 +12,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle
 
-from ds_cmli.common import quiet
+from ds_cmli.common import silence
 
-quiet.silence()
+silence()
 
 import click
 import torch
 from torch import nn
 
 from ds_cmli import engine
-from ds_cmli.common.cli import run_command
+from ds_cmli.common import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import WHAT, ConfigCommand, add, resolve_config
 from ds_cmli.config.schema import Config

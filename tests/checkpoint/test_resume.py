@@ -10,8 +10,7 @@ import torch
 
 from ds_cmli.checkpoint import resume, save
 from ds_cmli.checkpoint.state import TrainState
-from ds_cmli.common import checksums
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError, sha256
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
@@ -125,7 +124,7 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
     checkpoint, ran = run / "checkpoint" / "step4", tmp_path / "ran"
     value = content(ran)
     (checkpoint / name).write_text(json.dumps(value)) if name == "state.json" else torch.save(value, checkpoint / name)
-    digests = save.read_checksums(checkpoint) | {name: checksums.of_file(checkpoint / name)}
+    digests = save.read_checksums(checkpoint) | {name: sha256(checkpoint / name)}
     save.write_checksums(checkpoint, digests)
     ds_config = make.json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
     changed = ["--deepspeed_config", ds_config, "--resume-with-changes"]

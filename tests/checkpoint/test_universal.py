@@ -11,14 +11,14 @@ from ds_cmli import engine
 from ds_cmli.checkpoint import resume
 from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.weights import full_averages, full_weights
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.hardware import bf16_is_fast
+from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.hardware import bf16_is_fast
 from tests import make
 from tests.make import pairs
 

@@ -9,7 +9,7 @@ from tests.ranks import ROOT
 def test_a_thread_that_still_runs_changes_no_exit_code_and_loses_no_line():
     script = """
 import atexit, sys, threading, time
-from ds_cmli.common.cli import leave
+from ds_cmli.common import leave
 atexit.register(lambda: print("said goodbye"))
 threading.Thread(target=time.sleep, args=(600,)).start()
 sys.stdout.write("not flushed; ")

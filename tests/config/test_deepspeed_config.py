@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, UNUSED, DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig
 from tests.conftest import ZERO1

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 import ds_cmli
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.options import OUTPUT, PLACES, START, WHAT, ConfigCommand, add, resolve_config
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config, parse_losses, parse_settings

@@ -5,7 +5,7 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.arrow import open_hub, open_parquet, open_saved
 from tests.make import picture

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 import pytest
 from safetensors.numpy import load_file
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 

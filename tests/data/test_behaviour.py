@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
 from tests import make
 

@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples, train_loader

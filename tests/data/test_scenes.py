@@ -3,7 +3,7 @@ import zlib
 import pytest
 import torch
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.batch import NO_PICTURE
 from ds_cmli.data.images import View

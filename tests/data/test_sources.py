@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import open_folder, open_json, open_tables
 

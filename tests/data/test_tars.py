@@ -6,7 +6,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import tars
 from ds_cmli.data.tars import MOST_OPEN, Tars, open_tars

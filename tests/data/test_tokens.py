@@ -3,7 +3,7 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
 
 

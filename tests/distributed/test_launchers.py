@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.distributed import launchers
 from tests.conftest import ZERO1
 from tests.make import pairs, small

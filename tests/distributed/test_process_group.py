@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
 from tests.ranks import run
 

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_cmli import engine
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.evaluate.__main__ import command
 from ds_cmli.models.hf import AVERAGE, WEIGHTS
 from tests.models.dual_models import clip

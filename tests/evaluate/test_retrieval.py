@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.sources import Files

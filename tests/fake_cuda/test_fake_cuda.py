@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.fake_cuda import guard
 from ds_cmli.fake_cuda.entered import fake_cuda
 from ds_cmli.fake_cuda.recorder import Recorder

@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from ds_cmli.common.cli import leave
+from ds_cmli.common import leave
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
 

@@ -9,9 +9,9 @@ import resource
 import sys
 from pathlib import Path
 
-from ds_cmli.common import quiet
+from ds_cmli.common import silence
 
-quiet.silence()
+silence()
 
 from ds_cmli import engine  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
 from ds_cmli.models.student import Student

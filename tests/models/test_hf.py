@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.checkpoint.weights import write_weights
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of

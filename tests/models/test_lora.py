@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models
 from ds_cmli.models.lora import merged

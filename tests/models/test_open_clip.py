@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.source import Source
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View

@@ -9,7 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
@@ -144,7 +144,7 @@ def test_code_of_a_model_folder_is_never_run(kind, tmp_path, state, load, monkey
 def test_a_hub_out_of_reach_is_one_line_at_once(monkeypatch):
     from huggingface_hub import constants
 
-    from ds_cmli.common import pretrained
+    from ds_cmli import pretrained
 
     results = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

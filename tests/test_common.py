@@ -7,8 +7,7 @@ from pathlib import Path
 import click
 import pytest
 
-from ds_cmli.common.cli import check_writable, exit_code
-from ds_cmli.common.errors import UserError, blame, nearest
+from ds_cmli.common import UserError, blame, check_writable, exit_code, nearest
 from tests.ranks import ROOT, clean_environment
 
 
@@ -50,7 +49,7 @@ def test_the_nearest_name_is_a_hint():
 PRINTS = """
 import click, sys
 from pathlib import Path
-from ds_cmli.common.cli import run_command, say
+from ds_cmli.common import run_command, say
 @click.command()
 def command():
     say("a name that is no text: \\udcff")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli.common.hardware import bf16_is_fast, one_attention_on_all_gpus
+from ds_cmli.hardware import bf16_is_fast, one_attention_on_all_gpus
 from tests.ranks import clean_environment
 
 FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None

@@ -1,0 +1,251 @@
+"""What every room may use: mistakes as one line, how commands end, quiet libraries, files."""
+
+import atexit
+import difflib
+import gc
+import hashlib
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from filelock import FileLock
+
+JsonObject = dict[str, Any]
+Section = Mapping[str, Any]  # a part of a JSON that is only read
+
+
+class UserError(Exception):
+    """A mistake that the user can correct: the setting, the value found and what to do."""
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
+        if os.environ.get("DS_CMLI_TRACEBACK") == "1":
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message, or its type's name where it has none, as one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
+        # PyTorch advises to run the code.
+        text = "it holds more than tensors, and code in pickles is never run: give .safetensors"
+    return text
+
+
+def nearest(name: str, known: Iterable[object]) -> str:
+    """Hint at what an unknown name may mean: `did you mean 'x'?`, or else all known names."""
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+
+
+def printable(text: str) -> str:
+    r"""The text with what is no Unicode, as in names of files and in JSON, written as \udcff."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+# --- commands
+
+
+class GroupedOption(click.Option):
+    def __init__(self, *args: Any, group: str, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose `--help` lists its options under the groups they were declared with."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def option(group: str, *names: str, **kwargs: Any) -> Callable:
+    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
+
+
+def say(*lines: str | None) -> None:
+    """Print on rank 0."""
+    for line in lines:
+        if line and prints():
+            print(line, flush=True)
+
+
+def prints() -> bool:
+    """Whether this process prints for all ranks: rank 0, or one that is none of a run's."""
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    ranks = os.environ.get("WORLD_SIZE", "0" if "RANK" in os.environ else "")
+    alone = not rank.isdecimal() or (ranks.isdecimal() and int(rank) >= int(ranks))
+    return alone or int(rank) == 0
+
+
+def check_writable(name: str) -> None:
+    """Raise `UserError` if a file cannot be written, before the work whose result it will hold."""
+    there = os.path.lexists(name)
+    try:
+        with open(name, "a"):
+            pass
+        if not there:
+            os.remove(name)
+    except OSError as error:
+        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
+
+
+def run_command(command: click.Command) -> NoReturn:
+    """Run a click command, which gets the option --version, and end the process."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # What cannot be written is an error at once, and not at the end, which hides it.
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    leave(exit_code(click.version_option(version(), prog_name="ds-cmli")(command)))
+
+
+def exit_code(command: click.Command) -> int:
+    """Run a command; a mistake is one line, which rank 0 prints, as all ranks meet the same one."""
+    try:
+        return command.main(standalone_mode=False) or 0
+    except UserError as error:
+        message = str(error)
+    except click.ClickException as error:
+        message = error.format_message()
+    except OSError as error:
+        if error.filename is None:  # it is not the file that the user named
+            raise
+        message = f"{error.strerror}: {error.filename!r}"
+    except (click.Abort, KeyboardInterrupt):
+        message = "interrupted"
+    if prints():
+        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return 2
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code, even if threads of libraries are still running.
+
+    During the interpreter's normal shutdown such a thread can abort the process, and a scheduler
+    would count a run that has finished, or that has saved and is to go on, as failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # it is closed
+            stream.flush()
+    os._exit(code)
+
+
+# --- libraries: their lines, and what is imported
+
+
+def silence() -> None:
+    """Silence what libraries print at every start; to be called before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning at each loading process
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # socket traces around every lost rank
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not os.path.exists("/dev/nvidiactl"):
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler on missing GPUs
+    # A sixth of a start would be spent on looking for garbage among a million imported objects.
+    if "deepspeed" not in sys.modules:
+        gc.set_threshold(100_000)
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # This is a filter and not a level, because DeepSpeed sets the level when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def freeze_imports() -> None:
+    """Look for garbage as usual again, after `silence`, but not among what was imported."""
+    if gc.get_threshold()[0] == 100_000:
+        gc.freeze()
+        gc.set_threshold(700)
+
+
+@contextmanager
+def without_trackers() -> Iterator[None]:
+    """Hide from libraries, inside, trackers that they would import, which takes seconds."""
+    hidden = {"mlflow", "wandb"} - sys.modules.keys()
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+def version(package: str = "ds-cmli") -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    packages = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def revision() -> str | None:
+    """The git commit of the sources, with "-dirty" if they were changed; None if there is none."""
+    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
+    git = ["git", "-C", str(Path(__file__).parent), "describe", *options]
+    try:
+        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_json(path: Path) -> JsonObject:
+    """The object in a JSON file. Raises OSError and ValueError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """$DS_CMLI_CACHE, or ds-cmli in $XDG_CACHE_HOME or ~/.cache."""
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ds-cmli"
+    return Path(os.environ.get("DS_CMLI_CACHE") or usual).expanduser().absolute()
+
+
+@contextmanager
+def locked(folder: Path, name: str, contents: str) -> Iterator[None]:
+    """Hold a lock while `contents` is written to a folder of the cache; other processes wait."""
+    with blame(f"{contents} cannot be written to {folder}: free some space, or set DS_CMLI_CACHE"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / name):
+            yield
