@@ -61,7 +61,10 @@ MISTAKES = [
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is True"),
     ({"activation_checkpointing": True}, "activation_checkpointing is True"),
-    *[({key: {"enabled": True}}, f"{key} is {{'enabled': True}}: it has no effect here: remove it") for key in UNUSED],
+    *[
+        ({key: {"enabled": True}}, f"{key} is {{'enabled': True}}: it has no effect here: remove it")
+        for key in sorted(UNUSED)
+    ],
 ]
 
 
