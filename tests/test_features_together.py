@@ -9,8 +9,7 @@ from safetensors import safe_open
 
 from ds_cmli.config.schema import load_config
 from tests import make
-from tests.checkpoint.runs import AUGMENTED, assert_same, json_file, ranks
-from tests.drive_train import drive
+from tests.checkpoint.runs import AUGMENTED, json_file, straight_and_stopped
 from tests.metrics_file import metrics
 from tests.stranger.drive import check_memory, used
 
@@ -113,18 +112,7 @@ def test_a_training(number, sources, tmp_path, monkeypatch, alone):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))  # of other processes
     source = list(sources.values())[number % len(sources)]
     given, content = asked(values, source, tmp_path / "ds.json")
-    straight, broken = tmp_path / "run", tmp_path / "broken"
-    tasks: list[dict] = [
-        {"arguments": [*given, "--output-dir", str(straight)]},
-        {"arguments": [*given, "--output-dir", str(broken), "--workers", "1"], "stop_at": STOP},
-        {"arguments": [*given, "--output-dir", str(broken)]},
-    ]
-    if "two" in values:
-        codes, _ = ranks(2, tasks)
-    else:
-        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
-    assert codes == [0, 85, 0]
-    assert_same(straight, broken)
+    straight = straight_and_stopped(given, tmp_path, STOP, "two" in values, "--workers", "1")
     config = load_config(straight / "run.json", "the run")
     for line in metrics(straight):
         if "loss" in line and line["step"] > 1:

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from tests.drive_train import drive_each
+from tests.drive_train import drive, drive_each
 from tests.metrics_file import metrics
 from tests.ranks import free_port, run, start_ranks
 
@@ -31,6 +31,23 @@ def ranks(world_size: int, tasks: list[dict], timeout: float = 600) -> tuple[lis
     tasks = [{"port": free_port(), **task} for task in tasks]
     results = run(drive_each, world_size, tasks, group=False, timeout=timeout)
     return results[0][0], "\n".join(output for _, output in results)
+
+
+def straight_and_stopped(given: list[str], folder: Path, stop_at: int, two: bool, *stopped: str) -> Path:
+    """The folder of a training on one rank or two, the same as in two pieces; the first also gets `stopped`."""
+    straight, broken = folder / "straight", folder / "broken"
+    tasks: list[dict] = [
+        {"arguments": [*given, "--output-dir", str(straight)]},
+        {"arguments": [*given, "--output-dir", str(broken), *stopped], "stop_at": stop_at},
+        {"arguments": [*given, "--output-dir", str(broken)]},
+    ]
+    if two:
+        codes, _ = ranks(2, tasks)
+    else:
+        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
+    assert codes == [0, 85, 0]
+    assert_same(straight, broken)
+    return straight
 
 
 class Ranks:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from ds_cmli.config.schema import load_config
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
-from tests.checkpoint.runs import assert_same, json_file, ranks
+from tests.checkpoint.runs import json_file, straight_and_stopped
 from tests.drive_train import drive
 from tests.make import lines, pairs, weights
 from tests.models.dual_models import clip, siglip
@@ -87,18 +87,7 @@ def test_a_training_from_a_source(run, tmp_path):
     given += ["--losses", f"{loss},cmli,target_cmli", *json_file(tmp_path / "ds.json", content)]
     for name, value in settings.items():
         given += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    tasks: list[dict] = [
-        {"arguments": [*given, "--output-dir", str(straight)]},
-        {"arguments": [*given, "--output-dir", str(broken)], "stop_at": STOP},
-        {"arguments": [*given, "--output-dir", str(broken)]},
-    ]
-    if "two" in values:
-        codes, _ = ranks(2, tasks)
-    else:
-        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
-    assert codes == [0, 85, 0]
-    assert_same(straight, broken)
+    straight = straight_and_stopped(given, tmp_path, STOP, "two" in values)
     assert "refused" not in used(straight)
     check_memory(load_config(straight / "run.json", "the run"), content, 1 + ("two" in values))
 
