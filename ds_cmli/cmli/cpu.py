@@ -21,9 +21,8 @@ from .op import Pair, Sides, has_data
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp"
-VECTORS = {
-    "AVX512": "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512", "AVX2": "-mavx2 -mfma"
-}  # fmt: skip
+AVX512 = "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512"
+VECTORS = {"AVX512": AVX512, "AVX2": "-mavx2 -mfma"}
 BLOCK = 2**19  # bytes of the features of a thread's block of images, at the most
 ENTRIES = 2**14  # rows that a thread lists to add them, at the most
 FEW = 2**24  # multiplications for which other threads are not woken
@@ -44,10 +43,8 @@ class Pairs(ctypes.Structure):
 
 
 def compiled(source: Path, flags: list[str]) -> ctypes.CDLL:
-    """The library of a C++ file, from the cache if it has been compiled so before.
-
-    Raises OSError or CalledProcessError where there is no compiler, or it fails.
-    """
+    """The library of a C++ file, from the cache if it was compiled so before. Raises OSError or
+    CalledProcessError where there is no compiler, or it fails."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     parts = source.read_bytes(), " ".join([*compiler, *flags]).encode()
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"

@@ -39,23 +39,19 @@ def gather(x: Tensor) -> Tensor:
 
 
 def pad_to_longest(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Pad [B, M, D] and bool [B, M] to the largest M of all ranks. Collective, CPU-GPU sync."""
+    """Pad [B, M, D] and bool [B, M] to the largest M of all ranks.
+
+    Raises ValueError, on every rank, if they differ in B. Collective, CPU-GPU sync.
+    """
     if world_size() == 1:
         return text, mask
-    more = longest_text(text) - text.shape[1]
-    return F.pad(text, (0, 0, 0, more)), F.pad(mask, (0, more))
-
-
-def longest_text(text: Tensor) -> int:
-    """The largest M of all ranks' texts [B, M, D]. Raises ValueError, on every rank, if they differ
-    in B. Collective, CPU-GPU sync."""
     B, M, _ = text.shape
     sizes = torch.tensor([B, -B, M], device=text.device)
     dist.all_reduce(sizes, dist.ReduceOp.MAX)
     most, least, longest = sizes.tolist()
     if most != -least:
         raise ValueError(f"ranks have {-least} to {most} pairs: drop the last unequal batch")
-    return longest
+    return F.pad(text, (0, 0, 0, longest - M)), F.pad(mask, (0, longest - M))
 
 
 def sum_to_owner(d_text: Tensor) -> Tensor:
