@@ -74,7 +74,7 @@ def test_an_error_of_one_of_several_ranks_puts_its_master_weights_back_without_a
 
 def weights_of(trained):
     """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(trained, distilled=True)
+    full = full_weights(trained)
     return {n: full[n].clone() for n, p in trained.objective.named_parameters() if p.requires_grad}
 
 

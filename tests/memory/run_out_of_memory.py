@@ -37,7 +37,7 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) ->
         train_engine = engine.build(config, ds_config, 1000, 20, device)
         engines.append(train_engine)
         for _ in range(2):
-            train_engine(longest_batch(config, config.optim.micro_batch))
+            train_engine.step([longest_batch(config, config.optim.micro_batch)])
     print("trained", flush=True)
     distributed.shutdown()
 

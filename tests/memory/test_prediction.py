@@ -151,7 +151,7 @@ def test_a_training_has_the_same_bits_before_and_after_predictions_that_end_well
 
     def train() -> list[float]:
         train_engine = engine.build(config(), copy.deepcopy(resolved), 300, 10, distributed.init())
-        losses = [train_engine(longest_batch(config(), 8))[0].item() for _ in range(3)]
+        losses = [train_engine.step([longest_batch(config(), 8)])[0].total.item() for _ in range(3)]
         distributed.shutdown()
         return losses
 
