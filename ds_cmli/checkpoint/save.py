@@ -56,7 +56,7 @@ def names(root: Path) -> dict[str, int]:
 
 
 def candidates(root: Path) -> list[str]:
-    """The checkpoints to try: the one that `latest` names and older ones, newest first; or all."""
+    """The names to load in turn: newest first, from the one in `latest` if that is there."""
     known, newest = [*names(root)], ""
     with suppress(OSError, UnicodeDecodeError):
         newest = (root / LATEST).read_text().strip()
