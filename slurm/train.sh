@@ -60,8 +60,9 @@ srun "${step[@]}" ${of_srun[@]+"${of_srun[@]}"} "${python[@]}" ds_cmli/train.py 
 code=$?
 
 # 85: saved, to be continued. 128 + the number of USR1 or TERM: stopped before the first step.
-# A job in another state was cancelled, or Slurm requeues it itself.
-if [[ $code =~ ^(85|138|143)$ && $(squeue --noheader --format=%T --jobs="$job") == RUNNING ]]; then
+# A job is SIGNALING until every node has answered to the SIGCONT that goes before a signal of the time limit: a quick
+# save may end before. One in another state was cancelled, or Slurm requeues it itself.
+if [[ $code =~ ^(85|138|143)$ && $(squeue --noheader --format=%T --jobs="$job") =~ ^(RUNNING|SIGNALING)$ ]]; then
     if ((${SLURM_RESTART_COUNT:-0} >= ${DS_CMLI_REQUEUE_MOST:-100})); then
         die "job $job: not requeued after ${SLURM_RESTART_COUNT:-0} restarts, of which DS_CMLI_REQUEUE_MOST sets the number"
     fi

@@ -66,8 +66,9 @@ def test_setup_python_and_options_of_srun(script):
 
 
 ENDS = [  # srun's exit code, the job's state, and whether the script requeues it
-    (85, "RUNNING", True), (143, "RUNNING", True), (138, "RUNNING", True), (85, "COMPLETING", False),
-    (85, "CANCELLED", False), (0, "RUNNING", False), (2, "RUNNING", False), (1, "RUNNING", False),
+    (85, "RUNNING", True), (143, "RUNNING", True), (138, "RUNNING", True), (85, "SIGNALING", True),
+    (85, "COMPLETING", False), (85, "CANCELLED", False), (0, "RUNNING", False), (2, "RUNNING", False),
+    (1, "RUNNING", False),
 ]  # fmt: skip
 
 
