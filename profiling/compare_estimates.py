@@ -77,18 +77,16 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     silence()
     import torch
 
-    from ds_cmli.fake_cuda import guard
+    from ds_cmli.fake_cuda.entered import guard
     from profiling.memory import measure, steps
 
-    assumed = gpus.find(gpus.DEFAULT)
-    present = None
+    assumed, present = gpus.find(gpus.DEFAULT), None
     if torch.cuda.is_available():
         present = given or gpus.find(torch.cuda.get_device_name(), "this GPU")
     if "E4" in ids:
         steps.document_config(setting)  # sizes that its models cannot have
-    predicts = True
     try:
-        guard.library()
+        predicts = guard() is not None
     except UserError as error:  # the estimates and, on a CPU, the measurements need no compiler
         predicts = False
         say(f"Not predicted: {error}")

@@ -45,8 +45,8 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
     properties = SimpleNamespace(name=gpu.name, shared_memory_per_block=48 * 1024)
     properties.major, properties.minor = gpu.capability
     properties.total_memory, properties.multi_processor_count = gpu.total.bytes, gpu.multiprocessors
-    properties.max_threads_per_multi_processor = gpu.limits.threads
-    properties.shared_memory_per_block_optin = gpu.limits.shared
+    properties.max_threads_per_multi_processor = gpu.threads
+    properties.shared_memory_per_block_optin = gpu.shared
 
     @contextmanager
     def stream(on: Stream | None) -> Iterator[None]:

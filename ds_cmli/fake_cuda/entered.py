@@ -1,8 +1,11 @@
 """Inside `fake_cuda`, this process has one GPU, that is not there."""
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -11,14 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import optimizer
+from torch.torch_version import TorchVersion
 from torch.utils import _foreach_utils
 
-from ds_cmli.fake_cuda import device, guard, kernels
+from ds_cmli.cmli.cpu import compiled
+from ds_cmli.common import UserError, blame
+from ds_cmli.fake_cuda import device, kernels
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Stream
 from ds_cmli.fake_cuda.values import Values, WithoutData
 from ds_cmli.memory_model.gpus import Gpu
 
+OLDEST, NEXT = "2.10", "2.16"  # of PyTorch: what is between is known to answer alike
 FOREACH = "_foreach_supported_types"
 GPU = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
 
@@ -30,7 +37,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
     All is undone at the end: it works in any process, and again and again.
 
     Raises:
-        UserError: PyTorch or the compiler is none that is known.
+        UserError: this version of PyTorch is not known, or there is no compiler.
     """
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
@@ -39,11 +46,14 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
     without_data = WithoutData(allow_non_fake_inputs=True)
     with ExitStack() as stack:
         stack.callback(torch.set_rng_state, torch.get_rng_state())
-        stack.enter_context(guard.answering())
+        guard().fake_cuda_on()
+        stack.callback(guard().fake_cuda_off)
+        # Autograd stays in this thread.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for owner, name, replacement in _patches(device.functions(gpu, recorder)):
             if hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
-        stack.enter_context(kernels.registered(gpu.limits))
+        stack.enter_context(kernels.registered(gpu))
         stack.callback(set_accelerator, get_accelerator())
         set_accelerator(CUDA_Accelerator())
         stack.callback(gc.collect)  # engines are part of reference cycles
@@ -53,6 +63,21 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         for mode in (without_data, recorder, Values(without_data)):
             stack.enter_context(mode)
         yield
+
+
+@cache
+def guard() -> ctypes.CDLL:
+    """The small library by which PyTorch's C++ finds the GPU, compiled into the cache."""
+    installed = TorchVersion(torch.__version__)
+    if installed < OLDEST or installed >= NEXT:
+        raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
+    root = Path(torch.__file__).parent
+    include, lib = root / "include", root / "lib"
+    flags = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    flags += [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
+    flags += [f"-DFOR_TORCH={installed}"]  # another version has another library
+    with blame("a prediction compiles with g++ 10 or later, into the folder DS_CMLI_CACHE"):
+        return compiled(Path(__file__).parent / "guard.cpp", flags)
 
 
 def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object]]:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.memory_model import attention
-from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model import workspaces
+from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
 # A build of torch without CUDA would take the parts of these operators in place of them.
@@ -24,7 +24,7 @@ IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
 @contextmanager
-def registered(gpu: Limits) -> Iterator[None]:
+def registered(gpu: Gpu) -> Iterator[None]:
     with torch.library._scoped_library("aten", "IMPL") as library:
         with warnings.catch_warnings():  # of a build with CUDA, which has kernels of its own
             warnings.filterwarnings("ignore", "Warning only once for all operators")
@@ -49,12 +49,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _attention(
-    gpu: Limits, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
+    gpu: Gpu, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options
 ):
     """The kernel that `_fused_sdp_choice` chooses on the GPU."""
     scale, enable_gqa = options.get("scale"), options.get("enable_gqa", False)
-    kernel = attention.chosen(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa, gpu)
-    if kernel == attention.FLASH:
+    inputs = query, key, value, attn_mask, dropout_p, is_causal
+    kernel = workspaces.attention(*inputs, enable_gqa, gpu)
+    if kernel == workspaces.FLASH:
         width = query.shape[-1]
         if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
             scale = width**-0.5 if scale is None else scale
@@ -66,7 +67,7 @@ def _attention(
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
         attn_mask = torch.where(attn_mask, attended, left_out)
-    if kernel == attention.MATH:
+    if kernel == workspaces.MATH:
         inputs = query, key, value, attn_mask, dropout_p, is_causal
         return aten._scaled_dot_product_attention_math(*inputs, **options)[0]
     if attn_mask is not None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.fake_cuda.streams import PendingFrees, Stream
 from ds_cmli.memory_model import workspaces
 from ds_cmli.memory_model.caching_allocator import Event
-from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
 # Autograd adds gradients up in place, where the first is no view, but not under a dispatch mode:
@@ -62,7 +62,7 @@ class Recorder(TorchDispatchMode):
         gpu: that of a prediction: also record what its operators hold inside.
     """
 
-    def __init__(self, device: str = "cuda", gpu: Limits | None = None):
+    def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
         super().__init__()
         self.device, self.gpu = device, gpu
         self.phase = "init"

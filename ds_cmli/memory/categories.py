@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli import probe
 from ds_cmli.engine import TrainEngine
 from ds_cmli.fake_cuda.recorder import Recorder
-from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.gpus import Gpu
 
 AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
 # Attributes of DeepSpeed's optimizers, stages 1 to 3, that hold tensors.
@@ -75,7 +75,7 @@ class TrainingRecorder(Recorder):
         device, gpu: as in `Recorder`.
     """
 
-    def __init__(self, device: str = "cuda", gpu: Limits | None = None):
+    def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
         super().__init__(device, gpu)
         self.last_of_init = 0  # the last segment before the first step
         self.by_file: dict[int, str] = {}  # blocks of OF_FILES

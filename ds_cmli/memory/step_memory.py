@@ -120,7 +120,7 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     """
     check(step.world_size >= 1, "--world-size", step.world_size, "give at least 1 rank")
     check_predictable(DeepSpeedConfig.of(step.ds_config))
-    recorder = TrainingRecorder(gpu=gpu.limits)
+    recorder = TrainingRecorder(gpu=gpu)
     with fake_cuda(recorder, gpu):
         setting = step.take_twice(recorder.attach)
         events = recorder.events()
@@ -135,7 +135,7 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
         replayed = replay(events)
     report.totals = dict(zip(TOTALS, replayed.peaks, strict=True))
     report.totals["device"] = report.totals["reserved"] + outside
-    report.retries = replayed.allocator.retries
+    report.retries = replayed.retries
     return report
 
 

@@ -128,6 +128,7 @@ class CachingAllocator:
         self.free_blocks = defaultdict[tuple[bool, int], list[tuple]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
+        self.peaks = 0, 0, 0  # of these three
         self.next_address, self.segments_taken = FIRST_ADDRESS, 0
         self.retries = 0  # requests for which all cached memory was returned
 
@@ -151,6 +152,7 @@ class CachingAllocator:
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
+        self.peaks = tuple(map(max, self.peaks, (self.requested, self.allocated, self.reserved)))
         return block
 
     def free(self, block: Block) -> None:
@@ -212,25 +214,12 @@ class CachingAllocator:
         free.pop(bisect_left(free, block.place))
 
 
-class Replay(NamedTuple):
-    """The allocator after `events`, and what it had after each of them: requested, allocated and
-    reserved bytes."""
-
-    allocator: CachingAllocator
-    timeline: list[tuple[int, int, int]]
-
-    @property
-    def peaks(self) -> tuple[int, ...]:
-        """The most that was requested, allocated and reserved at a time."""
-        return tuple(map(max, zip((0, 0, 0), *self.timeline, strict=True)))
-
-
-def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
-    """Run `events` through the allocator, which may reserve at most `limit` bytes.
+def replay(events: Iterable[Event], *, limit: int | None = None) -> CachingAllocator:
+    """The allocator after `events`, which may reserve at most `limit` bytes.
 
     Raises `OutOfMemory` if a request does not fit in `limit`.
     """
-    allocator, live, timeline = CachingAllocator(limit), dict[int, Block](), []
+    allocator, live = CachingAllocator(limit), dict[int, Block]()
     for event in events:
         if event.bytes > 0:
             live[event.block] = allocator.malloc(event.bytes, event.stream, event)
@@ -238,5 +227,4 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> Replay:
             allocator.free(live.pop(event.block))
         else:
             allocator.empty_cache()
-        timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    return Replay(allocator, timeline)
+    return allocator

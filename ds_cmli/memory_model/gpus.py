@@ -8,21 +8,13 @@ issues 864 and 1685).
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ds_cmli.common import UserError
 
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
-
-class Limits(NamedTuple):
-    """What decides how much of its memory a GPU's operators take for themselves."""
-
-    capability: tuple[int, int]
-    multiprocessors: int
-    threads: int  # that a multiprocessor runs at a time
-    shared: int  # bytes of shared memory that a block may ask for
 
 
 # The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
@@ -47,7 +39,7 @@ class Constant(NamedTuple):
 @dataclass(frozen=True)
 class Gpu:
     name: str
-    reported: tuple[str, ...]  # nvidia-smi's names for it, without "NVIDIA" or "Tesla"
+    reported: Sequence[str]  # nvidia-smi's names for it, without "NVIDIA" or "Tesla"
     capability: tuple[int, int]
     multiprocessors: int
     total: Constant  # what the driver reports as the device's memory
@@ -55,9 +47,14 @@ class Gpu:
     nccl: Constant  # buffers of one communicator, outside torch's allocator
 
     @property
-    def limits(self) -> Limits:
-        threads, shared = BY_CAPABILITY[self.capability]
-        return Limits(self.capability, self.multiprocessors, threads, shared * 1024)
+    def threads(self) -> int:
+        """How many a multiprocessor runs at a time."""
+        return BY_CAPABILITY[self.capability][0]
+
+    @property
+    def shared(self) -> int:
+        """The bytes of shared memory that a block may ask for."""
+        return BY_CAPABILITY[self.capability][1] * 1024
 
     def cublas_bytes(self, workspace_config: str | None = None) -> int:
         """What cuBLAS takes from torch's allocator, for the forward thread and autograd's.
@@ -105,15 +102,10 @@ _TABLE = """
 
 def _read(row: str) -> Gpu:
     sm, multiprocessors, *sizes, names = row.split(maxsplit=5)
-    name, _, reported = names.partition(": ")
+    (major, minor), (name, reported) = map(int, sm.split(".")), names.split(": ")
     marks = {"a": "assumed", "m": "measured"}
     constants = [Constant(int(float(x[:-1]) * 2**20), marks[x[-1]]) for x in sizes]
-    return Gpu(name, tuple(reported.split(", ")), _capability(sm), int(multiprocessors), *constants)
-
-
-def _capability(sm: str) -> tuple[int, int]:
-    major, _, minor = sm.partition(".")
-    return int(major), int(minor)
+    return Gpu(name, reported.split(", "), (major, minor), int(multiprocessors), *constants)
 
 
 def _key(name: str) -> str:
@@ -140,7 +132,7 @@ def find(name: str, setting: str = "--gpu") -> Gpu:
 def of_size(memory: str, sm: str) -> Gpu:
     """A GPU that is not listed, of `memory` like "48GB" and compute capability `sm` like "8.9".
 
-    All else is assumed: the most that the listed GPUs of its capability have.
+    All else is assumed: as of the listed GPU of its capability with the most multiprocessors.
     """
     total = parse_bytes(memory)
     if not total:
@@ -149,15 +141,9 @@ def of_size(memory: str, sm: str) -> Gpu:
     if not alike:
         known = ", ".join("{}.{}".format(*capability) for capability in BY_CAPABILITY)
         raise UserError(f"--sm is {sm!r}: give one of {known}")
-    return Gpu(
-        f"GPU of {memory}, sm {sm}",
-        (),
-        _capability(sm),
-        max(gpu.multiprocessors for gpu in alike),
-        Constant(total, "given"),
-        max(gpu.context for gpu in alike),
-        max(gpu.nccl for gpu in alike),
-    )
+    largest = max(alike, key=lambda gpu: gpu.multiprocessors)
+    name = f"GPU of {memory}, sm {sm}"
+    return replace(largest, name=name, reported=(), total=Constant(total, "given"))
 
 
 def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:

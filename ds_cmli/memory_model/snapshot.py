@@ -12,25 +12,15 @@ from ds_cmli.memory_model.caching_allocator import Block, Event, Segment, replay
 
 def write(events: Iterable[Event], path: str | Path) -> None:
     """Replay `events`, and pickle the allocator's final state and history to `path`."""
-    allocator = replay(events).allocator
-    trace = [
-        {
-            "action": action.name,
-            "addr": action.address,
-            "size": action.bytes,
-            "stream": action.stream,
-            "time_us": time,  # only the order of the events is known, not when they happen
-            "frames": _stack(action.event),
-            **({"category": action.event.category} if action.event else {}),
-        }
-        for time, action in enumerate(allocator.actions)
-    ]
-    snapshot = {
-        "segments": [_segment(segment) for segment in allocator.segments.values()],
-        "device_traces": [trace],
-        "allocator_settings": {},
-        "external_annotations": [],
-    }
+    allocator, trace = replay(events), []
+    for time, (name, address, size, stream, event) in enumerate(allocator.actions):
+        entry = {"action": name, "addr": address, "size": size, "stream": stream}
+        entry |= {"category": event.category} if event else {}
+        # Only the order of the events is known, not when they happen.
+        trace.append(entry | {"time_us": time, "frames": _stack(event)})
+    segments = list(map(_segment, allocator.segments.values()))
+    snapshot = {"segments": segments, "device_traces": [trace]}
+    snapshot |= {"allocator_settings": {}, "external_annotations": []}
     Path(path).write_bytes(pickle.dumps(snapshot))
 
 

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.backends import cuda
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.memory_model.attention import HALF
 from ds_cmli.memory_model.caching_allocator import Event
-from ds_cmli.memory_model.gpus import Limits
+from ds_cmli.memory_model.gpus import Gpu
 
 aten = torch.ops.aten
+FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
+HALF = (torch.float16, torch.bfloat16)
+SMALL = ((8, 6), (8, 9), (12, 0))  # compute capabilities with less shared memory than others have
 # The sizes of the blocks that an operator holds at one moment, in the order of their allocation.
 # Blocks of the stage before it that a stage has too, in their order, stay.
 Stage = tuple[int, ...]
@@ -41,7 +44,7 @@ def returned(func: OpOverload, args: tuple, out: Any) -> Any:
     """
     if func in (aten.convolution.default, aten.convolution_backward.default):
         x, weight = args[func is not aten.convolution.default :][:2]
-        if _suggested(x, weight) is torch.channels_last and not _depthwise(weight):
+        if _suggested(x, weight) is torch.channels_last and weight.shape[1] > 1:
             return tree_map_only(Tensor, _channels_last, out)
     if func is aten.native_layer_norm.default:
         normalised, mean, inverse_deviation = out
@@ -65,32 +68,26 @@ def _suggested(*tensors: Tensor) -> torch.memory_format:
     """Channels last if a tensor is so, and else contiguous."""
     last = torch.channels_last
     fours = [x for x in tensors if x.dim() == 4 and not x.is_contiguous()]
-    return (
-        last if any(x.is_contiguous(memory_format=last) for x in fours) else torch.contiguous_format
-    )
+    some = any(x.is_contiguous(memory_format=last) for x in fours)
+    return last if some else torch.contiguous_format
 
 
-def _depthwise(weight: Tensor) -> bool:
-    """Whether PyTorch's own kernel convolves, which copies nothing."""
-    return weight.shape[1] == 1
-
-
-def _convolution_backward(args: tuple, gpu: Limits) -> Inside:
+def _convolution_backward(args: tuple, gpu: Gpu) -> Inside:
     """cudnn/ConvShared.cpp: operands become contiguous alike, and channels last if one is so."""
     grad, x, weight = args[:3]
-    if _depthwise(weight):
+    if weight.shape[1] == 1:  # PyTorch's own kernel convolves, which copies nothing
         return Inside()
     layout = _suggested(x, weight)
     kept = _copies(grad, layout=layout)  # while the other gradients are computed
     return Inside((kept + _copies(x, weight, layout=layout), kept), (kept,))
 
 
-def _softmax(args: tuple, gpu: Limits) -> Inside:
+def _softmax(args: tuple, gpu: Gpu) -> Inside:
     """cuda/SoftMax.cu (`host_softmax`)."""
     return Inside(after=(_copies(args[0]),))
 
 
-def _softmax_backward(args: tuple, gpu: Limits) -> Inside:
+def _softmax_backward(args: tuple, gpu: Gpu) -> Inside:
     """cuda/SoftMax.cu (`softmax_backward_cuda_out`): gradient and output are multiplied first."""
     return Inside(after=((args[0].nbytes, *_copies(args[1])),))
 
@@ -98,7 +95,7 @@ def _softmax_backward(args: tuple, gpu: Limits) -> Inside:
 # --- sums over rows
 
 
-def _partial_sums(rows: int, columns: int, gpu: Limits) -> Stage:
+def _partial_sums(rows: int, columns: int, gpu: Gpu) -> Stage:
     """What blocks of threads leave to each other where several add up the rows of the same columns.
 
     cuda/Reduce.cuh (`setReduceConfig`): a block has 32 threads for 4 columns each, by 4, of which
@@ -111,7 +108,7 @@ def _partial_sums(rows: int, columns: int, gpu: Limits) -> Stage:
     return (512 * columns * parts, 4 * grid) if parts > 1 else ()
 
 
-def _sum(args: tuple, gpu: Limits) -> Inside:
+def _sum(args: tuple, gpu: Gpu) -> Inside:
     """The gradient of a bias: the first dimensions of a tensor are added up."""
     x, dims = args[:2]
     reduced = sorted(dim % x.dim() for dim in dims or ()) if x.dim() else []
@@ -121,7 +118,7 @@ def _sum(args: tuple, gpu: Limits) -> Inside:
     return Inside(after=(_partial_sums(rows, x.numel() // max(rows, 1), gpu),))
 
 
-def _layer_norm_backward(args: tuple, gpu: Limits) -> Inside:
+def _layer_norm_backward(args: tuple, gpu: Gpu) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
     gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
@@ -141,7 +138,7 @@ INDEX = 8  # bytes of an int64
 SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 
 
-def _sorted_pairs(n: int, largest: int, gpu: Limits) -> Stage:
+def _sorted_pairs(n: int, largest: int, gpu: Gpu) -> Stage:
     """What cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
 
     cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
@@ -156,7 +153,7 @@ def _sorted_pairs(n: int, largest: int, gpu: Limits) -> Stage:
     return (arrays + passes * 256 * INDEX + math.ceil(n / tile) * 1024 + 256 + 255,)
 
 
-def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
+def _embedding_backward(args: tuple, gpu: Gpu) -> Inside:
     """cuda/Embedding.cu, EmbeddingBackwardKernel.cu: more than 3,072 indices are sorted; gradients
     of equal indices are added up ten at a time, in fp32, and then by index. Of a small table whose
     rows are frequent, the sums of ten are added to the table at once, for 16 bits in one of fp32;
@@ -183,6 +180,45 @@ def _embedding_backward(args: tuple, gpu: Limits) -> Inside:
 # --- attention
 
 
+def attention(
+    query: Tensor,  # [B, H, S, D]
+    key: Tensor,  # [B, H, T, D]
+    value: Tensor,  # [B, H, T, E]
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    grouped: bool,  # `enable_gqa`, by which heads of the query share one of key and value
+    gpu: Gpu,
+) -> str:
+    """The kernel that CUDA takes, of those that a program has on: transformers/cuda/sdp_utils.cpp
+    (`select_sdp_backend`). Where cuDNN's comes first, it keeps what flash attention keeps."""
+    inputs = query, key, value
+    widths, dtypes = {x.shape[-1] for x in inputs}, {x.dtype for x in inputs}
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    heads, of_keys = query.shape[-3:-2], key.shape[-3:-2] == value.shape[-3:-2]
+    fused = all(x.dim() == 4 and x.stride(-1) == 1 and x.numel() for x in inputs)
+    fused &= len(dtypes) == len({x.shape[0] for x in inputs}) == 1
+    equal = fused and len({x.shape[1] for x in inputs}) == 1
+    shared = equal or (fused and grouped and of_keys and not heads[0] % key.shape[1])
+    ampere, half, width = gpu.capability >= (8, 0), query.dtype in HALF, query.shape[-1]
+
+    narrow = len(widths) == 1 and width <= 256
+    if trained and gpu.capability in SMALL:
+        narrow &= width <= 192 or (width > 224 and not dropout)
+    square = not causal or query.shape[-2] == key.shape[-2]
+    suited = shared and ampere and half and mask is None and narrow and square
+    if cuda.flash_sdp_enabled() and suited:
+        return FLASH
+    multiple = 8 if half else 4 if ampere else 1
+    whole = not any(size % multiple for size in widths) and key.shape[-1] == width
+    whole &= not ampere or not any(x.storage_offset() % multiple for x in inputs)
+    known = query.dtype in ((torch.float32, *HALF) if ampere else (torch.float32, torch.float16))
+    rows = mask is None or mask.stride(-1) == 1
+    if cuda.mem_efficient_sdp_enabled() and equal and known and whole and rows:
+        return EFFICIENT
+    return MATH
+
+
 def _ceil_to(number: int, multiple: int) -> int:
     return math.ceil(number / multiple) * multiple
 
@@ -192,7 +228,7 @@ def _head_copies(*gradients: Tensor) -> Stage:
     return _copies(*(x.transpose(1, 2) for x in gradients))
 
 
-def _flash_backward(args: tuple, gpu: Limits) -> Inside:
+def _flash_backward(args: tuple, gpu: Gpu) -> Inside:
     """transformers/cuda/flash_attn/flash_api.cpp (`mha_bwd`): the row sums of the gradient times
     the output, and the query's gradient in fp32, rounded up to tiles of 128 rows and of 32
     features, or of 64 above 128; if deterministic, one such gradient for each block that works on a
@@ -200,18 +236,15 @@ def _flash_backward(args: tuple, gpu: Limits) -> Inside:
     grad, query, key, _, out = args[:5]
     batch, heads, rows, width = query.shape
     sums = batch * heads * _ceil_to(rows, 128) * 4
-    splits = (
-        math.ceil(gpu.multiprocessors / (batch * heads))
-        if torch.are_deterministic_algorithms_enabled()
-        else 1
-    )
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    splits = math.ceil(gpu.multiprocessors / (batch * heads)) if deterministic else 1
     copies, shared = _head_copies(grad, out), key.shape[1] != heads
     of_heads = 2 * shared * (batch * heads * key.shape[2] * width * key.dtype.itemsize,)
     whole = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
     return Inside((copies,), ((*copies, sums, whole, *of_heads),))
 
 
-def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
+def _efficient_backward(args: tuple, gpu: Gpu) -> Inside:
     """transformers/cuda/attention_backward.cu and mem_eff_attention/kernel_backward.h: the row sums
     of the gradient times the output, which fp32 computes by PyTorch's own operators, and partial
     gradients in fp32: of the queries always, of keys and values where they do not fit into
@@ -247,7 +280,7 @@ def _efficient_backward(args: tuple, gpu: Limits) -> Inside:
     return Inside((copies,), (held,) if half else ((*copies, grad.numel() * 4, sums, sums), held))
 
 
-OPERATORS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
+OPERATORS: dict[OpOverload, Callable[[tuple, Gpu], Inside]] = {
     aten.sum.dim_IntList: _sum,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten._softmax.default: _softmax,

@@ -163,7 +163,7 @@ def predict(
     """Of forward, and of all passes: the same code on tensors with sizes and lifetimes but no data,
     on the CPU or on `gpu`.
     """
-    recorder = Recorder("cpu") if gpu is None else Recorder("cuda", gpu.limits)
+    recorder = Recorder("cpu") if gpu is None else Recorder("cuda", gpu)
     with ExitStack() as stack:
         if gpu is None:
             Stream.begin()

@@ -134,29 +134,25 @@ def whole_step(preset: str, world_size: int, gpu: Gpu, here: bool) -> tuple[str,
     They are predicted for `gpu`; `here`: it is this machine's, and they are measured too.
     """
     step = Step(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), world_size)
-    report, taken = predicted(step, gpu), None
-    result, expected = "not measured: there is no GPU here", report.totals["requested"]
+    report = predicted(step, gpu)
+    expected, taken = report.totals["requested"], list[Report]()
+    result = "not measured: there is no GPU here"
     if here:
-        taken, result = measure_step(step, expected)
+        taken = given_by_process(STEP_SECONDS, measured_alone, step)
+        result = "not measured: it does not fit, or took too long"
+    if taken:
+        size = taken[0].totals["requested"]
+        result = f"measured {size:,} B ({expected / size - 1:+.3%})"
     lines = [(name, "categories", name) for name in report.categories]
     lines.append(("peak: the sum", "totals", "requested"))
     lines += [(f"in {name}", "phases", name) for name in report.phases]
-    sources = vars(report), vars(taken) if taken else {}
+    sources = vars(report), vars(taken[0]) if taken else {}
     rows = [
         [line, *(count(of.get(part, {}).get(name)) for of in sources)] for line, part, name in lines
     ]
     title = f"The whole step: preset {preset} on a {gpu.name}, {world_size} rank(s)"
     table = section(title, ["", "predicted B", "measured B"], rows)
     return f"{title}: predicted {expected:,} B, {result}.", table
-
-
-def measure_step(step: Step, expected: int) -> tuple[Report | None, str]:
-    """The step on this machine's GPU, and what there is to say about it."""
-    reports = given_by_process(STEP_SECONDS, measured_alone, step)
-    if not reports:
-        return None, "not measured: it does not fit, or took too long"
-    size = reports[0].totals["requested"]
-    return reports[0], f"measured {size:,} B ({expected / size - 1:+.3%})"
 
 
 def measured_alone(step: Step) -> Iterator[Report]:

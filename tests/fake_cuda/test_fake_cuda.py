@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_cmli.common import UserError
-from ds_cmli.fake_cuda import guard
-from ds_cmli.fake_cuda.entered import fake_cuda
+from ds_cmli.fake_cuda.entered import fake_cuda, guard
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory.step_memory import _alone
 from ds_cmli.memory_model import gpus
@@ -18,7 +17,7 @@ A100, T4 = gpus.find("A100 80GB"), gpus.find("T4")
 
 @pytest.fixture
 def recorder():
-    recorder = Recorder(gpu=A100.limits)
+    recorder = Recorder(gpu=A100)
     with fake_cuda(recorder, A100):
         yield recorder
 
@@ -30,7 +29,7 @@ def live(recorder: Recorder) -> int:
 def test_torch_finds_a_gpu_inside_and_none_outside():
     assert not torch.cuda.is_available()
     for _ in range(2):
-        with fake_cuda(Recorder(gpu=A100.limits), A100):
+        with fake_cuda(Recorder(gpu=A100), A100):
             assert torch.cuda.get_device_capability() == (8, 0) and torch.cuda.current_device() == 0
             x = torch.ones(4, 4, device="cuda", requires_grad=True)
             (x @ x).sum().backward()
@@ -73,7 +72,7 @@ def test_what_is_read_is_known_or_stood_in_for(recorder):
 
 
 def test_ranks_have_what_this_one_has():
-    with fake_cuda(Recorder(gpu=A100.limits), A100), _alone(4, 2):
+    with fake_cuda(Recorder(gpu=A100), A100), _alone(4, 2):
         own = torch.tensor([7, 9], device="cuda")
         gathered = own.new_empty(8)
         dist.all_gather_into_tensor(gathered, own)
@@ -156,8 +155,8 @@ def test_gradients_add_up_in_place(recorder):
 
 
 def test_without_a_compiler_a_prediction_is_refused_in_one_line(monkeypatch, tmp_path):
-    guard.library.cache_clear()
+    guard.cache_clear()
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="no-such-compiler"):
-        guard.library()
+        guard()

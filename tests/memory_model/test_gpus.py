@@ -52,7 +52,8 @@ def test_every_size_is_below_what_the_name_says():
 
 def test_one_that_is_not_listed_is_given_by_its_size():
     gpu = gpus.chosen(None, "48GB", "8.9")
-    assert (gpu.total.bytes, gpu.limits) == (48 * 10**9, ((8, 9), 142, 1536, 99 * 1024))
+    assert (gpu.total.bytes, gpu.capability) == (48 * 10**9, (8, 9))
+    assert (gpu.multiprocessors, gpu.threads, gpu.shared) == (142, 1536, 99 * 1024)
     assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside(2) == 650 * M
     assert gpus.chosen(None, None, None) is None and gpus.chosen("A10G", None, None) == gpus.find("A10G")
 

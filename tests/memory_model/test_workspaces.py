@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from ds_cmli.memory_model import attention, gpus, workspaces
+from ds_cmli.memory_model import gpus, workspaces
 from ds_cmli.memory_model.caching_allocator import Event
 from ds_cmli.memory_model.workspaces import OPERATORS, Inside, returned, with_cublas
 
 aten, bf16, fp16, fp32 = torch.ops.aten, torch.bfloat16, torch.float16, torch.float32
-A100, RTX_3090, H100, T4 = (gpus.find(name).limits for name in ("A100 80GB", "RTX 3090", "H100 80GB", "T4"))
+A100, RTX_3090, H100, T4 = (gpus.find(name) for name in ("A100 80GB", "RTX 3090", "H100 80GB", "T4"))
 FLASH = aten._scaled_dot_product_flash_attention_backward.default
 EFFICIENT = aten._scaled_dot_product_efficient_attention_backward.default
 
@@ -105,7 +105,7 @@ def test_which_attention_a_gpu_chooses(gpu, dtype, query, key, other, kernel):
     """As PyTorch's own choice on the null GPU, but for cuDNN's, which training turns off."""
     inputs = [empty(*shape, dtype=dtype).requires_grad_() for shape in (query, key, key)]
     given = {"value": inputs[2], "mask": None, "dropout": 0.0, "causal": False, "grouped": False, **other}
-    assert attention.chosen(*inputs[:2], *given.values(), gpu) == kernel
+    assert workspaces.attention(*inputs[:2], *given.values(), gpu) == kernel
 
 
 def test_the_embedding_s_backward():

@@ -116,7 +116,7 @@ def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
     """The whole environment of a process with the null GPU in `folder`, as the one that `gpus.find` calls `gpu`."""
     lib, card = str(library(folder).parent), gpus.find(gpu)
     name = f"NVIDIA {card.reported[0]}"
-    sizes = *card.capability, card.multiprocessors, card.limits.threads, card.limits.shared, card.total.bytes
+    sizes = *card.capability, card.multiprocessors, card.threads, card.shared, card.total.bytes
     path = [str(folder / "site"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     return {name: value for name, value in os.environ.items() if name not in FOREIGN} | {
         "NULLGPU": ";".join(map(str, (name, *sizes))),
