@@ -183,7 +183,7 @@ ROWS = (
     ("checkpoint-averages", "checkpoint/resume.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      "    load_averages(path / AVERAGE, train_engine)\n", ""),
     ("checkpoint-rank", "checkpoint/state.py", CHECKPOINT + "test_two_ranks_go_on_to_the_bit",
-     "for number in [rank] if", "for number in [0] if"),
+     "files[rank : rank + 1] if", "files[:1] if"),
     ("checkpoint-damage", "checkpoint/save.py",
      CHECKPOINT + "test_a_damaged_checkpoint_is_named_and_the_one_before_taken",
      "if sha256(folder / name) != digest:", "if not sha256(folder / name):"),

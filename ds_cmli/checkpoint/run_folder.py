@@ -1,6 +1,5 @@
 """A run's folder: made once, held by one run, and set back to the step that a run goes on from."""
 
-import itertools
 import json
 import os
 import socket
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 
 from ds_cmli.checkpoint import save
-from ds_cmli.checkpoint.resume import ResumePoint
+from ds_cmli.checkpoint.resume import ResumePoint, root_of
 from ds_cmli.checkpoint.save import FOLDER
 from ds_cmli.common import UserError, blame, revision, say, sha256, versions
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -43,21 +42,15 @@ def make(config: Config, resume: str) -> Path:
     """Make the run's folder. Collective."""
     named = config.run.output_dir
     if not named and resume not in ("auto", "never"):  # that of the run in `--resume PATH`
-        path = Path(resume).absolute()
-        if (path / save.CHECKSUMS).is_file():
-            path = path.parent
-        named = str(path.parent if path.name == FOLDER else path)
-    base = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    folder = base
+        named = str(root_of(resume).parent)
+    base = folder = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     with written_together(base):  # collective
-        for number in itertools.count(2) if distributed.is_main() else ():
-            try:
-                folder.mkdir(parents=True, exist_ok=bool(named))
-                break
-            except FileExistsError:  # another start has made it in this second
-                if not folder.is_dir():
-                    raise
+        if distributed.is_main():
+            number = 1
+            while not named and folder.exists():  # of another start in this second
+                number += 1
                 folder = base.with_name(f"{base.name}.{number}")
+            folder.mkdir(parents=True, exist_ok=True)
     return distributed.broadcast_object(folder)  # collective
 
 
@@ -83,10 +76,8 @@ def held(folder: Path) -> Iterator[None]:
     try:
         with distributed.raised_together():  # collective
             if not path.exists():
-                raise UserError(
-                    f"--output-dir is {str(folder)!r}: {this_node()} does not see what rank 0 "
-                    "writes there; give a folder that all nodes share"
-                )
+                unseen = f"{this_node()} does not see what rank 0 writes there"
+                raise UserError(f"--output-dir is {str(folder)!r}: {unseen}: give a shared folder")
         yield
     finally:
         ended.set()
@@ -116,8 +107,7 @@ def _take(path: Path) -> str:
             if holder is not None:
                 raise UserError(
                     f"--output-dir is {str(path.parent)!r}: in use by process {holder['pid']} on "
-                    f"{holder['host']}, which gave a sign {age:.0f} s ago; without one for "
-                    f"{LEASE:.0f} s the folder is free: give another --output-dir"
+                    f"{holder['host']}, which gave a sign {age:.0f} s ago: give another"
                 )
             path.unlink()
 
@@ -130,8 +120,8 @@ def _runs(holder: dict[str, Any], mine: dict[str, Any], age: float) -> bool:
         return age < LEASE
     try:
         process = psutil.Process(holder["pid"])
-        zombie = process.status() == psutil.STATUS_ZOMBIE
-        return not zombie and abs(process.create_time() - holder["started"]) < 1
+        dead = process.status() == psutil.STATUS_ZOMBIE  # nobody has waited for it yet
+        return not dead and abs(process.create_time() - holder["started"]) < 1
     except psutil.Error:
         return False
 
@@ -163,13 +153,8 @@ def settle(
             say(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
-        made = {
-            "config": config.to_dict(),
-            "deepspeed": dict(ds_config),
-            "versions": versions(),
-            "revision": revision(),
-            "command": sys.argv,
-        }
+        made = {"config": config.to_dict(), "deepspeed": dict(ds_config)}
+        made |= {"versions": versions(), "revision": revision(), "command": sys.argv}
         save.publish(folder / CONFIG, (json.dumps(made, indent=2) + "\n").encode())
 
 

@@ -9,7 +9,6 @@ which transformers loads with the files of `models/hf.py`. What is still being w
 that ends in `.writing`.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -24,43 +23,39 @@ from pathlib import Path
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
-from torch import Tensor
 
 from ds_cmli.checkpoint.state import STATE, TrainState
-from ds_cmli.checkpoint.weights import (
-    full_averages,
-    full_weights,
-    not_finite,
-    student_of,
-    write_weights,
-)
-from ds_cmli.common import UserError, one_line, sha256
+from ds_cmli.checkpoint.weights import full_averages, full_weights, write_weights
+from ds_cmli.common import UserError, one_line, read_json, sha256
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
+from ds_cmli.models.lora import merged
 
+OF_DISTILLATION = "width_head."  # the head to the teacher's width, which is not the student's
 FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
 
 # --- names
 
 
-def names(root: Path) -> dict[str, int]:
+def steps(root: Path) -> dict[Path, int]:
     """The checkpoints in `root` and their steps, oldest first."""
     found = []
     for path in root.iterdir() if root.is_dir() else ():
         match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
         if match and path.is_dir():
-            found.append((int(match[1]), int(match[2] or 0), path.name))
-    return {name: step for step, _, name in sorted(found)}
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return {path: step for step, _, path in sorted(found)}
 
 
-def candidates(root: Path) -> list[str]:
-    """The names to load in turn: newest first, from the one in `latest` if that is there."""
-    known, newest = [*names(root)], ""
-    with suppress(OSError, UnicodeDecodeError):
-        newest = (root / LATEST).read_text().strip()
-    return (known[: known.index(newest) + 1] if newest in known else known)[::-1]
+def candidates(root: Path) -> list[Path]:
+    """Those to load in turn: newest first, from the one in `latest` if that is there."""
+    known = [*steps(root)]
+    with suppress(OSError, ValueError):
+        newest = root / (root / LATEST).read_text().strip()
+        known = known[: known.index(newest) + 1]
+    return known[::-1]
 
 
 # --- files
@@ -101,34 +96,15 @@ def remove_incomplete(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_checksums(folder: Path, digests: dict[str, str]) -> None:
-    """Write `checksums.json`, whose first line is the SHA-256 of the others."""
-    body = json.dumps(digests, indent=1)
-    text = f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}"
-    write(folder / CHECKSUMS, lambda file: file.write_text(text))
-    sync_folder(folder)
-
-
-def read_checksums(folder: Path) -> dict[str, str]:
-    """Raises ValueError or OSError."""
-    digest, _, body = (folder / CHECKSUMS).read_text().partition("\n")
-    if hashlib.sha256(body.encode()).hexdigest() != digest:
-        raise ValueError("does not match its checksum")
-    return json.loads(body)
-
-
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint; None if all files agree with `checksums.json`.
-
-    Only every `parts`-th file is read, from number `part` on, so that ranks can share the work.
-    """
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if all files agree with `checksums.json`."""
     name = CHECKSUMS
     try:
-        for name, digest in sorted(read_checksums(folder).items())[part::parts]:
+        for name, digest in read_json(folder / CHECKSUMS).items():
             if sha256(folder / name) != digest:
-                raise ValueError("does not match its checksum")
+                raise ValueError("another content")
     except (OSError, ValueError) as error:
-        return f"{name}: {getattr(error, 'strerror', None) or error}"
+        return f"{name} (by {CHECKSUMS}): {getattr(error, 'strerror', None) or error}"
     return None
 
 
@@ -204,30 +180,21 @@ class Checkpoints:
         """Write and publish a checkpoint: the line that tells of it. Collective.
 
         If that fails on any rank, as on a full disk, the files published before are unchanged.
-        Raises `UserError` if a weight is not finite.
         """
         started, main, root = time.monotonic(), distributed.is_main(), self.folder / FOLDER
-        weights = full_weights(self.engine)  # collectives
-        bad, name, again = None, f"step{state.step}", 0
+        name, again = f"step{state.step}", 0
         if main:
             with suppress(OSError):
                 remove_incomplete(self.folder)
             while (root / name).is_dir():
                 again += 1
                 name = f"step{state.step}.{again}"
-            # In the precision that forward passes compute in.
-            checks = (not_finite({key: x.to(self.engine.dtype)}) for key, x in weights.items())
-            bad = next(filter(None, checks), None)
-        bad, name = distributed.broadcast_object((bad, name))  # collective
-        if bad is not None:
-            why = f"the weight {bad} is not finite, nothing was saved"
-            raise UserError(self.diverged(why, state))
+        name = distributed.broadcast_object(name)  # collective
         writer = CheckpointWriter()
-        self._write(writer, root / (name + WRITING), state, weights)  # collectives
+        self._write(writer, root / (name + WRITING), state)  # collectives
         writer.gather()  # collective
         if main:
-            writer.attempt(lambda: write_checksums(root / (name + WRITING), writer.digests))
-            writer.attempt(lambda: self._publish(name, state.best.get("step")))
+            writer.attempt(lambda: self._publish(name, state, writer.digests))
             if writer.error is not None:
                 with suppress(OSError):  # what cannot be written can often not be removed either
                     remove_incomplete(self.folder)
@@ -235,15 +202,13 @@ class Checkpoints:
         self.error = distributed.broadcast_object(writer.error)
         self.saved_at = time.monotonic()
         if self.error is not None:
-            kept = "the one before stays" if names(root) else "there is none before"
+            kept = "the one before stays" if steps(root) else "there is none before"
             return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
         self.saved = state.step, state.evaluated
         size = sum(path.stat().st_size for path in (root / name).iterdir()) if main else 0
         return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
 
-    def _write(
-        self, writer: CheckpointWriter, to: Path, state: TrainState, weights: dict[str, Tensor]
-    ) -> None:
+    def _write(self, writer: CheckpointWriter, to: Path, state: TrainState) -> None:
         """Write DeepSpeed's files, the student's, and the state's. Collective."""
         engine, frozen = self.engine.engine, self.engine.frozen
         engine.checkpoint_engine = writer
@@ -253,7 +218,7 @@ class Checkpoints:
         engine.save_checkpoint(  # collectives
             str(to.parent), tag=to.name, save_latest=False, exclude_frozen_parameters=True
         )
-        averages = full_averages(self.engine)  # collectives
+        weights, averages = full_weights(self.engine), full_averages(self.engine)  # collectives
         of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
         writer.write(to / f"rank-{distributed.rank()}.pt", of_rank)
         if not distributed.is_main():
@@ -261,8 +226,9 @@ class Checkpoints:
         scale = self.engine.objective.student.lora_scale
         for file, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
             if tensors is not None:  # with averages the best result is theirs
-                path, student = self.folder / (file + WRITING), student_of(tensors, scale)
-                writer.write(path, partial(write_weights, student))
+                own = {k: x for k, x in tensors.items() if not k.startswith(OF_DISTILLATION)}
+                path = self.folder / (file + WRITING)
+                writer.write(path, partial(write_weights, merged(own, scale)))
                 digest = writer.digests.pop(path.name, None)
                 if state.is_best:
                     state.best["sha256"] = digest
@@ -280,11 +246,12 @@ class Checkpoints:
         text = json.dumps(state.shared(), indent=1)
         writer.write(to / STATE, lambda path: path.write_text(text))
 
-    def _publish(self, name: str, best: int | None) -> None:
+    def _publish(self, name: str, state: TrainState, digests: dict[str, str]) -> None:
         """Publish the checkpoint that has been written, then remove old ones."""
         folder, root = self.folder, self.folder / FOLDER
-        before = candidates(root)
-        os.replace(root / (name + WRITING), root / name)
+        before, new = candidates(root), root / name
+        publish(root / (name + WRITING) / CHECKSUMS, json.dumps(digests, indent=1).encode())
+        os.replace(root / (name + WRITING), new)
         sync_folder(root)
         for file in (WEIGHTS, AVERAGE):
             if (folder / (file + WRITING)).is_file():
@@ -292,46 +259,38 @@ class Checkpoints:
                 evaluated = file
             else:  # of an earlier run, or from before a change of settings
                 (folder / file).unlink(missing_ok=True)
-        best = best if self.settings.keep_best else None
-        if best == names(root)[name]:
+        best = state.best.get("step") if self.settings.keep_best else None
+        if best == state.step:
             shutil.copyfile(folder / evaluated, folder / (BEST + WRITING))
             os.replace(folder / (BEST + WRITING), folder / BEST)
         sync_folder(folder)
         publish(root / LATEST, name.encode())
-        # Those newer than the one published before are left over from before a resume from an older
-        # one.
-        kept, steps = {name, *before[: self.settings.keep - 1]}, names(root)
-        kept |= {*[other for other in (name, *before) if steps[other] == best][:1]}
-        for other in steps.keys() - kept:
-            shutil.rmtree(root / other, ignore_errors=True)
+        # What is newer than the one before was left over by a resume from an older one.
+        every, kept = steps(root), {new, *before[: self.settings.keep - 1]}
+        kept |= {*[path for path in (new, *before) if every[path] == best][:1]}
+        for path in every.keys() - kept:
+            shutil.rmtree(path, ignore_errors=True)
 
     def diverged(self, what: str, state: TrainState) -> str:
         """The error message of a diverged run: its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
         kept = "no checkpoint had been saved before"
         for good in candidates(self.folder / FOLDER)[:1]:
-            kept = f"the last good checkpoint is {self.folder / FOLDER / good}"
+            kept = f"the last good checkpoint is {good}"
         return (
             f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
             f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
         )
 
     def closing_lines(self, state: TrainState) -> list[str]:
-        """The lines to print at the end of a run.
-
-        Raises `UserError` if its last checkpoint could not be written.
-        """
+        """To be printed at the end. Raises `UserError` if there is no checkpoint of it."""
         if not self.holds(state):
-            raise UserError(
-                f"the last checkpoint could not be written ({self.error}): mend that, and start "
-                f"{self.folder} again"
-            )
+            problem = f"the last checkpoint could not be written ({self.error})"
+            raise UserError(f"{problem}: mend that, and start {self.folder} again")
         lines, best = [], state.best
         if state.out_of_patience(self.settings.patience):
-            lines.append(
-                f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no "
-                "better result"
-            )
+            worse = f"{state.worse_in_row} evaluations in a row gave no better result"
+            lines.append(f"ended at step {state.step}: {worse}")
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
         lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
         return [*lines, f"written to {self.folder}"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_cmli.common import blame
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.distributed import process_group as distributed
 
 STATE = "state.json"
 OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
@@ -65,6 +66,7 @@ class TrainState:
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
+        self.world_size = distributed.world_size()
         self.sampler, self.generators = sampler.state_dict(), generators()
         self.bad_count, self.bad_first = bad.count, list(bad.first)
 
@@ -82,10 +84,7 @@ class TrainState:
 
 
 def generators() -> dict[str, Tensor]:
-    """The states of PyTorch's random generators, the only ones that a step draws from.
-
-    CPU-GPU sync.
-    """
+    """Those of PyTorch, the only ones that a step draws from. CPU-GPU sync."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"torch": torch.get_rng_state(), **cuda}
 
@@ -97,16 +96,16 @@ def read_state(checkpoint: Path) -> TrainState:
         return TrainState(**json.loads(path.read_text()))
 
 
-def read_of_rank(checkpoint: Path, before: int, rank: int, ranks: int) -> dict[str, Any]:
+def read_of_rank(checkpoint: Path, before: int) -> dict[str, Any]:
     """This rank's part of the state; `before` ranks wrote it.
 
     On another number of ranks the mean of `sums` over ranks stays, counts go to rank 0, since only
     their sum is used, and the generators of a rank that did not exist are as this start seeds them.
     """
-    every = []
-    for number in [rank] if before == ranks else range(before):
-        file = checkpoint / f"rank-{number}.pt"
-        every.append(torch.load(file, map_location="cpu", weights_only=True))
+    rank, ranks = distributed.rank(), distributed.world_size()
+    files = [checkpoint / f"rank-{number}.pt" for number in range(before)]
+    read = files[rank : rank + 1] if before == ranks else files
+    every = [torch.load(file, map_location="cpu", weights_only=True) for file in read]
     if before == ranks:
         return every[0]
     return {

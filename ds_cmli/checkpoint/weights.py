@@ -9,15 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.models.lora import merged
 
 if TYPE_CHECKING:
     from ds_cmli.engine import TrainEngine
-
-OF_DISTILLATION = "width_head."  # the head to the teacher's width, which is not the student's
 
 
 def full_weights(engine: TrainEngine) -> dict[str, Tensor]:
@@ -53,29 +50,9 @@ def full_averages(engine: TrainEngine) -> dict[str, Tensor] | None:
         return {name: value.clone() for name, value in full.items()}
 
 
-def student_of(weights: Mapping[str, Tensor], lora_scale: float) -> dict[str, Tensor]:
-    """The student and its temperatures out of `full_weights`, with its adapters merged."""
-    own = {name: x for name, x in weights.items() if not name.startswith(OF_DISTILLATION)}
-    return merged(own, lora_scale)
-
-
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     """transformers reads only files whose format is "pt"."""
     save_file({name: x.contiguous() for name, x in weights.items()}, path, {"format": "pt"})
-
-
-def load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
-    """Load DeepSpeed's file of a module, which may lack what is frozen and nothing else.
-
-    DeepSpeed calls it by these names.
-
-    Raises:
-        RuntimeError: other names.
-    """
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
-    for wrong in (*unexpected, *sorted({*missing} - frozen)):
-        raise RuntimeError(f"only one of the two has {wrong!r}")
 
 
 def load_frozen(file: Path, engine: TrainEngine) -> None:
@@ -108,14 +85,3 @@ def load_averages(file: Path, engine: TrainEngine) -> None:
         for name, parameter in engine.objective.named_parameters():
             if parameter.requires_grad:
                 set_master_weight(engine.engine, parameter, averages.get_tensor(name))
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that has NaN or inf. CPU-GPU sync."""
-    for name, x in tensors.items():
-        if x.is_floating_point() and x.numel():
-            # Both are NaN if any value is; this needs no mask of the tensor's size.
-            least, most = x.detach().aminmax()
-            if not (least.isfinite() and most.isfinite()):
-                return name
-    return None

@@ -86,7 +86,7 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
         (newest / name).write_bytes(whole)
     (frozen,) = (run / "checkpoint").glob("frozen-*")
     damage(frozen)  # of both
-    with pytest.raises(UserError, match=f"step2 is damaged: ../{frozen.name}: .*there is no other"):
+    with pytest.raises(UserError, match=f"step2 is damaged: ../{frozen.name} .*there is no other"):
         resume.find("auto", run)
 
 
@@ -124,8 +124,8 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
     checkpoint, ran = run / "checkpoint" / "step4", tmp_path / "ran"
     value = content(ran)
     (checkpoint / name).write_text(json.dumps(value)) if name == "state.json" else torch.save(value, checkpoint / name)
-    digests = save.read_checksums(checkpoint) | {name: sha256(checkpoint / name)}
-    save.write_checksums(checkpoint, digests)
+    digests = json.loads((checkpoint / "checksums.json").read_text()) | {name: sha256(checkpoint / name)}
+    (checkpoint / "checksums.json").write_text(json.dumps(digests))
     ds_config = make.json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
     changed = ["--deepspeed_config", ds_config, "--resume-with-changes"]
     assert str(checkpoint) in refused(*arguments, "--output-dir", run, *changed)
@@ -194,7 +194,7 @@ def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
-    point = resume.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2)
+    point = resume.ResumePoint(Path("run"), TrainState(world_size=2, train_batch_size=24, accumulation=2))
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     rebatched = resume.rebatch(point, DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
     assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]

@@ -203,7 +203,7 @@ def test_bf16_with_sums_of_gradients_in_fp32(setting, written, tmp_path):
 def test_what_cannot_be_converted_or_does_not_fit_is_one_line(setting, written, tmp_path):
     setting.write(tmp_path, (1, "fp32"), record=False, optimizer={"type": "SGD", "params": {"lr": 0.01}},
                   zero_allow_untested_optimizer=True)  # fmt: skip
-    with pytest.raises(UserError, match=r"step2: cannot be converted to other ranks, ZeRO stage or precision: it has"):
+    with pytest.raises(UserError, match=r"step2: cannot be converted to other ranks, ZeRO stage or precision: "):
         setting.read(tmp_path, (2, "fp32"))
     narrow = Setting(setting.source, setting.device, student={"embed_dim": 24})
     for stage in (1, 2):  # converted, and as it is

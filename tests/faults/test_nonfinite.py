@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.weights import not_finite
 from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -181,9 +180,3 @@ def test_a_diverged_run_names_its_first_bad_step_and_a_checkpoint_that_is_there(
     assert "\n" not in str(error.value) and "the run has diverged: " in str(error.value)
     named = re.search(r"the first bad step is 2, the last good checkpoint is (\S+)\. ", str(error.value))
     assert Path(named[1]).is_dir()
-
-
-def test_the_first_tensor_that_is_not_finite_is_named():
-    sound = {"a": torch.ones(2), "b": torch.zeros(0), "c": torch.tensor([1, 2])}
-    assert not_finite(sound) is None
-    assert not_finite({**sound, "d": torch.tensor([1.0, torch.nan]), "e": torch.tensor(torch.nan)}) == "d"
