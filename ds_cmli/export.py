@@ -49,8 +49,8 @@ NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss
 def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: float | None) -> None:
     """Write the model of RUN into the new folder DIR; without --as, as one of this package."""
     source, target = Path(run), Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
+    if target.exists():
+        raise UserError(f"DIR is {folder!r}: it exists; give a new folder")
     config = load_config(source / RUN, "the run")
     began = config.student.source_config.get("model_type", "two encoders")
     if kind is not None and began.replace("siglip2", "siglip") != kind:
@@ -95,8 +95,6 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
         (out / "README.md").write_text(text, errors="backslashreplace")
         for path in out.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
-        if target.exists():
-            target.rmdir()
         os.replace(out, target)
     click.echo(f"{folder}: {what} of {run}, as {kind or 'a model of this package'}")
 

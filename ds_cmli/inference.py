@@ -10,7 +10,6 @@ side.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import compress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
+from ds_cmli.config.source import Source
 from ds_cmli.data.images import View
-from ds_cmli.evaluate.embed import Evaluator, block
-from ds_cmli.evaluate.model import EvaluatedModel
+from ds_cmli.evaluate.embed import Evaluator, block, load
 from ds_cmli.scores import BothWays, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -67,8 +66,9 @@ class Model:
         `device`: None means a GPU if there is one, and else the CPU.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = EvaluatedModel(str(path), is_run=False)
-        return cls(model.config, model.load(chosen, False, "fp32", batch_size))
+        source = Source(str(path))
+        how = {"precision": "fp32", "batch_size": batch_size}
+        return cls(*load(source, source.has_own_data, chosen, **how))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -103,8 +103,6 @@ class Model:
     def embed_texts(self, texts: str | Iterable[str]) -> TextEmbeddings:
         """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"the texts are {texts}: give at least one string")
         embedded, bad = self.evaluator.texts(dict(enumerate(texts)), len(texts))
         for number, why in bad.items():
             raise UserError(f"the text {texts[number]!r} cannot be used: {why}")
@@ -127,6 +125,9 @@ class Model:
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""
-        images, texts, words = self.embed_images([picture]), self.embed_texts(text), self.evaluator
-        spans = list(compress(words.tokenizer.spans(text), words.tokenizer(text).valid))
-        return match(texts.tokens[0], images.patches[0], text, spans, self.grid)
+        images, texts, words = (
+            self.embed_images([picture]),
+            self.embed_texts(text),
+            self.evaluator.tokenizer,
+        )
+        return match(words, text, texts.tokens[0], images.patches[0], self.grid)

@@ -17,9 +17,9 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed.process_group import CollectiveFlags, mean_over_ranks, world_size
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
-from ds_cmli.evaluate import report
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
+from ds_cmli.evaluate.metrics import best, prefixed, summary
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
@@ -165,10 +165,10 @@ class Run:
             maps = match_maps(embedded, model.tokenizer, grid, settings.match_maps)  # collective
             for number, picture in enumerate(maps):
                 writer.picture(state.step, f"match-maps/{name}/{number}", picture)
-            writer.log(state.step, report.prefixed(f"eval/{name}/", metrics))
-            writer.say(report.summary(metrics, model.precision, name))
+            writer.log(state.step, prefixed(f"eval/{name}/", metrics))
+            writer.say(summary(metrics, model.precision, name))
             if counts:
-                state.best = report.best(state.best, name, metrics, state.step)
+                state.best = best(state.best, name, metrics, state.step)
 
     def poll(self) -> None:
         """Give a sign of life between two batches of an evaluation.

@@ -3,10 +3,13 @@
 I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import reduce
+from itertools import compress
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ds_cmli.cmli.op import upcast
@@ -21,22 +24,20 @@ class BothWays(NamedTuple):
     t2i: Tensor  # along a column: ranks the images for a text; CMLI's are means over tokens
 
 
-def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
-    """The sum of the trained kinds of one direction, each times its 1/temperature in `scales`; if
-    none is trained, as in a distillation alone, the cosines ("global")."""
-    first, *others = [scale * scores[kind] for kind, scale in (scales or {"global": 1.0}).items()]
-    return sum(others, start=first)
-
-
 def both_ways(
-    cosines: Tensor, cmli: tuple[Tensor, Tensor] | None, scales: Mapping[str, float | Tensor]
+    cosines: Tensor, cmli: tuple[Tensor, Tensor] | None, scales: Mapping[str, float]
 ) -> dict[str, BothWays]:
-    """All kinds: "global" of cosines [I, J], "cmli" of s_i2t and s_t2i if given, and "combined"."""
+    """All kinds: "global" of cosines [I, J], "cmli" of s_i2t and s_t2i if given, and "combined".
+
+    That is the sum of the trained kinds, each times its 1/temperature in `scales`; if none is, as
+    in a distillation alone, the cosines.
+    """
     kinds = {"global": BothWays(cosines, cosines)}
     if cmli is not None:
         kinds["cmli"] = BothWays(*cmli)
-    ways = [{kind: both[way] for kind, both in kinds.items()} for way in (0, 1)]
-    return {**kinds, "combined": BothWays(*(combined(way, scales) for way in ways))}
+    terms = [(scale, kinds[kind]) for kind, scale in (scales or {"global": 1.0}).items()]
+    ways = [[scale * both[way] for scale, both in terms] for way in (0, 1)]
+    return {**kinds, "combined": BothWays(*(reduce(torch.add, way) for way in ways))}
 
 
 @dataclass
@@ -48,20 +49,12 @@ class Match:
     spans: list[Span]  # their M places in the text
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
 
-    @property
-    def patch_of_word(self) -> Tensor:
-        """int64 [M], the patch that each word matches best, as row * columns + column."""
-        return self.similarity.argmax(1)
 
-    @property
-    def word_of_patch(self) -> Tensor:
-        """int64 [N], the word that each patch matches best."""
-        return self.similarity.argmax(0)
+def match(words: Any, text: str, tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Match:
+    """Match a text, whose words are `tokens` [M, D], with `patches` [N, D]. CPU-GPU sync.
 
-
-def match(
-    tokens: Tensor, patches: Tensor, text: str, spans: Sequence[Span], grid: tuple[int, int]
-) -> Match:
-    """Match tokens of a text [M, D] and patches [N, D], of unit length. CPU-GPU sync."""
+    `words`: the `CaptionTokenizer`.
+    """
+    spans = list(compress(words.spans(text), words(text).valid))
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
-    return Match(similarity, [text[start:end] for start, end in spans], list(spans), grid)
+    return Match(similarity, [text[start:end] for start, end in spans], spans, grid)

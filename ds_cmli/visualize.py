@@ -1,18 +1,17 @@
 """Draws match maps, a PNG for each pair: `python -m ds_cmli.visualize RUN --pairs 0,1,2`.
 
-Those of several runs are shown below each other, on the same pairs. S is the image side in pixels.
+S is the image side in pixels.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ds_cmli.common import UserError, blame, run_command
+from ds_cmli.common import UserError, one_line, run_command
 from ds_cmli.config.registry import plugin_option
 
 if TYPE_CHECKING:
@@ -25,8 +24,8 @@ DEFAULT = 4  # pairs that are shown if none are given
 
 @click.command()
 @plugin_option
-@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
-@click.option("--data", help="Data as in training.  [default: the first run's]")
+@click.argument("run", metavar="RUN")
+@click.option("--data", help="Data as in training.  [default: the run's]")
 @click.option("--split", help="Held-out part.  [default: the first]")
 @click.option(
     "--pairs",
@@ -38,7 +37,7 @@ DEFAULT = 4  # pairs that are shown if none are given
 @click.option("--text", help="The text for --image.")
 @click.option("--output", default="match-maps", show_default=True, metavar="FOLDER")
 def command(
-    runs: tuple[str, ...],
+    run: str,
     data: str | None,
     split: str | None,
     pairs: str | None,
@@ -59,21 +58,14 @@ def command(
     from ds_cmli.evaluate.match_map import sheet
     from ds_cmli.inference import Model
 
-    names = [Path(run).resolve().name for run in runs]
-    names = names if len({*names}) == len(runs) else list(runs)
-    models = {name: Model.load(run) for name, run in zip(names, runs, strict=True)}
-    first = models[names[0]]
+    model = Model.load(run)
     if image is not None and text is not None:
-        shown = [(first.read(image), text)]
+        shown = [(model.read(image), text)]
     else:
-        shown = held_out(first.config, data, split, numbers)
+        shown = held_out(model.config, data, split, numbers)
     for number, (pixels, caption) in enumerate(shown):
-        matches = {name: model.match(pixels, caption) for name, model in models.items()}
-        for name, match in matches.items():
-            if not match.words or match.spans != matches[names[0]].spans:
-                raise UserError(f"{name} knows no words in {caption!r}, or others than {names[0]}")
-        titled = {name * (len(runs) > 1): match for name, match in matches.items()}
-        sheet(pixels, caption, titled).save(Path(output) / f"match-{number}.png", optimize=True)
+        picture = sheet(pixels, caption, model.match(pixels, caption))
+        picture.save(Path(output) / f"match-{number}.png", optimize=True)
     click.echo(f"match maps of {len(shown)} pair{'s'[: len(shown) != 1]}: {output}")
 
 
@@ -93,27 +85,22 @@ def held_out(
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs, rows = evals[split], evals[split].rows
-    out: list[tuple[Tensor, str]] = []
-    before, turns = Counter[int](), []
+    pairs, before, turns = evals[split], Counter[int](), []
     for row, picture in enumerate(pictures_of(pairs)):
         turns.append((before[picture], row))
         before[picture] += 1
-    order = [row for _, row in sorted(turns)]
-    for number in range(len(order)) if numbers is None else numbers:
-        if number >= len(order):
-            raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
-        row = order[number]
-        with (
-            suppress(*[UserError] * (numbers is None)),
-            blame(f"--pairs has {number}, which cannot be used: {pairs.name(row)}"),
-        ):
-            out.append((pairs.image(row), rows[row][1]))
-        if numbers is None and len(out) == DEFAULT:
+    rows = [row for _, row in sorted(turns)]
+    shown: list[tuple[Tensor, str]] = []
+    for number in range(len(rows)) if numbers is None else numbers:
+        try:
+            shown.append((pairs.image(rows[number]), pairs.rows[rows[number]][1]))
+        except Exception as error:  # decoders raise nearly any for damaged files
+            if numbers is not None:
+                why = f"the {len(rows)} of {split} are from 0 on: {one_line(error)}"
+                raise UserError(f"--pairs has {number}, which cannot be used, and {why}") from None
+        if numbers is None and len(shown) == DEFAULT:
             break
-    if not out:
-        raise UserError(f"--split is {split!r}: none of its {len(rows)} pairs can be used")
-    return out
+    return shown
 
 
 def main() -> None:

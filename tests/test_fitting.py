@@ -16,7 +16,7 @@ from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from tests.make import pairs
-from tests.metrics_file import BIN, without_times
+from tests.metrics_file import BIN, metrics
 from tests.ranks import free_port, python
 
 
@@ -50,7 +50,7 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     with pytest.raises(ArithmeticError):
         ds_cmli.fit(given, [data], on_log=broken)
     again = ds_cmli.fit(given, data)  # from step 2
-    assert without_times(again.folder) == without_times(straight.folder)
+    assert metrics(again.folder) == metrics(straight.folder)
     for name, value in weights(straight.folder).items():
         assert torch.equal(weights(again.folder)[name], value)
     assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
@@ -102,7 +102,7 @@ def test_a_process_group_of_the_script_stays(tmp_path, data):
             assert dist.is_initialized()
     finally:
         process_group.shutdown()
-    assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
 
 
 def test_a_signal_saves_and_afterwards_signals_are_the_scripts(tmp_path, data):
@@ -144,4 +144,4 @@ def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path, launcher):
     done = python(script, tmp_path, launcher=(os.path.join(BIN, program), *options))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
-    assert without_times(tmp_path / "first") == without_times(tmp_path / "second")
+    assert metrics(tmp_path / "first") == metrics(tmp_path / "second")

@@ -111,8 +111,6 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
     assert "".join(match.words) == "twodogs,sitting"  # words that the vocabulary lacks fall into characters
     assert [text[start:end] for start, end in match.spans] == match.words
     assert match.similarity.shape == (len(match.words), match.grid[0] * match.grid[1])
-    assert match.similarity[0, match.patch_of_word[0]] == match.similarity[0].max()
-    assert match.similarity[match.word_of_patch[3], 3] == match.similarity[:, 3].max()
 
 
 def test_mistakes_are_one_line(model, run, tmp_path):
@@ -120,9 +118,8 @@ def test_mistakes_are_one_line(model, run, tmp_path):
                         ([7], "the picture 0 cannot be read: .*int"), (tmp_path, "no picture is given")):  # fmt: skip
         with pytest.raises(UserError, match=line):
             model.embed_images(given)
-    for texts, line in (([], "at least one string"), (["\udc00"], "no Unicode")):
-        with pytest.raises(UserError, match=line):
-            model.embed_texts(texts)
+    with pytest.raises(UserError, match="no Unicode"):
+        model.embed_texts(["\udc00"])
     with pytest.raises(UserError, match=r"no config\.json there"):
         Model.load(tmp_path)
     (tmp_path / "config.json").write_text((run / "config.json").read_text())

@@ -17,7 +17,7 @@ from ds_cmli.evaluate import __main__ as evaluate
 from tests.checkpoint.runs import ranks
 from tests.drive_train import drive
 from tests.make import pairs
-from tests.metrics_file import BIN, lines, without_times
+from tests.metrics_file import BIN, lines, metrics
 from tests.ranks import ROOT, clean_environment, free_port, python
 
 TINY = ("--preset", "tiny", "--steps", "4")
@@ -84,7 +84,7 @@ def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     # Without the launcher, whose own lines nobody can turn off, only ours are left.
     for noise in ("warning", "report", "traceback", "extension"):
         assert noise not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
-    assert without_times(tmp_path / "again") == without_times(folder)
+    assert metrics(tmp_path / "again") == metrics(folder)
     a, b = (load_file(f / "model.safetensors") for f in (folder, tmp_path / "again"))
     assert all((a[name] == b[name]).all() for name in a)
 
@@ -107,7 +107,7 @@ def test_from_python_the_bits_are_the_same_each_time(finished, tmp_path):
     command = [sys.executable, "-c", FROM_PYTHON, str(ROOT / "ds_configs" / "zero2.json"), *map(str, places)]
     subprocess.run(command, env=clean_environment(), cwd=ROOT, check=True, timeout=300)
     for place in places:
-        assert without_times(place) == without_times(folder)
+        assert metrics(place) == metrics(folder)
         again = load_file(place / "model.safetensors")
         assert again.keys() == weights.keys() and all((again[name] == weights[name]).all() for name in weights)
         configs = [json.loads((of / "run.json").read_text())["config"] for of in (folder, place)]

@@ -41,7 +41,7 @@ def test_pairs_that_are_asked_for(config):
     ]  # fmt: skip
     with pytest.raises(UserError, match="--pairs has 1, which cannot be used"):
         held_out(config, None, None, [1])
-    with pytest.raises(UserError, match=r"--pairs has 18: .* has 18 pairs, from 0 on"):
+    with pytest.raises(UserError, match="--pairs has 18, which cannot be used, and the 18 of"):
         held_out(config, None, None, [18])
 
 

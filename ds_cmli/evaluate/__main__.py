@@ -11,10 +11,8 @@ import click
 from ds_cmli.common import UserError, check_writable, run_command, say
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
+from ds_cmli.config.source import Source
 from ds_cmli.distributed import launchers
-from ds_cmli.evaluate import report
-from ds_cmli.evaluate.model import EvaluatedModel
-from ds_cmli.evaluate.report import Metrics, prefixed
 
 option = partial(click.option, show_default=True)
 # The options that each evaluation reads, by the option that selects it.
@@ -59,58 +57,59 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
             raise UserError(f"--{name} has no effect with --{mode}: leave it out".replace("_", "-"))
     if json_file:
         check_writable(json_file)
-    subject = EvaluatedModel(place, checkpoint is not None)
-    if not subject.is_run and (given["ema"] or not given[mode]):
+    source = Source(place)
+    is_run = checkpoint is not None or source.has_own_data
+    if not is_run and (given["ema"] or not given[mode]):
         own = "which has averages and data of its own: give --data, and leave out --ema"
         raise UserError(f"{place!r} is no run, {own}")
-    from ds_cmli.distributed import process_group as distributed
-
     launchers.map_launcher_environment()
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.embed import load
+
     try:
         device = distributed.init()  # collective
-        batches = given["batch_size"], given["workers"]
-        evaluator = subject.load(device, given["ema"], given["precision"], *batches)
-        metrics = _measure(evaluator, subject.config, mode, given)  # collective
+        how = {name: given[name] for name in ("ema", "precision", "batch_size", "workers")}
+        metrics = _measure(*load(source, is_run, device, **how), mode, given)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:
         distributed.shutdown()
 
 
-def _measure(model: Any, config: Config, mode: str, given: dict[str, Any]) -> Metrics:
+def _measure(config: Config, model: Any, mode: str, given: dict[str, Any]) -> dict[str, Any]:
     """Measure and print. Collective."""
     from ds_cmli.data.build import build_eval_data, evaluation_data
-    from ds_cmli.evaluate import choices, pointing_game, zero_shot
+    from ds_cmli.evaluate import pointing_game, zero_shot
     from ds_cmli.evaluate.embed import embed
+    from ds_cmli.evaluate.metrics import prefixed, summary
     from ds_cmli.evaluate.retrieval import evaluate_split
 
-    source, root, split, chosen = given[mode], given["image_root"], given["split"], config.data
+    source, root, split, data = given[mode], given["image_root"], given["split"], config.data
     if mode == "data":
         if source:
-            chosen = evaluation_data(chosen, source)
+            data = evaluation_data(data, source)
             # A split names a part, or the share that training would hold out.
-            chosen = replace(chosen, val_source="") if split else chosen
-        chosen = replace(chosen, image_root=root or chosen.image_root)
-        evals, summary = build_eval_data(chosen, config.run.seed, split)
-        say(*summary)
-        metrics: Metrics = {}
+            data = replace(data, val_source="") if split else data
+        data = replace(data, image_root=root or data.image_root)
+        evals, lines = build_eval_data(data, config.run.seed, split)
+        say(*lines)
+        metrics: dict[str, Any] = {}
         for name, pairs in evals.items():
             figures, _ = evaluate_split(model, pairs)  # collective
-            say(report.summary(figures, model.precision, name))
+            say(summary(figures, model.precision, name))
             metrics |= prefixed(f"eval/{name}/", figures)
         return metrics
     if mode == "zero_shot":
-        how = given["class_names"], given["templates"], chosen
-        figures = zero_shot.classify(model, zero_shot.ClassPictures(source, *how))
+        classes = zero_shot.ClassPictures(source, given["class_names"], given["templates"], data)
+        figures = zero_shot.classify(model, classes)  # collective
     elif mode == "choices":
-        figures = choices.choose(model, choices.Choices(source, root, chosen))  # collective
+        figures = zero_shot.choose(model, zero_shot.Choices(source, root, data))  # collective
     else:
-        phrases = pointing_game.Entities(
-            source, root or source, split or "val", model.tokenizer, chosen
-        )
+        place = root or source, split or "val"
+        phrases = pointing_game.Entities(source, *place, model.tokenizer, data)
         own, boxes = embed(model, phrases), pointing_game.boxes  # collective
         figures = own.counts | pointing_game.pointing_game(own, boxes, model.student.grid)
-    say(report.summary(figures, model.precision))
+    say(summary(figures, model.precision))
     return prefixed({"boxes": "entities"}.get(mode, mode) + "/", figures)
 
 

@@ -14,16 +14,22 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import UserError, printable
+from ds_cmli.common import UserError, printable, read_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config, load_config
+from ds_cmli.config.source import RUN, Source, to_evaluate
 from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told
 from ds_cmli.data.scenes import Scenes
-from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.report import Metrics
+from ds_cmli.engine import DTYPES, build_models
+from ds_cmli.evaluate.metrics import Metrics
 from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
+from ds_cmli.models import hf
+from ds_cmli.models.blocks import cast_buffers
 from ds_cmli.scores import BothWays, both_ways
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
@@ -50,7 +56,7 @@ HeldOut = EvalPairs | Scenes | Files
 class Evaluator:
     """A model, and how it embeds and scores."""
 
-    objective: Objective
+    module: Objective | hf.CMLIModel
     tokenizer: CaptionTokenizer
     device: torch.device
     batch_size: int = 50
@@ -62,10 +68,10 @@ class Evaluator:
 
     def __post_init__(self) -> None:
         one_attention_on_all_gpus()  # as in training
-        self.student = self.objective.student
-        self.precision = str(next(self.objective.parameters()).dtype).removeprefix("torch.")
+        self.student = self.module.student
+        self.precision = str(next(self.module.parameters()).dtype).removeprefix("torch.")
         # 1/temperature of each kind of scores that the losses compare.
-        self.scales = self.objective.score_scales()  # collective under ZeRO-3
+        self.scales = self.module.score_scales()  # collective under ZeRO-3
         both = ["global", "cmli", "combined"] if self.trained else ["global", "cmli"]
         self.kinds = both if "cmli" in self.scales else ["global"]
 
@@ -121,6 +127,39 @@ class Evaluator:
         cmli = cmli_scores(patches, tokens, token_mask) if "cmli" in self.kinds else None
         both = both_ways(cls @ text_cls.t(), cmli, self.scales)
         return {kind: both[kind] for kind in self.kinds}
+
+
+def load(
+    source: Source,
+    is_run: bool,
+    device: torch.device,
+    ema: bool = False,
+    precision: str | None = None,
+    **how: int,
+) -> tuple[Config, Evaluator]:
+    """A run, one of its files of weights, or what training starts from; and its settings.
+
+    By default in the training's precision. `how`: the evaluator's. Raises `UserError`.
+    """
+    if ema and source.weights:
+        raise UserError(f"--ema has no effect with {source.name}: leave it out")
+    if is_run:
+        config = load_config(source.path / RUN, "--checkpoint")
+        ds_config = DeepSpeedConfig(read_json(source.path / RUN).get("deepspeed", {}))
+        precision = precision or ds_config.precision
+    else:
+        config = to_evaluate(source)
+    words, trained = tokenizer_of(config.data), is_run or source.is_run
+    if trained:
+        file = source.weights or (hf.AVERAGE if ema else hf.WEIGHTS)
+        model: Objective | hf.CMLIModel = hf.load(source.path, file)
+    else:
+        model, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
+    dtype = DTYPES[precision or "fp32"]
+    cast_buffers(model.student.image, dtype)  # as in training, by engine.build
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return config, Evaluator(model.to(device).eval(), words, device, trained=trained, **how)
 
 
 def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,8 +1,6 @@
 """Match maps as pictures: a picture, and a tile for each word, tinted where the word fits."""
 
 import textwrap
-from collections.abc import Mapping
-from itertools import compress
 
 import numpy as np
 import torch
@@ -19,16 +17,13 @@ TILE, SIDE, LINE = 176, 190, 26  # of a tile, of it with a gap, height of a line
 COLUMNS, LETTERS = 6, 16  # tiles in a row, characters above a tile
 
 
-def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> Image.Image:
-    """Draw a caption, its picture, uint8 [3, H, W], and the words' tiles of each model."""
+def sheet(image: Tensor, text: str, match: Match) -> Image.Image:
+    """Draw a caption, its picture, uint8 [3, H, W], and a tile for each word."""
     picture = interpolate(image[None].float(), (TILE, TILE), mode="bilinear", antialias=True)[0]
-    tiles = []
-    for name, of_model in matches.items():
-        words = zip(of_model.words, of_model.similarity, strict=True)
-        tiles += [(name, picture), *((word, tile(picture, x, of_model.grid)) for word, x in words)]
-        tiles += [("", torch.full_like(picture, 255))] * (-len(tiles) % COLUMNS)
+    words = zip(match.words, match.similarity, strict=True)
+    tiles = [("", picture), *((word, tile(picture, x, match.grid)) for word, x in words)]
     lines = textwrap.wrap(text, COLUMNS * LETTERS)
-    height = len(lines) * LINE + len(tiles) // COLUMNS * (LINE + SIDE)
+    height = len(lines) * LINE - (-len(tiles) // COLUMNS) * (LINE + SIDE)
     out = Image.new("RGB", (COLUMNS * SIDE, height), "white")
     pen, font = ImageDraw.Draw(out), ImageFont.load_default(LINE - 8)
     for number, line in enumerate(lines):
@@ -70,8 +65,7 @@ def match_maps(
     for picture, caption in [*first.items()][:count]:
         if caption in own.texts:
             text, image = own.pairs.rows[caption][1], own.pairs.image(caption)
-            spans = list(compress(tokenizer.spans(text), tokenizer(text).valid))
             tokens, patches = own.texts[caption][1], own.images[picture][1]
-            mine[picture] = sheet(image, text, {"": match(tokens, patches, text, spans, grid)})
+            mine[picture] = sheet(image, text, match(tokenizer, text, tokens, patches, grid))
     every = {k: drawn for maps in distributed.gather_objects(mine) for k, drawn in maps.items()}
     return [np.asarray(every[picture]) for picture in sorted(every)]

@@ -1,12 +1,17 @@
-"""The metrics of evaluations as functions of tensors: recall, accuracy, hits of the pointing game.
+"""The metrics of evaluations as functions of tensors, their table, and a run's best result.
 
 K kinds of scores, I images, J captions, C classes; N patches, M tokens, F phrases of a caption.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
 RECALLS, TOP = (1, 5, 10), (1, 5)
+SCORES = ("combined", "cmli", "global")
+COUNTS = ("pairs", "choices", "phrases", "pictures", "classes")
 
 
 def expected_hits(counts: Tensor, k: int) -> Tensor:
@@ -109,3 +114,43 @@ def patches_inside(boxes: list, view: tuple, grid: tuple[int, int]) -> Tensor:
     for x0, y0, x1, y1 in boxes:
         inside |= ((y >= y0) & (y <= y1))[:, None] & ((x >= x0) & (x <= x1))
     return inside.flatten()
+
+
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
+    return {f"{prefix}{name}": value for name, value in metrics.items()}
+
+
+def best(before: Metrics, split: str, figures: Metrics, step: int) -> Metrics:
+    """The best result of a run: this one, unless `before` has another metric or a higher value."""
+    score = next(score for score in SCORES if f"{score}/i2t_r1" in figures)
+    ways = ((f"{kind}/i2t_r1", f"{kind}/t2i_r1") for kind in (score, "chance"))
+    value, chance = ((figures[i2t] + figures[t2i]) / 2 for i2t, t2i in ways)
+    metric = f"{split} {score} R@1"
+    if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
+        return before
+    size = {"pairs": figures["pairs"], "chance": chance}
+    return {"metric": metric, "value": value, "step": step, **size}
+
+
+def summary(figures: Metrics, precision: str, name: str = "") -> str:
+    """What was measured, and a table of less than 80 columns with a row of each score."""
+    heading = ", ".join(f"{figures[count]} {count}" for count in COUNTS if count in figures)
+    lines = [" ".join(filter(None, (" ", name, heading))) + f", in {precision}"]
+    if "left_out" in figures:
+        lines[0] += f", {figures['left_out']} left out: {', '.join(figures['left_out_first'])}"
+    columns = [key.removeprefix("global/") for key in figures if key.startswith("global/")]
+    if columns:
+        lines.append(f"{'':12}" + "".join(f"  {column:5}" for column in columns))
+    for score in (*SCORES, "chance"):
+        cells = [(figures.get(f"{score}/{column}"), len(column)) for column in columns]
+        texts = [f"  {'' if x is None else f'{x:.3f}':{max(5, width)}}" for x, width in cells]
+        if any(map(str.strip, texts)):
+            lines.append(f"    {score:8}{''.join(texts)}".rstrip())
+    if "pointing_game" in figures:
+        chance = figures.get("chance/pointing_game", 0.25)  # of scenes, with pictures in quarters
+        lines.append(
+            f"    pointing-game accuracy {figures['pointing_game']:.3f} (chance {chance:.3g})"
+        )
+    if "visible" in figures:
+        lines[-1] += f"; {figures['visible']:.0%} of the phrases are in sight"
+    return "\n".join(lines)

@@ -24,8 +24,7 @@ from ds_cmli.data.scenes import Scenes, spans_of_tokens
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Embedded, Files
-from ds_cmli.evaluate.metrics import patches_inside, phrase_hits
-from ds_cmli.evaluate.report import Metrics
+from ds_cmli.evaluate.metrics import Metrics, patches_inside, phrase_hits
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
@@ -87,15 +86,13 @@ class Entities(Files):
         elif lists and split != "all":
             raise UserError(f"--split is {split!r}: --boxes has {', '.join(lists)}, and 'all'")
         for name in names:
-            files = [place / f"{name}{suffix}" for suffix in (".jpg", ".jpeg", ".png")]
-            file = next(filter(Path.exists, files), files[0])
             with blame(f"--boxes is {folder!r}: picture {name} cannot be read"):
                 annotation = (root / f"Annotations/{name}.xml").read_text("utf-8")
                 size, boxes = parse_annotation(annotation)
                 for line in (root / f"Sentences/{name}.txt").read_text("utf-8").splitlines():
                     text, spans = parse_sentence(line)
                     if known := [(span, boxes[name]) for span, name in spans if name in boxes]:
-                        self.rows.append((file, text))
+                        self.rows.append((place / f"{name}.jpg", text))
                         self.phrases.append((known, size))
         if not self.rows:
             wanted = "Flickr30k Entities' folder, with Annotations/ and Sentences/"

@@ -13,9 +13,8 @@ from torch import Tensor
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Embedded, Evaluator, HeldOut, block, embed
-from ds_cmli.evaluate.metrics import best_right, chance, count, mean_recalls
+from ds_cmli.evaluate.metrics import Metrics, best_right, chance, count, mean_recalls, prefixed
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
-from ds_cmli.evaluate.report import Metrics, prefixed
 
 PICTURES = 128  # per block, which has as many captions as they have
 
@@ -27,10 +26,10 @@ def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]
     `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `pointing_game` of scenes, and
     `Embedded.counts`.
     """
-    was_training = model.objective.training
-    model.objective.eval()
+    was_training = model.module.training
+    model.module.eval()
     own = embed(model, pairs)  # collective
-    model.objective.train(was_training)
+    model.module.train(was_training)
     pictures = torch.tensor([own.image_of[caption] for caption in own.captions])
     out = own.counts | prefixed("chance/", chance(pictures))
     for kind, values in rank(model, own).items():  # collective

@@ -140,7 +140,7 @@ class CMLIModel(PreTrainedModel):
         special = torch.tensor(self.config.special_ids, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, special)
 
-    def scales(self) -> dict[str, float]:
+    def score_scales(self) -> dict[str, float]:
         """1/temperature of each kind of scores that was trained, "global" and "cmli", of the first
         loss over them. CPU-GPU sync."""
         out: dict[str, float] = {}
@@ -157,7 +157,7 @@ class CMLIModel(PreTrainedModel):
         text_cls, tokens = self.student.text_embeddings(input_ids, attention_mask.bool())
         mask = self.token_mask(input_ids, attention_mask)
         cmli = cmli_scores(patches, tokens, mask)  # s_i2t and s_t2i
-        combined = both_ways(image_cls @ text_cls.t(), cmli, self.scales())["combined"]
+        combined = both_ways(image_cls @ text_cls.t(), cmli, self.score_scales())["combined"]
         features = (image_cls, text_cls, patches, tokens, mask)
         return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
 

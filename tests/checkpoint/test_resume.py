@@ -14,7 +14,6 @@ from ds_cmli.common import UserError, sha256
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.run import Run
 from tests import make
 from tests.conftest import ZERO1, set_one_process
 from tests.drive_train import drive
@@ -56,21 +55,13 @@ def refused(*arguments: object) -> str:
 # --- damage
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 4
     path.write_bytes(content)
 
 
-def lengthen(path: Path) -> None:
-    path.write_bytes(path.read_bytes() + b"\0")
-
-
-@pytest.mark.parametrize("damage", [truncate, flip, lengthen, Path.unlink])
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
 def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys):
     newest = run / "checkpoint" / "step4"
     names = sorted(path.name for path in newest.iterdir())
@@ -110,9 +101,8 @@ class Evil:
 
 
 FOREIGN = [
-    ("rank-0.pt", Evil), ("rank-0.pt", lambda ran: torch.ones(3)), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}),
-    ("mp_rank_00_model_states.pt", Evil), (OPTIMIZER, Evil),
-    ("state.json", lambda ran: 7), ("state.json", lambda ran: {"stepp": 4}), ("state.json", lambda ran: None),
+    ("rank-0.pt", Evil), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}), ("mp_rank_00_model_states.pt", Evil),
+    (OPTIMIZER, Evil), ("state.json", lambda ran: {"stepp": 4}),
 ]  # fmt: skip
 
 
@@ -169,18 +159,10 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(run,
 def test_what_no_step_depends_on_may_change(run, arguments, tmp_path):
     ds_config = {"wall_clock_breakdown": True, "steps_per_print": 5}
     default = json.loads(Path("ds_configs/zero2.json").read_text())
-    free = [
-        "--set",
-        "data.prefetch=1",
-        "--set",
-        "data.max_bad_share=0.5",
-        "--set",
-        "run.eval_batch=3",
-        "--set",
-        "loss.cmli_scratch_bytes=2000000",
-    ]
-    free += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", {**default, **ds_config})]
-    assert drive([*arguments, "--output-dir", str(run), "--save-every", "5", *free]) == 0
+    free = {"data.prefetch": 1, "data.max_bad_share": 0.5, "run.eval_batch": 3, "loss.cmli_scratch_bytes": 2_000_000}
+    given = [word for name, value in free.items() for word in ("--set", f"{name}={value}")]
+    given += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", {**default, **ds_config})]
+    assert drive([*arguments, "--output-dir", str(run), "--save-every", "5", *given]) == 0
 
 
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
@@ -251,15 +233,13 @@ def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(
 
 
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp_path, capfd, monkeypatch):
-    from ds_cmli.evaluate import report
-
     values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
 
     def best(before, split, result, step):
         now = {"metric": "m", "value": values[step], "step": step, "pairs": 4, "chance": 0.25}
         return before if values[step] <= before.get("value", -1) else now
 
-    monkeypatch.setattr(report, "best", best)
+    monkeypatch.setattr("ds_cmli.run.best", best)
     run, kept = tmp_path / "run", tmp_path / "run" / "model.best.safetensors"
     argv = [*arguments, "--output-dir", str(run), "--steps=12", "--eval-every=2"]
     argv += ["--save-every=0", "--keep=1", "--set", "run.patience=2", "--set", "run.keep_best=true"]
@@ -275,13 +255,3 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
     assert weights != (run / "model.ema.safetensors").read_bytes()
     assert drive(argv) == 0
     assert "is finished, 8 steps" in capfd.readouterr().out
-
-
-def test_a_diverged_run_names_the_last_good_checkpoint(run, arguments, monkeypatch):
-    def diverge(run, losses):
-        run.state.skipped_in_row = 6
-        raise UserError(run.checkpoints.diverged("6 steps in a row were skipped", run.state))
-
-    monkeypatch.setattr(Run, "end_step", diverge)
-    line = refused(*arguments, "--output-dir", run)
-    assert "the run has diverged" in line and str(run / "checkpoint" / "step4") in line

@@ -14,7 +14,7 @@ from ds_cmli.data.build import build_data
 from ds_cmli.data.sources import Files
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
-from ds_cmli.evaluate.report import summary
+from ds_cmli.evaluate.metrics import summary
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.models.student import Student
 from tests.ranks import run
@@ -64,11 +64,11 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
 
 def test_training_mode_and_random_numbers_stay_as_they_were():
     model, scenes = untrained(3)
-    model.objective.train()
+    model.module.train()
     before = torch.random.get_rng_state()
     _, own = evaluate_split(model, scenes)
     match_maps(own, model.tokenizer, model.student.grid, 2)
-    assert model.objective.training and torch.equal(before, torch.random.get_rng_state())
+    assert model.module.training and torch.equal(before, torch.random.get_rng_state())
 
 
 def folder(path):

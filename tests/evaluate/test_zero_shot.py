@@ -53,7 +53,7 @@ class Given(torch.nn.Module):
         return cls, padded
 
 
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("case", range(2))
 def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 

@@ -83,7 +83,7 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
         torch.testing.assert_close(found.pooler_output, cls, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.last_hidden_state, image.projection(tokens), rtol=0, atol=1e-6)
     if kind != "a distillation":
-        assert model.scales() == objective.score_scales()
+        assert model.score_scales() == objective.score_scales()
 
 
 OTHER = """
@@ -121,7 +121,7 @@ def run(made, tmp_path_factory):
 @torch.no_grad()
 def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
     model, half = AutoModel.from_pretrained(run), AutoModel.from_pretrained(run, dtype=torch.bfloat16)
-    assert half.scales() == model.scales() and half.student.projection.weight.dtype == torch.bfloat16
+    assert half.score_scales() == model.score_scales() and half.student.projection.weight.dtype == torch.bfloat16
     pixels = AutoProcessor.from_pretrained(run)(images=PIXELS)["pixel_values"]
     wanted = model.get_image_features(pixels).pooler_output
     torch.testing.assert_close(half.get_image_features(pixels).pooler_output.float(), wanted, atol=0.1, rtol=0.1)
