@@ -164,12 +164,10 @@ def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
     """The same of open_clip, without a CoCa's decoder of captions."""
     from open_clip import create_model
 
-    from ds_cmli.models.open_clip import of_towers
-
     own, data = config.student.source_config, config.data
     how = {"mean": own["mean"], "std": own["std"], "interpolation": data.interpolation}
     how["resize_mode"] = data.resize.removesuffix("_pillow")
-    content = {"model_cfg": of_towers(own), "preprocess_cfg": how}
+    content = {"model_cfg": own["model_cfg"], "preprocess_cfg": how}
     (folder / OPEN_CLIP).write_text(json.dumps(content, indent=2) + "\n")
     place = f"{LOCAL}{folder}"
     model = create_model(place, load_weights=False, pretrained_text=False)

@@ -30,8 +30,8 @@ from ds_cmli.common import UserError, one_line, read_json, sha256
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.models.blocks import merged
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
-from ds_cmli.models.lora import merged
 
 OF_DISTILLATION = "width_head."  # the head to the teacher's width, which is not the student's
 FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"

@@ -72,8 +72,8 @@ class StudentConfig:
     # the whole encoder is.
     freeze_image: Number = 0
     freeze_text: Number = 0  # the same of the text encoder
-    # LoRA (`models/lora.py`): the ends of the names of an encoder's layers that get adapters, such
-    # as {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}; the rest of it is frozen.
+    # LoRA (`models/blocks.py`): the ends of the names of an encoder's layers that get adapters, as
+    # {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}; the rest of it is frozen.
     lora: dict[Literal["image", "text"], Names] = empty()
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
     lora_alpha: Count = 16  # divided by the rank: the factor of the adapters

@@ -41,6 +41,7 @@ OF_TRAINING = {
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
 # Those of open_clip, where "random" is one of the others in training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+OF_OPEN_CLIP = ("patch_dropout", "timm_drop", "timm_drop_path")
 RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
@@ -159,6 +160,13 @@ class Source:
                 raise self.error(f"no {OPEN_CLIP} there, or it has no model_cfg")
             model, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
         return {"model_type": "open_clip", "model_cfg": model, "preprocess_cfg": preprocess}
+
+    @property
+    def in_open_clip(self) -> tuple[str, str | None]:
+        """What `open_clip.create_model` calls the model, and its weights."""
+        if self.name.startswith(NAMED):
+            return architecture_and_weights(self.name)
+        return self.name if is_marked(self.name) else f"{(HUB, LOCAL)[self.local]}{self.name}", None
 
     def published(self) -> tuple[JsonObject, JsonObject]:
         """`model_cfg` and `preprocess_cfg` of an architecture that the package has."""
@@ -354,12 +362,21 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         ("tokenizer_mode", text.tokenizer_mode, not text.tokenizer_mode),
         ("attentional_pool", pool, not isinstance(pool, str)),
         ("pool_type", "none", "none" not in (vision.pool_type, text.pool_type)),
+        ("layers", vision.layers, isinstance(vision.layers, int)),  # a list of a ResNet
+        ("timm_pool", vision.timm_pool, vision.timm_pool in ("", "avg", "map", "token")),
+        ("proj_type", text.proj_type, text.proj_type != "none"),
         ("image_size", size, isinstance(size, int) or len(set(size)) == 1),
         ("resize_mode", mode, mode in RESIZING),
         ("interpolation", interpolation, interpolation in INTERPOLATIONS),
     ):
         if not fits:
             raise source.error(f"its {name} is {value!r}, which is not supported")
+    # Of a CoCa the two towers alone; and without what acts in open_clip's own training.
+    if model.pop("multimodal_cfg", None) is not None:
+        for side in ("vision_cfg", "text_cfg"):
+            model[side].pop("output_tokens", None)
+    model["vision_cfg"] |= {name: 0.0 for name in OF_OPEN_CLIP if model["vision_cfg"].get(name)}
+    model["vision_cfg"]["timm_model_pretrained"] = False
     own: JsonObject = {"model_cfg": model}
     for name in ("mean", "std"):
         value = pictures[name]
@@ -370,12 +387,13 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         hub = not Path(name).is_dir()
         with blame(f"{what}: the sizes of its text encoder cannot be read"), loading(hub=hub):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        own["text_config"] = config.to_diff_dict()
+        own["text_config"] = config.to_diff_dict() | {"use_cache": False}
+        model["text_cfg"]["hf_model_pretrained"] = False
     tokenizer = DEFAULT_TOKENIZER
     if text.hf_tokenizer_name or text.tokenizer_kwargs:
-        tokenizer = f"{(HUB, LOCAL)[source.local]}{source.name}"
-        if is_marked(source.name):
-            tokenizer = source.name.partition("@")[0]
+        tokenizer = source.in_open_clip[0]
+        if source.name.startswith(NAMED):
+            tokenizer = f"{NAMED}{tokenizer}"
     # Towers whose features depend on the padding need all of it.
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {

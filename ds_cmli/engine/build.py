@@ -27,11 +27,15 @@ from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.blocks import cast_buffers, checkpoint_blocks, compile_blocks, read_outside
+from ds_cmli.models.blocks import (
+    add_adapters,
+    cast_buffers,
+    checkpoint_blocks,
+    compile_blocks,
+    read_outside,
+)
 from ds_cmli.models.hf import WEIGHTS, load
-from ds_cmli.models.lora import add_adapters
-from ds_cmli.models.student import Student
-from ds_cmli.models.teacher import Teacher
+from ds_cmli.models.student import Student, Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -19,7 +19,7 @@ from ds_cmli.engine.ema import EMA
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import gradient_cache
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.teacher import Targets, Teacher
+from ds_cmli.models.student import Targets, Teacher
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

@@ -17,8 +17,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.gradient_cache import KnownGradient
 from ds_cmli.losses.target_cmli import Features, WidthHead
-from ds_cmli.models.student import Student
-from ds_cmli.models.teacher import Targets
+from ds_cmli.models.student import Student, Targets
 
 # The weighted sum, a scalar in fp32; each loss by name, detached.
 Losses = tuple[Tensor, dict[str, Tensor]]

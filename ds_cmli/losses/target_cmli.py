@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import full_precision, upcast
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.models.student import Student
-from ds_cmli.models.teacher import Targets
+from ds_cmli.models.student import Student, Targets
 
 
 class Features(NamedTuple):

@@ -35,14 +35,11 @@ class Start(NamedTuple):
 
 
 class ValuePath(nn.Module):
-    """What SigLIP's attention pooling gives where it attends to one patch alone."""
+    """What an attention pooling gives where it attends to one patch alone."""
 
-    def __init__(self, pooling: Any):
+    def __init__(self, value: nn.Module, out: nn.Module, norm: nn.Module, mlp: nn.Module):
         super().__init__()
-        own = pooling.attention
-        self.value = layer(own.in_proj_weight.chunk(3)[2], own.in_proj_bias.chunk(3)[2])
-        self.out = layer(own.out_proj.weight, own.out_proj.bias)
-        self.norm, self.mlp = copied(pooling.layernorm), copied(pooling.mlp)
+        self.value, self.out, self.norm, self.mlp = map(copied, (value, out, norm, mlp))
 
     def forward(self, patches: Tensor) -> Tensor:
         """[B, N, H] -> [B, N, H]."""
@@ -86,7 +83,11 @@ class DualImage(nn.Module):
         self.pools = hasattr(self.model, "head")
         if self.pools:
             self.class_head: nn.Module = nn.Identity()
-            self.token_head: nn.Module = ValuePath(self.model.head)
+            pooling = self.model.head
+            own = pooling.attention
+            value = layer(own.in_proj_weight.chunk(3)[2], own.in_proj_bias.chunk(3)[2])
+            out = layer(own.out_proj.weight, own.out_proj.bias)
+            self.token_head: nn.Module = ValuePath(value, out, pooling.layernorm, pooling.mlp)
         else:
             self.class_head = dual.get_submodule("visual_projection")
             self.token_head = copied(self.class_head)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ds_cmli.cmli import CMLILoss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
-from ds_cmli.models.teacher import Targets
+from ds_cmli.models.student import Targets
 from tests import make
 
 CAPTIONS = ("two words", "two words", "a red square beside a blue circle", "one", "the sky is green here")

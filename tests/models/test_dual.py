@@ -15,7 +15,6 @@ from ds_cmli.common import UserError
 from ds_cmli.config.source import applied
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View
-from ds_cmli.models.dual import ValuePath
 from ds_cmli.models.student import Student
 from tests.models.dual_models import clip, settings, siglip, start
 
@@ -78,7 +77,8 @@ def test_patches_and_tokens_start_in_the_joint_space(folders):
     pooling = AutoModel.from_pretrained(folders["siglip"]).vision_model.head
     patches = torch.randn(3, 5, 32)
     alone = torch.stack([pooling(patches[:, n : n + 1]) for n in range(5)], 1)
-    torch.testing.assert_close(ValuePath(pooling)(patches), alone)
+    path = start(folders["siglip"], PAIRS["siglip"])[0].student.image.token_head
+    torch.testing.assert_close(path(patches), alone)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ import torch
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
-from ds_cmli.models.student import Student
-from ds_cmli.models.teacher import Teacher
+from ds_cmli.models.student import Student, Teacher
 
 CONFIG = load_preset("tiny", {})
 S, VOCAB = CONFIG.data.image_size, 99

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models
-from ds_cmli.models.lora import merged
+from ds_cmli.models.blocks import merged
 from tests.checkpoint.runs import assert_same, json_file
 from tests.drive_train import drive as train
 from tests.stranger.drive import ONE_BLOCK

@@ -128,20 +128,20 @@ def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
     assert Source(f"local-dir:{folder}").config["model_type"] == "open_clip"
 
 
+LOADS = "open_clip cannot load it"
 REFUSED = [
     ({"hf_model_name": "./none"}, "text_cfg", "the sizes of its text encoder cannot be read"),
     ({"tokenizer_mode": "clips"}, "text_cfg", "its tokenizer_mode is 'clips'"),
-    ({"vocab_size": 100}, "text_cfg", "its weights cannot be loaded: .*size mismatch for text.token_embedding"),
+    ({"proj_type": "none"}, "text_cfg", "its proj_type is 'none'"),
+    ({"vocab_size": 100}, "text_cfg", f"{LOADS}: .*size mismatch for text.token_embedding"),
     ({"attentional_pool": "cascade"}, "vision_cfg", "its attentional_pool is 'cascade'"),
-    (
-        {"width": 33},
-        "vision_cfg",
-        "open_clip cannot build it: AssertionError: embed_dim must be divisible by num_heads",
-    ),
+    ({"layers": [1, 1, 1, 1]}, "vision_cfg", r"its layers is \[1, 1, 1, 1\]"),
+    ({"timm_pool": "rot_attn"}, "vision_cfg", "its timm_pool is 'rot_attn'"),
+    ({"width": 33}, "vision_cfg", f"{LOADS}: AssertionError: embed_dim must be divisible by num_heads"),
     ({"colour": 1}, "vision_cfg", "cannot be used: .*unexpected keyword argument 'colour'"),
-    ({"timm_model_name": "vit_none"}, "vision_cfg", "open_clip cannot build it: RuntimeError: Unknown model"),
-    ({"layers": 3}, "vision_cfg", r"its weights cannot be loaded: .*Missing key.*visual.transformer.resblocks.2"),
-    ({"layers": 1}, "vision_cfg", r"its weights cannot be loaded: .*Unexpected key.*visual.transformer.resblocks.1"),
+    ({"timm_model_name": "vit_none"}, "vision_cfg", f"{LOADS}: RuntimeError: Unknown model"),
+    ({"layers": 3}, "vision_cfg", rf"{LOADS}: .*Missing key.*visual.transformer.resblocks.2"),
+    ({"layers": 1}, "vision_cfg", rf"{LOADS}: .*Unexpected key.*visual.transformer.resblocks.1"),
     ({"resize_mode": "longest"}, "preprocess_cfg", "its resize_mode is 'longest'"),
 ]
 
@@ -180,9 +180,9 @@ def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused("no open_clip_config.json there", f"local-dir:{tmp_path}/empty")
     folder = shutil.copytree(folders["vit"], tmp_path / "copy")
     (folder / "open_clip_model.safetensors").write_bytes(b"damaged")
-    refused("its weights cannot be loaded", folder)
+    refused(f"{LOADS}: ", folder)
     (folder / "open_clip_model.safetensors").unlink()
-    refused("its weights cannot be loaded: RuntimeError: Required pretrained weights", folder)
+    refused(f"{LOADS}: RuntimeError: Required pretrained weights", folder)
     (folder / "open_clip_config.json").write_text("{")
     refused("cannot be read", folder)
     monkeypatch.setattr("ds_cmli.config.source.find_spec", lambda name: None)

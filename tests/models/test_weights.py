@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.models.student import Student
-from ds_cmli.models.teacher import Teacher
+from ds_cmli.models.student import Student, Teacher
 
 CONFIG = load_preset("tiny", {})
 S, VOCAB, GRID = CONFIG.data.image_size, 99, (4, 4)
