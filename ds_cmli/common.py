@@ -30,13 +30,17 @@ class UserError(Exception):
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
-    """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1."""
+    """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1.
+
+    A GPU without free memory is no mistake in what was given.
+    """
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
-        if os.environ.get("DS_CMLI_TRACEBACK") == "1":
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
+        if out_of_memory or os.environ.get("DS_CMLI_TRACEBACK") == "1":
             raise
         raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
 

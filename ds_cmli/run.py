@@ -23,7 +23,7 @@ from ds_cmli.evaluate.metrics import best, prefixed, summary
 from ds_cmli.evaluate.retrieval import evaluate_split
 from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.metrics import Meter, NullWriter, Writer, peak_memory_bytes
+from ds_cmli.metrics import Meter, NullWriter, Writer
 
 
 @dataclass
@@ -127,7 +127,7 @@ class Run:
         values = by_name(means, self.config.loss.weights, state.micro_batches * micro_batch)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
         values |= self.meter.lap()
-        self.writer.log(state.step, values, peak_memory_bytes=peak_memory_bytes())
+        self.writer.log(state.step, values)
         state.sums.zero_()
         state.micro_batches = 0
 
@@ -187,5 +187,5 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
-        with self.meter.paused(checkpoint=True), self.watchdog.slow():
+        with self.meter.paused(), self.watchdog.slow():
             self.writer.say(self.checkpoints.save(self.state))  # collectives

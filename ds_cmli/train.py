@@ -192,7 +192,7 @@ def train(
             engine=engine,
             checkpoints=Checkpoints(folder, engine, config.run, (state.step, state.evaluated)),
             writer=writer,
-            meter=Meter(engine, counts=config.run.compile == "off"),
+            meter=Meter(engine, device.type == "cuda" and config.run.compile == "off"),
             bad=bad,
             flags=flags,
             watchdog=watchdog,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 
 from ds_cmli.common import UserError, blame, check_writable, exit_code, nearest
 from tests.ranks import ROOT, clean_environment
@@ -36,6 +37,8 @@ def test_a_mistake_is_one_line_and_code_2(error, line, capsys, monkeypatch):
 def test_what_a_library_raises_is_blamed_on_what_was_given(monkeypatch):
     with pytest.raises(UserError, match=r"^--data x: KeyError: 'caption'$"), blame("--data x"):
         raise KeyError("caption")
+    with pytest.raises(torch.OutOfMemoryError), blame("DeepSpeed refuses the configuration"):
+        raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setenv("DS_CMLI_TRACEBACK", "1")
     with pytest.raises(KeyError), blame("--data x"):
         raise KeyError("caption")

@@ -5,15 +5,15 @@ from itertools import accumulate
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_cmli import engine
+from ds_cmli import engine, metrics
 from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine import plan
-from ds_cmli.metrics import Meter
 from profiling.speed.op import cpu_sizes
 from tests import make
 from tests.conftest import ZERO1
@@ -104,28 +104,44 @@ def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_devic
     assert train_engine.engine.skipped_steps == 1 and losses[-1] < losses[0]
 
 
-def test_the_flops_of_a_step_are_those_of_its_products(device, data, batches):
-    """Of layers, whose inputs' and weights' gradients are two more each, of attention, and of the all-pairs kernels."""
+@pytest.mark.parametrize("accumulation, section", [(1, {}), (1, {"activation_checkpointing": {}}), (2, {})])
+def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, data, batches, accumulation, section):
+    """By hand, three times the forward pass: what checkpointing or gradient caching computes again does not count."""
+    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
+    json = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": accumulation, **section}
     ours = {"student": {"layers": 1, "shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
-    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, ours)
-    meter, batch, layers = Meter(train_engine), batches[0], []
+    train_engine, micro_batches = build(device, data, json, ours), batches[:accumulation]
+    meter = metrics.Meter(train_engine)
+    # PyTorch's counter does not know the attention of CPUs.
+    with meter.step(micro_batches), sdpa_kernel(SDPBackend.MATH):
+        train_engine.step(micro_batches)
+    N, H, D = 16, 32, 16  # patches of 14 x 14 pixels
+    B, positions = len(batches[0].index), sum(batch.input_ids.shape[1] for batch in micro_batches)
 
-    def count(layer, inputs, output):
-        layers.append((2 + inputs[0].requires_grad) * 2 * output.numel() * layer.weight[0].numel())
+    def layer(L, width):  # queries, keys, values and output, the MLP, scores and their values
+        return 4 * L * H * H + 2 * L * H * width + 2 * L * L * H
 
-    for module in train_engine.objective.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
-            module.register_forward_hook(count)
-    with meter.step([batch]):
-        train_engine.step([batch])
-    (B, M), N, H, D = batch.input_ids.shape, 16, 32, 16
-    attention = (2 + 5) * 2 * B * H * ((N + 1) ** 2 + M**2)  # two products, and five in backward
-    assert meter.flops == sum(layers) + attention + 3 * 2 * B * B * N * M * D
-    with meter.step([batch]):
-        pass
+    images = accumulation * (N * 3 * 14**2 * H + layer(N + 1, 4 * H) + N * H * D)
+    texts = sum(layer(batch.input_ids.shape[1], 2 * H) for batch in micro_batches) + positions * H * D
+    assert meter.flops == 3 * 2 * B * (images + texts + accumulation * B * N * positions * D)
     meter.since -= 10
     columns = meter.lap()
-    assert columns["tflops"] == pytest.approx(2 * meter.flops / 10 / 1e12, rel=0.2) and "time/data" in columns
+    assert columns["tflops"] == pytest.approx(meter.flops / 10 / 1e12, rel=0.2)
+    assert columns["mfu"] == pytest.approx(1e6 * columns["tflops"], rel=0.001)
+
+
+def test_of_the_teacher_the_forward_pass_counts_once(monkeypatch, device, data, batches):
+    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
+    counts = []
+    for block in (0, 1):  # the teacher's last one
+        sections = {"teacher": {"block": block}, "loss": {"weights": {"cls_kd": 1.0}}}
+        train_engine = build(device, data, ZERO1, sections)
+        meter = metrics.Meter(train_engine)
+        with meter.step(batches[:1]), sdpa_kernel(SDPBackend.MATH):
+            train_engine.step(batches[:1])
+        counts.append(meter.flops)
+    B, L, H = 8, train_engine.teacher.image.grid[0] ** 2 + 1, train_engine.teacher.width
+    assert counts[1] - counts[0] == 2 * B * (12 * L * H * H + 2 * L * L * H)
 
 
 @pytest.mark.parametrize("gpu, bf16, runs", [(False, True, "bf16"), (False, False, "fp32"), (True, False, "fp16")])
