@@ -2,7 +2,7 @@
 
 import os
 import shutil
-import socket
+import stat
 import subprocess
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.ranks import free_port
+from tests.ranks import ROOT, clean_environment, free_port
 
 NODES = ("n1", "n2", "n3")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
@@ -64,9 +64,8 @@ class NoSlurm(Exception):
 
 class Cluster:
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.conf = folder / "slurm.conf"
-        self.daemons: dict[str, subprocess.Popen] = {}
+        self.folder, self.conf = folder, folder / "slurm.conf"
+        self.daemons: list[subprocess.Popen] = []
         self.nodes: dict[str, subprocess.Popen] = {}  # the last slurmd of each
 
     def start(self) -> None:
@@ -76,38 +75,42 @@ class Cluster:
             raise NoSlurm(f"{missing[0]} is not installed: {INSTALL}")
         if os.geteuid() != 0:
             raise NoSlurm("its daemons must be started by root")
-        host = subprocess.run(["hostname", "-s"], capture_output=True, text=True, check=True).stdout.strip()
-        self.address = own_address()
-        names = [NODE.format(name=name, address=self.address, host=host, port=free_port()) for name in NODES]
-        values = {"host": host, "folder": self.folder, "controller_port": free_port(), "nodes": "\n".join(names)}
+        host, addresses = (subprocess.check_output(["hostname", of], text=True).split() for of in ("-s", "-I"))
+        names = {"host": host[0], "address": [*addresses, "127.0.0.1"][0]}
+        nodes = "\n".join(NODE.format(name=node, port=free_port(), **names) for node in NODES)
+        values = {"host": host[0], "folder": self.folder, "controller_port": free_port(), "nodes": nodes}
         self.conf.write_text(SLURM_CONF.format(**values))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
-        (self.folder / "dev").mkdir()
-        for gpu in range(2):  # clones of /dev/null: Slurm hands out device files, whatever they are
-            device = self.folder / "dev" / f"nvidia{gpu}"
-            done = subprocess.run(["mknod", "-m", "666", device, "c", "1", "3"], capture_output=True, text=True)
-            if done.returncode:
-                raise NoSlurm(f"no device files can be made here: {done.stderr.strip()}")
+        for name in ("dev", "state", *(f"spool.{node}" for node in NODES)):
+            (self.folder / name).mkdir()
+        try:
+            for gpu in range(2):  # clones of /dev/null: Slurm hands out device files, whatever they are
+                os.mknod(self.folder / "dev" / f"nvidia{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        except OSError as error:
+            raise NoSlurm(f"no device files can be made here: {error}") from None
         gres = f"AutoDetect=off\nNodeName=n[1-3] Name=gpu File={self.folder}/dev/nvidia[0-1]\n"
         (self.folder / "gres.conf").write_text(gres)
         key = self.folder / "slurm.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o600)
-        for name in ("state", *(f"spool.{node}" for node in NODES)):
-            (self.folder / name).mkdir()
         Path("/run/slurm").mkdir(mode=0o755, exist_ok=True)
-        self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
+        self._daemon("slurmctld", "-D", "-i", "-c")
         # One after the other: both replace the socket /run/slurm/sack.socket, and at once one of them fails.
         for number, node in enumerate(NODES):
             self.start_node(node)
             try:
-                self.wait_idle(60, number + 1)
+                self.wait_idle(number + 1)
             except TimeoutError as error:
                 raise NoSlurm(f"node {node} is not idle after 60 s: {error}") from None
 
+    def _daemon(self, program: str, *arguments: str) -> subprocess.Popen:
+        with open(self.folder / f"{program}{len(self.daemons)}.out", "w") as log:
+            command = [program, *arguments, "-f", str(self.conf)]
+            self.daemons.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+        return self.daemons[-1]
+
     def start_node(self, node: str) -> None:
-        self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
-        self.nodes[node] = [*self.daemons.values()][-1]
+        self.nodes[node] = self._daemon("slurmd", "-D", "-N", node)
 
     def kill_node(self, node: str) -> None:
         """Kill a node's slurmd, and the tasks that it has started with what watches over them."""
@@ -121,41 +124,29 @@ class Cluster:
                     if parent and parent.name().startswith("slurmstepd"):
                         parent.kill()
 
-    def _daemon(self, program: str, *arguments: str) -> None:
-        log = (self.folder / f"{program}{len(self.daemons)}.out").open("w")
-        self.daemons[log.name] = subprocess.Popen([program, *arguments], stdout=log, stderr=subprocess.STDOUT)
-
     def stop(self) -> None:
         if self.daemons:
-            self.command("scancel", "--state=RUNNING", check=False)
-            self.command("scancel", "--state=PENDING", check=False)
-        for daemon in reversed(self.daemons.values()):
+            self.command("scancel", "--user=root", check=False)
+        for daemon in reversed(self.daemons):
             daemon.terminate()
-        for daemon in self.daemons.values():
-            try:
+        for daemon in self.daemons:
+            with suppress(subprocess.TimeoutExpired):
                 daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
+            daemon.kill()
+            daemon.wait()
 
-    def environment(self) -> dict[str, str]:
-        """For Slurm's commands: this process's, without what a launcher or another Slurm would have set."""
-        ours = {"SLURM_CONF": str(self.conf)}
-        launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        return {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith("SLURM_")} | ours
-
-    def command(self, *command: str, cwd: Path | None = None, check: bool = True, **env: str) -> str:
-        """Run one of Slurm's commands; what it printed on stdout."""
-        done = subprocess.run(
-            command, env=self.environment() | env, cwd=cwd, capture_output=True, text=True, timeout=60
-        )
+    def command(self, *command: str, check: bool = True, **env: str) -> str:
+        """Run one of Slurm's commands from the project's folder; what it printed on stdout."""
+        ours = {k: v for k, v in clean_environment().items() if not k.startswith("SLURM_")}
+        ours |= {"SLURM_CONF": str(self.conf), **env}
+        done = subprocess.run(command, env=ours, cwd=ROOT, capture_output=True, text=True, timeout=60)
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
         return done.stdout.strip()
 
-    def submit(self, *arguments: str, cwd: Path | None = None, **env: str) -> str:
+    def submit(self, *arguments: str, **env: str) -> str:
         """`sbatch ...`; the job's id."""
-        return self.command("sbatch", "--parsable", *arguments, cwd=cwd, **env)
+        return self.command("sbatch", "--parsable", *arguments, **env)
 
     def job(self, job: str) -> dict[str, str]:
         """The fields of `scontrol show job`."""
@@ -164,32 +155,13 @@ class Cluster:
 
     def wait(self, job: str, *states: str, timeout: float = 120) -> dict[str, str]:
         """Wait until the job is in one of `states`, by default ended; its fields."""
-        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
-        by_name: dict[str, str] = {}
+        awaited = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
+        poll(lambda: self.job(job)["JobState"] in awaited, timeout, lambda: f"job {job}: {self.job(job)}")
+        return self.job(job)
 
-        def reached() -> bool:
-            by_name.update(self.job(job))
-            return by_name["JobState"] in (states or ended)
-
-        poll(reached, timeout, lambda: f"job {job} is {by_name.get('JobState')}, awaited: {states or 'its end'}")
-        return by_name
-
-    def wait_idle(self, timeout: float = 60, nodes: int = len(NODES)) -> None:
-        def idle() -> bool:
-            counts = self.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).split()
-            return counts == [str(nodes)]
-
-        poll(idle, timeout, lambda: self.command("sinfo", check=False))
-
-
-def own_address() -> str:
-    """This machine's address, as the nodes of a cluster have one; the loopback address if it has no network."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
-        try:
-            way.connect(("192.0.2.1", 9))  # chooses a network device, and sends nothing
-        except OSError:
-            return "127.0.0.1"
-        return way.getsockname()[0]
+    def wait_idle(self, nodes: int) -> None:
+        idle = ("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D")
+        poll(lambda: self.command(*idle, check=False) == str(nodes), 60, lambda: self.command("sinfo", check=False))
 
 
 def poll(condition: Callable[[], bool], timeout: float, message: Callable[[], str], interval: float = 0.2) -> None:

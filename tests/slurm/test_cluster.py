@@ -1,5 +1,6 @@
 """slurm/train.sh on a real Slurm: trainings interrupted in the ways it has, and stand-ins in Python's place."""
 
+import os
 import random
 import re
 import sys
@@ -11,12 +12,10 @@ import pytest
 from tests.checkpoint.runs import assert_same
 from tests.make import pairs
 from tests.ranks import ROOT, start_ranks
-from tests.slurm.cluster import NODES, Cluster, poll
+from tests.slurm.cluster import NODES, Cluster, NoSlurm, poll
 
 pytestmark = pytest.mark.slurm
 
-SCRIPT = str(ROOT / "slurm" / "train.sh")
-TWO_NODES = ("--nodes=2", "--time=60")
 # The micro-batch makes a step long enough to be interrupted somewhere before the end.
 TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.eval_batch=100", "--set", "run.match_maps=0")
 
@@ -28,19 +27,19 @@ class Job:
         python = folder / f"python-{time.monotonic_ns()}"
         python.write_text("#!/bin/bash\n" + (stand_in or f'exec {sys.executable} "$@"'))
         python.chmod(0o755)
-        self.cluster, self.run, self.logs = cluster, folder / "run", folder
-        given = (f"--output={folder}/%j.out", *sbatch, SCRIPT, "--output-dir", str(self.run), *options)
+        self.cluster, self.run = cluster, folder / "run"
+        script = (str(ROOT / "slurm" / "train.sh"), "--output-dir", str(self.run), *options)
         env = {"DS_CMLI_PYTHON": str(python), "OMP_NUM_THREADS": "1", **env}
-        self.id = cluster.submit(*given, cwd=ROOT, **env)
+        self.id = cluster.submit(f"--output={folder}/%j.out", *sbatch, *script, **env)
+        self.file = folder / f"{self.id}.out"
 
     @property
     def log(self) -> str:
-        file = self.logs / f"{self.id}.out"
-        return file.read_text() if file.exists() else ""
+        return self.file.read_text() if self.file.exists() else ""
 
     @property
-    def restarts(self) -> str:
-        return self.cluster.job(self.id)["Restarts"]
+    def restarts(self) -> int:
+        return int(self.cluster.job(self.id)["Restarts"])
 
     def until(self, condition, seconds: float = 120) -> None:
         poll(condition, seconds, lambda: self.log, interval=0.02)
@@ -57,6 +56,22 @@ class Job:
         return int(matches[-1]) if matches else 0
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    """A real Slurm of three nodes. Without one the tests skip; with DS_CMLI_REQUIRE_SLURM=1 they fail."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        try:
+            cluster.start()
+        except NoSlurm as reason:
+            if os.environ.get("DS_CMLI_REQUIRE_SLURM") == "1":
+                pytest.fail(f"DS_CMLI_REQUIRE_SLURM is 1, but no Slurm can be started: {reason}")
+            pytest.skip(f"no Slurm can be started: {reason}")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
 @pytest.fixture
 def job(cluster, tmp_path):
     return lambda *sbatch, **more: Job(cluster, tmp_path, *sbatch, **more)
@@ -68,20 +83,12 @@ def preempt(cluster: Cluster, job: Job) -> None:
     assert cluster.wait(cluster.submit(*wants))["JobState"] == "COMPLETED"
 
 
-def node_down(cluster: Cluster, job: Job) -> None:
-    cluster.command("scontrol", "update", "nodename=n2", "state=down", "reason=test")
-    try:
-        cluster.wait(job.id, "PENDING", "RUNNING")
-        poll(lambda: "COMPLETING" not in cluster.command("sinfo", "-h", "-o", "%T").upper(), 60, lambda: "completing")
-    finally:
-        cluster.command("scontrol", "update", "nodename=n2", "state=idle")
-
-
 def node_dies(cluster: Cluster, job: Job) -> None:
     """Its slurmd and all that it has started are gone at once, which Slurm notices after SlurmdTimeout."""
+    before = job.restarts
     cluster.kill_node("n2")
     try:
-        job.until(lambda: job.restarts != "2", 120)
+        job.until(lambda: job.restarts > before)
     finally:
         cluster.start_node("n2")
 
@@ -91,21 +98,21 @@ def requeue(cluster: Cluster, job: Job) -> None:
 
 
 def test_an_interrupted_run_equals_one_left_alone(cluster, job, tmp_path):
-    options = [*TINY, "--data", pairs(tmp_path / "pairs", count=600), "--steps", "40"]
-    interrupted = job(*TWO_NODES, options=options)
+    options = [*TINY, "--data", pairs(tmp_path / "pairs", count=600), "--steps", "30"]
+    interrupted = job("--nodes=2", "--time=60", options=options)
     stops = [0]
-    for number, kind in enumerate((preempt, requeue, node_dies, node_down)):
+    for number, interrupt in enumerate((preempt, requeue, node_dies)):
         # Otherwise two interruptions may meet one start.
         interrupted.until(lambda number=number: interrupted.log.count(", start ") > number)
         target = stops[-1] + random.randint(1, 7)
         interrupted.until(lambda target=target: interrupted.steps() >= target)
-        kind(cluster, interrupted)
+        interrupt(cluster, interrupted)
         cluster.wait(interrupted.id, "PENDING", "RUNNING")
         stops.append(interrupted.steps())
     text = interrupted.ends(timeout=300)
     print(f"stopped at steps {stops[1:]}")
-    assert stops[-1] < 40, "the last interruption came too late to matter"
-    assert int(interrupted.restarts) in (4, 5), text  # Slurm starts one that was preempted again at its end
+    assert stops[-1] < 30, "the last interruption came too late to matter"
+    assert interrupted.restarts in (3, 4), text  # Slurm starts one that was preempted again at its end
     alone = tmp_path / "alone"
     ranks = start_ranks(["ds_cmli/train.py", *options, "--output-dir", alone], [tmp_path / "log"] * 2)
     assert [rank.wait(300) for rank in ranks] == [0, 0]
@@ -120,25 +127,25 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, job):
     cancelled.until(lambda: "stopped at step" in cancelled.log, 30)
     stopped = re.search(r"stopped at step (\d+) of 1000 by SIGTERM", cancelled.log)
     assert (cancelled.run / "checkpoint" / "latest").read_text() == f"step{stopped[1]}"
-    assert cancelled.restarts == "0" and "requeued" not in cancelled.log
+    assert cancelled.restarts == 0 and "requeued" not in cancelled.log
 
 
 ONCE = "[[ $SLURM_RESTART_COUNT ]] && exit 0; {}"
 # stand-in: sbatch's options, the variables, the job's state at its end, restarts, and what the log says
 CASES = {
-    ONCE.format("exit 85"): ((), {}, "COMPLETED", "1", ": requeued\n"),
-    ONCE.format("kill -TERM $$"): ((), {}, "COMPLETED", "1", ": requeued\n"),
-    "exit 85": ((), {"DS_CMLI_REQUEUE_MOST": "2"}, "FAILED", "2", "not requeued after 2 restarts"),
-    "exit 85 # where that is forbidden": (("--no-requeue",), {}, "FAILED", "0", "disabled for job"),
-    "exit 2": ((), {}, "FAILED", "0", "start 0: 1 tasks on each of 1 nodes"),
+    ONCE.format("exit 85"): ((), {}, "COMPLETED", 1, ": requeued\n"),
+    ONCE.format("kill -TERM $$"): ((), {}, "COMPLETED", 1, ": requeued\n"),
+    "exit 85": ((), {"DS_CMLI_REQUEUE_MOST": "2"}, "FAILED", 2, "not requeued after 2 restarts"),
+    "exit 85 # where that is forbidden": (("--no-requeue",), {}, "FAILED", 0, "disabled for job"),
+    "exit 2": ((), {}, "FAILED", 0, "start 0: 1 tasks on each of 1 nodes"),
     ONCE.format("trap 'echo told; exit 85' TERM; for ((;;)); do sleep 0.1; done"): (
-        ("--time=1", "--signal=TERM@50"), {}, "COMPLETED", "1", "told\n"
+        ("--time=1", "--signal=TERM@50"), {}, "COMPLETED", 1, "told\n"
     ),
     'echo "task $SLURM_PROCID of $SLURM_NTASKS sees $CUDA_VISIBLE_DEVICES, $SLURM_CPUS_PER_TASK CPUs"': (
-        ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=3"), {}, "COMPLETED", "0", "task 3 of 4 sees 0,1, 3 CPUs\n"
+        ("--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=3"), {}, "COMPLETED", 0, "task 3 of 4 sees 0,1, 3 CPUs\n"
     ),
     'echo "$SLURMD_NODENAME: $SLURM_PROCID of $SLURM_NTASKS"': (
-        ("--nodes=3", "--ntasks-per-node=2"), {}, "COMPLETED", "0", "n3: 5 of 6\n"
+        ("--nodes=3", "--ntasks-per-node=2"), {}, "COMPLETED", 0, "n3: 5 of 6\n"
     ),
 }  # fmt: skip
 
@@ -160,6 +167,5 @@ def test_what_the_script_does(jobs, name):
 def test_the_last_task_of_an_array_is_requeued_alone(cluster, job):
     array = job("--array=0-2", stand_in=f"[[ $SLURM_ARRAY_TASK_ID != 2 ]] && exit 0; sleep 2; {ONCE.format('exit 85')}")
     ended = [cluster.wait(f"{array.id}_{task}") for task in range(3)]
-    assert [task["JobState"] for task in ended] == ["COMPLETED"] * 3
-    assert [task["Restarts"] for task in ended] == ["0", "0", "1"]
+    assert [(task["JobState"], task["Restarts"]) for task in ended] == [("COMPLETED", number) for number in "001"]
     assert ended[2]["JobId"] == array.id  # what makes it the last
