@@ -5,13 +5,13 @@ import re
 import signal
 import sys
 from functools import partial
-from itertools import combinations
 
 import pytest
+import torch.distributed as dist
 import torch.nn.functional as F
-from _pytest.mark.expression import Expression
 
 from ds_cmli import hardware
+from tests.ranks import ALONE
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
 # refuses to fork it. Engines take the function from here, when they are first imported.
@@ -27,15 +27,8 @@ ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JS
 
 
 def selects_gpu(expression: str) -> bool:
-    """Whether the mark `gpu` makes `-m EXPRESSION` select a test, alone or with others of its marks."""
-    compiled = Expression.compile(expression)
-    names = {*re.findall(r"\w+", expression)} - {"gpu"}
-    marks = [set(some) for count in range(len(names) + 1) for some in combinations(names, count)]
-    return any(
-        compiled.evaluate(lambda name, **_: name in some | {"gpu"})  # noqa: B023
-        and not compiled.evaluate(lambda name, **_: name in some)  # noqa: B023
-        for some in marks
-    )
+    """Whether `-m EXPRESSION` selects tests with the mark `gpu`. Where it errs, `pytest_collection_finish` refuses."""
+    return re.search(r"(?<!not )\bgpu\b", expression) is not None
 
 
 def pytest_configure(config):
@@ -60,6 +53,12 @@ def keep_what_is_imported() -> None:
     """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no process waits long for the last one."""
+    slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "null_gpu")))}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_collection_finish(session):
@@ -164,7 +163,7 @@ def null_gpu():
 
 def set_one_process(patch: pytest.MonkeyPatch) -> None:
     """Set the environment of a training of one process."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+    for name, value in ALONE.items():
         patch.setenv(name, value)
 
 
@@ -173,16 +172,10 @@ def alone(monkeypatch):
     set_one_process(monkeypatch)
 
 
-def _group_is_up() -> bool:
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
-
-
 @contextlib.contextmanager
 def same_process():
     """What commands set inside, as of a launcher, a process group, ZeRO-3, is not there for the next test."""
-    before, grouped = dict(os.environ), _group_is_up()
-    linear = F.linear
+    before, grouped, linear = dict(os.environ), dist.is_initialized(), F.linear
     try:
         yield
     finally:
@@ -190,8 +183,8 @@ def same_process():
         if dict(os.environ) != before:
             os.environ.clear()
             os.environ.update(before)
-        if _group_is_up() and not grouped:
-            sys.modules["torch.distributed"].destroy_process_group()
+        if dist.is_initialized() and not grouped:
+            dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True, scope="module")

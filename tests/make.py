@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
+from tests.ranks import ALONE
 
 # One layer everywhere, and a data set of its own for each test: the smallest training there is.
 SMALL = {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}}
@@ -142,8 +143,7 @@ def train(*arguments: str) -> int:
     from ds_cmli.train import command
     from tests.engines import released
 
-    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
-    with mock.patch.dict(os.environ, one), released():
+    with mock.patch.dict(os.environ, ALONE), released():
         return command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # the environment of an only rank
 
 
 def free_port() -> int:
@@ -124,26 +125,3 @@ def _rank(env: dict[str, str], rank: int, world: int, function: Callable, argume
             return function(rank, world, *arguments)
     finally:
         process_group.shutdown()
-
-
-def commands(
-    argv: list[str], world: int, cwd: str | Path = ROOT, timeout: float = 300
-) -> list[subprocess.CompletedProcess]:
-    """`python ARGV` on each rank, as a launcher starts it, in `cwd`, where {rank} is its number.
-
-    Where one is late, the others are ended.
-    """
-    started, done = [], []
-    for rank, env in enumerate(environments(world)):
-        words = [word.replace("{rank}", str(rank)) for word in (*argv, str(cwd))]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen([sys.executable, *words[:-1]], env=env, cwd=words[-1], **pipes))
-    end = time.monotonic() + timeout
-    try:
-        for process in started:
-            out, err = process.communicate(timeout=max(1, end - time.monotonic()))
-            done.append(subprocess.CompletedProcess(argv, process.returncode, out, err))
-    finally:
-        for process in started:
-            process.kill()
-    return done

@@ -64,8 +64,7 @@ def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
     name, words = argv(line, tmp_path)
     before = files(tmp_path)
     capfd.readouterr()
-    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
-    with mock.patch.object(sys, "argv", [name, *words]), mock.patch.dict(os.environ, one):
+    with mock.patch.object(sys, "argv", [name, *words]), mock.patch.dict(os.environ, ranks.ALONE):
         code = exit_code(importlib.import_module(MODULES[name]).command)
     assert_one_line(code, capfd.readouterr().err, named)
     assert files(tmp_path) == before
@@ -75,7 +74,7 @@ def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
 def test_it_is_told_before_libraries_are_imported_that_take_seconds(command, tmp_path):
     name, words = argv(f"{command} --deepspeed_config /nowhere", tmp_path)
     module = "profiling.predict" if name == "memory" else MODULES[name]
-    (done,) = ranks.commands(["-X", "importtime", "-m", module, *words], 1)
+    done = ranks.python("-X", "importtime", "-m", module, *words, env=ranks.environments(1)[0])
     assert_one_line(done.returncode, done.stderr, "/nowhere")
     assert " click" in done.stderr and not re.search(r"\b(deepspeed|timm)\n", done.stderr)
 

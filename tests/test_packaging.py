@@ -8,8 +8,6 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -18,25 +16,18 @@ else:
 from tests.ranks import ROOT, clean_environment
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """A folder that holds what `pip install` of the project's wheel would put into site-packages."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
+def test_the_wheel_holds_every_file_that_is_no_code_and_finds_it_there(tmp_path):
+    source, installed = tmp_path / "source", tmp_path / "site-packages"
     for name in ("ds_cmli", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path)]
     done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
+    (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as file:
-        file.extractall(folder / "site-packages")
-    return folder / "site-packages"
-
-
-def test_the_wheel_holds_every_file_that_is_no_code_and_finds_it_there(installed, tmp_path):
+        file.extractall(installed)
     beside = [p.relative_to(ROOT) for p in (ROOT / "ds_cmli").rglob("*") if p.suffix in (".json", ".txt", ".cpp")]
     beside += [p.relative_to(ROOT) for p in (ROOT / "ds_cmli" / "config" / "ds_configs").iterdir()]
     assert len(beside) >= 7

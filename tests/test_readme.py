@@ -13,9 +13,11 @@ import pytest
 
 from docs import settings
 from ds_cmli import train
-from tests import drive_train, make
+from ds_cmli.config.schema import load_config
+from tests import make
 from tests.ranks import ROOT, clean_environment, free_port
 from tests.run_folder import write_run
+from tests.stranger.drive import check_memory, used
 
 README = ROOT / "README.md"
 DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
@@ -147,13 +149,20 @@ def test_python_of_results(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.endswith("\n+0.3000 +- 0.1963\n")  # of 0.1 to 0.5: 2.776 * 0.1581 / sqrt(5)
 
 
-def test_python_of_a_plugin(plugins, alone, tmp_path, monkeypatch):
+def test_python_of_a_plugin(plugins, tmp_path, source, monkeypatch):
+    """The page's loss beside an encoder of another plugin: trained, evaluated, exported, its memory predicted."""
     monkeypatch.syspath_prepend(tmp_path)
     for body in blocks("python"):
         if name := re.match(r"# (my_cmli/\w+\.py)\n", body):
-            (tmp_path / name[1]).parent.mkdir(exist_ok=True)
-            (tmp_path / name[1]).write_text(body)
-    given = "--plugin my_cmli --losses global,warm=0.5 --preset tiny --steps 1 --set run.match_maps=0 --output-dir"
-    assert drive_train.drive([*given.split(), str(tmp_path / "run")]) == 0
-    logged = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert float(re.search(r'"temperature/warm": ([\d.]+)', logged)[1]) == pytest.approx(0.2, rel=0.01)
+            make.json_file(tmp_path / name[1], body)
+    model = {"student.image_backbone": "toy", "student.image_model": "toy", "student.image_weights": "random"}
+    run = tmp_path / "run"
+    options = {"--plugin": "my_cmli", "--losses": "warm,global=0.5", "--output-dir": run, "--micro-batch": 8}
+    words = make.small({**options, "--steps": 3, "--log-every": 1}, model)
+    assert not make.train(*words, "--plugin", "tests.stranger.toy", *source)
+    for line in make.lines(run):
+        assert line["loss"] == pytest.approx(line["loss/warm"] + 0.5 * line["loss/global"], rel=1e-5)
+        assert line["temperature/warm"] == pytest.approx(0.2, rel=0.01)
+    results = used(run)
+    assert "refused" not in results and any(name.endswith("/cmli/i2t_r1") for name in results["evaluated"])
+    check_memory(load_config(run / "run.json", "the run"), {"zero_optimization": {"stage": 2}}, 2)

@@ -7,24 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from ds_cmli.cmli import CMLILoss, cmli_scores, cpu, op
 from ds_cmli.cmli.reference import cmli_scores_reference
-from tests.cmli.cases import by_loops, case, check, random_case, with_gradients
+from tests.cmli.cases import Case, by_loops, case, check, random_case, with_gradients
 
 IMPLEMENTATIONS = {"reference": cmli_scores_reference, "chosen": cmli_scores}
 IMAGE, TEXT, MASK = torch.randn(3, 20, 8), torch.randn(4, 6, 8), torch.ones(4, 6, dtype=torch.bool)
-
-
-def of_random_grads(function, sides) -> list[torch.Tensor]:
-    """s_i2t, s_t2i, and the gradients of images and texts for random ones of the scores."""
-    image, text = (x.clone().requires_grad_() for x in sides[:2])
-    scores = function(image, text, *sides[2:])
-    g = torch.Generator().manual_seed(1)
-    of_scores = [torch.randn(s.shape, generator=g, dtype=torch.float64).to(s.dtype) for s in scores]
-    return [*scores, *torch.autograd.grad(scores, (image, text), of_scores)]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -33,16 +23,10 @@ def scores(request):
 
 
 @pytest.mark.parametrize("sizes", [{}, {"N": 3, "M": 2, "D": 4}, {"N": 70, "M": 33, "D": 5}], ids=str)
-@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
-def test_scores_and_gradients_are_those_of_the_equations(scores, dtype, limit, sizes):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_scores_and_gradients_are_those_of_the_equations(scores, dtype, sizes):
     sides = random_case(dtype, **sizes)
-    ours = of_random_grads(scores, sides)
-    expected = of_random_grads(by_loops, (sides[0].double(), sides[1].double(), *sides[2:]))
-    assert [x.dtype for x in ours] == [dtype] * 4
-    assert_close([x.double() for x in ours], expected, rtol=limit, atol=limit)
-    # What does not count gets exactly no gradient, and no text and no image without a position any score.
-    assert not ours[2][~sides[3]].any() and not ours[3][~sides[2]].any()
-    assert not any(s[-1].any() or s[:, -1].any() for s in ours[:2])
+    check(scores, Case("random", sides, [*torch.randn(2, 3, 5, dtype=torch.float64)]), by_loops)
 
 
 def test_padding_does_not_beat_negative_similarities(scores):
@@ -99,14 +83,11 @@ def test_random_cases(backend, first):
             check(partial(cmli_scores, backend=backend), case(seed, dtype=torch.float64))
 
 
-TRITON_SEEDS = "0 1 2 3 4 5 6 7"
-
-
 def test_triton_interpreted():
     """In a process of its own: a variable must be set before triton is imported. Races of threads it does not show."""
     pytest.importorskip("triton")
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.cmli.interpreted", *TRITON_SEEDS.split()]
+    command = [sys.executable, "-m", "tests.cmli.interpreted", *"01234567"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -160,15 +141,6 @@ def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypa
             cached.cache_clear()
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
-def test_tensors_without_data_have_the_shapes_of_others(backend):
-    with FakeTensorMode():
-        image, text = (torch.empty(x.shape).requires_grad_() for x in (IMAGE, TEXT))
-        out = cmli_scores(image, text, torch.ones(4, 6, dtype=torch.bool), backend=backend)
-        grads = torch.autograd.grad([s.sum() for s in out], (image, text))
-    assert [x.shape for x in (*out, *grads)] == [(3, 4), (3, 4), IMAGE.shape, TEXT.shape]
-
-
 def test_autocast_changes_nothing_but_a_narrower_side():
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, cmli_scores(IMAGE, TEXT, MASK), cmli_scores(IMAGE, TEXT, MASK, backend="cpu")))
@@ -180,12 +152,6 @@ def test_a_second_derivative_is_refused():
     image = IMAGE.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(cmli_scores(image, TEXT, MASK)[0].sum(), image, create_graph=True)
-
-
-def test_the_op_imports_torch_alone():
-    code = "import sys, torch; before = {*sys.modules}; import ds_cmli.cmli; print(*{*sys.modules} - before)"
-    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert {name.partition(".")[0] for name in loaded} - {"torch"} == {"ds_cmli"}
 
 
 def test_a_compiled_model_trains_with_the_loss():

@@ -1,55 +1,33 @@
-"""A plugin as a stranger would write it: a loss over all pairs, and an image encoder whose blocks mix all tokens.
-
-Shapes: B images, S image side in pixels, N patches, H width.
-"""
+"""An image encoder of a plugin, as a stranger would write it. B images, N patches of 14 x 14 pixels, width H = 32."""
 
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli import CMLILoss
-from ds_cmli.config.registry import IMAGE, LOSSES, BackboneEntry, LossEntry
-from ds_cmli.config.schema import LossConfig
+from ds_cmli.config.registry import IMAGE, BackboneEntry
 
-PATCH, WIDTH, BLOCKS = 14, 32, 3
-LOSSES["filip"] = LossEntry(f"{__name__}:Filip", scores="cmli", kind="contrastive")
-IMAGE["mixers"] = BackboneEntry(f"{__name__}:Mixers", "a toy")
+IMAGE["toy"] = BackboneEntry(f"{__name__}:Toy", "a toy")
 
 
-class Filip(CMLILoss):
-    def __init__(self, config: LossConfig, student: nn.Module, teacher_width: int | None):
-        super().__init__(0.05)
-
-
-class Mixer(nn.Module):
-    def __init__(self, tokens: int):
-        super().__init__()
-        self.norm, self.across, self.along = nn.LayerNorm(WIDTH), nn.Linear(tokens, tokens), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.across(self.norm(x).mT).mT
-        return x + self.along(x).relu()
-
-
-class Mixers(nn.Module):
-    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+class Toy(nn.Module):
+    mean, std, width = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 32
 
     def __init__(self, name: str, image_size: int, weights: str, layers: int | None, overrides: dict):
         super().__init__()
-        if image_size % PATCH:
-            raise ValueError(f"data.image_size is no multiple of {PATCH}")
-        side = image_size // PATCH
-        self.width, self.grid = WIDTH, (side, side)
-        self.cls = nn.Parameter(torch.zeros(1, 1, WIDTH))
-        self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
-        self.mixers = nn.ModuleList(Mixer(1 + side * side) for _ in range(layers or BLOCKS))
+        self.grid = image_size // 14, image_size // 14
+        self.cls = nn.Parameter(torch.zeros(1, 1, self.width))
+        self.patches = nn.Conv2d(3, self.width, 14, 14)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(self.width, 4, batch_first=True) for _ in range(layers or 3)
+        )
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.mixers)
+        return list(self.layers)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patches(pixels).flatten(2).mT  # [B, N, H]
+        """[B, 1 + N, H], the class token first."""
+        patches = self.patches(pixels).flatten(2).mT
         x = torch.cat([self.cls.expand(len(patches), -1, -1), patches], 1)
-        for mixer in self.mixers:
-            x = mixer(x)
+        for layer in self.layers:
+            x = layer(x)
         return x

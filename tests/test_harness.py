@@ -1,10 +1,24 @@
-"""Which tests see GPUs."""
+"""No room is above its limit, the mutants are of the package as it is, and tests of GPUs alone see GPUs."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from tests import conftest
+from tests import conftest, house
+from tests.mutations import MUTANTS, ROOT, mutated
+
+
+def test_no_room_grows():
+    assert house.above(house.measure(), house.limits()) == []
+    assert house.above({"ds_cmli/data": [8, 3]}, {"ds_cmli/data": [7, 3]}) == ["ds_cmli/data"]
+
+
+def test_each_mutant_has_one_place_and_a_killer():
+    for mutant in MUTANTS:
+        assert mutated(mutant) != (ROOT / "ds_cmli" / mutant.file).read_text()
+        file, _, function = mutant.killer.partition("::")
+        assert f"def {function}(" in (ROOT / "tests" / file).read_text(), mutant.name
+
 
 ON_GPUS = ("gpu", "gpu and not slow", "gpu or null_gpu", "gpu and slow", "not slow and (gpu or null_gpu)")
 ON_CPUS = ("", "slow", "not slow and not gpu", "not gpu", "(slow or slurm or null_gpu) and not gpu", "not slow")
