@@ -67,8 +67,8 @@ class Model:
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         source = Source(str(path))
-        how = {"precision": "fp32", "batch_size": batch_size}
-        return cls(*load(source, source.has_own_data, chosen, **how))
+        own = source.has_own_data
+        return cls(*load(source, own, chosen, precision="fp32", batch_size=batch_size))
 
     @property
     def grid(self) -> tuple[int, int]:

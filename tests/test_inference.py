@@ -48,13 +48,6 @@ def test_embeddings_are_the_students_features(model, pictures):
     assert images.patches.shape == (12, model.grid[0] * model.grid[1], 16)
 
 
-def test_a_text_is_embedded_alike_alone_and_beside_longer_ones(model):
-    together, alone = model.embed_texts(TEXTS), model.embed_texts(TEXTS[0])
-    torch.testing.assert_close(together.cls[0], alone.cls[0], atol=1e-5, rtol=1e-5)
-    valid = alone.token_mask[0]
-    torch.testing.assert_close(together.tokens[0][: len(valid)][valid], alone.tokens[0][valid], atol=1e-5, rtol=1e-5)
-
-
 def test_scores_are_the_definitions(model, pictures, monkeypatch):
     monkeypatch.setattr("ds_cmli.inference.SCORED", 5)  # so that there are three parts
     images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)

@@ -153,7 +153,7 @@ def settle(
             say(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
-        made = {"config": config.to_dict(), "deepspeed": dict(ds_config)}
+        made: dict[str, Any] = {"config": config.to_dict(), "deepspeed": dict(ds_config)}
         made |= {"versions": versions(), "revision": revision(), "command": sys.argv}
         save.publish(folder / CONFIG, (json.dumps(made, indent=2) + "\n").encode())
 

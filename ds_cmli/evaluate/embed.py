@@ -135,11 +135,12 @@ def load(
     device: torch.device,
     ema: bool = False,
     precision: str | None = None,
-    **how: int,
+    batch_size: int = 50,
+    workers: int = 0,
 ) -> tuple[Config, Evaluator]:
     """A run, one of its files of weights, or what training starts from; and its settings.
 
-    By default in the training's precision. `how`: the evaluator's. Raises `UserError`.
+    By default in the training's precision. Raises `UserError`.
     """
     if ema and source.weights:
         raise UserError(f"--ema has no effect with {source.name}: leave it out")
@@ -152,14 +153,15 @@ def load(
     words, trained = tokenizer_of(config.data), is_run or source.is_run
     if trained:
         file = source.weights or (hf.AVERAGE if ema else hf.WEIGHTS)
-        model: Objective | hf.CMLIModel = hf.load(source.path, file)
+        model: Any = hf.load(source.path, file)
     else:
         model, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     dtype = DTYPES[precision or "fp32"]
     cast_buffers(model.student.image, dtype)  # as in training, by engine.build
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    return config, Evaluator(model.to(device).eval(), words, device, trained=trained, **how)
+    model = model.to(device).eval()
+    return config, Evaluator(model, words, device, batch_size, workers, trained=trained)
 
 
 def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:

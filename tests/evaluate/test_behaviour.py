@@ -10,10 +10,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.evaluate import metrics
 from ds_cmli.evaluate.embed import Embedded
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
+from ds_cmli.evaluate.zero_shot import ClassPictures
 from tests import make, ranks
 
 
@@ -150,6 +153,28 @@ def prompts_of_rank(rank: int, world: int, folder: str, run: str, out: str) -> d
     return json.loads(Path(f"{out}/{world}.json").read_text()) if rank == 0 else {}
 
 
+def zero_shot_by_loops(run: Path, classes: Path, templates: list[str]) -> dict[str, float]:
+    """The share of pictures whose own class is best: cosines with mean prompts, means of CMLI over prompts."""
+    from ds_cmli.inference import Model
+
+    model, right = Model.load(run, device="cpu"), {"global": 0, "cmli": 0, "combined": 0}
+    files = [file for file in sorted(classes.rglob("*.png")) if file.name != "x.png"]
+    images, names = model.embed_images(files), sorted({file.parent.name for file in files})
+    prompts = [model.embed_texts([t.replace("{}", name.replace("_", " ")) for t in templates]) for name in names]
+    for i, file in enumerate(files):
+        scores: dict[str, list[float]] = {kind: [] for kind in right}
+        for texts in prompts:
+            cosine = images.cls[i] @ torch.nn.functional.normalize(texts.cls.mean(0), dim=0)
+            similar = [images.patches[i] @ x[mask].t() for x, mask in zip(texts.tokens, texts.token_mask, strict=True)]
+            cmli = torch.stack([x.amax(1).mean() for x in similar]).mean()
+            scores["global"].append(float(cosine))
+            scores["cmli"].append(float(cmli))
+            scores["combined"].append(float(cosine / 0.07 + cmli / 0.02))  # the temperatures at the start
+        for kind, values in scores.items():
+            right[kind] += names[int(np.argmax(values))] == file.parent.name
+    return {kind: count / len(files) for kind, count in right.items()}
+
+
 def test_zero_shot_of_two_ranks_is_that_of_one(run, tmp_path):
     """Three classes of three templates and 7 pictures, one more broken: nothing divides by two."""
     for n in range(7):
@@ -163,4 +188,28 @@ def test_zero_shot_of_two_ranks_is_that_of_one(run, tmp_path):
     assert two.pop("zero_shot/left_out_first") == named and "x.png (cannot identify" in named[0]
     assert one == pytest.approx(two) and "zero_shot/cmli/mean_per_class" in one
     assert (one["zero_shot/pictures"], one["zero_shot/classes"], one["zero_shot/left_out"]) == (7, 3, 1)
+    by_loops = zero_shot_by_loops(run, tmp_path / "classes", ["a photo of {}", "{} here", "the {}"])
+    for kind, right in by_loops.items():
+        assert one[f"zero_shot/{kind}/top1"] == pytest.approx(right), kind
     assert one["zero_shot/combined/top5"] == 1 and one["zero_shot/chance/top1"] == pytest.approx(1 / 3)
+
+
+def folders(path):
+    for name, colour in (("blue_bird", "blue"), ("red_car", "red")):
+        (path / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (30, 20), colour).save(path / name / f"{k}.png")
+    os.mkfifo(path / "red_car" / "b.png")  # to open it would block
+    return str(path)
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    pictures = ClassPictures(folders(tmp_path / "data"), None, None, DataConfig(image_size=8))
+    assert pictures.names == ["blue bird", "red car"] and len(pictures.templates) == 7
+    assert [number for _, number in pictures.rows] == [0, 0, 1, 1]
+    assert [int(pictures.image(k)[2, 0, 0]) for k in range(4)] == [255, 255, 0, 0]
+    names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
+    names.write_text("bird\ncar\n")
+    templates.write_text("a {}\n\n{}s\n")
+    pictures = ClassPictures(str(tmp_path / "data"), str(names), str(templates), DataConfig())
+    assert pictures.names == ["bird", "car"] and pictures.templates == ["a {}", "{}s"]
