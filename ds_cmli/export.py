@@ -106,7 +106,7 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
     from ds_cmli.engine import build_models
 
     student = replace(config.student, lora={}, freeze_image=0, freeze_text=0)
-    loss = replace(config.loss, weights=dict(model.losses) or {"global": 1.0}, start={})
+    loss = replace(config.loss, weights=dict(model.losses) or {"global": 1.0})
     start = replace(config, student=student, loss=loss)
     begun = build_models(start, model.vocab_size, pad_id=model.pad_id)[0].state_dict()
     out = dict(trained)

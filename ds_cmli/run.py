@@ -108,10 +108,10 @@ class Run:
         state.skipped_in_row += 1
         self.writer.say(nonfinite.line(state.step, samples))
         self.writer.log(state.step, {"skipped": samples})
-        if state.skipped_in_row > (most := self.config.run.most_skipped):
+        if state.skipped_in_row > nonfinite.MOST_SKIPPED:
             self.save()  # collectives: with the weights from before the first of them
             count = f"{state.skipped_in_row} steps in a row were skipped"
-            why = f"{count}, more than run.most_skipped = {most}"
+            why = f"{count}, more than {nonfinite.MOST_SKIPPED}"
             raise UserError(self.checkpoints.diverged(why, state))
 
     def log(self) -> None:

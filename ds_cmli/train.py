@@ -23,7 +23,7 @@ import click
 from ds_cmli import hardware
 from ds_cmli.common import UserError, blame, run_command, say, silence, version, without_trackers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import OUTPUT, START, WHAT, ConfigCommand, add, resolve_config
+from ds_cmli.config.options import ConfigCommand, Given, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
@@ -36,16 +36,14 @@ NO_PROFILES = Profiles()
 
 
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@add(*WHAT, *OUTPUT, *START)
 def command(
     deepspeed_config: str,
-    settings: tuple[str, ...],
+    settings: list[Given],
     resume: str,
     resume_with_changes: bool,
     profile: str | None,
     profile_memory: int | None,
     dry_run: bool,
-    **options: Any,
 ) -> int:
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI
     losses.
@@ -54,7 +52,7 @@ def command(
     it saves and ends with exit code 85; started again in the same way, it resumes.
     """
     map_launcher_environment()
-    config = resolve_config(settings, options)
+    config = resolve_config(settings)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {version()}: preset {config.run.preset}, to {where}")
     silence()
@@ -100,7 +98,7 @@ def train(
     if resume_from == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
     if dry_run:
-        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
+        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
         return 0, Path()
     if config.run.deterministic:
         hardware.enforce_determinism()
@@ -216,7 +214,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     from ds_cmli.data.pairs import train_loader
 
     settings, state, data = run.config.run, run.state, run.config.data
-    loader = train_loader(run.data, run.sampler, data.workers, preemption.shield, data.prefetch)
+    loader = train_loader(run.data, run.sampler, data.workers, preemption.shield)
     batches = iter(loader)
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:

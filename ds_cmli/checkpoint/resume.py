@@ -21,13 +21,14 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.save import CHECKSUMS, FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen
-from ds_cmli.common import UserError, blame, read_json, say
-from ds_cmli.config import schedule, schema
+from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, say
+from ds_cmli.config import schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import BadSamples
@@ -41,6 +42,8 @@ from ds_cmli.pretrained import loading
 OF_FILES = tuple(
     f"deepspeed.{section}" for section in ("zero_", "fp16", "bf16", "data_types", "torch_auto")
 )
+# What the state of a schedule says of the position in it; the rest are settings.
+POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "lr_lambdas")
 # All that PyTorch's loader builds from a file besides tensors and plain values.
 torch.serialization.add_safe_globals(
     [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
@@ -194,7 +197,8 @@ def state_of(
             state.best, state.worse_in_row = {}, 0
     state.sums = torch.zeros(columns(config.loss))
     state.config = now
-    state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
+    state.train_batch_size = ds_config["train_batch_size"]
+    state.accumulation = ds_config.accumulation
     return state
 
 
@@ -244,7 +248,19 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine) -> None:
         # This start's rates, weight decay and schedule, which loading has overwritten.
         for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
             group.update(new)
-        schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)
+        with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)
+
+
+def with_new_settings(schedule: LRScheduler, fresh: Section, groups: list[JsonObject]) -> None:
+    """Give a schedule that was loaded from a checkpoint this start's settings and rates.
+
+    Args:
+        fresh: its `state_dict` from before it was loaded.
+        groups: the optimizer's.
+    """
+    vars(schedule).update({name: value for name, value in fresh.items() if name not in POSITION})
+    for group, rate in zip(groups, schedule.get_lr(), strict=True):
+        group["lr"] = rate
 
 
 # --- other ranks, stages and precisions

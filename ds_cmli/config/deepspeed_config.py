@@ -6,22 +6,13 @@ which DeepSpeed ignores where it does not know them, are checked here; the rest 
 
 import copy
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, Required, TypedDict
 
-from ds_cmli.common import (
-    JsonObject,
-    Section,
-    UserError,
-    blame,
-    nearest,
-    read_json,
-    without_trackers,
-)
+from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, without_trackers
 from ds_cmli.config.schema import (
     Count,
     NotNegative,
@@ -97,13 +88,11 @@ class Content(TypedDict, total=False):
 
 
 class DeepSpeedConfig(dict[str, Any]):
-    """The JSON's top level, with what is derived from it; methods that decide return a copy.
+    """The JSON, with what is derived from it; methods that decide return a copy.
 
     `load` or `of` checks the JSON, `on` decides what depends on the device, and `filled` replaces
     all remaining "auto" values.
     """
-
-    notices: tuple[str, ...] = ()  # lines to print
 
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
@@ -122,44 +111,37 @@ class DeepSpeedConfig(dict[str, Any]):
             return content
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
-            check(key in KEYS or key in UNUSED, "key", key, nearest(key, KEYS))
-            check(key in KEYS or value in NOTHING, key, value, "it has no effect here: remove it")
-            if key in KEYS:
+            if key in UNUSED:
+                check(value in NOTHING, key, value, "it has no effect here: remove it")
+            else:
+                choice("key", key, KEYS)
                 out[key] = value
         try:
             TypeAdapter(Content).validate_python(out, strict=True)
         except ValidationError as error:
             raise refusal(error, "", out) from None
-        for key, value in out.get("activation_checkpointing", {}).items():
-            need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
-            check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
-        kind, allowed = out.optimizer, out.get("zero_allow_untested_optimizer")
-        need = 'not tested with ZeRO: take AdamW, or give "zero_allow_untested_optimizer": true'
+        with without_trackers():
+            from deepspeed.runtime import config as theirs
         for section in {"optimizer", "scheduler"} & out.keys():
-            params = out[section].get("params", {})
-            if section == "optimizer" and kind in ADAMS:
+            params, takes = out[section].get("params", {}), signature(section, out[section]["type"])
+            if section == "optimizer" and out.optimizer in ADAMS:
                 params = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
-            takes = signature(section, out[section]["type"])
             with blame(f"{section}.params does not suit {out[section]['type']}"):
                 takes.bind_partial(None, **params)
-        check(kind in ADAMS or bool(allowed), "optimizer.type", kind, need)
-        with without_trackers():
-            from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+        # Where it has one of the same name, it would not take PyTorch's.
+        torchs = out.optimizer not in theirs.DEEPSPEED_OPTIMIZERS
+        allowed = torchs and out.get("zero_allow_untested_optimizer", False)
+        need = "take AdamW, or another of PyTorch's with zero_allow_untested_optimizer"
+        check(out.optimizer in ADAMS or allowed, "optimizer.type", out.optimizer, need)
         with blame("DeepSpeed refuses it"):
             plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
-            Theirs(plain | {"train_micro_batch_size_per_gpu": 1})
+            theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
         return out
-
-    def raw(self) -> JsonObject:
-        """A plain copy, which the caller may change."""
-        return copy.deepcopy(dict(self))
 
     def replaced(self, **settings: Any) -> "DeepSpeedConfig":
         """Copy it with these keys set; None removes one."""
-        changed = dict(self) | settings
-        out = self.of({key: value for key, value in changed.items() if value is not None})
-        out.notices = self.notices
-        return out
+        changed = {**self, **settings}
+        return self.of({key: value for key, value in changed.items() if value is not None})
 
     # --- derived values
 
@@ -182,13 +164,13 @@ class DeepSpeedConfig(dict[str, Any]):
         return self["gradient_accumulation_steps"]
 
     @property
-    def train_batch(self) -> int:
-        return self["train_batch_size"]
-
-    @property
     def checkpointing(self) -> bool:
         """Whether activations are recomputed."""
         return "activation_checkpointing" in self
+
+    @property
+    def needs_width(self) -> bool:
+        return any(self["zero_optimization"].get(key) == "auto" for key in WIDTHS)
 
     @property
     def optimizer(self) -> str:
@@ -199,32 +181,22 @@ class DeepSpeedConfig(dict[str, Any]):
     def optimizer_params(self) -> JsonObject:
         return dict(self.get("optimizer", {}).get("params", {}))
 
-    def offload(self, part: str) -> str:
-        """The device to which "optimizer" or "param" is offloaded; "none" if it is not."""
-        return (self["zero_optimization"].get(f"offload_{part}") or {}).get("device", "none")
-
-    @property
-    def prints(self) -> bool:
-        """Whether the JSON asks for output of DeepSpeed's own log."""
-        logged = self.get("comms_logger", {}).get("enabled", False)
-        return logged or any(self.get(name) for name in LOGS)
-
     # --- decisions
 
-    def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
+    def on(self, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
         """Copy it with the precision decided for a device, if "auto" or a missing fp16 is given.
 
         Args:
-            device: the device type, such as "cuda" or "cpu".
             fp16, bf16: whether the device supports them at no loss of speed.
         """
-        out, has = copy.deepcopy(self), {"bf16": bf16, "fp16": fp16}  # in the order of preference
-        asked = {name: out.get(name, {}).get("enabled") for name in has}
+        has = {"bf16": bf16, "fp16": fp16}  # in the order of preference
+        asked = {name: self.get(name, {}).get("enabled") for name in has}
         if "auto" not in asked.values() and (asked["fp16"] is not True or fp16):
             return self
         # What is asked for, then what is left open. A device without fp16 trains in bf16 instead.
         order = sorted(has, key=lambda name: (asked[name] is not True, asked[name] != "auto"))
         chosen = next((name for name in order if has[name] and asked[name] is not False), "fp32")
+        out = copy.deepcopy(self)
         if out.get("torch_autocast", {}).get("enabled"):
             chosen = "fp32"
         for name in has:
@@ -232,10 +204,6 @@ class DeepSpeedConfig(dict[str, Any]):
                 out.setdefault(name, {})["enabled"] = True
             else:
                 out.pop(name, None)
-        line = f"training in {chosen} on this device ({device})"
-        if asked["fp16"] is True and not fp16:
-            line += ", where fp16 is slow or missing"
-        out.notices = (*self.notices, line)
         return out
 
     def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
@@ -265,11 +233,11 @@ class DeepSpeedConfig(dict[str, Any]):
         optim: OptimConfig,
         world_size: int,
         total_steps: int,
-        width: Callable[[], int] | None = None,
+        width: int = 0,
     ) -> "DeepSpeedConfig":
         """Copy it with all "auto" values filled; explicit values of the JSON overrule `optim`.
 
-        `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes need it.
+        `width` is the model's hidden size, where `needs_width`.
         """
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
@@ -279,57 +247,41 @@ class DeepSpeedConfig(dict[str, Any]):
         if out.optimizer in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
         values: JsonObject = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps}
-        _fill(out, "optimizer", **values, weight_decay=optim.weight_decay)
+        out._fill("optimizer", **values, weight_decay=optim.weight_decay)
         for key, (factor, power) in WIDTHS.items():
             if out["zero_optimization"].get(key) == "auto":
-                if width is None:
-                    raise UserError(f'zero_optimization.{key} is "auto": give a number')
-                out["zero_optimization"][key] = int(factor * width() ** power)
+                out["zero_optimization"][key] = int(factor * width**power)
         if "scheduler" in out:
             warmup = {"warmup_min_lr": 0, "warmup_num_steps": optim.warmup_steps(total_steps)}
             end: JsonObject = {"warmup_max_lr": params["lr"], "total_num_steps": total_steps}
-            _fill(out, "scheduler", **warmup, **end)
+            out._fill("scheduler", **warmup, **end)
         return out
 
-
-def _fill(json: JsonObject, section: str, **values: object) -> None:
-    """Set what is "auto" or missing of what the section's optimizer or schedule takes."""
-    params, takes = (
-        json[section].setdefault("params", {}),
-        signature(section, json[section]["type"]),
-    )
-    for key, value in values.items():
-        if params.get(key, "auto") == "auto" and key in takes.parameters:
-            params[key] = value
+    def _fill(self, section: str, **values: object) -> None:
+        """Set what is "auto" or missing of what the section's optimizer or schedule takes."""
+        params = self[section].setdefault("params", {})
+        takes = signature(section, self[section]["type"]).parameters
+        for key, value in values.items():
+            if params.get(key, "auto") == "auto" and key in takes:
+                params[key] = value
 
 
 def _without_auto(section: Section) -> JsonObject:
     """What is left to check before "auto" values are known."""
-    out: JsonObject = {}
-    for key, value in section.items():
-        if value != "auto":
-            out[key] = _without_auto(value) if isinstance(value, dict) else value
-    return out
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value != "auto"
+    }
 
 
 def signature(section: str, name: str) -> inspect.Signature:
-    """What PyTorch's optimizer, in any case of its letters, or DeepSpeed's schedule takes."""
+    """What PyTorch's optimizer or DeepSpeed's schedule takes. Raises `UserError`."""
     import torch
 
     with without_trackers():
         from deepspeed.runtime import lr_schedules
-        from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 
-    if section == "scheduler":
-        choice("scheduler.type", name, lr_schedules.VALID_LR_SCHEDULES)
-        return inspect.signature(getattr(lr_schedules, name))
-    # DeepSpeed would take its own in their place, or a step of theirs needs more than gradients.
-    refused = {*DEEPSPEED_OPTIMIZERS, "optimizer", "lbfgs", "sparseadam"} - {*ADAMS}
-    kinds = {}
-    for kind in vars(torch.optim).values():
-        if isinstance(kind, type) and kind.__name__.lower() not in refused:
-            kinds[kind.__name__.lower()] = kind
-    if name.lower() not in kinds:
-        known = [kind.__name__ for kind in kinds.values()]
-        raise UserError(f"optimizer.type is {shown(name)}: {nearest(name, known)}")
-    return inspect.signature(kinds[name.lower()])
+    module = torch.optim if section == "optimizer" else lr_schedules
+    with blame(f"{section}.type is {shown(name)}"):
+        return inspect.signature(getattr(module, "AdamW" if name.lower() in ADAMS else name))

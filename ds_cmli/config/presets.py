@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.common import Section, UserError
-from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
+from ds_cmli.common import Section
+from ds_cmli.config.schema import Config, RunConfig, Sections, check, check_sections, choice
 from ds_cmli.config.source import applied
 
 # Of the packaged weights that student.text_weights "demo" means.
@@ -113,26 +113,18 @@ def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
 
     Without a name the preset is `run.preset` of the overrides, or else "finetune" where training
     starts from a model, and "quick" where it does not. `student.source` adds the settings that it
-    decides. Steps or epochs replace whichever of the two the preset sets.
-
-    Raises:
-        UserError: there is no such preset, a setting is wrong, or the preset is one of training
-            from a model and none is given.
+    decides. Steps or epochs replace whichever of the two the preset sets. Raises `UserError`.
     """
     check_sections(overrides)
     usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
     name = str(name or overrides.get("run", {}).get("preset", usual))
     choice("run.preset", name, PRESETS)
-    overrides = applied(overrides)
-    values = merged({"run": {"preset": name}}, PRESETS[name], overrides)
+    values = merged({"run": {"preset": name}}, PRESETS[name], applied(overrides))
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
     config = Config.from_dict(values)
-    if name == "finetune" and not config.student.source:
-        raise UserError(
-            "run.preset is 'finetune', and no model is given to start from: give --start-from "
-            "MODEL (student.source), or another preset"
-        )
+    need = "give the model to start from, --start-from MODEL, or another preset"
+    check(name != "finetune" or bool(config.student.source), "run.preset", name, need)
     return config

@@ -8,12 +8,12 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ds_cmli.common import JsonObject, Section, UserError, nearest, read_json
+from ds_cmli.common import JsonObject, Section, UserError, nearest, one_line, read_json
 from ds_cmli.config.registry import IMAGE, LOSSES, TEXT
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
@@ -31,13 +31,10 @@ Number = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
 Positive = Annotated[float, Field(gt=0, le=MOST)]
 NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Strength = Annotated[float, Field(gt=0, le=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=10)]
-Pairs = Annotated[int, Field(ge=1, le=10**6)]
 Betas = Annotated[tuple[BelowOne, BelowOne], Field(strict=False)]
-Settings = TypeVar("Settings")  # a section of them
 
 
 def empty() -> Any:
@@ -46,14 +43,11 @@ def empty() -> Any:
 
 @dataclass(config=STRICT)
 class StudentConfig:
-    # A dual encoder as a whole, with its joint space: a folder or a name of the hub of a CLIP or
-    # SigLIP model of transformers or of a model of open_clip, open_clip:ARCHITECTURE@WEIGHTS, or a
-    # run or an export of this package. It decides the settings of both encoders and how pictures
-    # and texts are prepared. "": two encoders, as below.
+    # A dual encoder as a whole, with its joint space, in the forms of docs/finetune.md. It decides
+    # the settings of both encoders and how pictures and texts are prepared. "": two encoders.
     source: Text = ""
-    # The sizes of the source's model; filled from `source`.
-    source_config: dict[str, Any] = empty()
-    image_backbone: Name = "timm"  # a name of the table in `registry.py`
+    source_config: dict[str, Any] = empty()  # the sizes of its model; filled from `source`
+    image_backbone: Name = "timm"  # of the table in `registry.py`
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
     image_overrides: dict[str, Any] = empty()  # keyword arguments of timm.create_model
@@ -61,15 +55,13 @@ class StudentConfig:
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"  # as for images
     text_overrides: dict[str, Any] = empty()  # fields of transformers' config
-    # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no
-    # plain stack.
+    # First layers of each encoder that are kept; null: 6, or all if they are fewer or no stack.
     layers: Count | None = None
     # Transformer blocks over both modalities; with `source`, 0 unless given.
     shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
-    # How many first layers are frozen, together with the embeddings below them; with all layers,
-    # the whole encoder is.
+    # First layers that are frozen, with the embeddings below; with all layers, the whole encoder.
     freeze_image: Number = 0
     freeze_text: Number = 0  # the same of the text encoder
     # LoRA (`models/blocks.py`): the ends of the names of an encoder's layers that get adapters, as
@@ -85,16 +77,11 @@ class StudentConfig:
 
 @dataclass(config=STRICT)
 class TeacherConfig:
-    backbone: Name = "timm"  # as the student's
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"  # as the student's
     overrides: dict[str, Any] = empty()  # as the student's
-    # The features are the output of this block (or stage, for a model in stages), 0-based;
-    # negative: from the last.
+    # The features are the output of this block, or stage, 0-based; negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
-
-    def __post_init__(self) -> None:
-        choice("teacher.backbone", self.backbone, IMAGE)
 
 
 @dataclass(config=STRICT)
@@ -106,15 +93,12 @@ class DataConfig:
     # have words without a place in the picture too.
     scenes: Literal["names", "sentences"] = "names"
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
-    # The part of a source that evaluation uses.
-    val_split: Literal["validation", "test"] = "validation"
     # Of a source without a validation part: below 1 a share of its pictures, else how many; null:
     # 5%, at most 1,000.
-    held_out: Annotated[float, Field(gt=0)] | None = None
+    held_out: Positive | None = None
     image_root: Text = ""  # folder of the image files that a list names; "": the list's
     image_key: Text = ""  # column of the image; "": detected
     caption_key: Text = ""  # column, or key in JSON, of the caption; "": detected
-    separator: Text = ""  # between columns; "": detected
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
     # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
@@ -123,25 +107,18 @@ class DataConfig:
     interpolation: Interpolation = "bicubic"  # of resizing
     # The longest caption in tokens, with [CLS] and [SEP].
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
-    # How far texts are padded: to the "longest" of the batch, or all "full", to `context_length`,
-    # and then the text encoder attends to the padding and is pooled at its end, as SigLIP's.
+    # How far texts are padded: to the "longest" of the batch, or "full", to `context_length`, and
+    # then the text encoder attends to the padding, as SigLIP's.
     padding: Literal["longest", "full"] = "longest"
-    # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or local
-    # path.
+    # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or path.
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
-    prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead
     # Transforms of training pictures with their strengths: for random_resized_crop the smallest
     # share of the picture's area, for horizontal_flip its probability (note that captions name left
     # and right), for color_jitter the change of brightness, contrast and saturation.
-    augmentation: dict[AugmentationName, Strength] = empty()
+    augmentation: dict[AugmentationName, Share] = empty()
     # The run stops if the share of broken images and empty captions exceeds this.
-    max_bad_share: Share = 0.01
-
-    def __post_init__(self) -> None:
-        count = self.held_out or 0.0
-        need = "give a share below 1, or a whole number of pictures"
-        check(count < 1 or count.is_integer(), "data.held_out", self.held_out, need)
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
 @dataclass(config=STRICT)
@@ -151,17 +128,11 @@ class LossConfig:
     weights: dict[str, Positive] = Field(
         default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
-    # The optimizer step, from 1, at which a loss begins to count; before, it is computed all the
-    # same, with weight 0.
-    start: dict[str, Annotated[int, Field(ge=2, le=MOST)]] = empty()
     # Over H: "mean", or "sum" as (7) and (9) are written.
     mse_reduction: Literal["mean", "sum"] = "mean"
     # Of Target-CMLI's two parts, patches (7) and tokens (9), whose mean is (10); 0: not computed.
     target_image_weight: NotNegative = 1.0
     target_text_weight: NotNegative = 1.0  # as for patches
-    # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
-    # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
-    duplicates: Literal["mask", "keep"] = "mask"
     init_temperature: Temperature = 0.07  # of the global loss
     # Of the CMLI loss, whose means of maxima vary less than cosines.
     cmli_init_temperature: Temperature = 0.02
@@ -172,25 +143,10 @@ class LossConfig:
     # What computes the all-pairs scores: C++ ("cpu"), kernels for GPUs ("triton"), or PyTorch alone
     # ("torch"). "auto": the device's, where they run.
     cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
-    # Of the losses over pairs: memory for scores and argmax indices, (N + M + 8) bytes a pair;
-    # backward computes again those that do not fit. On a GPU also for the pairs of a block.
-    cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 2**27
 
     def __post_init__(self) -> None:
         for name in self.weights:
             choice("loss.weights", name, LOSSES)
-        for name in self.start:
-            choice("loss.start", name, self.weights)
-        some = self.target_image_weight or self.target_text_weight
-        need = "loss.target_image_weight is 0 too: give one of them, or leave out target_cmli"
-        fits = bool(some) or "target_cmli" not in self.weights
-        check(fits, "loss.target_text_weight", self.target_text_weight, need)
-        need = "no loss counts in the first step: leave out one"
-        check(any(self.weights_at(1).values()), "loss.start", self.start, need)
-
-    def weights_at(self, step: int) -> dict[str, float]:
-        """The weights in an optimizer step, counted from 1."""
-        return self.weights | {name: 0.0 for name, first in self.start.items() if step < first}
 
 
 @dataclass(config=STRICT)
@@ -203,9 +159,7 @@ class OptimConfig:
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and
     # temperatures.
-    lr_factors: dict[
-        Literal["image", "text", "rest"], Annotated[float, Field(ge=1e-9, le=MOST)]
-    ] = empty()
+    lr_factors: dict[Literal["image", "text", "rest"], Positive] = empty()
     # The factor of the learning rate per encoder layer downwards.
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
@@ -213,10 +167,9 @@ class OptimConfig:
     # The decay of an exponential moving average of the weights, which is evaluated and saved too;
     # 0.999 looks back about 1,000 steps; 0: off.
     ema_decay: BelowOne = 0.0
-    micro_batch: Pairs = 64  # B, pairs per rank
+    micro_batch: Count = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
-    # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
-    # one large batch).
+    # of the whole step, by gradient caching, which takes a second forward pass.
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
     steps: Count | None = 300  # optimizer steps; or else `epochs`
     epochs: Positive | None = None  # or else `steps`
@@ -236,38 +189,24 @@ class RunConfig:
     output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
     log_every: Count = 10  # steps from one logged step to the next
     eval_every: Number = 0  # steps; 0: only at the end
-    eval_batch: Pairs = 50  # pairs per batch of an evaluation
-    # The number of held-out pairs of each split, always the same ones, whose match maps evaluations
-    # send to TensorBoard; 0: none.
-    match_maps: Annotated[int, Field(ge=0, le=1000)] = 4
+    eval_batch: Count = 50  # pairs per batch of an evaluation
+    # Held-out pairs of each split whose match maps evaluations send to TensorBoard; 0: none.
+    match_maps: Number = 4
     # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
     report_to: Literal["tensorboard", "wandb"] = "tensorboard"
     save_every: Number = 0  # steps between checkpoints; 0: by time alone, and at the end
-    # Minutes since the last checkpoint after which the next is due; 0: by steps alone, and at the
-    # end.
-    save_minutes: NotNegative = 15.0
+    save_minutes: NotNegative = 15.0  # between checkpoints; 0: by steps alone, and at the end
     keep: Count = 2  # how many of the newest checkpoints are kept
     # Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors.
     keep_best: bool = False
     # The run ends after this many evaluations in a row without a better result; 0: never.
     patience: Number = 0
-    # How many steps in a row may be skipped for values that are not finite.
-    most_skipped: Number = 5
-    # "blocks": torch.compile of each block of the encoders, of the shared blocks and of the
-    # teacher, separately.
+    # "blocks": torch.compile of each block of the encoders, the teacher's too, separately.
     compile: Literal["off", "blocks"] = "off"
     # Whether results are bitwise reproducible on the same kind of device.
     deterministic: bool = False
-    # The time without progress, in seconds, after which a rank counts as hung or dead; at least 1,
-    # or 0: off.
-    watchdog: Annotated[float, Field(ge=0, le=10**6)] = 120.0
-
-    def __post_init__(self) -> None:
-        need = "nothing is evaluated before the end: give --eval-every too"
-        check(not self.patience or bool(self.eval_every), "run.patience", self.patience, need)
-        # Ranks tell each other of their progress several times a second, not more often.
-        fits = self.watchdog == 0 or self.watchdog >= 1
-        check(fits, "run.watchdog", self.watchdog, "give 1 to 1000000 seconds (0: off)")
+    # The seconds without progress after which a rank counts as hung or dead; 0: off.
+    watchdog: NotNegative = 120.0
 
 
 @dataclasses.dataclass
@@ -289,7 +228,15 @@ class Config:
         Raises `UserError` for the first wrong name or value.
         """
         check_sections(values)
-        built = {name: build(kind, name, values.get(name, {})) for name, kind in SECTIONS.items()}
+        built = {}
+        for section, kind in SECTIONS.items():
+            given = values.get(section, {})
+            for name in given:
+                choice(f"setting of {section}", name, kind.__dataclass_fields__)
+            try:
+                built[section] = kind(**given)
+            except ValidationError as error:
+                raise refusal(error, section, given) from None
         return cls(**built)
 
 
@@ -298,23 +245,23 @@ SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.field
 
 def check_sections(values: Mapping[str, object]) -> None:
     """Raise `UserError` for what is no section of settings."""
+    check(isinstance(values, Mapping), "configuration", values, "give sections of settings")
     for name, settings in values.items():
-        places = [
-            f"{of}.{name}" for of, kind in SECTIONS.items() if name in kind.__dataclass_fields__
-        ]
-        hint = f"did you mean {places[0]}?" if places else nearest(str(name), SECTIONS)
+        of = [section for section, kind in SECTIONS.items() if name in kind.__dataclass_fields__]
+        hint = f"did you mean {of[0]}.{name}?" if of else nearest(str(name), SECTIONS)
         check(name in SECTIONS, "section of settings", name, hint)
         check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
 
 
-def build(kind: type[Settings], section: str, values: Section) -> Settings:
-    """The section of these values. Raises `UserError` for the first wrong name or value."""
-    for name in values:
-        choice(f"setting of {section}", name, kind.__dataclass_fields__)  # type: ignore[attr-defined]
+def load_config(path: Path, setting: str) -> Config:
+    """The configuration of a run, from its `run.json`. Raises `UserError`, naming `setting`."""
     try:
-        return kind(**values)
-    except ValidationError as error:
-        raise refusal(error, section, values) from None
+        return Config.from_dict(read_json(path)["config"])
+    except (OSError, ValueError, KeyError, UserError) as error:
+        problem = f"its {path.name} is missing, damaged, of another version, or needs a --plugin"
+        raise UserError(
+            f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
+        ) from None
 
 
 # --- messages
@@ -342,17 +289,16 @@ def shown(value: object) -> str:
 def refusal(error: ValidationError, section: str, values: Section) -> UserError:
     """The first mistake that pydantic finds, in one line: the setting, its value, what it takes."""
     problems = error.errors(include_url=False)
-    first, path = problems[0]["loc"], list[int | str]()
     value: Any = values
-    for key in first:
+    path = list[int | str]()
+    for key in problems[0]["loc"]:  # what follows names a type of those that the setting takes
         if not isinstance(value, Mapping) or key not in value:
             break
-        path.append(key)
         value = value[key]
-    setting = ".".join([*filter(None, [section]), *map(str, path)])
-    if problems[0]["type"] == "missing" and isinstance(value, Mapping):
-        return UserError(f"{setting}.{first[-1]} is missing: give it")
-    # A setting of several types has a message for each of them.
+        path.append(key)
+    setting = ".".join(filter(None, (section, *map(str, path))))
+    if problems[0]["type"] == "missing":
+        return UserError(f"{setting}.{problems[0]['loc'][-1]} is missing: give it")
     needs = dict.fromkeys(p["msg"] for p in problems if p["loc"][: len(path)] == tuple(path))
     return UserError(f"{setting} is {shown(value)}: {' or: '.join(needs)}")
 
@@ -361,70 +307,11 @@ def words(text: str) -> set[str]:
     return set(text.split())
 
 
-# --- the settings of a run, of --set and of --losses
-
-
-def load_config(path: Path, setting: str) -> Config:
-    """Read the configuration from a run's `run.json`.
-
-    Raises `UserError`, which names `setting`, if it cannot be read.
-    """
-    place = f"{setting} is {str(path.parent)!r}"
-    if not path.is_file():
-        raise UserError(f"{place}: no {path.name} there; give a run's output folder")
-    try:
-        content = read_json(path)
-        check(isinstance(content.get("config"), dict), path.name, content, "no run's")
-        return Config.from_dict(content["config"])
-    except OSError as error:
-        raise UserError(f"{place}: cannot read its {path.name}: {error.strerror}") from None
-    except (UserError, ValueError) as error:
-        raise UserError(
-            f"{place}: its {path.name} is damaged, of another version, or needs a --plugin: {error}"
-        ) from None
-
-
-def parse_losses(text: str) -> dict[str, float]:
-    """Parse `--losses`: `"global,cmli=0.5"` -> `{"global": 1.0, "cmli": 0.5}`."""
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, weight = (piece.strip() for piece in part.partition("="))
-        try:
-            weights[name] = float(weight) if equals else 1.0
-        except ValueError:
-            name = ""
-        check(
-            bool(name), "--losses", text, "write NAME or NAME=WEIGHT by comma, as global,cmli=0.5"
-        )
-    return weights
-
-
-def parse_settings(settings: tuple[str, ...]) -> Sections:
-    """Parse `--set`: `("student.layers=4",)` -> `{"student": {"layers": 4}}`.
-
-    Values are JSON, or else plain text. Of a setting that is given twice the last one counts.
-    """
-    out: Sections = {}
-    for setting in settings:
-        path, equals, text = setting.partition("=")
-        section, dot, key = path.partition(".")
-        need = "write SECTION.SETTING=VALUE, for instance student.layers=4"
-        check(bool(equals and dot and key), "--set", setting, need)
-        try:
-            value: object = json.loads(text)
-        except ValueError as error:
-            valid = not text.startswith(("{", "["))
-            check(valid, f"--set {path}", text, f"not valid JSON: {error}")
-            value = text
-        out.setdefault(section, {})[key] = value
-    return out
-
-
 # --- the settings that a resumed run must have kept
 
-# No step depends on the rest of `run`, and on these: output, evaluation, checkpoints, loading.
+# No step depends on the rest of `run`, and on these.
 OF_STEPS = {"run.seed", "run.compile", "run.deterministic"}
-FREE = {"loss.cmli_scratch_bytes", "data.workers", "data.prefetch", "data.max_bad_share"}
+FREE = {"data.workers", "data.max_bad_share"}
 # Likewise keys of the DeepSpeed JSON.
 FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
@@ -439,8 +326,7 @@ MOST_DIFFERENCES = 20  # in a message, as hundreds of data files may differ
 def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
     """The settings that must not change, as JSON values: `{"student.layers": 6, ...}`.
 
-    Args:
-        data: `Data.fingerprint`, which identifies the data.
+    `data` is `Data.fingerprint`, which identifies the data.
     """
     deepspeed = {key: value for key, value in ds_config.items() if key not in FREE_KEYS}
     flat = flatten({**config.to_dict(), "deepspeed": deepspeed})

@@ -9,16 +9,16 @@ of a run or of an export of this package.
 import os
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, nearest, read_json
-from ds_cmli.config.registry import DUAL
-from ds_cmli.config.schema import Config, Sections, StudentConfig, shown
+from ds_cmli.config.schema import Config, Sections, shown
 from ds_cmli.pretrained import loading
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
@@ -38,6 +38,9 @@ OF_TRAINING = {
     "lora_alpha": 16,
     "dropout": 0.0,
 }
+# The types of other libraries' dual encoders, and the module in `models` that builds them.
+DUAL = {"clip": "dual", "siglip": "dual", "siglip2": "dual", "open_clip": "open_clip"}
+DONE = ("do_resize", "do_rescale", "do_normalize")  # what transformers' processors do
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
 # Those of open_clip, where "random" is one of the others in training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
@@ -78,16 +81,16 @@ class Source:
         return self.name.removeprefix(LOCAL).removeprefix(HUB)
 
     @property
-    def path(self) -> Path:
-        """The folder of the model, of which `name` may also be a file of weights."""
+    def weights(self) -> str | None:
+        """The name of its file of weights, which `name` may give; None: the usual one."""
         path = Path(self.place).expanduser()
-        return path.parent if path.suffix == ".safetensors" and os.path.isfile(path) else path
+        return path.name if path.suffix == ".safetensors" and os.path.isfile(path) else None
 
     @property
-    def weights(self) -> str | None:
-        """The name of its file of weights; None: the usual one."""
+    def path(self) -> Path:
+        """The folder of the model."""
         path = Path(self.place).expanduser()
-        return None if path == self.path else path.name
+        return path.parent if self.weights else path
 
     @property
     def local(self) -> bool:
@@ -107,15 +110,19 @@ class Source:
     def error(self, problem: str) -> UserError:
         return UserError(f"student.source is {shown(self.name)}: {problem}")
 
+    def blame(self, problem: str) -> AbstractContextManager[None]:
+        return blame(str(self.error(problem)))
+
     @cached_property
     def folder(self) -> Path:
         """Where its JSON files are; those of the hub are fetched into its cache."""
-        if self.local:
+        if self.local or self.name.startswith(LOCAL):
             return self.path
+        if not HUB_NAME.fullmatch(self.place):
+            raise self.error("no such file or folder")
         from huggingface_hub import snapshot_download
 
-        what = f"student.source is {shown(self.name)}: no folder, and the hub does not give it"
-        with blame(what), loading(hub=True):
+        with self.blame("no folder, and the hub does not give it"), loading(hub=True):
             names = [CONFIG, OPEN_CLIP, *PROCESSORS]
             return Path(snapshot_download(self.place, allow_patterns=names))
 
@@ -123,43 +130,26 @@ class Source:
         """The content of a JSON file; empty if the source has none of that name."""
         if not (self.folder / name).is_file():
             return {}
-        with blame(f"student.source is {shown(self.name)}: its {name} cannot be read"):
+        with self.blame(f"its {name} cannot be read"):
             return read_json(self.folder / name)
 
     @cached_property
     def config(self) -> JsonObject:
-        """The content of its `config.json`, or what `of_open_clip` has in its place.
+        """The content of its `config.json`, or, of open_clip, `model_cfg` and `preprocess_cfg`.
 
         Raises `UserError` if there is neither.
         """
-        if self.name.startswith(NAMED):
-            return self.of_open_clip()
-        if self.local and not self.path.is_dir():
-            raise self.error("a file: give the folder of the model, with its config.json")
-        of_hub = HUB_NAME.fullmatch(self.place) and not self.name.startswith(LOCAL)
-        if not (self.local or of_hub):
-            raise self.error("no such file or folder")
         content = {} if is_marked(self.name) else self.json(CONFIG)
-        # Models that both libraries load have both files.
-        if "model_type" in content:
+        if "model_type" in content:  # models that both libraries load have both files
             return content
-        if is_marked(self.name) or (self.folder / OPEN_CLIP).is_file():
-            return self.of_open_clip()
-        raise self.error("no config.json there: give the folder of a model or of a run")
-
-    def of_open_clip(self) -> JsonObject:
-        """`model_type`, `model_cfg` and `preprocess_cfg` of a model of open_clip."""
-        if find_spec("open_clip") is None:
-            need = "pip install 'ds-cmli[open_clip]'"
-            raise self.error(f"a model of open_clip, which is not installed: {need}")
-        if self.name.startswith(NAMED):
-            model, preprocess = self.published()
-        else:
-            content = self.json(OPEN_CLIP)
-            if not isinstance(content.get("model_cfg"), dict):
-                raise self.error(f"no {OPEN_CLIP} there, or it has no model_cfg")
-            model, preprocess = content["model_cfg"], content.get("preprocess_cfg") or {}
-        return {"model_type": "open_clip", "model_cfg": model, "preprocess_cfg": preprocess}
+        if not is_marked(self.name) and not (self.folder / OPEN_CLIP).is_file():
+            raise self.error("no config.json there: give the folder of a model or of a run")
+        with self.blame("a model of open_clip: pip install 'ds-cmli[open_clip]'"):
+            import_module("open_clip")
+        content = self.published() if self.name.startswith(NAMED) else self.json(OPEN_CLIP)
+        if not isinstance(content.get("model_cfg"), dict):
+            raise self.error(f"no {OPEN_CLIP} there, or it has no model_cfg")
+        return {"preprocess_cfg": {}, **content, "model_type": "open_clip"}
 
     @property
     def in_open_clip(self) -> tuple[str, str | None]:
@@ -168,7 +158,7 @@ class Source:
             return architecture_and_weights(self.name)
         return self.name if is_marked(self.name) else f"{(HUB, LOCAL)[self.local]}{self.name}", None
 
-    def published(self) -> tuple[JsonObject, JsonObject]:
+    def published(self) -> JsonObject:
         """`model_cfg` and `preprocess_cfg` of an architecture that the package has."""
         import open_clip
 
@@ -178,19 +168,25 @@ class Source:
             raise self.error(f"open_clip has no architecture {name!r}: {known}")
         model = open_clip.get_model_config(name)
         if os.path.isfile(weights):
-            return model, {}
+            return {"model_cfg": model}
         published = open_clip.get_pretrained_cfg(name, weights)
         if not published:
             tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:3]) or "none"
-            problem = f"{weights!r} is no file" if weights else "it names no weights"
-            form = f"{NAMED}{name}@FILE or {NAMED}{name}@TAG, of the tags {tags}"
-            raise self.error(f"{problem}: give {form}")
+            form = f"give {NAMED}{name}@FILE or {NAMED}{name}@TAG, of the tags {tags}"
+            raise self.error(f"{weights!r} is no file of weights: {form}")
         if bool(published.get("quick_gelu")) != bool(model.get("quick_gelu")):
             quick = f"{name}-quickgelu"
             other = quick if published.get("quick_gelu") else name.removesuffix("-quickgelu")
             need = f"give {NAMED}{other}@{weights}"
             raise self.error(f"these weights were trained with another activation: {need}")
-        return model, published
+        return {"model_cfg": model, "preprocess_cfg": published}
+
+    def supports(self, settings: Section, fits: Mapping[str, bool]) -> None:
+        """Raise `UserError` for the first setting of the model's that this package does not do."""
+        for name, fit in fits.items():
+            if not fit:
+                value = shown(settings.get(name))
+                raise self.error(f"its {name} is {value}, which this package does not do")
 
 
 def applied(overrides: Mapping[str, Section]) -> Sections:
@@ -208,25 +204,19 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     source = Source(student["source"])
     decided = of_run(source) if source.is_run else of_library(source)
     free = {*OF_TRAINING} if source.is_run else {*OF_TRAINING, "shared_blocks"} - {"dropout"}
-    whole = decided["data"]["padding"] == "full"  # shorter texts would be other ones
     for section, values in decided.items():
         given = out.setdefault(section, {})
         for key, value in values.items():
             mine = given.setdefault(key, value)
             fits = mine == value or key in free
-            if key == "context_length" and isinstance(mine, int) and not whole:
-                fits = mine <= value
+            # Of texts that are padded to their full length, shorter ones would be other ones.
+            if key == "context_length" and decided["data"]["padding"] == "longest":
+                fits = fits or (isinstance(mine, int) and mine <= value)
             if not fits:
                 raise UserError(
                     f"{section}.{key} is {shown(mine)}, and student.source {source.name!r} has "
                     f"{shown(value)}: leave it out"
                 )
-    temperature = out.get("loss", {}).get("init_temperature")
-    if temperature is not None:
-        raise UserError(
-            f"loss.init_temperature is {shown(temperature)}, and training starts with that of "
-            f"student.source {source.name!r}: leave it out"
-        )
     return out
 
 
@@ -246,10 +236,9 @@ def of_run(source: Source) -> Sections:
     if not isinstance(settings, dict):
         raise source.error("its config.json is damaged: it has no settings")
     config = Config.from_dict(settings)
-    student = {name: getattr(config.student, name) for name in StudentConfig.__annotations__}
     data = {name: getattr(config.data, name) for name in OF_DATA}
     return {
-        "student": student | OF_TRAINING | {"source": source.name},
+        "student": vars(config.student) | OF_TRAINING | {"source": source.name},
         "data": data | {"tokenizer": str(source.path) if source.local else source.name},
     }
 
@@ -291,8 +280,7 @@ def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
     kind = source.config["model_type"]
     if source.weights is not None:
         raise source.error("a file of weights: of a model of transformers, give its folder")
-    what = f"student.source is {source.name!r}: its config.json cannot be used"
-    with blame(what), loading(hub=False):
+    with source.blame("its config.json cannot be used"), loading(hub=False):
         config: Any = CONFIG_MAPPING[kind].from_dict(source.config)
         vision, text = config.vision_config, config.text_config
     # How its processor prepares pictures.
@@ -300,36 +288,26 @@ def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
     if not pictures:
         raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
     pictures = pictures.get("image_processor", pictures)
-    interpolation = PILLOW.get(pictures.get("resample", 3))
-    if interpolation is None:
-        raise source.error(f"its pictures are resampled by Pillow's {pictures['resample']!r}")
-    for name in ("do_resize", "do_rescale", "do_normalize"):
-        if pictures.get(name, True) is not True:
-            raise source.error(f"its pictures are prepared with {name} {pictures[name]!r}")
+    cuts, square = bool(pictures.get("do_center_crop")), {vision.image_size}
     size, crop = sides(pictures.get("size")), sides(pictures.get("crop_size"))
-    cuts = bool(pictures.get("do_center_crop"))
-    square = {*size, *crop} == {vision.image_size} and crop if cuts else len(size) == 2
-    if not square or {*size} != {vision.image_size}:
-        raise source.error(
-            f"its pictures are resized to {pictures.get('size')} and cut to "
-            f"{pictures.get('crop_size')}, and its encoder takes {vision.image_size} pixels square"
-        )
+    resample, embed_dim = pictures.get("resample", 3), vision.hidden_size
+    fits = {key: pictures.get(key, True) is True for key in DONE} | {
+        "resample": resample in PILLOW,
+        "size": {*size} == square and (cuts or len(size) == 2),
+        "crop_size": not cuts or {*crop} == square,
+        "projection_size": kind == "clip" or text.projection_size == embed_dim,
+    }
+    source.supports(pictures | text.to_dict(), fits)
     own = {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
     noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
     for name, tower in (("vision_config", vision), ("text_config", text)):
         own[name] = {k: v for k, v in tower.to_diff_dict().items() if k not in noise}
-    embed_dim = vision.hidden_size
     if kind == "clip":
         embed_dim = own["projection_dim"] = config.projection_dim
-    elif text.projection_size != embed_dim:
-        raise source.error(
-            f"its texts have {text.projection_size} features and its pictures {embed_dim}: no "
-            "joint space"
-        )
     data = {
         "image_size": vision.image_size,
         "resize": "shortest" if cuts else "squash",
-        "interpolation": interpolation,
+        "interpolation": PILLOW[resample],
         "tokenizer": source.name,
         "context_length": text.max_position_embeddings,
         "padding": "longest" if kind == "clip" else "full",
@@ -349,28 +327,25 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     import open_clip
     from open_clip.transform import merge_preprocess_dict
 
-    what, model = f"student.source is {source.name!r}", deepcopy(source.config["model_cfg"])
-    with blame(f"{what}: its {OPEN_CLIP} cannot be used"):  # a file of others may hold anything
+    model = deepcopy(source.config["model_cfg"])
+    with source.blame(f"its {OPEN_CLIP} cannot be used"):  # a file of others may hold anything
         vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
         text = open_clip.CLIPTextCfg(**model["text_cfg"])
         width, size = int(model["embed_dim"]), vision.image_size
         usual = asdict(open_clip.transform.PreprocessCfg())
-        pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"])
-    pool, mode = vision.attentional_pool, pictures["resize_mode"]
-    interpolation = pictures["interpolation"]
-    for name, value, fits in (
-        ("tokenizer_mode", text.tokenizer_mode, not text.tokenizer_mode),
-        ("attentional_pool", pool, not isinstance(pool, str)),
-        ("pool_type", "none", "none" not in (vision.pool_type, text.pool_type)),
-        ("layers", vision.layers, isinstance(vision.layers, int)),  # a list of a ResNet
-        ("timm_pool", vision.timm_pool, vision.timm_pool in ("", "avg", "map", "token")),
-        ("proj_type", text.proj_type, text.proj_type != "none"),
-        ("image_size", size, isinstance(size, int) or len(set(size)) == 1),
-        ("resize_mode", mode, mode in RESIZING),
-        ("interpolation", interpolation, interpolation in INTERPOLATIONS),
-    ):
-        if not fits:
-            raise source.error(f"its {name} is {value!r}, which is not supported")
+        pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"] or {})
+    fits = {
+        "tokenizer_mode": not text.tokenizer_mode,
+        "attentional_pool": not isinstance(vision.attentional_pool, str),
+        "pool_type": "none" not in (vision.pool_type, text.pool_type),
+        "layers": isinstance(vision.layers, int),  # a list of a ResNet
+        "timm_pool": vision.timm_pool in ("", "avg", "map", "token"),
+        "proj_type": text.proj_type != "none",
+        "image_size": isinstance(size, int) or len(set(size)) == 1,
+        "resize_mode": pictures["resize_mode"] in RESIZING,
+        "interpolation": pictures["interpolation"] in INTERPOLATIONS,
+    }
+    source.supports({**asdict(text), **asdict(vision), **pictures}, fits)
     # Of a CoCa the two towers alone; and without what acts in open_clip's own training.
     if model.pop("multimodal_cfg", None) is not None:
         for side in ("vision_cfg", "text_cfg"):
@@ -385,7 +360,7 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         from transformers import AutoConfig
 
         hub = not Path(name).is_dir()
-        with blame(f"{what}: the sizes of its text encoder cannot be read"), loading(hub=hub):
+        with source.blame("the sizes of its text encoder cannot be read"), loading(hub=hub):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         own["text_config"] = config.to_diff_dict() | {"use_cache": False}
         model["text_cfg"]["hf_model_pretrained"] = False
@@ -398,8 +373,8 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
         "image_size": size if isinstance(size, int) else size[0],
-        "resize": RESIZING[mode],
-        "interpolation": INTERPOLATIONS[interpolation],
+        "resize": RESIZING[pictures["resize_mode"]],
+        "interpolation": INTERPOLATIONS[pictures["interpolation"]],
         "tokenizer": tokenizer,
         "context_length": text.context_length,
         "padding": "full" if full else "longest",

@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from pkgutil import resolve_name
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from ds_cmli.common import UserError, blame, printable
-from ds_cmli.config.registry import SOURCES, load
+from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.arrow import HUB, open_hub
 from ds_cmli.data.batch import Collate
@@ -29,7 +30,6 @@ from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 LOOKED_AT = 100_000  # files of a folder of no known kind
 IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
-SPLITS = {"validation": "val", "test": "test"}  # of a configuration, as evaluations name them
 Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validation, test
 # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
 Evals = Mapping[str, EvalPairs | Scenes]
@@ -85,7 +85,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     return Data(
         train=pairs,
         mixture=Mixture([len(indices) for _, indices in train.values()], weights),
-        evals={SPLITS[config.val_split]: EvalPairs(Images(held_out), config)},
+        evals={"val": EvalPairs(Images(held_out), config)},
         tokenizer=tokenizer,
         summary=summary,
         fingerprint=fingerprint,
@@ -104,22 +104,22 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[E
             raise UserError(f"--split is {split!r}: the demo has its own two, leave it out")
         demo = _demo(config, seed)
         return demo.evals, demo.summary
-    if split in ("val", "test"):
-        config = replace(config, val_split="test" if split == "test" else "validation")
     names = weighted(config.source)[0] if split == "all" or not config.val_source else []
     opened = {name: open_source(name, config) for name in names}
     if split == "all":
         every = [(f"{name} ({p})", one) for name in names for p, one in opened[name][1].items()]
         shares: dict[str, Share] = {name: (one, range(len(one))) for name, one in every}
     else:
-        shares = _held_out(opened, config)
+        shares = _held_out(opened, config, "test" if split == "test" else "validation")
     summary = [f"data: {name}: {_size(share)} to evaluate on" for name, share in shares.items()]
-    return {split or SPLITS[config.val_split]: EvalPairs(Images(shares), config)}, summary
+    return {split or "val": EvalPairs(Images(shares), config)}, summary
 
 
-def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]:
+def _held_out(
+    opened: dict[str, Opened], config: DataConfig, split: str = "validation"
+) -> dict[str, Share]:
     """What is evaluated: `val_source`, or of each source a part of its own or a held-out share."""
-    split, shares = config.val_split, dict[str, Share]()
+    shares = dict[str, Share]()
     if config.val_source:
         _, parts = open_source(config.val_source, config)
         source = parts.get(split) or next(iter(parts.values()))
@@ -128,9 +128,7 @@ def _held_out(opened: dict[str, Opened], config: DataConfig) -> dict[str, Share]
         if split in parts:
             shares[name] = parts[split], range(len(parts[split]))
         elif split == "test" or "train" not in parts:
-            raise UserError(
-                f"data.val_split is {split!r}, and {name} has no such part, but {', '.join(parts)}"
-            )
+            raise UserError(f"{name} has no {split} part, but {', '.join(parts)}")
         else:
             shares[name] = parts["train"], hold_out(name, parts["train"], config.held_out)
     return shares
@@ -175,7 +173,7 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     place, other, *own = (os.path.realpath(os.path.expanduser(one)) for one in names)
     if config.val_source or place not in own:
         if place not in (other, *own):
-            config = replace(config, image_root="", image_key="", caption_key="", separator="")
+            config = replace(config, image_root="", image_key="", caption_key="")
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
         config = replace(config, resize="crop")  # its scenes are square
@@ -218,7 +216,7 @@ def open_source(name: str, config: DataConfig) -> Opened:
                 break
     if not files:
         raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
-    return entry.short, load(entry)(files, config)
+    return entry.what, resolve_name(entry.implementation)(files, config)
 
 
 def expand(pattern: str) -> list[Path]:

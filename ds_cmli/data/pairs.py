@@ -171,14 +171,13 @@ def train_loader(
     sampler: GlobalBatchSampler,
     workers: int,
     worker_init: Callable[[int], None] | None = None,
-    prefetch: int = 2,
 ) -> DataLoader:
     """An endless loader of this rank's `Batch`es, from the sampler's consumed position on.
 
-    Each of the `workers` loading processes prepares `prefetch` batches ahead.
+    Each of the `workers` loading processes prepares two batches ahead.
     """
-    options = {"persistent_workers": True, "prefetch_factor": prefetch} if workers else {}
-    return loader(data.train, data.collate, workers, worker_init, batch_sampler=sampler, **options)
+    own = {"batch_sampler": sampler, "persistent_workers": workers > 0}
+    return loader(data.train, data.collate, workers, worker_init, **own)
 
 
 def loader(

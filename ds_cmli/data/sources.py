@@ -150,9 +150,8 @@ def _table(path: Path, config: DataConfig) -> Rows:
         with open(path, encoding="utf-8-sig", newline="") as file:
             rows: Iterable[dict] = map(json.loads, filter(str.strip, lines()))
             if path.suffix.lower() != ".jsonl":
-                usual = "\t" if "\t" in file.readline() else ","
+                separator = "\t" if "\t" in file.readline() else ","
                 file.seek(0)
-                separator = config.separator.replace("\\t", "\t") or usual
                 rows = csv.DictReader(lines(), delimiter=separator, strict=True)
             for row in rows:
                 if isinstance(rows, csv.DictReader) and (None in row or None in row.values()):
@@ -188,8 +187,8 @@ def _column(row: dict, usual: set[str], setting: str) -> str:
     named = [name for name in names if name in ("file_name", "text")] or names
     if len(named) != 1:
         raise ValueError(
-            f"the columns are {', '.join(row)}: name the one that is meant by {setting}, or what "
-            "separates columns by data.separator (--csv-separator)"
+            f"the columns are {', '.join(row)}: name the one that is meant by {setting}, and "
+            "separate columns by tabs or commas"
         )
     return named[0]
 

@@ -3,19 +3,22 @@
 Here alone they are put together: training, profiling and prediction all begin here.
 """
 
+import copy
 import logging
+import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.common import blame, freeze_imports, say
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import needs_teacher
-from ds_cmli.config.schedule import warmup_then_cosine
+from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.data import assets
@@ -68,7 +71,7 @@ def build_models(
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
     student = Student(settings, *sizes, pretrained and run is None, pad_id)
-    if needs_teacher(config.loss.weights):
+    if any(LOSSES[name].teacher for name in config.loss.weights):
         teacher = Teacher(teacher_settings, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     if run is not None:
@@ -118,7 +121,8 @@ def build(
         deepspeed.ops.__compatible_ops__ = {}
         keep_freed_memory()
     one_attention_on_all_gpus()
-    if ds_config.prints:
+    logged = ds_config.get("comms_logger", {}).get("enabled", False)
+    if logged or any(ds_config.get(name) for name in LOGS):
         logger = logging.getLogger("DeepSpeed")
         logger.filters.clear()  # of `silence`
         if ds_config.get("log_level") is None:
@@ -157,7 +161,7 @@ def build(
     scheduler: Any = None  # DeepSpeed makes the JSON's
     if "scheduler" not in ds_config:
         scheduler = partial(warmup_then_cosine, warmup=warmup, total_steps=total_steps)
-    json = ds_config.raw()
+    json = copy.deepcopy(dict(ds_config))
     if not json.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
         throughput = json.setdefault("timers", {}).setdefault("throughput", {})
@@ -187,6 +191,18 @@ def build(
         caching=compares_all(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
+
+
+def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
+    """Linear warmup to the full rate at update `warmup`, then cosine decay; never 0."""
+
+    def share(done: int) -> float:
+        update = done + 1
+        if update <= warmup:
+            return update / warmup
+        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total_steps + 1 - warmup)))
+
+    return LambdaLR(optimizer, share)
 
 
 def release(engine: "DeepSpeedEngine") -> None:

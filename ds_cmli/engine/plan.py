@@ -36,10 +36,15 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         )
     if device == "cuda":
         # GPUs before Ampere emulate bf16 slowly.
-        return ds_config.on(device, True, torch.cuda.is_bf16_supported(including_emulation=False))
-    say(cpu_line())
-    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
-    return ds_config.on(device, False, bf16_is_fast())
+        out = ds_config.on(True, torch.cuda.is_bf16_supported(including_emulation=False))
+    else:
+        say(cpu_line())
+        # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
+        out = ds_config.on(False, bf16_is_fast())
+    if out is not ds_config:
+        why = ", where fp16 is slow or missing" if ds_config.precision == "fp16" else ""
+        say(f"training in {out.precision} on this device ({device}){why}")
+    return out
 
 
 def filled(
@@ -49,15 +54,11 @@ def filled(
 
     Raises `UserError` if `optim` does not go with it.
     """
-
-    def width() -> int:
-        student = config.student
-        if student.source_config:
-            return student.embed_dim
+    student, width = config.student, config.student.embed_dim
+    if ds_config.needs_width and not student.source_config:
         with torch.device("meta"):
             model: Any = timm.create_model(student.image_model, **student.image_overrides)
-            return model.num_features
-
+            width = model.num_features
     check_rates(config.optim, ds_config)
     return ds_config.filled(config.optim, world_size, total_steps, width)
 
@@ -86,7 +87,6 @@ def make_plan(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
         f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
-    say(*final.notices)
     return final, sampler, steps
 
 

@@ -67,7 +67,6 @@ class TrainEngine:
             heartbeat: called after each micro-batch; with gradient caching, after the losses over
                 pairs too.
         """
-        self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
         if self.caching:
             return self._cached(micro_batches, heartbeat)
         losses = []
@@ -198,6 +197,6 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     # adds them as such.
     for name in names:
         if LOSSES[name].scores:
-            column = "added_positives" if LOSSES[name].several else "ignored_negatives"
+            column = "added_positives" if LOSSES[name].kind == "sigmoid" else "ignored_negatives"
             values[column] = round(ignored * pairs)
     return values

@@ -6,13 +6,14 @@ takes part when features are compared.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from pkgutil import resolve_name
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli.loss import PairLoss, Temperature
-from ds_cmli.config.registry import LOSSES, load, over_pairs
+from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.gradient_cache import KnownGradient
@@ -25,14 +26,13 @@ PairFeatures = dict[str, Tensor]
 
 
 class Objective(nn.Module):
-    step = 1  # the optimizer step in progress, by which `config.start` goes
-
     def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
         """Build the losses that the configuration names."""
         super().__init__()
         self.config, self.student = config, student
         built = {
-            name: load(LOSSES[name])(config, student, teacher_width) for name in config.weights
+            name: resolve_name(LOSSES[name].implementation)(config, student, teacher_width)
+            for name in config.weights
         }
         self.losses = nn.ModuleDict(built)
         self.width_head: WidthHead | None = None
@@ -76,7 +76,6 @@ class Objective(nn.Module):
 
     def compare(self, pairs: PairFeatures) -> dict[str, Tensor]:
         """The losses over the pairs of all ranks. Collective."""
-        ids = pairs["ids"] if self.config.duplicates == "mask" else None
         tokens = pairs.get("patches"), pairs.get("tokens"), pairs["token_mask"]
         compared: dict[str, tuple[Any, Any, Any, Any]] = {
             "global": (pairs.get("image_cls"), pairs.get("text_cls"), None, None),
@@ -89,7 +88,7 @@ class Objective(nn.Module):
             learned = learned.view(-1, size).mean(0)  # over the micro-batches
             # Not by the module's hooks, which at ZeRO-3 expect it where the model runs.
             sides = compared[LOSSES[name].scores]
-            values[name] = loss.forward(*sides, ids=ids, learned=learned)
+            values[name] = loss.forward(*sides, ids=pairs["ids"], learned=learned)
         return values
 
     @property
@@ -99,8 +98,7 @@ class Objective(nn.Module):
         return next((loss.alike for loss in self._over_pairs().values()), None)
 
     def weighted(self, values: dict[str, Tensor]) -> list[Tensor]:
-        weights = self.config.weights_at(self.step)
-        return [weights[name] * value for name, value in values.items()]
+        return [self.config.weights[name] * value for name, value in values.items()]
 
     def _over_pairs(self) -> dict[str, PairLoss]:
         return {name: cast(PairLoss, self.losses[name]) for name in over_pairs(self.config.weights)}

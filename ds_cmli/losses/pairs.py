@@ -45,4 +45,4 @@ class CMLISigmoid(CMLILoss):
 
 
 def _options(config: LossConfig) -> dict:
-    return {"backend": config.cmli_backend, "scratch_bytes": config.cmli_scratch_bytes}
+    return {"backend": config.cmli_backend}

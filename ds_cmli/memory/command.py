@@ -24,14 +24,7 @@ from ds_cmli.common import (
     silence,
 )
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import (
-    OUTPUT,
-    START,
-    WHAT,
-    ConfigCommand,
-    add,
-    resolve_config,
-)
+from ds_cmli.config.options import ConfigCommand, Given, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
@@ -46,7 +39,6 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 
 
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@add(*WHAT, *OUTPUT, *START)
 @option(
     "Prediction",
     "--world-size",
@@ -79,7 +71,7 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 )
 @option("Files", "--plot", metavar="FILE", help="What is live over two steps, as a picture.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> int:
+def command(deepspeed_config: str, settings: list[Given], **options: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
@@ -93,7 +85,7 @@ def command(deepspeed_config: str, settings: tuple[str, ...], **options: Any) ->
         if not own.plot.endswith((".png", ".svg", ".pdf")):
             raise UserError(f"--plot is {own.plot!r}: end its name in .png, .svg or .pdf")
         check_writable(own.plot)
-    config = resolve_config(settings, options)
+    config = resolve_config(settings)
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     if own.checkpointing == "on":

@@ -24,7 +24,7 @@ class NotPredictable(UserError):
 
 def check_predictable(ds_config: DeepSpeedConfig) -> None:
     """Raise `NotPredictable` for what DeepSpeed does by the values of tensors."""
-    device = ds_config.offload("param")
+    device = (ds_config["zero_optimization"].get("offload_param") or {}).get("device", "none")
     if device != "none":
         raise NotPredictable(
             f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave "

@@ -63,7 +63,7 @@ class Step:
         """
         device = torch.device("cuda", torch.cuda.current_device())
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        json = DeepSpeedConfig.of(self.ds_config).on("cuda", fp16=True, bf16=bf16)
+        json = DeepSpeedConfig.of(self.ds_config).on(fp16=True, bf16=bf16)
         json = engine.filled(self.config, json, self.world_size, TOTAL_STEPS)
         config, vocab_size = without_weights(self.config)
         why_not = unsuited(torch.cuda.get_device_capability(device))

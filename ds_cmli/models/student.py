@@ -6,6 +6,7 @@ hidden size, H_t the teacher's, D embedding dimension.
 """
 
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import upcast
 from ds_cmli.common import UserError, blame
-from ds_cmli.config.registry import IMAGE, TEXT, load, of_dual
+from ds_cmli.config.registry import IMAGE, TEXT
 from ds_cmli.config.schema import StudentConfig, TeacherConfig
+from ds_cmli.config.source import DUAL
 from ds_cmli.models.dual import Start
 from ds_cmli.models.encoders import PixelNorm
 from ds_cmli.pretrained import loading
@@ -71,7 +73,8 @@ class Student(nn.Module):
         self.start: Start | None = None
         self.embed_dim, own = config.embed_dim, bool(config.source_config)
         if own:
-            build = of_dual(config.source_config).build
+            module = DUAL[config.source_config["model_type"]]
+            build = resolve_name(f"ds_cmli.models.{module}:build")
             self.image, self.text, self.start = build(config, image_size, pretrained)
             if vocab_size > self.text.vocab_size:
                 raise UserError(
@@ -82,7 +85,7 @@ class Student(nn.Module):
             weights = config.image_weights
             what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
             with loading(hub=weights == "hub"), blame(what):
-                self.image = load(IMAGE[config.image_backbone])(
+                self.image = resolve_name(IMAGE[config.image_backbone])(
                     config.image_model,
                     image_size,
                     weights,
@@ -92,7 +95,7 @@ class Student(nn.Module):
             weights = config.text_weights
             what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
             with loading(hub=weights == "hub"), blame(what):
-                self.text = load(TEXT[config.text_backbone])(
+                self.text = resolve_name(TEXT[config.text_backbone])(
                     config.text_model,
                     vocab_size,
                     positions,
@@ -211,7 +214,7 @@ class Teacher(nn.Module):
         what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
         with loading(hub=config.weights == "hub"), blame(what):
             own = {"block": config.block, "overrides": config.overrides}
-            encoder = load(IMAGE[config.backbone])
+            encoder = resolve_name(IMAGE["timm"])
             self.image: Any = encoder(config.model, image_size, config.weights, **own)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid = tuple(grid)

@@ -23,7 +23,7 @@ from torch import nn
 from ds_cmli import engine
 from ds_cmli.common import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import WHAT, ConfigCommand, add, resolve_config
+from ds_cmli.config.options import ConfigCommand, resolve_config
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data, build_data
@@ -65,18 +65,17 @@ def plain(
 
 
 @click.command(cls=ConfigCommand, help=(__doc__ or "").split("\n\n")[1])
-@add(*WHAT)
 @click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True)
 def command(deepspeed_config, settings, repeats, clock, **options) -> None:
-    config = resolve_config(settings, options)
+    config = resolve_config(settings)
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)
     config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
-    loader = iter(train_loader(data, sampler, 0, prefetch=config.data.prefetch))
+    loader = iter(train_loader(data, sampler, 0))
     batches = [next(loader) for _ in range(4)]
     trainer = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.pad_id)
     steps: dict[str, Callable[[Batch], object]] = {

@@ -5,9 +5,10 @@ import torch
 from deepspeed.runtime import lr_schedules
 
 from ds_cmli import engine
+from ds_cmli.checkpoint.resume import with_new_settings
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
+from ds_cmli.engine.build import warmup_then_cosine
 from tests import make
 from tests.conftest import ZERO1
 
@@ -37,17 +38,6 @@ def train(content, device, data, batches):
         moved.append(not torch.equal(before, train_engine.objective.student.projection.weight))
         after.append(train_engine.engine.get_lr()[0])
     return logged, moved, after
-
-
-def test_every_step_has_a_rate_and_the_first_half_warms_up():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
-    schedule, rates = warmup_then_cosine(optimizer, 2, 5), []
-    for _ in range(5):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-    # 1/2, 2/2, then (1 + cos(pi k/4)) / 2 for k = 1, 2, 3.
-    assert rates == pytest.approx([0.5, 1.0, 0.8535534, 0.5, 0.1464466])
 
 
 def test_the_first_step_trains_and_its_own_rate_is_logged(device, data, batches):

@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 import ds_cmli
 from ds_cmli.common import UserError
-from ds_cmli.config.options import OUTPUT, PLACES, START, WHAT, ConfigCommand, add, resolve_config
+from ds_cmli.config.options import PLACES, ConfigCommand, parse_losses, parse_setting, resolve_config
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config, parse_losses, parse_settings
+from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config
 from tests.models.dual_models import clip
 
 SETTINGS = [f"{of}.{field.name}" for of, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
@@ -33,9 +33,8 @@ def resolved(*words: str) -> Config:
     configs = []
 
     @click.command(cls=ConfigCommand)
-    @add(*WHAT, *OUTPUT, *START)
     def command(settings, **options):
-        configs.append(resolve_config(settings, options))
+        configs.append(resolve_config(settings))
 
     done = CliRunner().invoke(command, words, standalone_mode=False)
     if done.exception:
@@ -62,16 +61,20 @@ def test_who_starts_from_a_model_gets_its_preset_unless_another_is_named(tmp_pat
     assert load_preset(None, {"student": student}).run.preset == "finetune"
     assert load_preset(None, {"student": student, "run": {"preset": "quick"}}).run.preset == "quick"
     assert load_preset(None, {}).run.preset == "quick"
-    assert "no model is given to start from" in refused(load_preset, "finetune", {})
+    assert "give the model to start from" in refused(load_preset, "finetune", {})
 
 
 def test_losses_and_settings_are_parsed():
     assert parse_losses("global, cmli=0.5") == {"global": 1.0, "cmli": 0.5}
-    result = parse_settings(("student.layers=4", "data.source=some/folder", "optim.betas=[0.9,0.95]"))
-    assert result == {"student": {"layers": 4}, "data": {"source": "some/folder"}, "optim": {"betas": [0.9, 0.95]}}
+    given = {"student.layers=4": 4, "data.source=some/folder": "some/folder", "optim.betas=[0.9,0.95]": [0.9, 0.95]}
+    assert [parse_setting(text) for text in given] == [(text.split("=")[0], value) for text, value in given.items()]
     assert load_preset("tiny", {"optim": {"betas": [0.9, 0.95]}}).optim.betas == (0.9, 0.95)
     for unclear in ("", "cmli=", "=1", "cmli,", "cmli,,global", "cmli=big"):
         assert "write NAME or NAME=WEIGHT" in refused(parse_losses, unclear)
+    for unclear in ("", "student.layers", "layers=4", ".layers=4", "student.=4"):
+        assert "write SECTION.SETTING=VALUE" in refused(parse_setting, unclear)
+    for deep in ("[" * 5000, "[1", '{"a": }'):
+        assert "--set data.source" in refused(parse_setting, f"data.source={deep}")
 
 
 def test_the_last_one_given_counts():
@@ -92,13 +95,11 @@ def test_random_weights_are_what_is_not_given():
     assert (config.teacher.weights, config.data.tokenizer) == ("random", "builtin")
 
 
-@pytest.mark.parametrize("name", PLACES)
-def test_an_option_is_named_as_it_was_given(name):
-    value = {"losses": "cmli=-1", "epochs": "-1", "deterministic": None}.get(name, "-1")
-    if name in ("seed", "workers", "lr", "micro_batch", "steps", "epochs", "losses", "keep", "save_every"):
-        assert refused(resolved, "--" + name.replace("_", "-"), value).startswith("--" + name.replace("_", "-"))
-        setting, value = PLACES[name], value.replace("cmli=-1", '{"cmli": -1}')
-        assert refused(resolved, "--set", f"{setting}={value}").startswith(setting)
+@pytest.mark.parametrize("name, value", {"lr": "-1", "epochs": "-1", "keep": "0", "losses": "cmli=-1"}.items())
+def test_an_option_is_named_as_it_was_given(name, value):
+    assert refused(resolved, f"--{name}", value).startswith(f"--{name}")
+    setting, value = PLACES[name], value.replace("cmli=-1", '{"cmli": -1}')
+    assert refused(resolved, f"--{name}", "1", "--set", f"{setting}={value}").startswith(setting)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -123,27 +124,15 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
 LONG = "x" * 5000
 MISTAKES = [
     ("student.layers", 0, "student.layers is 0: Input should be greater than or equal to 1"),
-    ("student.layers", True, "student.layers is True: Input should be a valid integer"),
     ("student.layer", 4, "setting of student is 'layer': did you mean 'layers'?"),
-    ("student.dropout", 1, "student.dropout is 1: Input should be less than 1"),
     ("student.image_backbone", "tim", "student.image_backbone is 'tim': did you mean 'timm'?"),
-    ("data.held_out", 1.5, "data.held_out is 1.5: give a share below 1, or a whole number of pictures"),
     ("data.augmentation", {"flip": 1.0}, "data.augmentation.flip is 1.0: Input should be 'random_resized_crop', "),
     ("loss.weights", {"globl": 1.0}, "loss.weights is 'globl': did you mean 'global'?"),
     ("loss.weights", {"cmli": "a"}, "loss.weights.cmli is 'a': Input should be a valid number"),
-    ("loss.weights", ["cmli"], "loss.weights is ['cmli']: Input should be a valid dictionary"),
-    ("loss.start", {"cls_kd": 3}, "loss.start is 'cls_kd': known: cmli, global, target_cmli"),
-    ("loss.start", {"cmli": 1}, "loss.start.cmli is 1: Input should be greater than or equal to 2"),
-    ("loss.start", {"cmli": 2, "global": 2, "target_cmli": 2}, "no loss counts in the first step: leave out one"),
-    ("loss.mse_reduction", "avg", "loss.mse_reduction is 'avg': Input should be 'mean' or 'sum'"),
-    ("loss.init_temperature", 0.001, "loss.init_temperature is 0.001: Input should be greater than or equal to 0.01"),
-    ("optim.betas", [0.9], "optim.betas is [0.9]: Field required"),
+    ("optim.betas", [0.9], "optim.betas.1 is missing: give it"),
     ("optim.betas", [0.9, 1.0], "optim.betas is [0.9, 1.0]: Input should be less than 1"),
     ("optim.lr", float("inf"), "optim.lr is inf: Input should be a finite number"),
     ("optim.negatives", 3, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
-    ("run.seed", 2**31, "run.seed is 2147483648: Input should be less than 2147483648"),
-    ("run.patience", 2, "run.patience is 2: nothing is evaluated before the end: give --eval-every too"),
-    ("run.watchdog", 0.5, "run.watchdog is 0.5: give 1 to 1000000 seconds (0: off)"),
     ("run.preset", LONG, f"run.preset is {repr(LONG)[:100]} ... "),
     (f"run.{LONG}", 1, f"setting of run is {repr(LONG)[:100]} ... "),
 ]
@@ -156,8 +145,6 @@ def test_mistakes_name_setting_value_and_remedy(setting, value, line):
 
 
 def test_mistakes_of_several_settings_and_of_sections():
-    both = {"target_image_weight": 0, "target_text_weight": 0}
-    assert "loss.target_image_weight is 0 too" in refused(load_preset, "tiny", {"loss": both})
     assert "give one of the two" in refused(load_preset, "tiny", {"optim": {"epochs": 1.0, "steps": 3}})
     assert refused(Config.from_dict, {"student": [1]}) == "student is [1]: give a mapping of settings"
     assert refused(load_preset, "tiny", {"studnt": {}}) == "section of settings is 'studnt': did you mean 'student'?"
@@ -177,12 +164,12 @@ DAMAGED = [
 def test_a_damaged_config_of_a_run(content, tmp_path):
     (tmp_path / "run.json").write_bytes(content)
     line = refused(load_config, tmp_path / "run.json", "--checkpoint")
-    words = "is damaged, of another version, or needs a --plugin: "
-    assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: its run.json {words}")
+    words = "its run.json is missing, damaged, of another version, or needs a --plugin: "
+    assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: {words}")
 
 
 def test_the_config_of_a_run(tmp_path):
-    assert "no run.json there" in refused(load_config, tmp_path / "run.json", "--checkpoint")
+    assert "its run.json is missing, " in refused(load_config, tmp_path / "run.json", "--checkpoint")
     (tmp_path / "run.json").write_text(json.dumps({"config": TINY.to_dict()}))
     assert load_config(tmp_path / "run.json", "--checkpoint") == TINY
 

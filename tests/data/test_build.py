@@ -65,8 +65,8 @@ def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
     assert sizes(source=a) == (12, {"val": 5})
     assert sizes(source=b, val_source=a) == (7, {"val": 5})
     assert sizes(source=[a, b], held_out=3) == (16, {"val": 8})
-    with pytest.raises(UserError, match="val_split"):
-        sizes(source=a, val_split="test")
+    with pytest.raises(UserError, match="has no test part, but train, validation"):
+        build_eval_data(config(source=a), 0, "test")
     assert len(build_eval_data(config(source=a), 0, "all")[0]["all"]) == 17
     assert len(build_eval_data(config(source=a), 0, "val")[0]["val"]) == 5
 

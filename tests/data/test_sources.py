@@ -33,11 +33,10 @@ def test_cells_stay_strings_and_rows_of_one_image_are_one_image(tmp_path):
     assert source.left_out == 0
 
 
-def test_tabs_other_separators_and_columns_are_found_or_named(tmp_path):
+def test_tabs_and_columns_are_found_or_named(tmp_path):
     (tmp_path / "t.tsv").write_text("filepath\ttitle\tsize\na.png\tone, two\t3\n")
-    write(tmp_path, s_csv="image;caption\na.png;one, two\n", k_csv="file_name,text,german\na.png,one,eins\n")
+    write(tmp_path, k_csv="file_name,text,german\na.png,one,eins\n")
     assert rows(opened(tmp_path / "t.tsv")) == {"a.png": ["one, two"]}
-    assert rows(opened(tmp_path / "s.csv", separator=";")) == {"a.png": ["one, two"]}
     assert rows(opened(tmp_path / "k.csv", caption_key="german")) == {"a.png": ["eins"]}
 
 

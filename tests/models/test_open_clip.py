@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from functools import cache
 from typing import Any
 
@@ -172,10 +173,10 @@ def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
             start(name, {"global": 1.0})
 
     refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
-    refused("it names no weights: give open_clip:ViT-B-32@FILE", "open_clip:ViT-B-32")
-    refused("'x.pt' is no file", "open_clip:ViT-B-32@x.pt")
+    refused("is no file of weights: give open_clip:ViT-B-32@FILE", "open_clip:ViT-B-32")
+    refused("'x.pt' is no file of weights", "open_clip:ViT-B-32@x.pt")
     refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
-    refused("no such file or folder", "local-dir:nowhere")
+    refused("no open_clip_config.json there", "local-dir:nowhere")
     (tmp_path / "empty").mkdir()
     refused("no open_clip_config.json there", f"local-dir:{tmp_path}/empty")
     folder = shutil.copytree(folders["vit"], tmp_path / "copy")
@@ -185,5 +186,5 @@ def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused(f"{LOADS}: RuntimeError: Required pretrained weights", folder)
     (folder / "open_clip_config.json").write_text("{")
     refused("cannot be read", folder)
-    monkeypatch.setattr("ds_cmli.config.source.find_spec", lambda name: None)
-    refused(r"not installed: pip install 'ds-cmli\[open_clip\]'", folders["vit"])
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    refused(r"a model of open_clip: pip install 'ds-cmli\[open_clip\]'", folders["vit"])

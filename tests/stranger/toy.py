@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.config.registry import IMAGE, BackboneEntry
+from ds_cmli.config.registry import IMAGE
 
-IMAGE["toy"] = BackboneEntry(f"{__name__}:Toy", "a toy")
+IMAGE["toy"] = f"{__name__}:Toy"
 
 
 class Toy(nn.Module):
