@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import sys
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -56,9 +57,9 @@ def keep_what_is_imported() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no process waits long for the last one."""
-    slow = {item.path for item in items if any(map(item.get_closest_marker, ("slow", "null_gpu")))}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with many slow tests come first, so that no process waits long for the last one."""
+    slow = Counter(item.path for item in items if any(map(item.get_closest_marker, ("slow", "null_gpu"))))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_collection_finish(session):

@@ -154,6 +154,7 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(cmli_scores(image, TEXT, MASK)[0].sum(), image, create_graph=True)
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_with_the_loss():
     torch.manual_seed(0)
     model, loss = torch.nn.Linear(8, 8), CMLILoss()
