@@ -5,8 +5,7 @@ It goes by the names of the tensors in the run's file: those that are not traine
 
 import json
 import math
-import os
-import tempfile
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -49,8 +48,6 @@ NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss
 def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: float | None) -> None:
     """Write the model of RUN into the new folder DIR; without --as, as one of this package."""
     source, target = Path(run), Path(folder)
-    if target.exists():
-        raise UserError(f"DIR is {folder!r}: it exists; give a new folder")
     config = load_config(source / RUN, "the run")
     began = config.student.source_config.get("model_type", "two encoders")
     if kind is not None and began.replace("siglip2", "siglip") != kind:
@@ -71,31 +68,30 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
     if interpolate is not None:
         weights = between(config, model.config, weights, interpolate)
         what = f"{interpolate:g} of the way from student.source to {what}"
-    parent = target.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    # The folder gets its name only after everything in it has been written.
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as made:
-        out = Path(made) / "model"
-        out.mkdir()
+    with blame(f"DIR is {folder!r}: give a new folder"):
+        target.mkdir(parents=True)
+    try:
         processor = hf.CMLIProcessor.from_pretrained(source)
         if kind is None:
-            model.config.save_pretrained(out)
-            processor.save_pretrained(out)
-            write_weights(weights, out / hf.WEIGHTS)
+            model.config.save_pretrained(target)
+            processor.save_pretrained(target)
+            write_weights(weights, target / hf.WEIGHTS)
         else:
             write = of_open_clip if kind == "open_clip" else of_transformers
             with loading(hub=False), blame(f"--as {kind}"):
-                library, loss, name = write(out, config)
-                write_weights(fitted(weights, kind, loss, library), out / name)
-                processor.tokenizer.save_pretrained(out)
-            words = json.loads((out / "tokenizer_config.json").read_text())
+                library, loss, name = write(target, config)
+                write_weights(fitted(weights, kind, loss, library), target / name)
+                processor.tokenizer.save_pretrained(target)
+            words = json.loads((target / "tokenizer_config.json").read_text())
             words.pop("processor_class", None)  # it is the library's own, no more ours
-            (out / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
+            (target / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
         text = readme(config, target.resolve().name, what, kind)
-        (out / "README.md").write_text(text, errors="backslashreplace")
-        for path in out.iterdir():
+        (target / "README.md").write_text(text, errors="backslashreplace")
+        for path in target.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
-        os.replace(out, target)
+    except BaseException:
+        shutil.rmtree(target)
+        raise
     click.echo(f"{folder}: {what} of {run}, as {kind or 'a model of this package'}")
 
 

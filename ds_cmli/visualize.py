@@ -5,13 +5,13 @@ S is the image side in pixels.
 
 from __future__ import annotations
 
-from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from ds_cmli.common import UserError, one_line, run_command
+from ds_cmli.common import UserError, blame, run_command
 from ds_cmli.config.registry import plugin_option
 
 if TYPE_CHECKING:
@@ -30,8 +30,7 @@ DEFAULT = 4  # pairs that are shown if none are given
 @click.option(
     "--pairs",
     metavar="0,1,2",
-    help="Numbers of pairs: each picture with its first caption, then each with its second.  "
-    "[default: the first four]",
+    help="Numbers of pictures, each with its first caption.  [default: the first four]",
 )
 @click.option("--image", help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", help="The text for --image.")
@@ -50,9 +49,8 @@ def command(
         raise UserError("--image and --text belong together: give both, or --pairs")
     numbers = None
     if pairs is not None:
-        if not pairs.replace(",", "").isdigit():
-            raise UserError(f"--pairs is {pairs!r}: give numbers from 0 on, separated by commas")
-        numbers = [int(number) for number in pairs.split(",") if number]
+        with blame(f"--pairs is {pairs!r}: give numbers from 0 on, separated by commas"):
+            numbers = [int(number) for number in pairs.split(",")]
     Path(output).mkdir(parents=True, exist_ok=True)
 
     from ds_cmli.evaluate.match_map import sheet
@@ -72,10 +70,8 @@ def command(
 def held_out(
     config: Config, source: str | None, split: str | None, numbers: list[int] | None
 ) -> list[tuple[Tensor, str]]:
-    """Pairs of a held-out split, as (picture uint8 [3, S, S], caption as it is written).
-
-    `numbers` count each picture's first caption, then each one's second; None: the first `DEFAULT`
-    that can be used. Raises `UserError`.
+    """The pictures of these numbers, uint8 [3, S, S], each with its first caption; None: the first
+    `DEFAULT` that can be used. Raises `UserError`.
     """
     from ds_cmli.data.build import build_eval_data, evaluation_data
     from ds_cmli.evaluate.embed import pictures_of
@@ -85,19 +81,12 @@ def held_out(
     split = split or next(iter(evals))
     if split not in evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(evals)}")
-    pairs, before, turns = evals[split], Counter[int](), []
-    for row, picture in enumerate(pictures_of(pairs)):
-        turns.append((before[picture], row))
-        before[picture] += 1
-    rows = [row for _, row in sorted(turns)]
-    shown: list[tuple[Tensor, str]] = []
+    pairs = evals[split]
+    rows, shown = list(dict.fromkeys(pictures_of(pairs))), []
+    problem = f"--pairs is {numbers}, of the {len(rows)} pictures of {split}"
     for number in range(len(rows)) if numbers is None else numbers:
-        try:
+        with suppress(Exception) if numbers is None else blame(problem):
             shown.append((pairs.image(rows[number]), pairs.rows[rows[number]][1]))
-        except Exception as error:  # decoders raise nearly any for damaged files
-            if numbers is not None:
-                why = f"the {len(rows)} of {split} are from 0 on: {one_line(error)}"
-                raise UserError(f"--pairs has {number}, which cannot be used, and {why}") from None
         if numbers is None and len(shown) == DEFAULT:
             break
     return shown

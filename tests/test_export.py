@@ -202,5 +202,5 @@ def test_what_it_is_not_is_refused(sources, tmp_path):
     refused("no student.source: leave it out", run, new, "--interpolate", "0.5")
     shutil.rmtree(tmp_path / "gone")
     refused("no such file or folder", began, new, "--interpolate", "0.5")
-    refused("it exists; give a new folder", run, run)
+    refused("give a new folder: FileExistsError", run, run)
     refused(r"no run\.json there", tmp_path, new)

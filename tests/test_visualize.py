@@ -36,13 +36,10 @@ def test_the_default_shows_different_pictures_that_can_be_used(config):
 
 
 def test_pairs_that_are_asked_for(config):
-    assert [text[7:] for _, text in held_out(config, None, None, [0, 2, 6, 12])] == [
-        "2, Caption 0!", "4, Caption 0!", "2, Caption 1!", "2, Caption 2!"
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="--pairs has 1, which cannot be used"):
-        held_out(config, None, None, [1])
-    with pytest.raises(UserError, match="--pairs has 18, which cannot be used, and the 18 of"):
-        held_out(config, None, None, [18])
+    assert [text[7:] for _, text in held_out(config, None, None, [0, 2])] == ["2, Caption 0!", "4, Caption 0!"]
+    for number in (1, 6):
+        with pytest.raises(UserError, match=rf"--pairs is \[{number}\], of the 6 pictures of "):
+            held_out(config, None, None, [number])
 
 
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):
