@@ -10,9 +10,8 @@ from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data
-from ds_cmli.data.pairs import BadSamples
+from ds_cmli.data.pairs import BadSamples, Batch
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed.process_group import CollectiveFlags, mean_over_ranks, world_size
 from ds_cmli.engine import TrainEngine

@@ -6,7 +6,6 @@ I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +54,6 @@ def match(words: Any, text: str, tokens: Tensor, patches: Tensor, grid: tuple[in
 
     `words`: the `CaptionTokenizer`.
     """
-    spans = list(compress(words.spans(text), words(text).valid))
+    spans = words(text).spans
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
     return Match(similarity, [text[start:end] for start, end in spans], spans, grid)

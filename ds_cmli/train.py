@@ -211,11 +211,11 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
 
     Returns the exit code.
     """
-    from ds_cmli.data.pairs import train_loader
+    from ds_cmli.data.pairs import loader
 
     settings, state, data = run.config.run, run.state, run.config.data
-    loader = train_loader(run.data, run.sampler, data.workers, preemption.shield)
-    batches = iter(loader)
+    own, how = run.data, (data.workers, preemption.shield)
+    batches = iter(loader(own.train, own.collate, *how, batch_sampler=run.sampler))
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:

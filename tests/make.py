@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.pairs import Batch
 from tests.ranks import ALONE
 
 # One layer everywhere, and a data set of its own for each test: the smallest training there is.

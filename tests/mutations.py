@@ -138,7 +138,7 @@ ROWS = (
      DATA + "test_tokens_are_those_of_the_caption_without_special_ones_and_padding",
      "valid = [not added and token not in self.special_ids for token, added in tokens]",
      "valid = [True for token, added in tokens]"),
-    ("data-held-out", "data/build.py", DATA + "test_held_out_pictures_are_not_trained_on",
+    ("data-held-out", "data/build.py", "data/test_build.py::test_a_share_is_held_out_by_name_whatever_the_order",
      "source, np.delete(np.arange(len(source)), held_out[name][1])", "source, range(len(source))"),
     ("data-bad", "data/pairs.py", DATA + "test_a_broken_sample_is_replaced_by_the_next_and_counted",
      "return replace(sample, index=index, bad=bad[0] if bad else None)", "return replace(sample, index=index)"),

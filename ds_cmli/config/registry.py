@@ -64,15 +64,15 @@ SOURCES = {
         holds=(*TABLES, *(f"train/{name}" for name in TABLES)),
     ),
     "saved": SourceEntry(
-        f"{DATA}.arrow:open_saved",
+        f"{DATA}.sources:open_saved",
         "a folder of save_to_disk",
         holds=("dataset_dict.json", "state.json"),
     ),
     "tars": SourceEntry(
-        f"{DATA}.tars:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")
+        f"{DATA}.sources:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")
     ),
     "parquet": SourceEntry(
-        f"{DATA}.arrow:open_parquet",
+        f"{DATA}.sources:open_parquet",
         "parquet files with image bytes",
         (".parquet",),
         ("*.parquet", "data/*.parquet"),

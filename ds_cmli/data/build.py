@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,18 +16,17 @@ from pkgutil import resolve_name
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_cmli.common import UserError, blame, printable
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.arrow import HUB, open_hub
-from ds_cmli.data.batch import Collate
 from ds_cmli.data.images import View
-from ds_cmli.data.pairs import EvalPairs, Images, Share, TrainPairs
+from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
-from ds_cmli.data.sources import Files, Source
+from ds_cmli.data.sources import Files, Source, arrow_parts, library, open_tars
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 
+HUB = "hf://datasets/"
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 LOOKED_AT = 100_000  # files of a folder of no known kind
 IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
@@ -35,7 +35,7 @@ Opened = tuple[str, dict[str, Source]]  # kind, parts by split: train, validatio
 Evals = Mapping[str, EvalPairs | Scenes]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Data:
     """The data that a run trains and evaluates on."""
 
@@ -60,44 +60,36 @@ def build_data(config: DataConfig, seed: int) -> Data:
     opened = {name: open_source(name, config) for name in names}
     held_out, summary = _held_out(opened, config), list[str]()
     train, fingerprint = dict[str, Share](), dict[str, Mapping[str, object]]()
-    for number, (name, (kind, parts)) in enumerate(opened.items()):
+    shares = dict(zip(names, weights, strict=True)) if weights else {}
+    for name, (kind, parts) in opened.items():
         if "train" not in parts:
             raise UserError(f"data.source is {name!r}, which has no training part")
         source, lost = parts["train"], getattr(parts["train"], "left_out", 0)
         if lost > config.max_bad_share * (lost + len(source)):
-            raise UserError(
-                f"{lost} of the {lost + len(source)} images of {name} have no caption, more than "
-                f"data.max_bad_share = {config.max_bad_share}: give them some, or raise it"
-            )
+            what = f"{lost} of the {lost + len(source)} images of {name} have no caption"
+            raise UserError(f"{what}, more than data.max_bad_share = {config.max_bad_share}")
         train[name] = source, range(len(source))
         if name in held_out and held_out[name][0] is source:
             train[name] = source, np.delete(np.arange(len(source)), held_out[name][1])
-        weight = weights and weights[number]
+        weight, size = shares.get(name), len(train[name][1])
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_size(train[name])} to train on{share}")
-        size = {"images": len(train[name][1]), "weight": weight}
-        fingerprint[name] = {**source.fingerprint(), **size}
+        fingerprint[name] = {**source.fingerprint(), "images": size, "weight": weight}
     summary += [f"held out: {_size(share)} of {name}" for name, share in held_out.items()]
     tokenizer = tokenizer_of(config)
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
     for start in pairs.images.starts[:-1]:
         pairs[start]  # a folder without its images is an error here, not in a loading process
-    return Data(
-        train=pairs,
-        mixture=Mixture([len(indices) for _, indices in train.values()], weights),
-        evals={"val": EvalPairs(Images(held_out), config)},
-        tokenizer=tokenizer,
-        summary=summary,
-        fingerprint=fingerprint,
-    )
+    mixture = Mixture([len(indices) for _, indices in train.values()], weights)
+    evals = {"val": EvalPairs(Images(held_out), config)}
+    return Data(pairs, mixture, evals, tokenizer, summary, fingerprint)
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[Evals, list[str]]:
     """What an evaluation reads from `data.source`, and lines to print.
 
-    Args:
-        split: "val" or "test" for that part, "all" for every part (also what training uses); None:
-            the split that training itself evaluates.
+    `split`: "val" or "test" for that part, "all" for every part (also what training uses); None:
+    what training itself evaluates.
     """
     if config.source == "demo":
         if split is not None:
@@ -137,17 +129,15 @@ def _held_out(
 def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
     """The images of a source that are held out of training: int64 [n], in their order.
 
-    Those with the lowest of pseudorandom numbers that are always the same, as many as `wanted`, as
-    in `data.held_out`, but at least one.
+    Those with the lowest of pseudorandom numbers that are always the same; `wanted`: as
+    `data.held_out`.
     """
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
     if wanted is not None:
         count = max(1, round(wanted if wanted >= 1 else wanted * len(source)))
     if count >= len(source):
-        raise UserError(
-            f"data.held_out is {wanted}, of which {name} with {len(source)} images with a caption "
-            "leaves none to train on: give it more images, or less"
-        )
+        what = f"data.held_out is {wanted}, and {name} has {len(source)} images with a caption"
+        raise UserError(f"{what}: that leaves none to train on, hold out less")
     if isinstance(source, Files):  # hashes of names: neither order nor captions change the split
         names = (source.name(index).encode(errors="surrogatepass") for index in range(len(source)))
         digests = b"".join(hashlib.sha256(one).digest()[:8] for one in names)
@@ -161,14 +151,8 @@ def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
 
 
 def evaluation_data(config: DataConfig, name: str) -> DataConfig:
-    """A run's configuration to evaluate on the source `name`, which `--data` gives.
-
-    Of a source that the run has held a share out of, that share is evaluated; other data is, as
-    `val_source`, evaluated whole or in its validation part. The run's settings of its own data do
-    not apply to other data.
-    """
-    if printable(name) != name:
-        raise UserError(f"--data is {name!r}, which is no Unicode: rename it")
+    """A run's configuration to evaluate on `--data`: what it has held out of that source, or else
+    other data, whole or its validation part, without the settings of the run's own data."""
     names = [name, config.val_source, *weighted(config.source)[0]]
     place, other, *own = (os.path.realpath(os.path.expanduser(one)) for one in names)
     if config.val_source or place not in own:
@@ -202,21 +186,31 @@ def open_source(name: str, config: DataConfig) -> Opened:
     """Open one source: its kind in a few words, and its parts by split."""
     if name.startswith(HUB):
         return "a data set of the hub", open_hub(name, config)
-    path, files = Path(os.path.expanduser(name)), list[Path]()
-    if path.is_dir():
-        for entry in SOURCES.values():
-            if files := sorted(file for pattern in entry.holds for file in path.glob(pattern)):
-                files = [file for file in files if file.name.endswith(entry.ends)] or [path]
-                break
-    else:
-        found = expand(name)
-        for entry in SOURCES.values():
-            if entry.ends and all(file.name.lower().endswith(entry.ends) for file in found):
-                files = found
-                break
-    if not files:
-        raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
-    return entry.what, resolve_name(entry.implementation)(files, config)
+    path = Path(os.path.expanduser(name))
+    named = [] if path.is_dir() else expand(name)
+    for entry in SOURCES.values():
+        files = named or sorted(file for held in entry.holds for file in path.glob(held))
+        of_kind = [file for file in files if file.name.lower().endswith(entry.ends)]
+        if files and (not named or of_kind == files):
+            opened = resolve_name(entry.implementation)(of_kind or [path], config)
+            return entry.what, opened
+    raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
+
+
+def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
+    """Open hf://datasets/OWNER/NAME[@REVISION]: its tars, or what `datasets` reads of it."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repo, _, given = name.removeprefix(HUB).partition("@")
+    at, shards = given or None, list[Path]()
+    with blame(f"{name} cannot be fetched"):
+        with suppress(LocalEntryNotFoundError):  # without a network: `datasets` may have a copy
+            tars = snapshot_download(repo, repo_type="dataset", revision=at, allow_patterns="*.tar")
+            shards = sorted(Path(tars).rglob("*.tar"))
+        if not shards:
+            return arrow_parts(library().load_dataset(repo, revision=at), config)
+    return open_tars(shards, config)
 
 
 def expand(pattern: str) -> list[Path]:
@@ -250,12 +244,11 @@ def _guess(path: Path) -> str:
     if lists := [file for file in inside if file.suffix.lower() in LISTS]:
         return f"a folder with the list {lists[0].name}: give that, --data {lists[0]}"
     if any(file.suffix.lower() in IMAGES for file in islice(path.rglob("*"), LOOKED_AT)):
-        return (
-            "a folder of images without captions: write a metadata.csv with file_name,text in it; "
-            "folders of images by class serve ds-cmli-evaluate --zero-shot"
-        )
-    names = ", ".join(file.name for file in inside[:3])
-    return f"a folder of no known kind: it holds {names or 'nothing'}"
+        what = "write a metadata.csv with file_name,text in it; images by class serve --zero-shot"
+        return f"a folder of images without captions: {what}"
+    return (
+        f"a folder of no known kind: it holds {', '.join(x.name for x in inside[:3]) or 'nothing'}"
+    )
 
 
 def _size(share: Share) -> str:
@@ -267,10 +260,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures, tokenizer = DemoPictures(config.image_size), tokenizer_of(config)
     of_demo = pictures, tokenizer, config.scenes
-    return Data(
-        train=Scenes("train", seed, TRAIN_SCENES, *of_demo, View.of(config, seed)),
-        mixture=Mixture([TRAIN_SCENES]),
-        evals={name: Scenes(name, EVAL_SEED, EVAL_SCENES, *of_demo) for name in ("seen", "unseen")},
-        tokenizer=tokenizer,
-        summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
-    )
+    train = Scenes("train", seed, TRAIN_SCENES, *of_demo, View.of(config, seed))
+    evals = {name: Scenes(name, EVAL_SEED, EVAL_SCENES, *of_demo) for name in ("seen", "unseen")}
+    summary = [f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"]
+    return Data(train, Mixture([TRAIN_SCENES]), evals, tokenizer, summary)

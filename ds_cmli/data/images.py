@@ -54,17 +54,13 @@ class View:
     def __call__(
         self, picture: bytes | Image.Image | np.ndarray | Tensor, turn: int = 0, index: int = 0
     ) -> Tensor:
-        """Show a file's content, or an image in memory, which stays as it is.
-
-        `turn` and `index` of the sample count with augmentation. Decoders raise nearly any
-        exception for damaged data.
-        """
+        """Show a file's content, or an image in memory, which stays as it is. Decoders raise nearly
+        any exception for damaged data."""
         if isinstance(picture, bytes):
             try:
                 image: Image.Image = Image.open(io.BytesIO(picture), formats=FORMATS)
-            except UnidentifiedImageError:
-                names = ", ".join(FORMATS)
-                raise ValueError(f"cannot identify image file: none of {names}") from None
+            except UnidentifiedImageError:  # whose message has an address in memory
+                raise ValueError(f"cannot identify image file: none of {FORMATS}") from None
         else:
             image = picture if isinstance(picture, Image.Image) else F.to_pil_image(picture)
             image = image.copy()

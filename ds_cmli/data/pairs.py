@@ -1,33 +1,112 @@
-"""The pairs of sources as map-style data sets, and their loaders."""
+"""The pairs of sources as map-style data sets, their samples, batches and loaders.
+
+B images with a caption each, M text positions (padded), S image size in pixels.
+"""
 
 import gc
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ds_cmli import probe
 from ds_cmli.common import UserError, one_line
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.batch import Bad, Sample, hashed
 from ds_cmli.data.images import View
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources import Source
-from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.distributed.process_group import CollectiveFlags
-
-if TYPE_CHECKING:
-    from ds_cmli.data.build import Data
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 SHOWN = 5  # bad samples that messages name
 NO_TOKEN = "caption without a token"
+Bad = tuple[str, str]  # an image's name, and why it cannot be used
+NO_PICTURE = -1
+# Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
+PAD_MULTIPLE = 8
 Share = tuple[Source, Sequence[int] | np.ndarray]  # and the indices of some of its images
+
+
+def hashed(*content: object) -> int:
+    """A hash of the content that fits int64, the same on all nodes."""
+    digest = hashlib.blake2b(" ".join(map(str, content)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
+
+
+@dataclass
+class Sample:
+    image: Tensor  # uint8 [3, S, S]
+    tokens: Tokens
+    index: int  # the requested index, even if another sample replaces that one
+    image_id: int  # identifies the image: all captions of one image have the same number
+    # Of scenes: which picture each token names, and which is in each quarter of the image; or -1.
+    token_picture: Sequence[int] = ()
+    cell_picture: Sequence[int] = ()
+    bad: Bad | None = None  # the requested sample and why it could not be used
+
+
+@dataclass
+class Batch:
+    image: Tensor  # uint8 [B, 3, S, S]
+    input_ids: Tensor  # int64 [B, M]
+    attention_mask: Tensor  # bool [B, M], False for padding
+    token_mask: Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
+    index: Tensor  # int64 [B], position in the data set
+    pair_id: Tensor  # int64 [B, 2], hashes of the image and of its caption: equal for equal ones
+    bad: list[Bad]  # the samples that were replaced by others in this batch
+    padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        with probe.scope("data"):
+            return self.map(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self.map(Tensor.pin_memory)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """Apply it to each tensor."""
+        own = vars(self).items()
+        changed: dict[str, Any] = {name: function(x) for name, x in own if isinstance(x, Tensor)}
+        return replace(self, **changed)
+
+
+class Collate:
+    """Makes a `Batch` of samples. Captions are padded to the longest, a multiple of `PAD_MULTIPLE`
+    but at most the tokenizer's `positions`; of a `full` one to that, and padding is attended to."""
+
+    def __init__(self, tokenizer: CaptionTokenizer):
+        self.pad_id, self.full = tokenizer.pad_id, tokenizer.full
+        self.positions = tokenizer.positions
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        ids = [sample.tokens.input_ids for sample in samples]
+        lengths = torch.tensor([self.positions if self.full else len(row) for row in ids])
+        longest = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+        length = min(longest, self.positions)
+        pair_ids = [(sample.image_id, hashed(sample.tokens.input_ids)) for sample in samples]
+        return Batch(
+            image=torch.stack([sample.image for sample in samples]),
+            input_ids=padded(ids, length, self.pad_id),
+            attention_mask=torch.arange(length) < lengths[:, None],
+            token_mask=padded([sample.tokens.valid for sample in samples], length, False),
+            index=torch.tensor([sample.index for sample in samples]),
+            pair_id=torch.tensor(pair_ids),
+            bad=[sample.bad for sample in samples if sample.bad],
+            padded=int(lengths.min()) < length,
+        )
+
+
+def padded(rows: Sequence[Sequence], length: int, fill: int | bool) -> Tensor:
+    """Stack rows, padded with `fill` to [B, length]: int64, or bool if `fill` is one."""
+    return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows])
 
 
 class Images:
@@ -86,10 +165,8 @@ class TrainPairs(Dataset):
                 bad.append((self.images.name(taken), described(error)))
             else:
                 return replace(sample, index=index, bad=bad[0] if bad else None)
-        raise UserError(
-            f"{tries} samples in a row cannot be used, from {bad[0][0]} ({bad[0][1]}) on: mend or "
-            "remove them"
-        )
+        where = f"from {bad[0][0]} ({bad[0][1]}) on"
+        raise UserError(f"{tries} samples in a row cannot be used, {where}: mend or remove them")
 
     def _pair(self, index: int, turn: int) -> Sample:
         captions = self.images.captions(index)
@@ -147,37 +224,20 @@ class BadSamples:
         self.first += [one for one in bad if one not in self.first][: SHOWN - len(self.first)]
 
     def check(self, flags: CollectiveFlags, seen: int = 0) -> list[str]:
-        """The line about those of all ranks, if any. Collective.
-
-        Raises `UserError` on all ranks if they are too many of the `seen` samples.
-        """
+        """The line about those of all ranks, if any; a `UserError` on all if they are too many of
+        the `seen` samples. Collective."""
         counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
         count, named = sum(counts), ", ".join(told([*dict.fromkeys(chain.from_iterable(first))]))
         if seen and count > self.max_share * max(seen, self.length):
-            raise UserError(
-                f"{count} samples of {self.length} cannot be used, more than data.max_bad_share = "
-                f"{self.max_share}: mend or remove them, or raise it. The first: {named}"
-            )
+            limit = f"more than data.max_bad_share = {self.max_share}: mend them, or raise it"
+            many = f"{count} samples of {self.length} cannot be used"
+            raise UserError(f"{many}, {limit}. The first: {named}")
         return [f"{count} bad samples were replaced; the first: {named}"] if count else []
 
 
 def told(bad: list[Bad]) -> list[str]:
     """The first few bad samples as text: ["2.png (no such file)", ...]."""
     return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]
-
-
-def train_loader(
-    data: "Data",
-    sampler: GlobalBatchSampler,
-    workers: int,
-    worker_init: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """An endless loader of this rank's `Batch`es, from the sampler's consumed position on.
-
-    Each of the `workers` loading processes prepares two batches ahead.
-    """
-    own = {"batch_sampler": sampler, "persistent_workers": workers > 0}
-    return loader(data.train, data.collate, workers, worker_init, **own)
 
 
 def loader(

@@ -89,11 +89,9 @@ class GlobalBatchSampler:
         self.micro_batch, self.rank, self.global_batch = micro_batch, rank, micro_batch * world_size
         self.batches_per_epoch = self.length // self.global_batch
         if not self.batches_per_epoch:
-            raise UserError(
-                f"the training set has {self.length} samples, fewer than one global batch of "
-                f"{self.global_batch} = {micro_batch} (micro-batch) x {world_size} (ranks): lower "
-                "the micro-batch or add data"
-            )
+            batch = f"{self.global_batch} = {micro_batch} (micro-batch) x {world_size} (ranks)"
+            what = f"the training set has {self.length} samples, fewer than one global batch"
+            raise UserError(f"{what} of {batch}: lower the micro-batch or add data")
 
     def __iter__(self) -> Iterator[list[Draw]]:
         epoch, position = self.epoch, self.position
@@ -120,8 +118,6 @@ class GlobalBatchSampler:
         """Continue from `state`, of another number of ranks or another micro-batch size too."""
         for name, own in (("length", self.length), ("seed", self.seed)):
             if state.get(name) != own:
-                raise UserError(
-                    f"the run to resume has a training set's {name} of {state.get(name)}, this one "
-                    f"{own}: resume with the same data and --seed"
-                )
+                what = f"the run to resume has a training set's {name} of {state.get(name)}"
+                raise UserError(f"{what}, this one {own}: resume with the same data and --seed")
         self.epoch, self.position = state["epoch"], state["position"]

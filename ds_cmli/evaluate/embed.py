@@ -18,9 +18,8 @@ from ds_cmli.common import UserError, printable, read_json
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, Source, to_evaluate
-from ds_cmli.data.batch import Bad, Collate, Sample
 from ds_cmli.data.images import View, black
-from ds_cmli.data.pairs import NO_TOKEN, EvalPairs, described, loader, told
+from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ds_cmli.cmli.loss import PairLoss, Temperature
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.pairs import Batch
 from ds_cmli.losses.gradient_cache import KnownGradient
 from ds_cmli.losses.target_cmli import Features, WidthHead
 from ds_cmli.models.student import Student, Targets

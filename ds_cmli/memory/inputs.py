@@ -10,8 +10,8 @@ from ds_cmli.common import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch
-from ds_cmli.data.tokens import load_tokenizer
+from ds_cmli.data.pairs import Batch
+from ds_cmli.data.tokens import tokenizer_of
 from ds_cmli.models.encoders import changed_fields, family
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
@@ -44,7 +44,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
         vocab_size = 0  # its text encoder has its own table
     elif student.text_weights == "random" or Path(student.text_weights).is_file():
         if data.tokenizer == "builtin" or Path(data.tokenizer).is_dir():
-            vocab_size = load_tokenizer(data.tokenizer, data.context_length).vocab_size
+            vocab_size = tokenizer_of(data).vocab_size
     elif student.text_weights == "demo":
         student = replace(student, text_overrides=MINILM_SIZES | student.text_overrides)
     else:

@@ -84,9 +84,9 @@ class DualImage(nn.Module):
         if self.pools:
             self.class_head: nn.Module = nn.Identity()
             pooling = self.model.head
-            own = pooling.attention
-            value = layer(own.in_proj_weight.chunk(3)[2], own.in_proj_bias.chunk(3)[2])
-            out = layer(own.out_proj.weight, own.out_proj.bias)
+            pool = pooling.attention
+            value = layer(pool.in_proj_weight.chunk(3)[2], pool.in_proj_bias.chunk(3)[2])
+            out = layer(pool.out_proj.weight, pool.out_proj.bias)
             self.token_head: nn.Module = ValuePath(value, out, pooling.layernorm, pooling.mlp)
         else:
             self.class_head = dual.get_submodule("visual_projection")

@@ -38,8 +38,8 @@ from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
 from ds_cmli.config.source import OF_DATA, OF_TRAINING
-from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View, black
+from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student

@@ -25,9 +25,8 @@ from ds_cmli.common import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand, resolve_config
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch
 from ds_cmli.data.build import Data, build_data
-from ds_cmli.data.pairs import train_loader
+from ds_cmli.data.pairs import Batch, loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from profiling.speed.op import CLOCKS, in_turn, seconds
@@ -75,8 +74,8 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
-    loader = iter(train_loader(data, sampler, 0))
-    batches = [next(loader) for _ in range(4)]
+    loaded = iter(loader(data.train, data.collate, 0, batch_sampler=sampler))
+    batches = [next(loaded) for _ in range(4)]
     trainer = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.pad_id)
     steps: dict[str, Callable[[Batch], object]] = {
         "trainer": lambda batch: trainer.step([batch]),

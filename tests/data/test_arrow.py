@@ -7,7 +7,8 @@ from datasets import Dataset, DatasetDict
 
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.arrow import open_hub, open_parquet, open_saved
+from ds_cmli.data.build import open_hub
+from ds_cmli.data.sources import open_parquet, open_saved
 from tests.make import picture
 
 
@@ -63,8 +64,8 @@ def test_a_row_without_its_image_is_an_error_of_that_sample(tmp_path):
 
 
 def test_columns_are_found_or_named(tmp_path):
-    path = parquet(tmp_path / "a.parquet", image=FILES, text=["a"] * 3, caption=["b"] * 3)
-    with pytest.raises(UserError, match=r"data\.caption_key.*text, caption"):
+    path = parquet(tmp_path / "a.parquet", image=FILES, title=["a"] * 3, caption=["b"] * 3)
+    with pytest.raises(UserError, match=r"title, caption.*data\.caption_key"):
         open_parquet([path], DataConfig())
     assert open_parquet([path], DataConfig(caption_key="caption"))["train"].captions(0) == ["b"]
 

@@ -32,7 +32,8 @@ def packaged(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
-    monkeypatch.setitem(assets.SHA256, "toy==1.0", digest)
+    (tmp_path / "pins").write_text(f"toy==1.0 --hash=sha256:{digest}\n")
+    monkeypatch.setattr(assets, "PINS", tmp_path / "pins")
     monkeypatch.setitem(assets.ASSETS, "toy", assets.Asset(["toy==1.0"], "none", build))
     return tmp_path
 
@@ -55,7 +56,7 @@ def test_two_processes_fetch_once(packaged):
 
 @pytest.mark.parametrize("digest", ["0" * 64, "1" * 64])
 def test_wrong_content_and_a_lost_index_are_one_line(packaged, monkeypatch, digest):
-    monkeypatch.setitem(assets.SHA256, "toy==1.0", digest)
+    assets.PINS.write_text(f"toy==1.0 --hash=sha256:{digest}\n")
     if digest[0] == "1":
         monkeypatch.setenv("PIP_FIND_LINKS", "/nowhere")
     with pytest.raises(UserError, match=r"toy==1\.0 cannot be fetched.*DS_CMLI_CACHE") as error:

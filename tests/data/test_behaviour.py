@@ -179,15 +179,6 @@ def test_equal_pictures_and_equal_captions_are_told_by_their_ids(folder, tmp_pat
     assert set(same) == {True, False} and len({of[0, 0].item() for of in drawn}) == 1
 
 
-def test_held_out_pictures_are_not_trained_on(tmp_path):
-    source = Path(make.pairs(tmp_path / "pairs", 200))
-    loaded = data(source)
-    (held_out,) = loaded.evals.values()
-    trained = {loaded.train.images.name(n) for n in range(len(loaded.train))}
-    evaluated = {held_out.name(n) for n in range(len(held_out))}
-    assert len(trained) + len(evaluated) == 200 and not trained & evaluated and 1 <= len(evaluated) <= 40
-
-
 def test_a_broken_sample_is_replaced_by_the_next_and_counted(tmp_path):
     source = make.pairs(tmp_path / "pairs", 12, broken=(3,), empty=(7,))
     loaded = data(source, val_source=source, max_bad_share=0.5)

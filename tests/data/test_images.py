@@ -116,12 +116,3 @@ def test_flips_have_their_probability_and_are_reported():
             flipped.append(view.changed(pixels))
     assert 70 < sum(turned for _, turned in flipped) < 130
     assert all(torch.equal(image, pixels.flip(-1) if turned else pixels) for image, turned in flipped)
-
-
-def test_crops_have_at_least_their_share():
-    noise = torch.arange(100, dtype=torch.uint8).expand(3, 100, 100)  # a column's number is its grey
-    view = augmented(random_resized_crop=0.5)
-    for index in range(50):
-        crop = view(noise, 0, index).int()
-        width = int(crop.max() - crop.min())
-        assert width * 4 / 3 * width >= 0.4 * 100 * 100

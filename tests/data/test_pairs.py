@@ -6,7 +6,7 @@ import torch
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
-from ds_cmli.data.pairs import BadSamples, train_loader
+from ds_cmli.data.pairs import BadSamples, loader
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from tests import make
 
@@ -50,11 +50,11 @@ def run(data, ranks, workers, state, steps):
     for sampler in samplers:
         if state:
             sampler.load_state_dict(state)
-    loaders = [iter(train_loader(data, sampler, workers)) for sampler in samplers]
+    loaders = [iter(loader(data.train, data.collate, workers, batch_sampler=sampler)) for sampler in samplers]
     seen = []
     for _ in range(steps):
-        for loader, sampler in zip(loaders, samplers, strict=True):
-            batch = next(loader)
+        for loaded, sampler in zip(loaders, samplers, strict=True):
+            batch = next(loaded)
             sampler.advance()
             rows = zip(batch.index, batch.pair_id, batch.image, strict=True)
             seen += [(int(i), *pair.tolist(), int(image.long().sum())) for i, pair, image in rows]
@@ -120,5 +120,6 @@ def test_workers_draw_no_numbers_of_the_models_generator(folders):
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    next(iter(train_loader(opened, GlobalBatchSampler(opened.mixture, 4, 0, 1, 0), 1)))
+    sampler = GlobalBatchSampler(opened.mixture, 4, 0, 1, 0)
+    next(iter(loader(opened.train, opened.collate, 1, batch_sampler=sampler)))
     assert torch.equal(torch.rand(3), expected)

@@ -5,11 +5,11 @@ import torch
 
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.batch import NO_PICTURE
 from ds_cmli.data.images import View
+from ds_cmli.data.pairs import NO_PICTURE
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.scenes import EVAL_SCENES, DemoPictures, Scenes, spans_of_tokens
-from ds_cmli.data.tokens import Tokens, load_tokenizer
+from ds_cmli.data.scenes import EVAL_SCENES, DemoPictures, Scenes
+from ds_cmli.data.tokens import tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("demo")
 
@@ -21,7 +21,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer("builtin", 64)
+    return tokenizer_of(DataConfig(tokenizer="builtin", context_length=64))
 
 
 def scenes(pictures, tokenizer, split="train", seed=0, length=200, **options):
@@ -48,7 +48,9 @@ def test_each_quarter_shows_what_its_tokens_name(pictures, tokenizer):
                 assert (quarter == 255).all()
             else:
                 assert torch.equal(quarter, torch.from_numpy(pictures.images[layout[number][0]]))
-        for end, valid, number in zip(sample.tokens.ends, sample.tokens.valid, sample.token_picture, strict=True):
+        for (_, end), valid, number in zip(
+            sample.tokens.offsets, sample.tokens.valid, sample.token_picture, strict=True
+        ):
             assert valid == (number != NO_PICTURE)
             if valid:
                 first, stop = data.caption(index)[1][number]
@@ -102,8 +104,3 @@ def test_the_concepts(pictures):
     assert sorted([*pictures.training, *pictures.held_out]) == list(range(1873))
     assert 0.12 < len(pictures.held_out) / 1873 < 0.18
     assert pictures.images.shape == (1873, 3, 28, 28)
-
-
-def test_spans_of_tokens():
-    tokens = Tokens([0, 1, 2, 3, 0], [False, True, True, True, False], [0, 3, 6, 9, 9])
-    assert spans_of_tokens(tokens, [(0, 3), (4, 9)]) == [-1, 0, 1, 1, -1]

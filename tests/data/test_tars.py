@@ -8,8 +8,8 @@ import pytest
 
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import tars
-from ds_cmli.data.tars import MOST_OPEN, Tars, open_tars
+from ds_cmli.data import sources
+from ds_cmli.data.sources import MOST_OPEN, Tars, open_tars
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +74,8 @@ def test_a_caption_is_a_key_of_the_json(tmp_path):
 
 def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
     path, scanned = shard(tmp_path / "0.tar", PAIR), []
-    scan = tars.scan
-    monkeypatch.setattr(tars, "scan", lambda shard: scanned.append(shard) or scan(shard))
+    scan = sources.scan
+    monkeypatch.setattr(sources, "scan", lambda shard: scanned.append(shard) or scan(shard))
     assert samples(path) == samples(path)
     assert len(scanned) == 1
     (cached,) = (tmp_path / "cache/tar-index").glob("*.rows")

@@ -4,12 +4,17 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from ds_cmli.common import UserError
-from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, tokenizer_of
+
+
+def load(name, length=12):
+    return tokenizer_of(DataConfig(tokenizer=name, context_length=length))
 
 
 @pytest.fixture(scope="module")
 def builtin():
-    return load_tokenizer("builtin", 12)
+    return load("builtin")
 
 
 def valid_pieces(tokenizer, text):
@@ -21,7 +26,7 @@ def test_special_tokens_are_not_valid(builtin):
     tokens = builtin("Red apple")
     assert builtin.backend.decode(tokens.input_ids, skip_special_tokens=False) == "[CLS] red apple [SEP]"
     assert tokens.valid == [False, True, True, False]
-    assert tokens.ends[1:3] == [3, 9]
+    assert tokens.offsets[1:3] == [(0, 3), (4, 9)]
     assert valid_pieces(builtin, "red [SEP] apple [PAD]") == ["red", "apple"]
     assert builtin("\u200b").valid == [False, False]
     assert builtin.pad_id == 0
@@ -40,12 +45,12 @@ def test_builtin_vocabulary():
 
 
 def test_spans_leave_out_the_blank_before_a_word(builtin):
-    assert builtin.spans("red  apple")[1:3] == [(0, 3), (5, 10)]
+    assert builtin("red  apple").spans == [(0, 3), (5, 10)]
 
 
 def test_a_saved_tokenizer_loads_by_its_path(tmp_path, builtin):
     builtin_tokenizer().save_pretrained(tmp_path)
-    loaded = load_tokenizer(str(tmp_path), 12)
+    loaded = load(str(tmp_path))
     assert loaded("cat face").input_ids == builtin("cat face").input_ids
     assert (loaded.vocab_size, loaded.pad_id) == (builtin.vocab_size, 0)
 
@@ -86,12 +91,12 @@ def many(content):
 )
 def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, change, tokens):
     with pytest.raises(UserError, match=r"data\.tokenizer is ") as error:
-        load_tokenizer(changed(tmp_path, change, **tokens), 12)
+        load(changed(tmp_path, change, **tokens))
     assert "\n" not in str(error.value)
 
 
 def test_a_text_that_a_tokenizer_cannot_split_is_one_line(tmp_path):
-    tokenizer = load_tokenizer(changed(tmp_path, explode), 12)
+    tokenizer = load(changed(tmp_path, explode))
     with pytest.raises(UserError, match="cannot split") as error:
         tokenizer("a" * 4998 + "!")
     assert "\n" not in str(error.value)
@@ -101,7 +106,7 @@ def test_a_text_that_a_tokenizer_cannot_split_is_one_line(tmp_path):
 def test_what_cannot_be_loaded_is_one_line(monkeypatch, name):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"data\.tokenizer is ") as error:
-        load_tokenizer(name or "/dev/null", 12)
+        load(name or "/dev/null")
     assert "\n" not in str(error.value)
 
 
@@ -116,8 +121,8 @@ TEXTS = [
 
 def test_open_clips_tokenizer_has_the_same_ids():
     open_clip = pytest.importorskip("open_clip")
-    ours, theirs = load_tokenizer("open_clip", 77), open_clip.get_tokenizer("ViT-B-32")
+    ours, theirs = load("open_clip", 77), open_clip.get_tokenizer("ViT-B-32")
     for text in TEXTS:
         ids = [i for i in theirs([text])[0].tolist() if i]
         assert ours(text).input_ids == ids
-    assert [TEXTS[0][a:b] for a, b in ours.spans(TEXTS[0])][1:5] == ["A", "Red", "apple", ","]
+    assert [TEXTS[0][a:b] for a, b in ours(TEXTS[0]).spans][:4] == ["A", "Red", "apple", ","]

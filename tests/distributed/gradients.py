@@ -7,7 +7,7 @@ import torch
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
-from ds_cmli.data.pairs import train_loader
+from ds_cmli.data.pairs import loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import build
@@ -41,7 +41,7 @@ def gradients_of_rank(
     ds_config["optimizer"]["params"]["torch_adam"] = True
     step = build(config, ds_config, data.vocab_size, STEPS, device)
     sampler = GlobalBatchSampler(len(data.train), micro_batch, rank, world_size, 0)
-    batches = iter(train_loader(data, sampler, 0))
+    batches = iter(loader(data.train, data.collate, 0, batch_sampler=sampler))
 
     gradients: list[dict[str, torch.Tensor]] = []
     update = step.engine._take_model_step

@@ -12,7 +12,7 @@ from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
-from ds_cmli.data.batch import Batch
+from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
 from profiling.speed.op import cpu_sizes
 from tests import make

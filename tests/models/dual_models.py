@@ -1,4 +1,4 @@
-"""Small CLIP, SigLIP and NaFlex models with random weights, as transformers saves them, with their processors."""
+"""Small CLIP and SigLIP models with random weights, as transformers saves them, with their processors."""
 
 from pathlib import Path
 
@@ -41,19 +41,15 @@ def siglip(folder: Path, **processor) -> Path:
     vision = {**SIZES, **PIXELS, "hidden_size": 32}
     words = text(max_position_embeddings=64, projection_size=32)
     model = SiglipModel(SiglipConfig(vision_config=vision, text_config=words))
-    return sigmoid(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
-
-
-def sigmoid(folder: Path, model, processor, tokenizer=None) -> Path:
     torch.nn.init.constant_(model.logit_scale, 4.76)
     torch.nn.init.constant_(model.logit_bias, -12.9)
     for parameter in model.vision_model.head.parameters():  # whose biases are zeros
         torch.nn.init.normal_(parameter, std=0.2)
-    return saved(folder, model, processor, tokenizer)
+    return saved(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
 
 
-def saved(folder: Path, model, processor, tokenizer=None) -> Path:
-    for part in (model, processor, tokenizer or builtin_tokenizer()):
+def saved(folder: Path, model, processor) -> Path:
+    for part in (model, processor, builtin_tokenizer()):
         part.save_pretrained(folder)
     return folder
 

@@ -43,14 +43,6 @@ def test_padding_changes_no_text(built, images):
 
 
 @torch.no_grad()
-def test_an_image_does_not_depend_on_its_batch_nor_on_texts(built, images):
-    cls, patches, *_ = built[0].student(images, *texts(8, 8))
-    assert patches.shape == (3, 16, 32) and cls.shape == (3, 32)
-    alone = built[0].student.encode_image(images[1:2])
-    torch.testing.assert_close(alone, (cls[1:2], patches[1:2]), rtol=1e-4, atol=1e-5)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("of", ["student", "teacher"])
 def test_patches_lie_row_by_row_without_the_class_token(of):
     """With attention and MLP at 0 a patch's features are those of its pixels and place."""

@@ -13,8 +13,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from ds_cmli.common import UserError
 from ds_cmli.config.source import applied
-from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View
+from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.models.student import Student
 from tests.models.dual_models import clip, settings, siglip, start
 

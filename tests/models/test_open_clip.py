@@ -14,8 +14,8 @@ from PIL import Image
 
 from ds_cmli.common import UserError
 from ds_cmli.config.source import Source
-from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.images import View
+from ds_cmli.data.pairs import Collate, Sample
 from tests.models.dual_models import settings, start
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
