@@ -128,7 +128,7 @@ class CachingAllocator:
         self.free_blocks = defaultdict[tuple[bool, int], list[tuple]](list)
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
-        self.peaks = 0, 0, 0  # of these three
+        self.peaks: tuple[int, ...] = (0, 0, 0)  # of these three
         self.next_address, self.segments_taken = FIRST_ADDRESS, 0
         self.retries = 0  # requests for which all cached memory was returned
 
