@@ -63,6 +63,7 @@ def test_what_a_program_sees(null_gpu, tmp_path, events):
         ("T4", Setting("fallback", "demo", 32, precision="fp16", overrides=TORCH)),
         ("A100 80GB", Setting("ranks", "demo", 32, world=8, stage=1, accumulation=2)),
         ("H100 80GB", Setting("checkpointing", "demo", 64, world=2, checkpointing=True)),
+        ("H100 80GB", Setting("gathered", "demo", 64, world=8, stage=3)),
     ],
 )
 def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):
