@@ -152,8 +152,8 @@ class DeepSpeedConfig(dict[str, Any]):
     @property
     def precision(self) -> str:
         """The model's precision: "fp16", "bf16" or "fp32"."""
-        on = [name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True]
-        return on[0] if on else "fp32"
+        on = (name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True)
+        return next(on, "fp32")
 
     @property
     def micro_batch(self) -> int:

@@ -53,13 +53,6 @@ def is_marked(name: str) -> bool:
     return name.startswith((NAMED, LOCAL, HUB))
 
 
-def architecture_and_weights(name: str) -> tuple[str, str]:
-    """The parts of `open_clip:ARCHITECTURE@WEIGHTS`."""
-    architecture, _, weights = name.removeprefix(NAMED).partition("@")
-    file = os.path.expanduser(weights)
-    return architecture, file if os.path.isfile(file) else weights
-
-
 def loss_of(own: JsonObject) -> str:
     """The loss whose temperature a model has, by `StudentConfig.source_config`."""
     if own["model_type"] == "open_clip":
@@ -153,16 +146,18 @@ class Source:
 
     @property
     def in_open_clip(self) -> tuple[str, str | None]:
-        """What `open_clip.create_model` calls the model, and its weights."""
+        """What `open_clip.create_model` calls the model, and its weights: a file or a tag."""
         if self.name.startswith(NAMED):
-            return architecture_and_weights(self.name)
+            architecture, _, weights = self.name.removeprefix(NAMED).partition("@")
+            file = os.path.expanduser(weights)
+            return architecture, file if os.path.isfile(file) else weights
         return self.name if is_marked(self.name) else f"{(HUB, LOCAL)[self.local]}{self.name}", None
 
     def published(self) -> JsonObject:
         """`model_cfg` and `preprocess_cfg` of an architecture that the package has."""
         import open_clip
 
-        name, weights = architecture_and_weights(self.name)
+        name, weights = map(str, self.in_open_clip)
         if name not in open_clip.list_models():
             known = nearest(name, open_clip.list_models())
             raise self.error(f"open_clip has no architecture {name!r}: {known}")

@@ -28,6 +28,7 @@ MISTAKES = [
     ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
     ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: Input should be less than or equal to 3"),
     ({"zero_optimization": {}}, "zero_optimization.stage is missing: give it"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: Input should be greater than or equal to 1"),
     ({"zero_optimization": None}, "zero_optimization is None: Input should be a valid dictionary"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
     ({"fp16": True}, "fp16 is True"),
@@ -38,7 +39,7 @@ MISTAKES = [
     ({"train_batch_size": 0}, "train_batch_size is 0"),
     ({"comms_logger": {"enabled": True, "verbos": True}}, "verbos"),
     ({"optimizer": {"params": {}}}, "optimizer.type is missing"),
-    ({"optimizer": {"type": "Lamb", "params": {}}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
+    ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW'"),
     ({"optimizer": {"type": "Muon"}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
     ({"optimizer": {"type": "SGD"}}, "zero_allow_untested_optimizer"),
     ({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}}, "'weigth_decay'"),
@@ -87,15 +88,11 @@ def test_what_the_json_says_wins():
     assert given["optimizer"]["params"]["weight_decay"] == "auto"  # the caller's own is left alone
 
 
-def test_an_optimizer_is_given_what_it_takes():
-    def filled(kind, **params):
-        optimizer = {"type": kind, "params": {"lr": 0.1, **params}}
-        given = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
-        return set(given.filled(OptimConfig(), 1, 10).optimizer_params)
-
-    assert filled("SGD") == {"lr", "weight_decay"}
-    assert filled("RMSprop", momentum=0.9) == {"lr", "eps", "weight_decay", "momentum"}
-    assert filled("adam") == {"lr", "betas", "eps", "weight_decay", "torch_adam"}
+@pytest.mark.parametrize("kind, takes", {"RMSprop": "eps", "adam": "betas eps torch_adam", "SGD": ""}.items())
+def test_an_optimizer_is_given_what_it_takes(kind, takes):
+    optimizer = {"type": kind, "params": {"lr": 0.1}}
+    given = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
+    assert {*given.filled(OptimConfig(), 1, 10).optimizer_params} == {"lr", "weight_decay", *takes.split()}
 
 
 def test_auto_is_filled_as_hugging_face_does():
@@ -111,7 +108,7 @@ def test_auto_is_filled_as_hugging_face_does():
     assert [out["zero_optimization"][key] for key in zero] == [4096, 3686, 640]
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR"])
 def test_warmup_schedulers_need_no_parameters(kind):
     out = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": kind}}).filled(OptimConfig(warmup_share=0.2), 1, 50)
     assert out["scheduler"]["params"]["warmup_num_steps"] == 10
@@ -126,19 +123,14 @@ CPU, OLD_CPU, AMPERE, VOLTA = (False, True), (False, False), (True, True), (True
     [
         ("auto", "auto", AMPERE, "bf16"),
         ("auto", "auto", VOLTA, "fp16"),
-        ("auto", "auto", CPU, "bf16"),
-        ("auto", None, AMPERE, "fp16"),
         ("auto", None, CPU, "bf16"),
         ("auto", False, CPU, "fp32"),
-        (None, "auto", VOLTA, "fp16"),
         (False, "auto", VOLTA, "fp32"),
         (True, "auto", AMPERE, "fp16"),
         ("auto", True, AMPERE, "bf16"),
         (True, None, CPU, "bf16"),
         (True, None, OLD_CPU, "fp32"),
-        ("auto", "auto", OLD_CPU, "fp32"),
         (True, None, AMPERE, "fp16"),
-        (False, False, AMPERE, "fp32"),
         (True, "auto", CPU, "bf16"),
         (True, "auto", OLD_CPU, "fp32"),
     ],

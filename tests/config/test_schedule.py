@@ -20,15 +20,10 @@ def batches(data):
     return make.batches(data, 8, STEPS)
 
 
-def decided(content):
-    config = load_preset("tiny", {"optim": {"lr": 1e-2, "warmup_share": 0.5}})
-    ds_config = engine.on_this_device(DeepSpeedConfig.of(ZERO1 | content))
-    return config, engine.filled(config, ds_config, 1, STEPS)
-
-
 def train(content, device, data, batches):
     """The rates logged for each step, whether each changed the weights, and the rates of the schedule after each."""
-    config, ds_config = decided(content)
+    config = load_preset("tiny", {"optim": {"lr": 1e-2, "warmup_share": 0.5}})
+    ds_config = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(ZERO1 | content)), 1, STEPS)
     train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device)
     logged, moved, after = [], [], []
     for batch in batches:
@@ -47,17 +42,14 @@ def test_the_first_step_trains_and_its_own_rate_is_logged(device, data, batches)
     assert logged[1:] == after[:-1]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "SGD", "RMSprop", "NAdam"])
+@pytest.mark.parametrize("kind", ["adamw", "SGD", "RMSprop"])
 def test_pytorchs_optimizers_train(device, data, batches, kind):
-    content = {
-        **{"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True},
-        **{"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
-    }
+    content = {"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True, "bf16": {"enabled": True}}
     _, moved, _ = train(content, device, data, batches[:2])
     assert all(moved)
 
 
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest"])
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupCosineLR", "OneCycle"])
 def test_deepspeeds_schedules_train(device, data, batches, kind):
     params = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2} if kind == "OneCycle" else {}
     content = {"scheduler": {"type": kind, "params": params}, "zero_optimization": {"stage": 2}}
