@@ -14,8 +14,8 @@ from ds_cmli.common import Section, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset, merged
-from ds_cmli.config.schema import Config, RunConfig, check, check_sections
-from ds_cmli.distributed.launchers import map_launcher_environment
+from ds_cmli.config.schema import Config, RunConfig, check_sections
+from ds_cmli.distributed import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.train import train
 
@@ -90,15 +90,10 @@ def _resolved(
     """The whole configuration. Raises `UserError`."""
     if isinstance(config, str):
         config = {"run": {"preset": config}}
-    need = "give a preset's name, a mapping of sections, or a Config"
-    check(isinstance(config, Mapping | Config), "config", config, need)
-    whole = isinstance(config, Config)
-    sections: Any = config.to_dict() if isinstance(config, Config) else config
+    sections = config.to_dict() if isinstance(config, Config) else config
     check_sections(sections)
     if data is not None:
-        given = [data] if isinstance(data, str | Path) else data
-        check(isinstance(given, Sequence), "data", data, "give what --data takes, or a list of it")
-        names = list(map(str, given))
-        source = {"data": {"source": names[0] if len(names) == 1 else names}}
-        sections = merged(sections, source)
-    return Config.from_dict(sections) if whole else load_preset(None, sections)
+        names = [str(data)] if isinstance(data, str | Path) else [str(name) for name in data]
+        source = names[0] if len(names) == 1 else names
+        sections = merged(sections, {"data": {"source": source}})
+    return Config.from_dict(sections) if isinstance(config, Config) else load_preset(None, sections)

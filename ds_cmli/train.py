@@ -25,7 +25,7 @@ from ds_cmli.common import UserError, blame, run_command, say, silence, version,
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand, Given, resolve_config
 from ds_cmli.config.schema import Config
-from ds_cmli.distributed.launchers import map_launcher_environment
+from ds_cmli.distributed import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profile import Profiles
 

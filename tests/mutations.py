@@ -40,7 +40,7 @@ LOSSES, ENGINE = "losses/test_losses.py::", "engine/test_behaviour.py::"
 DATA, MODELS = "data/test_behaviour.py::", "models/test_behaviour.py::"
 CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_prediction.py::"
 ALLOCATOR = "memory_model/test_allocator.py::test_worked_out_by_hand"
-FAULTS = "faults/test_"
+FAULTS, CACHING = "faults/test_", "engine/test_gradient_caching.py::"
 EVALUATE = "evaluate/test_behaviour.py::"
 EQUATIONS = OP + "test_scores_and_gradients_are_those_of_the_equations"
 TIES = OP + "test_a_tie_goes_to_the_lowest_valid_index"
@@ -116,12 +116,12 @@ ROWS = (
      "if state.skipped_in_row > nonfinite.MOST_SKIPPED:", "if False:"),
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",
-     ENGINE + "test_cached_micro_batches_have_the_losses_and_gradients_of_one",
+     CACHING + "test_losses_and_gradients_are_those_of_one_piece",
      "factor = self.accumulation / self.scale", "factor = 1.0 / self.scale"),
     ("caching-fp16", "losses/gradient_cache.py",
-     ENGINE + "test_cached_micro_batches_in_fp16_have_the_gradients_of_fp32",
+     CACHING + "test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step",
      "(total * scale).backward()", "total.backward()"),
-    ("caching-dropout", "engine/train_engine.py", ENGINE + "test_cached_micro_batches_draw_the_same_dropout_again",
+    ("caching-dropout", "engine/train_engine.py", CACHING + "test_micro_batches_draw_the_same_dropout_again",
      "                gradient_cache.set_random_states(states[k], self.device)\n", ""),
     # Data: samples that come twice or never, special tokens as words, held-out pictures that are trained on.
     ("data-position", "data/sampler.py", DATA + "test_a_resumed_order_repeats_nothing_and_skips_nothing",

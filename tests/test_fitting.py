@@ -60,10 +60,8 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     ("given", "words"),
     [
         ({"config": "tny"}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
-        ({"config": 3}, r"^config is 3: give a preset's name, a mapping of sections, or a Config$"),
         ({"config": {"preset": "tiny"}}, r"^section of settings is 'preset': did you mean run.preset\?$"),
         ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
-        ({"data": 3}, r"^data is 3: give what --data takes, or a list of it$"),
         ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
         ({"deepspeed_config": "/no.json"}, r"^--deepspeed_config /no.json: .*No such file"),
         ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
@@ -135,13 +133,11 @@ assert first.metrics["loss"] == second.metrics["loss"] and second.model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "deepspeed --num_accelerators 2"])
-def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path, launcher):
+def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
-    program, *options = launcher.split()
-    options += ["--master_port", str(free_port())]
-    done = python(script, tmp_path, launcher=(os.path.join(BIN, program), *options))
+    launcher = (os.path.join(BIN, "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()))
+    done = python(script, tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli.hardware import bf16_is_fast, one_attention_on_all_gpus
+from ds_cmli.hardware import bf16_is_fast
 from tests.ranks import clean_environment
 
 FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None
@@ -38,14 +38,3 @@ def test_the_default_json_takes_fp32_under_avx2():
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert "\ntraining in fp32 on this device (cpu), where fp16 is slow or missing\nfp32\n" in done.stdout, done.stderr
     assert re.match(r"device: cpu, AVX2 without bf16, \d+ threads\n", done.stdout)
-
-
-def test_all_gpus_have_the_same_attention():
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        one_attention_on_all_gpus()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -21,7 +21,7 @@ from ds_cmli.common import UserError, blame, revision, say, sha256, versions
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.launchers import this_node
+from ds_cmli.distributed import this_node
 from ds_cmli.models.hf import BEST
 
 METRICS, CONFIG, LOCK = "metrics.jsonl", "run.json", "run.lock"

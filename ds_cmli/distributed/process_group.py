@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_cmli.common import UserError, blame, one_line
-from ds_cmli.distributed.launchers import map_launcher_environment, this_node
+from ds_cmli.distributed import map_launcher_environment, this_node
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of a collective, and in which all ranks start
@@ -82,11 +82,6 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def named(rank: int, nodes: Sequence[str]) -> str:
-    """Name a rank in a message, with its node if the ranks are on several of the `nodes`."""
-    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
-
-
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum `values`, on the CPU or on this rank's device, over ranks, in place. Collective."""
     if world_size() > 1:
@@ -123,10 +118,12 @@ def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) 
     """Raise `UserError` on all ranks if any gives a message, with the first one's. Collective."""
     gathered = gather_objects((this_node(), mistake), group)  # collective
     nodes, mistakes = zip(*gathered, strict=True)
+    if len({*mistakes}) == 1 and mistakes[0]:
+        raise UserError(mistakes[0])
     for rank, first in enumerate(mistakes):
         if first:
-            same = len({*mistakes}) == 1
-            raise UserError(first if same else f"{named(rank, nodes)}: {first}")
+            node = f" on node {nodes[rank]}" if len({*nodes}) > 1 else ""
+            raise UserError(f"rank {rank}{node}: {first}")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from ds_cmli.common import UserError, check_writable, run_command, say
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import Source
-from ds_cmli.distributed import launchers
+from ds_cmli.distributed import map_launcher_environment
 
 option = partial(click.option, show_default=True)
 # The options that each evaluation reads, by the option that selects it.
@@ -62,7 +62,7 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     if not is_run and (given["ema"] or not given[mode]):
         own = "which has averages and data of its own: give --data, and leave out --ema"
         raise UserError(f"{place!r} is no run, {own}")
-    launchers.map_launcher_environment()
+    map_launcher_environment()
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import load
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.launchers import this_node
+from ds_cmli.distributed import this_node
 
 # Factor on the time limit while models are built, kernels compiled or a checkpoint written.
 SLOW = 10

@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from ds_cmli.common import UserError
-from ds_cmli.distributed import launchers
+from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
 from tests.conftest import ZERO1
 from tests.make import pairs, small
 from tests.metrics_file import BIN
@@ -19,8 +19,8 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", 
 
 def mapped(monkeypatch, env: dict[str, str]) -> list[str]:
     monkeypatch.setattr("os.environ", env)
-    launchers.map_launcher_environment()
-    return [env[name] for name in launchers.OF_A_RANK]
+    map_launcher_environment()
+    return [env[name] for name in OF_A_RANK]
 
 
 def test_a_plain_process_is_a_world_of_one(monkeypatch):

@@ -47,29 +47,23 @@ def test_by_hand():
         average_of(module.bfloat16())
 
 
-@pytest.mark.parametrize("error", [UserError("one rank's data"), KeyboardInterrupt()])
-def test_the_weights_are_put_back_after_any_error(error):
-    module, ema = one_weight(1.0)
-    for inside in (ema.as_weights, ema.as_master_weights):
-        module.weight.data.fill_(2.0)
-        with pytest.raises(type(error)), inside():
-            assert module.weight.item() == 1.0
-            raise error
-        assert (module.weight.item(), ema.averages[0].item()) == (2.0, 1.0)
-
-
-def test_an_error_of_one_of_several_ranks_puts_its_master_weights_back_without_a_collective(monkeypatch):
+@pytest.mark.parametrize(
+    "error, ranks, refreshes",
+    [(UserError("data"), 1, 2), (KeyboardInterrupt(), 1, 2), (UserError("of one rank"), 2, 1), (Preempted(), 2, 2)],
+)
+def test_after_any_error_the_weights_are_put_back(monkeypatch, error, ranks, refreshes):
+    """The ones that forward passes use by a collective, unless one of several ranks alone may have raised it."""
     module, ema = one_weight(1.0)
     refreshed = []
     monkeypatch.setattr("ds_cmli.engine.ema.refresh_weights", refreshed.append)
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    ema.averages[0].fill_(7.0)
-    for error, refreshes in ((UserError("one rank's data"), 1), (Preempted(), 2)):
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    for inside, count in ((ema.as_weights, refreshes), (ema.as_master_weights, 0)):
+        module.weight.data.fill_(2.0)
         refreshed.clear()
-        with pytest.raises(type(error)), ema.as_weights():
-            assert module.weight.item() == 7.0
+        with pytest.raises(type(error)), inside():
+            assert module.weight.item() == 1.0
             raise error
-        assert len(refreshed) == refreshes and module.weight.item() == 1.0
+        assert (module.weight.item(), ema.averages[0].item(), len(refreshed)) == (2.0, 1.0, count)
 
 
 def weights_of(trained):

@@ -31,22 +31,6 @@ def test_first_layers_with_the_embeddings_below_or_the_whole_encoder():
         models({"student": {"freeze_text": 3}})
 
 
-def test_each_parameter_is_in_the_group_of_its_rate():
-    """Of two layers the last has a rate of 0.5, the first of 0.25, embeddings of 0.125; the text's a tenth of these."""
-    config, objective = models(RATES)
-    groups = parameter_groups(objective, 0.1, config.optim, 1e-3)
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    own = dict(objective.named_parameters())
-    assert len(rate) == len(own) and groups[0]["lr"] == 1e-3
-    for name, expected in {
-        "student.image.model.pos_embed": 0.125e-3, "student.image.model.blocks.0.attn.qkv.weight": 0.25e-3,
-        "student.image.model.blocks.1.norm1.bias": 0.5e-3,
-        "student.text.model.embeddings.word_embeddings.weight": 0.0125e-3,
-        "student.text.model.encoder.layer.1.output.dense.weight": 0.05e-3, "student.projection.weight": 1e-3,
-    }.items():  # fmt: skip
-        assert rate[id(own[name])] == pytest.approx(expected), name
-
-
 @pytest.mark.parametrize("kind", ["OneCycle", "WarmupLR"])
 def test_a_scheduler_with_one_rate_for_all_is_refused(kind):
     params = {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3} if kind == "OneCycle" else {}
