@@ -90,11 +90,13 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
     assert losses[0] == losses[1] and peaks[1] < peaks[0]
 
 
-@pytest.mark.parametrize("accumulation, section", [(1, {}), (1, {"activation_checkpointing": {}}), (2, {})])
-def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, data, batches, accumulation, section):
+@pytest.mark.parametrize(
+    "stage, accumulation, section", [(2, 1, {}), (3, 1, {"activation_checkpointing": {}}), (2, 2, {})]
+)
+def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, data, batches, stage, accumulation, section):
     """By hand, three times the forward pass: what checkpointing or gradient caching computes again does not count."""
     monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
-    json = {"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": accumulation, **section}
+    json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **section}
     ours = {"student": {"layers": 1, "shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
     train_engine, micro_batches = build(device, data, json, ours), batches[:accumulation]
     meter = metrics.Meter(train_engine)
