@@ -48,25 +48,6 @@ def test_each_loss_alone(device, data, batches, loss):
     assert (train_engine.teacher is None) == (not LOSSES[loss].teacher)
 
 
-@pytest.mark.parametrize("stage, accumulation", [(1, 2), (3, 1)])
-def test_a_loss_starts_at_its_step(device, data, batches, stage, accumulation):
-    """Before, all is as without it, but that it is computed; over pairs too, with gradient caching."""
-    content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
-    totals = []
-    for start in ({}, {"cmli": 3, "target_cmli": 2}):
-        loss = {"weights": {"global": 1.0, "cmli": 0.5, "target_cmli": 2.0}, "start": start}
-        one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
-        train_engine = build(device, data, content, {"loss": loss, **one_block})
-        totals.append([train_engine.step(batches[accumulation * n :][:accumulation])[-1] for n in range(3)])
-    parts = [{name: x.item() for name, x in losses.each.items()} for losses in totals[1]]
-    weights = ((1, 0, 0), (1, 0, 2), (1, 0.5, 2))
-    for losses, values, of_step in zip(totals[1], parts, weights, strict=True):
-        expected = sum(weight * value for weight, value in zip(of_step, values.values(), strict=True))
-        assert losses.total.item() == pytest.approx(expected)
-    assert parts[0]["cmli"] == totals[0][0].each["cmli"].item() > 0
-    assert parts[1]["cmli"] != totals[0][1].each["cmli"].item()  # it has not been trained yet
-
-
 def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}})
     before = [p.clone() for p in train_engine.teacher.parameters()]
