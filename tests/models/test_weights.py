@@ -113,14 +113,6 @@ def test_code_in_a_pickle_is_refused_and_never_advised(tower, tmp_path, state, l
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02."])
-@pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_what_is_no_file_of_weights_is_one_line(name, content, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=r"^teacher.model is [^\n]*: .{5,}$"):
-        Teacher(dataclasses.replace(CONFIG.teacher, weights=str(tmp_path / name)), S, GRID)
-
-
 @pytest.mark.parametrize("kind", ["bert", "unheard-of"])
 def test_code_of_a_model_folder_is_never_run(kind, tmp_path, state, load, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
