@@ -203,4 +203,4 @@ def test_what_it_is_not_is_refused(sources, tmp_path):
     shutil.rmtree(tmp_path / "gone")
     refused("no such file or folder", began, new, "--interpolate", "0.5")
     refused("give a new folder: FileExistsError", run, run)
-    refused(r"no run\.json there", tmp_path, new)
+    refused(r"its run\.json is missing", tmp_path, new)
