@@ -24,6 +24,8 @@ from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.metrics import Meter, NullWriter, Writer
 
+MOST_SKIPPED = 5  # steps in a row that are skipped; a further one ends the run
+
 
 @dataclass
 class Run:
@@ -107,10 +109,10 @@ class Run:
         state.skipped_in_row += 1
         self.writer.say(nonfinite.line(state.step, samples))
         self.writer.log(state.step, {"skipped": samples})
-        if state.skipped_in_row > nonfinite.MOST_SKIPPED:
+        if state.skipped_in_row > MOST_SKIPPED:
             self.save()  # collectives: with the weights from before the first of them
             count = f"{state.skipped_in_row} steps in a row were skipped"
-            why = f"{count}, more than {nonfinite.MOST_SKIPPED}"
+            why = f"{count}, more than {MOST_SKIPPED}"
             raise UserError(self.checkpoints.diverged(why, state))
 
     def log(self) -> None:

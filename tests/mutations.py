@@ -113,7 +113,7 @@ ROWS = (
      "return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)", "return loss"),
     ("faults-most-skipped", "run.py",
      FAULTS + "nonfinite.py::test_too_many_in_a_row_stop_with_a_checkpoint_from_before",
-     "if state.skipped_in_row > nonfinite.MOST_SKIPPED:", "if False:"),
+     "if state.skipped_in_row > MOST_SKIPPED:", "if False:"),
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",
      CACHING + "test_losses_and_gradients_are_those_of_one_piece",
@@ -173,7 +173,7 @@ ROWS = (
     ("engine-layer-decay", "engine/parameter_groups.py", ENGINE + "test_a_layer_below_has_a_lower_rate",
      "above = layers + 1 - depth", "above = depth"),
     ("engine-warm-up", "engine/build.py", ENGINE + "test_each_rate_of_the_warm_up_is_that_of_its_update",
-     "update = done + 1", "update = done"),
+     "rate(done + 1, total_steps)", "rate(done, total_steps)"),
     # Checkpoints: what is not restored, or another rank's; damage that is not seen.
     ("checkpoint-generators", "checkpoint/state.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      'torch.set_rng_state(self.generators["torch"])', "pass"),

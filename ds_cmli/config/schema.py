@@ -6,6 +6,7 @@ module has no heavy imports: `--help` and the checks of the user's settings do n
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -180,6 +181,13 @@ class OptimConfig:
 
     def warmup_steps(self, total_steps: int) -> int:
         return max(1, round(self.warmup_share * total_steps))
+
+    def rate(self, update: int, total_steps: int) -> float:
+        """The share of `lr` at an update, from 1: linear warmup, then cosine decay; never 0."""
+        warmup = self.warmup_steps(total_steps)
+        if update <= warmup:
+            return update / warmup
+        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total_steps + 1 - warmup)))
 
 
 @dataclass(config=STRICT)

@@ -5,14 +5,11 @@ Here alone they are put together: training, profiling and prediction all begin h
 
 import copy
 import logging
-import math
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
@@ -157,10 +154,12 @@ def build(
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
-    warmup = config.optim.warmup_steps(total_steps)
     scheduler: Any = None  # DeepSpeed makes the JSON's
     if "scheduler" not in ds_config:
-        scheduler = partial(warmup_then_cosine, warmup=warmup, total_steps=total_steps)
+        scheduler = partial(
+            torch.optim.lr_scheduler.LambdaLR,
+            lr_lambda=lambda done: config.optim.rate(done + 1, total_steps),
+        )
     json = copy.deepcopy(dict(ds_config))
     if not json.get("steps_per_print"):
         # The timer whose lines it would print waits for the GPU twice a micro-batch.
@@ -191,18 +190,6 @@ def build(
         caching=compares_all(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )
-
-
-def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
-    """Linear warmup to the full rate at update `warmup`, then cosine decay; never 0."""
-
-    def share(done: int) -> float:
-        update = done + 1
-        if update <= warmup:
-            return update / warmup
-        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total_steps + 1 - warmup)))
-
-    return LambdaLR(optimizer, share)
 
 
 def release(engine: "DeepSpeedEngine") -> None:

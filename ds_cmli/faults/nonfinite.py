@@ -13,7 +13,6 @@ from torch import Tensor
 from ds_cmli.distributed.process_group import CollectiveFlags
 
 Optimizer = Any  # one of DeepSpeed's, which have no common type
-MOST_SKIPPED = 5  # steps in a row that are skipped; a further one ends the run
 SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
 

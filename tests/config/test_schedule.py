@@ -8,7 +8,7 @@ from ds_cmli import engine
 from ds_cmli.checkpoint.resume import with_new_settings
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.engine.build import warmup_then_cosine
+from ds_cmli.config.schema import OptimConfig
 from tests import make
 from tests.conftest import ZERO1
 
@@ -63,7 +63,8 @@ def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind):
     def made(steps):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
         if kind == "ours":
-            return optimizer, warmup_then_cosine(optimizer, 2, steps)
+            optim = OptimConfig(warmup_share=2 / steps)
+            return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: optim.rate(done + 1, steps))
         return optimizer, getattr(lr_schedules, kind)(optimizer, total_num_steps=steps, warmup_num_steps=2)
 
     def rates(optimizer, schedule, steps):
