@@ -96,8 +96,13 @@ KINDS = ["clip", "siglip", *(f"open_clip {kind}" for kind in OPEN_CLIP)]
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("trained", [run_of, pytest.param(after_ten_steps, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("kind", [pytest.param(x, marks=[pytest.mark.slow] * (x in KINDS[2:-1])) for x in KINDS])
+@pytest.mark.parametrize(
+    "kind, trained",
+    [
+        *(pytest.param(x, run_of, marks=[pytest.mark.slow] * (x in KINDS[2:-1])) for x in KINDS),
+        *(pytest.param(x, after_ten_steps, marks=pytest.mark.slow) for x in ("clip", "siglip", "open_clip vit")),
+    ],
+)
 def test_trained_the_library_computes_its_features(kind, trained, sources, tmp_path, pictures):
     chosen, library, file = of(kind, sources[kind])
     run = trained(sources[kind], tmp_path / "run", chosen)

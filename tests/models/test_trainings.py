@@ -21,14 +21,13 @@ from tests.test_export import run_of
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 # Of open_clip: a ViT, a CoCa, a ConvNeXt, a SigLIP. "locked" is the whole image tower.
 RUNS = """
-export    zero3 two   bf16 one    recomputed ema -
-siglip    zero1 alone fp32 one    -          ema lora
+export    zero3 alone bf16 one    recomputed ema -
 run       zero2 alone bf16 one    recomputed ema locked
 clip      zero3 two   fp32 one    recomputed -   locked
-siglip    zero1 two   bf16 cached recomputed -   locked
-vit       zero3 two   fp32 one    recomputed -   locked
+siglip    zero1 two   bf16 cached -          ema lora
+vit       zero3 alone fp32 one    recomputed -   locked
 coca      zero2 alone bf16 one    recomputed ema locked
-convnext  zero3 two   bf16 one    recomputed ema -
+convnext  zero3 alone bf16 one    -          ema -
 oc-siglip zero1 two   bf16 cached recomputed -   lora
 """.strip().splitlines()
 JSON: dict[str, dict] = {
