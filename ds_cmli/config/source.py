@@ -333,7 +333,6 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         "tokenizer_mode": not text.tokenizer_mode,
         "attentional_pool": not isinstance(vision.attentional_pool, str),
         "pool_type": "none" not in (vision.pool_type, text.pool_type),
-        "layers": isinstance(vision.layers, int),  # a list of a ResNet
         "timm_pool": vision.timm_pool in ("", "avg", "map", "token"),
         "proj_type": text.proj_type != "none",
         "image_size": isinstance(size, int) or len(set(size)) == 1,

@@ -1,9 +1,7 @@
 """The two towers of a model of the open_clip package, its own modules, as encoders of a student.
 
-Class features are the library's own. Patches and tokens begin in the same space: through copies of
-what the library applies to its pooled features.
-
-Shapes: B pairs, S image side in pixels, N patches, M text positions, E width of the joint space.
+Class features are the library's own; patches and tokens pass copies of what it applies to those.
+B pairs, S image side in pixels, N patches, M text positions, E width of the joint space.
 """
 
 import json
@@ -16,7 +14,7 @@ import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from ds_cmli.common import JsonObject, blame
+from ds_cmli.common import JsonObject
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.models.dual import Start, ValuePath, copied, layer
@@ -32,14 +30,17 @@ class OpenClipImage(nn.Module):
         self.model, self.width = visual, own["model_cfg"]["embed_dim"]
         self.mean, self.std = own["mean"], own["std"]
         self.token_head = nn.Sequential(*map(copied, patch_map(visual)))
-        if hasattr(visual, "trunk"):
-            self.norm, stages = True, visual.trunk.feature_info
-            self.blocks = blocks_of_stages(visual.trunk, [stage["module"] for stage in stages])
-            patch = stages[-1]["reduction"]
+        model, self.norm = getattr(visual, "trunk", visual), True
+        if model is not visual:
+            stages = [stage["module"] for stage in model.feature_info]
+            patch = model.feature_info[-1]["reduction"]
+        elif hasattr(visual, "layer4"):  # a ResNet
+            stages, patch = ["layer1", "layer2", "layer3", "layer4"], 32
         else:
+            stages, patch = ["transformer.resblocks"], visual.patch_size[0]
             # A norm before the pooling is that of patches too; a CoCa's is as wide as its output.
             self.norm = visual.attn_pool is None and not visual.final_ln_after_pool
-            self.blocks, patch = list(visual.transformer.resblocks), visual.patch_size[0]
+        self.blocks = blocks_of_stages(model, stages)
         self.grid = (image_size // patch, image_size // patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -87,6 +88,8 @@ class OpenClipText(nn.Module):
 
 def patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
     """What the tower's pooling does to a patch that it attends to alone (MaskCLIP, 2112.01071)."""
+    if hasattr(visual, "attnpool"):  # a ResNet's
+        return [visual.attnpool.v_proj, visual.attnpool.c_proj]
     trunk = getattr(visual, "trunk", visual)
     pool, parts = getattr(trunk, "attn_pool", None), []
     if trunk is visual:
@@ -113,8 +116,8 @@ def build(
     """As `dual.build`."""
     own, source, start = config.source_config, Source(config.source), None
     pretrained = pretrained and bool(config.source)
-    what = f"student.source is {config.source!r}: open_clip cannot load it"
-    with loading(pretrained and not source.local), blame(what), TemporaryDirectory() as folder:
+    hub = pretrained and not source.local
+    with loading(hub), source.blame("open_clip cannot load it"), TemporaryDirectory() as folder:
         cfg = {name: value for name, value in own["model_cfg"].items() if name != "custom_text"}
         if "text_config" in own:  # open_clip reads it by a name
             fields = own["text_config"] | dict.fromkeys((*DROPOUT, *ATTENTION_DROPOUT), 0.0)

@@ -30,7 +30,7 @@ def clip(vision: dict, text: dict = TEXT, **more) -> dict:
     return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, **more}
 
 
-# As ViT-B-32 and its QuickGELU, ViT-H-14-CLIPA, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
+# As ViT-B-32 and its QuickGELU, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
 MODELS = {
     "vit": clip(VIT),
     "quick": clip({**VIT, "patch_dropout": 0.5}, quick_gelu=True),
@@ -38,6 +38,7 @@ MODELS = {
         {**VIT, "pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "pos_embed_type": "sin_cos_2d"},
         {**TEXT, "context_length": 32, "no_causal_mask": True, "pool_type": "last"},
     ),
+    "resnet": clip({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}),
     "convnext": clip({**of_timm("test_convnext", 64, "", "linear"), "timm_drop_path": 0.1}),
     "coca": clip(
         {**VIT, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},

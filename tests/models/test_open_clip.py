@@ -136,7 +136,6 @@ REFUSED = [
     ({"proj_type": "none"}, "text_cfg", "its proj_type is 'none'"),
     ({"vocab_size": 100}, "text_cfg", f"{LOADS}: .*size mismatch for text.token_embedding"),
     ({"attentional_pool": "cascade"}, "vision_cfg", "its attentional_pool is 'cascade'"),
-    ({"layers": [1, 1, 1, 1]}, "vision_cfg", r"its layers is \[1, 1, 1, 1\]"),
     ({"timm_pool": "rot_attn"}, "vision_cfg", "its timm_pool is 'rot_attn'"),
     ({"width": 33}, "vision_cfg", f"{LOADS}: AssertionError: embed_dim must be divisible by num_heads"),
     ({"colour": 1}, "vision_cfg", "cannot be used: .*unexpected keyword argument 'colour'"),
