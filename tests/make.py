@@ -172,7 +172,31 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def run_folder(folder: Path, **sections: dict) -> Path:
     """A run as training leaves it, with random weights."""
     from ds_cmli.data.tokens import tokenizer_of
-    from tests.run_folder import save_run
 
     chosen = config(**sections)
     return save_run(folder, chosen, models(**sections)[0], tokenizer_of(chosen.data))
+
+
+def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli")) -> Path:
+    """The same in the sizes of `tiny`."""
+    from ds_cmli.data.tokens import tokenizer_of
+    from ds_cmli.engine import build_models
+
+    chosen = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
+    torch.manual_seed(0)
+    words = tokenizer_of(chosen.data)
+    return save_run(folder, chosen, build_models(chosen, words.vocab_size, pad_id=words.pad_id)[0], words)
+
+
+def save_run(folder: Path, chosen: Config, objective, words) -> Path:
+    from ds_cmli.checkpoint.weights import write_weights
+    from ds_cmli.models.hf import WEIGHTS, write_config
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {name for name in objective.state_dict() if not name.startswith("width_head.")}
+    every = [*objective.named_parameters(), *objective.named_buffers()]  # a table that two have is there once
+    tensors = {name: value.detach().clone() for name, value in every if name in kept}
+    write_weights(tensors, folder / WEIGHTS)
+    write_config(folder, chosen, objective.student, words)
+    (folder / "run.json").write_text(json.dumps({"config": chosen.to_dict()}))
+    return folder

@@ -15,9 +15,8 @@ from ds_cmli.export import command
 from ds_cmli.inference import Model
 from ds_cmli.models import hf
 from tests.drive_train import drive
-from tests.make import pairs
+from tests.make import pairs, save_run, write_run
 from tests.models.dual_models import clip, siglip, start
-from tests.run_folder import save_run, write_run
 
 open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
 from tests.models.open_clip_models import losses, saved  # noqa: E402

@@ -15,8 +15,8 @@ from docs import settings
 from ds_cmli import train
 from ds_cmli.config.schema import load_config
 from tests import make
+from tests.make import write_run
 from tests.ranks import ROOT, clean_environment, free_port
-from tests.run_folder import write_run
 from tests.stranger.drive import check_memory, used
 
 README = ROOT / "README.md"

@@ -10,7 +10,7 @@ from PIL import Image
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.visualize import command, held_out
-from tests.run_folder import write_run
+from tests.make import write_run
 
 
 @pytest.fixture(scope="module")

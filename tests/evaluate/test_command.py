@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from ds_cmli.common import UserError
 from ds_cmli.evaluate.__main__ import command
 from ds_cmli.models.hf import AVERAGE, WEIGHTS
+from tests.make import write_run
 from tests.models.dual_models import clip
-from tests.run_folder import write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")
 

@@ -20,8 +20,8 @@ from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
 from ds_cmli.models import hf
+from tests.make import save_run
 from tests.ranks import clean_environment
-from tests.run_folder import save_run
 
 TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)

@@ -12,9 +12,8 @@ from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
 from tests.checkpoint.runs import json_file, straight_and_stopped
 from tests.drive_train import drive
-from tests.make import lines, pairs, weights
+from tests.make import lines, pairs, weights, write_run
 from tests.models.dual_models import clip, siglip
-from tests.run_folder import write_run
 from tests.stranger.drive import check_memory, used
 from tests.test_export import run_of
 
