@@ -21,13 +21,12 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.save import CHECKSUMS, FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen
-from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, say
+from ds_cmli.common import UserError, blame, read_json, say
 from ds_cmli.config import schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -248,19 +247,10 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine) -> None:
         # This start's rates, weight decay and schedule, which loading has overwritten.
         for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
             group.update(new)
-        with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)
-
-
-def with_new_settings(schedule: LRScheduler, fresh: Section, groups: list[JsonObject]) -> None:
-    """Give a schedule that was loaded from a checkpoint this start's settings and rates.
-
-    Args:
-        fresh: its `state_dict` from before it was loaded.
-        groups: the optimizer's.
-    """
-    vars(schedule).update({name: value for name, value in fresh.items() if name not in POSITION})
-    for group, rate in zip(groups, schedule.get_lr(), strict=True):
-        group["lr"] = rate
+        schedule = engine.lr_scheduler
+        vars(schedule).update({k: v for k, v in of_schedule.items() if k not in POSITION})
+        for group, rate in zip(engine.optimizer.param_groups, schedule.get_lr(), strict=True):
+            group["lr"] = rate
 
 
 # --- other ranks, stages and precisions
@@ -297,9 +287,7 @@ def _complete(converted: Path) -> None:
     step = torch.tensor(float(model["global_steps"] - model["skipped_steps"]))
     for folder in filter(Path.is_dir, zero.iterdir()):
         torch.save(step, folder / "step.pt")
-    groups = [
-        {k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]
-    ]
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer["param_groups"]]
     scaler = optimizer.get("loss_scaler")
     complete = {
         "param_groups": groups,  # stages 1 and 2
