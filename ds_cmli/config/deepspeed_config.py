@@ -120,6 +120,9 @@ class DeepSpeedConfig(dict[str, Any]):
             TypeAdapter(Content).validate_python(out, strict=True)
         except ValidationError as error:
             raise refusal(error, "", out) from None
+        for key, value in out.get("activation_checkpointing", {}).items():
+            need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
+            check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
         with without_trackers():
             from deepspeed.runtime import config as theirs
         for section in {"optimizer", "scheduler"} & out.keys():

@@ -212,6 +212,12 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
                     f"{section}.{key} is {shown(mine)}, and student.source {source.name!r} has "
                     f"{shown(value)}: leave it out"
                 )
+    temperature = out.get("loss", {}).get("init_temperature")
+    if temperature is not None:
+        raise UserError(
+            f"loss.init_temperature is {shown(temperature)}, and training starts with that of "
+            f"student.source {source.name!r}: leave it out"
+        )
     return out
 
 

@@ -47,6 +47,7 @@ MISTAKES = [
     ({"scheduler": {"type": "StepLR"}}, "scheduler.type"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     ({"activation_checkpointing": True}, "activation_checkpointing is True"),
+    ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is True"),
     ({"pipeline": {"enabled": True}}, "pipeline is {'enabled': True}: it has no effect here: remove it"),
 ]
 

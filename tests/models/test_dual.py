@@ -92,6 +92,7 @@ def test_patches_and_tokens_start_in_the_joint_space(folders):
         ("data", "interpolation", "bilinear"),
         ("data", "tokenizer", "demo"),
         ("data", "context_length", 78),
+        ("loss", "init_temperature", 0.1),
     ],
 )
 def test_a_setting_that_contradicts_the_source_is_one_line(section, key, value, folders):
