@@ -7,6 +7,7 @@ and optimizer states whole, in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for
 import argparse
 import io
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout, suppress
@@ -37,10 +38,8 @@ from ds_cmli.engine.train_engine import columns
 from ds_cmli.models.hf import AVERAGE
 from ds_cmli.pretrained import loading
 
-# The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.
-OF_FILES = tuple(
-    f"deepspeed.{section}" for section in ("zero_", "fp16", "bf16", "data_types", "torch_auto")
-)
+# The sections of the DeepSpeed JSON that decide the form of DeepSpeed's files.
+OF_FILES = re.compile(r"deepspeed\.(zero_|fp16|bf16|data_types|torch_auto)")
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "lr_lambdas")
 # All that PyTorch's loader builds from a file besides tensors and plain values.
@@ -179,13 +178,12 @@ def state_of(
         if changed and not with_changes:
             raise UserError(
                 f"the run in {point.path.parent.parent} was made with other settings: "
-                f"{'; '.join(changed)}. Give the old ones, another --output-dir, or "
-                "--resume-with-changes"
+                f"{'; '.join(changed)}. Give the old ones, another folder, or --resume-with-changes"
             )
         point.changed = bool(changed)
         say(f"resuming from {point.path}" + " with changes: " * point.changed + "; ".join(changed))
         ranks = distributed.world_size()
-        names = [name for name in {*state.config, *now} if name.startswith(OF_FILES)]
+        names = [name for name in {*state.config, *now} if OF_FILES.match(name)]
         same = all(state.config.get(name, name) == now.get(name, name) for name in names)
         point.resharded = not same or state.world_size != ranks
         if point.resharded:
@@ -214,9 +212,8 @@ def load(
     rank, path = distributed.rank(), point.path
     with blame(f"{path}: does not fit the model and the optimizer of this start"):
         _load_engine(point, engine)  # collectives
-    no_state = f"{path}: rank-{rank}.pt is no state of a rank"
-    with distributed.raised_together(), blame(no_state):  # collective
-        state.restore(read_of_rank(path, state.world_size), bad)
+    with distributed.raised_together(), blame(f"{path}: rank-{rank}.pt is no state of a rank"):
+        state.restore(read_of_rank(path, state.world_size), bad)  # collective: on leaving
 
 
 def _load_engine(point: ResumePoint, train_engine: TrainEngine) -> None:

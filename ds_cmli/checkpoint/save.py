@@ -274,9 +274,8 @@ class Checkpoints:
     def diverged(self, what: str, state: TrainState) -> str:
         """The error message of a diverged run: its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
-        kept = "no checkpoint had been saved before"
-        for good in candidates(self.folder / FOLDER)[:1]:
-            kept = f"the last good checkpoint is {good}"
+        good = candidates(self.folder / FOLDER)
+        kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint is before it"
         return (
             f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
             f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
