@@ -1,0 +1,311 @@
+"""`student.source`, of transformers and of open_clip: the first step equals the model; what cannot be is refused."""
+
+import json
+import shutil
+import sys
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from ds_cmli.common import UserError
+from ds_cmli.config.source import Source, applied
+from ds_cmli.data.images import View
+from ds_cmli.data.pairs import Collate, Sample
+from ds_cmli.models.student import Student
+from tests.models.dual_models import clip, settings, siglip, start
+
+open_clip = pytest.importorskip("open_clip", reason="pip install 'ds-cmli[test]'")
+from tests.models.open_clip_models import MODELS, losses, saved  # noqa: E402
+
+TEXTS = ["a red car", "Zebra! & <b>", "two dogs sitting under a tree " * 20]
+OF_TRANSFORMERS = {
+    "CLIP": clip,
+    "gelu": lambda folder: clip(folder, act="gelu"),
+    "squashed": lambda folder: clip(folder, size={"height": 56, "width": 56}, do_center_crop=False),
+    "SigLIP": siglip,
+    "bilinear": lambda folder: siglip(folder, resample=2),
+}
+OF_OPEN_CLIP = (*MODELS, "roberta")  # the last with a text encoder of transformers
+ALIKE = ("quick", "clipa", "token")  # as others are, in most
+KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in (*OF_TRANSFORMERS, *OF_OPEN_CLIP)]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    made = {kind: make(root / kind) for kind, make in OF_TRANSFORMERS.items()}
+    return made | {kind: saved(root / "open_clip" / kind, kind) for kind in OF_OPEN_CLIP}
+
+
+@pytest.fixture(scope="session")
+def begun(folders):
+    """The objective, the configuration and the tokenizer of a training from a source, made once."""
+    return cache(lambda kind: start(folders[kind], losses(folders[kind])))
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    noise = np.random.default_rng(0)
+    sizes = ((80, 120), (57, 56), (200, 99), (56, 56), (61, 88), (101, 73))
+    return [Image.fromarray(noise.integers(0, 256, (*size, 3), np.uint8)) for size in sizes]
+
+
+class Theirs(NamedTuple):
+    """What a library makes of the pictures and TEXTS with the model of a folder."""
+
+    model: Any
+    pixels: torch.Tensor
+    std: list[float]
+    ids: torch.Tensor
+    images: torch.Tensor
+    texts: torch.Tensor
+
+
+def of_transformers(folder, pictures, length) -> Theirs:
+    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    how = {"padding": "max_length", "truncation": True, "max_length": length}
+    words = AutoTokenizer.from_pretrained(folder)(TEXTS, return_tensors="pt", **how)
+    ids, mask = words["input_ids"], {"attention_mask": words["attention_mask"]}
+    images = model.get_image_features(pixel_values=pixels).pooler_output
+    texts = model.get_text_features(ids, **(mask if model.config.model_type == "clip" else {})).pooler_output
+    return Theirs(model, pixels, processor.image_std, ids, images, texts)
+
+
+def of_open_clip(folder, pictures, _) -> Theirs:
+    model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    pixels, ids = torch.stack(list(map(transform, pictures))), open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
+    images, texts = model.eval().encode_image(pixels), model.encode_text(ids)
+    return Theirs(model, pixels, model.visual.image_std, ids, images, texts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
+    objective, config, words = begun(kind)
+    library = of_transformers if kind in OF_TRANSFORMERS else of_open_clip
+    theirs = library(folders[kind], pictures, config.data.context_length)
+    pixels = torch.stack([View.of(config.data)(picture) for picture in pictures])
+    std = torch.tensor(theirs.std)[:, None, None]
+    # Of 1: rounding of the mean alone.
+    assert ((objective.student.pixels(pixels, torch.float32) - theirs.pixels) * std).abs().max() < 1e-5
+    batch = Collate(words)([Sample(pixels[0], words(text), 0, 0) for text in TEXTS])
+    assert torch.equal(batch.input_ids, theirs.ids)
+    cls, patches = objective.student.image_embeddings(pixels)
+    text_cls, tokens = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
+    assert_close(cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
+    assert_close(text_cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
+    rows, columns = objective.student.grid
+    assert patches.shape == (6, rows * columns, cls.shape[1])
+    assert tokens.shape == (3, theirs.ids.shape[1], cls.shape[1])
+    assert objective.score_scales()["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
+    bias = getattr(theirs.model, "logit_bias", None)
+    if bias is not None:
+        assert objective.losses["global_sigmoid"].temperature.logit_bias.item() == pytest.approx(bias.item())
+
+
+# The map of patches is the model's pooling over one patch.
+POOLING = {
+    "CLIP": lambda model, x: model.visual_projection(x),
+    "SigLIP": lambda model, x: model.vision_model.head(x[:, None]),
+    "vit": lambda model, x: x @ model.visual.proj,
+    "clipa": lambda model, x: model.visual.ln_post(x) @ model.visual.proj,
+    "coca": lambda model, x: model.visual.ln_post(model.visual.attn_pool(x[:, None]))[:, 0] @ model.visual.proj,
+    "convnext": lambda model, x: model.visual.head(model.visual.trunk.forward_head(x[:, :, None, None])),
+    "siglip": lambda model, x: model.visual.head(model.visual.trunk.attn_pool(x[:, None])),
+    "token": lambda model, x: model.visual.trunk.head(x),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", POOLING)
+def test_a_patch_starts_where_a_picture_of_it_alone_would(kind, folders, begun):
+    tower, folder = begun(kind)[0].student.image, folders[kind]
+    if kind in OF_TRANSFORMERS:
+        model: Any = AutoModel.from_pretrained(folder)
+    else:
+        model = open_clip.create_model_from_pretrained(f"local-dir:{folder}", return_transform=False).eval()
+    width = model.visual.trunk.num_features if hasattr(getattr(model, "visual", None), "trunk") else 32
+    x = torch.randn(5, width)
+    assert_close(tower.token_head(x), POOLING[kind](model, x), rtol=0, atol=1e-5)
+    own = {id(parameter) for parameter in tower.token_head.parameters()}  # a map of its own
+    others = (p for name, p in tower.named_parameters(remove_duplicate=False) if not name.startswith("token_head"))
+    assert own.isdisjoint(map(id, others))
+
+
+@torch.no_grad()
+def test_a_texts_last_token_starts_as_the_text(begun):
+    objective, _, words = begun("CLIP")
+    batch = Collate(words)([Sample(torch.zeros(3, 56, 56, dtype=torch.uint8), words(TEXTS[0]), 0, 0)])
+    cls, tokens = objective.student.text_embeddings(batch.input_ids, batch.attention_mask)
+    assert_close(tokens[0, batch.attention_mask.sum() - 1], cls[0])
+
+
+def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_path):
+    folder = clip(tmp_path / "even", text_width=32)
+    image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    plain, blocks = (start(folder, losses(folder), shared_blocks=n)[0].student for n in (0, 2))
+    assert len(blocks.shared) == 2
+    for x, y in zip(plain.image_embeddings(image), blocks.image_embeddings(image), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(UserError, match="32 and 48 wide: give 0"):
+        start(folders["CLIP"], losses(folder), shared_blocks=1)
+
+
+def test_a_start_says_what_it_loads(folders, capsys):
+    start(folders["SigLIP"], {"global_sigmoid": 1.0})
+    line = f"starts from {folders['SigLIP']}: siglip, 2 + 2 layers, 56 px, temperature 0.0"
+    assert line in capsys.readouterr().out
+
+
+# Where a source is found.
+
+
+def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypatch):
+    """An architecture and a file of open_clip's own training; a name of the hub, from its cache."""
+    from huggingface_hub import constants
+
+    trained = saved(tmp_path / "vit", "vit", "epoch_1.pt")
+    monkeypatch.setattr(open_clip.factory, "_MODEL_CONFIGS", {"ViT-small": MODELS["vit"]})
+    repository = tmp_path / "models--owner--vit"
+    shutil.copytree(folders["vit"], repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    image = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8)
+    wanted = begun("vit")[0].student.image_embeddings(image)[0]
+    for name in (f"open_clip:ViT-small@{trained}/epoch_1.pt", "owner/vit"):
+        objective, config, _ = start(name, losses(name))
+        assert config.data.tokenizer == "open_clip" and config.student.source == name
+        assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
+    assert Source("hf-hub:owner/vit").config["model_type"] == "open_clip"
+    with pytest.raises(UserError, match=r"^student.source is 'owner/none': no folder, and the hub does not give it: "):
+        start("owner/none", {"global": 1.0})
+
+
+def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
+    folder = clip(tmp_path / "both")
+    shutil.copy(folders["vit"] / "open_clip_config.json", folder)
+    assert settings(folder, losses(folder)).student.source_config["model_type"] == "clip"
+    assert Source(f"local-dir:{folder}").config["model_type"] == "open_clip"
+
+
+def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_path):
+    folder = shutil.copytree(folders["SigLIP"], tmp_path / "gone")
+    config = settings(folder, losses(folder))
+    shutil.rmtree(folder)
+    again = type(config).from_dict(json.loads(json.dumps(config.to_dict())))
+    student = Student(again.student, 56, 400, 64, pretrained=False)
+    assert again == config and student.width == 32 and student.start is None
+    with pytest.raises(UserError, match=r"its tokenizer has 10000 tokens, and its text encoder only \d+"):
+        Student(again.student, 56, 10_000, 64, pretrained=False)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "section, key, value",
+    [
+        ("student", "layers", 1),
+        ("data", "interpolation", "bilinear"),
+        ("data", "context_length", 78),
+        ("loss", "init_temperature", 0.1),
+    ],
+)
+def test_a_setting_that_contradicts_the_source_is_one_line(section, key, value, folders):
+    given = {"student": {"source": str(folders["CLIP"])}}
+    given.setdefault(section, {})[key] = value
+    with pytest.raises(UserError, match=rf"^{section}\.{key} is [^\n]*student.source [^\n]*: leave it out$"):
+        applied(given)
+
+
+def test_shorter_texts_and_what_is_of_a_training_are_free(folders):
+    given = {"student": {"source": str(folders["CLIP"]), "freeze_image": 2}, "data": {"context_length": 16}}
+    out = applied(given)
+    assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
+    assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
+    with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
+        applied({**given, "student": {"source": str(folders["SigLIP"])}})
+    with pytest.raises(UserError, match="source_config is filled"):
+        applied({"student": {"source_config": {}}})
+
+
+def refused(problem, source):
+    with pytest.raises(UserError, match=rf"^student.source is '[^\n]*{problem}[^\n]*$"):
+        start(source, {"global": 1.0, "cmli": 1.0})
+
+
+LOADS = "open_clip cannot load it"
+CHANGES = [  # kind of source, its file, the section of that, what it says otherwise, the problem
+    ("CLIP", "config.json", None, {"model_type": "bert"}, "of the type 'bert'"),
+    ("CLIP", "preprocessor_config.json", None, {"size": {"shortest_edge": 64}}, "its size is .*, which this package"),
+    ("CLIP", "preprocessor_config.json", None, {"do_normalize": False}, "its do_normalize is False"),
+    ("vit", "open_clip_config.json", "text_cfg", {"hf_model_name": "./none"}, "the sizes of its text encoder cannot"),
+    ("vit", "open_clip_config.json", "text_cfg", {"tokenizer_mode": "clips"}, "its tokenizer_mode is 'clips'"),
+    ("vit", "open_clip_config.json", "text_cfg", {"vocab_size": 100}, f"{LOADS}: .*size mismatch for text.token_emb"),
+    ("vit", "open_clip_config.json", "vision_cfg", {"attentional_pool": "x"}, "its attentional_pool is 'x'"),
+    ("vit", "open_clip_config.json", "vision_cfg", {"colour": 1}, "cannot be used: .*unexpected keyword .*'colour'"),
+    ("vit", "open_clip_config.json", "vision_cfg", {"layers": 3}, f"{LOADS}: .*Missing key.*resblocks.2"),
+    ("vit", "open_clip_config.json", "vision_cfg", {"layers": 1}, f"{LOADS}: .*Unexpected key.*resblocks.1"),
+]
+
+
+@pytest.mark.parametrize("kind, file, section, values, problem", CHANGES)
+def test_a_model_that_cannot_be_used_is_one_line(kind, file, section, values, problem, folders, tmp_path):
+    folder = shutil.copytree(folders[kind], tmp_path / "copy")
+    content = json.loads((folder / file).read_text())
+    part = content if section is None else content["model_cfg"][section]
+    part |= values
+    (folder / file).write_text(json.dumps(content))
+    refused(problem, folder)
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "vit"])
+def test_a_folder_that_is_damaged_is_one_line(kind, folders, tmp_path):
+    of_clip, folder = kind == "CLIP", shutil.copytree(folders[kind], tmp_path / "copy")
+    weights = folder / ("model.safetensors" if of_clip else "open_clip_model.safetensors")
+    if of_clip:
+        refused("no config.json there", folder / "config.json")
+        some = load_file(weights)
+        del some["visual_projection.weight"]
+        save_file(some, weights, {"format": "pt"})
+        refused("cannot be loaded: ValueError: 1 are missing, such as visual_projection.weight", folder)
+        (folder / "preprocessor_config.json").unlink()
+        refused("no preprocessor_config.json", folder)
+    else:
+        weights.write_bytes(b"damaged")
+        refused(f"{LOADS}: ", folder)
+        weights.unlink()
+        refused(f"{LOADS}: RuntimeError: Required pretrained weights", folder)
+    config = folder / ("config.json" if of_clip else "open_clip_config.json")
+    config.write_text("{")
+    refused("config.json cannot be read", folder)
+    config.unlink()
+    refused("no config.json", folder)
+
+
+def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
+    refused("no such file or folder", tmp_path / "nowhere")
+    refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
+    refused("'x.pt' is no file of weights: give open_clip:ViT-B-32@FILE", "open_clip:ViT-B-32@x.pt")
+    refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
+    refused("no open_clip_config.json there", "local-dir:nowhere")
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    refused(r"a model of open_clip: pip install 'ds-cmli\[open_clip\]'", folders["vit"])
+
+
+def test_adapters_in_a_fused_projection_are_refused(folders):
+    for name, problem in (("in_proj", ", which no layer's name ends with: "), ("out_proj", r": \S+ is no nn.Linear")):
+        with pytest.raises(UserError, match=f"^student.lora.text has '{name}'{problem}"):
+            start(folders["vit"], {"global": 1.0}, lora={"text": [name]})
+    start(folders["vit"], {"global": 1.0}, lora={"text": ["c_fc", "c_proj"], "image": ["c_fc"]})
