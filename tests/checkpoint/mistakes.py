@@ -21,7 +21,6 @@ def damaged(here: Path) -> None:
 AGAIN = " ".join(make.small({"--data": "{here}/pairs", "--losses": "global", "--output-dir": "{here}/run"}))
 
 MISTAKES = [
-    ("train --resume {here}", "--resume"),
     ("train --resume {here}/nowhere", "nowhere"),
     (f"train {AGAIN} --steps 1 --lr 0.5", "lr", trained),
     (f"train {AGAIN} --steps 1", "state.json", damaged),

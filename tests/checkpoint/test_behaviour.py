@@ -39,30 +39,6 @@ def test_a_run_goes_on_to_the_bit(straight, tmp_path):
     assert_same(tmp_path / "run", straight)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(straight, tmp_path, capsys):
-    run = Path(shutil.copytree(straight, tmp_path / "run"))
-    (damaged,) = (run / "checkpoint" / "step4").glob("*optim_states.pt")
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
-    assert make.train(*arguments(straight.parent, run)) == 0
-    printed = capsys.readouterr().out
-    assert damaged.name in printed and str(run / "checkpoint" / "step2") in printed
-    assert_same(run, straight)
-
-
-def test_the_newest_are_kept_and_named(straight, tmp_path):
-    assert names(straight) == ["step2", "step4"]
-    assert (straight / "checkpoint" / "latest").read_text() == "step4"
-    run = tmp_path / "run"
-    assert make.train(*arguments(straight.parent, run, {"--keep": 1, "--steps": 2, "--save-every": 1})) == 0
-    assert names(run) == ["step2"]
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoint").glob("step*"))
-
-
 @pytest.mark.parametrize("stage", [2, 3])
 def test_frozen_weights_and_those_below_adapters_are_not_rounded(stage, tmp_path):
     """bf16 rounds what the engine computes with, at each stage, and after a second start too."""
@@ -96,6 +72,13 @@ def runs(world: int, argv: list[str]) -> None:
     assert ranks.run(run_of_rank, world, argv, group=False) == [0] * world
 
 
+def programs(world: int, argv: list[str]) -> None:
+    """Each rank a program of its own: what DeepSpeed's stage 3 changes in PyTorch stays for good."""
+    logs = [Path(f"{argv[argv.index('--output-dir') + 1]}-{rank}.log") for rank in range(world)]
+    started = ranks.start_ranks(["ds_cmli/train.py", *argv], logs)
+    assert [process.wait(300) for process in started] == [0] * world, logs[0].read_text()
+
+
 @pytest.fixture(scope="module")
 def of_two_ranks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
@@ -109,48 +92,29 @@ def test_two_ranks_go_on_to_the_bit(of_two_ranks, tmp_path):
     assert_same(tmp_path / "run", of_two_ranks)
 
 
-def test_one_rank_goes_on_with_the_batches_and_states_of_two(tmp_path):
-    """Without dropout the losses and weights are those of two ranks that had gone on, to rounding."""
-    of_each = {"--micro-batch": 4, "--log-every": 1}
-    settings = {"student.dropout": 0.0}
-    runs(2, arguments(tmp_path, tmp_path / "two", of_each, settings))
-    at = tmp_path / "two" / "checkpoint" / "step2"
-    assert make.train(*arguments(tmp_path, tmp_path / "one", {**of_each, "--resume": at}, settings)) == 0
-    two, one = ([line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("two", "one"))
-    assert one == pytest.approx(two, rel=1e-4)
-    assert json.loads((tmp_path / "one" / "run.json").read_text())["deepspeed"]["train_batch_size"] == 8
-    for name in ("model.safetensors", "model.ema.safetensors"):
-        two, one = (load_file(tmp_path / run / name) for run in ("two", "one"))
-        assert max((two[key] - one[key]).abs().max() for key in two) < 1e-4
+LAYOUTS = [(2, 2, 1), *(pytest.param(*row, marks=pytest.mark.slow) for row in ((2, 2, 3), (3, 1, 2), (3, 3, 1)))]
 
 
-def programs(world: int, folder: Path, argv: list[str]) -> None:
-    """Each rank a program of its own: what DeepSpeed's stage 3 changes in PyTorch stays for good."""
-    logs = [folder / f"{world}-{rank}.log" for rank in range(world)]
-    started = ranks.start_ranks(["ds_cmli/train.py", *argv], logs)
-    assert [process.wait(300) for process in started] == [0] * world, logs[0].read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage, before, after", [(1, 2, 1), (2, 2, 3), (3, 1, 2), (3, 3, 1)])
-def test_another_number_of_ranks_goes_on_with_the_same_batches(stage, before, after, tmp_path):
+@pytest.mark.parametrize("stage, before, after", LAYOUTS)
+def test_another_number_of_ranks_goes_on_with_the_batches_and_states(stage, before, after, tmp_path):
     """With frozen layers, a rate for each layer and averages: losses and weights to rounding."""
     make.pairs(tmp_path / "pairs", 43)
     ds_config = make.json_file(tmp_path / "stage.json", {"zero_optimization": {"stage": stage}})
     settings = {"student.dropout": 0.0, "optim.layer_decay": 0.7}
+    launch = programs if stage == 3 else runs
 
     def argv(world: int, name: str, **more: object) -> list[str]:
         options = {"--deepspeed_config": ds_config, "--micro-batch": 12 // world, "--log-every": 1, **more}
         return arguments(tmp_path, tmp_path / name, options, settings)
 
-    programs(before, tmp_path, argv(before, "straight"))
-    changed = {"--resume": tmp_path / "straight" / "checkpoint" / "step2"}
-    programs(after, tmp_path, argv(after, "changed", **changed))
+    launch(before, argv(before, "straight"))
+    launch(after, argv(after, "changed", **{"--resume": tmp_path / "straight" / "checkpoint" / "step2"}))
     losses = [[line["loss"] for line in make.lines(tmp_path / name)][-2:] for name in ("straight", "changed")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     resolved = json.loads((tmp_path / "changed" / "run.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 12 and resolved["train_micro_batch_size_per_gpu"] == 12 // after
     for name in ("model.safetensors", "model.ema.safetensors"):
         straight, other = (load_file(tmp_path / run / name) for run in ("straight", "changed"))
-        assert max((straight[key] - other[key]).abs().max() for key in straight) < 1e-3
+        limit = 1e-4 if stage == 2 else 1e-3
+        assert max((straight[key] - other[key]).abs().max() for key in straight) < limit
     assert not list((tmp_path / "changed" / "checkpoint").glob("*.writing"))

