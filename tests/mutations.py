@@ -98,7 +98,7 @@ ROWS = (
     ("ranks-own-texts", "cmli/loss.py", RANKS, "self.first = distributed.rank() * len(image) + rows.start",
      "self.first = rows.start"),
     ("ranks-mean-twice", "distributed/process_group.py",
-     CHECKPOINT + "test_another_number_of_ranks_goes_on_with_the_batches_and_states[2-2-1]", "div_(world_size())",
+     CHECKPOINT + "test_another_number_of_ranks_goes_on_with_the_batches_and_states", "div_(world_size())",
      "div_(world_size() ** 2)"),
     # Faults: a signal or the end of a launcher that is missed, a rank that hangs, a bad loss, too many of them.
     ("faults-signal", "faults/preemption.py", FAULTS + "preemption.py::test_each_signal_sets_the_flag_until_the_end",
@@ -187,7 +187,7 @@ ROWS = (
      "checkpoint/test_resume.py::test_each_damaged_file_is_named_and_the_one_before_taken",
      "if sha256(folder / name) != digest:", "if not sha256(folder / name):"),
     ("checkpoint-step", "checkpoint/resume.py",
-     CHECKPOINT + "test_another_number_of_ranks_goes_on_with_the_batches_and_states[2-2-1]", "updates = float(",
+     CHECKPOINT + "test_another_number_of_ranks_goes_on_with_the_batches_and_states", "updates = float(",
      "updates = 0 * float("),
     # Memory: the allocator's rules, and what several ranks share.
     ("memory-rest", "memory_model/caching_allocator.py", ALLOCATOR,
