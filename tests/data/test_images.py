@@ -26,29 +26,19 @@ def close(pixels, colour, most=3):
     return (pixels.int() - torch.tensor(colour)[:, None, None]).abs().max() <= most
 
 
-def test_the_central_square_is_cut_and_the_whole_is_squashed():
-    image = Image.new("RGB", (100, 20), "red")
-    image.paste("blue", (40, 0, 60, 20))
-    assert close(View(10)(stored(image)), [0, 0, 255])
-    assert close(View(10, "shortest")(stored(image))[:, :, 2:8], [0, 0, 255])
-    squashed = View(10, "squash")(stored(image))
-    assert close(squashed[:, :, :3], [255, 0, 0]) and close(squashed[:, :, 5:6], [0, 0, 255], 40)
-    assert squashed.shape == (3, 10, 10) and squashed.dtype == torch.uint8
-
-
 @pytest.mark.parametrize("resize", ["crop", "shortest", "squash"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_resizing_equals_pillow_but_for_the_last_bit(resize, interpolation):
     noise = np.random.default_rng(0).integers(0, 255, (50, 73, 3), dtype=np.uint8)
     image = Image.fromarray(noise)
-    way, side = Image.Resampling[interpolation.upper()], (50, 50)
+    way = Image.Resampling[interpolation.upper()]
     expected = {
         "crop": image.crop((11, 0, 61, 50)).resize((20, 20), way),
         "shortest": image.resize((29, 20), way).crop((4, 0, 24, 20)),
         "squash": image.resize((20, 20), way),
     }[resize]
     ours = View(20, resize, interpolation)(stored(image)).permute(1, 2, 0).numpy().astype(int)
-    assert np.abs(ours - np.asarray(expected).astype(int)).max() <= 1, side
+    assert np.abs(ours - np.asarray(expected).astype(int)).max() <= 1
     if resize != "crop":
         by_pillow = View(20, f"{resize}_pillow", interpolation)(stored(image)).permute(1, 2, 0).numpy()
         assert (by_pillow == np.asarray(expected)).all()
@@ -82,15 +72,6 @@ def test_transparency_is_on_white_and_every_mode_becomes_rgb():
 def test_what_is_no_image_raises(content):
     with pytest.raises(Exception, match=r"identify|truncated|broken"):
         View(8)(content)
-
-
-def test_images_in_memory_are_shown_as_files_and_stay_as_they_are():
-    image = corners()
-    expected = View(16)(stored(image))
-    before = image.tobytes()
-    for picture in (image, np.asarray(image), torch.from_numpy(np.array(image)).permute(2, 0, 1)):
-        assert torch.equal(View(16)(picture), expected)
-    assert image.tobytes() == before and image.size == (60, 40)
 
 
 def augmented(seed=0, **strengths):

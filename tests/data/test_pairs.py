@@ -7,7 +7,7 @@ from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples, loader
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.data.sampler import GlobalBatchSampler
 from tests import make
 
 
@@ -71,12 +71,6 @@ def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, so
         other = chance.choice([1, 2, 8])
         rest, _ = run(opened, other, 2 - workers, state, STEPS - stop)
         assert first + rest == whole, (ranks, workers, stop, other)
-
-
-def test_captions_are_drawn_anew_each_turn(folders):
-    train = data(folders, ["coco.json"]).train
-    texts = {train[Draw(0, turn)].tokens.text for turn in range(20)}
-    assert texts == set(train.images.captions(0)) and len(texts) == 3
 
 
 def test_all_samples_bad_is_an_error(tmp_path):

@@ -61,14 +61,23 @@ def test_whole_weights_arrive(tower, pickle, state, load):
     assert tower != "text" or encoder.training  # which `from_pretrained` leaves in eval mode
 
 
-def test_a_file_of_a_text_model_needs_no_folder_and_an_images_classifier_is_cut_off(state, load, tmp_path):
-    save_file(state["text"], tmp_path / "w.safetensors", metadata={"format": "pt"})
-    given = dataclasses.replace(CONFIG.student, text_weights=str(tmp_path / "w.safetensors"))
-    loaded = Student(given, S, VOCAB).text.model.state_dict()
-    assert all(torch.equal(value, state["text"][key]) for key, value in loaded.items())
+def test_an_images_classifier_is_cut_off(state, load):
     head = {"head.weight": torch.ones(1000, 32), "head.bias": torch.ones(1000)}
     encoder = load("image", state["image"] | head, image_overrides=CONFIG.student.image_overrides)
     assert torch.equal(encoder.cls_token, state["image"]["cls_token"]) and "head.weight" not in encoder.state_dict()
+
+
+def test_a_file_of_a_text_model_needs_no_folder_and_tied_tables_arrive(tmp_path):
+    """T5's table of tokens has two names, and a file has it once."""
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
+    own = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=sizes)
+    saved = Student(own, S, VOCAB).text.model
+    saved.save_pretrained(tmp_path)
+    of_folder = {"text_weights": str(tmp_path), "text_overrides": {}}
+    for weights in (of_folder, {"text_weights": str(tmp_path / "model.safetensors")}):
+        loaded = Student(dataclasses.replace(own, **weights), S, VOCAB).text.model
+        assert torch.equal(loaded.shared.weight, saved.shared.weight)
+        assert loaded.encoder.embed_tokens.weight is loaded.shared.weight
 
 
 @pytest.mark.parametrize("tower", EVERY)
@@ -83,18 +92,6 @@ def test_weights_that_do_not_fit_are_one_line(tower, state, load):
     ):
         with pytest.raises(UserError, match=rf"^({settings}) is [^\n]*$"):
             load(tower, weights)
-
-
-def test_tied_tables_arrive(tmp_path):
-    """T5's table of tokens has two names, and a file has it once."""
-    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
-    own = dataclasses.replace(CONFIG.student, text_model="t5", text_overrides=sizes)
-    saved = Student(own, S, VOCAB).text.model
-    saved.save_pretrained(tmp_path)
-    given = dataclasses.replace(CONFIG.student, text_weights=str(tmp_path), text_overrides={})
-    loaded = Student(given, S, VOCAB).text.model
-    assert torch.equal(loaded.shared.weight, saved.shared.weight)
-    assert loaded.encoder.embed_tokens.weight is loaded.shared.weight
 
 
 class Code:
