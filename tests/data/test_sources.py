@@ -1,139 +1,327 @@
-import json
+"""Each kind of source: the same pictures and captions in its form; what is missing or damaged there is named."""
 
+import io
+import json
+import os
+import shutil
+import tarfile
+
+import datasets
+import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict
 
 from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources import open_folder, open_json, open_tables
+from ds_cmli.data import sources
+from ds_cmli.data.build import open_hub
+from ds_cmli.data.sources import (
+    MOST_OPEN,
+    Tars,
+    open_folder,
+    open_json,
+    open_parquet,
+    open_saved,
+    open_tables,
+    open_tars,
+)
+from tests.make import json_file
 
 
-def rows(source):
-    return {source.name(i): source.captions(i) for i in range(len(source))}
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
 
 
-def write(folder, **files):
-    for name, content in files.items():
-        path = folder / name.replace("__", "/").replace("_csv", ".csv").replace("_jsonl", ".jsonl")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    for image in ("a.png", "b.png"):
-        (folder / image).write_bytes(image.encode())
+def contents(source):
+    return [(source.image(i), source.captions(i)) for i in range(len(source))]
 
 
-def opened(path, **settings):
-    return open_tables([path], DataConfig(**settings))["train"]
+def table(folder, name, content, **settings):
+    """The source of a list, beside which the pictures a.png and b.png are."""
+    for image in ("a", "b"):
+        (folder / f"{image}.png").write_bytes(image.encode())
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_tables([folder / name], DataConfig(**settings))["train"]
 
 
-def test_cells_stay_strings_and_rows_of_one_image_are_one_image(tmp_path):
-    rest = 'a.png,"one, two"\nb.png,"three\nfour ""five"""\n'
-    write(tmp_path, t_csv="file_name,text\na.png,NA\nb.png,2012\n./a.png,None\nb.png, \n" + rest)
-    source = opened(tmp_path / "t.csv")
-    assert rows(source) == {"a.png": ["NA", "None", "one, two"], "b.png": ["2012", 'three\nfour "five"']}
-    assert source.image(1) == b"b.png"
-    assert source.left_out == 0
+def coco(folder):
+    images = [{"id": 8, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}, {"id": 9, "file_name": "c.png"}]
+    texts = [(8, "NA"), (7, "one, two"), (8, "2012"), (9, " ")]
+    annotations = [{"image_id": number, "caption": text} for number, text in texts]
+    (folder / "train2017").mkdir()
+    for image in ("a", "b"):
+        (folder / "train2017" / f"{image}.png").write_bytes(image.encode())
+    json_file(folder / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
+    return open_json([folder / "annotations/captions_train2017.json"], DataConfig())["train"]
 
 
-def test_tabs_and_columns_are_found_or_named(tmp_path):
-    (tmp_path / "t.tsv").write_text("filepath\ttitle\tsize\na.png\tone, two\t3\n")
-    write(tmp_path, k_csv="file_name,text,german\na.png,one,eins\n")
-    assert rows(opened(tmp_path / "t.tsv")) == {"a.png": ["one, two"]}
-    assert rows(opened(tmp_path / "k.csv", caption_key="german")) == {"a.png": ["eins"]}
+def parquet(path, **columns):
+    Dataset.from_dict(columns).to_parquet(path)
+    return open_parquet([path], DataConfig())["train"]
 
 
-def test_json_lines_hold_a_text_or_a_list(tmp_path):
-    lines = [{"file_name": "a.png", "text": ["one", "", "two"]}, {"file_name": "b.png", "text": "null"}]
-    write(tmp_path, t_jsonl="\ufeff" + "\n\n".join(map(json.dumps, lines)))
-    assert rows(opened(tmp_path / "t.jsonl")) == {"a.png": ["one", "two"], "b.png": ["null"]}
+BYTES, TEXTS = [b"a", b"b"], [["NA", "2012"], ["one, two"]]
+FILES = [{"bytes": content, "path": None} for content in BYTES]
 
 
-def test_images_without_a_caption_are_left_out_and_counted(tmp_path):
-    write(tmp_path, t_csv="file_name,text\na.png,\nb.png,one\nc.png, \n")
-    source = opened(tmp_path / "t.csv")
-    assert (rows(source), source.left_out) == ({"b.png": ["one"]}, 2)
+def features(folder):
+    rows = Dataset.from_dict({"image": FILES, "text": TEXTS}).cast_column("image", datasets.Image())
+    rows.to_parquet(folder / "a.parquet")
+    return open_parquet([folder / "a.parquet"], DataConfig())["train"]
+
+
+def shard(path, members, form=tarfile.PAX_FORMAT):
+    """A tar of members: (name, content), or (name, target, type of link)."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content, *link in members:
+            member = tarfile.TarInfo(name)
+            if link:
+                member.type, member.linkname = link[0], content
+                archive.addfile(member)
+            else:
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+LONG = "x" * 150
+A, B = [("x/a.jpg", b"a"), ("x/a.json", b'{"caption": ["NA", "2012"]}')], [("b.PNG", b"b"), ("b.txt", b"one, two ")]
+APART = [A[1], B[1], B[0], ("x/readme.md", b"-"), ("y.txt", b"alone"), A[0]]  # in the order of their first members
+LINKED = [(f"{LONG}.jpg", b"a"), (f"{LONG}.json", A[1][1]), ("1.txt", b"one, two"), ("0.jpg", b"b"),
+          ("s/1.txt", "../1.txt", tarfile.SYMTYPE), ("s/1.jpg", "../0.jpg", tarfile.SYMTYPE),
+          ("3.jpg", "none.jpg", tarfile.SYMTYPE)]  # fmt: skip
+
+
+def tar(members, form):
+    return lambda folder: open_tars([shard(folder / "0.tar", members, form)], DataConfig())["train"]
+
+
+CSV = 'file_name,text\na.png,NA\nb.png,"one, two"\n./a.png,2012\nb.png, \nc.png,\n'
+TSV = "filepath\ttitle\tsize\na.png\tNA\t3\nb.png\tone, two\t3\na.png\t2012\t3\nc.png\t\t3\n"
+LINES = '\ufeff{"file_name": "a.png", "text": ["NA", "", "2012"]}\n\n{"file_name": "b.png", "text": "one, two"}\n'
+KINDS = {  # the source in a folder, and how many pictures it leaves out because they have no caption
+    "csv": (lambda folder: table(folder, "t.csv", CSV), 1),
+    "tsv": (lambda folder: table(folder, "t.tsv", TSV), 1),
+    "jsonl": (lambda folder: table(folder, "t.jsonl", LINES + '{"file_name": "c.png", "text": []}'), 1),
+    "coco": (coco, 1),
+    "files in parquet": (lambda folder: parquet(folder / "a.parquet", image=FILES, caption=TEXTS, width=[1, 2]), None),
+    "bytes in parquet": (lambda folder: parquet(folder / "a.parquet", image=BYTES, text=TEXTS), None),
+    "features in parquet": (features, None),
+    "tar, ustar": (tar([*A, *B, ("c.jpg", b"J"), ("d.jpg", b"J"), ("d.txt", b"")], tarfile.USTAR_FORMAT), 2),
+    "tar, apart": (tar(APART, tarfile.GNU_FORMAT), 1),
+    "tar, gnu links": (tar(LINKED, tarfile.GNU_FORMAT), None),
+    "tar, pax links": (tar(LINKED, tarfile.PAX_FORMAT), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path):
+    make, left_out = KINDS[kind]
+    source = make(tmp_path)
+    assert contents(source) == [(b"a", ["NA", "2012"]), (b"b", ["one, two"])]
+    assert left_out is None or source.left_out == left_out
+
+
+# Lists.
+
+
+def test_cells_may_hold_line_ends_and_columns_are_named(tmp_path):
+    source = table(tmp_path, "t.csv", 'file_name,text,german\na.png,"three\nfour ""five""",drei\n')
+    assert source.captions(0) == ['three\nfour "five"']
+    assert table(tmp_path, "t.csv", "file_name,text,german\na.png,x,eins\n", caption_key="german").captions(0) == [
+        "eins"
+    ]
 
 
 def test_a_folder_has_a_table_or_parts_with_tables(tmp_path):
-    write(
-        tmp_path,
-        train__metadata_csv="file_name,text\nx.png,one\n",
-        val__metadata_jsonl='{"file_name": "y", "text": "two"}',
-    )
-    for name in ("train/x.png", "val/y"):
-        (tmp_path / name).write_bytes(b"")
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+        table(tmp_path / part, "metadata.csv", f"file_name,text\na.png,{part}\n")
     parts = open_folder([tmp_path], DataConfig())
-    assert {split: rows(part) for split, part in parts.items()} == {
-        "train": {"x.png": ["one"]},
-        "validation": {"y": ["two"]},
+    assert {split: contents(part) for split, part in parts.items()} == {
+        "train": [(b"a", ["train"])],
+        "validation": [(b"a", ["val"])],
     }
-    write(tmp_path, metadata_csv="file_name,text\na.png,one\n")
+    table(tmp_path, "metadata.csv", "file_name,text\na.png,one\n")
     with pytest.raises(UserError, match="keep one for train"):
         open_folder([tmp_path], DataConfig())
 
 
-def test_coco_and_karpathy(tmp_path):
-    images = [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}]
-    annotations = [{"image_id": 8, "caption": "b1"}, {"image_id": 7, "caption": "a1"}, {"image_id": 8, "caption": "b2"}]
-    (tmp_path / "annotations").mkdir()
-    coco = tmp_path / "annotations/captions_train2017.json"
-    coco.write_text(json.dumps({"images": images, "annotations": annotations}))
-    (tmp_path / "train2017").mkdir()
-    (tmp_path / "train2017/b.png").write_bytes(b"B")
-    source = open_json([coco], DataConfig())["train"]
-    assert rows(source) == {"b.png": ["b1", "b2"], "a.png": ["a1"]}
-    assert source.image(0) == b"B"
+def test_karpathys_json_has_parts(tmp_path):
     listed = [
         {"filepath": "x", "filename": "a.png", "split": split, "sentences": [{"raw": split}, {"raw": " "}]}
         for split in ("train", "restval", "val", "test")
     ]
     (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.png").write_bytes(b"")
-    (tmp_path / "dataset.json").write_text(json.dumps({"images": listed}))
+    (tmp_path / "x/a.png").write_bytes(b"a")
+    json_file(tmp_path / "dataset.json", {"images": listed})
     parts = open_json([tmp_path / "dataset.json"], DataConfig())
-    assert {split: rows(part) for split, part in parts.items()} == {
-        "train": {"x/a.png": ["train", "restval"]},
-        "validation": {"x/a.png": ["val"]},
-        "test": {"x/a.png": ["test"]},
-    }
+    texts = {"train": ["train", "restval"], "validation": ["val"], "test": ["test"]}
+    assert {split: contents(part) for split, part in parts.items()} == {k: [(b"a", v)] for k, v in texts.items()}
 
 
 def test_the_first_files_may_be_missing_but_not_all(tmp_path):
-    write(tmp_path, t_csv="file_name,text\nnone.png,one\na.png,two\n", u_csv="file_name,text\nnone.png,one\n")
-    assert len(opened(tmp_path / "t.csv")) == 2
+    assert len(table(tmp_path, "t.csv", "file_name,text\nnone.png,one\na.png,two\n")) == 2
     with pytest.raises(UserError, match="--image-root"):
-        opened(tmp_path / "u.csv")
+        table(tmp_path, "u.csv", "file_name,text\nnone.png,one\n")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/none.png").write_bytes(b"here")
-    assert opened(tmp_path / "u.csv", image_root=str(tmp_path / "elsewhere")).image(0) == b"here"
+    source = table(tmp_path, "u.csv", "file_name,text\nnone.png,one\n", image_root=str(tmp_path / "elsewhere"))
+    assert source.image(0) == b"here"
 
 
 MISTAKES = {  # what a list holds: what the line names
     "a,b\nx,y\n": "line 2",
     "file_name,text\na.png,one,two\n": "line 2: not as many cells",
     'file_name,text\na.png,one\na.png,"open\n': "after line 2",
-    "file_name,text\na.png\n": "line 2: not as many cells",
     "file_name,text\n": "has no row",
     b"file_name,text\n" + b"a.png,one\n" * 3000 + b"a.png,\xff\n": "line 3002 is no UTF-8",
     '{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"}\n': "line 2.*text",
     '{"file_name": "a.png", "text": "x"}\n{"file_name"\n': "line 2 is no JSON",
     '{"file_name": "a.png", "text": 5}\n': "line 1.*5",
-    '{"file_name": null, "text": "x"}\n': "line 1.*None",
 }
 
 
 @pytest.mark.parametrize("content", MISTAKES)
 def test_a_mistake_in_a_list_is_named_by_its_line(tmp_path, content):
-    kind = "jsonl" if isinstance(content, str) and content.startswith("{") else "csv"
-    write(tmp_path, **{f"t_{kind}": content})
+    name = "t.jsonl" if isinstance(content, str) and content.startswith("{") else "t.csv"
     with pytest.raises(UserError, match=MISTAKES[content]) as error:
-        opened(tmp_path / f"t.{kind}")
-    assert f"t.{kind}" in str(error.value) and "\n" not in str(error.value)
+        table(tmp_path, name, content)
+    assert name in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["[]", "{", '{"images": [{"filename": "x", "split": "other"}]}', '{"images": [{}]}']
-)
+@pytest.mark.parametrize("content", ["[]", '{"images": [{"filename": "x", "split": "other"}]}', '{"images": [{}]}'])
 def test_a_json_of_another_form_is_one_line(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(UserError, match=r"t\.json") as error:
         open_json([tmp_path / "t.json"], DataConfig())
     assert "\n" not in str(error.value)
+
+
+# Arrow.
+
+
+def test_files_and_saved_data_sets_have_splits_by_their_names(tmp_path):
+    rows = Dataset.from_dict({"image": FILES, "text": TEXTS})
+    files = [tmp_path / f"{name}.parquet" for name in ("train-0", "validation-0", "test_0", "other")]
+    for file in files:
+        rows.to_parquet(file)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "val": rows.select([0]), "extra": rows}).save_to_disk(tmp_path / "several")
+    for parts, sizes in (
+        (open_parquet(files, DataConfig()), {"train": 4, "validation": 2, "test": 2}),
+        (open_saved([tmp_path / "one"], DataConfig()), {"train": 2}),
+        (open_saved([tmp_path / "several"], DataConfig()), {"train": 2, "validation": 1}),
+    ):
+        assert {split: len(part) for split, part in parts.items()} == sizes
+        assert contents(parts["train"])[:2] == [(b"a", ["NA", "2012"]), (b"b", ["one, two"])]
+
+
+def test_a_row_without_its_image_is_an_error_of_that_sample(tmp_path):
+    source = parquet(tmp_path / "a.parquet", image=[*FILES, {"bytes": None, "path": None}], text=["x", "y", "z"])
+    assert source.image(1) == b"b"
+    with pytest.raises(ValueError, match="no image"):
+        source.image(2)
+
+
+def test_columns_are_found_or_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    with pytest.raises(UserError, match=r"title, caption.*data\.caption_key"):
+        parquet(path, image=FILES, title=["a"] * 2, caption=["b"] * 2)
+    source = open_parquet([path], DataConfig(caption_key="caption"))["train"]
+    assert source.captions(0) == ["b"]
+    assert source.fingerprint() == {"images": 2, "columns": ["caption", "image", "title"]}
+
+
+def test_nothing_in_the_users_cache_is_changed(tmp_path, monkeypatch):
+    """Neither copies of parquet nor results of `.map()`, also with little space left."""
+    parquet(path := tmp_path / "a.parquet", image=FILES, text=["a", "b"])
+    shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+    own = datasets.load_dataset("parquet", data_files={"train": [str(path)]})["train"]
+    own.map(lambda row: {"text": row["text"] * 2}), own.map(lambda row: {"more": 1})
+    before = {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")}
+    assert len(before) == 3
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 10**12, 10))
+    for _ in range(2):
+        assert len(open_parquet([path], DataConfig())["train"]) == 2
+    assert {file: file.read_bytes() for file in (tmp_path / "cache").rglob("*.arrow")} == before
+
+
+def test_what_cannot_be_read_is_one_line_that_names_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "7.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "state.json").write_text("{}")
+    for opening in (
+        lambda: open_parquet([tmp_path / "7.parquet"], DataConfig()),
+        lambda: open_saved([tmp_path], DataConfig()),
+        lambda: open_hub("hf://datasets/no-such-owner/7@v1", DataConfig()),
+    ):
+        with pytest.raises(UserError, match=r"7|save_to_disk") as error:
+            opening()
+        assert "\n" not in str(error.value)
+
+
+# Tars.
+
+
+def test_a_caption_is_a_key_of_the_json(tmp_path):
+    content = json.dumps({"text": "usual", "alt": "other", "none": None}).encode()
+    path = shard(tmp_path / "0.tar", [("0.jpg", b"J"), ("0.json", content), ("0.txt", b"plain")])
+    assert Tars([path], "").captions(0) == ["plain"]
+    assert Tars([path], "alt").captions(0) == ["other"]
+    with pytest.raises(ValueError, match="none"):
+        Tars([path], "none").captions(0)
+
+
+def test_the_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(tmp_path, monkeypatch):
+    path, scanned, scan = shard(tmp_path / "0.tar", A), [], sources.scan
+    monkeypatch.setattr(sources, "scan", lambda shard: scanned.append(shard) or scan(shard))
+    assert contents(Tars([path])) == contents(Tars([path]))
+    assert len(scanned) == 1
+    (cached,) = (tmp_path / "cache/tar-index").glob("*.rows")
+    content = bytearray(cached.read_bytes())
+    content[-40] ^= 1
+    cached.write_bytes(content)
+    assert contents(Tars([path])) == [(b"a", ["NA", "2012"])]
+    assert len(scanned) == 2
+    shard(path, [("0.jpg", b"new"), ("0.txt", b"new")])
+    os.utime(path, (1, 1))
+    assert contents(Tars([path])) == [(b"new", ["new"])]
+
+
+def test_more_shards_than_a_process_may_open(tmp_path):
+    count = MOST_OPEN + 3
+    paths = [shard(tmp_path / f"{i}.tar", [("0.jpg", b"%d" % i), ("0.txt", b"t")]) for i in range(count)]
+    before = len(os.listdir("/proc/self/fd"))
+    source = Tars(paths)
+    assert len(os.listdir("/proc/self/fd")) == before  # no index keeps its file open
+    order = np.random.default_rng(0).permutation(count).tolist() * 2
+    assert [source.image(i) for i in order] == [b"%d" % i for i in order]
+    assert len(source.open) == MOST_OPEN
+    assert source.name(2) == "2.tar/0.jpg"
+
+
+DAMAGES = {
+    "cut in a member": lambda content: content[:700],
+    "cut behind a member": lambda content: content[:2048],
+    "a damaged header": lambda content: content[:1030] + b"\xff" * 100 + content[1130:],
+    "two tars joined": lambda content: content + content,
+    "empty": lambda _: b"",
+    "no tar": lambda _: b"x" * 2000,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_tar_is_an_error_that_names_it(tmp_path, damage):
+    path = shard(tmp_path / "7.tar", [*A, *B])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"7\.tar is no whole, uncompressed tar"):
+        Tars([path])
+
+
+def test_a_tar_without_a_sample_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"1\.tar holds no sample"):
+        open_tars([shard(tmp_path / "1.tar", [("0.jpg", b"J"), ("1.txt", b"T")])], DataConfig())
