@@ -112,7 +112,7 @@ ROWS = (
      FAULTS + "nonfinite.py::test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told",
      "return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)", "return loss"),
     ("faults-most-skipped", "run.py",
-     FAULTS + "nonfinite.py::test_too_many_in_a_row_stop_with_a_checkpoint_from_before",
+     FAULTS + "nonfinite.py::test_a_run_goes_over_bad_steps_and_too_many_stop_it_with_a_checkpoint_from_before",
      "if state.skipped_in_row > MOST_SKIPPED:", "if False:"),
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",

@@ -11,7 +11,7 @@ from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
 from tests.conftest import ZERO1
 from tests.make import pairs, small
 from tests.metrics_file import BIN
-from tests.ranks import ROOT, clean_environment, environments, free_port, python, start
+from tests.ranks import environments, free_port, python, start
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "40007", "SLURM_STEP_NODELIST": "n[1-2]"}  # fmt: skip
@@ -68,34 +68,16 @@ def test_a_device_that_is_not_here(monkeypatch):
         engine.on_this_device(DeepSpeedConfig.of(ZERO1))
 
 
-def trained(folder) -> bool:
-    """Whether two ranks have trained together."""
-    return json.loads((folder / "run.json").read_text())["deepspeed"]["train_batch_size"] == 16
-
-
-@pytest.fixture
-def arguments(tmp_path):
-    options = {"--data": pairs(tmp_path / "pairs", count=63), "--steps": 2, "--output-dir": tmp_path / "run"}
-    return [ROOT / "ds_cmli" / "train.py", *small(options)]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun --nproc_per_node 2", "deepspeed --num_accelerators 2"])
-def test_a_launcher_starts_the_training(tmp_path, arguments, launcher):
-    program, *options = launcher.split()
-    done = python(*arguments, launcher=(os.path.join(BIN, program), *options, "--master_port", str(free_port())))
-    assert done.returncode == 0 and trained(tmp_path / "run"), done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_tasks_of_srun_train_together(tmp_path, arguments):
-    """`srun` itself: tests/slurm. A plain `python`: tests/test_train.py."""
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    env = clean_environment() | SRUN | ours | {"SLURM_STEP_NUM_TASKS": "2", "MASTER_PORT": str(free_port())}
-    log = tmp_path / "log"
-    ranks = [start(arguments, env | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank}, log) for rank in "01"]
-    assert [rank.wait(200) for rank in ranks] == [0, 0], log.read_text()
-    assert trained(tmp_path / "run"), log.read_text()
+def test_a_launcher_starts_a_training_of_two_ranks(tmp_path, launcher):
+    """`srun`: tests/slurm. A plain `python`: tests/test_train.py."""
+    options = {"--data": pairs(tmp_path / "pairs", count=63), "--steps": 2, "--output-dir": tmp_path / "run"}
+    program, *words = launcher.split()
+    command = (os.path.join(BIN, program), *words, "--master_port", str(free_port()))
+    done = python("ds_cmli/train.py", *small(options), launcher=command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["deepspeed"]["train_batch_size"] == 16
 
 
 @pytest.mark.slow

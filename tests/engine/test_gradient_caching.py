@@ -13,7 +13,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.losses.target_cmli import Features
 from tests import make
-from tests.engine.steps import build
 from tests.ranks import run
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
@@ -22,13 +21,12 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 NOTHING_KEPT = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 1000}
 
 
-def trained(device, data, micro_batch, accumulation, zero, dropout=0.0, weights=WEIGHTS, json=None, **optim):
+def trained(device, micro_batch, accumulation, zero, dropout=0.0, weights=WEIGHTS, json=None, **optim):
     content = {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.01, **(json or {})}
     content["zero_optimization"] = {"reduce_bucket_size": 100_000, **zero}
     optim = {"micro_batch": micro_batch, **optim}
-    student, teacher = {"dropout": dropout}, {"block": 0}
-    sections = {"loss": {"weights": weights}, "student": student, "teacher": teacher, "optim": optim}
-    return build(device, data, content, sections)
+    sections = {"loss": {"weights": weights}, "student": {"dropout": dropout}, "optim": optim}
+    return make.train_engine(device, content, **sections)
 
 
 def largest_difference(ours, theirs) -> float:
@@ -40,13 +38,13 @@ def largest_difference(ours, theirs) -> float:
 @pytest.fixture(scope="module")
 def in_one_piece(device, data):
     """Of two steps."""
-    one = trained(device, data, 32, 1, {"stage": 2})
+    one = trained(device, 32, 1, {"stage": 2})
     return [make.gradients(one, [batch]) for batch in make.batches(data, 32, 2)]
 
 
 @pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 1, **OFFLOAD}, {"stage": 3, **NOTHING_KEPT}])
 def test_losses_and_gradients_are_those_of_one_piece(device, data, in_one_piece, zero):
-    several = trained(device, data, 8, 4, zero, json={"activation_checkpointing": {}})
+    several = trained(device, 8, 4, zero, json={"activation_checkpointing": {}})
     parts = make.batches(data, 8, 8)
     for step, whole in enumerate(in_one_piece):
         ours = make.gradients(several, parts[4 * step : 4 * step + 4])
@@ -55,8 +53,8 @@ def test_losses_and_gradients_are_those_of_one_piece(device, data, in_one_piece,
 
 
 def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
-    plain = trained(device, data, 8, 2, {"stage": 2}, negatives="micro_batch", weights={"global": 1.0})
-    alone = trained(device, data, 8, 1, {"stage": 2}, weights={"global": 1.0})
+    plain = trained(device, 8, 2, {"stage": 2}, negatives="micro_batch", weights={"global": 1.0})
+    alone = trained(device, 8, 1, {"stage": 2}, weights={"global": 1.0})
     batches = make.batches(data, 8, 2)
     (first, _), (expected,) = plain.step(batches), alone.step(batches[:1])
     torch.testing.assert_close(first.total, expected.total)
@@ -125,7 +123,7 @@ def test_two_ranks_of_two_micro_batches_in_fp64(weights):
 def test_micro_batches_draw_the_same_dropout_again(device, data, json):
     """Against features of all micro-batches with their graphs kept, drawn in the same order."""
     unclipped = {"gradient_clipping": 0.0, **json}
-    several = trained(device, data, 4, 2, {"stage": 2}, dropout=0.4, weights={"global": 1.0}, json=unclipped)
+    several = trained(device, 4, 2, {"stage": 2}, dropout=0.4, weights={"global": 1.0}, json=unclipped)
     parts = make.batches(data, 4, 2)
     student = copy.deepcopy(several.objective.student).train()
     torch.manual_seed(3)
@@ -144,9 +142,7 @@ def test_micro_batches_draw_the_same_dropout_again(device, data, json):
 def test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step(device, data, fp16_device):
     settings = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
     weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
-    full, half = (
-        trained(device, data, 8, 4, {"stage": 2}, weights=weights, json=json) for json in ({}, {"fp16": settings})
-    )
+    full, half = (trained(device, 8, 4, {"stage": 2}, weights=weights, json=json) for json in ({}, {"fp16": settings}))
     batches = make.batches(data, 8, 8)
     expected, gradients = (make.gradients(trained, batches[:4])[1] for trained in (full, half))
     for name in ("student.projection.weight", *(n for n in expected if n.endswith("logit_scale"))):

@@ -17,7 +17,6 @@ from ds_cmli.engine import plan
 from profiling.speed.op import cpu_sizes
 from tests import make
 from tests.conftest import ZERO1
-from tests.engine.steps import FP16, build
 from tests.ranks import ROOT
 
 
@@ -31,41 +30,37 @@ def totals(train_engine, batches) -> list[float]:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
-def test_five_steps_with_each_shipped_json(device, data, batches, path):
-    train_engine = build(device, data, DeepSpeedConfig.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
+def test_five_steps_with_each_shipped_json(device, batches, path):
+    train_engine = make.train_engine(device, DeepSpeedConfig.load(path), optim={"lr": 3e-3, "warmup_share": 0.0})
     losses = totals(train_engine, 5 * batches[:1])
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0]  # the same batch five times: it must be learned
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_each_loss_alone(device, data, batches, loss):
-    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
+@pytest.mark.parametrize("loss", ["global", "target_cmli"])
+def test_a_loss_alone_by_its_weight_and_the_teacher_where_it_needs_one(device, batches, loss):
+    zero = {"zero_optimization": {"stage": 2}}
+    train_engine = make.train_engine(device, zero, loss={"weights": {loss: 2.0}})
+    teacher = train_engine.teacher
+    assert (teacher is None) == (not LOSSES[loss].teacher)
+    before = [p.clone() for p in teacher.parameters()] if teacher else []
     (losses,) = train_engine.step(batches[:1])
     assert [*losses.each] == [loss]
     assert losses.total.item() == pytest.approx(2 * losses.each[loss].item()) and losses.total > 0
-    assert (train_engine.teacher is None) == (not LOSSES[loss].teacher)
+    if teacher is not None:
+        teacher.train()
+        assert not teacher.training
+        assert all(map(torch.equal, before, teacher.parameters()))
+        inside = {id(p) for p in train_engine.engine.module.parameters()}
+        assert not any(id(p) in inside or p.requires_grad for p in teacher.parameters())
 
 
-def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):
-    train_engine = build(device, data, {"zero_optimization": {"stage": 2}})
-    before = [p.clone() for p in train_engine.teacher.parameters()]
-    train_engine.step(batches[:1])
-    train_engine.teacher.train()
-    assert not train_engine.teacher.training
-    assert all(torch.equal(p, q) for p, q in zip(before, train_engine.teacher.parameters(), strict=True))
-    engine = {id(p) for p in train_engine.engine.module.parameters()}
-    assert not any(id(p) in engine or p.requires_grad for p in train_engine.teacher.parameters())
-
-
-def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, data, batches):
+def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, batches):
     losses, peaks = [], []
     for section in ({}, {"activation_checkpointing": {}}):
-        train_engine = build(
-            device, data, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100000}, **section},
-            {"student": {"shared_blocks": 2, "dropout": 0.1}},
-        )  # fmt: skip
+        content = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}, **section}
+        train_engine = make.train_engine(device, content, student={"shared_blocks": 2, "dropout": 0.1})
         losses.append(totals(train_engine, batches[:3]))
         peaks.append(max(accumulate(cpu_sizes(lambda: train_engine.step(batches[3:4])))))  # noqa: B023
     assert losses[0] == losses[1] and peaks[1] < peaks[0]
@@ -74,12 +69,12 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
 @pytest.mark.parametrize(
     "stage, accumulation, section", [(2, 1, {}), (3, 1, {"activation_checkpointing": {}}), (2, 2, {})]
 )
-def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, data, batches, stage, accumulation, section):
+def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches, stage, accumulation, section):
     """By hand, three times the forward pass: what checkpointing or gradient caching computes again does not count."""
     monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
     json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **section}
-    ours = {"student": {"layers": 1, "shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
-    train_engine, micro_batches = build(device, data, json, ours), batches[:accumulation]
+    ours = {"student": {"shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
+    train_engine, micro_batches = make.train_engine(device, json, **ours), batches[:accumulation]
     meter = metrics.Meter(train_engine)
     # PyTorch's counter does not know the attention of CPUs.
     with meter.step(micro_batches), sdpa_kernel(SDPBackend.MATH):
@@ -99,12 +94,12 @@ def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, data, b
     assert columns["mfu"] == pytest.approx(1e6 * columns["tflops"], rel=0.001)
 
 
-def test_of_the_teacher_the_forward_pass_counts_once(monkeypatch, device, data, batches):
+def test_of_the_teacher_the_forward_pass_counts_once(monkeypatch, device, batches):
     monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
     counts = []
     for block in (0, 1):  # the teacher's last one
         sections = {"teacher": {"block": block}, "loss": {"weights": {"cls_kd": 1.0}}}
-        train_engine = build(device, data, ZERO1, sections)
+        train_engine = make.train_engine(device, ZERO1, **sections)
         meter = metrics.Meter(train_engine)
         with meter.step(batches[:1]), sdpa_kernel(SDPBackend.MATH):
             train_engine.step(batches[:1])
@@ -119,7 +114,7 @@ def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, capsys, gpu,
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(plan, "bf16_is_fast", lambda: bf16)
-    ds_config = engine.on_this_device(DeepSpeedConfig.of(FP16))
+    ds_config = engine.on_this_device(DeepSpeedConfig.of({**ZERO1, "fp16": {"enabled": True}}))
     assert ds_config.precision == runs
     assert (f"training in {runs} on this device (cpu), where" in capsys.readouterr().out) == (not gpu)
 
