@@ -44,7 +44,7 @@ def pytest_runtest_call():
     """What a test builds is released at its end; what its fixtures build is theirs."""
     if "deepspeed" not in sys.modules:
         return (yield)
-    from tests.engines import released
+    from tests.drive_train import released
 
     with released():
         return (yield)

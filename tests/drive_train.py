@@ -1,19 +1,51 @@
 """Trainings in this process, one after the other, under RANK and WORLD_SIZE."""
 
+import functools
 import gc
 import io
 import os
 import signal
-from contextlib import redirect_stderr, redirect_stdout
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from unittest import mock
 
 from ds_cmli import train
 
 
+@contextmanager
+def released() -> Iterator[None]:
+    """DeepSpeed's engines that were built inside are released at the end.
+
+    An engine's hooks keep it and its group's threads and, with ZeRO-3, buckets of gigabytes that nobody has touched.
+    Enough of them are more than the machine has, and then the system refuses to fork the process.
+    """
+    from deepspeed import comm
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    from ds_cmli.engine import release
+
+    built: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
+    make = DeepSpeedEngine.__init__
+
+    @functools.wraps(make)
+    def made(engine, /, *arguments, **more):
+        make(engine, *arguments, **more)
+        built.add(engine)
+
+    with mock.patch.object(DeepSpeedEngine, "__init__", made):
+        yield
+    while built:
+        engine = built.pop()
+        if vars(engine):  # one inside may have ended it
+            # It only asks which rank prints. The process group may have ended.
+            with mock.patch.object(comm, "get_rank", return_value=0):
+                release(engine)
+
+
 def drive(arguments: list[str], stop_at: int | None = None) -> int:
     """The exit code of one training. After the step `stop_at` a signal is sent to the last rank."""
     from ds_cmli.run import Run
-    from tests.engines import released
 
     end_step = Run.end_step
 

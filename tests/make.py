@@ -139,12 +139,11 @@ def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], di
 
 
 def train(*arguments: str) -> int:
-    """The exit code of `ds-cmli-train` in this process, as the only rank; without the watchdog, which would end it."""
-    from ds_cmli.train import command
-    from tests.engines import released
+    """The exit code of `ds-cmli-train` in this process, as the only rank."""
+    from tests.drive_train import drive
 
-    with mock.patch.dict(os.environ, ALONE), released():
-        return command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
+    with mock.patch.dict(os.environ, ALONE):
+        return drive([*arguments])
 
 
 def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:

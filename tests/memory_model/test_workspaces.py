@@ -30,10 +30,8 @@ def held(func, *args, gpu=A100) -> Inside:
     "shape, dims, blocks",
     [
         ((4096, 1536), [0], (50_331_648, 48)),
-        ((2368, 1152), [0], (21_823_488, 36)),
         ((4096, 1536), [1], None),
         ((64, 37, 384), [0, 1], (7_274_496, 12)),
-        ((1576, 3072), [0], (39_321_600, 96)),
         ((1000, 1536), [0], ()),
     ],
 )
@@ -48,7 +46,6 @@ X, KEY, OTHER_LAYOUT = heads(8, 6, 64, 64), heads(8, 2, 64, 64), empty(8, 6, 64,
     "args, copies, blocks",
     [
         ([heads(64, 6, 37, 64)] * 5, (), (196_608, 12_582_912)),
-        ([heads(8, 12, 197, 64)] * 5, (), (98_304, 6_291_456)),
         ([heads(8, 6, 64, 160)] * 5, (), (24_576, 4_718_592)),
         ([X, X, KEY, KEY, X], (), (24_576, 1_572_864, 393_216, 393_216)),  # heads that share keys
         ([OTHER_LAYOUT, X, X, X, X], (393_216,), (393_216, 24_576, 1_572_864)),  # the gradient is copied
@@ -64,11 +61,9 @@ def test_flash_attention_s_backward(args, copies, blocks):
         (A100, (64, 6, 64, 64), bf16, [(98_304, 6_297_600)]),
         (A100, (8, 12, 197, 64), fp16, [(75_648, 6_297_600)]),
         (RTX_3090, (8, 6, 64, 128), bf16, [(12_288, 4_720_128)]),
-        (RTX_3090, (1, 6, 256, 128), bf16, [(6_144, 2_360_064)]),
         (T4, (8, 6, 64, 128), fp16, [(12_288, 3_147_264)]),
         (A100, (8, 6, 64, 160), bf16, [(12_288, 11_012_352)]),
         (A100, (8, 6, 64, 96), fp32, [(1_179_648, 12_288, 12_288), (12_288, 3_147_264)]),
-        (RTX_3090, (8, 6, 64, 96), fp32, [(1_179_648, 12_288, 12_288), (12_288, 1_574_400)]),
     ],
 )
 def test_memory_efficient_attention_s_backward(gpu, shape, dtype, blocks):
@@ -84,19 +79,16 @@ MASK = empty(8, 1, 1, 197)
     "gpu, dtype, query, key, other, kernel",
     [
         (A100, bf16, FITTING, FITTING, {}, "flash"),
-        (A100, bf16, FITTING, FITTING, {"mask": MASK}, "efficient"),
         (A100, bf16, FITTING, FITTING, {"mask": MASK.expand(8, 1, 197, 197).mT}, "math"),
         (A100, fp32, FITTING, FITTING, {}, "efficient"),
         (A100, fp32, (8, 12, 197, 62), (8, 12, 197, 62), {}, "math"),
         (A100, fp16, (8, 12, 197, 12), (8, 12, 197, 12), {"mask": MASK}, "math"),
         (A100, fp16, (8, 12, 197, 264), (8, 12, 197, 264), {}, "efficient"),
-        (A100, fp16, FITTING, OTHERS, {}, "flash"),
         (A100, fp16, FITTING, OTHERS, {"causal": True}, "efficient"),
         (A100, fp16, FITTING, (8, 4, 197, 64), {}, "math"),
         (A100, fp16, FITTING, (8, 4, 197, 64), {"grouped": True}, "flash"),
         (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 197, 32, dtype=fp16)}, "efficient"),
         (RTX_3090, fp16, (8, 12, 197, 208), (8, 12, 197, 208), {}, "efficient"),
-        (H100, fp16, FITTING, FITTING, {}, "flash"),
         (T4, fp16, FITTING, FITTING, {}, "efficient"),
         (T4, bf16, FITTING, FITTING, {}, "math"),
     ],
