@@ -24,31 +24,18 @@ def test_shipped_files_are_valid_and_checkpoint_activations(path):
 
 
 MISTAKES = [
-    ({"zero_optimisation": {}}, "key is 'zero_optimisation': did you mean 'zero_optimization'?"),
     ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
-    ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7: Input should be less than or equal to 3"),
-    ({"zero_optimization": {}}, "zero_optimization.stage is missing: give it"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: Input should be greater than or equal to 1"),
-    ({"zero_optimization": None}, "zero_optimization is None: Input should be a valid dictionary"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
-    ({"fp16": True}, "fp16 is True"),
     ({"fp16": {"loss_scale": 0}}, "fp16.enabled is missing"),
     ({"bf16": {"enabled": "true"}}, "is 'true': Input should be a valid boolean or: Input should be 'auto'"),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "DeepSpeed refuses it: "),
-    ({"gradient_clipping": "1"}, "gradient_clipping is '1'"),
-    ({"train_batch_size": 0}, "train_batch_size is 0"),
-    ({"comms_logger": {"enabled": True, "verbos": True}}, "verbos"),
-    ({"optimizer": {"params": {}}}, "optimizer.type is missing"),
     ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW'"),
     ({"optimizer": {"type": "Muon"}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
     ({"optimizer": {"type": "SGD"}}, "zero_allow_untested_optimizer"),
     ({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}}, "'weigth_decay'"),
-    ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None"),
-    ({"scheduler": {"type": "StepLR"}}, "scheduler.type"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
-    ({"activation_checkpointing": True}, "activation_checkpointing is True"),
     ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is True"),
-    ({"pipeline": {"enabled": True}}, "pipeline is {'enabled': True}: it has no effect here: remove it"),
 ]
 
 
@@ -83,17 +70,13 @@ def test_batch_arithmetic():
 def test_what_the_json_says_wins():
     given = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": "auto"}}, "gradient_clipping": 3.0}
     out = DeepSpeedConfig.of(ZERO1 | given).filled(OptimConfig(lr=1e-3, weight_decay=0.1), 1, 10)
-    assert out["optimizer"]["params"]["lr"] == 0.5
-    assert out["optimizer"]["params"]["weight_decay"] == 0.1
+    assert {key: out["optimizer"]["params"][key] for key in ("lr", "weight_decay")} == {"lr": 0.5, "weight_decay": 0.1}
     assert out["gradient_clipping"] == 3.0
     assert given["optimizer"]["params"]["weight_decay"] == "auto"  # the caller's own is left alone
-
-
-@pytest.mark.parametrize("kind, takes", {"RMSprop": "eps", "adam": "betas eps torch_adam", "SGD": ""}.items())
-def test_an_optimizer_is_given_what_it_takes(kind, takes):
-    optimizer = {"type": kind, "params": {"lr": 0.1}}
-    given = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
-    assert {*given.filled(OptimConfig(), 1, 10).optimizer_params} == {"lr", "weight_decay", *takes.split()}
+    for kind, takes in {"RMSprop": {"eps"}, "adam": {"betas", "eps", "torch_adam"}, "SGD": set()}.items():
+        optimizer = {"type": kind, "params": {"lr": 0.1}}
+        of_kind = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
+        assert {*of_kind.filled(OptimConfig(), 1, 10).optimizer_params} == {"lr", "weight_decay", *takes}
 
 
 def test_auto_is_filled_as_hugging_face_does():
@@ -107,13 +90,11 @@ def test_auto_is_filled_as_hugging_face_does():
     expected = {"total_num_steps": 50, "warmup_num_steps": 10, "warmup_min_lr": 0, "warmup_max_lr": 0.5}
     assert out["scheduler"]["params"] == expected
     assert [out["zero_optimization"][key] for key in zero] == [4096, 3686, 640]
-
-
-@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR"])
-def test_warmup_schedulers_need_no_parameters(kind):
-    out = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": kind}}).filled(OptimConfig(warmup_share=0.2), 1, 50)
-    assert out["scheduler"]["params"]["warmup_num_steps"] == 10
-    assert ("total_num_steps" in out["scheduler"]["params"]) == (kind != "WarmupLR")
+    plain = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": "WarmupLR"}}).filled(
+        OptimConfig(warmup_share=0.2), 1, 50
+    )
+    assert plain["scheduler"]["params"]["warmup_num_steps"] == 10  # though the JSON names none
+    assert "total_num_steps" not in plain["scheduler"]["params"]  # which WarmupDecayLR has
 
 
 CPU, OLD_CPU, AMPERE, VOLTA = (False, True), (False, False), (True, True), (True, False)
@@ -124,16 +105,12 @@ CPU, OLD_CPU, AMPERE, VOLTA = (False, True), (False, False), (True, True), (True
     [
         ("auto", "auto", AMPERE, "bf16"),
         ("auto", "auto", VOLTA, "fp16"),
-        ("auto", None, CPU, "bf16"),
         ("auto", False, CPU, "fp32"),
         (False, "auto", VOLTA, "fp32"),
-        (True, "auto", AMPERE, "fp16"),
-        ("auto", True, AMPERE, "bf16"),
         (True, None, CPU, "bf16"),
         (True, None, OLD_CPU, "fp32"),
         (True, None, AMPERE, "fp16"),
         (True, "auto", CPU, "bf16"),
-        (True, "auto", OLD_CPU, "fp32"),
     ],
 )
 def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
@@ -144,29 +121,10 @@ def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
     assert (out is config) == (out == config)
 
 
-def test_decisions_change_copies():
-    given = {"zero_optimization": {"stage": 2}}
-    config = DeepSpeedConfig.of(given)
-    given["zero_optimization"]["stage"] = 1
-    assert config.stage == 2 and config.replaced(zero_optimization={"stage": 1}).stage == 1
-    config.filled(OptimConfig(), 1, 10)
-    assert config == {"zero_optimization": {"stage": 2}}
-    assert "fp16" not in config.replaced(fp16={"enabled": True}).replaced(fp16=None)
-
-
-CONTENTS = {
-    "nested": b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}",
-    "digits": b'{"train_batch_size": ' + b"9" * 5000 + b"}",
-    "latin": b'{"a": "\xe9"}',
-    "list": b"[1]",
-    "empty": b"",
-}
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_a_file_that_is_no_json_is_one_line(tmp_path, name):
+@pytest.mark.parametrize("content", [b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}", b'{"a": "\xe9"}', b"[1]"])
+def test_a_file_that_is_no_json_is_one_line(content, tmp_path):
     path = tmp_path / "x.json"
-    path.write_bytes(CONTENTS[name])
+    path.write_bytes(content)
     with pytest.raises(UserError) as error:
         DeepSpeedConfig.load(path)
     assert str(error.value).startswith(f"--deepspeed_config {path}: ")

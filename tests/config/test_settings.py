@@ -73,8 +73,7 @@ def test_losses_and_settings_are_parsed():
         assert "write NAME or NAME=WEIGHT" in refused(parse_losses, unclear)
     for unclear in ("", "student.layers", "layers=4", ".layers=4", "student.=4"):
         assert "write SECTION.SETTING=VALUE" in refused(parse_setting, unclear)
-    for deep in ("[" * 5000, "[1", '{"a": }'):
-        assert "--set data.source" in refused(parse_setting, f"data.source={deep}")
+    assert "--set data.source" in refused(parse_setting, f"data.source={'[' * 5000}")
 
 
 def test_the_last_one_given_counts():
@@ -83,7 +82,6 @@ def test_the_last_one_given_counts():
     assert resolved("--set", "optim.lr=2", "--lr", "1", "--set", "optim.eps=1e-5").optim.lr == 1
     assert resolved("--set", "optim.lr=2", "--lr", "1", "--set", "optim.lr=3").optim.lr == 3
     assert resolved("--set", "student.layers=1", "--set", "student.layers=2").student.layers == 2
-    assert resolved("--preset", "tiny", "--preset", "demo").run.preset == "demo"
     assert resolved("--data", "a", "--data", "b").data.source == ["a", "b"]
     assert resolved("--deterministic", "--set", "run.deterministic=false").run.deterministic is False
     assert (resolved("--epochs", "2").optim.steps, resolved("--steps", "2").optim.epochs) == (None, None)
@@ -125,16 +123,13 @@ LONG = "x" * 5000
 MISTAKES = [
     ("student.layers", 0, "student.layers is 0: Input should be greater than or equal to 1"),
     ("student.layer", 4, "setting of student is 'layer': did you mean 'layers'?"),
-    ("student.image_backbone", "tim", "student.image_backbone is 'tim': did you mean 'timm'?"),
     ("data.augmentation", {"flip": 1.0}, "data.augmentation.flip is 1.0: Input should be 'random_resized_crop', "),
     ("loss.weights", {"globl": 1.0}, "loss.weights is 'globl': did you mean 'global'?"),
     ("loss.weights", {"cmli": "a"}, "loss.weights.cmli is 'a': Input should be a valid number"),
     ("optim.betas", [0.9], "optim.betas.1 is missing: give it"),
     ("optim.betas", [0.9, 1.0], "optim.betas is [0.9, 1.0]: Input should be less than 1"),
-    ("optim.lr", float("inf"), "optim.lr is inf: Input should be a finite number"),
     ("optim.negatives", 3, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
     ("run.preset", LONG, f"run.preset is {repr(LONG)[:100]} ... "),
-    (f"run.{LONG}", 1, f"setting of run is {repr(LONG)[:100]} ... "),
 ]
 
 
@@ -144,32 +139,25 @@ def test_mistakes_name_setting_value_and_remedy(setting, value, line):
     assert line in refused(load_preset, None if "preset" in key else "tiny", {section: {key: value}})
 
 
-def test_mistakes_of_several_settings_and_of_sections():
+def test_mistakes_of_sections_and_of_several_settings():
     assert "give one of the two" in refused(load_preset, "tiny", {"optim": {"epochs": 1.0, "steps": 3}})
-    assert refused(Config.from_dict, {"student": [1]}) == "student is [1]: give a mapping of settings"
     assert refused(load_preset, "tiny", {"studnt": {}}) == "section of settings is 'studnt': did you mean 'student'?"
     assert refused(ds_cmli.fit, {"preset": "tiny"}) == "section of settings is 'preset': did you mean run.preset?"
-    assert refused(ds_cmli.fit, {"run": {"preset": "tniy"}}) == "run.preset is 'tniy': did you mean 'tiny'?"
 
 
 DAMAGED = [
-    b"", b"{", b"[]", b"null", b'{"config": []}', b'{"config": {"student": 3}}', b'{"config": {"new": {}}}',
-    b'{"config": {"student": {"new": 1}}}', b'{"config": {"optim": {"lr": NaN}}}', b"\xff\xfe", b"[" * 3000,
-    b'{"config": {"optim": {"lr": "1"}}}', b'{"config": {"run": {"seed": ' + b"9" * 5000 + b"}}}",
+    b"{", b"[]", b'{"config": []}', b'{"config": {"student": {"new": 1}}}', b"\xff\xfe", b"[" * 3000,
     b'{"config": {"loss": {"weights": {"of_a_package": 1.0}}}}',
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", DAMAGED)
-def test_a_damaged_config_of_a_run(content, tmp_path):
-    (tmp_path / "run.json").write_bytes(content)
-    line = refused(load_config, tmp_path / "run.json", "--checkpoint")
+def test_the_config_of_a_run_is_whole_or_one_line(tmp_path):
     words = "its run.json is missing, damaged, of another version, or needs a --plugin: "
-    assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: {words}")
-
-
-def test_the_config_of_a_run(tmp_path):
-    assert "its run.json is missing, " in refused(load_config, tmp_path / "run.json", "--checkpoint")
+    for content in (None, *DAMAGED):
+        if content is not None:
+            (tmp_path / "run.json").write_bytes(content)
+        line = refused(load_config, tmp_path / "run.json", "--checkpoint")
+        assert line.startswith(f"--checkpoint is {str(tmp_path)!r}: {words}"), content
     (tmp_path / "run.json").write_text(json.dumps({"config": TINY.to_dict()}))
     assert load_config(tmp_path / "run.json", "--checkpoint") == TINY
 
