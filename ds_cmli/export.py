@@ -9,7 +9,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -19,10 +19,7 @@ from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import LOCAL, OPEN_CLIP, PILLOW, RUN, Source, loss_of
 from ds_cmli.pretrained import loading
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-Weights = dict[str, "Tensor"]
+Weights = dict[str, Any]  # tensors by name
 # What a name begins with in the library's models, and in a student.
 TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
 IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
@@ -31,6 +28,7 @@ PARTS = {
     "siglip": {"text_model.head": TEXT, **TOWERS},
     "open_clip": {"visual": "student.image.model"},
 }
+FILES = {"open_clip": "open_clip_model.safetensors"}  # of weights, if not as transformers names it
 NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss was not trained
 
 
@@ -58,6 +56,7 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
         raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
 
     from safetensors.torch import load_file
+    from transformers import AutoTokenizer
 
     from ds_cmli.checkpoint.weights import write_weights
     from ds_cmli.models import hf
@@ -71,20 +70,17 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
     with blame(f"DIR is {folder!r}: give a new folder"):
         target.mkdir(parents=True)
     try:
-        processor = hf.CMLIProcessor.from_pretrained(source)
         if kind is None:
             model.config.save_pretrained(target)
-            processor.save_pretrained(target)
-            write_weights(weights, target / hf.WEIGHTS)
+            hf.CMLIProcessor.from_pretrained(source).save_pretrained(target)
         else:
             write = of_open_clip if kind == "open_clip" else of_transformers
             with loading(hub=False), blame(f"--as {kind}"):
-                library, loss, name = write(target, config)
-                write_weights(fitted(weights, kind, loss, library), target / name)
-                processor.tokenizer.save_pretrained(target)
-            words = json.loads((target / "tokenizer_config.json").read_text())
-            words.pop("processor_class", None)  # it is the library's own, no more ours
-            (target / "tokenizer_config.json").write_text(json.dumps(words, indent=2) + "\n")
+                weights = fitted(weights, kind, config, write(target, config))
+                # Its processor is the library's own, no more ours.
+                words = AutoTokenizer.from_pretrained(source, processor_class=None)
+                words.save_pretrained(target)
+        write_weights(weights, target / FILES.get(str(kind), hf.WEIGHTS))
         text = readme(config, target.resolve().name, what, kind)
         (target / "README.md").write_text(text, errors="backslashreplace")
         for path in target.iterdir():
@@ -112,11 +108,12 @@ def between(config: Config, model: Any, trained: Weights, share: float) -> Weigh
     return out
 
 
-def fitted(weights: Weights, kind: str, loss: str, model: Any) -> Weights:
+def fitted(weights: Weights, kind: str, config: Config, model: Any) -> Weights:
     """The weights of a library's `model` by its names."""
     import torch
 
-    wanted, parts = model.state_dict(), {"logit": f"losses.{loss}.temperature.logit", **PARTS[kind]}
+    temperature = f"losses.{loss_of(config.student.source_config)}.temperature.logit"
+    wanted, parts = model.state_dict(), {"logit": temperature, **PARTS[kind]}
     if kind == "open_clip":
         text = "text." * any(name.startswith("text.") for name in wanted)
         parts[text] = "student.text.model."
@@ -132,11 +129,8 @@ def fitted(weights: Weights, kind: str, loss: str, model: Any) -> Weights:
     return out
 
 
-def of_transformers(folder: Path, config: Config) -> tuple[Any, str, str]:
-    """Write all but the weights of a model of transformers.
-
-    Returns the model, the loss whose temperature it has, and the name of its file of weights.
-    """
+def of_transformers(folder: Path, config: Config) -> Any:
+    """Write all but the weights and the tokenizer of a model of transformers. Returns the model."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor, SiglipImageProcessor
 
@@ -153,10 +147,10 @@ def of_transformers(folder: Path, config: Config) -> tuple[Any, str, str]:
     if config.data.resize == "shortest":
         pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
     pictures.save_pretrained(folder)
-    return model, loss_of(fields), "model.safetensors"
+    return model
 
 
-def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
+def of_open_clip(folder: Path, config: Config) -> Any:
     """The same of open_clip, without a CoCa's decoder of captions."""
     from open_clip import create_model
 
@@ -165,9 +159,7 @@ def of_open_clip(folder: Path, config: Config) -> tuple[Any, str, str]:
     how["resize_mode"] = data.resize.removesuffix("_pillow")
     content = {"model_cfg": own["model_cfg"], "preprocess_cfg": how}
     (folder / OPEN_CLIP).write_text(json.dumps(content, indent=2) + "\n")
-    place = f"{LOCAL}{folder}"
-    model = create_model(place, load_weights=False, pretrained_text=False)
-    return model, loss_of(own), "open_clip_model.safetensors"
+    return create_model(f"{LOCAL}{folder}", load_weights=False, pretrained_text=False)
 
 
 def readme(config: Config, name: str, what: str, kind: str | None) -> str:

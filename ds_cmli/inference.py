@@ -4,8 +4,7 @@
     images, texts = model.embed_images("pictures/"), model.embed_texts(["a red car"])
     model.scores(images, texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts
 
-Shapes: I images, J texts, N image patches, M tokens, H hidden size, D embedding dimension, S image
-side.
+I images, J texts, N patches, M tokens, H hidden size, D embedding dimension, S image side.
 """
 
 from collections.abc import Iterable, Sequence
@@ -66,9 +65,7 @@ class Model:
         `device`: None means a GPU if there is one, and else the CPU.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        source = Source(str(path))
-        own = source.has_own_data
-        return cls(*load(source, own, chosen, precision="fp32", batch_size=batch_size))
+        return cls(*load(Source(str(path)), chosen, precision="fp32", batch_size=batch_size))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -125,9 +122,6 @@ class Model:
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""
-        images, texts, words = (
-            self.embed_images([picture]),
-            self.embed_texts(text),
-            self.evaluator.tokenizer,
-        )
-        return match(words, text, texts.tokens[0], images.patches[0], self.grid)
+        images, texts = self.embed_images([picture]), self.embed_texts(text)
+        words, patches = self.evaluator.tokenizer, images.patches[0]
+        return match(words, text, texts.tokens[0], patches, self.grid)

@@ -1,7 +1,4 @@
-"""The kinds of pair scores, and the match of words and patches.
-
-I images, J texts, N image patches, M tokens of a text, D embedding dimension.
-"""
+"""Scores of I images and J texts, and the match of a text's M tokens and a picture's N patches."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.op import upcast
-
-Span = tuple[int, int]  # the first character and that after the last
 
 
 class BothWays(NamedTuple):
@@ -45,15 +40,12 @@ class Match:
 
     similarity: Tensor  # [M, N] fp32, cosines of tokens, without special ones, and patches
     words: list[str]  # the M tokens as pieces of the text
-    spans: list[Span]  # their M places in the text
+    spans: list[tuple[int, int]]  # their first characters in the text, and those after the last
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
 
 
 def match(words: Any, text: str, tokens: Tensor, patches: Tensor, grid: tuple[int, int]) -> Match:
-    """Match a text, whose words are `tokens` [M, D], with `patches` [N, D]. CPU-GPU sync.
-
-    `words`: the `CaptionTokenizer`.
-    """
+    """Match `tokens` [M, D] of a text, whose tokenizer is `words`, with `patches` [N, D]. Sync."""
     spans = words(text).spans
     similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
     return Match(similarity, [text[start:end] for start, end in spans], spans, grid)

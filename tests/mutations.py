@@ -204,14 +204,13 @@ ROWS = (
     # Evaluation.
     ("evaluate-ties", "evaluate/metrics.py", EVALUATE + "test_a_tie_is_a_random_order",
      "above = (~(scores <= best) & ~right)", "above = (~(scores < best) & ~right)"),
-    ("evaluate-ways", "evaluate/metrics.py",
-     EVALUATE + "test_recall_of_images_goes_by_rows_and_of_texts_by_columns_of_their_own_scores",
+    ("evaluate-ways", "evaluate/metrics.py", EVALUATE + "test_recall_as_by_sorting",
      "return best, t2i.gather(1, right", "return best, i2t.gather(1, right"),
     ("evaluate-classes", "evaluate/metrics.py", EVALUATE + "test_accuracies_by_class_weigh_classes_alike",
      "(right / counts)[counts > 0].mean()", "(right.sum() / counts.sum())"),
     ("evaluate-centres", "evaluate/metrics.py", EVALUATE + "test_hits_of_phrases",
      "y = top + (torch.arange(rows).double() + 0.5)", "y = top + torch.arange(rows).double()"),
-    ("evaluate-ranks", "evaluate/zero_shot.py", EVALUATE + "test_zero_shot_of_two_ranks_is_that_of_one",
+    ("evaluate-ranks", "evaluate/zero_shot.py", "evaluate/test_command.py::test_zero_shot_of_two_ranks_is_that_of_one",
      "every = distributed.gather_objects((torch.cat(hits, 2), torch.cat(targets), lost))",
      "every = [(torch.cat(hits, 2), torch.cat(targets), lost)]"),
 )

@@ -13,33 +13,24 @@ from ds_cmli.visualize import command, held_out
 from tests.make import write_run
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def test_pairs_that_are_asked_for(tmp_path):
     """Of six held-out pictures with three captions each, the second is broken."""
-    folder = tmp_path_factory.mktemp("pictures")
     entries = []
     for i in range(8):
-        file = folder / f"{i}.png"
+        file = tmp_path / f"{i}.png"
         Image.fromarray(np.full((20, 20, 3), 30 * i, np.uint8)).save(file)
         if i == 3:
             file.write_bytes(b"no picture")
         sentences = [{"raw": f"A 猫 of {i}, Caption {c}!"} for c in range(3)]
         entries.append({"filename": file.name, "split": "train" if i < 2 else "val", "sentences": sentences})
-    (folder / "dataset.json").write_text(json.dumps({"images": entries}))
-    return load_preset("tiny", {"data": {"source": str(folder / "dataset.json")}})
-
-
-def test_the_default_shows_different_pictures_that_can_be_used(config):
-    result = held_out(config, None, None, None)
-    assert [text for _, text in result] == [f"A 猫 of {i}, Caption 0!" for i in (2, 4, 5, 6)]
-    assert len({int(image[0, 0, 0]) for image, _ in result}) == 4
-
-
-def test_pairs_that_are_asked_for(config):
-    assert [text[7:] for _, text in held_out(config, None, None, [0, 2])] == ["2, Caption 0!", "4, Caption 0!"]
-    for number in (1, 6):
-        with pytest.raises(UserError, match=rf"--pairs is \[{number}\], of the 6 pictures of "):
-            held_out(config, None, None, [number])
+    (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
+    config = load_preset("tiny", {"data": {"source": str(tmp_path / "dataset.json")}})
+    shown = held_out(config, "0,2")
+    assert [text for _, text in shown] == ["A 猫 of 2, Caption 0!", "A 猫 of 4, Caption 0!"]
+    assert [int(image[0, 5, 5]) for image, _ in shown] == [60, 120]
+    for numbers in ("0,1", "6"):
+        with pytest.raises(UserError, match=f"--pairs is '{numbers}': give numbers of the 6 pictures of "):
+            held_out(config, numbers)
 
 
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):

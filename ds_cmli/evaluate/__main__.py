@@ -15,13 +15,6 @@ from ds_cmli.config.source import Source
 from ds_cmli.distributed import map_launcher_environment
 
 option = partial(click.option, show_default=True)
-# The options that each evaluation reads, by the option that selects it.
-READS = {
-    "zero_shot": {"zero_shot", "class_names", "templates"},
-    "boxes": {"boxes", "image_root", "split"},
-    "choices": {"choices", "image_root"},
-    "data": {"data", "image_root", "split"},
-}
 PRECISIONS, SPLITS = click.Choice(("fp32", "bf16", "fp16")), click.Choice(("val", "test", "all"))
 
 
@@ -51,25 +44,20 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     place = model or checkpoint
     if not place or (model and checkpoint):
         raise UserError(f"MODEL or --checkpoint: {'2 are' if place else 'none is'} given: give one")
-    mode = next((mode for mode in READS if given[mode] is not None), "data")
-    for name in {name for reads in READS.values() for name in reads} - READS[mode]:
-        if given[name] is not None:
-            raise UserError(f"--{name} has no effect with --{mode}: leave it out".replace("_", "-"))
+    mode = next((mode for mode in ("zero_shot", "boxes", "choices") if given[mode]), "data")
     if json_file:
         check_writable(json_file)
     source = Source(place)
-    is_run = checkpoint is not None or source.has_own_data
-    if not is_run and (given["ema"] or not given[mode]):
-        own = "which has averages and data of its own: give --data, and leave out --ema"
-        raise UserError(f"{place!r} is no run, {own}")
+    if not source.has_own_data and (given["ema"] or not given[mode]):
+        raise UserError(f"{place!r} is no run: leave out --ema, and give --data")
     map_launcher_environment()
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import load
 
+    how = {name: given[name] for name in ("precision", "ema", "batch_size", "workers")}
     try:
-        device = distributed.init()  # collective
-        how = {name: given[name] for name in ("ema", "precision", "batch_size", "workers")}
-        metrics = _measure(*load(source, is_run, device, **how), mode, given)  # collective
+        config, evaluator = load(source, distributed.init(), **how)  # collective
+        metrics = _measure(config, evaluator, mode, given)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:

@@ -129,29 +129,21 @@ class Evaluator:
 
 
 def load(
-    source: Source,
-    is_run: bool,
-    device: torch.device,
-    ema: bool = False,
-    precision: str | None = None,
-    batch_size: int = 50,
-    workers: int = 0,
+    source: Source, device: torch.device, precision: str | None, ema: bool = False, **batches: Any
 ) -> tuple[Config, Evaluator]:
     """A run, one of its files of weights, or what training starts from; and its settings.
 
-    By default in the training's precision. Raises `UserError`.
+    By default in the training's precision. `batches`: as of `Evaluator`. Raises `UserError`.
     """
-    if ema and source.weights:
-        raise UserError(f"--ema has no effect with {source.name}: leave it out")
-    if is_run:
+    if source.has_own_data:
         config = load_config(source.path / RUN, "--checkpoint")
         ds_config = DeepSpeedConfig(read_json(source.path / RUN).get("deepspeed", {}))
         precision = precision or ds_config.precision
     else:
         config = to_evaluate(source)
-    words, trained = tokenizer_of(config.data), is_run or source.is_run
+    words, trained = tokenizer_of(config.data), source.has_own_data or source.is_run
     if trained:
-        file = source.weights or (hf.AVERAGE if ema else hf.WEIGHTS)
+        file = hf.AVERAGE if ema else source.weights or hf.WEIGHTS
         model: Any = hf.load(source.path, file)
     else:
         model, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
@@ -160,7 +152,7 @@ def load(
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model = model.to(device).eval()
-    return config, Evaluator(model, words, device, batch_size, workers, trained=trained)
+    return config, Evaluator(model, words, device, trained=trained, **batches)
 
 
 def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:

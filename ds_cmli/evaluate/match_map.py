@@ -54,15 +54,10 @@ def tile(picture: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
 def match_maps(
     own: Embedded, tokenizer: CaptionTokenizer, grid: tuple[int, int], count: int
 ) -> list[np.ndarray]:
-    """Those of the first `count` usable pictures with their first captions. Collective.
-
-    They come from the embeddings alone: without a forward pass and without random numbers.
-    """
-    first: dict[int, int] = {}  # caption by picture
-    for caption in own.captions:
-        first.setdefault(own.image_of[caption], caption)
+    """Those of the first `count` usable pictures with their first captions. Collective."""
+    first = {own.image_of[caption]: caption for caption in reversed(own.captions)}
     mine = {}
-    for picture, caption in [*first.items()][:count]:
+    for picture, caption in sorted(first.items())[:count]:
         if caption in own.texts:
             text, image = own.pairs.rows[caption][1], own.pairs.image(caption)
             tokens, patches = own.texts[caption][1], own.images[picture][1]

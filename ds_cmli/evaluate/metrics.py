@@ -146,11 +146,9 @@ def summary(figures: Metrics, precision: str, name: str = "") -> str:
         texts = [f"  {'' if x is None else f'{x:.3f}':{max(5, width)}}" for x, width in cells]
         if any(map(str.strip, texts)):
             lines.append(f"    {score:8}{''.join(texts)}".rstrip())
-    if "pointing_game" in figures:
+    if (accuracy := figures.get("pointing_game")) is not None:
         chance = figures.get("chance/pointing_game", 0.25)  # of scenes, with pictures in quarters
-        lines.append(
-            f"    pointing-game accuracy {figures['pointing_game']:.3f} (chance {chance:.3g})"
-        )
+        lines.append(f"    pointing-game accuracy {accuracy:.3f} (chance {chance:.3g})")
     if "visible" in figures:
         lines[-1] += f"; {figures['visible']:.0%} of the phrases are in sight"
     return "\n".join(lines)

@@ -5,6 +5,7 @@ Captions are communicated: each block of them is broadcast from its rank to all 
 it against their own pictures, block by block. K kinds of scores, r pictures, b captions of a block.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -45,10 +46,9 @@ def rank(model: Evaluator, own: Embedded) -> dict[str, dict[str, float]]:
     image_of, here, kinds = torch.tensor(own.image_of), list(own.images), len(model.kinds)
     most = -(-len(image_of.unique()) // distributed.world_size())  # as many blocks on all ranks
     blocks = [here[start : start + PICTURES] for start in range(0, most, PICTURES)]
-    place = {number: place // PICTURES for place, number in enumerate(here)}
-    captions_of: list[list[int]] = [[] for _ in blocks]
+    captions_of = defaultdict[int, list[int]](list)
     for row in own.texts:
-        captions_of[place[own.image_of[row]]].append(row)
+        captions_of[own.image_of[row]].append(row)
 
     def scores(numbers: list[int], captions: list[int], texts: Sequence) -> tuple[Tensor, ...]:
         """i2t and t2i, [K, r, b], and whether the caption is one of the picture's. CPU-GPU sync."""
@@ -60,7 +60,8 @@ def rank(model: Evaluator, own: Embedded) -> dict[str, dict[str, float]]:
     # below, so that a score is bitwise equal to itself.
     best = torch.full((kinds, len(image_of), 1), -torch.inf)
     sent: list[tuple | None] = []  # captions, their scores with their pictures, their embeddings
-    for numbers, captions in zip(blocks, captions_of, strict=True):
+    for numbers in blocks:
+        captions = [caption for number in numbers for caption in captions_of[number]]
         if not captions:
             sent.append(None)
             continue

@@ -4,9 +4,8 @@ A class's global embedding is the normalised mean over its prompts (Radford et a
 3.1.4). Token embeddings of different prompts have no mean, so the CMLI scores of the prompts, from
 the picture's side, are averaged (FILIP, arXiv 2111.07783, section 3.1).
 
-Choices, as of SugarCrepe, ARO and Winoground, are lines of JSON, whose first caption is the right
-one: `{"image": "2.jpg", "captions": ["a dog chases a cat", "a cat chases a dog"]}`. Lines of an
-equal "group", which may be left out, are one question: whether all of them are right.
+Choices are lines of JSON with the right caption first, and perhaps with the group of the line:
+`{"image": "2.jpg", "captions": ["a dog chases a cat", "a cat chases a dog"], "group": 7}`.
 
 K kinds of scores, B pictures, C classes, N patches, H hidden size, D embedding dimension.
 """
@@ -37,7 +36,6 @@ a photo of the large {}.
 a {} in a video game.
 art of the {}.
 a photo of the small {}."""
-CLASSES = 64  # number of classes that are scored at a time
 
 
 class ClassPictures(Files):
@@ -46,10 +44,7 @@ class ClassPictures(Files):
     def __init__(self, folder: str, names: str | None, templates: str | None, config: DataConfig):
         with blame(f"--zero-shot {folder}: give a folder with folders of pictures"):
             found = ImageFolder(Path(folder).expanduser(), allow_empty=True)
-            files = [(Path(file), c) for file, c in found.samples if Path(file).is_file()]
-            if len({number for _, number in files}) < 2:
-                raise ValueError("it has fewer than two classes")
-        super().__init__(View.of(config), files)
+        super().__init__(View.of(config), [(Path(file), number) for file, number in found.samples])
         self.names = [place.replace("_", " ") for place in found.classes]
         self.names = _lines("--class-names", names) if names else self.names
         self.templates = _lines("--templates", templates) if templates else TEMPLATES.splitlines()
@@ -74,18 +69,16 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
     texts, bad = model.texts(dict(enumerate(prompts)), len(prompts))
     for number in bad:
         raise UserError(f"{prompts[number]!r} has no token: name the class by --class-names")
-    embedded, size = [texts[number] for number in range(len(prompts))], CLASSES * templates
-    parts = [block(embedded[start : start + size]) for start in range(0, len(prompts), size)]
-    blocks = [[x.to(model.device) for x in part] for part in parts]  # once, for all pictures
-    means = torch.cat([cls for cls, _, _ in blocks]).unflatten(0, (classes, templates)).mean(1)
-    class_cls = F.normalize(means, dim=-1)  # [C, H]
+    embedded = block([texts[number] for number in range(len(prompts))])
+    prompt_cls, tokens, mask = (x.to(model.device) for x in embedded)  # once, for all pictures
+    class_cls = F.normalize(prompt_cls.unflatten(0, (classes, templates)).mean(1), dim=-1)  # [C, H]
 
     def scores(cls: Tensor, patches: Tensor) -> Tensor:
         """fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""
         cmli = None
         if "cmli" in model.kinds:
-            of_prompts = [cmli_scores(patches, tokens, mask)[0] for _, tokens, mask in blocks]
-            cmli = (torch.cat(of_prompts, 1).unflatten(1, (classes, templates)).mean(2),) * 2
+            of_prompts, _ = cmli_scores(patches, tokens, mask)
+            cmli = (of_prompts.unflatten(1, (classes, templates)).mean(2),) * 2
         both = both_ways(cls @ class_cls.t(), cmli, model.scales)
         return torch.stack([both[kind].i2t for kind in model.kinds])
 

@@ -1,6 +1,7 @@
 """The command on an untrained model: what it reads, prints and refuses."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from ds_cmli.common import UserError
 from ds_cmli.evaluate.__main__ import command
+from ds_cmli.evaluate.metrics import recalls
+from ds_cmli.inference import Model
 from ds_cmli.models.hf import AVERAGE, WEIGHTS
-from tests.make import write_run
-from tests.models.dual_models import clip
+from tests import ranks
+from tests.make import picture, write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")
 
@@ -40,25 +43,32 @@ def evaluate(tmp_path, *arguments):
     return done.output, json.loads((tmp_path / "x.json").read_text())
 
 
+def captions(picture):
+    return [f"{WORDS[picture % 4]} {number}" for number in range(2 + picture % 3)]
+
+
 def karpathy(path):
+    """Two to four captions of each picture."""
     images = [
-        {"filename": f"{k}.jpg", "split": split, "sentences": [{"raw": f"{WORDS[k % 4]} {c}"} for c in range(5)]}
+        {"filename": f"{k}.jpg", "split": split, "sentences": [{"raw": caption} for caption in captions(k)]}
         for k, split in enumerate(["train"] * 3 + ["val"] * 3 + ["test"] * 6)
     ]
     path.write_text(json.dumps({"images": images}))
     return str(path)
 
 
-def test_karpathys_test_split_with_five_captions_a_picture(tmp_path, model, photographs):
+def test_karpathys_test_split_has_the_recalls_of_the_models_own_scores(tmp_path, model, photographs):
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--workers", "2"]
     printed, result = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test")
-    assert "test 30 pairs, 6 pictures, in float32" in printed and "    combined  " in printed
+    assert "test 18 pairs, 6 pictures, in float32" in printed and "    combined  " in printed
     assert result["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
-    ways = [f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10)]
-    mean = sum(result[f"eval/test/cmli/{way}"] for way in ways) / 6
-    assert result["eval/test/cmli/mean_recall"] == pytest.approx(mean)
-    every = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "all")[1]
-    assert every["eval/all/pictures"] == 12
+    loaded, shown = Model.load(model, device="cpu"), range(6, 12)
+    texts = loaded.embed_texts([caption for k in shown for caption in captions(k)])
+    scores = loaded.scores(loaded.embed_images([photographs / f"{k}.jpg" for k in shown]), texts)
+    image_of = torch.arange(6).repeat_interleave(torch.tensor([2, 3, 4, 2, 3, 4]))
+    for kind in ("global", "cmli", "combined"):
+        for name, value in recalls(*scores[kind], image_of).items():
+            assert result[f"eval/test/{kind}/{name}"] == pytest.approx(value, abs=1e-6), (kind, name)
 
 
 def entities(path, photographs):
@@ -101,11 +111,7 @@ def test_choices_between_captions(tmp_path, model, photographs):
     printed, result = evaluate(tmp_path, "--checkpoint", model, *chosen)
     assert "6 choices, 6 pictures, in float32, 2 left out: none.jpg (no such file)" in printed
     assert result["choices/chance/accuracy"] == pytest.approx(1 / 3)
-
-    from ds_cmli.inference import Model
-
-    loaded = Model.load(model, device="cpu")
-    right = []
+    loaded, right = Model.load(model, device="cpu"), []
     for line in lines[:6]:
         pictures = loaded.embed_images([str(photographs / line["image"])])
         scores = loaded.scores(pictures, loaded.embed_texts(line["captions"]))["combined"].i2t[0]
@@ -130,9 +136,46 @@ def test_a_file_of_weights_is_that_model(tmp_path, photographs):
     assert evaluate(tmp_path, str(folder / WEIGHTS), *data)[1] == own
 
 
-def test_scores_of_a_plain_clip_are_combined_only_once_trained(tmp_path, photographs):
-    start = str(clip(tmp_path / "clip"))
-    data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--split", "all"]
-    result = evaluate(tmp_path, start, *data)[1]
-    kinds = {name.split("/")[2] for name in result if name.count("/") == 3}
-    assert kinds == {"global", "cmli", "chance"}
+def prompts_of_rank(rank: int, world: int, folder: str, run: str, out: str) -> dict:
+    more = ["--zero-shot", folder, "--templates", f"{out}/templates.txt", "--json", f"{out}/{world}.json"]
+    command.main(["--checkpoint", run, *more], standalone_mode=False)
+    return json.loads(Path(f"{out}/{world}.json").read_text()) if rank == 0 else {}
+
+
+def zero_shot_by_loops(run: str, classes: Path, templates: list[str]) -> dict[str, float]:
+    """The share of pictures whose own class is best: cosines with mean prompts, means of CMLI over prompts."""
+    model, right = Model.load(run, device="cpu"), {"global": 0, "cmli": 0, "combined": 0}
+    files = [file for file in sorted(classes.rglob("*.png")) if file.name != "x.png"]
+    images, names = model.embed_images(files), sorted({file.parent.name for file in files})
+    prompts = [model.embed_texts([t.replace("{}", name.replace("_", " ")) for t in templates]) for name in names]
+    for i, file in enumerate(files):
+        scores: dict[str, list[float]] = {kind: [] for kind in right}
+        for texts in prompts:
+            cosine = images.cls[i] @ torch.nn.functional.normalize(texts.cls.mean(0), dim=0)
+            similar = [images.patches[i] @ x[mask].t() for x, mask in zip(texts.tokens, texts.token_mask, strict=True)]
+            cmli = torch.stack([x.amax(1).mean() for x in similar]).mean()
+            scores["global"].append(float(cosine))
+            scores["cmli"].append(float(cmli))
+            scores["combined"].append(float(cosine / 0.07 + cmli / 0.02))  # the temperatures at the start
+        for kind, values in scores.items():
+            right[kind] += names[int(np.argmax(values))] == file.parent.name
+    return {kind: count / len(files) for kind, count in right.items()}
+
+
+def test_zero_shot_of_two_ranks_is_that_of_one(model, tmp_path):
+    """Three classes of three templates and 7 pictures, one more broken: nothing divides by two."""
+    for n in range(7):
+        (tmp_path / "classes" / f"class_{n % 3}").mkdir(parents=True, exist_ok=True)
+        picture(n).save(tmp_path / "classes" / f"class_{n % 3}" / f"{n}.png")
+    (tmp_path / "classes" / "class_0" / "x.png").write_bytes(b"no picture")
+    (tmp_path / "templates.txt").write_text("a photo of {}\n{} here\nthe {}\n")
+    arguments = str(tmp_path / "classes"), model, str(tmp_path)
+    one, two = (ranks.run(prompts_of_rank, world, *arguments, group=False)[0] for world in (1, 2))
+    named = one.pop("zero_shot/left_out_first")
+    assert two.pop("zero_shot/left_out_first") == named and "x.png (cannot identify" in named[0]
+    assert one == pytest.approx(two) and "zero_shot/cmli/mean_per_class" in one
+    assert (one["zero_shot/pictures"], one["zero_shot/classes"], one["zero_shot/left_out"]) == (7, 3, 1)
+    by_loops = zero_shot_by_loops(model, tmp_path / "classes", ["a photo of {}", "{} here", "the {}"])
+    for kind, right in by_loops.items():
+        assert one[f"zero_shot/{kind}/top1"] == pytest.approx(right), kind
+    assert one["zero_shot/combined/top5"] == 1 and one["zero_shot/chance/top1"] == pytest.approx(1 / 3)
