@@ -1,7 +1,6 @@
 """The DeepSpeed JSON: read, checked by DeepSpeed, suited to the device, its "auto" values filled.
 
-"auto" means the same as in Hugging Face's integration. What is read here, and the names at the top,
-which DeepSpeed ignores where it does not know them, are checked here; the rest is its own check.
+"auto" means the same as in Hugging Face's integration. DeepSpeed checks what is not read here.
 """
 
 import copy
@@ -10,19 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, Required, TypedDict
+from typing_extensions import NotRequired, Required, Self, TypedDict
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, without_trackers
-from ds_cmli.config.schema import (
-    Count,
-    NotNegative,
-    OptimConfig,
-    check,
-    choice,
-    refusal,
-    shown,
-    words,
-)
+from ds_cmli.config.schema import Count, NotNegative, OptimConfig, check, choice, refusal, words
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
@@ -88,14 +78,10 @@ class Content(TypedDict, total=False):
 
 
 class DeepSpeedConfig(dict[str, Any]):
-    """The JSON, with what is derived from it; methods that decide return a copy.
-
-    `load` or `of` checks the JSON, `on` decides what depends on the device, and `filled` replaces
-    all remaining "auto" values.
-    """
+    """The JSON, checked by `load` or `of`; `on` a device, and `filled`, it is a copy."""
 
     @classmethod
-    def load(cls, path: str | Path) -> "DeepSpeedConfig":
+    def load(cls, path: str | Path) -> Self:
         """Read and check a file; raises `UserError` with one line for the first mistake in it."""
         with blame(f"--deepspeed_config {path}"):
             content = read_json(Path(path))
@@ -105,7 +91,7 @@ class DeepSpeedConfig(dict[str, Any]):
             raise UserError(f"--deepspeed_config {path}: {error}") from None
 
     @classmethod
-    def of(cls, content: Section) -> "DeepSpeedConfig":
+    def of(cls, content: Section) -> Self:
         """Check the content of such a file. Raises `UserError`. Imports DeepSpeed."""
         if isinstance(content, cls):
             return content
@@ -141,7 +127,7 @@ class DeepSpeedConfig(dict[str, Any]):
             theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
         return out
 
-    def replaced(self, **settings: Any) -> "DeepSpeedConfig":
+    def replaced(self, **settings: Any) -> Self:
         """Copy it with these keys set; None removes one."""
         changed = {**self, **settings}
         return self.of({key: value for key, value in changed.items() if value is not None})
@@ -167,11 +153,6 @@ class DeepSpeedConfig(dict[str, Any]):
         return self["gradient_accumulation_steps"]
 
     @property
-    def checkpointing(self) -> bool:
-        """Whether activations are recomputed."""
-        return "activation_checkpointing" in self
-
-    @property
     def needs_width(self) -> bool:
         return any(self["zero_optimization"].get(key) == "auto" for key in WIDTHS)
 
@@ -186,11 +167,10 @@ class DeepSpeedConfig(dict[str, Any]):
 
     # --- decisions
 
-    def on(self, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
+    def on(self, fp16: bool, bf16: bool) -> Self:
         """Copy it with the precision decided for a device, if "auto" or a missing fp16 is given.
 
-        Args:
-            fp16, bf16: whether the device supports them at no loss of speed.
+        `fp16` and `bf16`: whether the device supports them at no loss of speed.
         """
         has = {"bf16": bf16, "fp16": fp16}  # in the order of preference
         asked = {name: self.get(name, {}).get("enabled") for name in has}
@@ -231,17 +211,8 @@ class DeepSpeedConfig(dict[str, Any]):
             )
         return product, micro, steps
 
-    def filled(
-        self,
-        optim: OptimConfig,
-        world_size: int,
-        total_steps: int,
-        width: int = 0,
-    ) -> "DeepSpeedConfig":
-        """Copy it with all "auto" values filled; explicit values of the JSON overrule `optim`.
-
-        `width` is the model's hidden size, where `needs_width`.
-        """
+    def filled(self, optim: OptimConfig, world_size: int, total_steps: int, width: int = 0) -> Self:
+        """Copy it with all "auto" values filled; `width` is the model's, where `needs_width`."""
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
@@ -285,6 +256,9 @@ def signature(section: str, name: str) -> inspect.Signature:
     with without_trackers():
         from deepspeed.runtime import lr_schedules
 
-    module = torch.optim if section == "optimizer" else lr_schedules
-    with blame(f"{section}.type is {shown(name)}"):
-        return inspect.signature(getattr(module, "AdamW" if name.lower() in ADAMS else name))
+    kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
+    name = "AdamW" if name.lower() in ADAMS else name
+    choice(
+        f"{section}.type", name, [name for name, kind in kinds.items() if isinstance(kind, type)]
+    )
+    return inspect.signature(kinds[name])

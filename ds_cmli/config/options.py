@@ -88,49 +88,31 @@ _length = partial(_setting, "Length and batch")
 _output = partial(_setting, "Output")
 _kept = partial(_setting, "Checkpoints")
 _start = partial(option, "Start")
+_also = partial(option, "What to train")
 KINDS = ", ".join(entry.what for entry in SOURCES.values())
+LOSSES_HELP = f"NAME or NAME=WEIGHT, by comma, of {', '.join(LOSSES)}.  [preset]"
+START_HELP = """A model of transformers or open_clip (a folder, or a name of the hub), a run or an
+export to start from, with its joint space (docs/finetune.md)."""
+SET_HELP = "Any setting of docs/settings.md, for instance student.layers=4. Repeatable."
+DATA_HELP = f"""'demo', or {KINDS}, also by hf://datasets/OWNER/NAME (docs/train.md). Repeat it to
+mix, each with a share as WHAT::0.7.  [preset]"""
+RESUME_HELP = "auto: the run in --output-dir. never: a new run. PATH: another run.  [auto]"
+MEMORY_HELP = "Measure the memory of the first steps, and predict it, into memory.json."
 OPTIONS = (
     _what("--preset", f"{', '.join(PRESETS)}.  [{RunConfig.preset}; with --start-from finetune]"),
-    _what(
-        "--losses",
-        f"NAME or NAME=WEIGHT, by comma, of {', '.join(LOSSES)}.  [preset]",
-        "loss.weights",
-        type=parse_losses,
-        metavar="LOSSES",
-    ),
-    _what(
-        "--start-from",
-        "Start from a CLIP or SigLIP model of transformers or a model of open_clip (a folder, or a "
-        "name of the hub), or from a run or an export, with its joint space (docs/finetune.md).",
-        "student.source",
-        metavar="MODEL",
-    ),
+    _what("--losses", LOSSES_HELP, "loss.weights", type=parse_losses, metavar="LOSSES"),
+    _what("--start-from", START_HELP, "student.source", metavar="MODEL"),
     _what("--image-backbone", f"Of {', '.join(IMAGE)}.  [preset]"),
     _what("--text-backbone", f"Of {', '.join(TEXT)}.  [preset]"),
     plugin_option,
-    option(
-        "What to train",
+    _also(
         "--init",
         type=click.Choice(["preset", "random"]),
         default="preset",
         help="Start from the preset's weights, or from random ones, without downloads.  [preset]",
     ),
-    option(
-        "What to train",
-        "--set",
-        "settings",
-        multiple=True,
-        metavar="SECTION.SETTING=VALUE",
-        help="Any setting of docs/settings.md, for instance student.layers=4. Repeatable.",
-    ),
-    _data(
-        "--data",
-        f"'demo', or {KINDS}, also by hf://datasets/OWNER/NAME (docs/train.md). Repeat it to mix, "
-        "each with a share as WHAT::0.7.  [preset]",
-        "data.source",
-        multiple=True,
-        metavar="WHAT",
-    ),
+    _also("--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help=SET_HELP),
+    _data("--data", DATA_HELP, "data.source", multiple=True, metavar="WHAT"),
     _data("--val-data", "Pairs to evaluate on.  [some of --data]", "data.val_source"),
     _data("--image-root", "Folder of the images that a table or JSON names.  [the list's]"),
     _data("--csv-img-key", "Column of the image.  [detected]", "data.image_key"),
@@ -148,26 +130,14 @@ OPTIONS = (
     _kept("--save-every", "Steps between checkpoints; 0: by time alone.  [preset]"),
     _kept("--save-minutes", "Minutes between checkpoints; 0: by steps alone.  [15]"),
     _kept("--keep", "Number of newest checkpoints to keep.  [2]"),
-    _start(
-        "--resume",
-        default="auto",
-        metavar="auto|never|PATH",
-        help="auto: resume the run in --output-dir. never: a new run. PATH: resume another run.  "
-        "[auto]",
-    ),
+    _start("--resume", default="auto", metavar="auto|never|PATH", help=RESUME_HELP),
     _start("--resume-with-changes", is_flag=True, help="Resume even if settings differ."),
     _start("--deepspeed_config", default=str(DEFAULT_JSON), help="DeepSpeed's JSON.  [zero2.json]"),
     _start("--dry-run", is_flag=True, help="Print the resolved configuration, and stop."),
     _start("--profile", metavar="FIRST:LAST", help="Trace these steps, into profile/."),
-    _start(
-        "--profile-memory",
-        type=int,
-        metavar="STEPS",
-        help="Measure the memory of the first steps, and predict it, into memory.json.",
-    ),
-    # Users pass it by habit; the JSON is always read.
+    _start("--profile-memory", type=int, metavar="STEPS", help=MEMORY_HELP),
+    # Users and launchers pass them by habit: the JSON is always read, and LOCAL_RANK says the same.
     _start("--deepspeed", is_flag=True, hidden=True, expose_value=False),
-    # Launchers pass it; LOCAL_RANK says the same.
     _start("--local_rank", type=int, hidden=True, expose_value=False),
 )
 

@@ -1,9 +1,7 @@
 """The tables of what a run can be built from: losses, backbones, sources; and `--plugin`.
 
 A new one is a file of its own and one entry here, or one that a module of `--plugin MODULE` adds.
-Nothing heavy is imported to read the tables: an entry names its implementation as "module:name",
-which `pkgutil.resolve_name` imports. The options, the checks of names and the help texts follow
-from the entries.
+An entry names its implementation as "module:name", so that the tables import nothing heavy.
 """
 
 import importlib
@@ -19,12 +17,10 @@ class LossEntry:
     # A module, made with `LossConfig`, the student and the teacher's width: a `cmli.PairLoss` if it
     # compares pairs, otherwise called as `losses.target_cmli.TargetCMLI`.
     implementation: str
-    # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its
-    # negatives are those of the whole step. "" if it treats each pair separately, and so can be
-    # computed for each micro-batch.
+    # The pair scores that the loss compares; "" if it treats each pair separately.
     scores: Literal["", "global", "cmli"] = ""
-    # The function of its scores, by which an exported model computes it; "" if it is neither. In a
-    # sigmoid one an image may have several positives.
+    # The function of its scores; "" if it is neither. In a sigmoid one an image may have several
+    # positives.
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
 
@@ -56,34 +52,30 @@ class SourceEntry:
 
 
 TABLES = ("metadata.csv", "metadata.jsonl")
-DATA = "ds_cmli.data"
+DATA = "ds_cmli.data.sources"
 SOURCES = {
     "folder": SourceEntry(
-        f"{DATA}.sources:open_folder",
+        f"{DATA}:open_folder",
         "a folder of images with a metadata.csv or metadata.jsonl (file_name, text)",
         holds=(*TABLES, *(f"train/{name}" for name in TABLES)),
     ),
     "saved": SourceEntry(
-        f"{DATA}.sources:open_saved",
-        "a folder of save_to_disk",
-        holds=("dataset_dict.json", "state.json"),
+        f"{DATA}:open_saved", "a folder of save_to_disk", holds=("dataset_dict.json", "state.json")
     ),
-    "tars": SourceEntry(
-        f"{DATA}.sources:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")
-    ),
+    "tars": SourceEntry(f"{DATA}:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")),
     "parquet": SourceEntry(
-        f"{DATA}.sources:open_parquet",
+        f"{DATA}:open_parquet",
         "parquet files with image bytes",
         (".parquet",),
         ("*.parquet", "data/*.parquet"),
     ),
     "table": SourceEntry(
-        f"{DATA}.sources:open_tables",
+        f"{DATA}:open_tables",
         "a .csv, .tsv or .jsonl of paths and captions",
         (".csv", ".tsv", ".jsonl"),
     ),
     "json": SourceEntry(
-        f"{DATA}.sources:open_json", "the .json of COCO's captions or Karpathy's splits", (".json",)
+        f"{DATA}:open_json", "the .json of COCO's captions or Karpathy's splits", (".json",)
     ),
 }
 

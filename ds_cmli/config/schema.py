@@ -34,40 +34,34 @@ Positive = Annotated[float, Field(gt=0, le=MOST)]
 NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
+EMPTY: Any = Field(default_factory=dict)
 Temperature = Annotated[float, Field(ge=0.01, le=10)]
 Betas = Annotated[tuple[BelowOne, BelowOne], Field(strict=False)]
 
 
-def empty() -> Any:
-    return Field(default_factory=dict)
-
-
 @dataclass(config=STRICT)
 class StudentConfig:
-    # A dual encoder as a whole, with its joint space, in the forms of docs/finetune.md. It decides
-    # the settings of both encoders and how pictures and texts are prepared. "": two encoders.
+    # A dual encoder as a whole, which decides other settings (docs/finetune.md); "": two encoders.
     source: Text = ""
-    source_config: dict[str, Any] = empty()  # the sizes of its model; filled from `source`
+    source_config: dict[str, Any] = EMPTY  # the sizes of its model; filled from `source`
     image_backbone: Name = "timm"  # of the table in `registry.py`
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
-    image_overrides: dict[str, Any] = empty()  # keyword arguments of timm.create_model
+    image_overrides: dict[str, Any] = EMPTY  # keyword arguments of timm.create_model
     text_backbone: Name = "transformers"  # as for images
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"  # as for images
-    text_overrides: dict[str, Any] = empty()  # fields of transformers' config
+    text_overrides: dict[str, Any] = EMPTY  # fields of transformers' config
     # First layers of each encoder that are kept; null: 6, or all if they are fewer or no stack.
     layers: Count | None = None
     # Transformer blocks over both modalities; with `source`, 0 unless given.
     shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
-    # First layers that are frozen, with the embeddings below; with all layers, the whole encoder.
-    freeze_image: Number = 0
+    freeze_image: Number = 0  # first layers that are frozen, with the embeddings below
     freeze_text: Number = 0  # the same of the text encoder
-    # LoRA (`models/blocks.py`): the ends of the names of an encoder's layers that get adapters, as
-    # {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}; the rest of it is frozen.
-    lora: dict[Literal["image", "text"], Names] = empty()
+    # LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the rest is frozen.
+    lora: dict[Literal["image", "text"], Names] = EMPTY
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
     lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
 
@@ -80,69 +74,57 @@ class StudentConfig:
 class TeacherConfig:
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"  # as the student's
-    overrides: dict[str, Any] = empty()  # as the student's
+    overrides: dict[str, Any] = EMPTY  # as the student's
     # The features are the output of this block, or stage, 0-based; negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
 
 
 @dataclass(config=STRICT)
 class DataConfig:
-    # "demo" (scenes), or what `registry.py` lists, also by hf://; several are mixed:
-    # ["a::0.7", "b::0.3"].
+    # "demo" (scenes), or what `--data` lists, also by hf://; mixed by ["a::0.7", "b::0.3"].
     source: Name | Names = "demo"
-    # The demo's captions: "names" of one to four pictures, or "sentences" of three or four, which
-    # have words without a place in the picture too.
+    # Captions of the demo: "names" of one to four pictures, or "sentences" with other words too.
     scenes: Literal["names", "sentences"] = "names"
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
-    # Of a source without a validation part: below 1 a share of its pictures, else how many; null:
-    # 5%, at most 1,000.
+    # Without a validation part: below 1 a share of pictures, else how many; null: 5%, up to 1,000.
     held_out: Positive | None = None
     image_root: Text = ""  # folder of the image files that a list names; "": the list's
     image_key: Text = ""  # column of the image; "": detected
     caption_key: Text = ""  # column, or key in JSON, of the caption; "": detected
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
-    # "crop": the central square is cut out and resized. "shortest", as CLIP: the shorter side is
-    # resized, then the central square is cut out. "squash", as SigLIP: the whole picture is resized
-    # to the square. With "_pillow", as open_clip: resized by Pillow, which is slower.
+    # "crop": the central square is resized. "shortest", as CLIP: the shorter side is resized, then
+    # the square cut out. "squash", as SigLIP: all is resized. "_pillow": by Pillow, as open_clip.
     resize: Resize = "crop"
     interpolation: Interpolation = "bicubic"  # of resizing
     # The longest caption in tokens, with [CLS] and [SEP].
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
-    # How far texts are padded: to the "longest" of the batch, or "full", to `context_length`, and
-    # then the text encoder attends to the padding, as SigLIP's.
+    # Texts are padded to the batch's "longest", or "full" and the padding attended to, as SigLIP.
     padding: Literal["longest", "full"] = "longest"
     # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or path.
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
-    # Transforms of training pictures with their strengths: for random_resized_crop the smallest
-    # share of the picture's area, for horizontal_flip its probability (note that captions name left
-    # and right), for color_jitter the change of brightness, contrast and saturation.
-    augmentation: dict[AugmentationName, Share] = empty()
+    # Transforms of training pictures: the smallest share of the area that a crop keeps, the
+    # probability of a flip (captions may name left and right), the change of colours.
+    augmentation: dict[AugmentationName, Share] = EMPTY
     # The run stops if the share of broken images and empty captions exceeds this.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 
 @dataclass(config=STRICT)
 class LossConfig:
-    # The losses that are trained, with their weights, of the table in `registry.py`: "global",
-    # "global_sigmoid", "cmli", "cmli_sigmoid", "target_cmli", "cls_kd".
+    # Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or of a plugin's.
     weights: dict[str, Positive] = Field(
         default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
-    # Over H: "mean", or "sum" as (7) and (9) are written.
-    mse_reduction: Literal["mean", "sum"] = "mean"
-    # Of Target-CMLI's two parts, patches (7) and tokens (9), whose mean is (10); 0: not computed.
-    target_image_weight: NotNegative = 1.0
-    target_text_weight: NotNegative = 1.0  # as for patches
+    mse_reduction: Literal["mean", "sum"] = "mean"  # over H; (7) and (9) are written as sums
+    target_image_weight: NotNegative = 1.0  # of patches (7) in the mean (10); 0: off
+    target_text_weight: NotNegative = 1.0  # of tokens (9) in it; 0: off
     init_temperature: Temperature = 0.07  # of the global loss
-    # Of the CMLI loss, whose means of maxima vary less than cosines.
-    cmli_init_temperature: Temperature = 0.02
-    # Of the sigmoid losses: which share of pairs they take for positives at first. null: the
-    # authors' -10, and -14 of `cmli_sigmoid`, with which batches of some hundred pairs or less
-    # learn little at first; ln(1/negatives) suits them, as -3.5 does 32 pairs.
+    cmli_init_temperature: Temperature = 0.02  # of CMLI, whose means of maxima vary less
+    # Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with some hundred
+    # pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32.
     init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
-    # What computes the all-pairs scores: C++ ("cpu"), kernels for GPUs ("triton"), or PyTorch alone
-    # ("torch"). "auto": the device's, where they run.
+    # What computes all-pairs scores: C++ ("cpu"), kernels of GPUs ("triton"), or PyTorch ("torch").
     cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
 
     def __post_init__(self) -> None:
@@ -158,19 +140,16 @@ class OptimConfig:
     betas: Betas = (0.9, 0.98)  # of Adam
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # of Adam
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
-    # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and
-    # temperatures.
-    lr_factors: dict[Literal["image", "text", "rest"], Positive] = empty()
+    # Factors of the learning rate; "rest" is shared blocks, heads and temperatures.
+    lr_factors: dict[Literal["image", "text", "rest"], Positive] = EMPTY
     # The factor of the learning rate per encoder layer downwards.
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
     grad_clip: NotNegative = 1.0  # largest gradient norm; 0: off
-    # The decay of an exponential moving average of the weights, which is evaluated and saved too;
-    # 0.999 looks back about 1,000 steps; 0: off.
+    # Decay of an average of the weights, evaluated and saved too (0.999: some 1,000 steps); 0: off.
     ema_decay: BelowOne = 0.0
     micro_batch: Count = 64  # B, pairs per rank
-    # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
-    # of the whole step, by gradient caching, which takes a second forward pass.
+    # What an image is compared with under accumulation; the whole step takes a second forward pass.
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
     steps: Count | None = 300  # optimizer steps; or else `epochs`
     epochs: Positive | None = None  # or else `steps`
@@ -198,8 +177,7 @@ class RunConfig:
     log_every: Count = 10  # steps from one logged step to the next
     eval_every: Number = 0  # steps; 0: only at the end
     eval_batch: Count = 50  # pairs per batch of an evaluation
-    # Held-out pairs of each split whose match maps evaluations send to TensorBoard; 0: none.
-    match_maps: Number = 4
+    match_maps: Number = 4  # held-out pairs of each split whose match maps TensorBoard gets
     # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
     report_to: Literal["tensorboard", "wandb"] = "tensorboard"
     save_every: Number = 0  # steps between checkpoints; 0: by time alone, and at the end
@@ -207,14 +185,10 @@ class RunConfig:
     keep: Count = 2  # how many of the newest checkpoints are kept
     # Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors.
     keep_best: bool = False
-    # The run ends after this many evaluations in a row without a better result; 0: never.
-    patience: Number = 0
-    # "blocks": torch.compile of each block of the encoders, the teacher's too, separately.
-    compile: Literal["off", "blocks"] = "off"
-    # Whether results are bitwise reproducible on the same kind of device.
-    deterministic: bool = False
-    # The seconds without progress after which a rank counts as hung or dead; 0: off.
-    watchdog: NotNegative = 120.0
+    patience: Number = 0  # evaluations without a better one that end the run; 0: never
+    compile: Literal["off", "blocks"] = "off"  # torch.compile of each encoder block
+    deterministic: bool = False  # results are bitwise the same on the same kind of device
+    watchdog: NotNegative = 120.0  # seconds until a rank without progress counts as hung; 0: off
 
 
 @dataclasses.dataclass
@@ -231,10 +205,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Section]) -> "Config":
-        """Build a configuration from sections of settings; what is not given has its default.
-
-        Raises `UserError` for the first wrong name or value.
-        """
+        """Build it from sections of settings; raises `UserError` for the first wrong one."""
         check_sections(values)
         built = {}
         for section, kind in SECTIONS.items():
@@ -325,17 +296,13 @@ FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb
 """)
-# How the global batch is split over ranks. If the number of ranks changes, these change and the
-# global batch does not.
+# How the global batch is split over ranks: these change with the number of ranks.
 BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
 MOST_DIFFERENCES = 20  # in a message, as hundreds of data files may differ
 
 
 def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
-    """The settings that must not change, as JSON values: `{"student.layers": 6, ...}`.
-
-    `data` is `Data.fingerprint`, which identifies the data.
-    """
+    """The settings that must not change, as JSON values; `data` is `Data.fingerprint`."""
     deepspeed = {key: value for key, value in ds_config.items() if key not in FREE_KEYS}
     flat = flatten({**config.to_dict(), "deepspeed": deepspeed})
     if data:
@@ -355,10 +322,7 @@ def flatten(value: object, path: str = "") -> JsonObject:
 
 
 def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[str]:
-    """The differences as text: `["optim.lr: 0.001 -> 0.002", ...]`.
-
-    Without `same_ranks`, `BATCH_SPLIT` is ignored.
-    """
+    """`["optim.lr: 0.001 -> 0.002", ...]`; without `same_ranks` not those of `BATCH_SPLIT`."""
     lines = []
     for name in sorted({*before, *now} - (set() if same_ranks else BATCH_SPLIT)):
         old, new = (json.dumps(of[name]) if name in of else "not set" for of in (before, now))

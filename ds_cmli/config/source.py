@@ -11,14 +11,14 @@ import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, nearest, read_json
-from ds_cmli.config.schema import Config, Sections, shown
+from ds_cmli.config.schema import Config, Sections, check, shown
 from ds_cmli.pretrained import loading
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
@@ -55,40 +55,23 @@ def is_marked(name: str) -> bool:
 
 def loss_of(own: JsonObject) -> str:
     """The loss whose temperature a model has, by `StudentConfig.source_config`."""
-    if own["model_type"] == "open_clip":
-        sigmoid = own["model_cfg"].get("init_logit_bias") is not None
-    else:
-        sigmoid = own["model_type"].startswith("siglip")
-    return "global_sigmoid" if sigmoid else "global"
+    biased = own.get("model_cfg", {}).get("init_logit_bias") is not None  # in open_clip
+    return "global_sigmoid" if biased or own["model_type"].startswith("siglip") else "global"
 
 
-@dataclass(frozen=True)
 class Source:
     """The files of a source, of a folder or on the hub."""
 
-    name: str  # the value of student.source
-
-    @property
-    def place(self) -> str:
-        """The name without a prefix of open_clip's."""
-        return self.name.removeprefix(LOCAL).removeprefix(HUB)
-
-    @property
-    def weights(self) -> str | None:
-        """The name of its file of weights, which `name` may give; None: the usual one."""
-        path = Path(self.place).expanduser()
-        return path.name if path.suffix == ".safetensors" and os.path.isfile(path) else None
-
-    @property
-    def path(self) -> Path:
-        """The folder of the model."""
-        path = Path(self.place).expanduser()
-        return path.parent if self.weights else path
-
-    @property
-    def local(self) -> bool:
-        # Also of a name that is too long for a path.
-        return not self.name.startswith(HUB) and os.path.exists(self.path)
+    def __init__(self, name: str):
+        """`name`: the value of `student.source`."""
+        self.name = name
+        self.weights: str | None = None
+        self.place = name.removeprefix(LOCAL).removeprefix(HUB)
+        self.path = Path(self.place).expanduser()  # the folder of the model
+        # A name may be too long for a path, and may give the file of weights, if not the usual one.
+        if self.path.suffix == ".safetensors" and os.path.isfile(self.path):
+            self.path, self.weights = self.path.parent, self.path.name
+        self.local = not name.startswith(HUB) and os.path.exists(self.path)
 
     @property
     def has_own_data(self) -> bool:
@@ -128,10 +111,7 @@ class Source:
 
     @cached_property
     def config(self) -> JsonObject:
-        """The content of its `config.json`, or, of open_clip, `model_cfg` and `preprocess_cfg`.
-
-        Raises `UserError` if there is neither.
-        """
+        """Its `config.json`; of open_clip `model_cfg` and `preprocess_cfg`. Raises `UserError`."""
         content = {} if is_marked(self.name) else self.json(CONFIG)
         if "model_type" in content:  # models that both libraries load have both files
             return content
@@ -170,8 +150,8 @@ class Source:
             form = f"give {NAMED}{name}@FILE or {NAMED}{name}@TAG, of the tags {tags}"
             raise self.error(f"{weights!r} is no file of weights: {form}")
         if bool(published.get("quick_gelu")) != bool(model.get("quick_gelu")):
-            quick = f"{name}-quickgelu"
-            other = quick if published.get("quick_gelu") else name.removesuffix("-quickgelu")
+            other = name.removesuffix("-quickgelu")
+            other += "-quickgelu" if published.get("quick_gelu") else ""
             need = f"give {NAMED}{other}@{weights}"
             raise self.error(f"these weights were trained with another activation: {need}")
         return {"model_cfg": model, "preprocess_cfg": published}
@@ -185,11 +165,7 @@ class Source:
 
 
 def applied(overrides: Mapping[str, Section]) -> Sections:
-    """The user's settings with those that `student.source` decides, if it is given.
-
-    Raises:
-        UserError: the source cannot be read, or a setting of the user's contradicts it.
-    """
+    """The user's settings with those that `student.source` decides. Raises `UserError`."""
     out = {section: dict(values) for section, values in overrides.items()}
     student = out.get("student", {})
     if "source_config" in student:
@@ -207,17 +183,11 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
             # Of texts that are padded to their full length, shorter ones would be other ones.
             if key == "context_length" and decided["data"]["padding"] == "longest":
                 fits = fits or (isinstance(mine, int) and mine <= value)
-            if not fits:
-                raise UserError(
-                    f"{section}.{key} is {shown(mine)}, and student.source {source.name!r} has "
-                    f"{shown(value)}: leave it out"
-                )
+            need = f"student.source {source.name!r} has {shown(value)}: leave it out"
+            check(fits, f"{section}.{key}", mine, need)
     temperature = out.get("loss", {}).get("init_temperature")
-    if temperature is not None:
-        raise UserError(
-            f"loss.init_temperature is {shown(temperature)}, and training starts with that of "
-            f"student.source {source.name!r}: leave it out"
-        )
+    need = f"training starts with that of student.source {source.name!r}: leave it out"
+    check(temperature is None, "loss.init_temperature", temperature, need)
     return out
 
 
@@ -248,10 +218,8 @@ def of_library(source: Source) -> Sections:
     """The settings of a model of another library."""
     kind = source.config.get("model_type")
     if not isinstance(kind, str) or kind not in DUAL:  # a file of others may hold anything
-        known = ", ".join(DUAL)
-        raise source.error(
-            f"a model of the type {kind!r}: give one of {known}, a run or an export of this package"
-        )
+        known = f"give one of {', '.join(DUAL)}, a run or an export of this package"
+        raise source.error(f"a model of the type {kind!r}: {known}")
     decide = of_open_clip if kind == "open_clip" else of_transformers
     own, embed_dim, data = decide(source)
     student: dict[str, object] = {
@@ -271,11 +239,7 @@ def of_library(source: Source) -> Sections:
 
 
 def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
-    """What a CLIP or SigLIP model decides.
-
-    Returns:
-        `StudentConfig.source_config`, the width of the joint space, and the settings of `data`.
-    """
+    """Of CLIP or SigLIP: `source_config`, the width of the joint space, the settings of `data`."""
     from transformers import CONFIG_MAPPING
 
     kind = source.config["model_type"]

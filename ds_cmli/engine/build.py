@@ -140,7 +140,7 @@ def build(
             compile_blocks([*student.shared])
         if teacher is not None:
             compile_blocks(teacher.image.blocks)
-    if ds_config.checkpointing:
+    if "activation_checkpointing" in ds_config:
         checkpoint_blocks(student.blocks)
     frozen = {}  # before DeepSpeed casts them
     if distributed.is_main():

@@ -84,7 +84,7 @@ class Step:
             "accumulation": json.accumulation,
             "zero_stage": json.stage,
             "precision": json.precision,
-            "checkpointing": json.checkpointing,
+            "checkpointing": "activation_checkpointing" in json,
             "losses": list(config.loss.weights),
             "cmli_backend": config.loss.cmli_backend,
         }

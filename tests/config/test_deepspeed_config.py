@@ -17,7 +17,7 @@ SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 def test_shipped_files_are_valid_and_checkpoint_activations(path):
     config = DeepSpeedConfig.load(path)
     assert [p.stem for p in SHIPPED] == ["zero2", "zero2_bf16", "zero2_offload", "zero3"]
-    assert config.checkpointing and config.precision == ("bf16" if "bf16" in path.stem else "fp16")
+    assert "activation_checkpointing" in config and config.precision == ("bf16" if "bf16" in path.stem else "fp16")
     resolved = config.filled(OptimConfig(micro_batch=4), world_size=2, total_steps=10)
     assert '"auto"' not in json.dumps(resolved)
     assert resolved["train_batch_size"] == 8
