@@ -22,12 +22,8 @@ DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
 PLACES: dict[str, str] = {}  # the options of a single setting, and that setting: "lr": "optim.lr"
 # The settings that `--init random` sets, unless they are given.
-RANDOM = {
-    "student.image_weights": "random",
-    "student.text_weights": "random",
-    "teacher.weights": "random",
-    "data.tokenizer": "builtin",
-}
+WEIGHTS = ("student.image_weights", "student.text_weights", "teacher.weights")
+RANDOM = dict.fromkeys(WEIGHTS, "random") | {"data.tokenizer": "builtin"}
 Decorator = Callable[[Any], Any]
 Given = tuple[str, str, Any]  # the option as it was typed, the setting, its value
 

@@ -109,11 +109,9 @@ PRESETS: dict[str, Sections] = {
 
 
 def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
-    """The preset's configuration with `overrides` ({section: {setting: value}}).
+    """The preset's configuration with `overrides`; without a name, that of `run.preset`.
 
-    Without a name the preset is `run.preset` of the overrides, or else "finetune" where training
-    starts from a model, and "quick" where it does not. `student.source` adds the settings that it
-    decides. Steps or epochs replace whichever of the two the preset sets. Raises `UserError`.
+    Steps or epochs replace whichever of the two the preset sets. Raises `UserError`.
     """
     check_sections(overrides)
     usual = "finetune" if overrides.get("student", {}).get("source") else RunConfig.preset
