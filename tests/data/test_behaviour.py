@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from ds_cmli.common import UserError
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
@@ -117,44 +116,30 @@ def data(folder: Path, **settings):
     return make.data_of(make.config(data={"source": str(folder), "workers": 0, **settings}))
 
 
-@pytest.fixture(scope="module")
-def captions() -> dict[str, str]:
-    return {f"{n}.png": text for n, text in enumerate(("one", "two words", "a much longer caption " * 3, "end"))}
-
-
-@pytest.fixture(scope="module")
-def folder(captions, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    make.pairs(folder, len(captions))
-    rows = [{"file_name": name, "text": text} for name, text in captions.items()]
+def listed(folder: Path, texts: list[list[str]]):
+    """The data of pictures 0.png, 1.png, ... with these captions."""
+    for n in range(len(texts)):
+        make.picture(n).save(folder / f"{n}.png")
+    rows = [{"file_name": f"{n}.png", "text": text} for n, of in enumerate(texts) for text in of]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return data(folder, val_source=str(folder))
 
 
-@pytest.fixture(scope="module")
-def batch(folder):
-    """All samples, in their order."""
-    return make.batches(data(folder, val_source=str(folder)), 4, 1)[0]
+def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(tmp_path):
+    captions = ["one", "two words", "a much longer caption " * 3, "end"]
+    loaded = listed(tmp_path, [[text] for text in captions])
+    batch = make.batches(loaded, 4, 1)[0]  # all samples, in their order
+    positions = range(batch.input_ids.shape[1])
+    for row, text in enumerate(captions):
+        ids = loaded.tokenizer(text).input_ids
+        assert batch.attention_mask[row].tolist() == [n < len(ids) for n in positions]
+        assert batch.token_mask[row].tolist() == [0 < n < len(ids) - 1 for n in positions]  # no class or end token
+        assert batch.input_ids[row, : len(ids)].tolist() == ids
+    assert len(positions) <= 32 and batch.index.tolist() == [0, 1, 2, 3]
 
 
-def test_tokens_are_those_of_the_caption_without_special_ones_and_padding(folder, captions, batch):
-    of_words = data(folder, val_source=str(folder)).tokenizer
-    for row, text in enumerate(captions.values()):
-        length = len(of_words(text).input_ids)
-        assert batch.attention_mask[row].tolist() == [n < length for n in range(batch.input_ids.shape[1])]
-        expected = [0 < n < length - 1 for n in range(batch.input_ids.shape[1])]  # not the class and the end token
-        assert batch.token_mask[row].tolist() == expected
-        assert batch.input_ids[row, :length].tolist() == of_words(text).input_ids
-    assert batch.input_ids.shape[1] <= 32 and batch.index.tolist() == [0, 1, 2, 3]
-
-
-def test_equal_pictures_and_equal_captions_are_told_by_their_ids(folder, tmp_path):
-    for n in range(4):
-        Image.open(folder / f"{n}.png").save(tmp_path / f"{n}.png")
-    texts = {"0.png": ["same", "other"], "1.png": ["same"], "2.png": ["third"], "3.png": ["fourth"]}
-    rows = [{"file_name": name, "text": text} for name, of in texts.items() for text in of]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = data(tmp_path, val_source=str(tmp_path))
+def test_equal_pictures_and_equal_captions_are_told_by_their_ids(tmp_path):
+    loaded = listed(tmp_path, [["same", "other"], ["same"], ["third"], ["fourth"]])
     assert len(loaded.train) == 4  # a picture a sample, with one of its captions at a turn
     ids = loaded.collate([loaded.train[n] for n in range(4)]).pair_id
     assert len({*ids[:, 0].tolist()}) == 4
