@@ -1,6 +1,7 @@
 """Runs that tests break and go on with, on one rank or several, and damage to their files."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -48,6 +49,16 @@ def straight_and_stopped(given: list[str], folder: Path, stop_at: int, two: bool
     assert codes == [0, 85, 0]
     assert_same(straight, broken)
     return straight
+
+
+class Code:
+    """In a pickle: makes a folder when it is loaded."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
 
 
 class Ranks:

@@ -15,6 +15,7 @@ from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from tests import make
+from tests.checkpoint.runs import Code
 from tests.conftest import ZERO1, set_one_process
 from tests.drive_train import drive
 from tests.metrics_file import metrics
@@ -92,17 +93,9 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     assert point is not None and point.path.name == "step4"
 
 
-class Evil:
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
 FOREIGN = [
-    ("rank-0.pt", Evil), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}), ("mp_rank_00_model_states.pt", Evil),
-    (OPTIMIZER, Evil), ("state.json", lambda ran: {"stepp": 4}),
+    ("rank-0.pt", Code), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}), ("mp_rank_00_model_states.pt", Code),
+    (OPTIMIZER, Code), ("state.json", lambda ran: {"stepp": 4}),
 ]  # fmt: skip
 
 

@@ -1,8 +1,11 @@
-"""Student and teacher by what they give: masks, places, norms, weights."""
+"""Student and teacher by what they give: masks, places, norms, weights, adapters."""
 
 import pytest
 import torch
+from torch.testing import assert_close
 
+from ds_cmli.common import UserError
+from ds_cmli.models.blocks import merged
 from tests import make
 
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
@@ -36,8 +39,8 @@ def test_padding_changes_no_text(built, images):
     other[:, 5:] = 7
     for again, shown in ((other, mask), (ids[:, :8], mask[:, :8]), (ids[:, :5], mask[:, :5])):
         *_, of_cls, of_tokens = student(images, again, shown)
-        torch.testing.assert_close(of_cls, cls, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(of_tokens[:, :5], tokens[:, :5], rtol=1e-4, atol=1e-5)
+        assert_close(of_cls, cls, rtol=1e-4, atol=1e-5)
+        assert_close(of_tokens[:, :5], tokens[:, :5], rtol=1e-4, atol=1e-5)
     *_, changed, _ = student(images, ids.index_fill(1, torch.tensor([4]), 7), mask)
     assert (changed - cls).abs().max() > 1e-3
 
@@ -85,13 +88,13 @@ def test_the_teachers_patches_are_resampled_to_the_students_grid():
     left = torch.zeros(1, 3, 56, 56, dtype=torch.uint8)
     left[..., :14] = 255
     x = teacher(left).patches.view(4, 4, 32)
-    torch.testing.assert_close(x, x[:1].expand(4, 4, 32), rtol=1e-3, atol=1e-3)
+    assert_close(x, x[:1].expand(4, 4, 32), rtol=1e-3, atol=1e-3)
     assert (x[:, 0] - x[:, 3]).norm() > 1 and (x[:, 2] - x[:, 3]).norm() < 1e-2
 
 
 def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
     weight = built[0].student.projection.weight
-    torch.testing.assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
+    assert_close(weight @ weight.t(), torch.eye(16), rtol=1e-4, atol=1e-5)
     assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
 
 
@@ -110,3 +113,50 @@ def test_a_longer_student_begins_with_the_layers_of_a_shorter_one():
     assert any(".1." in name for name in long) and not any(".1." in name for name in short)
     kept = [name for name in short if ".blocks.0." in name]
     assert kept and all(torch.equal(short[name], long[name]) for name in kept)
+
+
+# Adapters.
+
+LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
+
+
+def adapted(lora: dict[str, list[str]], **student):
+    pytest.importorskip("peft", reason="pip install 'ds-cmli[test]'")
+    return make.models(student={"layers": 2, "lora": lora, "lora_rank": 4, **student})[0].eval()
+
+
+def test_only_adapters_of_these_encoders_are_trained():
+    trained = {name for name, p in adapted({"image": ["qkv"]}).named_parameters() if p.requires_grad}
+    of_image = {name for name in trained if name.startswith("student.image.")}
+    blocks = {f"student.image.model.blocks.{k}.attn.qkv.lora_{side}.default.weight" for k in (0, 1) for side in "AB"}
+    assert of_image == blocks
+    assert "student.projection.weight" in trained and any(name.startswith("student.text.") for name in trained)
+    frozen = adapted({"image": ["qkv"]}, freeze_image=1)
+    assert sum("lora_" in name for name, p in frozen.named_parameters() if p.requires_grad) == 2
+
+
+@torch.no_grad()
+def test_merged_weights_give_the_same_without_adapters(images):
+    plain, objective, given = adapted({}), adapted(LORA), (images, *texts(7, 4))
+    for name, parameter in objective.named_parameters():
+        if "lora_B" in name:  # which starts as zero
+            torch.nn.init.normal_(parameter)
+    before = plain.student(*given)
+    assert objective.student.lora_scale == 4.0  # 16 / 4
+    plain.load_state_dict(merged(objective.state_dict(), objective.student.lora_scale))  # every name, and no other
+    for entry, expected, other in zip(plain.student(*given), objective.student(*given), before, strict=True):
+        assert_close(entry, expected, rtol=1e-4, atol=1e-4)
+        assert (entry - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("lora", "line"),
+    [
+        ({"image": ["qvk"]}, r"student\.lora\.image has 'qvk', which no layer's name ends with: did you mean 'qkv'"),
+        ({"text": ["query", "embeddings"]}, r"student\.lora\.text has 'embeddings': \S+ is no nn\.Linear but Bert"),
+        (LORA, r"student\.freeze_image is 2, all layers of the image encoder, and student\.lora"),
+    ],
+)
+def test_adapters_that_cannot_be_are_one_line(lora, line):
+    with pytest.raises(UserError, match=line):
+        adapted(lora, freeze_image=2 if lora is LORA else 0)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 
 import pytest
 import timm
@@ -12,6 +11,7 @@ from safetensors.torch import save_file
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.models.student import Student, Teacher
+from tests.checkpoint.runs import Code
 
 CONFIG = load_preset("tiny", {})
 S, VOCAB, GRID = CONFIG.data.image_size, 99, (4, 4)
@@ -92,14 +92,6 @@ def test_weights_that_do_not_fit_are_one_line(tower, state, load):
     ):
         with pytest.raises(UserError, match=rf"^({settings}) is [^\n]*$"):
             load(tower, weights)
-
-
-class Code:
-    def __init__(self, trace):
-        self.trace = trace
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize("tower", EVERY)
