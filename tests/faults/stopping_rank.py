@@ -19,9 +19,6 @@ fate, timeout, victim = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 def meet(watchdog):
     if fate == "sleeps":
         time.sleep(1000)
-    if fate == "spins":
-        while True:
-            pass
     if fate == "is stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "pauses":  # with all its threads, as by Ctrl-Z and fg

@@ -1,6 +1,5 @@
 """`torchrun --max-restarts`, a rank killed: the run goes on from its checkpoint."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,8 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import make
 from tests.checkpoint.runs import Ranks, assert_same
-from tests.make import pairs
 from tests.ranks import ROOT, clean_environment, free_port, wait_for
 
 STEPS = 20
@@ -20,19 +19,11 @@ STEPS = 20
 def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(tmp_path):
     run, log = tmp_path / "run", tmp_path / "log"
     # In 16 bits, the sums of one rank and of two differ by percents of a matrix after some steps.
-    fp32 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text()) | {"fp16": {"enabled": False}}
-    (tmp_path / "fp32.json").write_text(json.dumps(fp32))
-    options = ["--preset", "tiny", "--steps", str(STEPS), "--log-every", "1", "--save-every", "3"]
-    options += [
-        "--set",
-        "data.image_size=28",
-        "--set",
-        "run.match_maps=0",
-        "--data",
-        pairs(tmp_path / "pairs", count=63),
-    ]
-    options += ["--deepspeed_config", str(tmp_path / "fp32.json"), "--output-dir"]
-    unbroken = Ranks(tmp_path, 2, [*options, str(tmp_path / "unbroken")])
+    fp32 = make.json_file(tmp_path / "fp32.json", {"zero_optimization": {"stage": 2}})
+    options = {"--steps": STEPS, "--log-every": 1, "--save-every": 3, "--deepspeed_config": fp32}
+    options["--data"] = make.pairs(tmp_path / "pairs", count=63)
+    words = make.small(options)
+    unbroken = Ranks(tmp_path, 2, [*words, "--output-dir", str(tmp_path / "unbroken")])
     assert unbroken.wait() == [0, 0], unbroken.output
 
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--max-restarts=1", "--monitor-interval=0.1"]
@@ -40,7 +31,7 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(tmp_path):
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*launcher, str(ROOT / "ds_cmli" / "train.py"), *options, str(run)],
+            [*launcher, str(ROOT / "ds_cmli" / "train.py"), *words, "--output-dir", str(run)],
             cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
     wait_for((run / "checkpoint" / "latest").is_file, process, log)

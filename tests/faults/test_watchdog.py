@@ -15,7 +15,6 @@ SLACK = 8.0  # seconds; a loaded machine takes its time to end a process
 # fate, rank: what the line says of the rank
 LINES = {
     ("sleeps", 1): "no progress for 3 s, at stopping_rank.py:",
-    ("spins", 0): "no progress for 3 s, at stopping_rank.py:",
     ("is stopped", 1): "no progress for 3 s, dead or stopped",
     ("is stopped", 0): "its store does not answer",
 }

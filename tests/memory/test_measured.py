@@ -2,17 +2,23 @@
 
 import json
 import re
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from ds_cmli import engine
+from ds_cmli.common import silence
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import out_of_memory
+from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
 from ds_cmli.memory_model.caching_allocator import Event
 from tests import make
-from tests.ranks import ROOT, environments, start
+from tests.ranks import start_ranks
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 
@@ -64,13 +70,32 @@ def test_peaks_and_categories_by_hand():
     assert figures.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
 
 
+def train_in(folder: str, limited: str, megabytes: str) -> None:
+    """A training in which one rank may have only so many MB beside what it has before the model is built."""
+    device = distributed.init()
+    optim, student = {"micro_batch": 384}, {"layers": 2, "shared_blocks": 4}
+    config = make.config(optim=optim, student=student)
+    import deepspeed  # noqa: F401  before the limit: the libraries are not the training
+
+    if distributed.rank() == int(limited):
+        data = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]
+        limit = int(data) * 1024 + int(megabytes) * 2**20
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    with out_of_memory.ending(Path(folder), device) as engines:
+        ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, distributed.world_size(), 20)
+        train_engine = engine.build(config, ds_config, 1000, 20, device)
+        engines.append(train_engine)
+        for _ in range(2):
+            train_engine.step([longest_batch(config, config.optim.micro_batch)])
+    print("trained", flush=True)
+    distributed.shutdown()
+
+
 @pytest.mark.slow
 def test_a_rank_that_runs_out_of_memory_says_so_and_the_other_one_ends_too(tmp_path):
     """The second of two may have 220 MB beside what it has before the model is built."""
-    script = ROOT / "tests" / "memory" / "run_out_of_memory.py"
     outputs = [tmp_path / f"rank{rank}" for rank in range(2)]
-    arguments = [script, tmp_path, 1, 220, json.dumps(ZERO2)]
-    ranks = [start(arguments, env, output) for env, output in zip(environments(2), outputs, strict=True)]
+    ranks = start_ranks(["-m", "tests.memory.test_measured", tmp_path, 1, 220], outputs)
     codes = [rank.wait(200) for rank in ranks]
     first, second = (output.read_text() for output in outputs)
     assert codes[1] == 2 and codes[0] != 0 and "trained" not in first + second, (codes, first, second)
@@ -103,3 +128,8 @@ def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp
     if error not in OTHERS:
         assert str(raised.value).startswith("out of memory: rank 0")
     assert not list(tmp_path.iterdir()) and sys.exc_info()[0] is None
+
+
+if __name__ == "__main__":
+    silence()
+    train_in(*sys.argv[1:])
