@@ -16,25 +16,20 @@ from tests.make import lines, pairs, weights, write_run
 from tests.models.dual_models import clip, siglip
 from tests.stranger.drive import check_memory, used
 from tests.test_export import run_of
+from tests.test_features_together import JSON
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("alone")]
 # Of open_clip: a ViT, a CoCa, a ConvNeXt, a SigLIP. "locked" is the whole image tower.
 RUNS = """
-export    zero3 alone bf16 one    recomputed ema -
-run       zero2 alone bf16 one    recomputed ema locked
-clip      zero3 two   fp32 one    recomputed -   locked
-siglip    zero1 two   bf16 cached -          ema lora
-vit       zero3 alone fp32 one    recomputed -   locked
-coca      zero2 alone bf16 one    recomputed ema locked
-convnext  zero3 alone bf16 one    -          ema -
-oc-siglip zero1 two   bf16 cached recomputed -   lora
+export    zero3 alone bf16 one    again ema -
+run       zero2 alone bf16 one    again ema locked
+clip      zero3 two   fp32 one    again -   locked
+siglip    zero1 two   bf16 cached -     ema lora
+vit       zero3 alone fp32 one    again -   locked
+coca      zero2 alone bf16 one    again ema locked
+convnext  zero3 alone bf16 one    -     ema -
+oc-siglip zero1 two   bf16 cached again -   lora
 """.strip().splitlines()
-JSON: dict[str, dict] = {
-    **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in (1, 2, 3)},
-    "bf16": {"bf16": {"enabled": True}},
-    "cached": {"gradient_accumulation_steps": 2},
-    "recomputed": {"activation_checkpointing": {}},
-}
 # open_clip's smallest models have sides that are no multiples of the teacher's patches.
 OTHER_PATCHES = {"teacher.overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}}
 LORA = {
