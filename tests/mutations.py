@@ -38,6 +38,7 @@ class Mutant(NamedTuple):
 OP, LOSS = "cmli/test_op.py::", "cmli/test_loss.py::"
 LOSSES, ENGINE = "losses/test_losses.py::", "engine/test_behaviour.py::"
 DATA, MODELS = "data/test_behaviour.py::", "models/test_behaviour.py::"
+ANY_RANKS = "data/test_pairs.py::test_samples_captions_and_pixels_resume_on_any_ranks_and_workers"
 CHECKPOINT, MEMORY = "checkpoint/test_behaviour.py::", "memory/test_prediction.py::"
 ALLOCATOR = "memory_model/test_allocator.py::test_worked_out_by_hand"
 FAULTS, CACHING = "faults/test_", "engine/test_gradient_caching.py::"
@@ -124,13 +125,13 @@ ROWS = (
     ("caching-dropout", "engine/train_engine.py", CACHING + "test_micro_batches_draw_the_same_dropout_again",
      "                gradient_cache.set_random_states(states[k], self.device)\n", ""),
     # Data: samples that come twice or never, special tokens as words, held-out pictures that are trained on.
-    ("data-position", "data/sampler.py", DATA + "test_a_resumed_order_is_the_same_on_any_ranks",
+    ("data-position", "data/sampler.py", ANY_RANKS,
      "for samples in (0, self.global_batch):", "for samples in (0, self.micro_batch):"),
-    ("data-resume", "data/sampler.py", DATA + "test_a_resumed_order_is_the_same_on_any_ranks",
+    ("data-resume", "data/sampler.py", ANY_RANKS,
      'self.epoch, self.position = state["epoch"], state["position"]', 'self.epoch, self.position = state["epoch"], 0'),
     ("data-epoch", "data/sampler.py", DATA + "test_an_epoch_has_each_sample_once_and_each_epoch_its_own_order",
      "order = permutation(self.draws, seed, epoch)", "order = permutation(self.draws, seed, 0)"),
-    ("data-rank", "data/sampler.py", DATA + "test_a_resumed_order_is_the_same_on_any_ranks",
+    ("data-rank", "data/sampler.py", ANY_RANKS,
      "first = start + self.rank * self.micro_batch", "first = start"),
     ("data-mixture", "data/sampler.py", DATA + "test_a_mixture_takes_its_shares_and_every_sample_before_one_again",
      "position, end = epoch * share, (epoch + 1) * share", "position, end = 0, share"),
