@@ -76,10 +76,8 @@ def features(kind, folder, pictures):
         if kind.startswith("open_clip"):
             model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
             words = open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS)
-            images, texts = (
-                model.eval().encode_image(torch.stack(list(map(transform, pictures)))),
-                model.encode_text(words),
-            )
+            images = model.eval().encode_image(torch.stack([transform(picture) for picture in pictures]))
+            texts = model.encode_text(words)
         else:
             model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
             pixels = AutoProcessor.from_pretrained(folder)(images=pictures, return_tensors="pt")
@@ -158,10 +156,7 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sou
     run, ends = run_of(sources[kind], tmp_path / "run", LOSSES[kind]), {}
     for share in ("0", "0.5", "1"):
         ends[share] = load_file(export(run, tmp_path / share, "--as", kind, "--interpolate", share) / hf.WEIGHTS)
-    source, plain = (
-        load_file(sources[kind] / hf.WEIGHTS),
-        load_file(export(run, tmp_path / "p", "--as", kind) / hf.WEIGHTS),
-    )
+    source, plain = (load_file(x / hf.WEIGHTS) for x in (sources[kind], export(run, tmp_path / "p", "--as", kind)))
     for name, value in ends["0.5"].items():
         assert torch.equal(ends["0"][name], source[name]) and torch.equal(ends["1"][name], plain[name])
         torch.testing.assert_close(value, 0.5 * source[name] + 0.5 * plain[name])
@@ -206,5 +201,3 @@ def test_what_it_is_not_is_refused(sources, tmp_path):
     refused("no student.source: leave it out", run, new, "--interpolate", "0.5")
     shutil.rmtree(tmp_path / "gone")
     refused("no such file or folder", began, new, "--interpolate", "0.5")
-    refused("give a new folder: FileExistsError", run, run)
-    refused(r"its run\.json is missing", tmp_path, new)

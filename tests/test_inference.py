@@ -15,13 +15,8 @@ TEXTS = ["a red car", "two dogs under a tree", "x"]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="module")
-def model(run):
-    return Model.load(run, "cpu", batch_size=5)
+def model(tmp_path_factory):
+    return Model.load(write_run(tmp_path_factory.mktemp("run")), "cpu", batch_size=5)
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +55,6 @@ def test_scores_are_the_definitions(model, pictures, monkeypatch):
                 torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
                 cosine = scores["global"][side][i, j]
                 torch.testing.assert_close(cosine, images.cls[i] @ texts.cls[j])
-    for side in ("i2t", "t2i"):
-        by_global, cmli, combined = (getattr(scores[name], side) for name in scores)
-        expected = by_global / 0.07 + cmli / 0.02  # the temperatures at the start
-        torch.testing.assert_close(combined, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_it_scores_on_its_device(model, pictures, monkeypatch):
@@ -106,16 +97,12 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
     assert match.similarity.shape == (len(match.words), match.grid[0] * match.grid[1])
 
 
-def test_mistakes_are_one_line(model, run, tmp_path):
-    for given, line in ((["no/such.png"], "the picture no/such.png cannot be read: no such file"),
-                        ([7], "the picture 0 cannot be read: .*int"), (tmp_path, "no picture is given")):  # fmt: skip
-        with pytest.raises(UserError, match=line):
-            model.embed_images(given)
+def test_mistakes_are_one_line(model, tmp_path):
+    with pytest.raises(UserError, match=r"the picture no/such\.png cannot be read: no such file"):
+        model.embed_images(["no/such.png"])
+    with pytest.raises(UserError, match="no picture is given"):
+        model.embed_images(tmp_path)
     with pytest.raises(UserError, match="no Unicode"):
         model.embed_texts(["\udc00"])
     with pytest.raises(UserError, match=r"no config\.json there"):
-        Model.load(tmp_path)
-    (tmp_path / "config.json").write_text((run / "config.json").read_text())
-    (tmp_path / "run.json").write_text((run / "run.json").read_text())
-    with pytest.raises(UserError, match=r"no model\.safetensors there"):
         Model.load(tmp_path)

@@ -12,36 +12,35 @@ from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.sources import Files
+from ds_cmli.engine import build_models
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.metrics import summary
 from ds_cmli.evaluate.retrieval import evaluate_split
 from tests.ranks import run
 
-CPU = torch.device("cpu")
 CAPTIONS, PICTURES = 3, 5
 
 
-def untrained(length):
-    """A model of random weights, and the first scenes."""
-    from ds_cmli.engine import build_models
-
-    config = load_preset("tiny", {"run": {"seed": 3}})
+def untrained(source="demo"):
+    """A model of random weights, and its held-out data, of the demo 11 scenes."""
+    config = load_preset("tiny", {"run": {"seed": 3}, "data": {"source": str(source)}})
     data = build_data(config.data, 0)
     objective, _ = build_models(config, data.vocab_size)
-    scenes = copy.copy(data.evals["seen"])
-    scenes.length = length
-    return Evaluator(objective, data.tokenizer, CPU, 2), scenes
+    pairs = copy.copy(next(iter(data.evals.values())))
+    if source == "demo":
+        pairs.length = 11
+    return Evaluator(objective, data.tokenizer, torch.device("cpu"), 2), pairs
 
 
 def on_rank(rank, world_size, path):
     """Of scenes, figures and match maps; of a folder with a broken picture, figures and the pictures that are read."""
-    model, scenes = untrained(11)
+    model, scenes = untrained()
     figures, own = evaluate_split(model, scenes)
     maps = match_maps(own, model.tokenizer, model.student.grid, 5)
     opened, read = [], Files.image
     with mock.patch.object(Files, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
-        return figures, maps, score(path), [file for file in opened if file != "a.png"]
+        return figures, maps, evaluate_split(*untrained(path))[0], [file for file in opened if file != "a.png"]
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
@@ -62,7 +61,7 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
 
 
 def test_training_mode_and_random_numbers_stay_as_they_were():
-    model, scenes = untrained(3)
+    model, scenes = untrained()
     model.module.train()
     before = torch.random.get_rng_state()
     _, own = evaluate_split(model, scenes)
@@ -82,16 +81,6 @@ def folder(path):
     (path / "validation" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def score(source):
-    """The figures of an untrained model on a folder."""
-    from ds_cmli.engine import build_models
-
-    config = load_preset("tiny", {"data": {"source": str(source)}})
-    data = build_data(config.data, 0)
-    objective, _ = build_models(config, data.vocab_size)
-    return evaluate_split(Evaluator(objective, data.tokenizer, CPU, 4), data.evals["val"])[0]
-
-
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
     folder(tmp_path)
     (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
@@ -100,22 +89,17 @@ def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
         file.write('{"file_name": "0.png", "text": "\\u200b"}\n')
         file.write('{"file_name": "2.png", "text": "square \\udcff"}\n')
         file.write('{"file_name": "3.png", "text": " "}\n')  # a blank caption beside others is none
-    result = score(tmp_path)
+    result, _ = evaluate_split(*untrained(tmp_path))
     assert (result["pairs"], result["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
     assert result["left_out"] == 2 * CAPTIONS + 2
     assert result["chance/t2i_r1"] == pytest.approx(1 / 3)
     lines = " ".join(result["left_out_first"])
-    for name in (
-        "1.png (cannot identify",
-        "4.png (no such file)",
-        "0.png (caption without",
-        "2.png (caption that is no",
-    ):
-        assert name in lines
+    reasons = "1.png (cannot identify", "4.png (no such file)", "0.png (caption without", "2.png (caption that is no"
+    assert all(reason in lines for reason in reasons)
     heading, columns, *rows = summary(result, "bf16", "val").splitlines()
     assert heading.startswith("  val 9 pairs, 3 pictures, in bf16, 8 left out: ")
     assert max(map(len, [columns, *rows])) < 80 and rows[-1].split()[:2] == ["chance", "0.333"]
     for file in (tmp_path / "validation").glob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"no picture can be used.*png \(cannot identify"):
-        score(tmp_path)
+        evaluate_split(*untrained(tmp_path))
