@@ -213,27 +213,16 @@ def test_the_configuration_rebuilds_the_student_without_the_source(folders, tmp_
 # What is refused.
 
 
-@pytest.mark.parametrize(
-    "section, key, value",
-    [
-        ("student", "layers", 1),
-        ("data", "interpolation", "bilinear"),
-        ("data", "context_length", 78),
-        ("loss", "init_temperature", 0.1),
-    ],
-)
-def test_a_setting_that_contradicts_the_source_is_one_line(section, key, value, folders):
-    given = {"student": {"source": str(folders["CLIP"])}}
-    given.setdefault(section, {})[key] = value
-    with pytest.raises(UserError, match=rf"^{section}\.{key} is [^\n]*student.source [^\n]*: leave it out$"):
-        applied(given)
-
-
-def test_shorter_texts_and_what_is_of_a_training_are_free(folders):
+def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_are_one_line(folders):
     given = {"student": {"source": str(folders["CLIP"]), "freeze_image": 2}, "data": {"context_length": 16}}
     out = applied(given)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
+    contradicting = (("student", "layers", 1), ("data", "context_length", 78), ("loss", "init_temperature", 2))
+    for section, key, value in contradicting:
+        line = rf"^{section}.{key} is {value}: [^\n]*student.source [^\n]*: leave it out$"
+        with pytest.raises(UserError, match=line):
+            applied({**given, section: {**given.get(section, {}), key: value}})
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
         applied({**given, "student": {"source": str(folders["SigLIP"])}})
     with pytest.raises(UserError, match="source_config is filled"):
@@ -246,56 +235,52 @@ def refused(problem, source):
 
 
 LOADS = "open_clip cannot load it"
-CHANGES = [  # kind of source, its file, the section of that, what it says otherwise, the problem
-    ("CLIP", "config.json", None, {"model_type": "bert"}, "of the type 'bert'"),
-    ("CLIP", "preprocessor_config.json", None, {"size": {"shortest_edge": 64}}, "its size is .*, which this package"),
-    ("CLIP", "preprocessor_config.json", None, {"do_normalize": False}, "its do_normalize is False"),
-    ("vit", "open_clip_config.json", "text_cfg", {"hf_model_name": "./none"}, "the sizes of its text encoder cannot"),
-    ("vit", "open_clip_config.json", "text_cfg", {"tokenizer_mode": "clips"}, "its tokenizer_mode is 'clips'"),
-    ("vit", "open_clip_config.json", "text_cfg", {"vocab_size": 100}, f"{LOADS}: .*size mismatch for text.token_emb"),
-    ("vit", "open_clip_config.json", "vision_cfg", {"attentional_pool": "x"}, "its attentional_pool is 'x'"),
-    ("vit", "open_clip_config.json", "vision_cfg", {"colour": 1}, "cannot be used: .*unexpected keyword .*'colour'"),
-    ("vit", "open_clip_config.json", "vision_cfg", {"layers": 3}, f"{LOADS}: .*Missing key.*resblocks.2"),
-    ("vit", "open_clip_config.json", "vision_cfg", {"layers": 1}, f"{LOADS}: .*Unexpected key.*resblocks.1"),
+CHANGES = [  # kind of source, its file, that without or with other content, and the problem
+    ("CLIP", "config.json", None, "no config.json"),
+    ("CLIP", "config.json", b"{", "config.json cannot be read"),
+    ("CLIP", "config.json", {"model_type": "bert"}, "of the type 'bert'"),
+    ("CLIP", "preprocessor_config.json", None, "no preprocessor_config.json"),
+    ("CLIP", "preprocessor_config.json", {"size": {"shortest_edge": 64}}, "its size is .*, which this package"),
+    ("CLIP", "preprocessor_config.json", {"do_normalize": False}, "its do_normalize is False"),
+    ("vit", "open_clip_config.json", b"{", "cannot be read"),
+    ("vit", "text_cfg", {"hf_model_name": "./none"}, "the sizes of its text encoder cannot"),
+    ("vit", "text_cfg", {"tokenizer_mode": "clips"}, "its tokenizer_mode is 'clips'"),
+    ("vit", "text_cfg", {"vocab_size": 100}, f"{LOADS}: .*size mismatch for text.token_embedding"),
+    ("vit", "vision_cfg", {"attentional_pool": "x"}, "its attentional_pool is 'x'"),
+    ("vit", "vision_cfg", {"colour": 1}, "cannot be used: .*unexpected keyword .*'colour'"),
+    ("vit", "vision_cfg", {"layers": 3}, f"{LOADS}: .*Missing key.*resblocks.2"),
+    ("vit", "vision_cfg", {"layers": 1}, f"{LOADS}: .*Unexpected key.*resblocks.1"),
+    ("vit", "open_clip_model.safetensors", b"damaged", f"{LOADS}: "),
+    ("vit", "open_clip_model.safetensors", None, f"{LOADS}: RuntimeError: Required pretrained weights"),
 ]
 
 
-@pytest.mark.parametrize("kind, file, section, values, problem", CHANGES)
-def test_a_model_that_cannot_be_used_is_one_line(kind, file, section, values, problem, folders, tmp_path):
+@pytest.mark.parametrize("kind, part, change, problem", CHANGES)
+def test_a_model_that_cannot_be_used_is_one_line(kind, part, change, problem, folders, tmp_path):
     folder = shutil.copytree(folders[kind], tmp_path / "copy")
-    content = json.loads((folder / file).read_text())
-    part = content if section is None else content["model_cfg"][section]
-    part |= values
-    (folder / file).write_text(json.dumps(content))
+    file = folder / ("open_clip_config.json" if part.endswith("_cfg") else part)
+    if change is None:
+        file.unlink()
+    elif isinstance(change, bytes):
+        file.write_bytes(change)
+    else:
+        content = json.loads(file.read_text())
+        (content["model_cfg"][part] if part.endswith("_cfg") else content).update(change)
+        file.write_text(json.dumps(content))
     refused(problem, folder)
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "vit"])
-def test_a_folder_that_is_damaged_is_one_line(kind, folders, tmp_path):
-    of_clip, folder = kind == "CLIP", shutil.copytree(folders[kind], tmp_path / "copy")
-    weights = folder / ("model.safetensors" if of_clip else "open_clip_model.safetensors")
-    if of_clip:
-        refused("no config.json there", folder / "config.json")
-        some = load_file(weights)
-        del some["visual_projection.weight"]
-        save_file(some, weights, {"format": "pt"})
-        refused("cannot be loaded: ValueError: 1 are missing, such as visual_projection.weight", folder)
-        (folder / "preprocessor_config.json").unlink()
-        refused("no preprocessor_config.json", folder)
-    else:
-        weights.write_bytes(b"damaged")
-        refused(f"{LOADS}: ", folder)
-        weights.unlink()
-        refused(f"{LOADS}: RuntimeError: Required pretrained weights", folder)
-    config = folder / ("config.json" if of_clip else "open_clip_config.json")
-    config.write_text("{")
-    refused("config.json cannot be read", folder)
-    config.unlink()
-    refused("no config.json", folder)
+def test_a_weight_that_is_missing_is_one_line(folders, tmp_path):
+    folder = shutil.copytree(folders["CLIP"], tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    refused("cannot be loaded: ValueError: 1 are missing, such as visual_projection.weight", folder)
 
 
 def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused("no such file or folder", tmp_path / "nowhere")
+    refused("no config.json there", folders["CLIP"] / "config.json")
     refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
     refused("'x.pt' is no file of weights: give open_clip:ViT-B-32@FILE", "open_clip:ViT-B-32@x.pt")
     refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
