@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cmli.common import UserError, blame, check_writable, exit_code, nearest
-from tests.ranks import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment, python
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,5 @@ threading.Thread(target=time.sleep, args=(600,)).start()
 sys.stdout.write("not flushed; ")
 leave(85)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 85, done.stderr
-    assert done.stdout == "not flushed; said goodbye\n"
-    assert done.stderr == ""
+    done = python("-c", script, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (85, "not flushed; said goodbye\n", "")

@@ -1,20 +1,19 @@
-"""What a user sees of a run while it goes on, and what training reports to those who measure it."""
+"""What a user sees of a run while it goes on."""
 
 import json
 import os
-import subprocess
 import sys
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli import probe, train
+from ds_cmli import train
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.metrics import Writer
+from tests.ranks import python
 
 FOUND = {"eval/seen/combined/i2t_r1": 0.5}
 PICTURE = np.full((20, 30, 3), 7, np.uint8)
@@ -84,8 +83,7 @@ def test_wandb_gets_what_tensorboard_gets_offline(tmp_path):
     pytest.importorskip("wandb")
     code = "import sys; from pathlib import Path; from tests.test_metrics import write;"
     code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"
-    env = {**os.environ, "WANDB_MODE": "offline"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
+    done = python("-c", code, tmp_path, env={**os.environ, "WANDB_MODE": "offline"})
     assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
     (one,) = (tmp_path / "wandb").glob("offline-run-*")
     assert one.name.endswith((tmp_path / "wandb" / "run-id").read_text())  # by which the next start goes on
@@ -101,24 +99,6 @@ def test_a_wandb_that_is_not_installed_is_refused(tmp_path, monkeypatch):
         train.command.main(arguments, standalone_mode=False)
 
 
-def test_what_training_reports_reaches_every_subscriber():
-    log = []
-
-    def listener(name):
-        @contextmanager
-        def scope(scope):
-            log.append(f"{name} in {scope}")
-            yield
-            log.append(f"{name} out")
-
-        return scope
-
-    a, b = probe.subscribed(listener("a")), probe.subscribed(listener("b"))
-    with probe.scope("before"), a, probe.scope("data"), b, probe.scope("losses"):
-        log.append("inside")
-    assert log == ["a in data", "a in losses", "b in losses", "inside", "b out", "a out", "a out"]
-
-
 @pytest.mark.slow
 def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_imports():
     code = (
@@ -127,12 +107,12 @@ def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_im
         "train.silence = lambda: (print(sorted({'torch', 'timm', 'deepspeed'} & {*sys.modules})), sys.exit());"
         "common.exit_code(train.command)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = python("-c", code, timeout=60)
     first, imported = done.stdout.splitlines()
     assert first.startswith("ds-cmli ") and "preset tiny" in first and imported == "[]"
     code = (
         "import sys; from ds_cmli.common import without_trackers\nwith without_trackers():\n import deepspeed, timm\n"
         "print({'mlflow', 'wandb'} & {*sys.modules})"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = python("-c", code, timeout=120)
     assert done.stdout.splitlines()[-1] == "set()", done.stderr

@@ -6,12 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_cmli import engine
-from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.train_engine import TrainEngine
-from ds_cmli.losses.target_cmli import Features
 from tests import make
 from tests.ranks import run
 
@@ -74,37 +70,18 @@ class WithoutDeepSpeed(TrainEngine):
         pass
 
 
-def in_fp64(rank, world_size, number, weights, kept=False):
-    """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed.
-
-    kept: in one piece, but for the forward passes, whose graphs are all kept.
-    """
-    config = load_preset("tiny", {"loss": {"weights": weights}})
-    data = build_data(config.data, 0)
-    objective, teacher = engine.build_models(config, data.vocab_size)
-    objective.double()
-    teacher.double()
-    (whole,) = make.batches(data, 32, 1)
+def in_fp64(rank, world_size, number, weights):
+    """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed."""
+    objective, teacher = (model.double() for model in make.models(loss={"weights": weights}))
+    objective.global_steps = 0
+    (whole,) = make.batches(make.data_of(make.config()), 32, 1)
     whole.pair_id[[3, 30], 0] = whole.pair_id[0, 0]  # other captions of a picture
     whole.pair_id[17, 1] = whole.pair_id[9, 1]  # one caption of two
     batches = pieces_of(pieces_of(whole, world_size)[rank], number)
-    if kept:
-        features = [objective._features(batch) for batch in batches]
-        joined = Features(*(None if x[0] is None else torch.cat(x) for x in zip(*features, strict=True)))
-        values = objective.compare(objective._pair_features(joined, whole))
-        targets = teacher(whole.image)
-        for name, loss in objective.losses.items():
-            if name not in values:
-                values[name] = loss(joined, targets, objective.student, objective.width_head)
-        total = torch.stack(objective.weighted(values)).sum()
-        total.backward()
-    else:
-        device, objective.global_steps = torch.device("cpu"), 0
-        train_engine = WithoutDeepSpeed(
-            objective, objective, teacher, device, torch.float64, [], accumulation=number, caching=True
-        )
-        outcome = train_engine.step(batches)
-        total = torch.stack([losses.total for losses in outcome]).mean()
+    train_engine = WithoutDeepSpeed(
+        objective, objective, teacher, torch.device("cpu"), torch.float64, [], accumulation=number, caching=number > 1
+    )
+    total = torch.stack([losses.total for losses in train_engine.step(batches)]).mean()
     gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
     for gradient in gradients.values():
         distributed.mean_over_ranks(gradient)
@@ -113,7 +90,7 @@ def in_fp64(rank, world_size, number, weights, kept=False):
 
 @pytest.mark.parametrize("weights", [WEIGHTS, {"global": 1.0, "cls_kd": 0.5}], ids=["all", "none over tokens"])
 def test_two_ranks_of_two_micro_batches_in_fp64(weights):
-    one = in_fp64(0, 1, 1, weights, kept=True)
+    one = in_fp64(0, 1, 1, weights)
     for loss, gradients in run(in_fp64, 2, 2, weights):
         assert loss == pytest.approx(one[0], rel=1e-12)
         assert largest_difference(gradients, one[1]) < 1e-9
