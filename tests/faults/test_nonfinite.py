@@ -123,16 +123,6 @@ def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
     assert results == [(True, True, list(range(1, 16, 2)), False)] * 2
 
 
-def test_samples_of_a_skipped_step():
-    one, two = torch.tensor(1.0), torch.tensor(torch.inf)
-    window = [(torch.tensor([3, 1]), one), (torch.tensor([7, 5]), two)]
-    assert nonfinite.skipped_samples(window, False, CollectiveFlags()) == [5, 7]
-    assert nonfinite.skipped_samples(window[:1], False, CollectiveFlags()) == [1, 3]  # gradients alone
-    assert nonfinite.skipped_samples(window[:1], True, CollectiveFlags()) == []  # fp16 lowers its scale
-    assert nonfinite.skipped_samples(window, True, CollectiveFlags()) == [5, 7]
-    assert "samples 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of" in nonfinite.line(3, list(range(10)))
-
-
 @pytest.fixture
 def arguments(alone, tmp_path):
     data = pairs(tmp_path / "pairs", count=63)
