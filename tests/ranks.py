@@ -108,9 +108,11 @@ def run(function: Callable, world: int, *arguments: object, group: bool = True, 
 def _rank(env: dict[str, str], rank: int, world: int, function: Callable, arguments: tuple, group: bool) -> Any:
     import torch
     import torch.distributed as dist
+    import torch.nn.functional as F
 
     from ds_cmli.distributed import process_group
 
+    linear = F.linear  # ZeRO-3 replaces it for good; gradients would be reduced in another order than on a new rank
     os.environ.clear()
     os.environ.update(env)
     torch.set_num_threads(1)
@@ -124,4 +126,5 @@ def _rank(env: dict[str, str], rank: int, world: int, function: Callable, argume
         with scope():
             return function(rank, world, *arguments)
     finally:
+        F.linear = linear
         process_group.shutdown()
