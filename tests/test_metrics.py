@@ -72,6 +72,7 @@ def write(folder, steps, first_step=0, report_to="tensorboard"):
 def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(tmp_path):
     """Step 3 was taken before the run was stopped, and again from the checkpoint of step 2."""
     write(tmp_path, [1, 2, 3])
+    time.sleep(1.1)  # files of events are read in the order of their names, which begin with the second
     write(tmp_path, [3, 4], first_step=2)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
