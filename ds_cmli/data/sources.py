@@ -200,8 +200,8 @@ def _column(columns: Iterable[str], usual: set[str], setting: str) -> str:
     # The names of Hugging Face's imagefolder come before others.
     named = [name for name in names if name in ("file_name", "text")] or names
     if len(named) != 1:
-        meant = f"name the one that is meant by {setting}, and separate columns by tabs or commas"
-        raise ValueError(f"the columns are {', '.join(columns)}: {meant}")
+        need = f"give {setting}; columns are separated by tabs or commas"
+        raise ValueError(f"the columns are {', '.join(columns)}: {need}")
     return named[0]
 
 

@@ -8,8 +8,8 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -76,9 +76,7 @@ def command(deepspeed_config: str, settings: list[Given], **options: Any) -> int
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
     """
-    own = PredictionOptions(
-        **{name: options.pop(name) for name in PredictionOptions.__annotations__}
-    )
+    own = SimpleNamespace(**options)
     if own.plot:
         with blame("--plot"):
             import matplotlib  # noqa: F401
@@ -101,23 +99,8 @@ def command(deepspeed_config: str, settings: list[Given], **options: Any) -> int
     return 0 if fits else 3
 
 
-@dataclass
-class PredictionOptions:
-    """The command's own options."""
-
-    world_size: int
-    checkpointing: str | None
-    gpu: str | None
-    gpu_memory: str | None
-    sm: str | None
-    fit: str | None
-    json_path: str | None
-    plot: str | None
-    snapshot: str | None
-
-
 def single(
-    config: Config, ds_config: DeepSpeedConfig, own: PredictionOptions
+    config: Config, ds_config: DeepSpeedConfig, own: SimpleNamespace
 ) -> tuple[JsonObject, bool]:
     """Predict one setting, or find the largest micro-batch that fits.
 
@@ -147,11 +130,9 @@ def single(
     if own.snapshot:
         from ds_cmli.memory_model import snapshot
 
-        path = own.snapshot
-        write(path, "--snapshot", lambda: snapshot.write(report.events, path))
+        write(own.snapshot, "--snapshot", lambda: snapshot.write(report.events, own.snapshot))
     if own.plot:
-        picture = own.plot
-        write(picture, "--plot", lambda: plot(report, picture))
+        write(own.plot, "--plot", lambda: plot(report, own.plot))
     fits = chosen is None or report.totals["device"] <= chosen.total.bytes
     return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_cmli.common import UserError, nearest
+from ds_cmli.common import UserError, blame, nearest
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.student import Student
 
@@ -95,11 +95,8 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
     add alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first."""
     if not config.lora:
         return
-    try:
+    with blame("student.lora: pip install 'ds-cmli[lora]'"):
         from peft import LoraConfig, inject_adapter_in_model
-    except ImportError:
-        why = "peft is not installed: pip install 'ds-cmli[lora]'"
-        raise UserError(f"student.lora is given, and {why}") from None
 
     for part, names in config.lora.items():
         encoder = getattr(student, part)
