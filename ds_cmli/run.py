@@ -13,7 +13,12 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.build import Data
 from ds_cmli.data.pairs import BadSamples, Batch
 from ds_cmli.data.sampler import GlobalBatchSampler
-from ds_cmli.distributed.process_group import CollectiveFlags, mean_over_ranks, world_size
+from ds_cmli.distributed.process_group import (
+    CollectiveFlags,
+    mean_over_ranks,
+    raised_together,
+    world_size,
+)
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate.embed import Evaluator
@@ -75,7 +80,9 @@ class Run:
             )  # collective
             if failed:
                 self.save_done()  # collectives
-                self.flags.fail_together(error)  # collective
+                with raised_together(self.flags.group):  # collective
+                    if error is not None:
+                        raise error
             if stop and not micro_batches:
                 raise preemption.Preempted
             assert batch is not None, "an error has been raised"
@@ -97,8 +104,8 @@ class Run:
         samples: list[int] = []
         if self.engine.skipped:
             window = [(losses.index, losses.total) for losses in step_losses]
-            can_lower = nonfinite.can_lower_scale(self.engine.engine.optimizer)
-            samples = nonfinite.skipped_samples(window, can_lower, self.flags)  # collective
+            optimizer = self.engine.engine.optimizer
+            samples = nonfinite.skipped_samples(window, optimizer, self.flags)  # collective
         else:
             state.skipped_in_row = 0
         if not samples:  # an overflow that only asked for a lower loss scale has finite losses

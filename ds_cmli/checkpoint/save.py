@@ -143,7 +143,9 @@ class CheckpointWriter(TorchCheckpointEngine):
         for digests in distributed.gather_objects(self.digests):  # collective
             self.digests |= digests
         try:
-            distributed.raise_together(self.error)  # collective
+            with distributed.raised_together():  # collective
+                if self.error is not None:
+                    raise UserError(self.error)
         except UserError as error:
             self.error = str(error)
 

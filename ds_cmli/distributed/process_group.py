@@ -114,27 +114,27 @@ def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list
     return values
 
 
-def raise_together(mistake: str | None, group: dist.ProcessGroup | None = None) -> None:
-    """Raise `UserError` on all ranks if any gives a message, with the first one's. Collective."""
-    gathered = gather_objects((this_node(), mistake), group)  # collective
-    nodes, mistakes = zip(*gathered, strict=True)
-    if len({*mistakes}) == 1 and mistakes[0]:
-        raise UserError(mistakes[0])
-    for rank, first in enumerate(mistakes):
+@contextmanager
+def raised_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Raise on all ranks what some raise inside: the first one's message, as a `UserError`.
+
+    What is none stays as it is on its own rank. Collective.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    message = str(error) if isinstance(error, UserError) else error and one_line(error)
+    nodes, messages = zip(*gather_objects((this_node(), message), group), strict=True)  # collective
+    if error is not None and not isinstance(error, UserError):
+        raise error
+    if len({*messages}) == 1 and messages[0]:
+        raise UserError(messages[0])
+    for rank, first in enumerate(messages):
         if first:
             node = f" on node {nodes[rank]}" if len({*nodes}) > 1 else ""
             raise UserError(f"rank {rank}{node}: {first}")
-
-
-@contextmanager
-def raised_together() -> Iterator[None]:
-    """Raise a `UserError` of one rank inside on all ranks. Collective."""
-    mistake = None
-    try:
-        yield
-    except UserError as error:
-        mistake = str(error)
-    raise_together(mistake)  # collective
 
 
 class CollectiveFlags:
@@ -160,16 +160,3 @@ class CollectiveFlags:
     def gather(self, value: Value) -> list[Value]:
         """Every rank's `value`, on every rank. Collective."""
         return gather_objects(value, self.group)  # collective, on the CPU
-
-    def fail_together(self, error: Exception | None) -> None:
-        """Raise on all ranks after some have failed. Collective.
-
-        An unexpected error is raised on its own rank; elsewhere the first rank's message is, as a
-        `UserError`.
-        """
-        try:  # collective, on the CPU
-            raise_together(None if error is None else one_line(error), self.group)
-        except UserError:
-            if error is None or isinstance(error, UserError):
-                raise
-            raise error from None

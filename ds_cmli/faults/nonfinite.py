@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ds_cmli.distributed.process_group import CollectiveFlags
 
-Optimizer = Any  # one of DeepSpeed's, which have no common type
 SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
 
@@ -26,37 +25,32 @@ def poison(loss: Tensor) -> Tensor:
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def count_at_lowest_scale(optimizer: Optimizer) -> None:
+def count_at_lowest_scale(optimizer: Any) -> None:
     """Have fp16's overflows at the lowest loss scale skipped, and not raised."""
-    scaler: Any = getattr(optimizer, "loss_scaler", None)
+    scaler = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
 
-def can_lower_scale(optimizer: Optimizer) -> bool:
-    """Whether overflowing gradients are no fault: the dynamic loss scale can still be lowered."""
-    scaler: Any = getattr(optimizer, "loss_scaler", None)
-    smallest = getattr(scaler, "min_scale", None)
-    return smallest is not None and scaler.cur_scale > smallest
-
-
 def skipped_samples(
-    window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags
+    window: list[tuple[Tensor, Tensor]], optimizer: Any, flags: CollectiveFlags
 ) -> list[int]:
     """The samples of a skipped step, as sorted indices into the training set. Collective.
 
-    They are those of the micro-batches whose loss is not finite or, if every loss is finite, of the
-    whole step: unless that one only asked for a lower loss scale. CPU-GPU sync.
+    They are those of the micro-batches whose loss is not finite. If every loss is finite, they are
+    those of the whole step, or none where fp16's loss scale can still be lowered. CPU-GPU sync.
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
-        lower_scale: what `can_lower_scale` returned.
+        optimizer: DeepSpeed's.
     """
     own = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
     every = [batch for of_rank in flags.gather(own) for batch in of_rank]  # collective
     lost = [sample for samples, finite in every if not finite for sample in samples]
-    whole = [] if lower_scale else [sample for samples, _ in every for sample in samples]
-    return sorted(lost or whole)
+    scaler = getattr(optimizer, "loss_scaler", None)  # of fp16; a dynamic one has a `min_scale`
+    if lost or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
+        return sorted(lost)
+    return sorted(sample for samples, _ in every for sample in samples)
 
 
 def line(step: int, samples: list[int]) -> str:

@@ -43,7 +43,7 @@ def handled() -> Iterator[None]:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, _note)
     ended = threading.Event()
-    threading.Thread(target=_watch_launcher, args=(_launcher(), ended), daemon=True).start()
+    threading.Thread(target=_watch_launcher, args=(ended,), daemon=True).start()
     try:
         yield
     finally:
@@ -60,20 +60,16 @@ def _note(number: int, frame: FrameType | None) -> None:
     _requested.append((name, now))
 
 
-def _launcher() -> list[int]:
-    """The processes from this rank's parent up to its launcher; none if that ends it by itself.
+def _watch_launcher(ended: threading.Event) -> None:
+    """Ask the run to end when its launcher has ended, which would leave its ranks behind.
 
     `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
     survives it. `srun` ends its tasks itself.
     """
     generations = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
-    return [parent.pid for parent in psutil.Process().parents()[:generations]]
-
-
-def _watch_launcher(before: list[int], ended: threading.Event) -> None:
-    """Ask the run to end when its launcher has ended, which would leave its ranks behind."""
-    while before and not ended.wait(INTERVAL):
-        if _launcher() != before:
+    launchers = psutil.Process().parents()[:generations]
+    while launchers and not ended.wait(INTERVAL):
+        if psutil.Process().parents()[:generations] != launchers:
             _requested.append(("the end of its launcher", time.monotonic()))
             return
 

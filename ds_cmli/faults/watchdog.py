@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -57,59 +56,58 @@ class Watchdog:
         self.is_slow = before
 
     def __enter__(self) -> "Watchdog":
-        for target in (self._watch, self._watch_store) if self.timeout else ():
+        for target in (self._exchange, self._watch) if self.timeout else ():
             threading.Thread(target=target, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self.closed.set()
 
-    def _watch(self) -> None:
+    def _exchange(self) -> None:
+        """Publish this rank's state, and read those of all once each rank has published its own."""
         # A connection of its own: a collective that waits on the group's one would block it.
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        store.set_timeout(timedelta(seconds=self.timeout))
-        store, states = dist.PrefixStore("watchdog", store), self.states
-        ranks, node = range(len(states)), this_node()
-        keys = [*map(str, ranks)]
-        # Seconds since each rank has made progress, and since it has published anything: counted in
-        # turns of this loop, as the whole job may have been suspended.
-        still, silent = [0.0 for _ in ranks], [0.0 for _ in ranks]
+        store = dist.PrefixStore("watchdog", store)
+        keys = [str(rank) for rank in range(len(self.states))]
+        with suppress(RuntimeError):  # rank 0, which holds the store, has ended
+            while not self.closed.wait(self.interval):
+                waiting, where = _position(self.main)
+                mine = {"node": this_node(), "step": self.step or 0, "count": self.count}
+                mine |= {"slow": self.is_slow, "waiting": waiting, "where": where}
+                store.set(keys[self.rank], json.dumps(mine | {"turn": self.turn}))
+                if store.check(keys):
+                    self.states = [json.loads(text) for text in store.multi_get(keys)]
+                self.turn += 1
+
+    def _watch(self) -> None:
+        """End the job when a rank, or the store, has made no progress for too long."""
+        ranks, before = range(len(self.states)), self.states
+        # Seconds since each rank has made progress, since it has published anything, and since the
+        # store has answered: counted in turns, as the whole job may have been suspended.
+        still, silent, unanswered, turn = [0.0 for _ in ranks], [0.0 for _ in ranks], 0.0, 0
         while not self.closed.wait(self.interval):
-            self.turn += 1
-            waiting, where = _position(self.main)
-            mine = {"node": node, "step": self.step or 0, "count": self.count, "slow": self.is_slow}
-            mine |= {"waiting": waiting, "where": where, "turn": self.turn}
-            try:
-                store.set(keys[self.rank], json.dumps(mine))
-                texts = store.multi_get(keys) if store.check(keys) else []
-            except RuntimeError:  # rank 0, which holds the store, has ended, and this one may do so
-                if not self.closed.wait(self.timeout):
-                    self._end(0, "its store is gone")
-                return
-            for r, text in enumerate(texts):
-                before, states[r] = states[r], json.loads(text)
-                changed = {name for name, value in states[r].items() if value != before.get(name)}
+            states = self.states
+            if turn == self.turn:
+                unanswered += self.interval
+                if unanswered > self.timeout:
+                    self._end(0, "its store does not answer")
+                continue
+            turn, unanswered = self.turn, 0.0
+            for r in ranks:
+                changed = {name for name, x in states[r].items() if x != before[r].get(name)}
                 silent[r] = 0.0 if changed else silent[r] + self.interval
                 still[r] = 0.0 if changed - {"turn", "where"} else still[r] + self.interval
+            before = states
             dead = [r for r in ranks if silent[r] > self.timeout / 2]
             # Ranks that compute while others wait; of several the one with the fewest heartbeats.
             busy = dead or [r for r in ranks if not states[r].get("waiting")]
-            blamed = min(busy, key=lambda r: states[r].get("count", 0), default=None)
-            if blamed is None:  # all wait in collectives: the one whose state changed last
-                blamed = min(ranks, key=still.__getitem__)
+            # If all wait in collectives: the one whose state changed last.
+            last = min(ranks, key=still.__getitem__)
+            blamed = min(busy, key=lambda r: states[r].get("count", 0), default=last)
             limit = self.timeout * (SLOW if states[blamed]["slow"] else 1)
             if still[blamed] > limit:
                 where = "dead or stopped" if dead else f"at {states[blamed]['where']}"
                 self._end(blamed, f"no progress for {limit:g} s, {where}")
-
-    def _watch_store(self) -> None:
-        """Notice a store that no longer answers, for which `_watch` waits for ever."""
-        seen, still = 0, 0.0
-        while still <= self.timeout:
-            if self.closed.wait(self.interval):
-                return
-            seen, still = self.turn, still + self.interval if self.turn == seen else 0.0
-        self._end(0, "its store does not answer")
 
     def _end(self, rank: int, what: str) -> None:
         """Print on one rank what has happened, and end the process."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from unittest import mock
 
 from torch import nn
 from torch._ops import OpOverload
@@ -95,7 +96,7 @@ class TrainingRecorder(Recorder):
             student.register_forward_pre_hook(before_student),
             student.register_forward_hook(lambda *_: self.begin("loss")),
             train_engine.objective.register_forward_hook(self._claim_cached),
-            probe.subscribed(self.scope),
+            mock.patch.object(probe, "subscriber", self.scope),
         ):
             yield
 

@@ -11,10 +11,15 @@ from tests.ranks import run
 def messages(rank, world_size):
     refused = []
     for mistakes in ([None, "no such file"], ["no such key", "no such key"]):
-        with pytest.raises(UserError) as error:
-            distributed.raise_together(mistakes[rank])
+        with pytest.raises(UserError) as error, distributed.raised_together():
+            if mistakes[rank]:
+                raise UserError(mistakes[rank])
         refused.append(str(error.value))
-    distributed.raise_together(None)
+    with pytest.raises(KeyError if rank else UserError), distributed.raised_together():
+        if rank:
+            raise KeyError("unexpected")
+    with distributed.raised_together():
+        pass
     return {
         "objects": distributed.gather_objects({"rank": rank}),
         "broadcast": distributed.broadcast_object(f"from rank {rank}", source=1),

@@ -113,7 +113,7 @@ def on_two_ranks(rank, world_size, data_folder):
     nonfinite.poison = poison
     skipped, untouched = train_engine.skipped, same(before, everything(train_engine))
     window = [(batch.index, total * (torch.nan if rank == 1 else 1.0))]
-    samples = nonfinite.skipped_samples(window, False, CollectiveFlags())
+    samples = nonfinite.skipped_samples(window, train_engine.engine.optimizer, CollectiveFlags())
     micro_batch(train_engine, batch)
     return skipped, untouched, samples, train_engine.skipped
 
