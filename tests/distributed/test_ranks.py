@@ -36,7 +36,7 @@ def gradients(rank, world_size, micro_batch, stage, accumulation):
     return torch.stack(losses), found
 
 
-@pytest.mark.parametrize("stage, accumulation", [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage, accumulation", [(2, 1), (3, 2)])
 def test_two_ranks_give_the_gradients_of_one_process(stage, accumulation):
     micro_batch = PAIRS // 2 // accumulation
     two = ranks.run(gradients, 2, micro_batch, stage, accumulation)[0]

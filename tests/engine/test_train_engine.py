@@ -1,6 +1,7 @@
 """The training step through the real DeepSpeed engine, in this process, and what is decided before it."""
 
 import json
+import re
 from itertools import accumulate
 
 import pytest
@@ -14,6 +15,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
+from ds_cmli.hardware import bf16_is_fast
 from profiling.speed.op import cpu_sizes
 from tests import make
 from tests.conftest import ZERO1
@@ -116,7 +118,18 @@ def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, capsys, gpu,
     monkeypatch.setattr(plan, "bf16_is_fast", lambda: bf16)
     ds_config = engine.on_this_device(DeepSpeedConfig.of({**ZERO1, "fp16": {"enabled": True}}))
     assert ds_config.precision == runs
-    assert (f"training in {runs} on this device (cpu), where" in capsys.readouterr().out) == (not gpu)
+    out = capsys.readouterr().out
+    assert (f"training in {runs} on this device (cpu), where" in out) == (not gpu)
+    assert gpu or re.match(r"device: cpu, \S+ with(out)? bf16, \d+ threads\n", out)
+
+
+FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None
+
+
+@pytest.mark.parametrize("level", ["AVX2", "avx512_core", "AVX512_CORE_BF16", None])
+def test_bf16_is_fast_where_the_processor_has_it_and_onednn_may_use_it(monkeypatch, level):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level) if level else monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", False)
+    assert bf16_is_fast() == bool(FAST and level in ("AVX512_CORE_BF16", None))
 
 
 def test_the_backend_that_runs_is_told_in_one_line(monkeypatch, capsys):
