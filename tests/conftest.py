@@ -162,15 +162,11 @@ def null_gpu():
         pytest.skip(f"no null GPU can be built: {reason}")
 
 
-def set_one_process(patch: pytest.MonkeyPatch) -> None:
-    """Set the environment of a training of one process."""
-    for name, value in ALONE.items():
-        patch.setenv(name, value)
-
-
 @pytest.fixture
 def alone(monkeypatch):
-    set_one_process(monkeypatch)
+    """The environment of a training of one process."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 import functools
 import gc
-import io
 import os
 import signal
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from unittest import mock
 
 from ds_cmli import train
@@ -62,14 +61,6 @@ def drive(arguments: list[str], stop_at: int | None = None) -> int:
         gc.collect()
 
 
-def drive_each(rank: int, world_size: int, tasks: list[dict]) -> tuple[list[int], str]:
-    """A rank's exit codes of several trainings, and what it has printed.
-
-    Each task has the arguments of `drive` by name, and the `port` at which its ranks meet.
-    """
-    codes, printed = [], io.StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
-        for task in tasks:
-            os.environ["MASTER_PORT"] = str(task["port"])
-            codes.append(drive(**{name: value for name, value in task.items() if name != "port"}))
-    return codes, printed.getvalue()
+def drive_rank(rank: int, world: int, arguments: list[str], stop_at: int | None) -> int:
+    """The same of a rank of `ranks.run`."""
+    return drive(arguments, stop_at)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import Batch
-from tests.ranks import ALONE
+from tests import ranks
 
 # One layer everywhere, and a data set of its own for each test: the smallest training there is.
 SMALL = {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}}
@@ -138,12 +138,15 @@ def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], di
         return step(trained, micro_batches), found
 
 
-def train(*arguments: str) -> int:
-    """The exit code of `ds-cmli-train` in this process, as the only rank."""
-    from tests.drive_train import drive
+def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
+    """The exit code of `ds-cmli-train` in this process as the only rank, or on ranks of their own; see `drive`."""
+    from tests.drive_train import drive, drive_rank
 
-    with mock.patch.dict(os.environ, ALONE):
-        return drive([*arguments])
+    if world > 1:
+        (code,) = set(ranks.run(drive_rank, world, [*arguments], stop_at, group=False, timeout=600))
+        return code
+    with mock.patch.dict(os.environ, ranks.ALONE):
+        return drive([*arguments], stop_at)
 
 
 def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:

@@ -182,7 +182,7 @@ ROWS = (
      "sampler.load_state_dict(state.sampler)", "pass"),
     ("checkpoint-averages", "checkpoint/resume.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      "    load_averages(path / AVERAGE, train_engine)\n", ""),
-    ("checkpoint-rank", "checkpoint/state.py", CHECKPOINT + "test_two_ranks_go_on_to_the_bit",
+    ("checkpoint-rank", "checkpoint/state.py", CHECKPOINT + "test_a_run_goes_on_to_the_bit",
      "files[rank : rank + 1] if", "files[:1] if"),
     ("checkpoint-damage", "checkpoint/save.py",
      "checkpoint/test_resume.py::test_each_damaged_file_is_named_and_the_one_before_taken",

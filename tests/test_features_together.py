@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from ds_cmli.config.schema import load_config
 from tests import make
-from tests.checkpoint.runs import AUGMENTED, straight_and_stopped
+from tests.checkpoint.runs import straight_and_stopped
 from tests.metrics_file import metrics
 from tests.stranger.drive import check_memory, used
 
@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 BATCH, STEPS, STOP = 8, 4, 3
+AUGMENTED = {"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}
 
 
 def test_any_two_values_of_two_axes_meet():
@@ -69,6 +70,7 @@ def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
     source = ["--data", make.tar(folder / "x.tar", 40) + "::0.4", "--data", f"{folder}/pictures::0.6"]
     content: dict = {}
     settings: dict[str, object] = {"student.dropout": 0.2, "run.match_maps": 1, "data.max_bad_share": 0.2}
+    settings["data.augmentation"] = AUGMENTED
     settings["student.layers"] = 2 if "part" in values else 1
     for value in values:
         content |= JSON.get(value, {})
@@ -77,7 +79,7 @@ def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
     options = {"--steps": STEPS, "--eval-every": 3, "--micro-batch": micro_batch}
     options["--deepspeed_config"] = make.json_file(folder / "ds.json", content)
     words = make.small(options, {name: json.dumps(value) for name, value in settings.items()})
-    return [*words, *AUGMENTED, *source], content
+    return [*words, *source], content
 
 
 @pytest.mark.parametrize(

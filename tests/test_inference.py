@@ -9,7 +9,7 @@ from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common import UserError
 from ds_cmli.inference import Model
 from tests.make import write_run
-from tests.models.dual_models import clip
+from tests.models.sources import clip
 
 TEXTS = ["a red car", "two dogs under a tree", "x"]
 

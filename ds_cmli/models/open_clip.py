@@ -56,11 +56,9 @@ class OpenClipText(nn.Module):
         super().__init__()
         self.model, self.width = text, own["model_cfg"]["embed_dim"]
         self.vocab_size, self.of_transformers = text.vocab_size, hasattr(text, "pooler")
-        if self.of_transformers:
-            head, self.blocks = text.proj, layers_of(text.transformer)
-        else:
-            head, self.blocks = text.text_projection, list(text.transformer.resblocks)
-        self.token_head = copied(head)
+        self.token_head = copied(text.proj if self.of_transformers else text.text_projection)
+        stack = text.transformer
+        self.blocks = layers_of(stack) if self.of_transformers else list(stack.resblocks)
 
     def forward(self, input_ids: Tensor, *_: object) -> Tensor:
         """What a token attends to, the ids and the model say."""
@@ -115,7 +113,6 @@ def build(
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
     """As `dual.build`."""
     own, source, start = config.source_config, Source(config.source), None
-    pretrained = pretrained and bool(config.source)
     hub = pretrained and not source.local
     with loading(hub), source.blame("open_clip cannot load it"), TemporaryDirectory() as folder:
         cfg = {name: value for name, value in own["model_cfg"].items() if name != "custom_text"}
@@ -124,7 +121,7 @@ def build(
             Path(folder, "config.json").write_text(json.dumps(fields))
             cfg["text_cfg"] = cfg["text_cfg"] | {"hf_model_name": folder}
         model: Any = open_clip.CustomTextCLIP(**cfg)
-        if pretrained:
+        if pretrained and config.source:
             how = {"force_custom_text": True, "require_pretrained": True}
             theirs: Any = open_clip.create_model(*source.in_open_clip, **how)
             model.visual.load_state_dict(theirs.visual.state_dict())

@@ -1,54 +1,36 @@
-"""Runs that tests break and go on with, on one rank or several, and damage to their files."""
+"""Runs in two pieces, runs of several programs, and a file with code in it."""
 
-import json
 import os
-import signal
-import time
 from pathlib import Path
 
-from tests.drive_train import drive, drive_each
+from tests import make, ranks
 from tests.metrics_file import metrics
-from tests.ranks import free_port, run, start_ranks
-
-AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 
 def assert_same(folder: Path, other: Path) -> None:
+    """Losses, weights and averages, to the bit."""
     assert metrics(folder) == metrics(other)
-    assert (folder / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
-    averages = [run / "model.ema.safetensors" for run in (folder, other)]
-    assert averages[0].exists() == averages[1].exists()
-    if averages[0].exists():
-        assert averages[0].read_bytes() == averages[1].read_bytes()
-
-
-def json_file(path: Path, content: dict) -> list[str]:
-    path.write_text(json.dumps(content))
-    return ["--deepspeed_config", str(path)]
-
-
-def ranks(world_size: int, tasks: list[dict], timeout: float = 600) -> tuple[list[int], str]:
-    """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
-    tasks = [{"port": free_port(), **task} for task in tasks]
-    results = run(drive_each, world_size, tasks, group=False, timeout=timeout)
-    return results[0][0], "\n".join(output for _, output in results)
+    for name in ("model.safetensors", "model.ema.safetensors"):
+        files = [run / name for run in (folder, other)]
+        assert files[0].exists() == files[1].exists()
+        assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()
 
 
 def straight_and_stopped(given: list[str], folder: Path, stop_at: int, two: bool, *stopped: str) -> Path:
     """The folder of a training on one rank or two, the same as in two pieces; the first also gets `stopped`."""
-    straight, broken = folder / "straight", folder / "broken"
-    tasks: list[dict] = [
-        {"arguments": [*given, "--output-dir", str(straight)]},
-        {"arguments": [*given, "--output-dir", str(broken), *stopped], "stop_at": stop_at},
-        {"arguments": [*given, "--output-dir", str(broken)]},
-    ]
-    if two:
-        codes, _ = ranks(2, tasks)
-    else:
-        codes = [drive(task["arguments"], task.get("stop_at")) for task in tasks]
-    assert codes == [0, 85, 0]
-    assert_same(straight, broken)
-    return straight
+    straight, broken = ([*given, "--output-dir", str(folder / name)] for name in ("straight", "broken"))
+    assert make.train(*straight, world=1 + two) == 0
+    assert make.train(*broken, *stopped, world=1 + two, stop_at=stop_at) == 85
+    assert make.train(*broken, world=1 + two) == 0
+    assert_same(folder / "straight", folder / "broken")
+    return folder / "straight"
+
+
+def programs(world: int, argv: list[str]) -> None:
+    """Each rank a program of its own: DeepSpeed's stage 3 counts the modules of a process, and compares the counts."""
+    logs = [Path(f"{argv[argv.index('--output-dir') + 1]}-{rank}.log") for rank in range(world)]
+    started = ranks.start_ranks(["ds_cmli/train.py", *argv], logs)
+    assert [process.wait(300) for process in started] == [0] * world, logs[0].read_text()
 
 
 class Code:
@@ -59,37 +41,3 @@ class Code:
 
     def __reduce__(self):
         return os.mkdir, (str(self.trace),)
-
-
-class Ranks:
-    """Processes of one run, started as a scheduler does, one for each rank."""
-
-    def __init__(self, folder: Path, world_size: int, arguments: list[str]):
-        self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
-        self.processes = start_ranks(["ds_cmli/train.py", *arguments], self.logs)
-
-    @property
-    def output(self) -> str:
-        return self.logs[0].read_text()
-
-    def wait_until(self, condition, seconds: float = 120) -> bool:
-        """False where the processes have ended before."""
-        end = time.monotonic() + seconds
-        while not condition():
-            if self.processes[0].poll() is not None:
-                return False
-            assert time.monotonic() < end, self.output
-            time.sleep(0.001)
-        return True
-
-    def kill(self, ranks: list[int]) -> None:
-        for rank in ranks:
-            self.processes[rank].send_signal(signal.SIGKILL)
-        for process in self.processes:
-            if len(ranks) < len(self.processes):
-                time.sleep(0.2)  # the others notice, or hang: a launcher ends them
-            process.kill()
-            process.wait()
-
-    def wait(self) -> list[int]:
-        return [process.wait(300) for process in self.processes]

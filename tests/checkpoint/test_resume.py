@@ -16,7 +16,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from tests import make
 from tests.checkpoint.runs import Code
-from tests.conftest import ZERO1, set_one_process
+from tests.conftest import ZERO1
 from tests.drive_train import drive
 from tests.metrics_file import metrics
 
@@ -35,9 +35,7 @@ def arguments(tmp_path_factory) -> list[str]:
 def stopped(arguments, tmp_path_factory) -> Path:
     """A run stopped at step 4 of 8, with checkpoints of step 2 and 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        set_one_process(patch)
-        assert drive([*arguments, "--output-dir", str(folder)], stop_at=4) == 85
+    assert make.train(*arguments, "--output-dir", str(folder), stop_at=4) == 85
     return folder
 
 
@@ -51,6 +49,10 @@ def refused(*arguments: object) -> str:
         drive(list(map(str, arguments)))
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- damage
@@ -94,19 +96,23 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
 
 
 FOREIGN = [
-    ("rank-0.pt", Code), ("rank-0.pt", lambda ran: {"sums": torch.ones(1)}), ("mp_rank_00_model_states.pt", Code),
-    (OPTIMIZER, Code), ("state.json", lambda ran: {"stepp": 4}),
-]  # fmt: skip
+    (2, "state.json", '{"stepp": 4}'),
+    (2, "rank-0.pt", {"sums": torch.ones(1)}),
+    (2, "rank-0.pt", Code),
+    # As it is, and through the universal checkpoint.
+    *((stage, name, Code) for stage in (2, 1) for name in (OPTIMIZER, "mp_rank_00_model_states.pt")),
+]
 
 
-@pytest.mark.parametrize("stage", [2, 1])  # as it is, and through the universal checkpoint
-@pytest.mark.parametrize("name, content", FOREIGN)
+@pytest.mark.parametrize("stage, name, content", FOREIGN)
 def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
-    name, content, stage, run, arguments, tmp_path
+    stage, name, content, run, arguments, tmp_path
 ):
     checkpoint, ran = run / "checkpoint" / "step4", tmp_path / "ran"
-    value = content(ran)
-    (checkpoint / name).write_text(json.dumps(value)) if name == "state.json" else torch.save(value, checkpoint / name)
+    if isinstance(content, str):
+        (checkpoint / name).write_text(content)
+    else:
+        torch.save(Code(ran) if content is Code else content, checkpoint / name)
     digests = json.loads((checkpoint / "checksums.json").read_text()) | {name: sha256(checkpoint / name)}
     (checkpoint / "checksums.json").write_text(json.dumps(digests))
     ds_config = make.json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})
@@ -125,14 +131,13 @@ def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeyp
             raise OSError(28, "No space left on device")
         return write(path, write_to)
 
-    before = {path: path.read_bytes() for path in (run / "checkpoint").rglob("*") if path.is_file()}
-    monkeypatch.setattr(save, "write", full)
-    line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
+    before = snapshot(run / "checkpoint")
+    with monkeypatch.context() as patch:
+        patch.setattr(save, "write", full)
+        line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
     assert "the last checkpoint could not be written" in line and "No space left" in line
     assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
-    assert {path: path.read_bytes() for path in (run / "checkpoint").rglob("*") if path.is_file()} == before
-    monkeypatch.undo()
-    set_one_process(monkeypatch)
+    assert snapshot(run / "checkpoint") == before
     assert drive([*arguments, "--output-dir", str(run)]) == 0
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 9))
 
@@ -183,10 +188,6 @@ def test_lines_after_the_resumed_step_are_removed_and_a_finished_run_changes_not
     assert drive(argv) == 0
     assert f"the run in {run} is finished, 8 steps" in capfd.readouterr().out
     assert snapshot(run) == before
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(run, arguments, tmp_path, capfd):

@@ -17,7 +17,6 @@ from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.hardware import bf16_is_fast
 from tests import make
-from tests.make import pairs
 
 BATCH, STEPS = 8, 6  # pairs of a step, optimizer steps in all
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
@@ -100,13 +99,8 @@ def whole(train_engine) -> dict:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory) -> str:
-    return pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
-
-
-@pytest.fixture(scope="module")
 def setting(source, device) -> Setting:
-    return Setting(source, device)
+    return Setting(source[1], device)
 
 
 @pytest.fixture(scope="module")

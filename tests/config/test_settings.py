@@ -13,7 +13,7 @@ from ds_cmli.common import UserError
 from ds_cmli.config.options import PLACES, ConfigCommand, parse_losses, parse_setting, resolve_config
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config
-from tests.models.dual_models import clip
+from tests.models.sources import clip
 
 SETTINGS = [f"{of}.{field.name}" for of, kind in SECTIONS.items() for field in dataclasses.fields(kind)]
 FREE = ("image_overrides", "text_overrides", "overrides")  # of other libraries' models, which know what they take

@@ -1,0 +1,198 @@
+"""Small models with random weights as their libraries save them: CLIP and SigLIP of transformers, and of open_clip."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import open_clip
+import torch
+from open_clip.push_to_hf_hub import save_config_for_hf
+from safetensors.torch import save_file
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    RobertaConfig,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.source import Source, loss_of
+from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
+from ds_cmli.engine import build_models
+from tests.make import save_run
+
+SIZES = {"intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {**SIZES, "hidden_size": 32, "image_size": 56, "patch_size": 14}
+SQUARE = {"height": 56, "width": 56}
+
+
+def text(**more):
+    ids = {"vocab_size": len(builtin_tokenizer()), "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    return {**SIZES, "hidden_size": 32, **ids, **more}
+
+
+def clip(folder: Path, act: str = "quick_gelu", text_width: int = 48, **processor) -> Path:
+    torch.manual_seed(0)
+    words = text(hidden_size=text_width, max_position_embeddings=77, hidden_act=act)
+    model = CLIPModel(CLIPConfig(projection_dim=24, vision_config={**VISION, "hidden_act": act}, text_config=words))
+    torch.nn.init.constant_(model.logit_scale, 4.2)
+    how = {"size": {"shortest_edge": 56}, "crop_size": SQUARE, **processor}
+    return saved(folder, model, CLIPImageProcessor(**how))
+
+
+def siglip(folder: Path, **processor) -> Path:
+    torch.manual_seed(0)
+    words = text(max_position_embeddings=64, projection_size=32)
+    model = SiglipModel(SiglipConfig(vision_config=VISION, text_config=words))
+    torch.nn.init.constant_(model.logit_scale, 4.76)
+    torch.nn.init.constant_(model.logit_bias, -12.9)
+    for parameter in model.vision_model.head.parameters():  # whose biases are zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    return saved(folder, model, SiglipImageProcessor(size=SQUARE, **processor))
+
+
+def saved(folder: Path, model, processor) -> Path:
+    for part in (model, processor, builtin_tokenizer()):
+        part.save_pretrained(folder)
+    return folder
+
+
+# Of open_clip.
+
+VIT = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
+TEXT = {"context_length": 77, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 2}
+CAPTIONS = {"context_length": 76, "vocab_size": 49408, "width": 48, "heads": 2, "layers": 1}
+
+
+def of_timm(name: str, size: int, pool: str, proj: str | None) -> dict:
+    return {"timm_model_name": name, "image_size": size, "timm_pool": pool, "timm_proj": proj}
+
+
+def towers(vision: dict, text: dict = TEXT, **more) -> dict:
+    return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, **more}
+
+
+# As ViT-B-32 and its QuickGELU, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
+MODELS = {
+    "vit": towers(VIT),
+    "quick": towers({**VIT, "patch_dropout": 0.5}, quick_gelu=True),
+    "clipa": towers(
+        {**VIT, "pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "pos_embed_type": "sin_cos_2d"},
+        {**TEXT, "context_length": 32, "no_causal_mask": True, "pool_type": "last"},
+    ),
+    "resnet": towers({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}),
+    "convnext": towers({**of_timm("test_convnext", 64, "", "linear"), "timm_drop_path": 0.1}),
+    "coca": towers(
+        {**VIT, "attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 8, "output_tokens": True},
+        {**TEXT, "context_length": 76, "embed_cls": True, "output_tokens": True},
+        multimodal_cfg={**CAPTIONS, "attn_pooler_heads": 4},
+        custom_text=True,
+    ),
+    "siglip": towers(
+        of_timm("test_vit3", 160, "map", "none"),
+        {**TEXT, "context_length": 64, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"},
+        custom_text=True,
+        init_logit_bias=-10,
+    )
+    | {"embed_dim": 96},
+    "token": towers(of_timm("test_vit", 160, "token", None), {**TEXT, "no_causal_mask": True}, custom_text=True),
+}
+OF_OPEN_CLIP = (*MODELS, "roberta")  # the last with a text encoder of transformers
+PREPROCESS = {"siglip": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash", "interpolation": "bilinear"}}
+
+
+def of_roberta(folder: Path) -> dict:
+    """A model with a text encoder of transformers, whose configuration the folder gets."""
+    words = builtin_tokenizer()
+    own = {**SIZES, "hidden_size": 32, "vocab_size": len(words), "max_position_embeddings": 90, "pad_token_id": 0}
+    RobertaConfig(**own).save_pretrained(folder)
+    words.save_pretrained(folder)
+    name = {"hf_model_name": str(folder), "hf_tokenizer_name": str(folder)}
+    return towers(VIT, {**name, "hf_pooler_type": "mean_pooler"})
+
+
+def of_open_clip(folder: Path, kind: str, file: str = "open_clip_model.safetensors") -> Path:
+    torch.manual_seed(0)
+    folder.mkdir(parents=True)
+    given = of_roberta(folder / "text") if kind == "roberta" else MODELS[kind]
+    path, model_cfg = folder / "open_clip_config.json", json.loads(json.dumps(given))
+    if kind == "roberta":
+        builtin_tokenizer().save_pretrained(folder)
+    path.write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": PREPROCESS.get(kind, {})}))
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+    for key, parameter in model.named_parameters():
+        if key.endswith(("bias", "latent")):  # which begin as zeros, or nearly
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    torch.nn.init.constant_(model.logit_scale, 4.2)
+    if model.logit_bias is not None:
+        torch.nn.init.constant_(model.logit_bias, -11.5)
+    save_config_for_hf(model, path, model_cfg)
+    weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+    if file.endswith(".safetensors"):
+        save_file(weights, folder / file)
+    else:  # as open_clip's own training does
+        torch.save({"epoch": 1, "state_dict": {f"module.{key}": x for key, x in weights.items()}}, folder / file)
+    return folder
+
+
+class Theirs(NamedTuple):
+    """What a library makes of pictures and texts with the model of a folder."""
+
+    model: Any
+    pixels: torch.Tensor
+    std: list[float]
+    ids: torch.Tensor
+    images: torch.Tensor  # features
+    texts: torch.Tensor
+
+
+@torch.no_grad()
+def of_library(folder: Path, pictures: list, texts: list[str]) -> Theirs:
+    if (folder / "open_clip_config.json").is_file():
+        model, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+        pixels, ids = torch.stack(list(map(transform, pictures))), open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+        features = model.eval().encode_image(pixels), model.encode_text(ids)
+        return Theirs(model, pixels, model.visual.image_std, ids, *features)
+    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    length = model.config.text_config.max_position_embeddings
+    how = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
+    words = AutoTokenizer.from_pretrained(folder)(texts, **how)
+    mask = {"attention_mask": words["attention_mask"]} if model.config.model_type == "clip" else {}
+    features = model.get_image_features(pixels), model.get_text_features(words["input_ids"], **mask)
+    return Theirs(model, pixels, processor.image_std, words["input_ids"], *(x.pooler_output for x in features))
+
+
+# Trainings that start from one.
+
+
+def losses(source) -> dict[str, float]:
+    """The loss whose temperature a model has, and CMLI."""
+    return {loss_of(Source(str(source)).config): 1.0, "cmli": 1.0}
+
+
+def settings(source, **student):
+    given = {"student": {"source": str(source), **student}, "loss": {"weights": losses(source)}}
+    return load_preset("tiny", given)
+
+
+def start(source, **student):
+    """The objective, the configuration and the tokenizer of a training that starts from the source."""
+    config = settings(source, **student)
+    words = tokenizer_of(config.data)
+    objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
+    return objective.eval(), config, words
+
+
+def run_of(source, folder: Path, **student) -> Path:
+    """A run's folder as a training from the source leaves it."""
+    objective, config, words = start(source, **student)
+    for parameter in objective.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    return save_run(folder, config, objective, words)
