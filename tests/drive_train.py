@@ -62,5 +62,10 @@ def drive(arguments: list[str], stop_at: int | None = None) -> int:
 
 
 def drive_rank(rank: int, world: int, arguments: list[str], stop_at: int | None) -> int:
-    """The same of a rank of `ranks.run`."""
+    """The same of a rank of `ranks.run`, which may have run more than the others before."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # ZeRO-3 counts the modules and parameters of a process, and compares the numbers.
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = Init.param_id = 0
     return drive(arguments, stop_at)

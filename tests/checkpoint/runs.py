@@ -1,9 +1,9 @@
-"""Runs in two pieces, runs of several programs, and a file with code in it."""
+"""Runs in two pieces, and a file with code in it."""
 
 import os
 from pathlib import Path
 
-from tests import make, ranks
+from tests import make
 from tests.metrics_file import metrics
 
 
@@ -24,13 +24,6 @@ def straight_and_stopped(given: list[str], folder: Path, stop_at: int, two: bool
     assert make.train(*broken, world=1 + two) == 0
     assert_same(folder / "straight", folder / "broken")
     return folder / "straight"
-
-
-def programs(world: int, argv: list[str]) -> None:
-    """Each rank a program of its own: DeepSpeed's stage 3 counts the modules of a process, and compares the counts."""
-    logs = [Path(f"{argv[argv.index('--output-dir') + 1]}-{rank}.log") for rank in range(world)]
-    started = ranks.start_ranks(["ds_cmli/train.py", *argv], logs)
-    assert [process.wait(300) for process in started] == [0] * world, logs[0].read_text()
 
 
 class Code:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ds_cmli.engine import build_models
 from tests import make
-from tests.checkpoint.runs import assert_same, programs
+from tests.checkpoint.runs import assert_same
 
 STEPS = {"--steps": 4, "--log-every": 4, "--save-every": 2, "--keep": 3}
 SETTINGS = {"student.dropout": 0.3, "optim.ema_decay": 0.5, "student.freeze_image": 1, "student.layers": 2}
@@ -81,11 +81,7 @@ def test_another_number_of_ranks_goes_on_with_the_batches_and_states(stage, befo
 
     def train(world: int, name: str, **more: object) -> None:
         options = {"--deepspeed_config": ds_config, "--micro-batch": 12 // world, "--log-every": 1, **more}
-        argv = arguments(tmp_path, tmp_path / name, options, settings)
-        if stage == 3:
-            programs(world, argv)
-        else:
-            assert make.train(*argv, world=world) == 0
+        assert make.train(*arguments(tmp_path, tmp_path / name, options, settings), world=world) == 0
 
     train(before, "straight")
     train(after, "changed", **{"--resume": tmp_path / "straight" / "checkpoint" / "step2"})

@@ -36,11 +36,8 @@ SOURCES = {
     "tars": ["*.tar"],
     "coco": ["coco.json"],
     "parquet": ["parquet"],
-    "mixed": ["folder", "*.tar", "coco.json"],
     "weighted": ["folder::0.5", "*.tar::0.3", "parquet::0.2"],
 }
-
-
 STEPS = 10  # of about three epochs
 
 
@@ -65,12 +62,11 @@ def run(data, ranks, workers, state, steps):
 def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, sources):
     chance, opened = random.Random(str(sources)), data(folders, sources)
     whole, _ = run(opened, 1, 0, None, STEPS)
-    for ranks, workers in ((1, 2), (4, 0)):
+    for before, after in (((1, 2), (8, 0)), ((4, 0), (2, 2))):  # ranks and workers
         stop = chance.randint(1, STEPS - 1)
-        first, state = run(opened, ranks, workers, None, stop)
-        other = chance.choice([1, 2, 8])
-        rest, _ = run(opened, other, 2 - workers, state, STEPS - stop)
-        assert first + rest == whole, (ranks, workers, stop, other)
+        first, state = run(opened, *before, None, stop)
+        rest, _ = run(opened, *after, state, STEPS - stop)
+        assert first + rest == whole, (before, stop, after)
 
 
 def test_all_samples_bad_is_an_error(tmp_path):
@@ -95,18 +91,6 @@ def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
     bad.check(OneRank(), 200)
     with pytest.raises(UserError, match=r"11 samples of 100.*max_bad_share = 0.1.*0\.png.*4\.png \(broken\)$"):
         bad.check(OneRank(), 100)
-
-
-def test_evaluation_has_every_caption_and_fails_to_read_what_is_broken(folders):
-    pairs = data(folders, ["folder"], val_source=str(folders / "folder")).evals["val"]
-    assert len(pairs) == 30 and all(text for _, text in pairs.rows)
-    broken = []
-    for row in range(30):
-        try:
-            assert pairs.image(row).any()
-        except ValueError:
-            broken.append(pairs.name(row))
-    assert broken == ["7.png"]
 
 
 def test_workers_draw_no_numbers_of_the_models_generator(folders):

@@ -8,7 +8,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import NO_PICTURE
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.scenes import EVAL_SCENES, DemoPictures, Scenes
+from ds_cmli.data.scenes import DemoPictures, Scenes
 from ds_cmli.data.tokens import tokenizer_of
 
 pytestmark = pytest.mark.usefixtures("demo")
@@ -56,14 +56,6 @@ def test_each_quarter_shows_what_its_tokens_name(pictures, tokenizer):
                 first, stop = data.caption(index)[1][number]
                 assert first < end <= stop
                 assert sample.tokens.text[first:stop] == pictures.names[layout[number][0]]
-
-
-def test_training_shows_more_pictures_more_often_and_evaluation_evenly(pictures, tokenizer):
-    counts = [len(scenes(pictures, tokenizer, length=2000).layout(i)) for i in range(2000)]
-    assert [round(counts.count(n) / 200) for n in (1, 2, 3, 4)] == [1, 2, 3, 4]
-    seen = scenes(pictures, tokenizer, "seen", length=EVAL_SCENES)
-    even = [len(seen.layout(i)) for i in range(EVAL_SCENES)]
-    assert min(even.count(n) for n in (1, 2, 3, 4)) > 50
 
 
 def test_splits_have_no_scene_in_common(pictures, tokenizer):

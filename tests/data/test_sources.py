@@ -129,11 +129,9 @@ def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path
 
 
 def test_cells_may_hold_line_ends_and_columns_are_named(tmp_path):
-    source = table(tmp_path, "t.csv", 'file_name,text,german\na.png,"three\nfour ""five""",drei\n')
-    assert source.captions(0) == ['three\nfour "five"']
-    assert table(tmp_path, "t.csv", "file_name,text,german\na.png,x,eins\n", caption_key="german").captions(0) == [
-        "eins"
-    ]
+    content = 'file_name,text,german\na.png,"three\nfour ""five""",drei\n'
+    assert table(tmp_path, "t.csv", content).captions(0) == ['three\nfour "five"']
+    assert table(tmp_path, "t.csv", content, caption_key="german").captions(0) == ["drei"]
 
 
 def test_a_folder_has_a_table_or_parts_with_tables(tmp_path):

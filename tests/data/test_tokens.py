@@ -1,5 +1,6 @@
 import json
 
+import open_clip
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -88,7 +89,6 @@ TEXTS = ["A Red  apple, isn't it?", "  two dogs\n&  a_cat ", "1999's caf\u00e9 \
 
 
 def test_open_clips_tokenizer_has_the_same_ids():
-    open_clip = pytest.importorskip("open_clip")
     ours, theirs = load("open_clip", 77), open_clip.get_tokenizer("ViT-B-32")
     for text in TEXTS:
         ids = [i for i in theirs([text])[0].tolist() if i]

@@ -1,12 +1,10 @@
 """Retrieval of a whole split, on any number of ranks: its numbers, what is broken, and what is drawn of it."""
 
 import copy
-import json
 from unittest import mock
 
 import pytest
 import torch
-from PIL import Image
 
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
@@ -17,9 +15,8 @@ from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.metrics import summary
 from ds_cmli.evaluate.retrieval import evaluate_split
+from tests import make
 from tests.ranks import run
-
-CAPTIONS, PICTURES = 3, 5
 
 
 def untrained(source="demo"):
@@ -33,21 +30,27 @@ def untrained(source="demo"):
     return Evaluator(objective, data.tokenizer, torch.device("cpu"), 2), pairs
 
 
+def parts(folder):
+    """A folder of a picture to train on and five held-out ones, of which the second is broken."""
+    make.pairs(folder / "train", 1)
+    make.pairs(folder / "validation", 5, broken=[1])
+    return folder / "validation"
+
+
 def on_rank(rank, world_size, path):
     """Of scenes, figures and match maps; of a folder with a broken picture, figures and the pictures that are read."""
     model, scenes = untrained()
     figures, own = evaluate_split(model, scenes)
     maps = match_maps(own, model.tokenizer, model.student.grid, 5)
-    opened, read = [], Files.image
+    of_folder, opened, read = untrained(path), [], Files.image
     with mock.patch.object(Files, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
-        return figures, maps, evaluate_split(*untrained(path))[0], [file for file in opened if file != "a.png"]
+        return figures, maps, evaluate_split(*of_folder)[0], opened
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
-    folder(tmp_path)
-    (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
+    parts(tmp_path)
     expected, maps, of_folder, opened = on_rank(0, 1, tmp_path)
-    results = run(on_rank, 3, tmp_path)  # 11 pictures on 3 ranks: shares of 4, 4 and 3
+    results = run(on_rank, 2, tmp_path)  # 11 pictures: shares of 6 and 5
     for figures, drawn, also, _ in results:
         assert figures == pytest.approx(expected, abs=1e-9) and also == of_folder
         assert len(drawn) == 5 and all((one == other).all() for one, other in zip(drawn, maps, strict=True))
@@ -69,37 +72,23 @@ def test_training_mode_and_random_numbers_stay_as_they_were():
     assert model.module.training and torch.equal(before, torch.random.get_rng_state())
 
 
-def folder(path):
-    (path / "train").mkdir()
-    (path / "validation").mkdir()
-    Image.new("RGB", (8, 8)).save(path / "train" / "a.png")
-    (path / "train" / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "square 0"}\n')
-    rows = []
-    for number in range(PICTURES):
-        Image.new("RGB", (8, 8), (40 * number, 0, 0)).save(path / "validation" / f"{number}.png")
-        rows += [{"file_name": f"{number}.png", "text": f"square {number}"}] * CAPTIONS
-    (path / "validation" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path):
-    folder(tmp_path)
-    (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
-    (tmp_path / "validation" / "4.png").unlink()
-    with open(tmp_path / "validation" / "metadata.jsonl", "a") as file:
+    held_out = parts(tmp_path)
+    (held_out / "4.png").unlink()
+    with open(held_out / "metadata.jsonl", "a") as file:
         file.write('{"file_name": "0.png", "text": "\\u200b"}\n')
         file.write('{"file_name": "2.png", "text": "square \\udcff"}\n')
         file.write('{"file_name": "3.png", "text": " "}\n')  # a blank caption beside others is none
     result, _ = evaluate_split(*untrained(tmp_path))
-    assert (result["pairs"], result["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
-    assert result["left_out"] == 2 * CAPTIONS + 2
+    assert (result["pairs"], result["pictures"], result["left_out"]) == (3, 3, 4)
     assert result["chance/t2i_r1"] == pytest.approx(1 / 3)
     lines = " ".join(result["left_out_first"])
     reasons = "1.png (cannot identify", "4.png (no such file)", "0.png (caption without", "2.png (caption that is no"
     assert all(reason in lines for reason in reasons)
     heading, columns, *rows = summary(result, "bf16", "val").splitlines()
-    assert heading.startswith("  val 9 pairs, 3 pictures, in bf16, 8 left out: ")
+    assert heading.startswith("  val 3 pairs, 3 pictures, in bf16, 4 left out: ")
     assert max(map(len, [columns, *rows])) < 80 and rows[-1].split()[:2] == ["chance", "0.333"]
-    for file in (tmp_path / "validation").glob("*.png"):
+    for file in held_out.glob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"no picture can be used.*png \(cannot identify"):
         evaluate_split(*untrained(tmp_path))

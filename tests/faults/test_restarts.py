@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from tests import make
-from tests.checkpoint.runs import assert_same, programs
-from tests.ranks import ROOT, clean_environment, free_port, wait_for
+from tests.checkpoint.runs import assert_same
+from tests.ranks import ROOT, clean_environment, free_port, start_ranks, wait_for
 
 STEPS = 20
 
@@ -23,7 +23,9 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(tmp_path):
     options = {"--steps": STEPS, "--log-every": 1, "--save-every": 3, "--deepspeed_config": fp32}
     options["--data"] = make.pairs(tmp_path / "pairs", count=63)
     words = make.small(options)
-    programs(2, [*words, "--output-dir", str(tmp_path / "unbroken")])
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    unbroken = start_ranks(["ds_cmli/train.py", *words, "--output-dir", tmp_path / "unbroken"], logs)
+    assert [process.wait(300) for process in unbroken] == [0, 0], logs[0].read_text()
 
     launcher = [str(Path(sys.executable).with_name("torchrun")), "--max-restarts=1", "--monitor-interval=0.1"]
     launcher += ["--shutdown-timeout=5", "--nproc-per-node=2", f"--master-port={free_port()}"]

@@ -7,9 +7,6 @@ import pytest
 import torch
 
 from tests import make
-from tests.checkpoint.runs import json_file
-from tests.drive_train import drive
-from tests.metrics_file import metrics
 
 
 def losses(device, compile_, stage, checkpointing):
@@ -46,16 +43,16 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)
 
 
-def test_divided_leaf_modules_are_evaluated_also_where_the_first_layers_are_frozen(tmp_path, alone):
+def test_divided_leaf_modules_are_evaluated_also_where_the_first_layers_are_frozen(source, tmp_path):
     """Blocks that are compiled under ZeRO-3 are its leaf modules; evaluation uses other methods than forward."""
     zero = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-    given = ["--preset", "tiny", "--losses", "global,cmli", "--steps", "2", "--set", "run.match_maps=0"]
-    given += ["--data", make.pairs(tmp_path / "pairs", count=40), "--set", "student.freeze_image=1"]
+    options = {"--deepspeed_config": make.json_file(tmp_path / "ds.json", zero), "--losses": "global,cmli"}
+    options |= {"--steps": 2, "--eval-every": 1}
     losses = []
     for kind in ("off", "blocks"):
-        more = [*json_file(tmp_path / "ds.json", zero), "--set", f"run.compile={kind}", "--eval-every", "1"]
+        settings = {"run.compile": kind, "student.layers": 2, "student.freeze_image": 1}
         with mock.patch("torch.compile", lambda function, **_: function):  # which takes minutes
-            assert drive([*given, *more, "--output-dir", str(tmp_path / kind)]) == 0
-        assert [line["step"] for line in metrics(tmp_path / kind) if "eval/val/pairs" in line] == [1, 2]
-        losses.append([line["loss"] for line in metrics(tmp_path / kind) if "loss" in line])
+            assert make.train(*make.small(options | {"--output-dir": tmp_path / kind}, settings), *source) == 0
+        assert [line["step"] for line in make.lines(tmp_path / kind, "eval/val/pairs")] == [1, 2]
+        losses.append([line["loss"] for line in make.lines(tmp_path / kind)])
     assert len(losses[0]) == 2 and losses[1] == pytest.approx(losses[0], rel=1e-6)

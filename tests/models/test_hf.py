@@ -3,8 +3,6 @@
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -21,7 +19,8 @@ from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
 from ds_cmli.models import hf
 from tests.make import save_run
-from tests.ranks import clean_environment
+from tests.models.test_encoders import BERT, SMALL, T5
+from tests.ranks import python
 
 TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
@@ -39,9 +38,6 @@ def trained(student=None, losses=("global", "cmli"), data=None):
     return config, objective.eval(), words
 
 
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
 KINDS = {
     "vit, bert": ({}, ("global", "cmli")),
@@ -99,9 +95,8 @@ with torch.no_grad():
 def test_another_process_loads_the_same(run, tmp_path):
     inputs = AutoProcessor.from_pretrained(run)(images=[PIXELS] * 3, text=TEXTS)
     torch.save(dict(inputs), tmp_path / "in")
-    environment = clean_environment() | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    files = [run, tmp_path / "in", tmp_path / "out"]
-    subprocess.run([sys.executable, "-c", OTHER, *files], env=environment, check=True, stdin=subprocess.DEVNULL)
+    done = python("-c", OTHER, run, tmp_path / "in", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "out")
     assert all(torch.equal(value, found[name]) for name, value in load_file(run / hf.WEIGHTS).items())
     for name, value in AutoModel.from_pretrained(run)(**inputs).items():
