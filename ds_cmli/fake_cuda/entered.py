@@ -2,10 +2,12 @@
 
 import ctypes
 import gc
+from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,15 +21,26 @@ from torch.utils import _foreach_utils
 
 from ds_cmli.cmli.cpu import compiled
 from ds_cmli.common import UserError, blame
-from ds_cmli.fake_cuda import device, kernels
+from ds_cmli.fake_cuda import kernels
 from ds_cmli.fake_cuda.recorder import Recorder
-from ds_cmli.fake_cuda.streams import Stream
+from ds_cmli.fake_cuda.streams import Event, Stream
 from ds_cmli.fake_cuda.values import Values, WithoutData
+from ds_cmli.memory_model.caching_allocator import MIN_BLOCK
 from ds_cmli.memory_model.gpus import Gpu
 
 OLDEST, NEXT = "2.10", "2.16"  # of PyTorch: what is between is known to answer alike
 FOREACH = "_foreach_supported_types"
 GPU = (torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.nvtx)
+# What functions of torch.cuda return that need no state.
+ANSWERS = {
+    "init _lazy_init set_device manual_seed manual_seed_all set_rng_state ipc_collect": None,
+    "reset_peak_memory_stats reset_max_memory_allocated reset_max_memory_cached": None,
+    "range_push range_pop": None,
+    "is_available is_initialized is_bf16_supported": True,
+    "_is_in_bad_fork is_current_stream_capturing": False,
+    "current_device _exchange_device _maybe_exchange_device initial_seed": 0,
+    "device_count": 1,
+}
 
 
 @contextmanager
@@ -50,7 +63,7 @@ def fake_cuda(recorder: Recorder, gpu: Gpu) -> Iterator[None]:
         stack.callback(guard().fake_cuda_off)
         # Autograd stays in this thread.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        for owner, name, replacement in _patches(device.functions(gpu, recorder)):
+        for owner, name, replacement in _patches(_functions(gpu, recorder)):
             if hasattr(owner, name):
                 stack.enter_context(mock.patch.object(owner, name, replacement))
         stack.enter_context(kernels.registered(gpu))
@@ -72,10 +85,9 @@ def guard() -> ctypes.CDLL:
     if installed < OLDEST or installed >= NEXT:
         raise UserError(f"torch is {installed}: a prediction knows {OLDEST} to before {NEXT}")
     root = Path(torch.__file__).parent
-    include, lib = root / "include", root / "lib"
-    flags = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-    flags += [f"-L{lib}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{lib}"]
-    flags += [f"-DFOR_TORCH={installed}"]  # another version has another library
+    flags = ["-std=c++20", f"-I{root / 'include'}", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
+    # Another version has another library.
+    flags += [f"-Wl,-rpath,{root / 'lib'}", f"-DFOR_TORCH={installed}"]
     with blame("a prediction compiles with g++ 10 or later, into the folder DS_CMLI_CACHE"):
         return compiled(Path(__file__).parent / "guard.cpp", flags)
 
@@ -98,6 +110,59 @@ def _patches(gpu_functions: dict[str, object]) -> list[tuple[object, str, object
         # It compiles kernels for a GPU, which update in place and allocate nothing.
         (OpBuilder, "load", kernels.loading(OpBuilder.load)),
     ]
+
+
+def _functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
+    """The functions and classes of `torch.cuda` for this GPU, by name."""
+    properties = SimpleNamespace(name=gpu.name, shared_memory_per_block=48 * 1024)
+    properties.major, properties.minor = gpu.capability
+    properties.total_memory, properties.multi_processor_count = gpu.total.bytes, gpu.multiprocessors
+    properties.max_threads_per_multi_processor = gpu.threads
+    properties.shared_memory_per_block_optin = gpu.shared
+
+    @contextmanager
+    def stream(on: Stream | None) -> Iterator[None]:
+        before, Stream.current = Stream.current, on or Stream.current
+        try:
+            yield
+        finally:
+            Stream.current = before
+
+    def synchronize(*_: object) -> None:
+        for work in Stream.works.values():
+            work.finish(work.launched)
+
+    def empty_cache() -> None:
+        synchronize()  # as PyTorch's allocator does
+        recorder.empty_cache()
+
+    def memory_stats(*_: object, **__: object) -> dict[str, int]:
+        allocated = sum(-(-live.bytes // MIN_BLOCK) * MIN_BLOCK for live in recorder.live.values())
+        return defaultdict(int, {"allocated_bytes.all.current": allocated})
+
+    stateless: dict[str, object] = {
+        name: _always(x) for names, x in ANSWERS.items() for name in names.split()
+    }
+    return stateless | {
+        "get_device_properties": _always(properties),
+        "get_device_capability": _always(gpu.capability),
+        "get_device_name": _always(gpu.name),
+        "memory_stats": memory_stats,
+        "get_rng_state": _always(torch.zeros(16, dtype=torch.uint8)),
+        "empty_cache": empty_cache,
+        "synchronize": synchronize,
+        "current_stream": lambda *_: Stream.current,
+        "default_stream": lambda *_: Stream(number=0),
+        "set_stream": lambda on: setattr(Stream, "current", on),
+        "stream": stream,
+        "device": nullcontext,
+        "Stream": Stream,
+        "Event": Event,
+    }
+
+
+def _always(value: object) -> Callable[..., object]:
+    return lambda *_, **__: value
 
 
 def _apply(self: nn.Module, function: Callable, recurse: bool = True) -> nn.Module:

@@ -1,7 +1,7 @@
 """Answers where training reads values, which tensors without data do not have.
 
-Small tensors on the host have data. A copy of whole numbers to the device remembers them, and so do
-what is computed and what is gathered of such alone. All others are stood in for.
+Small tensors on the host have data. A copy of whole numbers to the device remembers them, and so
+does what is computed of such alone. All others are stood in for.
 """
 
 from collections.abc import Iterable
@@ -30,7 +30,6 @@ FACTORIES |= {
     getattr(aten, name).default for name in ("zeros", "ones", "full", "rand", "randn", "randint")
 }
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
-GATHERS = {"_allgather_base_", "allgather_"}  # c10d's: the first argument gets what the second has
 
 
 def known_values(x: Tensor) -> Tensor | None:
@@ -97,7 +96,8 @@ class Values(TorchDispatchMode):
             Stream.current.synchronize()
             return self._value(args[0])
         if func.namespace == "c10d":
-            return self._collective(func, args, kwargs)
+            with in_kernel_invocation_manager(self.without_data):
+                return func(*args, **kwargs)  # all ranks have what this one has
         if func is aten._to_copy.default:
             source = args[0]
             if not isinstance(source, FakeTensor):
@@ -123,20 +123,6 @@ class Values(TorchDispatchMode):
         if x.dtype.is_floating_point:
             return NUMBER
         return getattr(x, "likely", False) if x.dtype == torch.bool else 0
-
-    def _collective(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
-        """All ranks have what this one has: of sums, too, nobody reads the values."""
-        with in_kernel_invocation_manager(self.without_data):
-            out = func(*args, **kwargs)
-        if func._schema.name.split("::")[1] in GATHERS:
-            own = tree_leaves(args[1])[0]
-            for into in tree_leaves(args[0]):
-                known = known_values(own)
-                if known is not None and isinstance(into, FakeTensor):
-                    with _disable_current_modes():
-                        times = into.numel() // known.numel()
-                        vars(into)["remembered"] = known.flatten().repeat(times).view(into.shape)
-        return out
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
