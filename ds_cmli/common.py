@@ -24,7 +24,7 @@ JsonObject = dict[str, Any]
 Section = Mapping[str, Any]  # a part of a JSON that is only read
 
 
-class UserError(Exception):
+class UserError(click.ClickException):
     """A mistake that the user can correct: the setting, the value found and what to do."""
 
 
@@ -81,8 +81,7 @@ class GroupedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list] = {}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
+            if record := parameter.get_help_record(ctx):
                 groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
         for name, records in groups.items():
             with formatter.section(name):
@@ -110,14 +109,9 @@ def prints() -> bool:
 
 def check_writable(name: str) -> None:
     """Raise `UserError` if a file cannot be written, before the work whose result it will hold."""
-    there = os.path.lexists(name)
-    try:
-        with open(name, "a"):
-            pass
-        if not there:
-            os.remove(name)
-    except OSError as error:
-        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
+    place = name if os.path.exists(name) else os.path.dirname(name) or "."
+    if os.path.isdir(name) or not os.access(place, os.W_OK):
+        raise UserError(f"cannot write {name!r}: give a file in a folder that can be written to")
 
 
 def run_command(command: click.Command) -> NoReturn:
@@ -132,15 +126,13 @@ def exit_code(command: click.Command) -> int:
     """Run a command; a mistake is one line, which rank 0 prints, as all ranks meet the same one."""
     try:
         return command.main(standalone_mode=False) or 0
-    except UserError as error:
-        message = str(error)
     except click.ClickException as error:
         message = error.format_message()
     except OSError as error:
         if error.filename is None:  # it is not the file that the user named
             raise
         message = f"{error.strerror}: {error.filename!r}"
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
         message = "interrupted"
     if prints():
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
@@ -171,32 +163,30 @@ def silence() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch.profiler on missing GPUs
-    # A sixth of a start would be spent on looking for garbage among a million imported objects.
-    if "deepspeed" not in sys.modules:
-        gc.set_threshold(100_000)
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     # This is a filter and not a level, because DeepSpeed sets the level when it is imported.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def freeze_imports() -> None:
-    """Look for garbage as usual again, after `silence`, but not among what was imported."""
-    if gc.get_threshold()[0] == 100_000:
-        gc.freeze()
-        gc.set_threshold(700)
-
-
 @contextmanager
 def without_trackers() -> Iterator[None]:
-    """Hide from libraries, inside, trackers that they would import, which takes seconds."""
-    hidden = {"mlflow", "wandb"} - sys.modules.keys()
+    """Import libraries inside without trackers that they would import, which takes seconds.
+
+    A sixth of a start would be spent on looking for garbage among a million imported objects.
+    """
+    before = {*sys.modules}
+    hidden = {"mlflow", "wandb"} - before
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    gc.disable()
     try:
         yield
     finally:
         for name in hidden:
             del sys.modules[name]
+        if sys.modules.keys() > before:
+            gc.freeze()
+        gc.enable()
 
 
 def version(package: str = "ds-cmli") -> str:
@@ -223,10 +213,7 @@ def revision() -> str | None:
 
 def read_json(path: Path) -> JsonObject:
     """The object in a JSON file. Raises OSError and ValueError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

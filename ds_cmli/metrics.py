@@ -65,8 +65,7 @@ class Writer:
     def advance(self) -> None:
         """Count a step."""
         self.since = min(self.since, time.monotonic())
-        with suppress(OSError):
-            self.bar.update()
+        self.bar.update()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Write what is finite of the values to metrics.jsonl, and its numbers to TensorBoard."""
@@ -99,21 +98,17 @@ class Writer:
         self.events.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
-        with suppress(OSError):
-            self.bar.close()
+        self.bar.close()
         self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
 class NullWriter:
-    """The writer of all ranks but rank 0. It does nothing."""
+    """The writer of all ranks but rank 0, whose methods do nothing."""
 
-    def say(self, *lines: str) -> None: ...
-    def advance(self) -> None: ...
-    def log(self, step: int, values: dict[str, Any]) -> None: ...
-    def picture(self, step: int, name: str, image: np.ndarray) -> None: ...
-    def close(self) -> None: ...
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 def open_wandb(folder: Path, settings: dict[str, Any]) -> Any:
@@ -156,21 +151,19 @@ class Meter:
 
     def _restart(self) -> None:
         self.pairs = self.steps = 0
-        self.since, self.data_s = time.monotonic(), 0.0
+        self.since, self.seconds = time.monotonic(), {"data": 0.0, "paused": 0.0}
 
     @contextmanager
     def step(self, micro_batches: Sequence[Batch]) -> Iterator[None]:
         """Enter a step; the FLOPs of the first one are counted, and taken for those of each."""
         self.steps += 1
-        if self.flops is not None:
-            yield
-            return
-        self.flops = sum(all_pairs_flops(self.engine, batch) for batch in micro_batches)
         with ExitStack() as stack:
-            for module, times in ((self.engine.objective, 3), (self.engine.teacher, 1)):
-                if module is not None:
-                    counted = partial(self._counted, module.forward, times)
-                    stack.enter_context(mock.patch.object(module, "forward", counted))
+            if self.flops is None:
+                self.flops = sum(all_pairs_flops(self.engine, batch) for batch in micro_batches)
+                for module, times in ((self.engine.objective, 3), (self.engine.teacher, 1)):
+                    if module is not None:
+                        counted = partial(self._counted, module.forward, times)
+                        stack.enter_context(mock.patch.object(module, "forward", counted))
             yield
 
     def _counted(self, forward: Callable, times: int, *arguments: Any, **named: Any) -> Any:
@@ -182,28 +175,22 @@ class Meter:
         return result
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
+    def timed(self, kind: str) -> Iterator[None]:
+        """Time the wait for "data", or what is no training ("paused")."""
         started = time.monotonic()
         yield
-        self.data_s += time.monotonic() - started
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time spent inside does not count as training, unless an exception is raised."""
-        started = time.monotonic()
-        yield
-        self.since += time.monotonic() - started
+        self.seconds[kind] += time.monotonic() - started
 
     def lap(self) -> dict[str, float]:
         """The columns of a logged step; counting begins anew."""
-        seconds = time.monotonic() - self.since
+        seconds = time.monotonic() - self.since - self.seconds["paused"]
         # Of the allocator on a GPU, of the process on a CPU.
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if self.engine.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated()
         out = {
             "pairs_per_s": float(f"{self.pairs / seconds:.4g}"),
-            "time/data": round(self.data_s / seconds, 4),
+            "time/data": round(self.seconds["data"] / seconds, 4),
             "peak_memory_bytes": memory,
         }
         if self.flops:

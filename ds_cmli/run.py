@@ -66,7 +66,7 @@ class Run:
             batch: Batch | None = None
             error: Exception | None = None
             try:
-                with self.meter.waiting_for_data():
+                with self.meter.timed("data"):
                     batch = next(batches)
             except UserError as caught:  # of a loading process: its traceback precedes its message
                 line = str(caught).strip().splitlines()[-1]
@@ -147,7 +147,7 @@ class Run:
         """
         ema = self.engine.ema
         try:
-            with self.meter.paused():
+            with self.meter.timed("paused"):
                 self._evaluate_splits("", counts=ema is None)  # collectives
                 if ema is not None:
                     with ema.as_weights():  # collectives
@@ -195,5 +195,5 @@ class Run:
     def save(self) -> None:
         """Save a checkpoint, or print a line that says why there is none. Collectives."""
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
-        with self.meter.paused(), self.watchdog.slow():
+        with self.meter.timed("paused"), self.watchdog.slow():
             self.writer.say(self.checkpoints.save(self.state))  # collectives

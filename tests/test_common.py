@@ -77,15 +77,14 @@ def test_an_output_that_is_lost_is_seen(streams, code, tmp_path):
 
 
 def test_a_file_is_tried_and_left_as_it_was(tmp_path):
-    """Neither an empty file is left, where what was to be written fails, nor one that was there lost."""
-    new, old, link = tmp_path / "new.json", tmp_path / "old.json", tmp_path / "link.json"
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
     old.write_text("kept")
-    link.symlink_to(tmp_path / "absent.json")
-    for path in (new, old, link):
+    for path in (new, old):
         check_writable(str(path))
-    assert not new.exists() and old.read_text() == "kept" and link.is_symlink()
-    with pytest.raises(UserError, match=r"cannot write '.*/none/x\.json': No such file"):
-        check_writable(str(tmp_path / "none" / "x.json"))
+    assert not new.exists() and old.read_text() == "kept"
+    for path in (tmp_path / "none" / "x.json", tmp_path):
+        with pytest.raises(UserError, match=f"^cannot write '{path}': "):
+            check_writable(str(path))
 
 
 def test_a_thread_that_still_runs_changes_no_exit_code_and_loses_no_line():

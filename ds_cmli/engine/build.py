@@ -13,7 +13,7 @@ import torch
 
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
-from ds_cmli.common import blame, freeze_imports, say
+from ds_cmli.common import blame, say
 from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
@@ -112,7 +112,6 @@ def build(
     """
     import deepspeed
 
-    freeze_imports()
     if device.type == "cpu":
         # It would compile collectives, for minutes at the first start.
         deepspeed.ops.__compatible_ops__ = {}

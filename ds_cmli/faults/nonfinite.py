@@ -27,7 +27,7 @@ def poison(loss: Tensor) -> Tensor:
 
 def count_at_lowest_scale(optimizer: Any) -> None:
     """Have fp16's overflows at the lowest loss scale skipped, and not raised."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False
 
@@ -47,7 +47,9 @@ def skipped_samples(
     own = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
     every = [batch for of_rank in flags.gather(own) for batch in of_rank]  # collective
     lost = [sample for samples, finite in every if not finite for sample in samples]
-    scaler = getattr(optimizer, "loss_scaler", None)  # of fp16; a dynamic one has a `min_scale`
+    scaler: Any = getattr(
+        optimizer, "loss_scaler", None
+    )  # of fp16; a dynamic one has a `min_scale`
     if lost or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
         return sorted(lost)
     return sorted(sample for samples, _ in every for sample in samples)
