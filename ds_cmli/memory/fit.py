@@ -24,9 +24,9 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
     """An n from 1 to `most` with needs(n) <= room < needs(n + n // 200 + 1); 0 if there is none.
 
     `needs` must grow with n. It is nearly linear, so the next n to try comes from the line through
-    the two nearest to the room; as it may jump in between, every second one halves what is left
-    below one that does not fit. What differs by less than half a percent is not told apart: the
-    allocator's steps are as large.
+    the two that enclose the room, or else the two largest; as it may jump in between, every second
+    one halves what is left below one that does not fit. What differs by less than half a percent is
+    not told apart: the allocator's steps are as large.
     """
     known = {1: needs(1)}
     if known[1] > room:
@@ -39,13 +39,13 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
             low = guess
         else:
             high = guess
-        a, b = sorted(known, key=lambda n: abs(known[n] - room))[:2]
+        a, b = (low, high) if high <= most else sorted(known)[-2:]
         if known[a] == known[b] or (len(known) % 2 == 0 and high <= most):
             guess = (low + min(high, MOST_GROWTH * low)) // 2
         else:
             guess = a + (room - known[a]) * (b - a) // (known[b] - known[a])
         if high > most:  # where the allocator begins to free what it keeps, the line turns back
-            guess = max(guess, low + low // 8)
+            guess = max(guess, low + low // 16)
     return low
 
 
