@@ -68,6 +68,8 @@ def printable(text: str) -> str:
 
 # --- commands
 
+LONGEST = 1500  # characters of a mistake's line
+
 
 class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str, **kwargs: Any):
@@ -134,8 +136,11 @@ def exit_code(command: click.Command) -> int:
         message = f"{error.strerror}: {error.filename!r}"
     except click.Abort:
         message = "interrupted"
+    line = " ".join(message.split())
+    if len(line) > LONGEST:  # it repeats a long value
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"
     if prints():
-        print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -48,7 +48,7 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
     source, target = Path(run), Path(folder)
     config = load_config(source / RUN, "the run")
     began = config.student.source_config.get("model_type", "two encoders")
-    if kind is not None and began.replace("siglip2", "siglip") != kind:
+    if kind is not None and began != kind:
         raise UserError(f"--as is {kind!r}, and the run's student began as {began}")
     if kind is not None and config.student.shared_blocks:
         raise UserError(f"--as is {kind!r}: its models have no shared blocks, and the run's has")

@@ -164,8 +164,14 @@ class Run:
         `counts`: whether the result can be the best of the run. Collectives.
         """
         settings, state, engine, writer = self.config.run, self.state, self.engine, self.writer
-        how = settings.eval_batch, self.config.data.workers, self.poll, preemption.shield
-        model = Evaluator(engine.objective, self.data.tokenizer, engine.device, *how)  # collective
+        model = Evaluator(  # collective
+            engine.objective,
+            self.data.tokenizer,
+            engine.device,
+            workers=self.config.data.workers,
+            heartbeat=self.poll,
+            worker_init=preemption.shield,
+        )
         for split, pairs in self.data.evals.items():
             name = split + suffix
             metrics, embedded = evaluate_split(model, pairs)  # collectives

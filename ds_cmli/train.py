@@ -23,8 +23,9 @@ import click
 from ds_cmli import hardware
 from ds_cmli.common import UserError, blame, run_command, say, silence, version, without_trackers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import ConfigCommand, Given, resolve_config
-from ds_cmli.config.schema import Config
+from ds_cmli.config.options import ConfigCommand
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config, Sections
 from ds_cmli.distributed import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profile import Profiles
@@ -38,7 +39,7 @@ NO_PROFILES = Profiles()
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
 def command(
     deepspeed_config: str,
-    settings: list[Given],
+    settings: Sections,
     resume: str,
     resume_with_changes: bool,
     profile: str | None,
@@ -52,7 +53,7 @@ def command(
     it saves and ends with exit code 85; started again in the same way, it resumes.
     """
     map_launcher_environment()
-    config = resolve_config(settings)
+    config = load_preset(None, settings)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {version()}: preset {config.run.preset}, to {where}")
     silence()

@@ -39,7 +39,9 @@ from ds_cmli.models.hf import AVERAGE
 from ds_cmli.pretrained import loading
 
 # The sections of the DeepSpeed JSON that decide the form of DeepSpeed's files.
-OF_FILES = re.compile(r"deepspeed\.(zero_|fp16|bf16|data_types|torch_auto)")
+OF_FILES = re.compile(r"zero_|fp16|bf16|data_types|torch_auto")
+# How the batch is split over ranks: these settings change with the number of ranks.
+BATCH_SPLIT = ("optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu")
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "lr_lambdas")
 # All that PyTorch's loader builds from a file besides tensors and plain values.
@@ -154,7 +156,7 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
     for key in ("train_batch_size", "gradient_accumulation_steps"):
         if ds_config.get(key, "auto") != "auto":
             sizes[key] = ds_config[key]
-    return ds_config.replaced(**sizes)
+    return DeepSpeedConfig.of({**ds_config, **sizes})
 
 
 def state_of(
@@ -174,7 +176,8 @@ def state_of(
     state = TrainState(evaluated=not config.student.source)
     if point is not None:
         state = point.state
-        changed = schema.differences(state.config, now, point.batch_as_asked)
+        free = () if point.batch_as_asked else BATCH_SPLIT
+        changed = [x for x in schema.differences(state.config, now) if not x.startswith(free)]
         if changed and not with_changes:
             raise UserError(
                 f"the run in {point.path.parent.parent} was made with other settings: "
@@ -183,8 +186,9 @@ def state_of(
         point.changed = bool(changed)
         say(f"resuming from {point.path}" + " with changes: " * point.changed + "; ".join(changed))
         ranks = distributed.world_size()
-        names = [name for name in {*state.config, *now} if OF_FILES.match(name)]
-        same = all(state.config.get(name, name) == now.get(name, name) for name in names)
+        before, after = state.config["deepspeed"], now["deepspeed"]
+        names = filter(OF_FILES.match, {*before, *after})
+        same = all(before.get(name) == after.get(name) for name in names)
         point.resharded = not same or state.world_size != ranks
         if point.resharded:
             say(f"from {state.world_size} ranks to {ranks}: through a universal checkpoint")

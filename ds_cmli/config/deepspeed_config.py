@@ -12,31 +12,36 @@ from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, Required, Self, TypedDict
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, without_trackers
-from ds_cmli.config.schema import Count, NotNegative, OptimConfig, check, choice, refusal, words
+from ds_cmli.config.schema import (
+    FREE_KEYS,
+    Count,
+    NotNegative,
+    OptimConfig,
+    check,
+    choice,
+    refusal,
+    words,
+)
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-KEYS = {*BATCH_KEYS, *LOGS} | words("""
-    activation_checkpointing bf16 checkpoint comet comms_logger communication_data_type csv_monitor
-    data_types disable_python_gc flops_profiler fp16 gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor optimizer prescale_gradients scheduler tensorboard timers
-    torch_autocast wandb zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+KEYS = {*BATCH_KEYS, *FREE_KEYS} | words("""
+    activation_checkpointing bf16 comet communication_data_type data_types disable_python_gc fp16
+    gradient_allreduce_op gradient_clipping gradient_predivide_factor optimizer prescale_gradients
+    scheduler torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization
 """)
 # Keys of DeepSpeed that training does not use: left out where they ask for nothing.
 UNUSED = words("""
     aio autotuning compile compression_training curriculum_learning data_efficiency
     dataloader_drop_last disable_allgather elasticity hybrid_engine nebula pipeline
-    progressive_layer_drop sparse_attention sparse_gradients tensor_parallel weight_quantization
+    progressive_layer_drop sparse_attention sparse_gradients tensor_parallel
+    weight_quantization
 """)
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
-# The sizes of ZeRO's buffers by the model's hidden size, as factor and power.
-WIDTHS = {
-    "reduce_bucket_size": (1, 2),
-    "stage3_prefetch_bucket_size": (0.9, 2),
-    "stage3_param_persistence_threshold": (10, 1),
-}
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
+BETAS, EPS, CLIPPING = (0.9, 0.98), 1e-6, 1.0  # what "auto" means
 
 Auto = Literal["auto"]
 
@@ -92,45 +97,40 @@ class DeepSpeedConfig(dict[str, Any]):
 
     @classmethod
     def of(cls, content: Section) -> Self:
-        """Check the content of such a file. Raises `UserError`. Imports DeepSpeed."""
+        """Check the content of such a file; null is as not given. Raises `UserError`."""
         if isinstance(content, cls):
             return content
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
             if key in UNUSED:
                 check(value in NOTHING, key, value, "it has no effect here: remove it")
-            else:
+            elif value is not None:
                 choice("key", key, KEYS)
                 out[key] = value
         try:
             TypeAdapter(Content).validate_python(out, strict=True)
         except ValidationError as error:
-            raise refusal(error, "", out) from None
+            raise refusal(error, out) from None
         for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
+        for section in {"optimizer", "scheduler"} & out.keys():
+            kind, params = out[section]["type"], out[section].get("params", {})
+            with blame(f"{section}.params does not suit {kind}"):
+                given = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
+                signature(section, kind).bind_partial(None, **given)
         with without_trackers():
             from deepspeed.runtime import config as theirs
-        for section in {"optimizer", "scheduler"} & out.keys():
-            params, takes = out[section].get("params", {}), signature(section, out[section]["type"])
-            if section == "optimizer" and out.optimizer in ADAMS:
-                params = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
-            with blame(f"{section}.params does not suit {out[section]['type']}"):
-                takes.bind_partial(None, **params)
-        # Where it has one of the same name, it would not take PyTorch's.
-        torchs = out.optimizer not in theirs.DEEPSPEED_OPTIMIZERS
-        allowed = torchs and out.get("zero_allow_untested_optimizer", False)
-        need = "take AdamW, or another of PyTorch's with zero_allow_untested_optimizer"
-        check(out.optimizer in ADAMS or allowed, "optimizer.type", out.optimizer, need)
+        if out.optimizer not in ADAMS:
+            # Where DeepSpeed has one of the same name, it would not take PyTorch's.
+            torchs = out.optimizer not in theirs.DEEPSPEED_OPTIMIZERS
+            allowed = torchs and out.get("zero_allow_untested_optimizer", False)
+            need = "take AdamW, or another of PyTorch's with zero_allow_untested_optimizer"
+            check(allowed, "optimizer.type", out.optimizer, need)
         with blame("DeepSpeed refuses it"):
             plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
             theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
         return out
-
-    def replaced(self, **settings: Any) -> Self:
-        """Copy it with these keys set; None removes one."""
-        changed = {**self, **settings}
-        return self.of({key: value for key, value in changed.items() if value is not None})
 
     # --- derived values
 
@@ -153,17 +153,9 @@ class DeepSpeedConfig(dict[str, Any]):
         return self["gradient_accumulation_steps"]
 
     @property
-    def needs_width(self) -> bool:
-        return any(self["zero_optimization"].get(key) == "auto" for key in WIDTHS)
-
-    @property
     def optimizer(self) -> str:
         """The optimizer's name in lower case."""
         return self.get("optimizer", {"type": "AdamW"})["type"].lower()
-
-    @property
-    def optimizer_params(self) -> JsonObject:
-        return dict(self.get("optimizer", {}).get("params", {}))
 
     # --- decisions
 
@@ -183,10 +175,9 @@ class DeepSpeedConfig(dict[str, Any]):
         if out.get("torch_autocast", {}).get("enabled"):
             chosen = "fp32"
         for name in has:
+            given = out.pop(name, {})
             if name == chosen:
-                out.setdefault(name, {})["enabled"] = True
-            else:
-                out.pop(name, None)
+                out[name] = {**given, "enabled": True}
         return out
 
     def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
@@ -195,15 +186,14 @@ class DeepSpeedConfig(dict[str, Any]):
         Raises `UserError` if the first is not the product of the other two and the number of ranks.
         """
         given = [self.get(key, "auto") for key in BATCH_KEYS]
-        total, micro, steps = (None if value == "auto" else value for value in given)
-        if micro is None:
-            micro = micro_batch
-            if total is not None and steps is not None:
-                micro = max(1, total // (steps * world_size))
-        if steps is None:
-            steps = 1 if total is None else max(1, total // (micro * world_size))
+        total, micro, steps = (0 if value == "auto" else value for value in given)
+        if not micro:
+            both = total and steps
+            micro = max(1, total // (steps * world_size)) if both else micro_batch
+        if not steps:
+            steps = max(1, total // (micro * world_size))
         product = micro * steps * world_size
-        if total not in (None, product):
+        if total not in (0, product):
             raise UserError(
                 f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x "
                 f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: "
@@ -212,19 +202,23 @@ class DeepSpeedConfig(dict[str, Any]):
         return product, micro, steps
 
     def filled(self, optim: OptimConfig, world_size: int, total_steps: int, width: int = 0) -> Self:
-        """Copy it with all "auto" values filled; `width` is the model's, where `needs_width`."""
+        """Copy it with all "auto" values filled; `width` is the model's, for ZeRO's buffers."""
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
-            out["gradient_clipping"] = optim.grad_clip
+            out["gradient_clipping"] = CLIPPING
         params = out.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
         if out.optimizer in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
-        values: JsonObject = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps}
+        values: JsonObject = {"lr": optim.lr, "betas": list(BETAS), "eps": EPS}
         out._fill("optimizer", **values, weight_decay=optim.weight_decay)
-        for key, (factor, power) in WIDTHS.items():
-            if out["zero_optimization"].get(key) == "auto":
-                out["zero_optimization"][key] = int(factor * width**power)
+        zero = out["zero_optimization"]
+        sizes = {
+            "reduce_bucket_size": width**2,
+            "stage3_prefetch_bucket_size": int(0.9 * width**2),
+            "stage3_param_persistence_threshold": 10 * width,
+        }
+        zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
         if "scheduler" in out:
             warmup = {"warmup_min_lr": 0, "warmup_num_steps": optim.warmup_steps(total_steps)}
             end: JsonObject = {"warmup_max_lr": params["lr"], "total_num_steps": total_steps}
@@ -258,7 +252,5 @@ def signature(section: str, name: str) -> inspect.Signature:
 
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
     name = "AdamW" if name.lower() in ADAMS else name
-    choice(
-        f"{section}.type", name, [name for name, kind in kinds.items() if isinstance(kind, type)]
-    )
+    choice(f"{section}.type", name, [key for key in kinds if isinstance(kinds[key], type)])
     return inspect.signature(kinds[name])

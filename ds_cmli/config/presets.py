@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.common import Section
-from ds_cmli.config.schema import Config, RunConfig, Sections, check, check_sections, choice
+from ds_cmli.common import Section, UserError
+from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
 from ds_cmli.config.source import applied
 
 # Of the packaged weights that student.text_weights "demo" means.
@@ -123,6 +123,6 @@ def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
         if optim.get(one) is not None and other not in optim:
             values["optim"][other] = None
     config = Config.from_dict(values)
-    need = "give the model to start from, --start-from MODEL, or another preset"
-    check(name != "finetune" or bool(config.student.source), "run.preset", name, need)
+    if name == "finetune" and not config.student.source:
+        raise UserError("preset finetune needs the model to start from: --start-from MODEL")
     return config

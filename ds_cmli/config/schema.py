@@ -7,7 +7,7 @@ module has no heavy imports: `--help` and the checks of the user's settings do n
 import dataclasses
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,6 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 MOST = 10**9  # of counts and factors: products of two of them are finite in fp32
-SHOWN = 200  # the maximum number of characters of a value in a message
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -36,7 +35,6 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 EMPTY: Any = Field(default_factory=dict)
 Temperature = Annotated[float, Field(ge=0.01, le=10)]
-Betas = Annotated[tuple[BelowOne, BelowOne], Field(strict=False)]
 
 
 @dataclass(config=STRICT)
@@ -62,8 +60,7 @@ class StudentConfig:
     freeze_text: Number = 0  # the same of the text encoder
     # LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the rest is frozen.
     lora: dict[Literal["image", "text"], Names] = EMPTY
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
-    lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters, whose factor is 2
 
     def __post_init__(self) -> None:
         choice("student.image_backbone", self.image_backbone, IMAGE)
@@ -137,15 +134,12 @@ class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
     lr: Positive = 1e-4  # the learning rate after warmup
-    betas: Betas = (0.9, 0.98)  # of Adam
-    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # of Adam
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate; "rest" is shared blocks, heads and temperatures.
     lr_factors: dict[Literal["image", "text", "rest"], Positive] = EMPTY
     # The factor of the learning rate per encoder layer downwards.
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
-    grad_clip: NotNegative = 1.0  # largest gradient norm; 0: off
     # Decay of an average of the weights, evaluated and saved too (0.999: some 1,000 steps); 0: off.
     ema_decay: BelowOne = 0.0
     micro_batch: Count = 64  # B, pairs per rank
@@ -176,7 +170,6 @@ class RunConfig:
     output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
     log_every: Count = 10  # steps from one logged step to the next
     eval_every: Number = 0  # steps; 0: only at the end
-    eval_batch: Count = 50  # pairs per batch of an evaluation
     match_maps: Number = 4  # held-out pairs of each split whose match maps TensorBoard gets
     # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
     report_to: Literal["tensorboard", "wandb"] = "tensorboard"
@@ -215,7 +208,7 @@ class Config:
             try:
                 built[section] = kind(**given)
             except ValidationError as error:
-                raise refusal(error, section, given) from None
+                raise refusal(error, given, section) from None
         return cls(**built)
 
 
@@ -249,7 +242,7 @@ def load_config(path: Path, setting: str) -> Config:
 def check(ok: bool, setting: str, value: object, need: str) -> None:
     """Raise a one-line `UserError` for the setting unless `ok`; `need` says what to give."""
     if not ok:
-        raise UserError(f"{setting} is {shown(value)}: {need}")
+        raise UserError(f"{setting} is {value!r}: {need}")
 
 
 def choice(setting: str, value: object, known: Collection[object]) -> None:
@@ -257,76 +250,53 @@ def choice(setting: str, value: object, known: Collection[object]) -> None:
     check(value in known, setting, value, nearest(str(value), known))
 
 
-def shown(value: object) -> str:
-    """The value as a message shows it; a long one is shortened."""
-    text = repr(value)
-    if len(text) <= SHOWN:
-        return text
-    return f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
-
-
-def refusal(error: ValidationError, section: str, values: Section) -> UserError:
-    """The first mistake that pydantic finds, in one line: the setting, its value, what it takes."""
+def refusal(error: ValidationError, values: Section, section: str = "") -> UserError:
+    """The first value that pydantic refuses, in one line, with all that it could be instead."""
     problems = error.errors(include_url=False)
+    where, path = problems[0]["loc"], list[str]()
     value: Any = values
-    path = list[int | str]()
-    for key in problems[0]["loc"]:  # what follows names a type of those that the setting takes
-        if not isinstance(value, Mapping) or key not in value:
-            break
-        value = value[key]
-        path.append(key)
-    setting = ".".join(filter(None, (section, *map(str, path))))
-    if problems[0]["type"] == "missing":
-        return UserError(f"{setting}.{problems[0]['loc'][-1]} is missing: give it")
-    needs = dict.fromkeys(p["msg"] for p in problems if p["loc"][: len(path)] == tuple(path))
-    return UserError(f"{setting} is {shown(value)}: {' or: '.join(needs)}")
+    for key in where:  # keys of mappings, and then the name of one of several types
+        if isinstance(value, dict):
+            path.append(str(key))
+            value = value.get(key)
+    depth = len(path)
+    needs = dict.fromkeys(p["msg"] for p in problems if p["loc"][:depth] == where[:depth])
+    setting = ".".join([section, *path] if section else path)
+    return UserError(f"{setting} is {value!r}: {' or: '.join(needs)}")
 
 
 def words(text: str) -> set[str]:
     return set(text.split())
 
 
-# --- the settings that a resumed run must have kept
+# --- what a resumed run must have kept
 
-# No step depends on the rest of `run`, and on these.
-OF_STEPS = {"run.seed", "run.compile", "run.deterministic"}
-FREE = {"data.workers", "data.max_bad_share"}
-# Likewise keys of the DeepSpeed JSON.
+# Of `data` and of the DeepSpeed JSON, what no step depends on. Of `run`, what it does depend on.
+FREE = {"workers", "max_bad_share"}
 FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb
 """)
-# How the global batch is split over ranks: these change with the number of ranks.
-BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
-MOST_DIFFERENCES = 20  # in a message, as hundreds of data files may differ
+OF_STEPS = ("seed", "compile", "deterministic")
 
 
 def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
     """The settings that must not change, as JSON values; `data` is `Data.fingerprint`."""
-    deepspeed = {key: value for key, value in ds_config.items() if key not in FREE_KEYS}
-    flat = flatten({**config.to_dict(), "deepspeed": deepspeed})
-    if data:
-        flat |= flatten({"sources": dict(data)})
-    kept = {k: v for k, v in flat.items() if not k.startswith("run.") or k in OF_STEPS}
-    return json.loads(json.dumps({k: v for k, v in kept.items() if k not in FREE}))
+    sections = {
+        **config.to_dict(),
+        "run": {name: getattr(config.run, name) for name in OF_STEPS},
+        "data": {key: value for key, value in vars(config.data).items() if key not in FREE},
+        "deepspeed": {key: value for key, value in ds_config.items() if key not in FREE_KEYS},
+        "sources": data or {},
+    }
+    return json.loads(json.dumps(sections))
 
 
-def flatten(value: object, path: str = "") -> JsonObject:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
-    if not isinstance(value, dict) or not value:
-        return {path: value}
-    out: JsonObject = {}
-    for key, item in value.items():
-        out |= flatten(item, f"{path}.{key}" if path else str(key))
-    return out
-
-
-def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[str]:
-    """`["optim.lr: 0.001 -> 0.002", ...]`; without `same_ranks` not those of `BATCH_SPLIT`."""
-    lines = []
-    for name in sorted({*before, *now} - (set() if same_ranks else BATCH_SPLIT)):
-        old, new = (json.dumps(of[name]) if name in of else "not set" for of in (before, now))
-        if before.get(name, name) != now.get(name, name):
-            lines.append(f"{name}: {old} -> {new}")
-    more = len(lines) - MOST_DIFFERENCES
-    return lines if more <= 0 else [*lines[:MOST_DIFFERENCES], f"{more} more"]
+def differences(before: Section, now: Section, path: str = "") -> Iterator[str]:
+    """Lines as "optim.lr: 0.001 -> 0.002"."""
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from differences(old, new, f"{path}{key}.")
+        elif old != new:
+            yield f"{path}{key}: {json.dumps(old)} -> {json.dumps(new)}"

@@ -18,33 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, nearest, read_json
-from ds_cmli.config.schema import Config, Sections, check, shown
+from ds_cmli.config.schema import Config, Sections, check
 from ds_cmli.pretrained import loading
 
 HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 RUN = "run.json"  # the settings of a run
 CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"  # of a model
-PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # the newer one holds both
 NAMED, LOCAL, HUB = "open_clip:", "local-dir:", "hf-hub:"  # the last two as in open_clip
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
 # Of a run, what says how pictures and texts are prepared.
 OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
-OF_TRAINING = {
-    "freeze_image": 0,
-    "freeze_text": 0,
-    "lora": {},
-    "lora_rank": 8,
-    "lora_alpha": 16,
-    "dropout": 0.0,
-}
+OF_TRAINING = {"freeze_image": 0, "freeze_text": 0, "lora": {}, "lora_rank": 8, "dropout": 0.0}
 # The types of other libraries' dual encoders, and the module in `models` that builds them.
-DUAL = {"clip": "dual", "siglip": "dual", "siglip2": "dual", "open_clip": "open_clip"}
-DONE = ("do_resize", "do_rescale", "do_normalize")  # what transformers' processors do
+DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
 # Those of open_clip, where "random" is one of the others in training, and bicubic else.
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
-OF_OPEN_CLIP = ("patch_dropout", "timm_drop", "timm_drop_path")
 RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
@@ -56,7 +46,7 @@ def is_marked(name: str) -> bool:
 def loss_of(own: JsonObject) -> str:
     """The loss whose temperature a model has, by `StudentConfig.source_config`."""
     biased = own.get("model_cfg", {}).get("init_logit_bias") is not None  # in open_clip
-    return "global_sigmoid" if biased or own["model_type"].startswith("siglip") else "global"
+    return "global_sigmoid" if biased or own["model_type"] == "siglip" else "global"
 
 
 class Source:
@@ -84,7 +74,7 @@ class Source:
         return self.config.get("model_type") == "ds_cmli"
 
     def error(self, problem: str) -> UserError:
-        return UserError(f"student.source is {shown(self.name)}: {problem}")
+        return UserError(f"student.source is {self.name!r}: {problem}")
 
     def blame(self, problem: str) -> AbstractContextManager[None]:
         return blame(str(self.error(problem)))
@@ -99,7 +89,7 @@ class Source:
         from huggingface_hub import snapshot_download
 
         with self.blame("no folder, and the hub does not give it"), loading(hub=True):
-            names = [CONFIG, OPEN_CLIP, *PROCESSORS]
+            names = [CONFIG, OPEN_CLIP, "preprocessor_config.json", "processor_config.json"]
             return Path(snapshot_download(self.place, allow_patterns=names))
 
     def json(self, name: str) -> JsonObject:
@@ -138,30 +128,20 @@ class Source:
         import open_clip
 
         name, weights = map(str, self.in_open_clip)
-        if name not in open_clip.list_models():
+        model = open_clip.get_model_config(name)
+        if model is None:
             known = nearest(name, open_clip.list_models())
             raise self.error(f"open_clip has no architecture {name!r}: {known}")
-        model = open_clip.get_model_config(name)
         if os.path.isfile(weights):
             return {"model_cfg": model}
-        published = open_clip.get_pretrained_cfg(name, weights)
-        if not published:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)[:3]) or "none"
-            form = f"give {NAMED}{name}@FILE or {NAMED}{name}@TAG, of the tags {tags}"
-            raise self.error(f"{weights!r} is no file of weights: {form}")
-        if bool(published.get("quick_gelu")) != bool(model.get("quick_gelu")):
-            other = name.removesuffix("-quickgelu")
-            other += "-quickgelu" if published.get("quick_gelu") else ""
-            need = f"give {NAMED}{other}@{weights}"
-            raise self.error(f"these weights were trained with another activation: {need}")
-        return {"model_cfg": model, "preprocess_cfg": published}
-
-    def supports(self, settings: Section, fits: Mapping[str, bool]) -> None:
-        """Raise `UserError` for the first setting of the model's that this package does not do."""
-        for name, fit in fits.items():
-            if not fit:
-                value = shown(settings.get(name))
-                raise self.error(f"its {name} is {value}, which this package does not do")
+        how = open_clip.get_pretrained_cfg(name, weights)
+        if not how:
+            tags = nearest(weights, open_clip.list_pretrained_tags_by_model(name))
+            raise self.error(f"{weights!r} is no file of weights, and of the tags: {tags}")
+        if bool(how.get("quick_gelu")) != bool(model.get("quick_gelu")):
+            other = name.removesuffix("-quickgelu") + "-quickgelu" * bool(how.get("quick_gelu"))
+            raise self.error(f"trained with another activation: give {NAMED}{other}@{weights}")
+        return {"model_cfg": model, "preprocess_cfg": how}
 
 
 def applied(overrides: Mapping[str, Section]) -> Sections:
@@ -175,15 +155,16 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     source = Source(student["source"])
     decided = of_run(source) if source.is_run else of_library(source)
     free = {*OF_TRAINING} if source.is_run else {*OF_TRAINING, "shared_blocks"} - {"dropout"}
+    # Of texts that are padded to their full length, shorter ones would be other ones.
+    shorter = decided["data"]["padding"] == "longest"
     for section, values in decided.items():
         given = out.setdefault(section, {})
         for key, value in values.items():
             mine = given.setdefault(key, value)
             fits = mine == value or key in free
-            # Of texts that are padded to their full length, shorter ones would be other ones.
-            if key == "context_length" and decided["data"]["padding"] == "longest":
-                fits = fits or (isinstance(mine, int) and mine <= value)
-            need = f"student.source {source.name!r} has {shown(value)}: leave it out"
+            if key == "context_length" and shorter and isinstance(mine, int):
+                fits = mine <= value
+            need = f"student.source {source.name!r} has {value!r}: leave it out"
             check(fits, f"{section}.{key}", mine, need)
     temperature = out.get("loss", {}).get("init_temperature")
     need = f"training starts with that of student.source {source.name!r}: leave it out"
@@ -220,8 +201,9 @@ def of_library(source: Source) -> Sections:
     if not isinstance(kind, str) or kind not in DUAL:  # a file of others may hold anything
         known = f"give one of {', '.join(DUAL)}, a run or an export of this package"
         raise source.error(f"a model of the type {kind!r}: {known}")
-    decide = of_open_clip if kind == "open_clip" else of_transformers
-    own, embed_dim, data = decide(source)
+    with source.blame("this package cannot train it"):  # of what its files hold
+        decide = of_open_clip if kind == "open_clip" else of_transformers
+        own, embed_dim, data = decide(source)
     student: dict[str, object] = {
         **OF_TRAINING,
         "source_config": {"model_type": kind, **own},
@@ -240,51 +222,41 @@ def of_library(source: Source) -> Sections:
 
 def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
     """Of CLIP or SigLIP: `source_config`, the width of the joint space, the settings of `data`."""
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoImageProcessor
 
     kind = source.config["model_type"]
     if source.weights is not None:
-        raise source.error("a file of weights: of a model of transformers, give its folder")
-    with source.blame("its config.json cannot be used"), loading(hub=False):
+        raise ValueError("it is a file of weights: of a model of transformers, give its folder")
+    with loading(hub=False):
         config: Any = CONFIG_MAPPING[kind].from_dict(source.config)
-        vision, text = config.vision_config, config.text_config
-    # How its processor prepares pictures.
-    pictures = source.json(PROCESSORS[0]) | source.json(PROCESSORS[1])
-    if not pictures:
-        raise source.error(f"no {PROCESSORS[0]} there: it says how pictures are prepared")
-    pictures = pictures.get("image_processor", pictures)
-    cuts, square = bool(pictures.get("do_center_crop")), {vision.image_size}
-    size, crop = sides(pictures.get("size")), sides(pictures.get("crop_size"))
-    resample, embed_dim = pictures.get("resample", 3), vision.hidden_size
-    fits = {key: pictures.get(key, True) is True for key in DONE} | {
-        "resample": resample in PILLOW,
-        "size": {*size} == square and (cuts or len(size) == 2),
-        "crop_size": not cuts or {*crop} == square,
-        "projection_size": kind == "clip" or text.projection_size == embed_dim,
-    }
-    source.supports(pictures | text.to_dict(), fits)
-    own = {"mean": pictures.get("image_mean"), "std": pictures.get("image_std")}
+        processor = AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)
+    vision, text = config.vision_config, config.text_config
+    pictures, side = processor.to_dict(), vision.image_size
+    cuts, square = bool(pictures.get("do_center_crop")), {"height": side, "width": side}
+    sizes = ({"shortest_edge": side}, square) if cuts else (square,)
+    done = all(pictures[name] for name in ("do_resize", "do_rescale", "do_normalize"))
+    done = done and pictures["resample"] in PILLOW and pictures["size"] in sizes
+    if not done or (cuts and pictures["crop_size"] != square):
+        raise ValueError(f"its pictures are not resized to {side} x {side} and normalised as here")
+    own: JsonObject = {name: list(pictures[f"image_{name}"]) for name in ("mean", "std")}
     noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
     for name, tower in (("vision_config", vision), ("text_config", text)):
         own[name] = {k: v for k, v in tower.to_diff_dict().items() if k not in noise}
     if kind == "clip":
         embed_dim = own["projection_dim"] = config.projection_dim
+    else:
+        embed_dim = vision.hidden_size
+        if text.projection_size != embed_dim:
+            raise ValueError(f"its text is projected to {text.projection_size}, not {embed_dim}")
     data = {
-        "image_size": vision.image_size,
+        "image_size": side,
         "resize": "shortest" if cuts else "squash",
-        "interpolation": PILLOW[resample],
+        "interpolation": PILLOW[pictures["resample"]],
         "tokenizer": source.name,
         "context_length": text.max_position_embeddings,
         "padding": "longest" if kind == "clip" else "full",
     }
     return own, embed_dim, data
-
-
-def sides(size: object) -> tuple[int, ...]:
-    """Height and width of a processor's size, or the shortest side alone."""
-    if isinstance(size, dict):
-        return tuple(size[key] for key in ("shortest_edge", "height", "width") if key in size)
-    return (size,) if isinstance(size, int) else ()
 
 
 def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
@@ -293,28 +265,27 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     from open_clip.transform import merge_preprocess_dict
 
     model = deepcopy(source.config["model_cfg"])
-    with source.blame(f"its {OPEN_CLIP} cannot be used"):  # a file of others may hold anything
-        vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
-        text = open_clip.CLIPTextCfg(**model["text_cfg"])
-        width, size = int(model["embed_dim"]), vision.image_size
-        usual = asdict(open_clip.transform.PreprocessCfg())
-        pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"] or {})
-    fits = {
-        "tokenizer_mode": not text.tokenizer_mode,
-        "attentional_pool": not isinstance(vision.attentional_pool, str),
-        "pool_type": "none" not in (vision.pool_type, text.pool_type),
-        "timm_pool": vision.timm_pool in ("", "avg", "map", "token"),
-        "proj_type": text.proj_type != "none",
-        "image_size": isinstance(size, int) or len(set(size)) == 1,
-        "resize_mode": pictures["resize_mode"] in RESIZING,
-        "interpolation": pictures["interpolation"] in INTERPOLATIONS,
-    }
-    source.supports({**asdict(text), **asdict(vision), **pictures}, fits)
+    vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
+    text = open_clip.CLIPTextCfg(**model["text_cfg"])
+    usual = asdict(open_clip.transform.PreprocessCfg())
+    pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"] or {})
+    sides = {vision.image_size} if isinstance(vision.image_size, int) else {*vision.image_size}
+    (side,) = sides
+    if (
+        isinstance(vision.attentional_pool, str)
+        or vision.timm_pool not in ("", "avg", "map", "token")
+        or "none" in (vision.pool_type, text.pool_type, text.proj_type)
+    ):
+        raise ValueError(
+            "a tower is pooled or projected in another way than docs/finetune.md names"
+        )
     # Of a CoCa the two towers alone; and without what acts in open_clip's own training.
     if model.pop("multimodal_cfg", None) is not None:
-        for side in ("vision_cfg", "text_cfg"):
-            model[side].pop("output_tokens", None)
-    model["vision_cfg"] |= {name: 0.0 for name in OF_OPEN_CLIP if model["vision_cfg"].get(name)}
+        for tower in ("vision_cfg", "text_cfg"):
+            model[tower].pop("output_tokens", None)
+    for name in ("patch_dropout", "timm_drop", "timm_drop_path"):
+        if model["vision_cfg"].get(name):
+            model["vision_cfg"][name] = 0.0
     model["vision_cfg"]["timm_model_pretrained"] = False
     own: JsonObject = {"model_cfg": model}
     for name in ("mean", "std"):
@@ -323,24 +294,22 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     if name := text.hf_model_name:  # open_clip names it alone
         from transformers import AutoConfig
 
-        hub = not Path(name).is_dir()
-        with source.blame("the sizes of its text encoder cannot be read"), loading(hub=hub):
+        with source.blame("its text encoder"), loading(hub=not Path(name).is_dir()):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         own["text_config"] = config.to_diff_dict() | {"use_cache": False}
         model["text_cfg"]["hf_model_pretrained"] = False
     tokenizer = DEFAULT_TOKENIZER
     if text.hf_tokenizer_name or text.tokenizer_kwargs:
-        tokenizer = source.in_open_clip[0]
-        if source.name.startswith(NAMED):
-            tokenizer = f"{NAMED}{tokenizer}"
+        named = NAMED if source.name.startswith(NAMED) else ""
+        tokenizer = named + source.in_open_clip[0]
     # Towers whose features depend on the padding need all of it.
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
-        "image_size": size if isinstance(size, int) else size[0],
+        "image_size": side,
         "resize": RESIZING[pictures["resize_mode"]],
         "interpolation": INTERPOLATIONS[pictures["interpolation"]],
         "tokenizer": tokenizer,
         "context_length": text.context_length,
         "padding": "full" if full else "longest",
     }
-    return own, width, data
+    return own, int(model["embed_dim"]), data

@@ -149,7 +149,7 @@ def build(
     cast_buffers(student.image, dtype)
 
     # --- DeepSpeed
-    params = ds_config.optimizer_params
+    params = ds_config["optimizer"]["params"]
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups

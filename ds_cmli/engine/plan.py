@@ -55,7 +55,7 @@ def filled(
     Raises `UserError` if `optim` does not go with it.
     """
     student, width = config.student, config.student.embed_dim
-    if ds_config.needs_width and not student.source_config:
+    if "auto" in ds_config["zero_optimization"].values() and not student.source_config:
         with torch.device("meta"):
             model: Any = timm.create_model(student.image_model, **student.image_overrides)
             width = model.num_features

@@ -24,8 +24,9 @@ from ds_cmli.common import (
     silence,
 )
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import ConfigCommand, Given, resolve_config
-from ds_cmli.config.schema import Config
+from ds_cmli.config.options import ConfigCommand
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config, Sections
 from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.gpus import Gpu
@@ -71,7 +72,7 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 )
 @option("Files", "--plot", metavar="FILE", help="What is live over two steps, as a picture.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(deepspeed_config: str, settings: list[Given], **options: Any) -> int:
+def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
@@ -83,14 +84,12 @@ def command(deepspeed_config: str, settings: list[Given], **options: Any) -> int
         if not own.plot.endswith((".png", ".svg", ".pdf")):
             raise UserError(f"--plot is {own.plot!r}: end its name in .png, .svg or .pdf")
         check_writable(own.plot)
-    config = resolve_config(settings)
+    config = load_preset(None, settings)
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    if own.checkpointing == "on":
-        section = ds_config.get("activation_checkpointing", {})
-        ds_config = ds_config.replaced(activation_checkpointing=section)
-    elif own.checkpointing == "off":
-        ds_config = ds_config.replaced(activation_checkpointing=None)
+    if own.checkpointing:
+        section: JsonObject | None = None if own.checkpointing == "off" else {}
+        ds_config = DeepSpeedConfig.of({**ds_config, "activation_checkpointing": section})
     content, fits = single(config, ds_config, own)
     if own.json_path:
         path = Path(own.json_path)

@@ -59,9 +59,8 @@ def fit(step: Step, gpu: Gpu, room: int, tell: Callable[[str], None]) -> Fit:
 
     def needs(micro_batch: int) -> int:
         nonlocal rank
-        json = DeepSpeedConfig.of(step.ds_config).replaced(
-            train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
-        )
+        batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro_batch}
+        json = DeepSpeedConfig.of({**step.ds_config, **batch})
         report = predicted_worst(replace(step, ds_config=json), gpu, room, rank)
         reports[micro_batch], rank = report, report.setting["rank"]
         tell(f"micro-batch {micro_batch}: {report.totals['device']:,} B on the device")

@@ -97,7 +97,7 @@ def predict_document(
         doing(f"E4 {variant.name}")
         json = DeepSpeedConfig.load(DEFAULT_JSON)
         if not variant.checkpointing:
-            json = json.replaced(activation_checkpointing=None)
+            json = DeepSpeedConfig.of({**json, "activation_checkpointing": None})
         step = Step(document_config(s, variant.losses), json, s.P, built=variant.use)
         reports[variant.name] = predicted_worst(step, gpu, gpu.total.bytes)
     return reports

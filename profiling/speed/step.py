@@ -23,7 +23,8 @@ from torch import nn
 from ds_cmli import engine
 from ds_cmli.common import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import ConfigCommand, resolve_config
+from ds_cmli.config.options import ConfigCommand
+from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.build import Data, build_data
 from ds_cmli.data.pairs import Batch, loader
@@ -40,7 +41,7 @@ def plain(
     dtype = engine.DTYPES[ds_config.precision]
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.to(device)
-    params = ds_config.optimizer_params
+    params = ds_config["optimizer"]["params"]
     groups = engine.parameter_groups(objective, params["weight_decay"], config.optim, params["lr"])
     adam = {name: params[name] for name in ("lr", "betas", "eps")}
     optimizer = torch.optim.AdamW(groups, **adam, fused=True)
@@ -67,7 +68,7 @@ def plain(
 @click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
 @click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True)
 def command(deepspeed_config, settings, repeats, clock, **options) -> None:
-    config = resolve_config(settings)
+    config = load_preset(None, settings)
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)

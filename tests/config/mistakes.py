@@ -2,20 +2,24 @@
 
 from tests import make
 
+JSON = "train --deepspeed_config {here}/ds.json"
+
 
 def ds_json(content: str | dict):
     content = content if isinstance(content, str) else {"zero_optimization": {"stage": 1}} | content
     return lambda here: make.json_file(here / "ds.json", content)
 
 
-JSON = "train --deepspeed_config {here}/ds.json"
-
 MISTAKES = [
-    ("train --preset dmeo", "--preset"),
+    ("train --preset dmeo", "run.preset is 'dmeo': did you mean 'demo'?"),
     ("train --stpes 3", "--stpes"),
     ("train --steps 3 --epochs 1", "optim.epochs is 1"),
-    ("train --losses global,clmi", "'cmli'"),
-    ("train --set student.layres=2", "'layers'"),
+    ("train --lr -1", "optim.lr is -1.0: Input should be greater than 0"),
+    ("train --losses global,clmi", "did you mean 'cmli'?"),
+    ("train --losses cmli=big", "--losses is 'cmli=big': write NAME or NAME=WEIGHT"),
+    ("train --set student.layres=2", "setting of student is 'layres': did you mean 'layers'?"),
+    ("train --set layers=2", "--set is 'layers=2': write SECTION.SETTING=VALUE"),
+    (f"train --set data.source={'[' * 5000}", "not valid JSON"),
     ("train --set run.report_to=wadnb", "run.report_to"),
     ("train --plugin nowhere.at_all", "nowhere"),
     ("train --profile 30:31", "--profile"),
@@ -23,8 +27,8 @@ MISTAKES = [
     (JSON, "ds.json", ds_json('{"fp16": ')),
     (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {}})),
     (JSON, "hybrid_engine", ds_json({"hybrid_engine": {"enabled": True}, "pipeline": False})),
-    (f"train --preset {'x' * 5000}", "(5002 characters): known: demo, "),
+    (f"train --preset {'x' * 5000}", "known: demo, "),
     (f"train --steps {'x' * 5000}", "--steps"),
-    (f"train --data {'x' * 5000}", "--data"),
+    (f"train --data {'x' * 5000}", "data.source"),
     (JSON, "train_batch_size", ds_json({"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2})),
 ]

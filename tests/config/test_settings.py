@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 
 import click
 import pytest
@@ -10,7 +9,7 @@ from click.testing import CliRunner
 
 import ds_cmli
 from ds_cmli.common import UserError
-from ds_cmli.config.options import PLACES, ConfigCommand, parse_losses, parse_setting, resolve_config
+from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config
 from tests.models.sources import clip
@@ -24,22 +23,17 @@ def refused(action, *arguments) -> str:
     with pytest.raises(UserError) as error:
         action(*arguments)
     line = str(error.value)
-    assert "\n" not in line and len(line) < 600
+    assert "\n" not in line
     return line
 
 
 def resolved(*words: str) -> Config:
     """The configuration of a command's arguments."""
-    configs = []
-
-    @click.command(cls=ConfigCommand)
-    def command(settings, **options):
-        configs.append(resolve_config(settings))
-
+    command = click.command(cls=ConfigCommand)(lambda settings, **options: load_preset(None, settings))
     done = CliRunner().invoke(command, words, standalone_mode=False)
     if done.exception:
         raise done.exception
-    return configs[0]
+    return done.return_value
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -61,30 +55,19 @@ def test_who_starts_from_a_model_gets_its_preset_unless_another_is_named(tmp_pat
     assert load_preset(None, {"student": student}).run.preset == "finetune"
     assert load_preset(None, {"student": student, "run": {"preset": "quick"}}).run.preset == "quick"
     assert load_preset(None, {}).run.preset == "quick"
-    assert "give the model to start from" in refused(load_preset, "finetune", {})
-
-
-def test_losses_and_settings_are_parsed():
-    assert parse_losses("global, cmli=0.5") == {"global": 1.0, "cmli": 0.5}
-    given = {"student.layers=4": 4, "data.source=some/folder": "some/folder", "optim.betas=[0.9,0.95]": [0.9, 0.95]}
-    assert [parse_setting(text) for text in given] == [(text.split("=")[0], value) for text, value in given.items()]
-    assert load_preset("tiny", {"optim": {"betas": [0.9, 0.95]}}).optim.betas == (0.9, 0.95)
-    for unclear in ("", "cmli=", "=1", "cmli,", "cmli,,global", "cmli=big"):
-        assert "write NAME or NAME=WEIGHT" in refused(parse_losses, unclear)
-    for unclear in ("", "student.layers", "layers=4", ".layers=4", "student.=4"):
-        assert "write SECTION.SETTING=VALUE" in refused(parse_setting, unclear)
-    assert "--set data.source" in refused(parse_setting, f"data.source={'[' * 5000}")
+    assert "needs the model to start from" in refused(load_preset, "finetune", {})
 
 
 def test_the_last_one_given_counts():
     assert resolved("--steps", "3", "--steps=5").optim.steps == 5
     assert resolved("--lr", "1", "--set", "optim.lr=2").optim.lr == 2
-    assert resolved("--set", "optim.lr=2", "--lr", "1", "--set", "optim.eps=1e-5").optim.lr == 1
+    assert resolved("--set", "optim.lr=2", "--lr", "1", "--set", "optim.weight_decay=0").optim.lr == 1
     assert resolved("--set", "optim.lr=2", "--lr", "1", "--set", "optim.lr=3").optim.lr == 3
-    assert resolved("--set", "student.layers=1", "--set", "student.layers=2").student.layers == 2
     assert resolved("--data", "a", "--data", "b").data.source == ["a", "b"]
+    assert resolved("--data", "123", "--output-dir=4", "--set", "data.image_root=text").data.source == "123"
     assert resolved("--deterministic", "--set", "run.deterministic=false").run.deterministic is False
     assert (resolved("--epochs", "2").optim.steps, resolved("--steps", "2").optim.epochs) == (None, None)
+    assert resolved("--losses", "global, cmli=0.5").loss.weights == {"global": 1.0, "cmli": 0.5}
 
 
 def test_random_weights_are_what_is_not_given():
@@ -93,22 +76,14 @@ def test_random_weights_are_what_is_not_given():
     assert (config.teacher.weights, config.data.tokenizer) == ("random", "builtin")
 
 
-@pytest.mark.parametrize("name, value", {"lr": "-1", "epochs": "-1", "keep": "0", "losses": "cmli=-1"}.items())
-def test_an_option_is_named_as_it_was_given(name, value):
-    assert refused(resolved, f"--{name}", value).startswith(f"--{name}")
-    setting, value = PLACES[name], value.replace("cmli=-1", '{"cmli": -1}')
-    assert refused(resolved, f"--{name}", "1", "--set", f"{setting}={value}").startswith(setting)
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 def test_no_setting_takes_a_value_of_a_wrong_type(name):
     section, key = name.split(".")
     good = getattr(getattr(TINY, section), key)
-    for value in (float("nan"), float("inf"), -float("inf"), [[]], [None], "\0", "x" * 5000, 10**400, {"a": {}}, b"1"):
-        if isinstance(value, dict) and key in FREE:
-            continue
-        line = refused(load_preset, "tiny", {section: {key: value}})
-        assert line.startswith(name) and ": " in line
+    for value in (float("nan"), float("inf"), [[]], [None], "\0", "x" * 5000, 10**400, {"a": {}}, b"1"):
+        if not (isinstance(value, dict) and key in FREE):
+            line = refused(load_preset, "tiny", {section: {key: value}})
+            assert line.startswith(name) and ": " in line
     for value in (True, 1, 1.5, "text", [1], {}, None):
         try:
             config = load_preset("tiny", {section: {key: value}})
@@ -119,30 +94,27 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
         assert taken == value and (isinstance(taken, type(good)) or good is None or taken is None), (name, taken)
 
 
-LONG = "x" * 5000
 MISTAKES = [
-    ("student.layers", 0, "student.layers is 0: Input should be greater than or equal to 1"),
-    ("student.layer", 4, "setting of student is 'layer': did you mean 'layers'?"),
-    ("data.augmentation", {"flip": 1.0}, "data.augmentation.flip is 1.0: Input should be 'random_resized_crop', "),
-    ("loss.weights", {"globl": 1.0}, "loss.weights is 'globl': did you mean 'global'?"),
-    ("loss.weights", {"cmli": "a"}, "loss.weights.cmli is 'a': Input should be a valid number"),
-    ("optim.betas", [0.9], "optim.betas.1 is missing: give it"),
-    ("optim.betas", [0.9, 1.0], "optim.betas is [0.9, 1.0]: Input should be less than 1"),
-    ("optim.negatives", 3, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
-    ("run.preset", LONG, f"run.preset is {repr(LONG)[:100]} ... "),
+    ({"student": {"layers": 0}}, "student.layers is 0: Input should be greater than or equal to 1"),
+    ({"student": {"layer": 4}}, "setting of student is 'layer': did you mean 'layers'?"),
+    (
+        {"data": {"augmentation": {"flip": 1.0}}},
+        "data.augmentation.flip is 1.0: Input should be 'random_resized_crop', ",
+    ),
+    ({"data": {"source": 3}}, "data.source is 3: Input should be a valid string or: Input should be a valid list"),
+    ({"loss": {"weights": {"globl": 1.0}}}, "loss.weights is 'globl': did you mean 'global'?"),
+    ({"loss": {"weights": {"cmli": "a"}}}, "loss.weights.cmli is 'a': Input should be a valid number"),
+    ({"optim": {"negatives": 3}}, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
+    ({"optim": {"epochs": 1.0, "steps": 3}}, "give one of the two"),
+    ({"studnt": {}}, "section of settings is 'studnt': did you mean 'student'?"),
+    ({"preset": "tiny"}, "section of settings is 'preset': did you mean run.preset?"),
+    ({"student": 3}, "student is 3: give a mapping of settings"),
 ]
 
 
-@pytest.mark.parametrize("setting, value, line", MISTAKES, ids=[f"{s[:30]}-{v!r:.20}" for s, v, _ in MISTAKES])
-def test_mistakes_name_setting_value_and_remedy(setting, value, line):
-    section, key = setting.split(".")
-    assert line in refused(load_preset, None if "preset" in key else "tiny", {section: {key: value}})
-
-
-def test_mistakes_of_sections_and_of_several_settings():
-    assert "give one of the two" in refused(load_preset, "tiny", {"optim": {"epochs": 1.0, "steps": 3}})
-    assert refused(load_preset, "tiny", {"studnt": {}}) == "section of settings is 'studnt': did you mean 'student'?"
-    assert refused(ds_cmli.fit, {"preset": "tiny"}) == "section of settings is 'preset': did you mean run.preset?"
+@pytest.mark.parametrize("sections, line", MISTAKES, ids=[line[:30] for _, line in MISTAKES])
+def test_mistakes_name_setting_value_and_remedy(sections, line):
+    assert line in refused(ds_cmli.fit, sections)
 
 
 DAMAGED = [
@@ -163,11 +135,18 @@ def test_the_config_of_a_run_is_whole_or_one_line(tmp_path):
 
 
 def test_what_a_resumed_run_must_have_kept():
-    now = compared(TINY, {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}, {"demo": "abc"})
-    assert now["student.layers"] is None and now["deepspeed.zero_optimization.stage"] == 2
-    assert now["run.seed"] == 0 and "run.eval_batch" not in now and "data.workers" not in now
-    assert now["sources.demo"] == "abc" and not re.search("wall_clock|output_dir", " ".join(now))
-    other = now | {"optim.lr": 2, "optim.micro_batch": 4}
-    assert differences(now, other, same_ranks=False) == ["optim.lr: 0.001 -> 2"]
-    assert differences(now, other, same_ranks=True) == ["optim.lr: 0.001 -> 2", "optim.micro_batch: 8 -> 4"]
-    assert differences({}, {"a": 1}, True) == ["a: not set -> 1"]
+    def of(stage, sources, **changes):
+        config = load_preset("tiny", changes)
+        return compared(config, {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": stage > 1}, sources)
+
+    before = of(1, {"demo": "abc"})
+    free = {"run": {"output_dir": "x", "match_maps": 2}, "data": {"workers": 3}}
+    assert list(differences(before, of(1, {"demo": "abc"}, **free))) == []
+    now = of(2, {"demo": "abc", "b": "c"}, optim={"lr": 2}, run={"seed": 1}, student={"lora": {"text": ["q"]}})
+    assert list(differences(before, now)) == [
+        "deepspeed.zero_optimization.stage: 1 -> 2",
+        "optim.lr: 0.001 -> 2.0",
+        "run.seed: 0 -> 1",
+        'sources.b: null -> "c"',
+        'student.lora.text: null -> ["q"]',
+    ]
