@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import psutil
@@ -16,12 +17,18 @@ from ds_cmli import train
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.make import write_run
+from tests.models.dual_models import clip
 from tests.ranks import ROOT, clean_environment, free_port
 from tests.stranger.drive import check_memory, used
 
 README = ROOT / "README.md"
 DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCS, ROOT / "slurm" / "README.md"]
+SMALLER = {
+    "train.py": "--log-every 1",
+    "compare_estimates.py": "--B 16 --P 1 --preset tiny",
+    "predict.py": "--set student.layers=1 --set teacher.block=0",
+}
 PROGRAMS = "(python|deepspeed|torchrun|ds-cmli-[a-z]+) "  # of README's commands; others install or submit
 
 
@@ -58,12 +65,16 @@ def test_links_lead_to_files():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a run in the sizes of `tiny`, RUN, and pictures with a table of captions."""
+    """A folder with a run in the sizes of `tiny`, RUN, a CLIP, pictures with captions, and the metrics of ten runs."""
     folder = tmp_path_factory.mktemp("reader")
     write_run(folder / "RUN")
+    clip(folder / "photos-clip")
     make.pairs(folder / "pictures", 160)
     for i in range(10):  # as the pages name some
         make.picture(i).save(folder / "pictures" / f"{i}.jpg")
+    for (arm, gain), seed in product({"without": 0.0, "with": 0.1}.items(), range(5)):
+        lines = ({"step": 1, "loss": 2.0}, {"step": 1, "eval/unseen/combined/mean_recall": gain * (1 + seed)})
+        make.json_file(folder / "runs" / arm / str(seed) / "metrics.jsonl", "\n".join(map(json.dumps, lines)))
     for name in ("ds_cmli", "ds_configs", "profiling"):
         (folder / name).symlink_to(ROOT / name)
     return folder
@@ -71,7 +82,7 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 def test_commands_of_the_readme(place, tmp_path):
-    """Trainings until they train, all others to their end, with RUN in a run's place."""
+    """Trainings until they train, all others to their end, with RUN in a run's place and at smaller sizes."""
     folder = Path(shutil.copytree(place, tmp_path / "reader", symlinks=True))
     # As of a shell with this environment.
     own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
@@ -81,6 +92,7 @@ def test_commands_of_the_readme(place, tmp_path):
     for line in lines:
         if "train.py" not in line:
             line = re.sub(r"runs/[\w-]+", "RUN", line)
+        line += "".join(f" {more}" for script, more in SMALLER.items() if script in line)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         started = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=folder, env=env, **pipes)
         printed = ""
@@ -102,51 +114,29 @@ def ranks_of(launcher: int) -> list[psutil.Process]:
     return results
 
 
-def run(code: str) -> dict[str, object]:
-    """The names that a piece of Python leaves."""
-    names: dict[str, object] = {}
-    exec(compile(code, "page", "exec"), names)
-    return names
+PYTHON = {  # what the names that a page leaves are like
+    "README.md": "0 < value.item() < 5",
+    "evaluate.md": "recalls(scores, scores, torch.tensor([0, 0, 1]))['i2t_r1'] == 1.0",
+    "finetune.md": "model.config.projection_dim == 24",
+    "op.md": "0 < loss.item() < 3",
+    "python.md": "run.metrics['step'] == 3",
+    "results.md": "abs(difference.mean() - 0.3) < 1e-9 and abs(half - 0.1963) < 1e-4",  # 2.776 * 0.1581 / sqrt(5)
+    "use.md": "out.logits_per_image.shape == (1, 1)",
+}
 
 
-def test_python_of_inference(place, monkeypatch):
+WITH_PYTHON = [page for page in DOCS if blocks("python", [page]) and page.name != "plugins.md"]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_python_of_a_page(page, place, monkeypatch, alone):
+    """Its blocks one after the other."""
     monkeypatch.chdir(place)
-    codes = [body for body in blocks("python") if "ds_cmli.inference" in body]
-    assert any(code in codes for code in blocks("python", [README]))
-    for code in codes:
-        run(re.sub(r"runs/[\w-]+", "RUN", code))
-
-
-def test_python_of_the_loss():
-    for page in (README, ROOT / "docs" / "op.md"):
-        names = run(next(body for body in blocks("python", [page]) if "CMLILoss" in body))
-        assert 0 < names["value" if page == README else "loss"].item() < 5
-
-
-def test_python_of_metrics():
-    (code,) = [body for body in blocks("python") if "ds_cmli.evaluate" in body]
-    names = run(re.sub(r"(?m)^(recalls|phrase_hits)", r"\1_ = \1", code))
-    assert names["recalls_"]["i2t_r1"] == 1.0 and names["phrase_hits_"].tolist() == [True]
-
-
-def test_python_of_a_training(place, monkeypatch):
-    monkeypatch.chdir(place)
-    (code,) = [body for body in blocks("python") if "ds_cmli.fit(" in body]
-    names = run(code)
-    assert names["run"].metrics["step"] == 3
-
-
-def test_python_of_results(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for arm, gain in (("without", 0.0), ("with", 0.1)):
-        for seed in range(5):
-            folder = tmp_path / "runs" / arm / str(seed)
-            folder.mkdir(parents=True)
-            lines = ({"step": 1, "loss": 2.0}, {"step": 1, "eval/unseen/combined/mean_recall": gain * (1 + seed)})
-            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    (code,) = [body for body in blocks("python") if "import pandas" in body]
-    run(code)
-    assert capsys.readouterr().out.endswith("\n+0.3000 +- 0.1963\n")  # of 0.1 to 0.5: 2.776 * 0.1581 / sqrt(5)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    names: dict[str, object] = {"RUN": "RUN", "picture": make.picture(1)}
+    for body in blocks("python", [page]):
+        exec(compile(re.sub(r'load\("runs/[\w-]+"', 'load("RUN"', body), page.name, "exec"), names)
+    assert eval(PYTHON[page.name], names)
 
 
 def test_python_of_a_plugin(plugins, tmp_path, source, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pickle
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.memory.fit import LARGEST_BATCH, largest
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.step_memory import Step, predicted, predicted_worst
 from ds_cmli.memory_model import gpus
@@ -61,17 +63,31 @@ def test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks(tmp_path)
     assert sum(segment["requested_size"] for segment in segments) <= totals["requested"]
 
 
-def test_fit_finds_the_largest_micro_batch_and_what_does_not_fit_has_exit_code_3(tmp_path):
+@pytest.mark.parametrize("room", [99, 100, 1000, 12_345, 10**7, 10**9])
+def test_the_largest_that_fits_is_found_by_few_tries(room):
+    """Of needs that jump, as segments of the allocator do, and turn a little back, as where it begins to free."""
+    tried = []
+
+    def needs(n: int) -> int:
+        tried.append(n)
+        return 100 + 7 * n // 20 * 20 - (n > 500) * 9
+
+    n = largest(needs, room)
+    assert len(tried) <= 12 and (n == 0 or needs(n) <= room)
+    assert (more := n + n // 200 + 1) > LARGEST_BATCH or needs(more) > room
+
+
+def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, monkeypatch):
+    monkeypatch.setattr("ds_cmli.memory.fit.largest", partial(largest, most=2))
     gpu = {"--gpu-memory": "515MB", "--sm": "8.0"}
     code, found = by_command(tmp_path, "found", {**gpu, "--fit": "515MB"}, GLOBAL)
-    most = found["setting"]["micro_batch"]
-    assert code == 0 and most > 1 and found["totals"]["device"] <= 515_000_000
-    code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": most + most // 200 + 1}, GLOBAL)
+    assert code == 0 and found["setting"]["micro_batch"] == 2 and found["totals"]["device"] <= 515_000_000
+    code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": 256}, GLOBAL)
     assert code == 3 and above["totals"]["device"] > 515_000_000
     code, none = by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)
-    assert code == 3
-    assert found["categories"]["parameters"] == none["categories"]["parameters"]
-    assert found["categories"]["activations student"] > 100_000 * most
+    assert code == 3 and none["setting"]["micro_batch"] == 1
+    assert found["categories"]["parameters"] == above["categories"]["parameters"]
+    assert above["categories"]["activations student"] > 256 * 100_000
 
 
 def config(losses=("global", "cmli", "target_cmli"), micro_batch=8, **sections):

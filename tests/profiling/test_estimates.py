@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses.target_cmli import match_patches
 from ds_cmli.memory_model import gpus
+from profiling.compare_estimates import command
 from profiling.memory import measure, steps
 from profiling.memory.estimates import DOCUMENT, Setting, arithmetic, claims
 from profiling.memory.implementations import (
@@ -124,14 +126,14 @@ def test_a_measurement_that_takes_too_long_or_too_much_is_ended():
 
 def test_the_command_measures_what_it_predicts(tmp_path):
     sizes = [word for name, value in vars(OTHER).items() for word in (f"--{name}", str(value))]
-    done = python(SCRIPT, "--only", "e3", *sizes, "--json", tmp_path / "rows", "--markdown", tmp_path / "page")
-    assert done.returncode == 0, done.stdout + done.stderr
+    files = "--json", str(tmp_path / "rows"), "--markdown", str(tmp_path / "page")
+    done = CliRunner().invoke(command, ["--only", "e3", *sizes, *files], catch_exceptions=False)
     rows = json.loads((tmp_path / "rows").read_text())
     assert [row["implementation"] for row in rows] == list(claims(OTHER)["E3"].stored)
     for row in rows:
         assert row["measured_bytes"] == row["predicted_bytes"] == row["corrected_bytes"]
     assert [row["measured_bytes"] for row in rows[:2]] == [98_304_000, 768_000]
-    assert "E3" in done.stdout and "| E3 |" in (tmp_path / "page").read_text()
+    assert "E3" in done.output and "| E3 |" in (tmp_path / "page").read_text()
 
 
 @pytest.mark.slow
