@@ -1,6 +1,7 @@
 """Small models with random weights as their libraries save them: CLIP and SigLIP of transformers, and of open_clip."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.source import Source, loss_of
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
@@ -182,10 +184,17 @@ def settings(source, **student):
     return load_preset("tiny", given)
 
 
+@cache
+def bpe(context_length: int, padding: str):
+    """The tokenizer of open_clip itself, which takes a second to make."""
+    return tokenizer_of(DataConfig(tokenizer="open_clip", context_length=context_length, padding=padding))
+
+
 def start(source, **student):
     """The objective, the configuration and the tokenizer of a training that starts from the source."""
     config = settings(source, **student)
-    words = tokenizer_of(config.data)
+    data = config.data
+    words = bpe(data.context_length, data.padding) if data.tokenizer == "open_clip" else tokenizer_of(data)
     objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     return objective.eval(), config, words
 

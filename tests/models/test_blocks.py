@@ -24,14 +24,14 @@ def losses(device, compile_, stage, checkpointing):
 
 # The blocks: of the image encoder, of the text encoder, and the one that both share.
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "checkpointing", "numbers"), [(3, False, (0, 1)), (1, True, (1,))])
-def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, numbers):
-    """Some blocks as torch.compile traces them, forward and backward, whose operators run as they are: Inductor takes
+@pytest.mark.parametrize(("stage", "checkpointing", "chosen"), [(3, False, 0), (1, True, 1)])
+def test_the_losses_of_a_traced_block(device, monkeypatch, stage, checkpointing, chosen):
+    """One block as torch.compile traces it, forward and backward, whose operators run as they are: Inductor takes
     20 s of each block, and the tracing of each some seconds."""
     number, compile_ = count(), torch.compile
 
     def traced_or_not(function, **options):
-        return compile_(function, backend="aot_eager", **options) if next(number) in numbers else function
+        return compile_(function, backend="aot_eager", **options) if next(number) == chosen else function
 
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -40,7 +40,7 @@ def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, 
     traced = losses(device, "blocks", stage, checkpointing)
     assert traced == pytest.approx(plain, rel=1e-4)
     assert next(number) == 3 - (stage == 3)  # without the shared one, which is called twice
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= len(numbers)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 def test_divided_leaf_modules_are_evaluated_also_where_the_first_layers_are_frozen(source, tmp_path):

@@ -65,7 +65,8 @@ def test_a_training_from_a_source(run, tmp_path):
         given += ["--set", f"{name}={json.dumps(value)}"]
     straight = straight_and_stopped(given, tmp_path, STOP, "two" in values)
     assert "refused" not in used(straight)
-    check_memory(load_config(straight / "run.json", "the run"), content, 1 + ("two" in values))
+    if values[0] in ("clip", "oc-siglip"):
+        check_memory(load_config(straight / "run.json", "the run"), content, 1 + ("two" in values))
 
 
 @pytest.mark.parametrize("kind", [clip, siglip])
