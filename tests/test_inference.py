@@ -8,7 +8,7 @@ from PIL import Image
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common import UserError
 from ds_cmli.inference import Model
-from tests.make import write_run
+from tests.make import picture, write_run
 from tests.models.sources import clip
 
 TEXTS = ["a red car", "two dogs under a tree", "x"]
@@ -22,11 +22,9 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
-    noise = np.random.default_rng(0)
     for i in range(12):
         (folder / str(i % 2)).mkdir(exist_ok=True)
-        small = noise.integers(0, 256, (4, 4, 3), np.uint8)
-        Image.fromarray(small).resize((80, 60)).save(folder / str(i % 2) / f"{i:02}.png")
+        picture(i, 80).save(folder / str(i % 2) / f"{i:02}.png")
     return folder
 
 

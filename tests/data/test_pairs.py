@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,22 +76,17 @@ def test_all_samples_bad_is_an_error(tmp_path):
         data(tmp_path, ["all"])
 
 
-class OneRank:
-    def gather(self, value):
-        return [value]
-
-
 def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
-    bad = BadSamples(0.1, 100)
+    bad, one_rank = BadSamples(0.1, 100), SimpleNamespace(gather=lambda value: [value])
     bad.add([(f"{i}.png", "broken") for i in range(7)])
-    bad.check(OneRank(), 20)  # of the data set, not of 20
-    assert bad.check(OneRank()) == [
+    bad.check(one_rank, 20)  # of the data set, not of 20
+    assert bad.check(one_rank) == [
         "7 bad samples were replaced; the first: " + ", ".join(f"{i}.png (broken)" for i in range(5))
     ]
     bad.add([("7.png", "broken")] * 4)
-    bad.check(OneRank(), 200)
+    bad.check(one_rank, 200)
     with pytest.raises(UserError, match=r"11 samples of 100.*max_bad_share = 0.1.*0\.png.*4\.png \(broken\)$"):
-        bad.check(OneRank(), 100)
+        bad.check(one_rank, 100)
 
 
 def test_workers_draw_no_numbers_of_the_models_generator(folders):
