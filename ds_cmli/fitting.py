@@ -69,7 +69,15 @@ def fit(
         UserError: a mistake that the user can correct, on every rank.
         Preempted: the run has saved after a signal, as the command does.
     """
-    resolved = _resolved(config, data)
+    if isinstance(config, str):
+        config = {"run": {"preset": config}}
+    sections = config.to_dict() if isinstance(config, Config) else config
+    check_sections(sections)
+    if data is not None:
+        names = [str(data)] if isinstance(data, str | Path) else [str(name) for name in data]
+        sections = merged(sections, {"data": {"source": names if len(names) > 1 else names[0]}})
+    whole = isinstance(config, Config)
+    resolved = Config.from_dict(sections) if whole else load_preset(None, sections)
     with mock.patch.dict(os.environ), warnings.catch_warnings():
         map_launcher_environment()
         silence()
@@ -81,19 +89,3 @@ def fit(
     if code == preemption.EXIT_CODE:
         raise preemption.Preempted(f"call fit again with run.output_dir {folder} to go on")
     return Fitted(folder)
-
-
-def _resolved(
-    config: str | Mapping[str, Section] | Config,
-    data: str | Path | Sequence[str | Path] | None,
-) -> Config:
-    """The whole configuration. Raises `UserError`."""
-    if isinstance(config, str):
-        config = {"run": {"preset": config}}
-    sections = config.to_dict() if isinstance(config, Config) else config
-    check_sections(sections)
-    if data is not None:
-        names = [str(data)] if isinstance(data, str | Path) else [str(name) for name in data]
-        source = names[0] if len(names) == 1 else names
-        sections = merged(sections, {"data": {"source": source}})
-    return Config.from_dict(sections) if isinstance(config, Config) else load_preset(None, sections)

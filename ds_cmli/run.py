@@ -13,12 +13,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.build import Data
 from ds_cmli.data.pairs import BadSamples, Batch
 from ds_cmli.data.sampler import GlobalBatchSampler
-from ds_cmli.distributed.process_group import (
-    CollectiveFlags,
-    mean_over_ranks,
-    raised_together,
-    world_size,
-)
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.evaluate.embed import Evaluator
@@ -46,7 +41,7 @@ class Run:
     writer: Writer | NullWriter  # of rank 0, and of the others
     meter: Meter
     bad: BadSamples
-    flags: CollectiveFlags  # what ranks decide together
+    flags: distributed.CollectiveFlags  # what ranks decide together
     watchdog: Watchdog
 
     def due(self, every: int) -> bool:
@@ -80,7 +75,7 @@ class Run:
             )  # collective
             if failed:
                 self.save_done()  # collectives
-                with raised_together(self.flags.group):  # collective
+                with distributed.raised_together(self.flags.group):  # collective
                     if error is not None:
                         raise error
             if stop and not micro_batches:
@@ -129,7 +124,7 @@ class Run:
         """
         state, micro_batch = self.state, self.sampler.global_batch
         sums = state.sums / max(1, state.micro_batches)
-        means = mean_over_ranks(sums).tolist()  # collective, CPU-GPU sync
+        means = distributed.mean_over_ranks(sums).tolist()  # collective, CPU-GPU sync
         taken = state.step * self.engine.accumulation * micro_batch
         self.bad.check(self.flags, taken)  # collective
         values = by_name(means, self.config.loss.weights, state.micro_batches * micro_batch)
@@ -153,7 +148,7 @@ class Run:
                     with ema.as_weights():  # collectives
                         self._evaluate_splits("_ema", counts=True)  # collectives
         except UserError:
-            if world_size() == 1:  # other ranks would be in the midst of theirs
+            if distributed.world_size() == 1:  # other ranks would be in the midst of theirs
                 self.save_done()
             raise
         self.state.count_evaluation()

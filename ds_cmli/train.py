@@ -89,11 +89,8 @@ def train(
         with blame("run.report_to is 'wandb'"):
             import wandb  # noqa: F401
     if config.run.compile != "off" and profiles.memory is not None:
-        raise UserError(
-            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
-            "what is measured is compared with the prediction, which is of the blocks as they are: "
-            "leave out one of the two"
-        )
+        both = f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}"
+        raise UserError(f"{both}: predicted are uncompiled blocks alone: leave out one of the two")
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
     if resume_from == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():

@@ -21,7 +21,17 @@ def map_launcher_environment() -> None:
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "SLURM_STEP_ID" in env and "RANK" not in env and tasks != "1":
         with blame("SLURM_STEP_ID is set: start it by srun, or set RANK and WORLD_SIZE"):
-            _map_slurm(tasks)
+            env["WORLD_SIZE"], env["LOCAL_RANK"] = tasks, env["SLURM_LOCALID"]
+            # With --gpus-per-task, Slurm shows each task its own GPU alone: number 0.
+            if "," not in env.get("CUDA_VISIBLE_DEVICES", ","):
+                env["LOCAL_RANK"] = "0"
+            if "MASTER_ADDR" not in env:  # that of the first node, on which rank 0 runs
+                first = _scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
+                address = _scontrol("node", first).split("NodeAddr=", 1)[1]
+                env["MASTER_ADDR"] = address.split()[0]
+            number = int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])
+            env.setdefault("MASTER_PORT", str(12000 + number % 20000))  # below the ephemeral ones
+            env["RANK"] = env["SLURM_PROCID"]
     if env.get("WORLD_SIZE", "1") == "1":
         env.setdefault("RANK", "0")
     for name, value in zip(OF_A_RANK[1:], ("1", "0", "127.0.0.1", "29500"), strict=True):
@@ -32,20 +42,6 @@ def map_launcher_environment() -> None:
         rank, ranks, _ = (int(env[name]) for name in OF_A_RANK[:3])
     if not 0 <= rank < ranks:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {ranks}: the ranks are 0 to {ranks - 1}")
-
-
-def _map_slurm(tasks: str) -> None:
-    env = os.environ
-    env["WORLD_SIZE"], env["LOCAL_RANK"] = tasks, env["SLURM_LOCALID"]
-    # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
-    if "," not in env.get("CUDA_VISIBLE_DEVICES", ","):
-        env["LOCAL_RANK"] = "0"
-    if "MASTER_ADDR" not in env:  # that of the first node, on which rank 0 runs
-        first = _scontrol("hostnames", env["SLURM_STEP_NODELIST"]).split()[0]
-        env["MASTER_ADDR"] = _scontrol("node", first).split("NodeAddr=", 1)[1].split()[0]
-    number = int(env["SLURM_JOB_ID"]) + 1009 * int(env["SLURM_STEP_ID"])
-    env.setdefault("MASTER_PORT", str(12000 + number % 20000))  # below the ephemeral ones
-    env["RANK"] = env["SLURM_PROCID"]
 
 
 def _scontrol(*what: str) -> str:

@@ -42,8 +42,11 @@ def handled() -> Iterator[None]:
         # Under nohup HUP stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, _note)
-    ended = threading.Event()
-    threading.Thread(target=_watch_launcher, args=(ended,), daemon=True).start()
+    # `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
+    # survives it. `srun` ends its tasks itself.
+    generations = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
+    launchers, ended = psutil.Process().parents()[:generations], threading.Event()
+    threading.Thread(target=_watch_launcher, args=(launchers, ended), daemon=True).start()
     try:
         yield
     finally:
@@ -60,16 +63,10 @@ def _note(number: int, frame: FrameType | None) -> None:
     _requested.append((name, now))
 
 
-def _watch_launcher(ended: threading.Event) -> None:
-    """Ask the run to end when its launcher has ended, which would leave its ranks behind.
-
-    `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
-    survives it. `srun` ends its tasks itself.
-    """
-    generations = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
-    launchers = psutil.Process().parents()[:generations]
+def _watch_launcher(launchers: list[psutil.Process], ended: threading.Event) -> None:
+    """Ask the run to end when its launcher has ended, which would leave its ranks behind."""
     while launchers and not ended.wait(INTERVAL):
-        if psutil.Process().parents()[:generations] != launchers:
+        if psutil.Process().parents()[: len(launchers)] != launchers:
             _requested.append(("the end of its launcher", time.monotonic()))
             return
 

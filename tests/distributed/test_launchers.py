@@ -62,9 +62,10 @@ def test_a_device_that_is_not_here(monkeypatch):
     from ds_cmli import engine
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
+    ds_config = DeepSpeedConfig.of(ZERO1)  # it imports DeepSpeed, which looks for its device once
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch trains on cpu here: unset it"):
-        engine.on_this_device(DeepSpeedConfig.of(ZERO1))
+        engine.on_this_device(ds_config)
 
 
 @pytest.mark.slow

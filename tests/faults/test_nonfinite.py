@@ -1,9 +1,7 @@
 """Losses and gradients that are not finite: nothing changes, on any rank, and the samples are told."""
 
 import json
-import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -152,7 +150,8 @@ def test_a_run_goes_over_bad_steps_and_too_many_stop_it_with_a_checkpoint_from_b
     arguments, tmp_path, monkeypatch, capfd
 ):
     bad_steps(monkeypatch, {3, 4, 7, *range(10, 50)})
-    with pytest.raises(UserError, match=r"6 steps in a row were skipped, more than 5"):
+    why = r"the run has diverged: 6 steps in a row were skipped, more than 5; the first bad step is 10, "
+    with pytest.raises(UserError, match=why + r"the last good checkpoint is \S+/step15\. "):
         drive([*arguments, "--steps", "20", "--save-every", "9"])
     lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").open()]
     skipped = {line["step"]: line["skipped"] for line in lines if "skipped" in line}
@@ -189,13 +188,3 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == "step10"
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [line["step"] for line in lines if "skipped" in line] == [5, 6, 7, 8, 9, 10]
-
-
-def test_a_diverged_run_names_its_first_bad_step_and_a_checkpoint_that_is_there(arguments, tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
-    with pytest.raises(UserError) as error:
-        drive([*arguments, "--lr", "1e6", "--log-every", "1", "--deepspeed_config", str(file), "--save-every", "1"])
-    assert "\n" not in str(error.value) and "the run has diverged: " in str(error.value)
-    named = re.search(r"the first bad step is 2, the last good checkpoint is (\S+)\. ", str(error.value))
-    assert Path(named[1]).is_dir()
