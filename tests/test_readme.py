@@ -17,7 +17,7 @@ from ds_cmli import train
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.make import write_run
-from tests.models.dual_models import clip
+from tests.models.sources import clip
 from tests.ranks import ROOT, clean_environment, free_port
 from tests.stranger.drive import check_memory, used
 
