@@ -163,6 +163,7 @@ class Run:
             engine.objective,
             self.data.tokenizer,
             engine.device,
+            settings.eval_batch,
             workers=self.config.data.workers,
             heartbeat=self.poll,
             worker_init=preemption.shield,

@@ -41,7 +41,7 @@ UNUSED = words("""
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
-BETAS, EPS, CLIPPING = (0.9, 0.98), 1e-6, 1.0  # what "auto" means
+BETAS, EPS = (0.9, 0.98), 1e-6  # what "auto" means of Adam
 
 Auto = Literal["auto"]
 
@@ -206,7 +206,7 @@ class DeepSpeedConfig(dict[str, Any]):
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
-            out["gradient_clipping"] = CLIPPING
+            out["gradient_clipping"] = optim.grad_clip
         params = out.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
         if out.optimizer in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first

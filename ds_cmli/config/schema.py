@@ -60,7 +60,8 @@ class StudentConfig:
     freeze_text: Number = 0  # the same of the text encoder
     # LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the rest is frozen.
     lora: dict[Literal["image", "text"], Names] = EMPTY
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters, whose factor is 2
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
+    lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
 
     def __post_init__(self) -> None:
         choice("student.image_backbone", self.image_backbone, IMAGE)
@@ -140,6 +141,7 @@ class OptimConfig:
     # The factor of the learning rate per encoder layer downwards.
     layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
+    grad_clip: NotNegative = 1.0  # largest gradient norm; 0: off
     # Decay of an average of the weights, evaluated and saved too (0.999: some 1,000 steps); 0: off.
     ema_decay: BelowOne = 0.0
     micro_batch: Count = 64  # B, pairs per rank
@@ -170,6 +172,7 @@ class RunConfig:
     output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
     log_every: Count = 10  # steps from one logged step to the next
     eval_every: Number = 0  # steps; 0: only at the end
+    eval_batch: Count = 50  # pairs per batch of an evaluation
     match_maps: Number = 4  # held-out pairs of each split whose match maps TensorBoard gets
     # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
     report_to: Literal["tensorboard", "wandb"] = "tensorboard"

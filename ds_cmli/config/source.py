@@ -29,7 +29,14 @@ DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
 # Of a run, what says how pictures and texts are prepared.
 OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
-OF_TRAINING = {"freeze_image": 0, "freeze_text": 0, "lora": {}, "lora_rank": 8, "dropout": 0.0}
+OF_TRAINING = {
+    "freeze_image": 0,
+    "freeze_text": 0,
+    "lora": {},
+    "lora_rank": 8,
+    "lora_alpha": 16,
+    "dropout": 0.0,
+}
 # The types of other libraries' dual encoders, and the module in `models` that builds them.
 DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers

@@ -16,7 +16,6 @@ from ds_cmli.config.schema import StudentConfig
 from ds_cmli.models.student import Student
 
 BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
-LORA_SCALE = 2  # alpha / R of the adapters
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
@@ -113,10 +112,10 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
                 if kinds[layer] is not linear:
                     why = f"{layer} is no nn.Linear but {kinds[layer].__name__}"
                     raise UserError(f"{setting}: {why}: name linear layers")
-        rank, alpha = config.lora_rank, LORA_SCALE * config.lora_rank
+        rank, alpha = config.lora_rank, config.lora_alpha
         adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
         inject_adapter_in_model(adapters, encoder)
-    student.lora_scale = LORA_SCALE
+    student.lora_scale = config.lora_alpha / config.lora_rank
 
 
 def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
