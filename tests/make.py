@@ -167,6 +167,12 @@ def lines(folder: Path, key: str = "loss") -> list[dict]:
     return [line for line in every if key in line]
 
 
+def metrics(folder: Path) -> list[dict]:
+    """Every line, without the columns that differ from run to run."""
+    measured = {"pairs_per_s", "time/data", "peak_memory_bytes", "tflops", "mfu"}
+    return [{name: x for name, x in line.items() if name not in measured} for line in lines(folder, "step")]
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 

@@ -52,6 +52,12 @@ def start_ranks(argv: Sequence[object], outputs: Sequence[Path], **more: str) ->
     return [start(argv, env, output) for env, output in zip(environments(len(outputs), **more), outputs, strict=True)]
 
 
+def launcher(name: str, ranks: int) -> list[str]:
+    """The command `deepspeed` or `torchrun`, for so many ranks."""
+    number = {"deepspeed": "--num_accelerators", "torchrun": "--nproc_per_node"}[name]
+    return [str(Path(sys.executable).with_name(name)), number, str(ranks), "--master_port", str(free_port())]
+
+
 def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
     """Until `condition()` holds, while the process lives."""
     end = time.monotonic() + seconds

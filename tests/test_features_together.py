@@ -10,7 +10,6 @@ from safetensors import safe_open
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.checkpoint.runs import straight_and_stopped
-from tests.metrics_file import metrics
 from tests.stranger.drive import check_memory, used
 
 AXES = {
@@ -90,7 +89,7 @@ def test_a_training(number, tmp_path, alone):
     given, content = asked(values, tmp_path)
     straight = straight_and_stopped(given, tmp_path, STOP, "two" in values, "--workers", "1")
     config = load_config(straight / "run.json", "the run")
-    for line in metrics(straight):
+    for line in make.metrics(straight):
         if "loss" in line and line["step"] > 1:
             parts = sum(weight * line[f"loss/{name}"] for name, weight in config.loss.weights.items())
             assert line["loss"] == pytest.approx(parts, rel=1e-5)

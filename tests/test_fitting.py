@@ -5,9 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 
 import ds_cmli
 from ds_cmli.common import UserError
@@ -15,9 +13,9 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
-from tests.make import pairs
-from tests.metrics_file import BIN, metrics
-from tests.ranks import free_port, python
+from tests.checkpoint.runs import assert_same
+from tests.make import metrics, pairs
+from tests.ranks import launcher, python
 
 
 @pytest.fixture
@@ -28,10 +26,6 @@ def data(tmp_path):
 def settings(folder, **more):
     run = {"preset": "tiny", "output_dir": str(folder), **more}
     return {"run": run, "optim": {"steps": 4}}
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
@@ -50,9 +44,7 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     with pytest.raises(ArithmeticError):
         ds_cmli.fit(given, [data], on_log=broken)
     again = ds_cmli.fit(given, data)  # from step 2
-    assert metrics(again.folder) == metrics(straight.folder)
-    for name, value in weights(straight.folder).items():
-        assert torch.equal(weights(again.folder)[name], value)
+    assert_same(again.folder, straight.folder)
     assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
 
 
@@ -124,8 +116,7 @@ assert first.metrics["loss"] == second.metrics["loss"] and second.model
 def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(RANKS)
-    launcher = (os.path.join(BIN, "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()))
-    done = python(script, tmp_path, launcher=launcher)
+    done = python(script, tmp_path, launcher=launcher("torchrun", 2))
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
     assert metrics(tmp_path / "first") == metrics(tmp_path / "second")

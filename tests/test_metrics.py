@@ -22,45 +22,34 @@ VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pair
 
 @pytest.fixture
 def folder(tmp_path):
-    return described(tmp_path)
-
-
-def described(folder):
     """With a run's `run.json`."""
-    (folder / "run.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
-    return folder
+    (tmp_path / "run.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
+    return tmp_path
 
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    writer = Writer(folder, 10)
-    for step in (1, 2):
-        writer.advance()
-        writer.log(step, VALUES)
-    writer.close()
-    shown = capsys.readouterr()
-    line = [line for line in shown.out.splitlines() if "loss" in line][-1]
-    assert "step 2/10  loss 3.5000  global 1.250  cmli 2.250  lr 1.00e-03  10 pairs/s  data 4%" in line
-    if terminal:
-        assert "|" in shown.err and "2/10 [" in shown.err and "loss" not in shown.err  # the bar, and the time left
-    else:
-        assert not shown.err and "\r" not in shown.out and line.endswith("left")
-
-
-def test_the_time_left_does_not_count_what_the_first_step_compiles(folder, capsys):
     writer = Writer(folder, 3)
-    time.sleep(0.5)  # it compiles
+    time.sleep(0.5)  # the first step compiles, which says nothing of the time that is left
     for step in (1, 2):
         writer.advance()
         writer.log(step, VALUES)
         writer.since -= 179.7
-    first, second = capsys.readouterr().out.splitlines()
-    assert "left" not in first and second.endswith("  3m00s left")
+    writer.close()
+    shown = capsys.readouterr()
+    first, second = [line for line in shown.out.splitlines() if "loss" in line]
+    values = "  loss 3.5000  global 1.250  cmli 2.250  lr 1.00e-03  10 pairs/s  data 4%"
+    assert f"step 2/3{values}" in second
+    if terminal:
+        assert "|" in shown.err and "2/3 [" in shown.err and "loss" not in shown.err  # the bar, and the time left
+    else:
+        assert not shown.err and "\r" not in shown.out
+        assert first == f"step 1/3{values}" and second == f"step 2/3{values}  3m00s left"
 
 
 def write(folder, steps, first_step=0, report_to="tensorboard"):
-    writer = Writer(described(folder), 4, first_step, report_to)
+    writer = Writer(folder, 4, first_step, report_to)
     for step in steps:
         writer.advance()
         writer.log(step, VALUES)
@@ -69,25 +58,25 @@ def write(folder, steps, first_step=0, report_to="tensorboard"):
     writer.close()
 
 
-def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(tmp_path):
+def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(folder):
     """Step 3 was taken before the run was stopped, and again from the checkpoint of step 2."""
-    write(tmp_path, [1, 2, 3])
+    write(folder, [1, 2, 3])
     time.sleep(1.1)  # files of events are read in the order of their names, which begin with the second
-    write(tmp_path, [3, 4], first_step=2)
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    write(folder, [3, 4], first_step=2)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
-def test_wandb_gets_what_tensorboard_gets_offline(tmp_path):
+def test_wandb_gets_what_tensorboard_gets_offline(folder):
     """In a process of its own: wandb changes TensorBoard's writer for good."""
     pytest.importorskip("wandb")
     code = "import sys; from pathlib import Path; from tests.test_metrics import write;"
     code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"
-    done = python("-c", code, tmp_path, env={**os.environ, "WANDB_MODE": "offline"})
+    done = python("-c", code, folder, env={**os.environ, "WANDB_MODE": "offline"})
     assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
-    (one,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert one.name.endswith((tmp_path / "wandb" / "run-id").read_text())  # by which the next start goes on
+    (one,) = (folder / "wandb").glob("offline-run-*")
+    assert one.name.endswith((folder / "wandb" / "run-id").read_text())  # by which the next start goes on
     content = next(one.glob("*.wandb")).read_bytes()
     assert b"loss/total" in content and b"eval/seen/combined/i2t_r1" in content and b"context_length" in content
     assert len(list(one.glob("files/media/images/**/*.png"))) == 1

@@ -1,11 +1,10 @@
 """The command itself, as users start it, on the preset `tiny`."""
 
 import json
-import os
 import sys
+from itertools import product
 
 import pytest
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
@@ -13,10 +12,10 @@ from ds_cmli.common import exit_code
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.distributed import OF_A_RANK
 from ds_cmli.evaluate import __main__ as evaluate
+from tests.checkpoint.runs import assert_same
 from tests.drive_train import drive
-from tests.make import pairs, small
-from tests.metrics_file import BIN, lines, metrics
-from tests.ranks import ROOT, free_port, python
+from tests.make import lines, pairs, small, weights
+from tests.ranks import ROOT, launcher, python
 
 TINY = small({"--steps": 4}, {"run.match_maps": 2})
 
@@ -26,15 +25,18 @@ def finished(tmp_path_factory):
     """A run of four steps by the real `deepspeed` command, as the README writes it."""
     folder = tmp_path_factory.mktemp("run")
     command = ["ds_cmli/train.py", "--deepspeed_config", "ds_configs/zero2.json", *TINY, "--output-dir", folder]
-    launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "1", "--master_port", str(free_port()))
-    done = python(*command, launcher=launcher)
+    done = python(*command, launcher=launcher("deepspeed", 1))
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done
 
 
+def evaluated(folder) -> dict[str, float]:
+    return {name: x for line in lines(folder, "step") for name, x in line.items() if name.startswith("eval/")}
+
+
 def test_what_a_run_leaves(finished):
     folder, done = finished
-    steps = [line for line in lines(folder) if "loss" in line]
+    steps = lines(folder)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     expected = {"loss", "loss/global", "loss/cmli", "loss/target_cmli", "lr", "grad_norm", "temperature/cmli"}
     assert expected <= steps[0].keys()
@@ -42,21 +44,16 @@ def test_what_a_run_leaves(finished):
     assert steps[0]["temperature/global"] == pytest.approx(0.07, rel=0.01)
     assert steps[0]["temperature/cmli"] == pytest.approx(0.02, rel=0.01)
 
-    evals = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
-    for split in ("seen", "unseen"):
-        for score in ("global", "cmli", "combined"):
-            for way in ("i2t", "t2i"):
-                r1, r5, r10 = (evals[f"eval/{split}/{score}/{way}_r{k}"] for k in (1, 5, 10))
-                assert 0 <= r1 <= r5 <= r10 <= 1
-        assert 0 <= evals[f"eval/{split}/pointing_game"] <= 1
-
+    evals = evaluated(folder)
+    for split, score, way in product(("seen", "unseen"), ("global", "cmli", "combined"), ("i2t", "t2i")):
+        r1, r5, r10 = (evals[f"eval/{split}/{score}/{way}_r{k}"] for k in (1, 5, 10))
+        assert 0 <= r1 <= r5 <= r10 <= 1 and 0 <= evals[f"eval/{split}/pointing_game"] <= 1
     config = json.loads((folder / "run.json").read_text())
     assert config["config"]["run"]["preset"] == "tiny"
     assert config["deepspeed"]["train_batch_size"] == 8
     assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
-    weights = load_file(folder / "model.safetensors")
-    assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} <= weights.keys()
-    assert weights["student.projection.weight"].shape == (16, 32)
+    assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} <= weights(folder).keys()
+    assert weights(folder)["student.projection.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
     assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -93,11 +90,8 @@ def test_the_same_seed_gives_the_same_bits_without_a_launcher_and_from_python(fi
     # In a process of its own: sums of many elements differ by what a process has done before.
     done = python("-c", FROM_PYTHON, ROOT / "ds_configs" / "zero2.json", tmp_path / "first", tmp_path / "second")
     assert done.returncode == 0, done.stdout + done.stderr
-    weights = load_file(folder / "model.safetensors")
     for place in (tmp_path / "again", tmp_path / "first", tmp_path / "second"):
-        assert metrics(place) == metrics(folder)
-        again = load_file(place / "model.safetensors")
-        assert again.keys() == weights.keys() and all((again[name] == weights[name]).all() for name in weights)
+        assert_same(place, folder)
 
 
 def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkeypatch):
@@ -106,9 +100,7 @@ def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["ds-cmli-evaluate", "--checkpoint", str(folder), "--json", str(file)])
     assert exit_code(evaluate.command) == 0
     content = json.loads(file.read_text())
-    last = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
-    assert content.keys() == last.keys()
-    assert content == pytest.approx(last, abs=1e-9)  # in the precision of the training
+    assert content == pytest.approx(evaluated(folder), abs=1e-9)  # in the precision of the training
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"finetune"}))  # which needs a model to start from
@@ -130,7 +122,7 @@ def test_training_on_a_folder_with_a_few_broken_images(tmp_path, alone, capsys):
     assert drive(small({"--steps": 8, **options}, {"data.max_bad_share": 0.1})) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "bad samples" in line)
     assert ".png (" in line and "cannot identify image file" in line and "[(" not in line
-    assert any("eval/val/combined/i2t_r1" in line for line in lines(tmp_path / "run"))
+    assert lines(tmp_path / "run", "eval/val/combined/i2t_r1")
 
 
 def test_help_groups_options_and_shows_defaults():

@@ -4,12 +4,11 @@ import os
 from pathlib import Path
 
 from tests import make
-from tests.metrics_file import metrics
 
 
 def assert_same(folder: Path, other: Path) -> None:
     """Losses, weights and averages, to the bit."""
-    assert metrics(folder) == metrics(other)
+    assert make.metrics(folder) == make.metrics(other)
     for name in ("model.safetensors", "model.ema.safetensors"):
         files = [run / name for run in (folder, other)]
         assert files[0].exists() == files[1].exists()

@@ -11,7 +11,7 @@ import pytest
 
 from ds_cmli.faults import preemption
 from tests.make import pairs
-from tests.ranks import ROOT, clean_environment, free_port, start_ranks, wait_for
+from tests.ranks import ROOT, clean_environment, launcher, start_ranks, wait_for
 
 WAITS = """
 import time
@@ -93,8 +93,7 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
     log = tmp_path / "log"
-    launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", "1"]
-    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "ds_cmli" / "train.py"), *LONG]
+    command = [*launcher("deepspeed", 1), str(ROOT / "ds_cmli" / "train.py"), *LONG]
     command += ["--data", pairs(tmp_path / "pairs", count=63), "--workers", "1", "--output-dir", str(tmp_path / "run")]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,

@@ -2,15 +2,13 @@
 
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import psutil
 import pytest
 
 from tests import make
 from tests.checkpoint.runs import assert_same
-from tests.ranks import ROOT, clean_environment, free_port, start_ranks, wait_for
+from tests.ranks import ROOT, clean_environment, launcher, start_ranks, wait_for
 
 STEPS = 20
 
@@ -27,12 +25,11 @@ def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(tmp_path):
     unbroken = start_ranks(["ds_cmli/train.py", *words, "--output-dir", tmp_path / "unbroken"], logs)
     assert [process.wait(300) for process in unbroken] == [0, 0], logs[0].read_text()
 
-    launcher = [str(Path(sys.executable).with_name("torchrun")), "--max-restarts=1", "--monitor-interval=0.1"]
-    launcher += ["--shutdown-timeout=5", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command = [*launcher("torchrun", 2), "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5"]
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*launcher, str(ROOT / "ds_cmli" / "train.py"), *words, "--output-dir", str(run)],
+            [*command, str(ROOT / "ds_cmli" / "train.py"), *words, "--output-dir", str(run)],
             cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0,
         )  # fmt: skip
     wait_for((run / "checkpoint" / "latest").is_file, process, log)
