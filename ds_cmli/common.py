@@ -218,7 +218,10 @@ def revision() -> str | None:
 
 def read_json(path: Path) -> JsonObject:
     """The object in a JSON file. Raises OSError and ValueError."""
-    content = json.loads(path.read_bytes())
+    try:
+        content = json.loads(path.read_bytes())
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content
