@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -24,6 +23,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
+# Files that come first, so that no process waits long for the last one.
+LONGEST = ("test_restarts.py", "test_trainings.py", "test_null_gpu.py", "test_features_together.py", "test_readme.py")
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 
 
@@ -57,9 +58,7 @@ def keep_what_is_imported() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    """Files with many slow tests come first, so that no process waits long for the last one."""
-    slow = Counter(item.path for item in items if any(map(item.get_closest_marker, ("slow", "null_gpu"))))
-    items.sort(key=lambda item: -slow[item.path])
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish(session):

@@ -6,6 +6,7 @@ operator and number, but remove no call, such as a collective.
 """
 
 import importlib
+import multiprocessing
 import os
 import re
 import shutil
@@ -241,36 +242,26 @@ def outcome(mutant: Mutant) -> str:
         folder = Path(name, "copy")
         copy_of_repository(folder)
         (folder / "ds_cmli" / mutant.file).write_text(mutated(mutant))
-        code = run_killer(folder, mutant.killer)
+        # Forked, with the libraries imported.
+        child = multiprocessing.get_context("fork").Process(target=run_killer, args=(folder, mutant.killer))
+        child.start()
+        child.join(SECONDS)
+        with suppress(ProcessLookupError):  # it, or what it has left behind
+            os.killpg(child.pid, signal.SIGKILL)
+        child.join()
         printed = (folder / "printed").read_text()
-    if code is None:
-        return "HANGS"
-    if code == 1 and not re.search(r"^ERROR tests/\S+\.py( |$)", printed, re.MULTILINE):
+    if child.exitcode == 1 and not re.search(r"^ERROR tests/\S+\.py( |$)", printed, re.MULTILINE):
         return "killed"
-    return "SURVIVED" if code == 0 else f"BROKEN: {printed[-1500:]}"
+    return {0: "SURVIVED", -signal.SIGKILL: "HANGS"}.get(child.exitcode, f"BROKEN: {printed[-1500:]}")
 
 
-def run_killer(folder: Path, killer: str) -> int | None:
-    """pytest's exit code in a copy; None if it has taken too long. It is forked, with the libraries imported."""
-    child = os.fork()
-    if not child:
-        os.setsid()
-        os.chdir(folder)
-        for number in (1, 2):
-            os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        os.environ["PYTHONPATH"] = sys.path[0] = str(folder)
-        code = pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"tests/{killer}"])
-        os._exit(code)
-    end = time.monotonic() + SECONDS
-    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
-        time.sleep(0.05)
-    with suppress(ProcessLookupError):  # what it has left behind
-        os.killpg(child, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(ended[1])
+def run_killer(folder: Path, killer: str) -> None:
+    os.setsid()
+    os.chdir(folder)
+    for number in (1, 2):
+        os.dup2(os.open("printed", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ["PYTHONPATH"] = sys.path[0] = str(folder)
+    os._exit(pytest.main(["-x", "-q", "--tb=line", "-p", "no:cacheprovider", f"tests/{killer}"]))
 
 
 def main(names: list[str]) -> int:

@@ -1,7 +1,6 @@
 """Trainings in which any two features meet: interrupted as if never, evaluated, exported, their memory predicted."""
 
 import json
-from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,8 @@ from tests import make
 from tests.checkpoint.runs import straight_and_stopped
 from tests.stranger.drive import check_memory, used
 
-AXES = {
-    "stage": ("zero1", "zero2", "zero3"),
-    "ranks": ("alone", "two"),
-    "precision": ("fp32", "bf16"),
-    "step": ("one", "micro", "cached"),  # one micro-batch, or two, and what is compared
-    "checkpointing": ("-", "again"),
-    "average": ("-", "ema"),
-    "losses": ("target", "sigmoid"),
-    "trained": ("all", "lora", "part"),  # adapters; some layers, each at its own rate
-}
+# Any two values of two columns meet. The fourth: one micro-batch, or two and what is compared; the last: all layers,
+# adapters, or some layers, each at its own rate.
 RUNS = """
 zero1 alone fp32 one    again -   sigmoid all
 zero1 alone fp32 micro  -     ema target  lora
@@ -55,12 +46,6 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 BATCH, STEPS, STOP = 8, 4, 3
 AUGMENTED = {"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}
-
-
-def test_any_two_values_of_two_axes_meet():
-    met = {pair for run in RUNS for pair in combinations(enumerate(run.split()), 2)}
-    each = [[(number, value) for value in values] for number, values in enumerate(AXES.values())]
-    assert {pair for one, other in combinations(each, 2) for pair in product(one, other)} <= met
 
 
 def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:

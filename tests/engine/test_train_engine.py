@@ -96,20 +96,6 @@ def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches
     assert columns["mfu"] == pytest.approx(1e6 * columns["tflops"], rel=0.001)
 
 
-def test_of_the_teacher_the_forward_pass_counts_once(monkeypatch, device, batches):
-    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
-    counts = []
-    for block in (0, 1):  # the teacher's last one
-        sections = {"teacher": {"block": block}, "loss": {"weights": {"cls_kd": 1.0}}}
-        train_engine = make.train_engine(device, ZERO1, **sections)
-        meter = metrics.Meter(train_engine)
-        with meter.step(batches[:1]), sdpa_kernel(SDPBackend.MATH):
-            train_engine.step(batches[:1])
-        counts.append(meter.flops)
-    B, L, H = 8, train_engine.teacher.image.grid[0] ** 2 + 1, train_engine.teacher.width
-    assert counts[1] - counts[0] == 2 * B * (12 * L * H * H + 2 * L * L * H)
-
-
 @pytest.mark.parametrize("gpu, bf16, runs", [(False, True, "bf16"), (False, False, "fp32"), (True, False, "fp16")])
 def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, capsys, gpu, bf16, runs):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)

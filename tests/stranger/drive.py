@@ -15,8 +15,6 @@ from ds_cmli.inference import Model
 from ds_cmli.memory.step_memory import Step, predicted
 from ds_cmli.memory_model import gpus
 
-ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # of each encoder: half of a step
-
 
 def used(run: Path) -> dict[str, object]:
     """What is found by evaluating a run, and by exporting it, which may be refused. Files are written next to it."""
