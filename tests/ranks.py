@@ -1,6 +1,5 @@
 """Programs as processes of their own, and functions on several ranks over gloo: each with a limit of time."""
 
-import atexit
 import multiprocessing
 import os
 import random
@@ -81,14 +80,13 @@ _pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank,
 def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list[Any]:
     """`function(rank, world, *arguments)` of each rank of a process group; what they return, in rank order.
 
-    Without `group` they have a launcher's variables alone. The processes stay for the next call: they import the
-    libraries once. Where a rank fails, or takes longer than `timeout` seconds, all of them are ended.
+    Without `group` they have a launcher's variables alone. The processes stay for the next call. Where a rank fails, or
+    takes longer than `timeout` seconds, all of them are ended.
     """
     if len(_pools) < world:
-        context = multiprocessing.get_context("spawn")
-        # At its end a process is left at once: libraries would print what they have not freed.
-        leave = {"initializer": atexit.register, "initargs": (os._exit, 0)}
-        more = [ProcessPoolExecutor(1, context, **leave) for _ in range(len(_pools), world)]
+        context = multiprocessing.get_context("forkserver")  # whose server imports the libraries once for all ranks
+        context.set_forkserver_preload(["tests.drive_train", "ds_cmli.run"])
+        more = [ProcessPoolExecutor(1, context) for _ in range(len(_pools), world)]
         started = [pool.submit(os.getpid) for pool in more]
         _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
     given = (function, arguments, group)

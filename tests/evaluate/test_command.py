@@ -37,7 +37,7 @@ def photographs(tmp_path_factory):
 
 def evaluate(tmp_path, *arguments):
     """What is printed, and the metrics."""
-    done = CliRunner().invoke(command, [*arguments, "--json", str(tmp_path / "x.json")], catch_exceptions=True)
+    done = CliRunner().invoke(command, [*arguments, "--json", str(tmp_path / "x.json")], standalone_mode=False)
     if done.exception:
         raise done.exception
     return done.output, json.loads((tmp_path / "x.json").read_text())
