@@ -4,18 +4,16 @@ A setting's meaning is the comment above or behind its field, its range that of 
 """
 
 import dataclasses
-import inspect
 import json
-import re
 import sys
 from pathlib import Path
 
 from pydantic import TypeAdapter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from ds_cmli.config.options import PLACES
+from ds_cmli.config.options import FLAGS
 from ds_cmli.config.presets import PRESETS
-from ds_cmli.config.schema import MOST, SECTIONS
+from ds_cmli.config.schema import MOST, SECTIONS, meanings
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
@@ -27,9 +25,8 @@ over those of `optim`.
 
 This page is generated from the code by `python docs/settings.py`.
 """
-OPTIONS = {place: f"<br>`--{name.replace('_', '-')}`" for name, place in PLACES.items()}
+OPTIONS = {setting: f"<br>`{flag}`" for flag, setting in FLAGS.items()}
 SIGNS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-FIELD = re.compile(r"((?:    # .*\n)*)    (\w+): (?:.*?)(?:  # (.*))?\n")
 
 
 def accepted(schema: dict) -> str:
@@ -55,19 +52,14 @@ def table(name: str, section: type) -> list[str]:
         "|---|---|---|---|",
     ]
     properties = TypeAdapter(section).json_schema()["properties"]
-    comments = {
-        key: (above, behind) for above, key, behind in FIELD.findall(inspect.getsource(section))
-    }
     for field in dataclasses.fields(section):
-        above, behind = comments[field.name]
         default = json.dumps(getattr(section(), field.name))
-        meaning = re.sub(r"\n? *# ", " ", above).strip() or behind
         option = OPTIONS.get(f"{name}.{field.name}", "")
         cells = (
             f"`{name}.{field.name}`{option}",
             f"`{default}`",
             accepted(properties[field.name]),
-            meaning,
+            meanings(name)[field.name],
         )
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

@@ -6,22 +6,12 @@
 import copy
 import inspect
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, TypeAdapter, ValidationError
-from typing_extensions import NotRequired, Required, Self, TypedDict
+from typing_extensions import Self
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, without_trackers
-from ds_cmli.config.schema import (
-    FREE_KEYS,
-    Count,
-    NotNegative,
-    OptimConfig,
-    check,
-    choice,
-    refusal,
-    words,
-)
+from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice, words
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
@@ -43,44 +33,6 @@ ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
 BETAS, EPS = (0.9, 0.98), 1e-6  # what "auto" means of Adam
 
-Auto = Literal["auto"]
-
-
-class Enabled(TypedDict):
-    enabled: bool | Auto
-
-
-class Offload(TypedDict, total=False):
-    device: Literal["none", "cpu"]  # what is swapped to NVMe is in no checkpoint
-
-
-class Zero(TypedDict):
-    stage: Annotated[int, Field(ge=1, le=3)]
-    offload_optimizer: NotRequired[Offload | None]
-    offload_param: NotRequired[Offload | None]
-
-
-class Kind(TypedDict):
-    type: str
-    params: NotRequired[JsonObject]
-
-
-class Content(TypedDict, total=False):
-    """What is read here of the JSON, where DeepSpeed alone would go on, or end in a traceback."""
-
-    zero_optimization: Required[Zero]
-    train_batch_size: Count | Auto
-    train_micro_batch_size_per_gpu: Count | Auto
-    gradient_accumulation_steps: Count | Auto
-    gradient_clipping: NotNegative | Auto
-    fp16: Enabled
-    bf16: Enabled
-    optimizer: Kind
-    scheduler: Kind
-    activation_checkpointing: JsonObject
-    comms_logger: JsonObject
-    torch_autocast: JsonObject
-
 
 class DeepSpeedConfig(dict[str, Any]):
     """The JSON, checked by `load` or `of`; `on` a device, and `filled`, it is a copy."""
@@ -89,13 +41,10 @@ class DeepSpeedConfig(dict[str, Any]):
     def load(cls, path: str | Path) -> Self:
         """Read and check a file; raises `UserError` with one line for the first mistake in it."""
         with blame(f"--deepspeed_config {path}"):
-            content = read_json(Path(path))
-        try:
-            return cls.of(content)
-        except UserError as error:
-            raise UserError(f"--deepspeed_config {path}: {error}") from None
+            return cls.of(read_json(Path(path)))
 
     @classmethod
+    @blame("the DeepSpeed JSON")
     def of(cls, content: Section) -> Self:
         """Check the content of such a file; null is as not given. Raises `UserError`."""
         if isinstance(content, cls):
@@ -104,21 +53,37 @@ class DeepSpeedConfig(dict[str, Any]):
         for key, value in copy.deepcopy(dict(content)).items():
             if key in UNUSED:
                 check(value in NOTHING, key, value, "it has no effect here: remove it")
-            elif value is not None:
-                choice("key", key, KEYS)
+                continue
+            choice("key of the DeepSpeed JSON", key, KEYS)
+            has_auto = key in (*BATCH_KEYS, "gradient_clipping")
+            check(value != "auto" or has_auto, key, value, "give what it is to be")
+            if value is not None:
                 out[key] = value
-        try:
-            TypeAdapter(Content).validate_python(out, strict=True)
-        except ValidationError as error:
-            raise refusal(error, out) from None
+        # What is read here, where DeepSpeed alone would go on.
+        zero = out.get("zero_optimization", {})
+        stage, need = zero.get("stage"), "give 1, 2 or 3"
+        check(stage in (1, 2, 3), "zero_optimization.stage", stage, need)
+        for key in ("offload_optimizer", "offload_param"):
+            device = (zero.get(key) or {}).get("device", "none")
+            need = "what is swapped to NVMe is in no checkpoint: give 'cpu' or 'none'"
+            check(device in ("none", "cpu"), f"zero_optimization.{key}.device", device, need)
+        for key in {"fp16", "bf16"} & out.keys():
+            enabled, need = out[key].get("enabled"), 'give true, false or "auto"'
+            check(enabled == "auto" or isinstance(enabled, bool), f"{key}.enabled", enabled, need)
+        for key in BATCH_KEYS:
+            value = out.get(key, "auto")
+            fits = value == "auto" or (isinstance(value, int) and value > 0)
+            check(fits, key, value, 'give "auto" or a positive number')
+        clipping = out.get("gradient_clipping", "auto")
+        fits = clipping == "auto" or (isinstance(clipping, int | float) and clipping >= 0)
+        check(fits, "gradient_clipping", clipping, 'give "auto", or a number from 0')
         for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
         for section in {"optimizer", "scheduler"} & out.keys():
-            kind, params = out[section]["type"], out[section].get("params", {})
-            with blame(f"{section}.params does not suit {kind}"):
-                given = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
-                signature(section, kind).bind_partial(None, **given)
+            params = out[section].get("params", {})
+            given = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
+            signature(section, out[section]["type"]).bind_partial(None, **given)
         with without_trackers():
             from deepspeed.runtime import config as theirs
         if out.optimizer not in ADAMS:
@@ -127,9 +92,8 @@ class DeepSpeedConfig(dict[str, Any]):
             allowed = torchs and out.get("zero_allow_untested_optimizer", False)
             need = "take AdamW, or another of PyTorch's with zero_allow_untested_optimizer"
             check(allowed, "optimizer.type", out.optimizer, need)
-        with blame("DeepSpeed refuses it"):
-            plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
-            theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
+        plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
+        theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
         return out
 
     # --- derived values

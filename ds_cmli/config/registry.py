@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_cmli.common import UserError, one_line, option
+from ds_cmli.common import blame, option
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,8 @@ def compares_tokens(names: Iterable[str]) -> bool:
 
 def load_plugins(context: object, parameter: object, names: Sequence[str]) -> None:
     for name in names:
-        try:
+        with blame(f"--plugin is {name!r}"):
             importlib.import_module(name)
-        except ImportError as error:
-            raise UserError(f"--plugin is {name!r}: {one_line(error)}") from error
 
 
 plugin_option = option(

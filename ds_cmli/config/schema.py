@@ -1,13 +1,15 @@
 """The settings of a run: one pydantic dataclass per component, checked when it is built.
 
-The comment above or behind a field says what it means; docs/settings.md is made of these. This
+The comment above or behind a field says what it means: `--help` and docs/settings.md. This
 module has no heavy imports: `--help` and the checks of the user's settings do not need torch.
 """
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,14 +41,15 @@ Temperature = Annotated[float, Field(ge=0.01, le=10)]
 
 @dataclass(config=STRICT)
 class StudentConfig:
-    # A dual encoder as a whole, which decides other settings (docs/finetune.md); "": two encoders.
+    # A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run or an export to
+    # start from, which decides other settings (docs/finetune.md); "": two encoders.
     source: Text = ""
     source_config: dict[str, Any] = EMPTY  # the sizes of its model; filled from `source`
-    image_backbone: Name = "timm"  # of the table in `registry.py`
+    image_backbone: Name = "timm"  # "timm", or a plugin's (docs/plugins.md)
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
     image_overrides: dict[str, Any] = EMPTY  # keyword arguments of timm.create_model
-    text_backbone: Name = "transformers"  # as for images
+    text_backbone: Name = "transformers"  # "transformers", or a plugin's
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"  # as for images
     text_overrides: dict[str, Any] = EMPTY  # fields of transformers' config
@@ -79,14 +82,15 @@ class TeacherConfig:
 
 @dataclass(config=STRICT)
 class DataConfig:
-    # "demo" (scenes), or what `--data` lists, also by hf://; mixed by ["a::0.7", "b::0.3"].
+    # "demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by
+    # hf://datasets/OWNER/NAME (docs/train.md); or several, each with a share as WHAT::0.7.
     source: Name | Names = "demo"
     # Captions of the demo: "names" of one to four pictures, or "sentences" with other words too.
     scenes: Literal["names", "sentences"] = "names"
-    val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
+    val_source: Text = ""  # pairs to evaluate on; "": the validation part of `source`, or a share
     # Without a validation part: below 1 a share of pictures, else how many; null: 5%, up to 1,000.
     held_out: Positive | None = None
-    image_root: Text = ""  # folder of the image files that a list names; "": the list's
+    image_root: Text = ""  # folder of the images that a table or JSON names; "": the list's
     image_key: Text = ""  # column of the image; "": detected
     caption_key: Text = ""  # column, or key in JSON, of the caption; "": detected
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
@@ -134,7 +138,7 @@ class LossConfig:
 class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
-    lr: Positive = 1e-4  # the learning rate after warmup
+    lr: Positive = 1e-4  # the learning rate after warmup, where the JSON says "auto"
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate; "rest" is shared blocks, heads and temperatures.
     lr_factors: dict[Literal["image", "text", "rest"], Positive] = EMPTY
@@ -144,11 +148,11 @@ class OptimConfig:
     grad_clip: NotNegative = 1.0  # largest gradient norm; 0: off
     # Decay of an average of the weights, evaluated and saved too (0.999: some 1,000 steps); 0: off.
     ema_decay: BelowOne = 0.0
-    micro_batch: Count = 64  # B, pairs per rank
+    micro_batch: Count = 64  # B, pairs per rank, where the JSON says "auto"
     # What an image is compared with under accumulation; the whole step takes a second forward pass.
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    steps: Count | None = 300  # optimizer steps; or else `epochs`
-    epochs: Positive | None = None  # or else `steps`
+    steps: Count | None = 300  # optimizer steps
+    epochs: Positive | None = None  # how often the data is seen, instead of `steps`
 
     def __post_init__(self) -> None:
         need = f"optim.epochs is {self.epochs}: give one of the two"
@@ -167,17 +171,18 @@ class OptimConfig:
 
 @dataclass(config=STRICT)
 class RunConfig:
-    preset: Name = "quick"  # its name, for the record
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # of weights, data order and scenes
-    output_dir: Text = ""  # "": `runs/<preset>-<date and time>`
+    # quick, demo, paper, finetune (usual with `student.source`) or tiny: all that is not given.
+    preset: Name = "quick"
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # that of weights, data order and scenes
+    output_dir: Text = ""  # the run's folder; "": runs/<preset>-<date and time>
     log_every: Count = 10  # steps from one logged step to the next
-    eval_every: Number = 0  # steps; 0: only at the end
+    eval_every: Number = 0  # steps between evaluations; 0: only at the end
     eval_batch: Count = 50  # pairs per batch of an evaluation
     match_maps: Number = 4  # held-out pairs of each split whose match maps TensorBoard gets
     # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
     report_to: Literal["tensorboard", "wandb"] = "tensorboard"
     save_every: Number = 0  # steps between checkpoints; 0: by time alone, and at the end
-    save_minutes: NotNegative = 15.0  # between checkpoints; 0: by steps alone, and at the end
+    save_minutes: NotNegative = 15.0  # minutes between them; 0: by steps alone, and at the end
     keep: Count = 2  # how many of the newest checkpoints are kept
     # Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors.
     keep_best: bool = False
@@ -211,11 +216,20 @@ class Config:
             try:
                 built[section] = kind(**given)
             except ValidationError as error:
-                raise refusal(error, given, section) from None
+                raise refusal(error, section, given) from None
         return cls(**built)
 
 
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+
+
+@cache
+def meanings(section: str) -> dict[str, str]:
+    """What the settings of a section mean, by the comments above or behind its fields."""
+    _, _, text = Path(__file__).read_text("utf-8").partition(f"class {SECTIONS[section].__name__}:")
+    field = r"((?:    # .*\n)*)    (\w+): (?:.*?)(?:  # (.*))?\n"
+    found = re.findall(field, text.partition("\n\n\n")[0] + "\n")
+    return {key: re.sub(r"\n? *# ", " ", above).strip() or behind for above, key, behind in found}
 
 
 def check_sections(values: Mapping[str, object]) -> None:
@@ -253,7 +267,7 @@ def choice(setting: str, value: object, known: Collection[object]) -> None:
     check(value in known, setting, value, nearest(str(value), known))
 
 
-def refusal(error: ValidationError, values: Section, section: str = "") -> UserError:
+def refusal(error: ValidationError, section: str, values: Section) -> UserError:
     """The first value that pydantic refuses, in one line, with all that it could be instead."""
     problems = error.errors(include_url=False)
     where, path = problems[0]["loc"], list[str]()
@@ -264,8 +278,7 @@ def refusal(error: ValidationError, values: Section, section: str = "") -> UserE
             value = value.get(key)
     depth = len(path)
     needs = dict.fromkeys(p["msg"] for p in problems if p["loc"][:depth] == where[:depth])
-    setting = ".".join([section, *path] if section else path)
-    return UserError(f"{setting} is {value!r}: {' or: '.join(needs)}")
+    return UserError(f"{'.'.join([section, *path])} is {value!r}: {' or: '.join(needs)}")
 
 
 def words(text: str) -> set[str]:

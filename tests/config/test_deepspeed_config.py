@@ -25,11 +25,11 @@ def test_shipped_files_are_valid_and_checkpoint_activations(path):
 
 MISTAKES = [
     ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
-    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: Input should be greater than or equal to 1"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: give 1, 2 or 3"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
-    ({"fp16": {"loss_scale": 0}}, "fp16.enabled is None: Field required"),
-    ({"bf16": {"enabled": "true"}}, "is 'true': Input should be a valid boolean or: Input should be 'auto'"),
-    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "DeepSpeed refuses it: "),
+    ({"fp16": {"loss_scale": 0}}, "fp16.enabled is None: give true, false"),
+    ({"bf16": {"enabled": "true"}}, "bf16.enabled is 'true': give true, false"),
+    ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "the DeepSpeed JSON: AssertionError: "),
     ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW'"),
     ({"optimizer": {"type": "Muon"}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
     ({"optimizer": {"type": "SGD"}}, "zero_allow_untested_optimizer"),
