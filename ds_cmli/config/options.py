@@ -37,10 +37,7 @@ def parse_setting(text: str) -> tuple[str, object]:
     if not equals or "." not in setting:
         need = "write SECTION.SETTING=VALUE, for instance student.layers=4"
         raise UserError(f"--set is {text!r}: {need}")
-    if value.startswith(("{", "[")):
-        with blame(f"--set {text}: not valid JSON"):
-            return setting, json.loads(value)
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         return setting, json.loads(value)
     return setting, value
 

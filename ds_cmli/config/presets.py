@@ -54,12 +54,7 @@ PRESETS: dict[str, Sections] = {
             "text_weights": "hub",
         },
         "teacher": {"model": "beitv2_base_patch16_224", "weights": "hub", "block": -1},
-        "data": {
-            "image_size": 224,
-            "context_length": 64,
-            "tokenizer": "bert-base-uncased",
-            "workers": 8,
-        },
+        "data": {"image_size": 224, "tokenizer": "bert-base-uncased", "workers": 8},
         "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },

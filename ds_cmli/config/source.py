@@ -191,15 +191,13 @@ def to_evaluate(source: Source) -> Config:
 
 def of_run(source: Source) -> Sections:
     """The settings by which a run or an export of this package is built again."""
-    settings: Any = source.config.get("settings")
-    if not isinstance(settings, dict):
-        raise source.error("its config.json is damaged: it has no settings")
-    config = Config.from_dict(settings)
-    data = {name: getattr(config.data, name) for name in OF_DATA}
-    return {
-        "student": vars(config.student) | OF_TRAINING | {"source": source.name},
-        "data": data | {"tokenizer": str(source.path) if source.local else source.name},
-    }
+    with source.blame("its config.json is damaged"):
+        settings = source.config["settings"]
+        student = {**settings["student"], "source": source.name}
+        data = {**settings["data"], "tokenizer": source.name}
+    if source.local:  # the name may be that of a file of weights
+        data["tokenizer"] = str(source.path)
+    return {"student": student, "data": data}
 
 
 def of_library(source: Source) -> Sections:
@@ -270,14 +268,14 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     """What a model of open_clip decides, as `of_transformers`."""
     import open_clip
     from open_clip.transform import merge_preprocess_dict
+    from open_clip.utils import to_2tuple
 
     model = deepcopy(source.config["model_cfg"])
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
     text = open_clip.CLIPTextCfg(**model["text_cfg"])
     usual = asdict(open_clip.transform.PreprocessCfg())
     pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"] or {})
-    sides = {vision.image_size} if isinstance(vision.image_size, int) else {*vision.image_size}
-    (side,) = sides
+    (side,) = {*to_2tuple(vision.image_size)}
     if (
         isinstance(vision.attentional_pool, str)
         or vision.timm_pool not in ("", "avg", "map", "token")
@@ -294,10 +292,7 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         if model["vision_cfg"].get(name):
             model["vision_cfg"][name] = 0.0
     model["vision_cfg"]["timm_model_pretrained"] = False
-    own: JsonObject = {"model_cfg": model}
-    for name in ("mean", "std"):
-        value = pictures[name]
-        own[name] = list(value) if isinstance(value, list | tuple) else [value] * 3
+    own: JsonObject = {"model_cfg": model, **{key: [*pictures[key]] for key in ("mean", "std")}}
     if name := text.hf_model_name:  # open_clip names it alone
         from transformers import AutoConfig
 
