@@ -75,7 +75,7 @@ ROWS = (
     ("op-triton-mask", "cmli/triton_forward.py", OP + "test_triton_interpreted",
      "over_m = tl.where(m_ok[None, :], s, LOW)", "over_m = tl.where(m_inside[None, :], s, LOW)"),
     # The losses: columns of the wrong scores, a temperature that sticks, equal captions as negatives.
-    ("loss-columns", "cmli/loss.py", LOSS + "test_loss_and_gradients_are_those_of_the_equations",
+    ("loss-columns", "cmli/loss.py", RANKS,
      "(block.logits(s, learned) for s in scores)", "(block.logits(scores[0], learned) for s in scores)"),
     ("loss-temperature", "cmli/loss.py",
      LOSS + "test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too",

@@ -22,7 +22,7 @@ class Case(NamedTuple):
 
 
 def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Case:
-    """Holes in masks, empty texts and images, ties of exact products, single positions, NaN and infinity."""
+    """Holes in masks, large padding, empty texts and images, ties of exact products, one position, NaN and infinity."""
     rng = torch.Generator().manual_seed(seed)
 
     def pick(values):
@@ -46,6 +46,9 @@ def case(seed: int, longest: int = 300, dtype: torch.dtype | None = None) -> Cas
         patch_mask = torch.rand(I, N, generator=rng) < 0.7
         patch_mask[0] &= chance(0.5)
     image, text = (x.to(dtype) for x in sides)
+    text[~token_mask] = PADDING
+    if patch_mask is not None:
+        image[~patch_mask] = PADDING
     if kind in ("nan", "inf"):
         x = pick([image, text]).view(-1, D)
         x[int(torch.randint(len(x), (1,), generator=rng)), 0] = float(kind)
@@ -78,19 +81,12 @@ def check(scores, of: Case, reference=cmli_scores_reference) -> None:
     assert not ours[2][~patch_mask].any() and not ours[3][~of.sides[2]].any()
 
 
-def random_case(dtype=torch.float64, I=3, J=5, N=37, M=9, D=16, seed=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # noqa: E741
-    """Features and masks with holes; the last image and the last text have no valid position, the first text one."""
-    g = torch.Generator().manual_seed(seed)
-    image, text = (torch.randn(*shape, D, generator=g).to(dtype) for shape in ((I, N), (J, M)))
-    patch_mask, token_mask = torch.rand(I, N, generator=g) < 0.7, torch.rand(J, M, generator=g) < 0.6
-    patch_mask[-1], token_mask[-1], token_mask[0] = False, False, torch.arange(M) == 2
-    image[~patch_mask], text[~token_mask] = PADDING, PADDING
-    return image, text, token_mask, patch_mask
-
-
-def by_loops(image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor) -> tuple[Tensor, Tensor]:
+def by_loops(
+    image: Tensor, text: Tensor, token_mask: Tensor, patch_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(1) to (4) in fp64, a pair at a time."""
-    rows = []
+    rows, every = [], torch.ones(image.shape[:2], dtype=torch.bool)
+    patch_mask = every if patch_mask is None else patch_mask
     for v, of_patch in zip(image.double(), patch_mask, strict=True):
         for w, of_token in zip(text.double(), token_mask, strict=True):
             S = v[of_patch] @ w[of_token].t()
