@@ -128,7 +128,7 @@ def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_b
 
 
 def test_cached_micro_batches_hold_features_and_a_gpu_without_the_kernels_takes_the_fallback():
-    json_ = {**ds_json(1), "gradient_accumulation_steps": 3}
+    json_ = {**ds_json(1), "gradient_accumulation_steps": 2}
     cached = predicted(Step(config(("cmli",), optim={"negatives": "global_batch"}), json_, 2), A100)
     assert cached.categories["cached features"] > 0 and cached.setting["cmli_backend"] == "triton"
     json_ |= {"fp16": {"enabled": True}, "bf16": {"enabled": False}}
