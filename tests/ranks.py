@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LATE = "deepspeed.runtime.zero.muon.muon_optimizer"  # what an engine would import: all that torch.compile is
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}  # the environment of an only rank
 
 
@@ -85,7 +86,7 @@ def run(function: Callable, world: int, *arguments: object, group: bool = True, 
     """
     if len(_pools) < world:
         context = multiprocessing.get_context("forkserver")  # whose server imports the libraries once for all ranks
-        context.set_forkserver_preload(["tests.drive_train", "ds_cmli.run"])
+        context.set_forkserver_preload(["tests.drive_train", "ds_cmli.run", LATE])
         more = [ProcessPoolExecutor(1, context) for _ in range(len(_pools), world)]
         started = [pool.submit(os.getpid) for pool in more]
         _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
