@@ -26,8 +26,6 @@ RUN = "run.json"  # the settings of a run
 CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"  # of a model
 NAMED, LOCAL, HUB = "open_clip:", "local-dir:", "hf-hub:"  # the last two as in open_clip
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
-# Of a run, what says how pictures and texts are prepared.
-OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 # Settings of a student that are of one training, and not of its architecture.
 OF_TRAINING = {
     "freeze_image": 0,
@@ -163,7 +161,7 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     decided = of_run(source) if source.is_run else of_library(source)
     free = {*OF_TRAINING} if source.is_run else {*OF_TRAINING, "shared_blocks"} - {"dropout"}
     # Of texts that are padded to their full length, shorter ones would be other ones.
-    shorter = decided["data"]["padding"] == "longest"
+    shorter = decided["data"].get("padding") == "longest"
     for section, values in decided.items():
         given = out.setdefault(section, {})
         for key, value in values.items():

@@ -37,7 +37,7 @@ from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
 from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
-from ds_cmli.config.source import OF_DATA, OF_TRAINING
+from ds_cmli.config.source import OF_TRAINING
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
@@ -49,6 +49,8 @@ from ds_cmli.scores import both_ways
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 IN_FP32 = ["losses"]  # 16 bits would round a temperature by up to 2%
 AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of transformers'
+# The settings of `data` that say how pictures and texts are prepared.
+OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
 
 
 class CMLIConfig(PreTrainedConfig):
