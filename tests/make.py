@@ -177,20 +177,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def run_folder(folder: Path, **sections: dict) -> Path:
-    """A run as training leaves it, with random weights."""
-    from ds_cmli.data.tokens import tokenizer_of
-
-    chosen = config(**sections)
-    return save_run(folder, chosen, models(**sections)[0], tokenizer_of(chosen.data))
-
-
-def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli")) -> Path:
-    """The same in the sizes of `tiny`."""
+def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli"), **sections: dict) -> Path:
+    """A run as training leaves it, in the sizes of `tiny`, with random weights."""
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.engine import build_models
 
-    chosen = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
+    chosen = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}, **sections})
     torch.manual_seed(0)
     words = tokenizer_of(chosen.data)
     return save_run(folder, chosen, build_models(chosen, words.vocab_size, pad_id=words.pad_id)[0], words)

@@ -52,6 +52,7 @@ def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
     assert [times[n] for n in range(30)] == [1] * 30 and [times[n] for n in range(30, 40)] == [9] * 10
     turns = {(int(i), int(turn)) for indices, turns in taken for i, turn in zip(indices, turns, strict=True)}
     assert len(turns) == 120  # no sample comes twice at the same turn, so none gets the same view twice
+    assert Mixture([3, 3, 4], [1, 1, 1e-9]).shares == [5, 4, 1]  # each source keeps one
 
 
 def test_a_permutation_is_a_function_of_its_arguments_alone():
@@ -60,19 +61,6 @@ def test_a_permutation_is_a_function_of_its_arguments_alone():
     assert torch.equal(order, permutation(100, 1, 2))
     assert not torch.equal(order, permutation(100, 2, 1))
     assert permutation(6, 0, 0).tolist() == [4, 1, 0, 2, 3, 5]  # never another order: runs resume by it
-
-
-@pytest.mark.parametrize(
-    ("lengths", "weights", "shares"),
-    [
-        ([3, 3, 4], [1, 1, 1e-9], [5, 4, 1]),
-        ([200, 200], [0.002, 1], [1, 399]),  # 0.8 of 400
-        ([200, 200], [5e-324, 1e308], [1, 399]),
-    ],
-)
-def test_every_source_keeps_a_sample_an_epoch(lengths, weights, shares):
-    mixture = Mixture(lengths, weights)
-    assert mixture.shares == shares and len(mixture.order(0, 0)[0]) == sum(lengths)
 
 
 def test_a_larger_global_batch_loses_only_the_end_of_the_epoch():

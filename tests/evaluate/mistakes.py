@@ -4,12 +4,10 @@ from pathlib import Path
 
 from tests import make
 
-SMALL = {"loss": {"weights": {"global": 1.0, "cmli": 1.0}}}
-
 
 def run(here: Path) -> None:
     source = make.pairs(here / "pairs", 9)
-    make.run_folder(here / "run", data={"source": source, "val_source": source}, **SMALL)
+    make.write_run(here / "run", data={"source": source, "val_source": source})
 
 
 def classes(here: Path) -> None:

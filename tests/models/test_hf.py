@@ -158,8 +158,6 @@ def test_an_end_that_is_also_the_padding_is_attended_to(tmp_path):
 def test_what_is_not_there_or_damaged_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r"^the model is '[^\n]*: no config\.json there; give a run"):
         hf.load(tmp_path, setting="the model")
-    with pytest.raises(UserError, match=r"no model\.ema\.safetensors there; leave out --ema"):
-        hf.load(run, hf.AVERAGE)
     shutil.copytree(run, other := tmp_path / "other")
     weights, name = load_file(run / hf.WEIGHTS), "student.projection.weight"
     for change, line in (({}, "does not fit"), ({name: weights[name][1:]}, "cannot be loaded|does not fit")):
