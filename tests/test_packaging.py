@@ -13,10 +13,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from click.testing import CliRunner
-
-from ds_cmli import train
-from tests.ranks import ROOT, clean_environment
+from tests.ranks import ROOT, clean_environment, python
 
 
 def test_the_wheel_holds_every_file_that_is_no_code_and_finds_it_there(tmp_path):
@@ -49,4 +46,4 @@ def test_every_command_of_the_page_is_a_function_and_the_version_is_one():
     for place in project["scripts"].values():
         assert not inspect.signature(pkgutil.resolve_name(place)).parameters
     assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text()
-    assert CliRunner().invoke(train.command, ["--version"]).output == f"ds-cmli, version {project['version']}\n"
+    assert python("ds_cmli/train.py", "--version").stdout == f"ds-cmli, version {project['version']}\n"
