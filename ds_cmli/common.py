@@ -175,7 +175,7 @@ def silence() -> None:
 
 
 @contextmanager
-def without_trackers() -> Iterator[None]:
+def importing() -> Iterator[None]:
     """Import libraries inside without trackers that they would import, which takes seconds.
 
     A sixth of a start would be spent on looking for garbage among a million imported objects.

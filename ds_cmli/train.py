@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli import hardware
-from ds_cmli.common import UserError, blame, run_command, say, silence, version, without_trackers
+from ds_cmli.common import UserError, blame, importing, run_command, say, silence, version
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset
@@ -100,7 +100,7 @@ def train(
         return 0, Path()
     if config.run.deterministic:
         hardware.enforce_determinism()
-    with without_trackers():
+    with importing():
         from ds_cmli import engine as engines
     import torch.distributed as dist
 

@@ -101,7 +101,7 @@ def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_im
     first, imported = done.stdout.splitlines()
     assert first.startswith("ds-cmli ") and "preset tiny" in first and imported == "[]"
     code = (
-        "import sys; from ds_cmli.common import without_trackers\nwith without_trackers():\n import deepspeed, timm\n"
+        "import sys; from ds_cmli.common import importing\nwith importing():\n import deepspeed, timm\n"
         "print({'mlflow', 'wandb'} & {*sys.modules})"
     )
     done = python("-c", code, timeout=120)

@@ -10,7 +10,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, read_json, without_trackers
+from ds_cmli.common import JsonObject, Section, UserError, blame, importing, read_json
 from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice, words
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -84,7 +84,7 @@ class DeepSpeedConfig(dict[str, Any]):
             params = out[section].get("params", {})
             given = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
             signature(section, out[section]["type"]).bind_partial(None, **given)
-        with without_trackers():
+        with importing():
             from deepspeed.runtime import config as theirs
         if out.optimizer not in ADAMS:
             # Where DeepSpeed has one of the same name, it would not take PyTorch's.
@@ -211,7 +211,7 @@ def signature(section: str, name: str) -> inspect.Signature:
     """What PyTorch's optimizer or DeepSpeed's schedule takes. Raises `UserError`."""
     import torch
 
-    with without_trackers():
+    with importing():
         from deepspeed.runtime import lr_schedules
 
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
