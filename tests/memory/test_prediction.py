@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.cuda import _memory_viz as viz
 from transformers import AutoConfig
 
 from ds_cmli import engine
@@ -59,8 +61,20 @@ def test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks(tmp_path)
     assert sum(of.values()) == totals["requested"] == max(report["phases"].values())
     assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
     assert files["--plot"].read_bytes().startswith(b"\x89PNG")
-    segments = pickle.loads(files["--snapshot"].read_bytes())["segments"]
-    assert sum(segment["requested_size"] for segment in segments) <= totals["requested"]
+    read_by_pytorchs_tools(pickle.loads(files["--snapshot"].read_bytes()), totals)
+
+
+def read_by_pytorchs_tools(snapshot: dict, totals: dict[str, int]) -> None:
+    """The state and history of a replay."""
+    segments, live, peak = snapshot["segments"], 0, 0
+    assert all(sum(block["size"] for block in segment["blocks"]) == segment["total_size"] for segment in segments)
+    for entry in snapshot["device_traces"][0]:
+        live += {"alloc": 1, "free_completed": -1}.get(entry["action"], 0) * entry["size"]
+        peak = max(peak, live)
+    assert peak == totals["requested"] and live == sum(segment["requested_size"] for segment in segments)
+    stacks = viz.segments(snapshot, format_flamegraph=str)
+    assert re.search(r"active_allocated;.*init.*master weights.*aten\.", stacks)
+    assert "cudaMalloc(" in viz.trace(snapshot) and "Active Memory Timeline" in viz.trace_plot(snapshot)
 
 
 @pytest.mark.parametrize("room", [99, 100, 1000, 12_345, 10**7, 10**9])
