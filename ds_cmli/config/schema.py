@@ -216,7 +216,9 @@ class Config:
             try:
                 built[section] = kind(**given)
             except ValidationError as error:
-                raise refusal(error, section, given) from None
+                first = error.errors(include_url=False)[0]
+                where = ".".join([section, *map(str, first["loc"])])
+                raise UserError(f"{where} is {first['input']!r}: {first['msg']}") from None
         return cls(**built)
 
 
@@ -265,20 +267,6 @@ def check(ok: bool, setting: str, value: object, need: str) -> None:
 def choice(setting: str, value: object, known: Collection[object]) -> None:
     """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
     check(value in known, setting, value, nearest(str(value), known))
-
-
-def refusal(error: ValidationError, section: str, values: Section) -> UserError:
-    """The first value that pydantic refuses, in one line, with all that it could be instead."""
-    problems = error.errors(include_url=False)
-    where, path = problems[0]["loc"], list[str]()
-    value: Any = values
-    for key in where:  # keys of mappings, and then the name of one of several types
-        if isinstance(value, dict):
-            path.append(str(key))
-            value = value.get(key)
-    depth = len(path)
-    needs = dict.fromkeys(p["msg"] for p in problems if p["loc"][:depth] == where[:depth])
-    return UserError(f"{'.'.join([section, *path])} is {value!r}: {' or: '.join(needs)}")
 
 
 def words(text: str) -> set[str]:

@@ -99,9 +99,9 @@ MISTAKES = [
     ({"student": {"layer": 4}}, "setting of student is 'layer': did you mean 'layers'?"),
     (
         {"data": {"augmentation": {"flip": 1.0}}},
-        "data.augmentation.flip is 1.0: Input should be 'random_resized_crop', ",
+        "data.augmentation.flip.[key] is 'flip': Input should be 'random_resized_crop', ",
     ),
-    ({"data": {"source": 3}}, "data.source is 3: Input should be a valid string or: Input should be a valid list"),
+    ({"data": {"source": 3}}, "is 3: Input should be a valid string"),
     ({"loss": {"weights": {"globl": 1.0}}}, "loss.weights is 'globl': did you mean 'global'?"),
     ({"loss": {"weights": {"cmli": "a"}}}, "loss.weights.cmli is 'a': Input should be a valid number"),
     ({"optim": {"negatives": 3}}, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
