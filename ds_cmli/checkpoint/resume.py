@@ -153,10 +153,9 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
             f"a number of ranks out of {fitting}"
         )
     sizes = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
-    for key in ("train_batch_size", "gradient_accumulation_steps"):
-        if ds_config.get(key, "auto") != "auto":
-            sizes[key] = ds_config[key]
-    return DeepSpeedConfig.of({**ds_config, **sizes})
+    keys = ("train_batch_size", "gradient_accumulation_steps")
+    given = {key: ds_config[key] for key in keys if ds_config.get(key, "auto") != "auto"}
+    return DeepSpeedConfig.of({**ds_config, **sizes, **given})
 
 
 def state_of(
@@ -186,10 +185,9 @@ def state_of(
         point.changed = bool(changed)
         say(f"resuming from {point.path}" + " with changes: " * point.changed + "; ".join(changed))
         ranks = distributed.world_size()
-        before, after = state.config["deepspeed"], now["deepspeed"]
-        names = filter(OF_FILES.match, {*before, *after})
-        same = all(before.get(name) == after.get(name) for name in names)
-        point.resharded = not same or state.world_size != ranks
+        sections = (settings["deepspeed"].items() for settings in (state.config, now))
+        before, after = ({k: v for k, v in s if OF_FILES.match(k)} for s in sections)
+        point.resharded = before != after or state.world_size != ranks
         if point.resharded:
             say(f"from {state.world_size} ranks to {ranks}: through a universal checkpoint")
         state.rebatched = not point.batch_as_asked

@@ -140,14 +140,10 @@ class CheckpointWriter(TorchCheckpointEngine):
 
     def gather(self) -> None:
         """Give all ranks the files of all, and the error of the first that has one. Collective."""
-        for digests in distributed.gather_objects(self.digests):  # collective
+        every = distributed.gather_objects((self.digests, self.error))  # collective
+        for rank, (digests, error) in enumerate(every):
             self.digests |= digests
-        try:
-            with distributed.raised_together():  # collective
-                if self.error is not None:
-                    raise UserError(self.error)
-        except UserError as error:
-            self.error = str(error)
+            self.error = self.error or (error and f"rank {rank}: {error}")
 
 
 # --- a run's checkpoints

@@ -47,9 +47,8 @@ def skipped_samples(
     own = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
     every = [batch for of_rank in flags.gather(own) for batch in of_rank]  # collective
     lost = [sample for samples, finite in every if not finite for sample in samples]
-    scaler: Any = getattr(
-        optimizer, "loss_scaler", None
-    )  # of fp16; a dynamic one has a `min_scale`
+    # Of fp16; a dynamic one has a `min_scale`.
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if lost or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
         return sorted(lost)
     return sorted(sample for samples, _ in every for sample in samples)
