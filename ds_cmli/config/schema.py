@@ -217,7 +217,10 @@ class Config:
                 built[section] = kind(**given)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
-                where = ".".join([section, *map(str, first["loc"])])
+                name, *inside = map(str, first["loc"])
+                if not isinstance(given[name], dict):  # the name of one of several types
+                    inside = []
+                where = ".".join([section, name, *inside])
                 raise UserError(f"{where} is {first['input']!r}: {first['msg']}") from None
         return cls(**built)
 

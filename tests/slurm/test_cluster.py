@@ -17,7 +17,7 @@ from tests.slurm.cluster import NODES, Cluster, NoSlurm, poll
 pytestmark = pytest.mark.slurm
 
 # The micro-batch makes a step long enough to be interrupted somewhere before the end.
-TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.match_maps=0")
+TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.eval_batch=100", "--set", "run.match_maps=0")
 
 
 class Job:
