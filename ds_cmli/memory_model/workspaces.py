@@ -295,14 +295,16 @@ OPERATORS: dict[OpOverload, Callable[[tuple, Gpu], Inside]] = {
 # --- cuBLAS
 
 _NAMES = "mm bmm addmm baddbmm mv addmv dot vdot"
-PRODUCTS = frozenset(str(getattr(aten, name).default) for name in _NAMES.split())
+PRODUCTS = {getattr(aten, name).default for name in _NAMES.split()}
+PRODUCTS |= {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}
+OPS = {str(product) for product in PRODUCTS}
 WITH_BIAS, LT_WORKSPACE = str(aten.addmm.default), 1 << 20  # bytes, of cublasLt
 KEEPS_WORKSPACES = torch.__version__ < "2.15"  # compared as versions
 StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the stream
 
 
 def with_cublas(
-    events: list[Event], workspaces: int, given: Mapping[StreamPlace, int]
+    events: list[Event], workspaces: int, first: Mapping[StreamPlace, int]
 ) -> list[Event]:
     """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
@@ -312,31 +314,27 @@ def with_cublas(
 
     Args:
         workspaces: bytes of both threads'.
-        given: how many events precede a place's first product into a tensor that it was given.
+        first: how many events precede the end of a place's first product.
     """
     out: list[Event] = []
-    taken, left = set[StreamPlace](), dict(given)
+    left = dict(first)
     block = 0
 
-    def take(place: StreamPlace, phase: str, op: str = "") -> None:
+    def take(phase: str, stream: int, op: str = "") -> None:
         nonlocal block
         block -= 1
         size = workspaces // 2
         if op == WITH_BIAS and not KEEPS_WORKSPACES:
             size = min(size, LT_WORKSPACE)
-        out.append(Event(block, size, "temporaries", phase, "cuBLAS", place[1]))
-        if KEEPS_WORKSPACES:
-            taken.add(place)
-        else:
-            out.append(Event(block, -size, "temporaries", phase, "cuBLAS", place[1]))
+        out.append(Event(block, size, "temporaries", phase, "cuBLAS", stream))
+        if not KEEPS_WORKSPACES:
+            out.append(Event(block, -size, "temporaries", phase, "cuBLAS", stream))
 
-    for number, event in enumerate(events):
+    for number, event in enumerate(events, 1):
+        out.append(event)
+        if not KEEPS_WORKSPACES and event.bytes > 0 and event.op in OPS:
+            take(event.phase, event.stream, event.op)
         for place in [key for key in left if number >= left[key]]:
             del left[place]
-            if place not in taken:
-                take(place, "backward" if place[0] else "forward")
-        out.append(event)
-        place = event.phase == "backward", event.stream
-        if place not in taken and event.bytes > 0 and event.op in PRODUCTS:
-            take(place, event.phase, event.op)
+            take(event.phase, place[1])
     return out

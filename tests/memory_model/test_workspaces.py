@@ -147,6 +147,8 @@ def test_where_cublas_takes_its_workspaces(monkeypatch):
     forward, backward = (
         Event(-block, 50, "temporaries", phase, "cuBLAS") for block, phase in ((1, "forward"), (2, "backward"))
     )
-    assert with_cublas(events, 100, {}) == [*events[:2], forward, *events[2:], backward]
+    first = {(False, 0): 2, (True, 0): 5}
+    assert with_cublas(events, 100, first) == [*events[:2], forward, *events[2:], backward]
     # Backward's first product is written into block 2, before that is freed.
-    assert with_cublas(events, 100, {(True, 0): 3}) == [*events[:2], forward, events[2], backward, *events[3:]]
+    first[True, 0] = 3
+    assert with_cublas(events, 100, first) == [*events[:2], forward, events[2], backward, *events[3:]]

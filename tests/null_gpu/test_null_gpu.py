@@ -10,6 +10,7 @@ from tests.gpu.settings import TORCH, Setting
 from tests.null_gpu.build import run
 
 pytestmark = pytest.mark.null_gpu
+FEW = {"student": {"layers": 3}, "teacher": {"block": 2}}
 SEEN = """
 import json, torch
 from torch.cuda import Stream, empty_cache
@@ -61,7 +62,10 @@ def test_what_a_program_sees(null_gpu, tmp_path, events):
     ("gpu", "setting"),
     [
         ("T4", Setting("fallback", "demo", 32, precision="fp16", overrides=TORCH)),
-        ("A100 80GB", Setting("ranks", "demo", 32, world=8, stage=1, accumulation=2)),
+        (
+            "A100 80GB",
+            Setting("cached", "demo", 64, world=8, stage=1, accumulation=2, checkpointing=True, overrides=FEW),
+        ),
         ("H100 80GB", Setting("checkpointing", "demo", 64, world=2, checkpointing=True)),
         ("H100 80GB", Setting("gathered", "demo", 64, world=8, stage=3)),
     ],
