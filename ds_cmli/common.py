@@ -191,6 +191,7 @@ def importing() -> Iterator[None]:
             del sys.modules[name]
         if sys.modules.keys() > before:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
         gc.enable()
 
 
