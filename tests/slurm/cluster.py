@@ -116,13 +116,19 @@ class Cluster:
         """Kill a node's slurmd, and the tasks that it has started with what watches over them."""
         self.nodes[node].kill()
         self.nodes[node].wait()
+        tasks = list[psutil.Process]()
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 if process.environ().get("SLURMD_NODENAME") == node:
-                    parent = process.parent()
-                    process.kill()
-                    if parent and parent.name().startswith("slurmstepd"):
-                        parent.kill()
+                    tasks.append(process)
+        for process in tasks:  # first what would report to the controller how they have ended
+            with suppress(psutil.Error):
+                parent = process.parent()
+                if parent and parent.name().startswith("slurmstepd"):
+                    parent.kill()
+        for process in tasks:
+            with suppress(psutil.Error):
+                process.kill()
 
     def stop(self) -> None:
         if self.daemons:
