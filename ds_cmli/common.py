@@ -111,9 +111,14 @@ def prints() -> bool:
 
 def check_writable(name: str) -> None:
     """Raise `UserError` if a file cannot be written, before the work whose result it will hold."""
-    place = name if os.path.exists(name) else os.path.dirname(name) or "."
-    if os.path.isdir(name) or not os.access(place, os.W_OK):
-        raise UserError(f"cannot write {name!r}: give a file in a folder that can be written to")
+    there = os.path.lexists(name)
+    try:
+        with open(name, "a"):
+            pass
+        if not there:
+            os.remove(name)
+    except OSError as error:
+        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
 
 
 def run_command(command: click.Command) -> NoReturn:
