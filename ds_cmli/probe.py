@@ -1,12 +1,13 @@
 """What training reports while it runs: the one place where measuring reaches into it.
 
-The recorder of memory takes the place of `subscriber`. Without one nothing happens.
+The recorder of memory subscribes. Without a subscriber nothing happens.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-subscriber: Callable[[str], AbstractContextManager[object]] = nullcontext
+Subscriber = Callable[[str], AbstractContextManager[object]]
+_subscriber: Subscriber = nullcontext
 
 
 def scope(name: str) -> AbstractContextManager[object]:
@@ -15,4 +16,15 @@ def scope(name: str) -> AbstractContextManager[object]:
     "backward" and "optimizer" are phases of a step. "exchange" is that of texts, or of their
     gradients, between ranks. Others are categories of memory reports.
     """
-    return subscriber(name)
+    return _subscriber(name)
+
+
+@contextmanager
+def subscribed(subscriber: Subscriber) -> Iterator[None]:
+    """Inside, `subscriber(name)` is entered with every scope."""
+    global _subscriber
+    before, _subscriber = _subscriber, subscriber
+    try:
+        yield
+    finally:
+        _subscriber = before

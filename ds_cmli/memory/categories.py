@@ -10,7 +10,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from unittest import mock
 
 from torch import nn
 from torch._ops import OpOverload
@@ -96,7 +95,7 @@ class TrainingRecorder(Recorder):
             student.register_forward_pre_hook(before_student),
             student.register_forward_hook(lambda *_: self.begin("loss")),
             train_engine.objective.register_forward_hook(self._claim_cached),
-            mock.patch.object(probe, "subscriber", self.scope),
+            probe.subscribed(self.scope),
         ):
             yield
 
