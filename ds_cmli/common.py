@@ -188,6 +188,7 @@ def importing() -> Iterator[None]:
     before = {*sys.modules}
     hidden = {"mlflow", "wandb"} - before
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    collects = gc.isenabled()
     gc.disable()
     try:
         yield
@@ -197,7 +198,8 @@ def importing() -> Iterator[None]:
         if sys.modules.keys() > before:
             gc.freeze()
             atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
-        gc.enable()
+        if collects:
+            gc.enable()
 
 
 def version(package: str = "ds-cmli") -> str:
