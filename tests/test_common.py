@@ -65,7 +65,7 @@ def test_a_file_is_tried_and_left_as_it_was(tmp_path):
     for path in (new, old):
         check_writable(str(path))
     assert not new.exists() and old.read_text() == "kept"
-    for path in (tmp_path / "none" / "x.json", tmp_path):
+    for path in (tmp_path / "none" / "x.json", old / "x.json", tmp_path):
         with pytest.raises(UserError, match=f"^cannot write '{path}': "):
             check_writable(str(path))
 
