@@ -150,12 +150,13 @@ def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
 
 
 def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:
-    """The arguments of the smallest training, with other options and settings (by --set)."""
+    """The arguments of the smallest training, with other options and settings; None leaves one to the preset."""
     every: dict[str, object] = {"run.match_maps": 0, "data.workers": 0}
     every |= {f"{section}.{name}": value for section, of in SMALL.items() for name, value in of.items()}
     words = ["--preset", "tiny"]
     for name, value in (every | (settings or {})).items():
-        words += ["--set", f"{name}={value}"]
+        if value is not None:
+            words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     for name, value in options.items():
         words += [name, str(value)]
     return words

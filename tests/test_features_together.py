@@ -1,6 +1,5 @@
 """Trainings in which any two features meet: interrupted as if never, evaluated, exported, their memory predicted."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,20 +8,21 @@ from safetensors import safe_open
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.checkpoint.runs import straight_and_stopped
+from tests.models.sources import clip, of_open_clip, siglip
 from tests.stranger.drive import check_memory, used
 
-# Any two values of two columns meet. The fourth: one micro-batch, or two and what is compared; the last: all layers,
-# adapters, or some layers, each at its own rate.
+# Any two values of two columns meet, but for the last. The fourth: one micro-batch, or two and what is compared; then
+# all layers, adapters, or some layers, each at its own rate; and what the training starts from.
 RUNS = """
-zero1 alone fp32 one    again -   sigmoid all
-zero1 alone fp32 micro  -     ema target  lora
-zero2 two   bf16 micro  again -   target  all
-zero3 alone bf16 micro  again ema sigmoid part
-zero2 two   fp32 one    -     ema sigmoid part
-zero2 alone fp32 cached again ema sigmoid lora
-zero3 alone fp32 cached -     ema sigmoid all
-zero1 two   bf16 cached -     -   target  part
-zero3 two   bf16 one    -     -   target  lora
+zero1 alone fp32 one    again -   sigmoid all  -
+zero1 alone fp32 micro  -     ema target  lora -
+zero2 two   bf16 micro  again -   target  all  -
+zero3 alone bf16 micro  again ema sigmoid part coca
+zero2 two   fp32 one    -     ema sigmoid part -
+zero2 alone fp32 cached again ema sigmoid lora siglip
+zero3 alone fp32 cached -     ema sigmoid all  -
+zero1 two   bf16 cached -     -   target  part oc-siglip
+zero3 two   bf16 one    -     -   target  lora clip
 """.strip().splitlines()
 JSON: dict[str, dict] = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}} for stage in (1, 2, 3)},
@@ -43,6 +43,16 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optim.layer_decay": 0.5,
         "optim.lr_factors": {"image": 0.5},
     },
+    "clip": {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj"]}},
+    "siglip": {"student.lora": {"image": ["q_proj", "v_proj"]}},
+    # The side of its pictures is no multiple of the teacher's patches.
+    "oc-siglip": {"teacher.overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}},
+}
+SOURCES = {
+    "clip": clip,
+    "siglip": siglip,
+    "coca": lambda folder: of_open_clip(folder, "coca"),
+    "oc-siglip": lambda folder: of_open_clip(folder, "siglip"),
 }
 BATCH, STEPS, STOP = 8, 4, 3
 AUGMENTED = {"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}
@@ -50,20 +60,22 @@ AUGMENTED = {"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter":
 
 def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
     """The arguments of a training, and its DeepSpeed JSON. Its data are tars, and pictures of which one is broken."""
-    make.pairs(folder / "pictures", 40, broken=(3,))
-    source = ["--data", make.tar(folder / "x.tar", 40) + "::0.4", "--data", f"{folder}/pictures::0.6"]
     content: dict = {}
-    settings: dict[str, object] = {"student.dropout": 0.2, "run.match_maps": 1, "data.max_bad_share": 0.2}
-    settings["data.augmentation"] = AUGMENTED
-    settings["student.layers"] = 2 if "part" in values else 1
+    settings: dict[str, object] = {"run.match_maps": 1, "data.max_bad_share": 0.2, "data.augmentation": AUGMENTED}
+    if values[-1] == "-":
+        settings |= {"student.dropout": 0.2, "student.layers": 2 if "part" in values else 1}
+    else:
+        settings |= {"student.layers": None, "student.shared_blocks": None}
+        settings["student.source"] = str(SOURCES[values[-1]](folder / "source"))
     for value in values:
         content |= JSON.get(value, {})
         settings |= SETTINGS.get(value, {})
     micro_batch = BATCH // (1 + ("two" in values)) // content.get("gradient_accumulation_steps", 1)
     options = {"--steps": STEPS, "--eval-every": 3, "--micro-batch": micro_batch}
     options["--deepspeed_config"] = make.json_file(folder / "ds.json", content)
-    words = make.small(options, {name: json.dumps(value) for name, value in settings.items()})
-    return [*words, *source], content
+    make.pairs(folder / "pictures", 40, broken=(3,))
+    data = ["--data", make.tar(folder / "x.tar", 40) + "::0.4", "--data", f"{folder}/pictures::0.6"]
+    return [*make.small(options, settings), *data], content
 
 
 @pytest.mark.parametrize(

@@ -71,17 +71,6 @@ def test_a_larger_global_batch_loses_only_the_end_of_the_epoch():
     assert (after["epoch"], after["position"]) == (1, 8)
 
 
-def test_only_advance_moves_the_position():
-    sampler = GlobalBatchSampler(10, 2, 0, 1, 0)
-    ahead = iter(sampler)
-    for _ in range(9):  # a loader that prefetches, even into the next epoch
-        next(ahead)
-    assert (sampler.epoch, sampler.position) == (0, 0)
-    sampler.advance()
-    assert sampler.position == 2
-    assert next(iter(sampler)) == [Draw(index, 0) for index in permutation(10, 0, 0)[2:4].tolist()]
-
-
 # What a sample is.
 
 

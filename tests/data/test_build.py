@@ -69,6 +69,9 @@ def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
         build_eval_data(config(source=a), 0, "test")
     assert len(build_eval_data(config(source=a), 0, "all")[0]["all"]) == 17
     assert len(build_eval_data(config(source=a), 0, "val")[0]["val"]) == 5
+    shutil.copy(tmp_path / "a/train/metadata.jsonl", tmp_path / "a/train/metadata.csv")
+    with pytest.raises(UserError, match="keep one for train"):
+        build_data(config(source=a), 0)
 
 
 def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path):

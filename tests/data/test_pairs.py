@@ -2,7 +2,6 @@ import random
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
@@ -87,13 +86,3 @@ def test_too_many_bad_samples_end_training_and_the_first_five_are_named():
     bad.check(one_rank, 200)
     with pytest.raises(UserError, match=r"11 samples of 100.*max_bad_share = 0.1.*0\.png.*4\.png \(broken\)$"):
         bad.check(one_rank, 100)
-
-
-def test_workers_draw_no_numbers_of_the_models_generator(folders):
-    opened = data(folders, ["folder"])
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    sampler = GlobalBatchSampler(opened.mixture, 4, 0, 1, 0)
-    next(iter(loader(opened.train, opened.collate, 1, batch_sampler=sampler)))
-    assert torch.equal(torch.rand(3), expected)

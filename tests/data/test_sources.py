@@ -18,7 +18,6 @@ from ds_cmli.data.build import open_hub
 from ds_cmli.data.sources import (
     MOST_OPEN,
     Tars,
-    open_folder,
     open_json,
     open_parquet,
     open_saved,
@@ -39,10 +38,15 @@ def contents(source):
     return [(source.image(i), source.captions(i)) for i in range(len(source))]
 
 
-def table(folder, name, content, **settings):
-    """The source of a list, beside which the pictures a.png and b.png are."""
+def pictures(folder):
+    folder.mkdir(exist_ok=True)
     for image in ("a", "b"):
         (folder / f"{image}.png").write_bytes(image.encode())
+
+
+def table(folder, name, content, **settings):
+    """The source of a list beside pictures."""
+    pictures(folder)
     (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_tables([folder / name], DataConfig(**settings))["train"]
 
@@ -51,11 +55,20 @@ def coco(folder):
     images = [{"id": 8, "file_name": "a.png"}, {"id": 7, "file_name": "b.png"}, {"id": 9, "file_name": "c.png"}]
     texts = [(8, "NA"), (7, "one, two"), (8, "2012"), (9, " ")]
     annotations = [{"image_id": number, "caption": text} for number, text in texts]
-    (folder / "train2017").mkdir()
-    for image in ("a", "b"):
-        (folder / "train2017" / f"{image}.png").write_bytes(image.encode())
+    pictures(folder / "train2017")
     json_file(folder / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
     return open_json([folder / "annotations/captions_train2017.json"], DataConfig())["train"]
+
+
+def karpathy(folder):
+    texts = (("train", "a", "NA"), ("restval", "b", "one, two"), ("val", "b", "x"), ("train", "a", "2012"))
+    images = [
+        {"filepath": "train", "filename": f"{image}.png", "split": split, "sentences": [{"raw": text}, {"raw": " "}]}
+        for split, image, text in texts
+    ]
+    pictures(folder / "train")
+    json_file(folder / "dataset.json", {"images": images})
+    return open_json([folder / "dataset.json"], DataConfig())["train"]
 
 
 def parquet(path, **columns):
@@ -107,6 +120,7 @@ KINDS = {  # the source in a folder, and how many pictures it leaves out because
     "tsv": (lambda folder: table(folder, "t.tsv", TSV), 1),
     "jsonl": (lambda folder: table(folder, "t.jsonl", LINES + '{"file_name": "c.png", "text": []}'), 1),
     "coco": (coco, 1),
+    "karpathy": (karpathy, 0),
     "files in parquet": (lambda folder: parquet(folder / "a.parquet", image=FILES, caption=TEXTS, width=[1, 2]), None),
     "bytes in parquet": (lambda folder: parquet(folder / "a.parquet", image=BYTES, text=TEXTS), None),
     "features in parquet": (features, None),
@@ -132,33 +146,6 @@ def test_cells_may_hold_line_ends_and_columns_are_named(tmp_path):
     content = 'file_name,text,german\na.png,"three\nfour ""five""",drei\n'
     assert table(tmp_path, "t.csv", content).captions(0) == ['three\nfour "five"']
     assert table(tmp_path, "t.csv", content, caption_key="german").captions(0) == ["drei"]
-
-
-def test_a_folder_has_a_table_or_parts_with_tables(tmp_path):
-    for part in ("train", "val"):
-        (tmp_path / part).mkdir()
-        table(tmp_path / part, "metadata.csv", f"file_name,text\na.png,{part}\n")
-    parts = open_folder([tmp_path], DataConfig())
-    assert {split: contents(part) for split, part in parts.items()} == {
-        "train": [(b"a", ["train"])],
-        "validation": [(b"a", ["val"])],
-    }
-    table(tmp_path, "metadata.csv", "file_name,text\na.png,one\n")
-    with pytest.raises(UserError, match="keep one for train"):
-        open_folder([tmp_path], DataConfig())
-
-
-def test_karpathys_json_has_parts(tmp_path):
-    listed = [
-        {"filepath": "x", "filename": "a.png", "split": split, "sentences": [{"raw": split}, {"raw": " "}]}
-        for split in ("train", "restval", "val", "test")
-    ]
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.png").write_bytes(b"a")
-    json_file(tmp_path / "dataset.json", {"images": listed})
-    parts = open_json([tmp_path / "dataset.json"], DataConfig())
-    texts = {"train": ["train", "restval"], "validation": ["val"], "test": ["test"]}
-    assert {split: contents(part) for split, part in parts.items()} == {k: [(b"a", v)] for k, v in texts.items()}
 
 
 def test_the_first_files_may_be_missing_but_not_all(tmp_path):

@@ -98,23 +98,6 @@ def test_one_projection_starts_orthonormal_and_serves_both_sides(built):
     assert sum("projection.weight" in name for name, _ in built[0].named_parameters()) == 1
 
 
-def test_target_cmli_alone_never_trains_the_projection():
-    objective, teacher = make.models(loss={"weights": {"target_cmli": 1.0}})
-    [batch] = make.batches(make.data_of(make.config()), 4, 1)
-    objective(batch, teacher(batch.image))[0].backward()
-    assert objective.student.projection.weight.grad is None
-    assert objective.student.image_out.weight.grad.abs().sum() > 0
-
-
-def test_a_longer_student_begins_with_the_layers_of_a_shorter_one():
-    """The first layers of the encoder are kept, and not its last."""
-    one, two = (make.models(loss=LOSSES, student={"layers": layers})[0].student.image for layers in (1, 2))
-    short, long = (dict(image.named_parameters()) for image in (one, two))
-    assert any(".1." in name for name in long) and not any(".1." in name for name in short)
-    kept = [name for name in short if ".blocks.0." in name]
-    assert kept and all(torch.equal(short[name], long[name]) for name in kept)
-
-
 # Adapters.
 
 LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}

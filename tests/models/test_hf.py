@@ -20,7 +20,6 @@ from ds_cmli.engine import build_models
 from ds_cmli.models import hf
 from tests.make import save_run
 from tests.models.test_encoders import BERT, SMALL, T5
-from tests.ranks import python
 
 TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
@@ -80,27 +79,6 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
         torch.testing.assert_close(found.last_hidden_state, image.projection(tokens), rtol=0, atol=1e-6)
     if kind != "a distillation":
         assert model.score_scales() == objective.score_scales()
-
-
-OTHER = """
-import sys, torch, ds_cmli.models.hf
-from transformers import AutoModel
-model = AutoModel.from_pretrained(sys.argv[1])
-with torch.no_grad():
-    torch.save({**model.state_dict(), **model(**torch.load(sys.argv[2]))}, sys.argv[3])
-"""
-
-
-@torch.no_grad()
-def test_another_process_loads_the_same(run, tmp_path):
-    inputs = AutoProcessor.from_pretrained(run)(images=[PIXELS] * 3, text=TEXTS)
-    torch.save(dict(inputs), tmp_path / "in")
-    done = python("-c", OTHER, run, tmp_path / "in", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "out")
-    assert all(torch.equal(value, found[name]) for name, value in load_file(run / hf.WEIGHTS).items())
-    for name, value in AutoModel.from_pretrained(run)(**inputs).items():
-        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -20,7 +22,10 @@ from ds_cmli.common import UserError
 from ds_cmli.config.source import Source, applied
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
+from ds_cmli.evaluate.__main__ import command as evaluate
+from ds_cmli.export import command as export
 from ds_cmli.models.student import Student
+from tests import make
 from tests.models.sources import MODELS, OF_OPEN_CLIP, clip, of_library, of_open_clip, settings, siglip, start
 
 TEXTS = ["a red car", "Zebra! & <b>", "two dogs sitting under a tree " * 20]
@@ -131,6 +136,39 @@ def test_a_start_says_what_it_loads(folders, capsys):
     start(folders["SigLIP"])
     line = f"starts from {folders['SigLIP']}: siglip, 2 + 2 layers, 56 px, temperature 0.0"
     assert line in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(source, tmp_path):
+    """By the preset `finetune`, as docs/finetune.md has it; then it goes on in another run."""
+    begun, two, three, back = (tmp_path / name for name in ("begun", "two", "three", "back"))
+    clip(begun)
+
+    def train(start: Path, output: Path, stage: int, steps: int) -> list[dict]:
+        """Its lines of metrics with evaluations."""
+        zero = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000}}
+        given = ["--start-from", str(start), *source, "--losses", "global,cmli", "--steps", str(steps)]
+        given += ["--lr", "1e-3", "--micro-batch", "8", "--workers", "0", "--set", "run.match_maps=0"]
+        given += ["--set", "student.freeze_image=2", "--set", "student.freeze_text=1"]
+        given += ["--deepspeed_config", make.json_file(tmp_path / "ds.json", zero), "--output-dir", str(output)]
+        assert make.train(*given) == 0
+        return make.lines(output, "eval/val/pairs")
+
+    before = CliRunner().invoke(evaluate, [str(begun), *source])
+    assert "global" in before.output and "combined" not in before.output  # its patches and words are not trained
+    first = train(begun, two, 2, 4)
+    assert [line["step"] for line in first] == [0, 4]
+    train(begun, three, 3, 4)
+    for name, value in make.weights(three).items():
+        assert_close(value, make.weights(two)[name], rtol=1e-4, atol=1e-5)
+    second = train(two, tmp_path / "next", 2, 1)
+    same = "eval/val/global/mean_recall"
+    assert second[0]["step"] == 0 and second[0][same] == first[-1][same]
+    export.main([str(two), str(back), "--as", "clip"], standalone_mode=False)
+    given, trained = load_file(begun / "model.safetensors"), make.weights(back)
+    moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
+    assert not [name for name in moved if "vision_model.e" in name or "text_model.encoder.layers.0" in name]
+    assert any("text_model.encoder.layers.1" in name for name in moved)
 
 
 # Where a source is found.
