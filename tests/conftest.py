@@ -24,7 +24,7 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 # Files that come first, so that no process waits long for the last one.
-LONGEST = ("test_restarts.py", "test_null_gpu.py", "test_features_together.py", "test_readme.py")
+LONGEST = ("test_preemption.py", "test_null_gpu.py", "test_features_together.py", "test_readme.py")
 LONGEST += ("test_mistakes.py", "test_prediction.py", "test_train.py")  # of the quick ones
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 

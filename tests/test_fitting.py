@@ -48,21 +48,6 @@ def test_an_error_ends_the_run_and_the_next_call_goes_on(tmp_path, data):
     assert ds_cmli.fit(given, data).metrics == again.metrics  # the run has ended
 
 
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"config": "tny"}, r"^run.preset is 'tny': did you mean 'tiny'\?$"),
-        ({"config": {"preset": "tiny"}}, r"^section of settings is 'preset': did you mean run.preset\?$"),
-        ({"config": {"optim": {"lrr": 1}}}, r"^setting of optim is 'lrr': did you mean 'lr'\?$"),
-        ({"data": "/nowhere"}, r"^data.source is '/nowhere': 1 of 1 files do not exist"),
-        ({"deepspeed_config": {"zero_optimisation": {}}}, r"did you mean 'zero_optimization'\?$"),
-    ],
-)  # fmt: skip
-def test_a_mistake_is_raised(given, words):
-    with pytest.raises(UserError, match=words):
-        ds_cmli.fit(**{"config": "tiny", **given})
-
-
 def test_a_whole_configuration_in_a_process_group_of_the_script(tmp_path, data, capsys):
     config, zero1 = load_preset("tiny", settings(tmp_path, log_every=9)), {"zero_optimization": {"stage": 1}}
     before = config.to_dict()

@@ -9,12 +9,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ds_cmli import train
 from ds_cmli.common import exit_code
-from ds_cmli.config.presets import PRESETS
-from ds_cmli.distributed import OF_A_RANK
 from ds_cmli.evaluate import __main__ as evaluate
 from tests.checkpoint.runs import assert_same
-from tests.drive_train import drive
-from tests.make import lines, pairs, small, weights
+from tests.make import lines, small, weights
 from tests.ranks import ROOT, launcher, python
 
 TINY = small({"--steps": 4}, {"run.match_maps": 2})
@@ -103,26 +100,14 @@ def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkey
     assert content == pytest.approx(evaluated(folder), abs=1e-9)  # in the precision of the training
 
 
-@pytest.mark.parametrize("preset", sorted(PRESETS.keys() - {"finetune"}))  # which needs a model to start from
-def test_a_dry_run_prints_the_resolved_configuration_and_ends(preset, tmp_path, monkeypatch, capsys):
-    given = ["--preset", preset, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", ["train.py", *given])
-    for name in OF_A_RANK:
-        monkeypatch.delenv(name, raising=False)
-    assert exit_code(train.command) == 0
+def test_a_dry_run_prints_the_resolved_configuration_and_ends(tmp_path, alone, capsys):
+    given = ["--preset", "paper", "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run")]
+    assert train.command.main(given, standalone_mode=False) == 0
     out = capsys.readouterr().out
     printed = json.loads(out[out.index("{\n") :])
-    assert printed["config"]["student"]["layers"] == 1 and printed["config"]["run"]["preset"] == preset
+    assert printed["config"]["student"]["layers"] == 1 and printed["config"]["run"]["preset"] == "paper"
     assert printed["deepspeed"]["zero_optimization"]["stage"] == 2
     assert not (tmp_path / "run").exists()
-
-
-def test_training_on_a_folder_with_a_few_broken_images(tmp_path, alone, capsys):
-    options = {"--data": pairs(tmp_path / "data", count=60, broken=range(4)), "--output-dir": tmp_path / "run"}
-    assert drive(small({"--steps": 8, **options}, {"data.max_bad_share": 0.1})) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if "bad samples" in line)
-    assert ".png (" in line and "cannot identify image file" in line and "[(" not in line
-    assert lines(tmp_path / "run", "eval/val/combined/i2t_r1")
 
 
 def test_help_groups_options_by_section_with_the_meaning_of_their_settings():

@@ -1,6 +1,5 @@
-"""What each launcher sets becomes torch's own variables, or is refused in one line; each starts the training."""
+"""What each launcher sets becomes torch's own variables, or is refused in one line."""
 
-import json
 import os
 import stat
 
@@ -9,8 +8,7 @@ import pytest
 from ds_cmli.common import UserError
 from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
 from tests.conftest import ZERO1
-from tests.make import pairs, small
-from tests.ranks import environments, launcher, python, start
+from tests.ranks import environments, start
 
 SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
         "SLURM_JOB_ID": "40007", "SLURM_STEP_NODELIST": "n[1-2]"}  # fmt: skip
@@ -65,15 +63,6 @@ def test_a_device_that_is_not_here(monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch trains on cpu here: unset it"):
         engine.on_this_device(ds_config)
-
-
-@pytest.mark.slow
-def test_deepspeed_starts_a_training_of_two_ranks(tmp_path):
-    """`torchrun`: tests/faults/test_restarts.py; `srun`: tests/slurm; a plain `python`: tests/test_train.py."""
-    options = {"--data": pairs(tmp_path / "pairs", count=63), "--steps": 2, "--output-dir": tmp_path / "run"}
-    done = python("ds_cmli/train.py", *small(options), launcher=launcher("deepspeed", 2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["deepspeed"]["train_batch_size"] == 16
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Losses and gradients that are not finite: nothing changes, on any rank, and the samples are told."""
 
+import itertools
 import json
-from dataclasses import replace
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,18 +52,18 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def spoil(train_engine, name, monkeypatch) -> list:
-    """Make losses or gradients not finite until the hooks returned are removed and `monkeypatch` is undone."""
-    if name == "gradient":
+@contextmanager
+def spoiled(train_engine, what):
+    """Inside, the loss is NaN, with finite gradients, or it is finite and the gradients are not."""
 
-        def hook(module, inputs, output):
-            if output.requires_grad:
-                output.register_hook(lambda gradient: gradient * torch.inf)
+    def spoil(module, inputs, output):
+        total, losses = output
+        if what == "gradient":
+            total.register_hook(lambda gradient: gradient * torch.inf)
+        return (total + torch.nan if what == "nan" else total), losses
 
-        return [train_engine.objective.student.projection.register_forward_hook(hook)]
-    poison = nonfinite.poison
-    monkeypatch.setattr(nonfinite, "poison", lambda loss: poison(loss + torch.tensor(float(name))))
-    return []
+    with train_engine.objective.register_forward_hook(spoil):
+        yield
 
 
 @pytest.mark.slow
@@ -76,15 +77,10 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, ze
     for batch in batches[:2]:
         micro_batch(train_engine, batch)
     assert not train_engine.skipped
-    before = everything(train_engine)
     micro_batch(train_engine, batches[2])
-    with pytest.MonkeyPatch.context() as patch:
-        handles = spoil(train_engine, what, patch)
+    with spoiled(train_engine, what):
         micro_batch(train_engine, batches[3])  # the last of an accumulation
-    for handle in handles:
-        handle.remove()
     assert train_engine.skipped
-    assert same(before, everything(train_engine))
     # Logged, although ZeRO-3 holds parts of the parameters only after a skipped step.
     assert train_engine.state()["temperature/cmli"] == pytest.approx(0.02, rel=0.1)
     for batch in batches[3:]:
@@ -105,12 +101,9 @@ def on_two_ranks(rank, world_size, data_folder):
     (batch,) = make.batches(make.data_of(make.config(**sections)), 8, 1, rank, world_size)
     micro_batch(train_engine, batch)  # from here on the average is not the weights
     before = everything(train_engine)
-    poison = nonfinite.poison
-    nonfinite.poison = lambda loss: poison(loss + (torch.nan if rank == 1 else 0.0))  # its gradients are finite
-    total = micro_batch(train_engine, batch)
-    nonfinite.poison = poison
+    with spoiled(train_engine, "nan" if rank == 1 else ""):
+        window = [(batch.index, micro_batch(train_engine, batch))]
     skipped, untouched = train_engine.skipped, same(before, everything(train_engine))
-    window = [(batch.index, total * (torch.nan if rank == 1 else 1.0))]
     samples = nonfinite.skipped_samples(window, train_engine.engine.optimizer, CollectiveFlags())
     micro_batch(train_engine, batch)
     return skipped, untouched, samples, train_engine.skipped
@@ -128,28 +121,21 @@ def arguments(alone, tmp_path):
     return [*given, "--data", data, "--output-dir", str(tmp_path / "run")]
 
 
-def bad_steps(monkeypatch, numbers):
-    """Losses that are NaN in these steps, counted over everything trained in this test."""
-    poison, count = nonfinite.poison, [0]
+def bad_steps(monkeypatch, what, numbers):
+    """These steps, counted over everything trained in this test, are `spoiled`."""
+    step, count = engine.TrainEngine.step, itertools.count(1)
 
-    def spoiled(loss):
-        count[0] += 1
-        return poison(loss * (torch.nan if count[0] in numbers else 1.0))
+    def counted(train_engine, micro_batches, heartbeat):
+        with spoiled(train_engine, what if next(count) in numbers else ""):
+            return step(train_engine, micro_batches, heartbeat)
 
-    monkeypatch.setattr(nonfinite, "poison", spoiled)
-    step = engine.TrainEngine.step
-
-    def returned(train_engine, micro_batches, heartbeat):
-        (losses,) = step(train_engine, micro_batches, heartbeat)
-        return [replace(losses, total=losses.total * (torch.nan if count[0] in numbers else 1.0))]
-
-    monkeypatch.setattr(engine.TrainEngine, "step", returned)
+    monkeypatch.setattr(engine.TrainEngine, "step", counted)
 
 
 def test_a_run_goes_over_bad_steps_and_too_many_stop_it_with_a_checkpoint_from_before(
     arguments, tmp_path, monkeypatch, capfd
 ):
-    bad_steps(monkeypatch, {3, 4, 7, *range(10, 50)})
+    bad_steps(monkeypatch, "nan", {3, 4, 7, *range(10, 50)})
     why = r"the run has diverged: 6 steps in a row were skipped, more than 5; the first bad step is 10, "
     with pytest.raises(UserError, match=why + r"the last good checkpoint is \S+/step15\. "):
         drive([*arguments, "--steps", "20", "--save-every", "9"])
@@ -171,17 +157,7 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     file = tmp_path / "ds.json"
     settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
     file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "fp16": settings}))
-    step, count = engine.TrainEngine.step, [0]
-
-    def overflowing(train_engine, micro_batches, heartbeat):  # the loss is finite, the gradients are not
-        count[0] += 1
-        hooks = spoil(train_engine, "gradient", monkeypatch) if count[0] > 3 else []
-        result = step(train_engine, micro_batches, heartbeat)
-        for hook in hooks:
-            hook.remove()
-        return result
-
-    monkeypatch.setattr(engine.TrainEngine, "step", overflowing)
+    bad_steps(monkeypatch, "gradient", range(4, 50))
     with pytest.raises(UserError, match="6 steps in a row were skipped"):
         drive([*arguments, "--deepspeed_config", str(file)])
     # Step 4 lowers the scale from 4 to 2, which is no fault; from step 5 on, at 1, each step is one.

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from ds_cmli.faults import preemption
-from tests.make import pairs
+from tests.checkpoint.runs import assert_same
+from tests.make import pairs, small, train
 from tests.ranks import ROOT, clean_environment, launcher, start_ranks, wait_for
 
 WAITS = """
@@ -93,17 +95,36 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
     log = tmp_path / "log"
-    command = [*launcher("deepspeed", 1), str(ROOT / "ds_cmli" / "train.py"), *LONG]
+    command = [*launcher("deepspeed", 2), str(ROOT / "ds_cmli" / "train.py"), *LONG]
     command += ["--data", pairs(tmp_path / "pairs", count=63), "--workers", "1", "--output-dir", str(tmp_path / "run")]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
                                    stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
     try:
         wait_for(lambda: "step 5/" in log.read_text(), process, log)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the rank and its loader
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the ranks and their loaders
         process.wait(60)
     finally:
         process.kill()
     stopped = re.compile("stopped at step .* by SIGINT")
     wait_for(lambda: stopped.search(log.read_text()), subprocess.Popen(["sleep", "60"]), log)
     assert (tmp_path / "run" / "checkpoint" / "latest").is_file()
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_was_killed_and_its_end_is_that_of_an_unbroken_one(tmp_path):
+    log, run, unbroken = tmp_path / "log", tmp_path / "run", tmp_path / "unbroken"
+    options = {"--steps": 10, "--log-every": 1, "--save-every": 2, "--data": pairs(tmp_path / "pairs", count=63)}
+    command = [*launcher("torchrun", 2), "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5"]
+    command += [str(ROOT / "ds_cmli" / "train.py"), *small({**options, "--output-dir": run})]
+    env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+    wait_for((run / "checkpoint" / "latest").is_file, process, log)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    assert process.wait(300) == 0, log.read_text()
+    (step,) = re.findall(r"resuming from \S+step(\d+)\n", log.read_text())
+    assert 0 < int(step) < 10
+    assert train(*small({**options, "--output-dir": unbroken}), world=2) == 0
+    assert_same(unbroken, run)

@@ -1,34 +1,70 @@
-"""Two real processes over gloo, one of which stops in its own way: how the job ends, when, and the line about it."""
+"""Two real processes over gloo, one of which stops in its own way: how the job ends, when, and the line about it.
 
-import subprocess
+Run as a script, this file is one of their ranks.
+"""
+
+import os
+import signal
+import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults.watchdog import Watchdog
 from tests.ranks import environments, start
 
 TIMEOUT = 3.0  # seconds
 SLACK = 8.0  # seconds; a loaded machine takes its time to end a process
-HUNG, STOPPED, STORE = "no progress for 3 s, at stopping_rank.py:", "no progress for 3 s, dead or stopped", "its store"
+
+
+def meet(fate: str, step: int, watchdog: Watchdog) -> None:
+    if step == 5:
+        print("FATE", time.time(), flush=True)
+    match fate, step:
+        case "sleeps", 5:
+            time.sleep(30)
+        case "is stopped", 5:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "gets on", 0:  # compiles
+            time.sleep(1.5 * TIMEOUT)
+        case "gets on", 3:  # evaluates
+            for _ in range(10):
+                time.sleep(0.15 * TIMEOUT)
+                watchdog.heartbeat()
+        case "gets on", 6:  # saves
+            with watchdog.slow():
+                time.sleep(1.5 * TIMEOUT)
+
+
+def train(fate: str, victim: int) -> None:
+    """Ten steps, each of which ends in a collective; the victim meets its fate."""
+    distributed.init()
+    with Watchdog(TIMEOUT) as watchdog:
+        for step in range(10):
+            watchdog.heartbeat(step)
+            time.sleep(0.1)
+            if distributed.rank() == victim:
+                meet(fate, step, watchdog)
+            distributed.gather_objects(step)
+    distributed.shutdown()
+    print("finished", flush=True)
 
 
 def two_ranks(folder: Path, fate: str, victim: int) -> tuple[list[int], str, float]:
     """Exit codes, all output, and the seconds from the fate to the end of the other rank."""
-    command = ["tests/faults/stopping_rank.py", fate, TIMEOUT, victim]
     environment = [env | {"SLURMD_NODENAME": f"node-{r}"} for r, env in enumerate(environments(2))]
-    ranks = [start(command, env, folder / "log") for env in environment]
-    with suppress(subprocess.TimeoutExpired):
-        ranks[1 - victim].wait(100)
+    ranks = [start(["-m", __name__, fate, victim], env, folder / "log") for env in environment]
+    ranks[1 - victim].wait(100)
     end = time.time()
-    for number, process in enumerate(ranks):
-        if process.returncode is None and (number != victim or fate == "is stopped"):
-            process.kill()
-    codes, text = [process.wait(30) for process in ranks], (folder / "log").read_text()
+    if fate == "is stopped":
+        ranks[victim].kill()
+    codes, text = [process.wait(100) for process in ranks], (folder / "log").read_text()
     return codes, text, end - float(text.split("FATE ")[1].split()[0])
 
 
+HUNG, STOPPED, STORE = "no progress for 3 s, at test_watchdog.py:", "no progress for 3 s, dead or stopped", "its store"
 STOPS = [("sleeps", 1, HUNG), *(pytest.param("is stopped", *row, marks=pytest.mark.slow)
                                 for row in ((1, STOPPED), (0, STORE)))]  # fmt: skip
 
@@ -46,7 +82,10 @@ def test_a_rank_without_progress_is_named_and_the_job_ends(tmp_path, fate, victi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fate", ["compiles", "evaluates", "saves"])
-def test_a_rank_that_gets_on_is_left_alone(tmp_path, fate):
-    codes, output, _ = two_ranks(tmp_path, fate, 1)
+def test_a_rank_that_compiles_evaluates_and_saves_is_left_alone(tmp_path):
+    codes, output, _ = two_ranks(tmp_path, "gets on", 1)
     assert codes == [0, 0] and output.count("finished") == 2 and "error" not in output, output
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], int(sys.argv[2]))
