@@ -11,7 +11,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -61,37 +61,9 @@ def nearest(name: str, known: Iterable[object]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
 
 
-def printable(text: str) -> str:
-    r"""The text with what is no Unicode, as in names of files and in JSON, written as \udcff."""
-    return text.encode(errors="backslashreplace").decode()
-
-
 # --- commands
 
 LONGEST = 1500  # characters of a mistake's line
-
-
-class GroupedOption(click.Option):
-    def __init__(self, *args: Any, group: str, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.group = group
-
-
-class GroupedCommand(click.Command):
-    """A command whose `--help` lists its options under the groups they were declared with."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        groups: dict[str, list] = {}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                groups.setdefault(getattr(parameter, "group", "Other"), []).append(record)
-        for name, records in groups.items():
-            with formatter.section(name):
-                formatter.write_dl(records)
-
-
-def option(group: str, *names: str, **kwargs: Any) -> Callable:
-    return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
 def say(*lines: str | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import GroupedCommand, UserError, check_writable, option, run_command
+from ds_cmli.common import UserError, check_writable, run_command
 from ds_cmli.config.presets import PRESETS
 from ds_cmli.memory_model import gpus
 
@@ -29,21 +29,21 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 SIZE, TOKENS = click.IntRange(1), click.IntRange(3)  # [CLS], [SEP] and a word
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@option("Setting", "--B", "B", type=SIZE, default=256, show_default=True, help="Pairs per rank.")
-@option("Setting", "--P", "P", type=SIZE, default=2, show_default=True, help="Ranks.")
-@option("Setting", "--N", "N", type=SIZE, default=196, show_default=True, help="Image patches.")
-@option("Setting", "--M", "M", type=TOKENS, default=64, show_default=True, help="Text positions.")
-@option("Setting", "--H", "H", type=SIZE, default=768, show_default=True, help="Hidden size.")
-@option("Setting", "--D", "D", type=SIZE, default=256, show_default=True, help="Embedding size.")
-@option("What is compared", "--only", metavar="E1,E3", help="These rows, without a preset's step.")
-@option("What is compared", "--preset", type=click.Choice(tuple(PRESETS)), default="demo",
-        help="Whose whole step is predicted and measured.", show_default=True)  # fmt: skip
-@option("What is compared", "--gpu-memory", metavar="SIZE",
-        help="Of this machine's GPU where it is not listed: 48GB.")  # fmt: skip
-@option("What is compared", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
-@option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
-@option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--B", "B", type=SIZE, default=256, show_default=True, help="Pairs per rank.")
+@click.option("--P", "P", type=SIZE, default=2, show_default=True, help="Ranks.")
+@click.option("--N", "N", type=SIZE, default=196, show_default=True, help="Image patches.")
+@click.option("--M", "M", type=TOKENS, default=64, show_default=True, help="Text positions.")
+@click.option("--H", "H", type=SIZE, default=768, show_default=True, help="Hidden size.")
+@click.option("--D", "D", type=SIZE, default=256, show_default=True, help="Embedding size.")
+@click.option("--only", metavar="E1,E3", help="These rows, without a preset's step.")
+@click.option("--preset", type=click.Choice(tuple(PRESETS)), default="demo",
+              help="Whose whole step is predicted and measured.", show_default=True)  # fmt: skip
+@click.option("--gpu-memory", metavar="SIZE",
+              help="Of this machine's GPU where it is not listed: 48GB.")  # fmt: skip
+@click.option("--sm", metavar="N.N", help="Its compute capability: 8.9.")
+@click.option("--json", "json_path", metavar="FILE", help="The rows, one object each.")
+@click.option("--markdown", "markdown_path", metavar="FILE", help="The tables.")
 def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> None:
     """Compare the memory estimates E1 to E5 of Cares (2024) with what is predicted and what is
     measured.

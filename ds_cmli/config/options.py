@@ -6,13 +6,13 @@ An option of a setting is that setting by name: of it and of `--set`, the last o
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
+from click import option
 
-from ds_cmli.common import GroupedCommand, UserError, blame, option
+from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import SECTIONS, Sections, meanings
 
@@ -80,33 +80,31 @@ def of_setting(flag: str, setting: str) -> Callable:
     section, _, key = setting.partition(".")
     kind = type(getattr(SECTIONS[section](), key))
     how = KINDS.get(flag, {"type": kind})
-    return option(section.capitalize(), flag, help=meanings(section)[key], **how)
+    return option(flag, help=meanings(section)[key], **how)
 
 
-_set = partial(option, "Settings")
-_start = partial(option, "Start")
 INIT_HELP = "Start from the preset's weights, or from random ones, without downloads."
 SET_HELP = "Any setting of docs/settings.md, for instance student.layers=4. Repeatable."
 RESUME_HELP = "auto: the run in --output-dir. never: a new run. PATH: another run."
 MEMORY_HELP = "Measure the memory of the first steps, and predict it, into memory.json."
 OPTIONS = (
-    _set("--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help=SET_HELP),
-    _set("--init", type=click.Choice(["preset", "random"]), default="preset", help=INIT_HELP),
+    option("--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help=SET_HELP),
+    option("--init", type=click.Choice(["preset", "random"]), default="preset", help=INIT_HELP),
     *(of_setting(flag, setting) for flag, setting in FLAGS.items()),
     plugin_option,
-    _start("--resume", default="auto", metavar="auto|never|PATH", help=RESUME_HELP),
-    _start("--resume-with-changes", is_flag=True, help="Resume even if settings differ."),
-    _start("--deepspeed_config", default=str(DEFAULT_JSON), help="DeepSpeed's JSON.  [zero2.json]"),
-    _start("--dry-run", is_flag=True, help="Print the resolved configuration, and stop."),
-    _start("--profile", metavar="FIRST:LAST", help="Trace these steps, into profile/."),
-    _start("--profile-memory", type=int, metavar="STEPS", help=MEMORY_HELP),
+    option("--resume", default="auto", metavar="auto|never|PATH", help=RESUME_HELP),
+    option("--resume-with-changes", is_flag=True, help="Resume even if settings differ."),
+    option("--deepspeed_config", default=str(DEFAULT_JSON), help="DeepSpeed's JSON.  [zero2.json]"),
+    option("--dry-run", is_flag=True, help="Print the resolved configuration, and stop."),
+    option("--profile", metavar="FIRST:LAST", help="Trace these steps, into profile/."),
+    option("--profile-memory", type=int, metavar="STEPS", help=MEMORY_HELP),
     # Users and launchers pass them by habit: the JSON is always read, and LOCAL_RANK says the same.
-    _start("--deepspeed", is_flag=True, hidden=True, expose_value=False),
-    _start("--local_rank", type=int, hidden=True, expose_value=False),
+    option("--deepspeed", is_flag=True, hidden=True, expose_value=False),
+    option("--local_rank", type=int, hidden=True, expose_value=False),
 )
 
 
-class ConfigCommand(GroupedCommand):
+class ConfigCommand(click.Command):
     """A command with these options; it gets those of settings as sections, `settings`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_cmli.common import blame, option
+import click
+
+from ds_cmli.common import blame
 
 
 @dataclass(frozen=True)
@@ -96,8 +98,7 @@ def load_plugins(context: object, parameter: object, names: Sequence[str]) -> No
             importlib.import_module(name)
 
 
-plugin_option = option(
-    "Plugins",
+plugin_option = click.option(
     "--plugin",
     metavar="MODULE",
     multiple=True,

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import UserError, printable, read_json
+from ds_cmli.common import UserError, read_json
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, Source, to_evaluate
@@ -102,7 +102,7 @@ class Evaluator:
         """Embed texts, in as many batches as `count` of them take, the same on every rank."""
         samples, bad, out = list[Sample](), Broken(), dict[int, Embedding]()
         for number, text in texts.items():
-            unicode = printable(text) == text
+            unicode = text.encode(errors="ignore").decode() == text
             sample = Sample(black(0), self.tokenizer(text if unicode else ""), number, 0)
             if any(sample.tokens.valid):
                 samples.append(sample)

@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import (
-    JsonObject,
-    UserError,
-    blame,
-    check_writable,
-    option,
-    run_command,
-    silence,
-)
+from ds_cmli.common import JsonObject, UserError, blame, check_writable, run_command, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset
@@ -40,38 +32,32 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 
 
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@option(
-    "Prediction",
+@click.option(
     "--world-size",
     type=click.IntRange(1),
     default=1,
     show_default=True,
     help="Number of ranks.",
 )
-@option(
-    "Prediction",
+@click.option(
     "--checkpointing",
     type=click.Choice(["on", "off"]),
     help="Activation checkpointing.  [the JSON's]",
 )
-@option(
-    "Prediction",
+@click.option(
     "--gpu",
     help="GPU that is predicted, as nvidia-smi names it.  [the one here, or RTX 3090 24GB]",
 )
-@option("Prediction", "--gpu-memory", metavar="SIZE", help="Of a GPU that is not listed: 48GB.")
-@option("Prediction", "--sm", metavar="N.N", help="Its compute capability: 8.9.")
-@option(
-    "Questions",
+@click.option("--gpu-memory", metavar="SIZE", help="Of a GPU that is not listed: 48GB.")
+@click.option("--sm", metavar="N.N", help="Its compute capability: 8.9.")
+@click.option(
     "--fit",
     metavar="SIZE|GPU",
     help="Find the largest micro-batch that fits 24GB (10^9 bytes), 22GiB, or a GPU's name.",
 )
-@option(
-    "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
-)
-@option("Files", "--plot", metavar="FILE", help="What is live over two steps, as a picture.")
-@option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
+@click.option("--plot", metavar="FILE", help="What is live over two steps, as a picture.")
+@click.option("--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
 def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
     """Predict the memory of a training step by category and phase, and on the device.
 
