@@ -197,7 +197,7 @@ def state_of(
     state.sums = torch.zeros(columns(config.loss))
     state.config = now
     state.train_batch_size = ds_config["train_batch_size"]
-    state.accumulation = ds_config.accumulation
+    state.accumulation = ds_config["gradient_accumulation_steps"]
     return state
 
 

@@ -5,32 +5,31 @@
 
 import copy
 import inspect
+import json
+from collections.abc import Collection, Container
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import Self
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, importing, read_json
-from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice, words
+from ds_cmli.common import JsonObject, Section, UserError, blame, importing, nearest, read_json
+from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+LEAST = {**dict.fromkeys(BATCH_KEYS, 1), "gradient_clipping": 0}  # of those that may be "auto"
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-KEYS = {*BATCH_KEYS, *FREE_KEYS} | words("""
+USED = """
     activation_checkpointing bf16 comet communication_data_type data_types disable_python_gc fp16
-    gradient_allreduce_op gradient_clipping gradient_predivide_factor optimizer prescale_gradients
-    scheduler torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization
-""")
-# Keys of DeepSpeed that training does not use: left out where they ask for nothing.
-UNUSED = words("""
-    aio autotuning compile compression_training curriculum_learning data_efficiency
-    dataloader_drop_last disable_allgather elasticity hybrid_engine nebula pipeline
-    progressive_layer_drop sparse_attention sparse_gradients tensor_parallel
-    weight_quantization
-""")
+    gradient_allreduce_op gradient_predivide_factor optimizer prescale_gradients scheduler
+    torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
+"""
+KEYS = {*LEAST, *FREE_KEYS, *USED.split()}
+# What asks for nothing: with it, a key may be any other of DeepSpeed's.
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
+# Optimizers of PyTorch in whose place DeepSpeed would take its own of the same name.
+REPLACED = ("Adagrad", "Muon")
 BETAS, EPS = (0.9, 0.98), 1e-6  # what "auto" means of Adam
 
 
@@ -51,14 +50,12 @@ class DeepSpeedConfig(dict[str, Any]):
             return content
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
-            if key in UNUSED:
-                check(value in NOTHING, key, value, "it has no effect here: remove it")
+            if value is None or (key not in KEYS and value in NOTHING):
                 continue
-            choice("key of the DeepSpeed JSON", key, KEYS)
-            has_auto = key in (*BATCH_KEYS, "gradient_clipping")
-            check(value != "auto" or has_auto, key, value, "give what it is to be")
-            if value is not None:
-                out[key] = value
+            need = f"no such key has an effect here: {nearest(key, KEYS)}"
+            check(key in KEYS, key, value, need)
+            check(value != "auto" or key in LEAST, key, value, "give what it is to be")
+            out[key] = value
         # What is read here, where DeepSpeed alone would go on.
         zero = out.get("zero_optimization", {})
         stage, need = zero.get("stage"), "give 1, 2 or 3"
@@ -70,30 +67,23 @@ class DeepSpeedConfig(dict[str, Any]):
         for key in {"fp16", "bf16"} & out.keys():
             enabled, need = out[key].get("enabled"), 'give true, false or "auto"'
             check(enabled == "auto" or isinstance(enabled, bool), f"{key}.enabled", enabled, need)
-        for key in BATCH_KEYS:
+        for key, least in LEAST.items():
             value = out.get(key, "auto")
-            fits = value == "auto" or (isinstance(value, int) and value > 0)
-            check(fits, key, value, 'give "auto" or a positive number')
-        clipping = out.get("gradient_clipping", "auto")
-        fits = clipping == "auto" or (isinstance(clipping, int | float) and clipping >= 0)
-        check(fits, "gradient_clipping", clipping, 'give "auto", or a number from 0')
+            kind = int | float if key == "gradient_clipping" else int
+            fits = value == "auto" or (isinstance(value, kind) and value >= least)
+            check(fits, key, value, f'give "auto", or a number from {least}')
         for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
         for section in {"optimizer", "scheduler"} & out.keys():
-            params = out[section].get("params", {})
-            given = {key: params[key] for key in params.keys() - OF_DEEPSPEED}
-            signature(section, out[section]["type"]).bind_partial(None, **given)
+            known = parameters(section, out[section]["type"])
+            for key in out[section].get("params", {}).keys() - OF_DEEPSPEED:
+                choice(f"{section}.params", key, known)
         with importing():
-            from deepspeed.runtime import config as theirs
-        if out.optimizer not in ADAMS:
-            # Where DeepSpeed has one of the same name, it would not take PyTorch's.
-            torchs = out.optimizer not in theirs.DEEPSPEED_OPTIMIZERS
-            allowed = torchs and out.get("zero_allow_untested_optimizer", False)
-            need = "take AdamW, or another of PyTorch's with zero_allow_untested_optimizer"
-            check(allowed, "optimizer.type", out.optimizer, need)
-        plain = _without_auto({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
-        theirs.DeepSpeedConfig(plain | {"train_micro_batch_size_per_gpu": 1})
+            from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+        text = json.dumps({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
+        plain = json.loads(text, object_pairs_hook=_without_auto)
+        Theirs(plain | {"train_micro_batch_size_per_gpu": 1})
         return out
 
     # --- derived values
@@ -107,14 +97,6 @@ class DeepSpeedConfig(dict[str, Any]):
         """The model's precision: "fp16", "bf16" or "fp32"."""
         on = (name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True)
         return next(on, "fp32")
-
-    @property
-    def micro_batch(self) -> int:
-        return self["train_micro_batch_size_per_gpu"]
-
-    @property
-    def accumulation(self) -> int:
-        return self["gradient_accumulation_steps"]
 
     @property
     def optimizer(self) -> str:
@@ -152,10 +134,8 @@ class DeepSpeedConfig(dict[str, Any]):
         given = [self.get(key, "auto") for key in BATCH_KEYS]
         total, micro, steps = (0 if value == "auto" else value for value in given)
         if not micro:
-            both = total and steps
-            micro = max(1, total // (steps * world_size)) if both else micro_batch
-        if not steps:
-            steps = max(1, total // (micro * world_size))
+            micro = max(1, total // (steps * world_size)) if total and steps else micro_batch
+        steps = steps or max(1, total // (micro * world_size))
         product = micro * steps * world_size
         if total not in (0, product):
             raise UserError(
@@ -169,45 +149,45 @@ class DeepSpeedConfig(dict[str, Any]):
         """Copy it with all "auto" values filled; `width` is the model's, for ZeRO's buffers."""
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
-        if out.get("gradient_clipping", "auto") == "auto":
-            out["gradient_clipping"] = optim.grad_clip
         params = out.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
         if out.optimizer in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
-        values: JsonObject = {"lr": optim.lr, "betas": list(BETAS), "eps": EPS}
-        out._fill("optimizer", **values, weight_decay=optim.weight_decay)
-        zero = out["zero_optimization"]
-        sizes = {
+        values: JsonObject = {
+            "gradient_clipping": optim.grad_clip,
+            "lr": optim.lr,
+            "betas": list(BETAS),
+            "eps": EPS,
+            "weight_decay": optim.weight_decay,
             "reduce_bucket_size": width**2,
             "stage3_prefetch_bucket_size": int(0.9 * width**2),
             "stage3_param_persistence_threshold": 10 * width,
+            "warmup_min_lr": 0,
+            "warmup_num_steps": optim.warmup_steps(total_steps),
+            "total_num_steps": total_steps,
         }
-        zero.update({key: size for key, size in sizes.items() if zero.get(key) == "auto"})
-        if "scheduler" in out:
-            warmup = {"warmup_min_lr": 0, "warmup_num_steps": optim.warmup_steps(total_steps)}
-            end: JsonObject = {"warmup_max_lr": params["lr"], "total_num_steps": total_steps}
-            out._fill("scheduler", **warmup, **end)
+        fill(out, values, ("gradient_clipping",))
+        fill(out["zero_optimization"], values, out["zero_optimization"])
+        for section in ("optimizer", "scheduler"):
+            if section in out:
+                takes = parameters(section, out[section]["type"])
+                fill(out[section].setdefault("params", {}), values, takes)
+                values["warmup_max_lr"] = params["lr"]
         return out
 
-    def _fill(self, section: str, **values: object) -> None:
-        """Set what is "auto" or missing of what the section's optimizer or schedule takes."""
-        params = self[section].setdefault("params", {})
-        takes = signature(section, self[section]["type"]).parameters
-        for key, value in values.items():
-            if params.get(key, "auto") == "auto" and key in takes:
-                params[key] = value
+
+def fill(section: JsonObject, values: JsonObject, takes: Container[str]) -> None:
+    """Set those of the values that a section takes and that are "auto" or missing in it."""
+    for key, value in values.items():
+        if key in takes and section.get(key, "auto") == "auto":
+            section[key] = value
 
 
-def _without_auto(section: Section) -> JsonObject:
-    """What is left to check before "auto" values are known."""
-    return {
-        key: _without_auto(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value != "auto"
-    }
+def _without_auto(pairs: list[tuple[str, object]]) -> JsonObject:
+    """What is left to check of a section before "auto" values are known."""
+    return {key: value for key, value in pairs if value != "auto"}
 
 
-def signature(section: str, name: str) -> inspect.Signature:
+def parameters(section: str, name: str) -> Collection[str]:
     """What PyTorch's optimizer or DeepSpeed's schedule takes. Raises `UserError`."""
     import torch
 
@@ -216,5 +196,6 @@ def signature(section: str, name: str) -> inspect.Signature:
 
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
     name = "AdamW" if name.lower() in ADAMS else name
-    choice(f"{section}.type", name, [key for key in kinds if isinstance(kinds[key], type)])
-    return inspect.signature(kinds[name])
+    known = [key for key in kinds if isinstance(kinds[key], type) and key not in REPLACED]
+    choice(f"{section}.type", name, known)
+    return inspect.signature(kinds[name]).parameters

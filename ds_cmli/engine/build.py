@@ -185,7 +185,7 @@ def build(
         dtype=dtype,
         frozen=frozen,
         lr_factor=lr_factor,
-        accumulation=ds_config.accumulation,
+        accumulation=ds_config["gradient_accumulation_steps"],
         caching=compares_all(config, ds_config),
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )

@@ -92,7 +92,9 @@ def make_plan(
 
 def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
     """Whether losses over pairs take their negatives from several micro-batches, by caching."""
-    several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
+    several = (
+        ds_config["gradient_accumulation_steps"] > 1 and config.optim.negatives == "global_batch"
+    )
     return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 

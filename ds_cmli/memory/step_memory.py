@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ds_cmli import engine, hardware
 from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.common import JsonObject, Section
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config, check
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.fake_cuda.entered import fake_cuda
@@ -65,6 +65,7 @@ class Step:
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         json = DeepSpeedConfig.of(self.ds_config).on(fp16=True, bf16=bf16)
         json = engine.filled(self.config, json, self.world_size, TOTAL_STEPS)
+        _, micro_batch, accumulation = (json[key] for key in BATCH_KEYS)
         config, vocab_size = without_weights(self.config)
         why_not = unsuited(torch.cuda.get_device_capability(device))
         config = engine.choose_backend(config, why_not)
@@ -73,15 +74,15 @@ class Step:
             self.built(train_engine)
             with watched(train_engine):
                 for _ in range(2):
-                    batch = longest_batch(config, json.micro_batch, self.positions)
-                    train_engine.step(json.accumulation * [batch])
+                    batch = longest_batch(config, micro_batch, self.positions)
+                    train_engine.step(accumulation * [batch])
                     del batch
         return {
             "preset": config.run.preset,
             "world_size": self.world_size,
             "rank": self.rank,
-            "micro_batch": json.micro_batch,
-            "accumulation": json.accumulation,
+            "micro_batch": micro_batch,
+            "accumulation": accumulation,
             "zero_stage": json.stage,
             "precision": json.precision,
             "checkpointing": "activation_checkpointing" in json,

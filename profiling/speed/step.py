@@ -74,7 +74,8 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     ds_config = engine.filled(config, ds_config, 1, STEPS)
     config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
-    sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    sampler = GlobalBatchSampler(data.mixture, micro_batch, 0, 1, config.run.seed)
     loaded = iter(loader(data.train, data.collate, 0, batch_sampler=sampler))
     batches = [next(loaded) for _ in range(4)]
     trainer = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.pad_id)
@@ -94,7 +95,7 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
     print(
         f"{device.type}, {torch.get_num_threads()} threads, {ds_config.precision}, "
-        f"{ds_config.micro_batch} pairs, ZeRO-{ds_config.stage}: "
+        f"{micro_batch} pairs, ZeRO-{ds_config.stage}: "
         f"trainer {ours:.1f} ms, plain loop {theirs:.1f} ms, ratio {ratio:.3f} (medians)"
     )
     distributed.shutdown()
