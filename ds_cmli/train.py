@@ -130,7 +130,7 @@ def train(
                 assets.fetch(name)
             data = build_data(config.data, config.run.seed)
         say(*data.summary)
-        folder = run_folder.make(config, resume_from)  # collective
+        folder = stack.enter_context(run_folder.made(config, resume_from))  # collective
         stack.enter_context(run_folder.held(folder))  # collective
 
         # --- what there is to go on from

@@ -44,9 +44,9 @@ def argv(line: str, here: Path) -> tuple[str, list[str]]:
     return command, words
 
 
-def files(here: Path) -> dict[str, bytes]:
-    """Those with content: the metrics of a run may have been opened."""
-    return {str(path): path.read_bytes() for path in here.rglob("*") if path.is_file() and path.stat().st_size}
+def files(here: Path) -> dict[Path, bytes | None]:
+    """The files with their content, and the folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in here.rglob("*")}
 
 
 def assert_one_line(code: int, errors: str, named: str) -> None:

@@ -38,20 +38,28 @@ def written_together(folder: Path) -> Iterator[None]:
         yield
 
 
-def make(config: Config, resume: str) -> Path:
-    """Make the run's folder. Collective."""
+@contextmanager
+def made(config: Config, resume: str) -> Iterator[Path]:
+    """The run's folder; a new one is removed at the end if it is empty. Collective."""
     named = config.run.output_dir
     if not named and resume not in ("auto", "never"):  # that of the run in `--resume PATH`
         named = str(root_of(resume).parent)
     base = folder = Path(named or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    new = list[Path]()
     with written_together(base):  # collective
         if distributed.is_main():
             number = 1
             while not named and folder.exists():  # of another start in this second
                 number += 1
                 folder = base.with_name(f"{base.name}.{number}")
+            new += [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
-    return distributed.broadcast_object(folder)  # collective
+    try:
+        yield distributed.broadcast_object(folder)  # collective
+    finally:
+        with suppress(OSError):
+            for path in new:
+                path.rmdir()
 
 
 @contextmanager

@@ -41,12 +41,9 @@ FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", "
 
 def steps(root: Path) -> dict[Path, int]:
     """The checkpoints in `root` and their steps, oldest first."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
-        if match and path.is_dir():
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return {path: step for step, _, path in sorted(found)}
+    named = ((re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name), path) for path in root.glob("*"))
+    known = [(int(m[1]), int(m[2] or 0), path) for m, path in named if m and path.is_dir()]
+    return {path: step for step, _, path in sorted(known)}
 
 
 def candidates(root: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import SOURCES
-from ds_cmli.config.schema import DataConfig
+from ds_cmli.config.schema import DataConfig, check
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.sampler import Mixture
@@ -27,6 +27,7 @@ from ds_cmli.data.sources import Files, Source, arrow_parts, library, open_tars
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 
 HUB = "hf://datasets/"
+NOT_OF_DEMO = "the demo has none, leave it out"
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 LOOKED_AT = 100_000  # files of a folder of no known kind
 IMAGES, LISTS = (".jpg", ".jpeg", ".png", ".webp"), (".csv", ".tsv", ".jsonl", ".json")
@@ -55,6 +56,8 @@ class Data:
 def build_data(config: DataConfig, seed: int) -> Data:
     """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
     if config.source == "demo":
+        for name in ("val_source", "image_root", "image_key", "caption_key"):
+            check(not getattr(config, name), f"data.{name}", getattr(config, name), NOT_OF_DEMO)
         return _demo(config, seed)
     names, weights = weighted(config.source)
     opened = {name: open_source(name, config) for name in names}

@@ -4,6 +4,7 @@ B pairs, S image side in pixels, N patches, M text positions, H width.
 """
 
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,6 +90,7 @@ class ImageEncoder(nn.Module):
         if weights == "random":
             args |= {"pretrained": False, "num_classes": 0}
         elif weights != "hub":
+            os.stat(weights)  # timm's error does not say that there is none
             classes = {key: args[key] for key in ("num_classes",) if key in args}
             args["pretrained_cfg_overlay"] = {"file": weights, **classes}
         try:

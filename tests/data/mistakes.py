@@ -6,6 +6,7 @@ PAIRS = "train --data {here}/pairs"
 
 MISTAKES = [
     ("train --data {here}/nowhere", "nowhere"),
+    ("train --val-data {here}/nowhere", "data.val_source"),
     (PAIRS, "pairs", lambda here: (here / "pairs").mkdir()),
     (PAIRS, "8", lambda here: make.pairs(here / "pairs", 5)),
     (PAIRS, "data.max_bad_share", lambda here: make.pairs(here / "pairs", empty=range(0, 24, 2))),
