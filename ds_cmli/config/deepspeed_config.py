@@ -23,7 +23,7 @@ USED = """
     gradient_allreduce_op gradient_predivide_factor optimizer prescale_gradients scheduler
     torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
-KEYS = {*LEAST, *FREE_KEYS, *USED.split()}
+KEYS = {*LEAST, *FREE_KEYS.split(), *USED.split()}
 # What asks for nothing: with it, a key may be any other of DeepSpeed's.
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
@@ -117,13 +117,9 @@ class DeepSpeedConfig(dict[str, Any]):
         # What is asked for, then what is left open. A device without fp16 trains in bf16 instead.
         order = sorted(has, key=lambda name: (asked[name] is not True, asked[name] != "auto"))
         chosen = next((name for name in order if has[name] and asked[name] is not False), "fp32")
-        out = copy.deepcopy(self)
-        if out.get("torch_autocast", {}).get("enabled"):
-            chosen = "fp32"
-        for name in has:
-            given = out.pop(name, {})
-            if name == chosen:
-                out[name] = {**given, "enabled": True}
+        out = type(self)({key: value for key, value in self.items() if key not in has})
+        if chosen != "fp32" and not out.get("torch_autocast", {}).get("enabled"):
+            out[chosen] = {**self.get(chosen, {}), "enabled": True}
         return out
 
     def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:

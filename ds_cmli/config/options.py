@@ -70,7 +70,7 @@ FLAGS = {
 # How they are read, where not as the default's type.
 KINDS: dict[str, dict[str, Any]] = {
     "--losses": {"type": parse_losses, "metavar": "NAME[=WEIGHT],..."},
-    "--data": {"multiple": True},
+    "--data": {"multiple": True, "callback": lambda _, __, x: x[0] if len(x) == 1 else [*x]},
     "--epochs": {"type": float},
     "--deterministic": {"is_flag": True, "default": None},
 }
@@ -84,11 +84,12 @@ def of_setting(flag: str, setting: str) -> Callable:
 
 
 INIT_HELP = "Start from the preset's weights, or from random ones, without downloads."
+SET = "SECTION.SETTING=VALUE"
 SET_HELP = "Any setting of docs/settings.md, for instance student.layers=4. Repeatable."
 RESUME_HELP = "auto: the run in --output-dir. never: a new run. PATH: another run."
 MEMORY_HELP = "Measure the memory of the first steps, and predict it, into memory.json."
 OPTIONS = (
-    option("--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help=SET_HELP),
+    option("--set", "settings", type=parse_setting, multiple=True, metavar=SET, help=SET_HELP),
     option("--init", type=click.Choice(["preset", "random"]), default="preset", help=INIT_HELP),
     *(of_setting(flag, setting) for flag, setting in FLAGS.items()),
     plugin_option,
@@ -117,22 +118,17 @@ class ConfigCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
         rest = super().parse_args(ctx, args)
-        values, given, settings = ctx.params, list[tuple[str, Any]](), Sections()
-        if values.pop("init") == "random":
-            given += RANDOM.items()
-        texts = iter(values.pop("settings"))
+        values, settings = ctx.params, Sections()
+        given = [*RANDOM.items()] if values.pop("init") == "random" else []
+        pairs = iter(values.pop("settings"))
         for parameter in order:
-            flag, value = parameter.opts[0], values.get(str(parameter.name))
-            if flag == "--set":
-                given.append(parse_setting(next(texts)))
-            elif flag == "--data" and value:
-                given.append((FLAGS[flag], value[0] if len(value) == 1 else list(value)))
-            elif flag in FLAGS:
-                given.append((FLAGS[flag], value))
+            if parameter.name == "settings":
+                given.append(next(pairs))
+            elif setting := FLAGS.get(parameter.opts[0]):
+                given.append((setting, values[str(parameter.name)]))
         for place, value in given:  # the last one counts
             section, _, key = place.partition(".")
             settings.setdefault(section, {})[key] = value
         names = {parameter.name for parameter in self.params if parameter.opts[0] in FLAGS}
-        ctx.params = {key: values[key] for key in values.keys() - names}
-        ctx.params["settings"] = settings
+        ctx.params = {key: values[key] for key in values.keys() - names} | {"settings": settings}
         return rest

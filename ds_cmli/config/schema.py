@@ -272,18 +272,14 @@ def choice(setting: str, value: object, known: Collection[object]) -> None:
     check(value in known, setting, value, nearest(str(value), known))
 
 
-def words(text: str) -> set[str]:
-    return set(text.split())
-
-
 # --- what a resumed run must have kept
 
 # Of `data` and of the DeepSpeed JSON, what no step depends on. Of `run`, what it does depend on.
 FREE = {"workers", "max_bad_share"}
-FREE_KEYS = words("""
+FREE_KEYS = """
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb
-""")
+"""
 OF_STEPS = ("seed", "compile", "deterministic")
 
 
@@ -293,7 +289,7 @@ def compared(config: Config, ds_config: Section, data: Section | None = None) ->
         **config.to_dict(),
         "run": {name: getattr(config.run, name) for name in OF_STEPS},
         "data": {key: value for key, value in vars(config.data).items() if key not in FREE},
-        "deepspeed": {key: value for key, value in ds_config.items() if key not in FREE_KEYS},
+        "deepspeed": {k: v for k, v in ds_config.items() if k not in FREE_KEYS.split()},
         "sources": data or {},
     }
     return json.loads(json.dumps(sections))

@@ -6,41 +6,32 @@ name on the hub, where open_clip's own prefixes `local-dir:` and `hf-hub:` may m
 of a run or of an export of this package.
 """
 
+import json
 import os
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import asdict
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, nearest, read_json
-from ds_cmli.config.schema import Config, Sections, check
+from ds_cmli.common import JsonObject, Section, UserError, blame, read_json
+from ds_cmli.config.schema import Config, Sections, StudentConfig, check, choice
 from ds_cmli.pretrained import loading
 
-HUB_NAME = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 RUN = "run.json"  # the settings of a run
 CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"  # of a model
 NAMED, LOCAL, HUB = "open_clip:", "local-dir:", "hf-hub:"  # the last two as in open_clip
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
 # Settings of a student that are of one training, and not of its architecture.
-OF_TRAINING = {
-    "freeze_image": 0,
-    "freeze_text": 0,
-    "lora": {},
-    "lora_rank": 8,
-    "lora_alpha": 16,
-    "dropout": 0.0,
-}
+FREE = ("freeze_image", "freeze_text", "lora", "lora_rank", "lora_alpha")
+OF_TRAINING = {name: getattr(StudentConfig(), name) for name in FREE} | {"dropout": 0.0}
 # The types of other libraries' dual encoders, and the module in `models` that builds them.
 DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
+# Of the fields of transformers' models, what decides nothing.
+NOISE = ("_name_or_path", "transformers_version", "dtype", "architectures")
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
-# Those of open_clip, where "random" is one of the others in training, and bicubic else.
-INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
-RESIZING = {"shortest": "shortest_pillow", "squash": "squash_pillow"}
 
 
 def is_marked(name: str) -> bool:
@@ -89,11 +80,9 @@ class Source:
         """Where its JSON files are; those of the hub are fetched into its cache."""
         if self.local or self.name.startswith(LOCAL):
             return self.path
-        if not HUB_NAME.fullmatch(self.place):
-            raise self.error("no such file or folder")
         from huggingface_hub import snapshot_download
 
-        with self.blame("no folder, and the hub does not give it"), loading(hub=True):
+        with self.blame("no such file or folder, nor on the hub"), loading(hub=True):
             names = [CONFIG, OPEN_CLIP, "preprocessor_config.json", "processor_config.json"]
             return Path(snapshot_download(self.place, allow_patterns=names))
 
@@ -110,13 +99,13 @@ class Source:
         content = {} if is_marked(self.name) else self.json(CONFIG)
         if "model_type" in content:  # models that both libraries load have both files
             return content
-        if not is_marked(self.name) and not (self.folder / OPEN_CLIP).is_file():
-            raise self.error("no config.json there: give the folder of a model or of a run")
+        named = self.name.startswith(NAMED)
+        content = {} if named else self.json(OPEN_CLIP)
+        if not named and "model_cfg" not in content:
+            raise self.error(f"no {CONFIG} or {OPEN_CLIP} there: give the folder of a model or run")
         with self.blame("a model of open_clip: pip install 'ds-cmli[open_clip]'"):
             import_module("open_clip")
-        content = self.published() if self.name.startswith(NAMED) else self.json(OPEN_CLIP)
-        if not isinstance(content.get("model_cfg"), dict):
-            raise self.error(f"no {OPEN_CLIP} there, or it has no model_cfg")
+        content = self.published() if named else content
         return {"preprocess_cfg": {}, **content, "model_type": "open_clip"}
 
     @property
@@ -133,16 +122,13 @@ class Source:
         import open_clip
 
         name, weights = map(str, self.in_open_clip)
-        model = open_clip.get_model_config(name)
-        if model is None:
-            known = nearest(name, open_clip.list_models())
-            raise self.error(f"open_clip has no architecture {name!r}: {known}")
+        what = f"student.source is {self.name!r}: its"
+        choice(f"{what} architecture", name, open_clip.list_models())
+        model: Any = open_clip.get_model_config(name)
         if os.path.isfile(weights):
             return {"model_cfg": model}
+        choice(f"{what} file or tag", weights, open_clip.list_pretrained_tags_by_model(name))
         how = open_clip.get_pretrained_cfg(name, weights)
-        if not how:
-            tags = nearest(weights, open_clip.list_pretrained_tags_by_model(name))
-            raise self.error(f"{weights!r} is no file of weights, and of the tags: {tags}")
         if bool(how.get("quick_gelu")) != bool(model.get("quick_gelu")):
             other = name.removesuffix("-quickgelu") + "-quickgelu" * bool(how.get("quick_gelu"))
             raise self.error(f"trained with another activation: give {NAMED}{other}@{weights}")
@@ -155,11 +141,12 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     student = out.get("student", {})
     if "source_config" in student:
         raise UserError("student.source_config is filled from student.source: give that one alone")
-    if not isinstance(student.get("source", ""), str) or not student.get("source"):
-        return out  # what is no text is refused with the other settings
-    source = Source(student["source"])
+    name = student.get("source")
+    if not name or not isinstance(name, str):  # which is refused with the other settings
+        return out
+    source = Source(name)
     decided = of_run(source) if source.is_run else of_library(source)
-    free = {*OF_TRAINING} if source.is_run else {*OF_TRAINING, "shared_blocks"} - {"dropout"}
+    free = {*FREE, "dropout" if source.is_run else "shared_blocks"}
     # Of texts that are padded to their full length, shorter ones would be other ones.
     shorter = decided["data"].get("padding") == "longest"
     for section, values in decided.items():
@@ -169,10 +156,10 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
             fits = mine == value or key in free
             if key == "context_length" and shorter and isinstance(mine, int):
                 fits = mine <= value
-            need = f"student.source {source.name!r} has {value!r}: leave it out"
+            need = f"student.source {name!r} has {value!r}: leave it out"
             check(fits, f"{section}.{key}", mine, need)
     temperature = out.get("loss", {}).get("init_temperature")
-    need = f"training starts with that of student.source {source.name!r}: leave it out"
+    need = f"training starts with that of student.source {name!r}: leave it out"
     check(temperature is None, "loss.init_temperature", temperature, need)
     return out
 
@@ -201,9 +188,7 @@ def of_run(source: Source) -> Sections:
 def of_library(source: Source) -> Sections:
     """The settings of a model of another library."""
     kind = source.config.get("model_type")
-    if not isinstance(kind, str) or kind not in DUAL:  # a file of others may hold anything
-        known = f"give one of {', '.join(DUAL)}, a run or an export of this package"
-        raise source.error(f"a model of the type {kind!r}: {known}")
+    choice(f"student.source is {source.name!r}: its type", kind, [*DUAL, "ds_cmli"])
     with source.blame("this package cannot train it"):  # of what its files hold
         decide = of_open_clip if kind == "open_clip" else of_transformers
         own, embed_dim, data = decide(source)
@@ -233,30 +218,25 @@ def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
     with loading(hub=False):
         config: Any = CONFIG_MAPPING[kind].from_dict(source.config)
         processor = AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)
-    vision, text = config.vision_config, config.text_config
-    pictures, side = processor.to_dict(), vision.image_size
-    cuts, square = bool(pictures.get("do_center_crop")), {"height": side, "width": side}
-    sizes = ({"shortest_edge": side}, square) if cuts else (square,)
-    done = all(pictures[name] for name in ("do_resize", "do_rescale", "do_normalize"))
-    done = done and pictures["resample"] in PILLOW and pictures["size"] in sizes
-    if not done or (cuts and pictures["crop_size"] != square):
+    pictures, side = processor.to_dict(), config.vision_config.image_size
+    square, shortest = {"height": side, "width": side}, {"shortest_edge": side}
+    cut = pictures["crop_size"] if pictures.get("do_center_crop") else None
+    fits = (pictures["size"], cut) in ((square, None), (square, square), (shortest, square))
+    steps = [pictures[name] for name in ("do_resize", "do_rescale", "do_normalize")]
+    if not (fits and all(steps) and pictures["resample"] in PILLOW):
         raise ValueError(f"its pictures are not resized to {side} x {side} and normalised as here")
-    own: JsonObject = {name: list(pictures[f"image_{name}"]) for name in ("mean", "std")}
-    noise = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-    for name, tower in (("vision_config", vision), ("text_config", text)):
-        own[name] = {k: v for k, v in tower.to_diff_dict().items() if k not in noise}
-    if kind == "clip":
-        embed_dim = own["projection_dim"] = config.projection_dim
-    else:
-        embed_dim = vision.hidden_size
-        if text.projection_size != embed_dim:
-            raise ValueError(f"its text is projected to {text.projection_size}, not {embed_dim}")
+    own = json.loads(
+        config.to_json_string(),
+        object_pairs_hook=lambda pairs: {key: value for key, value in pairs if key not in NOISE},
+    )
+    own |= {name: list(pictures[f"image_{name}"]) for name in ("mean", "std")}
+    embed_dim = config.projection_dim if kind == "clip" else config.vision_config.hidden_size
     data = {
         "image_size": side,
-        "resize": "shortest" if cuts else "squash",
+        "resize": "shortest" if pictures["size"] == shortest else "squash",
         "interpolation": PILLOW[pictures["resample"]],
         "tokenizer": source.name,
-        "context_length": text.max_position_embeddings,
+        "context_length": config.text_config.max_position_embeddings,
         "padding": "longest" if kind == "clip" else "full",
     }
     return own, embed_dim, data
@@ -265,14 +245,13 @@ def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
 def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     """What a model of open_clip decides, as `of_transformers`."""
     import open_clip
-    from open_clip.transform import merge_preprocess_dict
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
     from open_clip.utils import to_2tuple
 
     model = deepcopy(source.config["model_cfg"])
     vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
     text = open_clip.CLIPTextCfg(**model["text_cfg"])
-    usual = asdict(open_clip.transform.PreprocessCfg())
-    pictures: Any = merge_preprocess_dict(usual, source.config["preprocess_cfg"] or {})
+    pictures: Any = merge_preprocess_dict(PreprocessCfg(), source.config["preprocess_cfg"])
     (side,) = {*to_2tuple(vision.image_size)}
     if (
         isinstance(vision.attentional_pool, str)
@@ -306,8 +285,9 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
     full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
     data = {
         "image_size": side,
-        "resize": RESIZING[pictures["resize_mode"]],
-        "interpolation": INTERPOLATIONS[pictures["interpolation"]],
+        "resize": f"{pictures['resize_mode']}_pillow",
+        # "random" is one of several in its training, and bicubic else.
+        "interpolation": pictures["interpolation"].replace("random", "bicubic"),
         "tokenizer": tokenizer,
         "context_length": text.context_length,
         "padding": "full" if full else "longest",

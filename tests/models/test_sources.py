@@ -32,7 +32,7 @@ TEXTS = ["a red car", "Zebra! & <b>", "two dogs sitting under a tree " * 20]
 OF_TRANSFORMERS = {
     "CLIP": clip,
     "gelu": lambda folder: clip(folder, act="gelu"),
-    "squashed": lambda folder: clip(folder, size={"height": 56, "width": 56}, do_center_crop=False),
+    "squashed": lambda folder: clip(folder, size={"height": 56, "width": 56}),
     "SigLIP": siglip,
     "bilinear": lambda folder: siglip(folder, resample=2),
 }
@@ -193,7 +193,7 @@ def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypat
         assert config.data.tokenizer == "open_clip" and config.student.source == name
         assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
     assert Source("hf-hub:owner/vit").config["model_type"] == "open_clip"
-    with pytest.raises(UserError, match=r"^student.source is 'owner/none': no folder, and the hub does not give it: "):
+    with pytest.raises(UserError, match=r"^student.source is 'owner/none': no such file or folder, nor on the hub: "):
         start("owner/none")
 
 
@@ -241,9 +241,9 @@ def refused(problem, source):
 
 LOADS = "open_clip cannot load it"
 CHANGES = [  # kind of source, its file, that without or with other content, and the problem
-    ("CLIP", "config.json", None, "no config.json"),
+    ("CLIP", "config.json", None, "no config.json or"),
     ("CLIP", "config.json", b"{", "config.json cannot be read"),
-    ("CLIP", "config.json", {"model_type": "bert"}, "of the type 'bert'"),
+    ("CLIP", "config.json", {"model_type": "bert"}, "its type is 'bert'"),
     ("CLIP", "preprocessor_config.json", None, "Can't load image processor"),
     ("CLIP", "preprocessor_config.json", {"size": {"shortest_edge": 64}}, "not resized to 56 x 56"),
     ("CLIP", "preprocessor_config.json", {"do_normalize": False}, "not resized to 56 x 56 and normalised"),
@@ -282,11 +282,11 @@ def test_a_weight_that_is_missing_is_one_line(folders, tmp_path):
 
 def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused("no such file or folder", tmp_path / "nowhere")
-    refused("no config.json there", folders["CLIP"] / "config.json")
+    refused("no config.json or open_clip_config.json there", folders["CLIP"] / "config.json")
     refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
-    refused("'x.pt' is no file of weights, and of the tags: known: .*laion2b_e16", "open_clip:ViT-B-32@x.pt")
+    refused("file or tag is 'x.pt': known: .*laion2b_e16", "open_clip:ViT-B-32@x.pt")
     refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
-    refused("no open_clip_config.json there", "local-dir:nowhere")
+    refused("open_clip_config.json there", "local-dir:nowhere")
     monkeypatch.setitem(sys.modules, "open_clip", None)
     refused(r"a model of open_clip: pip install 'ds-cmli\[open_clip\]'", folders["vit"])
 
