@@ -1,15 +1,25 @@
 """Trainings in this process, one after the other, under RANK and WORLD_SIZE."""
 
-import functools
 import gc
 import os
 import signal
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
 from ds_cmli import train
+
+
+@contextmanager
+def another_rank() -> Iterator[None]:
+    """Inside, this process is one of ranks that have run more or less than it before."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # ZeRO-3 counts the modules and parameters of a process, and compares the numbers.
+    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = Init.param_id = 0
+    with released():
+        yield
 
 
 @contextmanager
@@ -24,18 +34,15 @@ def released() -> Iterator[None]:
 
     from ds_cmli.engine import release
 
-    built: weakref.WeakSet[DeepSpeedEngine] = weakref.WeakSet()
-    make = DeepSpeedEngine.__init__
+    built, make = [], DeepSpeedEngine.__init__
 
-    @functools.wraps(make)
-    def made(engine, /, *arguments, **more):
+    def made(engine, *arguments, **more):
         make(engine, *arguments, **more)
-        built.add(engine)
+        built.append(engine)
 
     with mock.patch.object(DeepSpeedEngine, "__init__", made):
         yield
-    while built:
-        engine = built.pop()
+    for engine in built:
         if vars(engine):  # one inside may have ended it
             # It only asks which rank prints. The process group may have ended.
             with mock.patch.object(comm, "get_rank", return_value=0):
@@ -62,10 +69,5 @@ def drive(arguments: list[str], stop_at: int | None = None) -> int:
 
 
 def drive_rank(rank: int, world: int, arguments: list[str], stop_at: int | None) -> int:
-    """The same of a rank of `ranks.run`, which may have run more than the others before."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    # ZeRO-3 counts the modules and parameters of a process, and compares the numbers.
-    DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = Init.param_id = 0
+    """The same of a rank of `ranks.run`."""
     return drive(arguments, stop_at)

@@ -15,7 +15,7 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.faults import preemption
 from tests.checkpoint.runs import assert_same
 from tests.make import metrics, pairs
-from tests.ranks import launcher, python
+from tests.ranks import run
 
 
 @pytest.fixture
@@ -78,30 +78,16 @@ def test_a_lack_of_memory_is_raised_a_signal_saves_and_signals_are_the_scripts_a
     assert ds_cmli.fit(settings(tmp_path), data).metrics["step"] == 4
 
 
-RANKS = """
-import sys
-import ds_cmli
-from ds_cmli.common import UserError
+def fit_on_ranks(rank, world, folder):
+    def fit(name, **more):
+        run = {"preset": "tiny", "output_dir": f"{folder}/{name}", "match_maps": 0}
+        return ds_cmli.fit({"run": run, "optim": {"steps": 2, "micro_batch": 4}}, **more)
 
-def fit(name, **more):
-    run = {"preset": "tiny", "output_dir": f"{sys.argv[-1]}/{name}", "match_maps": 0, "watchdog": 5.0}
-    return ds_cmli.fit({"run": run, "optim": {"steps": 2, "micro_batch": 4}}, **more)
-
-first = fit("first")
-try:
-    fit("none", data="/nowhere")
-except UserError as error:
-    print(f"raised: {error}\\n", end="")  # written at once: both ranks write to one pipe, unbuffered
-second = fit("second")
-assert first.metrics["loss"] == second.metrics["loss"] and second.model
-"""
+    first = fit("first")
+    with pytest.raises(UserError, match=r"^data.source is '/nowhere'"):
+        fit("none", data="/nowhere")
+    return metrics(first.folder) == metrics(fit("second").folder)
 
 
-@pytest.mark.slow
 def test_ranks_call_it_twice_and_go_on_after_a_mistake(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(RANKS)
-    done = python(script, tmp_path, launcher=launcher("torchrun", 2))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("raised: data.source is '/nowhere'") == 2 and "sendBytes" not in done.stderr
-    assert metrics(tmp_path / "first") == metrics(tmp_path / "second")
+    assert run(fit_on_ranks, 2, str(tmp_path), group=False) == [True, True]

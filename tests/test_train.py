@@ -69,26 +69,25 @@ def test_what_a_run_leaves(finished):
 FROM_PYTHON = """
 import sys
 import ds_cmli
-for folder in sys.argv[2:]:
-    given = {"run": {"preset": "tiny", "output_dir": folder, "match_maps": 2}, "optim": {"steps": 4}}
-    given |= {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}, "data": {"workers": 0}}
-    ds_cmli.fit(given, deepspeed_config=sys.argv[1])
+from ds_cmli import train
+given = {"run": {"preset": "tiny", "output_dir": sys.argv[2], "match_maps": 2}, "optim": {"steps": 4}}
+given |= {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}, "data": {"workers": 0}}
+ds_cmli.fit(given, deepspeed_config=sys.argv[1])
+train.command.main(["--deepspeed_config", *sys.argv[1:2], *sys.argv[4:], "--output-dir", sys.argv[3]])
 """
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_without_a_launcher_and_from_python(finished, tmp_path):
-    folder, _ = finished
-    done = python("ds_cmli/train.py", *TINY, "--output-dir", tmp_path / "again")
+    """In a process of its own: sums of many elements differ by what a process has done before."""
+    json = ROOT / "ds_configs" / "zero2.json"
+    done = python("-c", FROM_PYTHON, json, tmp_path / "fit", tmp_path / "command", *TINY)
     assert done.returncode == 0, done.stdout + done.stderr
     # Without the launcher, whose own lines nobody can turn off, only ours are left.
     for noise in ("warning", "report", "traceback", "extension"):
         assert noise not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
-    # In a process of its own: sums of many elements differ by what a process has done before.
-    done = python("-c", FROM_PYTHON, ROOT / "ds_configs" / "zero2.json", tmp_path / "first", tmp_path / "second")
-    assert done.returncode == 0, done.stdout + done.stderr
-    for place in (tmp_path / "again", tmp_path / "first", tmp_path / "second"):
-        assert_same(place, folder)
+    for name in ("fit", "command"):
+        assert_same(tmp_path / name, finished[0])
 
 
 def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkeypatch):
