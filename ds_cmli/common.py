@@ -175,10 +175,9 @@ def importing() -> Iterator[None]:
 
 
 def version(package: str = "ds-cmli") -> str:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
+    return "not installed"
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,6 @@ from tests.ranks import ROOT, clean_environment, python
     [
         (UserError("lr is -1:\n give more"), "lr is -1: give more"),
         (FileNotFoundError(2, "No such file", "x.json"), "No such file: 'x.json'"),
-        (click.UsageError("no such option"), "no such option"),
         (KeyboardInterrupt(), "interrupted"),
     ],
 )

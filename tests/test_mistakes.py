@@ -90,19 +90,16 @@ def of_rank(rank: int, world: int, words: list[str], folders: list[str]) -> tupl
         return exit_code(command), errors.getvalue()
 
 
-def test_a_mistake_of_one_rank_alone_is_told_by_all(tmp_path):
+@pytest.mark.parametrize(
+    "options, named",
+    [("--data {here}/pairs-{{rank}}", "rank 1: "), ("--data {here}/pairs-0 --output-dir run", "--output-dir")],
+)
+def test_a_mistake_that_one_rank_alone_has_is_told_by_all(options, named, tmp_path):
     make.pairs(tmp_path / "pairs-0")
-    words = argv("train --data {here}/pairs-{{rank}}", tmp_path)[1]
-    (code, errors), second = ranks.run(of_rank, 2, words, [str(tmp_path)] * 2, group=False)
-    assert_one_line(code, errors, "rank 1: ")
-    assert str(tmp_path / "pairs-1") in errors and second[0] == 2 and "Traceback" not in second[1]
-
-
-def test_an_output_folder_that_ranks_do_not_share_is_told(tmp_path):
-    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    folders = [str(tmp_path / f"node-{rank}") for rank in range(2)]
     for folder in folders:
-        folder.mkdir()
-    words = argv(f"train --data {make.pairs(tmp_path / 'pairs')} --output-dir run", tmp_path)[1]
-    (code, errors), second = ranks.run(of_rank, 2, words, list(map(str, folders)), group=False)
-    assert_one_line(code, errors, "--output-dir")
+        os.mkdir(folder)
+    words = argv(f"train {options}", tmp_path)[1]
+    (code, errors), second = ranks.run(of_rank, 2, words, folders, group=False)
+    assert_one_line(code, errors, named)
     assert second[0] == 2 and "Traceback" not in second[1]

@@ -58,8 +58,7 @@ class DeepSpeedConfig(dict[str, Any]):
             out[key] = value
         # What is read here, where DeepSpeed alone would go on.
         zero = out.get("zero_optimization", {})
-        stage, need = zero.get("stage"), "give 1, 2 or 3"
-        check(stage in (1, 2, 3), "zero_optimization.stage", stage, need)
+        choice("zero_optimization.stage", zero.get("stage"), (1, 2, 3))
         for key in ("offload_optimizer", "offload_param"):
             device = (zero.get(key) or {}).get("device", "none")
             need = "what is swapped to NVMe is in no checkpoint: give 'cpu' or 'none'"

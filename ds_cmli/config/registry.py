@@ -5,7 +5,7 @@ An entry names its implementation as "module:name", so that the tables import no
 """
 
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,18 +21,16 @@ class LossEntry:
     implementation: str
     # The pair scores that the loss compares; "" if it treats each pair separately.
     scores: Literal["", "global", "cmli"] = ""
-    # The function of its scores; "" if it is neither. In a sigmoid one an image may have several
-    # positives.
-    kind: Literal["", "contrastive", "sigmoid"] = ""
+    sigmoid: bool = False  # of each pair alone, where an image may have several positives
     teacher: bool = False  # whether it needs the teacher's features
 
 
 PAIRS, TARGETS = "ds_cmli.losses.pairs", "ds_cmli.losses.target_cmli"
 LOSSES = {
-    "global": LossEntry(f"{PAIRS}:GlobalContrastive", "global", "contrastive"),
-    "global_sigmoid": LossEntry(f"{PAIRS}:GlobalSigmoid", "global", "sigmoid"),
-    "cmli": LossEntry(f"{PAIRS}:AllPairsCMLI", "cmli", "contrastive"),
-    "cmli_sigmoid": LossEntry(f"{PAIRS}:CMLISigmoid", "cmli", "sigmoid"),
+    "global": LossEntry(f"{PAIRS}:GlobalContrastive", "global"),
+    "global_sigmoid": LossEntry(f"{PAIRS}:GlobalSigmoid", "global", sigmoid=True),
+    "cmli": LossEntry(f"{PAIRS}:AllPairsCMLI", "cmli"),
+    "cmli_sigmoid": LossEntry(f"{PAIRS}:CMLISigmoid", "cmli", sigmoid=True),
     "target_cmli": LossEntry(f"{TARGETS}:TargetCMLI", teacher=True),
     "cls_kd": LossEntry(f"{TARGETS}:ClsDistillation", teacher=True),
 }
@@ -92,19 +90,18 @@ def compares_tokens(names: Iterable[str]) -> bool:
     return any(LOSSES[name].scores == "cmli" for name in names)
 
 
-def load_plugins(context: object, parameter: object, names: Sequence[str]) -> None:
-    for name in names:
-        with blame(f"--plugin is {name!r}"):
-            importlib.import_module(name)
+def load_plugin(name: str) -> None:
+    with blame(f"--plugin is {name!r}"):
+        importlib.import_module(name)
 
 
 plugin_option = click.option(
     "--plugin",
+    type=load_plugin,
     metavar="MODULE",
     multiple=True,
     is_eager=True,  # before options whose values a plugin may add
     expose_value=False,
-    callback=load_plugins,
     help="Import a module that registers losses, backbones or sources (docs/plugins.md). "
     "Repeatable.",
 )

@@ -258,16 +258,12 @@ def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
         or vision.timm_pool not in ("", "avg", "map", "token")
         or "none" in (vision.pool_type, text.pool_type, text.proj_type)
     ):
-        raise ValueError(
-            "a tower is pooled or projected in another way than docs/finetune.md names"
-        )
+        raise ValueError("a tower is pooled or projected otherwise than docs/finetune.md says")
     # Of a CoCa the two towers alone; and without what acts in open_clip's own training.
-    if model.pop("multimodal_cfg", None) is not None:
+    model.pop("multimodal_cfg", None)
+    for name in ("output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"):
         for tower in ("vision_cfg", "text_cfg"):
-            model[tower].pop("output_tokens", None)
-    for name in ("patch_dropout", "timm_drop", "timm_drop_path"):
-        if model["vision_cfg"].get(name):
-            model["vision_cfg"][name] = 0.0
+            model[tower].pop(name, None)
     model["vision_cfg"]["timm_model_pretrained"] = False
     own: JsonObject = {"model_cfg": model, **{key: [*pictures[key]] for key in ("mean", "std")}}
     if name := text.hf_model_name:  # open_clip names it alone

@@ -197,6 +197,6 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     # adds them as such.
     for name in names:
         if LOSSES[name].scores:
-            column = "added_positives" if LOSSES[name].kind == "sigmoid" else "ignored_negatives"
+            column = "added_positives" if LOSSES[name].sigmoid else "ignored_negatives"
             values[column] = round(ignored * pairs)
     return values

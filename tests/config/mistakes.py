@@ -26,6 +26,8 @@ MISTAKES = [
     ("train --profile 30:31", "--profile"),
     ("train --deepspeed_config {here}/ds.json", "ds.json"),
     (JSON, "ds.json", ds_json('{"fp16": ')),
+    (JSON, "ds.json", ds_json(f'{{"fp16": {"[" * 3000}')),
+    (JSON, "ds.json: ValueError: no JSON object", ds_json("[1]")),
     (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {"stage": 2}})),
     (JSON, "hybrid_engine", ds_json({"hybrid_engine": {"enabled": True}, "pipeline": False})),
     (JSON, "zero_allow_untested_optimizer", ds_json({"optimizer": {"type": "SGD"}})),

@@ -11,7 +11,7 @@ from tests.conftest import ZERO1
 
 MISTAKES = [
     ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
-    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: give 1, 2 or 3"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: known: 1, 2, 3"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
     ({"zero_optimization": 3}, "the DeepSpeed JSON: "),
     ({"fp16": {"loss_scale": 0}}, "fp16.enabled is None: give true, false"),
@@ -34,16 +34,6 @@ def test_mistakes_are_one_line(config, words):
         DeepSpeedConfig.of(ZERO1 | config)
     assert words in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
-
-
-@pytest.mark.parametrize("content", [b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}", b'{"a": "\xe9"}', b"[1]"])
-def test_a_file_that_is_no_json_is_one_line(content, tmp_path):
-    path = tmp_path / "x.json"
-    path.write_bytes(content)
-    with pytest.raises(UserError) as error:
-        DeepSpeedConfig.load(path)
-    assert str(error.value).startswith(f"--deepspeed_config {path}: ")
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 def test_what_is_not_used_may_be_off_and_null_is_as_not_given():

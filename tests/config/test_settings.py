@@ -92,17 +92,13 @@ def test_no_setting_takes_a_value_of_a_wrong_type(name):
 
 
 MISTAKES = [
-    ({"student": {"layers": 0}}, "student.layers is 0: Input should be greater than or equal to 1"),
-    ({"student": {"layer": 4}}, "setting of student is 'layer': did you mean 'layers'?"),
     (
         {"data": {"augmentation": {"flip": 1.0}}},
         "data.augmentation.flip.[key] is 'flip': Input should be 'random_resized_crop', ",
     ),
     ({"data": {"source": 3}}, "is 3: Input should be a valid string"),
-    ({"loss": {"weights": {"globl": 1.0}}}, "loss.weights is 'globl': did you mean 'global'?"),
     ({"loss": {"weights": {"cmli": "a"}}}, "loss.weights.cmli is 'a': Input should be a valid number"),
     ({"optim": {"negatives": 3}}, "optim.negatives is 3: Input should be 'micro_batch' or 'global_batch'"),
-    ({"optim": {"epochs": 1.0, "steps": 3}}, "give one of the two"),
     ({"studnt": {}}, "section of settings is 'studnt': did you mean 'student'?"),
     ({"preset": "tiny"}, "section of settings is 'preset': did you mean run.preset?"),
     ({"student": 3}, "student is 3: give a mapping of settings"),

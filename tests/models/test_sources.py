@@ -249,7 +249,7 @@ CHANGES = [  # kind of source, its file, that without or with other content, and
     ("CLIP", "preprocessor_config.json", {"do_normalize": False}, "not resized to 56 x 56 and normalised"),
     ("vit", "open_clip_config.json", b"{", "cannot be read"),
     ("vit", "text_cfg", {"hf_model_name": "./none"}, "its text encoder: OSError"),
-    ("vit", "vision_cfg", {"attentional_pool": "x"}, "pooled or projected in another way"),
+    ("vit", "vision_cfg", {"attentional_pool": "x"}, "pooled or projected otherwise"),
     ("vit", "vision_cfg", {"colour": 1}, "cannot train it: .*unexpected keyword .*'colour'"),
     ("vit", "vision_cfg", {"layers": 3}, f"{LOADS}: .*Missing key.*resblocks.2"),
     ("vit", "open_clip_model.safetensors", b"damaged", f"{LOADS}: "),
