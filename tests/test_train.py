@@ -1,7 +1,9 @@
 """The command itself, as users start it, on the preset `tiny`."""
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from itertools import product
 
 import pytest
@@ -10,21 +12,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_cmli import train
 from ds_cmli.common import exit_code
 from ds_cmli.evaluate import __main__ as evaluate
+from tests import make
 from tests.checkpoint.runs import assert_same
 from tests.make import lines, small, weights
-from tests.ranks import ROOT, launcher, python
+from tests.ranks import launcher, python
 
 TINY = small({"--steps": 4}, {"run.match_maps": 2})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps by the real `deepspeed` command, as the README writes it."""
+    """A run of four steps, and what it has printed."""
     folder = tmp_path_factory.mktemp("run")
-    command = ["ds_cmli/train.py", "--deepspeed_config", "ds_configs/zero2.json", *TINY, "--output-dir", folder]
-    done = python(*command, launcher=launcher("deepspeed", 1))
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, done
+    with redirect_stdout(io.StringIO()) as out:
+        assert make.train(*TINY, "--output-dir", str(folder)) == 0
+    return folder, out.getvalue()
 
 
 def evaluated(folder) -> dict[str, float]:
@@ -32,7 +34,7 @@ def evaluated(folder) -> dict[str, float]:
 
 
 def test_what_a_run_leaves(finished):
-    folder, done = finished
+    folder, out = finished
     steps = lines(folder)
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     expected = {"loss", "loss/global", "loss/cmli", "loss/target_cmli", "lr", "grad_norm", "temperature/cmli"}
@@ -52,7 +54,7 @@ def test_what_a_run_leaves(finished):
     assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} <= weights(folder).keys()
     assert weights(folder)["student.projection.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
-    assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
+    assert "checkpoint step4: " in out and "best seen combined R@1 " in out
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     drawn = {"loss/total", "loss/cmli", "train/lr", "train/grad_norm", "temperature/global"}
@@ -63,7 +65,7 @@ def test_what_a_run_leaves(finished):
     assert {event.step for tag in maps for event in events.Images(tag)} == {4}
     (text,) = events.Tensors("configuration/text_summary")
     assert b'"preset": "tiny"' in text.tensor_proto.string_val[0]
-    assert "written to" in done.stdout and str(folder) in done.stdout
+    assert f"written to {folder}" in out
 
 
 FROM_PYTHON = """
@@ -78,16 +80,20 @@ train.command.main(["--deepspeed_config", *sys.argv[1:2], *sys.argv[4:], "--outp
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bits_without_a_launcher_and_from_python(finished, tmp_path):
-    """In a process of its own: sums of many elements differ by what a process has done before."""
-    json = ROOT / "ds_configs" / "zero2.json"
-    done = python("-c", FROM_PYTHON, json, tmp_path / "fit", tmp_path / "command", *TINY)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_the_same_seed_gives_the_same_bits_with_a_launcher_and_without_one_and_from_python(tmp_path):
+    """In processes of their own: sums of many elements differ by what a process has done before."""
+    json = "ds_configs/zero2.json"
+    given = "ds_cmli/train.py", "--deepspeed_config", json, *TINY, "--output-dir", tmp_path / "deepspeed"
+    for done in (
+        python(*given, launcher=launcher("deepspeed", 1)),
+        python("-c", FROM_PYTHON, json, tmp_path / "fit", tmp_path / "command", *TINY),
+    ):
+        assert done.returncode == 0, done.stdout + done.stderr
     # Without the launcher, whose own lines nobody can turn off, only ours are left.
     for noise in ("warning", "report", "traceback", "extension"):
         assert noise not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     for name in ("fit", "command"):
-        assert_same(tmp_path / name, finished[0])
+        assert_same(tmp_path / name, tmp_path / "deepspeed")
 
 
 def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path, monkeypatch):
@@ -109,8 +115,7 @@ def test_a_dry_run_prints_the_resolved_configuration_and_ends(tmp_path, alone, c
     assert not (tmp_path / "run").exists()
 
 
-def test_help_groups_options_by_section_with_the_meaning_of_their_settings():
+def test_help_has_options_with_the_meaning_of_their_settings():
     done = python("ds_cmli/train.py", "--help", timeout=5)
-    assert done.returncode == 0
-    for words in ("Student:", "Optim:", "--losses", "--workers INTEGER data loading processes per rank"):
-        assert words in " ".join(done.stdout.split())
+    assert done.returncode == 0 and "--losses" in done.stdout
+    assert "--workers INTEGER data loading processes per rank" in " ".join(done.stdout.split())
