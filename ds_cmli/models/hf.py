@@ -166,9 +166,9 @@ class CMLIModel(PreTrainedModel):
 
 def _learned(name: str) -> nn.ModuleDict:
     """What a loss over pairs has learned, under its names."""
-    sigmoid = LOSSES[name].kind == "sigmoid"
-    most = MAX_SIGMOID_SCALE if sigmoid and LOSSES[name].scores == "global" else MAX_SCALE
-    return nn.ModuleDict({"temperature": Temperature(1.0, 0.0 if sigmoid else None, most)})
+    loss = LOSSES[name]
+    most = MAX_SIGMOID_SCALE if loss.sigmoid and loss.scores == "global" else MAX_SCALE
+    return nn.ModuleDict({"temperature": Temperature(1.0, 0.0 if loss.sigmoid else None, most)})
 
 
 class CMLIProcessor(ProcessorMixin):
