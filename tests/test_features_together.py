@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from ds_cmli.config.schema import load_config
 from tests import make
-from tests.checkpoint.runs import straight_and_stopped
+from tests.checkpoint.runs import assert_same
 from tests.models.sources import clip, of_open_clip, siglip
 from tests.stranger.drive import check_memory, used
 
@@ -84,7 +84,12 @@ def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
 def test_a_training(number, tmp_path, alone):
     values = RUNS[number].split()
     given, content = asked(values, tmp_path)
-    straight = straight_and_stopped(given, tmp_path, STOP, "two" in values, "--workers", "1")
+    straight, broken, world = tmp_path / "straight", tmp_path / "broken", 1 + ("two" in values)
+    assert make.train(*given, "--output-dir", str(straight), world=world) == 0
+    given += ["--output-dir", str(broken)]
+    assert make.train(*given, "--workers", "1", world=world, stop_at=STOP) == 85
+    assert make.train(*given, world=world) == 0
+    assert_same(straight, broken)
     config = load_config(straight / "run.json", "the run")
     for line in make.metrics(straight):
         if "loss" in line and line["step"] > 1:
@@ -93,5 +98,5 @@ def test_a_training(number, tmp_path, alone):
     with safe_open(straight / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
     assert "refused" not in used(straight)
-    predicted = check_memory(config, content, 1 + ("two" in values))
+    predicted = check_memory(config, content, world)
     assert (predicted["EMA weights"] > 0) == ("ema" in values)

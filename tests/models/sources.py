@@ -80,13 +80,13 @@ def towers(vision: dict, text: dict = TEXT, **more) -> dict:
     return {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, **more}
 
 
-# As ViT-B-32 and its QuickGELU, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
+# As ViT-B-32, ViT-H-14-CLIPA, RN50, convnext_base, coca_ViT-B-32, ViT-B-16-SigLIP, EVA02, MobileCLIP.
 MODELS = {
-    "vit": towers(VIT),
-    "quick": towers({**VIT, "patch_dropout": 0.5}, quick_gelu=True),
+    "vit": towers({**VIT, "patch_dropout": 0.5}),
     "clipa": towers(
         {**VIT, "pool_type": "avg", "final_ln_after_pool": True, "no_ln_pre": True, "pos_embed_type": "sin_cos_2d"},
         {**TEXT, "context_length": 32, "no_causal_mask": True, "pool_type": "last"},
+        quick_gelu=True,
     ),
     "resnet": towers({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8, "patch_size": None}),
     "convnext": towers({**of_timm("test_convnext", 64, "", "linear"), "timm_drop_path": 0.1}),

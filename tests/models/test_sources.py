@@ -24,9 +24,10 @@ from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
+from ds_cmli.inference import Model
 from ds_cmli.models.student import Student
 from tests import make
-from tests.models.sources import MODELS, OF_OPEN_CLIP, clip, of_library, of_open_clip, settings, siglip, start
+from tests.models.sources import MODELS, OF_OPEN_CLIP, clip, of_library, of_open_clip, run_of, settings, siglip, start
 
 TEXTS = ["a red car", "Zebra! & <b>", "two dogs sitting under a tree " * 20]
 OF_TRANSFORMERS = {
@@ -36,7 +37,7 @@ OF_TRANSFORMERS = {
     "SigLIP": siglip,
     "bilinear": lambda folder: siglip(folder, resample=2),
 }
-ALIKE = ("quick", "clipa", "token")  # as others are, in most
+ALIKE = ("clipa", "token")  # as others are, in most
 KINDS = [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in (*OF_TRANSFORMERS, *OF_OPEN_CLIP)]
 
 
@@ -169,6 +170,25 @@ def test_it_is_evaluated_first_and_the_same_at_zero_3_and_back_in_its_library(so
     moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
     assert not [name for name in moved if "vision_model.e" in name or "text_model.encoder.layers.0" in name]
     assert any("text_model.encoder.layers.1" in name for name in moved)
+
+
+EXPORTED = {"CLIP": "clip", "SigLIP": "siglip", "roberta": "open_clip"}
+WIDER = dict.fromkeys(("vit", "convnext", "coca", "siglip"), "open_clip")
+
+
+@pytest.mark.parametrize(
+    "kind, library", [*EXPORTED.items(), *(pytest.param(*row, marks=pytest.mark.slow) for row in WIDER.items())]
+)
+def test_trained_and_exported_the_library_computes_its_features(kind, library, folders, pictures, tmp_path):
+    run, back = run_of(folders[kind], tmp_path / "run"), tmp_path / "back"
+    export.main([str(run), str(back), "--as", library], standalone_mode=False)
+    ours, theirs = Model.load(run, "cpu"), of_library(back, pictures, TEXTS)
+    assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
+    assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
+    assert ours.evaluator.scales["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
+    given, trained = (load_file(min(folder.glob("*.safetensors"))) for folder in (folders[kind], back))
+    assert not torch.equal(given["logit_scale"], trained["logit_scale"])
+    assert trained.keys() == {key for key in given if not key.startswith("text_decoder.")}  # of a CoCa
 
 
 # Where a source is found.
