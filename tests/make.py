@@ -4,7 +4,7 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -29,14 +29,21 @@ def picture(number: int, side: int = 40) -> Image.Image:
     return image
 
 
+def pictures(folder: Path, *names: str, side: int = 40) -> Path:
+    """A folder of pictures in files of these names."""
+    for number, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number, side).save(folder / name)
+    return folder
+
+
 def pairs(
     folder: Path, count: int = 24, broken: Sequence[int] = (), empty: Sequence[int] = (), column: str = "text"
 ) -> str:
     """A folder of pictures with a table of captions, those of the numbers damaged."""
-    folder.mkdir(parents=True)
+    pictures(folder, *(f"{number}.png" for number in range(count)))
     lines = []
     for number in range(count):
-        picture(number).save(folder / f"{number}.png")
         if number in broken:
             (folder / f"{number}.png").write_bytes(b"not a picture")
         text = "" if number in empty else f"a red square {number}"
@@ -77,6 +84,16 @@ def json_file(path: Path, content: object) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     return str(path)
+
+
+def karpathy(path: Path, images: Iterable[tuple[str, str, Sequence[str]]]) -> str:
+    """Karpathy's list of images: file, split, captions."""
+    content = []
+    for file, split, texts in images:
+        place, name = os.path.split(file)
+        sentences = [{"raw": text} for text in texts]
+        content.append({"filepath": place, "filename": name, "split": split, "sentences": sentences})
+    return json_file(path, {"images": content})
 
 
 def config(**sections: dict) -> Config:

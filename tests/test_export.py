@@ -11,7 +11,7 @@ from ds_cmli.export import command
 from ds_cmli.inference import Model
 from ds_cmli.models import hf
 from tests.make import picture, write_run
-from tests.models.sources import clip, run_of, siglip, start
+from tests.models.sources import clip, run_of, start
 from tests.stranger.drive import compare
 
 
@@ -21,15 +21,15 @@ def export(run, folder, *options):
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    root = tmp_path_factory.mktemp("sources")
-    every = {"clip": clip(root / "clip"), "siglip": siglip(root / "siglip")}
-    (every["clip"] / "README.md").write_text("---\nlicense: mit\n---\n# CLIP\n")
-    return every
+def begun(tmp_path_factory):
+    """A CLIP."""
+    folder = clip(tmp_path_factory.mktemp("sources") / "clip")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# CLIP\n")
+    return folder
 
 
-def test_without_as_it_is_the_runs_own_model(sources, tmp_path):
-    run = run_of(sources["clip"], tmp_path / "run")
+def test_without_as_it_is_the_runs_own_model(begun, tmp_path):
+    run = run_of(begun, tmp_path / "run")
     folder = export(run, tmp_path / "own model")
     given, own = load_file(run / hf.WEIGHTS), load_file(folder / hf.WEIGHTS)
     assert given.keys() == own.keys() and all(torch.equal(given[name], own[name]) for name in own)
@@ -40,24 +40,23 @@ def test_without_as_it_is_the_runs_own_model(sources, tmp_path):
     assert str(tmp_path) not in readme + (folder / "config.json").read_text() and len(readme.splitlines()) < 20
 
 
-def test_the_readme_names_what_a_run_from_a_run_began_as(sources, tmp_path):
-    first = run_of(sources["clip"], tmp_path / "first")
+def test_the_readme_names_what_a_run_from_a_run_began_as(begun, tmp_path):
+    first = run_of(begun, tmp_path / "first")
     second = run_of(first, tmp_path / "second")
     assert "clip, licence: mit" in (export(second, tmp_path / "x") / "README.md").read_text()
     readme = (export(write_run(tmp_path / "run"), tmp_path / "y") / "README.md").read_text()
     assert "vit_tiny_patch16_224 and bert" in readme and "Twemoji" in readme
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sources, tmp_path):
-    run, ends = run_of(sources[kind], tmp_path / "run"), {}
+def test_interpolated_it_is_between_the_source_and_the_trained_weights(begun, tmp_path):
+    run, ends = run_of(begun, tmp_path / "run"), {}
     for share in ("0", "0.5", "1"):
-        ends[share] = load_file(export(run, tmp_path / share, "--as", kind, "--interpolate", share) / hf.WEIGHTS)
-    source, plain = (load_file(x / hf.WEIGHTS) for x in (sources[kind], export(run, tmp_path / "p", "--as", kind)))
+        ends[share] = load_file(export(run, tmp_path / share, "--as", "clip", "--interpolate", share) / hf.WEIGHTS)
+    source, plain = (load_file(x / hf.WEIGHTS) for x in (begun, export(run, tmp_path / "p", "--as", "clip")))
     for name, value in ends["0.5"].items():
         assert torch.equal(ends["0"][name], source[name]) and torch.equal(ends["1"][name], plain[name])
         torch.testing.assert_close(value, 0.5 * source[name] + 0.5 * plain[name])
-    averages = run_of(sources[kind], tmp_path / "other") / hf.WEIGHTS
+    averages = run_of(begun, tmp_path / "other") / hf.WEIGHTS
     shutil.copy(averages, run / hf.AVERAGE)
     own = export(run, tmp_path / "own", "--ema", "--interpolate", "1")
     back = load_file(own / hf.WEIGHTS)
@@ -65,8 +64,8 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(kind, sou
     assert "1 of the way from student.source to the averaged weights" in (own / "README.md").read_text()
 
 
-def test_a_run_and_its_export_start_a_training(sources, tmp_path):
-    run = run_of(sources["clip"], tmp_path / "run")
+def test_a_run_and_its_export_start_a_training(begun, tmp_path):
+    run = run_of(begun, tmp_path / "run")
     own, wanted = export(run, tmp_path / "own"), Model.load(run, "cpu")
     pictures = [picture(number) for number in range(3)]
     pixels = torch.stack([*map(wanted.read, pictures)])
@@ -84,18 +83,19 @@ def test_a_run_and_its_export_start_a_training(sources, tmp_path):
         start(run)
 
 
-def test_what_it_is_not_is_refused(sources, tmp_path):
+def test_what_it_is_not_is_refused(begun, tmp_path):
     def refused(problem, *arguments):
         with pytest.raises(UserError, match=f"^[^\n]*{problem}[^\n]*$"):
             export(*arguments)
         assert not (tmp_path / "x").exists()
 
     run, new = write_run(tmp_path / "run"), tmp_path / "x"
-    began = run_of(shutil.copytree(sources["clip"], tmp_path / "gone"), tmp_path / "began")
+    gone = shutil.copytree(begun, tmp_path / "gone")
+    began = run_of(gone, tmp_path / "began")
     refused("--as is 'siglip', and the run's student began as clip", began, new, "--as", "siglip")
     refused("began as two encoders", run, new, "--as", "clip")
     even = run_of(clip(tmp_path / "even", text_width=32), tmp_path / "run2", shared_blocks=1)
     refused("its models have no shared blocks, and the run", even, new, "--as", "clip")
     refused("no student.source: leave it out", run, new, "--interpolate", "0.5")
-    shutil.rmtree(tmp_path / "gone")
+    shutil.rmtree(gone)
     refused("no such file or folder", began, new, "--interpolate", "0.5")

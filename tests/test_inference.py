@@ -7,7 +7,8 @@ from PIL import Image
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common import UserError
 from ds_cmli.inference import Model
-from tests.make import picture, write_run
+from tests import make
+from tests.make import write_run
 from tests.models.sources import clip
 
 TEXTS = ["a red car", "two dogs under a tree", "x"]
@@ -20,11 +21,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    for i in range(12):
-        (folder / str(i % 2)).mkdir(exist_ok=True)
-        picture(i, 80).save(folder / str(i % 2) / f"{i:02}.png")
-    return folder
+    return make.pictures(tmp_path_factory.mktemp("pictures"), *(f"{i % 2}/{i:02}.png" for i in range(12)), side=80)
 
 
 def test_embeddings_are_the_students_features(model, pictures):

@@ -100,10 +100,8 @@ def test_kinds_are_found_by_what_a_folder_holds(tmp_path):
 
 
 def test_a_folder_of_no_kind_is_refused_in_two_lines_the_nearest_guess_first(tmp_path):
-    for name in ("images", "classes/cat", "other"):
-        (tmp_path / name).mkdir(parents=True)
-    for name in ("images/1.jpg", "classes/cat/1.jpg", "other/x.bin"):
-        make.picture(0).save(tmp_path / name, "JPEG")
+    make.pictures(tmp_path, "images/1.jpg", "classes/cat/1.jpg")
+    make.json_file(tmp_path / "other/x.bin", "")
     guesses = {"images": "metadata.csv", "classes": "by class", "other": "x.bin"}
     for name, guess in guesses.items():
         with pytest.raises(UserError) as error:

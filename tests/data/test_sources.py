@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -24,7 +25,7 @@ from ds_cmli.data.sources import (
     open_tables,
     open_tars,
 )
-from tests.make import json_file
+from tests import make
 
 
 @pytest.fixture(autouse=True)
@@ -56,19 +57,15 @@ def coco(folder):
     texts = [(8, "NA"), (7, "one, two"), (8, "2012"), (9, " ")]
     annotations = [{"image_id": number, "caption": text} for number, text in texts]
     pictures(folder / "train2017")
-    json_file(folder / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
+    make.json_file(folder / "annotations/captions_train2017.json", {"images": images, "annotations": annotations})
     return open_json([folder / "annotations/captions_train2017.json"], DataConfig())["train"]
 
 
 def karpathy(folder):
-    texts = (("train", "a", "NA"), ("restval", "b", "one, two"), ("val", "b", "x"), ("train", "a", "2012"))
-    images = [
-        {"filepath": "train", "filename": f"{image}.png", "split": split, "sentences": [{"raw": text}, {"raw": " "}]}
-        for split, image, text in texts
-    ]
     pictures(folder / "train")
-    json_file(folder / "dataset.json", {"images": images})
-    return open_json([folder / "dataset.json"], DataConfig())["train"]
+    rows = (("train", "a", "NA"), ("restval", "b", "one, two"), ("val", "b", "x"), ("train", "a", "2012"))
+    path = make.karpathy(folder / "t.json", [(f"train/{image}.png", split, [text, " "]) for split, image, text in rows])
+    return open_json([Path(path)], DataConfig())["train"]
 
 
 def parquet(path, **columns):
@@ -133,8 +130,8 @@ KINDS = {  # the source in a folder, and how many pictures it leaves out because
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_picture_has_its_bytes_and_all_its_captions_as_they_are(kind, tmp_path):
-    make, left_out = KINDS[kind]
-    source = make(tmp_path)
+    opened, left_out = KINDS[kind]
+    source = opened(tmp_path)
     assert contents(source) == [(b"a", ["NA", "2012"]), (b"b", ["one, two"])]
     assert left_out is None or source.left_out == left_out
 

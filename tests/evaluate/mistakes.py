@@ -12,9 +12,7 @@ def run(here: Path) -> None:
 
 def classes(here: Path) -> None:
     run(here)
-    for name in ("cat", "dog"):
-        (here / "classes" / name).mkdir(parents=True)
-        make.picture(1).save(here / "classes" / name / "1.png")
+    make.pictures(here / "classes", "cat/1.png", "dog/1.png")
     (here / "names.txt").write_text("one\n")
     (here / "templates.txt").write_text("a photo\n")
 

@@ -15,8 +15,8 @@ from ds_cmli.evaluate.__main__ import command
 from ds_cmli.evaluate.metrics import recalls
 from ds_cmli.inference import Model
 from ds_cmli.models.hf import AVERAGE, WEIGHTS
-from tests import ranks
-from tests.make import picture, write_run
+from tests import make, ranks
+from tests.make import write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")
 
@@ -49,12 +49,8 @@ def captions(picture):
 
 def karpathy(path):
     """Two to four captions of each picture."""
-    images = [
-        {"filename": f"{k}.jpg", "split": split, "sentences": [{"raw": caption} for caption in captions(k)]}
-        for k, split in enumerate(["train"] * 3 + ["val"] * 3 + ["test"] * 6)
-    ]
-    path.write_text(json.dumps({"images": images}))
-    return str(path)
+    splits = enumerate(["train"] * 3 + ["val"] * 3 + ["test"] * 6)
+    return make.karpathy(path, [(f"{k}.jpg", split, captions(k)) for k, split in splits])
 
 
 def test_karpathys_test_split_has_the_recalls_of_the_models_own_scores(tmp_path, model, photographs):
@@ -164,9 +160,7 @@ def zero_shot_by_loops(run: str, classes: Path, templates: list[str]) -> dict[st
 
 def test_zero_shot_of_two_ranks_is_that_of_one(model, tmp_path):
     """Three classes of three templates and 7 pictures, one more broken: nothing divides by two."""
-    for n in range(7):
-        (tmp_path / "classes" / f"class_{n % 3}").mkdir(parents=True, exist_ok=True)
-        picture(n).save(tmp_path / "classes" / f"class_{n % 3}" / f"{n}.png")
+    make.pictures(tmp_path / "classes", *(f"class_{n % 3}/{n}.png" for n in range(7)))
     (tmp_path / "classes" / "class_0" / "x.png").write_bytes(b"no picture")
     (tmp_path / "templates.txt").write_text("a photo of {}\n{} here\nthe {}\n")
     arguments = str(tmp_path / "classes"), model, str(tmp_path)

@@ -1,6 +1,5 @@
 """Match maps: tints by hand, every word drawn, in any letters; which pairs are shown, and the command."""
 
-import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +12,7 @@ from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.evaluate.match_map import COLUMNS, sheet, tile
 from ds_cmli.visualize import command, held_out
+from tests import make
 from tests.make import write_run
 
 
@@ -41,16 +41,13 @@ def test_words_fill_rows():
 
 def test_pairs_that_are_asked_for(tmp_path):
     """Of six held-out pictures with three captions each, the second is broken."""
-    entries = []
+    images = []
     for i in range(8):
-        file = tmp_path / f"{i}.png"
-        Image.fromarray(np.full((20, 20, 3), 30 * i, np.uint8)).save(file)
-        if i == 3:
-            file.write_bytes(b"no picture")
-        sentences = [{"raw": f"A 猫 of {i}, Caption {c}!"} for c in range(3)]
-        entries.append({"filename": file.name, "split": "train" if i < 2 else "val", "sentences": sentences})
-    (tmp_path / "dataset.json").write_text(json.dumps({"images": entries}))
-    config = load_preset("tiny", {"data": {"source": str(tmp_path / "dataset.json")}})
+        Image.fromarray(np.full((20, 20, 3), 30 * i, np.uint8)).save(tmp_path / f"{i}.png")
+        images.append((f"{i}.png", "train" if i < 2 else "val", [f"A 猫 of {i}, Caption {c}!" for c in range(3)]))
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    source = make.karpathy(tmp_path / "dataset.json", images)
+    config = load_preset("tiny", {"data": {"source": source}})
     shown = held_out(config, "0,2")
     assert [text for _, text in shown] == ["A 猫 of 2, Caption 0!", "A 猫 of 4, Caption 0!"]
     assert [int(image[0, 5, 5]) for image, _ in shown] == [60, 120]
