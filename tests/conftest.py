@@ -1,7 +1,6 @@
 import contextlib
 import gc
 import os
-import re
 import signal
 import sys
 from functools import partial
@@ -23,20 +22,14 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
-# Files that come first, so that no process waits long for the last one.
-LONGEST = ("test_preemption.py", "test_null_gpu.py", "test_features_together.py", "test_readme.py")
-LONGEST += ("test_mistakes.py", "test_prediction.py", "test_train.py")  # of the quick ones
+# The longest files first, so that no process waits long for the last one: those with slow tests, then quick ones.
+LONGEST = "features_together", "null_gpu", "readme", "preemption", "mistakes", "prediction", "train"
 ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JSON
 
 
-def selects_gpu(expression: str) -> bool:
-    """Whether `-m EXPRESSION` selects tests with the mark `gpu`. Where it errs, `pytest_collection_finish` refuses."""
-    return re.search(r"(?<!not )\bgpu\b", expression) is not None
-
-
 def pytest_configure(config):
-    """Hide GPUs from all tests but those with the mark `gpu`: they are of what CPUs compute, partly to the bit."""
-    if not selects_gpu(config.option.markexpr):
+    """Hide GPUs from all tests but those of `-m gpu`: they are of what CPUs compute, partly to the bit."""
+    if config.option.markexpr != "gpu":
         # The second reaches what the launcher of DeepSpeed starts, which sets the first by itself.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
@@ -59,14 +52,11 @@ def keep_what_is_imported() -> None:
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
-def pytest_collection_finish(session):
-    on_gpus = selects_gpu(session.config.option.markexpr)
-    marks = [{mark.name for mark in item.iter_markers()} for item in session.items]
-    if any("gpu" in own if not on_gpus else not own & {"gpu", "null_gpu"} for own in marks):
-        raise pytest.UsageError("tests with the mark gpu run alone, as the others see no GPU: give -m gpu, or not gpu")
+def pytest_collection_finish():
     keep_what_is_imported()
 
 

@@ -3,13 +3,11 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
-import psutil
 import pytest
 
 from docs import settings
@@ -26,8 +24,8 @@ DOCS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PAGES = [*DOCS, ROOT / "slurm" / "README.md"]
 SMALLER = {
     "train.py": "--log-every 1",
-    "compare_estimates.py": "--B 16 --P 1 --preset tiny",
-    "predict.py": "--set student.layers=1 --set teacher.block=0",
+    "compare_estimates.py": "--B 16 --P 1 --only E1,E2,E3,E5",  # E4 and a whole step: tests/profiling
+    "predict.py": "--preset tiny --losses global --set student.layers=1 --fit 870MB",
 }
 PROGRAMS = "(python|deepspeed|torchrun|ds-cmli-[a-z]+) "  # of README's commands; others install or submit
 
@@ -81,12 +79,11 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_commands_of_the_readme(place, tmp_path):
+def test_commands_of_the_readme(place):
     """Trainings until they train, all others to their end, with RUN in a run's place and at smaller sizes."""
-    folder = Path(shutil.copytree(place, tmp_path / "reader", symlinks=True))
     # As of a shell with this environment.
-    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    env = clean_environment() | {**own, "MASTER_PORT": str(free_port())}
+    env = clean_environment() | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"PYTHONPATH": str(ROOT), "MASTER_PORT": str(free_port())}
     lines = [line for line in commands([README]) if re.match(PROGRAMS, line)]
     assert len(lines) >= 4
     for line in lines:
@@ -94,24 +91,14 @@ def test_commands_of_the_readme(place, tmp_path):
             line = re.sub(r"runs/[\w-]+", "RUN", line)
         line += "".join(f" {more}" for script, more in SMALLER.items() if script in line)
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        started = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=folder, env=env, **pipes)
+        started = subprocess.Popen(["bash", "-c", f"exec {line}"], cwd=place, env=env, **pipes)
         printed = ""
-        for text in started.stdout or ():
+        for text in started.stdout or ():  # until its ranks have ended too
             printed += text
-            if text.startswith("step "):  # from the loop on a signal is a flag
-                for rank in ranks_of(started.pid):
-                    rank.terminate()
+            if text.startswith("step "):
+                started.terminate()  # the launcher, whose end the ranks notice
         code = started.wait(60)
         assert "\nstopped " in printed if "train.py" in line else code == 0, (line, printed)
-
-
-def ranks_of(launcher: int) -> list[psutil.Process]:
-    """The processes from a launcher down that run `train.py` themselves."""
-    process, results = psutil.Process(launcher), []
-    for item in (process, *process.children(recursive=True)):
-        script = next((word for word in item.cmdline()[1:] if not word.startswith("-")), "")
-        results += [item] * script.endswith("ds_cmli/train.py")
-    return results
 
 
 PYTHON = {  # what the names that a page leaves are like
@@ -153,6 +140,5 @@ def test_python_of_a_plugin(plugins, tmp_path, source, monkeypatch):
     for line in make.lines(run):
         assert line["loss"] == pytest.approx(line["loss/warm"] + 0.5 * line["loss/global"], rel=1e-5)
         assert line["temperature/warm"] == pytest.approx(0.2, rel=0.01)
-    results = used(run)
-    assert "refused" not in results and any(name.endswith("/cmli/i2t_r1") for name in results["evaluated"])
+    assert any(name.endswith("/cmli/i2t_r1") for name in used(run))
     check_memory(load_config(run / "run.json", "the run"), {"zero_optimization": {"stage": 2}}, 2)

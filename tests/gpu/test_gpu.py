@@ -17,7 +17,7 @@ from tests.ranks import clean_environment, python, start, wait_for
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use here"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU that torch can use here under `pytest -m gpu`"),
 ]
 
 
