@@ -47,12 +47,10 @@ def last_line(done):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("events", ["pending", "done"])
-def test_what_a_program_sees(null_gpu, tmp_path, events):
+def test_what_a_program_sees(null_gpu, tmp_path):
     (tmp_path / "seen.py").write_text(SEEN)
-    done = events == "done"
-    assert last_line(run(null_gpu("RTX 4090") | {"NULLGPU_EVENTS": events}, tmp_path / "seen.py")) == [
-        "NVIDIA GeForce RTX 4090", [8, 9], [done, done, True, True], True,
+    assert last_line(run(null_gpu("RTX 4090"), tmp_path / "seen.py")) == [
+        "NVIDIA GeForce RTX 4090", [8, 9], [False, False, True, True], True,
         [[2, 0, 1], [0, 1, 2]], 5, [[True, True, False], [False, False, False]], True, [4, 1, 6],
         True, 0, [4, 1, 6, 4, 2],
     ]  # fmt: skip
@@ -61,13 +59,10 @@ def test_what_a_program_sees(null_gpu, tmp_path, events):
 @pytest.mark.parametrize(
     ("gpu", "setting"),
     [
-        ("T4", Setting("fallback", "demo", 32, precision="fp16", overrides=TORCH)),
-        (
-            "A100 80GB",
-            Setting("cached", "demo", 64, world=8, stage=1, accumulation=2, checkpointing=True, overrides=FEW),
-        ),
-        ("H100 80GB", Setting("checkpointing", "demo", 64, world=2, checkpointing=True)),
-        ("H100 80GB", Setting("gathered", "demo", 64, world=8, stage=3)),
+        ("T4", Setting("fallback", "demo", 32, precision="fp16", overrides=TORCH | FEW)),
+        ("A100 80GB", Setting("cached", "demo", 64, 8, 1, accumulation=2, checkpointing=True, overrides=FEW)),
+        ("H100 80GB", Setting("checkpointing", "demo", 64, 2, checkpointing=True, overrides=FEW)),
+        ("H100 80GB", Setting("gathered", "demo", 64, 8, 3, overrides=FEW)),
     ],
 )
 def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):

@@ -31,9 +31,6 @@ API cudaError_t cudaGetLastError(void) {
   return error;
 }
 API cudaError_t cudaPeekAtLastError(void) { return last_error; }
-API const char *cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : error == cudaErrorMemoryAllocation ? "out of memory" : "error of the null GPU";
-}
 
 API cudaError_t cudaGetDeviceCount(int *count) { *count = 1; return cudaSuccess; }
 API cudaError_t cudaGetDevice(int *device) { *device = 0; return cudaSuccess; }
@@ -71,8 +68,6 @@ API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute
     if (known[i][0] == (int)attribute) *value = known[i][1];
   return cudaSuccess;
 }
-API cudaError_t cudaDriverGetVersion(int *version) { *version = 13000; return cudaSuccess; }
-API cudaError_t cudaRuntimeGetVersion(int *version) { *version = 13000; return cudaSuccess; }
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Range *ranges; // sorted by start

@@ -2,7 +2,6 @@
 // nothing. What the driver answers beside.
 #include "null_gpu.h"
 #include <cuda.h>
-#include <dlfcn.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -13,19 +12,9 @@ static int possible(unsigned x, unsigned y, unsigned z, unsigned long threads, s
           x, y, z, threads, shared);
   return 0;
 }
-static cudaError_t launch(dim3 g, dim3 b, size_t shared, void *stream) {
+API cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t stream) {
   int fits = possible(g.x, g.y, g.z, (unsigned long)b.x * b.y * b.z, shared, stream);
   return fits ? cudaSuccess : failed(cudaErrorInvalidConfiguration);
-}
-#define LAUNCH(name, Kernel) \
-  API cudaError_t name(Kernel stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) { \
-    return launch(grid, block, shared, stream); \
-  }
-LAUNCH(cudaLaunchKernel, const void *)
-LAUNCH(cudaLaunchCooperativeKernel, const void *)
-LAUNCH(__cudaLaunchKernel, cudaKernel_t)
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *stub, void **arguments) {
-  return launch(c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
 }
 API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void **arguments, void **extra) {
   int fits = possible(c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->sharedMemBytes, c->hStream);
@@ -34,7 +23,6 @@ API CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction function, void
 
 static void *binary_handle[4];
 API void **__cudaRegisterFatBinary(void *binary) { return binary_handle; }
-API char __cudaInitModule(void **handle) { return 1; }
 API cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *stub) { *kernel = (cudaKernel_t)stub; return cudaSuccess; }
 static __thread struct { // between `<<<` and `>>>`, and the stub
   dim3 grid, block;
@@ -70,27 +58,15 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *bloc
     if (*blocks > bounds[i]) *blocks = bounds[i];
   return cudaSuccess;
 }
-API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *stub, int threads, size_t shared) {
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, stub, threads, shared, 0);
-}
 
 // The driver.
-API CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
-API CUresult cuGetErrorString(CUresult error, const char **text) { *text = error ? "error of the null GPU" : "no error"; return CUDA_SUCCESS; }
-API CUresult cuDriverGetVersion(int *version) { *version = 13000; return CUDA_SUCCESS; }
-API CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *c) { *clusters = 1; return CUDA_SUCCESS; }
-API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {
-  return (CUresult)cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks, function, threads, shared);
-}
 API CUresult cuDeviceGet(CUdevice *device, int number) { *device = number; return CUDA_SUCCESS; }
 API CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   return (CUresult)cudaDeviceGetAttribute(value, (enum cudaDeviceAttr)attribute, device); // the numbers are the same
 }
 static CUcontext const context = (CUcontext)0x500;
-API CUresult cuDevicePrimaryCtxRetain(CUcontext *out, CUdevice device) { *out = context; return CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) { *flags = 0, *active = 1; return CUDA_SUCCESS; }
 API CUresult cuCtxGetCurrent(CUcontext *out) { *out = context; return CUDA_SUCCESS; }
-API CUresult cuCtxGetDevice(CUdevice *device) { *device = 0; return CUDA_SUCCESS; }
 API CUresult cuModuleLoadData(CUmodule *module, const void *image) { *module = new_handle(); return CUDA_SUCCESS; }
 API CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) { *function = new_handle(); return CUDA_SUCCESS; }
 API CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
@@ -101,27 +77,7 @@ API CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attrib
   int too_much = attribute == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES && (size_t)value > card()->shared_per_block;
   return too_much ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
 }
-API CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
-API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  int kind = find_range((void *)pointer).kind;
-  switch (attribute) {
-    case CU_POINTER_ATTRIBUTE_CONTEXT: *(CUcontext *)value = context; break;
-    case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)value = pointer; break;
-    case CU_POINTER_ATTRIBUTE_MEMORY_TYPE: *(unsigned *)value = kind == DEVICE ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST; break;
-    default: *(int *)value = 0;
-  }
-  return kind ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
-}
-
-// By name: this library stands in for the driver's too.
-API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, unsigned long long flags,
-                                                 enum cudaDriverEntryPointQueryResult *result) {
-  *function = dlsym(RTLD_DEFAULT, name);
-  if (result) *result = *function ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
-  return cudaSuccess;
-}
-API CUresult cuGetProcAddress_v2(const char *name, void **function, int version, cuuint64_t flags, CUdriverProcAddressQueryResult *result) {
-  *function = dlsym(RTLD_DEFAULT, name);
-  if (result) *result = *function ? CU_GET_PROC_ADDRESS_SUCCESS : CU_GET_PROC_ADDRESS_SYMBOL_NOT_FOUND;
-  return *function ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+API CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr pointer) { // the pointer on the device
+  *(CUdeviceptr *)value = pointer;
+  return find_range((void *)pointer).kind ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }

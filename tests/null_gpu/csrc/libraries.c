@@ -6,13 +6,9 @@
 #define NEW(name) API int name(void **object) { *object = new_handle(); return 0; }
 #define NUMBER(name, value) API int name(void *handle, int *number) { *number = value; return 0; }
 NEW(cublasCreate_v2)
-NEW(cublasLtCreate)
 NEW(cublasLtMatmulPreferenceCreate)
 NUMBER(cublasGetMathMode, 0)
 NUMBER(cublasGetPointerMode_v2, 0)
-NUMBER(cublasGetVersion_v2, 130000)
-API size_t cublasLtGetVersion(void) { return 130003; }
-API const char *cublasGetStatusString(int status) { return "status of the null GPU's cuBLAS"; }
 API int cublasLtMatmulDescCreate(void **object, int compute, int scale) { *object = new_handle(); return 0; }
 API int cublasLtMatrixLayoutCreate(void **object, int type, uint64_t rows, uint64_t columns, int64_t stride) { *object = new_handle(); return 0; }
 enum { HEURISTIC = 8 * 8 + 8 + 4 + 4 + 4 * 4 }; // bytes of cublasLtMatmulHeuristicResult_t
@@ -43,17 +39,15 @@ API int cublasLtMatmul(void *handle, void *product, const void *alpha, const voi
 NOTHING(cuCtxGetLimit)
 NOTHING(cuCtxSetCurrent)
 NOTHING(cuCtxSetLimit)
+NOTHING(cuDevicePrimaryCtxRetain)
+NOTHING(cuDriverGetVersion)
 NOTHING(cuFuncSetCacheConfig)
-NOTHING(cuModuleUnload)
-
+NOTHING(cuGetErrorString)
 NEW(cudnnCreate)
 NEW(cudnnCreateConvolutionDescriptor)
 NEW(cudnnCreateFilterDescriptor)
 NEW(cudnnCreateTensorDescriptor)
 API size_t cudnnGetVersion(void) { return 92000; }
-API size_t cudnnGetCudartVersion(void) { return 13000; }
-API const char *cudnnGetErrorString(int status) { return "status of the null GPU's cuDNN"; }
-API int cudnnGetProperty(int part, int *value) { *value = part == 0 ? 9 : part == 1 ? 20 : 0; return 0; }
 typedef struct {
   int algorithm, status;
   float time;
@@ -70,8 +64,3 @@ typedef struct {
 ALGORITHM(cudnnGetConvolutionForwardAlgorithm_v7)
 ALGORITHM(cudnnGetConvolutionBackwardDataAlgorithm_v7)
 ALGORITHM(cudnnGetConvolutionBackwardFilterAlgorithm_v7)
-#define WORKSPACE(name) \
-  API int name(void *handle, void *x, void *w, void *convolution, void *y, int algorithm, size_t *bytes) { *bytes = 0; return 0; }
-WORKSPACE(cudnnGetConvolutionForwardWorkspaceSize)
-WORKSPACE(cudnnGetConvolutionBackwardDataWorkspaceSize)
-WORKSPACE(cudnnGetConvolutionBackwardFilterWorkspaceSize)

@@ -1,11 +1,9 @@
 // Streams and events. Everything is carried out when it is launched, but counts as done only when somebody has waited for it:
 // torch's allocator then keeps what other streams may still read, as with a GPU that runs behind its host. An event is pending
 // until its stream, a later event, a stream that waits for it, or the device is synchronised; or 1,024 further launches went to
-// its stream; or it was asked for 100,000 times. With NULLGPU_EVENTS=done every event is done at once.
+// its stream; or it was asked for 100,000 times.
 #include "null_gpu.h"
 #include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
 enum { MOST_AHEAD = 1024, MOST_ASKED = 100000 };
 
@@ -24,16 +22,10 @@ struct Stream {
 typedef struct {
   Stream *stream;            // NULL: never recorded
   long number, asked;        // the last piece of work before it
-  double milliseconds;       // when it was recorded
 } Event;
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Stream *streams;
-
-static int all_done(void) {
-  const char *mode = getenv("NULLGPU_EVENTS");
-  return mode && !strcmp(mode, "done");
-}
 
 static Stream *stream_of(void *handle) { // call with the lock
   for (Stream *s = streams; s; s = s->next)
@@ -72,18 +64,9 @@ void finish_stream(void *handle) {
 }
 
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) { *stream = new_handle(); return cudaSuccess; }
-API cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { *stream = new_handle(); return cudaSuccess; }
-API cudaError_t cudaStreamCreate(cudaStream_t *stream) { *stream = new_handle(); return cudaSuccess; }
 API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) { *least = 0, *greatest = -5; return cudaSuccess; }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) { *status = 0; return cudaSuccess; }
 API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { finish_stream(stream); return cudaSuccess; }
-API cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  pthread_mutex_lock(&lock);
-  Stream *s = stream_of(stream);
-  int done = all_done() || s->done >= s->launched;
-  pthread_mutex_unlock(&lock);
-  return done ? cudaSuccess : cudaErrorNotReady;
-}
 API cudaError_t cudaDeviceSynchronize(void) {
   pthread_mutex_lock(&lock);
   for (Stream *s = streams; s; s = s->next) finish(s, s->launched);
@@ -92,14 +75,11 @@ API cudaError_t cudaDeviceSynchronize(void) {
 }
 
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { *event = calloc(1, sizeof(Event)); return cudaSuccess; }
-API cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
 API cudaError_t cudaEventDestroy(cudaEvent_t event) { free(event); return cudaSuccess; }
 API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  struct timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
   pthread_mutex_lock(&lock);
   Stream *s = stream_of(stream);
-  *(Event *)event = (Event){s, s->launched, 0, now.tv_sec * 1e3 + now.tv_nsec / 1e6};
+  *(Event *)event = (Event){s, s->launched};
   pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
@@ -108,7 +88,7 @@ API cudaError_t cudaEventQuery(cudaEvent_t event) {
   Event *e = (Event *)event;
   pthread_mutex_lock(&lock);
   if (e->stream && ++e->asked > MOST_ASKED) finish(e->stream, e->number);
-  int done = all_done() || !e->stream || e->stream->done >= e->number;
+  int done = !e->stream || e->stream->done >= e->number;
   pthread_mutex_unlock(&lock);
   return done ? cudaSuccess : cudaErrorNotReady; // which is not kept as the last error
 }
@@ -117,10 +97,6 @@ API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   pthread_mutex_lock(&lock);
   if (e->stream) finish(e->stream, e->number);
   pthread_mutex_unlock(&lock);
-  return cudaSuccess;
-}
-API cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t start, cudaEvent_t end) { // the host's
-  *milliseconds = ((Event *)end)->milliseconds - ((Event *)start)->milliseconds;
   return cudaSuccess;
 }
 API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
