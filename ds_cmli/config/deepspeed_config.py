@@ -46,8 +46,6 @@ class DeepSpeedConfig(dict[str, Any]):
     @blame("the DeepSpeed JSON")
     def of(cls, content: Section) -> Self:
         """Check the content of such a file; null is as not given. Raises `UserError`."""
-        if isinstance(content, cls):
-            return content
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
             if value is None or (key not in KEYS and value in NOTHING):
@@ -97,11 +95,6 @@ class DeepSpeedConfig(dict[str, Any]):
         on = (name for name in ("fp16", "bf16") if self.get(name, {}).get("enabled") is True)
         return next(on, "fp32")
 
-    @property
-    def optimizer(self) -> str:
-        """The optimizer's name in lower case."""
-        return self.get("optimizer", {"type": "AdamW"})["type"].lower()
-
     # --- decisions
 
     def on(self, fp16: bool, bf16: bool) -> Self:
@@ -144,8 +137,9 @@ class DeepSpeedConfig(dict[str, Any]):
         """Copy it with all "auto" values filled; `width` is the model's, for ZeRO's buffers."""
         out = copy.deepcopy(self)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
-        params = out.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
-        if out.optimizer in ADAMS:
+        optimizer = out.setdefault("optimizer", {"type": "AdamW"})
+        params = optimizer.setdefault("params", {})
+        if optimizer["type"].lower() in ADAMS:
             params.setdefault("torch_adam", True)  # DeepSpeed's own would be compiled first
         values: JsonObject = {
             "gradient_clipping": optim.grad_clip,

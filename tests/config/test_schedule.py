@@ -1,13 +1,8 @@
 """Optimizers and learning rates: those that a JSON may name, through the real engine."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from deepspeed.runtime import lr_schedules
 
-from ds_cmli.checkpoint import resume
-from ds_cmli.config.schema import OptimConfig
 from tests import make
 from tests.conftest import ZERO1
 
@@ -34,34 +29,3 @@ def test_each_step_trains_at_the_rate_that_is_logged_for_it(kind, device, data):
     assert [rate > 0 for rate in logged] == moved
     if "scheduler" not in CONTENTS[kind]:
         assert logged == pytest.approx([0.005, 0.01, 0.0075, 0.0025])
-
-
-@pytest.mark.parametrize("kind", ["ours", "WarmupDecayLR", "WarmupCosineLR"])
-def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind, tmp_path):
-    def made(steps):
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
-        if kind == "ours":
-            optim = OptimConfig(warmup_share=2 / steps)
-            return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: optim.rate(done + 1, steps))
-        return optimizer, getattr(lr_schedules, kind)(optimizer, total_num_steps=steps, warmup_num_steps=2)
-
-    def rates(optimizer, schedule, steps):
-        results = []
-        for _ in range(steps):
-            results.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            schedule.step()
-        return results
-
-    old, going_on = made(9), made(20)
-    rates(*old, 4)
-
-    def load_checkpoint(*_, **__):
-        for part, saved in zip(going_on, old, strict=True):
-            part.load_state_dict(saved.state_dict())
-
-    (tmp_path / resume.CHECKSUMS).write_text("{}")
-    parts = {"optimizer": going_on[0], "lr_scheduler": going_on[1], "load_checkpoint": load_checkpoint}
-    point = SimpleNamespace(path=tmp_path, resharded=False, changed=True)
-    resume._load_engine(point, SimpleNamespace(engine=SimpleNamespace(**parts), ema=None))
-    assert rates(*going_on, 4) == pytest.approx(rates(*made(20), 8)[4:])
