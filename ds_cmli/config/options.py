@@ -46,8 +46,6 @@ FLAGS = {
     "--preset": "run.preset",
     "--losses": "loss.weights",
     "--start-from": "student.source",
-    "--image-backbone": "student.image_backbone",
-    "--text-backbone": "student.text_backbone",
     "--data": "data.source",
     "--val-data": "data.val_source",
     "--image-root": "data.image_root",

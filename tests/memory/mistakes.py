@@ -20,7 +20,7 @@ MISTAKES = [
     ("memory --plot memory.txt", "--plot"),
     (f"memory {SMALL} --losses global --json {{here}}/nowhere/report.json", "report.json"),
     ("memory --set student.layers=9", "student.layers"),
-    ("memory --text-backbone someone/no-such-model", "someone/no-such-model"),
+    ("memory --set student.text_backbone=someone/no-such-model", "someone/no-such-model"),
     ("memory --deepspeed_config {here}/ds.json", "ds.json"),
     ("memory --deepspeed_config {here}/ds.json", "offload_param", offloaded),
     ("train --steps 4 --profile 3:2", "--profile"),
