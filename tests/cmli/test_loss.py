@@ -92,7 +92,7 @@ def of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, do
 
 
 @pytest.mark.parametrize("vectors, sigmoid", list(product((False, True), (False, True))))
-@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, 3])
 def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, vectors, sigmoid):
     learned = torch.cat([p.detach() for p in PairLoss(0.03, -2.0 if sigmoid else None).parameters()])
     for extra, double in product((False, True), (False, True)):

@@ -70,33 +70,23 @@ API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attribute
 }
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-static Range *ranges; // sorted by start
+static Range *ranges;
 static int count, room;
 static size_t used;
 
-// The place of the last range that starts at or before `pointer`, or -1. Call with the lock.
-static int place_of(const void *pointer) {
-  int low = 0, high = count;
-  while (low < high) {
-    int middle = (low + high) / 2;
-    if (ranges[middle].start <= (const char *)pointer) low = middle + 1;
-    else high = middle;
-  }
-  return low - 1;
+static Range *range_of(const void *pointer) { // NULL: not ours. Call with the lock.
+  for (Range *range = ranges; range < ranges + count; range++)
+    if (range->start <= (const char *)pointer && (const char *)pointer < range->start + range->bytes) return range;
+  return NULL;
 }
 
 static void *take(size_t bytes, int kind) {
   size_t whole = (bytes + GRANULE - 1) / GRANULE * GRANULE;
-  char *mapped = mmap(NULL, whole + GRANULE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapped == MAP_FAILED) return NULL;
-  char *start = (char *)(((uintptr_t)mapped + GRANULE - 1) / GRANULE * GRANULE), *end = mapped + whole + GRANULE;
-  if (start > mapped) munmap(mapped, start - mapped);
-  if (end > start + whole) munmap(start + whole, end - (start + whole));
+  char *start = mmap(NULL, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (start == MAP_FAILED) return NULL;
   pthread_mutex_lock(&lock);
   if (count == room) ranges = realloc(ranges, (room = 2 * room + 64) * sizeof *ranges);
-  int place = place_of(start) + 1;
-  memmove(ranges + place + 1, ranges + place, (count++ - place) * sizeof *ranges);
-  ranges[place] = (Range){start, whole, kind};
+  ranges[count++] = (Range){start, whole, kind};
   if (kind == DEVICE) used += whole;
   pthread_mutex_unlock(&lock);
   return start;
@@ -104,21 +94,19 @@ static void *take(size_t bytes, int kind) {
 
 static cudaError_t drop(void *start) {
   pthread_mutex_lock(&lock);
-  int place = place_of(start);
-  if (start && place >= 0 && ranges[place].start == start) {
-    munmap(start, ranges[place].bytes);
-    if (ranges[place].kind == DEVICE) used -= ranges[place].bytes;
-    memmove(ranges + place, ranges + place + 1, (--count - place) * sizeof *ranges);
+  Range *range = range_of(start);
+  if (range) {
+    munmap(range->start, range->bytes);
+    if (range->kind == DEVICE) used -= range->bytes;
+    *range = ranges[--count];
   }
   pthread_mutex_unlock(&lock);
   return cudaSuccess;
 }
 
 Range find_range(const void *pointer) {
-  Range found = {0};
   pthread_mutex_lock(&lock);
-  int place = place_of(pointer);
-  if (place >= 0 && (const char *)pointer < ranges[place].start + ranges[place].bytes) found = ranges[place];
+  Range *range = range_of(pointer), found = range ? *range : (Range){0};
   pthread_mutex_unlock(&lock);
   return found;
 }
