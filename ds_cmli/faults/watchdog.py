@@ -100,10 +100,8 @@ class Watchdog:
             before = states
             dead = [r for r in ranks if silent[r] > self.timeout / 2]
             # Ranks that compute while others wait; of several the one with the fewest heartbeats.
-            busy = dead or [r for r in ranks if not states[r].get("waiting")]
-            # If all wait in collectives: the one whose state changed last.
-            last = min(ranks, key=still.__getitem__)
-            blamed = min(busy, key=lambda r: states[r].get("count", 0), default=last)
+            busy = dead or [r for r in ranks if not states[r].get("waiting")] or ranks
+            blamed = min(busy, key=lambda r: states[r].get("count", 0))
             limit = self.timeout * (SLOW if states[blamed]["slow"] else 1)
             if still[blamed] > limit:
                 where = "dead or stopped" if dead else f"at {states[blamed]['where']}"

@@ -1,10 +1,44 @@
-"""Two ranks against one process with twice the micro-batch, in fp32."""
+"""Messages between the ranks of a real gloo group, their mistakes, and the gradients of one process."""
 
 import pytest
 import torch
 
+from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
 from tests import make, ranks
+
+
+def messages(rank, world_size):
+    refused = []
+    for mistakes in ([None, "no such file"], ["no such key", "no such key"]):
+        with pytest.raises(UserError) as error, distributed.raised_together():
+            if mistakes[rank]:
+                raise UserError(mistakes[rank])
+        refused.append(str(error.value))
+    with pytest.raises(KeyError if rank else UserError), distributed.raised_together():
+        if rank:
+            raise KeyError("unexpected")
+    with distributed.raised_together():
+        pass
+    return {
+        "objects": distributed.gather_objects({"rank": rank}),
+        "broadcast": distributed.broadcast_object(f"from rank {rank}", source=1),
+        "mean": distributed.mean_over_ranks(torch.tensor([1.0 + rank, 4.0])).tolist(),
+        "sum": distributed.sum_over_ranks(torch.tensor([1.0 + rank, 4.0])).tolist(),
+        "refused": refused,
+    }
+
+
+def test_messages_between_ranks():
+    for entry in ranks.run(messages, 2):
+        assert entry == {
+            "objects": [{"rank": 0}, {"rank": 1}],
+            "broadcast": "from rank 1",
+            "mean": [1.5, 4.0],
+            "sum": [3.0, 8.0],
+            "refused": ["rank 1: no such file", "no such key"],
+        }
+
 
 STEPS = 3
 # Few: where two patches match a token equally well but for rounding, either may win, and the gradients are others. Of
@@ -38,6 +72,7 @@ def gradients(rank, world_size, micro_batch, stage, accumulation):
 
 @pytest.mark.parametrize("stage, accumulation", [(2, 1), (3, 2)])
 def test_two_ranks_give_the_gradients_of_one_process(stage, accumulation):
+    """With half of its micro-batch each, in fp32."""
     micro_batch = PAIRS // 2 // accumulation
     two = ranks.run(gradients, 2, micro_batch, stage, accumulation)[0]
     one = ranks.run(gradients, 1, PAIRS, stage, 1)[0]

@@ -13,7 +13,7 @@ import pytest
 from ds_cmli.faults import preemption
 from tests.checkpoint.runs import assert_same
 from tests.make import pairs, small, train
-from tests.ranks import ROOT, clean_environment, launcher, start_ranks, wait_for
+from tests.ranks import ROOT, clean_environment, launcher, start, start_ranks, wait_for
 
 WAITS = """
 import time
@@ -118,8 +118,7 @@ def test_torchrun_restarts_a_run_whose_rank_was_killed_and_its_end_is_that_of_an
     command = [*launcher("torchrun", 2), "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5"]
     command += [str(ROOT / "ds_cmli" / "train.py"), *small({**options, "--output-dir": run})]
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
-    with log.open("w") as out:
-        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT)
+    process = start(command, env, log)
     wait_for((run / "checkpoint" / "latest").is_file, process, log)
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
     ranks["1"].kill()
