@@ -98,22 +98,6 @@ def data(demo):
     return build_data(load_preset("tiny", {}).data, 0)
 
 
-@pytest.fixture
-def plugins():
-    """What a test's plugins register is forgotten at the end, and so are the modules."""
-    from ds_cmli.config import registry
-
-    tables = registry.LOSSES, registry.IMAGE
-    before, modules = list(map(dict, tables)), {*sys.modules}
-    yield
-    for name in {*sys.modules} - modules:
-        if name.startswith(("my_cmli", "tests.stranger.toy")):
-            del sys.modules[name]
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> list[str]:
     """`--data` with 60 training pairs and three held out: an epoch ends within a test, and evaluation is quick."""

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from docs import settings
 from ds_cmli import train
+from ds_cmli.config.registry import IMAGE, LOSSES
 from ds_cmli.config.schema import load_config
 from tests import make
 from tests.make import write_run
@@ -126,7 +128,9 @@ def test_python_of_a_page(page, place, monkeypatch, alone):
     assert eval(PYTHON[page.name], names)
 
 
-def test_python_of_a_plugin(plugins, tmp_path, source, monkeypatch):
+@mock.patch.dict(LOSSES)
+@mock.patch.dict(IMAGE)
+def test_python_of_a_plugin(tmp_path, source, monkeypatch):
     """The page's loss beside an encoder of another plugin: trained, evaluated, exported, its memory predicted."""
     monkeypatch.syspath_prepend(tmp_path)
     for body in blocks("python"):

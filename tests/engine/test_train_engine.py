@@ -13,7 +13,6 @@ from ds_cmli import engine, metrics
 from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
 from ds_cmli.hardware import bf16_is_fast
@@ -39,24 +38,6 @@ def test_five_steps_with_each_shipped_json(device, batches, path):
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0]  # the same batch five times: it must be learned
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
-
-
-@pytest.mark.parametrize("loss", ["global", "target_cmli"])
-def test_a_loss_alone_by_its_weight_and_the_teacher_where_it_needs_one(device, batches, loss):
-    zero = {"zero_optimization": {"stage": 2}}
-    train_engine = make.train_engine(device, zero, loss={"weights": {loss: 2.0}})
-    teacher = train_engine.teacher
-    assert (teacher is None) == (not LOSSES[loss].teacher)
-    before = [p.clone() for p in teacher.parameters()] if teacher else []
-    (losses,) = train_engine.step(batches[:1])
-    assert [*losses.each] == [loss]
-    assert losses.total.item() == pytest.approx(2 * losses.each[loss].item()) and losses.total > 0
-    if teacher is not None:
-        teacher.train()
-        assert not teacher.training
-        assert all(map(torch.equal, before, teacher.parameters()))
-        inside = {id(p) for p in train_engine.engine.module.parameters()}
-        assert not any(id(p) in inside or p.requires_grad for p in teacher.parameters())
 
 
 def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, batches):

@@ -101,6 +101,7 @@ def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, m
     code, none = by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)
     assert code == 3 and none["setting"]["micro_batch"] == 1
     assert found["categories"]["parameters"] == above["categories"]["parameters"]
+    assert above["categories"]["teacher"] == 0  # the global loss alone needs none
     assert above["categories"]["activations student"] > 256 * 100_000
 
 
