@@ -196,11 +196,8 @@ def revision() -> str | None:
 
 
 def read_json(path: Path) -> JsonObject:
-    """The object in a JSON file. Raises OSError and ValueError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """The object in a JSON file. Raises OSError, ValueError and RecursionError."""
+    content = json.loads(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError("no JSON object")
     return content

@@ -251,7 +251,7 @@ def load_config(path: Path, setting: str) -> Config:
     """The configuration of a run, from its `run.json`. Raises `UserError`, naming `setting`."""
     try:
         return Config.from_dict(read_json(path)["config"])
-    except (OSError, ValueError, KeyError, UserError) as error:
+    except (OSError, ValueError, KeyError, RecursionError, UserError) as error:
         problem = f"its {path.name} is missing, damaged, of another version, or needs a --plugin"
         raise UserError(
             f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
