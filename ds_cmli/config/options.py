@@ -108,10 +108,8 @@ class ConfigCommand(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        own, self.params = self.params, []
         for decorate in OPTIONS:
             decorate(self)
-        self.params += own
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
