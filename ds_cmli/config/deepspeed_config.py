@@ -6,7 +6,7 @@
 import copy
 import inspect
 import json
-from collections.abc import Collection, Container
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,15 @@ USED = """
     torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
 """
 KEYS = {*LEAST, *FREE_KEYS.split(), *USED.split()}
-# What asks for nothing: with it, a key may be any other of DeepSpeed's.
+# Keys of DeepSpeed that training does not use: left out where they ask for nothing.
+UNUSED = """
+    aio autotuning compile compression_training curriculum_learning data_efficiency
+    dataloader_drop_last disable_allgather elasticity hybrid_engine nebula pipeline
+    progressive_layer_drop sparse_attention sparse_gradients tensor_parallel weight_quantization
+"""
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
+# Sections that are read here.
+SECTIONS = "activation_checkpointing bf16 fp16 optimizer scheduler torch_autocast zero_optimization"
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
 # Optimizers of PyTorch in whose place DeepSpeed would take its own of the same name.
@@ -46,14 +53,19 @@ class DeepSpeedConfig(dict[str, Any]):
     @blame("the DeepSpeed JSON")
     def of(cls, content: Section) -> Self:
         """Check the content of such a file; null is as not given. Raises `UserError`."""
+        import torch
+
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
-            if value is None or (key not in KEYS and value in NOTHING):
+            if key in UNUSED.split() and value in NOTHING:
                 continue
             need = f"no such key has an effect here: {nearest(key, KEYS)}"
             check(key in KEYS, key, value, need)
             check(value != "auto" or key in LEAST, key, value, "give what it is to be")
-            out[key] = value
+            if value is not None:
+                out[key] = value
+        for key in SECTIONS.split():
+            check(isinstance(out.get(key, {}), dict), key, out.get(key), "give a section of keys")
         # What is read here, where DeepSpeed alone would go on.
         zero = out.get("zero_optimization", {})
         choice("zero_optimization.stage", zero.get("stage"), (1, 2, 3))
@@ -69,13 +81,20 @@ class DeepSpeedConfig(dict[str, Any]):
             kind = int | float if key == "gradient_clipping" else int
             fits = value == "auto" or (isinstance(value, kind) and value >= least)
             check(fits, key, value, f'give "auto", or a number from {least}')
+        steps = out.get("steps_per_print", 1)
+        check(isinstance(steps, int), "steps_per_print", steps, "give a number of steps")
         for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
         for section in {"optimizer", "scheduler"} & out.keys():
-            known = parameters(section, out[section]["type"])
-            for key in out[section].get("params", {}).keys() - OF_DEEPSPEED:
-                choice(f"{section}.params", key, known)
+            kind = kind_of(section, out[section].get("type"))
+            params = out[section].get("params", {})
+            for key in params.keys() - OF_DEEPSPEED:
+                choice(f"{section}.params", key, inspect.signature(kind).parameters)
+            if section == "optimizer":
+                given = {k: v for k, v in params.items() if k not in OF_DEEPSPEED and v != "auto"}
+                with blame(f"optimizer.params is {params}"):
+                    kind([torch.zeros(1)], **given)
         with importing():
             from deepspeed.runtime.config import DeepSpeedConfig as Theirs
         text = json.dumps({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
@@ -158,7 +177,7 @@ class DeepSpeedConfig(dict[str, Any]):
         fill(out["zero_optimization"], values, out["zero_optimization"])
         for section in ("optimizer", "scheduler"):
             if section in out:
-                takes = parameters(section, out[section]["type"])
+                takes = inspect.signature(kind_of(section, out[section]["type"])).parameters
                 fill(out[section].setdefault("params", {}), values, takes)
                 values["warmup_max_lr"] = params["lr"]
         return out
@@ -176,15 +195,15 @@ def _without_auto(pairs: list[tuple[str, object]]) -> JsonObject:
     return {key: value for key, value in pairs if value != "auto"}
 
 
-def parameters(section: str, name: str) -> Collection[str]:
-    """What PyTorch's optimizer or DeepSpeed's schedule takes. Raises `UserError`."""
+def kind_of(section: str, name: object) -> Any:
+    """PyTorch's optimizer or DeepSpeed's schedule of that name. Raises `UserError`."""
     import torch
 
     with importing():
         from deepspeed.runtime import lr_schedules
 
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
-    name = "AdamW" if name.lower() in ADAMS else name
     known = [key for key in kinds if isinstance(kinds[key], type) and key not in REPLACED]
+    name = "AdamW" if str(name).lower() in ADAMS else str(name)
     choice(f"{section}.type", name, known)
-    return inspect.signature(kinds[name]).parameters
+    return kinds[name]

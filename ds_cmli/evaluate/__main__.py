@@ -49,7 +49,7 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
         check_writable(json_file)
     source = Source(place)
     if not source.has_own_data and (given["ema"] or not given[mode]):
-        raise UserError(f"{place!r} is no run: leave out --ema, and give --data")
+        raise UserError(f"{place!r} is no run's folder: of another model, give --data and no --ema")
     map_launcher_environment()
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.embed import load
