@@ -52,29 +52,39 @@ def pairs(
     return str(folder)
 
 
+def shard(path: Path, members: Iterable[tuple], form: int = tarfile.PAX_FORMAT) -> Path:
+    """A tar of members: name and content, or name, target and type of a link."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, content, *link in members:
+            member = tarfile.TarInfo(name)
+            if link:
+                member.type, member.linkname = link[0], content
+                archive.addfile(member)
+            else:
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def png(number: int) -> bytes:
+    picture(number).save(content := io.BytesIO(), "png")
+    return content.getvalue()
+
+
 def tar(path: Path, count: int = 24, first: int = 0) -> str:
     """A WebDataset tar: `N.png` and `N.txt`."""
-    with tarfile.open(path, "w") as archive:
-        for number in range(first, first + count):
-            data = io.BytesIO()
-            picture(number).save(data, "png")
-            for suffix, content in (("png", data.getvalue()), ("txt", f"a blue circle {number}".encode())):
-                entry = tarfile.TarInfo(f"{number:04}.{suffix}")
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
-    return str(path)
+    numbers = range(first, first + count)
+    pictures = [(f"{number:04}.png", png(number)) for number in numbers]
+    texts = [(f"{number:04}.txt", f"a blue circle {number}".encode()) for number in numbers]
+    return str(shard(path, sorted(pictures + texts)))
 
 
 def parquet(folder: Path, count: int = 24) -> str:
     """A folder with a parquet file of pictures and captions."""
     import datasets
 
-    rows = {"image": [], "caption": []}
-    for number in range(count):
-        data = io.BytesIO()
-        picture(number).save(data, "png")
-        rows["image"].append({"bytes": data.getvalue(), "path": f"{number}.png"})
-        rows["caption"].append(f"a green line {number}")
+    images = [{"bytes": png(number), "path": f"{number}.png"} for number in range(count)]
+    rows = {"image": images, "caption": [f"a green line {number}" for number in range(count)]}
     folder.mkdir(parents=True)
     datasets.Dataset.from_dict(rows).to_parquet(folder / "train-00000-of-00001.parquet")
     return str(folder)
@@ -195,15 +205,20 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli"), **sections: dict) -> Path:
-    """A run as training leaves it, in the sizes of `tiny`, with random weights."""
+def untrained(losses: Sequence[str] = ("global", "cmli"), **sections: dict):
+    """The configuration of a run in the sizes of `tiny`, its objective with random weights, and its tokenizer."""
     from ds_cmli.data.tokens import tokenizer_of
     from ds_cmli.engine import build_models
 
     chosen = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}, **sections})
     torch.manual_seed(0)
     words = tokenizer_of(chosen.data)
-    return save_run(folder, chosen, build_models(chosen, words.vocab_size, pad_id=words.pad_id)[0], words)
+    return chosen, build_models(chosen, words.vocab_size, pad_id=words.pad_id)[0], words
+
+
+def write_run(folder: Path, losses: Sequence[str] = ("global", "cmli"), **sections: dict) -> Path:
+    """A run of `untrained` as training leaves it."""
+    return save_run(folder, *untrained(losses, **sections))
 
 
 def save_run(folder: Path, chosen: Config, objective, words) -> Path:

@@ -19,9 +19,9 @@ zero1 alone fp32 micro  -     ema target  lora -
 zero2 two   bf16 micro  again -   target  all  -
 zero3 alone bf16 micro  again ema sigmoid part coca
 zero2 two   fp32 one    -     ema sigmoid part -
-zero2 alone fp32 cached again ema sigmoid lora siglip
+zero2 alone fp32 cached again ema sigmoid lora oc-siglip
 zero3 alone fp32 cached -     ema sigmoid all  -
-zero1 two   bf16 cached -     -   target  part oc-siglip
+zero1 two   bf16 cached -     -   target  part siglip
 zero3 two   bf16 one    -     -   target  lora clip
 """.strip().splitlines()
 JSON: dict[str, dict] = {
@@ -44,9 +44,7 @@ SETTINGS: dict[str, dict[str, object]] = {
         "optim.lr_factors": {"image": 0.5},
     },
     "clip": {"student.lora": {"image": ["q_proj", "v_proj"], "text": ["q_proj"]}},
-    "siglip": {"student.lora": {"image": ["q_proj", "v_proj"]}},
-    # The side of its pictures is no multiple of the teacher's patches.
-    "oc-siglip": {"teacher.overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 16}},
+    "oc-siglip": {"student.lora": {"image": ["qkv"], "text": ["c_fc"]}},
 }
 SOURCES = {
     "clip": clip,

@@ -1,7 +1,6 @@
 """A checkpoint of one ZeRO stage and precision goes on at another: weights, moments and losses."""
 
 import functools
-from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -82,15 +81,9 @@ def written(source, tmp_path_factory):
     return functools.cache(write)
 
 
-# Each stage as the one before and as the one after; and each precision before and after another.
-SLOW = [
-    *(((2, before), (2, after)) for before, after in pairwise((*PRECISIONS, "fp32"))),
-    ((3, "bf16"), (1, "bf16")),
-    ((1, "fp16"), (3, "fp32")),
-    ((3, "fp32"), (1, "fp16")),
-    ((2, "fp16"), (1, "fp16")),
-]
+# Each stage and each precision before and after another.
 CHANGES = [((1, "bf16"), (2, "bf16")), ((2, "bf16"), (3, "bf16"))]
+SLOW = [((3, "bf16"), (1, "fp16")), ((1, "fp16"), (3, "fp32")), ((3, "fp32"), (2, "bf16")), ((2, "fp16"), (1, "fp16"))]
 CHANGES += [pytest.param(*row, marks=pytest.mark.slow) for row in SLOW]
 
 

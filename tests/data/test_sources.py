@@ -1,6 +1,5 @@
 """Each kind of source: the same pictures and captions in its form; what is missing or damaged there is named."""
 
-import io
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from ds_cmli.data.sources import (
     open_tars,
 )
 from tests import make
+from tests.make import shard
 
 
 @pytest.fixture(autouse=True)
@@ -81,20 +81,6 @@ def features(folder):
     rows = Dataset.from_dict({"image": FILES, "text": TEXTS}).cast_column("image", datasets.Image())
     rows.to_parquet(folder / "a.parquet")
     return open_parquet([folder / "a.parquet"], DataConfig())["train"]
-
-
-def shard(path, members, form=tarfile.PAX_FORMAT):
-    """A tar of members: (name, content), or (name, target, type of link)."""
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, content, *link in members:
-            member = tarfile.TarInfo(name)
-            if link:
-                member.type, member.linkname = link[0], content
-                archive.addfile(member)
-            else:
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 LONG = "x" * 150

@@ -7,10 +7,7 @@ import pytest
 import torch
 
 from ds_cmli.common import UserError
-from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data
 from ds_cmli.data.sources import Files
-from ds_cmli.engine import build_models
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.metrics import summary
@@ -21,13 +18,11 @@ from tests.ranks import run
 
 def untrained(source="demo"):
     """A model of random weights, and its held-out data, of the demo 11 scenes."""
-    config = load_preset("tiny", {"run": {"seed": 3}, "data": {"source": str(source)}})
-    data = build_data(config.data, 0)
-    objective, _ = build_models(config, data.vocab_size)
-    pairs = copy.copy(next(iter(data.evals.values())))
+    config, objective, words = make.untrained(run={"seed": 3}, data={"source": str(source)})
+    pairs = copy.copy(next(iter(make.data_of(config).evals.values())))
     if source == "demo":
         pairs.length = 11
-    return Evaluator(objective, data.tokenizer, torch.device("cpu"), 2), pairs
+    return Evaluator(objective, words, torch.device("cpu"), 2), pairs
 
 
 def parts(folder):

@@ -174,14 +174,10 @@ def of_library(folder: Path, pictures: list, texts: list[str]) -> Theirs:
 # Trainings that start from one.
 
 
-def losses(source) -> dict[str, float]:
-    """The loss whose temperature a model has, and CMLI."""
-    return {loss_of(Source(str(source)).config): 1.0, "cmli": 1.0}
-
-
 def settings(source, **student):
-    given = {"student": {"source": str(source), **student}, "loss": {"weights": losses(source)}}
-    return load_preset("tiny", given)
+    """Of a training with the loss whose temperature the model has, and CMLI."""
+    weights = {loss_of(Source(str(source)).config): 1.0, "cmli": 1.0}
+    return load_preset("tiny", {"student": {"source": str(source), **student}, "loss": {"weights": weights}})
 
 
 @cache

@@ -13,11 +13,10 @@ from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.checkpoint.weights import write_weights
 from ds_cmli.common import UserError
-from ds_cmli.config.presets import load_preset
 from ds_cmli.data.images import View
-from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
-from ds_cmli.engine import build_models
+from ds_cmli.data.tokens import builtin_tokenizer
 from ds_cmli.models import hf
+from tests import make
 from tests.make import save_run
 from tests.models.test_encoders import BERT, SMALL, T5
 
@@ -25,13 +24,9 @@ TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
 
 
-def trained(student=None, losses=("global", "cmli"), data=None):
-    """The configuration of a run, its objective with weights as after a training, and its tokenizer."""
-    weights = {name: 1.0 + i for i, name in enumerate(losses)}
-    config = load_preset("tiny", {"loss": {"weights": weights}, "student": student or {}, "data": data or {}})
-    torch.manual_seed(0)
-    words = tokenizer_of(config.data)
-    objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
+def trained(losses=("global", "cmli"), **sections):
+    """As `make.untrained`, with weights as after a training."""
+    config, objective, words = make.untrained(losses, **sections)
     for parameter in objective.student.shared.parameters():  # which start as the identity
         torch.nn.init.normal_(parameter, std=0.2)
     return config, objective.eval(), words
@@ -59,7 +54,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
     student, losses = KINDS[kind]
-    config, objective, words = trained(student, losses, {"image_size": 64} if "batch norm" in kind else {})
+    config, objective, words = trained(losses, student=student, data={"image_size": 64} if "batch norm" in kind else {})
     run = save_run(tmp_path / "run", config, objective, words)
     model, processor = AutoModel.from_pretrained(run), AutoProcessor.from_pretrained(run)
     saved, loaded = load_file(run / hf.WEIGHTS), model.state_dict(keep_vars=True)
