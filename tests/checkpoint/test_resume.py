@@ -147,8 +147,12 @@ def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeyp
 
 
 def test_other_settings_are_refused_with_their_differences_unless_asked_for(run, arguments):
-    changed = [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"]
+    changed, before = (
+        [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"],
+        snapshot(run),
+    )
     line = refused(*changed)
+    assert snapshot(run) == before
     assert "optimizer.params.lr" in line and 'loss.mse_reduction: "mean" -> "sum"' in line
     assert drive([*changed, "--steps", "12", "--resume-with-changes"]) == 0
     rates = [line["lr"] for line in make.lines(run)]

@@ -13,6 +13,7 @@ from ds_cmli.evaluate.embed import Embedded
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from ds_cmli.evaluate.zero_shot import ClassPictures
 from ds_cmli.scores import both_ways
+from tests import make
 
 COSINES = torch.tensor([[0.5, 0.1]])
 I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])
@@ -114,10 +115,7 @@ def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
 
 
 def test_names_and_prompts_of_classes(tmp_path):
-    for name in ("blue_bird", "red_car"):
-        (tmp_path / name).mkdir()
-    pictures = ClassPictures(str(tmp_path), None, None, DataConfig())
-    assert pictures.names == ["blue bird", "red car"] and len(pictures.templates) == 7
+    make.pictures(tmp_path, "blue_bird/0.png", "red_car/0.png")
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
     names.write_text("bird\ncar\n")
     templates.write_text("a {}\n\n{}s\n")

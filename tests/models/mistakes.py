@@ -3,7 +3,6 @@
 MISTAKES = [
     ("train --set student.freeze_image=9", "student.freeze_image"),
     ("train --set teacher.block=5", "teacher.block"),
-    ("train --set student.image_model=vit_tinny", "student.image_"),
     ("train --set teacher.model=resnet18 --set teacher.overrides={{}}", "resnet18"),
     ("train --set teacher.weights={here}/nowhere.pt", "nowhere.pt"),
     ("train --set student.text_weights={here}/w.pt", "w.pt", lambda here: (here / "w.pt").write_bytes(b"no weights")),
