@@ -113,7 +113,6 @@ CASES = {
     ONCE.format("scontrol requeue $SLURM_JOB_ID; sleep 100"): ((), {}, "COMPLETED", 1, "start 1: 1 tasks"),
     "exit 85": ((), {"DS_CMLI_REQUEUE_MOST": "2"}, "FAILED", 2, "not requeued after 2 restarts"),
     "exit 85 # where that is forbidden": (("--no-requeue",), {}, "FAILED", 0, "disabled for job"),
-    "exit 2": ((), {}, "FAILED", 0, "start 0: 1 tasks on each of 1 nodes"),
     ONCE.format("trap 'echo told; exit 85' TERM; for ((;;)); do sleep 0.1; done"): (
         ("--time=1", "--signal=TERM@50"), {}, "COMPLETED", 1, "told\n"
     ),
