@@ -109,6 +109,12 @@ def test_a_teacher_ends_with_the_chosen_block():
     assert_close(cut(image).patches, torch.nn.functional.layer_norm(x[:, 1:], (32,)))
 
 
+def test_a_student_has_as_many_layers_as_asked_for():
+    for layers in (1, 2):
+        built = student(layers=layers)
+        assert len(built.image.blocks) == len(built.text.blocks) == layers
+
+
 def test_pixels_are_normalised_alike_in_16_bit():
     image, norm = torch.randint(256, (3, 3, S, S), dtype=torch.uint8), PixelNorm([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     exact = norm(image, torch.float32)
