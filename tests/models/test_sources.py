@@ -243,9 +243,13 @@ def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_ar
         applied({"student": {"source_config": {}}})
 
 
-def test_a_tokenizer_that_is_not_the_sources_is_one_line(folders):
+def test_the_configuration_alone_rebuilds_the_student_for_its_own_tokenizer(folders, tmp_path):
+    folder = shutil.copytree(folders["SigLIP"], tmp_path / "gone")
+    chosen = settings(folder).student
+    shutil.rmtree(folder)
+    assert Student(chosen, 56, 400, 64, pretrained=False).start is None
     with pytest.raises(UserError, match=r"its tokenizer has 10000 tokens, and its text encoder only \d+"):
-        Student(settings(folders["SigLIP"]).student, 56, 10_000, 64, pretrained=False)
+        Student(chosen, 56, 10_000, 64, pretrained=False)
 
 
 def refused(problem, source):
