@@ -1,7 +1,6 @@
 """A real Slurm on this machine, as root: a controller and three nodes, daemons in the foreground as child processes."""
 
 import os
-import shutil
 import stat
 import subprocess
 import time
@@ -14,7 +13,6 @@ import psutil
 from tests.ranks import ROOT, clean_environment, free_port
 
 NODES = ("n1", "n2", "n3")
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 # Tokens signed with a shared key in place of munge, no cgroups, no accounting. Grace and kill times are short; the
@@ -58,10 +56,6 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptM
 NODE = "NodeName={name} NodeAddr={address} NodeHostname={host} Port={port} CPUs=64 RealMemory=64000 Gres=gpu:2"
 
 
-class NoSlurm(Exception):
-    """Slurm cannot be started here; the message says why."""
-
-
 class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.conf = folder, folder / "slurm.conf"
@@ -70,11 +64,6 @@ class Cluster:
 
     def start(self) -> None:
         """Write the configuration, start the daemons and wait until all nodes are idle."""
-        missing = [program for program in PROGRAMS if shutil.which(program) is None]
-        if missing:
-            raise NoSlurm(f"{missing[0]} is not installed: apt-get install slurmctld slurmd slurm-client")
-        if os.geteuid() != 0:
-            raise NoSlurm("its daemons must be started by root")
         host, addresses = (subprocess.check_output(["hostname", of], text=True).split() for of in ("-s", "-I"))
         names = {"host": host[0], "address": [*addresses, "127.0.0.1"][0]}
         nodes = "\n".join(NODE.format(name=node, port=free_port(), **names) for node in NODES)
@@ -83,11 +72,8 @@ class Cluster:
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         for name in ("dev", "state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        try:
-            for gpu in range(2):  # clones of /dev/null: Slurm hands out device files, whatever they are
-                os.mknod(self.folder / "dev" / f"nvidia{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        except OSError as error:
-            raise NoSlurm(f"no device files can be made here: {error}") from None
+        for gpu in range(2):  # clones of /dev/null: Slurm hands out device files, whatever they are
+            os.mknod(self.folder / "dev" / f"nvidia{gpu}", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         gres = f"AutoDetect=off\nNodeName=n[1-3] Name=gpu File={self.folder}/dev/nvidia[0-1]\n"
         (self.folder / "gres.conf").write_text(gres)
         key = self.folder / "slurm.key"
