@@ -20,6 +20,10 @@ from tests import ranks
 
 # One layer everywhere, and a data set of its own for each test: the smallest training there is.
 SMALL = {"student": {"layers": 1, "shared_blocks": 1}, "teacher": {"block": 0}}
+# Sizes of two small layers, as the libraries name them.
+VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
 
 
 def picture(number: int, side: int = 40) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, importing, nearest, read_json
+from ds_cmli.common import JsonObject, Section, UserError, blame, importing, read_json
 from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -53,14 +53,12 @@ class DeepSpeedConfig(dict[str, Any]):
     @blame("the DeepSpeed JSON")
     def of(cls, content: Section) -> Self:
         """Check the content of such a file; null is as not given. Raises `UserError`."""
-        import torch
-
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
-            if key in UNUSED.split() and value in NOTHING:
+            if key in UNUSED.split():
+                check(value in NOTHING, key, value, "it has no effect here: remove it")
                 continue
-            need = f"no such key has an effect here: {nearest(key, KEYS)}"
-            check(key in KEYS, key, value, need)
+            choice("key of the DeepSpeed JSON", key, KEYS)
             check(value != "auto" or key in LEAST, key, value, "give what it is to be")
             if value is not None:
                 out[key] = value
@@ -86,6 +84,9 @@ class DeepSpeedConfig(dict[str, Any]):
         for key, value in out.get("activation_checkpointing", {}).items():
             need = "blocks are recomputed by PyTorch, which has no such setting: remove it"
             check(value in NOTHING, f"activation_checkpointing.{key}", value, need)
+        with importing():
+            import torch
+            from deepspeed.runtime.config import DeepSpeedConfig as Theirs
         for section in {"optimizer", "scheduler"} & out.keys():
             kind = kind_of(section, out[section].get("type"))
             params = out[section].get("params", {})
@@ -95,8 +96,6 @@ class DeepSpeedConfig(dict[str, Any]):
                 given = {k: v for k, v in params.items() if k not in OF_DEEPSPEED and v != "auto"}
                 with blame(f"optimizer.params is {params}"):
                     kind([torch.zeros(1)], **given)
-        with importing():
-            from deepspeed.runtime.config import DeepSpeedConfig as Theirs
         text = json.dumps({**out, **dict.fromkeys(BATCH_KEYS, "auto")})
         plain = json.loads(text, object_pairs_hook=_without_auto)
         Theirs(plain | {"train_micro_batch_size_per_gpu": 1})

@@ -241,9 +241,10 @@ def check_sections(values: Mapping[str, object]) -> None:
     """Raise `UserError` for what is no section of settings."""
     check(isinstance(values, Mapping), "configuration", values, "give sections of settings")
     for name, settings in values.items():
-        of = [section for section, kind in SECTIONS.items() if name in kind.__dataclass_fields__]
-        hint = f"did you mean {of[0]}.{name}?" if of else nearest(str(name), SECTIONS)
-        check(name in SECTIONS, "section of settings", name, hint)
+        for section, kind in SECTIONS.items():
+            meant = f"did you mean {section}.{name}?"
+            check(name not in kind.__dataclass_fields__, "section of settings", name, meant)
+        choice("section of settings", name, SECTIONS)
         check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
 
 
@@ -269,7 +270,8 @@ def check(ok: bool, setting: str, value: object, need: str) -> None:
 
 def choice(setting: str, value: object, known: Collection[object]) -> None:
     """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
-    check(value in known, setting, value, nearest(str(value), known))
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}: {nearest(str(value), known)}")
 
 
 # --- what a resumed run must have kept

@@ -12,11 +12,11 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.models.blocks import checkpoint_blocks
 from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
 from ds_cmli.models.student import Student, Teacher
+from tests.make import BERT, T5, VIT
 
 CONFIG = load_preset("tiny", {})
 S, VOCAB = CONFIG.data.image_size, 99
-SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
-PATCH = {**SMALL, "patch_size": 14}
+PATCH = {**VIT, "patch_size": 14}
 MAPS = {
     "swin_tiny_patch4_window7_224": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2]},
     "convnext_atto": {"depths": [1, 1, 1, 1], "dims": [16, 16, 16, 32]},
@@ -121,8 +121,6 @@ def test_pixels_are_normalised_alike_in_16_bit():
     assert torch.equal(norm.half()(image, torch.float32), exact)
 
 
-BERT = CONFIG.student.text_overrides
-T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
 TEXTS = {
     **dict.fromkeys(("bert-base-uncased", "xlm-roberta-base", "deberta-v2", "mpnet", "albert", "modernbert"), BERT),
     **dict.fromkeys(("openai/clip-vit-base-patch32", "siglip"), BERT),
@@ -179,8 +177,8 @@ def test_other_text_models_are_one_line(settings, why):
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "norm_rel_ebd": "layer_norm"}
 CHECKPOINTED = [
-    {"image_model": "beit_base_patch16_224", "image_overrides": SMALL},  # relative positions
-    {"image_model": "vit_small_patch16_dinov3", "image_overrides": SMALL},  # rotary positions
+    {"image_model": "beit_base_patch16_224", "image_overrides": VIT},  # relative positions
+    {"image_model": "vit_small_patch16_dinov3", "image_overrides": VIT},  # rotary positions
     *({"image_model": model, "image_overrides": MAPS[model]} for model in ("swin_tiny_patch4_window7_224", "resnet18")),
     {"text_model": "albert", "text_overrides": {**BERT, "embedding_size": 16}},  # its layers share their weights
     {"text_model": "deberta-v2", "text_overrides": {**BERT, **RELATIVE, "position_biased_input": False}},

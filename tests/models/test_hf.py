@@ -17,8 +17,7 @@ from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer
 from ds_cmli.models import hf
 from tests import make
-from tests.make import save_run
-from tests.models.test_encoders import BERT, SMALL, T5
+from tests.make import BERT, T5, VIT, save_run
 
 TEXTS = ["a red car", "two dogs,sitting under a tree", "x"]
 PIXELS = np.random.default_rng(0).integers(0, 256, (80, 60, 3), np.uint8)
@@ -35,7 +34,7 @@ def trained(losses=("global", "cmli"), **sections):
 SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}
 KINDS = {
     "vit, bert": ({}, ("global", "cmli")),
-    "rotary positions, bert": ({"image_model": "eva02_tiny_patch14_224", "image_overrides": SMALL}, ("cmli",)),
+    "rotary positions, bert": ({"image_model": "eva02_tiny_patch14_224", "image_overrides": VIT}, ("cmli",)),
     "batch norm, a causal text": (
         {"image_model": "resnet18", "image_overrides": {"layers": [1, 1, 1, 1]}, "text_model": "clip",
          "text_overrides": BERT},
