@@ -1,3 +1,4 @@
+import atexit
 import contextlib
 import gc
 import os
@@ -49,6 +50,7 @@ def keep_what_is_imported() -> None:
     """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
     gc.collect()
     gc.freeze()
+    atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
 
 
 def pytest_collection_modifyitems(items):
