@@ -66,6 +66,7 @@ if [[ $code =~ ^(85|138|143)$ && $(squeue --noheader --format=%T --jobs="$job") 
     if ((${SLURM_RESTART_COUNT:-0} >= ${DS_CMLI_REQUEUE_MOST:-100})); then
         die "job $job: not requeued after ${SLURM_RESTART_COUNT:-0} restarts, of which DS_CMLI_REQUEUE_MOST sets the number"
     fi
-    scontrol requeue "$job" && echo "job $job: requeued"
+    echo "job $job: to be requeued" # before it is, which ends this script
+    scontrol requeue "$job"
 fi
 exit "$code"

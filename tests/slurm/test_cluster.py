@@ -102,8 +102,8 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, job):
 ONCE = "[[ $SLURM_RESTART_COUNT ]] && exit 0; {}"
 # stand-in: sbatch's options, the variables, the job's state at its end, restarts, and what the log says
 CASES = {
-    ONCE.format("exit 85"): ((), {}, "COMPLETED", 1, ": requeued\n"),
-    ONCE.format("kill -TERM $$"): ((), {}, "COMPLETED", 1, ": requeued\n"),
+    ONCE.format("exit 85"): ((), {}, "COMPLETED", 1, ": to be requeued\n"),
+    ONCE.format("kill -TERM $$"): ((), {}, "COMPLETED", 1, ": to be requeued\n"),
     ONCE.format("scontrol requeue $SLURM_JOB_ID; sleep 100"): ((), {}, "COMPLETED", 1, "start 1: 1 tasks"),
     "exit 85": ((), {"DS_CMLI_REQUEUE_MOST": "2"}, "FAILED", 2, "not requeued after 2 restarts"),
     "exit 85 # where that is forbidden": (("--no-requeue",), {}, "FAILED", 0, "disabled for job"),

@@ -77,7 +77,7 @@ def test_what_is_requeued(script, code, state, again):
     for env, job in (({}, "7"), (ARRAY, "7_3")):
         ended, output, calls = script(code=code, state=state, DS_CMLI_REQUEUE_MOST="3", SLURM_RESTART_COUNT="2", **env)
         assert ended == code
-        assert (f"scontrol requeue {job}" in calls) == again == (f"job {job}: requeued\n" in output)
+        assert (f"scontrol requeue {job}" in calls) == again == (f"job {job}: to be requeued\n" in output)
 
 
 @pytest.mark.parametrize(
