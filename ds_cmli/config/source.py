@@ -123,12 +123,14 @@ class Source:
 
         name, weights = map(str, self.in_open_clip)
         what = f"student.source is {self.name!r}: its"
-        choice(f"{what} architecture", name, open_clip.list_models())
-        model: Any = open_clip.get_model_config(name)
+        model = open_clip.get_model_config(name)
+        if model is None:
+            choice(f"{what} architecture", name, open_clip.list_models())
         if os.path.isfile(weights):
             return {"model_cfg": model}
-        choice(f"{what} file or tag", weights, open_clip.list_pretrained_tags_by_model(name))
         how = open_clip.get_pretrained_cfg(name, weights)
+        if not how:
+            choice(f"{what} file or tag", weights, open_clip.list_pretrained_tags_by_model(name))
         if bool(how.get("quick_gelu")) != bool(model.get("quick_gelu")):
             other = name.removesuffix("-quickgelu") + "-quickgelu" * bool(how.get("quick_gelu"))
             raise self.error(f"trained with another activation: give {NAMED}{other}@{weights}")
@@ -231,6 +233,8 @@ def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
     )
     own |= {name: list(pictures[f"image_{name}"]) for name in ("mean", "std")}
     embed_dim = config.projection_dim if kind == "clip" else config.vision_config.hidden_size
+    if kind == "siglip" and config.text_config.projection_size != embed_dim:
+        raise ValueError(f"its texts are not projected to the {embed_dim} numbers of its pictures")
     data = {
         "image_size": side,
         "resize": "shortest" if pictures["size"] == shortest else "squash",
