@@ -17,6 +17,7 @@ import psutil
 from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.resume import ResumePoint, root_of
 from ds_cmli.checkpoint.save import FOLDER
+from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.common import UserError, blame, revision, say, sha256, versions
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -149,21 +150,18 @@ def settle(
         if not distributed.is_main():
             return
         save.remove_incomplete(folder)
-        step, evaluated, best = 0, False, None
-        if point is not None:
-            step, evaluated = point.state.step, point.state.evaluated
-            best = point.state.best.get("sha256")
-            if point.is_of(folder):
-                save.publish(folder / FOLDER / save.LATEST, point.path.name.encode())
-        _cut_back(folder / METRICS, step, evaluated)
+        state = TrainState() if point is None else point.state
+        if point is not None and point.is_of(folder):
+            save.publish(folder / FOLDER / save.LATEST, point.path.name.encode())
+        _cut_back(folder / METRICS, state.step, state.evaluated)
         kept = folder / BEST
-        if kept.is_file() and (best is None or sha256(kept) != best):
+        if kept.is_file() and sha256(kept) != state.best.get("sha256"):
             say(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
-        made: dict[str, Any] = {"config": config.to_dict(), "deepspeed": dict(ds_config)}
-        made |= {"versions": versions(), "revision": revision(), "command": sys.argv}
-        save.publish(folder / CONFIG, (json.dumps(made, indent=2) + "\n").encode())
+        content: dict[str, Any] = {"config": config.to_dict(), "deepspeed": dict(ds_config)}
+        content |= {"versions": versions(), "revision": revision(), "command": sys.argv}
+        save.publish(folder / CONFIG, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def _cut_back(path: Path, step: int, evaluated: bool) -> None:
