@@ -13,26 +13,27 @@ from typing import Any
 from typing_extensions import Self
 
 from ds_cmli.common import JsonObject, Section, UserError, blame, importing, read_json
-from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice
+from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice, words
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LEAST = {**dict.fromkeys(BATCH_KEYS, 1), "gradient_clipping": 0}  # of those that may be "auto"
 LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-USED = """
+KEYS = {*LEAST, *FREE_KEYS} | words("""
     activation_checkpointing bf16 comet communication_data_type data_types disable_python_gc fp16
     gradient_allreduce_op gradient_predivide_factor optimizer prescale_gradients scheduler
     torch_autocast zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-"""
-KEYS = {*LEAST, *FREE_KEYS.split(), *USED.split()}
+""")
 # Keys of DeepSpeed that training does not use: left out where they ask for nothing.
-UNUSED = """
+UNUSED = words("""
     aio autotuning compile compression_training curriculum_learning data_efficiency
     dataloader_drop_last disable_allgather elasticity hybrid_engine nebula pipeline
     progressive_layer_drop sparse_attention sparse_gradients tensor_parallel weight_quantization
-"""
+""")
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 # Sections that are read here.
-SECTIONS = "activation_checkpointing bf16 fp16 optimizer scheduler torch_autocast zero_optimization"
+READ = words("""
+    activation_checkpointing bf16 fp16 optimizer scheduler torch_autocast zero_optimization
+""")
 ADAMS = ("adam", "adamw")
 OF_DEEPSPEED = {"torch_adam", "adam_w_mode"}  # of the parameters of Adam in a DeepSpeed JSON
 # Optimizers of PyTorch in whose place DeepSpeed would take its own of the same name.
@@ -55,14 +56,14 @@ class DeepSpeedConfig(dict[str, Any]):
         """Check the content of such a file; null is as not given. Raises `UserError`."""
         out = cls()
         for key, value in copy.deepcopy(dict(content)).items():
-            if key in UNUSED.split():
+            if key in UNUSED:
                 check(value in NOTHING, key, value, "it has no effect here: remove it")
                 continue
             choice("key of the DeepSpeed JSON", key, KEYS)
             check(value != "auto" or key in LEAST, key, value, "give what it is to be")
             if value is not None:
                 out[key] = value
-        for key in SECTIONS.split():
+        for key in READ:
             check(isinstance(out.get(key, {}), dict), key, out.get(key), "give a section of keys")
         # What is read here, where DeepSpeed alone would go on.
         zero = out.get("zero_optimization", {})
@@ -76,8 +77,8 @@ class DeepSpeedConfig(dict[str, Any]):
             check(enabled == "auto" or isinstance(enabled, bool), f"{key}.enabled", enabled, need)
         for key, least in LEAST.items():
             value = out.get(key, "auto")
-            kind = int | float if key == "gradient_clipping" else int
-            fits = value == "auto" or (isinstance(value, kind) and value >= least)
+            number = int | float if key == "gradient_clipping" else int
+            fits = value == "auto" or (isinstance(value, number) and value >= least)
             check(fits, key, value, f'give "auto", or a number from {least}')
         steps = out.get("steps_per_print", 1)
         check(isinstance(steps, int), "steps_per_print", steps, "give a number of steps")

@@ -274,14 +274,18 @@ def choice(setting: str, value: object, known: Collection[object]) -> None:
         raise UserError(f"{setting} is {value!r}: {nearest(str(value), known)}")
 
 
+def words(text: str) -> set[str]:
+    return set(text.split())
+
+
 # --- what a resumed run must have kept
 
 # Of `data` and of the DeepSpeed JSON, what no step depends on. Of `run`, what it does depend on.
 FREE = {"workers", "max_bad_share"}
-FREE_KEYS = """
+FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb
-"""
+""")
 OF_STEPS = ("seed", "compile", "deterministic")
 
 
@@ -291,7 +295,7 @@ def compared(config: Config, ds_config: Section, data: Section | None = None) ->
         **config.to_dict(),
         "run": {name: getattr(config.run, name) for name in OF_STEPS},
         "data": {key: value for key, value in vars(config.data).items() if key not in FREE},
-        "deepspeed": {k: v for k, v in ds_config.items() if k not in FREE_KEYS.split()},
+        "deepspeed": {key: value for key, value in ds_config.items() if key not in FREE_KEYS},
         "sources": data or {},
     }
     return json.loads(json.dumps(sections))
