@@ -1,42 +1,54 @@
-"""Lines and files of each room against the most that pyproject.toml allows: `python tests/house.py` prints them."""
+"""Prints the lines and files of each room, the totals beside their limits, and the files over 500 lines."""
 
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pytest brings it
-
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ds_cmli"
+MAX_LINES = {PACKAGE: 18_000, "tests": 11_500}  # of Python
+MAX_FILE_LINES = 500
 
 
-def measure() -> dict[str, list[int]]:
-    """Lines and files of Python and Markdown by room: a folder of the package, or one beside it."""
-    rooms: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-    for folder in (PACKAGE, "tests", "profiling", "docs"):
-        for file in (*(ROOT / folder).rglob("*.py"), *(ROOT / folder).rglob("*.md")):
-            parts = file.relative_to(ROOT).parts
-            room = rooms["/".join(parts[: 2 if parts[0] == PACKAGE and len(parts) > 2 else 1])]
-            room[0] += len(file.read_text("utf-8").splitlines())
-            room[1] += 1
-    return rooms
+def count_lines() -> dict[Path, int]:
+    """Return the number of lines of each Python and Markdown file, by its path in the repository."""
+    paths = [
+        path
+        for folder in (PACKAGE, "tests", "profiling", "docs")
+        for suffix in ("py", "md")
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+    ]
+    return {path.relative_to(ROOT): len(path.read_text("utf-8").splitlines()) for path in paths}
 
 
-def limits() -> dict[str, list[int]]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["house"]
+def rooms(lines: dict[Path, int]) -> dict[str, tuple[int, int]]:
+    """Return the lines and files of each room: a folder of the package, or a folder beside it."""
+    totals: dict[str, list[int]] = defaultdict(list)
+    for path, count in lines.items():
+        depth = 2 if path.parts[0] == PACKAGE and len(path.parts) > 2 else 1
+        totals["/".join(path.parts[:depth])].append(count)
+    return {room: (sum(counts), len(counts)) for room, counts in totals.items()}
 
 
-def above(rooms: dict[str, list[int]], allowed: dict[str, list[int]]) -> list[str]:
-    """The rooms with more lines or files than are allowed, or without limits."""
-    return [room for room, now in rooms.items() if any(map(int.__gt__, now, allowed.get(room, [0, 0])))]
+def violations(lines: dict[Path, int]) -> list[str]:
+    """Return a sentence for each total above its limit, and for each Python file that is too long."""
+    sentences = []
+    for folder, limit in MAX_LINES.items():
+        total = sum(n for path, n in lines.items() if path.parts[0] == folder and path.suffix == ".py")
+        if total > limit:
+            sentences.append(f"{folder}: {total} lines, at most {limit}")
+    for path, count in lines.items():
+        if path.suffix == ".py" and count > MAX_FILE_LINES:
+            sentences.append(f"{path}: {count} lines, at most {MAX_FILE_LINES}")
+    return sentences
 
 
 if __name__ == "__main__":
-    rooms, allowed = measure(), limits()
-    of_package = zip(*(now for room, now in rooms.items() if room.startswith(PACKAGE)), strict=True)
-    for room, now in [*sorted(rooms.items()), ("the package", [*map(sum, of_package)])]:
-        print(f"{room:24} {now[0]:7,} lines {now[1]:4} files, at most {allowed.get(room, '-')}")
-    sys.exit(bool(above(rooms, allowed)))
+    lines = count_lines()
+    for room, (total, files) in sorted(rooms(lines).items()):
+        print(f"{room:24} {total:7,} lines {files:4} files")
+    package = sum(total for room, (total, _) in rooms(lines).items() if room.startswith(PACKAGE))
+    print(f"{'the package':24} {package:7,} lines, at most {MAX_LINES[PACKAGE]:,}")
+    for sentence in violations(lines):
+        print(sentence)
+    sys.exit(bool(violations(lines)))

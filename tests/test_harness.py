@@ -1,12 +1,22 @@
-"""No room is above its limit, and the mutants are of the package as it is."""
+"""No total and no file is above its limit, and the mutants are of the package as it is."""
+
+from pathlib import Path
 
 from tests import house
 from tests.mutations import MUTANTS, ROOT, mutated
 
 
-def test_no_room_grows():
-    assert house.above(house.measure(), house.limits()) == []
-    assert house.above({"ds_cmli/data": [8, 3]}, {"ds_cmli/data": [7, 3]}) == ["ds_cmli/data"]
+def test_no_total_and_no_file_is_above_its_limit():
+    assert house.violations(house.count_lines()) == []
+
+
+def test_a_long_file_and_a_large_total_are_named():
+    lines = {Path("ds_cmli/data/long.py"): 501, Path("docs/long.md"): 900}
+    lines |= {Path(f"tests/test_{number}.py"): 500 for number in range(24)}
+    assert house.violations(lines) == [
+        "tests: 12000 lines, at most 11500",
+        "ds_cmli/data/long.py: 501 lines, at most 500",
+    ]
 
 
 def test_each_mutant_has_one_place_and_a_killer():
