@@ -1,6 +1,6 @@
-"""What the training loop does between its steps: taking data, logging, evaluating and saving.
+"""The work of the training loop between its steps: loading data, logging, evaluating and saving.
 
-All methods are called by all ranks together.
+All ranks call every method together.
 """
 
 from collections.abc import Iterator
@@ -24,35 +24,36 @@ from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.metrics import Meter, NullWriter, Writer
 
-MOST_SKIPPED = 5  # steps in a row that are skipped; a further one ends the run
+MAX_SKIPPED_IN_ROW = 5  # the run ends when more steps in a row are skipped
 
 
 @dataclass
 class Run:
-    """A run in training."""
+    """A run in training: its data, its engine, and the state that a checkpoint holds."""
 
     config: Config
     data: Data
-    sampler: GlobalBatchSampler  # the order of the training set's samples, and the position in it
+    sampler: GlobalBatchSampler  # the order of the training samples, and the position in it
     total_steps: int
-    state: TrainState  # what the next step depends on besides the engine
+    state: TrainState  # all that the next step depends on, besides the engine
     engine: TrainEngine
     checkpoints: Checkpoints
-    writer: Writer | NullWriter  # of rank 0, and of the others
+    writer: Writer | NullWriter  # a Writer on rank 0, a NullWriter on the other ranks
     meter: Meter
     bad: BadSamples
-    flags: distributed.CollectiveFlags  # what ranks decide together
+    flags: distributed.CollectiveFlags  # decisions that all ranks take together
     watchdog: Watchdog
 
-    def due(self, every: int) -> bool:
-        """Whether what comes every so many steps, 0: never, and after the last one, is due now."""
+    def due(self, interval: int) -> bool:
+        """Return True at the last step and at each multiple of `interval`; 0: only at the last."""
         step = self.state.step
-        return step == self.total_steps or (every > 0 and step % every == 0)
+        return step == self.total_steps or (interval > 0 and step % interval == 0)
 
     def take_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], bool]:
-        """The micro-batches of a step, and whether a checkpoint is due by the clock. Collectives.
+        """Load the micro-batches of a step; also return whether a checkpoint is due by the clock.
 
-        Raises `Preempted` on all ranks where a signal came before the first of them.
+        Raises `Preempted`, on all ranks, if a signal arrives before the first micro-batch.
+        Collectives.
         """
         self.watchdog.heartbeat(self.state.step)
         micro_batches: list[Batch] = []
@@ -63,15 +64,18 @@ class Run:
             try:
                 with self.meter.timed("data"):
                     batch = next(batches)
-            except UserError as caught:  # of a loading process: its traceback precedes its message
-                line = str(caught).strip().splitlines()[-1]
-                error = UserError(line.split("UserError: ", 1)[-1])
-            except Exception as caught:  # the other ranks must not wait for this one
-                error = caught
+            except UserError as loading_error:
+                # A loading process puts its traceback before the message.
+                last_line = str(loading_error).strip().splitlines()[-1]
+                error = UserError(last_line.split("UserError: ", 1)[-1])
+            except Exception as loading_error:
+                # It is raised later, because the other ranks must not wait for this one.
+                error = loading_error
             self.watchdog.heartbeat()
             signalled = preemption.requested() is not None
+            save_due_here = self.checkpoints.due()  # by this rank's clock
             failed, stop, save_due = self.flags.any(
-                batch is None, signalled, self.checkpoints.due()
+                batch is None, signalled, save_due_here
             )  # collective
             if failed:
                 self.save_done()  # collectives
@@ -80,54 +84,63 @@ class Run:
                         raise error
             if stop and not micro_batches:
                 raise preemption.Preempted
-            assert batch is not None, "an error has been raised"
+            assert batch is not None, "an error would have been raised"
             micro_batches.append(batch)
-        for batch in micro_batches:  # only now: where the data fails, the step before is saved
+        # They are counted only now, because a loading error saves the state of the step before.
+        for batch in micro_batches:
             self.bad.add(batch.bad)
             self.meter.pairs += self.sampler.global_batch
             self.sampler.advance()
         return micro_batches, save_due
 
     def end_step(self, step_losses: list[MicroBatchLosses]) -> None:
-        """Count the step's losses, or the step as skipped on all ranks.
+        """Add the step's losses to the sums for the log, or count the step as skipped.
 
-        It is skipped where loss or gradients were not finite on some rank. Collectives after a
-        skipped step.
+        All ranks skip a step if the loss or the gradients are not finite on any rank. Raises
+        UserError after too many skipped steps in a row. Collectives after a skipped step.
         """
         state = self.state
         self.writer.advance()
-        samples: list[int] = []
+        skipped_samples: list[int] = []
         if self.engine.skipped:
-            window = [(losses.index, losses.total) for losses in step_losses]
+            index_and_loss = [(losses.index, losses.total) for losses in step_losses]
             optimizer = self.engine.engine.optimizer
-            samples = nonfinite.skipped_samples(window, optimizer, self.flags)  # collective
+            skipped_samples = nonfinite.skipped_samples(
+                index_and_loss, optimizer, self.flags
+            )  # collective
         else:
             state.skipped_in_row = 0
-        if not samples:  # an overflow that only asked for a lower loss scale has finite losses
+        if not skipped_samples:
+            # The losses are finite too after an overflow that only lowers the loss scale.
             for losses in step_losses:
                 state.sums += losses.stacked()
             state.micro_batches += len(step_losses)
             return
         state.skipped_in_row += 1
-        self.writer.say(nonfinite.line(state.step, samples))
-        self.writer.log(state.step, {"skipped": samples})
-        if state.skipped_in_row > MOST_SKIPPED:
-            self.save()  # collectives: with the weights from before the first of them
-            count = f"{state.skipped_in_row} steps in a row were skipped"
-            why = f"{count}, more than {MOST_SKIPPED}"
-            raise UserError(self.checkpoints.diverged(why, state))
+        self.writer.say(nonfinite.line(state.step, skipped_samples))
+        self.writer.log(state.step, {"skipped": skipped_samples})
+        if state.skipped_in_row > MAX_SKIPPED_IN_ROW:
+            # The weights are those from before the first of these steps.
+            self.save()  # collectives
+            reason = (
+                f"{state.skipped_in_row} steps in a row were skipped, "
+                f"more than {MAX_SKIPPED_IN_ROW}"
+            )
+            raise UserError(self.checkpoints.diverged(reason, state))
 
     def log(self) -> None:
-        """Write means over all ranks and all steps since the last line.
+        """Log the mean losses over all ranks and all steps since the last log line.
 
-        Collectives, CPU-GPU sync.
+        Raises UserError, on all ranks, if too many samples are bad. Collectives, CPU-GPU sync.
         """
-        state, micro_batch = self.state, self.sampler.global_batch
-        sums = state.sums / max(1, state.micro_batches)
-        means = distributed.mean_over_ranks(sums).tolist()  # collective, CPU-GPU sync
-        taken = state.step * self.engine.accumulation * micro_batch
-        self.bad.check(self.flags, taken)  # collective
-        values = by_name(means, self.config.loss.weights, state.micro_batches * micro_batch)
+        state = self.state
+        micro_batch_pairs = self.sampler.global_batch  # of all ranks
+        local_means = state.sums / max(1, state.micro_batches)
+        means = distributed.mean_over_ranks(local_means).tolist()  # collective, CPU-GPU sync
+        pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
+        self.bad.check(self.flags, pairs_so_far)  # collective
+        logged_pairs = state.micro_batches * micro_batch_pairs
+        values = by_name(means, self.config.loss.weights, logged_pairs)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
         values |= self.meter.lap()
         self.writer.log(state.step, values)
@@ -135,10 +148,11 @@ class Run:
         state.micro_batches = 0
 
     def evaluate(self) -> None:
-        """Evaluate every held-out split, with the weights and with their average, if there is one.
+        """Evaluate every held-out split with the weights, and with their moving average if kept.
 
-        The results of the last of both count as the best or not. If it fails, what has been trained
-        is saved first. Raises `Preempted` on all ranks where a signal came. Collectives.
+        The best step is decided by the results of the moving average if there is one, otherwise by
+        those of the weights. On one rank, a UserError saves a checkpoint first. Raises `Preempted`,
+        on all ranks, if a signal arrives. Collectives.
         """
         ema = self.engine.ema
         try:
@@ -148,21 +162,25 @@ class Run:
                     with ema.as_weights():  # collectives
                         self._evaluate_splits("_ema", counts=True)  # collectives
         except UserError:
-            if distributed.world_size() == 1:  # other ranks would be in the midst of theirs
+            # Other ranks may still be evaluating, and could not join the save.
+            if distributed.world_size() == 1:
                 self.save_done()
             raise
         self.state.count_evaluation()
 
     def _evaluate_splits(self, suffix: str, counts: bool) -> None:
-        """Evaluate every held-out split with the present weights, and log it with this suffix.
+        """Evaluate every held-out split with the current weights, and log the results. Collectives.
 
-        `counts`: whether the result can be the best of the run. Collectives.
+        Args:
+            suffix: added to each split's name in the log.
+            counts: whether the result can become the best of the run.
         """
-        settings, state, engine, writer = self.config.run, self.state, self.engine, self.writer
+        settings = self.config.run
+        state = self.state
         model = Evaluator(  # collective
-            engine.objective,
+            self.engine.objective,
             self.data.tokenizer,
-            engine.device,
+            self.engine.device,
             settings.eval_batch,
             workers=self.config.data.workers,
             heartbeat=self.poll,
@@ -174,28 +192,30 @@ class Run:
             grid = model.student.grid
             maps = match_maps(embedded, model.tokenizer, grid, settings.match_maps)  # collective
             for number, picture in enumerate(maps):
-                writer.picture(state.step, f"match-maps/{name}/{number}", picture)
-            writer.log(state.step, prefixed(f"eval/{name}/", metrics))
-            writer.say(summary(metrics, model.precision, name))
+                self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
+            self.writer.log(state.step, prefixed(f"eval/{name}/", metrics))
+            self.writer.say(summary(metrics, model.precision, name))
             if counts:
                 state.best = best(state.best, name, metrics, state.step)
 
     def poll(self) -> None:
         """Give a sign of life between two batches of an evaluation.
 
-        Raises `Preempted` on all ranks together. Collective.
+        Raises `Preempted`, on all ranks, if a signal has arrived. Collective.
         """
         self.watchdog.heartbeat()
-        if self.flags.any(preemption.requested() is not None)[0]:  # collective
+        (stop,) = self.flags.any(preemption.requested() is not None)  # collective
+        if stop:
             raise preemption.Preempted
 
     def save_done(self) -> None:
-        """Save a checkpoint of what has been trained, unless the last one holds it. Collectives."""
+        """Save a checkpoint, unless the last one holds the current state. Collectives."""
         if not self.checkpoints.holds(self.state):
             self.save()  # collectives
 
     def save(self) -> None:
-        """Save a checkpoint, or print a line that says why there is none. Collectives."""
+        """Save a checkpoint and print its line, or a warning if that fails. Collectives."""
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
         with self.meter.timed("paused"), self.watchdog.slow():
-            self.writer.say(self.checkpoints.save(self.state))  # collectives
+            line = self.checkpoints.save(self.state)  # collectives
+            self.writer.say(line)

@@ -115,7 +115,7 @@ ROWS = (
      "return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)", "return loss"),
     ("faults-most-skipped", "run.py",
      FAULTS + "nonfinite.py::test_a_run_goes_over_bad_steps_and_too_many_stop_it_with_a_checkpoint_from_before",
-     "if state.skipped_in_row > MOST_SKIPPED:", "if False:"),
+     "if state.skipped_in_row > MAX_SKIPPED_IN_ROW:", "if False:"),
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",
      CACHING + "test_losses_and_gradients_are_those_of_one_piece",
