@@ -13,11 +13,14 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import UserError, blame, run_command, silence, version
+from ds_cmli.commands import run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import LOCAL, OPEN_CLIP, PILLOW, RUN, Source, loss_of
+from ds_cmli.errors import UserError, blame
+from ds_cmli.libraries import silence
 from ds_cmli.pretrained import loading
+from ds_cmli.provenance import version
 
 Weights = dict[str, Any]  # tensors by name
 # What a name begins with in the library's models, and in a student.

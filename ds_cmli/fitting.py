@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from ds_cmli.common import Section, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset, merged
 from ds_cmli.config.schema import Config, RunConfig, check_sections
 from ds_cmli.distributed import map_launcher_environment
 from ds_cmli.faults import preemption
+from ds_cmli.files import Section
+from ds_cmli.libraries import silence
 from ds_cmli.train import train
 
 if TYPE_CHECKING:  # it imports torch, before which a start sets variables

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import Source
 from ds_cmli.data.images import View
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator, block, load
 from ds_cmli.scores import BothWays, Match, match
 

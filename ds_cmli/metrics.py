@@ -21,11 +21,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint.run_folder import CONFIG, METRICS
-from ds_cmli.common import blame
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.data.pairs import Batch
 from ds_cmli.distributed.process_group import world_size
 from ds_cmli.engine import TrainEngine
+from ds_cmli.errors import blame
 
 
 class Writer:

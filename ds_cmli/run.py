@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.state import TrainState
-from ds_cmli.common import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data.build import Data
 from ds_cmli.data.pairs import BadSamples, Batch
@@ -16,6 +15,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.metrics import best, prefixed, summary

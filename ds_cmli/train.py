@@ -21,14 +21,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli import hardware
-from ds_cmli.common import UserError, blame, importing, run_command, say, silence, version
+from ds_cmli.commands import print_line, run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, Sections
 from ds_cmli.distributed import map_launcher_environment
+from ds_cmli.errors import UserError, blame
 from ds_cmli.faults import preemption
+from ds_cmli.libraries import importing, silence
 from ds_cmli.memory.profile import Profiles
+from ds_cmli.provenance import version
 
 if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
     from ds_cmli.run import Run
@@ -55,7 +58,7 @@ def command(
     map_launcher_environment()
     config = load_preset(None, settings)
     where = config.run.output_dir or "a new folder in runs"
-    say(f"ds-cmli {version()}: preset {config.run.preset}, to {where}")
+    print_line(f"ds-cmli {version()}: preset {config.run.preset}, to {where}")
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     profiles = Profiles(profile, profile_memory)
@@ -96,7 +99,7 @@ def train(
     if resume_from == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
     if dry_run:
-        say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
+        print_line(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
         return 0, Path()
     if config.run.deterministic:
         hardware.enforce_determinism()
@@ -129,7 +132,7 @@ def train(
             for name in assets.used(config):
                 assets.fetch(name)
             data = build_data(config.data, config.run.seed)
-        say(*data.summary)
+        print_line(*data.summary)
         folder = stack.enter_context(run_folder.made(config, resume_from))  # collective
         stack.enter_context(run_folder.held(folder))  # collective
 
@@ -147,14 +150,14 @@ def train(
                 "nothing would be trained: give more --steps, or start without --resume"
             )
         if ended:
-            say(
+            print_line(
                 f"the run in {folder} is finished, {state.step} steps: "
                 "give another --output-dir to start a new one"
             )
             return 0, folder
         if point is not None:
             sampler.load_state_dict(state.sampler)
-        profiles = profiles.left(total_steps, state.step, say)
+        profiles = profiles.left(total_steps, state.step, print_line)
         bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
         flags = distributed.CollectiveFlags()  # collective
 
@@ -172,7 +175,7 @@ def train(
         student = engine.objective.student
         describe = partial(write_config, config=config, student=student, words=words)
         run_folder.settle(point, folder, config, ds_config, describe)  # collective
-        say(engines.counts_line(engine.objective, engine.teacher))
+        print_line(engines.counts_line(engine.objective, engine.teacher))
 
         # --- the loop
         writer: Writer | NullWriter = NullWriter()

@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import UserError, blame, run_command
+from ds_cmli.commands import run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
+from ds_cmli.errors import UserError, blame
 
 PAIRS = "Numbers of held-out pictures, each with its first caption."
 

@@ -21,8 +21,10 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import UserError, check_writable, run_command
+from ds_cmli.commands import run_command
 from ds_cmli.config.presets import PRESETS
+from ds_cmli.errors import UserError
+from ds_cmli.files import check_writable
 from ds_cmli.memory_model import gpus
 
 IDS = ("E1", "E2", "E3", "E4", "E5")
@@ -60,7 +62,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from ds_cmli.common import silence
+    from ds_cmli.libraries import silence
     from profiling.memory.estimates import Setting, arithmetic, claims, sentences
 
     setting = Setting(**sizes)

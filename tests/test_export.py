@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.export import command
 from ds_cmli.inference import Model
 from ds_cmli.models import hf

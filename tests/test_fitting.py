@@ -8,10 +8,10 @@ import pytest
 import torch.distributed as dist
 
 import ds_cmli
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
+from ds_cmli.errors import UserError
 from ds_cmli.faults import preemption
 from tests.checkpoint.runs import assert_same
 from tests.make import metrics, pairs

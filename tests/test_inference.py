@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.inference import Model
 from tests import make
 from tests.make import write_run

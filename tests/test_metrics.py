@@ -10,8 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.errors import UserError
 from ds_cmli.metrics import Writer
 from tests.ranks import python
 
@@ -93,11 +93,11 @@ def test_a_wandb_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 def test_the_first_line_comes_before_heavy_imports_and_those_are_without_trackers():
     code = """
 import sys
-from ds_cmli import common, train
+from ds_cmli import commands, libraries, train
 sys.argv = ["train.py", "--preset", "tiny", "--dry-run"]
 train.silence = lambda: print({"torch", "timm", "deepspeed"} & {*sys.modules})
-common.exit_code(train.command)
-with common.importing():
+commands.exit_code(train.command)
+with libraries.importing():
     import deepspeed, timm
 print({"mlflow", "wandb"} & {*sys.modules})
 """

@@ -57,7 +57,7 @@ def assert_one_line(code: int, errors: str, named: str) -> None:
 
 @pytest.mark.parametrize("line, named, prepare", ROWS)
 def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
-    from ds_cmli.common import exit_code
+    from ds_cmli.commands import exit_code
 
     if prepare is not None:
         prepare(tmp_path)
@@ -81,7 +81,7 @@ def test_it_is_told_before_libraries_are_imported_that_take_seconds(command, tmp
 
 def of_rank(rank: int, world: int, words: list[str], folders: list[str]) -> tuple[int, str]:
     """The exit code and stderr of a rank's training, begun in its folder."""
-    from ds_cmli.common import exit_code
+    from ds_cmli.commands import exit_code
     from ds_cmli.train import command
 
     os.chdir(folders[rank])

@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
-from ds_cmli.common import exit_code
+from ds_cmli.commands import exit_code
 from ds_cmli.evaluate import __main__ as evaluate
 from tests import make
 from tests.checkpoint.runs import assert_same

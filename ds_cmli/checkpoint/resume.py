@@ -27,7 +27,7 @@ from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.save import CHECKSUMS, FOLDER, WRITING, CheckpointWriter
 from ds_cmli.checkpoint.state import TrainState, read_of_rank, read_state
 from ds_cmli.checkpoint.weights import load_averages, load_frozen
-from ds_cmli.common import UserError, blame, read_json, say
+from ds_cmli.commands import print_line
 from ds_cmli.config import schema
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -35,6 +35,8 @@ from ds_cmli.data.pairs import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import columns
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import read_json
 from ds_cmli.models.hf import AVERAGE
 from ds_cmli.pretrained import loading
 
@@ -84,7 +86,7 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
         if distributed.is_main():
             line = None
             for path in _candidates(resume, folder):
-                say(line and f"{line}; trying the one before")
+                print_line(line and f"{line}; trying the one before")
                 damage = save.damage(path)
                 line = damage and f"checkpoint {path} is damaged: {damage}"
                 if line is None:
@@ -183,13 +185,14 @@ def state_of(
                 f"{'; '.join(changed)}. Give the old ones, another folder, or --resume-with-changes"
             )
         point.changed = bool(changed)
-        say(f"resuming from {point.path}" + " with changes: " * point.changed + "; ".join(changed))
+        changes = f" with changes: {'; '.join(changed)}" if changed else ""
+        print_line(f"resuming from {point.path}{changes}")
         ranks = distributed.world_size()
         sections = (settings["deepspeed"].items() for settings in (state.config, now))
         before, after = ({k: v for k, v in s if OF_FILES.match(k)} for s in sections)
         point.resharded = before != after or state.world_size != ranks
         if point.resharded:
-            say(f"from {state.world_size} ranks to {ranks}: through a universal checkpoint")
+            print_line(f"from {state.world_size} ranks to {ranks}: through a universal checkpoint")
         state.rebatched = not point.batch_as_asked
         if any(line.startswith(("data.", "sources.", "optim.ema_decay")) for line in changed):
             # Results of averaged and of plain weights, or on other data, cannot be compared.

@@ -18,12 +18,15 @@ from ds_cmli.checkpoint import save
 from ds_cmli.checkpoint.resume import ResumePoint, root_of
 from ds_cmli.checkpoint.save import FOLDER
 from ds_cmli.checkpoint.state import TrainState
-from ds_cmli.common import UserError, blame, revision, say, sha256, versions
+from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import this_node
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import sha256
 from ds_cmli.models.hf import BEST
+from ds_cmli.provenance import revision, versions
 
 METRICS, CONFIG, LOCK = "metrics.jsonl", "run.json", "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches of the lock
@@ -156,7 +159,7 @@ def settle(
         _cut_back(folder / METRICS, state.step, state.evaluated)
         kept = folder / BEST
         if kept.is_file() and sha256(kept) != state.best.get("sha256"):
-            say(f"{kept} is not the best of this run: removed")
+            print_line(f"{kept} is not the best of this run: removed")
             kept.unlink()
         describe(folder)
         content: dict[str, Any] = {"config": config.to_dict(), "deepspeed": dict(ds_config)}

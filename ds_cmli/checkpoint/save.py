@@ -26,10 +26,11 @@ from safetensors import SafetensorError
 
 from ds_cmli.checkpoint.state import STATE, TrainState
 from ds_cmli.checkpoint.weights import full_averages, full_weights, write_weights
-from ds_cmli.common import UserError, one_line, read_json, sha256
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.errors import UserError, one_line
+from ds_cmli.files import read_json, sha256
 from ds_cmli.models.blocks import merged
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 

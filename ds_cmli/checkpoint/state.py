@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.common import blame
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import blame
 
 STATE = "state.json"
 OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")

@@ -12,8 +12,10 @@ from typing import Any
 
 from typing_extensions import Self
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, importing, read_json
 from ds_cmli.config.schema import FREE_KEYS, OptimConfig, check, choice, words
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import JsonObject, Section, read_json
+from ds_cmli.libraries import importing
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 LEAST = {**dict.fromkeys(BATCH_KEYS, 1), "gradient_clipping": 0}  # of those that may be "auto"

@@ -12,9 +12,9 @@ from typing import Any
 import click
 from click import option
 
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import SECTIONS, Sections, meanings
+from ds_cmli.errors import UserError, blame
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.common import Section, UserError
 from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
 from ds_cmli.config.source import applied
+from ds_cmli.errors import UserError
+from ds_cmli.files import Section
 
 # Of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {

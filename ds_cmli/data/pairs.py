@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ds_cmli import probe
-from ds_cmli.common import UserError, one_line
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.distributed.process_group import CollectiveFlags
+from ds_cmli.errors import UserError, one_line
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 SHOWN = 5  # bad samples that messages name

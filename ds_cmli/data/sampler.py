@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 
 
 def permutation(length: int, *key: int) -> Tensor:

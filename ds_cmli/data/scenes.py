@@ -19,12 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ds_cmli.common import UserError
 from ds_cmli.data import assets
 from ds_cmli.data.images import View, on_white
 from ds_cmli.data.pairs import NO_PICTURE, Sample
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+from ds_cmli.errors import UserError
 
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300

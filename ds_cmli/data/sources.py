@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from ds_cmli.common import UserError, blame, cache_folder, locked, one_line
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.errors import UserError, blame, one_line
+from ds_cmli.files import cache_folder, locked
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from tokenizers import Regex, Tokenizer, normalizers, processors
 
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.config.source import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
 from ds_cmli.data import assets
+from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import loading
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 
-from ds_cmli.common import UserError, blame
+from ds_cmli.errors import UserError, blame
 
 # Variables that launchers set for a rank. A process that is no rank is started without them.
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

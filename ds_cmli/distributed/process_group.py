@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.common import UserError, blame, one_line
 from ds_cmli.distributed import map_launcher_environment, this_node
+from ds_cmli.errors import UserError, blame, one_line
 
 Value = TypeVar("Value")
 TIMEOUT = timedelta(minutes=30)  # of a collective, and in which all ranks start

@@ -13,7 +13,7 @@ import torch
 
 from ds_cmli import probe
 from ds_cmli.cmli import distributed as cmli_distributed
-from ds_cmli.common import blame, say
+from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
@@ -24,6 +24,7 @@ from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
 from ds_cmli.engine.plan import DTYPES, compares_all
 from ds_cmli.engine.train_engine import TrainEngine
+from ds_cmli.errors import blame
 from ds_cmli.faults import nonfinite
 from ds_cmli.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
@@ -78,7 +79,7 @@ def build_models(
         add_adapters(student, settings)
     freeze(objective, settings)
     if pretrained and settings.source:
-        say(_starts_from(settings, objective, data.image_size))
+        print_line(_starts_from(settings, objective, data.image_size))
     return objective, teacher
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError
 from ds_cmli.faults import preemption
 
 CHUNK = 2**22  # elements that are swapped at a time

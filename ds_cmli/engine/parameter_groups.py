@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig, StudentConfig
+from ds_cmli.errors import UserError
 
 # DeepSpeed's schedules that set one rate for all parameters.
 ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")

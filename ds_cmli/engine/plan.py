@@ -8,13 +8,14 @@ import timm
 import torch
 
 from ds_cmli.cmli.op import why_not_triton
-from ds_cmli.common import UserError, say
+from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import check_rates
+from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast, cpu_line
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -38,12 +39,12 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         # GPUs before Ampere emulate bf16 slowly.
         out = ds_config.on(True, torch.cuda.is_bf16_supported(including_emulation=False))
     else:
-        say(cpu_line())
+        print_line(cpu_line())
         # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
         out = ds_config.on(False, bf16_is_fast())
     if out is not ds_config:
         why = ", where fp16 is slow or missing" if ds_config.precision == "fp16" else ""
-        say(f"training in {out.precision} on this device ({device}){why}")
+        print_line(f"training in {out.precision} on this device ({device}){why}")
     return out
 
 
@@ -83,7 +84,7 @@ def make_plan(
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     final = filled(config, ds_config, ranks, steps)
     negatives = total if compares_all(config, final) else micro_batch * ranks
-    say(
+    print_line(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
         f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
@@ -113,7 +114,9 @@ def with_backend(config: Config, ds_config: DeepSpeedConfig, device: torch.devic
         reason = next(filter(None, distributed.gather_objects(own)), None)  # collective
     chosen = choose_backend(config, reason)
     if reason is not None:
-        say(f"Triton does not run, the all-pairs losses take PyTorch's, which are slower: {reason}")
+        print_line(
+            f"Triton does not run, the all-pairs losses take PyTorch's, which are slower: {reason}"
+        )
     return chosen
 
 

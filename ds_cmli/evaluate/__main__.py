@@ -8,11 +8,13 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import UserError, check_writable, run_command, say
+from ds_cmli.commands import print_line, run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import Source
 from ds_cmli.distributed import map_launcher_environment
+from ds_cmli.errors import UserError
+from ds_cmli.files import check_writable
 
 option = partial(click.option, show_default=True)
 PRECISIONS, SPLITS = click.Choice(("fp32", "bf16", "fp16")), click.Choice(("val", "test", "all"))
@@ -80,11 +82,11 @@ def _measure(config: Config, model: Any, mode: str, given: dict[str, Any]) -> di
             data = replace(data, val_source="") if split else data
         data = replace(data, image_root=root or data.image_root)
         evals, lines = build_eval_data(data, config.run.seed, split)
-        say(*lines)
+        print_line(*lines)
         metrics: dict[str, Any] = {}
         for name, pairs in evals.items():
             figures, _ = evaluate_split(model, pairs)  # collective
-            say(summary(figures, model.precision, name))
+            print_line(summary(figures, model.precision, name))
             metrics |= prefixed(f"eval/{name}/", figures)
         return metrics
     if mode == "zero_shot":
@@ -97,7 +99,7 @@ def _measure(config: Config, model: Any, mode: str, given: dict[str, Any]) -> di
         phrases = pointing_game.Entities(source, *place, model.tokenizer, data)
         own, boxes = embed(model, phrases), pointing_game.boxes  # collective
         figures = own.counts | pointing_game.pointing_game(own, boxes, model.student.grid)
-    say(summary(figures, model.precision))
+    print_line(summary(figures, model.precision))
     return prefixed({"boxes": "entities"}.get(mode, mode) + "/", figures)
 
 

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import UserError, read_json
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, Source, to_evaluate
@@ -24,7 +23,9 @@ from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import DTYPES, build_models
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.metrics import Metrics
+from ds_cmli.files import read_json
 from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import hf

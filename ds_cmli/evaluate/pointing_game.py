@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.scenes import Scenes, spans_of_tokens
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError, blame
 from ds_cmli.evaluate.embed import Embedded, Files
 from ds_cmli.evaluate.metrics import Metrics, patches_inside, phrase_hits
 

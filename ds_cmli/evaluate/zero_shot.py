@@ -20,10 +20,10 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError, blame
 from ds_cmli.evaluate.embed import Evaluator, Files, block, embed, left_out, share
 from ds_cmli.evaluate.metrics import TOP, Metrics, mean_hits, prefixed, top_hits
 from ds_cmli.scores import both_ways

@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import _foreach_utils
 
 from ds_cmli.cmli.cpu import compiled
-from ds_cmli.common import UserError, blame
+from ds_cmli.errors import UserError, blame
 from ds_cmli.fake_cuda import kernels
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.fake_cuda.streams import Event, Stream

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ds_cmli.common import JsonObject, UserError, blame, check_writable, run_command, silence
+from ds_cmli.commands import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, Sections
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import JsonObject, check_writable
+from ds_cmli.libraries import silence
 from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.gpus import Gpu

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import Batch
 from ds_cmli.data.tokens import tokenizer_of
+from ds_cmli.errors import UserError, blame
 from ds_cmli.models.encoders import changed_fields, family
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.errors import UserError
 from ds_cmli.memory.categories import owners
 from ds_cmli.memory.profile import record_history
 from ds_cmli.memory_model import gpus

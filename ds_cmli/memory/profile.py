@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ds_cmli.common import JsonObject, UserError
-from ds_cmli.common import say as print_line
+from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.errors import UserError
+from ds_cmli.files import JsonObject
 
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
     from ds_cmli.engine import TrainEngine

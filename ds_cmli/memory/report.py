@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ds_cmli.common import JsonObject, blame
+from ds_cmli.errors import blame
+from ds_cmli.files import JsonObject
 from ds_cmli.memory_model.caching_allocator import Event
 
 if TYPE_CHECKING:

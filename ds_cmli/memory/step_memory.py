@@ -16,11 +16,11 @@ import torch.distributed as dist
 
 from ds_cmli import engine, hardware
 from ds_cmli.cmli.triton_forward import unsuited
-from ds_cmli.common import JsonObject, Section
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config, check
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.fake_cuda.entered import fake_cuda
+from ds_cmli.files import JsonObject, Section
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import check_predictable, longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_cmli.common import UserError, blame, nearest
 from ds_cmli.config.schema import StudentConfig
+from ds_cmli.errors import UserError, blame, nearest
 from ds_cmli.models.student import Student
 
 BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names

@@ -16,8 +16,9 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
 
-from ds_cmli.common import JsonObject, blame
 from ds_cmli.config.schema import StudentConfig
+from ds_cmli.errors import blame
+from ds_cmli.files import JsonObject
 from ds_cmli.models.encoders import TextEncoder
 from ds_cmli.pretrained import loading
 

@@ -27,7 +27,7 @@ from transformers import (
     masking_utils,
 )
 
-from ds_cmli.common import nearest
+from ds_cmli.errors import nearest
 
 LAYERS = 6  # kept of a plain stack (equal layers, one after the other) if the settings name none
 # The names that families of transformers give to dropout after layers, and inside the attention.

@@ -34,13 +34,13 @@ from transformers.utils import ModelOutput
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
 from ds_cmli.config.source import OF_TRAINING
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
+from ds_cmli.errors import UserError, blame
 from ds_cmli.models.encoders import changed_fields
 from ds_cmli.models.student import Student
 from ds_cmli.pretrained import loading

@@ -14,9 +14,9 @@ import torch
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from ds_cmli.common import JsonObject
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import Source
+from ds_cmli.files import JsonObject
 from ds_cmli.models.dual import Start, ValuePath, copied, layer
 from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
 from ds_cmli.pretrained import loading

@@ -17,10 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import upcast
-from ds_cmli.common import UserError, blame
 from ds_cmli.config.registry import IMAGE, TEXT
 from ds_cmli.config.schema import StudentConfig, TeacherConfig
 from ds_cmli.config.source import DUAL
+from ds_cmli.errors import UserError, blame
 from ds_cmli.models.dual import Start
 from ds_cmli.models.encoders import PixelNorm
 from ds_cmli.pretrained import loading

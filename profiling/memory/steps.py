@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ds_cmli.cmli import distributed
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.common import UserError, silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config, Sections
 from ds_cmli.engine import TrainEngine
+from ds_cmli.errors import UserError
+from ds_cmli.libraries import silence
 from ds_cmli.memory.report import Report, gigabytes
 from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_worst
 from ds_cmli.memory_model.gpus import Gpu

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import cycle
 
-from ds_cmli.common import silence
+from ds_cmli.libraries import silence
 
 silence()
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from ds_cmli import engine
-from ds_cmli.common import run_command
+from ds_cmli.commands import run_command
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import load_preset

@@ -11,7 +11,7 @@ import pytest
 
 from ds_cmli.checkpoint import run_folder
 from ds_cmli.checkpoint.run_folder import JOB, LEASE, LOCK, held
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("alone")
 

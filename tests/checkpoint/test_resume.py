@@ -10,11 +10,12 @@ import torch
 
 from ds_cmli.checkpoint import resume, save
 from ds_cmli.checkpoint.state import TrainState
-from ds_cmli.common import UserError, sha256
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError
+from ds_cmli.files import sha256
 from ds_cmli.hardware import bf16_is_fast
 from tests import make
 from tests.checkpoint.runs import Code

@@ -10,7 +10,7 @@ import torch
 from ds_cmli.checkpoint import resume
 from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.weights import full_averages, full_weights
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast
 from tests import make
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig
+from ds_cmli.errors import UserError
 from tests.conftest import ZERO1
 
 MISTAKES = [

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 import ds_cmli
-from ds_cmli.common import UserError
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config
+from ds_cmli.errors import UserError
 from tests.models.sources import clip
 
 SETTINGS = [f"{of}.{field.name}" for of, kind in SECTIONS.items() for field in dataclasses.fields(kind)]

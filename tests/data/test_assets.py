@@ -5,9 +5,9 @@ from multiprocessing import get_context
 
 import pytest
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
+from ds_cmli.errors import UserError
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_cmli.common import UserError
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
+from ds_cmli.errors import UserError
 from tests import make
 
 

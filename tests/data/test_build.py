@@ -2,9 +2,9 @@ import shutil
 
 import pytest
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data, build_eval_data, evaluation_data, expand, hold_out, weighted
+from ds_cmli.errors import UserError
 from tests import make
 
 

@@ -3,11 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data
 from ds_cmli.data.pairs import BadSamples, loader
 from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.errors import UserError
 from tests import make
 
 

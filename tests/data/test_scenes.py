@@ -3,13 +3,13 @@ import zlib
 import pytest
 import torch
 
-from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import NO_PICTURE
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.scenes import DemoPictures, Scenes
 from ds_cmli.data.tokens import tokenizer_of
+from ds_cmli.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("demo")
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 
-from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import sources
 from ds_cmli.data.build import open_hub
@@ -24,6 +23,7 @@ from ds_cmli.data.sources import (
     open_tables,
     open_tars,
 )
+from ds_cmli.errors import UserError
 from tests import make
 from tests.make import shard
 

@@ -3,9 +3,9 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from ds_cmli.common import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
+from ds_cmli.errors import UserError
 
 
 def load(name, length=12):

@@ -5,8 +5,8 @@ import stat
 
 import pytest
 
-from ds_cmli.common import UserError
 from ds_cmli.distributed import OF_A_RANK, map_launcher_environment
+from ds_cmli.errors import UserError
 from tests.conftest import ZERO1
 from tests.ranks import environments, start
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError
 from tests import make, ranks
 
 

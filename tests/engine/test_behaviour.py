@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.engine import build_models
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
+from ds_cmli.errors import UserError
 from ds_cmli.memory.inputs import without_weights
 from tests import make
 

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ds_cmli.checkpoint.weights import full_averages, full_weights
-from ds_cmli.common import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
+from ds_cmli.errors import UserError
 from ds_cmli.faults.preemption import Preempted
 from tests import make
 from tests.ranks import run

@@ -10,11 +10,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_cmli import engine, metrics
-from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
+from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast
 from profiling.speed.op import cpu_sizes
 from tests import make

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.__main__ import command
 from ds_cmli.evaluate.metrics import recalls
 from ds_cmli.inference import Model

@@ -8,8 +8,8 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.match_map import sheet, tile
 from ds_cmli.visualize import command, held_out
 from tests import make

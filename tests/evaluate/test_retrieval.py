@@ -6,8 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_cmli.common import UserError
 from ds_cmli.data.sources import Files
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
 from ds_cmli.evaluate.metrics import summary

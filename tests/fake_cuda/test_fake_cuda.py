@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.fake_cuda.entered import fake_cuda, guard
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory.step_memory import _alone

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.common import UserError
 from ds_cmli.distributed.process_group import CollectiveFlags
+from ds_cmli.errors import UserError
 from ds_cmli.faults import nonfinite
 from tests import make
 from tests.drive_train import drive

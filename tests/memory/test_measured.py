@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.common import silence
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.libraries import silence
 from ds_cmli.memory import out_of_memory
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise

@@ -18,11 +18,11 @@ from torch.cuda import _memory_viz as viz
 from transformers import AutoConfig
 
 from ds_cmli import engine
-from ds_cmli.common import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.errors import UserError
 from ds_cmli.memory.fit import LARGEST_BATCH, largest
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.step_memory import Step, predicted, predicted_worst

@@ -1,6 +1,6 @@
 import pytest
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.memory_model import gpus
 
 M = 2**20

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli.common import UserError
+from ds_cmli.errors import UserError
 from ds_cmli.models.blocks import merged
 from tests import make
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.checkpoint.weights import write_weights
-from ds_cmli.common import UserError
 from ds_cmli.data.images import View
 from ds_cmli.data.tokens import builtin_tokenizer
+from ds_cmli.errors import UserError
 from ds_cmli.models import hf
 from tests import make
 from tests.make import BERT, T5, VIT, save_run

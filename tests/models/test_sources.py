@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from ds_cmli.common import UserError
 from ds_cmli.config.source import Source, applied
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
+from ds_cmli.errors import UserError
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
 from ds_cmli.inference import Model

@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from ds_cmli.common import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.errors import UserError
 from ds_cmli.models.student import Student, Teacher
 from tests.checkpoint.runs import Code
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_cmli.common import cache_folder
+from ds_cmli.files import cache_folder
 from ds_cmli.memory_model import gpus
 
 HERE = Path(__file__).resolve().parent

@@ -1,4 +1,4 @@
-"""How commands end: one line for a mistake, and what is done before an output is lost."""
+"""How commands print, report a mistake and end."""
 
 import shlex
 import subprocess
@@ -6,9 +6,9 @@ import sys
 
 import click
 import pytest
-import torch
 
-from ds_cmli.common import UserError, blame, check_writable, exit_code
+from ds_cmli.commands import exit_code
+from ds_cmli.errors import UserError
 from tests.ranks import ROOT, clean_environment, python
 
 
@@ -33,20 +33,10 @@ def test_a_mistake_is_one_line_and_code_2(error, line, capsys, monkeypatch):
     assert exit_code(command) == 2 and not capsys.readouterr().err.strip()  # rank 0 prints it
 
 
-def test_what_a_library_raises_is_blamed_on_what_was_given(monkeypatch):
-    with pytest.raises(UserError, match=r"^--data x: KeyError: 'caption'$"), blame("--data x"):
-        raise KeyError("caption")
-    with pytest.raises(torch.OutOfMemoryError), blame("DeepSpeed refuses the configuration"):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setenv("DS_CMLI_TRACEBACK", "1")
-    with pytest.raises(KeyError), blame("--data x"):
-        raise KeyError("caption")
-
-
 PRINTS = r"""
 import click
-from ds_cmli.common import run_command, say
-run_command(click.Command("prints", callback=lambda: say("a name that is no text: \udcff")))
+from ds_cmli.commands import print_line, run_command
+run_command(click.Command("prints", callback=lambda: print_line("a name that is no text: \udcff")))
 """
 
 
@@ -58,21 +48,10 @@ def test_what_cannot_be_written_is_an_error_and_a_closed_stream_is_none(streams,
     assert done.returncode == code and bool(done.stderr) == bool(code), done.stderr
 
 
-def test_a_file_is_tried_and_left_as_it_was(tmp_path):
-    new, old = tmp_path / "new.json", tmp_path / "old.json"
-    old.write_text("kept")
-    for path in (new, old):
-        check_writable(str(path))
-    assert not new.exists() and old.read_text() == "kept"
-    for path in (tmp_path / "none" / "x.json", old / "x.json", tmp_path):
-        with pytest.raises(UserError, match=f"^cannot write '{path}': "):
-            check_writable(str(path))
-
-
 def test_a_thread_that_still_runs_changes_no_exit_code_and_loses_no_line():
     script = """
 import atexit, sys, threading, time
-from ds_cmli.common import leave
+from ds_cmli.commands import leave
 atexit.register(lambda: print("said goodbye"))
 threading.Thread(target=time.sleep, args=(600,)).start()
 sys.stdout.write("not flushed; ")

@@ -1,0 +1,45 @@
+"""A user's mistakes: raised as one line, and library exceptions turned into such lines."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import click
+
+
+class UserError(click.ClickException):
+    """A mistake that the user can correct: the setting, the value found and what to do."""
+
+
+@contextmanager
+def blame(what: str) -> Iterator[None]:
+    """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1.
+
+    A GPU's out-of-memory error passes unchanged, because it is no mistake in what was given.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
+        if out_of_memory or os.environ.get("DS_CMLI_TRACEBACK") == "1":
+            raise
+        raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line, or the name of its type if it has no message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
+        # PyTorch's message advises to run the code.
+        text = "it holds more than tensors, and code in pickles is never run: give .safetensors"
+    return text
+
+
+def nearest(name: str, known: Iterable[object]) -> str:
+    """Return a hint for an unknown name: `did you mean 'x'?`, or all known names."""
+    names = sorted(map(str, known))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"

@@ -1,0 +1,17 @@
+"""Files of any kind."""
+
+import pytest
+
+from ds_cmli.errors import UserError
+from ds_cmli.files import check_writable
+
+
+def test_a_file_is_tried_and_left_as_it_was(tmp_path):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    for path in (new, old):
+        check_writable(str(path))
+    assert not new.exists() and old.read_text() == "kept"
+    for path in (tmp_path / "none" / "x.json", old / "x.json", tmp_path):
+        with pytest.raises(UserError, match=f"^cannot write '{path}': "):
+            check_writable(str(path))
