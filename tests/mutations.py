@@ -1,10 +1,12 @@
 """Sixty mistakes that a developer could make, and the test that fails by each: `python tests/mutations.py [NAME ...]`
+Mistakes by chance: `python tests/mutations.py --random 150 --seed 1` (random_mutants.py).
 
 Each is made in a copy of the repository, in which its killer runs: a quick test of public functions and commands, so
 that it outlives what it guards. A mistake's place moves with the code. mutmut and cosmic-ray make mutations of every
 operator and number, but remove no call, such as a collective.
 """
 
+import argparse
 import importlib
 import multiprocessing
 import os
@@ -282,5 +284,23 @@ def main(names: list[str]) -> int:
     return int(any(result != "killed" for result in outcomes))
 
 
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", help="mutants of the table; none: all")
+    parser.add_argument("--random", type=int, default=0, help="make so many mistakes by chance instead")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--room", default="", help="of these files alone, such as `losses/` or `run.py`")
+    parser.add_argument("--coverage", type=Path, default=Path(tempfile.gettempdir(), "ds-cmli-coverage.json"))
+    parser.add_argument("--jobs", type=int, default=2)
+    return parser.parse_args()
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    arguments = parse_arguments()
+    if arguments.random:
+        sys.path[0] = str(ROOT)
+        from tests import random_mutants
+
+        given = arguments.random, arguments.seed, arguments.room, arguments.coverage, arguments.jobs
+        sys.exit(random_mutants.main(*given))
+    sys.exit(main(arguments.names))
