@@ -55,27 +55,31 @@ TABLES = ("metadata.csv", "metadata.jsonl")
 DATA = "ds_cmli.data.sources"
 SOURCES = {
     "folder": SourceEntry(
-        f"{DATA}:open_folder",
+        f"{DATA}.lists:open_folder",
         "a folder of images with a metadata.csv or metadata.jsonl (file_name, text)",
         holds=(*TABLES, *(f"train/{name}" for name in TABLES)),
     ),
     "saved": SourceEntry(
-        f"{DATA}:open_saved", "a folder of save_to_disk", holds=("dataset_dict.json", "state.json")
+        f"{DATA}.arrow:open_saved",
+        "a folder of save_to_disk",
+        holds=("dataset_dict.json", "state.json"),
     ),
-    "tars": SourceEntry(f"{DATA}:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")),
+    "tars": SourceEntry(
+        f"{DATA}.tars:open_tars", "WebDataset tars", (".tar",), ("*.tar", "data/*.tar")
+    ),
     "parquet": SourceEntry(
-        f"{DATA}:open_parquet",
+        f"{DATA}.arrow:open_parquet",
         "parquet files with image bytes",
         (".parquet",),
         ("*.parquet", "data/*.parquet"),
     ),
     "table": SourceEntry(
-        f"{DATA}:open_tables",
+        f"{DATA}.lists:open_tables",
         "a .csv, .tsv or .jsonl of paths and captions",
         (".csv", ".tsv", ".jsonl"),
     ),
     "json": SourceEntry(
-        f"{DATA}:open_json", "the .json of COCO's captions or Karpathy's splits", (".json",)
+        f"{DATA}.lists:open_json", "the .json of COCO's captions or Karpathy's splits", (".json",)
     ),
 }
 

@@ -29,7 +29,7 @@ from ds_cmli.errors import UserError
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
-HELD_OUT_SHARE = 0.15  # of the concepts
+HELD_OUT_CONCEPTS = 0.15  # of the concepts
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 STARTS = ("a picture of ", "this shows ", "there is ", "here we see ")
@@ -65,8 +65,8 @@ class DemoPictures:
         self.names = [entry["cldr_name"] for entry, _ in concepts]
         digests = [hashlib.sha256(entry["character"].encode()).digest() for entry, _ in concepts]
         shares = [int.from_bytes(digest[:8], "big") / 2**64 for digest in digests]  # from 0 to 1
-        self.training = [n for n, share in enumerate(shares) if share >= HELD_OUT_SHARE]
-        self.held_out = [n for n, share in enumerate(shares) if share < HELD_OUT_SHARE]
+        self.training = [n for n, share in enumerate(shares) if share >= HELD_OUT_CONCEPTS]
+        self.held_out = [n for n, share in enumerate(shares) if share < HELD_OUT_CONCEPTS]
 
 
 @cache  # a second, for whoever opens the data again in the same process

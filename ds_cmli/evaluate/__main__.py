@@ -68,7 +68,8 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
 
 def _measure(config: Config, model: Any, mode: str, given: dict[str, Any]) -> dict[str, Any]:
     """Measure and print. Collective."""
-    from ds_cmli.data.build import build_eval_data, evaluation_data
+    from ds_cmli.data.build import build_eval_data
+    from ds_cmli.data.held_out import evaluation_data
     from ds_cmli.evaluate import pointing_game, zero_shot
     from ds_cmli.evaluate.embed import embed
     from ds_cmli.evaluate.metrics import prefixed, summary

@@ -3,7 +3,9 @@ import shutil
 import pytest
 
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.build import build_data, build_eval_data, evaluation_data, expand, hold_out, weighted
+from ds_cmli.data.build import build_data, build_eval_data
+from ds_cmli.data.held_out import evaluation_data, hold_out
+from ds_cmli.data.opening import expand, split_weights
 from ds_cmli.errors import UserError
 from tests import make
 
@@ -38,11 +40,11 @@ def test_missing_files_are_named_with_the_nearest(tmp_path):
 
 
 def test_weights_belong_to_all_sources_or_none():
-    assert weighted("a") == (["a"], None)
-    assert weighted(["a::0.7", "b:: 3"]) == (["a", "b"], [0.7, 3.0])
+    assert split_weights("a") == (["a"], None)
+    assert split_weights(["a::0.7", "b:: 3"]) == (["a", "b"], [0.7, 3.0])
     for sources in (["a::1"], ["a::1", "b"], ["a::0", "b::1"], ["a::x", "b::1"], ["a", "a"], ["demo", "a"]):
         with pytest.raises(UserError, match="--data is "):
-            weighted(sources)
+            split_weights(sources)
 
 
 def test_a_share_is_held_out_by_name_whatever_the_order(tmp_path):

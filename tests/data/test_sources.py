@@ -12,17 +12,11 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import sources
-from ds_cmli.data.build import open_hub
-from ds_cmli.data.sources import (
-    MOST_OPEN,
-    Tars,
-    open_json,
-    open_parquet,
-    open_saved,
-    open_tables,
-    open_tars,
-)
+from ds_cmli.data.opening import open_hub
+from ds_cmli.data.sources import tars
+from ds_cmli.data.sources.arrow import open_parquet, open_saved
+from ds_cmli.data.sources.lists import open_json, open_tables
+from ds_cmli.data.sources.tars import MAX_OPEN, Tars, open_tars
 from ds_cmli.errors import UserError
 from tests import make
 from tests.make import shard
@@ -237,8 +231,8 @@ def test_a_caption_is_a_key_of_the_json(tmp_path):
 
 
 def test_the_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(tmp_path, monkeypatch):
-    path, scanned, scan = shard(tmp_path / "0.tar", A), [], sources.scan
-    monkeypatch.setattr(sources, "scan", lambda shard: scanned.append(shard) or scan(shard))
+    path, scanned, scan = shard(tmp_path / "0.tar", A), [], tars.scan
+    monkeypatch.setattr(tars, "scan", lambda shard: scanned.append(shard) or scan(shard))
     assert contents(Tars([path])) == contents(Tars([path]))
     assert len(scanned) == 1
     (cached,) = (tmp_path / "cache/tar-index").glob("*.rows")
@@ -253,14 +247,14 @@ def test_the_index_is_made_once_and_again_when_it_is_damaged_or_a_shard_changes(
 
 
 def test_more_shards_than_a_process_may_open(tmp_path):
-    count = MOST_OPEN + 3
+    count = MAX_OPEN + 3
     paths = [shard(tmp_path / f"{i}.tar", [("0.jpg", b"%d" % i), ("0.txt", b"t")]) for i in range(count)]
     before = len(os.listdir("/proc/self/fd"))
     source = Tars(paths)
     assert len(os.listdir("/proc/self/fd")) == before  # no index keeps its file open
     order = np.random.default_rng(0).permutation(count).tolist() * 2
     assert [source.image(i) for i in order] == [b"%d" % i for i in order]
-    assert len(source.open) == MOST_OPEN
+    assert len(source.open) == MAX_OPEN
     assert source.name(2) == "2.tar/0.jpg"
 
 

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_cmli.data.sources import Files
+from ds_cmli.data.sources.lists import ListedImages
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
@@ -37,8 +37,8 @@ def on_rank(rank, world_size, path):
     model, scenes = untrained()
     figures, own = evaluate_split(model, scenes)
     maps = match_maps(own, model.tokenizer, model.student.grid, 5)
-    of_folder, opened, read = untrained(path), [], Files.image
-    with mock.patch.object(Files, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
+    of_folder, opened, read = untrained(path), [], ListedImages.image
+    with mock.patch.object(ListedImages, "image", lambda source, i: opened.append(source.name(i)) or read(source, i)):
         return figures, maps, evaluate_split(*of_folder)[0], opened
 
 

@@ -1,0 +1,81 @@
+"""Which images are held out of training: a source's own part, or a share of it."""
+
+import hashlib
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.opening import Opened, open_source, split_weights
+from ds_cmli.data.pairs import Share
+from ds_cmli.data.sources import Source
+from ds_cmli.data.sources.lists import ListedImages
+from ds_cmli.errors import UserError
+
+HELD_OUT_SHARE = 0.05
+MAX_HELD_OUT = 1000
+
+
+def held_out_parts(
+    opened: dict[str, Opened], config: DataConfig, split: str = "validation"
+) -> dict[str, Share]:
+    """Return the evaluated images: `val_source`, or of each source its own part or a share."""
+    shares: dict[str, Share] = {}
+    if config.val_source:
+        _, parts = open_source(config.val_source, config)
+        source = parts.get(split) or next(iter(parts.values()))
+        return {config.val_source: (source, range(len(source)))}
+    for name, (_, parts) in opened.items():
+        if split in parts:
+            shares[name] = parts[split], range(len(parts[split]))
+        elif split == "test" or "train" not in parts:
+            raise UserError(f"{name} has no {split} part, but {', '.join(parts)}")
+        else:
+            shares[name] = parts["train"], hold_out(name, parts["train"], config.held_out)
+    return shares
+
+
+def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
+    """Return the images of a source that are held out of training: int64 [n], in their order.
+
+    They have the lowest of pseudorandom numbers that are always the same.
+
+    Args:
+        wanted: as `data.held_out`.
+    """
+    count = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(source))))
+    if wanted is not None:
+        count = max(1, round(wanted if wanted >= 1 else wanted * len(source)))
+    if count >= len(source):
+        problem = f"data.held_out is {wanted}, and {name} has {len(source)} images with a caption"
+        raise UserError(f"{problem}: that leaves none to train on, hold out less")
+    if isinstance(source, ListedImages):
+        # Hashes of names: neither the order nor the captions of a list change the split.
+        names = (source.name(index).encode(errors="surrogatepass") for index in range(len(source)))
+        digests = b"".join(hashlib.sha256(name).digest()[:8] for name in names)
+        numbers = np.frombuffer(digests, dtype=">u8").astype(np.uint64)
+    else:  # SplitMix64
+        x = np.arange(1, len(source) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        numbers = x ^ (x >> np.uint64(31))
+    return np.sort(np.argpartition(numbers, count - 1)[:count])
+
+
+def evaluation_data(config: DataConfig, name: str) -> DataConfig:
+    """Return a run's configuration to evaluate on `--data NAME`.
+
+    If `name` is a training source: its held-out part. Otherwise: the validation part of that data,
+    or all of it, without the settings of the run's own data.
+    """
+    train_names, _ = split_weights(config.source)
+    names = [name, config.val_source, *train_names]
+    path, val_path, *train_paths = (os.path.realpath(os.path.expanduser(one)) for one in names)
+    if config.val_source or path not in train_paths:
+        if path not in (val_path, *train_paths):
+            config = replace(config, image_root="", image_key="", caption_key="")
+        config = replace(config, val_source="" if name == "demo" else name, held_out=None)
+    if name == "demo":
+        config = replace(config, resize="crop")  # its scenes are square
+    return replace(config, source=name)

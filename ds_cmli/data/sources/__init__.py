@@ -1,0 +1,64 @@
+"""Sources of pairs: the protocol of a source, and the names of splits and columns.
+
+`lists`, `arrow` and `tars` each open, read and fingerprint one form of data.
+
+A source is opened before the loading processes are forked, and all of them read it. So it holds no
+Python object for each sample, because reference counts would copy its memory into every process
+(`Packed` and arrays are shared), and it reads open files by `os.pread`, because processes share a
+file's position.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import numpy as np
+
+# A split's name in the data -> the part that it is here.
+PART_OF_SPLIT = {"train": "train", "restval": "train", "test": "test"}
+PART_OF_SPLIT |= dict.fromkeys(("validation", "valid", "val"), "validation")
+
+# The usual names of the columns of images and of captions.
+IMAGE_FILE_COLUMNS = ["filepath", "file_name", "filename", "image", "image_path", "img", "path"]
+IMAGE_COLUMNS = {*IMAGE_FILE_COLUMNS, "jpg", "png", "image_bytes", "bytes"}
+CAPTION_COLUMNS = {"title", "caption", "captions", "text", "sentences"}
+IMAGE_SETTING = "data.image_key (--csv-img-key)"
+CAPTION_SETTING = "data.caption_key (--csv-caption-key)"
+
+ROWS_OF_SHARD = 10_000  # of a source that is not in shards, whose order cuts it into as many
+
+
+class Source(Protocol):
+    """Images with one or more captions each, by number.
+
+    Any exception of `image` and `captions` makes the sample a bad one.
+    """
+
+    def __len__(self) -> int: ...
+    def image(self, index: int) -> bytes: ...  # the content of the image's file, undecoded
+    def captions(self, index: int) -> list[str]: ...  # at least one
+    def name(self, index: int) -> str: ...  # in messages
+    def fingerprint(self) -> Mapping[str, object]: ...  # equal when a run resumes, as JSON
+
+
+def shard_sizes(source: Source) -> np.ndarray:
+    """Return the numbers of images, int64 [S], of the shards that hold a source, in its order.
+
+    A source in files of many images each has an attribute of this name. Others are cut into equal
+    parts, as any of their images can be read as fast as the next one.
+    """
+    sizes = getattr(source, "shard_sizes", None)
+    if sizes is None:
+        whole, remainder = divmod(len(source), ROWS_OF_SHARD)
+        sizes = [ROWS_OF_SHARD] * whole + [remainder] * (remainder > 0)
+    return np.asarray(sizes, np.int64)
+
+
+def find_column(columns: Iterable[str], usual: set[str], setting: str) -> str:
+    """Return the only column that has a usual name. Raises `ValueError`, naming the setting."""
+    names = [name for name in columns if name.lower() in usual]
+    # The names of Hugging Face's imagefolder come before others.
+    names = [name for name in names if name in ("file_name", "text")] or names
+    if len(names) != 1:
+        need = f"give {setting}; columns are separated by tabs or commas"
+        raise ValueError(f"the columns are {', '.join(columns)}: {need}")
+    return names[0]

@@ -1,0 +1,115 @@
+"""Arrow and parquet by `datasets`: parquet files, folders of save_to_disk, data sets of the hub."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.sources import (
+    CAPTION_COLUMNS,
+    CAPTION_SETTING,
+    IMAGE_COLUMNS,
+    IMAGE_SETTING,
+    PART_OF_SPLIT,
+    Source,
+    find_column,
+)
+from ds_cmli.errors import UserError, blame
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+
+
+def import_datasets() -> Any:
+    with blame("parquet, save_to_disk and hf:// need datasets (pip install 'ds-cmli[parquet]')"):
+        import datasets
+    return datasets
+
+
+def open_parquet(files: list[Path], config: DataConfig) -> dict[str, Source]:
+    """Open parquet files; names such as `train-00000-of-00002.parquet` say the split of each."""
+    parts: dict[str, list[str]] = {}
+    for file in files:
+        split, *_ = re.split("[^a-z]", file.name)
+        parts.setdefault(PART_OF_SPLIT.get(split, "train"), []).append(str(file))
+    if "train" not in parts:
+        parts = {"train": list(map(str, files))}
+    with blame(f"{files[0]} cannot be read as parquet"):
+        return arrow_parts(import_datasets().load_dataset("parquet", data_files=parts), config)
+
+
+def open_saved(files: list[Path], config: DataConfig) -> dict[str, Source]:
+    """Open a folder that `save_to_disk` wrote: one data set, or several splits."""
+    (folder,) = files
+    with blame(f"{folder} cannot be read as data of save_to_disk"):
+        return arrow_parts(import_datasets().load_from_disk(str(folder)), config)
+
+
+def open_hub_dataset(repo: str, revision: str | None, config: DataConfig) -> dict[str, Source]:
+    """Open a data set of the hub by its own `datasets` layout."""
+    return arrow_parts(import_datasets().load_dataset(repo, revision=revision), config)
+
+
+def arrow_parts(data: "Dataset | DatasetDict", config: DataConfig) -> dict[str, Source]:
+    splits = data if isinstance(data, dict) else {"train": data}
+    parts = {PART_OF_SPLIT[name]: rows for name, rows in splits.items() if name in PART_OF_SPLIT}
+    if not parts:
+        raise UserError(f"the data has the splits {', '.join(splits)}: name one train")
+    return {part: ArrowRows(rows, config) for part, rows in parts.items()}
+
+
+class ArrowRows:
+    """Rows of a `datasets.Dataset`: a column of images, and one of captions or lists of them.
+
+    It reads memory-mapped Arrow files, into which the library copies parquet once, because row
+    groups allow no fast random access. The cache is the user's own; nothing in it is changed here.
+    """
+
+    def __init__(self, dataset: "Dataset", config: DataConfig):
+        image_type = import_datasets().Image
+        image_columns: list[str] = []
+        text_columns: list[str] = []
+        self.columns = sorted(dataset.features)
+        for name, feature in dataset.features.items():
+            dtype = getattr(getattr(feature, "feature", feature), "dtype", "")  # or of a list's
+            if isinstance(feature, image_type):
+                dataset = dataset.cast_column(name, image_type(decode=False))
+                image_columns.append(name)
+            elif "binary" in dtype or (isinstance(feature, dict) and "bytes" in feature):
+                image_columns.append(name)
+            elif "string" in dtype:
+                text_columns.append(name)
+        # Without a setting: the only column of its type, or the one of a usual name.
+        self.image_key = config.image_key
+        if not self.image_key and len(image_columns) == 1:
+            (self.image_key,) = image_columns
+        self.image_key = self.image_key or find_column(image_columns, IMAGE_COLUMNS, IMAGE_SETTING)
+        self.caption_key = config.caption_key
+        if not self.caption_key and len(text_columns) == 1:
+            (self.caption_key,) = text_columns
+        if not self.caption_key:
+            self.caption_key = find_column(text_columns, CAPTION_COLUMNS, CAPTION_SETTING)
+        self.images = dataset.select_columns([self.image_key]).with_format(None)
+        self.texts = dataset.select_columns([self.caption_key]).with_format(None)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> bytes:
+        value = self.images[index][self.image_key]
+        if isinstance(value, dict):
+            path = value.get("path")
+            value = value["bytes"] or (path and Path(path).read_bytes())
+        if not value:
+            raise ValueError("no image in its row")
+        return value
+
+    def captions(self, index: int) -> list[str]:
+        value = self.texts[index][self.caption_key]
+        return value if isinstance(value, list) else [value]
+
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"images": len(self), "columns": self.columns}
