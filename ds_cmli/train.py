@@ -108,6 +108,7 @@ def train(
     import torch.distributed as dist
 
     from ds_cmli.checkpoint import resume, run_folder
+    from ds_cmli.checkpoint.lock import run_lock
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import assets
     from ds_cmli.data.build import build_data
@@ -134,7 +135,7 @@ def train(
             data = build_data(config.data, config.run.seed)
         print_line(*data.summary)
         folder = stack.enter_context(run_folder.made(config, resume_from))  # collective
-        stack.enter_context(run_folder.held(folder))  # collective
+        stack.enter_context(run_lock(folder))  # collective
 
         # --- what there is to go on from
         point = resume.find(resume_from, folder)  # collectives

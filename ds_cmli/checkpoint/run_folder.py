@@ -1,20 +1,15 @@
 """A run's folder: made once, held by one run, and set back to the step that a run goes on from."""
 
 import json
-import os
-import socket
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ds_cmli.checkpoint import save
+from ds_cmli.checkpoint.lock import written_together
 from ds_cmli.checkpoint.resume import ResumePoint, root_of
 from ds_cmli.checkpoint.save import FOLDER
 from ds_cmli.checkpoint.state import TrainState
@@ -22,24 +17,12 @@ from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed import this_node
-from ds_cmli.errors import UserError, blame
 from ds_cmli.files import sha256
 from ds_cmli.models.hf import BEST
 from ds_cmli.provenance import revision, versions
 
-METRICS, CONFIG, LOCK = "metrics.jsonl", "run.json", "run.lock"
-TOUCH_SECONDS = 15.0  # between two touches of the lock
-LEASE = 180.0  # seconds without a touch after which a holder elsewhere has ended; NFS delays by 60
-JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
-
-
-@contextmanager
-def written_together(folder: Path) -> Iterator[None]:
-    """All ranks raise a `UserError` if rank 0 cannot write inside. Collective."""
-    place = f"--output-dir is {str(folder)!r}: cannot write there"
-    with distributed.raised_together(), blame(place):  # collective
-        yield
+METRICS = "metrics.jsonl"
+CONFIG = "run.json"
 
 
 @contextmanager
@@ -64,78 +47,6 @@ def made(config: Config, resume: str) -> Iterator[Path]:
         with suppress(OSError):
             for path in new:
                 path.rmdir()
-
-
-@contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Inside, rank 0 holds the folder's lock for all ranks. Collective.
-
-    A file made by an exclusive open, which is atomic on NFS too, and touched again and again: a
-    holder that has died here, or does not touch it any more elsewhere, has lost it, and so has an
-    earlier start of the same job. Raises `UserError` on every rank if another run holds it.
-    """
-    path, own, ended = folder / LOCK, "", threading.Event()
-
-    def touch() -> None:
-        while not ended.wait(TOUCH_SECONDS):
-            with suppress(OSError):
-                os.utime(path)
-
-    with written_together(folder):  # collective
-        if distributed.is_main():
-            own = _take(path)
-            threading.Thread(target=touch, daemon=True).start()
-    try:
-        with distributed.raised_together():  # collective
-            if not path.exists():
-                unseen = f"{this_node()} does not see what rank 0 writes there"
-                raise UserError(f"--output-dir is {str(folder)!r}: {unseen}: give a shared folder")
-        yield
-    finally:
-        ended.set()
-        with suppress(OSError):
-            if own and path.read_text() == own:  # a start that took this one for ended may have it
-                path.unlink()
-
-
-def _take(path: Path) -> str:
-    """Make the lock file, and return its text. Raises `UserError` if another run holds it."""
-    started = psutil.Process().create_time()
-    job = [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")]
-    if os.environ.get(JOB):
-        job = [os.environ[JOB], f"{os.getpid()} {started}"]
-    mine = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "job": job}
-    while True:
-        with suppress(FileExistsError), open(path, "x") as file:
-            file.write(json.dumps(mine))
-            return json.dumps(mine)
-        with suppress(FileNotFoundError):  # given back since
-            if not path.stat().st_size:
-                time.sleep(0.5)  # it is being written, or the disk was full
-            age, holder = time.time() - path.stat().st_mtime, None
-            with suppress(ValueError, KeyError, TypeError):  # it was not written whole
-                content = json.loads(path.read_text())
-                holder = content if _runs(content, mine, age) else None
-            if holder is not None:
-                raise UserError(
-                    f"--output-dir is {str(path.parent)!r}: in use by process {holder['pid']} on "
-                    f"{holder['host']}, which gave a sign {age:.0f} s ago: give another"
-                )
-            path.unlink()
-
-
-def _runs(holder: dict[str, Any], mine: dict[str, Any], age: float) -> bool:
-    (job, start), (own_job, own_start) = holder["job"], mine["job"]
-    if job is not None and job == own_job and start != own_start:
-        return False  # an earlier start of the same job, which its scheduler has ended
-    if holder["host"] != mine["host"]:
-        return age < LEASE
-    try:
-        process = psutil.Process(holder["pid"])
-        dead = process.status() == psutil.STATUS_ZOMBIE  # nobody has waited for it yet
-        return not dead and abs(process.create_time() - holder["started"]) < 1
-    except psutil.Error:
-        return False
 
 
 def settle(

@@ -1,0 +1,153 @@
+"""The lock of a run's folder, which one run holds at a time.
+
+`run.lock` names the process that holds it and is touched every 15 seconds. It is free if that
+process does not run any more on this node, if another node's has not touched it for three minutes,
+or if the holder is an earlier start of the same job.
+
+Looking at the file and replacing it are one action: a lock of filelock beside it, held for that
+time alone, lets no second start in between. It is flock's, over NFS too, or an exclusively created
+file where the file system has no flock.
+"""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed import this_node
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import read_json
+
+LOCK = "run.lock"
+TOUCH_SECONDS = 15.0  # between two touches of the lock
+LEASE_SECONDS = 180.0  # another node's holder has ended after so long; NFS shows a touch 60 s late
+JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a run's folder, as `run.lock` names it."""
+
+    host: str
+    pid: int
+    started: float  # seconds since the epoch
+    job: list[str | None]  # the scheduler's job and its start; [None, None] without one
+
+    @classmethod
+    def of_this_process(cls) -> "Holder":
+        started = psutil.Process().create_time()
+        job = [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")]
+        if os.environ.get(JOB):
+            job = [os.environ[JOB], f"{os.getpid()} {started}"]
+        return cls(socket.gethostname(), os.getpid(), started, job)
+
+    @classmethod
+    def read(cls, path: Path) -> "Holder | None":
+        """Return the holder that a lock names; None if there is no whole lock."""
+        with suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
+            return cls(**read_json(path))
+        return None
+
+    def runs(self, start: "Holder", age: float) -> bool:
+        """Return True if this holder goes on beside `start`, `age` seconds after its last touch."""
+        job, restart = self.job
+        start_job, start_restart = start.job
+        if job is not None and job == start_job and restart != start_restart:
+            return False  # an earlier start of the same job, which its scheduler has ended
+        if self.host != start.host:
+            return age < LEASE_SECONDS
+        try:
+            process = psutil.Process(self.pid)
+            is_dead = process.status() == psutil.STATUS_ZOMBIE  # nobody has waited for it yet
+            return not is_dead and abs(process.create_time() - self.started) < 1
+        except psutil.Error:
+            return False
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Hold a run's folder inside, by rank 0 for all ranks.
+
+    Raises `UserError` on every rank if another run holds it. Collective.
+    """
+    path = folder / LOCK
+    holder = Holder.of_this_process()
+    released = threading.Event()
+
+    def touch_lock(file_number: int) -> None:
+        while not released.wait(TOUCH_SECONDS):
+            with suppress(OSError):
+                os.utime(file_number)
+        os.close(file_number)
+
+    with written_together(folder):  # collective
+        if distributed.is_main():
+            _take(path, holder)
+            # By its number the file is this holder's, also after another start has replaced it.
+            file_number = os.open(path, os.O_RDWR)
+            threading.Thread(target=touch_lock, args=[file_number], daemon=True).start()
+    try:
+        with distributed.raised_together():  # collective
+            if not path.exists():
+                raise UserError(
+                    f"--output-dir is {str(folder)!r}: {this_node()} does not see what rank 0 "
+                    "writes there: give a shared folder"
+                )
+        yield
+    finally:
+        released.set()
+        if distributed.is_main():
+            with suppress(OSError), _no_other_start(path):
+                if Holder.read(path) == holder:  # otherwise another start has taken it over
+                    path.unlink()
+
+
+@contextmanager
+def written_together(folder: Path) -> Iterator[None]:
+    """Raise a `UserError` on all ranks if rank 0 cannot write inside. Collective."""
+    place = f"--output-dir is {str(folder)!r}: cannot write there"
+    with distributed.raised_together(), blame(place):  # collective
+        yield
+
+
+@contextmanager
+def _no_other_start(path: Path) -> Iterator[None]:
+    """Look at the lock `path`, and change it, inside."""
+    guard = path.with_name(path.name + ".guard")
+    with FileLock(guard, timeout=LEASE_SECONDS):
+        try:
+            yield
+        finally:
+            # A start that waits for this file notices that it is gone, and makes another.
+            guard.unlink(missing_ok=True)
+
+
+def _take(path: Path, start: Holder) -> None:
+    """Write the lock of this start. Raises `UserError` if another run holds the folder."""
+    with _no_other_start(path):
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} is no file: remove it, or give another --output-dir")
+        holder = Holder.read(path)
+        if holder is not None:
+            age = time.time() - path.stat().st_mtime
+            if holder.runs(start, age):
+                raise UserError(
+                    f"--output-dir is {str(path.parent)!r}: in use by process {holder.pid} on "
+                    f"{holder.host}, which gave a sign {age:.0f} s ago: give another"
+                )
+        # A new file: the one that was here is still touched by its number if its holder lives on.
+        path.unlink(missing_ok=True)
+        try:
+            path.write_text(json.dumps(asdict(start)))
+        except OSError:  # the disk is full
+            path.unlink(missing_ok=True)
+            raise
