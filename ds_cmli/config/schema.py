@@ -84,7 +84,7 @@ class TeacherConfig:
 @dataclass(config=STRICT)
 class DataConfig:
     # "demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by
-    # hf://datasets/OWNER/NAME (docs/train.md); or several, each with a share as WHAT::0.7.
+    # hf://datasets/OWNER/NAME (docs/data.md); or several, each with a share as WHAT::0.7.
     source: Name | Names = "demo"
     # Captions of the demo: "names" of one to four pictures, or "sentences" with other words too.
     scenes: Literal["names", "sentences"] = "names"

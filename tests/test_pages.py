@@ -1,0 +1,229 @@
+"""What the pages say of messages, settings, files, options and numbers, compared with the code.
+
+A number that a page takes from the code has a comment behind it on its line: `1,000 <!-- ds_cmli.data.build.MAX -->`,
+or any expression of names that are imported by their path.
+"""
+
+import ast
+import dataclasses
+import errno
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+from ds_cmli import train
+from ds_cmli.config.registry import LOSSES
+from ds_cmli.config.schema import SECTIONS
+from ds_cmli.evaluate import __main__ as evaluate
+from tests.ranks import ROOT
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "slurm" / "README.md"]
+CODE = [*(ROOT / "ds_cmli").rglob("*.py"), *(ROOT / "profiling").rglob("*.py"), ROOT / "slurm" / "train.sh"]
+FOLDERS = "ds_cmli|ds_configs|profiling|slurm|tests|docs"  # of paths of the repository
+# Messages of libraries and of the system, which pages explain, and where they come from.
+OF_LIBRARIES = {
+    "Bus error": "the system's, for SIGBUS",
+    "unable to write to file </torch_...>": "PyTorch's shared memory",
+    "rank 0 of 4 cannot start: DistStoreError: ...": "the exception's name is PyTorch's",
+    "... cannot start: DistNetworkError: ... EADDRINUSE": "the exception's name is PyTorch's",
+    "rank 2 of 4 cannot start: ... invalid device ordinal": "CUDA's reason",
+    "DataLoader worker (pid ...) is killed by signal: Killed": "PyTorch's",
+    "Too many open files": os.strerror(errno.EMFILE),
+}
+
+
+@cache
+def texts_of_the_code() -> str:
+    """Return all strings of the code, a NUL where an f-string has a value."""
+    texts = []
+    for path in CODE:
+        if path.suffix == ".sh":
+            texts.append(path.read_text("utf-8"))
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values]
+                texts.append("".join(parts))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n\n".join(texts)
+
+
+def fixed_parts(message: str) -> list[str]:
+    """Return what a message has in each of its occurrences: the parts between "...", numbers, CAPITALS and 'values'.
+
+    A part ends at a colon or semicolon too, where messages are put together.
+    """
+    message = message.removeprefix("error: ")
+    parts = re.split(r"\.\.\.|\b[\d.,]*\d\b|\b[A-Z][A-Z_]{2,}\b|'[^' ]*'|[:;]", message)
+    parts = [part.strip(" ,;:()'\"/") for part in parts]
+    return [part for part in parts if len(re.findall(r"[a-z]{2,}", part)) > 1]
+
+
+def tables(page: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Yield the header and the rows of each table of a page."""
+    for block in re.findall(r"(?m)(?:^\|.*\|\n)+", page.read_text("utf-8") + "\n"):
+        rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block.strip().splitlines()]
+        header, _, *body = rows
+        yield [cell.strip("| ") for cell in header], [[cell.strip("| ") for cell in row] for row in body]
+
+
+def printed() -> list[tuple[str, str]]:
+    """Return the pages' messages: what stands under "printed" in a table, and what begins with "error: "."""
+    found = []
+    for page in PAGES:
+        for header, rows in tables(page):
+            if header[0] == "printed":
+                for row in rows:
+                    found += [(page.name, message) for message in re.findall(r"`([^`]+)`", row[0]) or [row[0]]]
+        found += [(page.name, message) for message in re.findall(r"`(error: [^`]{4,})`", page.read_text("utf-8"))]
+    return list(dict.fromkeys(found))
+
+
+@pytest.mark.parametrize(("page", "message"), printed())
+def test_a_message_of_a_page_is_printed_by_the_code(page, message):
+    if message in OF_LIBRARIES:
+        return
+    parts = fixed_parts(message)
+    assert parts, f"{page}: {message!r} has no part that could be looked up"
+    missing = [part for part in parts if part not in texts_of_the_code()]
+    assert not missing, f"{page} says {message!r} is printed, and no string of the code has {missing}"
+
+
+def test_the_parts_of_a_message():
+    message = "error: rank 3 on node ...: no progress for 120 s, at FILE:LINE ...; last step ..."
+    assert fixed_parts(message) == ["on node", "no progress for", "last step"]
+    assert fixed_parts("DS_ACCELERATOR is 'cuda' and PyTorch trains on ... here") == ["and PyTorch trains on"]
+    assert fixed_parts("in use by process ... on ...") == ["in use by process"]
+
+
+def test_settings_that_pages_name_exist():
+    names = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
+    for page in PAGES:
+        for code in re.findall(r"`([^`]+)`|^```.*?^```", page.read_text("utf-8"), re.M | re.S):
+            for name in re.findall(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_0-9]+\b(?![/(])", code):
+                is_file = re.search(r"\.(py|md|json|sh|cpp|jsonl)$", name)
+                assert name in names or is_file, f"{page.name} names the setting {name}"
+
+
+def commands_of(command: click.Command) -> set[str]:
+    return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+# Of pip, deepspeed, torchrun, sbatch and docker.
+OPTIONS_OF_OTHERS = [
+    "--no-compile",
+    "--num_accelerators",
+    "--nproc_per_node",
+    "--hostfile",
+    "--gpus-per-node",
+    "--cpus-per-gpu",
+    "--mem",
+    "--mem-per-gpu",
+    "--time",
+    "--nodes",
+    "--array",
+    "--signal",
+    "--no-requeue",
+    "--requeue",
+    "--open-mode",
+    "--ntasks-per-node",
+    "--export",
+    "--partition",
+    "--account",
+    "--shm-size",
+]
+
+
+def test_options_that_pages_name_exist():
+    from ds_cmli import export, visualize
+    from ds_cmli.memory import command as memory
+
+    ours = {"--help", "--version"}
+    for module in (train, evaluate, export, visualize, memory):
+        ours |= commands_of(module.command)
+    scripts = "".join(path.read_text("utf-8") for path in CODE if path.parts[-2] in ("profiling", "speed", "slurm"))
+    for page in PAGES:
+        for code in re.findall(r"`(--[a-z][\w-]+)", page.read_text("utf-8")):
+            known = code in ours or code in scripts or code in OPTIONS_OF_OTHERS
+            assert known, f"{page.name} names the option {code}"
+
+
+def test_files_and_modules_that_pages_name_exist():
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for name in re.findall(rf"`((?:{FOLDERS})/[\w/.-]+)`", text):
+            assert (ROOT / name).exists(), f"{page.name} names the file {name}"
+        for name in re.findall(r"\b(?:from|import|-m) (ds_cmli[\w.]*)", text):
+            assert importlib.util.find_spec(name), f"{page.name} names the module {name}"
+
+
+def test_losses_of_the_page_are_those_of_the_code():
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "loss"]
+    assert {name.strip("`") for name, *_ in rows} == set(LOSSES)
+
+
+def test_presets_of_the_page_have_the_codes_sizes():
+    from ds_cmli.config.presets import load_preset
+
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "train.md") if header[0] == "preset"]
+    for name, image, *_, batch in rows:
+        config = load_preset(name.strip("`"), {})
+        assert batch == str(config.optim.micro_batch), name
+        sizes = re.findall(r"(\d+) px", image)
+        assert sizes in ([], [str(config.data.image_size)]), name
+        for layers in re.findall(r"first (\d+) blocks", image):
+            assert layers == str(config.student.layers or 6), name
+
+
+def test_packages_of_the_demos_assets():
+    from ds_cmli.data import assets
+
+    (rows,) = [rows for header, rows in tables(ROOT / "docs" / "install.md") if header[0] == "asset"]
+    source = Path(assets.__file__).read_text("utf-8")
+    for asset, package, _ in rows:
+        assert f'"{package.strip("`")}' in source, f"no demo asset comes from {package} ({asset})"
+
+
+def stated_values() -> list[tuple[str, str, str]]:
+    """Return the page, the line before each comment of a value, and its expression."""
+    found = []
+    for page in PAGES:
+        for line in page.read_text("utf-8").splitlines():
+            for match in re.finditer(r"<!-- (ds_cmli\.[^>]+?) -->", line):
+                found.append((page.name, line[: match.start()], match[1]))
+    return found
+
+
+def evaluated(expression: str) -> object:
+    """Return the value of an expression in which names are paths such as `ds_cmli.data.build.MAX`."""
+    modules: dict[str, object] = {}
+    for name in re.findall(r"ds_cmli(?:\.\w+)+", expression):
+        parts = name.split(".")
+        for length in range(len(parts), 0, -1):
+            try:
+                importlib.import_module(".".join(parts[:length]))
+                break
+            except ModuleNotFoundError:
+                continue
+    import ds_cmli
+
+    modules["ds_cmli"] = ds_cmli
+    return eval(expression, modules)
+
+
+def test_numbers_of_the_pages_are_the_codes():
+    stated = stated_values()
+    for page, before, expression in stated:
+        value = evaluated(expression)
+        spellings = {str(value)}
+        if isinstance(value, int | float):
+            spellings |= {f"{value:,}", f"{value:.0%}", f"{value:.1%}", f"{value:g}"}
+        last = re.findall(r"[\d.,]*\d%?", before)
+        assert last and last[-1] in spellings, f"{page}: {before[-40:]!r} and {expression} is {value!r}"
