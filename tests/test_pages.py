@@ -28,6 +28,7 @@ CODE = [*(ROOT / "ds_cmli").rglob("*.py"), *(ROOT / "profiling").rglob("*.py"), 
 FOLDERS = "ds_cmli|ds_configs|profiling|slurm|tests|docs"  # of paths of the repository
 # Messages of libraries and of the system, which pages explain, and where they come from.
 OF_LIBRARIES = {
+    "..., which cannot be loaded: OSError: We couldn't connect to ...": "the reason is transformers'",
     "Bus error": "the system's, for SIGBUS",
     "unable to write to file </torch_...>": "PyTorch's shared memory",
     "rank 0 of 4 cannot start: DistStoreError: ...": "the exception's name is PyTorch's",
@@ -79,9 +80,12 @@ def printed() -> list[tuple[str, str]]:
     found = []
     for page in PAGES:
         for header, rows in tables(page):
-            if header[0] == "printed":
+            if header[0] in ("printed", "printed or seen"):
                 for row in rows:
-                    found += [(page.name, message) for message in re.findall(r"`([^`]+)`", row[0]) or [row[0]]]
+                    messages = re.findall(r"`([^`]+)`", row[0])
+                    if not messages and header[0] == "printed":
+                        messages = [row[0]]
+                    found += [(page.name, message) for message in messages]
         found += [(page.name, message) for message in re.findall(r"`(error: [^`]{4,})`", page.read_text("utf-8"))]
     return list(dict.fromkeys(found))
 
@@ -106,39 +110,27 @@ def test_the_parts_of_a_message():
 def test_settings_that_pages_name_exist():
     names = {f"{name}.{field.name}" for name, section in SECTIONS.items() for field in dataclasses.fields(section)}
     for page in PAGES:
-        for code in re.findall(r"`([^`]+)`|^```.*?^```", page.read_text("utf-8"), re.M | re.S):
-            for name in re.findall(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_0-9]+\b(?![/(])", code):
-                is_file = re.search(r"\.(py|md|json|sh|cpp|jsonl)$", name)
-                assert name in names or is_file, f"{page.name} names the setting {name}"
+        for code in re.findall(r"`([^`\n]+)`", page.read_text("utf-8")):
+            for name in re.findall(rf"\b(?:{'|'.join(SECTIONS)})\.[a-z_0-9]+\b(?![/(*])", code):
+                is_file = re.search(r"\.(py|md|json|sh|cpp|jsonl|lock|safetensors)$", name)
+                is_module = (ROOT / "ds_cmli" / name.replace(".", "/")).exists()
+                assert name in names or is_file or is_module, f"{page.name} names the setting {name}"
 
 
 def commands_of(command: click.Command) -> set[str]:
     return {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
 
 
-# Of pip, deepspeed, torchrun, sbatch and docker.
+# Of pip, deepspeed, torchrun, sbatch, docker and open_clip.
+# fmt: off
 OPTIONS_OF_OTHERS = [
-    "--no-compile",
-    "--num_accelerators",
-    "--nproc_per_node",
-    "--hostfile",
-    "--gpus-per-node",
-    "--cpus-per-gpu",
-    "--mem",
-    "--mem-per-gpu",
-    "--time",
-    "--nodes",
-    "--array",
-    "--signal",
-    "--no-requeue",
-    "--requeue",
-    "--open-mode",
-    "--ntasks-per-node",
-    "--export",
-    "--partition",
-    "--account",
-    "--shm-size",
+    "--account", "--array", "--cpus-per-gpu", "--dependency", "--export", "--gpus-per-node",
+    "--hostfile", "--mem", "--mem-per-gpu", "--no-compile", "--no-requeue",
+    "--nodes", "--nproc_per_node", "--ntasks-per-node", "--num_accelerators", "--open-mode",
+    "--partition", "--requeue", "--resize_mode", "--shm-size", "--shutdown-timeout",
+    "--signal", "--signals-to-handle", "--time",
 ]
+# fmt: on
 
 
 def test_options_that_pages_name_exist():
@@ -159,7 +151,8 @@ def test_files_and_modules_that_pages_name_exist():
     for page in PAGES:
         text = page.read_text("utf-8")
         for name in re.findall(rf"`((?:{FOLDERS})/[\w/.-]+)`", text):
-            assert (ROOT / name).exists(), f"{page.name} names the file {name}"
+            at_a_revision = re.search(r"\b[0-9a-f]{8}\b[^|]{,40}" + re.escape(name), text.replace("\n", " "))
+            assert (ROOT / name).exists() or at_a_revision, f"{page.name} names the file {name}"
         for name in re.findall(r"\b(?:from|import|-m) (ds_cmli[\w.]*)", text):
             assert importlib.util.find_spec(name), f"{page.name} names the module {name}"
 
