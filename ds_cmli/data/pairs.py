@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ds_cmli import probe
+from ds_cmli import scopes
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
@@ -65,7 +65,7 @@ class Batch:
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        with probe.scope("data"):
+        with scopes.scope("data"):
             return self.map(lambda x: x.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":

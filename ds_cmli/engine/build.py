@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_cmli import probe
+from ds_cmli import scopes
 from ds_cmli.cmli import distributed as cmli_distributed
 from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
@@ -127,7 +127,7 @@ def build(
             for handler in logger.handlers:
                 handler.setLevel(logging.INFO)
     deepspeed.init_distributed(verbose=False)
-    cmli_distributed.exchanging = partial(probe.scope, "exchange")
+    cmli_distributed.exchanging = partial(scopes.scope, "exchange")
 
     # --- student, losses, teacher
     dtype = DTYPES[ds_config.precision]

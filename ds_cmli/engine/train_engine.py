@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ds_cmli import probe
+from ds_cmli import scopes
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.pairs import Batch
@@ -126,7 +126,7 @@ class TrainEngine:
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
             return None
-        with probe.scope("activations teacher"):
+        with scopes.scope("activations teacher"):
             return self.teacher(batch.image)
 
     def backward(self, total: Tensor) -> None:
@@ -135,14 +135,14 @@ class TrainEngine:
         If the loss is not finite, all gradients are NaN.
         """
         loss = nonfinite.poison(total)
-        with probe.scope("backward"):
+        with scopes.scope("backward"):
             self.engine.backward(loss)
 
     def update(self) -> None:
         """Update the weights, after the last micro-batch of a step. Collective, CPU-GPU sync."""
         # The rate of this update: `engine.step` sets that of the next one.
         self.lr = self.engine.get_lr()[0] / self.lr_factor
-        with probe.scope("optimizer"):
+        with scopes.scope("optimizer"):
             self.engine.step()  # overflow check, gradient norm, updated weights
         if self.ema is not None and self.engine.was_step_applied():
             self.ema.update()

@@ -15,7 +15,7 @@ from torch import nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli import probe
+from ds_cmli import scopes
 from ds_cmli.engine import TrainEngine
 from ds_cmli.fake_cuda.recorder import Recorder
 from ds_cmli.memory_model.gpus import Gpu
@@ -95,7 +95,7 @@ class TrainingRecorder(Recorder):
             student.register_forward_pre_hook(before_student),
             student.register_forward_hook(lambda *_: self.begin("loss")),
             train_engine.objective.register_forward_hook(self._claim_cached),
-            probe.subscribed(self.scope),
+            scopes.subscribed(self.scope),
         ):
             yield
 

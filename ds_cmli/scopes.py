@@ -1,4 +1,4 @@
-"""What training reports while it runs: the one place where measuring reaches into it.
+"""Named parts of a training step, entered where they run and followed by whoever measures them.
 
 The recorder of memory subscribes. Without a subscriber nothing happens.
 """
@@ -11,20 +11,21 @@ _subscriber: Subscriber = nullcontext
 
 
 def scope(name: str) -> AbstractContextManager[object]:
-    """What is inside is a part of training.
+    """Mark what runs inside as the part `name` of training.
 
-    "backward" and "optimizer" are phases of a step. "exchange" is that of texts, or of their
-    gradients, between ranks. Others are categories of memory reports.
+    "backward" and "optimizer" are phases of a step. "exchange" is the exchange of texts, or of
+    their gradients, between ranks. Other names are categories of memory reports.
     """
     return _subscriber(name)
 
 
 @contextmanager
 def subscribed(subscriber: Subscriber) -> Iterator[None]:
-    """Inside, `subscriber(name)` is entered with every scope."""
+    """Enter `subscriber(name)` with every scope that is entered inside."""
     global _subscriber
-    before, _subscriber = _subscriber, subscriber
+    previous = _subscriber
+    _subscriber = subscriber
     try:
         yield
     finally:
-        _subscriber = before
+        _subscriber = previous
