@@ -140,7 +140,7 @@ def train(
         # --- what there is to go on from
         point = resume.find(resume_from, folder)  # collectives
         ds_config, sampler, total_steps = engines.make_plan(
-            config, resume.rebatch(point, ds_config), data.mixture
+            config, resume.rebatch(point, ds_config), data.order
         )
         state = resume.state_of(point, config, ds_config, with_changes, data.fingerprint)
         ended = state.step > total_steps or (state.step == total_steps and state.evaluated)

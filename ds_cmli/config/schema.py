@@ -106,6 +106,9 @@ class DataConfig:
     # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or path.
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
+    # Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, and of tars with
+    # more than 10 million pictures, else all.
+    shuffle_window: Number | None = None
     # Transforms of training pictures: the smallest share of the area that a crop keeps, the
     # probability of a flip (captions may name left and right), the change of colours.
     augmentation: dict[AugmentationName, Share] = EMPTY

@@ -7,15 +7,17 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ds_cmli.config.schema import DataConfig, check
-from ds_cmli.data.held_out import held_out_parts
+from ds_cmli.data.held_out import AllBut, held_out_parts
 from ds_cmli.data.images import View
 from ds_cmli.data.opening import open_source, split_weights
+from ds_cmli.data.order import FullOrder, Order, WindowedOrder
 from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
-from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
+from ds_cmli.data.sources import MAX_FULL, is_large, shard_sizes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.errors import UserError
 
+DEFAULT_WINDOW = 64  # shards
 # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
 Evals = Mapping[str, EvalPairs | Scenes]
 
@@ -25,12 +27,12 @@ class Data:
     """The data that a run trains and evaluates on."""
 
     train: Dataset
-    mixture: Mixture  # decides which samples of `train` an epoch takes
+    order: Order  # decides which samples of `train` an epoch takes
     evals: Evals
     tokenizer: CaptionTokenizer
     summary: list[str]  # lines to print: what was read
     # Identifies the data, as JSON; must be equal when a run resumes.
-    fingerprint: dict[str, Mapping[str, object]] = field(default_factory=dict)
+    fingerprint: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def __post_init__(self):
         self.collate = Collate(self.tokenizer)
@@ -49,7 +51,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     opened = {name: open_source(name, config) for name in names}
     held_out = held_out_parts(opened, config)
     train: dict[str, Share] = {}
-    fingerprint: dict[str, Mapping[str, object]] = {}
+    fingerprint: dict[str, dict[str, object]] = {}
     summary: list[str] = []
     weight_of = dict(zip(names, weights, strict=True)) if weights else {}
     for name, (kind, parts) in opened.items():
@@ -65,20 +67,49 @@ def build_data(config: DataConfig, seed: int) -> Data:
         if name in held_out:
             held_out_source, indices = held_out[name]
             if held_out_source is source:
-                train[name] = source, np.delete(np.arange(len(source)), indices)
+                train[name] = source, AllBut(len(source), indices)
         weight = weight_of.get(name)
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_describe(train[name])} to train on{share}")
         _, indices = train[name]
         fingerprint[name] = {**source.fingerprint(), "images": len(indices), "weight": weight}
+        if is_large(source):
+            fingerprint[name]["held_out"] = "from few shards"
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
     tokenizer = tokenizer_of(config)
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
     for start in pairs.images.starts[:-1]:
         pairs[start]  # a folder without its images is an error here, not in a loading process
-    mixture = Mixture([len(indices) for _, indices in train.values()], weights)
+    order, line = order_of(pairs.images, weights, config.shuffle_window)
+    summary.append(line)
     evals = {"val": EvalPairs(Images(held_out), config)}
-    return Data(pairs, mixture, evals, tokenizer, summary, fingerprint)
+    return Data(pairs, order, evals, tokenizer, summary, fingerprint)
+
+
+def order_of(images: Images, weights: list[float] | None, window: int | None) -> tuple[Order, str]:
+    """Return the order of the training set, and a line about it.
+
+    Args:
+        window: as `data.shuffle_window`.
+    """
+    if window is None:
+        in_shards = [share for share in images.sources if hasattr(share[0], "shard_sizes")]
+        num_images = sum(len(indices) for _, indices in in_shards)
+        is_remote = any(getattr(source, "is_remote", False) for source, _ in in_shards)
+        window = DEFAULT_WINDOW if is_remote or num_images > MAX_FULL else 0
+    if not window:
+        lengths = [len(indices) for _, indices in images.sources]
+        return FullOrder(lengths, weights), "order: all samples are shuffled together"
+    sizes = []
+    for source, indices in images.sources:
+        sizes.append(shard_sizes(source))
+        if isinstance(indices, AllBut):
+            shards = np.searchsorted(np.cumsum(sizes[-1]), indices.left_out, side="right")
+            sizes[-1] = sizes[-1] - np.bincount(shards, minlength=len(sizes[-1]))
+    order = WindowedOrder(sizes, window, weights, images.prefetch)
+    num_shards = sum(map(len, sizes))
+    shards = f"{min(order.window, num_shards)} of {num_shards:,} shards at a time"
+    return order, f"order: the samples of {shards} are shuffled together (data.shuffle_window)"
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[Evals, list[str]]:
@@ -122,4 +153,4 @@ def _demo(config: DataConfig, seed: int) -> Data:
     train = Scenes("train", seed, TRAIN_SCENES, *shared, View.of(config, seed))
     evals = {name: Scenes(name, EVAL_SEED, EVAL_SCENES, *shared) for name in ("seen", "unseen")}
     summary = [f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"]
-    return Data(train, Mixture([TRAIN_SCENES]), evals, tokenizer, summary)
+    return Data(train, FullOrder([TRAIN_SCENES]), evals, tokenizer, summary)

@@ -2,19 +2,22 @@
 
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.opening import Opened, open_source, split_weights
+from ds_cmli.data.order import permutation
 from ds_cmli.data.pairs import Share
-from ds_cmli.data.sources import Source
+from ds_cmli.data.sources import Source, is_large, shard_sizes
 from ds_cmli.data.sources.lists import ListedImages
 from ds_cmli.errors import UserError
 
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 1000
+HELD_OUT_SHARDS = 16  # of a large source
 
 
 def held_out_parts(
@@ -39,7 +42,8 @@ def held_out_parts(
 def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
     """Return the images of a source that are held out of training: int64 [n], in their order.
 
-    They have the lowest of pseudorandom numbers that are always the same.
+    They have the lowest of pseudorandom numbers that are always the same. Those of a large source
+    are from few of its shards, so that an evaluation does not fetch all of them.
 
     Args:
         wanted: as `data.held_out`.
@@ -50,6 +54,8 @@ def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
     if count >= len(source):
         problem = f"data.held_out is {wanted}, and {name} has {len(source)} images with a caption"
         raise UserError(f"{problem}: that leaves none to train on, hold out less")
+    if is_large(source):
+        return from_few_shards(shard_sizes(source), count)
     if isinstance(source, ListedImages):
         # Hashes of names: neither the order nor the captions of a list change the split.
         names = (source.name(index).encode(errors="surrogatepass") for index in range(len(source)))
@@ -61,6 +67,36 @@ def hold_out(name: str, source: Source, wanted: float | None) -> np.ndarray:
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         numbers = x ^ (x >> np.uint64(31))
     return np.sort(np.argpartition(numbers, count - 1)[:count])
+
+
+def from_few_shards(sizes: np.ndarray, count: int) -> np.ndarray:
+    """Return `count` images, int64 in their order, of `HELD_OUT_SHARDS` random shards, or of more
+    if these have less than twice as many. They are always the same.
+
+    Args:
+        sizes: int64 [S], the number of images in each shard.
+    """
+    order = permutation(len(sizes), 0).numpy()
+    num_enough = int(np.searchsorted(np.cumsum(sizes[order]), 2 * count)) + 1
+    chosen = order[: max(HELD_OUT_SHARDS, num_enough)]
+    starts = np.cumsum(sizes) - sizes
+    images = np.concatenate([starts[shard] + np.arange(sizes[shard]) for shard in chosen])
+    return np.sort(images[permutation(len(images), 1).numpy()[:count]])
+
+
+class AllBut(Sequence[int]):
+    """The numbers below `length` without those of `left_out`, which are sorted."""
+
+    def __init__(self, length: int, left_out: np.ndarray):
+        self.length = length
+        self.left_out = left_out
+        self.num_before = left_out - np.arange(len(left_out))  # how many stay before each
+
+    def __len__(self) -> int:
+        return self.length - len(self.left_out)
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # no slices
+        return int(index) + int(np.searchsorted(self.num_before, index, side="right"))
 
 
 def evaluation_data(config: DataConfig, name: str) -> DataConfig:

@@ -130,6 +130,18 @@ class Images:
         of_source = self.names[bisect_right(self.starts, index) - 1]
         return f"{of_source}: {source.name(place)}" if len(self.names) > 1 else source.name(place)
 
+    def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Announce images that are read soon to those sources that fetch them."""
+        places: dict[int, list[int]] = {}
+        for index in map(int, indices):
+            number = bisect_right(self.starts, index) - 1
+            _, place = self.at(index)
+            places.setdefault(number, []).append(place)
+        for number, of_source in places.items():
+            source, _ = self.sources[number]
+            if hasattr(source, "prefetch"):
+                source.prefetch(of_source)
+
     def captions(self, index: int) -> list[str]:
         source, place = self.at(index)
         captions = [text for text in source.captions(place) if text and text.strip()]

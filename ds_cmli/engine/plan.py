@@ -12,7 +12,8 @@ from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, compares_tokens
 from ds_cmli.config.schema import Config
-from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
+from ds_cmli.data.order import Order
+from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import check_rates
 from ds_cmli.errors import UserError
@@ -65,7 +66,7 @@ def filled(
 
 
 def make_plan(
-    config: Config, ds_config: DeepSpeedConfig, samples: int | Mixture
+    config: Config, ds_config: DeepSpeedConfig, samples: int | Order
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
     """Plan a run, and print how its batch is made up.
 

@@ -75,7 +75,7 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]
-    sampler = GlobalBatchSampler(data.mixture, micro_batch, 0, 1, config.run.seed)
+    sampler = GlobalBatchSampler(data.order, micro_batch, 0, 1, config.run.seed)
     loaded = iter(loader(data.train, data.collate, 0, batch_sampler=sampler))
     batches = [next(loaded) for _ in range(4)]
     trainer = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.pad_id)

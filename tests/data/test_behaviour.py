@@ -5,10 +5,12 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler, Mixture, permutation
+from ds_cmli.data.order import FullOrder, permutation
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from ds_cmli.errors import UserError
 from tests import make
 
@@ -26,7 +28,7 @@ def consumed(samples, count: int, micro_batch: int = 4, state=None, seed: int = 
 
 
 def test_an_epoch_has_each_sample_once_and_each_epoch_its_own_order():
-    seen, _ = consumed(Mixture([12, 8]), 15)
+    seen, _ = consumed(FullOrder([12, 8]), 15)
     epochs = [[*chain(*seen[first : first + 5])] for first in (0, 5, 10)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert len(set(map(tuple, epochs))) == 3
@@ -41,16 +43,16 @@ def test_a_state_of_other_data_or_another_seed_is_refused():
 
 
 def test_a_mixture_takes_its_shares_and_every_sample_before_one_again():
-    mixture = Mixture([30, 10], [1.0, 3.0])  # of 40 draws 10 and 30
-    taken = [mixture.order(0, epoch) for epoch in range(3)]
-    for indices, _ in taken:
-        assert int((indices < 30).sum()) == 10 and len(indices) == 40
-        assert 0 < int((indices[:20] < 30).sum()) < 10  # mixed, not one source after the other
-    times = Counter(torch.cat([indices for indices, _ in taken]).tolist())
+    mixture = FullOrder([30, 10], [1.0, 3.0])  # of 40 draws 10 and 30
+    epochs = [mixture.at(np.arange(40), 0, epoch) for epoch in range(3)]
+    for indices, _ in epochs:
+        assert (indices < 30).sum() == 10 and len(indices) == 40
+        assert 0 < (indices[:20] < 30).sum() < 10  # mixed, not one source after the other
+    times = Counter(chain.from_iterable(indices.tolist() for indices, _ in epochs))
     assert [times[n] for n in range(30)] == [1] * 30 and [times[n] for n in range(30, 40)] == [9] * 10
-    turns = {(int(i), int(turn)) for indices, turns in taken for i, turn in zip(indices, turns, strict=True)}
-    assert len(turns) == 120  # no sample comes twice at the same turn, so none gets the same view twice
-    assert Mixture([3, 3, 4], [1, 1, 1e-9]).shares == [5, 4, 1]  # each source keeps one
+    draws = {(int(i), int(turn)) for indices, turns in epochs for i, turn in zip(indices, turns, strict=True)}
+    assert len(draws) == 120  # no sample comes twice at the same turn, so none gets the same view twice
+    assert FullOrder([3, 3, 4], [1, 1, 1e-9]).shares == [5, 4, 1]  # each source keeps one
 
 
 def test_a_permutation_is_a_function_of_its_arguments_alone():

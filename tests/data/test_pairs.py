@@ -43,7 +43,7 @@ STEPS = 10  # of about three epochs
 
 def run(data, ranks, workers, state, steps):
     """What each global batch holds, in order, and the sampler's state afterwards."""
-    samplers = [GlobalBatchSampler(data.mixture, 8 // ranks, rank, ranks, 5) for rank in range(ranks)]
+    samplers = [GlobalBatchSampler(data.order, 8 // ranks, rank, ranks, 5) for rank in range(ranks)]
     for sampler in samplers:
         if state:
             sampler.load_state_dict(state)
@@ -58,15 +58,25 @@ def run(data, ranks, workers, state, steps):
     return seen, samplers[0].state_dict()
 
 
-@pytest.mark.parametrize("sources", SOURCES.values(), ids=SOURCES)
-def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, sources):
-    chance, opened = random.Random(str(sources)), data(folders, sources)
+CASES = [(name, 0) for name in SOURCES] + [("tars", 3), ("weighted", 3)]
+
+
+@pytest.mark.parametrize(("name", "window"), CASES)
+def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, name, window):
+    sources = SOURCES[name]
+    chance, opened = random.Random(str(sources)), data(folders, sources, shuffle_window=window)
     whole, _ = run(opened, 1, 0, None, STEPS)
     for before, after in (((1, 2), (8, 0)), ((4, 0), (2, 2))):  # ranks and workers
         stop = chance.randint(1, STEPS - 1)
         first, state = run(opened, *before, None, stop)
         rest, _ = run(opened, *after, state, STEPS - stop)
-        assert first + rest == whole, (before, stop, after)
+        assert global_batches(first + rest) == global_batches(whole), (before, stop, after)
+        if not window:  # the ranks of the windowed order take turns in a batch
+            assert first + rest == whole
+
+
+def global_batches(seen):
+    return [sorted(seen[start : start + 8]) for start in range(0, len(seen), 8)]
 
 
 def test_all_samples_bad_is_an_error(tmp_path):

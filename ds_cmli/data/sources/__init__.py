@@ -26,6 +26,8 @@ CAPTION_SETTING = "data.caption_key (--csv-caption-key)"
 
 ROWS_OF_SHARD = 10_000  # of a source that is not in shards, whose order cuts it into as many
 
+MAX_FULL = 10_000_000  # images in shards; the order of more is windowed unless a setting says so
+
 
 class Source(Protocol):
     """Images with one or more captions each, by number.
@@ -51,6 +53,12 @@ def shard_sizes(source: Source) -> np.ndarray:
         whole, remainder = divmod(len(source), ROWS_OF_SHARD)
         sizes = [ROWS_OF_SHARD] * whole + [remainder] * (remainder > 0)
     return np.asarray(sizes, np.int64)
+
+
+def is_large(source: Source) -> bool:
+    """Return whether a source is remote, or in shards with more than `MAX_FULL` images."""
+    in_shards = hasattr(source, "shard_sizes")
+    return in_shards and (getattr(source, "is_remote", False) or len(source) > MAX_FULL)
 
 
 def find_column(columns: Iterable[str], usual: set[str], setting: str) -> str:

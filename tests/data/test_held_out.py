@@ -1,0 +1,72 @@
+"""Held-out images of a large source: from few shards, the same on every start, and no array of all the others."""
+
+import random
+from types import SimpleNamespace
+
+import numpy as np
+
+from ds_cmli.data.build import order_of
+from ds_cmli.data.held_out import AllBut, from_few_shards, hold_out
+from ds_cmli.data.pairs import Images
+from ds_cmli.data.sources import shard_sizes
+
+
+class InShards:
+    """A source of which only the sizes are known."""
+
+    def __init__(self, sizes, is_remote=True):
+        self.shard_sizes = np.asarray(sizes)
+        self.is_remote = is_remote
+
+    def __len__(self):
+        return int(self.shard_sizes.sum())
+
+
+def test_numbers_without_some():
+    chance = random.Random(3)
+    for length in (1, 2, 30):
+        left_out = np.array(sorted(chance.sample(range(length), chance.randint(0, length))), np.int64)
+        numbers = AllBut(length, left_out)
+        assert [numbers[i] for i in range(len(numbers))] == np.delete(np.arange(length), left_out).tolist()
+
+
+def test_few_shards_have_what_is_held_out_of_many():
+    sizes = np.full(10_000, 9_000)
+    held_out = hold_out("bucket", InShards(sizes), None)
+    assert len(set(held_out.tolist())) == 1000 and (np.diff(held_out) > 0).all()
+    assert len(set((held_out // 9_000).tolist())) == 16
+    assert (hold_out("bucket", InShards(sizes), 1000) == held_out).all()  # no start has others
+    assert len(set((from_few_shards(np.full(50, 10), 200) // 10).tolist())) == 40  # 16 shards have only 160
+
+
+def test_a_source_that_is_read_in_place_and_small_keeps_its_split():
+    local = hold_out("tars", InShards([500] * 40, is_remote=False), 100)
+    assert len(set((local // 500).tolist())) > 30
+    assert local[:5].tolist() == [254, 366, 410, 503, 821]
+
+
+def test_held_out_images_are_in_no_order_and_all_others_in_each():
+    source = InShards([3, 40, 25, 2, 30])
+    held_out = hold_out("bucket", source, 12)
+    images = Images({"bucket": (source, AllBut(len(source), held_out))})
+    order, line = order_of(images, None, 2)
+    assert line == "order: the samples of 2 of 5 shards at a time are shuffled together (data.shuffle_window)"
+    indices = [images.at(int(index)) for index in order.at(np.arange(88), 0, 0).indices]
+    assert sorted({place for _, place in indices} | set(held_out.tolist())) == list(range(100))
+    shards = np.searchsorted(np.cumsum(shard_sizes(source)), [place for _, place in indices], side="right")
+    assert max(len(set(shards[start : start + 2])) for start in range(0, 88, 2)) <= 2
+
+
+def test_the_order_by_the_size_and_place_of_the_data():
+    def order(source, window=None):
+        images = Images({"source": (source, range(len(source)))})
+        return order_of(images, None, window)[0].window
+
+    class Listed(SimpleNamespace):
+        def __len__(self):
+            return 20_000_000
+
+    assert order(InShards([10] * 100)) == 64
+    assert order(InShards([10] * 100, is_remote=False)) == 0
+    assert order(InShards([10_000] * 1001, is_remote=False)) == 64
+    assert order(InShards([10_000] * 1001, is_remote=False), 500) == 500

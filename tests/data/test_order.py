@@ -1,0 +1,188 @@
+"""The windowed order: each sample once, few shards at a time, the same on any ranks, small at a billion samples."""
+
+import random
+import tracemalloc
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from ds_cmli.data.order import FullOrder, ShardLanes, WindowedOrder, split_draws
+from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.errors import UserError
+
+SIZES = {
+    "one": ([[9]], 4),
+    "equal": ([[10] * 12], 4),
+    "uneven": ([[3, 17, 1, 40, 8, 8, 25]], 3),
+    "fewer shards than lanes": ([[5, 6]], 8),
+    "fewer samples than lanes": ([[2, 1]], 64),
+    "two sources": ([[30, 20, 10], [7, 7, 7, 7]], 4),
+}
+
+
+def whole_epoch(order, epoch: int = 0):
+    return order.at(np.arange(order.length), 3, epoch)
+
+
+@pytest.mark.parametrize(("sizes", "window"), SIZES.values(), ids=SIZES)
+def test_an_epoch_has_each_sample_once_and_is_read_from_any_place(sizes, window):
+    orders = [whole_epoch(WindowedOrder(sizes, window), epoch) for epoch in range(2)]
+    for epoch, order in enumerate(orders):
+        assert sorted(order.indices) == list(range(sum(map(sum, sizes))))
+        assert set(order.turns) == {epoch}
+    assert len(orders[0].indices) < 5 or (orders[0].indices != orders[1].indices).any()
+    chance = random.Random(0)
+    for _ in range(5):
+        positions = np.array(chance.sample(range(len(orders[1].indices)), 3))
+        assert (WindowedOrder(sizes, window).at(positions, 3, 1).indices == orders[1].indices[positions]).all()
+
+
+def test_places_worked_out_by_hand():
+    lanes = ShardLanes(np.array([2, 3, 1]), num_lanes=2)  # 6 places: lane 0 has the first three, lane 1 the others
+    lanes.shard_orders[("key",)] = np.array([1, 2, 0]), np.array([3, 4, 6])  # the line 1 1 1 2 0 0
+    shards, draws = lanes.places(np.arange(6), "key")
+    assert shards.tolist() == [1, 2, 1, 0, 1, 0]
+    assert draws.tolist() == [0, 0, 1, 0, 2, 1]
+
+
+def test_a_lane_reads_one_shard_after_the_other():
+    lanes = ShardLanes(np.full(40, 25), num_lanes=8)
+    shards, _ = lanes.places(np.arange(1000), 0, 0)
+    for lane in range(8):
+        changes = np.diff(shards[lane::8]) != 0
+        assert changes.sum() + 1 == len(set(shards[lane::8]))  # none comes again
+    assert max(len(set(shards[start : start + 8])) for start in range(0, 1000, 8)) == 8
+
+
+def test_a_rank_reads_its_lanes_alone():
+    order = WindowedOrder([np.full(40, 25)], 8)
+    starts = order.lines[0].starts
+    for ranks in (1, 2, 4, 8):
+        batches = islice(GlobalBatchSampler(order, 32 // ranks, 1 % ranks, ranks, 0), 3)
+        samples = [draw.sample for batch in batches for draw in batch]
+        shards = np.searchsorted(starts, samples, side="right")
+        assert len(set(shards)) == 8 // ranks
+
+
+def resumed(order, batches: list[tuple[int, int, int]]) -> list[list[tuple[int, int]]]:
+    """The sorted draws of each global batch of stretches on `ranks` with `micro_batch`, so many batches each."""
+    state = None
+    seen = []
+    for ranks, micro_batch, count in batches:
+        samplers = [GlobalBatchSampler(order, micro_batch, rank, ranks, 5) for rank in range(ranks)]
+        for sampler in samplers:
+            if state is not None:
+                sampler.load_state_dict(state)
+        iterators = [iter(sampler) for sampler in samplers]
+        for _ in range(count):
+            seen.append(sorted(tuple(draw) for iterator in iterators for draw in next(iterator)))
+            for sampler in samplers:
+                sampler.advance()
+        state = samplers[0].state_dict()
+    return seen
+
+
+ORDERS = {
+    "full": lambda: FullOrder([300, 91]),
+    "full, weighted": lambda: FullOrder([300, 91], [1.0, 2.0]),
+    "windowed": lambda: WindowedOrder([[100, 60, 140], [31, 30, 30]], 5),
+    "windowed, weighted": lambda: WindowedOrder([[100, 60, 140], [31, 30, 30]], 5, [1.0, 2.0]),
+}
+
+
+@pytest.mark.parametrize("make_order", ORDERS.values(), ids=ORDERS)
+def test_stopped_anywhere_and_gone_on_with_elsewhere_the_global_batches_are_those_of_one_rank(make_order):
+    chance = random.Random(1)
+    whole = resumed(make_order(), [(1, 30, 40)])
+    for ranks in (1, 2, 3, 5):
+        stop = chance.randint(1, 30)
+        before = chance.choice([1, 2, 3, 5])
+        assert resumed(make_order(), [(before, 30 // before, stop), (ranks, 30 // ranks, 40 - stop)]) == whole
+    # Another global batch goes on with the samples that are left, in the same order.
+    taken = resumed(make_order(), [(1, 30, 5), (2, 10, 3), (3, 5, 2)])
+    flat = [draw for batch in resumed(make_order(), [(1, 10, 24)]) for draw in batch]
+    assert sorted(draw for batch in taken for draw in batch) == sorted(flat)
+
+
+@pytest.mark.parametrize("weights", [[7.0, 3.0], [1.0, 50.0], [1.0, 1e-9]])
+def test_a_windowed_mixture_takes_its_shares_and_every_sample_before_one_again(weights):
+    sizes = [np.array([50, 30, 40, 700]), np.array([20, 25, 5])]
+    order = WindowedOrder(sizes, 8, weights)
+    epochs = [whole_epoch(order, epoch) for epoch in range(4)]
+    shares = [8 * share for share in split_draws(870 // 8, weights)]
+    for epoch in epochs:
+        assert [(epoch.indices < 820).sum(), (epoch.indices >= 820).sum()] == shares
+    draws = Counter(pair for epoch in epochs for pair in zip(epoch.indices.tolist(), epoch.turns.tolist(), strict=True))
+    assert set(draws.values()) == {1}  # no sample twice in a turn
+    for first, length in ((0, 820), (820, 50)):
+        turns = Counter(turn for index, turn in draws if first <= index < first + length)
+        *complete, last = sorted(turns)
+        assert all(turns[turn] == length for turn in complete) and 0 < turns[last] <= length
+
+
+def test_each_batch_of_a_windowed_mixture_has_all_sources():
+    order = WindowedOrder([np.full(100, 50), np.full(100, 50)], 16, [0.7, 0.3])
+    shares = []
+    for start in range(0, order.length - 64, 64):
+        shares.append((order.at(start + np.arange(64), 0, 0).indices < 5000).mean())
+    assert min(shares) > 0.4 and max(shares) < 0.95 and np.mean(shares) == pytest.approx(0.7, abs=0.01)
+
+
+def test_many_sources_of_any_weights_have_their_shares():
+    chance = random.Random(2)
+    weights = [chance.random() + 0.01 for _ in range(40)]
+    order = WindowedOrder([np.full(3, 700) for _ in weights], 4, weights)
+    sources = whole_epoch(order).indices // 2100
+    counts = [int((sources == source).sum()) for source in range(40)]
+    assert counts == [4 * share for share in split_draws(40 * 2100 // 4, weights)]
+
+
+@pytest.mark.parametrize("weights", [None, [3.0, 1.0]])
+def test_a_shard_is_announced_before_it_is_read_also_over_the_end_of_an_epoch(weights):
+    announced = []
+    sizes = [np.full(20, 40), np.full(10, 60)]
+    order = WindowedOrder(sizes, 4, weights, lambda samples: announced.append(set(samples.tolist())))
+    starts = np.cumsum([0, *np.concatenate(sizes)])
+    batches = iter(GlobalBatchSampler(order, 8, 0, 1, 0))
+    read = []
+    for _ in range(2 * order.length // 8 - 10):
+        samples = [draw.sample for draw in next(batches)]
+        read.append({int(starts[np.searchsorted(starts, sample, side="right") - 1]) for sample in samples})
+    for number, shards in enumerate(read):
+        assert shards <= set().union(*announced[: number + 1])  # before its batch
+        assert shards <= announced[number + 1]  # and with it: what was announced longest ago may be dropped
+    lanes = 4 * (len(sizes) if weights else 1)  # with weights of each source
+    assert max(map(len, announced)) <= 2 * lanes + 2
+
+
+def test_a_billion_samples_take_little_memory_and_no_time():
+    sizes = np.full(100_000, 10_000)
+    tracemalloc.start()
+    order = WindowedOrder([sizes], 64)
+    batches = GlobalBatchSampler(order, 256, 3, 8, 0)
+    batches.load_state_dict({"epoch": 2, "position": 400_000_000, "length": 10**9, "seed": 0, "window": 64})
+    samples = [draw.sample for batch in islice(batches, 3) for draw in batch]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(set(samples)) == 3 * 256 and peak < 50e6
+
+
+def test_the_full_order_holds_four_bytes_a_sample():
+    order = FullOrder([1_000_000])
+    order.at(np.arange(10), 0, 0)
+    (made,) = order.epochs.values()
+    assert made.result().indices.nbytes == 4_000_000
+    assert made.result().turns.strides == (0,)
+
+
+def test_a_run_goes_on_in_the_order_that_it_began_in():
+    sampler = GlobalBatchSampler(WindowedOrder([[50, 50]], 2), 10, 0, 1, 0)
+    other = GlobalBatchSampler(100, 10, 0, 1, 0)
+    with pytest.raises(UserError, match=r"shuffled 2 shards together: give --set data\.shuffle_window=2"):
+        other.load_state_dict(sampler.state_dict())
+    before_windows = {name: value for name, value in other.state_dict().items() if name != "window"}
+    with pytest.raises(UserError, match=r"shuffled all shards together: give --set data\.shuffle_window=0"):
+        sampler.load_state_dict(before_windows)
+    other.load_state_dict(before_windows)
