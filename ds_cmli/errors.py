@@ -38,8 +38,16 @@ def one_line(error: BaseException) -> str:
     return text
 
 
+MAX_NAMES = 30  # that one line names
+
+
 def nearest(name: str, known: Iterable[object]) -> str:
-    """Return a hint for an unknown name: `did you mean 'x'?`, or all known names."""
+    """Return a hint for an unknown name: `did you mean 'x'?`, or the known names, or some."""
     names = sorted(map(str, known))
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(names)}"
+    if close:
+        return f"did you mean '{close[0]}'?"
+    some = difflib.get_close_matches(name, names, n=5, cutoff=0)
+    if len(names) > MAX_NAMES and some:
+        return f"known, of {len(names)}, for instance: {', '.join(some)}"
+    return f"known: {', '.join(names)}"

@@ -4,7 +4,6 @@ It goes by the names of the tensors in the run's file: those that are not traine
 """
 
 import json
-import math
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -16,45 +15,56 @@ import click
 from ds_cmli.commands import run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.source import LOCAL, OPEN_CLIP, PILLOW, RUN, Source, loss_of
+from ds_cmli.config.source import (
+    LOCAL_PREFIX,
+    OPEN_CLIP_CONFIG,
+    PILLOW,
+    RUN,
+    Source,
+    temperature_loss,
+)
 from ds_cmli.errors import UserError, blame
+from ds_cmli.files import JsonObject
 from ds_cmli.libraries import silence
 from ds_cmli.pretrained import loading
 from ds_cmli.provenance import version
 
 Weights = dict[str, Any]  # tensors by name
-# What a name begins with in the library's models, and in a student.
+# The beginnings of names in a library's model, and those of the same tensors in a run.
 TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
-IMAGE, TEXT = "student.image.class_head", "student.text.class_head"
-PARTS = {
-    "clip": {"visual_projection": IMAGE, "text_projection": TEXT, **TOWERS},
-    "siglip": {"text_model.head": TEXT, **TOWERS},
+IMAGE_HEAD = "student.image.class_head"
+TEXT_HEAD = "student.text.class_head"
+NAMES = {
+    "clip": {"visual_projection": IMAGE_HEAD, "text_projection": TEXT_HEAD, **TOWERS},
+    "siglip": {"text_model.head": TEXT_HEAD, **TOWERS},
     "open_clip": {"visual": "student.image.model"},
 }
-FILES = {"open_clip": "open_clip_model.safetensors"}  # of weights, if not as transformers names it
-NEW = {"logit_scale": math.log(1 / 0.07), "logit_bias": -10.0}  # where its loss was not trained
+WEIGHT_FILES = {"open_clip": "open_clip_model.safetensors"}  # where not as transformers names it
 
 
 @click.command()
 @plugin_option
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
-@click.option("--as", "kind", type=click.Choice(list(PARTS)), help="What the run began as.")
+@click.option("--as", "library", type=click.Choice(list(NAMES)), help="What the run began as.")
 @click.option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
 @click.option(
     "--interpolate",
     type=click.FloatRange(0, 1),
     help="A share: weights between those of student.source, 0, and the trained ones, 1 (WiSE-FT).",
 )
-def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: float | None) -> None:
+def command(
+    run: str, folder: str, library: str | None, ema: bool, interpolate: float | None
+) -> None:
     """Write the model of RUN into the new folder DIR; without --as, as one of this package."""
-    source, target = Path(run), Path(folder)
+    source = Path(run)
+    target = Path(folder)
     config = load_config(source / RUN, "the run")
     began = config.student.source_config.get("model_type", "two encoders")
-    if kind is not None and began != kind:
-        raise UserError(f"--as is {kind!r}, and the run's student began as {began}")
-    if kind is not None and config.student.shared_blocks:
-        raise UserError(f"--as is {kind!r}: its models have no shared blocks, and the run's has")
+    if library is not None and began != library:
+        raise UserError(f"--as is {library!r}, and the run's student began as {began}")
+    if library is not None and config.student.shared_blocks:
+        raise UserError(f"--as is {library!r}: its models have no shared blocks, and the run's has")
     if interpolate is not None and not config.student.source:
         raise UserError("--interpolate has no effect: the run has no student.source: leave it out")
 
@@ -66,114 +76,186 @@ def command(run: str, folder: str, kind: str | None, ema: bool, interpolate: flo
 
     file = hf.AVERAGE if ema else hf.WEIGHTS
     model = hf.load(source, file, "the run")
-    weights, what = load_file(source / file), "the averaged weights" if ema else "the weights"
+    weights = load_file(source / file)
+    content = "the averaged weights" if ema else "the weights"
     if interpolate is not None:
-        weights = between(config, model.config, weights, interpolate)
-        what = f"{interpolate:g} of the way from student.source to {what}"
+        weights = interpolated(config, model.config, weights, interpolate)
+        content = f"{interpolate:g} of the way from student.source to {content}"
+    if library is not None:
+        loss = temperature_loss(config.student.source_config)
+        if f"losses.{loss}.temperature.logit_scale" not in weights:
+            weights |= source_temperature(config, model.config, loss)
     with blame(f"DIR is {folder!r}: give a new folder"):
         target.mkdir(parents=True)
     try:
-        if kind is None:
+        if library is None:
             model.config.save_pretrained(target)
             hf.CMLIProcessor.from_pretrained(source).save_pretrained(target)
         else:
-            write = of_open_clip if kind == "open_clip" else of_transformers
-            with loading(hub=False), blame(f"--as {kind}"):
-                weights = fitted(weights, kind, config, write(target, config))
-                # Its processor is the library's own, no more ours.
-                words = AutoTokenizer.from_pretrained(source, processor_class=None)
-                words.save_pretrained(target)
-        write_weights(weights, target / FILES.get(str(kind), hf.WEIGHTS))
-        text = readme(config, target.resolve().name, what, kind)
+            write = write_open_clip if library == "open_clip" else write_transformers
+            with loading(hub=False), blame(f"--as {library}"):
+                weights = renamed(weights, library, config, write(target, config))
+                # Its processor is the library's own, not ours.
+                tokenizer = AutoTokenizer.from_pretrained(source, processor_class=None)
+                length = max(tokenizer.model_max_length, config.data.context_length)
+                tokenizer.model_max_length = length
+                tokenizer.save_pretrained(target)
+        write_weights(weights, target / WEIGHT_FILES.get(str(library), hf.WEIGHTS))
+        text = readme(config, target.resolve().name, content, library)
         (target / "README.md").write_text(text, errors="backslashreplace")
         for path in target.iterdir():
             path.chmod(0o644)  # safetensors makes its files readable for their owner only
     except BaseException:
         shutil.rmtree(target)
         raise
-    click.echo(f"{folder}: {what} of {run}, as {kind or 'a model of this package'}")
+    click.echo(f"{folder}: {content} of {run}, as {library or 'a model of this package'}")
 
 
-def between(config: Config, model: Any, trained: Weights, share: float) -> Weights:
-    """(1 - share) * source + share * trained of each weight and temperature, at 0 and 1 an end's
-    to the bit: WiSE-FT (Wortsman et al., 2022, arXiv 2109.01903). `model`: the run's `CMLIConfig`.
+# --- what lies between the source and the run
+
+
+def interpolated(config: Config, model_config: Any, trained: Weights, share: float) -> Weights:
+    """Return (1 - share) * source + share * trained of each weight and temperature.
+
+    At 0 and 1 they are those of an end to the bit: WiSE-FT (Wortsman et al., 2022, arXiv
+    2109.01903). `model_config`: the run's `CMLIConfig`.
     """
+    if share == 1:
+        return dict(trained)
+    losses = dict(model_config.losses) or {"global": 1.0}
+    begun = source_weights(config, model_config, losses)
+    weights = dict(trained)
+    for name in begun.keys() & trained.keys():
+        if trained[name].is_floating_point():
+            weights[name] = begun[name].to(trained[name].dtype).lerp(trained[name], share)
+    return weights
+
+
+def source_temperature(config: Config, model_config: Any, loss: str) -> Weights:
+    """Return the temperature of a loss that the run did not train: that of its source.
+
+    If the source is a run that did not train it either, it is that run's source's, and so on.
+    Raises `UserError` if a source is gone, or has no such temperature.
+    """
+    from safetensors.torch import load_file
+
+    from ds_cmli.models import hf
+
+    prefix = f"losses.{loss}.temperature."
+    source = Source(config.student.source)
+    while source.is_run:
+        with source.blame("its weights cannot be loaded"):
+            weights = load_file(source.path / (source.weights or hf.WEIGHTS))
+        temperature = {name: weights[name] for name in weights if name.startswith(prefix)}
+        if temperature:
+            return temperature
+        if not source.has_own_data:
+            raise source.error(f"it has no temperature of the loss {loss!r}, nor has the run")
+        config = load_config(source.path / RUN, "student.source")
+        source = Source(config.student.source)
+    weights = source_weights(config, model_config, {loss: 1.0})
+    return {name: weights[name] for name in weights if name.startswith(prefix)}
+
+
+def source_weights(config: Config, model_config: Any, losses: dict[str, float]) -> Weights:
+    """Return the weights with which a training of these losses starts from the run's source."""
     from ds_cmli.engine import build_models
 
     student = replace(config.student, lora={}, freeze_image=0, freeze_text=0)
-    loss = replace(config.loss, weights=dict(model.losses) or {"global": 1.0})
-    start = replace(config, student=student, loss=loss)
-    begun = build_models(start, model.vocab_size, pad_id=model.pad_id)[0].state_dict()
-    out = dict(trained)
-    for name in begun.keys() & trained.keys() if share < 1 else ():
-        if trained[name].is_floating_point():
-            out[name] = begun[name].to(trained[name].dtype).lerp(trained[name], share)
-    return out
+    begun = replace(config, student=student, loss=replace(config.loss, weights=losses))
+    objective, _ = build_models(begun, model_config.vocab_size, pad_id=model_config.pad_id)
+    return objective.state_dict()
 
 
-def fitted(weights: Weights, kind: str, config: Config, model: Any) -> Weights:
-    """The weights of a library's `model` by its names."""
-    import torch
+# --- the model of a library
 
-    temperature = f"losses.{loss_of(config.student.source_config)}.temperature.logit"
-    wanted, parts = model.state_dict(), {"logit": temperature, **PARTS[kind]}
-    if kind == "open_clip":
-        text = "text." * any(name.startswith("text.") for name in wanted)
-        parts[text] = "student.text.model."
+
+def renamed(weights: Weights, library: str, config: Config, model: Any) -> Weights:
+    """Return the weights of a library's `model` by its names.
+
+    Raises `UserError` if the run lacks one, or has one that does not fit.
+    """
+    wanted = model.state_dict()
+    loss = temperature_loss(config.student.source_config)
+    names = {"logit": f"losses.{loss}.temperature.logit", **NAMES[library]}
+    if library == "open_clip":
+        has_text = any(name.startswith("text.") for name in wanted)
+        names["text." if has_text else ""] = "student.text.model."
     out = {}
     for name, like in wanted.items():
-        value = torch.tensor(NEW[name]) if name in NEW else None
-        for begin in filter(name.startswith, parts):
-            own = parts[begin] + name.removeprefix(begin)
-            value = weights.get(own, value)
-        if value is None or value.numel() != like.numel():
-            raise UserError(f"the run has no weight for {name!r}")
+        value = None
+        for beginning in filter(name.startswith, names):
+            value = weights.get(names[beginning] + name.removeprefix(beginning), value)
+        if value is None:
+            raise UserError(f"--as {library}: the run has no weight for {name!r}")
+        if value.numel() != like.numel():
+            shapes = f"{[*value.shape]} in the run and {[*like.shape]} in the library's model"
+            side = config.data.image_size
+            raise UserError(
+                f"--as {library}: {name!r} is {shapes}, which it cannot build for pictures of "
+                f"{side} px: leave out --as, or train at the source's size"
+            )
         out[name] = value.reshape(like.shape)
     return out
 
 
-def of_transformers(folder: Path, config: Config) -> Any:
+def write_transformers(folder: Path, config: Config) -> Any:
     """Write all but the weights and the tokenizer of a model of transformers. Returns the model."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModel, CLIPImageProcessor, SiglipImageProcessor
 
-    fields = json.loads(json.dumps(config.student.source_config))
-    how = {"image_mean": fields.pop("mean"), "image_std": fields.pop("std")}
-    library = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    fields: JsonObject = json.loads(json.dumps(config.student.source_config))
+    mean = fields.pop("mean")
+    std = fields.pop("std")
+    library_config = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     with torch.device("meta"):
-        model = AutoModel.from_config(library)
-    library.architectures, library.dtype = [type(model).__name__], "float32"
-    library.save_pretrained(folder)
-    side, names = config.data.image_size, {name: n for n, name in PILLOW.items()}
-    square, how["resample"] = {"height": side, "width": side}, names[config.data.interpolation]
-    pictures: Any = SiglipImageProcessor(size=square, **how)
+        model = AutoModel.from_config(library_config)
+    library_config.architectures = [type(model).__name__]
+    library_config.dtype = "float32"
+    library_config.save_pretrained(folder)
+    side = config.data.image_size
+    square = {"height": side, "width": side}
+    numbers = {name: number for number, name in PILLOW.items()}
+    options: JsonObject = {
+        "image_mean": mean,
+        "image_std": std,
+        "resample": numbers[config.data.interpolation],
+    }
     if config.data.resize == "shortest":
-        pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size=square, **how)
-    pictures.save_pretrained(folder)
+        processor: Any = CLIPImageProcessor(
+            size={"shortest_edge": side}, crop_size=square, **options
+        )
+    else:
+        processor = SiglipImageProcessor(size=square, **options)
+    processor.save_pretrained(folder)
     return model
 
 
-def of_open_clip(folder: Path, config: Config) -> Any:
-    """The same of open_clip, without a CoCa's decoder of captions."""
+def write_open_clip(folder: Path, config: Config) -> Any:
+    """Write the same of a model of open_clip, without a CoCa's decoder of captions."""
     from open_clip import create_model
 
-    own, data = config.student.source_config, config.data
-    how = {"mean": own["mean"], "std": own["std"], "interpolation": data.interpolation}
-    how["resize_mode"] = data.resize.removesuffix("_pillow")
-    content = {"model_cfg": own["model_cfg"], "preprocess_cfg": how}
-    (folder / OPEN_CLIP).write_text(json.dumps(content, indent=2) + "\n")
-    return create_model(f"{LOCAL}{folder}", load_weights=False, pretrained_text=False)
+    source_config = config.student.source_config
+    preprocessing = {
+        "mean": source_config["mean"],
+        "std": source_config["std"],
+        "interpolation": config.data.interpolation,
+        "resize_mode": config.data.resize.removesuffix("_pillow"),
+    }
+    content = {"model_cfg": source_config["model_cfg"], "preprocess_cfg": preprocessing}
+    (folder / OPEN_CLIP_CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    return create_model(f"{LOCAL_PREFIX}{folder}", load_weights=False, pretrained_text=False)
 
 
-def readme(config: Config, name: str, what: str, kind: str | None) -> str:
-    """The page of a model, with what it began as and the licence of that."""
+def readme(config: Config, name: str, content: str, library: str | None) -> str:
+    """Return the page of a model, with what it began as and the licence of that."""
     from huggingface_hub import ModelCard
 
     from ds_cmli.data.assets import ASSETS, used
 
     while (source := Source(config.student.source)).name and source.has_own_data:
         config = load_config(source.path / RUN, "student.source")  # of the run before
-    licence, student = "other", config.student
+    licence = "other"
     if source.name:
         with suppress(Exception), loading(hub=not source.local):  # no card, or no network
             card = source.path / "README.md" if source.local else source.place
@@ -181,17 +263,17 @@ def readme(config: Config, name: str, what: str, kind: str | None) -> str:
         began = Path(source.place).name if source.local else source.name
         began += f", licence: {'as it says' if licence == 'other' else licence}"
     else:
-        began = f"{student.image_model} and {student.text_model}"
+        began = f"{config.student.image_model} and {config.student.text_model}"
     origins = "; ".join([began, *(ASSETS[asset].licence for asset in used(config))])
     return f"""\
 ---
-library_name: {"open_clip" if kind == "open_clip" else "transformers"}
+library_name: {"open_clip" if library == "open_clip" else "transformers"}
 license: {licence}
 ---
 
 # {name}
 
-An image-text model: {what} of a run of ds-cmli {version()}.
+An image-text model: {content} of a run of ds-cmli {version()}.
 
 It began as {origins}. The licences of all that it was trained from hold for it.
 """

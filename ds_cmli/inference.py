@@ -48,7 +48,7 @@ class TextEmbeddings:
     texts: list[str]
 
 
-@dataclass
+@dataclass(repr=False)
 class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
@@ -67,6 +67,12 @@ class Model:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(*load(Source(str(path)), chosen, precision="fp32", batch_size=batch_size))
 
+    def __repr__(self) -> str:
+        encoders = f"{self.config.student.image_model} and {self.config.student.text_model}"
+        rows, columns = self.grid
+        patches = f"{rows} x {columns} patches of {self.config.data.image_size} px"
+        return f"Model({encoders}, {patches}, on {self.evaluator.device})"
+
     @property
     def grid(self) -> tuple[int, int]:
         """The number of rows and of columns of patches; N is their product."""
@@ -82,6 +88,8 @@ class Model:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         if isinstance(pictures, str | Path):
             path = Path(pictures)
+            if not path.exists():
+                raise UserError(f"the pictures {str(path)!r}: no such file or folder")
             inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
             pictures = [path] if path.is_file() else sorted(inside)
         if not pictures:
@@ -100,6 +108,8 @@ class Model:
     def embed_texts(self, texts: str | Iterable[str]) -> TextEmbeddings:
         """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise UserError("no text is given: give at least one")
         embedded, bad = self.evaluator.texts(dict(enumerate(texts)), len(texts))
         for number, why in bad.items():
             raise UserError(f"the text {texts[number]!r} cannot be used: {why}")

@@ -11,7 +11,7 @@ from ds_cmli.export import command
 from ds_cmli.inference import Model
 from ds_cmli.models import hf
 from tests.make import picture, write_run
-from tests.models.sources import clip, run_of, start
+from tests.models.sources import clip, of_open_clip, run_of, siglip, start
 from tests.stranger.drive import compare
 
 
@@ -62,6 +62,44 @@ def test_interpolated_it_is_between_the_source_and_the_trained_weights(begun, tm
     back = load_file(own / hf.WEIGHTS)
     assert all(torch.equal(value, back[name]) for name, value in load_file(averages).items())
     assert "1 of the way from student.source to the averaged weights" in (own / "README.md").read_text()
+
+
+LIBRARIES = {
+    "clip": (clip, ("cmli",)),  # and the losses that are trained, none with the temperature of the source
+    "siglip": (siglip, ("global", "cmli")),
+    "open_clip": (lambda folder: of_open_clip(folder, "siglip"), ("global", "cmli")),
+}
+
+
+def test_at_share_0_an_export_is_the_source_in_every_tensor_whatever_was_trained(tmp_path):
+    for library, (make, losses) in LIBRARIES.items():
+        folder = make(tmp_path / library / "source")
+        run = run_of(folder, tmp_path / library / "run", losses=losses)
+        begun = load_file(min(folder.glob("*.safetensors")))
+        for share in ("0", None):
+            options = () if share is None else ("--interpolate", share)
+            back = export(run, tmp_path / library / f"back {share}", "--as", library, *options)
+            written = load_file(min(back.glob("*.safetensors")))
+            assert written.keys() == begun.keys()
+            same = {name for name, value in begun.items() if torch.equal(value, written[name])}
+            if share == "0":
+                assert same == begun.keys(), f"{library}: {sorted(begun.keys() - same)[:3]} differ"
+            assert begun.keys() & {"logit_scale", "logit_bias"} <= same, f"{library}: invented"
+
+
+def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(begun, tmp_path):
+    first = run_of(begun, tmp_path / "first", losses=("cmli",))
+    second = run_of(first, tmp_path / "second", losses=("cmli",))
+    back = export(second, tmp_path / "back", "--as", "clip")
+    assert torch.equal(load_file(back / hf.WEIGHTS)["logit_scale"], load_file(begun / hf.WEIGHTS)["logit_scale"])
+    trained = run_of(begun, tmp_path / "trained")
+    after = run_of(trained, tmp_path / "after", losses=("cmli",))
+    wanted = load_file(trained / hf.WEIGHTS)["losses.global.temperature.logit_scale"]
+    assert load_file(export(after, tmp_path / "again", "--as", "clip") / hf.WEIGHTS)["logit_scale"] == wanted
+    own = export(first, tmp_path / "own")
+    lost = run_of(own, tmp_path / "lost", losses=("cmli",))
+    with pytest.raises(UserError, match=r"^student.source is '[^\n]*no temperature of the loss 'global'[^\n]*$"):
+        export(lost, tmp_path / "x", "--as", "clip")
 
 
 def test_a_run_and_its_export_start_a_training(begun, tmp_path):

@@ -83,7 +83,18 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
     assert match.similarity.shape == (len(match.words), match.grid[0] * match.grid[1])
 
 
+def test_loading_prints_nothing_and_a_model_prints_as_one_line(model, tmp_path, capfd):
+    loaded = Model.load(clip(tmp_path / "clip"), "cpu")
+    assert capfd.readouterr().out == ""
+    assert repr(loaded) == "Model(clip_vision_model and clip_text_model, 4 x 4 patches of 56 px, on cpu)"
+    assert "\n" not in repr(model) and len(repr(model)) < 120
+
+
 def test_mistakes_are_one_line(model, tmp_path):
+    with pytest.raises(UserError, match=r"^no text is given: give at least one$"):
+        model.embed_texts([])
+    with pytest.raises(UserError, match=r"^the pictures 'nothere': no such file or folder$"):
+        model.embed_images("nothere")
     with pytest.raises(UserError, match=r"the picture no/such\.png cannot be read: no such file"):
         model.embed_images(["no/such.png"])
     with pytest.raises(UserError, match="no picture is given"):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
-from ds_cmli.config.source import applied
+from ds_cmli.config.source import applied, temperature_loss
 from ds_cmli.errors import UserError
 from ds_cmli.files import Section
 
@@ -114,6 +114,9 @@ def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
     name = str(name or overrides.get("run", {}).get("preset", usual))
     choice("run.preset", name, PRESETS)
     values = merged({"run": {"preset": name}}, PRESETS[name], applied(overrides))
+    source_config = values.get("student", {}).get("source_config")
+    if name == "finetune" and source_config and "weights" not in overrides.get("loss", {}):
+        values["loss"]["weights"] = {temperature_loss(source_config): 1.0, "cmli": 1.0}
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:

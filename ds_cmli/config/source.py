@@ -14,7 +14,7 @@ from copy import deepcopy
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_cmli.config.schema import Config, Sections, StudentConfig, check, choice
 from ds_cmli.errors import UserError, blame
@@ -22,52 +22,57 @@ from ds_cmli.files import JsonObject, Section, read_json
 from ds_cmli.pretrained import loading
 
 RUN = "run.json"  # the settings of a run
-CONFIG, OPEN_CLIP = "config.json", "open_clip_config.json"  # of a model
-NAMED, LOCAL, HUB = "open_clip:", "local-dir:", "hf-hub:"  # the last two as in open_clip
+MODEL_CONFIG = "config.json"  # of transformers, and of this package
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+ARCHITECTURE_PREFIX = "open_clip:"
+LOCAL_PREFIX = "local-dir:"  # this one and the next as in open_clip
+HUB_PREFIX = "hf-hub:"
 DEFAULT_TOKENIZER = "open_clip"  # the BPE that comes with open_clip
-# Settings of a student that are of one training, and not of its architecture.
-FREE = ("freeze_image", "freeze_text", "lora", "lora_rank", "lora_alpha")
-OF_TRAINING = {name: getattr(StudentConfig(), name) for name in FREE} | {"dropout": 0.0}
+# Settings of a student that belong to one training, and not to its architecture.
+TRAINING_SETTINGS = ("freeze_image", "freeze_text", "lora", "lora_rank", "lora_alpha")
+NO_TRAINING = {name: getattr(StudentConfig(), name) for name in TRAINING_SETTINGS}
+NO_TRAINING |= {"dropout": 0.0}
 # The types of other libraries' dual encoders, and the module in `models` that builds them.
 DUAL = {"clip": "dual", "siglip": "dual", "open_clip": "open_clip"}
-# Of the fields of transformers' models, what decides nothing.
-NOISE = ("_name_or_path", "transformers_version", "dtype", "architectures")
+# Fields of transformers' configurations that change no tensor.
+IRRELEVANT_FIELDS = ("_name_or_path", "transformers_version", "dtype", "architectures")
 PILLOW = {2: "bilinear", 3: "bicubic"}  # interpolations of transformers
 
 
 def is_marked(name: str) -> bool:
-    """Whether a name says by its beginning that it is open_clip's."""
-    return name.startswith((NAMED, LOCAL, HUB))
+    """Return True if a name begins with a prefix that says that it is open_clip's."""
+    return name.startswith((ARCHITECTURE_PREFIX, LOCAL_PREFIX, HUB_PREFIX))
 
 
-def loss_of(own: JsonObject) -> str:
-    """The loss whose temperature a model has, by `StudentConfig.source_config`."""
-    biased = own.get("model_cfg", {}).get("init_logit_bias") is not None  # in open_clip
-    return "global_sigmoid" if biased or own["model_type"] == "siglip" else "global"
+def temperature_loss(source_config: JsonObject) -> str:
+    """Return the name of the loss whose temperature a model of `source_config` has."""
+    has_bias = source_config.get("model_cfg", {}).get("init_logit_bias") is not None  # open_clip
+    return "global_sigmoid" if has_bias or source_config["model_type"] == "siglip" else "global"
 
 
 class Source:
-    """The files of a source, of a folder or on the hub."""
+    """The files of a source, in a folder or on the hub."""
 
     def __init__(self, name: str):
         """`name`: the value of `student.source`."""
         self.name = name
         self.weights: str | None = None
-        self.place = name.removeprefix(LOCAL).removeprefix(HUB)
-        self.path = Path(self.place).expanduser()  # the folder of the model
+        self.place = name.removeprefix(LOCAL_PREFIX).removeprefix(HUB_PREFIX)
+        self.path = Path(os.path.expanduser(self.place))  # the folder of the model
         # A name may be too long for a path, and may give the file of weights, if not the usual one.
         if self.path.suffix == ".safetensors" and os.path.isfile(self.path):
-            self.path, self.weights = self.path.parent, self.path.name
-        self.local = not name.startswith(HUB) and os.path.exists(self.path)
+            self.weights = self.path.name
+            self.path = self.path.parent
+        self.local = not name.startswith(HUB_PREFIX) and os.path.exists(self.path)
 
     @property
     def has_own_data(self) -> bool:
-        """Whether it is a run, whose settings say what it was trained on."""
+        """True for a run, whose settings say what it was trained on."""
         return self.local and (self.path / RUN).is_file()
 
     @property
     def is_run(self) -> bool:
-        """Whether it is a run or an export of this package."""
+        """True for a run or an export of this package."""
         return self.config.get("model_type") == "ds_cmli"
 
     def error(self, problem: str) -> UserError:
@@ -78,17 +83,22 @@ class Source:
 
     @cached_property
     def folder(self) -> Path:
-        """Where its JSON files are; those of the hub are fetched into its cache."""
-        if self.local or self.name.startswith(LOCAL):
+        """The folder of its JSON files; those of the hub are fetched into its cache."""
+        if self.local or self.name.startswith(LOCAL_PREFIX):
             return self.path
         from huggingface_hub import snapshot_download
 
         with self.blame("no such file or folder, nor on the hub"), loading(hub=True):
-            names = [CONFIG, OPEN_CLIP, "preprocessor_config.json", "processor_config.json"]
+            names = [
+                MODEL_CONFIG,
+                OPEN_CLIP_CONFIG,
+                "preprocessor_config.json",
+                "processor_config.json",
+            ]
             return Path(snapshot_download(self.place, allow_patterns=names))
 
     def json(self, name: str) -> JsonObject:
-        """The content of a JSON file; empty if the source has none of that name."""
+        """Return the content of a JSON file; empty if the source has no file of that name."""
         if not (self.folder / name).is_file():
             return {}
         with self.blame(f"its {name} cannot be read"):
@@ -97,200 +107,270 @@ class Source:
     @cached_property
     def config(self) -> JsonObject:
         """Its `config.json`; of open_clip `model_cfg` and `preprocess_cfg`. Raises `UserError`."""
-        content = {} if is_marked(self.name) else self.json(CONFIG)
+        content = {} if is_marked(self.name) else self.json(MODEL_CONFIG)
         if "model_type" in content:  # models that both libraries load have both files
             return content
-        named = self.name.startswith(NAMED)
-        content = {} if named else self.json(OPEN_CLIP)
-        if not named and "model_cfg" not in content:
-            raise self.error(f"no {CONFIG} or {OPEN_CLIP} there: give the folder of a model or run")
+        is_architecture = self.name.startswith(ARCHITECTURE_PREFIX)
+        content = {} if is_architecture else self.json(OPEN_CLIP_CONFIG)
+        if not is_architecture and "model_cfg" not in content:
+            files = f"{MODEL_CONFIG} or {OPEN_CLIP_CONFIG}"
+            raise self.error(f"no {files} there: give the folder of a model or run")
         with self.blame("a model of open_clip: pip install 'ds-cmli[open_clip]'"):
             import_module("open_clip")
-        content = self.published() if named else content
+        if is_architecture:
+            content = self._architecture()
         return {"preprocess_cfg": {}, **content, "model_type": "open_clip"}
 
     @property
     def in_open_clip(self) -> tuple[str, str | None]:
-        """What `open_clip.create_model` calls the model, and its weights: a file or a tag."""
-        if self.name.startswith(NAMED):
-            architecture, _, weights = self.name.removeprefix(NAMED).partition("@")
+        """The name by which `open_clip.create_model` knows the model, and a file or tag of weights.
+
+        The second is None if the first stands for both.
+        """
+        if self.name.startswith(ARCHITECTURE_PREFIX):
+            name = self.name.removeprefix(ARCHITECTURE_PREFIX)
+            architecture, _, weights = name.partition("@")
             file = os.path.expanduser(weights)
             return architecture, file if os.path.isfile(file) else weights
-        return self.name if is_marked(self.name) else f"{(HUB, LOCAL)[self.local]}{self.name}", None
+        if is_marked(self.name):
+            return self.name, None
+        prefix = LOCAL_PREFIX if self.local else HUB_PREFIX
+        return f"{prefix}{self.name}", None
 
-    def published(self) -> JsonObject:
-        """`model_cfg` and `preprocess_cfg` of an architecture that the package has."""
+    def _architecture(self) -> JsonObject:
+        """Return `model_cfg` and `preprocess_cfg` of an architecture that the package has."""
         import open_clip
 
-        name, weights = map(str, self.in_open_clip)
-        what = f"student.source is {self.name!r}: its"
-        model = open_clip.get_model_config(name)
-        if model is None:
-            choice(f"{what} architecture", name, open_clip.list_models())
+        architecture, weights = map(str, self.in_open_clip)
+        setting = f"student.source is {self.name!r}: its"
+        model_cfg = open_clip.get_model_config(architecture)
+        if model_cfg is None:
+            choice(f"{setting} architecture", architecture, open_clip.list_models())
         if os.path.isfile(weights):
-            return {"model_cfg": model}
-        how = open_clip.get_pretrained_cfg(name, weights)
-        if not how:
-            choice(f"{what} file or tag", weights, open_clip.list_pretrained_tags_by_model(name))
-        if bool(how.get("quick_gelu")) != bool(model.get("quick_gelu")):
-            other = name.removesuffix("-quickgelu") + "-quickgelu" * bool(how.get("quick_gelu"))
-            raise self.error(f"trained with another activation: give {NAMED}{other}@{weights}")
-        return {"model_cfg": model, "preprocess_cfg": how}
+            return {"model_cfg": model_cfg}
+        published = open_clip.get_pretrained_cfg(architecture, weights)
+        if not published:
+            tags = open_clip.list_pretrained_tags_by_model(architecture)
+            choice(f"{setting} file or tag", weights, tags)
+        quick_gelu = bool(published.get("quick_gelu"))
+        if quick_gelu != bool(model_cfg.get("quick_gelu")):
+            fitting = architecture.removesuffix("-quickgelu") + "-quickgelu" * quick_gelu
+            name = f"{ARCHITECTURE_PREFIX}{fitting}@{weights}"
+            raise self.error(f"trained with another activation: give {name}")
+        return {"model_cfg": model_cfg, "preprocess_cfg": published}
+
+
+# --- the settings of a student that starts from a source
 
 
 def applied(overrides: Mapping[str, Section]) -> Sections:
-    """The user's settings with those that `student.source` decides. Raises `UserError`."""
-    out = {section: dict(values) for section, values in overrides.items()}
-    student = out.get("student", {})
+    """Return the user's settings together with those that `student.source` decides.
+
+    The size of pictures and the length of texts may be others than the source's if its positions
+    can be resampled. Raises `UserError`.
+    """
+    settings = {section: dict(values) for section, values in overrides.items()}
+    student = settings.get("student", {})
     if "source_config" in student:
         raise UserError("student.source_config is filled from student.source: give that one alone")
     name = student.get("source")
     if not name or not isinstance(name, str):  # which is refused with the other settings
-        return out
+        return settings
     source = Source(name)
-    decided = of_run(source) if source.is_run else of_library(source)
-    free = {*FREE, "dropout" if source.is_run else "shared_blocks"}
-    # Of texts that are padded to their full length, shorter ones would be other ones.
-    shorter = decided["data"].get("padding") == "longest"
+    data = settings.get("data", {})
+    free = {*TRAINING_SETTINGS, "dropout" if source.is_run else "shared_blocks"}
+    decided = run_settings(source, data) if source.is_run else library_settings(source, data)
     for section, values in decided.items():
-        given = out.setdefault(section, {})
+        chosen = settings.setdefault(section, {})
         for key, value in values.items():
-            mine = given.setdefault(key, value)
-            fits = mine == value or key in free
-            if key == "context_length" and shorter and isinstance(mine, int):
-                fits = mine <= value
-            need = f"student.source {name!r} has {value!r}: leave it out"
-            check(fits, f"{section}.{key}", mine, need)
-    temperature = out.get("loss", {}).get("init_temperature")
+            chosen.setdefault(key, value)
+            if key not in free:
+                need = f"student.source {name!r} has {value!r}: leave it out"
+                check(chosen[key] == value, f"{section}.{key}", chosen[key], need)
+    temperature = settings.get("loss", {}).get("init_temperature")
     need = f"training starts with that of student.source {name!r}: leave it out"
     check(temperature is None, "loss.init_temperature", temperature, need)
-    return out
+    return settings
 
 
-def to_evaluate(source: Source) -> Config:
-    """The configuration by which a model that is no run is evaluated. Raises `UserError`."""
+def evaluation_config(source: Source) -> Config:
+    """Return the configuration to evaluate a model that is no run. Raises `UserError`."""
     decided = applied({"student": {"source": source.name}})
     if source.is_run:
         losses = dict(source.config.get("losses") or {"global": 1.0})  # a distillation has none
     else:
-        losses = {loss_of(source.config): 1.0, "cmli": 1.0}
+        losses = {temperature_loss(source.config): 1.0, "cmli": 1.0}
     return Config.from_dict({**decided, "loss": {"weights": losses}})
 
 
-def of_run(source: Source) -> Sections:
-    """The settings by which a run or an export of this package is built again."""
+def run_settings(source: Source, chosen: Section) -> Sections:
+    """Return the settings by which a run or an export of this package is built again.
+
+    `chosen`: the user's settings of `data`.
+    """
     with source.blame("its config.json is damaged"):
         settings = source.config["settings"]
         student = {**settings["student"], "source": source.name}
         data = {**settings["data"], "tokenizer": source.name}
+        if data["padding"] == "longest":
+            # A text that is cut off earlier is still a text that the model was trained on.
+            length = _number(chosen, "context_length", data["context_length"])
+            data["context_length"] = min(length, data["context_length"])
     if source.local:  # the name may be that of a file of weights
         data["tokenizer"] = str(source.path)
     return {"student": student, "data": data}
 
 
-def of_library(source: Source) -> Sections:
-    """The settings of a model of another library."""
-    kind = source.config.get("model_type")
-    choice(f"student.source is {source.name!r}: its type", kind, [*DUAL, "ds_cmli"])
-    with source.blame("this package cannot train it"):  # of what its files hold
-        decide = of_open_clip if kind == "open_clip" else of_transformers
-        own, embed_dim, data = decide(source)
+def library_settings(source: Source, chosen: Section) -> Sections:
+    """Return the settings of a model of another library; `chosen`: the user's of `data`."""
+    model_type = source.config.get("model_type")
+    setting = f"student.source is {source.name!r}: its type"
+    choice(setting, model_type, [*DUAL, "ds_cmli"])
+    with source.blame("this package cannot train it"):  # for what its files hold
+        read = open_clip_towers if model_type == "open_clip" else transformers_towers
+        towers = read(source, chosen)
     student: dict[str, object] = {
-        **OF_TRAINING,
-        "source_config": {"model_type": kind, **own},
-        "image_model": f"{kind}_vision_model",
+        **NO_TRAINING,
+        "source_config": {"model_type": model_type, **towers.source_config},
+        "image_model": f"{model_type}_vision_model",
         "image_weights": "source",
         "image_overrides": {},
-        "text_model": f"{kind}_text_model",
+        "text_model": f"{model_type}_text_model",
         "text_weights": "source",
         "text_overrides": {},
         "layers": None,
         "shared_blocks": 0,
-        "embed_dim": embed_dim,
+        "embed_dim": towers.embed_dim,
     }
-    return {"student": student, "data": data}
+    return {"student": student, "data": towers.data}
 
 
-def of_transformers(source: Source) -> tuple[JsonObject, int, JsonObject]:
-    """Of CLIP or SigLIP: `source_config`, the width of the joint space, the settings of `data`."""
+class Towers(NamedTuple):
+    """The settings that a library's model decides."""
+
+    source_config: JsonObject  # the library's configuration, with the sizes of the student
+    embed_dim: int  # width of the joint space
+    data: JsonObject  # the settings of `data`
+
+
+def transformers_towers(source: Source, chosen: Section) -> Towers:
+    """Read a CLIP or SigLIP of transformers. Raises errors of the library, and ValueError."""
     from transformers import CONFIG_MAPPING, AutoImageProcessor
 
-    kind = source.config["model_type"]
+    model_type = source.config["model_type"]
     if source.weights is not None:
         raise ValueError("it is a file of weights: of a model of transformers, give its folder")
     with loading(hub=False):
-        config: Any = CONFIG_MAPPING[kind].from_dict(source.config)
+        config: Any = CONFIG_MAPPING[model_type].from_dict(source.config)
         processor = AutoImageProcessor.from_pretrained(source.folder, trust_remote_code=False)
-    pictures, side = processor.to_dict(), config.vision_config.image_size
-    square, shortest = {"height": side, "width": side}, {"shortest_edge": side}
-    cut = pictures["crop_size"] if pictures.get("do_center_crop") else None
-    fits = (pictures["size"], cut) in ((square, None), (square, square), (shortest, square))
-    steps = [pictures[name] for name in ("do_resize", "do_rescale", "do_normalize")]
-    if not (fits and all(steps) and pictures["resample"] in PILLOW):
-        raise ValueError(f"its pictures are not resized to {side} x {side} and normalised as here")
-    own = json.loads(
-        config.to_json_string(),
-        object_pairs_hook=lambda pairs: {key: value for key, value in pairs if key not in NOISE},
-    )
-    own |= {name: list(pictures[f"image_{name}"]) for name in ("mean", "std")}
-    embed_dim = config.projection_dim if kind == "clip" else config.vision_config.hidden_size
-    if kind == "siglip" and config.text_config.projection_size != embed_dim:
+    pictures = processor.to_dict()
+    resize = _resize_of(pictures, config.vision_config.image_size)
+    vision = config.vision_config
+    text = config.text_config
+    embed_dim = config.projection_dim if model_type == "clip" else vision.hidden_size
+    if model_type == "siglip" and text.projection_size != embed_dim:
         raise ValueError(f"its texts are not projected to the {embed_dim} numbers of its pictures")
+    # SigLIP attends to its padding: with another length, each of its texts would be another one.
+    padding = "longest" if model_type == "clip" else "full"
+    context_length = text.max_position_embeddings
+    if padding == "longest":
+        context_length = _number(chosen, "context_length", context_length)
+    vision.image_size = _number(chosen, "image_size", vision.image_size)
+    text.max_position_embeddings = max(context_length, text.max_position_embeddings)
+    source_config = json.loads(config.to_json_string(), object_pairs_hook=_without_irrelevant)
+    source_config["mean"] = list(pictures["image_mean"])
+    source_config["std"] = list(pictures["image_std"])
     data = {
-        "image_size": side,
-        "resize": "shortest" if pictures["size"] == shortest else "squash",
+        "image_size": vision.image_size,
+        "resize": resize,
         "interpolation": PILLOW[pictures["resample"]],
         "tokenizer": source.name,
-        "context_length": config.text_config.max_position_embeddings,
-        "padding": "longest" if kind == "clip" else "full",
+        "context_length": context_length,
+        "padding": padding,
     }
-    return own, embed_dim, data
+    return Towers(source_config, embed_dim, data)
 
 
-def of_open_clip(source: Source) -> tuple[JsonObject, int, JsonObject]:
-    """What a model of open_clip decides, as `of_transformers`."""
+def _resize_of(pictures: JsonObject, side: int) -> str:
+    """Return `data.resize` for the settings of an image processor; `side`: the model's pixels."""
+    square = {"height": side, "width": side}
+    shortest = {"shortest_edge": side}
+    crop = pictures["crop_size"] if pictures.get("do_center_crop") else None
+    known = ((square, None), (square, square), (shortest, square))
+    steps = [pictures[name] for name in ("do_resize", "do_rescale", "do_normalize")]
+    size = pictures["size"]
+    if not ((size, crop) in known and all(steps) and pictures["resample"] in PILLOW):
+        raise ValueError(f"its pictures are not resized to {side} x {side} and normalised as here")
+    return "shortest" if size == shortest else "squash"
+
+
+def _without_irrelevant(pairs: list[tuple[str, object]]) -> JsonObject:
+    return {name: value for name, value in pairs if name not in IRRELEVANT_FIELDS}
+
+
+def open_clip_towers(source: Source, chosen: Section) -> Towers:
+    """Read a model of open_clip, as `transformers_towers`."""
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
     from open_clip.utils import to_2tuple
 
-    model = deepcopy(source.config["model_cfg"])
-    vision = open_clip.CLIPVisionCfg(**model["vision_cfg"])
-    text = open_clip.CLIPTextCfg(**model["text_cfg"])
+    model_cfg = deepcopy(source.config["model_cfg"])
+    vision_cfg = model_cfg["vision_cfg"]
+    text_cfg = model_cfg["text_cfg"]
+    vision = open_clip.CLIPVisionCfg(**vision_cfg)
+    text = open_clip.CLIPTextCfg(**text_cfg)
     pictures: Any = merge_preprocess_dict(PreprocessCfg(), source.config["preprocess_cfg"])
-    (side,) = {*to_2tuple(vision.image_size)}
     if (
         isinstance(vision.attentional_pool, str)
         or vision.timm_pool not in ("", "avg", "map", "token")
         or "none" in (vision.pool_type, text.pool_type, text.proj_type)
     ):
         raise ValueError("a tower is pooled or projected otherwise than docs/finetune.md says")
-    # Of a CoCa the two towers alone; and without what acts in open_clip's own training.
-    model.pop("multimodal_cfg", None)
+    # A CoCa keeps its two towers alone. What acts in open_clip's own training is left out.
+    model_cfg.pop("multimodal_cfg", None)
     for name in ("output_tokens", "patch_dropout", "timm_drop", "timm_drop_path"):
-        for tower in ("vision_cfg", "text_cfg"):
-            model[tower].pop(name, None)
-    model["vision_cfg"]["timm_model_pretrained"] = False
-    own: JsonObject = {"model_cfg": model, **{key: [*pictures[key]] for key in ("mean", "std")}}
-    if name := text.hf_model_name:  # open_clip names it alone
+        vision_cfg.pop(name, None)
+        text_cfg.pop(name, None)
+    vision_cfg["timm_model_pretrained"] = False
+    (side,) = {*to_2tuple(vision.image_size)}
+    image_size = _number(chosen, "image_size", side)
+    if image_size != side:
+        vision_cfg["image_size"] = image_size
+    # Towers whose features depend on the padding need all of it.
+    attends = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
+    context_length = text.context_length
+    if not attends:
+        context_length = _number(chosen, "context_length", context_length)
+    if context_length > text.context_length:
+        text_cfg["context_length"] = context_length
+    source_config: JsonObject = {"model_cfg": model_cfg}
+    source_config["mean"] = [*pictures["mean"]]
+    source_config["std"] = [*pictures["std"]]
+    if name := text.hf_model_name:  # open_clip gives its name alone
         from transformers import AutoConfig
 
         with source.blame("its text encoder"), loading(hub=not Path(name).is_dir()):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        own["text_config"] = config.to_diff_dict() | {"use_cache": False}
-        model["text_cfg"]["hf_model_pretrained"] = False
+        source_config["text_config"] = config.to_diff_dict() | {"use_cache": False}
+        text_cfg["hf_model_pretrained"] = False
     tokenizer = DEFAULT_TOKENIZER
     if text.hf_tokenizer_name or text.tokenizer_kwargs:
-        named = NAMED if source.name.startswith(NAMED) else ""
-        tokenizer = named + source.in_open_clip[0]
-    # Towers whose features depend on the padding need all of it.
-    full = text.no_causal_mask or text.embed_cls or text.pool_type == "last"
+        is_architecture = source.name.startswith(ARCHITECTURE_PREFIX)
+        tokenizer, _ = source.in_open_clip
+        tokenizer = ARCHITECTURE_PREFIX * is_architecture + tokenizer
     data = {
-        "image_size": side,
+        "image_size": image_size,
         "resize": f"{pictures['resize_mode']}_pillow",
-        # "random" is one of several in its training, and bicubic else.
+        # "random" is one of several in its training, and bicubic elsewhere.
         "interpolation": pictures["interpolation"].replace("random", "bicubic"),
         "tokenizer": tokenizer,
-        "context_length": text.context_length,
-        "padding": "full" if full else "longest",
+        "context_length": context_length,
+        "padding": "full" if attends else "longest",
     }
-    return own, int(model["embed_dim"]), data
+    return Towers(source_config, int(model_cfg["embed_dim"]), data)
+
+
+def _number(chosen: Section, key: str, usual: int) -> int:
+    """Return the user's number, or else `usual`; what is no number is refused by the caller."""
+    value = chosen.get(key)
+    return value if type(value) is int else usual

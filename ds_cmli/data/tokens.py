@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 from tokenizers import Regex, Tokenizer, normalizers, processors
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.source import DEFAULT_TOKENIZER, LOCAL, NAMED, is_marked
+from ds_cmli.config.source import (
+    ARCHITECTURE_PREFIX,
+    DEFAULT_TOKENIZER,
+    LOCAL_PREFIX,
+    is_marked,
+)
 from ds_cmli.data import assets
 from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import loading
@@ -123,8 +128,8 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from open_clip.tokenizer import get_clean_fn
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    with loading(hub=not name.startswith(LOCAL)):
-        model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(NAMED)
+    with loading(hub=not name.startswith(LOCAL_PREFIX)):
+        model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(ARCHITECTURE_PREFIX)
         given: Any = open_clip.get_tokenizer(model)
     blanks = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     lower = [*blanks, normalizers.Lowercase()]

@@ -78,17 +78,23 @@ def build_models(
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, settings)
     freeze(objective, settings)
-    if pretrained and settings.source:
-        print_line(_starts_from(settings, objective, data.image_size))
     return objective, teacher
 
 
-def _starts_from(settings: StudentConfig, objective: Objective, side: int) -> str:
-    own, built = settings.source_config, objective.student
-    kind = (own.get("architectures") or [own.get("model_type", "a run of this package")])[0]
-    layers = f"{len(built.image.blocks)} + {len(built.text.blocks)} layers"
-    temperatures = [f", temperature {1 / x:.3f}" for x in objective.scales().values() if x]
-    return f"starts from {settings.source}: {kind}, {layers}, {side} px{''.join(temperatures[:1])}"
+def starting_line(settings: StudentConfig, objective: Objective, image_size: int) -> str:
+    """Return the line that says what a student with a source starts from."""
+    student = objective.student
+    source_config = settings.source_config
+    kind = source_config.get("model_type", "a run of this package")
+    (kind, *_) = source_config.get("architectures") or [kind]
+    layers = f"{len(student.image.blocks)} + {len(student.text.blocks)} layers"
+    line = f"starts from {settings.source}: {kind}, {layers}, {image_size} px"
+    temperatures = [1 / scale for scale in objective.scales().values() if scale]
+    if temperatures:
+        line += f", temperature {temperatures[0]:.3f}"
+    if student.start is not None and student.start.resampled:
+        line += f"; positions: {student.start.resampled}"
+    return line
 
 
 def build(
@@ -133,6 +139,8 @@ def build(
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, pad_id=pad_id)
     student = objective.student
+    if config.student.source:
+        print_line(starting_line(config.student, objective, config.data.image_size))
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     if config.run.compile != "off":  # inside checkpointing, which recomputes with compiled code
         compile_blocks(student.image.blocks + student.text.blocks, ds_config.stage)

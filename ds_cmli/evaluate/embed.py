@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.source import RUN, Source, to_evaluate
+from ds_cmli.config.source import RUN, Source, evaluation_config
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
@@ -141,7 +141,7 @@ def load(
         ds_config = DeepSpeedConfig(read_json(source.path / RUN).get("deepspeed", {}))
         precision = precision or ds_config.precision
     else:
-        config = to_evaluate(source)
+        config = evaluation_config(source)
     words, trained = tokenizer_of(config.data), source.has_own_data or source.is_run
     if trained:
         file = hf.AVERAGE if ema else source.weights or hf.WEIGHTS

@@ -14,59 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModel, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.errors import blame
+from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject
 from ds_cmli.models.encoders import TextEncoder
 from ds_cmli.pretrained import loading
 
+KEPT_POSITIONS = 20  # of texts, which are not stretched
+
 
 class Start(NamedTuple):
-    """What the losses over pairs start with."""
+    """The initial temperature of the losses over pairs, and what was done to the positions."""
 
     log_scale: float  # ln(1/temperature)
     bias: float | None  # of a sigmoid loss; None: the source was not trained with one
+    resampled: str = ""  # the position embeddings that have another number than the source's
 
     @classmethod
-    def of(cls, model: Any) -> "Start":
+    def of(cls, model: Any, resampled: str = "") -> "Start":
         bias = getattr(model, "logit_bias", None)
-        return cls(model.logit_scale.item(), None if bias is None else bias.item())
-
-
-class ValuePath(nn.Module):
-    """What an attention pooling gives where it attends to one patch alone."""
-
-    def __init__(self, value: nn.Module, out: nn.Module, norm: nn.Module, mlp: nn.Module):
-        super().__init__()
-        self.value, self.out, self.norm, self.mlp = map(copied, (value, out, norm, mlp))
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """[B, N, H] -> [B, N, H]."""
-        x = self.out(self.value(patches))
-        return x + self.mlp(self.norm(x))
-
-
-def copied(part: nn.Module | Tensor | None) -> nn.Module:
-    """A module, or a projection [H, E], as one with parameters of its own and for vectors."""
-    if part is None:
-        return nn.Identity()
-    if isinstance(part, Tensor):
-        return layer(part.mT, None)
-    if isinstance(part, LayerNorm2d):
-        norm = nn.LayerNorm(part.normalized_shape, part.eps)
-        norm.load_state_dict(part.state_dict())
-        return norm
-    # `deepcopy` alone gives copies of fake tensors storages on another device.
-    memo: dict[int, Any] = {id(x): nn.Parameter(x.detach().clone()) for x in part.parameters()}
-    return deepcopy(part, memo | {id(x): x.clone() for x in part.buffers()})
-
-
-def layer(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    out.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    return out
+        bias = None if bias is None else bias.item()
+        return cls(model.logit_scale.item(), bias, resampled)
 
 
 class DualImage(nn.Module):
@@ -74,21 +44,27 @@ class DualImage(nn.Module):
 
     model: Any
 
-    def __init__(self, dual: PreTrainedModel, own: JsonObject, image_size: int):
-        """`dual`: the model of transformers, `own`: `StudentConfig.source_config`."""
+    def __init__(self, dual: PreTrainedModel, source_config: JsonObject, image_size: int):
+        """`dual`: the model of transformers; `source_config`: as in `StudentConfig`."""
         super().__init__()
         self.model = dual.get_submodule("vision_model")
-        config: Any = self.model.config
-        self.width, side = config.hidden_size, image_size // config.patch_size
-        self.grid, self.mean, self.std = (side, side), own["mean"], own["std"]
+        self.width = self.model.config.hidden_size
+        side = image_size // self.model.config.patch_size
+        self.grid = (side, side)
+        self.mean = source_config["mean"]
+        self.std = source_config["std"]
         self.pools = hasattr(self.model, "head")
         if self.pools:
-            self.class_head: nn.Module = nn.Identity()
             pooling = self.model.head
-            pool = pooling.attention
-            value = layer(pool.in_proj_weight.chunk(3)[2], pool.in_proj_bias.chunk(3)[2])
-            out = layer(pool.out_proj.weight, pool.out_proj.bias)
-            self.token_head: nn.Module = ValuePath(value, out, pooling.layernorm, pooling.mlp)
+            attention = pooling.attention
+            # The last third is the values'.
+            *_, weight = attention.in_proj_weight.chunk(3)
+            *_, bias = attention.in_proj_bias.chunk(3)
+            out = linear(attention.out_proj.weight, attention.out_proj.bias)
+            self.class_head: nn.Module = nn.Identity()
+            self.token_head: nn.Module = ValuePath(
+                linear(weight, bias), out, pooling.layernorm, pooling.mlp
+            )
         else:
             self.class_head = dual.get_submodule("visual_projection")
             self.token_head = copied(self.class_head)
@@ -115,45 +91,168 @@ class DualText(TextEncoder):
     def __init__(self, dual: PreTrainedModel):
         nn.Module.__init__(self)
         self.model = dual.get_submodule("text_model")
-        self.width, self.vocab_size = self.model.config.hidden_size, self.model.config.vocab_size
+        self.width = self.model.config.hidden_size
+        self.vocab_size = self.model.config.vocab_size
         if hasattr(dual, "text_projection"):
             self.class_head = dual.get_submodule("text_projection")
         else:
-            self.class_head, self.model.head = self.model.head, nn.Identity()
+            self.class_head = self.model.head
+            self.model.head = nn.Identity()
         self.token_head = copied(self.class_head)
 
     def joint(self, cls: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.class_head(cls), self.token_head(tokens)
 
 
+# --- the map of patches and tokens
+
+
+class ValuePath(nn.Module):
+    """Maps a patch as an attention pooling does where it attends to this patch alone."""
+
+    def __init__(self, value: nn.Module, out: nn.Module, norm: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.value = copied(value)
+        self.out = copied(out)
+        self.norm = copied(norm)
+        self.mlp = copied(mlp)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[B, N, H] -> [B, N, H]."""
+        x = self.out(self.value(patches))
+        return x + self.mlp(self.norm(x))
+
+
+def copied(part: nn.Module | Tensor | None) -> nn.Module:
+    """Return a module with parameters of its own for vectors; `part`: or a projection [H, E]."""
+    if part is None:
+        return nn.Identity()
+    if isinstance(part, Tensor):
+        return linear(part.mT, None)
+    if isinstance(part, LayerNorm2d):
+        norm = nn.LayerNorm(part.normalized_shape, part.eps)
+        norm.load_state_dict(part.state_dict())
+        return norm
+    # `deepcopy` alone gives copies of fake tensors storages on another device.
+    memo: dict[int, Any] = {}
+    for parameter in part.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().clone())
+    for buffer in part.buffers():
+        memo[id(buffer)] = buffer.clone()
+    return deepcopy(part, memo)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a layer with copies of these parameters."""
+    outputs, inputs = weight.shape
+    layer = nn.Linear(inputs, outputs, bias=bias is not None)
+    layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return layer
+
+
+# --- loading a source
+
+
 def build(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[DualImage, DualText, Start | None]:
-    """Both towers of the source, and what the losses start with; None for random weights.
+    """Build both towers of the source, and say what the losses start with.
 
-    `image_size`: S; `pretrained`: whether to load the source's weights.
+    Args:
+        image_size: S.
+        pretrained: load the source's weights; False: random weights, and no `Start`.
     """
-    fields, start = deepcopy(config.source_config), None  # which transformers changes
-    with loading(hub=False):
-        sizes = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+    source_config = config.source_config
+    with loading(hub=False):  # a copy, because transformers changes it
+        library_config: Any = CONFIG_MAPPING[source_config["model_type"]].from_dict(
+            deepcopy(source_config)
+        )
+    start = None
     if pretrained and config.source:
-        folder = Path(config.source).expanduser()
-        source = str(folder) if folder.exists() else config.source
-        what = f"student.source is {config.source!r}: its weights cannot be loaded"
-        with loading(hub=not folder.exists()), blame(what):
-            dual, keys = AutoModel.from_pretrained(
-                source,
-                config=sizes,
-                local_files_only=folder.exists(),
-                dtype=torch.float32,
-                weights_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            if missing := sorted(keys["missing_keys"]):
-                raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
+        dual = load_source(config.source)
+        resampled = resampled_positions(dual.config, library_config)
+        if resampled:
+            dual = with_positions_of(library_config, dual)
         dual.train()
-        start = Start.of(dual)
+        start = Start.of(dual, resampled)
     else:
-        dual = AutoModel.from_config(sizes, dtype=torch.float32)
-    return DualImage(dual, config.source_config, image_size), DualText(dual), start
+        dual = AutoModel.from_config(library_config, dtype=torch.float32)
+    return DualImage(dual, source_config, image_size), DualText(dual), start
+
+
+def load_source(source: str) -> Any:
+    """Load a model of transformers, in fp32. Raises `UserError`."""
+    folder = Path(source).expanduser()
+    local = folder.exists()
+    what = f"student.source is {source!r}: its weights cannot be loaded"
+    with loading(hub=not local), blame(what):
+        dual, keys = AutoModel.from_pretrained(
+            str(folder) if local else source,
+            local_files_only=local,
+            dtype=torch.float32,
+            weights_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if missing := sorted(keys["missing_keys"]):
+            raise ValueError(f"{len(missing)} are missing, such as {missing[0]}")
+    return dual
+
+
+def resampled_positions(given: Any, wanted: Any) -> str:
+    """Return a line's part on the positions that differ between two configurations, or "".
+
+    Raises `UserError` if the pictures of `wanted` have no whole number of patches.
+    """
+    changes = []
+    side = wanted.vision_config.image_size
+    if side != given.vision_config.image_size:
+        patch = wanted.vision_config.patch_size
+        changes.append(changed_grid(given.vision_config.image_size, side, patch))
+    length = wanted.text_config.max_position_embeddings
+    given_length = given.text_config.max_position_embeddings
+    if length != given_length:
+        changes.append(f"texts {given_length} -> {length} (the first {KEPT_POSITIONS} are kept)")
+    return ", ".join(changes)
+
+
+def changed_grid(given_side: int, side: int, patch: int) -> str:
+    """Return a line's part on a patch grid that is resampled. Raises `UserError`."""
+    if side % patch:
+        multiple = f"no multiple of the {patch} pixels of a patch"
+        raise UserError(f"data.image_size is {side}: {multiple}")
+    given = given_side // patch
+    wanted = side // patch
+    return f"pictures {given} x {given} -> {wanted} x {wanted} patches (bicubic)"
+
+
+def with_positions_of(library_config: PreTrainedConfig, dual: Any) -> Any:
+    """Return a model of this configuration with the weights of `dual`, its positions resampled."""
+    resized: Any = AutoModel.from_config(library_config, dtype=torch.float32)
+    weights = dual.state_dict()
+    side = resized.config.vision_config.image_size
+    wanted = resized.vision_model.embeddings.position_embedding.weight
+    # The library takes the number of patches from the shape of what they are added to.
+    table = dual.vision_model.embeddings.interpolate_pos_encoding(wanted[None], side, side)
+    weights["vision_model.embeddings.position_embedding.weight"] = table[0]
+    name = "text_model.embeddings.position_embedding.weight"
+    length = resized.config.text_config.max_position_embeddings
+    if length > len(weights[name]):
+        weights[name] = stretched(weights[name], length)
+    resized.load_state_dict(weights)
+    return resized
+
+
+def stretched(table: Tensor, length: int) -> Tensor:
+    """Stretch the position embeddings of a text tower, [M, H] -> [length, H], length > M.
+
+    As Long-CLIP (Zhang et al., 2024, arXiv 2403.15378): the first 20 positions, in which most
+    captions of CLIP's training lie, are kept; the others are stretched linearly, and the end is
+    extrapolated. So a text of up to 20 tokens has the features that it had.
+    """
+    kept = min(KEPT_POSITIONS, len(table) - 2)
+    rate = (len(table) - kept) / (length - kept)
+    places = kept + rate * torch.arange(length - kept, dtype=torch.float64)
+    left = places.long().clamp(max=len(table) - 2)
+    weight = (places - left).to(table.dtype)[:, None]
+    return torch.cat([table[:kept], table[left].lerp(table[left + 1], weight)])

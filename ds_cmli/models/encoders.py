@@ -206,14 +206,10 @@ class TextEncoder(nn.Module):
             if missing := sorted(keys["missing_keys"]):
                 raise ValueError(f"{weights!r} lacks {len(missing)} weights, such as {missing[0]}")
             self.model.train()
-        most = getattr(config, "max_position_embeddings", None) or float("inf")
-        for module_name, module in self.model.named_modules():
+        most = max_text_length(self.model)
+        for module in self.model.modules():
             if isinstance(getattr(module, "head", None), nn.Linear):
                 module.head = nn.Identity()  # SigLIP's, after its own pooling
-            if module_name.endswith("position_embeddings"):
-                # RoBERTa's positions begin after the row of the padding index.
-                padding = getattr(module, "padding_idx", None)
-                most -= 0 if padding is None else padding + 1
         if config.vocab_size < vocab_size:
             raise ValueError(
                 f"it has {config.vocab_size} tokens and data.tokenizer {vocab_size}: choose the "
@@ -254,6 +250,16 @@ class TextEncoder(nn.Module):
             return tokens[rows, attention_mask.sum(1) - 1]
         share = attention_mask.to(tokens.dtype) / attention_mask.sum(1, keepdim=True)
         return (share[:, None] @ tokens)[:, 0]  # a matrix product accumulates in fp32
+
+
+def max_text_length(model: Any) -> float:
+    """Return how many tokens a text model of transformers takes; infinity if it has no limit."""
+    length = getattr(model.config, "max_position_embeddings", None) or float("inf")
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            length -= padding + 1  # RoBERTa's positions begin after the row of the padding index
+    return length
 
 
 def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:

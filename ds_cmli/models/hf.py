@@ -36,7 +36,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
 from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
-from ds_cmli.config.source import OF_TRAINING
+from ds_cmli.config.source import NO_TRAINING
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
@@ -223,7 +223,7 @@ class CMLIProcessor(ProcessorMixin):
 def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
     """Write what a run's folder has beside its weights, each file whole or not at all."""
     data = {name: getattr(config.data, name) for name in OF_DATA}
-    settings = asdict(config.student) | OF_TRAINING | {"source": ""}
+    settings = asdict(config.student) | NO_TRAINING | {"source": ""}
     text = getattr(getattr(student.text, "model", None), "config", None)
     if not config.student.source_config:
         settings |= {"image_weights": "random", "text_weights": "random"}

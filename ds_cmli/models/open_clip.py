@@ -12,36 +12,49 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import text_global_pool
+from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.files import JsonObject
-from ds_cmli.models.dual import Start, ValuePath, copied, layer
-from ds_cmli.models.encoders import ATTENTION_DROPOUT, DROPOUT, blocks_of_stages, layers_of
+from ds_cmli.models.dual import Start, ValuePath, changed_grid, copied, linear
+from ds_cmli.models.encoders import (
+    ATTENTION_DROPOUT,
+    DROPOUT,
+    blocks_of_stages,
+    layers_of,
+    max_text_length,
+)
 from ds_cmli.pretrained import loading
 
 
 class OpenClipImage(nn.Module):
     """The image tower: normalised pixels [B, 3, S, S] -> class token and patches [B, 1 + N, E]."""
 
-    def __init__(self, visual: Any, own: JsonObject, image_size: int):
+    def __init__(self, visual: Any, source_config: JsonObject, image_size: int):
+        """`visual`: the library's tower; `source_config`: as in `StudentConfig`."""
         super().__init__()
-        self.model, self.width = visual, own["model_cfg"]["embed_dim"]
-        self.mean, self.std = own["mean"], own["std"]
+        self.model = visual
+        self.width = source_config["model_cfg"]["embed_dim"]
+        self.mean = source_config["mean"]
+        self.std = source_config["std"]
         self.token_head = nn.Sequential(*map(copied, patch_map(visual)))
-        model, self.norm = getattr(visual, "trunk", visual), True
+        self.norm = True
+        model = getattr(visual, "trunk", visual)
         if model is not visual:
             stages = [stage["module"] for stage in model.feature_info]
-            patch = model.feature_info[-1]["reduction"]
+            self.patch = model.feature_info[-1]["reduction"]
         elif hasattr(visual, "layer4"):  # a ResNet
-            stages, patch = ["layer1", "layer2", "layer3", "layer4"], 32
+            stages = ["layer1", "layer2", "layer3", "layer4"]
+            self.patch = 32
         else:
-            stages, patch = ["transformer.resblocks"], visual.patch_size[0]
+            stages = ["transformer.resblocks"]
+            self.patch, _ = visual.patch_size
             # A norm before the pooling is that of patches too; a CoCa's is as wide as its output.
             self.norm = visual.attn_pool is None and not visual.final_ln_after_pool
         self.blocks = blocks_of_stages(model, stages)
-        self.grid = (image_size // patch, image_size // patch)
+        self.grid = (image_size // self.patch, image_size // self.patch)
 
     def forward(self, pixels: Tensor) -> Tensor:
         out = self.model.forward_intermediates(pixels, indices=1, normalize_intermediates=self.norm)
@@ -52,79 +65,163 @@ class OpenClipImage(nn.Module):
 class OpenClipText(nn.Module):
     """The text tower: int64 [B, M] -> tokens and then the class token, [B, M + 1, E]."""
 
-    def __init__(self, text: Any, own: JsonObject):
+    def __init__(self, text: Any, source_config: JsonObject):
+        """`text`: the library's tower; `source_config`: as in `StudentConfig`.
+
+        Raises ValueError if it is of a kind that cannot give tokens, or too short for the texts.
+        """
         super().__init__()
-        self.model, self.width = text, own["model_cfg"]["embed_dim"]
-        self.vocab_size, self.of_transformers = text.vocab_size, hasattr(text, "pooler")
-        self.token_head = copied(text.proj if self.of_transformers else text.text_projection)
-        stack = text.transformer
-        self.blocks = layers_of(stack) if self.of_transformers else list(stack.resblocks)
+        model_cfg = source_config["model_cfg"]
+        self.model = text
+        self.width = model_cfg["embed_dim"]
+        self.vocab_size = text.vocab_size
+        self.of_transformers = hasattr(text, "pooler")
+        if self.of_transformers:
+            projection = text.proj
+            self.blocks = layers_of(text.transformer)
+            longest = max_text_length(text.transformer)
+            length = model_cfg["text_cfg"].get("context_length", 0)
+            if length > longest:
+                raise ValueError(f"data.context_length is {length}, and it has only {longest}")
+        elif hasattr(text, "_embeds"):
+            projection = text.text_projection
+            self.blocks = list(text.transformer.resblocks)
+        else:
+            raise ValueError(f"its text tower, {type(text).__name__}, gives no features of tokens")
+        self.token_head = copied(projection)
 
     def forward(self, input_ids: Tensor, *_: object) -> Tensor:
-        """What a token attends to, the ids and the model say."""
-        model = self.model
-        if self.of_transformers:
-            mask = (input_ids != model.config.pad_token_id).long()
-            out = model.transformer(input_ids=input_ids, attention_mask=mask)
-            pooled, tokens = model.proj(model.pooler(out, mask)), out.last_hidden_state
-        else:
-            x, mask = model._embeds(input_ids)
-            if mask is not None and mask.ndim == 2:  # the library takes texts of full length alone
-                mask = mask[: x.shape[1], : x.shape[1]]
-            tokens = model.ln_final(model.transformer(x, attn_mask=mask))
-            if model.cls_emb is not None:
-                pooled, tokens = tokens[:, -1], tokens[:, :-1]
-            else:
-                pooled = text_global_pool(tokens, input_ids, model.pool_type, model.eos_id)
-            projection = model.text_projection  # a layer or a matrix
-            pooled = projection(pooled) if callable(projection) else pooled @ projection
+        """Encode texts; the ids and the model decide what a token attends to."""
+        encode = self._with_transformers if self.of_transformers else self._with_open_clip
+        tokens, pooled = encode(input_ids)
         return torch.cat([self.token_head(tokens), pooled[:, None]], 1)
+
+    def _with_transformers(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        mask = (input_ids != model.config.pad_token_id).long()
+        out = model.transformer(input_ids=input_ids, attention_mask=mask)
+        return out.last_hidden_state, model.proj(model.pooler(out, mask))
+
+    def _with_open_clip(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model
+        x, mask = model._embeds(input_ids)
+        if mask is not None and mask.ndim == 2:  # the library takes texts of full length alone
+            mask = mask[: x.shape[1], : x.shape[1]]
+        tokens = model.ln_final(model.transformer(x, attn_mask=mask))
+        if model.cls_emb is not None:
+            pooled = tokens[:, -1]
+            tokens = tokens[:, :-1]
+        else:
+            pooled = text_global_pool(tokens, input_ids, model.pool_type, model.eos_id)
+        projection = model.text_projection  # a layer or a matrix
+        return tokens, projection(pooled) if callable(projection) else pooled @ projection
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         return tokens[:, -1]
 
 
 def patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
-    """What the tower's pooling does to a patch that it attends to alone (MaskCLIP, 2112.01071)."""
+    """Return the layers that the tower's pooling applies to a patch that it attends to alone.
+
+    As MaskCLIP (Zhou et al., 2022, arXiv 2112.01071).
+    """
     if hasattr(visual, "attnpool"):  # a ResNet's
         return [visual.attnpool.v_proj, visual.attnpool.c_proj]
     trunk = getattr(visual, "trunk", visual)
-    pool, parts = getattr(trunk, "attn_pool", None), []
+    pool = getattr(trunk, "attn_pool", None)
+    layers: list[nn.Module | Tensor | None] = []
     if trunk is visual:
         if pool is not None:
-            own = pool.attn
-            weight = own.in_proj_weight if own.v_proj_weight is None else own.v_proj_weight
-            value = layer(weight[-own.embed_dim :], own.in_proj_bias[-own.embed_dim :])
-            parts = [pool.ln_k, value, own.out_proj]
+            attention = pool.attn
+            weight = attention.v_proj_weight
+            if weight is None:  # keys and values are as wide as queries
+                weight = attention.in_proj_weight
+            width = attention.embed_dim
+            value = linear(weight[-width:], attention.in_proj_bias[-width:])
+            layers = [pool.ln_k, value, attention.out_proj]
         if pool is not None or visual.final_ln_after_pool:
-            parts.append(visual.ln_post)
-        return [*parts, visual.proj]
+            layers.append(visual.ln_post)
+        return [*layers, visual.proj]
     if pool is not None:
-        value = layer(pool.kv.weight.chunk(2)[1], pool.kv.bias.chunk(2)[1])
-        parts = [ValuePath(value, pool.proj, pool.norm, pool.mlp)]
+        _, weight = pool.kv.weight.chunk(2)
+        _, bias = pool.kv.bias.chunk(2)
+        layers.append(ValuePath(linear(weight, bias), pool.proj, pool.norm, pool.mlp))
     head = getattr(trunk, "head", None)  # with `timm_proj` null it is the projection
-    parts += [getattr(trunk, "fc_norm", None), getattr(head, "norm", None)]
-    parts += [getattr(head, "fc", head), visual.head]
-    return [part for part in parts if isinstance(part, nn.Module) and [*part.parameters()]]
+    layers += [getattr(trunk, "fc_norm", None), getattr(head, "norm", None)]
+    layers += [getattr(head, "fc", head), visual.head]
+    return [part for part in layers if isinstance(part, nn.Module) and [*part.parameters()]]
 
 
 def build(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
-    """As `dual.build`."""
-    own, source, start = config.source_config, Source(config.source), None
+    """Build both towers of the source, as `dual.build`."""
+    source_config = config.source_config
+    source = Source(config.source)
     hub = pretrained and not source.local
-    with loading(hub), source.blame("open_clip cannot load it"), TemporaryDirectory() as folder:
-        cfg = {name: value for name, value in own["model_cfg"].items() if name != "custom_text"}
-        if "text_config" in own:  # open_clip reads it by a name
-            fields = own["text_config"] | dict.fromkeys((*DROPOUT, *ATTENTION_DROPOUT), 0.0)
-            Path(folder, "config.json").write_text(json.dumps(fields))
-            cfg["text_cfg"] = cfg["text_cfg"] | {"hf_model_name": folder}
-        model: Any = open_clip.CustomTextCLIP(**cfg)
+    loaded: Any = None
+    with loading(hub), source.blame("open_clip cannot load it"):
+        model = random_model(source_config, image_size)
         if pretrained and config.source:
-            how = {"force_custom_text": True, "require_pretrained": True}
-            theirs: Any = open_clip.create_model(*source.in_open_clip, **how)
-            model.visual.load_state_dict(theirs.visual.state_dict())
-            model.text.load_state_dict(theirs.text.state_dict())
-            start = Start.of(theirs)
-        return OpenClipImage(model.visual, own, image_size), OpenClipText(model.text, own), start
+            loaded = load_source(source, image_size, model.context_length)
+            model.visual.load_state_dict(loaded.visual.state_dict())
+            model.text.load_state_dict(loaded.text.state_dict())
+        image = OpenClipImage(model.visual, source_config, image_size)
+        text = OpenClipText(model.text, source_config)
+        if loaded is None:
+            return image, text, None
+        resampled = resampled_positions(source, image_size, image.patch, text)
+        return image, text, Start.of(loaded, resampled)
+
+
+def random_model(source_config: JsonObject, image_size: int) -> Any:
+    """Return the library's model of a configuration, with random weights."""
+    model_cfg = {**source_config["model_cfg"]}
+    model_cfg.pop("custom_text", None)
+    with TemporaryDirectory() as folder:
+        if "text_config" in source_config:  # open_clip reads it by a name
+            no_dropout = dict.fromkeys((*DROPOUT, *ATTENTION_DROPOUT), 0.0)
+            fields = source_config["text_config"] | no_dropout
+            Path(folder, "config.json").write_text(json.dumps(fields))
+            model_cfg["text_cfg"] = model_cfg["text_cfg"] | {"hf_model_name": folder}
+        model: Any = open_clip.CustomTextCLIP(**model_cfg)
+    if hasattr(model.visual, "trunk"):
+        _, _, usual = model.visual.trunk.pretrained_cfg["input_size"]
+        if image_size != usual:  # the library builds timm's models at their usual size
+            model.visual.set_input_size(image_size)
+    return model
+
+
+def sizes_of(source: Source) -> tuple[int, int]:
+    """Return the side of a source's pictures in pixels, and the length of its texts."""
+    model_cfg = source.config["model_cfg"]
+    (side,) = {*to_2tuple(open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).image_size)}
+    return side, open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+
+
+def load_source(source: Source, image_size: int, context_length: int) -> Any:
+    """Load a source at these sizes; the library resamples its positions if they differ."""
+    side, length = sizes_of(source)
+    sizes = {}
+    if image_size != side:
+        sizes["force_image_size"] = image_size
+    if context_length != length:
+        sizes["force_context_length"] = context_length
+    name, weights = source.in_open_clip
+    return open_clip.create_model(
+        name, weights, force_custom_text=True, require_pretrained=True, **sizes
+    )
+
+
+def resampled_positions(source: Source, image_size: int, patch: int, text: OpenClipText) -> str:
+    """Return a line's part on the positions that the library resampled, or "".
+
+    Raises `UserError` if the pictures have no whole number of patches.
+    """
+    side, length = sizes_of(source)
+    changes = []
+    if image_size != side:
+        changes.append(changed_grid(side, image_size, patch))
+    if text.model.context_length != length and not text.of_transformers:
+        changes.append(f"texts {length} -> {text.model.context_length} (linear)")
+    return ", ".join(changes)

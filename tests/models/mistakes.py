@@ -6,5 +6,7 @@ MISTAKES = [
     ("train --set teacher.model=resnet18 --set teacher.overrides={{}}", "resnet18"),
     ("train --set teacher.weights={here}/nowhere.pt", "nowhere.pt"),
     ("train --set student.text_weights={here}/w.pt", "w.pt", lambda here: (here / "w.pt").write_bytes(b"no weights")),
+    ("train --start-from ~nouser/clip", "'~nouser/clip': no such file or folder"),
+    ("evaluate ~nouser/clip", "'~nouser/clip'"),
     ("train --set run.compile=blocks --profile-memory 2", "--profile-memory"),
 ]

@@ -24,7 +24,7 @@ from transformers import (
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.source import Source, loss_of
+from ds_cmli.config.source import Source, temperature_loss
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
 from tests.make import save_run
@@ -174,10 +174,11 @@ def of_library(folder: Path, pictures: list, texts: list[str]) -> Theirs:
 # Trainings that start from one.
 
 
-def settings(source, **student):
-    """Of a training with the loss whose temperature the model has, and CMLI."""
-    weights = {loss_of(Source(str(source)).config): 1.0, "cmli": 1.0}
-    return load_preset("tiny", {"student": {"source": str(source), **student}, "loss": {"weights": weights}})
+def settings(source, losses=(), data=None, **student):
+    """The configuration of a training: by default, with the loss whose temperature the model has, and CMLI."""
+    losses = losses or (temperature_loss(Source(str(source)).config), "cmli")
+    chosen = {"student": {"source": str(source), **student}, "loss": {"weights": dict.fromkeys(losses, 1.0)}}
+    return load_preset("tiny", chosen | {"data": data or {}})
 
 
 @cache
@@ -186,18 +187,18 @@ def bpe(context_length: int, padding: str):
     return tokenizer_of(DataConfig(tokenizer="open_clip", context_length=context_length, padding=padding))
 
 
-def start(source, **student):
+def start(source, **chosen):
     """The objective, the configuration and the tokenizer of a training that starts from the source."""
-    config = settings(source, **student)
+    config = settings(source, **chosen)
     data = config.data
     words = bpe(data.context_length, data.padding) if data.tokenizer == "open_clip" else tokenizer_of(data)
     objective, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     return objective.eval(), config, words
 
 
-def run_of(source, folder: Path, **student) -> Path:
+def run_of(source, folder: Path, **chosen) -> Path:
     """A run's folder as a training from the source leaves it."""
-    objective, config, words = start(source, **student)
+    objective, config, words = start(source, **chosen)
     for parameter in objective.parameters():
         parameter.data += 0.01 * torch.randn_like(parameter)
     return save_run(folder, config, objective, words)

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModel
 
+from ds_cmli.config.presets import load_preset
 from ds_cmli.config.source import Source, applied
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
+from ds_cmli.engine.build import starting_line
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export import command as export
@@ -133,10 +135,18 @@ def test_shared_blocks_start_as_the_identity_where_widths_agree(folders, tmp_pat
         start(folders["CLIP"], shared_blocks=1)
 
 
-def test_a_start_says_what_it_loads(folders, capsys):
-    start(folders["SigLIP"])
-    line = f"starts from {folders['SigLIP']}: siglip, 2 + 2 layers, 56 px, temperature 0.0"
-    assert line in capsys.readouterr().out
+def test_a_start_says_what_it_loads(begun, folders):
+    objective, config, _ = begun("SigLIP")
+    line = f"starts from {folders['SigLIP']}: siglip, 2 + 2 layers, 56 px, temperature 0.009"
+    assert starting_line(config.student, objective, 56) == line
+
+
+@pytest.mark.parametrize("kind, loss", [("CLIP", "global"), ("SigLIP", "global_sigmoid"), ("siglip", "global_sigmoid")])
+def test_the_preset_trains_the_loss_whose_temperature_the_source_has(kind, loss, folders):
+    student = {"source": str(folders[kind])}
+    assert load_preset("finetune", {"student": student}).loss.weights == {loss: 1.0, "cmli": 1.0}
+    chosen = {"student": student, "loss": {"weights": {"global": 2.0}}}
+    assert load_preset("finetune", chosen).loss.weights == {"global": 2.0}
 
 
 @pytest.mark.slow
@@ -232,7 +242,7 @@ def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_ar
     out = applied(given)
     assert out["data"]["context_length"] == 16 and out["student"]["freeze_image"] == 2
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
-    contradicting = (("student", "layers", 1), ("data", "context_length", 78), ("loss", "init_temperature", 2))
+    contradicting = (("student", "layers", 1), ("data", "padding", "full"), ("loss", "init_temperature", 2))
     for section, key, value in contradicting:
         line = rf"^{section}.{key} is {value}: [^\n]*student.source [^\n]*: leave it out$"
         with pytest.raises(UserError, match=line):
@@ -296,8 +306,10 @@ def test_a_weight_that_is_missing_is_one_line(folders, tmp_path):
 
 def test_a_name_that_cannot_be_used_is_one_line(folders, tmp_path, monkeypatch):
     refused("no such file or folder", tmp_path / "nowhere")
+    refused("no such file or folder, nor on the hub", "~nouser/clip")
     refused("no config.json or open_clip_config.json there", folders["CLIP"] / "config.json")
     refused("did you mean 'ViT-B-32'", "open_clip:ViTB-32@x.pt")
+    refused("known, of 1[0-9]{2}, for instance: .{50,150}", "open_clip:unlike@x.pt")
     refused("file or tag is 'x.pt': known: .*laion2b_e16", "open_clip:ViT-B-32@x.pt")
     refused("give open_clip:ViT-B-32-quickgelu@openai", "open_clip:ViT-B-32@openai")
     refused("open_clip_config.json there", "local-dir:nowhere")

@@ -1,0 +1,199 @@
+"""Sources at other sizes of pictures and lengths of texts: their positions are resampled as their libraries do it."""
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModel
+
+from ds_cmli.engine.build import starting_line
+from ds_cmli.errors import UserError
+from ds_cmli.export import command as export
+from ds_cmli.inference import Model
+from ds_cmli.models import hf
+from ds_cmli.models.dual import stretched
+from tests import make
+from tests.models.sources import clip, of_library, of_open_clip, run_of, settings, siglip, start
+
+MADE = {"CLIP": clip, "SigLIP": siglip}
+SIDES = {"convnext": 64, "siglip": 160, "token": 160}  # of their own pictures; of the others 56
+PATCHES = {"convnext": 32, "siglip": 16, "token": 16}  # of the others 14
+TEXTS = ["A Red  apple, isn't it?", "two dogs", "long " * 160]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A function that makes the folder of a source once."""
+    root = tmp_path_factory.mktemp("sources")
+    made = {}
+
+    def folder(kind):
+        if kind not in made:
+            write = MADE.get(kind, lambda path: of_open_clip(path, kind))
+            made[kind] = write(root / kind)
+        return made[kind]
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [make.picture(number, side=90) for number in range(4)]
+
+
+def resized_by_the_library(folder, image_size: int):
+    """A function from normalised pixels to the features of the library's own model at this size."""
+    if (folder / "open_clip_config.json").is_file():
+        name = f"local-dir:{folder}"
+        return open_clip.create_model(name, force_image_size=image_size).eval().encode_image
+    model = AutoModel.from_pretrained(folder)
+    return lambda pixels: model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+
+
+ALSO = ("clipa", "coca", "convnext", "token")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("larger", [True, False])
+@pytest.mark.parametrize("kind", [*MADE, "vit", "siglip", *(pytest.param(x, marks=pytest.mark.slow) for x in ALSO)])
+def test_pictures_of_another_size_have_the_features_of_the_librarys_own_resize(kind, larger, folders):
+    patch = PATCHES.get(kind, 14)
+    patches = SIDES.get(kind, 56) // patch
+    patches += patches // 2 if larger else -1
+    side = patches * patch
+    student = start(folders(kind), data={"image_size": side})[0].student
+    images = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8)
+    wanted = resized_by_the_library(folders(kind), side)(student.pixels(images, torch.float32))
+    cls, features = student.image_embeddings(images)
+    assert_close(cls, F.normalize(wanted), rtol=0, atol=1e-6)
+    assert student.grid == (patches, patches) and features.shape[1] == patches**2
+
+
+@torch.no_grad()
+def test_longer_texts_of_open_clip_have_the_features_of_its_own_resize(folders):
+    objective, _, words = start(folders("vit"), data={"context_length": 154})
+    model = open_clip.create_model(f"local-dir:{folders('vit')}", force_context_length=154).eval()
+    ids = torch.zeros(3, 154, dtype=torch.int64)
+    for row, text in enumerate(TEXTS):
+        tokens = words(text).input_ids
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+    cls, _ = objective.student.text_embeddings(ids, ids != 0)
+    assert_close(cls, F.normalize(model.encode_text(ids)), rtol=0, atol=1e-6)
+    assert (ids[2] != 0).all()  # a text of full length
+
+
+@torch.no_grad()
+def test_short_texts_of_clip_keep_their_features_when_its_positions_are_stretched(folders):
+    own, _, words = start(folders("CLIP"))
+    longer, _, _ = start(folders("CLIP"), data={"context_length": 154})
+    ids = torch.tensor([words("a red car and a dog").input_ids])
+    assert ids.shape[1] <= 20
+    for given, result in zip(*(x.student.text_embeddings(ids, ids >= 0) for x in (own, longer)), strict=True):
+        assert_close(result, given, rtol=0, atol=1e-6)
+    cls, tokens = longer.student.text_embeddings(torch.randint(4, 100, (2, 154)), torch.ones(2, 154, dtype=torch.bool))
+    assert cls.isfinite().all() and tokens.shape[1] == 154
+
+
+def test_positions_are_stretched_as_long_clip_does_it():
+    """77 to 248, position by position: after the first 20, three new ones between each two."""
+    table = torch.randn(77, 3)
+    result = stretched(table, 248)
+    assert torch.equal(result[:20], table[:20])
+    for place in range(20, 76):
+        for quarter in range(4):
+            between = table[place] * (4 - quarter) / 4 + table[place + 1] * quarter / 4
+            assert_close(result[20 + 4 * (place - 20) + quarter], between)
+    for quarter in range(4):
+        assert_close(result[244 + quarter], table[76] + (table[76] - table[75]) * quarter / 4)
+
+
+CHANGED = {
+    "CLIP": {"image_size": 84, "context_length": 154},
+    "SigLIP": {"image_size": 84},
+    "vit": {"image_size": 84, "context_length": 154},
+    "convnext": {"image_size": 96, "context_length": 154},
+    "roberta": {"image_size": 28, "context_length": 80},
+}
+SAID = {
+    "CLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)",
+    "SigLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)",
+    "vit": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (linear)",
+    "roberta": "; positions: pictures 4 x 4 -> 2 x 2 patches (bicubic)",  # its table has 90 places
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_start_says_which_positions_are_resampled(kind, folders):
+    objective, config, _ = start(folders(kind), data=CHANGED[kind])
+    assert starting_line(config.student, objective, config.data.image_size).endswith(SAID[kind])
+    objective, config, _ = start(folders(kind))
+    assert "positions" not in starting_line(config.student, objective, config.data.image_size)
+
+
+@pytest.mark.parametrize(
+    "kind", ["CLIP", "SigLIP", "vit", *(pytest.param(x, marks=pytest.mark.slow) for x in ("convnext", "roberta"))]
+)
+def test_an_export_has_the_new_sizes_and_its_library_computes_the_same_features(kind, folders, pictures, tmp_path):
+    run = run_of(folders(kind), tmp_path / "run", data=CHANGED[kind])
+    library = {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
+    export.main([str(run), str(tmp_path / "back"), "--as", library], standalone_mode=False)
+    ours = Model.load(run, "cpu")
+    theirs = of_library(tmp_path / "back", pictures, TEXTS)
+    assert theirs.pixels.shape[-1] == CHANGED[kind]["image_size"]
+    assert theirs.ids.shape[1] == CHANGED[kind].get("context_length", 64)
+    assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
+    assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
+
+
+def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(folders, tmp_path):
+    run = run_of(folders("siglip"), tmp_path / "run", data={"image_size": 240})
+    with pytest.raises(UserError, match=r"^--as open_clip: 'visual.trunk.pos_embed' is \[1, 226, 96\] [^\n]* 240 px"):
+        export.main([str(run), str(tmp_path / "back"), "--as", "open_clip"], standalone_mode=False)
+    assert not (tmp_path / "back").exists()
+    export.main([str(run), str(tmp_path / "own")], standalone_mode=False)
+    assert load_file(tmp_path / "own" / hf.WEIGHTS)["student.image.model.trunk.pos_embed"].shape == (1, 226, 96)
+
+
+@pytest.mark.slow
+def test_training_starts_at_another_size_and_its_export_starts_another(source, folders, tmp_path, capfd):
+    steps = ["--steps", "20", "--micro-batch", "4", "--workers", "0", "--losses", "global,cmli"]
+    steps += ["--lr", "1e-3", "--set", "run.match_maps=0", *source]
+    run = tmp_path / "run"
+    sizes = ["--set", "data.image_size=84", "--set", "data.context_length=154"]
+    assert make.train("--start-from", str(folders("CLIP")), *sizes, *steps, "--output-dir", str(run)) == 0
+    assert SAID["CLIP"] in capfd.readouterr().out
+    losses = [line["loss"] for line in make.lines(run)]
+    assert losses[-1] < losses[0]
+    export.main([str(run), str(tmp_path / "back"), "--as", "clip"], standalone_mode=False)
+    config = settings(tmp_path / "back")
+    assert (config.data.image_size, config.data.context_length) == (84, 154)
+
+
+def test_sizes_that_a_source_cannot_have_are_one_line(folders):
+    def refused(line, kind, **data):
+        with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
+            start(folders(kind), data=data)
+
+    refused("data.image_size is 60: no multiple of the 14 pixels of a patch", "CLIP", image_size=60)
+    refused("data.image_size is 60: no multiple of the 14 pixels of a patch", "vit", image_size=60)
+    refused("data.image_size is 0: ", "CLIP", image_size=0)
+    refused("data.image_size is '84': ", "CLIP", image_size="84")
+    refused("data.context_length is 128: student.source .* has 64: leave it out", "SigLIP", context_length=128)
+    refused("data.context_length is 128: student.source .* has 64: leave it out", "siglip", context_length=128)
+    refused("student.source .* data.context_length is 90, and it has only 89", "roberta", context_length=90)
+
+
+def test_a_text_tower_of_another_kind_is_one_line(folders, monkeypatch):
+    """As open_clip 4's `text_arch` "modern"."""
+    monkeypatch.delattr(open_clip.transformer.TextTransformer, "_embeds")
+    line = r"^student.source [^\n]*its text tower, TextTransformer, gives no features of tokens$"
+    with pytest.raises(UserError, match=line):
+        start(folders("vit"))
+
+
+def test_a_resnet_of_another_size_is_one_line(folders):
+    """Positions of its pooling are not resampled by open_clip."""
+    with pytest.raises(UserError, match=r"^student.source [^\n]*open_clip cannot load it: [^\n]*positional_embedding"):
+        start(folders("resnet"), data={"image_size": 96})
