@@ -1,17 +1,20 @@
 import atexit
 import contextlib
 import gc
+import importlib.util
 import os
 import signal
+import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from ds_cmli import hardware
-from tests.ranks import ALONE
+from tests.ranks import ALONE, ROOT
 
 # A process that trains keeps its freed memory. One that runs hundreds of tests would grow by that until the system
 # refuses to fork it. Engines take the function from here, when they are first imported.
@@ -29,10 +32,25 @@ ZERO1: dict = {"zero_optimization": {"stage": 1}}  # the least of a DeepSpeed JS
 
 
 def pytest_configure(config):
-    """Hide GPUs from all tests but those of `-m gpu`: they are of what CPUs compute, partly to the bit."""
+    """Hide GPUs from all tests but those of `-m gpu`: the others compare what CPUs compute, partly to the bit."""
     if config.option.markexpr != "gpu":
-        # The second reaches what the launcher of DeepSpeed starts, which sets the first by itself.
+        # DeepSpeed's launcher sets the first variable by itself. The second one reaches the processes that it starts.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    starts_workers = config.getoption("numprocesses", None) and not hasattr(config, "workerinput")
+    if starts_workers and not bytecode_of("deepspeed").exists():
+        compile_libraries()
+
+
+def bytecode_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    return Path(str(spec.cached))
+
+
+def compile_libraries() -> None:
+    """Import the libraries once in a new environment: else each worker compiles the same 5,000 modules."""
+    imports = "import torch, deepspeed, transformers, timm, torch.utils.tensorboard, tests.drive_train, ds_cmli.run"
+    subprocess.run([sys.executable, "-c", imports], cwd=ROOT, capture_output=True)
 
 
 @pytest.hookimpl(wrapper=True)
