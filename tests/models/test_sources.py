@@ -244,7 +244,7 @@ def test_settings_of_a_training_are_free_and_those_that_contradict_the_source_ar
     assert out["student"]["freeze_text"] == 0 and out["student"]["shared_blocks"] == 0  # whatever a preset has
     contradicting = (("student", "layers", 1), ("data", "padding", "full"), ("loss", "init_temperature", 2))
     for section, key, value in contradicting:
-        line = rf"^{section}.{key} is {value}: [^\n]*student.source [^\n]*: leave it out$"
+        line = rf"^{section}.{key} is {value!r}: [^\n]*student.source [^\n]*: leave it out$"
         with pytest.raises(UserError, match=line):
             applied({**given, section: {**given.get(section, {}), key: value}})
     with pytest.raises(UserError, match=r"^data.context_length is 16"):  # SigLIP attends to its padding
