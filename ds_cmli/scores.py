@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.op import upcast
+from ds_cmli.cmli.sides import upcast
 
 
 class BothWays(NamedTuple):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.normalize import l2_normalize
 from ds_cmli.errors import UserError
 from ds_cmli.inference import Model
 from tests import make

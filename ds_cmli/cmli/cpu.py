@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .op import Pair, Sides, has_data
+from .sides import Sides, TensorPair, has_data
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = "-std=c++17 -O3 -fno-trapping-math -fno-math-errno -fopenmp"
@@ -93,7 +93,7 @@ def side(features: Tensor, mask: Tensor | None) -> Side:
 class Call:
     """What kernels are given: both sides, numbers of pairs, and memory of their threads."""
 
-    def __init__(self, sides: Sides, matrices: Pair, argmax: Pair | None):
+    def __init__(self, sides: Sides, matrices: TensorPair, argmax: TensorPair | None):
         image, text, token_mask, patch_mask = sides
         self.images, self.texts = side(image, patch_mask), side(text, token_mask)
         tokens, patches = argmax or (None, None)
@@ -112,7 +112,7 @@ class Call:
         self.scratch = address(self.memory), each, 1 if I * N * J * M * D < FEW else threads
 
 
-def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
+def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
     call = Call(sides, scores, argmax)
     if has_data(sides.image):
@@ -120,7 +120,7 @@ def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
         library().cmli_forward(*given, *call.scratch)
 
 
-def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+def backward(sides: Sides, grads: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
     """Add the gradients of image and text to those given, fp32."""
     call = Call(sides, grads, argmax)
     if has_data(sides.image):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .op import Pair, Sides, has_data, slices, upcast
+from .sides import Sides, TensorPair, has_data, slices, upcast
 
 
 def _groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
@@ -39,7 +39,7 @@ def _valid(x: Tensor, mask: Tensor | None) -> Tensor:
     return upcast(x) if mask is None else upcast(x).masked_fill(~mask[..., None], 0)
 
 
-def _first_maxima(S: Tensor, dim: int, equal: Tensor | None) -> Pair:
+def _first_maxima(S: Tensor, dim: int, equal: Tensor | None) -> TensorPair:
     """The maxima, and with a buffer like S their lowest indices: what equals the maximum, times the
     distance from the end, is largest at the first. Three times faster than `max`."""
     best = S.amax(dim, keepdim=True)
@@ -51,7 +51,7 @@ def _first_maxima(S: Tensor, dim: int, equal: Tensor | None) -> Pair:
     return best.squeeze(dim), length - equal.amax(dim).clamp_(min=1)  # no NaN equals any
 
 
-def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
+def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M]."""
     image, text, token_mask, patch_mask = sides
     (I, N, _), device = image.shape, image.device  # noqa: E741
@@ -80,7 +80,7 @@ def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
                 argmax[1][i, j, :m] = which_patch.permute(2, 0, 1).to(argmax[1].dtype)
 
 
-def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+def backward(sides: Sides, grads: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
     """Add the gradients of image and text to those given, fp32 or fp64."""
     image, text, token_mask, patch_mask = sides
     d_image, d_text = d_sides

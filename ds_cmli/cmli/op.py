@@ -1,217 +1,46 @@
-"""`cmli_scores`: the all-pairs scores of Cross-Modal Late Interaction, and what computes them.
+"""`cmli_scores`: the scores of Cross-Modal Late Interaction of every image with every text.
 
-An implementation is two functions that write into tensors made here: `forward(sides, scores,
-argmax)` writes scores and, unless None, argmax indices; `backward(sides, grads, argmax, d_sides)`
-adds gradients of features. On tensors without data, as those of FakeTensorMode, they allocate what
-they would otherwise and start no kernel.
+The kernels of a device are two functions that write into tensors made here:
+`forward(sides, scores, argmax)` writes scores and, unless None, argmax indices;
+`backward(sides, d_scores, argmax, d_sides)` adds gradients of features. On tensors without data, as
+those of FakeTensorMode, they allocate what they would otherwise and start nothing.
+
+Two operators of PyTorch stand around the kernels, so that whatever traces a program (`make_fx`,
+`torch.export`, `torch.compile`) records them as they are: `ds_cmli::scores`, which has a gradient,
+and `ds_cmli::add_feature_gradients`, its backward.
 
 Shapes: I images, J texts, N patches, M text positions (padded), D features.
 """
 
 import functools
+import os
 import subprocess
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-Pair = tuple[Tensor, Tensor]
-Implementation = tuple[Callable[..., None], Callable[..., None]]  # forward, backward
+from .sides import (
+    Sides,
+    TensorPair,
+    checked_sides,
+    full_precision,
+    has_data,
+    index_dtype,
+    power_of_two,
+    score_dtype,
+    zero_gradient,
+)
 
 BACKENDS = ("auto", "cpu", "triton", "torch")
-LONGEST = 2**15 - 1  # positions of a side: argmax indices are kept in int16 at most
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on a CPU, slowly
 
 
-class Sides(NamedTuple):
-    image: Tensor  # [I, N, D]
-    text: Tensor  # [J, M, D]
-    token_mask: Tensor  # bool [J, M], True = valid
-    patch_mask: Tensor | None = None  # bool [I, N]; None: all are valid
-
-
-def has_data(x: Tensor) -> bool:
-    return not (isinstance(x, FakeTensor) or x.is_meta)
-
-
-def upcast(x: Tensor) -> Tensor:
-    """Cast to fp32; fp64 stays fp64."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def index_dtype(length: int) -> torch.dtype:
-    """The dtype of argmax indices into a side of this length."""
-    return torch.uint8 if length <= 256 else torch.int16
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two that is at least n and at least 16, the smallest side of a product."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def slices(size: int, each: int) -> list[slice]:
-    return [slice(at, min(at + each, size)) for at in range(0, size, each)]
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast inside: it would multiply fp32 matrices in 16 bits."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
-
-
-def implementation(sides: Sides, backend: str = "auto") -> Implementation:
-    """What computes the pairs of such sides: with "auto" PyTorch's operators, with a warning, where
-    no kernels run. Raises RuntimeError if `backend` names kernels that do not run here."""
-    device, reason = sides.image.device, None
-    of_device = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
-    name = of_device if backend == "auto" else backend
-    if sides.image.dtype == torch.float64:
-        name = "torch"
-    if name == "cpu":
-        reason = why_not_cpu()
-    elif name == "triton" and device.type == "cuda" and has_data(sides.image):
-        # As finely as the choice of tiles distinguishes sizes.
-        N, M = (power_of_two(x.shape[1]) for x in (sides.image, sides.text))
-        reason = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])
-    if reason is None:
-        return _functions(name)
-    if backend != "auto":
-        raise RuntimeError(f"backend={backend!r} does not run here: {reason}")
-    _warn(reason)
-    return _functions("torch")
-
-
-def _functions(name: str) -> Implementation:
-    if name == "triton":
-        from . import triton_backward, triton_forward
-
-        return triton_forward.forward, triton_backward.backward
-    from . import cpu, fallback
-
-    module = cpu if name == "cpu" else fallback
-    return module.forward, module.backward
-
-
-@functools.cache
-def _warn(reason: str) -> None:
-    warnings.warn(f"all-pairs CMLI runs without kernels, and slower: {reason}", stacklevel=4)
-
-
-@functools.cache
-def why_not_cpu() -> str | None:
-    """Why the C++ kernels do not run, in one line; None if they do."""
-    from . import cpu
-
-    try:
-        cpu.library()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return str(error)
-    return None
-
-
-@functools.cache
-def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
-    """Why the Triton kernels do not run on a GPU for such inputs, in one line; None if they do.
-
-    They are compiled, started for one pair, and waited for.
-    """
-    from .triton_forward import unsuited
-
-    reason = unsuited(torch.cuda.get_device_capability(device))
-    if reason is not None:
-        return reason
-    image, text = (torch.ones(1, n, D, dtype=dtype, device=device) for n in (N, M))
-    sides = Sides(image, text, torch.ones(1, M, dtype=torch.bool, device=device))
-    try:
-        kernels = _functions("triton")
-        scores, argmax = cmli_forward(kernels, sides, True)
-        assert argmax is not None  # they are kept
-        cmli_backward(kernels, sides, scores, argmax, (zero_gradient(image), zero_gradient(text)))
-        torch.cuda.synchronize(device)  # raises what failed while it ran
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # of Triton's compiler, of ptxas, or of the launch
-        return " ".join(str(error).split())[:300]
-    return None
-
-
-def cmli_forward(kernels: Implementation, sides: Sides, keep: bool) -> tuple[Pair, Pair | None]:
-    """Both scores [I, J], and if `keep` the argmax indices for `cmli_backward`: the best token of
-    each patch [I, J, N], and the best patch of each token [I, J, M]."""
-    image = sides.image
-    (I, N, _), (J, M, _) = image.shape, sides.text.shape  # noqa: E741
-    dtype, argmax = torch.promote_types(image.dtype, torch.float32), None
-    # Zeros, because those of empty texts are not written.
-    scores = image.new_zeros(I, J, dtype=dtype), image.new_zeros(I, J, dtype=dtype)
-    if keep:
-        tokens = image.new_empty(I, J, N, dtype=index_dtype(M))
-        argmax = tokens, image.new_empty(I, J, M, dtype=index_dtype(N))
-    with full_precision(image.device):
-        kernels[0](sides, scores, argmax)
-    return scores, argmax
-
-
-def cmli_backward(kernels: Implementation, sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair):
-    """Add the features' gradients to `zero_gradient`s, given those of both scores [I, J]."""
-    with full_precision(sides.image.device):
-        kernels[1](sides, (grads[0].contiguous(), grads[1].contiguous()), argmax, d_sides)
-
-
-def zero_gradient(x: Tensor) -> Tensor:
-    """Where the gradient of features is added up, in fp32 (fp64 for fp64)."""
-    return x.new_zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-
-
-class _Scores(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, backend, *sides):
-        ctx.kernels = implementation(Sides(*sides), backend)
-        scores, argmax = cmli_forward(ctx.kernels, Sides(*sides), any(ctx.needs_input_grad))
-        ctx.save_for_backward(*sides, *(argmax or ()))
-        return scores
-
-    @staticmethod
-    def backward(ctx, *grads):
-        refuse_second_derivative()
-        sides, argmax = Sides(*ctx.saved_tensors[:4]), ctx.saved_tensors[4:]
-        d_sides = zero_gradient(sides.image), zero_gradient(sides.text)
-        cmli_backward(ctx.kernels, sides, grads, argmax, d_sides)
-        return None, *(d.to(sides.image.dtype) for d in d_sides), None, None
-
-
-def refuse_second_derivative() -> None:
-    """`once_differentiable` is silent here: it returns gradients without a graph."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "all-pairs CMLI has no second derivative: call backward without create_graph=True"
-        )
-
-
-def checked(sides: Sides) -> Sides:
-    """The same, under autocast of one dtype. Raises ValueError for what does not fit."""
-    image, text, token_mask, patch_mask = sides
-    device = image.device
-    if image.dtype != text.dtype and torch.is_autocast_enabled(device.type):
-        wider = torch.promote_types(image.dtype, text.dtype)
-        image, text = image.to(wider), text.to(wider)
-    shapes = list(image.shape), list(text.shape)
-    fit = image.ndim == text.ndim == 3 and shapes[0][2] == shapes[1][2]
-    if not (fit and image.numel() and text.numel()):
-        raise ValueError(f"image [I, N, D] and text [J, M, D] do not fit: {shapes}")
-    if image.dtype != text.dtype or not image.is_floating_point() or device != text.device:
-        kinds = f"{image.dtype} on {device} and {text.dtype} on {text.device}"
-        raise ValueError(f"image and text must be floats of one dtype on one device, not {kinds}")
-    for name, mask, x in (("token_mask", token_mask, text), ("patch_mask", patch_mask, image)):
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != x.shape[:2]):
-            kind = f"{mask.dtype} {list(mask.shape)}"
-            raise ValueError(f"{name} must be bool {list(x.shape[:2])}, True = valid, not {kind}")
-    if max(image.shape[1], text.shape[1]) > LONGEST:
-        raise ValueError(f"image and text {shapes} may have {LONGEST} positions at most")
-    return Sides(image, text, token_mask, patch_mask)
+class Kernels(NamedTuple):
+    forward: Callable[..., None]
+    backward: Callable[..., None]
 
 
 def cmli_scores(
@@ -220,7 +49,7 @@ def cmli_scores(
     token_mask: Tensor,
     patch_mask: Tensor | None = None,
     backend: str = "auto",
-) -> Pair:
+) -> TensorPair:
     """Score every image with every text by Cross-Modal Late Interaction, in both directions.
 
     With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m, by equations
@@ -234,7 +63,7 @@ def cmli_scores(
         image: [I, N, D] patches, fp32, bf16, fp16 or fp64: normalised by the caller for cosines.
         text: [J, M, D] tokens, of the same dtype and device.
         token_mask: bool [J, M], True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
-        patch_mask: bool [I, N], likewise; None: all are valid.
+        patch_mask: bool [I, N], likewise; None: all patches are valid.
         backend: "cpu" (C++) or "triton" (GPUs), "torch" for PyTorch's operators alone, or "auto":
             the kernels of the device where they run, and PyTorch's operators otherwise.
 
@@ -244,10 +73,229 @@ def cmli_scores(
         a text without valid tokens and an image without valid patches score 0 with zero gradient.
         Of equal similarities the lowest index wins. NaN and inf propagate.
 
-    Raises ValueError for an argument that does not fit, RuntimeError if the backend does not run
-    here, or a second derivative is asked for.
+    Raises ValueError if an argument does not fit, and RuntimeError if the backend does not run here
+    or a second derivative is computed.
     """
-    sides = checked(Sides(image, text, token_mask, patch_mask))
+    check_backend(backend)
+    image, text, token_mask, patch_mask = checked_sides(Sides(image, text, token_mask, patch_mask))
+    if len(image) == 0 or len(text) == 0:
+        raise ValueError(f"there are no pairs of {len(image)} images and {len(text)} texts")
+    keep_argmax = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+    s_i2t, s_t2i, _, _ = torch.ops.ds_cmli.scores(
+        image, text, token_mask, patch_mask, backend, keep_argmax
+    )
+    return s_i2t, s_t2i
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError if there is no backend of this name."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
-    return _Scores.apply(backend, *sides)
+
+
+# --- the operators of PyTorch
+
+
+def score_pairs(
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    backend: str,
+    keep_argmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return both scores [I, J] and the argmax indices, which are empty unless `keep_argmax`.
+
+    The argmax indices are the best token of each patch [I, J, N], and the best patch of each token
+    [I, J, M].
+    """
+    sides = Sides(image, text, token_mask, patch_mask)
+    kernels = choose_kernels(sides, backend)
+    scores, argmax = _empty_results(image, text, keep_argmax)
+    with full_precision(image.device):
+        kernels.forward(sides, scores, argmax if keep_argmax else None)
+    return *scores, *argmax
+
+
+def add_feature_gradients(
+    d_image: Tensor,
+    d_text: Tensor,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    patch_mask: Tensor | None,
+    d_i2t: Tensor,
+    d_t2i: Tensor,
+    token_argmax: Tensor,
+    patch_argmax: Tensor,
+    backend: str,
+) -> None:
+    """Add the features' gradients to `d_image` and `d_text`, given those of both scores [I, J]."""
+    sides = Sides(image, text, token_mask, patch_mask)
+    kernels = choose_kernels(sides, backend)
+    d_scores = (d_i2t.contiguous(), d_t2i.contiguous())
+    with full_precision(image.device):
+        kernels.backward(sides, d_scores, (token_argmax, patch_argmax), (d_image, d_text))
+
+
+def _empty_results(image: Tensor, text: Tensor, keep_argmax: bool) -> tuple[TensorPair, TensorPair]:
+    num_images, num_patches, _ = image.shape
+    num_texts, num_tokens, _ = text.shape
+    # They are zeros, because kernels write no scores of empty texts.
+    s_i2t = image.new_zeros(num_images, num_texts, dtype=score_dtype(image))
+    s_t2i = image.new_zeros(num_images, num_texts, dtype=score_dtype(image))
+    kept_images = num_images if keep_argmax else 0
+    token_argmax = image.new_empty(
+        kept_images, num_texts, num_patches, dtype=index_dtype(num_tokens)
+    )
+    patch_argmax = image.new_empty(
+        kept_images, num_texts, num_tokens, dtype=index_dtype(num_patches)
+    )
+    return (s_i2t, s_t2i), (token_argmax, patch_argmax)
+
+
+def _fake_scores(image, text, token_mask, patch_mask, backend, keep_argmax):
+    scores, argmax = _empty_results(image, text, keep_argmax)
+    return *scores, *argmax
+
+
+def _save_for_backward(ctx, inputs, output):
+    image, text, token_mask, patch_mask, backend, _ = inputs
+    _, _, token_argmax, patch_argmax = output
+    ctx.save_for_backward(image, text, token_mask, patch_mask, token_argmax, patch_argmax)
+    ctx.backend = backend
+    ctx.mark_non_differentiable(token_argmax, patch_argmax)
+
+
+def _scores_backward(ctx, d_i2t, d_t2i, _d_token_argmax, _d_patch_argmax):
+    refuse_second_derivative()
+    image, text, token_mask, patch_mask, token_argmax, patch_argmax = ctx.saved_tensors
+    d_image = zero_gradient(image)
+    d_text = zero_gradient(text)
+    torch.ops.ds_cmli.add_feature_gradients(
+        d_image, d_text, image, text, token_mask, patch_mask, d_i2t, d_t2i, token_argmax,
+        patch_argmax, ctx.backend,
+    )  # fmt: skip
+    no_gradients = (None,) * 4
+    return d_image.to(image.dtype), d_text.to(text.dtype), *no_gradients
+
+
+def refuse_second_derivative() -> None:
+    """Raise RuntimeError in a backward that is itself differentiated.
+
+    `once_differentiable` is silent here: it returns gradients without a graph.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "all-pairs CMLI has no second derivative: call backward without create_graph=True"
+        )
+
+
+# `torch.library.custom_op` does the same, but its first call imports torch._dynamo: seconds.
+torch.library.define("ds_cmli::scores", torch.library.infer_schema(score_pairs, mutates_args=()))
+torch.library.impl("ds_cmli::scores", "default", score_pairs)
+torch.library.register_fake("ds_cmli::scores", _fake_scores)
+torch.library.register_autograd(
+    "ds_cmli::scores", _scores_backward, setup_context=_save_for_backward
+)
+torch.library.define(
+    "ds_cmli::add_feature_gradients",
+    torch.library.infer_schema(add_feature_gradients, mutates_args=("d_image", "d_text")),
+)
+torch.library.impl("ds_cmli::add_feature_gradients", "default", add_feature_gradients)
+torch.library.register_fake("ds_cmli::add_feature_gradients", lambda *_: None)
+
+
+# --- the choice of kernels
+
+
+def choose_kernels(sides: Sides, backend: str = "auto") -> Kernels:
+    """Return the kernels of a backend; "auto": those of the device.
+
+    If the device's kernels do not run, "auto" warns once and returns plain PyTorch's. Raises
+    RuntimeError if `backend` names kernels that do not run here.
+    """
+    device = sides.image.device
+    name = backend
+    if backend == "auto":
+        name = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "torch")
+    if sides.image.dtype == torch.float64:
+        name = "torch"
+    reason = None
+    if name == "cpu":
+        reason = why_not_cpu() if device.type == "cpu" else f"the features are on {device}"
+    elif name == "triton" and device.type != "cuda" and not INTERPRETED:
+        reason = f"the features are on {device}"
+    elif name == "triton" and device.type == "cuda" and has_data(sides.image):
+        # The kernels depend on these roundings of the sizes: one trial serves many sizes.
+        N = power_of_two(sides.image.shape[1])
+        M = power_of_two(sides.text.shape[1])
+        reason = why_not_triton(device, sides.image.dtype, N, M, sides.image.shape[2])
+    if reason is None:
+        return _kernels_named(name)
+    if backend != "auto":
+        raise RuntimeError(f"backend={backend!r} does not run here: {reason}")
+    _warn(reason)
+    return _kernels_named("torch")
+
+
+def _kernels_named(name: str) -> Kernels:
+    if name == "triton":
+        from . import triton_backward, triton_forward
+
+        return Kernels(triton_forward.forward, triton_backward.backward)
+    from . import cpu, fallback
+
+    module = cpu if name == "cpu" else fallback
+    return Kernels(module.forward, module.backward)
+
+
+@functools.cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"all-pairs CMLI runs without kernels, and slower: {reason}", stacklevel=2)
+
+
+@functools.cache
+def why_not_cpu() -> str | None:
+    """Return why the C++ kernels do not run, in one line with the compiler's message, or None."""
+    from . import cpu
+
+    try:
+        cpu.library()
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        message = next((line for line in lines if "error" in line), " ".join(lines[:1]))
+        return f"{error.cmd[0]} failed with exit code {error.returncode}: {message.strip()[:300]}"
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def why_not_triton(device: torch.device, dtype: torch.dtype, N: int, M: int, D: int) -> str | None:
+    """Return why the Triton kernels do not run on a GPU for such inputs, in one line, or None.
+
+    The kernels are compiled, started for one pair, and waited for.
+    """
+    from .triton_forward import unsuited
+
+    reason = unsuited(torch.cuda.get_device_capability(device))
+    if reason is not None:
+        return reason
+    image = torch.ones(1, N, D, dtype=dtype, device=device)
+    text = torch.ones(1, M, D, dtype=dtype, device=device)
+    token_mask = torch.ones(1, M, dtype=torch.bool, device=device)
+    sides = Sides(image, text, token_mask)
+    d_sides = zero_gradient(image), zero_gradient(text)
+    kernels = _kernels_named("triton")
+    try:
+        scores, argmax = _empty_results(image, text, keep_argmax=True)
+        with full_precision(device):
+            kernels.forward(sides, scores, argmax)
+            kernels.backward(sides, scores, argmax, d_sides)
+        torch.cuda.synchronize(device)  # raises what failed while it ran
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # from Triton's compiler, from ptxas, or from the launch
+        return " ".join(str(error).split())[:300]
+    return None

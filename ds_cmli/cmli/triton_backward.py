@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .op import Pair, Sides, power_of_two
+from .sides import Sides, TensorPair, power_of_two
 from .triton_forward import Side, TileList, device_limits, launch, tile_list, tl, triton
 
 
@@ -70,14 +70,16 @@ def source_steps(side: Side, step: int) -> tuple[TileList, TileList]:
     return of_long, tile_list(rest, 1, slots, unit, start=long * unit)
 
 
-def backward(sides: Sides, grads: Pair, argmax: Pair, d_sides: Pair) -> None:
+def backward(sides: Sides, grads: TensorPair, argmax: TensorPair, d_sides: TensorPair) -> None:
     """Add the gradients of image and text to those given, fp32."""
     images, texts = Side.of(sides.image, sides.patch_mask), Side.of(sides.text, sides.token_mask)
     _add(d_sides[0], images, texts, argmax, grads, 0)
     _add(d_sides[1], texts, images, (argmax[1], argmax[0]), (grads[1], grads[0]), 1)
 
 
-def _add(out: Tensor, p: Side, q: Side, indices: Pair, grads: Pair, p_axis: int) -> None:
+def _add(
+    out: Tensor, p: Side, q: Side, indices: TensorPair, grads: TensorPair, p_axis: int
+) -> None:
     """Add the gradient of side p: sums of features of side q. In a pair p is first if p_axis is 0.
 
     indices, grads: what positions of p and of q have chosen, and the gradients of the scores that

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from .op import Pair, Sides, has_data, power_of_two, slices
+from .sides import Sides, TensorPair, has_data, power_of_two, slices
 
 try:
     import triton
@@ -183,7 +183,7 @@ def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[Tile
     return lists
 
 
-def forward(sides: Sides, scores: Pair, argmax: Pair | None) -> None:
+def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
     """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M], but none where
     nothing is computed (padding, empty texts): these are not read."""
     images, texts = Side.of(sides.image, sides.patch_mask), Side.of(sides.text, sides.token_mask)

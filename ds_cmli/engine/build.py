@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ds_cmli import scopes
-from ds_cmli.cmli import distributed as cmli_distributed
+from ds_cmli.cmli import exchange
 from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
@@ -133,7 +133,7 @@ def build(
             for handler in logger.handlers:
                 handler.setLevel(logging.INFO)
     deepspeed.init_distributed(verbose=False)
-    cmli_distributed.exchanging = partial(scopes.scope, "exchange")
+    exchange.exchanging = partial(scopes.scope, "exchange")
 
     # --- student, losses, teacher
     dtype = DTYPES[ds_config.precision]

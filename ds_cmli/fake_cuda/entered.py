@@ -20,6 +20,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import _foreach_utils
 
 from ds_cmli.cmli.cpu import compiled
+from ds_cmli.cmli.op import add_feature_gradients, score_pairs
 from ds_cmli.errors import UserError, blame
 from ds_cmli.fake_cuda import kernels
 from ds_cmli.fake_cuda.recorder import Recorder
@@ -41,6 +42,26 @@ ANSWERS = {
     "current_device _exchange_device _maybe_exchange_device initial_seed": 0,
     "device_count": 1,
 }
+
+
+def _run_with_mode(function: Callable) -> Callable:
+    """Return a rule for an operator of ours: run its function under the mode that meets it.
+
+    So a mode sees the memory that the operator's kernels allocate.
+    """
+
+    def rule(mode, func, types, args, kwargs):
+        with mode:
+            return function(*args, **kwargs)
+
+    return rule
+
+
+for _mode in (Recorder, Values):
+    torch.library.register_torch_dispatch("ds_cmli::scores", _mode, _run_with_mode(score_pairs))
+    torch.library.register_torch_dispatch(
+        "ds_cmli::add_feature_gradients", _mode, _run_with_mode(add_feature_gradients)
+    )
 
 
 @contextmanager

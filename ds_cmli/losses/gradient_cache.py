@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.op import upcast
+from ds_cmli.cmli.sides import upcast
 
 
 class KnownGradient(torch.autograd.Function):

@@ -95,7 +95,7 @@ class Objective(nn.Module):
     def ignored(self) -> Tensor | None:
         """How many texts of other pairs were no negatives of this rank's images in the last
         comparison; None without one."""
-        return next((loss.alike for loss in self._over_pairs().values()), None)
+        return next((loss.num_duplicates for loss in self._over_pairs().values()), None)
 
     def weighted(self, values: dict[str, Tensor]) -> list[Tensor]:
         return [self.config.weights[name] * value for name, value in values.items()]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.op import full_precision, upcast
+from ds_cmli.cmli.normalize import l2_normalize
+from ds_cmli.cmli.sides import full_precision, upcast
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.models.student import Student, Targets
 

@@ -15,8 +15,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.op import upcast
+from ds_cmli.cmli.normalize import l2_normalize
+from ds_cmli.cmli.sides import upcast
 from ds_cmli.config.registry import IMAGE, TEXT
 from ds_cmli.config.schema import StudentConfig, TeacherConfig
 from ds_cmli.config.source import DUAL

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ds_cmli.cmli.op import index_dtype
+from ds_cmli.cmli.sides import index_dtype
 
 # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M.
 SPECIAL_TOKENS = 2

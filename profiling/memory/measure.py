@@ -16,7 +16,8 @@ from typing import Any
 import psutil
 import torch
 
-from ds_cmli.cmli.op import power_of_two, why_not_triton
+from ds_cmli.cmli.op import why_not_triton
+from ds_cmli.cmli.sides import power_of_two
 from ds_cmli.memory.report import gigabytes
 from ds_cmli.memory_model.gpus import Gpu
 from profiling.memory.estimates import Setting, claims, count, section

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_cmli.cmli import distributed
-from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.exchange import num_ranks
+from ds_cmli.cmli.normalize import l2_normalize
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
@@ -61,7 +61,7 @@ def stored_loss(
     scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, *_, learned: Tensor, **__
 ) -> Tensor:
     """In place of `CMLILoss.forward`: what `scores` stores of all pairs, autograd keeps."""
-    ranks = distributed.world_size()  # whose texts are of this size too
+    ranks = num_ranks()  # whose texts are of this size too
     texts, masks = l2_normalize(text).repeat(ranks, 1, 1), token_mask.repeat(ranks, 1)
     return contrastive_loss(scores, l2_normalize(image), texts, masks, learned.log())
 

@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from ds_cmli.cmli import CMLILoss, PairLoss
-from ds_cmli.cmli import loss as loss_file
-from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli import CMLILoss, PairLoss, pair_function
+from ds_cmli.cmli.normalize import l2_normalize
 from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from tests import ranks
 
@@ -77,7 +76,7 @@ def of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, do
     dtype, B = torch.float64 if double else torch.float32, G // world
     mine, results = slice(rank * B, rank * B + B), []
     for scratch, block in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):  # 2**11: of some images all is kept
-        loss_file.CPU_BLOCK_BYTES = block
+        pair_function.CPU_BLOCK_BYTES = block
         loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch).to(dtype)
         image, text, mask, patch_mask, ids = (None if x is None else x[mine] for x in batch(vectors, extra, dtype))
         if mask is not None:  # each rank pads its own
@@ -157,9 +156,9 @@ def test_pairs_that_share_an_id_are_counted():
     loss = CMLILoss().double()
     loss(image, text, mask, ids=ids)
     alike = (ids[:, None] == ids).any(2)
-    assert loss.alike == alike.sum() - len(ids) > 0
+    assert loss.num_duplicates == alike.sum() - len(ids) > 0
     loss(image, text, mask)
-    assert loss.alike == 0
+    assert loss.num_duplicates == 0
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,9 @@ def test_the_same_bits_each_time_and_for_any_number_of_threads(backend):
     [
         ((IMAGE[0], TEXT, MASK), "image .* and text .* do not fit"),
         ((IMAGE[..., :7], TEXT, MASK), "do not fit"),
-        ((IMAGE[:0], TEXT, MASK), "do not fit"),
+        ((IMAGE[:0], TEXT, MASK), "no pairs of 0 images and 4 texts"),
+        ((IMAGE, TEXT[:, :0], MASK[:, :0]), "no positions"),
+        ((IMAGE, TEXT, MASK.to("meta")), "token_mask must be bool .* on cpu.* on meta"),
         ((IMAGE.half(), TEXT, MASK), "of one dtype"),
         ((IMAGE.long(), TEXT.long(), MASK), "must be floats"),
         ((IMAGE, TEXT, MASK.long()), "token_mask must be bool"),

@@ -1,0 +1,363 @@
+"""The autograd function of `PairLoss`: a loss over all pairs in closed form.
+
+Forward scores the texts of all ranks with one block of this rank's images at a time, so the scores
+of all pairs never exist at once. It saves log(sum(exp)) of each row and column of logits, and the
+scores of the first blocks, as many as fit into the scratch memory. Backward computes the gradient
+of each score from these, and scores the other blocks again.
+
+Shapes: B pairs per rank, P ranks, G = B * P, b images of a block, N patches, M text positions, D
+features, K ids of a pair. Scores are [b, G], one row per image and one column per text.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from . import exchange
+from .exchange import TextSizes
+from .normalize import l2_normalize, l2_normalize_backward
+from .op import choose_kernels, refuse_second_derivative
+from .sides import Sides, full_precision, index_dtype, slices, upcast, zero_gradient
+
+CPU_BLOCK_BYTES = 16 * 2**20  # a larger block of images would leave the processor's cache
+PAIR_BYTES = 32  # fp32 scratch per pair of a block: scores, logits and their gradients
+PATCH_BYTES = 16  # fp32 scratch per feature of an image: copies and gradients
+SCORE_BYTES = 8  # both scores of a pair
+
+
+class PairBatch(NamedTuple):
+    """This rank's pairs, and the texts of all ranks."""
+
+    image: Tensor  # [B, N, D] or [B, D], as given
+    local_text: Tensor  # [B, M, D] or [B, D], as given; M is this rank's
+    local_token_mask: Tensor | None  # bool [B, M]
+    patch_mask: Tensor | None  # bool [B, N]; None: all patches are valid
+    local_ids: Tensor | None  # int64 [B, K]; None: there are no duplicates
+    learned: Tensor  # the scale [1]; for the sigmoid loss the scale and the bias [2]
+    global_text: Tensor  # [G, M, D] or [G, D], normalized; M is that of the longest text
+    global_token_mask: Tensor | None  # bool [G, M]; None: vectors are compared
+    global_ids: Tensor | None  # int64 [G, K]
+
+    @property
+    def is_sigmoid(self) -> bool:
+        return len(self.learned) == 2
+
+    @property
+    def scale(self) -> Tensor:
+        return self.learned[0]
+
+    @property
+    def bias(self) -> Tensor:
+        return self.learned[1]
+
+
+class BlockScores(NamedTuple):
+    i2t: Tensor  # [b, G]
+    t2i: Tensor  # [b, G]
+    # The results of CMLI that its gradient needs; empty if they are not kept.
+    token_argmax: Tensor | None = None  # [b, G, N], the best token of each patch
+    patch_argmax: Tensor | None = None  # [b, G, M], the best patch of each token
+
+
+class Saved(NamedTuple):
+    """The tensors that forward saves for backward."""
+
+    batch: PairBatch
+    row_lse: Tensor  # [B], log(sum(exp)) of an image's logits; not set for the sigmoid loss
+    column_lse: Tensor  # [G], log(sum(exp)) of a text's logits over the images of all ranks
+    block_scores: list[BlockScores]  # of the first blocks
+
+
+class BlockPlan(NamedTuple):
+    """The division of a rank's images into blocks."""
+
+    backend: str  # of the op
+    block_size: int  # images per block
+    num_saved: int  # a block among so many first images keeps its scores
+    upcast_text: bool  # the texts are cast to fp32 once for all blocks
+    sizes: TextSizes
+
+
+class PairFunction(torch.autograd.Function):
+    """Returns the mean loss of this rank's pairs, and the number of duplicates. Collective."""
+
+    @staticmethod
+    def forward(ctx, image, text, learned, token_mask, patch_mask, ids, backend, scratch_bytes):
+        if token_mask is not None:
+            # It raises, if this backend does not run, before the other ranks wait for this one.
+            choose_kernels(Sides(image, text, token_mask, patch_mask), backend)
+        sizes = exchange.gather_sizes(len(image), token_mask, image.device)  # collective
+        batch = gather_batch(image, text, learned, token_mask, patch_mask, ids, sizes)  # collective
+        plan = plan_blocks(batch, sizes, backend, scratch_bytes)
+        if not any(ctx.needs_input_grad):
+            plan = plan._replace(num_saved=0)
+
+        num_images = len(image)
+        loss_sum = learned.new_zeros(())
+        row_lse = learned.new_empty(num_images)
+        column_lse = learned.new_full((len(batch.global_text),), -torch.inf)
+        positive_i2t = learned.new_empty(num_images)  # the logits of the images' own texts
+        positive_t2i = learned.new_empty(num_images)
+        num_duplicates = torch.zeros((), dtype=torch.int64, device=image.device)
+        saved_scores: list[BlockScores] = []
+        for block in blocks(batch, plan):
+            is_saved = block.rows.stop <= plan.num_saved
+            scores = block.score(keep_argmax=is_saved)
+            if is_saved:
+                saved_scores.append(scores)
+            if block.duplicates is not None:
+                num_duplicates += block.duplicates.sum()
+            if batch.is_sigmoid:
+                loss_sum += block.sigmoid_loss(scores.i2t, batch)
+                loss_sum += block.sigmoid_loss(scores.t2i, batch)
+            else:
+                logits_i2t = block.contrastive_logits(scores.i2t, batch.scale)
+                logits_t2i = block.contrastive_logits(scores.t2i, batch.scale)
+                positive_i2t[block.rows] = block.positives(logits_i2t)
+                positive_t2i[block.rows] = block.positives(logits_t2i)
+                row_lse[block.rows] = logits_i2t.logsumexp(1)
+                column_lse = torch.logaddexp(column_lse, logits_t2i.logsumexp(0))
+        if not batch.is_sigmoid:
+            column_lse = exchange.logsumexp_over_ranks(column_lse)  # collectives
+            first_text = exchange.this_rank() * num_images
+            local_column_lse = column_lse[first_text : first_text + num_images]
+            lse = torch.stack([row_lse, local_column_lse])
+            loss_sum = (lse - torch.stack([positive_i2t, positive_t2i])).sum()
+
+        saved = Saved(batch, row_lse, column_lse, saved_scores)
+        tensors, ctx.structure = tree_flatten(saved)
+        ctx.save_for_backward(*tensors)
+        ctx.plan = plan
+        ctx.mark_non_differentiable(num_duplicates)
+        return loss_sum / (2 * num_images), num_duplicates
+
+    @staticmethod
+    def backward(ctx, d_loss, _d_num_duplicates):
+        refuse_second_derivative()
+        # Activation checkpointing lets `saved_tensors` be read only once.
+        saved: Saved = tree_unflatten(ctx.saved_tensors, ctx.structure)
+        batch = saved.batch
+        text = batch.local_text
+        d_image = torch.empty_like(batch.image)
+        d_learned = torch.zeros_like(batch.learned)
+        d_global_text = backward_blocks(saved, ctx.plan, d_loss, d_image, d_learned)  # collective
+        if batch.global_token_mask is None:
+            d_text = exchange.sum_to_owner(d_global_text)  # collective
+        else:
+            d_text = exchange.sum_texts_to_owner(
+                d_global_text, batch.global_token_mask, batch.local_token_mask, ctx.plan.sizes
+            )  # collective
+        del d_global_text  # its memory is free for what follows
+        for rows in slices(len(text), ctx.plan.block_size):
+            l2_normalize_backward(d_text[rows], text[rows])
+        no_gradients = (None,) * 5
+        return d_image, d_text.to(text.dtype).contiguous(), d_learned, *no_gradients
+
+
+def gather_batch(
+    image: Tensor,
+    text: Tensor,
+    learned: Tensor,
+    token_mask: Tensor | None,
+    patch_mask: Tensor | None,
+    ids: Tensor | None,
+    sizes: TextSizes,
+) -> PairBatch:
+    """Normalize this rank's texts, and gather texts, masks and ids of all ranks. Collective."""
+    unit_text = l2_normalize(text)
+    global_token_mask = None
+    if token_mask is None:
+        global_text = exchange.gather(unit_text)  # collective
+    else:
+        global_text, global_token_mask = exchange.gather_texts(
+            unit_text, token_mask, sizes
+        )  # collectives
+    global_ids = None if ids is None else exchange.gather(ids)  # collective
+    return PairBatch(
+        image,
+        text,
+        token_mask,
+        patch_mask,
+        ids,
+        learned,
+        global_text,
+        global_token_mask,
+        global_ids,
+    )
+
+
+def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes: int) -> BlockPlan:
+    """Choose the size of a block, and the number of images whose scores are saved."""
+    num_texts = len(batch.global_text)
+    index_bytes = 0  # argmax indices of a pair
+    if batch.image.ndim == 3:
+        N = batch.image.shape[1]
+        M = batch.global_text.shape[1]
+        index_bytes = N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
+    num_saved = scratch_bytes // (num_texts * (index_bytes + SCORE_BYTES))
+
+    block_bytes = scratch_bytes
+    min_images = 1
+    is_cpu = batch.image.device.type == "cpu" and backend in ("auto", "cpu")
+    if is_cpu:
+        block_bytes = CPU_BLOCK_BYTES
+        min_images = torch.get_num_threads()  # one for each thread
+    image_bytes = num_texts * (index_bytes + PAIR_BYTES) + PATCH_BYTES * batch.image[0].numel()
+    block_size = min(len(batch.image), max(min_images, block_bytes // image_bytes))
+    # A CPU multiplies 16-bit numbers no faster than fp32.
+    return BlockPlan(backend, block_size, num_saved, upcast_text=is_cpu, sizes=sizes)
+
+
+def backward_blocks(
+    saved: Saved, plan: BlockPlan, d_loss: Tensor, d_image: Tensor, d_learned: Tensor
+) -> Tensor:
+    """Write `d_image`, add to `d_learned`, and return the gradient of `global_text`. Collective."""
+    batch = saved.batch
+    num_images = len(batch.image)
+    d_global_text = zero_gradient(batch.global_text)
+    row_weight = d_loss / (2 * num_images)  # the gradient of the loss for one term of its sum
+    # A column belongs to the loss of the rank that owns its text.
+    column_weights = exchange.gather(row_weight.repeat(num_images))  # [G], collective
+    saved_scores = iter(saved.block_scores)
+    for block in blocks(batch, plan):
+        is_saved = block.rows.stop <= plan.num_saved
+        scores = next(saved_scores) if is_saved else block.score(keep_argmax=True)
+        if batch.is_sigmoid:
+            d_logits_i2t = block.sigmoid_gradient(scores.i2t, batch, row_weight)
+            d_logits_t2i = block.sigmoid_gradient(scores.t2i, batch, row_weight)
+            d_learned[1] += d_logits_i2t.sum()
+            d_learned[1] += d_logits_t2i.sum()
+        else:
+            row_lse = saved.row_lse[block.rows, None]  # [b, 1]
+            d_logits_i2t = block.contrastive_gradient(scores.i2t, batch.scale, row_lse, row_weight)
+            d_logits_t2i = block.contrastive_gradient(
+                scores.t2i, batch.scale, saved.column_lse, column_weights
+            )
+        d_learned[0] += torch.dot(d_logits_i2t.flatten(), scores.i2t.flatten())
+        d_learned[0] += torch.dot(d_logits_t2i.flatten(), scores.t2i.flatten())
+        d_i2t = d_logits_i2t.mul_(batch.scale)
+        d_t2i = d_logits_t2i.mul_(batch.scale)
+        d_unit_image = zero_gradient(block.image)
+        block.add_feature_gradients(d_i2t, d_t2i, scores, d_unit_image, d_global_text)
+        d_image[block.rows] = l2_normalize_backward(d_unit_image, batch.image[block.rows])
+    return d_global_text
+
+
+class ImageBlock:
+    """A block of this rank's images, compared with the texts of all ranks."""
+
+    def __init__(self, batch: PairBatch, rows: slice, global_text: Tensor):
+        self.rows = rows
+        self.image = l2_normalize(batch.image[rows]).to(global_text.dtype)  # [b, N, D] or [b, D]
+        self.text = global_text  # [G, M, D] or [G, D]
+        # The column of the first image's own text; those of the other images follow it.
+        self.first_text = exchange.this_rank() * len(batch.image) + rows.start
+        self.duplicates = self._find_duplicates(batch)
+
+    def _find_duplicates(self, batch: PairBatch) -> Tensor | None:
+        """Return bool [b, G]: the texts of other pairs that share an id with an image's pair."""
+        if batch.local_ids is None or batch.global_ids is None:
+            return None
+        ids = batch.local_ids[self.rows]
+        duplicates = ids.new_zeros((len(ids), len(self.text)), dtype=torch.bool)
+        for k in range(ids.shape[1]):
+            duplicates |= ids[:, k, None] == batch.global_ids[:, k]
+        self.positives(duplicates).fill_(False)
+        return duplicates
+
+    def positives(self, matrix: Tensor) -> Tensor:
+        """Return a view [b] of a matrix [b, G]: the elements of the images' own texts."""
+        return matrix.diagonal(self.first_text)
+
+    def contrastive_logits(self, scores: Tensor, scale: Tensor) -> Tensor:
+        """Return scale * scores, with -inf for duplicates, which are not negatives."""
+        logits = scores * scale
+        if self.duplicates is not None:
+            logits.masked_fill_(self.duplicates, -torch.inf)
+        return logits
+
+    def contrastive_gradient(
+        self, scores: Tensor, scale: Tensor, lse: Tensor, weight: Tensor
+    ) -> Tensor:
+        """Return the gradient of the logits: weight * (softmax - 1 for the positive pair)."""
+        d_logits = self.contrastive_logits(scores, scale).sub_(lse).exp_()
+        self.positives(d_logits).sub_(1)
+        return d_logits.mul_(weight)
+
+    def sigmoid_loss(self, scores: Tensor, batch: PairBatch) -> Tensor:
+        """Return the sum of -log(sigmoid(+-logits)): + for positives and duplicates."""
+        signed_logits = self._with_signs(torch.addcmul(batch.bias, scores, batch.scale))
+        return F.softplus(signed_logits.neg_()).sum()
+
+    def sigmoid_gradient(self, scores: Tensor, batch: PairBatch, weight: Tensor) -> Tensor:
+        """Return the gradient of the logits: weight * -+sigmoid(-+logits)."""
+        signed_logits = self._with_signs(torch.addcmul(batch.bias, scores, batch.scale))
+        return self._with_signs(signed_logits.neg_().sigmoid_()).neg_().mul_(weight)
+
+    def _with_signs(self, matrix: Tensor) -> Tensor:
+        """Negate the negatives' elements of a matrix [b, G], which is overwritten."""
+        matrix.neg_()
+        self.positives(matrix).neg_()
+        if self.duplicates is None:
+            return matrix
+        return torch.where(self.duplicates, -matrix, matrix)
+
+    def score(self, keep_argmax: bool) -> BlockScores:
+        raise NotImplementedError
+
+    def add_feature_gradients(
+        self, d_i2t: Tensor, d_t2i: Tensor, scores: BlockScores, d_image: Tensor, d_text: Tensor
+    ) -> None:
+        """Add to the gradients of the unit images [b, ..] and of the unit texts [G, ..]."""
+        raise NotImplementedError
+
+
+class VectorBlock(ImageBlock):
+    """Compares vectors by their cosine, which is the score of both directions."""
+
+    def score(self, keep_argmax: bool) -> BlockScores:
+        with full_precision(self.image.device):
+            cosines = upcast(self.image) @ upcast(self.text).t()
+        return BlockScores(cosines, cosines)
+
+    def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+        with full_precision(self.image.device):
+            d_cosines = d_i2t + d_t2i
+            d_image.addmm_(d_cosines, upcast(self.text))
+            d_text.addmm_(d_cosines.t(), upcast(self.image))
+
+
+class SequenceBlock(ImageBlock):
+    """Compares patches and tokens by CMLI."""
+
+    def __init__(self, batch: PairBatch, rows: slice, global_text: Tensor, backend: str):
+        super().__init__(batch, rows, global_text)
+        self.token_mask = batch.global_token_mask
+        self.patch_mask = None if batch.patch_mask is None else batch.patch_mask[rows]
+        self.backend = backend
+
+    def score(self, keep_argmax: bool) -> BlockScores:
+        return BlockScores(
+            *torch.ops.ds_cmli.scores(
+                self.image, self.text, self.token_mask, self.patch_mask, self.backend, keep_argmax
+            )
+        )
+
+    def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+        torch.ops.ds_cmli.add_feature_gradients(
+            d_image, d_text, self.image, self.text, self.token_mask, self.patch_mask, d_i2t, d_t2i,
+            scores.token_argmax, scores.patch_argmax, self.backend,
+        )  # fmt: skip
+
+
+def blocks(batch: PairBatch, plan: BlockPlan) -> Iterator[ImageBlock]:
+    global_text = upcast(batch.global_text) if plan.upcast_text else batch.global_text
+    for rows in slices(len(batch.image), plan.block_size):
+        if batch.global_token_mask is None:
+            yield VectorBlock(batch, rows, global_text)
+        else:
+            yield SequenceBlock(batch, rows, global_text, plan.backend)
