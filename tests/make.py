@@ -142,7 +142,8 @@ def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: i
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
     chosen = config(**sections)
-    resolved = engine.filled(chosen, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world, steps)
+    on_device = engine.on_this_device(DeepSpeedConfig.of(ds_config))
+    resolved = on_device.filled(chosen, world, steps)
     return engine.build(chosen, resolved, data_of(chosen).vocab_size, steps, device)
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections, choice
+from ds_cmli.config.messages import choice
+from ds_cmli.config.schema import Config, RunConfig, Sections, check_sections
 from ds_cmli.config.source import applied, temperature_loss
 from ds_cmli.errors import UserError
 from ds_cmli.files import Section

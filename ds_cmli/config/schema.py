@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,8 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
+from ds_cmli.config.messages import check, choice, setting_of_error, words
 from ds_cmli.config.registry import IMAGE, LOSSES, TEXT
-from ds_cmli.errors import UserError, nearest, one_line
+from ds_cmli.errors import UserError, one_line
 from ds_cmli.files import JsonObject, Section, read_json
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
@@ -221,11 +222,9 @@ class Config:
                 built[section] = kind(**given)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
-                name, *inside = map(str, first["loc"])
-                if not isinstance(given[name], dict):  # the name of one of several types
-                    inside = []
-                where = ".".join([section, name, *inside])
-                raise UserError(f"{where} is {first['input']!r}: {first['msg']}") from None
+                setting = setting_of_error(first["loc"], given)
+                line = f"{section}.{setting} is {first['input']!r}: {first['msg']}"
+                raise UserError(line) from None
         return cls(**built)
 
 
@@ -261,25 +260,6 @@ def load_config(path: Path, setting: str) -> Config:
         raise UserError(
             f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
         ) from None
-
-
-# --- messages
-
-
-def check(ok: bool, setting: str, value: object, need: str) -> None:
-    """Raise a one-line `UserError` for the setting unless `ok`; `need` says what to give."""
-    if not ok:
-        raise UserError(f"{setting} is {value!r}: {need}")
-
-
-def choice(setting: str, value: object, known: Collection[object]) -> None:
-    """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
-    if value not in known:
-        raise UserError(f"{setting} is {value!r}: {nearest(str(value), known)}")
-
-
-def words(text: str) -> set[str]:
-    return set(text.split())
 
 
 # --- what a resumed run must have kept

@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ds_cmli.config.schema import Config, Sections, StudentConfig, check, choice
+from ds_cmli.config.messages import check, choice
+from ds_cmli.config.schema import Config, Sections, StudentConfig
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject, Section, read_json
 from ds_cmli.pretrained import loading

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch.utils.data import Dataset
 
-from ds_cmli.config.schema import DataConfig, check
+from ds_cmli.config.messages import check
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.held_out import AllBut, held_out_parts
 from ds_cmli.data.images import View
 from ds_cmli.data.opening import open_source, split_weights

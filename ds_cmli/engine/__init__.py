@@ -5,7 +5,6 @@ from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.plan import (
     DTYPES,
     choose_backend,
-    filled,
     make_plan,
     on_this_device,
     with_backend,

@@ -159,7 +159,7 @@ def build(
 
     # --- DeepSpeed
     params = ds_config["optimizer"]["params"]
-    lr = params.get("lr", config.optim.lr)
+    lr = params["lr"]
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     scheduler: Any = None  # DeepSpeed makes the JSON's

@@ -5,12 +5,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig, StudentConfig
 from ds_cmli.errors import UserError
 
-# DeepSpeed's schedules that set one rate for all parameters.
-ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")
 ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
 # Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
 # position embeddings and of position biases, class and other tokens.
@@ -111,18 +108,6 @@ def parameter_groups(
         group = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
         out.append(group if one_rate else {**group, "lr": factor * lr})
     return out
-
-
-def check_rates(optim: OptimConfig, ds_config: DeepSpeedConfig) -> None:
-    """Raise `UserError` if the JSON's scheduler would undo the learning rates of `optim`."""
-    kind = ds_config.get("scheduler", {}).get("type")
-    for name, default in (("layer_decay", 1), ("lr_factors", {})):
-        value = getattr(optim, name)
-        if value != default and kind in ONE_RATE:
-            raise UserError(
-                f"optim.{name} is {value!r} and scheduler.type is {kind!r}, which "
-                "sets one rate for all parameters: leave out the scheduler, or take WarmupCosineLR"
-            )
 
 
 def counts_line(objective: nn.Module, teacher: nn.Module | None) -> str:

@@ -4,7 +4,6 @@ import os
 from dataclasses import replace
 from typing import Any
 
-import timm
 import torch
 
 from ds_cmli.cmli.op import why_not_triton
@@ -15,7 +14,6 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.order import Order
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine.parameter_groups import check_rates
 from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast, cpu_line
 
@@ -49,22 +47,6 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     return out
 
 
-def filled(
-    config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int
-) -> DeepSpeedConfig:
-    """The JSON with a value in the place of each "auto".
-
-    Raises `UserError` if `optim` does not go with it.
-    """
-    student, width = config.student, config.student.embed_dim
-    if "auto" in ds_config["zero_optimization"].values() and not student.source_config:
-        with torch.device("meta"):
-            model: Any = timm.create_model(student.image_model, **student.image_overrides)
-            width = model.num_features
-    check_rates(config.optim, ds_config)
-    return ds_config.filled(config.optim, world_size, total_steps, width)
-
-
 def make_plan(
     config: Config, ds_config: DeepSpeedConfig, samples: int | Order
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
@@ -83,7 +65,7 @@ def make_plan(
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    final = filled(config, ds_config, ranks, steps)
+    final = ds_config.filled(config, ranks, steps)
     negatives = total if compares_all(config, final) else micro_batch * ranks
     print_line(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "

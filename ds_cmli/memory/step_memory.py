@@ -17,7 +17,8 @@ import torch.distributed as dist
 from ds_cmli import engine, hardware
 from ds_cmli.cmli.triton_forward import unsuited
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
-from ds_cmli.config.schema import Config, check
+from ds_cmli.config.messages import check
+from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.fake_cuda.entered import fake_cuda
 from ds_cmli.files import JsonObject, Section
@@ -64,7 +65,7 @@ class Step:
         device = torch.device("cuda", torch.cuda.current_device())
         bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
         json = DeepSpeedConfig.of(self.ds_config).on(fp16=True, bf16=bf16)
-        json = engine.filled(self.config, json, self.world_size, TOTAL_STEPS)
+        json = json.filled(self.config, self.world_size, TOTAL_STEPS)
         _, micro_batch, accumulation = (json[key] for key in BATCH_KEYS)
         config, vocab_size = without_weights(self.config)
         why_not = unsuited(torch.cuda.get_device_capability(device))

@@ -71,7 +71,7 @@ def command(deepspeed_config, settings, repeats, clock, **options) -> None:
     config = load_preset(None, settings)
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
-    ds_config = engine.filled(config, ds_config, 1, STEPS)
+    ds_config = ds_config.filled(config, 1, STEPS)
     config = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]

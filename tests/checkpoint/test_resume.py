@@ -165,7 +165,7 @@ def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
     point = resume.find("auto", run)
     assert point is not None and point.state.best["step"] == 3
     config = load_preset("tiny", {"data": {"val_source": other}})
-    ds_config = DeepSpeedConfig.of(ZERO1).filled(config.optim, 1, 8)
+    ds_config = DeepSpeedConfig.of(ZERO1).filled(config, 1, 8)
     state = resume.state_of(point, config, ds_config, True)
     assert state.best == {} and state.worse_in_row == 0
 

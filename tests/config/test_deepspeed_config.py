@@ -5,29 +5,76 @@ import json
 import pytest
 
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
-from ds_cmli.config.schema import OptimConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
 from ds_cmli.errors import UserError
 from tests.conftest import ZERO1
+
+
+def tiny(**optim) -> Config:
+    """The smallest preset, with an image encoder of 64 features."""
+    overrides = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 14}
+    return load_preset("tiny", {"student": {"image_overrides": overrides}, "optim": optim})
+
 
 MISTAKES = [
     ({"zero_optimization": {"stage": 2, "stge": 2}}, "stge"),
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage is 0: known: 1, 2, 3"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}, "offload_optimizer.device is"),
-    ({"zero_optimization": 3}, "zero_optimization is 3: give a section"),
+    ({"zero_optimization": 3}, "zero_optimization is 3: Input should be an object"),
     ({"zero_optimisation": {}}, "did you mean 'zero_optimization'?"),
-    ({"fp16": {"loss_scale": 0}}, "fp16.enabled is None: give true, false"),
-    ({"bf16": {"enabled": "true"}}, "bf16.enabled is 'true': give true, false"),
+    ({"fp16": {"loss_scale": 0}}, "fp16.enabled is missing"),
+    ({"bf16": {"enabled": "true"}}, "bf16.enabled is 'true': Input should be a valid boolean, or give \"auto\""),
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "the DeepSpeed JSON: AssertionError: "),
     ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW'"),
     ({"optimizer": {"type": "Muon"}, "zero_allow_untested_optimizer": True}, "optimizer.type"),
     ({"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}}, "'weigth_decay'"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": "high"}}}, "optimizer.params is {'lr': 'high'}: TypeError"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "high"}}},
+        "optimizer.params.lr is 'high': Input should be a valid",
+    ),
     ({"steps_per_print": "all"}, "steps_per_print is 'all'"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}}, "'warmup_steps'"),
     ({"activation_checkpointing": {"cpu_checkpointing": True}}, "activation_checkpointing.cpu_checkpointing is True"),
     ({"train_batch_size": "8"}, "train_batch_size is '8'"),
     ({"gradient_clipping": -1}, "gradient_clipping is -1"),
     ({"comms_logger": "auto"}, "comms_logger is 'auto'"),
+    ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "bf16.check_grad_overflow is False: a NaN would reach"),
+    ({"zero_optimization": {"stage": True}}, "zero_optimization.stage is True: Input should be a valid integer"),
+    ({"zero_optimization": {"stage": 2, "overlap_comm": "auto"}}, "zero_optimization.overlap_comm is 'auto'"),
+    ({"optimizer": {"type": "AdamW", "lr": 5.0}}, "key of optimizer is 'lr': known: params, type"),
+    ({"scheduler": {"type": "WarmupLR", "warmup_num_steps": 5}}, "key of scheduler is 'warmup_num_steps'"),
+    ({"data_types": {"grad_acum_dtype": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
+    ({"torch_autocast": {"enabled": True, "dytpe": "bf16"}}, "did you mean 'dtype'?"),
+    ({"checkpoint": {"tag_validaton": "Warn"}}, "did you mean 'tag_validation'?"),
+    ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal is True: it has no effect here"),
+    ({"flops_profiler": {"profile_step": 0}}, "flops_profiler.profile_step is 0"),
+    ({"timers": ""}, "timers is '': Input should be an object"),
+    ({"gradient_accumulation_steps": 10**30}, "Input should be less than or equal to 1000000"),
+    ({"gradient_clipping": float("nan")}, "gradient_clipping is nan: Input should be a finite number"),
+    ({"fp16": {"enabled": True, "initial_scale_power": 10**9}}, "fp16.initial_scale_power is 1000000000: "),
+    *(
+        ({"optimizer": {"type": "AdamW", "params": params}}, line)
+        for params, line in [
+            ({"betas": [0.9, 0.98, 0.99]}, "optimizer.params.betas is [0.9, 0.98, 0.99]: Tuple should have at most 2"),
+            ({"betas": [0.9, 1.5]}, "optimizer.params is {"),
+            ({"lr": 0}, "optimizer.params.lr is 0: Input should be greater than 0"),
+            ({"lr": float("inf")}, "optimizer.params.lr is inf: Input should be a finite number"),
+            ({"eps": float("nan")}, "optimizer.params.eps is nan: Input should be a finite number"),
+            ({"maximize": 0.5}, "optimizer.params.maximize is 0.5: Input should be a valid boolean"),
+            ({"torch_adam": "no"}, "optimizer.params.torch_adam is 'no': Input should be a valid boolean"),
+            ({"differentiable": True}, "optimizer.params is {"),
+        ]
+    ),
+    *(
+        ({"scheduler": {"type": kind, "params": params}}, line)
+        for kind, params, line in [
+            ("WarmupDecayLR", {"total_num_steps": -3}, "scheduler.params.total_num_steps is -3"),
+            ("LRRangeTest", {"lr_range_test_min_lr": 0}, "the learning rate stays 0"),
+            ("WarmupLR", {"warmup_type": "cosine"}, "scheduler.params.warmup_type is 'cosine'"),
+            ("OneCycle", {"cycle_min_lr": 1e-4}, "scheduler.params is "),
+        ]
+    ),
 ]
 
 
@@ -37,6 +84,21 @@ def test_mistakes_are_one_line(config, words):
         DeepSpeedConfig.of(ZERO1 | config)
     assert words in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"stage": 1, "stage": 2}}')
+    with pytest.raises(UserError, match=r"ds.json: ValueError: Duplicate keys in DeepSpeed config: \['stage'\]"):
+        DeepSpeedConfig.load(file)
+
+
+def test_a_number_in_scientific_notation_is_a_whole_number_if_it_has_no_fraction():
+    out = DeepSpeedConfig.of({"zero_optimization": {"stage": 2, "reduce_bucket_size": 5e8}, "gradient_clipping": 0.5})
+    size = out["zero_optimization"]["reduce_bucket_size"]
+    assert isinstance(size, int) and size == 500_000_000 and out["gradient_clipping"] == 0.5
+    with pytest.raises(UserError, match=r"reduce_bucket_size is 0\.5: Input should be a valid integer"):
+        DeepSpeedConfig.of({"zero_optimization": {"stage": 2, "reduce_bucket_size": 0.5}})
 
 
 def test_what_is_not_used_may_be_off_and_null_is_as_not_given():
@@ -57,14 +119,14 @@ def test_batch_arithmetic():
 
 def test_what_the_json_says_wins():
     given = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": "auto"}}, "gradient_clipping": 3.0}
-    out = DeepSpeedConfig.of(ZERO1 | given).filled(OptimConfig(lr=1e-3, weight_decay=0.1), 1, 10)
+    out = DeepSpeedConfig.of(ZERO1 | given).filled(tiny(lr=1e-3, weight_decay=0.1), 1, 10)
     assert {key: out["optimizer"]["params"][key] for key in ("lr", "weight_decay")} == {"lr": 0.5, "weight_decay": 0.1}
     assert out["gradient_clipping"] == 3.0
     assert given["optimizer"]["params"]["weight_decay"] == "auto"  # the caller's own is left alone
     for kind, takes in {"RMSprop": {"eps"}, "adam": {"betas", "eps", "torch_adam"}, "SGD": set()}.items():
         optimizer = {"type": kind, "params": {"lr": 0.1}}
         of_kind = DeepSpeedConfig.of({**ZERO1, "optimizer": optimizer, "zero_allow_untested_optimizer": True})
-        assert {*of_kind.filled(OptimConfig(), 1, 10)["optimizer"]["params"]} == {"lr", "weight_decay", *takes}
+        assert {*of_kind.filled(tiny(), 1, 10)["optimizer"]["params"]} == {"lr", "weight_decay", *takes}
 
 
 def test_auto_is_filled_as_hugging_face_does():
@@ -74,11 +136,11 @@ def test_auto_is_filled_as_hugging_face_does():
         "scheduler": {"type": "WarmupDecayLR", "params": dict.fromkeys(params, "auto")},
         "zero_optimization": {"stage": 3, **dict.fromkeys(sizes, "auto")},
     }
-    optim = OptimConfig(warmup_share=0.2, lr=0.5)
-    out = DeepSpeedConfig.of(given).filled(optim, 1, 50, width=64)
+    config = tiny(warmup_share=0.2, lr=0.5)
+    out = DeepSpeedConfig.of(given).filled(config, 1, 50)
     assert out["scheduler"]["params"] == params and out["zero_optimization"] == {"stage": 3, **sizes}
     del params["total_num_steps"]  # WarmupLR has none; the rest is filled though the JSON names nothing
-    plain = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": "WarmupLR"}}).filled(optim, 1, 50)
+    plain = DeepSpeedConfig.of({**ZERO1, "scheduler": {"type": "WarmupLR"}}).filled(config, 1, 50)
     assert plain["scheduler"]["params"] == params
 
 

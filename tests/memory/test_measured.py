@@ -82,7 +82,7 @@ def train_in(folder: str, limited: str, megabytes: str) -> None:
         limit = int(data) * 1024 + int(megabytes) * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     with out_of_memory.ending(Path(folder), device) as engines:
-        ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, distributed.world_size(), 20)
+        ds_config = DeepSpeedConfig.of(ZERO2).filled(config, distributed.world_size(), 20)
         train_engine = engine.build(config, ds_config, 1000, 20, device)
         engines.append(train_engine)
         for _ in range(2):

@@ -171,7 +171,7 @@ def test_packaged_weights_are_predicted_with_their_own_sizes():
 @pytest.mark.slow
 def test_a_training_has_the_same_bits_before_and_after_predictions_that_end_well_or_badly(alone):
     json_ = {**ds_json(), "activation_checkpointing": {}}
-    resolved = DeepSpeedConfig.of(json_).filled(config().optim, 1, 10)
+    resolved = DeepSpeedConfig.of(json_).filled(config(), 1, 10)
 
     def train() -> list[float]:
         train_engine = engine.build(config(), copy.deepcopy(resolved), 300, 10, distributed.init())

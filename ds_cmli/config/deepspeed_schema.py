@@ -1,0 +1,333 @@
+"""The sections of a DeepSpeed JSON as pydantic models: DeepSpeed's own where it has one.
+
+All are strict: a key that DeepSpeed does not read is refused, and no value is converted. This
+module imports DeepSpeed, which takes seconds.
+"""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import torch
+from deepspeed.comm.config import CommsLoggerConfig
+from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+from deepspeed.runtime import lr_schedules
+from deepspeed.runtime.constants import GRADIENT_ALLREDUCE_OP_SUPPORTED
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
+from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+    create_model,
+)
+from pydantic_core import PydanticCustomError
+
+from ds_cmli.config.messages import choice, setting_of_error
+from ds_cmli.errors import UserError, blame, nearest
+from ds_cmli.files import JsonObject, Section
+
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
+ADAMS = ("adam", "adamw")
+# Optimizers of PyTorch in whose place DeepSpeed would take its own of the same name.
+REPLACED_OPTIMIZERS = ("Adagrad", "Muon")
+CHECKED_STEPS = 10  # of a schedule, whose learning rate must have left 0 by then
+
+
+def one_of(values: Collection[object], remedy: str) -> AfterValidator:
+    """Refuse all other values, and say in the message what to give."""
+
+    def refuse_others(value: object) -> object:
+        if value not in values:
+            raise PydanticCustomError("one_of", "{remedy}", {"remedy": remedy})
+        return value
+
+    return AfterValidator(refuse_others)
+
+
+def _or_auto(value: object, validate: Callable[[object], object]) -> object:
+    if value == "auto":
+        return value
+    try:
+        return validate(value)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise PydanticCustomError("or_auto", '{x}, or give "auto"', {"x": problem}) from None
+
+
+Unused = Annotated[Any, one_of(NOTHING, "it has no effect here: remove it")]
+NoSuchBlocks = Annotated[
+    Any,
+    one_of(NOTHING, "blocks are recomputed by PyTorch, which has no such setting: remove it"),
+]
+NVME = "what is swapped to NVMe is in no checkpoint: give 'cpu' or 'none'"
+OffloadDevice = Annotated[str, one_of(("none", "cpu"), NVME)]
+Checked = Annotated[bool, one_of((True,), "a NaN would reach the weights: remove it")]
+Dtype = Literal["fp32", "fp16", "bf16"]
+Auto = WrapValidator(_or_auto)
+AutoFlag = Annotated[bool, Auto]
+AutoSize = Annotated[Annotated[int, Field(ge=0, le=2**63 - 1)], Auto]
+AutoPairs = Annotated[Annotated[int, Field(ge=1, le=10**9)], Auto]
+AutoAccumulation = Annotated[Annotated[int, Field(ge=1, le=10**6)], Auto]
+AutoNorm = Annotated[Annotated[float, Field(ge=0)], Auto]
+
+
+class JsonSection(BaseModel):
+    model_config = STRICT
+    # DeepSpeed's own models leave out "auto" and convert values when they are built.
+    __init__ = BaseModel.__init__  # type: ignore[assignment]
+
+
+class OffloadOptimizer(JsonSection, DeepSpeedZeroOffloadOptimizerConfig):
+    device: OffloadDevice = "none"  # type: ignore[assignment]
+
+
+class OffloadParam(JsonSection, DeepSpeedZeroOffloadParamConfig):
+    device: OffloadDevice = "none"  # type: ignore[assignment]
+
+
+class ZeroOptimization(JsonSection, DeepSpeedZeroConfig):
+    stage: Annotated[int, one_of((1, 2, 3), "known: 1, 2, 3")]  # type: ignore[assignment]
+    offload_optimizer: OffloadOptimizer | None = None
+    offload_param: OffloadParam | None = None
+    reduce_bucket_size: AutoSize = 0
+    prefetch_bucket_size: AutoSize = Field(0, alias="stage3_prefetch_bucket_size")
+    param_persistence_threshold: AutoSize = Field(0, alias="stage3_param_persistence_threshold")
+
+
+class FP16(JsonSection, DeepSpeedFP16Config):
+    enabled: AutoFlag
+    initial_scale_power: int = Field(16, ge=0, le=127)  # 2**128 is infinite in fp32
+    hysteresis: int = Field(2, ge=1)
+
+
+class BF16(JsonSection, DeepSpeedBF16Config):
+    enabled: AutoFlag
+    check_grad_overflow: Checked = True
+
+
+class CommsLogger(JsonSection, CommsLoggerConfig):
+    """As DeepSpeed's."""
+
+
+class TensorBoard(JsonSection, TensorBoardConfig):
+    """As DeepSpeed's."""
+
+
+class WeightsAndBiases(JsonSection, WandbConfig):
+    """As DeepSpeed's."""
+
+
+class CSVMonitor(JsonSection, CSVConfig):
+    """As DeepSpeed's."""
+
+
+class Comet(JsonSection, CometConfig):
+    """As DeepSpeed's."""
+
+
+class ThroughputTimer(JsonSection, DeepSpeedThroughputTimerConfig):
+    """As DeepSpeed's."""
+
+
+# --- sections that DeepSpeed reads key by key
+
+
+class Timers(JsonSection):
+    throughput: ThroughputTimer | None = None
+
+
+class OptimizerOrScheduler(JsonSection):
+    type: str
+    params: dict[str, Any] = Field(default_factory=dict)  # checked by `check_parameters`
+
+
+class DataTypes(JsonSection):
+    grad_accum_dtype: Dtype | None = None
+    param_dtype: Dtype | None = None
+    buffer_dtype: Dtype | None = None
+    keep_in_fp32_modules: Literal["auto"] | list[str] = "auto"
+
+
+class TorchAutocast(JsonSection):
+    enabled: bool
+    dtype: Literal["bf16", "fp16", "bfloat16", "float16"] | None = None
+    lower_precision_safe_modules: list[str] | None = None
+
+
+class ActivationCheckpointing(JsonSection):
+    partition_activations: NoSuchBlocks = None
+    number_checkpoints: NoSuchBlocks = None
+    contiguous_memory_optimization: NoSuchBlocks = None
+    synchronize_checkpoint_boundary: NoSuchBlocks = None
+    profile: NoSuchBlocks = None
+    cpu_checkpointing: NoSuchBlocks = None
+
+
+class CheckpointSection(JsonSection):
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = "Warn"
+    load_universal: Unused = None  # a start decides it
+    use_node_local_storage: Unused = None
+    parallel_write: Unused = None
+    serialization: Unused = None
+    writer: Unused = None
+
+
+class FlopsProfiler(JsonSection):
+    enabled: bool = False
+    recompute_fwd_factor: float = Field(0.0, ge=0)
+    profile_step: int = Field(1, ge=1)
+    module_depth: int = Field(-1, ge=-1)
+    top_modules: int = Field(1, ge=1)
+    detailed: bool = True
+    output_file: str | None = None
+
+
+class DeepSpeedJson(JsonSection):
+    """All keys of a DeepSpeed JSON that have an effect on training."""
+
+    train_batch_size: AutoPairs = "auto"  # type: ignore[assignment]
+    train_micro_batch_size_per_gpu: AutoPairs = "auto"  # type: ignore[assignment]
+    gradient_accumulation_steps: AutoAccumulation = "auto"  # type: ignore[assignment]
+    gradient_clipping: AutoNorm = "auto"  # type: ignore[assignment]
+    optimizer: OptimizerOrScheduler | None = None
+    scheduler: OptimizerOrScheduler | None = None
+    zero_optimization: ZeroOptimization
+    zero_allow_untested_optimizer: bool = False
+    zero_force_ds_cpu_optimizer: bool = True
+    fp16: FP16 | None = None
+    bf16: BF16 | None = None
+    torch_autocast: TorchAutocast | None = None
+    data_types: DataTypes | None = None
+    communication_data_type: Dtype | None = None
+    gradient_allreduce_op: Annotated[
+        str, one_of(GRADIENT_ALLREDUCE_OP_SUPPORTED, "give 'mean' or 'sum'")
+    ] = "mean"
+    gradient_predivide_factor: float = Field(1.0, gt=0)
+    prescale_gradients: bool = False
+    activation_checkpointing: ActivationCheckpointing | None = None
+    checkpoint: CheckpointSection | None = None
+    disable_python_gc: bool = False
+    # --- logs
+    wall_clock_breakdown: bool = False
+    memory_breakdown: bool = False
+    dump_state: bool = False
+    steps_per_print: int | None = Field(None, ge=0)
+    log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
+    timers: Timers | None = None
+    comms_logger: CommsLogger | None = None
+    flops_profiler: FlopsProfiler | None = None
+    tensorboard: TensorBoard | None = None
+    wandb: WeightsAndBiases | None = None
+    csv_monitor: CSVMonitor | None = None
+    comet: Comet | None = None
+
+
+def check_section(model: type[BaseModel], content: Section, section: str = "") -> None:
+    """Raise `UserError` with one line for the first value that the model does not take.
+
+    section: the name of the content in the whole JSON; "": it is the whole.
+    """
+    try:
+        # By JSON, because strict models take a list for a tuple and a text for a path there alone.
+        model.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = first["loc"]
+        setting = ".".join(filter(None, (section, setting_of_error(location, content))))
+        if first["type"] == "extra_forbidden":
+            *parents, key = location
+            name = ".".join([section, *map(str, parents)]).strip(".") or "the DeepSpeed JSON"
+            hint = nearest(str(key), _keys_of(model, parents))
+            raise UserError(f"key of {name} is {key!r}: {hint}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{setting} is missing") from None
+        raise UserError(f"{setting} is {first['input']!r}: {first['msg']}") from None
+
+
+def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
+    """Return the keys of a section inside a model."""
+    for name in parents:
+        annotation = model.model_fields[str(name)].annotation
+        kinds = (annotation, *get_args(annotation))
+        model = next(
+            kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
+        )
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+# --- optimizers and schedules
+
+
+def kind_of(section: str, name: str) -> Any:
+    """PyTorch's optimizer, or DeepSpeed's schedule, of that name. Raises `UserError`."""
+    kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
+    known = [
+        key
+        for key, kind in kinds.items()
+        if isinstance(kind, type) and key not in REPLACED_OPTIMIZERS
+    ]
+    name = "AdamW" if name.lower() in ADAMS else name
+    choice(f"{section}.type", name, known)
+    return kinds[name]
+
+
+def parameters_model(section: str, kind: Any) -> type[BaseModel]:
+    """The parameters of an optimizer or a schedule, with the types of its signature."""
+    hints = get_type_hints(kind.__init__)
+    _, *parameters = inspect.signature(kind).parameters.values()  # what is optimized comes first
+    fields: dict[str, Any] = {}
+    for parameter in parameters:
+        default = parameter.default
+        has_default = default not in (None, inspect.Parameter.empty)
+        hint = hints.get(parameter.name, type(default) if has_default else float)
+        if section == "scheduler" and hint in (int, float):
+            hint = Annotated[hint, Field(ge=0)]
+        fields[parameter.name] = (hint | None if default is None else hint, None)
+    if "lr" in fields:
+        fields["lr"] = (Annotated[float, Field(gt=0)], None)
+    if "warmup_type" in fields:  # of any other DeepSpeed takes "log"
+        fields["warmup_type"] = (Literal["log", "linear"], None)
+    if kind is torch.optim.AdamW:  # DeepSpeed takes these out before it builds the optimizer
+        fields |= {"torch_adam": (bool, None), "adam_w_mode": (bool, None)}
+    return create_model(kind.__name__, __config__=STRICT, **fields)
+
+
+def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> None:
+    """Build the optimizer and the schedule of a JSON without "auto" values, and take steps.
+
+    Raises:
+        UserError: a parameter is unknown, of a wrong type, or refused by PyTorch or DeepSpeed.
+    """
+    kind = kind_of("optimizer", optimizer["type"])
+    check_section(parameters_model("optimizer", kind), optimizer["params"], "optimizer.params")
+    taken = inspect.signature(kind).parameters
+    values = {key: value for key, value in optimizer["params"].items() if key in taken}
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    with blame(f"optimizer.params is {optimizer['params']}"):
+        trial = kind([parameter], **values)
+        trial.step()
+    if scheduler is None:
+        return
+    kind = kind_of("scheduler", scheduler["type"])
+    check_section(parameters_model("scheduler", kind), scheduler["params"], "scheduler.params")
+    rates = []
+    with blame(f"scheduler.params is {scheduler['params']}"):
+        schedule = kind(trial, **scheduler["params"])
+        for _ in range(CHECKED_STEPS):
+            schedule.step()
+            rates += schedule.get_last_lr()
+    if not (all(map(math.isfinite, rates)) and any(rate > 0 for rate in rates)):
+        raise UserError(f"scheduler.params is {scheduler['params']}: the learning rate stays 0")

@@ -1,0 +1,41 @@
+"""One line for each mistake in settings and in DeepSpeed's JSON: setting, value, remedy."""
+
+from collections.abc import Collection, Mapping
+
+from ds_cmli.errors import UserError, nearest
+
+
+def check(ok: bool, setting: str, value: object, remedy: str) -> None:
+    """Raise a one-line `UserError` for the setting unless `ok`; `remedy` says what to give."""
+    if not ok:
+        raise UserError(f"{setting} is {value!r}: {remedy}")
+
+
+def choice(setting: str, value: object, known: Collection[object]) -> None:
+    """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
+    if value not in known:
+        raise UserError(f"{setting} is {value!r}: {nearest(str(value), known)}")
+
+
+def words(text: str) -> set[str]:
+    return set(text.split())
+
+
+def setting_of_error(location: tuple[int | str, ...], content: object) -> str:
+    """Return the dotted name of the setting that one of pydantic's errors is about.
+
+    pydantic appends names of types to the location of a value that may have several types.
+    """
+    names: list[str] = []
+    for part in location:
+        is_key = isinstance(content, Mapping)
+        is_index = isinstance(content, list) and isinstance(part, int)
+        if is_key or is_index or part == "[key]":
+            names.append(str(part))
+        if is_key:
+            content = content.get(part)  # type: ignore[attr-defined]
+        elif is_index:
+            content = content[part]  # type: ignore[index]
+        else:
+            break
+    return ".".join(names)

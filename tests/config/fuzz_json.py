@@ -1,0 +1,207 @@
+"""DeepSpeed JSONs by chance: `python -m tests.config.fuzz_json --number 2000 --start 100 --seed 0`.
+
+A JSON is a valid one with one to three random changes. It is refused in one line, or every value that it gives arrives
+in the configuration with its type. Of the accepted ones some are trained for two steps, each in a process of its own.
+"""
+
+import argparse
+import copy
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.errors import UserError
+from tests import make, ranks
+
+# Keys by section, with a value that is usual for each.
+USUAL: dict[str, dict[str, Any]] = {
+    "": {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.5,
+        "communication_data_type": "fp32",
+        "gradient_allreduce_op": "sum",
+        "gradient_predivide_factor": 2.0,
+        "prescale_gradients": True,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": True,
+        "memory_breakdown": True,
+        "steps_per_print": 1,
+        "dump_state": True,
+        "disable_python_gc": True,
+        "log_level": "warning",
+        "pipeline": {"enabled": False},
+        "aio": {"block_size": 5},
+        "elasticity": None,
+        "amp": {"enabled": True},
+    },
+    "zero_optimization": {
+        "stage": 2,
+        "overlap_comm": True,
+        "reduce_scatter": False,
+        "contiguous_gradients": False,
+        "reduce_bucket_size": 5e7,
+        "allgather_bucket_size": 1000,
+        "allgather_partitions": False,
+        "round_robin_gradients": True,
+        "sub_group_size": 1000,
+        "ignore_unused_parameters": False,
+        "load_from_fp32_weights": False,
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": 1e4,
+        "stage3_max_live_parameters": 1e9,
+        "stage3_gather_16bit_weights_on_model_save": True,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "none", "pin_memory": True},
+        "parameter_alignment": True,
+        "elastic_checkpoint": False,
+        "cpu_offload": False,
+        "compute_grad_norm": True,
+        "memory_efficient_linear": False,
+        "leaf_module": {"names": ["blocks"]},
+        "mics_shard_size": 1,
+    },
+    "bf16": {"enabled": True, "immediate_grad_update": True, "check_grad_overflow": True},
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 100, "hysteresis": 2, "min_loss_scale": 1},
+    "optimizer": {"type": "AdamW", "legacy_fusion": True},
+    "optimizer.params": {
+        "lr": 1e-3,
+        "betas": [0.9, 0.98],
+        "eps": 1e-8,
+        "weight_decay": 0.01,
+        "amsgrad": True,
+        "foreach": True,
+        "fused": True,
+        "maximize": True,
+        "torch_adam": True,
+        "adam_w_mode": False,
+        "capturable": True,
+        "momentum": 0.9,
+    },
+    "scheduler": {"type": "WarmupLR"},
+    "scheduler.params": {
+        "warmup_min_lr": 0,
+        "warmup_max_lr": 1e-3,
+        "warmup_num_steps": 10,
+        "warmup_type": "linear",
+        "total_num_steps": "auto",
+        "last_batch_iteration": -1,
+    },
+    "data_types": {"grad_accum_dtype": "fp32", "param_dtype": "bf16", "keep_in_fp32_modules": []},
+    "torch_autocast": {"enabled": True, "dtype": "bf16", "lower_precision_safe_modules": ["torch.nn.Linear"]},
+    "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None, "profile": True},
+    "checkpoint": {"tag_validation": "Fail", "use_node_local_storage": False, "writer": {}},
+    "flops_profiler": {"enabled": True, "profile_step": 1, "module_depth": -1, "top_modules": 1, "detailed": False},
+    "comms_logger": {"enabled": True, "verbose": False, "prof_all": True, "debug": False},
+    "timers": {"throughput": {"enabled": True, "synchronized": False}},
+    "tensorboard": {"enabled": False, "output_path": "logs", "job_name": "x"},
+    "csv_monitor": {"enabled": False, "output_path": "logs"},
+    "wandb": {"enabled": False, "project": "x"},
+}
+KINDS = {
+    "optimizer": ("Adam", "adamw", "SGD", "RMSprop", "NAdam", "Adamax", "ASGD", "Adafactor", "Lion", "LBFGS", "", 3),
+    "scheduler": ("WarmupDecayLR", "WarmupCosineLR", "OneCycle", "LRRangeTest", "StepLR", None),
+}
+WRONG: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 3, 0.5, 2.0, -0.5, 1e30, 10**30, 10**400, float("nan"), float("inf")),
+    *("", "auto", "no", "true", "cpu", "\u0000", "fp32", [], [1], [0.9, 0.98, 0.99], {}, {"enabled": True}, {"x": {}}),
+)
+
+
+def draw_json(draw: random.Random) -> dict[str, Any]:
+    """A valid JSON of some sections, with one to three changes."""
+    content: dict[str, Any] = {"zero_optimization": {"stage": draw.choice((1, 2, 3))}}
+    for name in draw.sample(sorted(USUAL), draw.randint(1, 4)):
+        section = section_of(content, name)
+        for key in draw.sample(sorted(USUAL[name]), draw.randint(1, min(4, len(USUAL[name])))):
+            section[key] = copy.deepcopy(USUAL[name][key])
+        if name in ("bf16", "fp16"):
+            section["enabled"] = draw.choice((True, "auto", False))
+    for _ in range(draw.randint(0, 2)):
+        name = draw.choice(sorted(USUAL))
+        section = section_of(content, name)
+        key = draw.choice([*USUAL[name], draw.choice("xyz") + draw.choice([*USUAL[name]])])
+        values = KINDS.get(name, WRONG) if key == "type" else WRONG
+        section[key] = copy.deepcopy(draw.choice(values))
+    return content
+
+
+def section_of(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """The section of that dotted name, made if it is missing or is no section."""
+    for part in filter(None, name.split(".")):
+        if not isinstance(content.get(part), dict):
+            content[part] = {"type": USUAL[part]["type"]} if part in KINDS else {}
+        content = content[part]
+    return content
+
+
+def lost_values(given: Any, kept: Any, path: str = "") -> list[str]:
+    """The settings that were given and are not kept with their value and, for a boolean, their type."""
+    if isinstance(given, dict) and isinstance(kept, dict):
+        lost = []
+        for key, value in given.items():
+            asks_for_nothing = value in (None, False, {}, {"enabled": False})
+            if key in kept or not asks_for_nothing:
+                lost += lost_values(value, kept.get(key), f"{path}{key}.")
+        return lost
+    same = given == kept and isinstance(given, bool) == isinstance(kept, bool)
+    return [] if same else [path.strip(".")]
+
+
+def read(content: dict[str, Any]) -> DeepSpeedConfig | None:
+    """The configuration, or None for a JSON that is refused in one line. Raises AssertionError."""
+    try:
+        config = DeepSpeedConfig.of(content)
+    except UserError as error:
+        line = str(error)
+        assert "\n" not in line and "Traceback" not in line, line
+        return None
+    assert not lost_values(content, config), (content, lost_values(content, config))
+    return config
+
+
+def train_two_steps(content: dict[str, Any], folder: Path) -> tuple[int, str]:
+    """The exit code and the errors of the command with that JSON."""
+    folder.mkdir(parents=True)
+    file = make.json_file(folder / "ds.json", content)
+    options = {"--deepspeed_config": file, "--steps": 2, "--output-dir": folder / "run", "--micro-batch": 4}
+    given = make.small(options, {"optim.warmup_share": 0.5})
+    (environment,) = ranks.environments(1)
+    done = ranks.python("-m", "ds_cmli.train", *given, env=environment)
+    return done.returncode, done.stderr
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, default=2000)
+    parser.add_argument("--start", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, required=True)
+    chosen = parser.parse_args()
+    draw = random.Random(chosen.seed)
+    accepted = []
+    for _ in range(chosen.number):
+        content = draw_json(draw)
+        try:
+            if read(content) is not None:
+                accepted.append(content)
+        except Exception as error:
+            print(f"FAILED to read {content}: {type(error).__name__}: {error}", flush=True)
+    print(f"{chosen.number} JSONs: {len(accepted)} accepted, the others refused in one line", flush=True)
+    codes: dict[int, int] = {}
+    for number, content in enumerate(draw.sample(accepted, min(chosen.start, len(accepted)))):
+        code, errors = train_two_steps(content, chosen.folder / str(number))
+        lines = errors.strip().splitlines() or [""]
+        one_line = code == 0 or (code == 2 and "Traceback" not in errors and lines[-1].startswith("error: "))
+        codes[code] = codes.get(code, 0) + 1
+        print("ok" if one_line else "FAILED", code, json.dumps(content), lines[-1][:300] if code else "", flush=True)
+    print(f"started: exit codes {codes}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
