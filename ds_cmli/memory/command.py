@@ -108,7 +108,7 @@ def single(
         report = fitted.report
         tell("")
         print(fit_sentence(fitted, room))
-        print(meant(own.fit, room, fitted_gpu or "", gpu, own.world_size))
+        print(meant(own.fit, room, fitted_gpu or "", gpu, report))
     else:
         report = predicted_worst(step, gpu, gpu.total.bytes)
         print(sentence(report, gpu))
@@ -176,10 +176,13 @@ def fit_sentence(fitted: "Fit", room: int) -> str:
     return out if more is None else f"{out}; {fitted.micro_batch + 1} needs {one_more} GB"
 
 
-def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, world_size: int) -> str:
+def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str:
     """What --fit was taken for, and how much of it tensors can have."""
-    usable = max(room - gpu.outside(world_size), 0)
-    rest = "CUDA's context and NCCL" if world_size > 1 else "CUDA's context"
+    outside = report.totals["device"] - report.totals["reserved"]
+    usable = max(room - outside, 0)
+    rest = "CUDA's context"
+    if report.setting["world_size"] > 1:
+        rest = "CUDA's context and NCCL"
     left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu.name}"
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"

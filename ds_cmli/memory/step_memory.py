@@ -70,7 +70,7 @@ class Step:
         config, vocab_size = without_weights(self.config)
         why_not = unsuited(torch.cuda.get_device_capability(device))
         config = engine.choose_backend(config, why_not)
-        with _alone(self.world_size, self.rank):
+        with _alone(self.world_size, self.rank), _as_deterministic(config.run.deterministic):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
             self.built(train_engine)
             with watched(train_engine):
@@ -110,6 +110,21 @@ def _alone(world_size: int, rank: int) -> Iterator[None]:
             distributed.shutdown()
 
 
+@contextmanager
+def _as_deterministic(deterministic: bool) -> Iterator[None]:
+    """Inside, PyTorch's switches are those of a run with `--deterministic`, or unchanged."""
+    enforced = torch.are_deterministic_algorithms_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    with mock.patch.dict(os.environ):
+        if deterministic:
+            hardware.enforce_determinism()
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enforced)
+            torch.backends.cudnn.benchmark = benchmark
+
+
 def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     """The step's memory on a GPU that need not be there, of which `limit` bytes can be occupied.
 
@@ -123,14 +138,25 @@ def predicted(step: Step, gpu: Gpu, limit: int = 1 << 44) -> Report:
     check(step.world_size >= 1, "--world-size", step.world_size, "give at least 1 rank")
     check_predictable(DeepSpeedConfig.of(step.ds_config))
     recorder = TrainingRecorder(gpu=gpu)
+    communicators = 0
+
+    @contextmanager
+    def watched(train_engine: engine.TrainEngine) -> Iterator[None]:
+        nonlocal communicators
+        with recorder.attach(train_engine):
+            yield
+        if step.world_size > 1:
+            # NCCL connects each process group as it is made: DeepSpeed clones that of all ranks.
+            communicators = dist.get_pg_count()
+
     with fake_cuda(recorder, gpu):
-        setting = step.take_twice(recorder.attach)
+        setting = step.take_twice(watched)
         events = recorder.events()
     fixed = hardware.DETERMINISTIC_CUBLAS if step.config.run.deterministic else None
     workspaces = gpu.cublas_bytes(os.environ.get("CUBLAS_WORKSPACE_CONFIG", fixed))
     events = with_cublas(events, workspaces, recorder.products)
     report = summarise(events, {**setting, "gpu": gpu.name}, "predicted")
-    outside = gpu.outside(step.world_size)
+    outside = gpu.outside(communicators)
     try:
         replayed = replay(events, limit=limit - outside)
     except OutOfMemory:  # then without a limit: the totals say how much is missing

@@ -67,10 +67,9 @@ class Gpu:
         pairs = pairs or ([(4096, 8)] if self.capability >= (9, 0) else [(4096, 2), (16, 8)])
         return 2 * sum(int(kib) * 1024 * int(count) for kib, count in pairs)
 
-    def outside(self, world_size: int) -> int:
-        """Bytes on the device outside torch's allocator; above one rank with one NCCL communicator,
-        which ZeRO and the losses share."""
-        return self.context.bytes + (self.nccl.bytes if world_size > 1 else 0)
+    def outside(self, communicators: int) -> int:
+        """Return the bytes on the device outside torch's allocator, with so many NCCL communicators."""
+        return self.context.bytes + communicators * self.nccl.bytes
 
 
 # Compute capability, multiprocessors, MiB in all, of context and of NCCL (a: assumed, m: measured),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pickle
 import re
 import sys
@@ -159,6 +160,28 @@ def test_zero_3_gathers_parameters_and_leaves_nothing_for_the_next_prediction(us
     assert report.totals["requested"] == max(report.phases.values())
     # What linear layers keep are activations as before, although a function of DeepSpeed's allocates it.
     assert report.categories["activations student"] >= usual.categories["activations student"]
+
+
+def test_a_deterministic_run_is_predicted_with_the_partial_gradients_of_attention_that_it_keeps(usual):
+    """Flash attention's backward then has a gradient of the queries for each block of threads that works on a head."""
+    deterministic = config(("global",), run={"deterministic": True})
+    report = predicted(Step(deterministic, ds_json(), 2), A100)
+
+    def largest_inside_attention(events) -> int:
+        inside = "aten._scaled_dot_product_flash_attention_backward.default, inside"
+        return max(event.bytes for event in events if event.op == inside)
+
+    # 8 pairs and 2 heads: 108 multiprocessors / 16, rounded up.
+    assert largest_inside_attention(report.events) == 7 * largest_inside_attention(usual.events)
+    assert not torch.are_deterministic_algorithms_enabled() and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_each_group_of_ranks_is_a_communicator_on_the_device(usual):
+    """That of all ranks, and DeepSpeed's clone of it; a rank alone connects to nobody."""
+    outside = usual.totals["device"] - usual.totals["reserved"]
+    assert outside == A100.context.bytes + 2 * A100.nccl.bytes
+    single = predicted(Step(config(("global",)), ds_json()), A100)
+    assert single.totals["device"] - single.totals["reserved"] == A100.context.bytes
 
 
 def test_packaged_weights_are_predicted_with_their_own_sizes():

@@ -34,15 +34,15 @@ def test_an_unlisted_one_is_no_other_and_an_unclear_name_is_none(name):
 def test_every_size_is_below_what_the_name_says():
     for gpu in gpus.GPUS.values():
         nominal = int(gpu.name.split()[-1].removesuffix("GB")) * 10**9
-        assert 0.85 * nominal < gpu.total.bytes - gpu.outside(1) < gpu.total.bytes < 1.1 * nominal
-        assert gpu.outside(64) == gpu.outside(2) > gpu.outside(1)
+        assert 0.85 * nominal < gpu.total.bytes - gpu.outside(0) < gpu.total.bytes < 1.1 * nominal
+        assert gpu.outside(2) - gpu.outside(1) == gpu.outside(1) - gpu.outside(0) == gpu.nccl.bytes > 0
 
 
 def test_one_that_is_not_listed_is_given_by_its_size():
     gpu = gpus.chosen(None, "48GB", "8.9")
     assert (gpu.total.bytes, gpu.capability) == (48 * 10**9, (8, 9))
     assert (gpu.multiprocessors, gpu.threads, gpu.shared) == (142, 1536, 99 * 1024)
-    assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside(2) == 650 * M
+    assert gpu.cublas_bytes() == gpus.find("L40S").cublas_bytes() and gpu.outside(2) == 950 * M
     assert gpus.chosen(None, None, None) is None and gpus.chosen("A10G", None, None) == gpus.find("A10G")
 
 

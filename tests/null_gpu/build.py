@@ -119,9 +119,14 @@ def environment(folder: Path, gpu: str = "A100 80GB") -> dict[str, str]:
     }
 
 
+def stand_in(*command: object) -> list[str]:
+    """The arguments of Python that run what stands behind `python`, under `stand_in.py`."""
+    return ["-m", "tests.null_gpu.stand_in", *map(str, command)]
+
+
 def run(env: dict[str, str], *command: object, timeout: float = 600) -> subprocess.CompletedProcess:
-    """What stands behind `python`, under `stand_in.py`."""
-    words = [sys.executable, "-m", "tests.null_gpu.stand_in", *map(str, command)]
+    """What stands behind `python`, under `stand_in.py`, run to its end."""
+    words = [sys.executable, *stand_in(*command)]
     return subprocess.run(words, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 

@@ -46,6 +46,9 @@ class StandIn(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and isinstance(args[1], list) and any(x is True for x in args[1]):
+            # A kernel would count the true ones.
+            args = args[0], [place for place, chosen in enumerate(args[1]) if chosen]
         name, given = getattr(func, "__name__", ""), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         memory = {x.untyped_storage().data_ptr() for x in given if on_gpu(x)}
         result = func(*args, **kwargs)

@@ -10,6 +10,7 @@ from tests.gpu.settings import TORCH, Setting
 from tests.null_gpu.build import run
 
 pytestmark = pytest.mark.null_gpu
+DETERMINISTIC = {"run": {"deterministic": True}, "data": {"image_size": 518}}
 FEW = {"student": {"layers": 3}, "teacher": {"block": 2}}
 
 
@@ -25,6 +26,7 @@ def last_line(done):
         ("A100 80GB", Setting("cached", "demo", 64, 8, 1, accumulation=2, checkpointing=True, overrides=FEW)),
         ("H100 80GB", Setting("checkpointing", "demo", 64, 2, checkpointing=True, overrides=FEW)),
         ("H100 80GB", Setting("gathered", "demo", 64, 8, 3, overrides=FEW)),
+        ("H100 80GB", Setting("deterministic", "demo", 8, overrides=FEW | DETERMINISTIC)),
     ],
 )
 def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):
