@@ -45,7 +45,7 @@ def init() -> torch.device:
             rank=rank,
             world_size=ranks,
             timeout=TIMEOUT,
-            # NCCL connects at once, and every group of all ranks shares its connections.
+            # NCCL connects at once, and each group that is made later when it is made.
             device_id=device if device.type == "cuda" else None,
         )
     return device
