@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.device, self.gpu = device, gpu
         self.phase = "init"
-        # Block, bytes (negative: freed; 0: empty_cache), phase.
+        # Block, bytes (negative: freed; 0: `Event` says what), phase.
         self.log: list[tuple[int, int, str]] = []
         self.blocks: list[Allocation] = []
         self.live: dict[int, Live] = {}  # by the storage's address
@@ -198,7 +198,9 @@ class Recorder(TorchDispatchMode):
         return block
 
     def _end(self, block: int, size: int) -> None:
-        if not self.pending.keeps(block, size):
+        if self.pending.keeps(block, size):
+            self.log.append((block, 0, self.phase))
+        else:
             self._freed(block, size)
 
     def _freed(self, block: int, size: int) -> None:
@@ -235,7 +237,11 @@ class Recorder(TorchDispatchMode):
         """All changes so far."""
         categories = list(map(self.category, range(len(self.blocks))))
         out = []
+        allocated = set[int]()
         for block, size, phase in self.log:
             of = self.blocks[block]
-            out.append(Event(block, size, categories[block], phase, of.op, of.stream))
+            requests_free = not size and block in allocated
+            allocated.add(block)
+            event = Event(block, size, categories[block], phase, of.op, of.stream, requests_free)
+            out.append(event)
         return out

@@ -11,7 +11,9 @@ since 2.0), with the default settings, so without expandable segments.
     one with the lowest address. If there is none, a new segment is taken.
  4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more
     than 1 MiB (large pool). Otherwise it stays part of the block, and counts as allocated.
- 5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
+ 5. The free of a block that another stream may still read is requested and completed later: until
+    then the block is in use, but counts no longer as allocated.
+ 6. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
     free stays reserved for its stream until the device has no room: then all wholly free segments
     are returned, and the request is retried.
 The device's addresses are not known: here each segment follows the last.
@@ -35,9 +37,10 @@ FIRST_ADDRESS = 0x7F00_0000_0000
 
 @dataclass(frozen=True)
 class Event:
-    """The allocation or the free of a block; of 0 bytes: the return of all free segments.
+    """The allocation or the free of a block, or what has 0 bytes.
 
-    Lists of events are in the order in which they happened.
+    These are the request to free a block that is freed later (`requests_free`), and the return of
+    all free segments. Lists of events are in the order in which they happened.
     """
 
     block: int  # the same number at the allocation and at the free of a block; not used again
@@ -46,6 +49,7 @@ class Event:
     phase: str  # the part of a step in which it happened
     op: str = ""  # the operator that allocated the block
     stream: int = 0  # for which the block was allocated; 0: the default one
+    requests_free: bool = False
 
 
 class OutOfMemory(Exception):
@@ -60,6 +64,7 @@ class Block:
     address: int
     size: int
     requested: int = 0  # 0: free
+    free_requested: bool = False
     event: Event | None = None  # the allocation, while the block is in use
     before: "Block | None" = None
     after: "Block | None" = None
@@ -155,13 +160,20 @@ class CachingAllocator:
         self.peaks = tuple(map(max, self.peaks, (self.requested, self.allocated, self.reserved)))
         return block
 
-    def free(self, block: Block) -> None:
-        for name in ("free_requested", "free_completed"):
-            freed = block.address, block.requested, block.segment.stream, block.event
-            self.actions.append(Action(name, *freed))
-        self.requested -= block.requested
+    def request_free(self, block: Block) -> None:
+        """Count a block as allocated no longer, which another stream may still read."""
+        self._note("free_requested", block)
         self.allocated -= block.size
-        block.requested, block.event = 0, None
+        block.free_requested = True
+
+    def free(self, block: Block) -> None:
+        if not block.free_requested:
+            self.request_free(block)
+        self._note("free_completed", block)
+        self.requested -= block.requested
+        block.requested = 0
+        block.free_requested = False
+        block.event = None
         before, after = block.before, block.after
         if before is not None and not before.requested:
             self._take(before)
@@ -205,6 +217,10 @@ class CachingAllocator:
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment
 
+    def _note(self, name: str, block: Block) -> None:
+        stream = block.segment.stream
+        self.actions.append(Action(name, block.address, block.requested, stream, block.event))
+
     def _keep(self, block: Block) -> None:
         free = self.free_blocks[block.segment.small, block.segment.stream]
         insort(free, (*block.place, block))
@@ -225,6 +241,8 @@ def replay(events: Iterable[Event], *, limit: int | None = None) -> CachingAlloc
             live[event.block] = allocator.malloc(event.bytes, event.stream, event)
         elif event.bytes < 0:
             allocator.free(live.pop(event.block))
+        elif event.requests_free:
+            allocator.request_free(live[event.block])
         else:
             allocator.empty_cache()
     return allocator

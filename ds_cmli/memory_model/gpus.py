@@ -68,7 +68,7 @@ class Gpu:
         return 2 * sum(int(kib) * 1024 * int(count) for kib, count in pairs)
 
     def outside(self, communicators: int) -> int:
-        """Return the bytes on the device outside torch's allocator, with so many NCCL communicators."""
+        """Return the bytes outside torch's allocator, with so many NCCL communicators."""
         return self.context.bytes + communicators * self.nccl.bytes
 
 

@@ -131,6 +131,7 @@ def test_what_another_stream_may_still_read_is_not_free_yet(recorder):
     del x
     torch.empty(1, device="cuda")
     assert live(recorder) == 8004 - 4  # what ended waits for the stream
+    assert [event.block for event in recorder.events() if event.requests_free] == [0]
     torch.cuda.current_stream().wait_stream(other)
     torch.cuda.synchronize()
     torch.empty(1, device="cuda")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_cmli.memory_model.caching_allocator import CachingAllocator, OutOfMemory
+from ds_cmli.memory_model.caching_allocator import CachingAllocator, Event, OutOfMemory, replay
 
 K, M = 1 << 10, 1 << 20
 
@@ -110,3 +110,18 @@ def test_an_emptied_cache_returns_free_segments_and_streams_share_none():
     assert allocator.reserved == 60 * M
     allocator.empty_cache()
     assert allocator.reserved == 30 * M
+
+
+def test_a_block_that_another_stream_may_read_is_in_use_and_not_allocated_until_its_free_completes():
+    """As `free` (allocated bytes) and `free_block` (requested bytes) of CUDACachingAllocator.cpp."""
+    events = [
+        Event(0, 3 * M, "data", "forward"),
+        Event(0, 0, "data", "forward", requests_free=True),
+        Event(1, 3 * M, "data", "forward"),
+        Event(0, -3 * M, "data", "forward"),
+    ]
+    allocator = replay(events)
+    assert allocator.peaks == (6 * M, 3 * M, 20 * M)
+    assert layout(allocator) == [f"{3 * M} +{3 * M} {14 * M}"]
+    names = [action.name for action in allocator.actions]
+    assert names == ["segment_alloc", "alloc", "free_requested", "alloc", "free_completed"]
