@@ -55,7 +55,7 @@ def compile_libraries() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
-    """What a test builds is released at its end; what its fixtures build is theirs."""
+    """Release the engines that a test builds. Those of its fixtures stay."""
     if "deepspeed" not in sys.modules:
         return (yield)
     from tests.drive_train import released
@@ -65,7 +65,7 @@ def pytest_runtest_call():
 
 
 def keep_what_is_imported() -> None:
-    """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
+    """Freeze the objects of the libraries, which stay to the end: the garbage collector need not look through them."""
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)  # triton would report what is left then as leaked
@@ -82,9 +82,9 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def what_a_test_imports_stays_as_well():
-    before = len(sys.modules)
+    num_modules = len(sys.modules)
     yield
-    if len(sys.modules) > before + 100:
+    if len(sys.modules) > num_modules + 100:
         keep_what_is_imported()
 
 
@@ -153,16 +153,18 @@ def alone(monkeypatch):
 
 @contextlib.contextmanager
 def same_process():
-    """What commands set inside, as of a launcher, a process group, ZeRO-3, is not there for the next test."""
-    before, grouped, linear = dict(os.environ), dist.is_initialized(), F.linear
+    """Undo what commands leave in a process: launchers' variables, a process group, ZeRO-3's linear function."""
+    environment = dict(os.environ)
+    had_group = dist.is_initialized()
+    linear = F.linear
     try:
         yield
     finally:
         F.linear = linear
-        if dict(os.environ) != before:
+        if dict(os.environ) != environment:
             os.environ.clear()
-            os.environ.update(before)
-        if dist.is_initialized() and not grouped:
+            os.environ.update(environment)
+        if dist.is_initialized() and not had_group:
             dist.destroy_process_group()
 
 

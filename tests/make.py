@@ -62,7 +62,8 @@ def shard(path: Path, members: Iterable[tuple], form: int = tarfile.PAX_FORMAT) 
         for name, content, *link in members:
             member = tarfile.TarInfo(name)
             if link:
-                member.type, member.linkname = link[0], content
+                (member.type,) = link
+                member.linkname = content
                 archive.addfile(member)
             else:
                 member.size = len(content)
@@ -150,24 +151,26 @@ def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: i
 def step(trained, micro_batches: list[Batch]) -> dict[str, float]:
     """Train one optimizer step; the means of the losses over its micro-batches, by name."""
     losses = trained.step(micro_batches)
-    means = {name: torch.stack([of.each[name] for of in losses]).mean().item() for name in losses[0].each}
-    return {"total": torch.stack([of.total for of in losses]).mean().item(), **means}
+    means = {name: torch.stack([loss.each[name] for loss in losses]).mean().item() for name in losses[0].each}
+    return {"total": torch.stack([loss.total for loss in losses]).mean().item(), **means}
 
 
 def gradients(trained, micro_batches: list[Batch]) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Train one step; its losses, and the whole gradients that the optimizer gets, by parameter."""
     from deepspeed.utils import safe_get_full_grad
 
-    found, inner = {}, trained.engine
-    update = inner.step
+    engine = trained.engine
+    update = engine.step
+    gradient_by_name: dict[str, Tensor] = {}
 
-    def stepped(*arguments, **more):
-        if inner.is_gradient_accumulation_boundary():
-            found.update((n, safe_get_full_grad(p).clone()) for n, p in trained.objective.named_parameters())
-        return update(*arguments, **more)
+    def keep_gradients_and_update(*arguments, **keywords):
+        if engine.is_gradient_accumulation_boundary():
+            for name, parameter in trained.objective.named_parameters():
+                gradient_by_name[name] = safe_get_full_grad(parameter).clone()
+        return update(*arguments, **keywords)
 
-    with mock.patch.object(inner, "step", stepped):
-        return step(trained, micro_batches), found
+    with mock.patch.object(engine, "step", keep_gradients_and_update):
+        return step(trained, micro_batches), gradient_by_name
 
 
 def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
@@ -183,10 +186,11 @@ def train(*arguments: str, world: int = 1, stop_at: int | None = None) -> int:
 
 def small(options: dict[str, object], settings: dict[str, object] | None = None) -> list[str]:
     """The arguments of the smallest training, with other options and settings; None leaves one to the preset."""
-    every: dict[str, object] = {"run.match_maps": 0, "data.workers": 0}
-    every |= {f"{section}.{name}": value for section, of in SMALL.items() for name, value in of.items()}
+    chosen: dict[str, object] = {"run.match_maps": 0, "data.workers": 0}
+    for section, values in SMALL.items():
+        chosen |= {f"{section}.{name}": value for name, value in values.items()}
     words = ["--preset", "tiny"]
-    for name, value in (every | (settings or {})).items():
+    for name, value in (chosen | (settings or {})).items():
         if value is not None:
             words += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     for name, value in options.items():
@@ -196,8 +200,8 @@ def small(options: dict[str, object], settings: dict[str, object] | None = None)
 
 def lines(folder: Path, key: str = "loss") -> list[dict]:
     """The lines of a run's metrics that have `key`."""
-    every = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line for line in every if key in line]
+    logged = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in logged if key in line]
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -232,8 +236,9 @@ def save_run(folder: Path, chosen: Config, objective, words) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     kept = {name for name in objective.state_dict() if not name.startswith("width_head.")}
-    every = [*objective.named_parameters(), *objective.named_buffers()]  # a table that two have is there once
-    tensors = {name: value.detach().clone() for name, value in every if name in kept}
+    # A table that two modules share is here once.
+    named = [*objective.named_parameters(), *objective.named_buffers()]
+    tensors = {name: value.detach().clone() for name, value in named if name in kept}
     write_weights(tensors, folder / WEIGHTS)
     write_config(folder, chosen, objective.student, words)
     (folder / "run.json").write_text(json.dumps({"config": chosen.to_dict()}))

@@ -21,7 +21,7 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"} 
 
 
 def free_port() -> int:
-    """Below the ports that the system hands out by itself (32768 on): nobody is given it between now and its use."""
+    """Return a port below those that the system hands out by itself, 32768 and up: nobody gets it before its use."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as s, suppress(OSError):
@@ -30,36 +30,36 @@ def free_port() -> int:
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's, without what a launcher would have set."""
+    """Return this process's environment without a launcher's variables."""
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
 
 
 def environments(world: int, **more: str) -> list[dict[str, str]]:
-    """The environment of each rank's process on this machine, as a launcher would set it, and `more`."""
+    """Return the environment of each rank's process on this machine, as a launcher would set it, and `more`."""
     env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env |= {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), **more}
     return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
 
 
 def start(argv: Sequence[object], env: dict[str, str], output: Path, errors: Path | None = None) -> subprocess.Popen:
-    """`python ARGV`, started; what it writes is added to the file `output`, or `errors`."""
+    """Start `python ARGV`. Its output is added to the file `output`, its errors to `errors` if given."""
     with open(output, "ab") as out, open(errors or output, "ab") as err:
         return subprocess.Popen([sys.executable, *map(str, argv)], env=env, cwd=ROOT, stdout=out, stderr=err)
 
 
 def start_ranks(argv: Sequence[object], outputs: Sequence[Path], **more: str) -> list[subprocess.Popen]:
-    """`python ARGV` on as many ranks as there are `outputs`, started as a scheduler does."""
+    """Start `python ARGV` on as many ranks as there are `outputs`, as a scheduler does."""
     return [start(argv, env, output) for env, output in zip(environments(len(outputs), **more), outputs, strict=True)]
 
 
 def launcher(name: str, ranks: int) -> list[str]:
-    """The command `deepspeed` or `torchrun`, for so many ranks."""
+    """Return the command `deepspeed` or `torchrun` for a number of ranks."""
     number = {"deepspeed": "--num_accelerators", "torchrun": "--nproc_per_node"}[name]
     return [str(Path(sys.executable).with_name(name)), number, str(ranks), "--master_port", str(free_port())]
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
-    """Until `condition()` holds, while the process lives."""
+    """Wait until `condition()` holds. Fail if the process ends before, or after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, f"it has ended with {process.returncode}:\n{log.read_text()}"
@@ -70,8 +70,10 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen, log: Pa
 def python(
     *argv: object, launcher: Sequence[str] = (sys.executable,), env: dict[str, str] | None = None, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """`python ARGV`, or `LAUNCHER ARGV`, run to its end from the project's folder."""
-    command, env = [*launcher, *map(str, argv)], clean_environment() if env is None else env
+    """Run `python ARGV`, or `LAUNCHER ARGV`, to its end in the project's folder."""
+    command = [*launcher, *map(str, argv)]
+    if env is None:
+        env = clean_environment()
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
@@ -79,10 +81,10 @@ _pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank,
 
 
 def run(function: Callable, world: int, *arguments: object, group: bool = True, timeout: float = 300) -> list[Any]:
-    """`function(rank, world, *arguments)` of each rank of a process group; what they return, in rank order.
+    """Call `function(rank, world, *arguments)` on each rank of a process group, and return the results in rank order.
 
-    Without `group` they have a launcher's variables alone. The processes stay for the next call. Where a rank fails, or
-    takes longer than `timeout` seconds, all of them are ended.
+    Without `group` the ranks have a launcher's variables alone. The processes stay for the next call. If a rank fails,
+    or takes longer than `timeout` seconds, all processes are ended.
     """
     if len(_pools) < world:
         context = multiprocessing.get_context("forkserver")  # whose server imports the libraries once for all ranks
@@ -90,9 +92,9 @@ def run(function: Callable, world: int, *arguments: object, group: bool = True, 
         more = [ProcessPoolExecutor(1, context) for _ in range(len(_pools), world)]
         started = [pool.submit(os.getpid) for pool in more]
         _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
-    given = (function, arguments, group)
+    call = (function, arguments, group)
     jobs = [
-        pool.submit(_rank, env, rank, world, *given)
+        pool.submit(_rank, env, rank, world, *call)
         for rank, (env, (pool, _)) in enumerate(zip(environments(world), _pools, strict=False))
     ]
     wait(jobs, timeout, FIRST_EXCEPTION)

@@ -56,12 +56,14 @@ SOURCES = {
     "coca": lambda folder: of_open_clip(folder, "coca"),
     "oc-siglip": lambda folder: of_open_clip(folder, "siglip"),
 }
-BATCH, STEPS, STOP = 8, 4, 3
+BATCH = 8
+STEPS = 4
+STOP = 3  # a signal comes after this step
 AUGMENTED = {"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}
 
 
-def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
-    """The arguments of a training, and its DeepSpeed JSON. Its data are tars, and pictures of which one is broken."""
+def arguments_of(values: list[str], folder: Path) -> tuple[list[str], dict]:
+    """Return the arguments of a training, and its DeepSpeed JSON. Its data are tars, and pictures with a broken one."""
     content: dict = {}
     settings: dict[str, object] = {"run.match_maps": 1, "data.max_bad_share": 0.2, "data.augmentation": AUGMENTED}
     if values[-1] == "-":
@@ -83,22 +85,26 @@ def asked(values: list[str], folder: Path) -> tuple[list[str], dict]:
 @pytest.mark.parametrize(
     "number", [pytest.param(n, id=run, marks=[pytest.mark.slow] * (n > 0)) for n, run in enumerate(RUNS)]
 )
-def test_a_training(number, tmp_path, alone):
+def test_an_interrupted_training_equals_one_that_was_left_alone(number, tmp_path, alone):
     values = RUNS[number].split()
-    given, content = asked(values, tmp_path)
-    straight, broken, world = tmp_path / "straight", tmp_path / "broken", 1 + ("two" in values)
-    assert make.train(*given, "--output-dir", str(straight), world=world) == 0
-    given += ["--output-dir", str(broken)]
-    assert make.train(*given, "--workers", "1", world=world, stop_at=STOP) == 85
-    assert make.train(*given, world=world) == 0
-    assert_same(straight, broken)
-    config = load_config(straight / "run.json", "the run")
-    for line in make.metrics(straight):
+    arguments, content = arguments_of(values, tmp_path)
+    whole = tmp_path / "whole"
+    interrupted = tmp_path / "interrupted"
+    world = 2 if "two" in values else 1
+
+    assert make.train(*arguments, "--output-dir", str(whole), world=world) == 0
+    arguments += ["--output-dir", str(interrupted)]
+    assert make.train(*arguments, "--workers", "1", world=world, stop_at=STOP) == 85
+    assert make.train(*arguments, world=world) == 0
+
+    assert_same(whole, interrupted)
+    config = load_config(whole / "run.json", "the run")
+    for line in make.metrics(whole):
         if "loss" in line and line["step"] > 1:
             parts = sum(weight * line[f"loss/{name}"] for name, weight in config.loss.weights.items())
             assert line["loss"] == pytest.approx(parts, rel=1e-5)
-    with safe_open(straight / "model.safetensors", "pt") as file:
+    with safe_open(whole / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "lora" in name]  # noqa: SIM118
-    used(straight)
+    used(whole)
     predicted = check_memory(config, content, world)
     assert (predicted["EMA weights"] > 0) == ("ema" in values)

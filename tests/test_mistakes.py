@@ -33,26 +33,29 @@ for room in ROOMS:
         ROWS.append(pytest.param(*(*row, None)[:3], id=f"{room}-{number}"))
 
 
-def argv(line: str, here: Path) -> tuple[str, list[str]]:
-    """The command, and its arguments, to which those of a small training are added."""
+def argv(line: str, folder: Path) -> tuple[str, list[str]]:
+    """Return the command and its arguments, with those of a small training added."""
     command, *words = shlex.split(line)
-    words = [word.format(here=here) for word in words]
+    words = [word.format(here=folder) for word in words]
     if command in ("train", "memory") and "--preset" not in words:
         words = ["--preset", "tiny", *words]
     if command == "train" and "--output-dir" not in words:
-        words += ["--output-dir", str(here / "run")]
+        words += ["--output-dir", str(folder / "run")]
     return command, words
 
 
-def files(here: Path) -> dict[Path, bytes | None]:
-    """The files with their content, and the folders."""
-    return {path: path.read_bytes() if path.is_file() else None for path in here.rglob("*")}
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    """Return the content of each file below a folder, and None for each folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def assert_one_line(code: int, errors: str, named: str) -> None:
-    told = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(told) == 1 and named in told[0] and "Traceback" not in errors, errors
-    assert len(told[0]) < 2000, errors
+    printed = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2, f"exit code {code}, not 2: {errors}"
+    assert len(printed) == 1, f"{len(printed)} lines of errors, not one: {errors}"
+    assert named in printed[0], f"the line does not name {named!r}: {errors}"
+    assert len(printed[0]) < 2000, f"a line of {len(printed[0])} characters: {errors}"
+    assert "Traceback" not in errors, errors
 
 
 @pytest.mark.parametrize("line, named, prepare", ROWS)
@@ -62,16 +65,16 @@ def test_a_mistake_is_one_line(line, named, prepare, tmp_path, capfd):
     if prepare is not None:
         prepare(tmp_path)
     name, words = argv(line, tmp_path)
-    before = files(tmp_path)
+    contents_before = contents(tmp_path)
     capfd.readouterr()
     with mock.patch.object(sys, "argv", [name, *words]), mock.patch.dict(os.environ, ranks.ALONE):
         code = exit_code(importlib.import_module(MODULES[name]).command)
     assert_one_line(code, capfd.readouterr().err, named)
-    assert files(tmp_path) == before
+    assert contents(tmp_path) == contents_before, "a refused start has written or changed a file"
 
 
 @pytest.mark.parametrize("command", ["train", "memory"])
-def test_it_is_told_before_libraries_are_imported_that_take_seconds(command, tmp_path):
+def test_a_mistake_is_printed_before_slow_libraries_are_imported(command, tmp_path):
     name, words = argv(f"{command} --deepspeed_config /nowhere", tmp_path)
     module = "profiling.predict" if name == "memory" else MODULES[name]
     done = ranks.python("-X", "importtime", "-m", module, *words, env=ranks.environments(1)[0])
@@ -79,8 +82,8 @@ def test_it_is_told_before_libraries_are_imported_that_take_seconds(command, tmp
     assert " click" in done.stderr and not re.search(r"\b(deepspeed|timm)\n", done.stderr)
 
 
-def of_rank(rank: int, world: int, words: list[str], folders: list[str]) -> tuple[int, str]:
-    """The exit code and stderr of a rank's training, begun in its folder."""
+def train_in_own_folder(rank: int, world: int, words: list[str], folders: list[str]) -> tuple[int, str]:
+    """Return the exit code and stderr of a rank's training that starts in its folder."""
     from ds_cmli.commands import exit_code
     from ds_cmli.train import command
 
@@ -94,12 +97,13 @@ def of_rank(rank: int, world: int, words: list[str], folders: list[str]) -> tupl
     "options, named",
     [("--data {here}/pairs-{{rank}}", "rank 1: "), ("--data {here}/pairs-0 --output-dir run", "--output-dir")],
 )
-def test_a_mistake_that_one_rank_alone_has_is_told_by_all(options, named, tmp_path):
+def test_a_mistake_of_one_rank_ends_all_ranks(options, named, tmp_path):
     make.pairs(tmp_path / "pairs-0")
     folders = [str(tmp_path / f"node-{rank}") for rank in range(2)]
     for folder in folders:
         os.mkdir(folder)
     words = argv(f"train {options}", tmp_path)[1]
-    (code, errors), second = ranks.run(of_rank, 2, words, folders, group=False)
+    (code, errors), (second_code, second_errors) = ranks.run(train_in_own_folder, 2, words, folders, group=False)
     assert_one_line(code, errors, named)
-    assert second[0] == 2 and "Traceback" not in second[1]
+    assert second_code == 2
+    assert "Traceback" not in second_errors, second_errors

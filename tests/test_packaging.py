@@ -17,7 +17,8 @@ from tests.ranks import ROOT, clean_environment, python
 
 
 def test_the_wheel_holds_every_file_that_is_no_code_and_finds_it_there(tmp_path):
-    source, installed = tmp_path / "source", tmp_path / "site-packages"
+    source = tmp_path / "source"
+    installed = tmp_path / "site-packages"
     for name in ("ds_cmli", "ds_configs"):
         shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

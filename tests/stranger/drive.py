@@ -17,8 +17,9 @@ from ds_cmli.memory_model import gpus
 
 
 def used(run: Path) -> dict[str, float]:
-    """The results of evaluating a run, which is exported and loaded again too. Files are written next to it."""
-    evaluated, exported = run.with_name("evaluated.json"), run.with_name("exported")
+    """Return the results of evaluating a run. Export it too, and load the export; files are written next to it."""
+    evaluated = run.with_name("evaluated.json")
+    exported = run.with_name("exported")
     for command, words in ((evaluate, ["--checkpoint", run, "--json", evaluated]), (export, [run, exported])):
         done = CliRunner().invoke(command, [*map(str, words)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
@@ -28,10 +29,12 @@ def used(run: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def compare(run: Path, exported: Path) -> None:
-    """The exported model's scores are those of the run."""
-    model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
-    trained, again = Model.load(run, "cpu"), Model.load(exported, "cpu")
-    assert again.evaluator.scales == trained.evaluator.scales
+    """Assert that the exported model's scores are those of the run."""
+    model = AutoModel.from_pretrained(exported)
+    processor = AutoProcessor.from_pretrained(exported)
+    trained = Model.load(run, "cpu")
+    loaded = Model.load(exported, "cpu")
+    assert loaded.evaluator.scales == trained.evaluator.scales
     texts = ["a red car", "two dogs", "x"]
     pictures = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue", "green")]
     out = model(**processor(images=pictures, text=texts))
@@ -41,7 +44,7 @@ def compare(run: Path, exported: Path) -> None:
 
 
 def check_memory(config: Config, ds_config: dict, world_size: int) -> dict[str, int]:
-    """A configuration's memory is predicted; by category it is returned."""
+    """Predict a configuration's memory, and return it by category."""
     report = predicted(Step(config, ds_config, world_size), gpus.find("A100 80GB"))
     assert sum(report.categories.values()) == report.totals["requested"] <= report.totals["reserved"]
     # The peak of a very small model may lie in the first step, before the optimizer has states.
