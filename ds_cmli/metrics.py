@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ds_cmli.checkpoint.run_folder import CONFIG, METRICS
+from ds_cmli.checkpoint.storage import METRICS, RUN_RECORD
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.data.pairs import Batch
 from ds_cmli.distributed.process_group import world_size
@@ -44,7 +44,7 @@ class Writer:
         `on_log` is called with the step and the columns of each line of metrics.jsonl.
         """
         self.folder, self.total, self.on_log = folder, total_steps, on_log
-        settings = json.loads((folder / CONFIG).read_text())
+        settings = json.loads((folder / RUN_RECORD).read_text())
         # It follows the files that are opened later.
         self.wandb = open_wandb(folder, settings) if report_to == "wandb" else None
         # `purge_step` hides what an interrupted run wrote after the step at which this one begins.

@@ -13,7 +13,7 @@ sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ from ds_cmli.memory.profile import Profiles
 from ds_cmli.provenance import version
 
 if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
+    import torch
+
+    from ds_cmli.data.build import Data
+    from ds_cmli.faults.watchdog import Watchdog
     from ds_cmli.run import Run
 
 NO_PROFILES = Profiles()
@@ -62,59 +66,62 @@ def command(
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     profiles = Profiles(profile, profile_memory)
-    return train(config, ds_config, resume, resume_with_changes, profiles, dry_run=dry_run)[0]
+    if dry_run:
+        refuse_contradictions(config, ds_config, resume, profiles)
+        print_line(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
+        return 0
+    exit_code, _ = train(config, ds_config, resume, resume_with_changes, profiles)
+    return exit_code
+
+
+def refuse_contradictions(
+    config: Config, ds_config: DeepSpeedConfig, resume_from: str, profiles: Profiles
+) -> None:
+    """Raise `UserError` for settings that contradict each other or this machine.
+
+    They are found before anything heavy is imported, and before the processes meet.
+    """
+    if config.run.report_to == "wandb":
+        with blame("run.report_to is 'wandb'"):
+            import wandb  # noqa: F401
+    if config.run.compile != "off" and profiles.memory is not None:
+        raise UserError(
+            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
+            "predicted are uncompiled blocks alone: leave out one of the two"
+        )
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    with blame(f"--output-dir is {config.run.output_dir!r}"):
+        has_checkpoints = (Path(config.run.output_dir) / "checkpoint").exists()
+    if resume_from == "auto" and not has_checkpoints:
+        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
 def train(
     config: Config,
     ds_config: DeepSpeedConfig,
     resume_from: str = "auto",
-    with_changes: bool = False,
+    accept_changes: bool = False,
     profiles: Profiles = NO_PROFILES,
     on_log: Callable[[int, dict[str, Any]], object] | None = None,
     goes_on: bool = False,
-    dry_run: bool = False,
 ) -> tuple[int, Path]:
     """Train: what the command and `ds_cmli.fit` call. Collective.
 
-    Args:
-        with_changes: --resume-with-changes.
-        on_log: called on rank 0 with the step and the columns of each line of `metrics.jsonl`.
-        goes_on: whether the process goes on after the run, or after its error.
-        dry_run: only check and print the configuration.
+    `accept_changes` is --resume-with-changes. `on_log` is called on rank 0 with the step and the
+    columns of each line of `metrics.jsonl`. `goes_on`: the process goes on after the run.
 
-    Returns:
-        The exit code, which is `preemption.EXIT_CODE` where the run is to be started again, and the
-        run's folder.
+    Returns the exit code, `preemption.EXIT_CODE` if the run is to be started again, and its folder.
     """
-    # --- what can be refused before anything heavy is imported, and before the processes meet
-    if config.run.report_to == "wandb":
-        with blame("run.report_to is 'wandb'"):
-            import wandb  # noqa: F401
-    if config.run.compile != "off" and profiles.memory is not None:
-        both = f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}"
-        raise UserError(f"{both}: predicted are uncompiled blocks alone: leave out one of the two")
-    if config.optim.steps is not None:
-        profiles.left(config.optim.steps, 0, lambda line: None)
-    if resume_from == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
-        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
-    if dry_run:
-        print_line(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
-        return 0, Path()
+    refuse_contradictions(config, ds_config, resume_from, profiles)
     if config.run.deterministic:
         hardware.enforce_determinism()
     with importing():
         from ds_cmli import engine as engines
-    import torch.distributed as dist
-
-    from ds_cmli.checkpoint import resume, run_folder
-    from ds_cmli.checkpoint.lock import run_lock
     from ds_cmli.checkpoint.save import Checkpoints
-    from ds_cmli.data import assets
-    from ds_cmli.data.build import build_data
+    from ds_cmli.checkpoint.start import find_start, run_folder
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.faults.watchdog import Watchdog
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, Writer
     from ds_cmli.models.hf import write_config
@@ -123,59 +130,37 @@ def train(
     ds_config = engines.on_this_device(ds_config)
     with contextlib.ExitStack() as stack:
         # --- processes and data
-        theirs = dist.is_initialized()  # a group that the script has made stays
-        device = distributed.init()  # collective
-        alone = goes_on and os.environ["WORLD_SIZE"] == "1"  # a debugger may hold it for long
-        watchdog = stack.enter_context(Watchdog(0.0 if alone else config.run.watchdog))
-        if not theirs:
-            stack.callback(distributed.shutdown)
-        with distributed.raised_together():  # a mistake may be of one node alone
-            for name in assets.used(config):
-                assets.fetch(name)
-            data = build_data(config.data, config.run.seed)
-        print_line(*data.summary)
-        folder = stack.enter_context(run_folder.made(config, resume_from))  # collective
-        stack.enter_context(run_lock(folder))  # collective
+        device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
+        data = load_data(config)  # collective
 
         # --- what there is to go on from
-        point = resume.find(resume_from, folder)  # collectives
-        ds_config, sampler, total_steps = engines.make_plan(
-            config, resume.rebatch(point, ds_config), data.order
-        )
-        state = resume.state_of(point, config, ds_config, with_changes, data.fingerprint)
-        ended = state.step > total_steps or (state.step == total_steps and state.evaluated)
-        ended = ended or state.out_of_patience(config.run.patience)
-        if ended and point is not None and (point.changed or not point.is_of(folder)):
-            raise UserError(
-                f"{point.path} has {state.step} of the {total_steps} steps of this start, and "
-                "nothing would be trained: give more --steps, or start without --resume"
-            )
-        if ended:
-            print_line(
-                f"the run in {folder} is finished, {state.step} steps: "
-                "give another --output-dir to start a new one"
-            )
+        folder = stack.enter_context(run_folder(config, resume_from))  # collective
+        start = find_start(resume_from, folder)  # collectives
+        ds_config = start.keep_batch(ds_config)
+        ds_config, sampler, total_steps = engines.make_plan(config, ds_config, data.order)
+        start.check(config, ds_config, accept_changes, data.fingerprint)
+        state = start.state
+        has_ended = start.has_ended(total_steps, config.run.patience)
+        if has_ended and start.is_whole():  # collective
             return 0, folder
-        if point is not None:
-            sampler.load_state_dict(state.sampler)
         profiles = profiles.left(total_steps, state.step, print_line)
         bad = BadSamples(config.data.max_bad_share, len(data.train))  # type: ignore[arg-type]
-        flags = distributed.CollectiveFlags()  # collective
 
         # --- the engine
         chosen = engines.with_backend(config, ds_config, device)  # collective
-        afterwards = stack.enter_context(contextlib.ExitStack())
+        after_all = stack.enter_context(contextlib.ExitStack())
         built = stack.enter_context(out_of_memory.ending(folder, device, goes_on))
-        words = data.tokenizer
-        sizes = words.vocab_size, total_steps, device, words.pad_id
+        tokenizer = data.tokenizer
+        sizes = tokenizer.vocab_size, total_steps, device, tokenizer.pad_id
         engine = engines.build(chosen, ds_config, *sizes)  # collectives
         built.append(engine)
         if goes_on:
-            afterwards.callback(engines.release, engine.engine)
-        resume.load(point, state, engine, bad)  # collective
+            after_all.callback(engines.release, engine.engine)
         student = engine.objective.student
-        describe = partial(write_config, config=config, student=student, words=words)
-        run_folder.settle(point, folder, config, ds_config, describe)  # collective
+        describe = partial(write_config, config=config, student=student, words=tokenizer)
+        start.restore(engine, sampler, bad, describe)  # collectives
+        if has_ended:
+            return 0, folder
         print_line(engines.counts_line(engine.objective, engine.teacher))
 
         # --- the loop
@@ -194,13 +179,49 @@ def train(
             writer=writer,
             meter=Meter(engine, device.type == "cuda" and config.run.compile == "off"),
             bad=bad,
-            flags=flags,
+            flags=distributed.CollectiveFlags(),  # collective
             watchdog=watchdog,
         )
-        of_run = engine, chosen, ds_config, folder, state.step
-        after_step = stack.enter_context(profiles.around(*of_run))
+        profiled = profiles.around(engine, chosen, ds_config, folder, state.step)
+        after_step = stack.enter_context(profiled)
         stack.enter_context(preemption.handled())
         return loop(run, after_step), folder  # collectives
+
+
+@contextlib.contextmanager
+def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "Watchdog"]]:
+    """Join this process with the run's other ranks inside, and watch their progress. Collective.
+
+    Yields this rank's device, and the watchdog.
+    """
+    import torch.distributed as dist
+
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.faults.watchdog import Watchdog
+
+    group_is_ours = not dist.is_initialized()  # one that the script has made stays
+    device = distributed.init()  # collective
+    may_be_debugged = goes_on and os.environ["WORLD_SIZE"] == "1"  # and stand still for long
+    with Watchdog(0.0 if may_be_debugged else config.run.watchdog) as watchdog:
+        try:
+            yield device, watchdog
+        finally:
+            if group_is_ours:
+                distributed.shutdown()
+
+
+def load_data(config: Config) -> "Data":
+    """Fetch what the configuration uses, open its data, and print what it is. Collective."""
+    from ds_cmli.data import assets
+    from ds_cmli.data.build import build_data
+    from ds_cmli.distributed import process_group as distributed
+
+    with distributed.raised_together():  # a mistake may be of one node alone
+        for name in assets.used(config):
+            assets.fetch(name)
+        data = build_data(config.data, config.run.seed)
+    print_line(*data.summary)
+    return data
 
 
 def loop(run: "Run", after_step: Callable[[], None]) -> int:
@@ -215,9 +236,17 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     """
     from ds_cmli.data.pairs import loader
 
-    settings, state, data = run.config.run, run.state, run.config.data
-    own, how = run.data, (data.workers, preemption.shield)
-    batches = iter(loader(own.train, own.collate, *how, batch_sampler=run.sampler))
+    settings = run.config.run
+    state = run.state
+    batches = iter(
+        loader(
+            run.data.train,
+            run.data.collate,
+            run.config.data.workers,
+            preemption.shield,
+            batch_sampler=run.sampler,
+        )
+    )
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
@@ -229,7 +258,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
                 run.save()  # collectives
             if state.step == run.total_steps or state.out_of_patience(settings.patience):
                 break
-            micro_batches, by_the_clock = run.take_micro_batches(batches)  # collectives
+            micro_batches, save_due_by_clock = run.take_micro_batches(batches)  # collectives
             with run.meter.step(micro_batches):
                 # Collectives: one optimizer step.
                 losses = run.engine.step(micro_batches, run.watchdog.heartbeat)
@@ -239,7 +268,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
             if run.due(settings.log_every):
                 run.log()  # collectives, CPU-GPU sync
             state.evaluated = not run.due(settings.eval_every)
-            save_due = by_the_clock or run.due(settings.save_every)
+            save_due = save_due_by_clock or run.due(settings.save_every)
     except preemption.Preempted:
         run.save_done()  # collectives
         signal = preemption.requested() or "a signal to another rank"

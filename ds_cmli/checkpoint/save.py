@@ -1,155 +1,56 @@
-"""Writes a checkpoint beside the last one and publishes it by a rename.
+"""Saves a run: writes a checkpoint beside the last one, then publishes it and what follows from it.
 
-`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), the
-averages as `model.ema.safetensors`, and `checksums.json`; `stepN.K` is a later one of the same
-step. `checkpoint/latest` names the newest, and `checkpoint/frozen-DIGEST.safetensors` has the
-weights that are not trained, once for all checkpoints. Beside `checkpoint/` lie
-`model.safetensors` and `model.ema.safetensors` of the newest, `model.best.safetensors` of the best,
-which transformers loads with the files of `models/hf.py`. What is still being written has a name
-that ends in `.writing`.
+The order of publishing:
+
+1. `checkpoint/stepN.writing` gets its `checksums.json`, and becomes `checkpoint/stepN`.
+2. `checkpoint/latest` names it. Before this rename the checkpoint before is the newest one.
+3. `model.safetensors` and `model.ema.safetensors` beside `checkpoint/` are replaced by those of the
+   new checkpoint, `model.best.safetensors` if its evaluation is the best one.
+4. Old checkpoints are removed.
+
+`state.json` has the SHA-256 of the files of 3. A start makes the files anew from the newest
+checkpoint if they are others (`checkpoint/start.py`), so a kill between two of these steps loses
+nothing. transformers loads the files with those that `models/hf.py` writes.
 """
 
 import json
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-from safetensors import SafetensorError
-
 from ds_cmli.checkpoint.state import STATE, TrainState
-from ds_cmli.checkpoint.weights import full_averages, full_weights, write_weights
+from ds_cmli.checkpoint.storage import (
+    CHECKPOINTS,
+    CHECKSUMS,
+    LATEST,
+    METRICS,
+    WRITING,
+    CheckpointWriter,
+    checkpoint_steps,
+    newest_first,
+    publish,
+    remove_incomplete,
+    save_tensors,
+    sync_folder,
+)
+from ds_cmli.checkpoint.weights import collect_weights, write_weights
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.errors import UserError, one_line
-from ds_cmli.files import read_json, sha256
+from ds_cmli.errors import UserError
 from ds_cmli.models.blocks import merged
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 
-OF_DISTILLATION = "width_head."  # the head to the teacher's width, which is not the student's
-FOLDER, LATEST, CHECKSUMS, WRITING = "checkpoint", "latest", "checksums.json", ".writing"
-
-# --- names
-
-
-def steps(root: Path) -> dict[Path, int]:
-    """The checkpoints in `root` and their steps, oldest first."""
-    named = ((re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name), path) for path in root.glob("*"))
-    known = [(int(m[1]), int(m[2] or 0), path) for m, path in named if m and path.is_dir()]
-    return {path: step for step, _, path in sorted(known)}
-
-
-def candidates(root: Path) -> list[Path]:
-    """Those to load in turn: newest first, from the one in `latest` if that is there."""
-    known = [*steps(root)]
-    with suppress(OSError, ValueError):
-        newest = root / (root / LATEST).read_text().strip()
-        known = known[: known.index(newest) + 1]
-    return known[::-1]
-
-
-# --- files
-
-
-def write(path: Path, write_to: Callable[[Path], object]) -> str:
-    """Make a file by `write_to(path)`, sync it to disk, and return its SHA-256. Raises OSError."""
-    try:
-        write_to(path)
-    except (RuntimeError, SafetensorError) as error:  # in place of a full disk's OSError
-        raise OSError(one_line(error)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    return sha256(path)
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Replace `path` atomically and durably: a reader sees the old or the new file."""
-    beside = path.with_name(path.name + WRITING)
-    write(beside, lambda file: file.write_bytes(data))
-    os.replace(beside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder's entries to disk; otherwise a power failure can undo a rename."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def remove_incomplete(folder: Path) -> None:
-    """Remove what a save that was interrupted has left in the run's folder."""
-    for path in (*folder.glob("*" + WRITING), *(folder / FOLDER).glob("*" + WRITING)):
-        shutil.rmtree(path, ignore_errors=True)
-        path.unlink(missing_ok=True)
-
-
-def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None if all files agree with `checksums.json`."""
-    name = CHECKSUMS
-    try:
-        for name, digest in read_json(folder / CHECKSUMS).items():
-            if sha256(folder / name) != digest:
-                raise ValueError("another content")
-    except (OSError, ValueError) as error:
-        return f"{name} (by {CHECKSUMS}): {getattr(error, 'strerror', None) or error}"
-    return None
-
-
-class CheckpointWriter(TorchCheckpointEngine):
-    """Writes files, DeepSpeed's too, durably, and records the first error instead of raising it.
-
-    If one rank left DeepSpeed's `save_checkpoint`, the others would wait in it for ever.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.digests: dict[str, str] = {}  # the SHA-256 of each file
-        self.error: str | None = None
-
-    def makedirs(self, path, exist_ok=False):
-        pass  # it is there
-
-    def save(self, state_dict, path):
-        self.write(Path(path), partial(torch.save, state_dict))
-
-    def load(self, path, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-    def write(self, path: Path, write_to: Callable[[Path], object]) -> None:
-        self.attempt(lambda: self.digests.update({path.name: write(path, write_to)}))
-
-    def attempt(self, action: Callable[[], object]) -> None:
-        if self.error is None:
-            try:
-                action()
-            except OSError as error:
-                self.error = one_line(error)
-
-    def gather(self) -> None:
-        """Give all ranks the files of all, and the error of the first that has one. Collective."""
-        every = distributed.gather_objects((self.digests, self.error))  # collective
-        for rank, (digests, error) in enumerate(every):
-            self.digests |= digests
-            self.error = self.error or (error and f"rank {rank}: {error}")
-
-
-# --- a run's checkpoints
+DISTILLATION_HEAD = "width_head."  # the head to the teacher's width, which is not the student's
 
 
 @dataclass
 class Checkpoints:
-    """The checkpoints of a run: when one is due, and which state the last holds."""
+    """The checkpoints of a run: when one is due, and which state the last one holds."""
 
     folder: Path
     engine: TrainEngine
@@ -157,135 +58,202 @@ class Checkpoints:
     saved: tuple[int, bool]  # step and whether it was evaluated, of the last one or of the start
     saved_at: float = field(default_factory=time.monotonic)
     error: str | None = None  # why the last one could not be written
-    frozen: dict[str, str] = field(default_factory=dict)  # the file of the weights not trained
+    frozen: dict[str, str] = field(default_factory=dict)  # name and SHA-256 of the frozen weights
 
     def due(self) -> bool:
-        """By this rank's clock."""
+        """Return True if a checkpoint is due by this rank's clock."""
         return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
     def due_after_evaluation(self, state: TrainState) -> bool:
-        """Whether the last evaluation ends the run, or has found the best result, which is kept."""
-        best = self.settings.keep_best and state.is_best
-        return state.out_of_patience(self.settings.patience) or best
+        """Return True if the last evaluation ends the run, or is the best one, which is kept."""
+        keeps_best = self.settings.keep_best and state.is_best
+        return keeps_best or state.out_of_patience(self.settings.patience)
 
     def holds(self, state: TrainState) -> bool:
-        """Whether `state` is that of the last checkpoint, or that of the start."""
+        """Return True if `state` is that of the last checkpoint, or that of the start."""
         return self.saved == (state.step, state.evaluated)
 
     def save(self, state: TrainState) -> str:
-        """Write and publish a checkpoint: the line that tells of it. Collective.
+        """Write and publish a checkpoint, and return the line that tells of it. Collective.
 
         If that fails on any rank, as on a full disk, the files published before are unchanged.
         """
-        started, main, root = time.monotonic(), distributed.is_main(), self.folder / FOLDER
-        name, again = f"step{state.step}", 0
-        if main:
+        started = time.monotonic()
+        root = self.folder / CHECKPOINTS
+        name = f"step{state.step}"
+        if distributed.is_main():
             with suppress(OSError):
                 remove_incomplete(self.folder)
+            repetition = 0
             while (root / name).is_dir():
-                again += 1
-                name = f"step{state.step}.{again}"
+                repetition += 1
+                name = f"step{state.step}.{repetition}"
         name = distributed.broadcast_object(name)  # collective
         writer = CheckpointWriter()
         self._write(writer, root / (name + WRITING), state)  # collectives
-        writer.gather()  # collective
-        if main:
-            writer.attempt(lambda: self._publish(name, state, writer.digests))
+        digests = writer.gather()  # collective
+        if distributed.is_main():
+            writer.attempt(lambda: self._publish(name, state, digests | self.frozen))
             if writer.error is not None:
                 with suppress(OSError):  # what cannot be written can often not be removed either
                     remove_incomplete(self.folder)
-        # Collective: no rank continues or ends before it is published.
+        # Collective: no rank continues or ends before the checkpoint is published.
         self.error = distributed.broadcast_object(writer.error)
         self.saved_at = time.monotonic()
         if self.error is not None:
-            kept = "the one before stays" if steps(root) else "there is none before"
+            kept = "the one before stays" if checkpoint_steps(root) else "there is none before"
             return f"warning: no checkpoint at step {state.step}, {kept}: {self.error}"
-        self.saved = state.step, state.evaluated
-        size = sum(path.stat().st_size for path in (root / name).iterdir()) if main else 0
-        return f"checkpoint {name}: {size / 1e6:.1f} MB in {self.saved_at - started:.2f} s"
+        self.saved = (state.step, state.evaluated)
+        num_bytes = 0
+        if distributed.is_main():
+            num_bytes = sum(path.stat().st_size for path in (root / name).iterdir())
+        seconds = self.saved_at - started
+        return f"checkpoint {name}: {num_bytes / 1e6:.1f} MB in {seconds:.2f} s"
 
-    def _write(self, writer: CheckpointWriter, to: Path, state: TrainState) -> None:
+    def _write(self, writer: CheckpointWriter, checkpoint: Path, state: TrainState) -> None:
         """Write DeepSpeed's files, the student's, and the state's. Collective."""
-        engine, frozen = self.engine.engine, self.engine.frozen
+        engine = self.engine.engine
         engine.checkpoint_engine = writer
-        # A script that writes the weights of `model.safetensors` would be copied into each.
+        # DeepSpeed would copy a script into each checkpoint that writes the weights.
         engine._copy_recovery_script = lambda path: None
-        writer.attempt(lambda: to.mkdir(parents=True, exist_ok=True))
+        writer.attempt(lambda: checkpoint.mkdir(parents=True, exist_ok=True))
         engine.save_checkpoint(  # collectives
-            str(to.parent), tag=to.name, save_latest=False, exclude_frozen_parameters=True
+            str(checkpoint.parent),
+            tag=checkpoint.name,
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
-        weights, averages = full_weights(self.engine), full_averages(self.engine)  # collectives
-        of_rank = partial(torch.save, state.of_rank())  # CPU-GPU sync
-        writer.write(to / f"rank-{distributed.rank()}.pt", of_rank)
+        # CPU-GPU sync.
+        writer.write(
+            checkpoint / f"rank-{distributed.rank()}.pt", partial(save_tensors, state.of_rank())
+        )
+        state.models = write_models(self.engine, self.folder, writer, checkpoint)  # collectives
         if not distributed.is_main():
             return
-        scale = self.engine.objective.student.lora_scale
-        for file, tensors in ((WEIGHTS, weights), (AVERAGE, averages)):
-            if tensors is not None:  # with averages the best result is theirs
-                own = {k: x for k, x in tensors.items() if not k.startswith(OF_DISTILLATION)}
-                path = self.folder / (file + WRITING)
-                writer.write(path, partial(write_weights, merged(own, scale)))
-                digest = writer.digests.pop(path.name, None)
-                if state.is_best:
-                    state.best["sha256"] = digest
-        if averages is not None:
-            moving = {name: x for name, x in averages.items() if name not in frozen}
-            writer.write(to / AVERAGE, partial(write_weights, moving))
-        if frozen and not self.frozen:
-            path = to.with_name("frozen" + WRITING)
-            writer.write(path, partial(write_weights, frozen))
-            if digest := writer.digests.pop(path.name, None):
+        if state.is_best:
+            state.best["sha256"] = state.models[name_of_evaluated(self.engine)]
+            if self.settings.keep_best:
+                write_best(self.engine, self.folder, writer)
+        if self.engine.frozen and not self.frozen:
+            path = checkpoint.with_name("frozen" + WRITING)
+            writer.write(path, partial(write_weights, self.engine.frozen))
+            if digest := writer.take_digest(path.name):
                 name = f"frozen-{digest[:12]}.safetensors"
                 writer.attempt(lambda: os.replace(path, path.with_name(name)))
                 self.frozen = {f"../{name}": digest}
-        writer.digests |= self.frozen
         text = json.dumps(state.shared(), indent=1)
-        writer.write(to / STATE, lambda path: path.write_text(text))
+        writer.write(checkpoint / STATE, lambda path: path.write_text(text))
 
     def _publish(self, name: str, state: TrainState, digests: dict[str, str]) -> None:
-        """Publish the checkpoint that has been written, then remove old ones."""
-        folder, root = self.folder, self.folder / FOLDER
-        before, new = candidates(root), root / name
-        publish(root / (name + WRITING) / CHECKSUMS, json.dumps(digests, indent=1).encode())
-        os.replace(root / (name + WRITING), new)
+        """Publish the checkpoint that has been written, in the order of this file's first lines."""
+        root = self.folder / CHECKPOINTS
+        previous = newest_first(root)
+        unpublished = root / (name + WRITING)
+        publish(unpublished / CHECKSUMS, json.dumps(digests, indent=1).encode())
+        os.replace(unpublished, root / name)
         sync_folder(root)
-        for file in (WEIGHTS, AVERAGE):
-            if (folder / (file + WRITING)).is_file():
-                os.replace(folder / (file + WRITING), folder / file)
-                evaluated = file
-            else:  # of an earlier run, or from before a change of settings
-                (folder / file).unlink(missing_ok=True)
-        best = state.best.get("step") if self.settings.keep_best else None
-        if best == state.step:
-            shutil.copyfile(folder / evaluated, folder / (BEST + WRITING))
-            os.replace(folder / (BEST + WRITING), folder / BEST)
-        sync_folder(folder)
         publish(root / LATEST, name.encode())
-        # What is newer than the one before was left over by a resume from an older one.
-        every, kept = steps(root), {new, *before[: self.settings.keep - 1]}
-        kept |= {*[path for path in (new, *before) if every[path] == best][:1]}
-        for path in every.keys() - kept:
+        publish_models(self.folder)
+
+        kept = {root / name, *previous[: self.settings.keep - 1]}
+        steps = checkpoint_steps(root)
+        if self.settings.keep_best and not state.is_best:
+            with_best = [path for path in previous if steps[path] == state.best.get("step")]
+            kept |= {*with_best[:1]}
+        # Checkpoints newer than the previous one are left from a resume of an older one.
+        for path in steps.keys() - kept:
             shutil.rmtree(path, ignore_errors=True)
 
-    def diverged(self, what: str, state: TrainState) -> str:
-        """The error message of a diverged run: its first bad step and the last good checkpoint."""
-        first = state.step - max(0, state.skipped_in_row - 1)
-        good = candidates(self.folder / FOLDER)
+    def diverged(self, reason: str, state: TrainState) -> str:
+        """Return the error message of a diverged run, with the last good checkpoint."""
+        first_bad_step = state.step - max(0, state.skipped_in_row - 1)
+        good = newest_first(self.folder / CHECKPOINTS)
         kept = f"the last good checkpoint is {good[0]}" if good else "no checkpoint is before it"
         return (
-            f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
-            f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+            f"the run has diverged: {reason}; the first bad step is {first_bad_step}, {kept}. Look "
+            f"at the samples that {self.folder / METRICS} names, or start over with a lower --lr"
         )
 
     def closing_lines(self, state: TrainState) -> list[str]:
-        """To be printed at the end. Raises `UserError` if there is no checkpoint of it."""
+        """Return the last lines of a run. Raises `UserError` if there is no checkpoint of it."""
         if not self.holds(state):
-            problem = f"the last checkpoint could not be written ({self.error})"
-            raise UserError(f"{problem}: mend that, and start {self.folder} again")
-        lines, best = [], state.best
+            raise UserError(
+                f"the last checkpoint could not be written ({self.error}): mend that, and start "
+                f"{self.folder} again"
+            )
+        lines = []
         if state.out_of_patience(self.settings.patience):
-            worse = f"{state.worse_in_row} evaluations in a row gave no better result"
-            lines.append(f"ended at step {state.step}: {worse}")
-        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})"
-        lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
+            lines.append(
+                f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no "
+                "better result"
+            )
+        best = state.best
+        lines.append(
+            f"best {best['metric']} {best['value']:.3f} at step {best['step']} "
+            f"({best['pairs']} pairs, chance {best['chance']:.3f})"
+        )
         return [*lines, f"written to {self.folder}"]
+
+
+# --- the files beside `checkpoint/`
+
+
+def name_of_evaluated(engine: TrainEngine) -> str:
+    """Return the name of the weights whose evaluation counts: the averages if there are any."""
+    return WEIGHTS if engine.ema is None else AVERAGE
+
+
+def write_models(
+    engine: TrainEngine, folder: Path, writer: CheckpointWriter, checkpoint: Path | None = None
+) -> dict[str, str | None]:
+    """Write the student and its averages, still to be published by `publish_models`. Collective.
+
+    Args:
+        checkpoint: gets the averages as the engine has them, without those of frozen weights.
+
+    Returns:
+        The names of the files and their SHA-256, None after an error; on rank 0 alone.
+    """
+    written: list[str] = []
+    scale = engine.objective.student.lora_scale
+    # One after the other, so that one of them is on the host at a time.
+    for name in (WEIGHTS, AVERAGE):
+        if name == AVERAGE and engine.ema is None:
+            continue
+        with engine.ema.as_master_weights() if name == AVERAGE else nullcontext():
+            weights = collect_weights(engine)  # collectives
+            if not distributed.is_main():
+                continue
+            student = {
+                parameter: value
+                for parameter, value in weights.items()
+                if not parameter.startswith(DISTILLATION_HEAD)
+            }
+            writer.write(folder / (name + WRITING), partial(write_weights, merged(student, scale)))
+            written.append(name)
+            if name == AVERAGE and checkpoint is not None:
+                trained = {key: value for key, value in weights.items() if key not in engine.frozen}
+                writer.write(checkpoint / AVERAGE, partial(write_weights, trained))
+    return {name: writer.take_digest(name + WRITING) for name in written}
+
+
+def write_best(engine: TrainEngine, folder: Path, writer: CheckpointWriter) -> None:
+    """Copy what `write_models` has written, still to be published as `model.best.safetensors`."""
+    evaluated = folder / (name_of_evaluated(engine) + WRITING)
+    copy = folder / (BEST + WRITING)
+    writer.write(copy, lambda path: shutil.copyfile(evaluated, path))
+    writer.take_digest(copy.name)
+
+
+def publish_models(folder: Path) -> None:
+    """Publish what `write_models` and `write_best` have written.
+
+    A file that `write_models` has not written is removed: it is of an earlier run, or from before a
+    change of settings.
+    """
+    for name in (WEIGHTS, AVERAGE, BEST):
+        if (folder / (name + WRITING)).is_file():
+            os.replace(folder / (name + WRITING), folder / name)
+        elif name != BEST:
+            (folder / name).unlink(missing_ok=True)
+    sync_folder(folder)

@@ -17,7 +17,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import blame
 
 STATE = "state.json"
-OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
+RANK_FIELDS = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
 
 
 @dataclass
@@ -36,8 +36,10 @@ class TrainState:
     rebatched: bool = False  # the number of ranks has changed, and with it the micro-batch
     config: dict[str, Any] = field(default_factory=dict)  # what `schema.compared` gives
     resumed_from: str = ""  # the path of --resume PATH
+    # SHA-256 of the files beside `checkpoint/` that follow from this state, by their names.
+    models: dict[str, str | None] = field(default_factory=dict)
 
-    # Of each rank. The sums are those of `MicroBatchLosses.stacked`, in fp32.
+    # These are different on each rank. The sums are those of `MicroBatchLosses.stacked`, in fp32.
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))
     micro_batches: int = 0  # since the last logged step, over which `sums` adds up
     bad_count: int = 0  # samples that could not be used
@@ -46,7 +48,7 @@ class TrainState:
 
     @property
     def is_best(self) -> bool:
-        """Whether the best result was found at this step."""
+        """True if the best result was found at this step."""
         return self.best.get("step") == self.step
 
     def count_evaluation(self) -> None:
@@ -58,60 +60,76 @@ class TrainState:
         return self.evaluated and 0 < patience <= self.worse_in_row
 
     def shared(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in OF_RANK}
+        return {name: value for name, value in vars(self).items() if name not in RANK_FIELDS}
 
     def of_rank(self) -> dict[str, Any]:
-        """CPU-GPU sync."""
-        return {name: getattr(self, name) for name in OF_RANK} | {"sums": self.sums.cpu()}
+        """Return this rank's part. CPU-GPU sync."""
+        return {name: getattr(self, name) for name in RANK_FIELDS} | {"sums": self.sums.cpu()}
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
         self.world_size = distributed.world_size()
-        self.sampler, self.generators = sampler.state_dict(), generators()
-        self.bad_count, self.bad_first = bad.count, list(bad.first)
+        self.sampler = sampler.state_dict()
+        self.generators = generator_states()
+        self.bad_count = bad.count
+        self.bad_first = list(bad.first)
 
-    def restore(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
-        """Put back what `of_rank` returned. Last: nothing may draw random numbers after it."""
-        device, losses = self.sums.device, len(self.sums)
-        vars(self).update(of_rank)
+    def restore(self, rank_part: dict[str, Any], bad: BadSamples) -> None:
+        """Put back what `of_rank` returned. Nothing may draw random numbers after it."""
+        device = self.sums.device
+        num_sums = len(self.sums)
+        vars(self).update(rank_part)
         self.sums = self.sums.to(device)
-        if len(self.sums) != losses:  # resumed with other losses
-            self.sums, self.micro_batches = torch.zeros(losses, device=device), 0
-        bad.count, bad.first = self.bad_count, self.bad_first
+        if len(self.sums) != num_sums:  # resumed with other losses
+            self.sums = torch.zeros(num_sums, device=device)
+            self.micro_batches = 0
+        bad.count = self.bad_count
+        bad.first = self.bad_first
         torch.set_rng_state(self.generators["torch"])
         if torch.cuda.is_available() and "cuda" in self.generators:
             torch.cuda.set_rng_state(self.generators["cuda"])
 
 
-def generators() -> dict[str, Tensor]:
-    """Those of PyTorch, the only ones that a step draws from. CPU-GPU sync."""
+def generator_states() -> dict[str, Tensor]:
+    """Return those of PyTorch, the only ones that a step draws from. CPU-GPU sync."""
     cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
     return {"torch": torch.get_rng_state(), **cuda}
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    """The shared part. Raises `UserError`."""
+    """Return the part that all ranks share. Raises `UserError`."""
     path = checkpoint / STATE
     with blame(f"{path} is no state of a run of this version: --resume another one"):
         return TrainState(**json.loads(path.read_text()))
 
 
-def read_of_rank(checkpoint: Path, before: int) -> dict[str, Any]:
-    """This rank's part of the state; `before` ranks wrote it.
+def read_rank_part(checkpoint: Path, num_written: int) -> dict[str, Any]:
+    """Return this rank's part of the state, which `num_written` ranks have written.
 
-    On another number of ranks the mean of `sums` over ranks stays, counts go to rank 0, since only
-    their sum is used, and the generators of a rank that did not exist are as this start seeds them.
+    On another number of ranks each file is read by one rank, and all get all parts: the mean of
+    `sums` over ranks stays, counts go to rank 0, since only their sum is used, and the generators
+    of a rank that did not exist are as this start seeds them. Collective then.
     """
-    rank, ranks = distributed.rank(), distributed.world_size()
-    files = [checkpoint / f"rank-{number}.pt" for number in range(before)]
-    read = files[rank : rank + 1] if before == ranks else files
-    every = [torch.load(file, map_location="cpu", weights_only=True) for file in read]
-    if before == ranks:
-        return every[0]
+    rank = distributed.rank()
+    num_ranks = distributed.world_size()
+    files = [checkpoint / f"rank-{number}.pt" for number in range(num_written)]
+    if num_written == num_ranks:
+        return _read_part(files[rank])
+    parts: list[dict[str, Any]] = [{}] * num_written
+    with distributed.raised_together():  # collective
+        read_here = [_read_part(file) for file in files[rank::num_ranks]]
+    for reader, read_there in enumerate(distributed.gather_objects(read_here)):  # collective
+        parts[reader::num_ranks] = read_there
+    first = parts[0]
     return {
-        "sums": torch.stack([part["sums"] for part in every]).mean(0),
-        "micro_batches": every[0]["micro_batches"],
-        "bad_count": sum(part["bad_count"] for part in every) if rank == 0 else 0,
-        "bad_first": every[0]["bad_first"] if rank == 0 else [],
-        "generators": every[rank]["generators"] if rank < before else generators(),
+        "sums": torch.stack([part["sums"] for part in parts]).mean(0),
+        "micro_batches": first["micro_batches"],
+        "bad_count": sum(part["bad_count"] for part in parts) if rank == 0 else 0,
+        "bad_first": first["bad_first"] if rank == 0 else [],
+        "generators": parts[rank]["generators"] if rank < num_written else generator_states(),
     }
+
+
+def _read_part(file: Path) -> dict[str, Any]:
+    with blame(f"{file} is no state of a rank"):
+        return torch.load(file, map_location="cpu", weights_only=True)

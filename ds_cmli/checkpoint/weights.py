@@ -17,42 +17,45 @@ if TYPE_CHECKING:
     from ds_cmli.engine import TrainEngine
 
 
-def full_weights(engine: TrainEngine) -> dict[str, Tensor]:
-    """The objective's weights in fp32, from the optimizer's master weights, at any ZeRO stage.
+def collect_weights(engine: TrainEngine) -> dict[str, Tensor]:
+    """Return the objective's weights in fp32 on rank 0's host, and {} on the other ranks.
 
-    Those that are not trained are on rank 0 alone, as their source gave them. Persistent buffers
-    (BatchNorm's statistics) are included. Collective.
+    Trained ones are the optimizer's master weights, at any ZeRO stage: all ranks build one
+    parameter at a time, and rank 0 alone keeps it. The others are as their source gave them.
+    Persistent buffers (BatchNorm's statistics) are included. Some tensors may share memory with the
+    engine's. Collective.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    out = dict(engine.frozen)
+    is_main = distributed.is_main()
+    weights = dict(engine.frozen)  # empty on other ranks
     for name, parameter in engine.objective.named_parameters():
         if parameter.requires_grad:
-            full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
-            # Under ZeRO-3 a parameter has an empty shape while it is partitioned.
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            out[name] = (parameter if full is None else full).detach().float().cpu().reshape(shape)
-    kept = engine.objective.state_dict().keys()
-    for name, buffer in engine.objective.named_buffers():
-        if name in kept:
-            value = buffer.float() if buffer.is_floating_point() else buffer
-            out[name] = value.detach().cpu().clone()
-    return out
-
-
-def full_averages(engine: TrainEngine) -> dict[str, Tensor] | None:
-    """The averages as `full_weights` gives weights; None without EMA. Collective."""
-    if engine.ema is None:
-        return None
-    with engine.ema.as_master_weights():
-        full = full_weights(engine)  # collectives
-        # Cloned, because on a CPU in fp32 `full_weights` does not copy.
-        return {name: value.clone() for name, value in full.items()}
+            value = safe_get_full_fp32_param(parameter)  # collective
+            if is_main:
+                if value is None:
+                    value = parameter
+                # Under ZeRO-3 a parameter has an empty shape while it is partitioned.
+                shape = getattr(parameter, "ds_shape", parameter.shape)
+                weights[name] = value.detach().float().cpu().reshape(shape)  # CPU-GPU sync
+    if is_main:
+        persistent = engine.objective.state_dict().keys()
+        for name, buffer in engine.objective.named_buffers():
+            if name in persistent:
+                value = buffer.float() if buffer.is_floating_point() else buffer
+                weights[name] = value.detach().cpu()  # CPU-GPU sync
+    return weights
 
 
 def write_weights(weights: Mapping[str, Tensor], path: Path) -> None:
-    """transformers reads only files whose format is "pt"."""
+    """Write a file of safetensors that transformers reads, which takes the format "pt" alone.
+
+    Raises OSError and `SafetensorError`.
+    """
+    path.touch()
+    mode = path.stat().st_mode
     save_file({name: x.contiguous() for name, x in weights.items()}, path, {"format": "pt"})
+    path.chmod(mode)  # safetensors makes a file that its owner alone can read
 
 
 def load_frozen(file: Path, engine: TrainEngine) -> None:
@@ -63,10 +66,10 @@ def load_frozen(file: Path, engine: TrainEngine) -> None:
         for name, parameter in engine.objective.named_parameters():
             if parameter.requires_grad:
                 continue
-            divided = hasattr(parameter, "ds_status")
+            is_partitioned = hasattr(parameter, "ds_status")  # by ZeRO-3
             # Collective: rank 0 gives each rank its part.
-            with GatheredParameters([parameter], modifier_rank=0, enabled=divided):
-                if not divided or distributed.is_main():
+            with GatheredParameters([parameter], modifier_rank=0, enabled=is_partitioned):
+                if not is_partitioned or distributed.is_main():
                     parameter.copy_(weights.get_tensor(name))
             if name in engine.frozen:
                 engine.frozen[name] = weights.get_tensor(name)

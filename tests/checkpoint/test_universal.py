@@ -7,9 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from ds_cmli.checkpoint import resume
 from ds_cmli.checkpoint.save import Checkpoints
-from ds_cmli.checkpoint.weights import full_averages, full_weights
+from ds_cmli.checkpoint.start import RunStart
+from ds_cmli.checkpoint.weights import collect_weights
 from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast
 from tests import make
@@ -20,12 +20,16 @@ Layout = tuple[int, str]  # ZeRO stage, precision
 SETTINGS = {"optim.warmup_share": 0.0, "optim.ema_decay": 0.9}
 
 
+def copies(train_engine) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in collect_weights(train_engine).items()}
+
+
 def whole(train_engine) -> dict:
     """Everything that an update depends on, whole, whatever the layout. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine = train_engine.engine
-    weights = {n: x.clone() for n, x in full_weights(train_engine).items()}
+    weights = copies(train_engine)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -39,7 +43,8 @@ def whole(train_engine) -> dict:
               for g in engine.optimizer.param_groups]  # fmt: skip
     steps = {float(state["step"]) for state in engine.optimizer.state.values()}
     counters = [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.lr_scheduler.last_epoch]
-    averages = {name: average.clone() for name, average in (full_averages(train_engine) or {}).items()}
+    with train_engine.ema.as_master_weights():
+        averages = copies(train_engine)
     scale = {name: vars(engine.optimizer.loss_scaler).get(name) for name in ("cur_scale", "cur_iter")}
     shared = repr((groups, steps, counters))
     return {"weights": weights, "averages": averages, "moments": moments, "shared": shared, "scale": scale}
@@ -51,11 +56,11 @@ def trained(folder: Path, layout: Layout, *more: str, **of_json) -> dict:
     content = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **of_json}
     options = {"--deepspeed_config": make.json_file(folder / "ds.json", content), "--output-dir": folder / "run"}
     options |= {"--steps": 4, "--save-every": 2, "--keep": 3, "--log-every": 1}
-    held, load, save = dict[str, object](), resume.load, Checkpoints.save
+    held, restore, save = dict[str, object](), RunStart.restore, Checkpoints.save
 
-    def loaded(point, state, engine, bad):
-        load(point, state, engine, bad)
-        if point is not None:
+    def restored(start, engine, *arguments):
+        restore(start, engine, *arguments)
+        if start.checkpoint is not None:
             held.update(whole(engine))
 
     def saved(checkpoints, state):
@@ -63,7 +68,7 @@ def trained(folder: Path, layout: Layout, *more: str, **of_json) -> dict:
             held.update(whole(checkpoints.engine))
         return save(checkpoints, state)
 
-    with mock.patch.object(resume, "load", loaded), mock.patch.object(Checkpoints, "save", saved):
+    with mock.patch.object(RunStart, "restore", restored), mock.patch.object(Checkpoints, "save", saved):
         assert make.train(*make.small(options, SETTINGS), *more) == 0
     assert not list((folder / "run" / "checkpoint").glob("*.writing"))
     return held | {"losses": [line["loss"] for line in make.lines(folder / "run")][-2:]}

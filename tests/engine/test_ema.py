@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from ds_cmli.checkpoint.weights import full_averages, full_weights
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.errors import UserError
@@ -66,9 +65,11 @@ def test_after_any_error_the_weights_are_put_back(monkeypatch, error, ranks, ref
 
 
 def weights_of(trained):
-    """Whole, in fp32, of the trained parameters: a copy."""
-    full = full_weights(trained)
-    return {n: full[n].clone() for n, p in trained.objective.named_parameters() if p.requires_grad}
+    """Whole, in fp32, of the trained parameters: a copy, on each rank."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    trained_parameters = [(n, p) for n, p in trained.objective.named_parameters() if p.requires_grad]
+    return {n: safe_get_full_fp32_param(p).clone().flatten() for n, p in trained_parameters}
 
 
 def embedded(trained, batch):
@@ -94,7 +95,9 @@ def check(rank, ranks, layouts):
         for step in range(STEPS):
             trained.step(batches[accumulation * step :][:accumulation])
             expected = {n: DECAY * expected[n] + (1 - DECAY) * x for n, x in weights_of(trained).items()}
-        averages, live, features = full_averages(trained), weights_of(trained), embedded(trained, batches[0])
+        with trained.ema.as_master_weights():
+            averages = weights_of(trained)
+        live, features = weights_of(trained), embedded(trained, batches[0])
         for n, x in expected.items():
             torch.testing.assert_close(averages[n], x, rtol=1e-6, atol=1e-8, msg=f"{layout}: {n}")
         assert any((averages[n] - x).abs().max() > 1e-3 for n, x in live.items()), layout

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_cmli.checkpoint import resume, save
+from ds_cmli.checkpoint import storage
+from ds_cmli.checkpoint.start import RunStart, find_start
 from ds_cmli.checkpoint.state import TrainState
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -57,6 +58,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def models(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Those beside `checkpoint/`."""
+    return {name: content for name, content in files.items() if name.startswith("model.")}
+
+
 # --- damage
 
 
@@ -75,15 +81,15 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        point = resume.find("auto", run)
-        assert point is not None and point.path.name == "step2", name
+        start = find_start("auto", run)
+        assert start.checkpoint is not None and start.checkpoint.name == "step2", name
         (line,) = capsys.readouterr().out.splitlines()
         assert "step4 is damaged" in line and name in line
         (newest / name).write_bytes(whole)
     (frozen,) = (run / "checkpoint").glob("frozen-*")
     damage(frozen)  # of both
     with pytest.raises(UserError, match=f"step2 is damaged: ../{frozen.name} .*there is no other"):
-        resume.find("auto", run)
+        find_start("auto", run)
 
 
 @pytest.mark.parametrize("content", [None, b"step9", b"\xff\xfe", b"../step2"])
@@ -93,8 +99,8 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     if content is not None:
         pointer.write_bytes(content)
     shutil.copytree(run / "checkpoint" / "step4", run / "checkpoint" / "step6.writing")
-    point = resume.find("auto", run)
-    assert point is not None and point.path.name == "step4"
+    start = find_start("auto", run)
+    assert start.checkpoint is not None and start.checkpoint.name == "step4"
 
 
 FOREIGN = [
@@ -125,17 +131,17 @@ def test_a_file_that_somebody_has_put_there_is_one_line_and_runs_no_code(
 
 @pytest.mark.parametrize("after", [0, 6])
 def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeypatch, capfd):
-    written, write = [], save.write
+    written, write_file = [], storage.write_file
 
     def full(path, write_to):
         written.append(path)
         if len(written) > after and "step6" in "".join(os.listdir(run / "checkpoint")):
             raise OSError(28, "No space left on device")
-        return write(path, write_to)
+        return write_file(path, write_to)
 
     before = snapshot(run / "checkpoint")
     with monkeypatch.context() as patch:
-        patch.setattr(save, "write", full)
+        patch.setattr(storage, "write_file", full)
         line = refused(*arguments, "--output-dir", run, "--steps", "6", "--resume-with-changes")
     assert "the last checkpoint could not be written" in line and "No space left" in line
     assert "warning: no checkpoint at step 6, the one before stays" in capfd.readouterr().out
@@ -162,22 +168,23 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(run,
 
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
     other = make.pairs(tmp_path / "other", 12)
-    point = resume.find("auto", run)
-    assert point is not None and point.state.best["step"] == 3
+    start = find_start("auto", run)
+    assert start.state.best["step"] == 3
     config = load_preset("tiny", {"data": {"val_source": other}})
     ds_config = DeepSpeedConfig.of(ZERO1).filled(config, 1, 8)
-    state = resume.state_of(point, config, ds_config, True)
-    assert state.best == {} and state.worse_in_row == 0
+    start.check(config, ds_config, accept_changes=True)
+    assert start.state.best == {} and start.state.worse_in_row == 0
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
-    point = resume.ResumePoint(Path("run"), TrainState(world_size=2, train_batch_size=24, accumulation=2))
+    state = TrainState(world_size=2, train_batch_size=24, accumulation=2)
+    start = RunStart(Path("run"), Path("run/checkpoint/step2"), state)
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    rebatched = resume.rebatch(point, DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
-    assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]
+    kept = start.keep_batch(DeepSpeedConfig.of({**ZERO1, "train_micro_batch_size_per_gpu": 6}))
+    assert [kept[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError, match=r"24 = 12 pairs x 2 accumulation, which 5 ranks .*out of 1, 2, 3, 4, 6, 12"):
-        resume.rebatch(point, DeepSpeedConfig.of(ZERO1))
+        start.keep_batch(DeepSpeedConfig.of(ZERO1))
 
 
 # --- folders
@@ -233,13 +240,25 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
     argv += ["--save-every=0", "--keep=1", "--set", "run.patience=2", "--set", "run.keep_best=true"]
     assert drive(argv, stop_at=7) == 85
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step7"]
-    weights = kept.read_bytes()  # of the averages
+    weights = kept.read_bytes()
     flip(kept)
     assert drive(argv) == 0
     output = capfd.readouterr().out
     assert "ended at step 8: 2 evaluations in a row gave no better result" in output
-    assert f"{kept} is not the best of this run: removed" in output and not kept.exists()
+    assert f"made from {run / 'checkpoint' / 'step4'}: model.best.safetensors" in output
+    assert kept.read_bytes() == weights
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step8"]
     assert weights != (run / "model.ema.safetensors").read_bytes()
+
+    before = snapshot(run)  # the run has ended
+    for break_file in (flip, Path.unlink):
+        for name in ("model.safetensors", "model.ema.safetensors", "model.best.safetensors"):
+            break_file(run / name)
+        assert drive(argv) == 0
+        output = capfd.readouterr().out
+        assert "is finished, 8 steps" in output and output.count("made from ") == 2
+        assert models(snapshot(run)) == models(before)
+    shutil.rmtree(run / "checkpoint" / "step4")
+    flip(kept)
     assert drive(argv) == 0
-    assert "is finished, 8 steps" in capfd.readouterr().out
+    assert f"{kept} is not the best of this run: removed" in capfd.readouterr().out and not kept.exists()
