@@ -1,6 +1,6 @@
 """Write settings.md from the dataclasses of the configuration: `python docs/settings.py`.
 
-A setting's meaning is the comment above or behind its field, its range that of the field's type.
+A setting's meaning is the description of its field, its range that of the field's type.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from ds_cmli.config.options import FLAGS
 from ds_cmli.config.presets import PRESETS
-from ds_cmli.config.schema import MOST, SECTIONS, meanings
+from ds_cmli.config.schema import MOST, SECTIONS, description
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings
@@ -59,7 +59,7 @@ def table(name: str, section: type) -> list[str]:
             f"`{name}.{field.name}`{option}",
             f"`{default}`",
             accepted(properties[field.name]),
-            meanings(name)[field.name],
+            description(name, field.name),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]

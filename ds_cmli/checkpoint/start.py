@@ -41,7 +41,7 @@ from ds_cmli.checkpoint.storage import (
 from ds_cmli.checkpoint.universal import load_resharded
 from ds_cmli.checkpoint.weights import load_averages, load_frozen
 from ds_cmli.commands import print_line
-from ds_cmli.config import schema
+from ds_cmli.config.comparison import setting_changes, settings_to_keep
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.pairs import BadSamples
@@ -238,7 +238,7 @@ class RunStart:
         had other settings, which are listed, without `accept_changes`.
         """
         state = self.state
-        settings = schema.compared(config, ds_config, fingerprint)
+        settings = settings_to_keep(config, ds_config, fingerprint)
         self.keep_best = config.run.keep_best
         self.record = {
             "config": config.to_dict(),
@@ -252,7 +252,7 @@ class RunStart:
             state.evaluated = not config.student.source
         else:
             ignored = () if self._has_batch_of_settings else BATCH_SPLIT
-            differences = schema.differences(state.config, settings)
+            differences = setting_changes(state.config, settings)
             changes = [line for line in differences if not line.startswith(ignored)]
             if changes and not accept_changes:
                 raise UserError(

@@ -34,7 +34,7 @@ class TrainState:
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
     rebatched: bool = False  # the number of ranks has changed, and with it the micro-batch
-    config: dict[str, Any] = field(default_factory=dict)  # what `schema.compared` gives
+    config: dict[str, Any] = field(default_factory=dict)  # what `settings_to_keep` returns
     resumed_from: str = ""  # the path of --resume PATH
     # SHA-256 of the files beside `checkpoint/` that follow from this state, by their names.
     models: dict[str, str | None] = field(default_factory=dict)

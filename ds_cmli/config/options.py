@@ -13,7 +13,7 @@ import click
 from click import option
 
 from ds_cmli.config.registry import plugin_option
-from ds_cmli.config.schema import SECTIONS, Sections, meanings
+from ds_cmli.config.schema import SECTIONS, Sections, description
 from ds_cmli.errors import UserError, blame
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
@@ -78,7 +78,7 @@ def of_setting(flag: str, setting: str) -> Callable:
     section, _, key = setting.partition(".")
     kind = type(getattr(SECTIONS[section](), key))
     how = KINDS.get(flag, {"type": kind})
-    return option(flag, help=meanings(section)[key], **how)
+    return option(flag, help=description(section, key), **how)
 
 
 INIT_HELP = "Start from the preset's weights, or from random ones, without downloads."

@@ -1,25 +1,22 @@
 """The settings of a run: one pydantic dataclass per component, checked when it is built.
 
-The comment above or behind a field says what it means: `--help` and docs/settings.md. This
-module has no heavy imports: `--help` and the checks of the user's settings do not need torch.
+`--help` and docs/settings.md show the descriptions of the fields. This module has no heavy imports:
+`--help` and the checks of the user's settings do not need torch.
 """
 
 import dataclasses
-import json
 import math
-import re
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from ds_cmli.config.messages import check, choice, setting_of_error, words
+from ds_cmli.config.messages import check, choice, setting_of_error
 from ds_cmli.config.registry import IMAGE, LOSSES, TEXT
 from ds_cmli.errors import UserError, one_line
-from ds_cmli.files import JsonObject, Section, read_json
+from ds_cmli.files import Section, read_json
 
 Sections = dict[str, dict[str, Any]]  # section -> setting -> value
 AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
@@ -37,36 +34,73 @@ Positive = Annotated[float, Field(gt=0, le=MOST)]
 NotNegative = Annotated[float, Field(ge=0, le=MOST, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
-EMPTY: Any = Field(default_factory=dict)
 Temperature = Annotated[float, Field(ge=0.01, le=10)]
 
 
 @dataclass(config=STRICT)
 class StudentConfig:
-    # A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run or an export to
-    # start from, which decides other settings (docs/finetune.md); "": two encoders.
-    source: Text = ""
-    source_config: dict[str, Any] = EMPTY  # the sizes of its model; filled from `source`
-    image_backbone: Name = "timm"  # "timm", or a plugin's (docs/plugins.md)
-    image_model: Name = "vit_small_patch14_dinov2"  # timm name
-    image_weights: Name = "demo"  # "demo" (packaged), "hub" (by model name), "random", or a path
-    image_overrides: dict[str, Any] = EMPTY  # keyword arguments of timm.create_model
-    text_backbone: Name = "transformers"  # "transformers", or a plugin's
-    text_model: Name = "bert"  # transformers name, or architecture
-    text_weights: Name = "demo"  # as for images
-    text_overrides: dict[str, Any] = EMPTY  # fields of transformers' config
-    # First layers of each encoder that are kept; null: 6, or all if they are fewer or no stack.
-    layers: Count | None = None
-    # Transformer blocks over both modalities; with `source`, 0 unless given.
-    shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
-    embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256  # D, the embedding dimension
-    dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
-    freeze_image: Number = 0  # first layers that are frozen, with the embeddings below
-    freeze_text: Number = 0  # the same of the text encoder
-    # LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the rest is frozen.
-    lora: dict[Literal["image", "text"], Names] = EMPTY
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8  # of the adapters
-    lora_alpha: Count = 16  # divided by the rank: the factor of the adapters
+    source: Text = Field(
+        "",
+        description=(
+            "A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run "
+            "or an export to start from, which decides other settings (docs/finetune.md); "
+            '"": two encoders.'
+        ),
+    )
+    source_config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="the sizes of its model; filled from `source`",
+    )
+    image_backbone: Name = Field("timm", description='"timm", or a plugin\'s (docs/plugins.md)')
+    image_model: Name = Field("vit_small_patch14_dinov2", description="timm name")
+    image_weights: Name = Field(
+        "demo",
+        description='"demo" (packaged), "hub" (by model name), "random", or a path',
+    )
+    image_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="keyword arguments of timm.create_model",
+    )
+    text_backbone: Name = Field("transformers", description='"transformers", or a plugin\'s')
+    text_model: Name = Field("bert", description="transformers name, or architecture")
+    text_weights: Name = Field("demo", description="as for images")
+    text_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of transformers' config",
+    )
+    layers: Count | None = Field(
+        None,
+        description=(
+            "First layers of each encoder that are kept; null: 6, or all if they are fewer "
+            "or no stack."
+        ),
+    )
+    shared_blocks: Annotated[int, Field(ge=0, le=1000)] = Field(
+        1,
+        description="Transformer blocks over both modalities; with `source`, 0 unless given.",
+    )
+    embed_dim: Annotated[int, Field(ge=1, le=2048)] = Field(
+        256,
+        description="D, the embedding dimension",
+    )
+    dropout: BelowOne = Field(
+        0.1,
+        description="after the text encoder's layers, as in BERT's training",
+    )
+    freeze_image: Number = Field(
+        0,
+        description="first layers that are frozen, with the embeddings below",
+    )
+    freeze_text: Number = Field(0, description="the same of the text encoder")
+    lora: dict[Literal["image", "text"], Names] = Field(
+        default_factory=dict,
+        description=(
+            'LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the '
+            "rest is frozen."
+        ),
+    )
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="of the adapters")
+    lora_alpha: Count = Field(16, description="divided by the rank: the factor of the adapters")
 
     def __post_init__(self) -> None:
         choice("student.image_backbone", self.image_backbone, IMAGE)
@@ -75,64 +109,145 @@ class StudentConfig:
 
 @dataclass(config=STRICT)
 class TeacherConfig:
-    model: Name = "vit_small_patch14_dinov2"  # timm name
-    weights: Name = "demo"  # as the student's
-    overrides: dict[str, Any] = EMPTY  # as the student's
-    # The features are the output of this block, or stage, 0-based; negative: from the last.
-    block: Annotated[int, Field(ge=-1000, le=1000)] = 9
+    model: Name = Field("vit_small_patch14_dinov2", description="timm name")
+    weights: Name = Field("demo", description="as the student's")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="as the student's")
+    block: Annotated[int, Field(ge=-1000, le=1000)] = Field(
+        9,
+        description=(
+            "The features are the output of this block, or stage, 0-based; negative: from the last."
+        ),
+    )
 
 
 @dataclass(config=STRICT)
 class DataConfig:
-    # "demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by
-    # hf://datasets/OWNER/NAME (docs/data.md); or several, each with a share as WHAT::0.7.
-    source: Name | Names = "demo"
-    # Captions of the demo: "names" of one to four pictures, or "sentences" with other words too.
-    scenes: Literal["names", "sentences"] = "names"
-    val_source: Text = ""  # pairs to evaluate on; "": the validation part of `source`, or a share
-    # Without a validation part: below 1 a share of pictures, else how many; null: 5%, up to 1,000.
-    held_out: Positive | None = None
-    image_root: Text = ""  # folder of the images that a table or JSON names; "": the list's
-    image_key: Text = ""  # column of the image; "": detected
-    caption_key: Text = ""  # column, or key in JSON, of the caption; "": detected
-    image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
-    # "crop": the central square is resized. "shortest", as CLIP: the shorter side is resized, then
-    # the square cut out. "squash", as SigLIP: all is resized. "_pillow": by Pillow, as open_clip.
-    resize: Resize = "crop"
-    interpolation: Interpolation = "bicubic"  # of resizing
-    # The longest caption in tokens, with [CLS] and [SEP].
-    context_length: Annotated[int, Field(ge=3, le=65536)] = 64
-    # Texts are padded to the batch's "longest", or "full" and the padding attended to, as SigLIP.
-    padding: Literal["longest", "full"] = "longest"
-    # "demo" (MiniLM's), "builtin" (no download), "open_clip" (its BPE), transformers name or path.
-    tokenizer: Name = "demo"
-    workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
-    # Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, and of tars with
-    # more than 10 million pictures, else all.
-    shuffle_window: Number | None = None
-    # Transforms of training pictures: the smallest share of the area that a crop keeps, the
-    # probability of a flip (captions may name left and right), the change of colours.
-    augmentation: dict[AugmentationName, Share] = EMPTY
-    # The run stops if the share of broken images and empty captions exceeds this.
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    source: Name | Names = Field(
+        "demo",
+        description=(
+            '"demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by '
+            "hf://datasets/OWNER/NAME (docs/data.md); or several, each with a share as "
+            "WHAT::0.7."
+        ),
+    )
+    scenes: Literal["names", "sentences"] = Field(
+        "names",
+        description=(
+            'Captions of the demo: "names" of one to four pictures, or "sentences" with '
+            "other words too."
+        ),
+    )
+    val_source: Text = Field(
+        "",
+        description='pairs to evaluate on; "": the validation part of `source`, or a share',
+    )
+    held_out: Positive | None = Field(
+        None,
+        description=(
+            "Without a validation part: below 1 a share of pictures, else how many; null: "
+            "5%, up to 1,000."
+        ),
+    )
+    image_root: Text = Field(
+        "",
+        description='folder of the images that a table or JSON names; "": the list\'s',
+    )
+    image_key: Text = Field("", description='column of the image; "": detected')
+    caption_key: Text = Field(
+        "",
+        description='column, or key in JSON, of the caption; "": detected',
+    )
+    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(84, description="pixels, square")
+    resize: Resize = Field(
+        "crop",
+        description=(
+            '"crop": the central square is resized. "shortest", as CLIP: the shorter side '
+            'is resized, then the square cut out. "squash", as SigLIP: all is resized. '
+            '"_pillow": by Pillow, as open_clip.'
+        ),
+    )
+    interpolation: Interpolation = Field("bicubic", description="of resizing")
+    context_length: Annotated[int, Field(ge=3, le=65536)] = Field(
+        64,
+        description="The longest caption in tokens, with [CLS] and [SEP].",
+    )
+    padding: Literal["longest", "full"] = Field(
+        "longest",
+        description=(
+            'Texts are padded to the batch\'s "longest", or "full" and the padding attended '
+            "to, as SigLIP."
+        ),
+    )
+    tokenizer: Name = Field(
+        "demo",
+        description=(
+            '"demo" (MiniLM\'s), "builtin" (no download), "open_clip" (its BPE), '
+            "transformers name or path."
+        ),
+    )
+    workers: Annotated[int, Field(ge=0, le=256)] = Field(
+        0,
+        description="data loading processes per rank",
+    )
+    shuffle_window: Number | None = Field(
+        None,
+        description=(
+            "Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, "
+            "and of tars with more than 10 million pictures, else all."
+        ),
+    )
+    augmentation: dict[AugmentationName, Share] = Field(
+        default_factory=dict,
+        description=(
+            "Transforms of training pictures: the smallest share of the area that a crop "
+            "keeps, the probability of a flip (captions may name left and right), the "
+            "change of colours."
+        ),
+    )
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01,
+        description="The run stops if the share of broken images and empty captions exceeds this.",
+    )
 
 
 @dataclass(config=STRICT)
 class LossConfig:
-    # Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or of a plugin's.
     weights: dict[str, Positive] = Field(
-        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
+        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
+        min_length=1,
+        description=(
+            "Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or"
+            " of a plugin's."
+        ),
     )
-    mse_reduction: Literal["mean", "sum"] = "mean"  # over H; (7) and (9) are written as sums
-    target_image_weight: NotNegative = 1.0  # of patches (7) in the mean (10); 0: off
-    target_text_weight: NotNegative = 1.0  # of tokens (9) in it; 0: off
-    init_temperature: Temperature = 0.07  # of the global loss
-    cmli_init_temperature: Temperature = 0.02  # of CMLI, whose means of maxima vary less
-    # Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with some hundred
-    # pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32.
-    init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
-    # What computes all-pairs scores: C++ ("cpu"), kernels of GPUs ("triton"), or PyTorch ("torch").
-    cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
+    mse_reduction: Literal["mean", "sum"] = Field(
+        "mean",
+        description="over H; (7) and (9) are written as sums",
+    )
+    target_image_weight: NotNegative = Field(
+        1.0,
+        description="of patches (7) in the mean (10); 0: off",
+    )
+    target_text_weight: NotNegative = Field(1.0, description="of tokens (9) in it; 0: off")
+    init_temperature: Temperature = Field(0.07, description="of the global loss")
+    cmli_init_temperature: Temperature = Field(
+        0.02,
+        description="of CMLI, whose means of maxima vary less",
+    )
+    init_bias: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None,
+        description=(
+            "Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with"
+            " some hundred pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32."
+        ),
+    )
+    cmli_backend: Literal["auto", "cpu", "triton", "torch"] = Field(
+        "auto",
+        description=(
+            'What computes all-pairs scores: C++ ("cpu"), kernels of GPUs ("triton"), or '
+            'PyTorch ("torch").'
+        ),
+    )
 
     def __post_init__(self) -> None:
         for name in self.weights:
@@ -143,21 +258,43 @@ class LossConfig:
 class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
-    lr: Positive = 1e-4  # the learning rate after warmup, where the JSON says "auto"
-    weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
-    # Factors of the learning rate; "rest" is shared blocks, heads and temperatures.
-    lr_factors: dict[Literal["image", "text", "rest"], Positive] = EMPTY
-    # The factor of the learning rate per encoder layer downwards.
-    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
-    warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
-    grad_clip: NotNegative = 1.0  # largest gradient norm; 0: off
-    # Decay of an average of the weights, evaluated and saved too (0.999: some 1,000 steps); 0: off.
-    ema_decay: BelowOne = 0.0
-    micro_batch: Count = 64  # B, pairs per rank, where the JSON says "auto"
-    # What an image is compared with under accumulation; the whole step takes a second forward pass.
-    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    steps: Count | None = 300  # optimizer steps
-    epochs: Positive | None = None  # how often the data is seen, instead of `steps`
+    lr: Positive = Field(
+        1e-4,
+        description='the learning rate after warmup, where the JSON says "auto"',
+    )
+    weight_decay: NotNegative = Field(0.05, description="not on norms, biases and embeddings")
+    lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(
+        default_factory=dict,
+        description=(
+            'Factors of the learning rate; "rest" is shared blocks, heads and temperatures.'
+        ),
+    )
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = Field(
+        1.0,
+        description="The factor of the learning rate per encoder layer downwards.",
+    )
+    warmup_share: BelowOne = Field(0.05, description="the share of all steps with linear warmup")
+    grad_clip: NotNegative = Field(1.0, description="largest gradient norm; 0: off")
+    ema_decay: BelowOne = Field(
+        0.0,
+        description=(
+            "Decay of an average of the weights, evaluated and saved too (0.999: some 1,000"
+            " steps); 0: off."
+        ),
+    )
+    micro_batch: Count = Field(64, description='B, pairs per rank, where the JSON says "auto"')
+    negatives: Literal["micro_batch", "global_batch"] = Field(
+        "global_batch",
+        description=(
+            "What an image is compared with under accumulation; the whole step takes a "
+            "second forward pass."
+        ),
+    )
+    steps: Count | None = Field(300, description="optimizer steps")
+    epochs: Positive | None = Field(
+        None,
+        description="how often the data is seen, instead of `steps`",
+    )
 
     def __post_init__(self) -> None:
         need = f"optim.epochs is {self.epochs}: give one of the two"
@@ -176,25 +313,66 @@ class OptimConfig:
 
 @dataclass(config=STRICT)
 class RunConfig:
-    # quick, demo, paper, finetune (usual with `student.source`) or tiny: all that is not given.
-    preset: Name = "quick"
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # that of weights, data order and scenes
-    output_dir: Text = ""  # the run's folder; "": runs/<preset>-<date and time>
-    log_every: Count = 10  # steps from one logged step to the next
-    eval_every: Number = 0  # steps between evaluations; 0: only at the end
-    eval_batch: Count = 50  # pairs per batch of an evaluation
-    match_maps: Number = 4  # held-out pairs of each split whose match maps TensorBoard gets
-    # TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too.
-    report_to: Literal["tensorboard", "wandb"] = "tensorboard"
-    save_every: Number = 0  # steps between checkpoints; 0: by time alone, and at the end
-    save_minutes: NotNegative = 15.0  # minutes between them; 0: by steps alone, and at the end
-    keep: Count = 2  # how many of the newest checkpoints are kept
-    # Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors.
-    keep_best: bool = False
-    patience: Number = 0  # evaluations without a better one that end the run; 0: never
-    compile: Literal["off", "blocks"] = "off"  # torch.compile of each encoder block
-    deterministic: bool = False  # results are bitwise the same on the same kind of device
-    watchdog: NotNegative = 120.0  # seconds until a rank without progress counts as hung; 0: off
+    preset: Name = Field(
+        "quick",
+        description=(
+            "quick, demo, paper, finetune (usual with `student.source`) or tiny: all that "
+            "is not given."
+        ),
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
+        0,
+        description="that of weights, data order and scenes",
+    )
+    output_dir: Text = Field(
+        "",
+        description='the run\'s folder; "": runs/<preset>-<date and time>',
+    )
+    log_every: Count = Field(10, description="steps from one logged step to the next")
+    eval_every: Number = Field(0, description="steps between evaluations; 0: only at the end")
+    eval_batch: Count = Field(50, description="pairs per batch of an evaluation")
+    match_maps: Number = Field(
+        4,
+        description="held-out pairs of each split whose match maps TensorBoard gets",
+    )
+    report_to: Literal["tensorboard", "wandb"] = Field(
+        "tensorboard",
+        description=(
+            'TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights &'
+            " Biases too."
+        ),
+    )
+    save_every: Number = Field(
+        0,
+        description="steps between checkpoints; 0: by time alone, and at the end",
+    )
+    save_minutes: NotNegative = Field(
+        15.0,
+        description="minutes between them; 0: by steps alone, and at the end",
+    )
+    keep: Count = Field(2, description="how many of the newest checkpoints are kept")
+    keep_best: bool = Field(
+        False,
+        description=(
+            "Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors."
+        ),
+    )
+    patience: Number = Field(
+        0,
+        description="evaluations without a better one that end the run; 0: never",
+    )
+    compile: Literal["off", "blocks"] = Field(
+        "off",
+        description="torch.compile of each encoder block",
+    )
+    deterministic: bool = Field(
+        False,
+        description="results are bitwise the same on the same kind of device",
+    )
+    watchdog: NotNegative = Field(
+        120.0,
+        description="seconds until a rank without progress counts as hung; 0: off",
+    )
 
 
 @dataclasses.dataclass
@@ -214,15 +392,15 @@ class Config:
         """Build it from sections of settings; raises `UserError` for the first wrong one."""
         check_sections(values)
         built = {}
-        for section, kind in SECTIONS.items():
-            given = values.get(section, {})
-            for name in given:
-                choice(f"setting of {section}", name, kind.__dataclass_fields__)
+        for section, component in SECTIONS.items():
+            settings = values.get(section, {})
+            for name in settings:
+                choice(f"setting of {section}", name, component.__dataclass_fields__)
             try:
-                built[section] = kind(**given)
+                built[section] = component(**settings)
             except ValidationError as error:
                 first = error.errors(include_url=False)[0]
-                setting = setting_of_error(first["loc"], given)
+                setting = setting_of_error(first["loc"], settings)
                 line = f"{section}.{setting} is {first['input']!r}: {first['msg']}"
                 raise UserError(line) from None
         return cls(**built)
@@ -231,28 +409,25 @@ class Config:
 SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Config)}
 
 
-@cache
-def meanings(section: str) -> dict[str, str]:
-    """What the settings of a section mean, by the comments above or behind its fields."""
-    _, _, text = Path(__file__).read_text("utf-8").partition(f"class {SECTIONS[section].__name__}:")
-    field = r"((?:    # .*\n)*)    (\w+): (?:.*?)(?:  # (.*))?\n"
-    found = re.findall(field, text.partition("\n\n\n")[0] + "\n")
-    return {key: re.sub(r"\n? *# ", " ", above).strip() or behind for above, key, behind in found}
+def description(section: str, setting: str) -> str:
+    """Return what a setting means, for `--help` and docs/settings.md."""
+    return SECTIONS[section].__pydantic_fields__[setting].description
 
 
 def check_sections(values: Mapping[str, object]) -> None:
-    """Raise `UserError` for what is no section of settings."""
+    """Raise `UserError` for the first name that is not a section of settings."""
     check(isinstance(values, Mapping), "configuration", values, "give sections of settings")
     for name, settings in values.items():
-        for section, kind in SECTIONS.items():
+        for section, component in SECTIONS.items():
             meant = f"did you mean {section}.{name}?"
-            check(name not in kind.__dataclass_fields__, "section of settings", name, meant)
+            is_setting = name in component.__dataclass_fields__
+            check(not is_setting, "section of settings", name, meant)
         choice("section of settings", name, SECTIONS)
         check(isinstance(settings, Mapping), name, settings, "give a mapping of settings")
 
 
 def load_config(path: Path, setting: str) -> Config:
-    """The configuration of a run, from its `run.json`. Raises `UserError`, naming `setting`."""
+    """Read the configuration of a run from its `run.json`. Raises `UserError`, naming `setting`."""
     try:
         return Config.from_dict(read_json(path)["config"])
     except (OSError, ValueError, KeyError, RecursionError, UserError) as error:
@@ -260,36 +435,3 @@ def load_config(path: Path, setting: str) -> Config:
         raise UserError(
             f"{setting} is {str(path.parent)!r}: {problem}: {one_line(error)}"
         ) from None
-
-
-# --- what a resumed run must have kept
-
-# Of `data` and of the DeepSpeed JSON, what no step depends on. Of `run`, what it does depend on.
-FREE = {"workers", "max_bad_share"}
-FREE_KEYS = words("""
-    checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
-    steps_per_print tensorboard timers wall_clock_breakdown wandb
-""")
-OF_STEPS = ("seed", "compile", "deterministic")
-
-
-def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
-    """The settings that must not change, as JSON values; `data` is `Data.fingerprint`."""
-    sections = {
-        **config.to_dict(),
-        "run": {name: getattr(config.run, name) for name in OF_STEPS},
-        "data": {key: value for key, value in vars(config.data).items() if key not in FREE},
-        "deepspeed": {key: value for key, value in ds_config.items() if key not in FREE_KEYS},
-        "sources": data or {},
-    }
-    return json.loads(json.dumps(sections))
-
-
-def differences(before: Section, now: Section, path: str = "") -> Iterator[str]:
-    """Lines as "optim.lr: 0.001 -> 0.002"."""
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from differences(old, new, f"{path}{key}.")
-        elif old != new:
-            yield f"{path}{key}: {json.dumps(old)} -> {json.dumps(new)}"

@@ -8,9 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 import ds_cmli
+from ds_cmli.config.comparison import setting_changes, settings_to_keep
 from ds_cmli.config.options import ConfigCommand
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.schema import SECTIONS, Config, compared, differences, load_config
+from ds_cmli.config.schema import SECTIONS, Config, load_config
 from ds_cmli.errors import UserError
 from tests.models.sources import clip
 
@@ -125,13 +126,15 @@ def test_the_config_of_a_run_is_whole_or_one_line(tmp_path):
 def test_what_a_resumed_run_must_have_kept():
     def of(stage, sources, **changes):
         config = load_preset("tiny", changes)
-        return compared(config, {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": stage > 1}, sources)
+        return settings_to_keep(
+            config, {"zero_optimization": {"stage": stage}, "wall_clock_breakdown": stage > 1}, sources
+        )
 
     before = of(1, {"demo": "abc"})
     free = {"run": {"output_dir": "x", "match_maps": 2}, "data": {"workers": 3}}
-    assert list(differences(before, of(1, {"demo": "abc"}, **free))) == []
+    assert list(setting_changes(before, of(1, {"demo": "abc"}, **free))) == []
     now = of(2, {"demo": "abc", "b": "c"}, optim={"lr": 2}, run={"seed": 1}, student={"lora": {"text": ["q"]}})
-    assert list(differences(before, now)) == [
+    assert list(setting_changes(before, now)) == [
         "deepspeed.zero_optimization.stage: 1 -> 2",
         "optim.lr: 0.001 -> 2.0",
         "run.seed: 0 -> 1",
