@@ -1,4 +1,4 @@
-"""What a run is on this device, decided before it is built: precision, batch, steps, backend."""
+"""A run's choices on this device before it is built: precision, batch, steps, backend."""
 
 import os
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ds_cmli.cmli.op import why_not_triton
+from ds_cmli.cmli.op import why_not_cpu, why_not_triton
 from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES, compares_tokens
@@ -18,33 +18,33 @@ from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast, cpu_line
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Patches of an image for which the kernels are tried: more take no other tiles.
-MOST_PATCHES = 256
+# The kernels are tried on an image of so many patches, which takes the largest tiles.
+TRIAL_PATCHES = 256
 
 
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The JSON as this device can run it: its precision is decided.
+    """Return the JSON in a precision in which this device is fast, and print it if it changes.
 
     Raises `UserError` if DS_ACCELERATOR names another device than that which PyTorch finds.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    wanted = os.environ.get("DS_ACCELERATOR", device)
-    if wanted != device:
+    accelerator = os.environ.get("DS_ACCELERATOR", device)
+    if accelerator != device:
         raise UserError(
-            f"DS_ACCELERATOR is {wanted!r} and PyTorch trains on {device} here: unset it, or see "
-            "CUDA_VISIBLE_DEVICES"
+            f"DS_ACCELERATOR is {accelerator!r} and PyTorch trains on {device} here: unset it, or "
+            "see CUDA_VISIBLE_DEVICES"
         )
     if device == "cuda":
         # GPUs before Ampere emulate bf16 slowly.
-        out = ds_config.on(True, torch.cuda.is_bf16_supported(including_emulation=False))
+        chosen = ds_config.on(True, torch.cuda.is_bf16_supported(including_emulation=False))
     else:
         print_line(cpu_line())
         # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
-        out = ds_config.on(False, bf16_is_fast())
-    if out is not ds_config:
-        why = ", where fp16 is slow or missing" if ds_config.precision == "fp16" else ""
-        print_line(f"training in {out.precision} on this device ({device}){why}")
-    return out
+        chosen = ds_config.on(False, bf16_is_fast())
+    if chosen is not ds_config:
+        reason = ", where fp16 is slow or missing" if ds_config.precision == "fp16" else ""
+        print_line(f"training in {chosen.precision} on this device ({device}){reason}")
+    return chosen
 
 
 def make_plan(
@@ -58,70 +58,82 @@ def make_plan(
 
     Raises `UserError` if the batch cannot be made up.
     """
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
-    sampler = GlobalBatchSampler(samples, micro_batch, rank, ranks, config.run.seed)
+    rank = int(os.environ["RANK"])
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    batch_pairs, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, num_ranks)
+    sampler = GlobalBatchSampler(samples, micro_batch, rank, num_ranks, config.run.seed)
     steps = config.optim.steps
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    final = ds_config.filled(config, ranks, steps)
-    negatives = total if compares_all(config, final) else micro_batch * ranks
+    final = ds_config.filled(config, num_ranks, steps)
+    negatives = batch_pairs if compares_all(config, final) else micro_batch * num_ranks
     print_line(
-        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
-        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
+        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {num_ranks} ranks = "
+        f"{batch_pairs} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
     return final, sampler, steps
 
 
 def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
-    """Whether losses over pairs take their negatives from several micro-batches, by caching."""
-    several = (
-        ds_config["gradient_accumulation_steps"] > 1 and config.optim.negatives == "global_batch"
+    """Return True if losses over pairs take their negatives from several micro-batches."""
+    return (
+        ds_config["gradient_accumulation_steps"] > 1
+        and config.optim.negatives == "global_batch"
+        and any(LOSSES[name].scores for name in config.loss.weights)
     )
-    return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 
 def with_backend(config: Config, ds_config: DeepSpeedConfig, device: torch.device) -> Config:
-    """The configuration with the all-pairs backend that runs on the devices of all ranks.
+    """Return the configuration with the all-pairs backend that runs on the devices of all ranks.
 
-    On a CPU "auto" stays: it means the kernels of the CPU. Collective.
+    Prints a line if the device's kernels do not run. Raises `UserError` if the configuration names
+    kernels that do not run. Collective.
     """
-    if not takes_triton(config) or (device.type != "cuda" and config.loss.cmli_backend == "auto"):
+    if not compares_tokens(config.loss.weights) or config.loss.cmli_backend == "torch":
         return config
-    reason: str | None = "there is no GPU"
-    if device.type == "cuda":
-        dtype, M = DTYPES[ds_config.precision], config.data.context_length
-        own = why_not_triton(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
+    if device.type == "cpu":
+        reason_here = why_not_cpu()
+    else:
+        dtype = DTYPES[ds_config.precision]
+        sizes = TRIAL_PATCHES, config.data.context_length, config.student.embed_dim
+        reason_here = why_not_triton(device, dtype, *sizes)
         torch.cuda.empty_cache()
-        reason = next(filter(None, distributed.gather_objects(own)), None)  # collective
-    chosen = choose_backend(config, reason)
+    reasons = distributed.gather_objects(reason_here)  # collective
+    reason = next((reason for reason in reasons if reason is not None), None)
+    chosen = choose_backend(config, device.type, reason)
     if reason is not None:
+        kernels = "the C++ kernels do" if device.type == "cpu" else "Triton does"
         print_line(
-            f"Triton does not run, the all-pairs losses take PyTorch's, which are slower: {reason}"
+            f"{kernels} not run, the all-pairs losses take PyTorch's operators, which are slower: "
+            f"{reason}"
         )
     return chosen
 
 
-def choose_backend(config: Config, why_not: str | None) -> Config:
-    """The configuration with the all-pairs backend of a GPU, for training or its prediction.
+def choose_backend(config: Config, device: str, why_not: str | None) -> Config:
+    """Return the configuration with an all-pairs backend, for training or its prediction.
+
+    On a CPU "auto" stays: the op chooses between the C++ kernels and PyTorch's operators.
+
+    Raises `UserError` if the configuration names kernels that do not run.
 
     Args:
-        why_not: why Triton's kernels do not run there; None if they do.
-
-    Raises:
-        UserError: the requested backend does not run.
+        device: "cpu" or "cuda".
+        why_not: why the device's kernels do not run there; None if they do.
     """
-    if not takes_triton(config):
+    backend = config.loss.cmli_backend
+    if not compares_tokens(config.loss.weights) or backend == "torch":
         return config
-    if config.loss.cmli_backend == "triton" and why_not is not None:
+    of_device = "triton" if device == "cuda" else "cpu"
+    if backend not in ("auto", of_device):
+        why_not = "there is no GPU" if device == "cpu" else "the losses are computed on a GPU"
+    if backend != "auto" and why_not is not None:
         raise UserError(
-            f"loss.cmli_backend is 'triton', which does not run ({why_not}): give 'auto' or 'torch'"
+            f"loss.cmli_backend is {backend!r}, which does not run ({why_not}): give 'auto' or "
+            "'torch'"
         )
-    backend: Any = "triton" if why_not is None else "torch"
-    return replace(config, loss=replace(config.loss, cmli_backend=backend))
-
-
-def takes_triton(config: Config) -> bool:
-    """Whether a loss uses Triton's kernels where they run."""
-    return config.loss.cmli_backend in ("auto", "triton") and compares_tokens(config.loss.weights)
+    if device == "cpu":
+        return config
+    name: Any = "triton" if why_not is None else "torch"
+    return replace(config, loss=replace(config.loss, cmli_backend=name))

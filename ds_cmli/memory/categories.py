@@ -36,6 +36,7 @@ BETWEEN = ("/torch/", "/fake_cuda/", "deepspeed/runtime/zero/linear.py", __file_
 # What code in these files allocates, and nobody owns.
 OF_FILES = {
     "ds_cmli/cmli/op.py": "CMLI op",
+    "ds_cmli/cmli/sides.py": "CMLI op",
     "ds_cmli/cmli/triton_": "CMLI op",
     "ds_cmli/cmli/fallback.py": "CMLI op",
     "ds_cmli/losses/gradient_cache.py": "cached features",  # and their gradients

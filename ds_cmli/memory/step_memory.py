@@ -69,7 +69,7 @@ class Step:
         _, micro_batch, accumulation = (json[key] for key in BATCH_KEYS)
         config, vocab_size = without_weights(self.config)
         why_not = unsuited(torch.cuda.get_device_capability(device))
-        config = engine.choose_backend(config, why_not)
+        config = engine.choose_backend(config, "cuda", why_not)
         with _alone(self.world_size, self.rank), _as_deterministic(config.run.deterministic):
             train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
             self.built(train_engine)

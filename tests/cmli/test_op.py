@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli.cmli import CMLILoss, cmli_scores, cpu, op
+from ds_cmli.cmli import cmli_scores, cpu, op
 from ds_cmli.cmli.reference import cmli_scores_reference
 from tests.cmli.cases import by_loops, case, check, with_gradients
 
@@ -160,19 +160,3 @@ def test_a_second_derivative_is_refused():
     image = IMAGE.clone().requires_grad_()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(cmli_scores(image, TEXT, MASK)[0].sum(), image, create_graph=True)
-
-
-@pytest.mark.slow
-def test_a_compiled_model_trains_with_the_loss():
-    torch.manual_seed(0)
-    model, loss = torch.nn.Linear(8, 8), CMLILoss()
-
-    def value(image, text):
-        return loss(model(image), model(text), MASK[:3])
-
-    expected = value(IMAGE, TEXT[:3])
-    (right,) = torch.autograd.grad(expected, model.weight)
-    torch._dynamo.reset()
-    compiled = torch.compile(value, backend="aot_eager")(IMAGE, TEXT[:3])
-    torch.testing.assert_close(compiled, expected)
-    torch.testing.assert_close(torch.autograd.grad(compiled, model.weight)[0], right)

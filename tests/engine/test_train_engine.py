@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_cmli import engine, metrics
+from ds_cmli.cmli import cpu as cpu_kernels
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.pairs import Batch
@@ -101,17 +102,67 @@ def test_bf16_is_fast_where_the_processor_has_it_and_onednn_may_use_it(monkeypat
     assert bf16_is_fast() == bool(FAST and level in ("AVX512_CORE_BF16", None))
 
 
-def test_the_backend_that_runs_is_told_in_one_line(monkeypatch, capsys):
-    config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
-    demanded, json = load_preset("tiny", {"loss": {"cmli_backend": "triton"}}), DeepSpeedConfig.of(ZERO1)
-    for reason, backend in ((None, "triton"), ("Failed to find C compiler.", "torch")):
-        monkeypatch.setattr(plan, "why_not_triton", lambda *_, reason=reason: reason)
-        assert engine.with_backend(config, json, gpu).loss.cmli_backend == backend
-        out = capsys.readouterr().out
-        assert out == "" if reason is None else f"which are slower: {reason}\n" in out and out.count("\n") == 1
-    assert engine.with_backend(config, json, cpu) == config
-    for device in (cpu, gpu):
-        with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run"):
-            engine.with_backend(demanded, json, device)
-    without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
-    assert engine.with_backend(without, json, cpu) == without
+@pytest.mark.parametrize("reason, backend", [(None, "triton"), ("Failed to find C compiler.", "torch")])
+def test_a_gpu_without_triton_takes_pytorchs_operators_and_a_line_says_why(monkeypatch, capsys, reason, backend):
+    tried = []
+
+    def why_not_triton(*sizes):
+        tried.append(sizes)
+        return reason
+
+    monkeypatch.setattr(plan, "why_not_triton", why_not_triton)
+    gpu = torch.device("cuda")
+    config = load_preset("tiny", {})
+
+    chosen = engine.with_backend(config, DeepSpeedConfig.of(ZERO1), gpu)
+
+    assert chosen.loss.cmli_backend == backend
+    # Images of 256 patches take the largest tiles.
+    assert tried == [(gpu, torch.float32, 256, config.data.context_length, config.student.embed_dim)]
+    lines = capsys.readouterr().out.splitlines()
+    if reason is None:
+        assert lines == []
+    else:
+        (line,) = lines
+        assert line.startswith("Triton does not run, the all-pairs losses take PyTorch's")
+        assert line.endswith(f"which are slower: {reason}")
+
+
+def test_a_cpu_whose_compiler_fails_takes_pytorchs_operators_and_a_line_has_its_message(monkeypatch, capsys, tmp_path):
+    compiler = tmp_path / "g++"
+    compiler.write_text("#!/bin/sh\necho 'x.cpp:1:2: error: no such header' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
+    cached = (cpu_kernels.library, plan.why_not_cpu)
+    for function in cached:
+        function.cache_clear()
+    config = load_preset("tiny", {})
+    demanding = load_preset("tiny", {"loss": {"cmli_backend": "cpu"}})
+    json = DeepSpeedConfig.of(ZERO1)
+    try:
+        assert engine.with_backend(config, json, torch.device("cpu")) == config
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("the C++ kernels do not run, the all-pairs losses take PyTorch's")
+        assert "failed with exit code 1: x.cpp:1:2: error: no such header" in line
+        with pytest.raises(UserError, match=r"'cpu', which does not run \(.*no such header\): give 'auto' or 'torch'"):
+            engine.with_backend(demanding, json, torch.device("cpu"))
+    finally:
+        for function in cached:
+            function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "backend, device, reason", [("triton", "cpu", "there is no GPU"), ("cpu", "cuda", "are computed on a GPU")]
+)
+def test_kernels_of_another_device_are_refused(monkeypatch, backend, device, reason):
+    monkeypatch.setattr(plan, "why_not_triton", lambda *_: None)
+    config = load_preset("tiny", {"loss": {"cmli_backend": backend}})
+    with pytest.raises(UserError, match=f"cmli_backend is '{backend}', which does not run .*{reason}"):
+        engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device(device))
+
+
+def test_without_a_loss_over_tokens_no_backend_is_tried(monkeypatch):
+    monkeypatch.setattr(plan, "why_not_cpu", lambda: pytest.fail("it is tried"))
+    config = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
+    assert engine.with_backend(config, DeepSpeedConfig.of(ZERO1), torch.device("cpu")) == config

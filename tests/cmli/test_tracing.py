@@ -1,0 +1,89 @@
+"""The op under what traces programs: the program computes what the op does, and its gradients."""
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing import assert_close
+
+from ds_cmli.cmli import CMLILoss, cmli_scores
+
+IMAGE, TEXT = torch.randn(3, 20, 8), torch.randn(3, 6, 8)
+MASK = torch.arange(6) < torch.tensor([[2], [6], [0]])
+
+
+class Scores(nn.Module):
+    """Both score matrices of projected features, as one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projection = nn.Linear(8, 8)
+
+    def forward(self, image, text, mask):
+        s_i2t, s_t2i = cmli_scores(self.projection(image), self.projection(text), mask)
+        return torch.stack([s_i2t, s_t2i])
+
+
+class Loss(Scores):
+    def __init__(self):
+        super().__init__()
+        self.loss = CMLILoss()
+
+    def forward(self, image, text, mask):
+        return self.loss(self.projection(image), self.projection(text), mask)
+
+
+def with_gradient(module, weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the module returns, and the gradient of its squares' sum."""
+    out = module(IMAGE, TEXT, MASK)
+    (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+    return out, gradient
+
+
+@pytest.mark.parametrize("kind", [Scores, Loss])
+def test_an_exported_program_computes_and_trains_as_the_module(kind):
+    module = kind()
+    exported = torch.export.export(module, (IMAGE, TEXT, MASK), strict=False).module()
+    weight = dict(exported.named_parameters())["projection.weight"]
+    assert_close(with_gradient(exported, weight), with_gradient(module, module.projection.weight))
+
+
+@pytest.mark.parametrize("kind", [Scores, Loss])
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_make_fx_records_scores_losses_and_their_gradients(kind, mode):
+    module = kind()
+
+    def gradient(image, text, mask):
+        image = image.detach().requires_grad_()
+        out = module(image, text, mask)
+        return out, *torch.autograd.grad(out.square().sum(), (image, module.projection.weight))
+
+    traced = make_fx(gradient, tracing_mode=mode, _allow_non_fake_inputs=True)(IMAGE, TEXT, MASK)
+    others = 2 * IMAGE, -TEXT, ~MASK  # values that the trace has not seen
+    assert_close(traced(*others), gradient(*others))
+
+
+@pytest.mark.slow
+def test_a_module_with_the_op_compiles_without_a_break():
+    module = Scores()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    weight = module.projection.weight
+    assert_close(with_gradient(compiled, weight), with_gradient(module, weight))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_with_the_loss():
+    module = Loss()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    weight = module.projection.weight
+    assert_close(with_gradient(compiled, weight), with_gradient(module, weight))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_computes_each_batch():
+    images = torch.stack([IMAGE, 2 * IMAGE])
+    s_i2t, _ = torch.vmap(lambda image: cmli_scores(image, TEXT, MASK))(images)
+    assert_close(s_i2t, torch.stack([cmli_scores(image, TEXT, MASK)[0] for image in images]))
