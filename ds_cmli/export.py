@@ -75,7 +75,7 @@ def command(
     from ds_cmli.models import hf
 
     file = hf.AVERAGE if ema else hf.WEIGHTS
-    model = hf.load(source, file, "the run")
+    model = hf.load_model(source, file, "the run")
     weights = load_file(source / file)
     content = "the averaged weights" if ema else "the weights"
     if interpolate is not None:

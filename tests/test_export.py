@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ds_cmli.config.registry import score_scales
 from ds_cmli.errors import UserError
 from ds_cmli.export import command
 from ds_cmli.inference import Model
@@ -112,7 +113,7 @@ def test_a_run_and_its_export_start_a_training(begun, tmp_path):
         with torch.no_grad():
             cls, _ = objective.student.image_embeddings(pixels)
         torch.testing.assert_close(cls, wanted.embed_images(pictures).cls, rtol=0, atol=1e-6)
-        assert objective.score_scales() == wanted.evaluator.scales
+        assert score_scales(objective.scales()) == wanted.evaluator.scales
         assert config.student.freeze_text == 1 and config.student.embed_dim == 24
     with pytest.raises(UserError, match="no such file or folder"):
         start(run / hf.AVERAGE)

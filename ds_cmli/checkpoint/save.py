@@ -42,7 +42,7 @@ from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.errors import UserError
-from ds_cmli.models.blocks import merged
+from ds_cmli.models.blocks import merge_adapters
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 
 DISTILLATION_HEAD = "width_head."  # the head to the teacher's width, which is not the student's
@@ -229,7 +229,9 @@ def write_models(
                 for parameter, value in weights.items()
                 if not parameter.startswith(DISTILLATION_HEAD)
             }
-            writer.write(folder / (name + WRITING), partial(write_weights, merged(student, scale)))
+            writer.write(
+                folder / (name + WRITING), partial(write_weights, merge_adapters(student, scale))
+            )
             written.append(name)
             if name == AVERAGE and checkpoint is not None:
                 trained = {key: value for key, value in weights.items() if key not in engine.frozen}

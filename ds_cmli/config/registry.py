@@ -5,7 +5,7 @@ An entry names its implementation as "module:name", so that the tables import no
 """
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +92,18 @@ def over_pairs(weights: dict[str, float]) -> dict[str, float]:
 def compares_tokens(names: Iterable[str]) -> bool:
     """Whether one of the losses uses the all-pairs op."""
     return any(LOSSES[name].scores == "cmli" for name in names)
+
+
+def score_scales(scales: Mapping[str, float]) -> dict[str, float]:
+    """Return 1/temperature of "global" and of "cmli" scores: that of the first loss over them.
+
+    `scales`: 1/temperature of each loss by name, in the run's order.
+    """
+    by_kind: dict[str, float] = {}
+    for name, scale in scales.items():
+        if kind := LOSSES[name].scores:
+            by_kind.setdefault(kind, scale)
+    return by_kind
 
 
 def load_plugin(name: str) -> None:

@@ -35,7 +35,7 @@ from ds_cmli.models.blocks import (
     compile_blocks,
     read_outside,
 )
-from ds_cmli.models.hf import WEIGHTS, load
+from ds_cmli.models.hf import WEIGHTS, load_model
 from ds_cmli.models.student import Student, Teacher
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def build_models(
         teacher_settings = replace(teacher_settings, weights=weights)
     source, run, teacher = Source(settings.source), None, None
     if pretrained and source.name and source.is_run:
-        run = load(source.path, source.weights or WEIGHTS, "student.source")
+        run = load_model(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)
     sizes = data.image_size, vocab_size, data.context_length
     student = Student(settings, *sizes, pretrained and run is None, pad_id)

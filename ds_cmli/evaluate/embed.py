@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.registry import score_scales
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, Source, evaluation_config
 from ds_cmli.data.images import View, black
@@ -71,7 +72,7 @@ class Evaluator:
         self.student = self.module.student
         self.precision = str(next(self.module.parameters()).dtype).removeprefix("torch.")
         # 1/temperature of each kind of scores that the losses compare.
-        self.scales = self.module.score_scales()  # collective under ZeRO-3
+        self.scales = score_scales(self.module.scales())  # collective under ZeRO-3
         both = ["global", "cmli", "combined"] if self.trained else ["global", "cmli"]
         self.kinds = both if "cmli" in self.scales else ["global"]
 
@@ -145,7 +146,7 @@ def load(
     words, trained = tokenizer_of(config.data), source.has_own_data or source.is_run
     if trained:
         file = hf.AVERAGE if ema else source.weights or hf.WEIGHTS
-        model: Any = hf.load(source.path, file)
+        model: Any = hf.load_model(source.path, file)
     else:
         model, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
     dtype = DTYPES[precision or "fp32"]

@@ -135,17 +135,6 @@ class Objective(nn.Module):
         with torch.no_grad(), _whole(parameters):
             return {name: x.forward()[0].item() for name, x in temperatures.items()}
 
-    def score_scales(self) -> dict[str, float]:
-        """1/temperature for each kind of pair scores: that of the first loss that compares them.
-
-        The kinds are "global" and "cmli". CPU-GPU sync; collective if ZeRO-3 partitions them.
-        """
-        out: dict[str, float] = {}
-        for name, scale in self.scales().items():
-            if LOSSES[name].scores:
-                out.setdefault(LOSSES[name].scores, scale)
-        return out
-
 
 def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager:
     """Enter a context with whole parameters.

@@ -15,7 +15,10 @@ from ds_cmli.config.schema import StudentConfig
 from ds_cmli.errors import UserError, blame, nearest
 from ds_cmli.models.student import Student
 
-BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
+# Parts of names that peft gives to a layer that it adapts, and to the two matrices of an adapter.
+BASE_LAYER = ".base_layer."
+LORA_A = ".lora_A.default.weight"
+LORA_B = ".lora_B.default.weight"
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
@@ -47,38 +50,35 @@ def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
 
 
 def _with_a_gradient(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Let the input need a gradient, also where the layers below are frozen.
+    """Let the input need a gradient, also if the layers below are frozen.
 
     Without one DeepSpeed does not know when the backward pass of a leaf module ends.
     """
-    x, *others = inputs
+    x, *rest = inputs
     if torch.is_grad_enabled() and not x.requires_grad:
         trained = any(parameter.requires_grad for parameter in block.parameters())
         x = x.detach().requires_grad_(trained)
-    return x, *others
+    return x, *rest
 
 
 def read_outside(encoder: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules, each with a parameter that it reads although another one holds it.
+    """Yield modules, each with a parameter that it reads although another module holds it.
 
-    ZeRO-3 gathers a module's own when it is called, and others by itself in training alone.
+    ZeRO-3 gathers a module's own parameters when it is called, and in training alone others too.
     """
     model = getattr(encoder, "model", None)
     for called in (model, getattr(model, "trunk", None)):  # by other methods than forward
         if called is not None:
             yield from ((encoder, parameter) for parameter in called.parameters(recurse=False))
     for module in encoder.modules():
-        parts: list[nn.Module] = []
         if isinstance(module, nn.MultiheadAttention):
-            parts = [module.out_proj]
+            yield from ((module, parameter) for parameter in module.out_proj.parameters())
         elif isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
-            parts = [table]  # CLIP's and its like read its size
-        for part in parts:
-            yield from ((module, parameter) for parameter in part.parameters())
+            yield module, table.weight  # CLIP's and its like read its size
 
 
 def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating-point buffers of a module, left in fp32 by DeepSpeed (0.19.8).
+    """Cast the floating-point buffers of a module, which DeepSpeed (0.19.8) leaves in fp32.
 
     timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of
     their weights. Rotary embeddings stay in fp32, because angles need its precision.
@@ -91,8 +91,11 @@ def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
 
 
 def add_adapters(student: Student, config: StudentConfig) -> None:
-    """Freeze the encoders of `config.lora` and put adapters into the layers that it names, which
-    add alpha / R times B(A(x)), with A [R, I] and B [O, R], which is zero at first."""
+    """Freeze the encoders of `config.lora`, and put adapters into the layers that it names.
+
+    An adapter adds alpha / R * B(A(x)), with A [R, I] and B [O, R], which is zero at first. Raises
+    `UserError`.
+    """
     if not config.lora:
         return
     with blame("student.lora: pip install 'ds-cmli[lora]'"):
@@ -100,32 +103,39 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
 
     for part, names in config.lora.items():
         encoder = getattr(student, part)
-        kinds = {layer: type(module) for layer, module in encoder.named_modules()}
-        for name in names:  # peft takes any layer, and is silent where others of the names fit
-            named = [layer for layer in kinds if f".{layer}".endswith(f".{name}")]
-            setting, linear = f"student.lora.{part} has {name!r}", nn.Linear
-            if not named:
-                known = {layer.rpartition(".")[2] for layer in kinds if kinds[layer] is linear}
-                why = f"which no layer's name ends with: {nearest(name, known)}"
-                raise UserError(f"{setting}, {why}")
-            for layer in named:
-                if kinds[layer] is not linear:
-                    why = f"{layer} is no nn.Linear but {kinds[layer].__name__}"
-                    raise UserError(f"{setting}: {why}: name linear layers")
-        rank, alpha = config.lora_rank, config.lora_alpha
-        adapters = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(names))
+        for name in names:
+            check_layers(encoder, name, f"student.lora.{part} has {name!r}")
+        adapters = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(names)
+        )
         inject_adapter_in_model(adapters, encoder)
     student.lora_scale = config.lora_alpha / config.lora_rank
 
 
-def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    """The adapters in their layers' weights, W + scale B A under W's name; `scale`: alpha / R."""
-    out = {}
+def check_layers(encoder: nn.Module, name: str, setting: str) -> None:
+    """Raise `UserError` unless `name` ends the names of some layers, all of them linear.
+
+    peft takes layers of any type, and is silent about a name if others fit.
+    """
+    types = {layer: type(module) for layer, module in encoder.named_modules()}
+    layers = [layer for layer in types if f".{layer}".endswith(f".{name}")]
+    if not layers:
+        linear = {layer.rpartition(".")[2] for layer in types if types[layer] is nn.Linear}
+        raise UserError(f"{setting}, which no layer's name ends with: {nearest(name, linear)}")
+    for layer in layers:
+        if types[layer] is not nn.Linear:
+            reason = f"{layer} is no nn.Linear but {types[layer].__name__}"
+            raise UserError(f"{setting}: {reason}: name linear layers")
+
+
+def merge_adapters(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Return the weights with W + scale * B A under the name of W; `scale`: alpha / R."""
+    merged = {}
     for name, weight in weights.items():
-        if name.endswith((IN, OUT)):
+        if name.endswith((LORA_A, LORA_B)):
             continue
-        layer = name.removesuffix(f"{BASE}weight")
+        layer = name.removesuffix(f"{BASE_LAYER}weight")
         if layer != name:
-            weight = weight + scale * (weights[layer + OUT] @ weights[layer + IN])
-        out[name.replace(BASE, ".")] = weight
-    return out
+            weight = weight + scale * (weights[layer + LORA_B] @ weights[layer + LORA_A])
+        merged[name.replace(BASE_LAYER, ".")] = weight
+    return merged

@@ -153,24 +153,26 @@ def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 # --- loading a source
 
 
-def build(
+def build_towers(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[DualImage, DualText, Start | None]:
-    """Build both towers of the source, and say what the losses start with.
+    """Build both towers of the source, and return what the losses over pairs start with.
 
-    Args:
-        image_size: S.
-        pretrained: load the source's weights; False: random weights, and no `Start`.
+    `image_size`: S; `pretrained`: load the source's weights; False: random ones, and no `Start`.
     """
     source_config = config.source_config
-    with loading(hub=False):  # a copy, because transformers changes it
-        library_config: Any = CONFIG_MAPPING[source_config["model_type"]].from_dict(
-            deepcopy(source_config)
-        )
+    with loading(hub=False):
+        fields = deepcopy(source_config)  # which transformers changes
+        library_config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     start = None
     if pretrained and config.source:
-        dual = load_source(config.source)
-        resampled = resampled_positions(dual.config, library_config)
+        dual = load_transformers(config.source)
+        resampled = resampled_positions(
+            sizes_of(dual.config),
+            sizes_of(library_config),
+            library_config.vision_config.patch_size,
+            f"the first {KEPT_POSITIONS} are kept",
+        )
         if resampled:
             dual = with_positions_of(library_config, dual)
         dual.train()
@@ -180,7 +182,7 @@ def build(
     return DualImage(dual, source_config, image_size), DualText(dual), start
 
 
-def load_source(source: str) -> Any:
+def load_transformers(source: str) -> Any:
     """Load a model of transformers, in fp32. Raises `UserError`."""
     folder = Path(source).expanduser()
     local = folder.exists()
@@ -199,31 +201,35 @@ def load_source(source: str) -> Any:
     return dual
 
 
-def resampled_positions(given: Any, wanted: Any) -> str:
-    """Return a line's part on the positions that differ between two configurations, or "".
+class Sizes(NamedTuple):
+    """The sizes to which positions belong."""
 
-    Raises `UserError` if the pictures of `wanted` have no whole number of patches.
+    image_size: int  # pixels
+    context_length: int  # tokens
+
+
+def sizes_of(library_config: Any) -> Sizes:
+    length = library_config.text_config.max_position_embeddings
+    return Sizes(library_config.vision_config.image_size, length)
+
+
+def resampled_positions(given: Sizes, wanted: Sizes, patch: int, text_method: str) -> str:
+    """Return the part of a line that says which positions are resampled, "" if none is.
+
+    Raises `UserError` if the pictures have no whole number of patches.
     """
     changes = []
-    side = wanted.vision_config.image_size
-    if side != given.vision_config.image_size:
-        patch = wanted.vision_config.patch_size
-        changes.append(changed_grid(given.vision_config.image_size, side, patch))
-    length = wanted.text_config.max_position_embeddings
-    given_length = given.text_config.max_position_embeddings
-    if length != given_length:
-        changes.append(f"texts {given_length} -> {length} (the first {KEPT_POSITIONS} are kept)")
+    if wanted.image_size != given.image_size:
+        if wanted.image_size % patch:
+            multiple = f"no multiple of the {patch} pixels of a patch"
+            raise UserError(f"data.image_size is {wanted.image_size}: {multiple}")
+        before = given.image_size // patch
+        after = wanted.image_size // patch
+        changes.append(f"pictures {before} x {before} -> {after} x {after} patches (bicubic)")
+    if wanted.context_length != given.context_length:
+        lengths = f"{given.context_length} -> {wanted.context_length}"
+        changes.append(f"texts {lengths} ({text_method})")
     return ", ".join(changes)
-
-
-def changed_grid(given_side: int, side: int, patch: int) -> str:
-    """Return a line's part on a patch grid that is resampled. Raises `UserError`."""
-    if side % patch:
-        multiple = f"no multiple of the {patch} pixels of a patch"
-        raise UserError(f"data.image_size is {side}: {multiple}")
-    given = given_side // patch
-    wanted = side // patch
-    return f"pictures {given} x {given} -> {wanted} x {wanted} patches (bicubic)"
 
 
 def with_positions_of(library_config: PreTrainedConfig, dual: Any) -> Any:

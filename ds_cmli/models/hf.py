@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,9 +34,9 @@ from transformers.utils import ModelOutput
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.loss import MAX_SCALE, MAX_SIGMOID_SCALE, Temperature
-from ds_cmli.config.registry import LOSSES, over_pairs
+from ds_cmli.config.registry import LOSSES, over_pairs, score_scales
 from ds_cmli.config.schema import Config, DataConfig, Interpolation, Resize, StudentConfig
-from ds_cmli.config.source import NO_TRAINING
+from ds_cmli.config.source import MODEL_CONFIG, NO_TRAINING
 from ds_cmli.data.images import View, black
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
@@ -46,11 +46,11 @@ from ds_cmli.models.student import Student
 from ds_cmli.pretrained import loading
 from ds_cmli.scores import both_ways
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-IN_FP32 = ["losses"]  # 16 bits would round a temperature by up to 2%
-AVERAGE, BEST = "model.ema.safetensors", "model.best.safetensors"  # variants of transformers'
+WEIGHTS = "model.safetensors"
+AVERAGE = "model.ema.safetensors"  # this one and the next are variants, as transformers names them
+BEST = "model.best.safetensors"
 # The settings of `data` that say how pictures and texts are prepared.
-OF_DATA = ("image_size", "resize", "interpolation", "context_length", "padding")
+PREPARATION = ("image_size", "resize", "interpolation", "context_length", "padding")
 
 
 class CMLIConfig(PreTrainedConfig):
@@ -62,7 +62,7 @@ class CMLIConfig(PreTrainedConfig):
     # that say how pictures and texts are prepared.
     settings: dict[str, Any] | None = None
     losses: list[Any] | tuple[Any, ...] = ()  # over pairs, [name, weight], in the run's order
-    vocab_size: int = 0  # these two of the tokenizer
+    vocab_size: int = 0  # of the text encoder's table
     pad_id: int = 0
     special_ids: list[int] | tuple[int, ...] = ()  # tokens that do not belong to a text itself
 
@@ -84,7 +84,8 @@ class CMLIModel(PreTrainedModel):
     config_class = CMLIConfig
     config: CMLIConfig
     main_input_name = "pixel_values"
-    _keep_in_fp32_modules_strict = IN_FP32
+    # In 16 bits a temperature would be rounded by up to 2%.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["losses"]
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
@@ -101,7 +102,8 @@ class CMLIModel(PreTrainedModel):
                 pretrained=False,
                 pad_id=config.pad_id,
             )
-            self.losses = nn.ModuleDict({name: _learned(name) for name, _ in config.losses})
+            losses = {name: trained_part(name) for name, _ in config.losses}
+        self.losses = nn.ModuleDict(losses)
         self.student = student.to(precision)
         self._constants = dict(self.named_non_persistent_buffers())
         self.post_init()
@@ -115,7 +117,7 @@ class CMLIModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load a model, with the buffers that no file has, whose values transformers loses."""
         out = super().from_pretrained(*args, **kwargs)
-        model = out[0] if isinstance(out, tuple) else out
+        model, *_ = out if isinstance(out, tuple) else (out,)
         for name, value in model._constants.items():
             model.get_buffer(name).copy_(value)
         return out
@@ -138,37 +140,38 @@ class CMLIModel(PreTrainedModel):
         return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
 
     def token_mask(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """bool [J, M], True for the tokens of a text itself."""
+        """Return bool [J, M], True for the tokens of a text itself."""
         special = torch.tensor(self.config.special_ids, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, special)
 
-    def score_scales(self) -> dict[str, float]:
-        """1/temperature of each kind of scores that was trained, "global" and "cmli", of the first
-        loss over them. CPU-GPU sync."""
-        out: dict[str, float] = {}
+    def scales(self) -> dict[str, float]:
+        """Return 1/temperature of each loss over pairs, by name. CPU-GPU sync."""
+        scales = {}
         for name, _ in self.config.losses:
-            temperature = self.get_submodule(f"losses.{name}.temperature")
-            out.setdefault(LOSSES[name].scores, temperature()[0].item())
-        return out
+            scale, *_ = self.get_submodule(f"losses.{name}.temperature")()
+            scales[name] = scale.item()
+        return scales
 
     def forward(
         self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor
     ) -> CMLIOutput:
-        """Score all images against all texts."""
+        """Score all images against all texts. CPU-GPU sync."""
         image_cls, patches = self.student.image_embeddings(pixel_values)
         text_cls, tokens = self.student.text_embeddings(input_ids, attention_mask.bool())
         mask = self.token_mask(input_ids, attention_mask)
+        cosines = image_cls @ text_cls.t()
         cmli = cmli_scores(patches, tokens, mask)  # s_i2t and s_t2i
-        combined = both_ways(image_cls @ text_cls.t(), cmli, self.score_scales())["combined"]
+        combined = both_ways(cosines, cmli, score_scales(self.scales()))["combined"]
         features = (image_cls, text_cls, patches, tokens, mask)
         return CMLIOutput(combined.i2t, combined.t2i.t(), *features)
 
 
-def _learned(name: str) -> nn.ModuleDict:
-    """What a loss over pairs has learned, under its names."""
+def trained_part(name: str) -> nn.ModuleDict:
+    """Return the parameters of a loss over pairs, under its names."""
     loss = LOSSES[name]
-    most = MAX_SIGMOID_SCALE if loss.sigmoid and loss.scores == "global" else MAX_SCALE
-    return nn.ModuleDict({"temperature": Temperature(1.0, 0.0 if loss.sigmoid else None, most)})
+    max_scale = MAX_SIGMOID_SCALE if loss.sigmoid and loss.scores == "global" else MAX_SCALE
+    temperature = Temperature(1.0, 0.0 if loss.sigmoid else None, max_scale)
+    return nn.ModuleDict({"temperature": temperature})
 
 
 class CMLIProcessor(ProcessorMixin):
@@ -185,12 +188,15 @@ class CMLIProcessor(ProcessorMixin):
         context_length: int = DataConfig.context_length,
         padding: str = "longest",
     ):
-        self.image_size, self.resize, self.interpolation = image_size, resize, interpolation
-        self.context_length, self.padding = context_length, padding
+        self.image_size = image_size
+        self.resize = resize
+        self.interpolation = interpolation
+        self.context_length = context_length
+        self.padding = padding
         super().__init__(tokenizer)
 
     @cached_property
-    def words(self) -> CaptionTokenizer:
+    def caption_tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer(self.tokenizer, self.context_length, self.padding == "full")
 
     def __call__(
@@ -208,21 +214,23 @@ class CMLIProcessor(ProcessorMixin):
         """
         if padding not in (True, "longest") or not truncation:
             raise ValueError("texts are padded and cut off as in training: leave that out")
-        out: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         if images is not None:
             several = isinstance(images, list | tuple) or getattr(images, "ndim", 0) == 4
             view = View(self.image_size, self.resize, self.interpolation)
-            out["pixel_values"] = torch.stack([*map(view, images if several else [images])])
+            inputs["pixel_values"] = torch.stack([*map(view, images if several else [images])])
         if text is not None:
-            tokens = map(self.words, [text] if isinstance(text, str) else text)
-            batch = Collate(self.words)([Sample(black(0), one, 0, 0) for one in tokens])
-            out |= {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        return BatchFeature(out, tensor_type=return_tensors)
+            texts = [text] if isinstance(text, str) else text
+            tokens = map(self.caption_tokenizer, texts)
+            batch = Collate(self.caption_tokenizer)([Sample(black(0), x, 0, 0) for x in tokens])
+            inputs["input_ids"] = batch.input_ids
+            inputs["attention_mask"] = batch.attention_mask
+        return BatchFeature(inputs, tensor_type=return_tensors)
 
 
 def write_config(folder: Path, config: Config, student: Student, words: CaptionTokenizer) -> None:
     """Write what a run's folder has beside its weights, each file whole or not at all."""
-    data = {name: getattr(config.data, name) for name in OF_DATA}
+    data = {name: getattr(config.data, name) for name in PREPARATION}
     settings = asdict(config.student) | NO_TRAINING | {"source": ""}
     text = getattr(getattr(student.text, "model", None), "config", None)
     if not config.student.source_config:
@@ -231,7 +239,7 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
             settings |= {"text_model": text.model_type, "text_overrides": changed_fields(text)}
     sample = words("a")
     added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
-    model = CMLIConfig(
+    model_config = CMLIConfig(
         settings={"student": settings, "data": data},
         losses=[*over_pairs(config.loss.weights).items()],
         vocab_size=words.vocab_size if text is None else text.vocab_size,
@@ -240,27 +248,27 @@ def write_config(folder: Path, config: Config, student: Student, words: CaptionT
         architectures=[CMLIModel.__name__],
         dtype="float32",  # of the file: `save_pretrained` of the module would write the engine's
     )
-    beside = folder / "model.writing"
-    beside.mkdir(exist_ok=True)
-    model.save_pretrained(beside)
-    CMLIProcessor(pretrained_tokenizer(config.data.tokenizer), **data).save_pretrained(beside)
-    for file in beside.iterdir():
+    unfinished = folder / "model.writing"
+    unfinished.mkdir(exist_ok=True)
+    model_config.save_pretrained(unfinished)
+    CMLIProcessor(pretrained_tokenizer(config.data.tokenizer), **data).save_pretrained(unfinished)
+    for file in unfinished.iterdir():
         os.replace(file, folder / file.name)
-    beside.rmdir()
+    unfinished.rmdir()
 
 
-def load(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint") -> CMLIModel:
+def load_model(folder: Path, file: str = WEIGHTS, setting: str = "--checkpoint") -> CMLIModel:
     """Load the model of a run or of an export, in eval mode; `file`: `WEIGHTS` or a variant.
 
     Raises `UserError`, which names `setting`, if it is not there, or damaged.
     """
     place = f"{setting} is {str(folder)!r}"
-    for name in (CONFIG, WEIGHTS, file):
+    for name in (MODEL_CONFIG, WEIGHTS, file):
         if not (folder / name).is_file():
-            why = "give a run's output folder"
+            remedy = "give a run's output folder"
             if name == AVERAGE:
-                why = "leave out --ema: the run was made without optim.ema_decay"
-            raise UserError(f"{place}: no {name} there; {why}")
+                remedy = "leave out --ema: the run was made without optim.ema_decay"
+            raise UserError(f"{place}: no {name} there; {remedy}")
     variant = file.removeprefix("model").removesuffix("safetensors").strip(".") or None
     with blame(f"{place}, whose {file} cannot be loaded"), loading(hub=False):
         model, info = CMLIModel.from_pretrained(

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.files import JsonObject
-from ds_cmli.models.dual import Start, ValuePath, changed_grid, copied, linear
+from ds_cmli.models.dual import (
+    Sizes,
+    Start,
+    ValuePath,
+    copied,
+    linear,
+    resampled_positions,
+)
 from ds_cmli.models.encoders import (
     ATTENTION_DROPOUT,
     DROPOUT,
@@ -152,26 +159,29 @@ def patch_map(visual: Any) -> list[nn.Module | Tensor | None]:
     return [part for part in layers if isinstance(part, nn.Module) and [*part.parameters()]]
 
 
-def build(
+def build_towers(
     config: StudentConfig, image_size: int, pretrained: bool
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
-    """Build both towers of the source, as `dual.build`."""
+    """Build both towers of the source, as `dual.build_towers`."""
     source_config = config.source_config
     source = Source(config.source)
-    hub = pretrained and not source.local
     loaded: Any = None
-    with loading(hub), source.blame("open_clip cannot load it"):
+    with loading(pretrained and not source.local), source.blame("open_clip cannot load it"):
         model = random_model(source_config, image_size)
+        given = wanted = Sizes(image_size, model.context_length)
         if pretrained and config.source:
-            loaded = load_source(source, image_size, model.context_length)
+            given = sizes_of_source(source)
+            loaded = load_resized(source, given, wanted)
             model.visual.load_state_dict(loaded.visual.state_dict())
             model.text.load_state_dict(loaded.text.state_dict())
         image = OpenClipImage(model.visual, source_config, image_size)
         text = OpenClipText(model.text, source_config)
-        if loaded is None:
-            return image, text, None
-        resampled = resampled_positions(source, image_size, image.patch, text)
-        return image, text, Start.of(loaded, resampled)
+    if loaded is None:
+        return image, text, None
+    if text.of_transformers:  # its table has more positions than texts have tokens
+        given = Sizes(given.image_size, wanted.context_length)
+    resampled = resampled_positions(given, wanted, image.patch, "linear")
+    return image, text, Start.of(loaded, resampled)
 
 
 def random_model(source_config: JsonObject, image_size: int) -> Any:
@@ -192,36 +202,21 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
     return model
 
 
-def sizes_of(source: Source) -> tuple[int, int]:
-    """Return the side of a source's pictures in pixels, and the length of its texts."""
-    model_cfg = source.config["model_cfg"]
-    (side,) = {*to_2tuple(open_clip.CLIPVisionCfg(**model_cfg["vision_cfg"]).image_size)}
-    return side, open_clip.CLIPTextCfg(**model_cfg["text_cfg"]).context_length
+def sizes_of_source(source: Source) -> Sizes:
+    vision = open_clip.CLIPVisionCfg(**source.config["model_cfg"]["vision_cfg"])
+    text = open_clip.CLIPTextCfg(**source.config["model_cfg"]["text_cfg"])
+    side, _ = to_2tuple(vision.image_size)
+    return Sizes(side, text.context_length)
 
 
-def load_source(source: Source, image_size: int, context_length: int) -> Any:
-    """Load a source at these sizes; the library resamples its positions if they differ."""
-    side, length = sizes_of(source)
-    sizes = {}
-    if image_size != side:
-        sizes["force_image_size"] = image_size
-    if context_length != length:
-        sizes["force_context_length"] = context_length
+def load_resized(source: Source, given: Sizes, wanted: Sizes) -> Any:
+    """Load a source whose sizes are `given`; the library resamples positions to those `wanted`."""
+    options = {}
+    if wanted.image_size != given.image_size:
+        options["force_image_size"] = wanted.image_size
+    if wanted.context_length != given.context_length:
+        options["force_context_length"] = wanted.context_length
     name, weights = source.in_open_clip
     return open_clip.create_model(
-        name, weights, force_custom_text=True, require_pretrained=True, **sizes
+        name, weights, force_custom_text=True, require_pretrained=True, **options
     )
-
-
-def resampled_positions(source: Source, image_size: int, patch: int, text: OpenClipText) -> str:
-    """Return a line's part on the positions that the library resampled, or "".
-
-    Raises `UserError` if the pictures have no whole number of patches.
-    """
-    side, length = sizes_of(source)
-    changes = []
-    if image_size != side:
-        changes.append(changed_grid(side, image_size, patch))
-    if text.model.context_length != length and not text.of_transformers:
-        changes.append(f"texts {length} -> {text.model.context_length} (linear)")
-    return ", ".join(changes)

@@ -49,14 +49,15 @@ class SharedBlock(nn.Module):
 
 
 class Student(nn.Module):
-    """
-    Attributes: `grid` (rows and columns of patches; N is their product), `width` (H), `start` (what
-    the losses over pairs start with; None: their own).
+    """Two encoders and the layers that bring their features into one space.
+
+    Attributes: `grid` (rows and columns of patches; N is their product), `width` (H), `start` (the
+    initial temperature of the losses over pairs; None: their own).
     """
 
     image: Any
     text: Any
-    lora_scale = 0.0  # of the adapters, if there are any
+    lora_scale = 0.0  # alpha / rank of the adapters, if there are any
 
     def __init__(
         self,
@@ -67,71 +68,51 @@ class Student(nn.Module):
         pretrained: bool = True,
         pad_id: int = 0,
     ):
-        """`vocab_size`, `pad_id`: the tokenizer's; `positions`: M, the length of the longest text;
-        `pretrained`: whether a source's weights are loaded."""
+        """Build the encoders with their weights, and the layers above. Raises `UserError`.
+
+        Args:
+            image_size: S.
+            vocab_size: the tokenizer's, as `pad_id`.
+            positions: M of the longest text.
+            pretrained: load the weights of `student.source`; False: random ones.
+        """
         super().__init__()
         self.start: Start | None = None
-        self.embed_dim, own = config.embed_dim, bool(config.source_config)
-        if own:
+        self.embed_dim = config.embed_dim
+        has_source = bool(config.source_config)
+        if has_source:
             module = DUAL[config.source_config["model_type"]]
-            build = resolve_name(f"ds_cmli.models.{module}:build")
+            build = resolve_name(f"ds_cmli.models.{module}:build_towers")
             self.image, self.text, self.start = build(config, image_size, pretrained)
-            if vocab_size > self.text.vocab_size:
-                raise UserError(
-                    f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
-                    f"and its text encoder only {self.text.vocab_size}"
-                )
+            check_source(config, self.image, self.text, vocab_size)
+            self.width = config.embed_dim  # the source's joint space
         else:
-            weights = config.image_weights
-            what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
-            with loading(hub=weights == "hub"), blame(what):
-                self.image = resolve_name(IMAGE[config.image_backbone])(
-                    config.image_model,
-                    image_size,
-                    weights,
-                    layers=config.layers,
-                    overrides=config.image_overrides,
-                )
-            weights = config.text_weights
-            what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
-            with loading(hub=weights == "hub"), blame(what):
-                self.text = resolve_name(TEXT[config.text_backbone])(
-                    config.text_model,
-                    vocab_size,
-                    positions,
-                    weights,
-                    layers=config.layers,
-                    dropout=config.dropout,
-                    pad_id=pad_id,
-                    overrides=config.text_overrides,
-                )
+            self.image = build_image(config, image_size)
+            self.text = build_text(config, vocab_size, positions, pad_id)
+            self.width = self.image.width
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid: tuple[int, int] = self.image.grid
-        width, same = self.image.width, self.image.width == self.text.width
-        if own and config.shared_blocks and not same:
-            raise UserError(
-                f"student.shared_blocks is {config.shared_blocks}, and the towers of "
-                f"student.source are {width} and {self.text.width} wide: give 0"
-            )
-        # What brings two encoders into one space; a source has its own, E = D wide.
-        self.width = config.embed_dim if own else width
-        self.text_head = nn.Identity() if own or same else nn.Linear(self.text.width, width)
-        self.shared = nn.ModuleList(SharedBlock(width) for _ in range(config.shared_blocks))
+        self.text_head: nn.Module = nn.Identity()
+        if not has_source and self.text.width != self.width:
+            self.text_head = nn.Linear(self.text.width, self.width)
+        self.shared = nn.ModuleList(SharedBlock(self.width) for _ in range(config.shared_blocks))
         # The encoders' outputs differ in scale before the shared blocks and in mean after them: a
         # norm for each modality lets the gap between them close.
-        norm: Any = nn.Identity if own else nn.LayerNorm
-        self.image_in, self.text_in = norm(width), norm(width)
-        self.image_out, self.text_out = norm(width), norm(width)
+        norm: Any = nn.Identity if has_source else nn.LayerNorm
+        self.image_in = norm(self.width)
+        self.text_in = norm(self.width)
+        self.image_out = norm(self.width)
+        self.text_out = norm(self.width)
         self.projection: nn.Module = nn.Identity()
-        if not own:
+        if not has_source:
             # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows
             # keep cosine similarities approximately, from the first step on.
-            self.projection = nn.Linear(width, config.embed_dim, bias=False)
+            self.projection = nn.Linear(self.width, config.embed_dim, bias=False)
             nn.init.orthogonal_(self.projection.weight)
         self.train()
 
     def train(self, mode: bool = True) -> "Student":
-        """BatchNorm keeps its statistics: those of a batch would differ between ranks."""
+        """Keep BatchNorm's statistics: those of a batch would differ between ranks."""
         super().train(mode)
         for module in self.image.modules():
             if isinstance(module, _BatchNorm):
@@ -152,7 +133,7 @@ class Student(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
-        `padded`: whether a text of the batch is padded; None: unknown.
+        `padded`: True if a text of the batch is padded; None: unknown.
 
         Returns image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens
         [B, M, H] (padding and special tokens included), not normalised, in the model's precision,
@@ -167,20 +148,23 @@ class Student(nn.Module):
         for block in self.shared:
             x = block(x)
         x = self.image_out(x)
-        cls, patches = x[:, 0], x[:, 1:]
+        cls = x[:, 0]
+        patches = x[:, 1:]
         return self.image.joint(cls, patches) if hasattr(self.image, "joint") else (cls, patches)
 
     def encode_text(
         self, input_ids: Tensor, attention_mask: Tensor, padded: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""
-        y = self.text_in(self.text_head(self.text(input_ids, attention_mask, padded)))
+        x = self.text_in(self.text_head(self.text(input_ids, attention_mask, padded)))
+        num_tokens = attention_mask.shape[1]
         # After the tokens there may be a class token, which open_clip's towers give.
-        attended = F.pad(attention_mask, (0, y.shape[1] - attention_mask.shape[1]), value=True)
+        attended = F.pad(attention_mask, (0, x.shape[1] - num_tokens), value=True)
         for block in self.shared:
-            y = block(y, attended)
-        y = self.text_out(y)
-        cls, tokens = self.text.pool(y, attention_mask), y[:, : attention_mask.shape[1]]
+            x = block(x, attended)
+        x = self.text_out(x)
+        cls = self.text.pool(x, attention_mask)
+        tokens = x[:, :num_tokens]
         return self.text.joint(cls, tokens) if hasattr(self.text, "joint") else (cls, tokens)
 
     def image_embeddings(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +176,46 @@ class Student(nn.Module):
         """Encode texts as class tokens in fp32 and tokens [B, M, D], all of unit length."""
         cls, tokens = self.encode_text(input_ids, attention_mask)
         return upcast(l2_normalize(cls)), l2_normalize(self.projection(tokens))
+
+
+def check_source(config: StudentConfig, image: Any, text: Any, vocab_size: int) -> None:
+    if vocab_size > text.vocab_size:
+        raise UserError(
+            f"student.source is {config.source!r}: its tokenizer has {vocab_size} tokens, "
+            f"and its text encoder only {text.vocab_size}"
+        )
+    if config.shared_blocks and image.width != text.width:
+        raise UserError(
+            f"student.shared_blocks is {config.shared_blocks}, and the towers of "
+            f"student.source are {image.width} and {text.width} wide: give 0"
+        )
+
+
+def build_image(config: StudentConfig, image_size: int) -> Any:
+    weights = config.image_weights
+    what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
+    with loading(hub=weights == "hub"), blame(what):
+        encoder = resolve_name(IMAGE[config.image_backbone])
+        overrides = config.image_overrides
+        return encoder(
+            config.image_model, image_size, weights, layers=config.layers, overrides=overrides
+        )
+
+
+def build_text(config: StudentConfig, vocab_size: int, positions: int, pad_id: int) -> Any:
+    weights = config.text_weights
+    what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
+    with loading(hub=weights == "hub"), blame(what):
+        return resolve_name(TEXT[config.text_backbone])(
+            config.text_model,
+            vocab_size,
+            positions,
+            weights,
+            layers=config.layers,
+            dropout=config.dropout,
+            pad_id=pad_id,
+            overrides=config.text_overrides,
+        )
 
 
 @dataclass
@@ -213,16 +237,16 @@ class Teacher(nn.Module):
         super().__init__()
         what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
         with loading(hub=config.weights == "hub"), blame(what):
-            own = {"block": config.block, "overrides": config.overrides}
             encoder = resolve_name(IMAGE["timm"])
-            self.image: Any = encoder(config.model, image_size, config.weights, **own)
+            options = {"block": config.block, "overrides": config.overrides}
+            self.image: Any = encoder(config.model, image_size, config.weights, **options)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         self.grid = tuple(grid)
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "Teacher":
         return super().train(False)
 
     @torch.no_grad()
@@ -230,13 +254,18 @@ class Teacher(nn.Module):
         """uint8 [B, 3, S, S] -> `Targets` in the teacher's precision."""
         dtype = next(self.image.parameters()).dtype
         x = self.image(self.pixels(image, dtype))  # [B, 1 + N of its own grid, H_t]
+        cls = x[:, 0]
         patches = x[:, 1:]
         if self.image.grid != self.grid:
             square = patches.mT.unflatten(2, self.image.grid)  # [B, H_t, rows, columns]
             square = F.interpolate(square.float(), self.grid, mode="bilinear", align_corners=False)
             patches = square.flatten(2).transpose(1, 2).to(dtype)
+        cls = self._normalised(cls)
+        patches = self._normalised(patches)
+        return Targets(cls.to(dtype), patches.to(dtype))
+
+    def _normalised(self, features: Tensor) -> Tensor:
         # Without the final norm a block's raw output is unbounded. The student's features come out
         # of a LayerNorm, so they can match targets that are normalised too, without a learned
         # scale.
-        cls, patches = (F.layer_norm(part.float(), (self.width,)) for part in (x[:, 0], patches))
-        return Targets(cls.to(dtype), patches.to(dtype))
+        return F.layer_norm(features.float(), (self.width,))

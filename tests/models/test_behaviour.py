@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from ds_cmli.errors import UserError
-from ds_cmli.models.blocks import merged
+from ds_cmli.models.blocks import merge_adapters
 from tests import make
 
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
@@ -126,7 +126,8 @@ def test_merged_weights_give_the_same_without_adapters(images):
             torch.nn.init.normal_(parameter)
     before = plain.student(*given)
     assert objective.student.lora_scale == 4.0  # 16 / 4
-    plain.load_state_dict(merged(objective.state_dict(), objective.student.lora_scale))  # every name, and no other
+    merged = merge_adapters(objective.state_dict(), objective.student.lora_scale)
+    plain.load_state_dict(merged)  # every name, and no other
     for entry, expected, other in zip(plain.student(*given), objective.student(*given), before, strict=True):
         assert_close(entry, expected, rtol=1e-4, atol=1e-4)
         assert (entry - other).abs().max() > 1e-3

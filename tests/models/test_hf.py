@@ -72,7 +72,7 @@ def test_what_was_trained_is_loaded_to_the_bit(kind, tmp_path):
         torch.testing.assert_close(found.pooler_output, cls, rtol=0, atol=1e-6)
         torch.testing.assert_close(found.last_hidden_state, image.projection(tokens), rtol=0, atol=1e-6)
     if kind != "a distillation":
-        assert model.score_scales() == objective.score_scales()
+        assert model.scales() == objective.scales()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def run(made, tmp_path_factory):
 @torch.no_grad()
 def test_in_16_bits_temperatures_stay_and_it_saves_itself(run, tmp_path):
     model, half = AutoModel.from_pretrained(run), AutoModel.from_pretrained(run, dtype=torch.bfloat16)
-    assert half.score_scales() == model.score_scales() and half.student.projection.weight.dtype == torch.bfloat16
+    assert half.scales() == model.scales() and half.student.projection.weight.dtype == torch.bfloat16
     pixels = AutoProcessor.from_pretrained(run)(images=PIXELS)["pixel_values"]
     wanted = model.get_image_features(pixels).pooler_output
     torch.testing.assert_close(half.get_image_features(pixels).pooler_output.float(), wanted, atol=0.1, rtol=0.1)
@@ -129,13 +129,13 @@ def test_an_end_that_is_also_the_padding_is_attended_to(tmp_path):
 
 def test_what_is_not_there_or_damaged_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match=r"^the model is '[^\n]*: no config\.json there; give a run"):
-        hf.load(tmp_path, setting="the model")
+        hf.load_model(tmp_path, setting="the model")
     shutil.copytree(run, other := tmp_path / "other")
     weights, name = load_file(run / hf.WEIGHTS), "student.projection.weight"
     for change, line in (({}, "does not fit"), ({name: weights[name][1:]}, "cannot be loaded|does not fit")):
         write_weights({key: x for key, x in weights.items() if key != name} | change, other / hf.WEIGHTS)
         with pytest.raises(UserError, match=f"^[^\n]*({line})[^\n]*$"):
-            hf.load(other)
+            hf.load_model(other)
     (other / hf.WEIGHTS).write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"^[^\n]*cannot be loaded[^\n]*$"):
-        hf.load(other)
+        hf.load_model(other)
