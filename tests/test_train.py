@@ -55,6 +55,9 @@ def test_what_a_run_leaves(finished):
     assert weights(folder)["student.projection.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
     assert "checkpoint step4: " in out and "best seen combined R@1 " in out
+    assert "(mean of both ways; " in out
+    for room in ("visualize", "evaluate", "export"):
+        assert f" python -m ds_cmli.{room} {folder}" in out
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
     drawn = {"loss/total", "loss/cmli", "train/lr", "train/grad_norm", "temperature/global"}

@@ -190,9 +190,15 @@ class Checkpoints:
         best = state.best
         lines.append(
             f"best {best['metric']} {best['value']:.3f} at step {best['step']} "
-            f"({best['pairs']} pairs, chance {best['chance']:.3f})"
+            f"(mean of both ways; {best['pairs']} pairs, chance {best['chance']:.3f})"
         )
-        return [*lines, f"written to {self.folder}"]
+        return [
+            *lines,
+            f"written to {self.folder}",
+            f"match maps: python -m ds_cmli.visualize {self.folder}",
+            f"evaluate:   python -m ds_cmli.evaluate {self.folder}",
+            f"export:     python -m ds_cmli.export {self.folder} FOLDER",
+        ]
 
 
 # --- the files beside `checkpoint/`

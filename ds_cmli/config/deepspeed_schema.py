@@ -181,7 +181,7 @@ class CheckpointSection(JsonSection):
     use_node_local_storage: Unused = None
     parallel_write: Unused = None
     serialization: Unused = None
-    writer: Unused = None
+    writer: None = None
 
 
 class FlopsProfiler(JsonSection):

@@ -252,6 +252,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in self.weights:
             choice("loss.weights", name, LOSSES)
+        both_are_off = self.target_image_weight == self.target_text_weight == 0
+        remedy = "and loss.target_text_weight too: leave target_cmli out of loss.weights"
+        check(
+            not ("target_cmli" in self.weights and both_are_off),
+            "loss.target_image_weight",
+            self.target_image_weight,
+            remedy,
+        )
 
 
 @dataclass(config=STRICT)

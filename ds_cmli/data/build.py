@@ -19,6 +19,7 @@ from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.errors import UserError
 
 DEFAULT_WINDOW = 64  # shards
+FEW_HELD_OUT = 100
 # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
 Evals = Mapping[str, EvalPairs | Scenes]
 
@@ -77,6 +78,12 @@ def build_data(config: DataConfig, seed: int) -> Data:
         if is_large(source):
             fingerprint[name]["held_out"] = "from few shards"
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
+    num_held_out = sum(len(indices) for _, indices in held_out.values())
+    if num_held_out < FEW_HELD_OUT:
+        summary.append(
+            f"only {num_held_out} pictures are held out: recalls of fewer than {FEW_HELD_OUT} are "
+            "mostly chance (data.held_out, data.val_source)"
+        )
     tokenizer = tokenizer_of(config)
     pairs = TrainPairs(Images(train), tokenizer, config, seed)
     for start in pairs.images.starts[:-1]:

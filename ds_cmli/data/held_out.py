@@ -106,12 +106,18 @@ def evaluation_data(config: DataConfig, name: str) -> DataConfig:
     or all of it, without the settings of the run's own data.
     """
     train_names, _ = split_weights(config.source)
-    names = [name, config.val_source, *train_names]
-    path, val_path, *train_paths = (os.path.realpath(os.path.expanduser(one)) for one in names)
+    path = _real_path(name)
+    train_paths = {_real_path(one) for one in train_names}
     if config.val_source or path not in train_paths:
-        if path not in (val_path, *train_paths):
+        # An empty name is not a path: it would be the present folder.
+        own_paths = train_paths | {_real_path(one) for one in (config.val_source,) if one}
+        if path not in own_paths:
             config = replace(config, image_root="", image_key="", caption_key="")
         config = replace(config, val_source="" if name == "demo" else name, held_out=None)
     if name == "demo":
         config = replace(config, resize="crop")  # its scenes are square
     return replace(config, source=name)
+
+
+def _real_path(name: str) -> str:
+    return os.path.realpath(os.path.expanduser(name))

@@ -6,6 +6,7 @@ al., 2015) have boxes: a line of `Sentences/ID.txt` is a caption such as `[/EN#5
 [/EN#6/vehicles a boat]`, and `Annotations/ID.xml` has the boxes of these entity numbers.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class Entities(Files):
         super().__init__(View.of(config), [])
         self.tokenizer = tokenizer
         self.phrases: list[tuple[list[tuple[Pair, list[PixelBox]]], Pair]] = []  # of each caption
-        root, place = Path(folder).expanduser(), Path(images).expanduser()
+        root = Path(os.path.expanduser(folder))
+        image_folder = Path(os.path.expanduser(images))
         lists = sorted(path.stem for path in root.glob("*.txt"))
         names = sorted(path.stem for path in root.glob("Annotations/*.xml"))
         if split in lists:
@@ -92,7 +94,7 @@ class Entities(Files):
                 for line in (root / f"Sentences/{name}.txt").read_text("utf-8").splitlines():
                     text, spans = parse_sentence(line)
                     if known := [(span, boxes[name]) for span, name in spans if name in boxes]:
-                        self.rows.append((place / f"{name}.jpg", text))
+                        self.rows.append((image_folder / f"{name}.jpg", text))
                         self.phrases.append((known, size))
         if not self.rows:
             wanted = "Flickr30k Entities' folder, with Annotations/ and Sentences/"

@@ -11,6 +11,7 @@ K kinds of scores, B pictures, C classes, N patches, H hidden size, D embedding 
 """
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 
@@ -43,7 +44,9 @@ class ClassPictures(Files):
 
     def __init__(self, folder: str, names: str | None, templates: str | None, config: DataConfig):
         with blame(f"--zero-shot {folder}: give a folder with folders of pictures"):
-            found = ImageFolder(Path(folder).expanduser(), allow_empty=True)
+            found = ImageFolder(os.path.expanduser(folder), allow_empty=True)
+        if not found.samples:
+            raise UserError(f"--zero-shot {folder}: its folders of classes hold no picture")
         super().__init__(View.of(config), [(Path(file), number) for file, number in found.samples])
         self.names = [place.replace("_", " ") for place in found.classes]
         self.names = _lines("--class-names", names) if names else self.names

@@ -111,21 +111,22 @@ def profiling(
     def write(profiler: profile) -> None:
         try:
             handler(profiler)
+            print_line(f"trace of steps {steps[0]} to {steps[1]}: {folder}")
         except (OSError, RuntimeError) as error:  # the training goes on
             print(f"warning: rank {rank}: no trace in {folder}: {error}", flush=True)
 
-    first, last = (step - done for step in steps)
-    warmup = min(first - 1, 1)  # starting the tracer takes time
-    with profile(
+    first, last = steps
+    warmup = min(first - done - 1, 1)  # starting the tracer takes time
+    profiler = profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available(),
-        schedule=schedule(
-            wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1
-        ),
+        schedule=schedule(wait=first - warmup, warmup=warmup, active=last - first + 1, repeat=1),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
         with_stack=True,
-    ) as profiler:
+    )
+    profiler.step_num = done + 1  # the trace and the schedule count as the log does
+    with profiler:
         yield profiler.step
 
 

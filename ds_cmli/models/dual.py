@@ -7,6 +7,7 @@ Shapes: B pairs, S image side in pixels, N image patches, M text positions, H wi
 width of the joint space.
 """
 
+import os
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,7 +185,7 @@ def build_towers(
 
 def load_transformers(source: str) -> Any:
     """Load a model of transformers, in fp32. Raises `UserError`."""
-    folder = Path(source).expanduser()
+    folder = Path(os.path.expanduser(source))
     local = folder.exists()
     what = f"student.source is {source!r}: its weights cannot be loaded"
     with loading(hub=not local), blame(what):

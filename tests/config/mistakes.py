@@ -17,6 +17,11 @@ MISTAKES = [
     ("train --lr -1", "optim.lr is -1.0: Input should be greater than 0"),
     ("train --losses global,clmi", "did you mean 'cmli'?"),
     ("train --losses cmli=big", "--losses is 'cmli=big': write NAME or NAME=WEIGHT"),
+    ("train --start-from ~nouser/x", "student.source is '~nouser/x'"),
+    (
+        "train --losses target_cmli --set loss.target_image_weight=0 --set loss.target_text_weight=0",
+        "loss.target_image_weight is 0",
+    ),
     ("train --set student.layres=2", "setting of student is 'layres': did you mean 'layers'?"),
     ("train --set layers=2", "--set is 'layers=2': write SECTION.SETTING=VALUE"),
     (f"train --set data.source={'[' * 5000}", "data.source"),

@@ -121,3 +121,20 @@ def test_the_fingerprint_knows_names_and_captions_but_no_dates(tmp_path):
     table.write_text(table.read_text().replace("square 3", "square 4"))
     marks.append(build_data(config(source=str(tmp_path / "a")), 0).fingerprint)
     assert marks[0] == marks[1] != marks[2]
+
+
+def test_the_present_folder_is_other_data_than_the_runs(tmp_path, monkeypatch):
+    run = config(source=str(tmp_path / "a"), image_root=str(tmp_path / "images"), caption_key="title")
+    monkeypatch.chdir(tmp_path)
+    chosen = evaluation_data(run, ".")
+    assert (chosen.source, chosen.image_root, chosen.caption_key) == (".", "", "")
+
+
+def test_few_held_out_pictures_are_a_line(tmp_path):
+    make.pairs(tmp_path / "few", 30)
+    make.pairs(tmp_path / "many", 220)
+    few = build_data(config(source=str(tmp_path / "few"), held_out=10), 0).summary
+    enough = build_data(config(source=str(tmp_path / "many"), held_out=100), 0).summary
+    line = "only 10 pictures are held out: recalls of fewer than 100 are mostly chance (data.held_out, data.val_source)"
+    assert line in few
+    assert not any("are held out: recalls" in line for line in enough)

@@ -17,6 +17,12 @@ def classes(here: Path) -> None:
     (here / "templates.txt").write_text("a photo\n")
 
 
+def empty_classes(here: Path) -> None:
+    run(here)
+    for name in ("cat", "dog"):
+        (here / "classes" / name).mkdir(parents=True)
+
+
 RUN = "evaluate --checkpoint {here}/run"
 
 MISTAKES = [
@@ -32,6 +38,10 @@ MISTAKES = [
     (RUN + " --zero-shot {here}/pairs", "give a folder with folders of pictures", run),
     (RUN + " --boxes {here}/pairs", "give Flickr30k Entities' folder, with Annotations/", run),
     (RUN + " --data demo --split test", "the demo has its own two", run),
+    (RUN + " --zero-shot {here}/classes", "its folders of classes hold no picture", empty_classes),
+    (RUN + " --zero-shot ~nouser/x", "--zero-shot ~nouser/x", run),
+    (RUN + " --boxes ~nouser/x", "--boxes is '~nouser/x'", run),
+    ("evaluate ~nouser/x --data demo", "~nouser/x"),
     ("visualize {here}/nowhere", "nowhere"),
     ("visualize {here}/run --image {here}/pairs/0.png", "--text", run),
     ("visualize {here}/run --pairs first", "--pairs", run),

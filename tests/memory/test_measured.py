@@ -40,12 +40,13 @@ def test_the_memory_of_the_first_steps(tmp_path, source):
     assert content["categories"]["activations student"] > 100_000
 
 
-def test_a_trace_has_the_given_steps_with_memory_shapes_and_stacks(tmp_path, source):
+def test_a_trace_has_the_given_steps_with_memory_shapes_and_stacks(tmp_path, source, capsys):
     run = train(tmp_path, source, "--steps", "4", "--profile", "2:3")
     (path,) = (run / "profile").glob("rank0.*.json")
     events = json.loads(path.read_text())["traceEvents"]
-    # The profiler counts from 0.
-    assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#1", "ProfilerStep#2"}
+    marks = {e["name"] for e in events if e["name"].startswith("ProfilerStep")}
+    assert marks == {"ProfilerStep#2", "ProfilerStep#3"}, "a trace counts steps as the log does"
+    assert f"trace of steps 2 to 3: {run / 'profile'}" in capsys.readouterr().out
     assert max(e["args"]["Bytes"] for e in events if e["name"] == "[memory]") > 100_000
     assert any(e["name"] == "aten::addmm" and e["args"]["Input Dims"][1] for e in events)
     assert any("train_engine.py" in e["name"] for e in events)
