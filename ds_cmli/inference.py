@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_cmli.config.schema import Config
 from ds_cmli.config.source import Source
-from ds_cmli.data.images import View
+from ds_cmli.data.images import View, read_image_file
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator, block, load
 from ds_cmli.scores import BothWays, Match, match
@@ -80,7 +80,7 @@ class Model:
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
-        content = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+        content = read_image_file(Path(picture)) if isinstance(picture, str | Path) else picture
         return View.of(self.config.data)(content)
 
     @torch.inference_mode()

@@ -131,14 +131,19 @@ class Run:
     def log(self) -> None:
         """Log the mean losses over all ranks and all steps since the last log line.
 
-        Raises UserError, on all ranks, if too many samples are bad. Collectives, CPU-GPU sync.
+        Raises UserError, on all ranks, if too many samples are bad; the run is saved first.
+        Collectives, CPU-GPU sync.
         """
         state = self.state
         micro_batch_pairs = self.sampler.global_batch  # of all ranks
         local_means = state.sums / max(1, state.micro_batches)
         means = distributed.mean_over_ranks(local_means).tolist()  # collective, CPU-GPU sync
         pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
-        self.bad.check(self.flags, pairs_so_far)  # collective
+        try:
+            self.bad.check(self.flags, pairs_so_far)  # collective
+        except UserError:
+            self.save_done()  # collectives; all ranks are here, because the check counts for all
+            raise
         logged_pairs = state.micro_batches * micro_batch_pairs
         values = by_name(means, self.config.loss.weights, logged_pairs)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3

@@ -7,9 +7,11 @@ and loading processes.
 
 import hashlib
 import io
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,7 +29,26 @@ from ds_cmli.config.schema import AugmentationName, DataConfig, Interpolation, R
 Image.init()
 FORMATS = list(filter(Image.OPEN.get, ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")))
 SHARP = 2  # a JPEG decoded at a reduced scale keeps so many pixels per output pixel along a side
+MAX_FILE_BYTES = 2**30  # of an image; the largest that Pillow decodes has half of it, uncompressed
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+def read_image_file(path: Path) -> bytes:
+    """Return the content of an image's file.
+
+    Raises OSError and, for a pipe or device, whose reading may never end, ValueError.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    check_size(status.st_size)
+    return path.read_bytes()
+
+
+def check_size(num_bytes: int) -> None:
+    """Raise ValueError if a file is too large to be an image."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(f"{num_bytes:,} bytes, more than an image may have ({MAX_FILE_BYTES:,})")
 
 
 def black(size: int) -> Tensor:

@@ -18,7 +18,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import score_scales
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.config.source import RUN, Source, evaluation_config
-from ds_cmli.data.images import View, black
+from ds_cmli.data.images import View, black, read_image_file
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
@@ -44,7 +44,7 @@ class Files:
     rows: list[tuple[Path, Any]]  # picture and text of each caption
 
     def image(self, row: int) -> Tensor:
-        return self.view(self.rows[row][0].read_bytes())
+        return self.view(read_image_file(self.rows[row][0]))
 
     def name(self, row: int) -> str:
         return self.rows[row][0].name

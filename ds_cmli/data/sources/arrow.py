@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.images import read_image_file
 from ds_cmli.data.sources import (
     CAPTION_COLUMNS,
     CAPTION_SETTING,
@@ -99,7 +100,7 @@ class ArrowRows:
         value = self.images[index][self.image_key]
         if isinstance(value, dict):
             path = value.get("path")
-            value = value["bytes"] or (path and Path(path).read_bytes())
+            value = value["bytes"] or (path and read_image_file(Path(path)))
         if not value:
             raise ValueError("no image in its row")
         return value

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.images import read_image_file
 from ds_cmli.data.sources import (
     CAPTION_COLUMNS,
     CAPTION_SETTING,
@@ -58,7 +59,7 @@ class ListedImages:
         return len(self.rows)
 
     def image(self, index: int) -> bytes:
-        return (self.root / self.name(index)).read_bytes()
+        return read_image_file(self.root / self.name(index))
 
     def captions(self, index: int) -> list[str]:
         _, captions = self.rows[index]

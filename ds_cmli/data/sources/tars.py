@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.images import check_size
 from ds_cmli.data.sources import Source
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import cache_folder, locked
@@ -80,9 +81,13 @@ class Tars:
 
     def name(self, index: int) -> str:
         shard, row = self._at(index)
-        header = os.pread(self._descriptor(shard), tarfile.BLOCKSIZE, int(row["image"]) - 512)
-        member = header[:100].split(b"\0", 1)[0].decode(errors="replace")
-        return f"{self.shards[shard].name}/{member}"
+        header_start = int(row["image"]) - tarfile.BLOCKSIZE
+        try:
+            header = os.pread(self._descriptor(shard), tarfile.BLOCKSIZE, header_start)
+        except OSError:  # the shard is gone, and its sample is named in the message about that
+            return f"{self.shards[shard].name}, sample {index - self.starts[shard]}"
+        member, *_ = header[:100].split(b"\0", 1)
+        return f"{self.shards[shard].name}/{member.decode(errors='replace')}"
 
     def fingerprint(self) -> dict[str, object]:
         return {"images": len(self), "files": {x.name: x.stat().st_size for x in self.shards}}
@@ -94,6 +99,7 @@ class Tars:
     def _read(self, index: int, field: str) -> bytes:
         shard, row = self._at(index)
         size = int(row[f"{field}_size"])
+        check_size(size)
         content = os.pread(self._descriptor(shard), size, int(row[field]))
         if len(content) < size:
             raise ValueError("truncated since the run began")
