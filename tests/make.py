@@ -151,7 +151,7 @@ def train_engine(device: torch.device, ds_config: dict, steps: int = 6, world: i
 def step(trained, micro_batches: list[Batch]) -> dict[str, float]:
     """Train one optimizer step; the means of the losses over its micro-batches, by name."""
     losses = trained.step(micro_batches)
-    means = {name: torch.stack([loss.each[name] for loss in losses]).mean().item() for name in losses[0].each}
+    means = {name: torch.stack([loss.losses[name] for loss in losses]).mean().item() for name in losses[0].losses}
     return {"total": torch.stack([loss.total for loss in losses]).mean().item(), **means}
 
 

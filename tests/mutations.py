@@ -91,9 +91,9 @@ ROWS = (
     ("target-mean-over-padding", "losses/target_cmli.py", OF_A_STEP, "count = mask.sum(1).clamp(min=1)",
      "count = torch.full_like(mask.sum(1), mask.shape[1])"),
     ("target-cosine", "losses/target_cmli.py", OF_A_STEP,
-     "l2_normalize(upcast(tokens)), l2_normalize(upcast(patches))", "l2_normalize(upcast(tokens)), upcast(patches)"),
-    ("target-half", "losses/target_cmli.py", OF_A_STEP, "halves.append(self.image * loss)",
-     "halves.append(2 * self.image * loss)"),
+     "unit_patches = l2_normalize(upcast(patches))", "unit_patches = upcast(patches)"),
+    ("target-half", "losses/target_cmli.py", OF_A_STEP, "terms.append(self.image_weight * loss)",
+     "terms.append(2 * self.image_weight * loss)"),
     # Ranks: a collective that is missing, a factor of their number, another rank's texts as own ones.
     ("ranks-text-gradient", "cmli/exchange.py", RANKS, "_reduce_scatter(part, gradient)",
      "part.copy_(gradient[this_rank() * len(part) :][: len(part)])"),
@@ -121,12 +121,12 @@ ROWS = (
     # Gradient caching.
     ("caching-factor", "engine/train_engine.py",
      CACHING + "test_losses_and_gradients_are_those_of_one_piece",
-     "factor = self.accumulation / self.scale", "factor = 1.0 / self.scale"),
+     "factor = self.accumulation / self.loss_scale", "factor = 1.0 / self.loss_scale"),
     ("caching-fp16", "losses/gradient_cache.py",
      CACHING + "test_in_fp16_the_gradients_are_those_of_fp32_and_an_overflow_skips_the_step",
-     "(total * scale).backward()", "total.backward()"),
+     "(total * loss_scale).backward()", "total.backward()"),
     ("caching-dropout", "engine/train_engine.py", CACHING + "test_micro_batches_draw_the_same_dropout_again",
-     "                gradient_cache.set_random_states(states[k], self.device)\n", ""),
+     "                gradient_cache.set_random_states(random_states[index], self.device)\n", ""),
     # Data: samples that come twice or never, special tokens as words, held-out pictures that are trained on.
     ("data-position", "data/sampler.py", ANY_RANKS,
      "for samples in (0, self.global_batch):", "for samples in (0, self.offsets.size):"),

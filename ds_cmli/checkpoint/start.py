@@ -48,7 +48,7 @@ from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.engine.train_engine import columns
+from ds_cmli.engine.train_engine import num_columns
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import read_json, sha256
 from ds_cmli.models import hf
@@ -272,7 +272,7 @@ class RunStart:
             if any(line.startswith(INCOMPARABLE) for line in changes):
                 state.best = {}
                 state.worse_in_row = 0
-        state.sums = torch.zeros(columns(config.loss))
+        state.sums = torch.zeros(num_columns(config.loss))
         state.config = settings
         state.train_batch_size = ds_config["train_batch_size"]
         state.accumulation = ds_config["gradient_accumulation_steps"]

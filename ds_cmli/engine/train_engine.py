@@ -1,6 +1,6 @@
 """Training steps of student, teacher, losses and DeepSpeed's engine.
 
-Training, profiling and prediction all take this one step.
+Training, profiling and prediction all run this one step.
 """
 
 import math
@@ -31,13 +31,12 @@ class MicroBatchLosses:
 
     index: Tensor  # int64 [B], the samples' indices in the training set
     total: Tensor  # the weighted sum of the losses
-    each: dict[str, Tensor]  # each loss by name
-    # Number per pair of other pairs' texts that are no negatives: same picture or caption.
-    ignored: Tensor
+    losses: dict[str, Tensor]  # each loss by name
+    duplicates: Tensor  # per pair, the number of other pairs' texts that are no negatives
 
     def stacked(self) -> Tensor:
-        """One tensor: the total, each loss and `ignored`, in this order."""
-        return torch.stack([self.total, *self.each.values(), self.ignored])
+        """Return one tensor: the total, each loss and `duplicates`, in this order."""
+        return torch.stack([self.total, *self.losses.values(), self.duplicates])
 
 
 @dataclass
@@ -51,8 +50,7 @@ class TrainEngine:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     lr_factor: float = 1.0  # the factor of the first group's learning rate
     accumulation: int = 1  # micro-batches per step
-    # Whether losses over pairs take their negatives from all micro-batches of a step.
-    caching: bool = False
+    caching: bool = False  # losses over pairs take their negatives from all micro-batches of a step
     ema: EMA | None = None
     lr: float = 0.0  # the learning rate of the last update, for a group whose factor is 1
 
@@ -68,60 +66,70 @@ class TrainEngine:
                 pairs too.
         """
         if self.caching:
-            return self._cached(micro_batches, heartbeat)
-        losses = []
+            return self._cached_step(micro_batches, heartbeat)
+        step_losses = []
         for batch in micro_batches:
-            losses.append(self._forward_backward(batch))  # collectives
+            step_losses.append(self._forward_backward(batch))  # collectives
             self.update()  # collectives
             heartbeat()
-        return losses
+        return step_losses
 
-    def _cached(
+    def _cached_step(
         self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None]
     ) -> list[MicroBatchLosses]:
-        """A step with gradient caching. Collective."""
-        states, features = [], []
+        """Run a step with gradient caching (`losses/gradient_cache.py`). Collective."""
+        random_states = []
+        features = []
         for batch in micro_batches:
-            states.append(gradient_cache.random_states(self.device))
+            random_states.append(gradient_cache.random_states(self.device))
             with torch.no_grad():
                 features.append(self.engine(batch.to(self.device, non_blocking=True), embed=True))
-        losses, objective = [], self.objective
+        step_losses = []
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(gpus):  # the next step draws what follows the first pass
-            pairs = gradient_cache.compared(
-                features, objective.compare, objective.weighted, self.scale
-            )  # collective
+            pairs = gradient_cache.compare_cached(
+                features, self.objective.compare, self.objective.weighted, self.loss_scale
+            )  # collectives
             heartbeat()
-            for k, batch in enumerate(micro_batches):
-                gradient_cache.set_random_states(states[k], self.device)
-                losses.append(self._forward_backward(batch, pairs, k))  # collectives
+            for index, batch in enumerate(micro_batches):
+                gradient_cache.set_random_states(random_states[index], self.device)
+                step_losses.append(self._forward_backward(batch, pairs, index))  # collectives
                 self.update()  # collectives
                 heartbeat()
-        return losses
+        return step_losses
 
     def _forward_backward(
-        self, batch: Batch, pairs: gradient_cache.Compared | None = None, k: int = 0
+        self, batch: Batch, pairs: gradient_cache.PairGradients | None = None, index: int = 0
     ) -> MicroBatchLosses:
-        """Run a micro-batch, the k-th of those whose `pairs` have been compared. Collective."""
-        index, count = batch.index, len(batch.index)
+        """Run forward and backward of a micro-batch. Collective.
+
+        Args:
+            pairs: with gradient caching, the losses over pairs and their gradients.
+            index: the place of the micro-batch among those of the step.
+        """
+        sample_index = batch.index  # on the host
+        num_compared = len(sample_index)  # this rank's pairs among those that are compared
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         batch = batch.to(self.device, non_blocking=True)
         # The teacher's features are no variables here: they would be kept until after backward.
         if pairs is None:
-            # Collectives: text features, column statistics.
-            total, values = self.engine(batch, self._targets(batch))
+            total, losses = self.engine(batch, self._targets(batch))  # collectives
         else:
-            known = pairs.of(k, self.accumulation, batch.token_mask.shape[1])
-            factor = self.accumulation / self.scale
-            total, values = self.engine(batch, self._targets(batch), known=known, factor=factor)
-            total, values = total + pairs.total, values | pairs.values
-            count *= self.accumulation
+            gradients = pairs.of_micro_batch(index, self.accumulation, batch.token_mask.shape[1])
+            factor = self.accumulation / self.loss_scale
+            total, losses = self.engine(
+                batch, self._targets(batch), pair_gradients=gradients, factor=factor
+            )
+            total = total + pairs.total
+            losses = losses | pairs.losses
+            num_compared *= self.accumulation
         self.backward(total)  # collectives: text gradients, gradient buckets
-        ignored = self.objective.ignored  # of the pairs that were compared last
-        if ignored is None:
-            ignored = torch.zeros((), device=self.device)
-        values = {name: values[name] for name in self.objective.losses}
-        return MicroBatchLosses(index, total.detach(), values, ignored.float() / count)
+        num_duplicates = self.objective.num_duplicates
+        if num_duplicates is None:
+            num_duplicates = torch.zeros((), device=self.device)
+        in_order = {name: losses[name] for name in self.objective.losses}
+        duplicates = num_duplicates.float() / num_compared
+        return MicroBatchLosses(sample_index, total.detach(), in_order, duplicates)
 
     def _targets(self, batch: Batch) -> Targets | None:
         if self.teacher is None:
@@ -148,55 +156,53 @@ class TrainEngine:
             self.ema.update()
 
     @property
-    def scale(self) -> float:
-        """The loss scale.
-
-        Backward passes multiply the gradients by it, which keeps fp16 gradients from vanishing.
-        """
+    def loss_scale(self) -> float:
+        """The factor of the gradients in backward passes, which keeps fp16's from vanishing."""
         if self.dtype != torch.float16:
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step's update was skipped, on all ranks, as something was not finite."""
+        """True if all ranks skipped the last step's update because something was not finite."""
         return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
-        """What is logged of the last update: learning rate, gradient norm and the temperatures.
+        """Return the last update's columns of the log: rate, gradient norm and temperatures.
 
         In fp16 also the loss scale and the number of skipped steps. CPU-GPU sync; collective under
         ZeRO-3.
         """
-        out = {"lr": self.lr}
+        values = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
-            out["grad_norm"] = float(norm)
+            values["grad_norm"] = float(norm)
         if self.dtype == torch.float16:
-            out["loss_scale"] = self.scale
-            out["skipped_steps"] = self.engine.skipped_steps
+            values["loss_scale"] = self.loss_scale
+            values["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            # Infinite if the scale was learned down to 0.
-            out[f"temperature/{name}"] = 1 / scale if scale else math.inf
-        return out
+            # It is infinite if the scale was learned down to 0.
+            values[f"temperature/{name}"] = 1 / scale if scale else math.inf
+        return values
 
 
-def columns(config: LossConfig) -> int:
-    """The number of elements of `MicroBatchLosses.stacked`."""
+def num_columns(config: LossConfig) -> int:
+    """Return the number of elements of `MicroBatchLosses.stacked`."""
     return 2 + len(config.weights)
 
 
 def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, float]:
-    """Means of `stacked` losses over `pairs` pairs, by their names in the log; {} for no pairs."""
+    """Name the means of `stacked` losses over so many pairs for the log; {} for no pairs."""
     if not pairs:
         return {}
-    *of_losses, ignored = means
+    total, *loss_means, duplicates = means
     names = list(losses)
-    values = dict(zip(["loss", *map("loss/{}".format, names)], of_losses, strict=True))
-    # Texts of the same picture or caption: a loss with one positive ignores them, one with several
-    # adds them as such.
+    values = {"loss": total}
+    for name, mean in zip(names, loss_means, strict=True):
+        values[f"loss/{name}"] = mean
+    # A loss with one positive ignores duplicates, a loss with several adds them as positives.
     for name in names:
         if LOSSES[name].scores:
             column = "added_positives" if LOSSES[name].sigmoid else "ignored_negatives"
-            values[column] = round(ignored * pairs)
+            values[column] = round(duplicates * pairs)
     return values

@@ -1,11 +1,12 @@
 """Gradient caching (Gao et al., 2021): losses over pairs see all micro-batches of a step.
 
-1. The features of all micro-batches, without a graph. 2. The losses over their pairs, with the
-features as leaves: no parameter takes part, and so no hook of the engine. 3. Each micro-batch runs
-again, with the same dropout, and goes backward from its features' gradients, together with the
-losses that do not compare pairs.
+1. The student computes the features of all micro-batches, without a graph.
+2. The losses over their pairs are computed with the features as leaves: no parameter takes part,
+   and so no hook of the engine.
+3. Each micro-batch runs again, with the same dropout, and goes backward from the gradients of its
+   features, together with the losses that do not compare pairs.
 
-The leaves of a step and their gradients are there at the same time.
+The leaves of a step and their gradients exist at the same time.
 
 Shapes: A micro-batches of B pairs.
 """
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.sides import upcast
+from ds_cmli.cmli.sides import score_dtype
 
 
 class KnownGradient(torch.autograd.Function):
@@ -26,53 +27,59 @@ class KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gradient, factor):
         ctx.save_for_backward(gradient)
-        ctx.factor, ctx.dtype = factor, x.dtype
-        return torch.zeros((), dtype=upcast(x[:0]).dtype, device=x.device)
+        ctx.factor = factor
+        ctx.dtype = x.dtype
+        return torch.zeros((), dtype=score_dtype(x), device=x.device)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, d_zero):
         (gradient,) = ctx.saved_tensors
-        return (gradient * (grad * ctx.factor).to(gradient.dtype)).to(ctx.dtype), None, None
+        factor = (d_zero * ctx.factor).to(gradient.dtype)
+        return (gradient * factor).to(ctx.dtype), None, None
 
 
-class Compared(NamedTuple):
-    """The losses over the pairs of a step, and the gradients of what they compare."""
+class PairGradients(NamedTuple):
+    """The losses over the pairs of a step, and the gradients of the features."""
 
-    total: Tensor  # the weighted sum, without a graph, like the next
-    values: dict[str, Tensor]
-    gradients: dict[str, Tensor]  # [A * B, ..]
+    total: Tensor  # the weighted sum of the losses, without a graph
+    losses: dict[str, Tensor]  # each loss by name, without a graph
+    gradients: dict[str, Tensor]  # [A * B, ..] of each feature, by name
 
-    def of(self, number: int, count: int, positions: int) -> dict[str, Tensor]:
-        """The gradients of one of `count` micro-batches, with so many text positions."""
-        known = {name: x.chunk(count)[number] for name, x in self.gradients.items()}
-        if "tokens" in known:
-            known["tokens"] = known["tokens"][:, :positions]
-        return known
+    def of_micro_batch(self, index: int, accumulation: int, positions: int) -> dict[str, Tensor]:
+        """Return the gradients of one of A micro-batches, whose texts have so many positions."""
+        gradients = {name: x.chunk(accumulation)[index] for name, x in self.gradients.items()}
+        if "tokens" in gradients:
+            gradients["tokens"] = gradients["tokens"][:, :positions]
+        return gradients
 
 
 @torch.enable_grad()
-def compared(
+def compare_cached(
     features: list[dict[str, Tensor]],
     compare: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     weighted: Callable[[dict[str, Tensor]], list[Tensor]],
-    scale: float = 1.0,
-) -> Compared:
-    """Compare the pairs of all micro-batches. Collective.
+    loss_scale: float = 1.0,
+) -> PairGradients:
+    """Compute the losses over the pairs of all micro-batches, and their gradients. Collective.
 
     Args:
-        features: of each micro-batch, which are taken out of it.
-        scale: multiplies the gradients, which keeps them from vanishing in fp16.
+        features: the features of each micro-batch by name; they are taken out of the dictionaries.
+        compare: returns the losses of features by name.
+        weighted: multiplies losses by their weights.
+        loss_scale: multiplies the gradients, which keeps fp16 gradients from vanishing.
     """
-    leaves = {name: _joined([f.pop(name) for f in features]) for name in [*features[0]]}
-    values = compare(leaves)  # collectives
-    total = torch.stack(weighted(values)).sum()
-    (total * scale).backward()  # collectives
+    names = list(features[0])
+    leaves = {name: _leaf([of_batch.pop(name) for of_batch in features]) for name in names}
+    losses = compare(leaves)  # collectives
+    total = torch.stack(weighted(losses)).sum()
+    (total * loss_scale).backward()  # collectives
     gradients = {name: x.grad for name, x in leaves.items() if x.grad is not None}
-    return Compared(total.detach(), {n: x.detach() for n, x in values.items()}, gradients)
+    detached = {name: loss.detach() for name, loss in losses.items()}
+    return PairGradients(total.detach(), detached, gradients)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """One leaf; texts are padded to the longest."""
+def _leaf(parts: list[Tensor]) -> Tensor:
+    """Join a feature of all micro-batches, texts padded to the longest, into a leaf."""
     if parts[0].ndim > 1:
         longest = max(x.shape[1] for x in parts)
         parts = [F.pad(x, [0, 0] * (x.ndim - 2) + [0, longest - x.shape[1]]) for x in parts]
@@ -81,12 +88,15 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def random_states(device: torch.device) -> list[Tensor]:
-    """Of the generators that dropout draws from."""
+    """Return the states of the generators that dropout draws from."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
 
 
 def set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    for state in states[1:]:
+    on_host, *on_gpu = states
+    torch.set_rng_state(on_host)
+    for state in on_gpu:
         torch.cuda.set_rng_state(state, device)

@@ -1,13 +1,13 @@
 """The module that DeepSpeed's engine trains: the student and the chosen losses.
 
-A loss over pairs is a function of the pairs' features alone, with gradient caching those of all
-micro-batches of a step. What it has learned, its temperature, is a feature too: so no parameter
-takes part when features are compared.
+A loss over pairs depends on the features of the pairs alone. With gradient caching these are the
+features of all micro-batches of a step. The learned temperature of a loss is passed as a feature
+too, so that comparing features uses no parameter of the module.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from pkgutil import resolve_name
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,24 @@ from ds_cmli.losses.gradient_cache import KnownGradient
 from ds_cmli.losses.target_cmli import Features, WidthHead
 from ds_cmli.models.student import Student, Targets
 
-# The weighted sum, a scalar in fp32; each loss by name, detached.
-Losses = tuple[Tensor, dict[str, Tensor]]
-PairFeatures = dict[str, Tensor]
+Losses = tuple[Tensor, dict[str, Tensor]]  # the weighted sum in fp32; each loss, detached, by name
+PairFeatures = dict[str, Tensor]  # the inputs of the losses over pairs, by name
 
 
 class Objective(nn.Module):
     def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
-        """Build the losses that the configuration names."""
+        """Build the losses that the configuration names.
+
+        Args:
+            teacher_width: the hidden size of the teacher; None without a teacher.
+        """
         super().__init__()
-        self.config, self.student = config, student
-        built = {
-            name: resolve_name(LOSSES[name].implementation)(config, student, teacher_width)
-            for name in config.weights
-        }
-        self.losses = nn.ModuleDict(built)
+        self.config = config
+        self.student = student
+        self.losses = nn.ModuleDict()
+        for name in config.weights:
+            build_loss = resolve_name(LOSSES[name].implementation)
+            self.losses[name] = build_loss(config, student, teacher_width)
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
@@ -44,102 +47,112 @@ class Objective(nn.Module):
         batch: Batch,
         targets: Targets | None = None,
         embed: bool = False,
-        known: PairFeatures | None = None,
+        pair_gradients: PairFeatures | None = None,
         factor: float = 1.0,
     ) -> Losses | PairFeatures:
-        """This rank's mean losses of a micro-batch, with its own negatives. Collective.
+        """Return this rank's mean losses of a micro-batch. Collective.
 
-        Their means over ranks are those of the global batch.
+        Negatives are the other pairs of the micro-batch on all ranks. The mean over ranks of a loss
+        is the loss of the global micro-batch.
 
         Args:
             targets: the teacher's features; None if no loss needs them.
-            embed: return what the losses over pairs compare.
-            known: the gradients of that, to be multiplied by `factor`, in place of these losses.
+            embed: return the features that the losses over pairs compare, and compute no loss.
+            pair_gradients: the gradients of these features, if the losses over pairs have been
+                computed before; backward then uses them, multiplied by `factor`.
         """
         features = self._features(batch)
         pairs = self._pair_features(features, batch)
         if embed:
-            # A class token is a view of its sequence, whose memory would be kept.
+            # A class token is a view of its sequence: without a copy it would keep the sequence.
             return {name: x if x._base is None else x.clone() for name, x in pairs.items()}
-        values = {}
+        values: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             if not LOSSES[name].scores:
                 values[name] = loss(features, targets, self.student, self.width_head)
-        if known is None:
+        if pair_gradients is None:
             values |= self.compare(pairs)  # collectives
         terms = self.weighted(values)
-        for name, gradient in (known or {}).items():
-            terms.append(KnownGradient.apply(pairs[name], gradient, factor))
-        # In the order of the log.
-        ordered = {name: values[name].detach() for name in self.losses if name in values}
-        return torch.stack(terms).sum(), ordered
+        if pair_gradients is not None:
+            for name, gradient in pair_gradients.items():
+                terms.append(KnownGradient.apply(pairs[name], gradient, factor))
+        logged = {name: values[name].detach() for name in self.losses if name in values}
+        return torch.stack(terms).sum(), logged
 
     def compare(self, pairs: PairFeatures) -> dict[str, Tensor]:
-        """The losses over the pairs of all ranks. Collective."""
-        tokens = pairs.get("patches"), pairs.get("tokens"), pairs["token_mask"]
-        compared: dict[str, tuple[Any, Any, Any, Any]] = {
-            "global": (pairs.get("image_cls"), pairs.get("text_cls"), None, None),
-            "cmli": (*tokens, None),
-        }
+        """Return the losses over the pairs of all ranks, by name. Collective."""
         values = {}
         for name, loss in self._over_pairs().items():
-            learned = pairs[f"learned/{name}"]
-            size = 1 if loss.temperature.logit_bias is None else 2
-            learned = learned.view(-1, size).mean(0)  # over the micro-batches
-            # Not by the module's hooks, which at ZeRO-3 expect it where the model runs.
-            sides = compared[LOSSES[name].scores]
+            sides: tuple[Tensor, ...]
+            if LOSSES[name].scores == "global":
+                sides = pairs["image_cls"], pairs["text_cls"]
+            else:
+                sides = pairs["patches"], pairs["tokens"], pairs["token_mask"]
+            # With gradient caching each micro-batch has added its copy of the scale and the bias.
+            copy_size = 1 if loss.temperature.logit_bias is None else 2
+            learned = pairs[f"learned/{name}"].view(-1, copy_size).mean(0)
+            # `forward`, not the module: ZeRO-3's hooks expect a module to be called by the model.
             values[name] = loss.forward(*sides, ids=pairs["ids"], learned=learned)
         return values
 
     @property
-    def ignored(self) -> Tensor | None:
-        """How many texts of other pairs were no negatives of this rank's images in the last
-        comparison; None without one."""
+    def num_duplicates(self) -> Tensor | None:
+        """The number of duplicates among the pairs compared last; None without a loss over pairs.
+
+        Duplicates are other pairs' texts that are no negatives of this rank's images.
+        """
         return next((loss.num_duplicates for loss in self._over_pairs().values()), None)
 
     def weighted(self, values: dict[str, Tensor]) -> list[Tensor]:
+        """Multiply each loss by its weight."""
         return [self.config.weights[name] * value for name, value in values.items()]
 
     def _over_pairs(self) -> dict[str, PairLoss]:
         return {name: cast(PairLoss, self.losses[name]) for name in over_pairs(self.config.weights)}
 
     def _features(self, batch: Batch) -> Features:
-        texts = batch.input_ids, batch.attention_mask, batch.padded
-        x, patches, y, tokens = self.student(batch.image, *texts)
-        return Features(x, patches, y, tokens, batch.token_mask)
+        image_cls, patches, text_cls, tokens = self.student(
+            batch.image, batch.input_ids, batch.attention_mask, batch.padded
+        )
+        return Features(image_cls, patches, text_cls, tokens, batch.token_mask)
 
-    def _pair_features(self, f: Features, batch: Batch) -> PairFeatures:
-        """What the losses over pairs compare, with `learned/NAME` of each."""
-        kinds = {LOSSES[name].scores for name in self.config.weights}
-        pairs: PairFeatures = {"token_mask": f.token_mask, "ids": batch.pair_id}
-        if "global" in kinds:
-            pairs |= {"image_cls": f.image_cls, "text_cls": f.text_cls}
-        if "cmli" in kinds:
-            project = self.student.projection
-            pairs |= {"patches": project(f.patches), "tokens": project(f.tokens)}
+    def _pair_features(self, features: Features, batch: Batch) -> PairFeatures:
+        """Return the inputs of the losses over pairs, with `learned/NAME` of each loss."""
+        score_kinds = {LOSSES[name].scores for name in self.config.weights}
+        pairs: PairFeatures = {"token_mask": features.token_mask, "ids": batch.pair_id}
+        if "global" in score_kinds:
+            pairs["image_cls"] = features.image_cls
+            pairs["text_cls"] = features.text_cls
+        if "cmli" in score_kinds:
+            pairs["patches"] = self.student.projection(features.patches)
+            pairs["tokens"] = self.student.projection(features.tokens)
         for name, loss in self._over_pairs().items():
             pairs[f"learned/{name}"] = loss.temperature()
         return pairs
 
     def scales(self) -> dict[str, float]:
-        """1/temperature of each loss that has one, by name.
+        """Return 1/temperature of each loss that has a temperature, by name.
 
-        CPU-GPU sync; collective if ZeRO-3 partitions them.
+        CPU-GPU sync; collective if ZeRO-3 partitions the temperatures.
         """
         temperatures = {
             name: cast(Temperature, loss.temperature)
             for name, loss in self.losses.items()
             if hasattr(loss, "temperature")
         }
-        parameters = [p for x in temperatures.values() for p in x.parameters()]
-        with torch.no_grad(), _whole(parameters):
-            return {name: x.forward()[0].item() for name, x in temperatures.items()}
+        parameters = [p for module in temperatures.values() for p in module.parameters()]
+        scales = {}
+        with torch.no_grad(), _gathered(parameters):
+            for name, module in temperatures.items():
+                scale, *_ = module.forward()
+                scales[name] = scale.item()
+        return scales
 
 
-def _whole(parameters: list[nn.Parameter]) -> AbstractContextManager:
-    """Enter a context with whole parameters.
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager:
+    """Return a context in which the parameters are whole. Collective under ZeRO-3.
 
-    Under ZeRO-3 they may be partitioned at any time, as after a skipped step.
+    ZeRO-3 may have partitioned them at any time, for example after a skipped step.
     """
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()

@@ -13,26 +13,30 @@ from ds_cmli.models.student import Student
 
 class GlobalContrastive(PairLoss):
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
-        super().__init__(config.init_temperature, **_options(config))
-        if student.start is not None:  # as the source of the student was trained
+        super().__init__(config.init_temperature, backend=config.cmli_backend)
+        if student.start is not None:  # the scale with which the student's source was trained
             self.temperature.logit_scale.data.fill_(student.start.log_scale)
 
 
 class AllPairsCMLI(CMLILoss):
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
-        super().__init__(config.cmli_init_temperature, **_options(config))
+        super().__init__(config.cmli_init_temperature, backend=config.cmli_backend)
 
 
 class GlobalSigmoid(PairLoss):
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
         # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start
         # with a small loss.
-        scale, bias, start = math.log(10), config.init_bias, student.start
-        if start is not None:
-            scale, bias = start.log_scale, start.bias if bias is None else bias
-        bias = -10.0 if bias is None else bias
-        super().__init__(0.1, bias, MAX_SIGMOID_SCALE, **_options(config))
-        self.temperature.logit_scale.data.fill_(scale)
+        log_scale = math.log(10)
+        bias = config.init_bias
+        if student.start is not None:
+            log_scale = student.start.log_scale
+            if bias is None:
+                bias = student.start.bias
+        if bias is None:
+            bias = -10.0
+        super().__init__(0.1, bias, MAX_SIGMOID_SCALE, backend=config.cmli_backend)
+        self.temperature.logit_scale.data.fill_(log_scale)
 
 
 class CMLISigmoid(CMLILoss):
@@ -41,8 +45,4 @@ class CMLISigmoid(CMLILoss):
         # any pair. A larger scale and a lower bias than SigLIP's make the negatives of an untrained
         # student start near SigLIP's logit of -10.
         bias = -14.0 if config.init_bias is None else config.init_bias
-        super().__init__(0.02, init_bias=bias, **_options(config))
-
-
-def _options(config: LossConfig) -> dict:
-    return {"backend": config.cmli_backend}
+        super().__init__(0.02, init_bias=bias, backend=config.cmli_backend)

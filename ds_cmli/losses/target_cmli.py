@@ -28,45 +28,40 @@ class Features(NamedTuple):
 
 
 class WidthHead(nn.Linear):
-    """A linear map from the student's to the teacher's width, for widths that differ.
-
-    It is initialised orthonormal.
-    """
+    """A linear map from the student's to the teacher's width, orthonormal at the start."""
 
     def __init__(self, width: int, teacher_width: int):
         super().__init__(width, teacher_width, bias=False)
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, back: bool = False) -> Tensor:
-        """[.., H] -> [.., H_t].
+        """Map [.., H] to [.., H_t], H_t the teacher's hidden size.
 
-        `back`: the reverse, by the transpose, the pseudo-inverse of an orthonormal map.
+        Args:
+            back: map [.., H_t] to [.., H], by the transpose: the pseudo-inverse of an orthonormal
+                map.
         """
         return nn.functional.linear(x, self.weight.t() if back else self.weight)
 
 
-def patch_similarities(tokens: Tensor, patches: Tensor) -> Tensor:
-    """Cosine similarities of the tokens [B, M, D] and patches [B, N, D] of each pair: [B, M, N],
-    without a gradient.
+def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
+    """Return each token's patch of the highest cosine, int64 [B, M]: equation (2) for the pairs.
 
-    Both are projected by the same g: with two different random projections, matches are random.
+    The index has no gradient, so this alone never trains g. Ties go to the lowest index.
+
+    Args:
+        tokens: [B, M, D].
+        patches: [B, N, D], projected by the same g as the tokens: with two different random
+            projections, matches are random.
     """
     with torch.no_grad(), full_precision(tokens.device):
-        tokens, patches = l2_normalize(upcast(tokens)), l2_normalize(upcast(patches))
-        return tokens @ patches.transpose(1, 2)
-
-
-def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
-    """Equation (2) for the pairs: each token's patch of the highest cosine similarity.
-
-    int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
-    index.
-    """
-    return patch_similarities(tokens, patches).argmax(2)
+        unit_tokens = l2_normalize(upcast(tokens))
+        unit_patches = l2_normalize(upcast(patches))
+        return (unit_tokens @ unit_patches.transpose(1, 2)).argmax(2)
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
-    """||x - y||^2 over the last dimension H: its sum or its mean.
+    """Return ||x - y||^2 over the last dimension H, as its sum or its mean.
 
     (7) and (9) are written with the sum; the mean is the usual "MSE". The trainer uses the mean by
     default: the document wants this loss and the contrastive loss to weigh the same, and the sum is
@@ -77,9 +72,10 @@ def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the valid positions of each row, then over rows; empty rows give 0.
+    """Average [B, M] over the valid positions of each row, then over rows; empty rows give 0.
 
-    [B, M], bool [B, M] -> scalar.
+    Args:
+        mask: bool [B, M], True = valid.
     """
     count = mask.sum(1).clamp(min=1)
     return ((values * mask).sum(1) / count).mean()
@@ -88,7 +84,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def target_image_loss(
     student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H]."""
+    """Regress each patch on the teacher's at the same place, both [B, N, H]: equation (7)."""
     return squared_distance(student_patches, teacher_patches, reduction).mean()
 
 
@@ -99,7 +95,7 @@ def target_text_loss(
     token_mask: Tensor,
     reduction: str = "mean",
 ) -> Tensor:
-    """Equation (9): each valid token regresses the teacher's feature at its match.
+    """Regress each valid token on the teacher's feature at its match: equation (9).
 
     The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
     mean over the M_j valid tokens of each text.
@@ -117,52 +113,68 @@ def target_text_loss(
 
 
 class TargetCMLI(nn.Module):
-    """Equation (10): the mean of (7), the patches' loss, and (9), the tokens', with weights."""
+    """The weighted mean of the patches' loss (7) and the tokens' loss (9): equation (10)."""
 
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
         super().__init__()
         self.reduction = config.mse_reduction
-        self.image, self.text = config.target_image_weight / 2, config.target_text_weight / 2
+        self.image_weight = config.target_image_weight / 2
+        self.text_weight = config.target_text_weight / 2
 
     def forward(
-        self, f: Features, targets: Targets, student: Student, head: WidthHead | None
+        self, features: Features, targets: Targets, student: Student, head: WidthHead | None
     ) -> Tensor:
-        """`head` maps the student's features to the teacher's width; None: they are equal."""
-        patches, tokens, halves = f.patches, f.tokens, list[Tensor]()
+        """Return the loss of this rank's pairs, a scalar.
+
+        Args:
+            head: maps the student's features to the teacher's width; None: the widths are equal.
+        """
+        patches = features.patches
+        tokens = features.tokens
         if head is not None:
-            patches, tokens = head(patches), head(tokens)
-        if self.text:
-            match = self.match(f, targets, student, head)
-            loss = target_text_loss(tokens, targets.patches, match, f.token_mask, self.reduction)
-            halves.append(self.text * loss)
-        if self.image:
+            patches = head(patches)
+            tokens = head(tokens)
+        terms: list[Tensor] = []
+        if self.text_weight:
+            match = self.match(features, targets, student, head)
+            loss = target_text_loss(
+                tokens, targets.patches, match, features.token_mask, self.reduction
+            )
+            terms.append(self.text_weight * loss)
+        if self.image_weight:
             loss = target_image_loss(patches, targets.patches, self.reduction)
-            halves.append(self.image * loss)
-        return torch.stack(halves).sum()
+            terms.append(self.image_weight * loss)
+        return torch.stack(terms).sum()
 
     @torch.no_grad()
     def match(
-        self, f: Features, targets: Targets, student: Student, head: WidthHead | None
+        self, features: Features, targets: Targets, student: Student, head: WidthHead | None
     ) -> Tensor:
-        """The teacher patch of each token, int64 [B, M]; only an all-pairs loss trains the
-        projection."""
-        patches = targets.patches if head is None else head(targets.patches, back=True)
-        similar = patch_similarities(student.projection(f.tokens), student.projection(patches))
-        return similar.argmax(2)
+        """Return the teacher's patch of each token, int64 [B, M].
+
+        Only an all-pairs loss trains the projection that is used here.
+        """
+        patches = targets.patches
+        if head is not None:
+            patches = head(patches, back=True)
+        return match_patches(student.projection(features.tokens), student.projection(patches))
 
 
 class ClsDistillation(nn.Module):
-    """The class tokens of image and text regress the teacher's: the mean of both."""
+    """The mean of the class tokens' losses: image and text regress the teacher's class token."""
 
     def __init__(self, config: LossConfig, student: Student, teacher_width: int | None = None):
         super().__init__()
         self.reduction = config.mse_reduction
 
     def forward(
-        self, f: Features, targets: Targets, student: Student, head: WidthHead | None
+        self, features: Features, targets: Targets, student: Student, head: WidthHead | None
     ) -> Tensor:
-        sides = [f.image_cls, f.text_cls]
+        image_cls = features.image_cls
+        text_cls = features.text_cls
         if head is not None:
-            sides = [head(x) for x in sides]
-        image, text = (squared_distance(x, targets.cls, self.reduction).mean() for x in sides)
+            image_cls = head(image_cls)
+            text_cls = head(text_cls)
+        image = squared_distance(image_cls, targets.cls, self.reduction).mean()
+        text = squared_distance(text_cls, targets.cls, self.reduction).mean()
         return (image + text) / 2
