@@ -19,10 +19,20 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str | None:
-    """Return the git commit of the sources, with "-dirty" if they were changed, or None."""
-    options = ("--always", "--dirty", "--abbrev=40", "--exclude=*")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", *options]
+    """Return the git commit of the sources, with "-dirty" if they were changed, or None.
+
+    None also for an installed package, whose environment may lie in a repository of the user's.
+    """
+    package = Path(__file__).parent
+    git = ["git", "-C", str(package)]
     try:
-        return subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+        top = _output_of(*git, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() != package.parent.resolve():
+            return None
+        return _output_of(*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _output_of(*command: str) -> str:
+    return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()

@@ -40,8 +40,8 @@ from ds_cmli.files import JsonObject, Section
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
-# Optimizers of PyTorch in whose place DeepSpeed would take its own of the same name.
-REPLACED_OPTIMIZERS = ("Adagrad", "Muon")
+# What DeepSpeed's universal checkpoint holds of an optimizer: the state of Adam, AdamW and RAdam.
+RESUMABLE_STATE = {"step", "exp_avg", "exp_avg_sq"}
 CHECKED_STEPS = 10  # of a schedule, whose learning rate must have left 0 by then
 
 
@@ -273,11 +273,7 @@ def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
 def kind_of(section: str, name: str) -> Any:
     """PyTorch's optimizer, or DeepSpeed's schedule, of that name. Raises `UserError`."""
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
-    known = [
-        key
-        for key, kind in kinds.items()
-        if isinstance(kind, type) and key not in REPLACED_OPTIMIZERS
-    ]
+    known = [key for key, kind in kinds.items() if isinstance(kind, type)]
     name = "AdamW" if name.lower() in ADAMS else name
     choice(f"{section}.type", name, known)
     return kinds[name]
@@ -311,14 +307,11 @@ def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> Non
         UserError: a parameter is unknown, of a wrong type, or refused by PyTorch or DeepSpeed.
     """
     kind = kind_of("optimizer", optimizer["type"])
+    _take_step(kind, {"lr": 1e-3}, f"optimizer.type is {optimizer['type']!r}")
     check_section(parameters_model("optimizer", kind), optimizer["params"], "optimizer.params")
     taken = inspect.signature(kind).parameters
     values = {key: value for key, value in optimizer["params"].items() if key in taken}
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    parameter.grad = torch.zeros(1)
-    with blame(f"optimizer.params is {optimizer['params']}"):
-        trial = kind([parameter], **values)
-        trial.step()
+    trial = _take_step(kind, values, f"optimizer.params is {optimizer['params']}")
     if scheduler is None:
         return
     kind = kind_of("scheduler", scheduler["type"])
@@ -331,3 +324,21 @@ def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> Non
             rates += schedule.get_last_lr()
     if not (all(map(math.isfinite, rates)) and any(rate > 0 for rate in rates)):
         raise UserError(f"scheduler.params is {scheduler['params']}: the learning rate stays 0")
+
+
+def _take_step(kind: Any, values: JsonObject, setting: str) -> torch.optim.Optimizer:
+    """Take a step with a new optimizer, and return it.
+
+    Raises `UserError`, which names `setting`, if it cannot, or if a run of it could not resume.
+    """
+    parameter = torch.nn.Parameter(torch.zeros(1, 1))
+    parameter.grad = torch.zeros(1, 1)
+    with blame(setting):
+        optimizer = kind([parameter], **values)
+        optimizer.step()
+    if optimizer.state[parameter].keys() != RESUMABLE_STATE:
+        raise UserError(
+            f"{setting}: a run of it could not resume on other ranks or at another ZeRO stage: "
+            "give Adam or AdamW without amsgrad, or RAdam"
+        )
+    return optimizer

@@ -6,11 +6,12 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.config.messages import check, choice, setting_of_error
@@ -23,10 +24,20 @@ AugmentationName = Literal["random_resized_crop", "horizontal_flip", "color_jitt
 Resize = Literal["crop", "shortest", "squash", "shortest_pillow", "squash_pillow"]
 Interpolation = Literal["bicubic", "bilinear"]
 
+
+def expand_home(path: str) -> str:
+    """Return the path with its ~ or ~USER replaced by that home. Raises ValueError."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError("there is no such user")
+    return expanded
+
+
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 MOST = 10**9  # of counts and factors: products of two of them are finite in fp32
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
+Folder = Annotated[Text, AfterValidator(expand_home)]
 Names = Annotated[list[Name], Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
@@ -332,7 +343,7 @@ class RunConfig:
         0,
         description="that of weights, data order and scenes",
     )
-    output_dir: Text = Field(
+    output_dir: Folder = Field(
         "",
         description='the run\'s folder; "": runs/<preset>-<date and time>',
     )

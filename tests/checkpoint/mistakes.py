@@ -3,4 +3,6 @@
 MISTAKES = [
     ("train --resume {here}/nowhere", "nowhere"),
     ("train --output-dir {here}/file/run", "file", lambda here: (here / "file").write_text("")),
+    (f"train --output-dir {{here}}/{'x' * 300}", "--output-dir"),
+    ("train --output-dir ~nouser/run", "run.output_dir is '~nouser/run': Value error, there is no such user"),
 ]

@@ -35,7 +35,12 @@ MISTAKES = [
     (JSON, "ds.json: ValueError: no JSON object", ds_json("[1]")),
     (JSON, "'zero_optimization'", ds_json({"zero_optimisation": {"stage": 2}})),
     (JSON, "hybrid_engine", ds_json({"hybrid_engine": {"enabled": True}, "pipeline": False})),
-    (JSON, "zero_allow_untested_optimizer", ds_json({"optimizer": {"type": "SGD"}})),
+    (JSON, "zero_allow_untested_optimizer", ds_json({"optimizer": {"type": "RAdam"}})),
+    *(
+        (JSON, "could not resume on other ranks", ds_json({"optimizer": {"type": kind}}))
+        for kind in ("SGD", "NAdam", "Adamax", "RMSprop", "ASGD", "Adafactor", "Adagrad")
+    ),
+    (JSON, "could not resume on other ranks", ds_json({"optimizer": {"type": "AdamW", "params": {"amsgrad": True}}})),
     (f"train --preset {'x' * 5000}", "known: demo, "),
     (f"train --steps {'x' * 5000}", "--steps"),
     (f"train --data {'x' * 5000}", "data.source"),
