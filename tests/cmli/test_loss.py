@@ -1,4 +1,4 @@
-"""The loss against its equations; `PairLoss` in closed form, on any ranks, against its definition over all scores."""
+"""The loss in closed form, on any ranks, blocks and scratch, against its definition over all scores."""
 
 import copy
 import math
@@ -17,37 +17,47 @@ from ds_cmli.cmli.reference import cmli_scores_reference, pair_loss_reference
 from tests import ranks
 
 G, N, M, D = 12, 20, 6, 16
-
-
-def temperature(loss: CMLILoss) -> torch.nn.Parameter:
-    ((_, parameter),) = loss.named_parameters()
-    return parameter
+SETTINGS = list(product((False, True), (False, True)))  # vectors, sigmoid
 
 
 def batch(vectors: bool, extra: bool, dtype=torch.float64):
-    """Features, masks with empty texts, and pairs that share an id."""
+    """Features and masks; `extra`: also patch masks, pairs that share an id, and four empty texts at the end."""
     rng = torch.Generator().manual_seed(0)
     shapes = ((G, D), (G, D)) if vectors else ((G, N, D), (G, M, D))
     image, text = (torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for shape in shapes)
-    mask = None if vectors else torch.arange(M) < torch.randint(0, M + 1, (G, 1), generator=rng)
-    patch_mask = torch.rand(G, N, generator=rng) < 0.8 if extra and not vectors else None
-    ids = torch.randint(0, G, (G, 2), generator=rng) if extra else None
-    return image, text, mask, patch_mask, ids
+    token_mask = patch_mask = ids = None
+    if not vectors:
+        token_mask = torch.arange(M) < torch.randint(0, M + 1, (G, 1), generator=rng)
+        token_mask &= torch.rand(G, M, generator=rng) < 0.9  # holes
+    if extra:
+        ids = torch.randint(0, G, (G, 2), generator=rng)
+    if extra and token_mask is not None:
+        token_mask[-4:] = False  # all texts of the last of three ranks
+        patch_mask = torch.rand(G, N, generator=rng) < 0.8
+    return image, text, token_mask, patch_mask, ids
+
+
+def duplicates_of(ids: torch.Tensor) -> torch.Tensor:
+    """bool [G, G]: pairs that share an id, each pair with itself included."""
+    return (ids[:, None] == ids).any(2)
 
 
 def test_one_over_the_temperature_is_at_most_100_and_learned_above_it_too():
-    (*case, _), found = batch(False, True, torch.float32), []
+    *sides, _ = batch(False, True, torch.float32)
+    values, gradients = [], []
     for scale in (100.0, 1000.0):
         loss = CMLILoss()
-        temperature(loss).data.fill_(math.log(scale))
-        value = loss(*case)
+        loss.temperature.logit_scale.data.fill_(math.log(scale))
+        value = loss(*sides)
         value.backward()
-        found.append((value.item(), temperature(loss).grad.item()))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
-    assert found[0][1] == pytest.approx(found[1][1], rel=1e-3) and abs(found[1][1]) > 1e-3
+        values.append(value.item())
+        gradients.append(loss.temperature.logit_scale.grad.item())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-3)
+    assert abs(gradients[1]) > 1e-3
 
 
-def test_features_of_any_length_and_of_no_length():
+def test_the_length_of_features_does_not_count_and_zeros_have_a_gradient():
     image, text, token_mask, patch_mask, _ = batch(False, True)
     loss = CMLILoss().double()
     expected = loss(image, text, token_mask, patch_mask)
@@ -58,123 +68,148 @@ def test_features_of_any_length_and_of_no_length():
     assert image.grad.isfinite().all()
 
 
-def expected(vectors: bool, extra: bool, dtype, learned: torch.Tensor) -> list[torch.Tensor]:
-    """Loss and gradients of the whole batch in fp64."""
-    image, text, mask, patch_mask, ids = batch(vectors, extra, dtype)
+def expected_results(vectors: bool, extra: bool, dtype, learned: torch.Tensor) -> list[torch.Tensor]:
+    """Loss of the whole batch, and gradients of image, text and learned parameters, in fp64."""
+    image, text, token_mask, patch_mask, ids = batch(vectors, extra, dtype)
     image, text = (x.double().requires_grad_() for x in (image, text))
     parameters = learned.double().requires_grad_()
-    units = l2_normalize(image), l2_normalize(text)
-    scores = [units[0] @ units[1].t()] * 2 if vectors else cmli_scores_reference(*units, mask, patch_mask)
-    alike = None if ids is None else (ids[:, None] == ids).any(2)
+    unit_image, unit_text = l2_normalize(image), l2_normalize(text)
+    if vectors:
+        scores = [unit_image @ unit_text.t()] * 2
+    else:
+        scores = cmli_scores_reference(unit_image, unit_text, token_mask, patch_mask)
     values = torch.cat([parameters[:1].exp(), parameters[1:]])
-    value = pair_loss_reference(*scores, values, alike)
+    value = pair_loss_reference(*scores, values, None if ids is None else duplicates_of(ids))
     return [value.detach(), *torch.autograd.grad(value, (image, text, parameters))]
 
 
-def of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, double: bool) -> list:
-    """The same of a rank's part, for each scratch and size of blocks."""
-    dtype, B = torch.float64 if double else torch.float32, G // world
-    mine, results = slice(rank * B, rank * B + B), []
-    for scratch, block in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):  # 2**11: of some images all is kept
-        pair_function.CPU_BLOCK_BYTES = block
-        loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch).to(dtype)
-        image, text, mask, patch_mask, ids = (None if x is None else x[mine] for x in batch(vectors, extra, dtype))
-        if mask is not None:  # each rank pads its own
-            longest = max(1, int(mask.sum(1).max()))
-            text, mask = text[:, :longest], mask[:, :longest]
+def results_of_rank(rank: int, world: int, vectors: bool, extra: bool, sigmoid: bool, double: bool) -> list:
+    """The same of a rank's part of the batch, for each scratch and size of blocks."""
+    dtype = torch.float64 if double else torch.float32
+    mine = slice(rank * G // world, (rank + 1) * G // world)
+    results = []
+    # With 2**11 bytes of scratch some images keep their scores.
+    for scratch_bytes, block_bytes in ((1, 1), (1, 2**24), (2**11, 1), (2**26, 2**24)):
+        pair_function.CPU_BLOCK_BYTES = block_bytes
+        loss = PairLoss(0.03, -2.0 if sigmoid else None, scratch_bytes=scratch_bytes).to(dtype)
+        image, text, token_mask, patch_mask, ids = (
+            None if x is None else x[mine] for x in batch(vectors, extra, dtype)
+        )
+        if token_mask is not None:  # each rank pads its texts to its own longest
+            ends = (token_mask * torch.arange(1, M + 1)).amax()
+            longest = max(1, int(ends))
+            text = text[:, :longest]
+            token_mask = token_mask[:, :longest]
         image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-        value = loss(image, text, mask, patch_mask, ids)
+        value = loss(image, text, token_mask, patch_mask, ids)
         value.backward()
-        learned = torch.cat([p.grad for p in loss.parameters()])
-        results.append([x.detach().double().numpy() for x in (value, image.grad, text.grad, learned)])
+        d_learned = torch.cat([p.grad for p in loss.parameters()])
+        results.append([x.detach().double().numpy() for x in (value, image.grad, text.grad, d_learned)])
     return results
 
 
-@pytest.mark.parametrize("vectors, sigmoid", list(product((False, True), (False, True))))
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("vectors, sigmoid", SETTINGS)
+@pytest.mark.parametrize(
+    "world", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_any_ranks_blocks_and_scratch_give_the_loss_of_the_whole_batch(world, vectors, sigmoid):
     learned = torch.cat([p.detach() for p in PairLoss(0.03, -2.0 if sigmoid else None).parameters()])
     for extra, double in product((False, True), (False, True)):
         limit = 1e-9 if double else 1e-5
-        value, *right = expected(vectors, extra, torch.float64 if double else torch.float32, learned)
+        dtype = torch.float64 if double else torch.float32
+        value, d_image, d_text, d_learned = expected_results(vectors, extra, dtype, learned)
         arguments = vectors, extra, sigmoid, double
-        every = ranks.run(of_rank, world, *arguments) if world > 1 else [of_rank(0, 1, *arguments)]
-        for setting in zip(*every, strict=True):
-            of_ranks = [[torch.as_tensor(x) / world for x in one] for one in setting]
-            assert_close(sum(one[0] for one in of_ranks), value, rtol=limit, atol=0)
-            assert_close(sum(one[3] for one in of_ranks), right[2], rtol=limit, atol=limit)
-            for k, g in enumerate(right[:2]):
-                rows = [one[1 + k] for one in of_ranks]
-                if g.ndim == 3:  # what a rank has not padded to has no gradient
-                    rows = [F.pad(x, (0, 0, 0, g.shape[1] - x.shape[1])) for x in rows]
-                assert (torch.cat(rows) - g).norm() < limit * g.norm()
+        results = [results_of_rank(0, 1, *arguments)] if world == 1 else ranks.run(results_of_rank, world, *arguments)
+        for setting in zip(*results, strict=True):
+            # The mean over ranks is that of the whole batch.
+            values, d_images, d_texts, d_learneds = zip(
+                *([torch.as_tensor(x) / world for x in of_rank] for of_rank in setting), strict=True
+            )
+            assert_close(sum(values), value, rtol=limit, atol=0)
+            assert_close(sum(d_learneds), d_learned, rtol=limit, atol=limit)
+            if not vectors:  # positions that a rank did not pad to have no gradient
+                d_texts = [F.pad(x, (0, 0, 0, M - x.shape[1])) for x in d_texts]
+            assert (torch.cat(d_images) - d_image).norm() < limit * d_image.norm()
+            assert (torch.cat(list(d_texts)) - d_text).norm() < limit * d_text.norm()
 
 
-def unequal(rank: int, world: int) -> str:
-    image, text, mask, *_ = batch(False, False)
-    try:
-        CMLILoss().double()(image[rank:], text[rank:], mask[rank:])
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def test_ranks_with_unequal_batches_get_a_line_each():
-    assert ranks.run(unequal, 2) == ["ranks have 11 to 12 pairs: drop the last unequal batch"] * 2
-
-
-def trained(loss, image, text, mask, through=lambda f, *x: f(*x)):
+def loss_and_gradients(loss, image, text, token_mask, call=lambda loss, *sides: loss(*sides)):
     image, text = image.clone().requires_grad_(), text.clone().requires_grad_()
-    value = through(loss, image, text, mask)
+    value = call(loss, image, text, token_mask)
     return [value.detach(), *torch.autograd.grad(value, (image, text, *loss.parameters()))]
 
 
 def test_two_runs_have_the_same_bits_also_checkpointed():
-    image, text, mask, *_ = batch(False, False, torch.float32)
+    image, text, token_mask, *_ = batch(False, False, torch.float32)
     loss = CMLILoss()
-    first = trained(loss, image, text, mask)
-    assert all(map(torch.equal, first, trained(copy.deepcopy(loss), image, text, mask)))
-    assert all(map(torch.equal, first, trained(loss, image, text, mask, partial(checkpoint, use_reentrant=False))))
+    first = loss_and_gradients(loss, image, text, token_mask)
+    again = loss_and_gradients(copy.deepcopy(loss), image, text, token_mask)
+    assert all(map(torch.equal, first, again))
+    checkpointed = loss_and_gradients(loss, image, text, token_mask, partial(checkpoint, use_reentrant=False))
+    assert all(map(torch.equal, first, checkpointed))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_gradients_are_those_of_the_rounded_unit_rows(dtype):
-    image, text, mask, *_ = batch(False, False, dtype)
-    ours = trained(CMLILoss(), image, text, mask)
+    image, text, token_mask, *_ = batch(False, False, dtype)
+    value, d_image, d_text, _ = loss_and_gradients(CMLILoss(), image, text, token_mask)
     units = [l2_normalize(x).double().requires_grad_() for x in (image, text)]
-    value = pair_loss_reference(*cmli_scores_reference(*units, mask), torch.tensor([50.0], dtype=torch.float64))
-    assert ours[0].item() == pytest.approx(value.item(), rel=1e-5) and ours[1].dtype == dtype
-    grads = torch.autograd.grad(value, units)
-    for x, unit, g, mine in zip((image, text), units, grads, ours[1:3], strict=True):
+    scores = cmli_scores_reference(*units, token_mask)
+    expected = pair_loss_reference(*scores, torch.tensor([50.0], dtype=torch.float64))
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert d_image.dtype == dtype
+    d_units = torch.autograd.grad(expected, units)
+    for x, unit, d_unit, ours in zip((image, text), units, d_units, (d_image, d_text), strict=True):
         length = x.double().norm(dim=-1, keepdim=True)
-        right = (g - unit * (unit * g).sum(-1, keepdim=True)) / length
-        assert (mine.double() - right).norm() < 1e-2 * right.norm()
+        d_x = (d_unit - unit * (unit * d_unit).sum(-1, keepdim=True)) / length
+        assert (ours.double() - d_x).norm() < 1e-2 * d_x.norm()
 
 
 def test_pairs_that_share_an_id_are_counted():
-    image, text, mask, _, ids = batch(False, True)
+    image, text, token_mask, _, ids = batch(False, True)
     loss = CMLILoss().double()
-    loss(image, text, mask, ids=ids)
-    alike = (ids[:, None] == ids).any(2)
-    assert loss.num_duplicates == alike.sum() - len(ids) > 0
-    loss(image, text, mask)
+    loss(image, text, token_mask, ids=ids)
+    assert loss.num_duplicates == duplicates_of(ids).sum() - len(ids) > 0
+    loss(image, text, token_mask)
     assert loss.num_duplicates == 0
 
 
+def test_under_autocast_vectors_of_two_dtypes_take_the_wider_one():
+    image, text, *_ = batch(True, False, torch.float32)
+    loss = PairLoss()
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(image.bfloat16(), text)
+    assert_close(value, loss(image.bfloat16().float(), text))
+
+
+IMAGE, TEXT, MASK, *_ = batch(False, False, torch.float32)
+VECTORS = torch.randn(G, D)
+
+
 @pytest.mark.parametrize(
-    "change, reason",
+    "arguments, reason",
     [
-        ({"text": torch.randn(3, M, D)}, "a row for each pair"),
+        ({"text": TEXT[:3], "token_mask": MASK[:3]}, "a row for each pair, not .12, 3, None"),
         ({"ids": torch.zeros(G, dtype=torch.int64)}, "a row for each pair"),
         ({"token_mask": None}, "or have a token_mask"),
+        ({"image": VECTORS, "text": VECTORS, "token_mask": None, "patch_mask": MASK}, "without a token_mask"),
+        ({"image": VECTORS.long(), "text": VECTORS.long(), "token_mask": None}, "must be floats of one dtype"),
+        ({"image": VECTORS, "text": VECTORS.half(), "token_mask": None}, "must be floats of one dtype"),
+        ({"image": VECTORS[:0], "text": VECTORS[:0], "token_mask": None}, "there are no pairs"),
+        ({"image": IMAGE[:0], "text": TEXT[:0], "token_mask": MASK[:0]}, "there are no pairs"),
+        ({"token_mask": MASK.to("meta")}, "token_mask must be bool .* on cpu"),
+        ({"token_mask": MASK.float()}, "token_mask must be bool"),
     ],
 )
-def test_what_does_not_fit_is_one_line(change, reason):
-    image, text, token_mask, *_ = batch(False, False, torch.float32)
-    arguments = {"image": image, "text": text, "token_mask": token_mask} | change
-    if "text" in change:
-        arguments["token_mask"] = token_mask[:3]
-    with pytest.raises(ValueError, match=reason):
+def test_an_argument_that_does_not_fit_is_one_line(arguments, reason):
+    arguments = {"image": IMAGE, "text": TEXT, "token_mask": MASK} | arguments
+    with pytest.raises(ValueError, match=reason) as raised:
         CMLILoss()(**arguments)
-    with pytest.raises(ValueError, match="temperature at the start"):
+    assert "\n" not in str(raised.value)
+
+
+def test_an_option_that_does_not_fit_is_one_line():
+    with pytest.raises(ValueError, match=r"the temperature at the start is 0\.001: give at least 0\.01"):
         CMLILoss(0.001)
+    with pytest.raises(ValueError, match="backend='x' is unknown; it must be one of auto, cpu, triton, torch"):
+        CMLILoss(backend="x")

@@ -1,0 +1,78 @@
+"""The exchange between ranks: the bytes of valid tokens alone, and one line on every rank for unequal batches."""
+
+import warnings
+
+import pytest
+import torch
+
+from ds_cmli.cmli import CMLILoss, PairLoss, exchange
+from tests import ranks
+
+B, N, M, D = 6, 9, 64, 32
+LENGTHS = [6, 18, 12, 3, 21, 12]  # 12 valid tokens on average
+
+
+def features(rank: int):
+    torch.manual_seed(rank)
+    image = torch.randn(B, N, D, requires_grad=True)
+    text = torch.randn(B, M, D, requires_grad=True)
+    return image, text, torch.arange(M) < torch.tensor(LENGTHS)[:, None]
+
+
+def bytes_sent(rank: int, world: int) -> dict[str, int]:
+    """The bytes of texts and of their gradients that a rank's collectives move in a loss and its backward."""
+    sizes = {}
+
+    def counted(name, collective):
+        def call(output, given, *others):
+            if given.shape[-1] >= D:  # rows of features, and not numbers
+                sizes[name] = max(output.nbytes, given.nbytes)
+            return collective(output, given, *others)
+
+        return call
+
+    image, text, token_mask = features(rank)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_all_gather", "_reduce_scatter"):
+            patch.setattr(exchange, name, counted(name, getattr(exchange, name)))
+        CMLILoss()(image, text, token_mask).backward()
+    assert text.grad[token_mask].any(1).all()
+    assert not text.grad[~token_mask].any()
+    return sizes
+
+
+def test_valid_tokens_alone_travel():
+    rows = 2 * sum(LENGTHS) * D * 4  # of two ranks, fp32
+    assert ranks.run(bytes_sent, 2) == [{"_all_gather": rows, "_reduce_scatter": rows}] * 2
+
+
+def error_of_unequal_batches(rank: int, world: int, vectors: bool, num_pairs: list[int]) -> str:
+    image, text, token_mask = (x[: num_pairs[rank]] for x in features(rank))
+    try:
+        if vectors:
+            PairLoss()(image[:, 0], text[:, 0])
+        else:
+            CMLILoss()(image, text, token_mask)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("vectors", [False, True], ids=["sequences", "vectors"])
+@pytest.mark.parametrize("num_pairs", [[6, 5], [0, 6]])
+def test_ranks_with_unequal_batches_get_the_same_line(vectors, num_pairs):
+    line = f"ranks have {min(num_pairs)} to {max(num_pairs)} pairs: drop the last unequal batch"
+    assert ranks.run(error_of_unequal_batches, 2, vectors, num_pairs) == [line] * 2
+
+
+def warnings_of_a_step(rank: int, world: int) -> list[str]:
+    image, text, token_mask = features(rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CMLILoss()(image, text, token_mask).backward()
+        PairLoss()(image[:, 0], text[:, 0]).backward()
+    return [str(warning.message) for warning in caught]
+
+
+def test_collectives_warn_of_nothing():
+    assert ranks.run(warnings_of_a_step, 2) == [[], []]
