@@ -13,7 +13,7 @@ Shapes: I images, J texts, N patches, M text positions (padded), D features; X s
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -28,101 +28,107 @@ try:
     import triton
     import triton.language as tl
 except ImportError:
-    # A build of torch for CPUs brings none, and predicts the memory on a GPU all the same: it
+    # A build of torch for CPUs brings no Triton, and predicts the memory on a GPU all the same: it
     # chooses tiles and allocates, and starts no kernel.
-    brought = {"2.13": "3.7.1", "2.14": "3.8.0"}  # by the builds of torch for GPUs
+    TRITON_OF_TORCH = {"2.13": "3.7.1", "2.14": "3.8.0"}  # by the builds of torch for GPUs
 
     def _unchanged(kernel: Callable | None = None, **_: object) -> Callable:
         return _unchanged if kernel is None else kernel
 
-    version, language = brought.get(torch.__version__[:4]), SimpleNamespace(constexpr=lambda x: x)
-    stub: Any = SimpleNamespace(jit=_unchanged, __version__=version or "3.9.0", language=language)
-    triton, tl = stub, stub.language
+    tl: Any = SimpleNamespace(constexpr=lambda x: x)  # type: ignore[no-redef]
+    triton: Any = SimpleNamespace(  # type: ignore[no-redef]
+        jit=_unchanged, __version__=TRITON_OF_TORCH.get(torch.__version__[:4], "3.9.0")
+    )
 
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
 HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32, and so give no NaN by themselves
-PARTIAL_BYTES = 64 * 2**20  # for the maxima of images of several blocks, if one image's fit
+PARTIAL_BYTES = 64 * 2**20  # maxima of images of several blocks, if one image's fit
+SCRATCH_SHARED_BYTES = 2304  # the most that reductions and layout changes were seen to take
 
 
 class ForwardTiles(NamedTuple):
-    rows: int  # patches a program holds
+    rows: int  # patches that a program holds
     # Tile widths, ascending: a text takes the smallest that holds it, or several of the last.
     tokens: tuple[int, ...]
-    features: int  # features a product takes at a time
+    features: int  # features that a product takes at a time
     warps: int
     stages: int
 
 
 def forward_tiles(
-    N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
+    N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared_bytes: int
 ) -> ForwardTiles:
-    """Tiles for one device, chosen from sizes that do not change between steps, never by timing:
-    same input, same bits.
+    """Choose tiles for one device from sizes that do not change between steps, never by timing.
 
-    `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86,
-    sm_89 and sm_120, which hold 128 rows. 16-bit inputs: an image's block stays resident and 8
+    So the same input gives the same bits. 16-bit inputs: an image's block stays resident and 8
     warps read it from shared memory, which leaves the registers to S and its maxima (ROWS=256,
     D=256: 131 KB and 80 to 231 registers). sm_90 reads the texts from shared memory too, the tile
     in use and the one in flight; earlier ones hold the tile in use in registers, where one of 64 by
     256 rows comes too close to the 255 there are. fp32 runs on plain multiply-adds, limited by
     arithmetic: small tiles, features in turn.
+
+    Args:
+        shared_bytes: the shared memory that a block may use: 163 KB on sm_80, 227 KB on sm_90, and
+            99 KB on sm_86, sm_89 and sm_120, which hold 128 rows.
     """
-    widths = [width for width in (16, 32, 64) if width < 2 * M or width == 16]
+    widths = tuple(width for width in (16, 32, 64) if width < 2 * M or width == 16)
     if dtype.itemsize > 2:
-        return ForwardTiles(min(128, power_of_two(N)), tuple(w for w in widths if w < 64), 16, 8, 3)
+        narrow = tuple(width for width in widths if width < 64)
+        return ForwardTiles(min(128, power_of_two(N)), narrow, 16, warps=8, stages=3)
     if D > 256:
-        return ForwardTiles(min(128, power_of_two(N)), tuple(widths), 64, 8, 3)
-    rows, features = min(256, power_of_two(N)), power_of_two(D)
+        return ForwardTiles(min(128, power_of_two(N)), widths, 64, warps=8, stages=3)
+    rows = min(256, power_of_two(N))
+    features = power_of_two(D)
     buffers = 2 if capability[0] == 9 else 1
-    scratch = 2304  # what reductions and layout changes were seen to take at most
 
-    def fitting(rows: int) -> tuple[int, ...]:
+    def fitting_widths(rows: int) -> tuple[int, ...]:
         widest = 64 if capability[0] >= 9 or rows < 256 else 32
-        most = (shared - scratch) // (features * dtype.itemsize) - rows  # tokens in the buffers
-        return tuple(w for w in widths if w <= widest and buffers * w <= most)
+        room = (shared_bytes - SCRATCH_SHARED_BYTES) // (features * dtype.itemsize) - rows
+        return tuple(width for width in widths if width <= widest and buffers * width <= room)
 
-    while rows > 16 and len(fitting(rows)) < min(2, len(widths)):
+    while rows > 16 and len(fitting_widths(rows)) < min(2, len(widths)):
         rows //= 2
-    return ForwardTiles(rows, fitting(rows) or (16,), features, 8 if rows > 64 else 4, 2)
+    tokens = fitting_widths(rows) or (16,)
+    return ForwardTiles(rows, tokens, features, warps=8 if rows > 64 else 4, stages=2)
 
 
 def unsuited(capability: tuple[int, int]) -> str | None:
-    """Why GPUs of a compute capability do not run what this Triton compiles; None if they do."""
-    named = ".".join(map(str, capability))
+    """Return why GPUs of a compute capability do not run what this Triton compiles, or None."""
+    name = ".".join(map(str, capability))
     if capability < (8, 0):
-        return f"the kernels need compute capability 8.0 or later, this GPU has {named}"
+        return f"the kernels need compute capability 8.0 or later, this GPU has {name}"
     # Its tensor memory: 16-bit forward kernels do not compile, and fp32 gradients are of TF32.
     if capability[0] == 10 and TorchVersion(triton.__version__) < "3.9":
-        does = f"Triton {triton.__version__} does not compile the kernels for compute capability"
-        return f"{does} {named} (3.9 does), and rounds fp32 to TF32 there"
+        return (
+            f"Triton {triton.__version__} does not compile the kernels for compute capability "
+            f"{name} (3.9 does), and rounds fp32 to TF32 there"
+        )
     return None
 
 
 def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability, and bytes of shared memory of a block; without a GPU an sm_80's."""
+    """Return compute capability and bytes of shared memory of a block; without a GPU an sm_80's."""
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)
-    most = properties.shared_memory_per_block
-    shared = getattr(properties, "shared_memory_per_block_optin", most)
-    return (properties.major, properties.minor), shared
+    shared_bytes = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
+    return (properties.major, properties.minor), shared_bytes
 
 
-def launch(kernel: Any, grid: tuple[int, ...], out: Tensor, *others: object, **options: object):
-    """Start a kernel. With tensors without data it is neither started nor compiled."""
-    if has_data(out):
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(out.device) if out.is_cuda else nullcontext():
-            kernel[grid](out, *others, **options)
+def current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context whose current GPU, on which Triton starts kernels, is the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _suspect(x: Tensor) -> Tensor:
-    """Whether products of these features may give a NaN: one element, on the device."""
+def may_give_nan(x: Tensor) -> Tensor:
+    """Return whether products of these features may give a NaN: one element, on the device."""
     low, high = x.aminmax()
     return ~((low >= -HUGE) & (high <= HUGE))  # a NaN is neither
 
 
-class Side(NamedTuple):
+class Sequences(NamedTuple):
     """Images or texts, with the lengths and masks of their positions."""
 
     features: Tensor  # [X, L, D]
@@ -133,8 +139,9 @@ class Side(NamedTuple):
     masked: bool
 
     @classmethod
-    def of(cls, features: Tensor, mask: Tensor | None) -> "Side":
-        features, (X, L, _) = features.contiguous(), features.shape
+    def of(cls, features: Tensor, mask: Tensor | None) -> "Sequences":
+        features = features.contiguous()
+        X, L, _ = features.shape
         if mask is None:
             counts = torch.full((X,), L, dtype=torch.int32, device=features.device)
             return cls(features, counts, counts, counts, False)
@@ -143,80 +150,115 @@ class Side(NamedTuple):
         mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
         return cls(features, mask, mask.sum(1, dtype=torch.int32), ends, True)
 
-    def part(self, x: slice) -> "Side":
-        return Side(self.features[x], self.mask[x], self.counts[x], self.ends[x], self.masked)
+    def part(self, x: slice) -> "Sequences":
+        return Sequences(self.features[x], self.mask[x], self.counts[x], self.ends[x], self.masked)
 
 
 class TileList(NamedTuple):
-    """Tiles, sequence after sequence: `code[t] = sequence * slots + place`, places counted in tiles
-    or in 16 positions."""
+    """Tiles of sequences, those of one sequence after those of the one before.
 
-    code: Tensor  # [bound + 1] int32
+    A tile has the code `sequence * slots + place`. Places are counted in tiles or in 16 positions.
+    """
+
+    code: Tensor  # [bound + 1] int32; beyond the last tile a code that no sequence has, or 0
     first: Tensor  # [X + 1] int32: the sequence's first tile; the last entry is their number
-    slots: int
+    slots: int  # above all places of a sequence
 
 
 def tile_list(
-    count: Tensor, most: int, slots: int, unit: int = 1, start: Tensor | None = None, after: int = 0
+    counts: Tensor,
+    max_count: int,
+    slots: int,
+    unit: int = 1,
+    start: Tensor | None = None,
+    after: int = 0,
 ) -> TileList:
-    """List `count` [X] tiles of each sequence, `most` at the most, each `unit` places after the one
-    before, the first at `start` [X]; and last the code `after`."""
-    first = F.pad(count.cumsum(0, dtype=torch.int32), (1, 0))
-    tile = torch.arange(len(count) * most + 1, dtype=torch.int32, device=count.device)
+    """List the tiles of each sequence.
+
+    Args:
+        counts: [X], tiles of each sequence, at most `max_count`.
+        unit: places from one tile of a sequence to the next.
+        start: [X], the place of a sequence's first tile; None: 0.
+        after: the code beyond the last tile.
+    """
+    first = F.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    bound = len(counts) * max_count
+    tile = torch.arange(bound + 1, dtype=torch.int32, device=counts.device)
     sequence = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
-    here = sequence.clamp(max=len(count) - 1)
-    place = (tile - first[here]) * unit
-    code = here * slots + (place if start is None else start[here] + place)
-    return TileList(torch.where(sequence < len(count), code, after).int(), first, slots)
+    clamped = sequence.clamp(max=len(counts) - 1)
+    place = (tile - first[clamped]) * unit
+    if start is not None:
+        place = start[clamped] + place
+    code = clamped * slots + place
+    return TileList(torch.where(sequence < len(counts), code, after).int(), first, slots)
 
 
 def text_tiles(ends: Tensor, longest: int, widths: tuple[int, ...]) -> list[TileList]:
-    """The tiles of the texts that take each tile width."""
-    lists, above = [], 0
+    """List, for each tile width, the tiles of the texts that take it.
+
+    Longer texts than the last width take several tiles of it.
+    """
+    lists = []
+    shorter = 0  # the width before: its texts take that
     for width in widths:
-        # Longer texts than the last width take several tiles of it.
-        own = ends > above if width == widths[-1] else (ends > above) & (ends <= width)
-        most = -(-longest // width) if width == widths[-1] else 1
-        count = torch.where(own, (ends + width - 1) // width, 0)
-        lists.append(tile_list(count, most, most, after=len(ends) * most))
-        above = width
+        is_last = width == widths[-1]
+        max_count = -(-longest // width) if is_last else 1
+        takes_width = ends > shorter if is_last else (ends > shorter) & (ends <= width)
+        counts = torch.where(takes_width, (ends + width - 1) // width, 0)
+        lists.append(tile_list(counts, max_count, max_count, after=len(ends) * max_count))
+        shorter = width
     return lists
 
 
 def forward(sides: Sides, scores: TensorPair, argmax: TensorPair | None) -> None:
-    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M], but none where
-    nothing is computed (padding, empty texts): these are not read."""
-    images, texts = Side.of(sides.image, sides.patch_mask), Side.of(sides.text, sides.token_mask)
-    (I, N, D), (J, M, _) = images.features.shape, texts.features.shape  # noqa: E741
+    """Write scores [I, J], zeros before, and argmax indices [I, J, N] and [I, J, M].
+
+    No indices are written where nothing is computed (padding, empty texts): these are not read.
+    """
+    images = Sequences.of(sides.image, sides.patch_mask)
+    texts = Sequences.of(sides.text, sides.token_mask)
+    I, N, D = images.features.shape  # noqa: E741
+    J, M, _ = texts.features.shape
     tiles = forward_tiles(N, M, D, sides.image.dtype, *device_limits(sides.image.device))
-    suspect, blocks = _suspect(images.features) | _suspect(texts.features), -(-N // tiles.rows)
-    save, lists = argmax is not None, text_tiles(texts.ends, M, tiles.tokens)
-    # Where none are kept, scores stand in for pointers that are not written.
-    s_i2t, s_t2i, arg_i2t, arg_t2i = *scores, *(argmax or scores)
-    rows, columns, column_arg, size = s_i2t, s_t2i, arg_t2i, I
-    if blocks > 1:
-        image_bytes = J * blocks * (4 + M * (4 + arg_t2i.itemsize))
-        size = min(I, max(1, PARTIAL_BYTES // image_bytes))
-        rows, columns = s_i2t.new_empty(size, blocks, J), s_i2t.new_empty(size, blocks, J, M)
-        column_arg = arg_t2i.new_empty((size, blocks, J, M) if save else (0,))
-    for i in slices(I, size):
-        of_images = images.part(i)
-        here = len(of_images.ends)
-        for width, tile in zip(tiles.tokens, lists, strict=True):
-            launch(
-                forward_kernel, (here * blocks, -(-J // TEXTS_PER_PROGRAM)),
-                rows, columns, arg_i2t[i], column_arg, of_images.features, texts.features,
-                of_images.mask, texts.mask, of_images.counts, texts.counts, suspect, tile.first,
-                tile.code, J, N, M, tile.slots, TEXTS=TEXTS_PER_PROGRAM, D=D, ROWS=tiles.rows,
-                TOKENS=width, BD=tiles.features, BLOCKS=blocks, MASKED=images.masked, SAVE=save,
-                STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
-            )  # fmt: skip
-        if blocks > 1:
-            launch(
-                combine_kernel, (here * J,), s_i2t[i], s_t2i[i], arg_t2i[i], rows, columns,
-                column_arg, texts.mask, of_images.counts, texts.counts, J, M, BLOCKS=blocks,
-                WIDTH=power_of_two(M), SAVE=save,
-            )  # fmt: skip
+    num_blocks = -(-N // tiles.rows)  # of an image
+    suspect = may_give_nan(images.features) | may_give_nan(texts.features)
+    lists = text_tiles(texts.ends, M, tiles.tokens)
+    save = argmax is not None
+    s_i2t, s_t2i = scores
+    # Without argmax indices, scores stand in for pointers that are not written.
+    token_argmax, patch_argmax = argmax or scores
+
+    images_at_once = I
+    row_results = s_i2t
+    column_results = s_t2i
+    column_argmax = patch_argmax
+    if num_blocks > 1:
+        image_bytes = J * num_blocks * (4 + M * (4 + patch_argmax.itemsize))
+        images_at_once = min(I, max(1, PARTIAL_BYTES // image_bytes))
+        row_results = s_i2t.new_empty(images_at_once, num_blocks, J)
+        column_results = s_t2i.new_empty(images_at_once, num_blocks, J, M)
+        column_argmax = patch_argmax.new_empty((images_at_once, num_blocks, J, M) if save else (0,))
+    if not has_data(s_i2t):
+        return
+    with current_device(s_i2t):
+        for i in slices(I, images_at_once):
+            part = images.part(i)
+            num_images = len(part.ends)
+            for width, listed in zip(tiles.tokens, lists, strict=True):
+                forward_kernel[num_images * num_blocks, -(-J // TEXTS_PER_PROGRAM)](
+                    row_results, column_results, token_argmax[i], column_argmax, part.features,
+                    texts.features, part.mask, texts.mask, part.counts, texts.counts, suspect,
+                    listed.first, listed.code, J, N, M, listed.slots, TEXTS=TEXTS_PER_PROGRAM, D=D,
+                    ROWS=tiles.rows, TOKENS=width, BD=tiles.features, BLOCKS=num_blocks,
+                    MASKED=images.masked, SAVE=save, STAGES=tiles.stages, num_warps=tiles.warps,
+                    num_stages=tiles.stages,
+                )  # fmt: skip
+            if num_blocks > 1:
+                combine_kernel[(num_images * J,)](
+                    s_i2t[i], s_t2i[i], patch_argmax[i], row_results, column_results, column_argmax,
+                    texts.mask, part.counts, texts.counts, J, M, BLOCKS=num_blocks,
+                    WIDTH=power_of_two(M), SAVE=save,
+                )  # fmt: skip
 
 
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
@@ -233,7 +275,7 @@ def forward_kernel(
     TOKENS: tl.constexpr, BD: tl.constexpr, BLOCKS: tl.constexpr, MASKED: tl.constexpr,
     SAVE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A block of an image against TEXTS texts, BD features at a time.
+    """Score a block of an image against TEXTS texts, BD features at a time.
 
     Writes the scores s_i2t, s_t2i [I, J]; of several blocks, sums of row maxima [I, BLOCKS, J] and
     column maxima [I, BLOCKS, J, M]. If SAVE, also arg_i2t [I, J, N], uint8 or int16, and arg_t2i
@@ -267,9 +309,9 @@ def forward_kernel(
     columns = tl.zeros([], tl.float32)
     poison = tl.zeros([], tl.float32)
     for t in tl.range(begin, end, num_stages=STAGES):
-        here = tl.load(code + t)
-        j = (here // slots).to(tl.int64)
-        m = here % slots * TOKENS + c
+        code_t = tl.load(code + t)
+        j = (code_t // slots).to(tl.int64)
+        m = code_t % slots * TOKENS + c
         m_inside = m < M
         m_ok = tl.load(token_mask + j * M + m, mask=m_inside, other=0) != 0
         tokens = text + j * M * D + m[:, None] * D + d[None, :]
@@ -285,9 +327,9 @@ def forward_kernel(
         # A maximum of the hardware passes over NaN. S can hold one only where an input is NaN,
         # infinite or huge: only then is it looked for.
         if check:
-            bad = (s != s) & n_ok[:, None] & m_ok[None, :]
-            is_bad = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
-            poison = tl.where(is_bad, float("nan"), poison)
+            is_nan = (s != s) & n_ok[:, None] & m_ok[None, :]
+            has_nan = tl.max(tl.max(is_nan.to(tl.int32), 1), 0) > 0
+            poison = tl.where(has_nan, float("nan"), poison)
 
         # The index of a maximum is found by equality afterwards: fewer instructions than carrying
         # it along, and the lowest one wins a tie.
@@ -331,8 +373,9 @@ def combine_kernel(
     s_i2t, s_t2i, arg_t2i, row_sum, column_max, column_arg, token_mask, image_count, text_count,
     J, M, BLOCKS: tl.constexpr, WIDTH: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one pair from the results of the image's blocks, taken in order: the first of
-    equals stays. row_sum is [I, BLOCKS, J], column_max and column_arg [I, BLOCKS, J, M]."""
+    """Score one pair from the results of the image's blocks, in order: the first of equals stays.
+
+    row_sum is [I, BLOCKS, J], column_max and column_arg [I, BLOCKS, J, M]."""
     pair = tl.program_id(0).to(tl.int64)
     i, j = pair // J, pair % J
     m_count = tl.load(text_count + j)

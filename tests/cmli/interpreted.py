@@ -4,6 +4,7 @@ import sys
 from functools import partial
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -27,3 +28,6 @@ def create_dot(self, a, b, *others):
 interpreter.InterpreterBuilder.create_dot = create_dot
 for seed in map(int, sys.argv[1:]):
     check(partial(cmli_scores, backend="triton"), case(seed, longest=70))
+# Images of several blocks, with masked patches; and with ties between the blocks.
+for seed in (45, 51):
+    check(partial(cmli_scores, backend="triton"), case(seed, dtype=torch.float32))

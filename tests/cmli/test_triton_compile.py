@@ -15,14 +15,14 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from ds_cmli.cmli import triton_backward, triton_forward  # noqa: E402
-from ds_cmli.cmli.op import cmli_scores  # noqa: E402
+from ds_cmli.cmli import cmli_scores, op, triton_backward, triton_forward  # noqa: E402
 
 # KB that a block may use (CUDA C++ Programming Guide).
 SHARED = {80: 163, 86: 99, 90: 227, 100: 227}
 CASES = [(80, torch.bfloat16), (90, torch.float16)]
 SLOW = [(86, torch.float16), (90, torch.bfloat16), (90, torch.float32), (100, torch.bfloat16)]
 CASES += [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]
+STARTED = {triton_forward: ["forward_kernel", "combine_kernel"], triton_backward: ["gradient_kernel"]}
 SPILLS = {(90, torch.bfloat16): 48} | {(100, torch.bfloat16): 512}  # bytes; sm_100 is new
 PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
@@ -40,12 +40,21 @@ def kernels_for(monkeypatch):
         )
         monkeypatch.setattr(triton.runtime.driver, "_active", gpu)
 
-        def launch(kernel, grid, *arguments, **options):
-            kernels.append(kernel.warmup(*arguments, grid=grid, **options))
+        class CompiledOnly:
+            def __init__(self, kernel):
+                self.kernel = kernel
 
-        for module in (triton_forward, triton_backward):
-            monkeypatch.setattr(module, "launch", launch)
+            def __getitem__(self, grid):
+                def compile_kernel(*arguments, **options):
+                    kernels.append(self.kernel.warmup(*arguments, grid=grid, **options))
+
+                return compile_kernel
+
+        monkeypatch.setattr(op, "INTERPRETED", True)  # the features are on a CPU
+        for module, names in STARTED.items():
             monkeypatch.setattr(module, "device_limits", lambda _: (divmod(target, 10), SHARED[target] * 1024))
+            for name in names:
+                monkeypatch.setattr(module, name, CompiledOnly(getattr(module, name)))
         return kernels
 
     return compile_for
@@ -74,6 +83,25 @@ def test_kernels_fit_and_use_tensor_cores(kernels_for, tmp_path, target, dtype):
             assert "tf32" not in kernel.asm["ptx"]
         elif kernel.name != "combine_kernel":  # which has no products
             assert PRODUCTS.get(target, "mma.sync") in kernel.asm["ptx"]
+
+
+A100, A10, H100 = ((8, 0), 163 * 1024), ((8, 6), 99 * 1024), ((9, 0), 227 * 1024)
+
+
+@pytest.mark.parametrize(
+    "D, dtype, gpu, tiles",
+    [
+        # 256 patches of 256 features are resident; texts of 64 tokens have registers enough from sm_90 on.
+        (256, torch.float16, A100, (256, (16, 32), 256, 8, 2)),
+        (256, torch.bfloat16, H100, (256, (16, 32, 64), 256, 8, 2)),
+        (256, torch.float16, A10, (128, (16, 32, 64), 256, 8, 2)),
+        # More features are taken 64 at a time, fp32 16 at a time.
+        (512, torch.float16, A100, (128, (16, 32, 64), 64, 8, 3)),
+        (512, torch.float32, H100, (128, (16, 32), 16, 8, 3)),
+    ],
+)
+def test_tiles_are_those_that_were_chosen_by_their_compiled_kernels(D, dtype, gpu, tiles):
+    assert triton_forward.forward_tiles(196, 64, D, dtype, *gpu) == tiles
 
 
 @pytest.mark.parametrize(
