@@ -8,6 +8,8 @@ from typing import NoReturn
 
 import click
 
+from ds_cmli.distributed import this_node
+from ds_cmli.distributed.mistakes import lowest_rank
 from ds_cmli.provenance import version
 
 MAX_LINE = 1500  # characters of a mistake's line
@@ -37,7 +39,7 @@ def run_command(command: click.Command) -> NoReturn:
 
 
 def exit_code(command: click.Command) -> int:
-    """Run a command; a mistake is one line, which rank 0 prints, as all ranks meet the same one."""
+    """Run a command; a mistake is one line, which the lowest rank that has met it prints."""
     try:
         return command.main(standalone_mode=False) or 0
     except click.ClickException as error:
@@ -51,8 +53,11 @@ def exit_code(command: click.Command) -> int:
     line = " ".join(message.split())
     if len(line) > MAX_LINE:  # it repeats a long value
         line = f"{line[: MAX_LINE // 2]} ... {line[-MAX_LINE // 2 :]}"
-    if prints():
+    if prints():  # rank 0 need not ask the others
         print(f"error: {line}", file=sys.stderr, flush=True)
+    lowest = lowest_rank()
+    if not prints() and lowest > 0 and os.environ["RANK"] == str(lowest):
+        print(f"error: rank {lowest} on node {this_node()}: {line}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -2,21 +2,31 @@
 
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import click
 
+LOST_CONNECTION = re.compile(
+    r"/gloo/transport/.*(by peer|roken pipe|ocket closed|readv|writev)|remote process exited"
+)
+
 
 class UserError(click.ClickException):
     """A mistake that the user can correct: the setting, the value found and what to do."""
+
+    def __init__(self, message: str):
+        # PyTorch raises a loading process's error again, with that process's traceback in front.
+        super().__init__(_after_traceback(message).split(f"{__name__}.UserError: ", 1)[-1])
 
 
 @contextmanager
 def blame(what: str) -> Iterator[None]:
     """Turn a library's exception into a `UserError` of one line, unless DS_CMLI_TRACEBACK=1.
 
-    A GPU's out-of-memory error passes unchanged, because it is no mistake in what was given.
+    A GPU's out-of-memory error and a lost connection to another rank pass unchanged, because they
+    are no mistakes in what was given.
     """
     try:
         yield
@@ -24,18 +34,33 @@ def blame(what: str) -> Iterator[None]:
         raise
     except BaseException as error:  # a panic of Rust, as tokenizers has, is no `Exception`
         out_of_memory = type(error).__name__ == "OutOfMemoryError"  # torch is not imported here
-        if out_of_memory or os.environ.get("DS_CMLI_TRACEBACK") == "1":
+        passes = out_of_memory or lost_connection(error)
+        if passes or os.environ.get("DS_CMLI_TRACEBACK") == "1":
             raise
         raise UserError(f"{what}: {type(error).__name__}: {one_line(error)[:500]}") from None
 
 
 def one_line(error: BaseException) -> str:
     """Return an error's message as one line, or the name of its type if it has no message."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(_after_traceback(str(error)).split()) or type(error).__name__
     if type(error).__name__ == "UnpicklingError" or "weights_only" in text:
         # PyTorch's message advises to run the code.
         text = "it holds more than tensors, and code in pickles is never run: give .safetensors"
     return text
+
+
+def _after_traceback(message: str) -> str:
+    """Return what follows the traceback in a message, or the message if there is no traceback."""
+    if "Traceback (most recent call last):\n" not in message:
+        return message
+    lines = message.strip().splitlines()
+    frames = [number for number, line in enumerate(lines) if line.startswith("  ")]
+    return "\n".join(lines[max(frames, default=-1) + 1 :])
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Return True for an error of gloo or NCCL that says that another rank has ended."""
+    return isinstance(error, RuntimeError) and LOST_CONNECTION.search(str(error)) is not None
 
 
 MAX_NAMES = 30  # that one line names

@@ -4,7 +4,9 @@ All ranks call every method together.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from ds_cmli.checkpoint.save import Checkpoints
 from ds_cmli.checkpoint.state import TrainState
@@ -43,6 +45,10 @@ class Run:
     bad: BadSamples
     flags: distributed.CollectiveFlags  # decisions that all ranks take together
     watchdog: Watchdog
+    stop_poll: distributed.SpacedFlag = field(init=False)  # of signals during an evaluation
+
+    def __post_init__(self) -> None:
+        self.stop_poll = distributed.SpacedFlag(self.flags)
 
     def due(self, interval: int) -> bool:
         """Return True at the last step and at each multiple of `interval`; 0: only at the last."""
@@ -52,40 +58,31 @@ class Run:
     def take_micro_batches(self, batches: Iterator[Batch]) -> tuple[list[Batch], bool]:
         """Load the micro-batches of a step; also return whether a checkpoint is due by the clock.
 
-        Raises `Preempted`, on all ranks, if a signal arrives before the first micro-batch.
-        Collectives.
+        Raises `Preempted`, on all ranks, if a signal has arrived on any. Collectives.
         """
         self.watchdog.heartbeat(self.state.step)
         micro_batches: list[Batch] = []
-        save_due = False
-        for _ in range(self.engine.accumulation):
-            batch: Batch | None = None
-            error: Exception | None = None
-            try:
+        error: Exception | None = None
+        try:
+            for _ in range(self.engine.accumulation):
                 with self.meter.timed("data"):
-                    batch = next(batches)
-            except UserError as loading_error:
-                # A loading process puts its traceback before the message.
-                last_line = str(loading_error).strip().splitlines()[-1]
-                error = UserError(last_line.split("UserError: ", 1)[-1])
-            except Exception as loading_error:
-                # It is raised later, because the other ranks must not wait for this one.
-                error = loading_error
-            self.watchdog.heartbeat()
-            signalled = preemption.requested() is not None
-            save_due_here = self.checkpoints.due()  # by this rank's clock
-            failed, stop, save_due = self.flags.any(
-                batch is None, signalled, save_due_here
-            )  # collective
-            if failed:
-                self.save_done()  # collectives
-                with distributed.raised_together(self.flags.group):  # collective
-                    if error is not None:
-                        raise error
-            if stop and not micro_batches:
-                raise preemption.Preempted
-            assert batch is not None, "an error would have been raised"
-            micro_batches.append(batch)
+                    micro_batches.append(next(batches))
+                self.watchdog.heartbeat()
+        except Exception as loading_error:
+            # It is raised later, because the other ranks must not wait for this one.
+            error = loading_error
+        signalled = preemption.requested() is not None
+        save_due_here = self.checkpoints.due()  # by this rank's clock
+        failed, stop, save_due = self.flags.any(
+            error is not None, signalled, save_due_here
+        )  # collective
+        if failed:
+            self.save_done()  # collectives
+            with distributed.raised_together(self.flags.group):  # collective
+                if error is not None:
+                    raise error
+        if stop:
+            raise preemption.Preempted
         # They are counted only now, because a loading error saves the state of the step before.
         for batch in micro_batches:
             self.bad.add(batch.bad)
@@ -139,11 +136,10 @@ class Run:
         local_means = state.sums / max(1, state.micro_batches)
         means = distributed.mean_over_ranks(local_means).tolist()  # collective, CPU-GPU sync
         pairs_so_far = state.step * self.engine.accumulation * micro_batch_pairs
-        try:
+        num_bad = distributed.sum_over_ranks(torch.tensor(self.bad.count))  # collective
+        if self.bad.are_too_many(int(num_bad), pairs_so_far):
+            self.save_done()  # collectives
             self.bad.check(self.flags, pairs_so_far)  # collective
-        except UserError:
-            self.save_done()  # collectives; all ranks are here, because the check counts for all
-            raise
         logged_pairs = state.micro_batches * micro_batch_pairs
         values = by_name(means, self.config.loss.weights, logged_pairs)
         values |= self.engine.state()  # CPU-GPU sync; collective under ZeRO-3
@@ -206,11 +202,11 @@ class Run:
     def poll(self) -> None:
         """Give a sign of life between two batches of an evaluation.
 
-        Raises `Preempted`, on all ranks, if a signal has arrived. Collective.
+        Raises `Preempted`, on all ranks, if a signal has arrived. All ranks call it equally often;
+        one call in so many seconds is collective.
         """
         self.watchdog.heartbeat()
-        (stop,) = self.flags.any(preemption.requested() is not None)  # collective
-        if stop:
+        if self.stop_poll.any(preemption.requested() is not None):  # at times collective
             raise preemption.Preempted
 
     def save_done(self) -> None:

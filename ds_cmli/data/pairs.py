@@ -235,12 +235,16 @@ class BadSamples:
         self.count += len(bad)
         self.first += [one for one in bad if one not in self.first][: SHOWN - len(self.first)]
 
+    def are_too_many(self, count: int, seen: int) -> bool:
+        """Return True if `count` bad samples are too many of the `seen` samples."""
+        return count > self.max_share * max(seen, self.length)
+
     def check(self, flags: CollectiveFlags, seen: int = 0) -> list[str]:
         """The line about those of all ranks, if any; a `UserError` on all if they are too many of
         the `seen` samples. Collective."""
         counts, first = zip(*flags.gather((self.count, self.first)), strict=True)  # collective
         count, named = sum(counts), ", ".join(told([*dict.fromkeys(chain.from_iterable(first))]))
-        if seen and count > self.max_share * max(seen, self.length):
+        if seen and self.are_too_many(count, seen):
             limit = f"more than data.max_bad_share = {self.max_share}: mend them, or raise it"
             many = f"{count} samples of {self.length} cannot be used"
             raise UserError(f"{many}, {limit}. The first: {named}")

@@ -2,11 +2,12 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,9 @@ def init() -> torch.device:
             store = _store(rank, ranks, os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
             groups = (store.add("ds_cmli", 1) - 1) // ranks  # that these ranks have made before
             store = dist.PrefixStore(f"ds_cmli/{groups}", store)
+        # gloo connects two ranks when one sends to the other. Otherwise each rank would hold a
+        # connection to every other one.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group(  # collective
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -48,6 +52,7 @@ def init() -> torch.device:
             # NCCL connects at once, and each group that is made later when it is made.
             device_id=device if device.type == "cuda" else None,
         )
+        CollectiveFlags().any(False)  # collective: a rank that cannot be reached is an error here
     return device
 
 
@@ -55,6 +60,11 @@ def init() -> torch.device:
 def _store(rank: int, ranks: int, address: str, port: str) -> dist.Store:
     """The store by which the ranks of a launch meet, each time: its port stays taken."""
     return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+
+
+def has_started() -> bool:
+    """Return True if the ranks of this launch have met before."""
+    return _store.cache_info().currsize > 0
 
 
 def shutdown() -> None:
@@ -80,6 +90,12 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def num_collectives() -> int:
+    """Return how many collectives this rank has entered so far, in all of its process groups."""
+    groups: list[Any] = [*dist.distributed_c10d._world.pg_map]
+    return CollectiveFlags.num_rounds + sum(x._get_sequence_number_for_group() for x in groups)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -144,6 +160,8 @@ class CollectiveFlags:
     be a CPU-GPU sync.
     """
 
+    num_rounds = 0  # of messages between ranks so far, in this process
+
     def __init__(self) -> None:
         """Collective."""
         self.group: dist.ProcessGroup | None = None
@@ -151,12 +169,63 @@ class CollectiveFlags:
             self.group = dist.new_group(backend="gloo")  # collective
 
     def any(self, *flags: bool) -> list[bool]:
-        """Whether each flag is set on any rank. Collective."""
-        raised = torch.tensor(flags, dtype=torch.uint8)
-        if world_size() > 1:
-            dist.all_reduce(raised, dist.ReduceOp.MAX, self.group)  # collective, on the CPU
-        return raised.bool().tolist()
+        """Return for each flag whether it is set on any rank. Collective."""
+        return [value > 0 for value in self.max(*map(int, flags))]
+
+    def max(self, *values: int) -> list[int]:
+        """Return the maximum over ranks of each value. Collective.
+
+        It takes ceil(log2 P) messages one after the other, and as many connections per rank; the
+        ring of gloo's all-reduce takes 2 (P - 1) messages. In round k a rank sends what it has seen
+        to the rank 2^k after it, so its result covers twice as many ranks as before.
+        """
+        result = torch.tensor(values)
+        received = torch.empty_like(result)
+        distance = 1
+        while distance < world_size():
+            after = (rank() + distance) % world_size()
+            before = (rank() - distance) % world_size()
+            CollectiveFlags.num_rounds += 1
+            sending = dist.isend(result, after, self.group)
+            dist.recv(received, before, self.group)  # collective, on the CPU
+            sending.wait()  # type: ignore[union-attr]  # `result` is replaced only now
+            result = result.maximum(received)
+            distance *= 2
+        return result.tolist()
 
     def gather(self, value: Value) -> list[Value]:
-        """Every rank's `value`, on every rank. Collective."""
+        """Return every rank's `value`, on every rank. Collective."""
         return gather_objects(value, self.group)  # collective, on the CPU
+
+
+class SpacedFlag:
+    """A decision of all ranks in a loop of short rounds, asked for once in so many seconds.
+
+    Args:
+        flags: by which ranks decide.
+        seconds: between two of the rounds in which they do, at the pace of the slowest rank.
+    """
+
+    def __init__(self, flags: CollectiveFlags, seconds: float = 5.0):
+        self.flags = flags
+        self.seconds = seconds
+        self.rounds = 1  # from one decision to the next
+        self.rounds_left = 1
+        self.decided_at = time.monotonic()
+
+    def any(self, flag: bool) -> bool:
+        """Return True if the flag is set on any rank, in the rounds in which ranks decide.
+
+        All ranks call it equally often. Collective in the rounds in which they decide.
+        """
+        self.rounds_left -= 1
+        if self.rounds_left > 0:
+            return False
+        now = time.monotonic()
+        milliseconds = 1000 * (now - self.decided_at) / self.rounds
+        is_set, slowest = self.flags.max(flag, round(milliseconds))  # collective
+        # At most twice as many as before, because the first rounds may be the fastest.
+        self.rounds = max(1, min(2 * self.rounds, round(1000 * self.seconds / max(1, slowest))))
+        self.rounds_left = self.rounds
+        self.decided_at = now
+        return bool(is_set)

@@ -1,26 +1,57 @@
 """Ends the job when a rank makes no progress; one line names the rank, its node, code and step.
 
-Every rank publishes its state through the process group's store and reads that of the others. Since
-ranks train in lockstep, the one to blame does not wait in a collective, as the others do.
+Every rank publishes its state in the process group's store. Rank 0 reads the states of all ranks
+and publishes a verdict, which the others read. So P ranks write P values and read 2 P values per
+interval.
 """
 
 import json
 import os
+import re
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
+from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
+from typing import NamedTuple
 
+import click
 import torch.distributed as dist
 
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import this_node
+from ds_cmli.errors import lost_connection, one_line
+from ds_cmli.faults.diagnosis import (
+    EXIT_CODE,
+    GRACE,
+    Fault,
+    RankRecord,
+    RankState,
+    diagnose,
+    max_silence,
+)
 
-# Factor on the time limit while models are built, kernels compiled or a checkpoint written.
-SLOW = 10
 # A thread inside these files waits for other ranks.
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+PACKAGE = f"{Path(__file__).parent.parent}/"  # it may be installed beside the libraries
+LIBRARY = re.compile("/lib(64)?/python|^<")
+VERDICT = "verdict"  # the key of what rank 0 publishes for all
+_numbers = count()  # each watchdog of this process has keys of its own
+
+
+class Verdict(NamedTuple):
+    """What rank 0 publishes for all ranks."""
+
+    turn: int  # number of the publication
+    node: str  # of rank 0
+    step: int  # optimizer steps done by rank 0
+    deputy: int  # the rank that prints if rank 0 is silent: the first one of another node
+    exit_code: int  # with which all ranks end; 0: they go on
 
 
 class Watchdog:
@@ -33,25 +64,38 @@ class Watchdog:
     """
 
     def __init__(self, timeout: float):
-        self.timeout, self.interval = timeout, min(5.0, max(0.2, timeout / 20))  # seconds
-        self.rank, self.main = distributed.rank(), threading.get_ident()
+        self.timeout = timeout
+        self.interval = min(2.0, max(0.2, timeout / 20))  # seconds between two publications
+        self.rank = distributed.rank()
+        self.num_ranks = distributed.world_size()
+        self.main_thread = threading.get_ident()
+        self.name = f"watchdog/{next(_numbers)}"
         self.step: int | None = None  # optimizer steps done
-        self.count, self.is_slow = 0, True
-        self.turn, self.closed = 0, threading.Event()
-        # What each rank has published.
-        self.states: list[dict] = [{"slow": True} for _ in range(distributed.world_size())]
+        self.heartbeats = 0
+        self.is_slow = True
+        # The line at which a connection to another rank has broken; "": none has.
+        self.lost_at = ""
+        self.error = ""  # this rank's own, which ends it
+        self.exit_code = 0
+        self.turn = 0  # number of publications
+        self.is_store_lost = False
+        self.is_ending = threading.Lock()  # taken by the thread that ends the process
+        self.wake = threading.Event()
+        self.closed = threading.Event()
+        self.verdict = Verdict(turn=-1, node="?", step=0, deputy=1, exit_code=0)
 
     def heartbeat(self, step: int | None = None) -> None:
         """Report progress; `step`, at the beginning of a step: how many are done so far."""
         if step is not None:
             self.is_slow = self.step is None  # the first step compiles kernels and fills caches
             self.step = step
-        self.count += 1
+        self.heartbeats += 1
 
     @contextmanager
     def slow(self) -> Iterator[None]:
         """Multiply the time limit by `SLOW` inside, for work without heartbeats."""
-        before, self.is_slow = self.is_slow, True
+        before = self.is_slow
+        self.is_slow = True
         yield
         self.is_slow = before
 
@@ -60,73 +104,136 @@ class Watchdog:
             threading.Thread(target=target, daemon=True).start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """Publish this rank's error; after a lost connection, wait until the cause is printed."""
+        if self.timeout and self.num_ranks > 1 and error is not None:
+            if lost_connection(error):
+                if threading.current_thread() is threading.main_thread():
+                    # A launcher ends the other ranks as soon as one has ended.
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                *_, (innermost, _) = walk_tb(error.__traceback__)
+                self.lost_at = _place(innermost)
+                self.closed.wait(2 * self.timeout + GRACE)
+            elif isinstance(error, Exception):
+                self.exit_code = 2 if isinstance(error, click.ClickException) else 1
+                self.error = f"{type(error).__name__}: {one_line(error)}"
+                published = self.turn + 2  # the next publication may have begun before
+                end = time.monotonic() + 2.0
+                while self.turn < published and not self.is_store_lost and time.monotonic() < end:
+                    self.wake.set()
+                    time.sleep(0.05)
         self.closed.set()
 
+    def _state(self) -> RankState:
+        frame = sys._current_frames().get(self.main_thread)
+        return RankState(
+            node=this_node(),
+            step=self.step or 0,
+            heartbeats=self.heartbeats,
+            collectives=distributed.num_collectives(),
+            is_slow=self.is_slow,
+            waits=bool(self.lost_at) or _waits(frame),
+            place=self.lost_at or _place(frame),
+            has_lost=bool(self.lost_at),
+            error=self.error,
+            exit_code=self.exit_code,
+        )
+
     def _exchange(self) -> None:
-        """Publish this rank's state, and read those of all once each rank has published its own."""
+        """Publish this rank's state, and diagnose those of all or read the verdict."""
         # A connection of its own: a collective that waits on the group's one would block it.
         store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-        store = dist.PrefixStore("watchdog", store)
-        keys = [str(rank) for rank in range(len(self.states))]
-        with suppress(RuntimeError):  # rank 0, which holds the store, has ended
-            while not self.closed.wait(self.interval):
-                waiting, where = _position(self.main)
-                mine = {"node": this_node(), "step": self.step or 0, "count": self.count}
-                mine |= {"slow": self.is_slow, "waiting": waiting, "where": where}
-                store.set(keys[self.rank], json.dumps(mine | {"turn": self.turn}))
-                if store.check(keys):
-                    self.states = [json.loads(text) for text in store.multi_get(keys)]
+        store = dist.PrefixStore(self.name, store)
+        records = [RankRecord() for _ in range(self.num_ranks)]
+        try:
+            while not self.closed.is_set():
+                self.wake.wait(self.interval)
+                self.wake.clear()
+                store.set(str(self.rank), json.dumps([self.turn, *self._state()]))
+                if self.rank == 0:
+                    self._judge(store, records)
+                elif store.check([VERDICT]):
+                    self.verdict = Verdict(*json.loads(store.get(VERDICT)))
                 self.turn += 1
+        except RuntimeError:  # rank 0, which holds the store, has ended
+            self.is_store_lost = True
+
+    def _judge(self, store: dist.Store, records: list[RankRecord]) -> None:
+        """Read the states of all ranks, and publish whether the job ends; on rank 0."""
+        known = [rank for rank, record in enumerate(records) if record.state is not None]
+        known += [r for r, x in enumerate(records) if x.state is None and store.check([str(r)])]
+        published = dict(zip(known, store.multi_get([str(rank) for rank in known]), strict=True))
+        for rank, record in enumerate(records):
+            turn, *values = json.loads(published[rank]) if rank in published else [-1]
+            record.update(turn, RankState(*values) if values else None, self.interval)
+        own = records[0].state
+        assert own is not None, "it has been published"
+        others = [r for r, x in enumerate(records) if x.state and x.state.node != own.node]
+        fault = diagnose(records, self.timeout)
+        self.verdict = Verdict(
+            turn=self.turn,
+            node=own.node,
+            step=own.step,
+            deputy=[*others, 1][0],
+            exit_code=0 if fault is None else fault.exit_code,
+        )
+        store.set(VERDICT, json.dumps(self.verdict))
+        if fault is not None:
+            self._end(fault)
 
     def _watch(self) -> None:
-        """End the job when a rank, or the store, has made no progress for too long."""
-        ranks, before = range(len(self.states)), self.states
-        # Seconds since each rank has made progress, since it has published anything, and since the
-        # store has answered: counted in turns, as the whole job may have been suspended.
-        still, silent, unanswered, turn = [0.0 for _ in ranks], [0.0 for _ in ranks], 0.0, 0
+        """End the process by the verdict, or when rank 0 or the store does not answer."""
+        turn = verdict_turn = -1
+        # Seconds in which the store has not answered, and in which rank 0 has published nothing.
+        # They are counted in turns, because the whole job may have been suspended.
+        unanswered = silent = 0.0
         while not self.closed.wait(self.interval):
-            states = self.states
-            if turn == self.turn:
-                unanswered += self.interval
-                if unanswered > self.timeout:
-                    self._end(0, "its store does not answer")
+            verdict = self.verdict
+            if verdict.exit_code and self.rank > 0:
+                self._end(Fault("", verdict.exit_code))
+            unanswered = unanswered + self.interval if turn == self.turn else 0.0
+            silent = silent + self.interval if verdict_turn == verdict.turn else 0.0
+            turn = self.turn
+            verdict_turn = verdict.turn
+            limit = max_silence(self.timeout, bool(self.lost_at))
+            if self.is_store_lost and self.lost_at:
+                what = "its process has ended"
+            elif unanswered > limit:
+                what = "its store does not answer"
+            elif silent > limit and self.rank > 0:
+                what = f"no progress for {limit:g} s, dead or stopped"
+            else:
                 continue
-            turn, unanswered = self.turn, 0.0
-            for r in ranks:
-                changed = {name for name, x in states[r].items() if x != before[r].get(name)}
-                silent[r] = 0.0 if changed else silent[r] + self.interval
-                still[r] = 0.0 if changed - {"turn", "where"} else still[r] + self.interval
-            before = states
-            dead = [r for r in ranks if silent[r] > self.timeout / 2]
-            # Ranks that compute while others wait; of several the one with the fewest heartbeats.
-            busy = dead or [r for r in ranks if not states[r].get("waiting")] or ranks
-            blamed = min(busy, key=lambda r: states[r].get("count", 0))
-            limit = self.timeout * (SLOW if states[blamed]["slow"] else 1)
-            if still[blamed] > limit:
-                where = "dead or stopped" if dead else f"at {states[blamed]['where']}"
-                self._end(blamed, f"no progress for {limit:g} s, {where}")
+            is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)
+            line = f"rank 0 on node {verdict.node}: {what}; last step {verdict.step}"
+            self._end(Fault(line if is_deputy else "", EXIT_CODE))
 
-    def _end(self, rank: int, what: str) -> None:
-        """Print on one rank what has happened, and end the process."""
-        if self.rank == (1 if rank == 0 and len(self.states) > 1 else 0):
-            node, step = (self.states[rank].get(name, "?") for name in ("node", "step"))
-            line = f"error: rank {rank} on node {node}: {what}; last step {step}"
+    def _end(self, fault: Fault) -> None:
+        """Print the line of a fault, and end the process."""
+        self.is_ending.acquire()
+        if fault.line:
             with suppress(OSError):  # the terminal or pipe is closed
-                print(line, file=sys.stderr, flush=True)
-        # Until the others have found out as well: rank 0 holds the store, and a launcher that sees
-        # a rank end kills the one that prints.
+                print(f"error: {fault.line}", file=sys.stderr, flush=True)
+        # Until the others have read the verdict: rank 0 holds the store, and a launcher that sees a
+        # rank end kills the one that prints.
         time.sleep(1.0 + 3 * self.interval)
-        os._exit(1)
+        os._exit(fault.exit_code)
 
 
-def _position(thread: int) -> tuple[bool, str]:
-    """Whether a thread waits in a collective, and its innermost line of the project's code."""
-    frame, waiting, where = sys._current_frames().get(thread), False, "a library"
-    while frame:
-        file = frame.f_code.co_filename
-        waiting = waiting or any(part in file for part in COLLECTIVES)
-        if where == "a library" and "/lib/python" not in file and not file.startswith("<"):
-            where = f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+def _waits(frame: FrameType | None) -> bool:
+    """Return True if a thread is inside a collective."""
+    while frame is not None:
+        if any(part in frame.f_code.co_filename for part in COLLECTIVES):
+            return True
         frame = frame.f_back
-    return waiting, where
+    return False
+
+
+def _place(frame: FrameType | None) -> str:
+    """Return a thread's innermost line that is this package's, or else of no library."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(PACKAGE) or LIBRARY.search(file) is None:
+            return f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return "a library"

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults.diagnosis import EXIT_CODE
 from ds_cmli.faults.watchdog import Watchdog
 from tests.ranks import environments, start
 
@@ -72,7 +73,7 @@ STOPS = [("sleeps", 1, HUNG), *(pytest.param("is stopped", *row, marks=pytest.ma
 @pytest.mark.parametrize("fate, victim, words", STOPS)
 def test_a_rank_without_progress_is_named_and_the_job_ends(tmp_path, fate, victim, words):
     codes, output, seconds = two_ranks(tmp_path, fate, victim)
-    assert codes[1 - victim] == 1 and codes[victim] in (1, -9), output
+    assert codes[1 - victim] == EXIT_CODE and codes[victim] in (EXIT_CODE, -9), output
     assert seconds < 2 * TIMEOUT + SLACK
     (printed,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert printed.startswith(f"error: rank {victim} on node node-{victim}: {words}"), output
