@@ -28,14 +28,15 @@ from ds_cmli.files import check_writable
 from ds_cmli.memory_model import gpus
 
 IDS = ("E1", "E2", "E3", "E4", "E5")
-SIZE, TOKENS = click.IntRange(1), click.IntRange(3)  # [CLS], [SEP] and a word
+SIZE = click.IntRange(1)
+POSITIONS = click.IntRange(3)  # [CLS], [SEP] and a word
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--B", "B", type=SIZE, default=256, show_default=True, help="Pairs per rank.")
 @click.option("--P", "P", type=SIZE, default=2, show_default=True, help="Ranks.")
 @click.option("--N", "N", type=SIZE, default=196, show_default=True, help="Image patches.")
-@click.option("--M", "M", type=TOKENS, default=64, show_default=True, help="Text positions.")
+@click.option("--M", "M", type=POSITIONS, default=64, show_default=True, help="Text positions.")
 @click.option("--H", "H", type=SIZE, default=768, show_default=True, help="Hidden size.")
 @click.option("--D", "D", type=SIZE, default=256, show_default=True, help="Embedding size.")
 @click.option("--only", metavar="E1,E3", help="These rows, without a preset's step.")
@@ -55,7 +56,7 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     ids = {part.strip().upper() for part in (only or ",".join(IDS)).split(",")}
     if not ids <= set(IDS):
         raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
-    given = gpus.chosen(None, gpu_memory, sm)
+    given_gpu = gpus.chosen(None, gpu_memory, sm)
     for name in (json_path, markdown_path):
         if name is not None:
             check_writable(name)
@@ -63,61 +64,72 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     from rich.markdown import Markdown
 
     from ds_cmli.libraries import silence
-    from profiling.memory.estimates import Setting, arithmetic, claims, sentences
+    from profiling.memory.estimates import Setting, arithmetic, claims, question, sentences
 
     setting = Setting(**sizes)
-    every = {id: claim for id, claim in claims(setting).items() if id in ids}
+    selected = {id: claim for id, claim in claims(setting).items() if id in ids}
     console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
-    said, shown, content = list[str](), [arithmetic(every, setting)], list[dict[str, Any]]()
+    printed: list[str] = []
+    tables = [arithmetic(selected, setting)]
+    content: list[dict[str, Any]] = []
 
     def say(*lines: str) -> None:
         for line in lines:
-            said.append(line)
+            printed.append(line)
             console.print(line, highlight=False)
 
-    say(*sentences(every))
+    say(question(selected, setting), *sentences(selected))
     silence()
     import torch
 
     from ds_cmli.fake_cuda.entered import guard
+    from ds_cmli.memory.progress import Progress
     from profiling.memory import measure, steps
 
-    assumed, present = gpus.find(gpus.DEFAULT), None
+    assumed_gpu = gpus.find(gpus.DEFAULT)
+    present_gpu = None
     if torch.cuda.is_available():
-        present = given or gpus.find(torch.cuda.get_device_name(), "this GPU")
+        present_gpu = given_gpu or gpus.find(torch.cuda.get_device_name(), "this GPU")
     if "E4" in ids:
-        steps.document_config(setting)  # sizes that its models cannot have
+        steps.document_config(setting)  # raises for sizes that its models cannot have
     try:
         predicts = guard() is not None
     except UserError as error:  # the estimates and, on a CPU, the measurements need no compiler
         predicts = False
         say(f"Not predicted: {error}")
-    with console.status("") as status:
-        rows = measure.rows(setting, ids, present, status.update) if predicts or not present else []
+    measures = predicts or present_gpu is None
+    variants = steps.VARIANTS if only else steps.VARIANTS[: steps.ANSWERING]
+    num_trials = measure.num_rows(setting, ids) if measures else 0
+    if predicts:
+        num_trials += len(variants) * ("E4" in ids) + (only is None)
+    progress = Progress(num_trials)
+    if measures:
+        rows = measure.rows(setting, ids, present_gpu, progress.begin)
         if rows:
             say(*measure.sentences(rows))
-            shown += measure.tables(rows)
+            tables += measure.tables(rows)
             content += [asdict(row) for row in rows]
-        if "E4" in ids and predicts:
-            variants = steps.VARIANTS[: 3 if only is None else None]
-            reports = steps.predict_document(setting, variants, assumed, status.update)
-            say(steps.document_sentence(reports, assumed))
-            shown.append(steps.document_table(reports, assumed))
-            content += [{"id": "E4", "implementation": k} | r.to_dict() for k, r in reports.items()]
-        if only is None and predicts:
-            status.update(f"the whole step of {preset}")
-            ranks = setting.P if preset == "paper" else 1
-            gpu, here = present or given or assumed, present is not None
-            sentence, table = steps.whole_step(preset, ranks, gpu, here)
-            say(sentence)
-            shown.append(table)
-    for table in shown:
+    if "E4" in ids and predicts:
+        reports = steps.predict_document(setting, variants, assumed_gpu, progress.begin)
+        say(steps.document_sentence(reports, assumed_gpu))
+        tables.append(steps.document_table(reports, assumed_gpu))
+        for name, report in reports.items():
+            content.append({"id": "E4", "implementation": name} | report.to_dict())
+    if only is None and predicts:
+        progress.begin(f"the whole step of {preset}")
+        num_ranks = setting.P if preset == "paper" else 1
+        gpu = present_gpu or given_gpu or assumed_gpu
+        sentence, table = steps.whole_step(preset, num_ranks, gpu, present_gpu is not None)
+        say(sentence)
+        tables.append(table)
+    progress.end()
+    for table in tables:
         console.print("", Markdown(table))
     if json_path is not None:
         Path(json_path).write_text(json.dumps(content, indent=2) + "\n")
     if markdown_path is not None:
-        lines = [f"- {line}" for line in said]
-        page = "\n".join(["# Memory: the estimates and the truth", "", *lines, "", *shown])
+        lines = [f"- {line}" for line in printed]
+        page = "\n".join(["# Memory: the estimates and the truth", "", *lines, "", *tables])
         Path(markdown_path).write_text(page)
 
 

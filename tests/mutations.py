@@ -205,8 +205,7 @@ ROWS = (
      "if after is not None and not after.requested:",
      "if after is not None and not after.requested and before is None:"),
     ("memory-ranks", "memory/command.py", MEMORY + "test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks",
-     "step, fitted = Step(config, ds_config, own.world_size), None",
-     "step, fitted = Step(config, ds_config, 1), None"),
+     "step = Step(config, ds_config, chosen.world_size)", "step = Step(config, ds_config, 1)"),
     # Evaluation.
     ("evaluate-ties", "evaluate/metrics.py", EVALUATE + "test_a_tie_is_a_random_order",
      "above = (~(scores <= best) & ~right)", "above = (~(scores < best) & ~right)"),

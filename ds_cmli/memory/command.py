@@ -6,7 +6,6 @@ downloads nothing. It takes the options of train.py.
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +21,13 @@ from ds_cmli.config.schema import Config, Sections
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import JsonObject, check_writable
 from ds_cmli.libraries import silence
+from ds_cmli.memory.progress import Progress
 from ds_cmli.memory.report import Report, by_retries, gigabytes, plot, show
 from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.gpus import Gpu
 
 if TYPE_CHECKING:
-    from ds_cmli.memory.fit import Fit
+    from ds_cmli.memory.largest_batch import LargestBatch
 
 # A prediction leaves a GPU of this machine alone.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -66,67 +66,83 @@ def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
 
     The exit code is 3 where --fit finds nothing that fits, or the step does not fit on --gpu.
     """
-    own = SimpleNamespace(**options)
-    if own.plot:
+    chosen = SimpleNamespace(**options)
+    if chosen.plot:
         with blame("--plot"):
             import matplotlib  # noqa: F401
-        if not own.plot.endswith((".png", ".svg", ".pdf")):
-            raise UserError(f"--plot is {own.plot!r}: end its name in .png, .svg or .pdf")
-        check_writable(own.plot)
+        if not chosen.plot.endswith((".png", ".svg", ".pdf")):
+            raise UserError(f"--plot is {chosen.plot!r}: end its name in .png, .svg or .pdf")
+        check_writable(chosen.plot)
     config = load_preset(None, settings)
     silence()
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    if own.checkpointing:
-        section: JsonObject | None = None if own.checkpointing == "off" else {}
+    if chosen.checkpointing:
+        section: JsonObject | None = None if chosen.checkpointing == "off" else {}
         ds_config = DeepSpeedConfig.of({**ds_config, "activation_checkpointing": section})
-    content, fits = single(config, ds_config, own)
-    if own.json_path:
-        path = Path(own.json_path)
-        text = json.dumps(content, indent=2) + "\n"
-        write(own.json_path, "--json", lambda: path.write_text(text))
+    report, fits = predict(config, ds_config, chosen)
+    if chosen.snapshot:
+        from ds_cmli.memory_model import snapshot
+
+        write(chosen.snapshot, "--snapshot", lambda: snapshot.write(report.events, chosen.snapshot))
+    if chosen.plot:
+        write(chosen.plot, "--plot", lambda: plot(report, chosen.plot))
+    if chosen.json_path:
+        path = Path(chosen.json_path)
+        text = json.dumps(report.to_dict(), indent=2) + "\n"
+        write(chosen.json_path, "--json", lambda: path.write_text(text))
     return 0 if fits else 3
 
 
-def single(
-    config: Config, ds_config: DeepSpeedConfig, own: SimpleNamespace
-) -> tuple[JsonObject, bool]:
-    """Predict one setting, or find the largest micro-batch that fits.
+def predict(
+    config: Config, ds_config: DeepSpeedConfig, chosen: SimpleNamespace
+) -> tuple[Report, bool]:
+    """Predict and print one setting, or the largest micro-batch that fits.
 
-    Returns the report, and False where that does not fit.
+    Args:
+        chosen: the command's options.
+
+    Returns:
+        The report, and False if it does not fit.
     """
-    from ds_cmli.memory.fit import fit
+    from ds_cmli.memory.largest_batch import find_largest_batch
     from ds_cmli.memory.step_memory import Step, predicted_worst
 
+    listed = gpus.chosen(chosen.gpu, chosen.gpu_memory, chosen.sm)
+    room, fitted_gpu = parse_memory(chosen.fit) if chosen.fit else (0, None)
+    gpu = listed or gpus.find(fitted_gpu or default_gpu())
     if config.run.compile != "off":
-        tell(UNCOMPILED)
-    chosen = gpus.chosen(own.gpu, own.gpu_memory, own.sm)
-    room, fitted_gpu = parse_memory(own.fit) if own.fit else (0, None)
-    gpu = chosen or gpus.find(fitted_gpu or default_gpu())
-    step, fitted = Step(config, ds_config, own.world_size), None
-    if own.fit:
-        fitted = fit(step, gpu, room, tell)
-        report = fitted.report
-        tell("")
-        print(fit_sentence(fitted, room))
-        print(meant(own.fit, room, fitted_gpu or "", gpu, report))
-    else:
-        report = predicted_worst(step, gpu, gpu.total.bytes)
-        print(sentence(report, gpu))
+        click.echo(UNCOMPILED, err=True)
+    if gpu.capability[0] == 10:
+        click.echo(triton_line(gpu), err=True)
+    step = Step(config, ds_config, chosen.world_size)
+    if chosen.fit:
+        found = find_largest_batch(step, gpu, room, Progress())
+        print(fit_sentence(found, room))
+        print(meant(chosen.fit, room, fitted_gpu or "", gpu, found.report))
+        show(found.report)
+        print_tried(found, room)
+        return found.report, found.micro_batch > 0
+    progress = Progress(num_trials=1)
+    progress.begin(f"a step of one of {chosen.world_size} ranks, on tensors without data")
+    report = predicted_worst(step, gpu, gpu.total.bytes)
+    progress.end()
+    print(sentence(report, gpu))
     show(report)
-    if fitted is not None:
-        print_fit(fitted, room)
-    if own.snapshot:
-        from ds_cmli.memory_model import snapshot
+    return report, listed is None or report.totals["device"] <= listed.total.bytes
 
-        write(own.snapshot, "--snapshot", lambda: snapshot.write(report.events, own.snapshot))
-    if own.plot:
-        write(own.plot, "--plot", lambda: plot(report, own.plot))
-    fits = chosen is None or report.totals["device"] <= chosen.total.bytes
-    return report.to_dict(), fits if fitted is None else fitted.micro_batch > 0
+
+def triton_line(gpu: Gpu) -> str:
+    """Say by which kernels a Blackwell GPU is predicted, which depends on the version of Triton."""
+    import triton
+
+    from ds_cmli.cmli.triton_forward import unsuited
+
+    reason = unsuited(gpu.capability) or "its kernels run there"
+    return f"{gpu.name}: predicted with this machine's Triton {triton.__version__}: {reason}"
 
 
 def parse_memory(text: str) -> tuple[int, str | None]:
-    """Of --fit: "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
+    """Read --fit: "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
     size = gpus.parse_bytes(text)
     if size is not None:
         return size, None
@@ -135,7 +151,7 @@ def parse_memory(text: str) -> tuple[int, str | None]:
 
 
 def default_gpu() -> str:
-    """The listed name of the first GPU in this machine, or of the one that is assumed."""
+    """Return the listed name of this machine's first GPU, or of the GPU that is assumed."""
     import pynvml  # not torch, which sees no GPU here
 
     try:
@@ -148,36 +164,44 @@ def default_gpu() -> str:
 
 
 def sentence(report: Report, gpu: Gpu) -> str:
-    """The answer in one sentence: whether the step fits on `gpu`."""
-    total, needed_bytes = gpu.total.bytes, report.totals["device"]
-    needed, has = gigabytes(needed_bytes, total)
-    digits = len(has.partition(".")[2])
+    """Answer in one sentence whether the step fits on `gpu`."""
+    total = gpu.total.bytes
+    needed_bytes = report.totals["device"]
+    needed, available = gigabytes(needed_bytes, total)
+    digits = len(available.partition(".")[2])
     (difference,) = gigabytes(abs(needed_bytes - total), digits=digits)
     setting = report.setting
     step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']}"
     step += f" over {setting['world_size']} GPUs"
     if setting.get("rank"):
         step += f" (rank {setting['rank']}, which needs the most)"
+    needs = f"{step} needs {needed} GB"
+    if report.margin:
+        needs += f" ({report.margin})"
     if needed_bytes > total:
-        verdict = f"does not fit on a {gpu.name} ({has} GB), by {difference} GB"
-        return f"{step} needs {needed} GB and {verdict}: --fit {gpu.name!r} finds what does"
+        verdict = f"does not fit on a {gpu.name} ({available} GB), by {difference} GB"
+        return f"{needs} and {verdict}: --fit {gpu.name!r} finds what does"
     left = f"{difference} GB are left{by_retries(report.retries)}"
-    return f"{step} needs {needed} GB and fits on a {gpu.name} ({has} GB), {left}"
+    return f"{needs} and fits on a {gpu.name} ({available} GB), {left}"
 
 
-def fit_sentence(fitted: "Fit", room: int) -> str:
-    """The answer in one sentence: what fits, and what one pair more needs."""
-    more = fitted.tried.get(fitted.micro_batch + 1)
+def fit_sentence(found: "LargestBatch", room: int) -> str:
+    """Answer in one sentence what fits, and what one pair more needs."""
+    more = found.tried.get(found.micro_batch + 1)
     size, one_more = gigabytes(room, more or room)
-    if not fitted.micro_batch:
+    if not found.micro_batch:
         return f"does not fit in {size} GB: one pair needs {one_more} GB"
-    retries = by_retries(fitted.report.retries)
-    out = f"fits in {size} GB with micro-batch {fitted.micro_batch}{retries}"
-    return out if more is None else f"{out}; {fitted.micro_batch + 1} needs {one_more} GB"
+    answer = f"fits in {size} GB with micro-batch {found.micro_batch}"
+    answer += by_retries(found.report.retries)
+    if more is not None:
+        answer += f"; {found.micro_batch + 1} needs {one_more} GB"
+    if found.report.margin:
+        answer += f"; {found.report.margin} may be reserved"
+    return answer
 
 
 def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str:
-    """What --fit was taken for, and how much of it tensors can have."""
+    """Say what --fit was taken for, and how much of it tensors can have."""
     outside = report.totals["device"] - report.totals["reserved"]
     usable = max(room - outside, 0)
     rest = "CUDA's context"
@@ -189,25 +213,17 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str
     return f"--fit {fit!r} means {room:,} B of a GPU: {left}"
 
 
-def print_fit(fitted: "Fit", room: int) -> None:
-    sizes = gigabytes(*fitted.tried.values())
-    tried = ", ".join(f"{n}: {size} GB" for n, size in zip(fitted.tried, sizes, strict=True))
+def print_tried(found: "LargestBatch", room: int) -> None:
+    sizes = gigabytes(*found.tried.values())
+    tried = ", ".join(f"{n}: {size} GB" for n, size in zip(found.tried, sizes, strict=True))
     print(f"tried, micro-batch: on the device: {tried}")
-    if fitted.micro_batch:
-        size = fitted.tried[fitted.micro_batch]
-        answer = f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}"
+    if found.micro_batch:
+        size = found.tried[found.micro_batch]
+        answer = f"the largest micro-batch that fits in {room:,} B: {found.micro_batch}"
         print(f"{answer}, with {size:,} B on the device")
     else:
         answer = f"not even one pair per rank fits in {room:,} B"
-        print(f"{answer}: it takes {fitted.tried[1]:,} B on the device")
-
-
-def tell(line: str) -> None:
-    """Show progress on stderr: on a terminal in one line that changes, elsewhere in a line each."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-    elif line:
-        print(line, file=sys.stderr, flush=True)
+        print(f"{answer}: it takes {found.tried[1]:,} B on the device")
 
 
 def write(path: str, setting: str, function: Callable[[], object]) -> None:

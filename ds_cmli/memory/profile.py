@@ -171,7 +171,7 @@ def profiling_memory(
             return
         report = summarise(recorder.events(), setting, f"measured: {name}")
         if cuda:
-            report.take(statistics(device))  # CPU-GPU sync
+            report.take_totals(statistics(device))  # CPU-GPU sync
             torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))
             record_history()  # back to the history that every training run keeps
         content["measurement"] = report.to_dict()

@@ -39,7 +39,7 @@ EXPLAINED = {
     "reserved": "taken from the device by the allocator",
     "device": "with the CUDA context and NCCL",
 }
-UP_TO = "; with ZeRO-3 up to 5% more"  # measured on the null GPU, with checkpointing
+ZERO_3_MARGIN = "with ZeRO-3 up to 5% more"  # measured on the null GPU, with checkpointing
 
 
 @dataclass
@@ -57,11 +57,20 @@ class Report:
     def to_dict(self) -> JsonObject:
         return {name: value for name, value in vars(self).items() if name != "events"}
 
-    def take(self, totals: dict[str, int]) -> None:
-        """Give measured totals to a report of what was recorded: what the allocator counts beyond
-        it, the workspaces of libraries and operators, are temporaries."""
+    def take_totals(self, totals: dict[str, int]) -> None:
+        """Replace the totals of what was recorded by measured ones.
+
+        What the allocator counts beyond the record is added to the temporaries: the workspaces of
+        libraries and operators.
+        """
         self.categories["temporaries"] += totals["requested"] - self.totals["requested"]
         self.totals = totals
+
+    @property
+    def margin(self) -> str:
+        """How much more than predicted the allocator may reserve, in words; "": not more."""
+        predicted = self.source == "predicted"
+        return ZERO_3_MARGIN if predicted and self.setting.get("zero_stage") == 3 else ""
 
 
 def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Report:
@@ -75,12 +84,15 @@ def summarise(events: Sequence[Event], setting: JsonObject, source: str) -> Repo
 
 
 def live_at_peak(events: Sequence[Event]) -> list[Event]:
-    """The allocations that are live when the requested bytes are the most, in their order."""
-    total = most = end = 0
+    """Return the allocations, in order, that are live when the requested bytes are the most."""
+    total = 0
+    peak = 0
+    end = 0  # of the events up to the peak
     for number, event in enumerate(events):
         total += event.bytes
-        if total > most:
-            most, end = total, number + 1
+        if total > peak:
+            peak = total
+            end = number + 1
     live: dict[int, Event] = {}
     for event in events[:end]:
         if event.bytes > 0:
@@ -91,30 +103,32 @@ def live_at_peak(events: Sequence[Event]) -> list[Event]:
 
 
 def peaks_of_phases(events: Sequence[Event]) -> dict[str, int]:
-    """The most that is requested in each phase, what was live when it began included."""
-    total, most = 0, dict[str, int]()
+    """Return the most bytes requested in each phase, with what was live when it began."""
+    total = 0
+    peaks: dict[str, int] = {}
     for event in events:
-        before, total = total, total + event.bytes
-        most[event.phase] = max(most.get(event.phase, 0), before, total)
-    return most
+        at_start = total
+        total += event.bytes
+        peaks[event.phase] = max(peaks.get(event.phase, 0), at_start, total)
+    return peaks
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
-    """Sizes in GB, with as many decimals as it takes for different sizes to read differently.
+    """Format sizes in GB, with as many decimals as make different sizes read differently.
 
     There are at least `digits` decimals.
     """
     while True:
-        out = [f"{size / 1e9:,.{digits}f}" for size in sizes]
-        if digits >= 9 or len(set(out)) == len(set(sizes)):
-            return out
+        texts = [f"{size / 1e9:,.{digits}f}" for size in sizes]
+        if digits >= 9 or len(set(texts)) == len(set(sizes)):
+            return texts
         digits += 1
 
 
 def by_retries(count: int) -> str:
-    """What a sentence says of what fits only by so many retries of the allocator; 0: nothing."""
-    tries = "1 retry" if count == 1 else f"{count} retries"
-    return f", only as PyTorch's allocator returns its cache ({tries})" if count else ""
+    """Say that a step fits only by so many retries of the allocator; 0: say nothing."""
+    retries = "1 retry" if count == 1 else f"{count} retries"
+    return f", only as PyTorch's allocator returns its cache ({retries})" if count else ""
 
 
 def show(report: Report, console: "Console | None" = None) -> None:
@@ -136,15 +150,16 @@ def show(report: Report, console: "Console | None" = None) -> None:
             table.add_column(name, justify="right")
         for name, size in values.items():
             style = None if size else "dim"
-            table.add_row(name, *_sizes(size), f"{size / requested:.1%}", style=style)
+            table.add_row(name, *bytes_and_gigabytes(size), f"{size / requested:.1%}", style=style)
         console.print(table)
     table = Table()
     for name in ("total", "bytes", "GB", ""):
         table.add_column(name, justify="right" if name in ("bytes", "GB") else "left")
     for name, size in report.totals.items():
-        which = name, report.source, report.setting.get("zero_stage")
-        more = which == ("reserved", "predicted", 3)
-        table.add_row(name, *_sizes(size), EXPLAINED.get(name, "") + UP_TO * more)
+        explained = EXPLAINED.get(name, "")
+        if name == "reserved" and report.margin:
+            explained += f"; {report.margin}"
+        table.add_row(name, *bytes_and_gigabytes(size), explained)
     console.print(table)
 
 
@@ -156,7 +171,7 @@ def _plain(value: object) -> str:
     return str(value)
 
 
-def _sizes(size: int) -> tuple[str, str]:
+def bytes_and_gigabytes(size: int) -> tuple[str, str]:
     return f"{size:,}", f"{size / 1e9:.3f}"
 
 
@@ -172,15 +187,28 @@ def plot(report: Report, path: str) -> None:
     live = changes.cumsum(1) / 1e9
     shown = [row for row in range(len(CATEGORIES)) if live[row].any()]
     places = np.linspace(0, live.shape[1] - 1, 4000).astype(int)
-    names = [CATEGORIES[row] for row in shown]
+    names = []
+    for row in shown:
+        name = CATEGORIES[row]
+        names.append(f"{name}, {report.categories[name] / 1e9:.2f} GB")
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     axis = figure.subplots()
     colours = [colormaps["tab20"](row) for row in shown]
     axis.stackplot(places, live[shown][:, places], labels=names, colors=colours, linewidth=0)
-    axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title="Memory of a step")
+    (requested,) = gigabytes(report.totals["requested"])
+    axis.set(
+        xlabel="allocations and frees of two steps",
+        ylabel="GB",
+        title=f"Memory of a step, {report.source}: {requested} GB at the peak",
+    )
     handles, labels = axis.get_legend_handles_labels()
     axis.legend(
-        handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5), frameon=False
+        handles[::-1],
+        labels[::-1],
+        title="at the peak",
+        loc="center left",
+        bbox_to_anchor=(1, 0.5),
+        frameon=False,
     )
     with blame(f"--plot {path}"):
         figure.savefig(path)

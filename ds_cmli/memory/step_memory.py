@@ -180,7 +180,7 @@ def measured(step: Step) -> Report:
         setting = step.take_twice(recorder.attach)
     name = torch.cuda.get_device_name(device)
     report = summarise(recorder.events(), {**setting, "gpu": name}, f"measured: {name}")
-    report.take(totals)
+    report.take_totals(totals)
     return report
 
 

@@ -66,12 +66,28 @@ class Claim:
 
 def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
     """What the document claims, by id, with the sizes of `s`: fp32 in E1 and E2, 16 bit in E3."""
-    pair, kept = s.N * s.M, s.M - SPECIAL_TOKENS
-    global_dots, own, written, every = s.G**2, s.B * pair, s.G * pair, s.G**2 * pair
-    global_bytes, all_bytes, match_bytes = 4 * global_dots * s.H, 4 * written * s.D, 2 * own * s.D
-    tokens, patches = s.N * index_dtype(s.M).itemsize, s.M * index_dtype(s.N).itemsize
-    similarities, argmax = 4 * s.B * s.G * pair, s.B * s.G * (tokens + patches)
-    coincidence = " (the same, as B = D)" if similarities == all_bytes else ""
+    kept_positions = s.M - SPECIAL_TOKENS
+    # Dot products: of a pair, of the global loss, of a rank's pairs, as the document counts all pairs, and of all pairs.
+    pair_dots = s.N * s.M
+    global_dots = s.G**2
+    rank_dots = s.B * pair_dots
+    written_dots = s.G * pair_dots
+    all_dots = s.G**2 * pair_dots
+    # As the document multiplies.
+    global_bytes = 4 * global_dots * s.H
+    all_bytes = 4 * written_dots * s.D
+    match_bytes = 2 * rank_dots * s.D
+    # As they are stored for a rank's images and all texts.
+    similarities = 4 * s.B * s.G * pair_dots
+    best_tokens = s.N * index_dtype(s.M).itemsize
+    best_patches = s.M * index_dtype(s.N).itemsize
+    argmax = s.B * s.G * (best_tokens + best_patches)
+    coincidence = ""
+    if similarities == all_bytes:
+        coincidence = (
+            f" (the estimate's figure, by coincidence: it multiplies by D = {s.D} features where "
+            f"B = {s.B} images belong)"
+        )
     return {
         "E1": Claim("global contrastive loss", "805.31 MB",
             "we already need 262,144 * 768 * 4 bytes = 805.31 MB of GPU memory",
@@ -84,56 +100,71 @@ def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
         "E2": Claim("all-pairs CMLI", "6.58 GB",
             "the number of dot products increases from 262,144 to 256 * 12,544 = 6,422,528 [...] we need "
             "6,422,528 * 256 * 4 bytes = 6.58 GB of additional GPU memory, just to store the result",
-            f"all pairs are {s.G}^2 * {pair:,} = {every:,} dot products, a rank's similarities "
+            f"all pairs are {s.G}^2 * {pair_dots:,} = {all_dots:,} dot products, a rank's similarities "
             f"{similarities / 1e9:,.2f} GB{coincidence}; none need be kept: which patch or token won is "
             f"{argmax / 1e6:,.1f} MB",
-            (Line(f"{s.N} * {s.M}", pair, 12_544),
-             Line(f"{s.B} * {pair:,}", own, 6_422_528),  # that is 512 * 12,544
-             Line(f"{written:,} * {s.D} * 4", all_bytes, 6_580_000_000)),
+            (Line(f"{s.N} * {s.M}", pair_dots, 12_544),
+             Line(f"{s.B} * {pair_dots:,}", rank_dots, 6_422_528),  # that is 512 * 12,544
+             Line(f"{written_dots:,} * {s.D} * 4", all_bytes, 6_580_000_000)),
             all_bytes,
-            {"broadcast": 4 * every * s.D, "materialised": similarities, "materialised, all": 4 * every}),
+            {"broadcast": 4 * all_dots * s.D, "materialised": similarities, "materialised, all": 4 * all_dots}),
         "E3": Claim("Target-CMLI", "1.64 GB",
             "12,544 * 256 = 3,211,264 dot products [...] just 3,211,264 * 256 * 2 bytes = 1.64 GB of "
             "additional GPU memory is required",
-            f"{s.D} times too much: {2 * own / 1e6:,.1f} MB of similarities",
-            (Line(f"{pair:,} * {s.B}", own, 3_211_264),
-             Line(f"{own:,} * {s.D} * 2", match_bytes, 1_640_000_000)),
+            f"{s.D} times too much: {2 * rank_dots / 1e6:,.1f} MB of similarities",
+            (Line(f"{pair_dots:,} * {s.B}", rank_dots, 3_211_264),
+             Line(f"{rank_dots:,} * {s.D} * 2", match_bytes, 1_640_000_000)),
             match_bytes,
             # Ours matches in fp32, so that rounding decides no maximum. Its largest tensor is the fp32 copy
             # of the longer side's features, or the similarities.
-            {"broadcast": match_bytes, "materialised": 2 * own,
-             "ours": 4 * max(s.B * max(s.N, s.M) * s.D, own)}),
+            {"broadcast": match_bytes, "materialised": 2 * rank_dots,
+             "ours": 4 * max(s.B * max(s.N, s.M) * s.D, rank_dots)}),
         "E4": Claim("what a step leaves free", "2 GB",
             "which is still manageable, since we have around 2 GB of GPU memory remaining for a step",
             "no formula answers it, but the whole step"),
         "E5": Claim("text positions", "12,544",
             "With a maximum text sequence length of 64 tokens, two of which are ignored as they are the "
             "cls and eos token [...] 196 * 64 = 12,544",
-            f"at most {kept} of {s.M} are tokens: {s.N * kept:,} dot products a pair",
-            (Line(f"{s.N} * {kept}", s.N * kept, 12_544),),
+            f"at most {kept_positions} of {s.M} are tokens: {s.N * kept_positions:,} dot products a pair",
+            (Line(f"{s.N} * {kept_positions}", s.N * kept_positions, 12_544),),
             None,
-            {f"E2 materialised, {kept} of {s.M}": 4 * s.B * s.G * s.N * kept,
-             f"E3 materialised, {kept} of {s.M}": 2 * s.B * s.N * kept}),
+            {f"E2 materialised, {kept_positions} of {s.M}": 4 * s.B * s.G * s.N * kept_positions,
+             f"E3 materialised, {kept_positions} of {s.M}": 2 * s.B * s.N * kept_positions}),
     }  # fmt: skip
 
 
-def sentences(every: dict[str, Claim]) -> Iterable[str]:
-    """What of the document holds, a sentence for each claim."""
-    for id, claim in every.items():
-        yield f"{id} {claim.topic}, {claim.figure}: {claim.truth}."
+def question(ids: Iterable[str], s: Setting) -> str:
+    """Say whose estimates these are, of what, and what is asked."""
+    return (
+        f"{', '.join(ids)}: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024), for a "
+        f"training step with {s.B} image-text pairs on each of {s.P} GPUs. Do they hold, and what does the step need? "
+        f"({sizes(s)})"
+    )
 
 
-def arithmetic(every: dict[str, Claim], s: Setting) -> str:
-    """Every line of the document's arithmetic, computed again, with a verdict."""
+def sizes(s: Setting) -> str:
+    return (
+        f"N={s.N} image patches, M={s.M} text positions, hidden size H={s.H}, embedding size D={s.D}, "
+        f"B={s.B} pairs per GPU, P={s.P} GPUs"
+    )
+
+
+def sentences(selected: dict[str, Claim]) -> Iterable[str]:
+    """Yield a sentence for each claim: the estimate, and what of it holds."""
+    for id, claim in selected.items():
+        yield f"{id}, {claim.topic}: the estimate is {claim.figure}; {claim.truth}."
+
+
+def arithmetic(selected: dict[str, Claim], s: Setting) -> str:
+    """Return a table of each line of the document's arithmetic, computed again, with a verdict."""
     rows = [
         [id, line.formula, count(line.value), line.verdict if s == DOCUMENT else ""]
-        for id, claim in every.items()
+        for id, claim in selected.items()
         for line in claim.lines
     ]
-    sizes = ", ".join(f"{name}={value}" for name, value in vars(s).items())
-    quotes = [f'{id}: "{claim.quote}"' for id, claim in every.items()]
+    quotes = [f'{id}: "{claim.quote}"' for id, claim in selected.items()]
     columns = ["", "formula", "comes to", "the document's result"]
-    return section(f"The document's arithmetic: {sizes}", columns, rows, *quotes)
+    return section("The document's arithmetic", columns, rows, *quotes)
 
 
 def table(columns: list[str], rows: list[list[str]]) -> str:
@@ -152,3 +183,8 @@ def section(title: str, columns: list[str], rows: list[list[str]], *notes: str) 
 def count(number: int | None) -> str:
     """The number with thousands separators, as in 1,024; "-" for None."""
     return "-" if number is None else f"{number:,}"
+
+
+def in_gigabytes(number: int | None) -> str:
+    """Return a size in GB, as in 6.577; "-" for None."""
+    return "-" if number is None else f"{number / 1e9:,.3f}"

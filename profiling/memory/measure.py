@@ -20,7 +20,7 @@ from ds_cmli.cmli.op import why_not_triton
 from ds_cmli.cmli.sides import power_of_two
 from ds_cmli.memory.report import gigabytes
 from ds_cmli.memory_model.gpus import Gpu
-from profiling.memory.estimates import Setting, claims, count, section
+from profiling.memory.estimates import Claim, Setting, claims, count, in_gigabytes, section
 from profiling.memory.implementations import (
     Allocations,
     Implementation,
@@ -30,9 +30,9 @@ from profiling.memory.implementations import (
 )
 
 GB = 10**9
-MOST_BYTES = 16 * GB  # of main memory, as others may use the machine too
+MAX_BYTES = 16 * GB  # of main memory, as others may use the machine too
 SPARE_BYTES = 2 * GB  # left for the system and for the process itself
-MOST_SECONDS = 180.0
+MAX_SECONDS = 180.0
 
 
 @dataclass
@@ -50,77 +50,100 @@ class Row:
     measured_on: str = ""  # the device and the passes that the peaks cover; or why not
 
 
-def rows(
-    s: Setting, ids: set[str], gpu: Gpu | None = None, doing: Callable[[str], None] = lambda _: None
-) -> list[Row]:
-    """The claims in `ids`: predicted, and measured where time and memory suffice.
+def num_rows(s: Setting, ids: set[str]) -> int:
+    return sum(id in ids for id, _ in implementations(s))
 
-    `gpu`: this machine's; None: on the CPU.
+
+def rows(
+    s: Setting,
+    ids: set[str],
+    gpu: Gpu | None = None,
+    begin: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Predict the claims in `ids`, and measure them where time and memory suffice.
+
+    Args:
+        gpu: this machine's; None: on the CPU.
+        begin: called with the name of each row before its work begins.
     """
-    every, out, device, backend = claims(s), [], "cpu", "auto"
-    if gpu is not None:  # without data there is no asking what runs
-        device, sides = "cuda", map(power_of_two, (s.N, s.M))  # as the op asks, which does so once
-        why_not = why_not_triton(torch.device("cuda", 0), torch.float32, *sides, s.D)
-        backend = "triton" if why_not is None else "torch"
+    document = claims(s)
+    backend = "auto"
+    if gpu is not None:  # nothing without data tells what runs
+        # As the op asks, which does so once.
+        sides = map(power_of_two, (s.N, s.M))
+        reason = why_not_triton(torch.device("cuda", 0), torch.float32, *sides, s.D)
+        backend = "triton" if reason is None else "torch"
+    out = []
     for (id, name), implementation in implementations(s, backend).items():
-        if id not in ids:
-            continue
-        doing(f"{id} {name}")
-        forward, whole = predict(implementation, gpu)
-        claim, free = every[id], free_bytes(device)
-        stored = claim.stored.get(name, whole.largest)
-        row = Row(id, name, claim.document_bytes, stored, whole.largest, whole.peak)
-        out.append(row)
-        if forward.peak > free:
-            need = gigabytes(forward.peak, max(free, 0), digits=1)
-            row.measured_on = "not measured: needs {} GB, {} GB are free".format(*need)
-            continue
-        # E5 is about the size of one tensor.
-        passes = forward if whole.peak > free or id == "E5" else whole
-        after = list[Allocations]()  # each pass
-        if device == "cpu":
-            arguments = implementation, device, passes.passes, passes.peak + SPARE_BYTES
-            after = given_by_process(MOST_SECONDS, measure, *arguments)
-        else:
-            with suppress(torch.OutOfMemoryError):
-                after.extend(measure(implementation, device, passes.passes))
-        if not after:
-            row.measured_on = f"not measured: it failed, or took more than {MOST_SECONDS:.0f} s"
-            continue
-        found = after[-1]  # of forward alone where backward did not end
-        row.predicted_peak_bytes = (forward if found.passes == forward.passes else whole).peak
-        row.measured_bytes, row.measured_peak_bytes = found.largest, found.peak
-        where = torch.cuda.get_device_name() if device == "cuda" else "CPU allocator"
-        row.measured_on = f"{where}, {found.passes}"
+        if id in ids:
+            begin(f"{id} {name}")
+            out.append(predicted_and_measured(id, name, document[id], implementation, gpu))
     return out
 
 
+def predicted_and_measured(
+    id: str, name: str, claim: Claim, implementation: Implementation, gpu: Gpu | None
+) -> Row:
+    device = "cpu" if gpu is None else "cuda"
+    forward, whole = predict(implementation, gpu)
+    free = free_bytes(device)
+    stored = claim.stored.get(name, whole.largest)
+    row = Row(id, name, claim.document_bytes, stored, whole.largest, whole.peak)
+    if forward.peak > free:
+        needed, available = gigabytes(forward.peak, max(free, 0), digits=1)
+        row.measured_on = f"not measured: needs {needed} GB, {available} GB are free"
+        return row
+    # E5 is about the size of one tensor.
+    passes = forward if whole.peak > free or id == "E5" else whole
+    after_passes: list[Allocations] = []
+    if device == "cpu":
+        arguments = implementation, device, passes.passes, passes.peak + SPARE_BYTES
+        after_passes = given_by_process(MAX_SECONDS, measure, *arguments)
+    else:
+        with suppress(torch.OutOfMemoryError):
+            after_passes.extend(measure(implementation, device, passes.passes))
+    if not after_passes:
+        row.measured_on = f"not measured: it failed, or took more than {MAX_SECONDS:.0f} s"
+        return row
+    measured = after_passes[-1]  # of forward alone if backward did not end
+    row.predicted_peak_bytes = (forward if measured.passes == forward.passes else whole).peak
+    row.measured_bytes = measured.largest
+    row.measured_peak_bytes = measured.peak
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU allocator"
+    row.measured_on = f"{where}, {measured.passes}"
+    return row
+
+
 def measure(
-    one: Implementation, device: str, passes: str, most: int | None = None
+    implementation: Implementation, device: str, passes: str, limit: int | None = None
 ) -> Iterator[Allocations]:
-    """An implementation's allocations after each of `passes`; of a CPU's memory it gets `most` bytes."""
+    """Yield an implementation's allocations after each of `passes`.
+
+    Args:
+        limit: the bytes that it may take of a CPU's memory.
+    """
     # Libraries allocate their workspaces at their first use, which must not count.
     for small in implementations(Setting(2, 1, 4, 4, 8, 8)).values():
         list(run(small, device, backward=True))
-    if most is not None:
+    if limit is not None:
         used = psutil.Process().memory_info().data
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (used + most, hard))
-    yield from run(one, device, passes == "forward and backward")
+        resource.setrlimit(resource.RLIMIT_DATA, (used + limit, hard))
+    yield from run(implementation, device, passes == "forward and backward")
 
 
 def free_bytes(device: str) -> int:
-    """What a measurement may take."""
+    """Return how many bytes a measurement may take."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0] - GB
-    return min(MOST_BYTES, psutil.virtual_memory().available - SPARE_BYTES)
+    return min(MAX_BYTES, psutil.virtual_memory().available - SPARE_BYTES)
 
 
 def given_by_process(
     timeout_s: float, generator: Callable[..., Iterator[Any]], *arguments: Any
 ) -> list[Any]:
-    """What `generator(*arguments)` yields in a process of its own, until that ends or is ended."""
+    """Return what `generator(*arguments)` yields in a process of its own, until that ends or is ended."""
     # A CPU's are forked from one that has imported everything once, and finds it as this one does.
     context: Any = get_context("spawn" if torch.cuda.is_available() else "forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -130,13 +153,14 @@ def given_by_process(
     process = context.Process(target=_give, args=(sender, generator, arguments), daemon=True)
     process.start()
     sender.close()  # the process has the other copy, so that its end ends the pipe
-    end, given = time.monotonic() + timeout_s, []
+    end = time.monotonic() + timeout_s
+    items = []
     with suppress(EOFError):
         while receiver.poll(max(0.0, end - time.monotonic())):
-            given.append(receiver.recv())
+            items.append(receiver.recv())
     process.kill()
     process.join()
-    return given
+    return items
 
 
 def _give(sender: Connection, generator: Callable, arguments: tuple) -> None:
@@ -148,35 +172,42 @@ def _give(sender: Connection, generator: Callable, arguments: tuple) -> None:
 
 
 def sentences(rows: list[Row]) -> list[str]:
-    measured, out = [row for row in rows if row.measured_bytes is not None], []
+    """Say how many of the measured figures are the predicted ones, and what was not measured."""
+    out = []
+    measured = [row for row in rows if row.measured_bytes is not None]
     if measured:
         largest = sum(row.measured_bytes == row.predicted_bytes for row in measured)
         peaks = sum(row.measured_peak_bytes == row.predicted_peak_bytes for row in measured)
-        where, of = measured[0].measured_on.split(",")[0], len(measured)
+        where = measured[0].measured_on.split(",")[0]
+        total = len(measured)
         out.append(
-            f"Measured by the {where}: {largest} of {of} largest allocations and {peaks} of {of} "
+            f"Measured by the {where}: {largest} of {total} largest allocations and {peaks} of {total} "
             "peaks equal the predicted ones."
         )
-    less = [f"{row.id} {row.implementation}" for row in rows if row.measured_bytes is None]
-    if less:
-        out.append(f"Not measured, as the tables say why: {', '.join(less)}.")
+    others = [f"{row.id} {row.implementation}" for row in rows if row.measured_bytes is None]
+    if others:
+        out.append(f"Not measured, as the tables say why: {', '.join(others)}.")
     return out
 
 
 def tables(rows: list[Row]) -> list[str]:
-    """What is stored, and what is held at the peak, in 100 columns each."""
-    stored, peaks = [], []
+    """Return tables of what is stored, and of what is held at the peak, in 100 columns each."""
+    stored = []
+    peaks = []
     for row in rows:
         name = f"{row.id} {row.implementation}"
         sizes = row.document_bytes, row.corrected_bytes, row.predicted_bytes, row.measured_bytes
-        stored.append([name, *map(count, sizes)])
-        peak = count(row.predicted_peak_bytes), count(row.measured_peak_bytes)
-        peaks.append([name, *peak, row.measured_on])
+        stored.append([name, in_gigabytes(row.corrected_bytes), *map(count, sizes)])
+        peak = row.predicted_peak_bytes
+        peaks.append(
+            [name, in_gigabytes(peak), count(peak), count(row.measured_peak_bytes), row.measured_on]
+        )
     return [
         section("E1, E2, E3, E5: what is stored",
-                ["", "document B", "corrected B", "predicted B", "measured B"], stored,
-                "corrected, predicted, measured: the largest single allocation of forward"),
+                ["", "GB", "estimate B", "corrected B", "predicted B", "measured B"], stored,
+                "GB: of the corrected figure. corrected, predicted, measured: the largest single allocation of "
+                "forward, in bytes"),
         section("E1, E2, E3, E5: at the peak",
-                ["", "predicted B", "measured B", "measured on"], peaks,
+                ["", "GB", "predicted B", "measured B", "measured on"], peaks,
                 "the most held above what was live before, over the passes named"),
     ]  # fmt: skip

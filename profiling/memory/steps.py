@@ -22,7 +22,7 @@ from ds_cmli.libraries import silence
 from ds_cmli.memory.report import Report, gigabytes
 from ds_cmli.memory.step_memory import Step, measured, predicted, predicted_worst
 from ds_cmli.memory_model.gpus import Gpu
-from profiling.memory.estimates import Setting, count, section
+from profiling.memory.estimates import Setting, count, in_gigabytes, section
 from profiling.memory.implementations import broadcast_scores, contrastive_loss
 from profiling.memory.measure import given_by_process
 from profiling.speed.op import materialised_scores
@@ -47,7 +47,8 @@ class Variant:
             loss.forward = partial(stored_loss, self.scores)
 
 
-VARIANTS = (  # of which the first three answer the document
+ANSWERING = 3  # as many of the first variants answer the document
+VARIANTS = (
     Variant("without CMLI", BEFORE, False),
     Variant("materialised", ALL_LOSSES, False, materialised_scores),
     Variant("ours", ALL_LOSSES, False),
@@ -68,7 +69,8 @@ def stored_loss(
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     """The preset `paper` with the sizes of `s`; `UserError` if its models cannot have them."""
-    side, heads = math.isqrt(s.N), s.H // 64
+    side = math.isqrt(s.N)
+    heads = s.H // 64
     if side * side != s.N:
         give = f"{side * side} or {(side + 1) ** 2}"
         raise UserError(f"--N is {s.N}: the models' patches form a square, give {give}")
@@ -88,14 +90,16 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
 
 
 def predict_document(
-    s: Setting, variants: tuple[Variant, ...], gpu: Gpu, doing: Callable[[str], None]
+    s: Setting, variants: tuple[Variant, ...], gpu: Gpu, begin: Callable[[str], None]
 ) -> dict[str, Report]:
-    """E4: the step of each variant on `gpu` in fp16 with ZeRO-2, the DeepSpeed JSON that training
-    uses by default, of the rank that needs the most.
+    """Predict E4, the step of each variant on `gpu`, for the rank that needs the most.
+
+    It is in fp16 with ZeRO-2, the DeepSpeed JSON that training uses by default. `begin` is called with the
+    name of each variant before its work begins.
     """
     reports = {}
     for variant in variants:
-        doing(f"E4 {variant.name}")
+        begin(f"E4 {variant.name}")
         json = DeepSpeedConfig.load(DEFAULT_JSON)
         if not variant.checkpointing:
             json = DeepSpeedConfig.of({**json, "activation_checkpointing": None})
@@ -110,7 +114,7 @@ def verdict(report: Report, gpu: Gpu) -> str:
 
 
 def document_sentence(reports: dict[str, Report], gpu: Gpu) -> str:
-    """The answer to E4."""
+    """Answer E4."""
     return (
         f"A whole step (E4), predicted for a {gpu.name} (24 GB assumed): all pairs of the batch leave "
         f"{verdict(reports['ours'], gpu)} with ours; with every similarity stored the same step has "
@@ -129,31 +133,34 @@ def document_table(reports: dict[str, Report], gpu: Gpu) -> str:
     return section(f"E4: does the document's step fit a {gpu.name}?", columns, rows, note)
 
 
-def whole_step(preset: str, world_size: int, gpu: Gpu, here: bool) -> tuple[str, str]:
-    """A preset's first two steps: a sentence, and a table of bytes by category and phase.
+def whole_step(preset: str, world_size: int, gpu: Gpu, measures: bool) -> tuple[str, str]:
+    """Return a sentence about a preset's first two steps, and a table of bytes by category and phase.
 
-    They are predicted for `gpu`; `here`: it is this machine's, and they are measured too.
+    They are predicted for `gpu`, and measured too if it is this machine's (`measures`).
     """
     step = Step(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), world_size)
     report = predicted(step, gpu)
-    expected, taken = report.totals["requested"], list[Report]()
+    requested = report.totals["requested"]
+    measurement: Report | None = None
     result = "not measured: there is no GPU here"
-    if here:
-        taken = given_by_process(STEP_SECONDS, measured_alone, step)
+    if measures:
+        (measurement,) = given_by_process(STEP_SECONDS, measured_alone, step) or [None]
         result = "not measured: it does not fit, or took too long"
-    if taken:
-        size = taken[0].totals["requested"]
-        result = f"measured {size:,} B ({expected / size - 1:+.3%})"
+    if measurement is not None:
+        size = measurement.totals["requested"]
+        result = f"measured {size:,} B ({requested / size - 1:+.3%})"
     lines = [(name, "categories", name) for name in report.categories]
     lines.append(("peak: the sum", "totals", "requested"))
     lines += [(f"in {name}", "phases", name) for name in report.phases]
-    sources = vars(report), vars(taken[0]) if taken else {}
-    rows = [
-        [line, *(count(of.get(part, {}).get(name)) for of in sources)] for line, part, name in lines
-    ]
+    rows = []
+    for line, part, name in lines:
+        size = vars(report)[part][name]
+        counted = None if measurement is None else vars(measurement)[part].get(name)
+        rows.append([line, in_gigabytes(size), count(size), count(counted)])
     title = f"The whole step: preset {preset} on a {gpu.name}, {world_size} rank(s)"
-    table = section(title, ["", "predicted B", "measured B"], rows)
-    return f"{title}: predicted {expected:,} B, {result}.", table
+    table = section(title, ["", "GB", "predicted B", "measured B"], rows)
+    sentence = f"{title}: predicted {requested:,} B ({in_gigabytes(requested)} GB), {result}."
+    return sentence, table
 
 
 def measured_alone(step: Step) -> Iterator[Report]:

@@ -1,8 +1,8 @@
 """The settings whose memory is predicted and measured: presets, batches, ZeRO stages, ranks, precisions.
 
-All with random weights and made-up batches: nothing is downloaded. `python -m tests.gpu.settings JSON [recorded]` takes
-a setting's step on the GPU here; the last line are its peaks, or its whole report. It needs a process of its own, as
-peaks are those since the process began.
+All have random weights and made-up batches: nothing is downloaded. `python -m tests.gpu.settings JSON` takes a
+setting's step on the GPU here, and its last line has the peaks. It needs a process of its own, because peaks are those
+since the process began.
 """
 
 import copy
@@ -49,9 +49,9 @@ class Setting:
             zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         return Step(load_preset(self.preset, overrides), ds_config, self.world)
 
-    def arguments(self, *more: str) -> list[str]:
-        """Of Python, to measure it."""
-        return ["tests.gpu.settings", json.dumps(asdict(self)), *more]
+    def arguments(self) -> list[str]:
+        """Return the module and options of Python that measure it."""
+        return ["tests.gpu.settings", json.dumps(asdict(self))]
 
 
 TORCH = {"loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, "cmli_backend": "torch"}}
@@ -75,18 +75,14 @@ SETTINGS = [
 ]
 
 
-def main(setting: str, *recorded: str) -> None:
+def main(setting: str) -> None:
     import torch
 
-    from ds_cmli.memory.step_memory import measured, statistics
+    from ds_cmli.memory.step_memory import statistics
 
-    step = Setting(**json.loads(setting)).step()
-    if recorded:
-        result = measured(step).to_dict()
-    else:
-        step.take_twice()
-        result = statistics(torch.device("cuda", torch.cuda.current_device()))
-    print("\n" + json.dumps(result), flush=True)
+    Setting(**json.loads(setting)).step().take_twice()
+    device = torch.device("cuda", torch.cuda.current_device())
+    print("\n" + json.dumps(statistics(device)), flush=True)
 
 
 if __name__ == "__main__":

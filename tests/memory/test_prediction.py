@@ -24,8 +24,8 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import UserError
-from ds_cmli.memory.fit import LARGEST_BATCH, largest
 from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.largest_batch import MAX_BATCH, largest
 from ds_cmli.memory.step_memory import Step, predicted, predicted_worst
 from ds_cmli.memory_model import gpus
 from tests import make
@@ -89,15 +89,22 @@ def test_the_largest_that_fits_is_found_by_few_tries(room):
 
     n = largest(needs, room)
     assert len(tried) <= 12 and (n == 0 or needs(n) <= room)
-    assert (more := n + n // 200 + 1) > LARGEST_BATCH or needs(more) > room
+    assert (more := n + n // 200 + 1) > MAX_BATCH or needs(more) > room
 
 
-def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.memory.fit.largest", partial(largest, most=2))
+def test_fit_reports_what_fits_and_what_does_not_fit_has_exit_code_3(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ds_cmli.memory.largest_batch.largest", partial(largest, max_batch=2))
     gpu = {"--gpu-memory": "515MB", "--sm": "8.0"}
     code, found = by_command(tmp_path, "found", {**gpu, "--fit": "515MB"}, GLOBAL)
     assert code == 0 and found["setting"]["micro_batch"] == 2 and found["totals"]["device"] <= 515_000_000
+    printed = capsys.readouterr()
+    assert printed.out.startswith("fits in 0.52 GB with micro-batch 2\n")
+    assert "at the peak" in printed.out and "tried, micro-batch: on the device: 1:" in printed.out
+    assert printed.err.startswith("trial 1: micro-batch 1\ntrial 2: micro-batch 2; about ")
     code, above = by_command(tmp_path, "above", {**gpu, "--micro-batch": 256}, GLOBAL)
+    printed = capsys.readouterr()
+    assert "does not fit on a GPU of 515MB" in printed.out and "peak of phase" in printed.out
+    assert printed.err == "trial 1 of 1: a step of one of 1 ranks, on tensors without data\n"
     assert code == 3 and above["totals"]["device"] > 515_000_000
     code, none = by_command(tmp_path, "none", {**gpu, "--fit": "300MB"}, GLOBAL)
     assert code == 3 and none["setting"]["micro_batch"] == 1

@@ -21,55 +21,28 @@ def taken(steps: list[int], limit: int = 1 << 44) -> CachingAllocator:
 # Steps, then (requested, allocated, reserved) after the last one, then each segment as its blocks' sizes, + in use.
 CASES = {
     "one byte takes 512 of a 2 MiB segment": ([1], (1, 512, 2 * M), ["+512 2096640"]),
-    "1 MiB is the largest of the small pool, two fill a segment": (
-        [M, M, 1],
-        (2 * M + 1, 2 * M + 512, 4 * M),
-        ["+1048576 +1048576", "+512 2096640"],
-    ),
-    "one byte more rounds to 1 MiB + 512 and is of the large pool": (
-        [M + 1],
-        (M + 1, M + 512, 20 * M),
-        [f"+{M + 512} {19 * M - 512}"],
-    ),
-    "below 10 MiB: 20 MiB, which the next one shares": (
-        [10 * M - 512, 9 * M],
-        (19 * M - 512, 19 * M - 512, 20 * M),
-        # The rest after the second is 1 MiB + 512, above 1 MiB: split off.
-        [f"+{10 * M - 512} +{9 * M} {M + 512}"],
-    ),
-    "10 MiB get 10 MiB, 10 MiB + 1 get 12 with the rest kept as it is over 1 MiB": (
-        [10 * M, 10 * M + 1],
-        (20 * M + 1, 20 * M + 512, 22 * M),
-        [f"+{10 * M}", f"+{10 * M + 512} {2 * M - 512}"],
-    ),
-    "a rest of exactly 1 MiB in the large pool stays with the block and counts as allocated": (
-        [11 * M],
-        (11 * M, 12 * M, 12 * M),
-        [f"+{12 * M}"],
-    ),
-    "it merges with free blocks on both sides": (
-        [512, 512, 512, 512, -1, -3, -2],
-        (512, 512, 2 * M),
-        [f"1536 +512 {2 * M - 2048}"],
-    ),
-    "best fit: the smallest free block that holds it, not the first": (
-        # Free: 3 KiB (first), 1 KiB (third), the rest of the segment. 1 KiB goes into the third.
-        [3 * K, 512, K, 512, -1, -3, K],
-        (2 * K, 2 * K, 2 * M),
-        [f"3072 +512 +1024 +512 {2 * M - 5 * K}"],
-    ),
-    "a large free block does not serve the small pool": (
-        [20 * M, -1, K],
-        (K, K, 22 * M),
-        [f"{20 * M}", "+1024 2096128"],
-    ),
-    "fragmentation: 2 x 6 MiB free, apart, do not serve 12": (
-        # 20 MiB hold 6 + 2 + 6 MiB and a rest of 6: freed, they are 6 and 12, so 12 fit; 13 need a segment of 14,
-        # whose rest is exactly 1 MiB and stays with the block.
-        [6 * M, 2 * M, 6 * M, -1, -3, 13 * M],
-        (15 * M, 16 * M, 34 * M),
-        [f"{6 * M} +{2 * M} {12 * M}", f"+{14 * M}"],
-    ),
+    "1 MiB is the largest of the small pool, two fill a segment":
+        ([M, M, 1], (2 * M + 1, 2 * M + 512, 4 * M), ["+1048576 +1048576", "+512 2096640"]),
+    "one byte more rounds to 1 MiB + 512 and is of the large pool":
+        ([M + 1], (M + 1, M + 512, 20 * M), [f"+{M + 512} {19 * M - 512}"]),
+    # The rest after the second is 1 MiB + 512, above 1 MiB: split off.
+    "below 10 MiB: 20 MiB, which the next one shares":
+        ([10 * M - 512, 9 * M], (19 * M - 512, 19 * M - 512, 20 * M), [f"+{10 * M - 512} +{9 * M} {M + 512}"]),
+    "10 MiB get 10 MiB, 10 MiB + 1 get 12 with the rest kept as it is over 1 MiB":
+        ([10 * M, 10 * M + 1], (20 * M + 1, 20 * M + 512, 22 * M), [f"+{10 * M}", f"+{10 * M + 512} {2 * M - 512}"]),
+    "a rest of exactly 1 MiB in the large pool stays with the block and counts as allocated":
+        ([11 * M], (11 * M, 12 * M, 12 * M), [f"+{12 * M}"]),
+    "it merges with free blocks on both sides":
+        ([512, 512, 512, 512, -1, -3, -2], (512, 512, 2 * M), [f"1536 +512 {2 * M - 2048}"]),
+    # Free: 3 KiB (first), 1 KiB (third), the rest of the segment. 1 KiB goes into the third.
+    "best fit: the smallest free block that holds it, not the first":
+        ([3 * K, 512, K, 512, -1, -3, K], (2 * K, 2 * K, 2 * M), [f"3072 +512 +1024 +512 {2 * M - 5 * K}"]),
+    "a large free block does not serve the small pool":
+        ([20 * M, -1, K], (K, K, 22 * M), [f"{20 * M}", "+1024 2096128"]),
+    # 20 MiB hold 6 + 2 + 6 MiB and a rest of 6: freed, they are 6 and 12, so 12 fit; 13 need a segment of 14: its rest
+    # is exactly 1 MiB and stays with the block.
+    "fragmentation: 2 x 6 MiB free, apart, do not serve 12":
+        ([6 * M, 2 * M, 6 * M, -1, -3, 13 * M], (15 * M, 16 * M, 34 * M), [f"{6 * M} +{2 * M} {12 * M}", f"+{14 * M}"]),
 }  # fmt: skip
 
 

@@ -3,14 +3,12 @@
 import json
 import re
 import shlex
-import signal
 
 import pytest
-import torch
 
 from tests import make
+from tests.gpu.test_gpu import stop_and_resume
 from tests.null_gpu.build import run, stand_in
-from tests.ranks import start, wait_for
 
 pytestmark = pytest.mark.null_gpu
 GPU = "A100 80GB"
@@ -41,9 +39,10 @@ def test_the_memory_of_its_first_steps_is_that_of_its_prediction(null_gpu, tmp_p
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert content["measurement"]["source"] == "measured: NVIDIA A100-SXM4-80GB"
-    totals = content["differences"]["totals"]
+    totals, categories = content["differences"]["totals"], content["differences"]["categories"]
     assert 0.99 < totals["requested"]["ratio"] < 1.01
     assert 0.98 < totals["reserved"]["ratio"] < 1.02
+    assert {categories[name]["bytes"] for name in ("parameters", "optimizer states", "teacher")} == {0}
 
 
 def test_out_of_memory_is_one_message_with_a_snapshot_and_a_command(null_gpu, tmp_path):
@@ -61,18 +60,5 @@ def test_out_of_memory_is_one_message_with_a_snapshot_and_a_command(null_gpu, tm
 
 
 def test_a_stopped_training_goes_on_to_the_bit(null_gpu, tmp_path):
-    def started(folder):
-        return start(stand_in(*arguments(folder, **{"--steps": 30})), null_gpu(GPU), tmp_path / "output")
-
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    codes = [started(whole).wait(600)]
-    training, metrics = started(stopped), stopped / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, training, tmp_path / "output")
-    training.send_signal(signal.SIGTERM)
-    codes += [training.wait(600), started(stopped).wait(600)]
-    assert codes == [0, 85, 0], (tmp_path / "output").read_text()[-3000:]
-    uninterrupted, resumed = make.weights(whole), make.weights(stopped)
-    assert uninterrupted.keys() == resumed.keys()
-    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
-    steps = [line["step"] for line in make.lines(stopped)]
-    assert steps == list(range(1, 31))
+    words = make.small({"--data": make.pairs(tmp_path / "pairs"), "--micro-batch": 8})
+    stop_and_resume(tmp_path, stand_in("ds_cmli/train.py", *words), null_gpu(GPU))

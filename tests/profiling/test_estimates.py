@@ -1,6 +1,7 @@
 """The document's estimates as written, corrected, predicted and measured; and the whole step on its card."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -40,6 +41,11 @@ def test_the_document_s_figures_and_which_line_of_its_arithmetic_is_wrong():
     assert wrong == {"E1": [False] * 2, "E2": [False, True, False], "E3": [False] * 2, "E4": [], "E5": [True]}
     assert [line.value for line in claims()["E2"].lines] == [12_544, 3_211_264, 6_576_668_672]
     assert "wrong" in arithmetic(claims(), DOCUMENT) and "wrong" not in arithmetic(claims(OTHER), OTHER)
+
+
+def test_the_coincidence_in_e2_is_explained_where_there_is_one():
+    assert "by coincidence: it multiplies by D = 256 features where B = 256 images belong" in claims()["E2"].truth
+    assert "coincidence" not in claims(OTHER)["E2"].truth
 
 
 @pytest.mark.parametrize("scores", [broadcast_scores, materialised_scores])
@@ -111,7 +117,14 @@ def test_the_command_measures_what_it_predicts(tmp_path):
     for row in rows:
         assert row["measured_bytes"] == row["predicted_bytes"] == row["corrected_bytes"]
     assert [row["measured_bytes"] for row in rows[:2]] == [98_304_000, 768_000]
-    assert "E3" in done.output and "| E3 |" in (tmp_path / "page").read_text()
+    first, second, *_ = (tmp_path / "page").read_text().split("\n- ")[1:]
+    assert first.startswith("E3: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024)")
+    assert "96 image-text pairs on each of 2 GPUs. Do they hold" in first
+    assert second.startswith("E3, Target-CMLI: the estimate is 1.64 GB; 128 times too much")
+    assert "| E3 |" in (tmp_path / "page").read_text() and "| E3 broadcast | 0.098 |" in (tmp_path / "page").read_text()
+    trials = done.stderr.splitlines()
+    assert trials[0] == "trial 1 of 3: E3 broadcast"
+    assert re.fullmatch(r"trial 2 of 3: E3 materialised; about \d+ s left", trials[1])
 
 
 @pytest.mark.slow
