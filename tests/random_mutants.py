@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -24,8 +25,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-LIBRARIES = ("torch", "deepspeed", "transformers", "timm", "torch.utils.tensorboard")
+from tests import mutations
+
+ROOT = mutations.ROOT
 MAX_TESTS = 40  # of a line that hundreds of tests execute: the quickest ones
 MAX_WHOLE_FILES = 2  # whose other tests are run too
 MIN_SECONDS = 90  # of a mutant's tests; more if they take long without the mistake
@@ -174,12 +176,12 @@ context = ${{PYTEST_CURRENT_TEST-}}
 class Contexts:
     """A plugin of pytest that names the test whose lines are being recorded, in this process and in those of ranks."""
 
-    def __init__(self, settings: Path):
+    def __init__(self, settings: Path, file: str):
         from coverage import Coverage
 
         from tests import ranks
 
-        self.coverage = Coverage(config_file=str(settings))
+        self.coverage = Coverage(config_file=str(settings), context=file)
         self.durations: dict[str, float] = {}
         self.failed: list[str] = []
         os.environ["COVERAGE_PROCESS_START"] = str(settings)
@@ -225,7 +227,7 @@ def record(folder: Path, data: Path, file: str) -> None:
     settings = folder / "coverage.ini"
     (folder / "sitecustomize.py").write_text(PROCESS_STARTS_COVERAGE)
     settings.write_text(SETTINGS.format(folder=folder, data=data))
-    plugin = Contexts(settings)
+    plugin = Contexts(settings, file)
     pytest.main(["-q", "--tb=line", "-p", "no:cacheprovider", file], plugins=[plugin])
     summary = {"durations": plugin.durations, "failed": plugin.failed}
     Path(f"{data}.{file.replace('/', '.')}.json").write_text(json.dumps(summary))
@@ -244,7 +246,7 @@ def executed(kept: Path, jobs: int) -> Executed:
 
         with tempfile.TemporaryDirectory() as name:
             folder, data = Path(name, "copy"), Path(name, "data")
-            copy_of_repository(folder)
+            mutations.copy_of_repository(folder)
             files = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
             in_processes([(record, (folder, data, file)) for file in files], jobs, seconds=1800)
             tests: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
@@ -260,7 +262,8 @@ def executed(kept: Path, jobs: int) -> Executed:
                     recorded.read()
                     for file in recorded.measured_files():
                         for line, contexts in recorded.contexts_by_lineno(file).items():
-                            names = {context.removesuffix(" (call)").removesuffix(" (setup)") for context in contexts}
+                            # "FILE|TEST", a rank's "TEST (call)", or "FILE" for what is executed at an import
+                            names = {re.sub(r"^.*\||( \(\w+\))$", "", context) for context in contexts}
                             tests[str(Path(file).relative_to(folder))][line] |= names - {""}
         as_lists = {file: {line: sorted(names) for line, names in lines.items()} for file, lines in tests.items()}
         kept.write_text(json.dumps({"tests": as_lists, "durations": durations}))
@@ -274,7 +277,10 @@ def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
 
     A value that several tests look at may be computed once, in the first of them.
     """
-    names = [name for name in recorded.tests.get(mutant.file, {}).get(mutant.line, []) if name in recorded.durations]
+    executing = set(recorded.tests.get(mutant.file, {}).get(mutant.line, []))
+    names = [name for name in recorded.durations if name in executing]
+    if not names:  # a line that is executed at an import
+        names = [name for name in recorded.durations if name.partition("::")[0] in executing]
     room = "tests/" + mutant.file.removeprefix("ds_cmli/").partition("/")[0].removesuffix(".py")
     names.sort(key=lambda name: recorded.durations[name] * (1 if name.startswith(room) else 4))
     names = names[:MAX_TESTS]
@@ -284,12 +290,6 @@ def tests_of(mutant: RandomMutant, recorded: Executed) -> list[str]:
 
 
 # ----- processes
-
-
-def copy_of_repository(folder: Path) -> None:
-    from tests import mutations
-
-    mutations.copy_of_repository(folder)
 
 
 def enter(folder: Path, log: Path) -> None:
@@ -341,7 +341,7 @@ def outcome(mutant: RandomMutant, recorded: Executed) -> str:
     seconds = MIN_SECONDS + 4 * sum(recorded.durations[name] for name in tests)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name, "copy")
-        copy_of_repository(folder)
+        mutations.copy_of_repository(folder)
         (folder / mutant.file).write_text(mutant.source())
         process = multiprocessing.get_context("fork").Process(target=run_tests, args=(folder, tests))
         process.start()
@@ -364,7 +364,7 @@ def run_and_print(mutant: RandomMutant, recorded: Executed, results: Any) -> Non
 def main(count: int, seed: int, room: str, kept: Path, jobs: int) -> int:
     """Print the outcome of each mutant and their numbers. Return 1 if fewer than 90% of those not equivalent die."""
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    for library in LIBRARIES:
+    for library in mutations.LIBRARIES:
         importlib.import_module(library)
     recorded = executed(kept, jobs)
     results: Any = multiprocessing.get_context("fork").Queue()
