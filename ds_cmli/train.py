@@ -131,7 +131,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- processes and data
         device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
-        data = load_data(config)  # collective
+        data = load_data(config, watchdog.heartbeat)  # collective
 
         # --- what there is to go on from
         folder = stack.enter_context(run_folder(config, resume_from))  # collective
@@ -210,7 +210,7 @@ def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "
                 distributed.shutdown()
 
 
-def load_data(config: Config) -> "Data":
+def load_data(config: Config, heartbeat: Callable[[], None]) -> "Data":
     """Fetch what the configuration uses, open its data, and print what it is. Collective."""
     from ds_cmli.data import assets
     from ds_cmli.data.build import build_data
@@ -219,7 +219,7 @@ def load_data(config: Config) -> "Data":
     with distributed.raised_together():  # a mistake may be of one node alone
         for name in assets.used(config):
             assets.fetch(name)
-        data = build_data(config.data, config.run.seed)
+        data = build_data(config.data, config.run.seed, heartbeat)
     print_line(*data.summary)
     return data
 

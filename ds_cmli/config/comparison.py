@@ -36,6 +36,9 @@ def setting_changes(before: Section, after: Section, path: str = "") -> Iterator
     for key in sorted({*before, *after}):
         old = before.get(key)
         new = after.get(key)
+        if path == "sources." and isinstance(old, dict) and isinstance(new, dict):
+            # An earlier version of the program recorded less of the data.
+            new = {name: value for name, value in new.items() if name in old}
         if isinstance(old, dict) and isinstance(new, dict):
             yield from setting_changes(old, new, f"{path}{key}.")
         elif old != new:

@@ -1,6 +1,6 @@
 """The data that a run trains and evaluates on: sources, opened, held out and mixed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -42,16 +42,20 @@ class Data:
         self.pad_id = self.tokenizer.pad_id
 
 
-def build_data(config: DataConfig, seed: int) -> Data:
-    """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
+def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = lambda: None) -> Data:
+    """Open all data that `config` describes. Raises `UserError` for what cannot be trained on.
+
+    Args:
+        heartbeat: called each second while an index of tars is made.
+    """
     if config.source == "demo":
         for name in ("val_source", "image_root", "image_key", "caption_key"):
             value = getattr(config, name)
             check(not value, f"data.{name}", value, "the demo has none, leave it out")
         return _demo(config, seed)
     names, weights = split_weights(config.source)
-    opened = {name: open_source(name, config) for name in names}
-    held_out = held_out_parts(opened, config)
+    opened = {name: open_source(name, config, heartbeat) for name in names}
+    held_out = held_out_parts(opened, config, heartbeat=heartbeat)
     train: dict[str, Share] = {}
     fingerprint: dict[str, dict[str, object]] = {}
     summary: list[str] = []
@@ -77,6 +81,11 @@ def build_data(config: DataConfig, seed: int) -> Data:
         fingerprint[name] = {**source.fingerprint(), "images": len(indices), "weight": weight}
         if is_large(source):
             fingerprint[name]["held_out"] = "from few shards"
+    for name, (source, _) in held_out.items():
+        # The validation data counts too, because the best step is decided by it.
+        if not any(source is train_source for train_source, _ in train.values()):
+            of_source = name if name in fingerprint else names[0]
+            fingerprint[of_source]["validation"] = source.fingerprint()
     summary += [f"held out: {_describe(share)} of {name}" for name, share in held_out.items()]
     num_held_out = sum(len(indices) for _, indices in held_out.values())
     if num_held_out < FEW_HELD_OUT:

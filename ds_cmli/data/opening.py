@@ -5,7 +5,9 @@ import glob
 import math
 import os
 import re
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from pkgutil import resolve_name
@@ -43,22 +45,32 @@ def split_weights(sources: str | list[str]) -> tuple[list[str], list[float] | No
     return names, weights or None
 
 
-def open_source(name: str, config: DataConfig) -> Opened:
-    """Open one source: its kind in a few words, and its parts by split."""
+def open_source(
+    name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
+) -> Opened:
+    """Open one source: its kind in a few words, and its parts by split.
+
+    Args:
+        heartbeat: called each second while an index of tars is made.
+    """
     if name.startswith(HUB_DATASETS):
-        return "a data set of the hub", open_hub(name, config)
+        return "a data set of the hub", open_hub(name, config, heartbeat)
     path = Path(os.path.expanduser(name))
     named_files = [] if path.is_dir() else expand(name)
     for entry in SOURCES.values():
         files = named_files or sorted(file for held in entry.holds for file in path.glob(held))
         matching = [file for file in files if file.name.lower().endswith(entry.ends)]
         if files and (not named_files or matching == files):
-            opened = resolve_name(entry.implementation)(matching or [path], config)
-            return entry.what, opened
+            open_files = resolve_name(entry.implementation)
+            if open_files is open_tars:
+                open_files = partial(open_tars, heartbeat=heartbeat)
+            return entry.what, open_files(matching or [path], config)
     raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
 
 
-def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
+def open_hub(
+    name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Source]:
     """Open hf://datasets/OWNER/NAME[@REVISION]: its tars, or what `datasets` reads of it."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -74,7 +86,7 @@ def open_hub(name: str, config: DataConfig) -> dict[str, Source]:
             shards = sorted(Path(folder).rglob("*.tar"))
         if not shards:
             return open_hub_dataset(repo, revision, config)
-    return open_tars(shards, config)
+    return open_tars(shards, config, heartbeat)
 
 
 def expand(pattern: str) -> list[Path]:

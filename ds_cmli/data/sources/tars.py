@@ -1,43 +1,42 @@
-"""WebDataset tars: their index, and reading in any order."""
+"""WebDataset tars, read in place and in any order."""
 
 import hashlib
 import json
 import os
-import tarfile
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
-from itertools import accumulate
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import check_size
-from ds_cmli.data.sources import Source
-from ds_cmli.errors import UserError, blame
-from ds_cmli.files import cache_folder, locked
+from ds_cmli.data.sources import MAX_FULL, Source
+from ds_cmli.data.sources.tar_index import (
+    BLOCK_BYTES,
+    ROW,
+    index_shards,
+    join_rows,
+    read_rows,
+    scan,
+)
+from ds_cmli.errors import UserError
 
-FIELD_OF_ENDING = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    "txt": "text",
-    "json": "json",
-}
+__all__ = ["MAX_OPEN", "ROW", "Tars", "open_tars", "scan"]
+
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
-# Where a sample's members are in the shard, and their sizes; 0 of one that it has not.
-NAMES = ("image", "image_size", "text", "text_size", "json", "json_size")
-ROW = np.dtype([(name, "<u8") for name in NAMES])
-NO_ROWS = torch.empty(0, dtype=torch.uint8)
-Member = tuple[int, int]  # offset and size in the shard
-NO_MEMBER: Member = 0, 0
-DIGEST_BYTES = 32  # SHA-256 of an index, at its end
 MAX_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
 
 
-def open_tars(files: list[Path], config: DataConfig) -> dict[str, Source]:
-    """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
-    tars = Tars(files, config.caption_key)
+def open_tars(
+    files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Source]:
+    """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample.
+
+    Args:
+        heartbeat: called each second while shards are indexed.
+    """
+    tars = Tars(files, config.caption_key, heartbeat)
     if not len(tars):
         pair = "one is NAME.jpg (.jpeg, .png, .webp) with NAME.txt or NAME.json"
         raise UserError(f"{files[0]} holds no sample: {pair}")
@@ -45,26 +44,32 @@ def open_tars(files: list[Path], config: DataConfig) -> dict[str, Source]:
 
 
 class Tars:
-    """WebDataset tars, as img2dataset writes them, read in place and in any order.
+    """WebDataset tars, as img2dataset writes them.
 
-    A sample is an image and its captions: the .txt, or a key of the .json. No library does that:
-    `wids` indexes a shard each time it is opened, `datasets` copies it. Here the index of a shard
-    is made once, and kept in the cache.
+    A sample is an image and its captions: the .txt, or a key of the .json. No library reads them in
+    any order: `wids` indexes a shard each time it is opened, `datasets` copies it.
     """
 
-    def __init__(self, shards: list[Path], caption_key: str = ""):
-        self.shards, self.caption_key, self.left_out = shards, caption_key, 0
-        self.rows = list[np.ndarray]()
-        for rows in indices(shards):
-            whole = (rows["image_size"] > 0) & (rows["text_size"] + rows["json_size"] > 0)
-            self.rows.append(rows if whole.all() else rows[whole])
-            self.left_out += len(rows) - len(self.rows[-1])  # without image or caption
-        self.shard_sizes = np.array([len(rows) for rows in self.rows])
-        self.starts = [0, *accumulate(self.shard_sizes.tolist())]
+    def __init__(
+        self,
+        shards: list[Path],
+        caption_key: str = "",
+        heartbeat: Callable[[], None] = lambda: None,
+    ):
+        self.shards = shards
+        self.caption_key = caption_key
+        self.indices = index_shards(shards, heartbeat)
+        self.left_out = sum(index.left_out for index in self.indices)
+        self.shard_sizes = np.array([index.num_samples for index in self.indices], np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.joined_rows: np.ndarray | None = None
+        if len(self) <= MAX_FULL:
+            self.joined_rows = join_rows(self.indices, shards)
         self.open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, by last use
+        self.open_rows: dict[int, np.ndarray] = {}  # of open shards, if none are joined
 
     def __len__(self) -> int:
-        return self.starts[-1]
+        return int(self.starts[-1])
 
     def image(self, index: int) -> bytes:
         return self._read(index, "image")
@@ -80,110 +85,54 @@ class Tars:
         return value if isinstance(value, list) else [value]
 
     def name(self, index: int) -> str:
-        shard, row = self._at(index)
-        header_start = int(row["image"]) - tarfile.BLOCKSIZE
+        shard = self._shard_of(index)
+        file = self.shards[shard].name
         try:
-            header = os.pread(self._descriptor(shard), tarfile.BLOCKSIZE, header_start)
-        except OSError:  # the shard is gone, and its sample is named in the message about that
-            return f"{self.shards[shard].name}, sample {index - self.starts[shard]}"
+            _, row = self._at(index)
+            header_start = (int(row["image"]) - 1) * BLOCK_BYTES
+            header = os.pread(self._descriptor(shard), BLOCK_BYTES, header_start)
+        except (OSError, ValueError):  # the shard is gone, and a message about that names it
+            return f"{file}, sample {index - int(self.starts[shard])}"
         member, *_ = header[:100].split(b"\0", 1)
-        return f"{self.shards[shard].name}/{member.decode(errors='replace')}"
+        return f"{file}/{member.decode(errors='replace')}"
 
     def fingerprint(self) -> dict[str, object]:
-        return {"images": len(self), "files": {x.name: x.stat().st_size for x in self.shards}}
+        digests = b"".join(index.digest for index in self.indices)
+        return {
+            "images": len(self),
+            "files": {shard.name: shard.stat().st_size for shard in self.shards},
+            "index": hashlib.sha256(digests).hexdigest()[:32],
+        }
+
+    def _shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self.starts, index, side="right")) - 1
 
     def _at(self, index: int) -> tuple[int, np.void]:
-        shard = bisect_right(self.starts, index) - 1
-        return shard, self.rows[shard][index - self.starts[shard]]
+        """Return the number of an image's shard, and its row."""
+        shard = self._shard_of(index)
+        if self.joined_rows is not None:
+            return shard, self.joined_rows[index]
+        self._descriptor(shard)
+        return shard, self.open_rows[shard][index - int(self.starts[shard])]
 
     def _read(self, index: int, field: str) -> bytes:
         shard, row = self._at(index)
         size = int(row[f"{field}_size"])
         check_size(size)
-        content = os.pread(self._descriptor(shard), size, int(row[field]))
+        content = os.pread(self._descriptor(shard), size, int(row[field]) * BLOCK_BYTES)
         if len(content) < size:
             raise ValueError("truncated since the run began")
         return content
 
     def _descriptor(self, shard: int) -> int:
+        """Return the descriptor of a shard, opened if it is not; the index comes with it."""
         if shard not in self.open:
             if len(self.open) == MAX_OPEN:
-                os.close(self.open.popitem(last=False)[1])
+                closed, descriptor = self.open.popitem(last=False)
+                os.close(descriptor)
+                self.open_rows.pop(closed, None)
+            if self.joined_rows is None:
+                self.open_rows[shard] = read_rows(self.indices[shard])
             self.open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
         self.open.move_to_end(shard)
         return self.open[shard]
-
-
-def indices(shards: list[Path]) -> Iterator[np.ndarray]:
-    """Where the samples of each shard are, `ROW` [n], memory-mapped from the cache.
-
-    One process makes what is not there or is damaged, others wait.
-    """
-    folder, files = cache_folder() / "tar-index", list[Path]()
-    for shard in shards:
-        status = shard.stat()
-        state = f"{os.path.realpath(shard)} {status.st_size} {status.st_mtime_ns}"
-        files.append(folder / f"{hashlib.sha256(os.fsencode(state)).hexdigest()[:24]}.rows")
-    if not all(map(_is_whole, files)):
-        with locked(folder, "lock", "the index of tars"):
-            for shard, file in zip(shards, files, strict=True):
-                if not _is_whole(file):
-                    content, beside = scan(shard).tobytes(), file.with_suffix(".new")
-                    beside.write_bytes(content + hashlib.sha256(content).digest())
-                    beside.replace(file)
-    for file in files:
-        size = file.stat().st_size - DIGEST_BYTES
-        # By torch, which keeps no descriptor open: there may be thousands of shards.
-        rows = torch.from_file(str(file), size=size, dtype=torch.uint8) if size else NO_ROWS
-        yield rows.numpy().view(ROW)
-
-
-def _is_whole(file: Path) -> bool:
-    content = file.read_bytes() if file.exists() else b""
-    return hashlib.sha256(content[:-DIGEST_BYTES]).digest() == content[-DIGEST_BYTES:]
-
-
-def scan(shard: Path) -> np.ndarray:
-    """The samples of a tar, `ROW` [n], in the order of their first members.
-
-    As in WebDataset, members with the same name up to its first dot are a sample. A `UserError`
-    names a tar that is compressed, damaged or truncated, which `tarfile` takes for its end.
-    """
-    samples: list[dict[str, Member]] = []
-    last: dict[str, dict[str, Member]] = {}  # the last sample of each name
-    files: dict[str, Member] = {}
-    links: list[tuple[dict[str, Member], str, str]] = []  # sample, field, and what it links to
-    with blame(f"{shard} is no whole, uncompressed tar"):
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                archive.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
-                folder, _, base = member.name.rpartition("/")
-                target = f"{folder or '.'}/{member.linkname}" if member.issym() else member.linkname
-                place = member.offset_data, member.size
-                if member.isreg() and not member.issparse():
-                    files[member.name] = place
-                elif not member.issym() and not member.islnk():
-                    continue
-                stem, _, ending = base.partition(".")
-                field, key = FIELD_OF_ENDING.get(ending.lower()), f"{folder}/{stem}"
-                if not stem or not field:
-                    continue
-                if key not in last or field in last[key]:
-                    last[key] = {}
-                    samples.append(last[key])
-                last[key][field] = place
-                if target:
-                    links.append((last[key], field, target))
-            end = archive.offset
-        with open(shard, "rb") as file:
-            file.seek(end)
-            rest = file.read(2**20)
-        if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
-            raise ValueError(f"damaged or cut off at byte {end:,}")
-    if links:
-        files = {os.path.normpath(name): place for name, place in files.items()}
-    for sample, field, target in links:
-        sample[field] = files.get(os.path.normpath(target), NO_MEMBER)
-    fields = NAMES[::2]
-    rows = [sum((sample.get(field, NO_MEMBER) for field in fields), ()) for sample in samples]
-    return np.array(rows, ROW)
