@@ -165,11 +165,17 @@ def _save_for_backward(ctx, inputs, output):
     ctx.save_for_backward(image, text, token_mask, patch_mask, token_argmax, patch_argmax)
     ctx.backend = backend
     ctx.mark_non_differentiable(token_argmax, patch_argmax)
+    ctx.set_materialize_grads(False)  # those of the indices would take as much memory as these
 
 
 def _scores_backward(ctx, d_i2t, d_t2i, _d_token_argmax, _d_patch_argmax):
     refuse_second_derivative()
     image, text, token_mask, patch_mask, token_argmax, patch_argmax = ctx.saved_tensors
+    shape = len(image), len(text)
+    if d_i2t is None:
+        d_i2t = image.new_zeros(shape, dtype=score_dtype(image))
+    if d_t2i is None:
+        d_t2i = image.new_zeros(shape, dtype=score_dtype(image))
     d_image = zero_gradient(image)
     d_text = zero_gradient(text)
     torch.ops.ds_cmli.add_feature_gradients(

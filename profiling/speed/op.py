@@ -7,9 +7,13 @@ Each is a process of its own; they take turns, so that what else the machine doe
 medians are printed. The floor is the bare matrix product over valid tokens, fp32: no lower bound
 where that product (MKL) is not the fastest, as on AMD's processors.
 
+CMLI is two MaxSims with the sides swapped. On a GPU these are taken from late-interaction-kernels,
+if it is installed.
+
 Shapes: image [I, N, D], text [J, M, D].
 """
 
+import importlib.util
 import json
 import os
 import statistics
@@ -19,6 +23,7 @@ import time
 from collections.abc import Callable, Mapping
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
@@ -32,10 +37,11 @@ N, M, D = 196, 64, 256
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # of all processes; of this one
 ROOT = Path(__file__).parents[2]
+CONTENDERS = ("scores", "loss", "stored", "x-clip", "maxsim", "floor")
 
 
 def text_lengths(setting: str, J: int) -> Tensor:
-    """Valid tokens of each text: all 62; or as in captions, about 12 on average."""
+    """Return the valid tokens of each text: all 62; or as in captions, about 12 on average."""
     if setting == "full":
         return torch.full((J,), 62)
     generator = torch.Generator().manual_seed(1)
@@ -50,14 +56,14 @@ def upcast(x: Tensor) -> Tensor:
 
 
 def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both scores [I, J] from [I, N, J, M], masked tokens at minus infinity."""
+    """Return both scores [I, J] from [I, N, J, M], masked tokens at minus infinity."""
     s_i2t = similarities.max(3).values.mean(1)
     best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, J, M]
     return s_i2t, best.sum(2) / token_mask.sum(1)
 
 
 def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
+    """Score all pairs by one matrix product and plain autograd, [I, N, J, M] stored."""
     similarities = upcast(image).flatten(0, 1) @ upcast(text).flatten(0, 1).t()  # [I*N, J*M]
     # In place and before the view: a copy of this tensor is what nobody can afford.
     similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
@@ -65,7 +71,7 @@ def materialised_scores(image: Tensor, text: Tensor, token_mask: Tensor) -> tupl
 
 
 def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula of x-clip 0.14.4, use_all_token_embeds."""
+    """Score all pairs by the formula of x-clip 0.14.4, use_all_token_embeds."""
     S = torch.einsum("xtd,yid->xyti", text, image)
     token = mask[:, None, :]
     t2i = S.amax(-1).masked_fill(~token, 0.0).sum(-1) / token.sum(-1).clamp(min=1e-6)
@@ -73,17 +79,26 @@ def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return i2t.t(), t2i.t()
 
 
+def two_maxsims(image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Score all pairs by late-interaction-kernels: MaxSim, a sum of maxima, of each direction."""
+    from late_interaction_kernels import maxsim
+
+    i2t = maxsim(image, text, d_mask=token_mask)  # [I, J]
+    t2i = maxsim(text, image, q_mask=token_mask)  # [J, I]
+    return i2t / image.shape[1], t2i.t() / token_mask.sum(1)
+
+
 class Problem:
     """Inputs and upstream gradients of I images against J texts, and what is timed on them."""
 
     def __init__(self, setting: str, I: int, J: int, dtype: str, device: str):  # noqa: E741
-        generator, lengths = torch.Generator().manual_seed(0), text_lengths(setting, J)
-        self.mask = (torch.arange(M) < lengths[:, None]).to(device)
+        generator = torch.Generator().manual_seed(0)
+        self.mask = (torch.arange(M) < text_lengths(setting, J)[:, None]).to(device)
         self.image, self.text = (
-            F.normalize(torch.randn(n, p, D, generator=generator), dim=-1)
+            F.normalize(torch.randn(count, length, D, generator=generator), dim=-1)
             .to(device, DTYPES[dtype])
             .requires_grad_()
-            for n, p in ((I, N), (J, M))
+            for count, length in ((I, N), (J, M))
         )
         self.grads = [(torch.randn(I, J, generator=generator) / J).to(device) for _ in range(2)]
 
@@ -98,18 +113,26 @@ class Problem:
 
     def floor(self) -> None:
         with torch.no_grad():
-            valid, patches = self.text[self.mask].float(), self.image.float().flatten(0, 1)
-            for block in patches.split(16 * N):
-                valid @ block.t()
+            valid_tokens = self.text[self.mask].float()
+            for block in self.image.float().flatten(0, 1).split(16 * N):
+                valid_tokens @ block.t()
 
     def call(self, name: str) -> Callable[[], None]:
-        own = {"loss": self.loss, "floor": self.floor}
-        scores = {"scores": cmli_scores, "stored": materialised_scores, "x-clip": x_clip}
-        return own.get(name) or (lambda: self.step(scores[name]))
+        if name == "loss":
+            return self.loss
+        if name == "floor":
+            return self.floor
+        scores = {
+            "scores": cmli_scores,
+            "stored": materialised_scores,
+            "x-clip": x_clip,
+            "maxsim": two_maxsims,
+        }
+        return lambda: self.step(scores[name])
 
 
 def cpu_sizes(call: Callable[[], object]) -> list[int]:
-    """The bytes of `call` by PyTorch's profiler: allocations positive, frees negative."""
+    """Return the bytes of `call` by PyTorch's profiler: allocations positive, frees negative."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     results = profiler.profiler.kineto_results  # type: ignore[union-attr]
@@ -127,20 +150,21 @@ def seconds(call: Callable[[], object], clock: str, device: torch.device) -> flo
 
 def serve(case: str) -> None:
     """Answer each line with the seconds of a call; first with the bytes of one."""
-    name, clock, threads, *problem = json.loads(case)
+    name, clock, threads, setting, images, texts, dtype, device = json.loads(case)
     torch.set_num_threads(threads)
-    Problem(problem[0], 2, 2, *problem[3:]).call(name)()  # libraries load and start their threads
-    problem = Problem(*problem)
+    # Libraries load and start their threads.
+    Problem(setting, 2, 2, dtype, device).call(name)()
+    problem = Problem(setting, images, texts, dtype, device)
     call = problem.call(name)
-    gradients = 0 if name == "floor" else problem.image.nbytes + problem.text.nbytes
+    gradient_bytes = 0 if name == "floor" else problem.image.nbytes + problem.text.nbytes
     if problem.image.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         call()
-        peak = torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - allocated
     else:
         peak = max(accumulate(cpu_sizes(call)))
-    print(max(0, peak - gradients), flush=True)
+    print(max(0, peak - gradient_bytes), flush=True)
     for _ in sys.stdin:
         print(seconds(call, clock, problem.image.device), flush=True)
 
@@ -148,11 +172,12 @@ def serve(case: str) -> None:
 class Server:
     """A process that calls one contender, of one checkout."""
 
-    def __init__(self, checkout: Path, case: tuple):
-        command = [sys.executable, __file__, "--serve", json.dumps(case)]
+    def __init__(self, checkout: Path, case: tuple, threads: int):
         self.process = subprocess.Popen(
-            command,
-            env={**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(case[2])},
+            [sys.executable, __file__, "--serve", json.dumps(case)],
+            env=os.environ
+            | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
+            | {"LIK_SUPPRESS_NORM_WARN": "1"},  # its check reads the features
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -161,7 +186,7 @@ class Server:
 
     def answer(self) -> float:
         assert self.process.stdout is not None
-        return float(self.process.stdout.readline() or "nan")  # it has said why on stderr
+        return float(self.process.stdout.readline() or "nan")  # it has printed why on stderr
 
     def seconds(self) -> float:
         if self.process.poll() is None:
@@ -170,12 +195,52 @@ class Server:
 
 
 def in_turn(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """What each gives, `repeats` times, all in turn; the order turns round each time."""
+    """Call all functions in turn, `repeats` times, and return the results of each.
+
+    The order turns round each time.
+    """
     times = {name: list[float]() for name in functions}
     for repeat in range(repeats):
         for name in list(functions)[:: 1 if repeat % 2 else -1]:
             times[name].append(functions[name]())
     return times
+
+
+class Speed(NamedTuple):
+    seconds: float  # the median
+    bytes: float  # the peak beyond inputs and gradients
+
+
+def measure(
+    images: int = 64,
+    texts: int = 64,
+    setting: str = "full",
+    dtype: str = "fp32",
+    threads: int = 1,
+    repeats: int = 9,
+    clock: str = "wall",
+    device: str = "cuda",
+    contenders: tuple[str, ...] = CONTENDERS,
+    beside: Path | None = None,
+) -> dict[str, Speed]:
+    """Measure the contenders in turn; those that failed have NaN.
+
+    `maxsim` is left out where there is no GPU or no late-interaction-kernels.
+    """
+    kernels = importlib.util.find_spec("late_interaction_kernels")
+    servers = {}
+    for name in contenders:
+        if name == "maxsim" and (device == "cpu" or kernels is None):
+            continue
+        num_texts = images if name == "loss" else texts
+        case = (name, clock, threads, setting, images, num_texts, dtype, device)
+        servers[name] = Server(ROOT, case, threads)
+        if beside is not None and name in ("scores", "loss"):
+            servers[f"{name} beside"] = Server(beside.resolve(), case, threads)
+    times = in_turn({name: server.seconds for name, server in servers.items()}, repeats)
+    for server in servers.values():
+        server.process.kill()
+    return {name: Speed(statistics.median(times[name]), servers[name].bytes) for name in servers}
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
@@ -187,27 +252,20 @@ def in_turn(functions: Mapping[str, Callable[[], float]], repeats: int) -> dict[
 @click.option("--repeats", default=9, show_default=True)
 @click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-@click.option("--only", default="scores,loss,stored,x-clip,floor", show_default=True)
-@click.option("--beside", type=click.Path(exists=True), help="Another checkout.")
+@click.option("--only", default=",".join(CONTENDERS), show_default=True)
+@click.option("--beside", type=click.Path(exists=True, path_type=Path), help="Another checkout.")
 @click.option("--serve", "case", hidden=True)
-def command(images, texts, setting, dtype, threads, repeats, clock, device, only, beside, case):
+def command(only: str, case: str | None, **options) -> None:
     if case:
         return serve(case)
-    servers = {}
-    for name in only.split(","):
-        sizes = (images, images if name == "loss" else texts)
-        one = (name, clock, threads, setting, *sizes, dtype, device)
-        servers[name] = Server(ROOT, one)
-        if beside and name in ("scores", "loss"):
-            servers[f"{name} beside"] = Server(Path(beside).resolve(), one)
-    times = in_turn({name: server.seconds for name, server in servers.items()}, repeats)
+    results = measure(contenders=tuple(only.split(",")), **options)
     print(
-        f"{images} x {texts}, {setting}, {dtype}, {threads} threads, {device}; medians of {repeats}"
+        "{images} x {texts}, {setting}, {dtype}, {threads} threads, {device}; medians of {repeats}".format(
+            **options
+        )
     )
-    for name, server in servers.items():
-        median = statistics.median(times[name])
-        print(f"  {name:16}{median * 1e3:10.1f} ms{server.bytes / 1e6:10.1f} MB")
-        server.process.kill()
+    for name, speed in results.items():
+        print(f"  {name:16}{speed.seconds * 1e3:10.1f} ms{speed.bytes / 1e6:10.1f} MB")
 
 
 if __name__ == "__main__":
