@@ -10,7 +10,6 @@ I images, J texts, N patches, M tokens, H hidden size, D embedding dimension, S 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 @dataclass
 class ImageEmbeddings:
-    """Of I images, on the CPU, of unit length."""
+    """The features of I images, of unit length, on the CPU."""
 
     cls: Tensor  # [I, H], for global scores
     patches: Tensor  # [I, N, D], for CMLI
@@ -40,12 +39,31 @@ class ImageEmbeddings:
 
 @dataclass
 class TextEmbeddings:
-    """Of J texts, on the CPU, of unit length."""
+    """The features of J texts, of unit length, on the CPU."""
 
     cls: Tensor  # [J, H]
     tokens: Tensor  # [J, M, D], without special ones
     token_mask: Tensor  # bool [J, M], False for padding
     texts: list[str]
+
+
+@dataclass
+class Pictures:
+    """Pictures by number, as `Evaluator.images` reads them."""
+
+    pictures: Sequence[Picture]
+    view: View
+
+    def image(self, number: int) -> Tensor:
+        """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
+        picture = self.pictures[number]
+        if isinstance(picture, str | Path):
+            return self.view(read_image_file(Path(picture)))
+        return self.view(picture)
+
+    def name(self, number: int) -> str:
+        picture = self.pictures[number]
+        return str(picture if isinstance(picture, str | Path) else number)
 
 
 @dataclass(repr=False)
@@ -80,39 +98,42 @@ class Model:
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file or an image in memory as in training -> uint8 [3, S, S]."""
-        content = read_image_file(Path(picture)) if isinstance(picture, str | Path) else picture
-        return View.of(self.config.data)(content)
+        return Pictures([picture], View.of(self.config.data)).image(0)
 
     @torch.inference_mode()
     def embed_images(self, pictures: str | Path | Sequence[Picture]) -> ImageEmbeddings:
-        """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
+        """Embed the pictures of a list, or of a folder and its subfolders in the order of names.
+
+        Raises `UserError` if there is none, or if one cannot be read.
+        """
         if isinstance(pictures, str | Path):
-            path = Path(pictures)
-            if not path.exists():
-                raise UserError(f"the pictures {str(path)!r}: no such file or folder")
-            inside = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-            pictures = [path] if path.is_file() else sorted(inside)
+            pictures = picture_files(Path(pictures))
         if not pictures:
             raise UserError(f"no picture is given: give some, or a folder of {', '.join(SUFFIXES)}")
-        names = [str(x) if isinstance(x, str | Path) else str(i) for i, x in enumerate(pictures)]
-        read, view = lambda i: self.read(pictures[i]), View.of(self.config.data)
-        listed, parts = SimpleNamespace(image=read, view=view), []
-        for _, cls, patches, broken in self.evaluator.images(listed, [*range(len(names))]):
-            for number, why in broken.items():
-                raise UserError(f"the picture {names[number]} cannot be read: {why}")
-            parts.append((cls.cpu(), patches.cpu()))  # CPU-GPU sync
-        cls, patches = map(torch.cat, zip(*parts, strict=True))
-        return ImageEmbeddings(cls, patches, names)
+        numbered = Pictures(pictures, View.of(self.config.data))
+        numbers = [*range(len(pictures))]
+        cls_parts = []
+        patch_parts = []
+        for _, cls, patches, broken in self.evaluator.images(numbered, numbers):
+            for number, reason in broken.items():
+                raise UserError(f"the picture {numbered.name(number)} cannot be read: {reason}")
+            cls_parts.append(cls.cpu())  # CPU-GPU sync
+            patch_parts.append(patches.cpu())
+        names = [*map(numbered.name, numbers)]
+        return ImageEmbeddings(torch.cat(cls_parts), torch.cat(patch_parts), names)
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | Iterable[str]) -> TextEmbeddings:
-        """Embed texts; those longer than the context length are truncated, as in training."""
+        """Embed texts; those longer than the context length are truncated, as in training.
+
+        Raises `UserError` if there is none, or if one has no token.
+        """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError("no text is given: give at least one")
         embedded, bad = self.evaluator.texts(dict(enumerate(texts)), len(texts))
-        for number, why in bad.items():
-            raise UserError(f"the text {texts[number]!r} cannot be used: {why}")
+        for number, reason in bad.items():
+            raise UserError(f"the text {texts[number]!r} cannot be used: {reason}")
         return TextEmbeddings(*block([embedded[number] for number in range(len(texts))]), texts)
 
     @torch.inference_mode()
@@ -122,16 +143,29 @@ class Model:
         Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
         class tokens, "cmli", and, if temperatures were trained, "combined", the sum over them.
         """
-        of_texts, parts = (texts.cls, texts.tokens, texts.token_mask), []
-        pairs = [*zip(images.cls, images.patches, strict=True)]
-        for start in range(0, len(pairs), SCORED):
-            kinds = self.evaluator.scores(pairs[start : start + SCORED], of_texts)
-            parts.append({kind: [way.cpu() for way in both] for kind, both in kinds.items()})
-        every = {kind: zip(*(part[kind] for part in parts), strict=True) for kind in parts[0]}
-        return {kind: BothWays(*map(torch.cat, ways)) for kind, ways in every.items()}
+        text_features = (texts.cls, texts.tokens, texts.token_mask)
+        image_features = [*zip(images.cls, images.patches, strict=True)]
+        parts = []
+        for start in range(0, len(image_features), SCORED):
+            scores = self.evaluator.scores(image_features[start : start + SCORED], text_features)
+            parts.append({kind: [way.cpu() for way in both] for kind, both in scores.items()})
+        joined = {}
+        for kind in self.evaluator.kinds:
+            i2t, t2i = zip(*(part[kind] for part in parts), strict=True)
+            joined[kind] = BothWays(torch.cat(i2t), torch.cat(t2i))
+        return joined
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch, and each patch with its best word."""
-        images, texts = self.embed_images([picture]), self.embed_texts(text)
-        words, patches = self.evaluator.tokenizer, images.patches[0]
-        return match(words, text, texts.tokens[0], patches, self.grid)
+        (patches,) = self.embed_images([picture]).patches
+        (tokens,) = self.embed_texts(text).tokens
+        return match(self.evaluator.tokenizer, text, tokens, patches, self.grid)
+
+
+def picture_files(path: Path) -> list[Path]:
+    """Return the pictures of a folder and its subfolders, or the file itself."""
+    if not path.exists():
+        raise UserError(f"the pictures {str(path)!r}: no such file or folder")
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)

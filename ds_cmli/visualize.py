@@ -10,13 +10,13 @@ from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
 from ds_cmli.errors import UserError, blame
 
-PAIRS = "Numbers of held-out pictures, each with its first caption."
+PAIRS_HELP = "Numbers of held-out pictures, each with its first caption."
 
 
 @click.command()
 @plugin_option
 @click.argument("run", metavar="RUN")
-@click.option("--pairs", default="0,1,2,3", show_default=True, help=PAIRS)
+@click.option("--pairs", default="0,1,2,3", show_default=True, help=PAIRS_HELP)
 @click.option("--image", help="Picture to show instead of --pairs; needs --text.")
 @click.option("--text", help="The text for --image.")
 @click.option("--output", default="match-maps", show_default=True, metavar="FOLDER")
@@ -32,25 +32,30 @@ def command(run: str, pairs: str, image: str | None, text: str | None, output: s
     if image is not None and text is not None:
         shown = [(model.read(image), text)]
     else:
-        shown = held_out(model.config, pairs)
-    Path(output).mkdir(parents=True, exist_ok=True)
+        shown = held_out_pairs(model.config, pairs)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, (pixels, caption) in enumerate(shown):
         picture = sheet(pixels, caption, model.match(pixels, caption))
-        picture.save(Path(output) / f"match-{number}.png", optimize=True)
+        picture.save(folder / f"match-{number}.png", optimize=True)
     click.echo(f"match maps of {len(shown)} pair{'s'[: len(shown) != 1]}: {output}")
 
 
-def held_out(config: Config, pairs: str) -> list[tuple[Any, str]]:
-    """The pictures of these numbers, uint8 [3, S, S], each with its first caption."""
+def held_out_pairs(config: Config, numbers: str) -> list[tuple[Any, str]]:
+    """Return the held-out pictures of these numbers, uint8 [3, S, S], with their first captions."""
     from ds_cmli.data.build import build_eval_data
     from ds_cmli.evaluate.embed import pictures_of
 
     evals, _ = build_eval_data(config.data, config.run.seed, None)
-    split, data = next(iter(evals.items()))
+    (split, data), *_ = evals.items()
     rows = list(dict.fromkeys(pictures_of(data)))
-    with blame(f"--pairs is {pairs!r}: give numbers of the {len(rows)} pictures of {split}"):
-        chosen = [rows[int(number)] for number in pairs.split(",")]
-        return [(data.image(row), data.rows[row][1]) for row in chosen]
+    with blame(f"--pairs is {numbers!r}: give numbers of the {len(rows)} pictures of {split}"):
+        chosen = [rows[int(number)] for number in numbers.split(",")]
+        pairs = []
+        for row in chosen:
+            _, caption = data.rows[row]
+            pairs.append((data.image(row), caption))
+        return pairs
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from ds_cmli.config.presets import load_preset
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.match_map import sheet, tile
-from ds_cmli.visualize import command, held_out
+from ds_cmli.visualize import command, held_out_pairs
 from tests import make
 from tests.make import write_run
 
@@ -46,12 +46,12 @@ def test_pairs_that_are_asked_for(tmp_path):
     (tmp_path / "3.png").write_bytes(b"no picture")
     source = make.karpathy(tmp_path / "dataset.json", images)
     config = load_preset("tiny", {"data": {"source": source}})
-    shown = held_out(config, "0,2")
+    shown = held_out_pairs(config, "0,2")
     assert [text for _, text in shown] == ["A 猫 of 2, Caption 0!", "A 猫 of 4, Caption 0!"]
     assert [int(image[0, 5, 5]) for image, _ in shown] == [60, 120]
     for numbers in ("0,1", "6"):
         with pytest.raises(UserError, match=f"--pairs is '{numbers}': give numbers of the 6 pictures of "):
-            held_out(config, numbers)
+            held_out_pairs(config, numbers)
 
 
 def test_the_command_writes_a_picture_of_each_pair(tmp_path):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ds_cmli.config.schema import TeacherConfig
 from ds_cmli.errors import UserError
 from ds_cmli.models.blocks import merge_adapters
+from ds_cmli.models.student import Teacher
 from tests import make
 
 LOSSES = {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}}
@@ -74,6 +76,16 @@ def test_the_teacher_gives_normalised_features_of_frozen_weights(built, images):
     assert not any(p.requires_grad for p in teacher.parameters())
     teacher.train()
     assert torch.equal(teacher(images).patches, targets.patches)
+
+
+def test_a_teacher_of_convolutions_gives_a_picture_the_same_features_in_each_batch(images):
+    """BatchNorm would otherwise compare the pictures of a batch, and change its statistics."""
+    overrides = {"layers": [1, 1, 1, 1]}
+    teacher = Teacher(TeacherConfig(model="resnet18", weights="random", block=-1, overrides=overrides), 64, (2, 2))
+    larger = torch.nn.functional.pad(images, (0, 8, 0, 8))
+    together = teacher(larger).patches
+    assert_close(teacher(larger[:1]).patches, together[:1], rtol=1e-4, atol=1e-4)
+    assert torch.equal(teacher(larger).patches, together)
 
 
 @torch.no_grad()

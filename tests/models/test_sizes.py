@@ -159,7 +159,7 @@ def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(fold
 @pytest.mark.slow
 def test_training_starts_at_another_size_and_its_export_starts_another(source, folders, tmp_path, capfd):
     steps = ["--steps", "20", "--micro-batch", "4", "--workers", "0", "--losses", "global,cmli"]
-    steps += ["--lr", "1e-3", "--set", "run.match_maps=0", *source]
+    steps += ["--lr", "1e-3", "--set", "run.match_maps=0", "--set", "run.log_every=1", *source]
     run = tmp_path / "run"
     sizes = ["--set", "data.image_size=84", "--set", "data.context_length=154"]
     assert make.train("--start-from", str(folders("CLIP")), *sizes, *steps, "--output-dir", str(run)) == 0

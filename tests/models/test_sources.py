@@ -1,6 +1,7 @@
 """`student.source`, of transformers and of open_clip: the first step equals the model; what cannot be is refused."""
 
 import json
+import math
 import shutil
 import sys
 from functools import cache
@@ -199,6 +200,40 @@ def test_trained_and_exported_the_library_computes_its_features(kind, library, f
     given, trained = (load_file(min(folder.glob("*.safetensors"))) for folder in (folders[kind], back))
     assert not torch.equal(given["logit_scale"], trained["logit_scale"])
     assert trained.keys() == {key for key in given if not key.startswith("text_decoder.")}  # of a CoCa
+
+
+LOSSES_OF = {"CLIP": "global", "SigLIP": "global_sigmoid", "vit": "global"}
+ADAPTED = '{"image": ["q_proj", "v_proj"], "text": ["q_proj", "fc1"]}'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, lora", [("CLIP", ""), ("SigLIP", ""), ("SigLIP", ADAPTED), ("vit", "")])
+def test_the_preset_trains_a_source_in_bf16_at_zero_2(kind, lora, folders, source, pictures, tmp_path):
+    run, back = tmp_path / "run", tmp_path / "back"
+    json_file = make.json_file(tmp_path / "ds.json", {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})
+    words = ["--start-from", str(folders[kind]), *source, "--deepspeed_config", json_file, "--output-dir", str(run)]
+    words += ["--steps", "3", "--lr", "2e-3", "--micro-batch", "8", "--workers", "0", "--set", "run.match_maps=0"]
+    words += ["--set", "run.log_every=1"]
+    if lora:
+        words += ["--set", f"student.lora={lora}"]
+    assert make.train(*words) == 0
+    lines = make.lines(run)
+    assert {f"loss/{LOSSES_OF[kind]}", "loss/cmli"} <= lines[0].keys()
+    assert len(lines) == 3 and all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in lines)
+    given = load_file(min(folders[kind].glob("*.safetensors")))
+    library = {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
+    export.main([str(run), str(back), "--as", library], standalone_mode=False)
+    trained = load_file(min(back.glob("*.safetensors")))
+    moved = {name for name, value in given.items() if not torch.equal(value, trained[name])}
+    assert given.keys() == trained.keys() and "logit_scale" in moved
+    if lora:  # the rest of an encoder with adapters is frozen
+        adapted = ("q_proj.weight", "v_proj.weight", "fc1.weight")
+        assert all(name.endswith(adapted) for name in moved if ".layers." in name)
+        assert any("vision_model" in name for name in moved) and any("fc1" in name for name in moved)
+    theirs = of_library(back, pictures, TEXTS)
+    ours = Model.load(run, "cpu")
+    assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
+    assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
 
 
 # Where a source is found.
