@@ -98,9 +98,8 @@ def test_a_temperature_that_no_run_trained_is_that_of_the_first_source(begun, tm
     wanted = load_file(trained / hf.WEIGHTS)["losses.global.temperature.logit_scale"]
     assert load_file(export(after, tmp_path / "again", "--as", "clip") / hf.WEIGHTS)["logit_scale"] == wanted
     own = export(first, tmp_path / "own")
-    lost = run_of(own, tmp_path / "lost", losses=("cmli",))
     with pytest.raises(UserError, match=r"^student.source is '[^\n]*no temperature of the loss 'global'[^\n]*$"):
-        export(lost, tmp_path / "x", "--as", "clip")
+        export(run_of(own, tmp_path / "lost", losses=("cmli",)), tmp_path / "x", "--as", "clip")
 
 
 def test_a_run_and_its_export_start_a_training(begun, tmp_path):

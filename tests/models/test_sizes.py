@@ -4,18 +4,15 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModel
 
 from ds_cmli.engine.build import starting_line
 from ds_cmli.errors import UserError
 from ds_cmli.export import command as export
-from ds_cmli.inference import Model
-from ds_cmli.models import hf
 from ds_cmli.models.dual import stretched
 from tests import make
-from tests.models.sources import clip, of_library, of_open_clip, run_of, settings, siglip, start
+from tests.models.sources import clip, of_open_clip, run_of, settings, siglip, start
 
 MADE = {"CLIP": clip, "SigLIP": siglip}
 SIDES = {"convnext": 64, "siglip": 160, "token": 160}  # of their own pictures; of the others 56
@@ -36,11 +33,6 @@ def folders(tmp_path_factory):
         return made[kind]
 
     return folder
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    return [make.picture(number, side=90) for number in range(4)]
 
 
 def resized_by_the_library(folder, image_size: int):
@@ -92,8 +84,6 @@ def test_short_texts_of_clip_keep_their_features_when_its_positions_are_stretche
     assert ids.shape[1] <= 20
     for given, result in zip(*(x.student.text_embeddings(ids, ids >= 0) for x in (own, longer)), strict=True):
         assert_close(result, given, rtol=0, atol=1e-6)
-    cls, tokens = longer.student.text_embeddings(torch.randint(4, 100, (2, 154)), torch.ones(2, 154, dtype=torch.bool))
-    assert cls.isfinite().all() and tokens.shape[1] == 154
 
 
 def test_positions_are_stretched_as_long_clip_does_it():
@@ -113,38 +103,20 @@ CHANGED = {
     "CLIP": {"image_size": 84, "context_length": 154},
     "SigLIP": {"image_size": 84},
     "vit": {"image_size": 84, "context_length": 154},
-    "convnext": {"image_size": 96, "context_length": 154},
     "roberta": {"image_size": 28, "context_length": 80},
 }
 SAID = {
     "CLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (the first 20 are kept)",
-    "SigLIP": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)",
+    "SigLIP": ": siglip, 2 + 2 layers, 84 px, temperature 0.009; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic)",
     "vit": "; positions: pictures 4 x 4 -> 6 x 6 patches (bicubic), texts 77 -> 154 (linear)",
     "roberta": "; positions: pictures 4 x 4 -> 2 x 2 patches (bicubic)",  # its table has 90 places
 }
 
 
 @pytest.mark.parametrize("kind", SAID)
-def test_a_start_says_which_positions_are_resampled(kind, folders):
+def test_a_start_says_what_it_loads_and_which_positions_are_resampled(kind, folders):
     objective, config, _ = start(folders(kind), data=CHANGED[kind])
     assert starting_line(config.student, objective, config.data.image_size).endswith(SAID[kind])
-    objective, config, _ = start(folders(kind))
-    assert "positions" not in starting_line(config.student, objective, config.data.image_size)
-
-
-@pytest.mark.parametrize(
-    "kind", ["CLIP", "SigLIP", "vit", *(pytest.param(x, marks=pytest.mark.slow) for x in ("convnext", "roberta"))]
-)
-def test_an_export_has_the_new_sizes_and_its_library_computes_the_same_features(kind, folders, pictures, tmp_path):
-    run = run_of(folders(kind), tmp_path / "run", data=CHANGED[kind])
-    library = {"CLIP": "clip", "SigLIP": "siglip"}.get(kind, "open_clip")
-    export.main([str(run), str(tmp_path / "back"), "--as", library], standalone_mode=False)
-    ours = Model.load(run, "cpu")
-    theirs = of_library(tmp_path / "back", pictures, TEXTS)
-    assert theirs.pixels.shape[-1] == CHANGED[kind]["image_size"]
-    assert theirs.ids.shape[1] == CHANGED[kind].get("context_length", 64)
-    assert_close(ours.embed_images(pictures).cls, F.normalize(theirs.images), rtol=0, atol=1e-5)
-    assert_close(ours.embed_texts(TEXTS).cls, F.normalize(theirs.texts), rtol=0, atol=1e-5)
 
 
 def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(folders, tmp_path):
@@ -152,8 +124,6 @@ def test_the_export_of_a_timm_tower_that_open_clip_cannot_build_is_one_line(fold
     with pytest.raises(UserError, match=r"^--as open_clip: 'visual.trunk.pos_embed' is \[1, 226, 96\] [^\n]* 240 px"):
         export.main([str(run), str(tmp_path / "back"), "--as", "open_clip"], standalone_mode=False)
     assert not (tmp_path / "back").exists()
-    export.main([str(run), str(tmp_path / "own")], standalone_mode=False)
-    assert load_file(tmp_path / "own" / hf.WEIGHTS)["student.image.model.trunk.pos_embed"].shape == (1, 226, 96)
 
 
 @pytest.mark.slow
@@ -183,17 +153,11 @@ def test_sizes_that_a_source_cannot_have_are_one_line(folders):
     refused("data.context_length is 128: student.source .* has 64: leave it out", "SigLIP", context_length=128)
     refused("data.context_length is 128: student.source .* has 64: leave it out", "siglip", context_length=128)
     refused("student.source .* data.context_length is 90, and it has only 89", "roberta", context_length=90)
+    refused("student.source .*open_clip cannot load it: .*positional_embedding", "resnet", image_size=96)
 
 
 def test_a_text_tower_of_another_kind_is_one_line(folders, monkeypatch):
     """As open_clip 4's `text_arch` "modern"."""
     monkeypatch.delattr(open_clip.transformer.TextTransformer, "_embeds")
-    line = r"^student.source [^\n]*its text tower, TextTransformer, gives no features of tokens$"
-    with pytest.raises(UserError, match=line):
+    with pytest.raises(UserError, match=r"^student.source .*its text tower, TextTransformer, gives no features"):
         start(folders("vit"))
-
-
-def test_a_resnet_of_another_size_is_one_line(folders):
-    """Positions of its pooling are not resampled by open_clip."""
-    with pytest.raises(UserError, match=r"^student.source [^\n]*open_clip cannot load it: [^\n]*positional_embedding"):
-        start(folders("resnet"), data={"image_size": 96})
