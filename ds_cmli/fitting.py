@@ -32,7 +32,7 @@ class Fitted:
 
     @cached_property
     def metrics(self) -> dict[str, float]:
-        """The last value of each column of `metrics.jsonl`, such as "eval/seen/combined/i2t_r1"."""
+        """Return the last value of each column, such as "eval/seen/combined/i2t_r1"."""
         last: dict[str, float] = {}
         for line in (self.folder / "metrics.jsonl").read_bytes().splitlines():
             last |= json.loads(line)
@@ -40,7 +40,7 @@ class Fitted:
 
     @cached_property
     def model(self) -> "Model":
-        """The trained student, on a GPU if there is one."""
+        """Return the trained student, on a GPU if there is one."""
         from ds_cmli.inference import Model
 
         return Model.load(self.folder)
@@ -77,8 +77,8 @@ def fit(
     if data is not None:
         names = [str(data)] if isinstance(data, str | Path) else [str(name) for name in data]
         sections = merged(sections, {"data": {"source": names if len(names) > 1 else names[0]}})
-    whole = isinstance(config, Config)
-    resolved = Config.from_dict(sections) if whole else load_preset(None, sections)
+    is_whole = isinstance(config, Config)
+    resolved = Config.from_dict(sections) if is_whole else load_preset(None, sections)
     with mock.patch.dict(os.environ), warnings.catch_warnings():
         map_launcher_environment()
         silence()
@@ -86,7 +86,7 @@ def fit(
             ds_config = DeepSpeedConfig.of(deepspeed_config)
         else:
             ds_config = DeepSpeedConfig.load(deepspeed_config)
-        code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
-    if code == preemption.EXIT_CODE:
+        exit_code, folder = train(resolved, ds_config, resume, on_log=on_log, goes_on=True)
+    if exit_code == preemption.EXIT_CODE:
         raise preemption.Preempted(f"call fit again with run.output_dir {folder} to go on")
     return Fitted(folder)

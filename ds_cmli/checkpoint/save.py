@@ -158,8 +158,8 @@ class Checkpoints:
         kept = {root / name, *previous[: self.settings.keep - 1]}
         steps = checkpoint_steps(root)
         if self.settings.keep_best and not state.is_best:
-            with_best = [path for path in previous if steps[path] == state.best.get("step")]
-            kept |= {*with_best[:1]}
+            best_checkpoints = [path for path in previous if steps[path] == state.best.get("step")]
+            kept |= {*best_checkpoints[:1]}
         # Checkpoints newer than the previous one are left from a resume of an older one.
         for path in steps.keys() - kept:
             shutil.rmtree(path, ignore_errors=True)

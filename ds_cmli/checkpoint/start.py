@@ -44,6 +44,7 @@ from ds_cmli.commands import print_line
 from ds_cmli.config.comparison import setting_changes, settings_to_keep
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.config.source import MODEL_CONFIG
 from ds_cmli.data.pairs import BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
@@ -51,7 +52,6 @@ from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import num_columns
 from ds_cmli.errors import UserError, blame
 from ds_cmli.files import read_json, sha256
-from ds_cmli.models import hf
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 from ds_cmli.pretrained import loading
 from ds_cmli.provenance import revision, versions
@@ -147,22 +147,22 @@ def find_start(resume: str, folder: Path) -> "RunStart":
 
 def _checkpoints_to_try(resume: str, folder: Path) -> list[Path]:
     """Return the checkpoints in the order in which to try them. Raises `UserError`."""
-    in_folder = newest_first(folder / CHECKPOINTS)
+    own_checkpoints = newest_first(folder / CHECKPOINTS)
     # A job has followed "never" or a path before it was requeued.
     is_requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
-    if resume == "auto" or (in_folder and is_requeued):
-        return in_folder
+    if resume == "auto" or (own_checkpoints and is_requeued):
+        return own_checkpoints
     if resume == "never":
-        if in_folder:
+        if own_checkpoints:
             raise UserError(f"--resume is 'never', and {folder} has a run: give another folder")
         return []
     root = root_of(resume)
     path = Path(resume).absolute()
-    if in_folder and root != (folder / CHECKPOINTS).absolute():
-        for checkpoint in in_folder:
+    if own_checkpoints and root != (folder / CHECKPOINTS).absolute():
+        for checkpoint in own_checkpoints:
             with suppress(UserError):
                 if read_state(checkpoint).resumed_from == resume:
-                    return in_folder  # the same command again
+                    return own_checkpoints  # the same command again
         raise UserError(
             f"--resume is {resume!r}, and {folder} has checkpoints of its own: leave it out, or "
             "give another folder"
@@ -178,7 +178,7 @@ def _checkpoints_to_try(resume: str, folder: Path) -> list[Path]:
 
 @dataclass
 class RunStart:
-    """What a run goes on from, and what this start makes of it."""
+    """A checkpoint that a run goes on from, or none, and its run's folder."""
 
     folder: Path
     checkpoint: Path | None  # verified; None: a new run
@@ -248,7 +248,7 @@ class RunStart:
             "command": sys.argv,
         }
         if self.checkpoint is None:
-            # What a source gives before training is evaluated first.
+            # A source is evaluated before training.
             state.evaluated = not config.student.source
         else:
             ignored = () if self._has_batch_of_settings else BATCH_SPLIT
@@ -301,7 +301,7 @@ class RunStart:
         """Return True if the folder has what follows from its newest checkpoint. Collective."""
         whole = False
         if distributed.is_main():
-            whole = not self._outdated_models() and (self.folder / hf.CONFIG).is_file()
+            whole = not self._outdated_models() and (self.folder / MODEL_CONFIG).is_file()
         return distributed.broadcast_object(whole)  # collective
 
     def restore(

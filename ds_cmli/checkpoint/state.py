@@ -1,4 +1,4 @@
-"""What the next step depends on beside the engine: position in the data, random generators, sums.
+"""The state of a run beside the engine: position in the data, random generators, sums.
 
 `state.json` of a checkpoint holds what all ranks share, `rank-R.pt` what each has of its own.
 """
