@@ -42,7 +42,7 @@ from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.errors import UserError
-from ds_cmli.models.blocks import merge_adapters
+from ds_cmli.models.adapters import merge_adapters
 from ds_cmli.models.hf import AVERAGE, BEST, WEIGHTS
 
 DISTILLATION_HEAD = "width_head."  # the head to the teacher's width, which is not the student's

@@ -20,6 +20,12 @@ from ds_cmli.config.schema import Config, StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.blocks import (
+    cast_buffers,
+    checkpoint_blocks,
+    compile_blocks,
+    read_outside,
+)
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
 from ds_cmli.engine.plan import DTYPES, compares_all
@@ -28,13 +34,7 @@ from ds_cmli.errors import blame
 from ds_cmli.faults import nonfinite
 from ds_cmli.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.blocks import (
-    add_adapters,
-    cast_buffers,
-    checkpoint_blocks,
-    compile_blocks,
-    read_outside,
-)
+from ds_cmli.models.adapters import add_adapters
 from ds_cmli.models.hf import WEIGHTS, load_model
 from ds_cmli.models.student import Student, Teacher
 

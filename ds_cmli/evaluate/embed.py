@@ -24,13 +24,13 @@ from ds_cmli.data.scenes import Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import DTYPES, build_models
+from ds_cmli.engine.blocks import cast_buffers
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.metrics import Metrics
 from ds_cmli.files import read_json
 from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import hf
-from ds_cmli.models.blocks import cast_buffers
 from ds_cmli.scores import BothWays, both_ways
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches

@@ -7,9 +7,7 @@ Shapes: B pairs, S image side in pixels, N image patches, M text positions, H wi
 width of the joint space.
 """
 
-import os
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +16,8 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.errors import UserError, blame
+from ds_cmli.config.source import Source
+from ds_cmli.errors import UserError
 from ds_cmli.files import JsonObject
 from ds_cmli.models.encoders import TextEncoder
 from ds_cmli.pretrained import loading
@@ -167,11 +166,13 @@ def build_towers(
         library_config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     start = None
     if pretrained and config.source:
-        dual = load_transformers(config.source)
+        dual = load_transformers(Source(config.source))
+        vision = library_config.vision_config
+        text = library_config.text_config
         resampled = resampled_positions(
-            sizes_of(dual.config),
-            sizes_of(library_config),
-            library_config.vision_config.patch_size,
+            (dual.config.vision_config.image_size, vision.image_size),
+            (dual.config.text_config.max_position_embeddings, text.max_position_embeddings),
+            vision.patch_size,
             f"the first {KEPT_POSITIONS} are kept",
         )
         if resampled:
@@ -183,15 +184,12 @@ def build_towers(
     return DualImage(dual, source_config, image_size), DualText(dual), start
 
 
-def load_transformers(source: str) -> Any:
+def load_transformers(source: Source) -> Any:
     """Load a model of transformers, in fp32. Raises `UserError`."""
-    folder = Path(os.path.expanduser(source))
-    local = folder.exists()
-    what = f"student.source is {source!r}: its weights cannot be loaded"
-    with loading(hub=not local), blame(what):
+    with loading(hub=not source.local), source.blame("its weights cannot be loaded"):
         dual, keys = AutoModel.from_pretrained(
-            str(folder) if local else source,
-            local_files_only=local,
+            str(source.path) if source.local else source.name,
+            local_files_only=source.local,
             dtype=torch.float32,
             weights_only=True,
             trust_remote_code=False,
@@ -202,34 +200,26 @@ def load_transformers(source: str) -> Any:
     return dual
 
 
-class Sizes(NamedTuple):
-    """The sizes to which positions belong."""
-
-    image_size: int  # pixels
-    context_length: int  # tokens
-
-
-def sizes_of(library_config: Any) -> Sizes:
-    length = library_config.text_config.max_position_embeddings
-    return Sizes(library_config.vision_config.image_size, length)
-
-
-def resampled_positions(given: Sizes, wanted: Sizes, patch: int, text_method: str) -> str:
+def resampled_positions(
+    sides: tuple[int, int], lengths: tuple[int, int], patch: int, text_method: str
+) -> str:
     """Return the part of a line that says which positions are resampled, "" if none is.
 
-    Raises `UserError` if the pictures have no whole number of patches.
+    `sides` of pictures and `lengths` of texts: the source's, and those of the student. Raises
+    `UserError` if the pictures have no whole number of patches.
     """
     changes = []
-    if wanted.image_size != given.image_size:
-        if wanted.image_size % patch:
+    given_side, side = sides
+    if side != given_side:
+        if side % patch:
             multiple = f"no multiple of the {patch} pixels of a patch"
-            raise UserError(f"data.image_size is {wanted.image_size}: {multiple}")
-        before = given.image_size // patch
-        after = wanted.image_size // patch
-        changes.append(f"pictures {before} x {before} -> {after} x {after} patches (bicubic)")
-    if wanted.context_length != given.context_length:
-        lengths = f"{given.context_length} -> {wanted.context_length}"
-        changes.append(f"texts {lengths} ({text_method})")
+            raise UserError(f"data.image_size is {side}: {multiple}")
+        given_grid = f"{given_side // patch} x {given_side // patch}"
+        grid = f"{side // patch} x {side // patch}"
+        changes.append(f"pictures {given_grid} -> {grid} patches (bicubic)")
+    given_length, length = lengths
+    if length != given_length:
+        changes.append(f"texts {given_length} -> {length} ({text_method})")
     return ", ".join(changes)
 
 

@@ -86,12 +86,9 @@ class ImageEncoder(nn.Module):
     ):
         """Build the model, and cut it. Raises timm's errors, and ValueError.
 
-        Args:
-            image_size: S.
-            weights: "hub", "random" or a file with all of the model's.
-            layers: the number of first blocks to keep; None: `LAYERS`, or all of a model in stages.
-            block: instead, the last block (or stage) to keep.
-            overrides: arguments of `timm.create_model`.
+        `layers`: the number of first blocks to keep, None: `LAYERS`, or all of a model in stages;
+        `block`: instead, the last block (or stage) to keep; `weights`: "hub", "random" or a file
+        with all of the model's; `overrides`: arguments of `timm.create_model`.
         """
         super().__init__()
         self.model = create_timm_model(name, image_size, weights, overrides or {})
@@ -219,13 +216,10 @@ class TextEncoder(nn.Module):
     ):
         """Build the model. Raises errors of transformers, and ValueError.
 
-        Args:
-            name: a family such as "bert", or a name of the hub.
-            vocab_size: the tokenizer's, as `pad_id`.
-            positions: M of the longest text.
-            weights: "hub", "random", a folder of transformers or a file.
-            layers: the number of first layers to keep; None: `LAYERS`.
-            overrides: fields of the family's configuration class.
+        `name`: a family such as "bert", or a name of the hub; `vocab_size`, `pad_id`: the
+        tokenizer's; `positions`: M of the longest text; `weights`: "hub", "random", a folder of
+        transformers or a file; `layers`: the number of first layers to keep, None: `LAYERS`;
+        `overrides`: fields of the family's configuration class.
         """
         super().__init__()
         fields = dict(overrides or {})
@@ -285,17 +279,13 @@ def family(name: str) -> str:
     """Return the architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
     *_, last_part = name.split("/")
     dashed = last_part.lower().replace("_", "-") + "-"
-    beginnings = [
-        architecture
-        for architecture in CONFIG_MAPPING
-        if dashed.startswith(architecture.lower().replace("_", "-") + "-")
-    ]
-    if not beginnings:
-        raise ValueError(
-            "without a configuration of its own, give an architecture of the transformers library, "
-            "such as bert, t5 or clip"
-        )
-    return max(beginnings, key=len)
+    for architecture in sorted(CONFIG_MAPPING, key=len, reverse=True):
+        if dashed.startswith(architecture.lower().replace("_", "-") + "-"):
+            return architecture
+    raise ValueError(
+        "without a configuration of its own, give an architecture of the transformers library, "
+        "such as bert, t5 or clip"
+    )
 
 
 def text_config(

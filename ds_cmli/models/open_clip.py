@@ -19,7 +19,6 @@ from ds_cmli.config.schema import StudentConfig
 from ds_cmli.config.source import Source
 from ds_cmli.files import JsonObject
 from ds_cmli.models.dual import (
-    Sizes,
     Start,
     ValuePath,
     copied,
@@ -165,13 +164,22 @@ def build_towers(
     """Build both towers of the source, as `dual.build_towers`."""
     source_config = config.source_config
     source = Source(config.source)
+    side = image_size
     loaded: Any = None
     with loading(pretrained and not source.local), source.blame("open_clip cannot load it"):
         model = random_model(source_config, image_size)
-        given = wanted = Sizes(image_size, model.context_length)
+        length = model.context_length
         if pretrained and config.source:
-            given = sizes_of_source(source)
-            loaded = load_resized(source, given, wanted)
+            side, length = sizes_of(source)
+            options = {}  # by which the library resamples its positions
+            if image_size != side:
+                options["force_image_size"] = image_size
+            if model.context_length != length:
+                options["force_context_length"] = model.context_length
+            name, weights = source.in_open_clip
+            loaded = open_clip.create_model(
+                name, weights, force_custom_text=True, require_pretrained=True, **options
+            )
             model.visual.load_state_dict(loaded.visual.state_dict())
             model.text.load_state_dict(loaded.text.state_dict())
         image = OpenClipImage(model.visual, source_config, image_size)
@@ -179,8 +187,10 @@ def build_towers(
     if loaded is None:
         return image, text, None
     if text.of_transformers:  # its table has more positions than texts have tokens
-        given = Sizes(given.image_size, wanted.context_length)
-    resampled = resampled_positions(given, wanted, image.patch, "linear")
+        length = model.context_length
+    sides = (side, image_size)
+    lengths = (length, model.context_length)
+    resampled = resampled_positions(sides, lengths, image.patch, "linear")
     return image, text, Start.of(loaded, resampled)
 
 
@@ -202,21 +212,9 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
     return model
 
 
-def sizes_of_source(source: Source) -> Sizes:
+def sizes_of(source: Source) -> tuple[int, int]:
+    """Return the side of a source's pictures in pixels, and the length of its texts."""
     vision = open_clip.CLIPVisionCfg(**source.config["model_cfg"]["vision_cfg"])
     text = open_clip.CLIPTextCfg(**source.config["model_cfg"]["text_cfg"])
     side, _ = to_2tuple(vision.image_size)
-    return Sizes(side, text.context_length)
-
-
-def load_resized(source: Source, given: Sizes, wanted: Sizes) -> Any:
-    """Load a source whose sizes are `given`; the library resamples positions to those `wanted`."""
-    options = {}
-    if wanted.image_size != given.image_size:
-        options["force_image_size"] = wanted.image_size
-    if wanted.context_length != given.context_length:
-        options["force_context_length"] = wanted.context_length
-    name, weights = source.in_open_clip
-    return open_clip.create_model(
-        name, weights, force_custom_text=True, require_pretrained=True, **options
-    )
+    return side, text.context_length

@@ -70,11 +70,8 @@ class Student(nn.Module):
     ):
         """Build the encoders with their weights, and the layers above. Raises `UserError`.
 
-        Args:
-            image_size: S.
-            vocab_size: the tokenizer's, as `pad_id`.
-            positions: M of the longest text.
-            pretrained: load the weights of `student.source`; False: random ones.
+        `vocab_size`, `pad_id`: the tokenizer's; `positions`: M of the longest text; `pretrained`:
+        load the weights of `student.source`, False: random ones.
         """
         super().__init__()
         self.start: Start | None = None
@@ -194,28 +191,24 @@ def check_source(config: StudentConfig, image: Any, text: Any, vocab_size: int) 
 def build_image(config: StudentConfig, image_size: int) -> Any:
     weights = config.image_weights
     what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
+    options = {"layers": config.layers, "overrides": config.image_overrides}
     with loading(hub=weights == "hub"), blame(what):
         encoder = resolve_name(IMAGE[config.image_backbone])
-        overrides = config.image_overrides
-        return encoder(
-            config.image_model, image_size, weights, layers=config.layers, overrides=overrides
-        )
+        return encoder(config.image_model, image_size, weights, **options)
 
 
 def build_text(config: StudentConfig, vocab_size: int, positions: int, pad_id: int) -> Any:
     weights = config.text_weights
     what = f"student.text_model is {config.text_model!r}, its weights {weights!r}"
+    options = {
+        "layers": config.layers,
+        "dropout": config.dropout,
+        "pad_id": pad_id,
+        "overrides": config.text_overrides,
+    }
     with loading(hub=weights == "hub"), blame(what):
-        return resolve_name(TEXT[config.text_backbone])(
-            config.text_model,
-            vocab_size,
-            positions,
-            weights,
-            layers=config.layers,
-            dropout=config.dropout,
-            pad_id=pad_id,
-            overrides=config.text_overrides,
-        )
+        encoder = resolve_name(TEXT[config.text_backbone])
+        return encoder(config.text_model, vocab_size, positions, weights, **options)
 
 
 @dataclass

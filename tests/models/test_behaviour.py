@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from ds_cmli.config.schema import TeacherConfig
 from ds_cmli.errors import UserError
-from ds_cmli.models.blocks import merge_adapters
+from ds_cmli.models.adapters import merge_adapters
 from ds_cmli.models.student import Teacher
 from tests import make
 

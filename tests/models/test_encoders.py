@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from ds_cmli.config.presets import load_preset
+from ds_cmli.engine.blocks import checkpoint_blocks
 from ds_cmli.errors import UserError
-from ds_cmli.models.blocks import checkpoint_blocks
 from ds_cmli.models.encoders import PixelNorm, changed_fields, text_config
 from ds_cmli.models.student import Student, Teacher
 from tests.make import BERT, T5, VIT

@@ -20,6 +20,7 @@ from torch.testing import assert_close
 from transformers import AutoModel
 
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.registry import score_scales
 from ds_cmli.config.source import Source, applied
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
@@ -89,7 +90,7 @@ def test_the_first_step_equals_the_source(kind, folders, begun, pictures):
     rows, columns = objective.student.grid
     assert patches.shape == (6, rows * columns, cls.shape[1])
     assert tokens.shape == (5, theirs.ids.shape[1], cls.shape[1])
-    assert objective.scales()["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
+    assert score_scales(objective.scales())["global"] == pytest.approx(theirs.model.logit_scale.exp().item())
     bias = getattr(theirs.model, "logit_bias", None)
     if bias is not None:
         assert objective.losses["global_sigmoid"].temperature.logit_bias.item() == pytest.approx(bias.item())
