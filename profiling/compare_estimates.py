@@ -83,13 +83,14 @@ def command(only, preset, gpu_memory, sm, json_path, markdown_path, **sizes) -> 
     import torch
 
     from ds_cmli.fake_cuda.entered import guard
+    from ds_cmli.memory import step_memory
     from ds_cmli.memory.progress import Progress
     from profiling.memory import measure, steps
 
     assumed_gpu = gpus.find(gpus.DEFAULT)
     present_gpu = None
     if torch.cuda.is_available():
-        present_gpu = given_gpu or gpus.find(torch.cuda.get_device_name(), "this GPU")
+        present_gpu = given_gpu or step_memory.present_gpu(torch.device("cuda", 0))
     if "E4" in ids:
         steps.document_config(setting)  # raises for sizes that its models cannot have
     try:

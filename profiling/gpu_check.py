@@ -1,7 +1,8 @@
 """python profiling/gpu_check.py [--markdown FILE] [--only NAME]
 
-Who has a GPU runs it once: one page for docs/results.md, of what `pytest -m gpu` finds there. It is
-written after each test. Exit code: 1 where a bar is missed, 2 without a GPU.
+Who has a GPU runs it once: a section for docs/memory.md, of what `pytest -m gpu` finds there. It is
+written after each test. The GPU need not be listed in ds_cmli/memory_model/gpus.py. Exit code: 1 if a
+bar is missed, 2 without a GPU.
 """
 
 if __name__ == "__main__" and not __package__:  # run by its path
@@ -23,28 +24,37 @@ class Page:
     """A pytest plugin that writes the figures which tests record, beside their bars."""
 
     def __init__(self, device: str, path: Path):
-        self.title = f"# Checked on {device}, {date.today()}, PyTorch {torch.__version__}"
-        self.path, self.rows, self.missed = path, list[list[str]](), 0
+        self.device = device
+        self.path = path
+        self.rows: list[list[str]] = []
+        self.missed = 0
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        test = report.nodeid.split("::", 1)[1]
+        test = report.nodeid.split("::", 1)[1].removeprefix("test_").replace("_", " ")
         figures = [value for name, value in report.user_properties if name == "figure"]
         if report.skipped:
             self.rows.append([test, "", "", "", "skipped", str(report.longrepr[2])])
         elif report.failed and all(figure["passed"] is not False for figure in figures):
-            why = report.longreprtext.splitlines()[-1]
-            self.rows.append([test, "runs to its end", "", "", "**missed**", why])
-        for row in figures if report.when == "call" else ():
-            verdict = {True: "met", False: "**missed**", None: "no bar"}[row["passed"]]
-            bar = "" if row["bar"] is None else f"{row['bar']:.4g}"
-            self.rows.append([test, row["name"], f"{row['value']:.4g}", bar, verdict, row["note"]])
-        self.missed = sum(row[4] == "**missed**" for row in self.rows)
+            reason = report.longreprtext.splitlines()[-1]
+            self.rows.append([test, "runs to its end", "", "", "**missed**", reason])
+        if report.when == "call":
+            for figure in figures:
+                verdict = {True: "met", False: "**missed**", None: "no bar"}[figure["passed"]]
+                bar = "" if figure["bar"] is None else f"{figure['bar']:.4g}"
+                value = f"{figure['value']:,.6g}"
+                self.rows.append([test, figure["name"], value, bar, verdict, figure["note"]])
+        self.missed = sum(verdict == "**missed**" for _, _, _, _, verdict, _ in self.rows)
+        self.path.write_text(self.section())
+
+    def section(self) -> str:
+        summary = f"{len(self.rows)} figures, {self.missed} missed their bar."
         rows = table(["test", "figure", "value", "bar", "", ""], self.rows)
-        self.path.write_text(f"{self.title}\n\n{self.missed} missed their bar.\n\n{rows}\n")
+        heading = f"### On a {self.device}"
+        return f"{heading}\n\n{date.today()}, PyTorch {torch.__version__}: {summary}\n\n{rows}\n"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--markdown", default="gpu_check.md", show_default=True, help="The page.")
+@click.option("--markdown", default="gpu_check.md", show_default=True, help="The section.")
 @click.option("--only", default="", help="Tests that this expression of pytest's -k selects.")
 def command(markdown: str, only: str) -> None:
     if not torch.cuda.is_available():

@@ -22,6 +22,7 @@ from ds_cmli.files import JsonObject
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
     from ds_cmli.engine import TrainEngine
     from ds_cmli.memory.step_memory import Step
+    from ds_cmli.memory_model.gpus import Gpu
 
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 AfterStep = Callable[[], None]  # called at the end of each step of the training loop
@@ -141,14 +142,14 @@ def profiling_memory(
     """Measure the first `steps` steps: 1 is before the optimizer's states exist.
 
     After the last of them rank 0 writes `folder/memory.json`; at the end of the loop a process
-    predicts for a GPU that is listed what was measured, and the differences are added.
+    predicts for this GPU what was measured, and the differences are added.
     """
     import torch
 
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.memory.categories import TrainingRecorder
     from ds_cmli.memory.report import summarise
-    from ds_cmli.memory.step_memory import Step, statistics
+    from ds_cmli.memory.step_memory import Step, present_gpu, statistics
 
     device, done, longest = train_engine.device, 0, 0
     cuda = device.type == "cuda"
@@ -187,24 +188,23 @@ def profiling_memory(
         yield after_step
     if content and cuda:
         step = Step(config, ds_config, distributed.world_size(), 0, positions=longest)
-        predicted = _predicted(step, name)
+        predicted = _predicted(step, present_gpu(device))
         if predicted is not None:
             content["prediction"] = predicted
             content["differences"] = differences(predicted, content["measurement"])
             _write(folder / FILE, content)
 
 
-def _predicted(step: "Step", name: str) -> JsonObject | None:
-    """The prediction for this GPU, called `name`, by a process of its own; None: there is none."""
+def _predicted(step: "Step", gpu: "Gpu") -> JsonObject | None:
+    """Return the prediction for this GPU by a process of its own; None: there is none."""
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
     from ds_cmli.memory.step_memory import predicted
-    from ds_cmli.memory_model import gpus
 
     try:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            return pool.submit(predicted, step, gpus.find(name, "this GPU")).result().to_dict()
+            return pool.submit(predicted, step, gpu).result().to_dict()
     except Exception as error:  # the training has ended well
         print_line(f"warning: the memory is measured and not predicted: {error}")
         return None

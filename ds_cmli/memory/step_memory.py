@@ -25,6 +25,7 @@ from ds_cmli.files import JsonObject, Section
 from ds_cmli.memory.categories import TrainingRecorder
 from ds_cmli.memory.inputs import check_predictable, longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
+from ds_cmli.memory_model import gpus
 from ds_cmli.memory_model.caching_allocator import OutOfMemory, replay
 from ds_cmli.memory_model.gpus import Gpu
 from ds_cmli.memory_model.workspaces import with_cublas
@@ -226,6 +227,17 @@ def statistics(device: torch.device) -> dict[str, int]:
         # same then as now.
         totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
     return totals
+
+
+def present_gpu(device: torch.device) -> Gpu:
+    """Return this GPU, by its name, or by what its driver reports."""
+    properties = torch.cuda.get_device_properties(device)
+    return gpus.of_device(
+        properties.name,
+        (properties.major, properties.minor),
+        properties.multi_processor_count,
+        properties.total_memory,
+    )
 
 
 def gpu_bytes(device: torch.device) -> int | None:

@@ -128,6 +128,32 @@ def find(name: str, setting: str = "--gpu") -> Gpu:
     return gpu
 
 
+def of_device(
+    name: str, capability: tuple[int, int], multiprocessors: int, total_bytes: int
+) -> Gpu:
+    """Return the GPU with this name, or an unlisted one with what its driver reports.
+
+    All else of an unlisted one is assumed: as of the listed GPU with the most multiprocessors, of
+    its compute capability or the next lower one that is listed.
+    """
+    listed = _BY_NAME.get(_key(name))
+    if listed is not None:
+        return listed
+    nearest = max(known for known in BY_CAPABILITY if known <= capability)
+    return replace(
+        _largest(nearest),
+        name=name,
+        reported=(name,),
+        multiprocessors=multiprocessors,
+        total=Constant(total_bytes, "reported"),
+    )
+
+
+def _largest(capability: tuple[int, int]) -> Gpu:
+    alike = [gpu for gpu in GPUS.values() if gpu.capability == capability]
+    return max(alike, key=lambda gpu: gpu.multiprocessors)
+
+
 def of_size(memory: str, sm: str) -> Gpu:
     """A GPU that is not listed, of `memory` like "48GB" and compute capability `sm` like "8.9".
 
@@ -136,13 +162,12 @@ def of_size(memory: str, sm: str) -> Gpu:
     total = parse_bytes(memory)
     if not total:
         raise UserError(f"--gpu-memory is {memory!r}: give a size, for instance 48GB or 44GiB")
-    alike = [gpu for gpu in GPUS.values() if sm == "{}.{}".format(*gpu.capability)]
-    if not alike:
-        known = ", ".join("{}.{}".format(*capability) for capability in BY_CAPABILITY)
-        raise UserError(f"--sm is {sm!r}: give one of {known}")
-    largest = max(alike, key=lambda gpu: gpu.multiprocessors)
+    capabilities = {"{}.{}".format(*capability): capability for capability in BY_CAPABILITY}
+    if sm not in capabilities:
+        raise UserError(f"--sm is {sm!r}: give one of {', '.join(capabilities)}")
     name = f"GPU of {memory}, sm {sm}"
-    return replace(largest, name=name, reported=(), total=Constant(total, "given"))
+    total_memory = Constant(total, "given")
+    return replace(_largest(capabilities[sm]), name=name, reported=(), total=total_memory)
 
 
 def chosen(gpu: str | None, memory: str | None, sm: str | None) -> Gpu | None:

@@ -8,11 +8,14 @@ since the process began.
 import copy
 import json
 import sys
+import tempfile
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.memory.step_memory import Step
+from tests.models.sources import clip
 
 
 @dataclass(frozen=True)
@@ -27,13 +30,17 @@ class Setting:
     offload: bool = False
     accumulation: int = 1
     overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    clip: bool = False  # a small CLIP is its student
 
     def step(self) -> Step:
         overrides = copy.deepcopy(self.overrides)
-        overrides.setdefault("student", {}).update(image_weights="random", text_weights="random")
-        overrides.setdefault("teacher", {})["weights"] = "random"
-        overrides.setdefault("data", {})["tokenizer"] = "builtin"
         overrides.setdefault("optim", {})["micro_batch"] = self.batch
+        if self.clip:
+            overrides["student"] = {"source": str(clip(Path(tempfile.mkdtemp())))}
+        else:
+            overrides.setdefault("student", {}).update(image_weights="random", text_weights="random")
+            overrides.setdefault("teacher", {})["weights"] = "random"
+            overrides.setdefault("data", {})["tokenizer"] = "builtin"
         sizes = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
         zero: dict[str, Any] = {"stage": self.stage, "contiguous_gradients": True, "overlap_comm": True, **sizes}
         ds_config: dict[str, Any] = {
@@ -55,19 +62,23 @@ class Setting:
 
 
 TORCH = {"loss": {"weights": {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, "cmli_backend": "torch"}}
+DETERMINISTIC = {"run": {"deterministic": True}, "data": {"image_size": 518}}
+CONVOLUTIONS = {"student": {"image_model": "resnet18", "image_overrides": {}}, "data": {"image_size": 224}}
 SETTINGS = [
     Setting("tiny", "tiny", 8, precision="fp32"),
     Setting("demo", "demo", 64),
-    Setting("demo, batch 256", "demo", 256),
-    Setting("demo, stage 1", "demo", 64, stage=1),
     Setting("demo, fp32", "demo", 64, precision="fp32"),
     Setting("demo, fp16", "demo", 64, precision="fp16"),
     Setting("demo, checkpointing", "demo", 64, checkpointing=True),
     Setting("demo, offload", "demo", 64, offload=True),
     Setting("demo, accumulation 2", "demo", 64, accumulation=2),
-    Setting("demo, torch backend", "demo", 64, overrides=TORCH),
     Setting("demo, rank 0 of 64", "demo", 64, world=64),
     Setting("demo, rank 0 of 8, stage 3", "demo", 64, world=8, stage=3),
+    Setting("demo, 518 px, deterministic", "demo", 8, overrides=DETERMINISTIC),
+    Setting("demo, convolutional image encoder", "demo", 32, overrides=CONVOLUTIONS),
+    Setting("demo, EMA", "demo", 64, overrides={"optim": {"ema_decay": 0.99}}),
+    Setting("demo, LoRA", "demo", 64, overrides={"student": {"lora": {"image": ["qkv"]}}}),
+    Setting("a small CLIP", "tiny", 32, overrides={"loss": {"weights": {"global": 1.0, "cmli": 1.0}}}, clip=True),
     Setting("paper, batch 16", "paper", 16),
     Setting("paper, batch 64, torch", "paper", 64, world=2, overrides=TORCH),
     Setting("paper, batch 64, rank 0 of 8, stage 3", "paper", 64, world=8, stage=3, checkpointing=True),

@@ -54,15 +54,11 @@ def test_a_trace_has_the_given_steps_with_memory_shapes_and_stacks(tmp_path, sou
 
 def test_peaks_and_categories_by_hand():
     rows = (
-        (0, 100, "parameters", "init"),
-        (1, 30, "activations student", "forward"),
-        (2, 50, "temporaries", "forward"),
-        (2, -50, "temporaries", "forward"),
-        (3, 20, "gradients", "backward"),
-        (1, -30, "activations student", "backward"),
-        (4, 90, "optimizer states", "optimizer"),
+        (0, 100, "parameters", "init"), (1, 30, "activations student", "forward"), (2, 50, "temporaries", "forward"),
+        (2, -50, "temporaries", "forward"), (3, 20, "gradients", "backward"),
+        (1, -30, "activations student", "backward"), (4, 90, "optimizer states", "optimizer"),
         (3, -20, "gradients", "optimizer"),
-    )
+    )  # fmt: skip
     figures = summarise([Event(*row) for row in rows], {}, "predicted")
     at_peak = {"parameters": 100, "gradients": 20, "optimizer states": 90}
     assert figures.categories == {**dict.fromkeys(CATEGORIES, 0), **at_peak}
@@ -120,10 +116,7 @@ OTHERS = [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueErr
 @pytest.mark.parametrize("error", [*SHORTAGES, *OTHERS], ids=str)
 def test_a_shortage_of_memory_is_one_line_and_other_errors_are_raised(error, tmp_path, alone):
     expected = type(error) if error in OTHERS else Exception
-    with (
-        pytest.raises(expected) as raised,
-        out_of_memory.ending(tmp_path, torch.device("cpu"), raises=True),
-    ):
+    with pytest.raises(expected) as raised, out_of_memory.ending(tmp_path, torch.device("cpu"), raises=True):
         raise error
     assert (raised.value is error) == (error in OTHERS)
     if error not in OTHERS:

@@ -137,13 +137,8 @@ def test_convolutions_copy_a_gradient_and_keep_channels_last():
 def test_where_cublas_takes_its_workspaces(monkeypatch):
     monkeypatch.setattr(workspaces, "KEEPS_WORKSPACES", True)  # before PyTorch 2.15
     product = "aten.mm.default"
-    events = [
-        Event(0, 10, "activations", "forward"),
-        Event(1, 10, "activations", "forward", product),
-        Event(2, 10, "temporaries", "backward"),
-        Event(2, -10, "temporaries", "backward"),
-        Event(3, 10, "gradients", "backward", product),
-    ]
+    rows = [(0, 10, "forward"), (1, 10, "forward", product), (2, 10, "backward"), (2, -10, "backward")]
+    events = [Event(block, size, "data", *rest) for block, size, *rest in [*rows, (3, 10, "backward", product)]]
     forward, backward = (
         Event(-block, 50, "temporaries", phase, "cuBLAS") for block, phase in ((1, "forward"), (2, "backward"))
     )

@@ -1,17 +1,33 @@
-"""The trainer's step on the null GPU beside what is predicted."""
+"""On the null GPU: a step beside its prediction; and the trainer's groups, profile, end without memory, and stop."""
 
 import json
+import re
 
 import pytest
 
 from ds_cmli.memory.step_memory import predicted
 from ds_cmli.memory_model import gpus
-from tests.gpu.settings import TORCH, Setting
-from tests.null_gpu.build import run
+from tests import make
+from tests.gpu.settings import DETERMINISTIC, TORCH, Setting
+from tests.gpu.test_gpu import stop_and_resume
+from tests.null_gpu.build import run, stand_in
 
 pytestmark = pytest.mark.null_gpu
-DETERMINISTIC = {"run": {"deterministic": True}, "data": {"image_size": 518}}
+GPU = "A100 80GB"
 FEW = {"student": {"layers": 3}, "teacher": {"block": 2}}
+
+
+def finished(env: dict[str, str], *words: str) -> str:
+    """The output of a program that ends well."""
+    done = run(env, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def training(folder, **options) -> list[str]:
+    """The smallest training of four steps, on 24 pairs beside `folder`."""
+    fixed = {"--steps": 4, "--log-every": 1, "--output-dir": folder, "--micro-batch": 8}
+    return ["ds_cmli/train.py", *make.small({"--data": make.pairs(folder.parent / "pairs"), **fixed, **options})]
 
 
 @pytest.mark.parametrize(
@@ -25,9 +41,39 @@ FEW = {"student": {"layers": 3}, "teacher": {"block": 2}}
     ],
 )
 def test_a_step_takes_what_is_predicted(null_gpu, gpu, setting):
-    done = run(null_gpu(gpu), *setting.arguments())
-    assert done.returncode == 0, done.stdout + done.stderr
-    counted = json.loads(done.stdout.splitlines()[-1])
+    counted = json.loads(finished(null_gpu(gpu), *setting.arguments()).splitlines()[-1])
     totals = predicted(setting.step(), gpus.find(gpu)).totals
     assert totals["requested"] == pytest.approx(counted["requested"], rel=0.005)
     assert totals["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
+
+
+def test_as_many_communicators_are_made_as_are_predicted(null_gpu, tmp_path):
+    output = finished(null_gpu(GPU) | {"NCCL_DEBUG": "INFO"}, *training(tmp_path / "run"))
+    assert output.count("Init COMPLETE") == 2
+
+
+def test_the_memory_of_its_first_steps_is_that_of_its_prediction(null_gpu, tmp_path):
+    finished(null_gpu(GPU), *training(tmp_path / "run", **{"--profile-memory": 2}))
+    content = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert content["measurement"]["source"] == "measured: NVIDIA A100-SXM4-80GB"
+    totals, categories = content["differences"]["totals"], content["differences"]["categories"]
+    assert 0.99 < totals["requested"]["ratio"] < 1.01
+    assert 0.98 < totals["reserved"]["ratio"] < 1.02
+    assert {categories[name]["bytes"] for name in ("parameters", "optimizer states", "teacher")} == {0}
+
+
+def test_out_of_memory_is_one_message_with_a_snapshot_and_a_command(null_gpu, tmp_path):
+    env = null_gpu(GPU)
+    env["NULLGPU"] = env["NULLGPU"].rpartition(";")[0] + ";200000000"  # bytes
+    done = run(env, *training(tmp_path / "run", **{"--micro-batch": 16}))
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    message = done.stderr[done.stderr.index("error: out of memory: rank 0 asked for") :]
+    assert re.search(r"\n  parameters +[\d,]+ B\n", message)
+    snapshot = tmp_path / "run" / "out_of_memory-rank0.pickle"
+    assert snapshot.stat().st_size > 1000 and str(snapshot) in message
+    assert re.search(f"what fits: ds-cmli-memory --preset tiny .+ --world-size 1 --fit '{GPU}'\n", message)
+
+
+def test_a_stopped_training_goes_on_to_the_bit(null_gpu, tmp_path):
+    words = make.small({"--data": make.pairs(tmp_path / "pairs"), "--micro-batch": 8})
+    stop_and_resume(tmp_path, stand_in("ds_cmli/train.py", *words), null_gpu(GPU))

@@ -25,6 +25,7 @@ from profiling.memory.implementations import (
     run,
 )
 from profiling.speed.op import cpu_sizes, materialised_scores
+from tests.null_gpu.build import run as run_stand_in
 from tests.ranks import ROOT, python
 
 SCRIPT = ROOT / "profiling" / "compare_estimates.py"
@@ -169,3 +170,17 @@ def test_rows_of_a_gpu_are_measured_as_predicted(null_gpu, tmp_path):
         assert row["measured_bytes"] == row["predicted_bytes"], row
         if row["implementation"] != "broadcast":  # whose gradients' sums take a buffer that no formula knows
             assert row["measured_peak_bytes"] == row["predicted_peak_bytes"], row
+
+
+@pytest.mark.null_gpu
+def test_an_unlisted_gpu_gets_a_section_for_the_page_that_says_where_nvml_gives_nothing(null_gpu, tmp_path):
+    env = null_gpu() | {"NULLGPU": "NVIDIA Nobody;8;9;142;1536;101376;48000000000"}
+    page = tmp_path / "page.md"
+    done = run_stand_in(env, "profiling/gpu_check.py", "--only", "context", "--markdown", page)
+    assert done.returncode == 0, done.stdout + done.stderr
+    heading, summary, *rows = page.read_text().split("\n\n")
+    assert heading == "### On a NVIDIA Nobody" and "2 figures, 0 missed their bar." in summary
+    assert "| total bytes | 4.8e+10 | | no bar | 48,000,000,000 B in the table, reported |" in rows[0].replace(
+        "  ", " "
+    )
+    assert "NVML does not report this process's bytes" in rows[0]
