@@ -20,7 +20,7 @@ from ds_cmli.config.source import (
     OPEN_CLIP_CONFIG,
     PILLOW,
     RUN,
-    Source,
+    ModelSource,
     temperature_loss,
 )
 from ds_cmli.errors import UserError, blame
@@ -34,7 +34,7 @@ Weights = dict[str, Any]  # tensors by name
 TOWERS = {"vision_model": "student.image.model", "text_model": "student.text.model"}
 IMAGE_HEAD = "student.image.class_head"
 TEXT_HEAD = "student.text.class_head"
-NAMES = {
+TENSOR_NAMES = {
     "clip": {"visual_projection": IMAGE_HEAD, "text_projection": TEXT_HEAD, **TOWERS},
     "siglip": {"text_model.head": TEXT_HEAD, **TOWERS},
     "open_clip": {"visual": "student.image.model"},
@@ -46,7 +46,9 @@ WEIGHT_FILES = {"open_clip": "open_clip_model.safetensors"}  # where not as tran
 @plugin_option
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
-@click.option("--as", "library", type=click.Choice(list(NAMES)), help="What the run began as.")
+@click.option(
+    "--as", "library", type=click.Choice(list(TENSOR_NAMES)), help="What the run began as."
+)
 @click.option("--ema", is_flag=True, help="Use the averaged weights (optim.ema_decay).")
 @click.option(
     "--interpolate",
@@ -142,7 +144,7 @@ def source_temperature(config: Config, model_config: Any, loss: str) -> Weights:
     from ds_cmli.models import hf
 
     prefix = f"losses.{loss}.temperature."
-    source = Source(config.student.source)
+    source = ModelSource(config.student.source)
     while source.is_run:
         with source.blame("its weights cannot be loaded"):
             weights = load_file(source.path / (source.weights or hf.WEIGHTS))
@@ -152,7 +154,7 @@ def source_temperature(config: Config, model_config: Any, loss: str) -> Weights:
         if not source.has_own_data:
             raise source.error(f"it has no temperature of the loss {loss!r}, nor has the run")
         config = load_config(source.path / RUN, "student.source")
-        source = Source(config.student.source)
+        source = ModelSource(config.student.source)
     weights = source_weights(config, model_config, {loss: 1.0})
     return {name: weights[name] for name in weights if name.startswith(prefix)}
 
@@ -177,7 +179,7 @@ def renamed(weights: Weights, library: str, config: Config, model: Any) -> Weigh
     """
     wanted = model.state_dict()
     loss = temperature_loss(config.student.source_config)
-    names = {"logit": f"losses.{loss}.temperature.logit", **NAMES[library]}
+    names = {"logit": f"losses.{loss}.temperature.logit", **TENSOR_NAMES[library]}
     if library == "open_clip":
         has_text = any(name.startswith("text.") for name in wanted)
         names["text." if has_text else ""] = "student.text.model."
@@ -253,7 +255,7 @@ def readme(config: Config, name: str, content: str, library: str | None) -> str:
 
     from ds_cmli.data.assets import ASSETS, used
 
-    while (source := Source(config.student.source)).name and source.has_own_data:
+    while (source := ModelSource(config.student.source)).name and source.has_own_data:
         config = load_config(source.path / RUN, "student.source")  # of the run before
     licence = "other"
     if source.name:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ds_cmli.config.schema import Config
-from ds_cmli.config.source import Source
+from ds_cmli.config.source import ModelSource
 from ds_cmli.data.images import View, read_image_file
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator, block, load
@@ -83,7 +83,7 @@ class Model:
         `device`: None means a GPU if there is one, and else the CPU.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(*load(Source(str(path)), chosen, precision="fp32", batch_size=batch_size))
+        return cls(*load(ModelSource(str(path)), chosen, precision="fp32", batch_size=batch_size))
 
     def __repr__(self) -> str:
         encoders = f"{self.config.student.image_model} and {self.config.student.text_model}"

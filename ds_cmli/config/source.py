@@ -51,7 +51,7 @@ def temperature_loss(source_config: JsonObject) -> str:
     return "global_sigmoid" if has_bias or source_config["model_type"] == "siglip" else "global"
 
 
-class Source:
+class ModelSource:
     """The files of a source, in a folder or on the hub."""
 
     def __init__(self, name: str):
@@ -177,7 +177,7 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     name = student.get("source")
     if not name or not isinstance(name, str):  # which is refused with the other settings
         return settings
-    source = Source(name)
+    source = ModelSource(name)
     data = settings.get("data", {})
     free = {*TRAINING_SETTINGS, "dropout" if source.is_run else "shared_blocks"}
     decided = run_settings(source, data) if source.is_run else library_settings(source, data)
@@ -194,7 +194,7 @@ def applied(overrides: Mapping[str, Section]) -> Sections:
     return settings
 
 
-def evaluation_config(source: Source) -> Config:
+def evaluation_config(source: ModelSource) -> Config:
     """Return the configuration to evaluate a model that is no run. Raises `UserError`."""
     decided = applied({"student": {"source": source.name}})
     if source.is_run:
@@ -204,7 +204,7 @@ def evaluation_config(source: Source) -> Config:
     return Config.from_dict({**decided, "loss": {"weights": losses}})
 
 
-def run_settings(source: Source, chosen: Section) -> Sections:
+def run_settings(source: ModelSource, chosen: Section) -> Sections:
     """Return the settings by which a run or an export of this package is built again.
 
     `chosen`: the user's settings of `data`.
@@ -222,7 +222,7 @@ def run_settings(source: Source, chosen: Section) -> Sections:
     return {"student": student, "data": data}
 
 
-def library_settings(source: Source, chosen: Section) -> Sections:
+def library_settings(source: ModelSource, chosen: Section) -> Sections:
     """Return the settings of a model of another library; `chosen`: the user's of `data`."""
     model_type = source.config.get("model_type")
     setting = f"student.source is {source.name!r}: its type"
@@ -254,7 +254,7 @@ class Towers(NamedTuple):
     data: JsonObject  # the settings of `data`
 
 
-def transformers_towers(source: Source, chosen: Section) -> Towers:
+def transformers_towers(source: ModelSource, chosen: Section) -> Towers:
     """Read a CLIP or SigLIP of transformers. Raises errors of the library, and ValueError."""
     from transformers import CONFIG_MAPPING, AutoImageProcessor
 
@@ -309,7 +309,7 @@ def _without_irrelevant(pairs: list[tuple[str, object]]) -> JsonObject:
     return {name: value for name, value in pairs if name not in IRRELEVANT_FIELDS}
 
 
-def open_clip_towers(source: Source, chosen: Section) -> Towers:
+def open_clip_towers(source: ModelSource, chosen: Section) -> Towers:
     """Read a model of open_clip, as `transformers_towers`."""
     import open_clip
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict

@@ -17,7 +17,7 @@ from ds_cmli.commands import print_line
 from ds_cmli.config.deepspeed_config import LOGS, DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, StudentConfig
-from ds_cmli.config.source import Source
+from ds_cmli.config.source import ModelSource
 from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.blocks import (
@@ -63,7 +63,7 @@ def build_models(
     if teacher_settings.weights == "demo":
         weights = str(assets.fetch("vit") / assets.WEIGHTS)
         teacher_settings = replace(teacher_settings, weights=weights)
-    source, run, teacher = Source(settings.source), None, None
+    source, run, teacher = ModelSource(settings.source), None, None
     if pretrained and source.name and source.is_run:
         run = load_model(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)

@@ -11,7 +11,7 @@ import click
 from ds_cmli.commands import print_line, run_command
 from ds_cmli.config.registry import plugin_option
 from ds_cmli.config.schema import Config
-from ds_cmli.config.source import Source
+from ds_cmli.config.source import ModelSource
 from ds_cmli.distributed import map_launcher_environment
 from ds_cmli.errors import UserError
 from ds_cmli.files import check_writable
@@ -49,7 +49,7 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     mode = next((mode for mode in ("zero_shot", "boxes", "choices") if given[mode]), "data")
     if json_file:
         check_writable(json_file)
-    source = Source(place)
+    source = ModelSource(place)
     if not source.has_own_data and (given["ema"] or not given[mode]):
         raise UserError(f"{place!r} is no run's folder: of another model, give --data and no --ema")
     map_launcher_environment()

@@ -17,7 +17,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import score_scales
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.config.source import RUN, Source, evaluation_config
+from ds_cmli.config.source import RUN, ModelSource, evaluation_config
 from ds_cmli.data.images import View, black, read_image_file
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
@@ -131,7 +131,11 @@ class Evaluator:
 
 
 def load(
-    source: Source, device: torch.device, precision: str | None, ema: bool = False, **batches: Any
+    source: ModelSource,
+    device: torch.device,
+    precision: str | None,
+    ema: bool = False,
+    **batches: Any,
 ) -> tuple[Config, Evaluator]:
     """A run, one of its files of weights, or what training starts from; and its settings.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.config.source import Source
+from ds_cmli.config.source import ModelSource
 from ds_cmli.errors import UserError
 from ds_cmli.files import JsonObject
 from ds_cmli.models.encoders import TextEncoder
@@ -166,7 +166,7 @@ def build_towers(
         library_config: Any = CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
     start = None
     if pretrained and config.source:
-        dual = load_transformers(Source(config.source))
+        dual = load_transformers(ModelSource(config.source))
         vision = library_config.vision_config
         text = library_config.text_config
         resampled = resampled_positions(
@@ -184,7 +184,7 @@ def build_towers(
     return DualImage(dual, source_config, image_size), DualText(dual), start
 
 
-def load_transformers(source: Source) -> Any:
+def load_transformers(source: ModelSource) -> Any:
     """Load a model of transformers, in fp32. Raises `UserError`."""
     with loading(hub=not source.local), source.blame("its weights cannot be loaded"):
         dual, keys = AutoModel.from_pretrained(

@@ -16,7 +16,7 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import StudentConfig
-from ds_cmli.config.source import Source
+from ds_cmli.config.source import ModelSource
 from ds_cmli.files import JsonObject
 from ds_cmli.models.dual import (
     Start,
@@ -163,7 +163,7 @@ def build_towers(
 ) -> tuple[OpenClipImage, OpenClipText, Start | None]:
     """Build both towers of the source, as `dual.build_towers`."""
     source_config = config.source_config
-    source = Source(config.source)
+    source = ModelSource(config.source)
     side = image_size
     loaded: Any = None
     with loading(pretrained and not source.local), source.blame("open_clip cannot load it"):
@@ -212,7 +212,7 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
     return model
 
 
-def sizes_of(source: Source) -> tuple[int, int]:
+def sizes_of(source: ModelSource) -> tuple[int, int]:
     """Return the side of a source's pictures in pixels, and the length of its texts."""
     vision = open_clip.CLIPVisionCfg(**source.config["model_cfg"]["vision_cfg"])
     text = open_clip.CLIPTextCfg(**source.config["model_cfg"]["text_cfg"])

@@ -24,7 +24,7 @@ from transformers import (
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.config.source import Source, temperature_loss
+from ds_cmli.config.source import ModelSource, temperature_loss
 from ds_cmli.data.tokens import builtin_tokenizer, tokenizer_of
 from ds_cmli.engine import build_models
 from tests.make import save_run
@@ -176,7 +176,7 @@ def of_library(folder: Path, pictures: list, texts: list[str]) -> Theirs:
 
 def settings(source, losses=(), data=None, **student):
     """The configuration of a training: by default, with the loss whose temperature the model has, and CMLI."""
-    losses = losses or (temperature_loss(Source(str(source)).config), "cmli")
+    losses = losses or (temperature_loss(ModelSource(str(source)).config), "cmli")
     chosen = {"student": {"source": str(source), **student}, "loss": {"weights": dict.fromkeys(losses, 1.0)}}
     return load_preset("tiny", chosen | {"data": data or {}})
 

@@ -21,7 +21,7 @@ from transformers import AutoModel
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import score_scales
-from ds_cmli.config.source import Source, applied
+from ds_cmli.config.source import ModelSource, applied
 from ds_cmli.data.images import View
 from ds_cmli.data.pairs import Collate, Sample
 from ds_cmli.errors import UserError
@@ -247,7 +247,7 @@ def test_other_names_of_a_model_of_open_clip(begun, folders, tmp_path, monkeypat
         objective, config, _ = start(name)
         assert config.data.tokenizer == "open_clip" and config.student.source == name
         assert torch.equal(objective.student.image_embeddings(image)[0], wanted)
-    assert Source("hf-hub:owner/vit").config["model_type"] == "open_clip"
+    assert ModelSource("hf-hub:owner/vit").config["model_type"] == "open_clip"
     with pytest.raises(UserError, match=r"^student.source is 'owner/none': no such file or folder, nor on the hub: "):
         start("owner/none")
 
@@ -256,7 +256,7 @@ def test_folders_that_both_libraries_load_are_transformers(folders, tmp_path):
     folder = clip(tmp_path / "both")
     shutil.copy(folders["vit"] / "open_clip_config.json", folder)
     assert settings(folder).student.source_config["model_type"] == "clip"
-    assert Source(f"local-dir:{folder}").config["model_type"] == "open_clip"
+    assert ModelSource(f"local-dir:{folder}").config["model_type"] == "open_clip"
 
 
 # What is refused.
