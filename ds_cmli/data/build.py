@@ -43,11 +43,7 @@ class Data:
 
 
 def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = lambda: None) -> Data:
-    """Open all data that `config` describes. Raises `UserError` for what cannot be trained on.
-
-    Args:
-        heartbeat: called each second while an index of tars is made.
-    """
+    """Open all data that `config` describes. Raises `UserError` for what cannot be trained on."""
     if config.source == "demo":
         for name in ("val_source", "image_root", "image_key", "caption_key"):
             value = getattr(config, name)

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import Source
-from ds_cmli.data.sources.arrow import open_hub_dataset
+from ds_cmli.data.sources.arrow import arrow_parts, import_datasets
 from ds_cmli.data.sources.tars import open_tars
 from ds_cmli.errors import UserError, blame
 
@@ -48,11 +48,7 @@ def split_weights(sources: str | list[str]) -> tuple[list[str], list[float] | No
 def open_source(
     name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> Opened:
-    """Open one source: its kind in a few words, and its parts by split.
-
-    Args:
-        heartbeat: called each second while an index of tars is made.
-    """
+    """Open one source: its kind in a few words, and its parts by split."""
     if name.startswith(HUB_DATASETS):
         return "a data set of the hub", open_hub(name, config, heartbeat)
     path = Path(os.path.expanduser(name))
@@ -85,7 +81,7 @@ def open_hub(
             )
             shards = sorted(Path(folder).rglob("*.tar"))
         if not shards:
-            return open_hub_dataset(repo, revision, config)
+            return arrow_parts(import_datasets().load_dataset(repo, revision=revision), config)
     return open_tars(shards, config, heartbeat)
 
 

@@ -60,9 +60,6 @@ def build_models(
         settings = replace(settings, image_weights=str(assets.fetch("vit") / assets.WEIGHTS))
     if settings.text_weights == "demo":
         settings = replace(settings, text_weights=str(assets.fetch("minilm")))
-    if teacher_settings.weights == "demo":
-        weights = str(assets.fetch("vit") / assets.WEIGHTS)
-        teacher_settings = replace(teacher_settings, weights=weights)
     source, run, teacher = ModelSource(settings.source), None, None
     if pretrained and source.name and source.is_run:
         run = load_model(source.path, source.weights or WEIGHTS, "student.source")
@@ -70,6 +67,9 @@ def build_models(
     sizes = data.image_size, vocab_size, data.context_length
     student = Student(settings, *sizes, pretrained and run is None, pad_id)
     if any(LOSSES[name].teacher for name in config.loss.weights):
+        if teacher_settings.weights == "demo":
+            weights = str(assets.fetch("vit") / assets.WEIGHTS)
+            teacher_settings = replace(teacher_settings, weights=weights)
         teacher = Teacher(teacher_settings, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     if run is not None:

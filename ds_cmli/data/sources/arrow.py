@@ -46,11 +46,6 @@ def open_saved(files: list[Path], config: DataConfig) -> dict[str, Source]:
         return arrow_parts(import_datasets().load_from_disk(str(folder)), config)
 
 
-def open_hub_dataset(repo: str, revision: str | None, config: DataConfig) -> dict[str, Source]:
-    """Open a data set of the hub by its own `datasets` layout."""
-    return arrow_parts(import_datasets().load_dataset(repo, revision=revision), config)
-
-
 def arrow_parts(data: "Dataset | DatasetDict", config: DataConfig) -> dict[str, Source]:
     splits = data if isinstance(data, dict) else {"train": data}
     parts = {PART_OF_SPLIT[name]: rows for name, rows in splits.items() if name in PART_OF_SPLIT}

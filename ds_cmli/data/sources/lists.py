@@ -106,7 +106,11 @@ def _group(rows: Rows, path: Path, config: DataConfig) -> dict[str, Source]:
     captions: dict[str, dict[str, list[str]]] = {}
     for part, file, texts in rows:
         of_image = captions.setdefault(part, {}).setdefault(os.path.normpath(file), [])
-        of_image += [text for text in texts if text and text.strip()]
+        for text in texts:
+            if not isinstance(text, str | None):
+                raise UserError(f"{path}: a caption of {file} is {text!r}: give a text")
+            if text and text.strip():
+                of_image.append(text)
     if not captions:
         raise UserError(f"{path} has no row: give each image a file name and a caption")
     probed = list(islice(chain.from_iterable(captions.values()), NUM_PROBED))
@@ -154,6 +158,10 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
                     raise ValueError("not as many cells as line 1 has: put texts in quotes")
                 image_key = image_key or find_column(row, IMAGE_COLUMNS, IMAGE_SETTING)
                 caption_key = caption_key or find_column(row, CAPTION_COLUMNS, CAPTION_SETTING)
+                columns = list(getattr(rows, "fieldnames", ()))
+                for key in (image_key, caption_key):
+                    if columns.count(key) > 1:
+                        raise ValueError(f"line 1 has the column {key} more than once")
                 name = row[image_key]
                 texts = row[caption_key]
                 texts = texts if isinstance(texts, list) else [texts]
@@ -169,7 +177,12 @@ def _read_table(path: Path, config: DataConfig) -> Rows:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {line} is no JSON: {error.msg}") from None
     except csv.Error as error:
-        raise UserError(f"{path} after line {last_row}: {error}: put texts in quotes") from None
+        advice = "put texts in quotes"
+        if "limit" in str(error):
+            advice = "a quote is not closed, or the text is longer"
+        raise UserError(f"{path} after line {last_row}: {error}: {advice}") from None
+    except RecursionError:
+        raise UserError(f"{path} line {line}: nested too deeply") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problem = f"no {error}" if isinstance(error, KeyError) else one_line(error)
         raise UserError(f"{path} line {line}: {problem}") from None

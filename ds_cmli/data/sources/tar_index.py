@@ -83,8 +83,10 @@ def index_shards(
     if missing:
         with blame(f"the index of tars cannot be written: {SET_CACHE}"):
             files[0].parent.mkdir(parents=True, exist_ok=True)
-        _make_missing([shards[n] for n in missing], [files[n] for n in missing], heartbeat)
-    return [index or _made(file) for index, file in zip(indices, files, strict=True)]
+        made = _make_missing([shards[n] for n in missing], [files[n] for n in missing], heartbeat)
+        for number, index in zip(missing, made, strict=True):
+            indices[number] = index
+    return [index for index in indices if index is not None]
 
 
 def index_file(shard: Path) -> Path:
@@ -117,18 +119,19 @@ def read_rows(index: ShardIndex) -> np.ndarray:
     return rows
 
 
-def write_index(shard: Path, file: Path) -> None:
-    """Scan a shard and write its index."""
+def write_index(shard: Path, file: Path) -> ShardIndex:
+    """Scan a shard, and write and return its index."""
     rows = scan(shard)
     is_whole = (rows["image_size"] > 0) & ((rows["text_size"] > 0) | (rows["json_size"] > 0))
     whole_rows = rows[is_whole]
     left_out = len(rows) - len(whole_rows)
-    footer = FOOTER.pack(MAGIC, left_out, _digest(whole_rows))
+    digest = _digest(whole_rows)
     with blame(f"the index of tars cannot be written to {file.parent}: {SET_CACHE}"):
         # Two ranks may make one index: each writes a file of its own, and both are equal.
         beside = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}.new")
-        beside.write_bytes(whole_rows.tobytes() + footer)
+        beside.write_bytes(whole_rows.tobytes() + FOOTER.pack(MAGIC, left_out, digest))
         beside.replace(file)
+    return ShardIndex(file, len(whole_rows), left_out, digest)
 
 
 def join_rows(indices: Sequence[ShardIndex], shards: Sequence[Path]) -> np.ndarray:
@@ -151,8 +154,7 @@ def join_rows(indices: Sequence[ShardIndex], shards: Sequence[Path]) -> np.ndarr
                     try:
                         rows = read_rows(index)
                     except ValueError:
-                        write_index(shard, index.file)
-                        rows = read_rows(_made(index.file))
+                        rows = read_rows(write_index(shard, index.file))
                     joined.write(rows.tobytes())
             beside.replace(file)
     return np.memmap(file, ROW, mode="r")
@@ -162,32 +164,26 @@ def _digest(rows: np.ndarray) -> bytes:
     return hashlib.blake2b(rows.tobytes(), digest_size=16).digest()
 
 
-def _made(file: Path) -> ShardIndex:
-    index = read_footer(file)
-    assert index is not None, f"{file} has been made"
-    return index
-
-
-def _make_missing(shards: list[Path], files: list[Path], heartbeat: Callable[[], None]) -> None:
-    def make(number: int) -> int:
-        index = read_footer(files[number])  # another rank may have made it
-        if index is None:
-            write_index(shards[number], files[number])
-            index = _made(files[number])
-        return index.num_samples
+def _make_missing(
+    shards: list[Path], files: list[Path], heartbeat: Callable[[], None]
+) -> list[ShardIndex]:
+    def make(number: int) -> ShardIndex:
+        # Another rank may have made it.
+        return read_footer(files[number]) or write_index(shards[number], files[number])
 
     start = time.monotonic()
     last_line = start
     pool = ThreadPoolExecutor(NUM_THREADS)
     try:
-        running = {pool.submit(make, number) for number in _order_of_rank(len(shards))}
+        futures = {number: pool.submit(make, number) for number in _order_of_rank(len(shards))}
+        running = set(futures.values())
         num_samples = 0
         while running:
             done, running = wait(running, SECONDS_OF_WAITING)
             heartbeat()
-            num_samples += sum(future.result() for future in done)
-            now = time.monotonic()
+            num_samples += sum(future.result().num_samples for future in done)
             num_done = len(shards) - len(running)
+            now = time.monotonic()
             if num_done and now - last_line > SECONDS_OF_LINE:
                 last_line = now
                 # Other ranks have made some that are not yet met here.
@@ -196,6 +192,7 @@ def _make_missing(shards: list[Path], files: list[Path], heartbeat: Callable[[],
                 so_far = f"{num_made:,} of {len(shards):,} tars"
                 samples = f"some {num_samples * num_made // num_done:,} samples"
                 print_line(f"indexing: {so_far}, {samples}, {seconds_left:.0f} s left")
+        return [futures[number].result() for number in range(len(shards))]
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -31,11 +31,7 @@ MAX_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 fi
 def open_tars(
     files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, Source]:
-    """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample.
-
-    Args:
-        heartbeat: called each second while shards are indexed.
-    """
+    """Open tar shards. Raises `UserError` for one that is no whole tar, or if none has a sample."""
     tars = Tars(files, config.caption_key, heartbeat)
     if not len(tars):
         pair = "one is NAME.jpg (.jpeg, .png, .webp) with NAME.txt or NAME.json"
