@@ -89,7 +89,7 @@ class ModelSource:
             return self.path
         from huggingface_hub import snapshot_download
 
-        with self.blame("no such file or folder, nor on the hub"), loading(hub=True):
+        with self.blame("no such file or folder, nor on the hub"), loading(True, self.place):
             names = [
                 MODEL_CONFIG,
                 OPEN_CLIP_CONFIG,
@@ -350,7 +350,7 @@ def open_clip_towers(source: ModelSource, chosen: Section) -> Towers:
     if name := text.hf_model_name:  # open_clip gives its name alone
         from transformers import AutoConfig
 
-        with source.blame("its text encoder"), loading(hub=not Path(name).is_dir()):
+        with source.blame("its text encoder"), loading(not Path(name).is_dir(), name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         source_config["text_config"] = config.to_diff_dict() | {"use_cache": False}
         text_cfg["hf_model_pretrained"] = False

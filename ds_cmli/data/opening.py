@@ -18,6 +18,7 @@ from ds_cmli.data.sources import Source
 from ds_cmli.data.sources.arrow import arrow_parts, import_datasets
 from ds_cmli.data.sources.tars import open_tars
 from ds_cmli.errors import UserError, blame
+from ds_cmli.pretrained import loading
 
 HUB_DATASETS = "hf://datasets/"
 MAX_FILES_SEEN = 100_000  # of a folder of no known kind
@@ -74,7 +75,9 @@ def open_hub(
     repo, _, after_at = name.removeprefix(HUB_DATASETS).partition("@")
     revision = after_at or None
     shards: list[Path] = []
-    with blame(f"{name} cannot be fetched"):
+    # `datasets` without a network ignores a revision, so each rank asks for one by itself.
+    asked_once = "" if revision else name
+    with blame(f"{name} cannot be fetched"), loading(hub=True, name=asked_once):
         with suppress(LocalEntryNotFoundError):  # without a network: `datasets` may have a copy
             folder = snapshot_download(
                 repo, repo_type="dataset", revision=revision, allow_patterns="*.tar"

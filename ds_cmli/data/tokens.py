@@ -122,7 +122,7 @@ def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
         path = assets.fetch("minilm") if name == "demo" else Path(os.path.expanduser(name))
         local = path.exists()
-        with loading(hub=not local):
+        with loading(hub=not local, name=f"tokenizer {name}"):
             return AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
@@ -138,7 +138,7 @@ def open_clip_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from open_clip.tokenizer import get_clean_fn
     from transformers import CLIPTokenizer, PreTrainedTokenizerFast
 
-    with loading(hub=not name.startswith(LOCAL_PREFIX)):
+    with loading(hub=not name.startswith(LOCAL_PREFIX), name=f"tokenizer {name}"):
         model = "" if name == DEFAULT_TOKENIZER else name.removeprefix(ARCHITECTURE_PREFIX)
         given: Any = open_clip.get_tokenizer(model)
     blanks = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]

@@ -186,7 +186,7 @@ def build_towers(
 
 def load_transformers(source: ModelSource) -> Any:
     """Load a model of transformers, in fp32. Raises `UserError`."""
-    with loading(hub=not source.local), source.blame("its weights cannot be loaded"):
+    with loading(not source.local, source.name), source.blame("its weights cannot be loaded"):
         dual, keys = AutoModel.from_pretrained(
             str(source.path) if source.local else source.name,
             local_files_only=source.local,

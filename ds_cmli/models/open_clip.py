@@ -166,7 +166,8 @@ def build_towers(
     source = ModelSource(config.source)
     side = image_size
     loaded: Any = None
-    with loading(pretrained and not source.local), source.blame("open_clip cannot load it"):
+    ask_hub = pretrained and not source.local
+    with loading(ask_hub, name=source.name), source.blame("open_clip cannot load it"):
         model = random_model(source_config, image_size)
         length = model.context_length
         if pretrained and config.source:

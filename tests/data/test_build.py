@@ -1,7 +1,9 @@
 import shutil
 
+import datasets
 import pytest
 
+from ds_cmli.config.comparison import setting_changes
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.build import build_data, build_eval_data
 from ds_cmli.data.held_out import evaluation_data, hold_out
@@ -138,3 +140,70 @@ def test_few_held_out_pictures_are_a_line(tmp_path):
     line = "only 10 pictures are held out: recalls of fewer than 100 are mostly chance (data.held_out, data.val_source)"
     assert line in few
     assert not any("are held out: recalls" in line for line in enough)
+
+
+def change_caption(folder):
+    table = folder / "metadata.jsonl"
+    table.write_text(table.read_text().replace("square 3", "square 4"))
+
+
+def change_name(folder):
+    table = folder / "metadata.jsonl"
+    table.write_text(table.read_text().replace('"3.png"', '"33.png"'))
+    (folder / "3.png").rename(folder / "33.png")
+
+
+def lengthen_captions(folder):
+    make.parquet(folder / "new", 20)
+    rows = datasets.load_dataset("parquet", data_files=str(next((folder / "new").iterdir())))["train"]
+    rows.map(lambda row: {"caption": row["caption"] + "s"}).to_parquet(folder / "train-00000-of-00001.parquet")
+    shutil.rmtree(folder / "new")
+
+
+def swap_members(folder):
+    """Same names and sizes of shards, other places of the samples in them."""
+    members = [("0000.png", make.png(0)), ("0000.txt", b"a"), ("0001.png", make.png(1)), ("0001.txt", b"b")]
+    make.shard(folder / "0.tar", members)
+    size = (folder / "0.tar").stat().st_size
+    yield
+    make.shard(folder / "0.tar", [members[n] for n in (2, 0, 1, 3)])
+    assert (folder / "0.tar").stat().st_size == size
+
+
+CHANGES = {  # of a source, and of validation data: how both are made, and changed
+    "caption": (lambda folder: make.pairs(folder, 6), change_caption),
+    "name": (lambda folder: make.pairs(folder, 6), change_name),
+    "number": (lambda folder: make.pairs(folder, 6), lambda folder: make.pairs(folder, 7)),
+    "parquet": (lambda folder: make.parquet(folder, 20), lengthen_captions),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("changed", ["data", "validation"])
+def test_a_change_of_the_data_and_of_the_validation_data_is_noticed(tmp_path, change, changed, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make_data, change_data = CHANGES[change]
+    for name in ("data", "validation"):
+        make_data(tmp_path / name)
+    settings = config(source=str(tmp_path / "data"), val_source=str(tmp_path / "validation"))
+    first, again = (build_data(settings, 0).fingerprint for _ in range(2))
+    assert first == again
+    change_data(tmp_path / changed)
+    assert build_data(settings, 0).fingerprint != first
+
+
+def test_other_places_in_a_tar_of_the_same_size_are_noticed(tmp_path):
+    changing = swap_members(tmp_path)
+    next(changing)
+    first = build_data(config(source=str(tmp_path)), 0).fingerprint
+    next(changing, None)
+    assert build_data(config(source=str(tmp_path)), 0).fingerprint != first
+
+
+def test_an_earlier_fingerprint_is_compared_in_what_it_has():
+    before = {"sources": {"a": {"images": 4}}}
+    assert not list(setting_changes(before, {"sources": {"a": {"images": 4, "index": "x"}}}))
+    assert list(setting_changes(before, {"sources": {"a": {"images": 5, "index": "x"}}})) == [
+        "sources.a.images: 4 -> 5"
+    ]
+    assert list(setting_changes(before, {"sources": {"b": {"images": 4}}}))

@@ -142,10 +142,13 @@ MISTAKES = {  # what a list holds: what the line names
     '{"file_name": "a.png", "text": "x"}\n{"file_name": "a.png"}\n': "line 2.*text",
     '{"file_name": "a.png", "text": "x"}\n{"file_name"\n': "line 2 is no JSON",
     '{"file_name": "a.png", "text": 5}\n': "line 1.*5",
+    "{" + '"a":{' * 100_000: "line 1: nested too deeply",
+    "file_name,text,text\na.png,one,two\n": "line 2: line 1 has the column text more than once",
+    "file_name,text\na.png," + "x" * 140_000 + "\n": r"131072.*: a quote is not closed, or the text is longer",
 }
 
 
-@pytest.mark.parametrize("content", MISTAKES)
+@pytest.mark.parametrize("content", MISTAKES, ids=[*MISTAKES.values()])
 def test_a_mistake_in_a_list_is_named_by_its_line(tmp_path, content):
     name = "t.jsonl" if isinstance(content, str) and content.startswith("{") else "t.csv"
     with pytest.raises(UserError, match=MISTAKES[content]) as error:
@@ -153,12 +156,18 @@ def test_a_mistake_in_a_list_is_named_by_its_line(tmp_path, content):
     assert name in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"images": [{"filename": "x", "split": "other"}]}', '{"images": [{}]}'])
+NUMBER_IN_COCO = '{"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "caption": 5}]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"images": [{"filename": "x", "split": "other"}]}', '{"images": [{}]}', NUMBER_IN_COCO]
+)
 def test_a_json_of_another_form_is_one_line(tmp_path, content):
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(UserError, match=r"t\.json") as error:
         open_json([tmp_path / "t.json"], DataConfig())
     assert "\n" not in str(error.value)
+    assert content != NUMBER_IN_COCO or "a caption of a.png is 5: give a text" in str(error.value)
 
 
 # Arrow.

@@ -53,18 +53,35 @@ def many(content):
     content["post_processor"]["single"] *= 5
 
 
+def thrice(content):
+    (text,) = (part for part in content["post_processor"]["single"] if "Sequence" in part)
+    content["post_processor"]["single"] += [text, text]
+
+
+def gap(content):
+    content["model"]["vocab"]["[UNK]"] = 10**8
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "[UNK]"]
+
+
 def refused(name):
     with pytest.raises(UserError, match=r"data\.tokenizer is ") as error:
         load(name)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("change", "tokens"),
-    [(far, {}), (many, {}), (lambda _: None, {"pad_token": None, "eos_token": None}), (dict.clear, {})],
-    ids=["an id beyond the vocabulary", "more special tokens than positions", "no padding", "an empty file"],
-)
-def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, change, tokens):
+CANNOT_SERVE = {  # what is wrong: the change of the file, and the named tokens
+    "an id beyond the vocabulary": (far, {}),
+    "more special tokens than positions": (many, {}),
+    "a template with the text thrice": (thrice, {}),
+    "an id of 10**8": (gap, {}),
+    "no padding": (lambda _: None, {"pad_token": None, "eos_token": None}),
+    "an empty file": (dict.clear, {}),
+}
+
+
+@pytest.mark.parametrize("fault", CANNOT_SERVE)
+def test_a_tokenizer_that_cannot_serve_is_one_line(tmp_path, fault):
+    change, tokens = CANNOT_SERVE[fault]
     refused(changed(tmp_path, change, **tokens))
 
 
