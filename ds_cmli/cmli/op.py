@@ -267,7 +267,7 @@ def why_not_cpu() -> str | None:
     from . import cpu
 
     try:
-        cpu.library()
+        cpu.load_kernels()
     except subprocess.CalledProcessError as error:
         lines = error.stderr.decode(errors="replace").splitlines()
         message = next((line for line in lines if "error" in line), " ".join(lines[:1]))

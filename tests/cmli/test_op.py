@@ -136,7 +136,7 @@ def test_what_does_not_fit_is_one_line(arguments, reason):
 def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (cpu.library, op.why_not_cpu, op._warn):
+    for cached in (cpu.load_kernels, op.why_not_cpu, op._warn):
         cached.cache_clear()
     try:
         expected = cmli_scores(IMAGE, TEXT, MASK, backend="torch")
@@ -145,7 +145,7 @@ def test_kernels_that_do_not_run_are_replaced_with_a_warning_or_refused(monkeypa
         with pytest.raises(RuntimeError, match="backend='cpu' does not run here"):
             cmli_scores(IMAGE, TEXT, MASK, backend="cpu")
     finally:
-        for cached in (cpu.library, op.why_not_cpu, op._warn):
+        for cached in (cpu.load_kernels, op.why_not_cpu, op._warn):
             cached.cache_clear()
 
 

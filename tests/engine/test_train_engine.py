@@ -134,7 +134,7 @@ def test_a_cpu_whose_compiler_fails_takes_pytorchs_operators_and_a_line_has_its_
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
-    cached = (cpu_kernels.library, plan.why_not_cpu)
+    cached = (cpu_kernels.load_kernels, plan.why_not_cpu)
     for function in cached:
         function.cache_clear()
     config = load_preset("tiny", {})
