@@ -8,7 +8,6 @@ Shapes: I images, J texts, N patches, M text positions (padded), D features; of 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +15,12 @@ from torch import Tensor
 from .sides import Sides, TensorPair, has_data, slices, upcast
 
 
-class TextGroup(NamedTuple):
-    """Texts of similar length."""
+def text_groups(token_mask: Tensor) -> Iterator[tuple[Tensor, int, bool]]:
+    """Yield the texts that have valid tokens, in groups of similar length. CPU-GPU syncs.
 
-    texts: Tensor  # int64 [j], their numbers
-    longest: int  # m, the positions up to the last valid one
-    are_full: bool  # all positions up to `longest` are valid
-
-
-def text_groups(token_mask: Tensor) -> Iterator[TextGroup]:
-    """Yield all texts that have valid tokens, in groups of similar length. CPU-GPU syncs."""
+    With a group's numbers [j] come the positions m up to its last valid one, and whether all these
+    are valid.
+    """
     M = token_mask.shape[1]
     ends = (token_mask * torch.arange(1, M + 1, device=token_mask.device)).amax(1)
     counts = token_mask.sum(1)
@@ -36,7 +31,7 @@ def text_groups(token_mask: Tensor) -> Iterator[TextGroup]:
             longest, fewest = torch.stack([ends[texts].amax(), counts[texts].amin()]).tolist()
             are_full = fewest == longest
         if longest:
-            yield TextGroup(texts, longest, are_full)
+            yield texts, longest, are_full
 
 
 def image_tiles(num_images: int, similarities: int, device: torch.device) -> list[slice]:

@@ -177,17 +177,8 @@ def gather_batch(
             unit_text, token_mask, sizes
         )  # collectives
     global_ids = None if ids is None else exchange.gather(ids)  # collective
-    return PairBatch(
-        image,
-        text,
-        token_mask,
-        patch_mask,
-        ids,
-        learned,
-        global_text,
-        global_token_mask,
-        global_ids,
-    )
+    local = image, text, token_mask, patch_mask, ids, learned
+    return PairBatch(*local, global_text, global_token_mask, global_ids)
 
 
 def plan_blocks(batch: PairBatch, sizes: TextSizes, backend: str, scratch_bytes: int) -> BlockPlan:
@@ -306,15 +297,6 @@ class ImageBlock:
             return matrix
         return torch.where(self.duplicates, -matrix, matrix)
 
-    def score(self, keep_argmax: bool) -> BlockScores:
-        raise NotImplementedError
-
-    def add_feature_gradients(
-        self, d_i2t: Tensor, d_t2i: Tensor, scores: BlockScores, d_image: Tensor, d_text: Tensor
-    ) -> None:
-        """Add to the gradients of the unit images [b, ..] and of the unit texts [G, ..]."""
-        raise NotImplementedError
-
 
 class VectorBlock(ImageBlock):
     """Compares vectors by their cosine, which is the score of both directions."""
@@ -325,6 +307,7 @@ class VectorBlock(ImageBlock):
         return BlockScores(cosines, cosines)
 
     def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+        """Add to the gradients of the unit images [b, D] and of the unit texts [G, D]."""
         with full_precision(self.image.device):
             d_cosines = d_i2t + d_t2i
             d_image.addmm_(d_cosines, upcast(self.text))
@@ -348,13 +331,14 @@ class SequenceBlock(ImageBlock):
         )
 
     def add_feature_gradients(self, d_i2t, d_t2i, scores, d_image, d_text):
+        """Add to the gradients of the unit images [b, N, D] and of the unit texts [G, M, D]."""
         torch.ops.ds_cmli.add_feature_gradients(
             d_image, d_text, self.image, self.text, self.token_mask, self.patch_mask, d_i2t, d_t2i,
             scores.token_argmax, scores.patch_argmax, self.backend,
         )  # fmt: skip
 
 
-def blocks(batch: PairBatch, plan: BlockPlan) -> Iterator[ImageBlock]:
+def blocks(batch: PairBatch, plan: BlockPlan) -> Iterator[VectorBlock | SequenceBlock]:
     global_text = upcast(batch.global_text) if plan.upcast_text else batch.global_text
     for rows in slices(len(batch.image), plan.block_size):
         if batch.global_token_mask is None:

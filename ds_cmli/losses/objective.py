@@ -83,9 +83,8 @@ class Objective(nn.Module):
         """Return the losses over the pairs of all ranks, by name. Collective."""
         values = {}
         for name, loss in self._over_pairs().items():
-            sides: tuple[Tensor, ...]
             if LOSSES[name].scores == "global":
-                sides = pairs["image_cls"], pairs["text_cls"]
+                sides = pairs["image_cls"], pairs["text_cls"], None
             else:
                 sides = pairs["patches"], pairs["tokens"], pairs["token_mask"]
             # With gradient caching each micro-batch has added its copy of the scale and the bias.
