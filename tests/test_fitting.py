@@ -13,6 +13,7 @@ from ds_cmli.distributed import process_group
 from ds_cmli.engine import TrainEngine
 from ds_cmli.errors import UserError
 from ds_cmli.faults import preemption
+from ds_cmli.train import processes
 from tests.checkpoint.runs import assert_same
 from tests.make import metrics, pairs
 from tests.ranks import run
@@ -59,6 +60,12 @@ def test_a_whole_configuration_in_a_process_group_of_the_script(tmp_path, data, 
         assert "is finished" in capsys.readouterr().out and dist.is_initialized()
     finally:
         process_group.shutdown()
+
+
+def test_only_a_single_process_that_goes_on_may_stand_still_in_a_debugger(alone):
+    for goes_on, seconds in ((True, 0.0), (False, 120.0)):
+        with processes(load_preset("tiny", {}), goes_on) as (_, watchdog):
+            assert watchdog.timeout == seconds
 
 
 def test_a_lack_of_memory_is_raised_a_signal_saves_and_signals_are_the_scripts_again(tmp_path, data, monkeypatch):

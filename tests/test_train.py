@@ -53,6 +53,7 @@ def test_what_a_run_leaves(finished):
     assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
     assert {f"losses.{n}.temperature.logit_scale" for n in ("global", "cmli")} <= weights(folder).keys()
     assert weights(folder)["student.projection.weight"].shape == (16, 32)
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "run.json").stat().st_mode
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
     assert "checkpoint step4: " in out and "best seen combined R@1 " in out
     assert "(mean of both ways; " in out

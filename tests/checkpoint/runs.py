@@ -9,7 +9,7 @@ from tests import make
 def assert_same(folder: Path, other: Path) -> None:
     """Losses, weights and averages, to the bit."""
     assert make.metrics(folder) == make.metrics(other)
-    for name in ("model.safetensors", "model.ema.safetensors"):
+    for name in ("model.safetensors", "model.ema.safetensors", "model.best.safetensors"):
         files = [run / name for run in (folder, other)]
         assert files[0].exists() == files[1].exists()
         assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()

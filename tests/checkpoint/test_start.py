@@ -19,7 +19,7 @@ from ds_cmli.errors import UserError
 from ds_cmli.files import sha256
 from ds_cmli.hardware import bf16_is_fast
 from tests import make
-from tests.checkpoint.runs import Code
+from tests.checkpoint.runs import Code, assert_same
 from tests.conftest import ZERO1
 from tests.drive_train import drive
 
@@ -58,11 +58,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def models(files: dict[str, bytes]) -> dict[str, bytes]:
-    """Those beside `checkpoint/`."""
-    return {name: content for name, content in files.items() if name.startswith("model.")}
-
-
 # --- damage
 
 
@@ -92,11 +87,13 @@ def test_each_damaged_file_is_named_and_the_one_before_taken(run, damage, capsys
         find_start("auto", run)
 
 
-@pytest.mark.parametrize("content", [None, b"step9", b"\xff\xfe", b"../step2"])
+@pytest.mark.parametrize("content", [None, "a pipe", b"step9", b"\xff\xfe", b"../step2"])
 def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     pointer = run / "checkpoint" / "latest"
     pointer.unlink()
-    if content is not None:
+    if content == "a pipe":
+        os.mkfifo(pointer)
+    elif content is not None:
         pointer.write_bytes(content)
     shutil.copytree(run / "checkpoint" / "step4", run / "checkpoint" / "step6.writing")
     start = find_start("auto", run)
@@ -106,9 +103,8 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
 FOREIGN = [
     (2, "state.json", '{"stepp": 4}'),
     (2, "rank-0.pt", {"sums": torch.ones(1)}),
-    (2, "rank-0.pt", Code),
-    # As it is, and through the universal checkpoint.
-    *((stage, name, Code) for stage in (2, 1) for name in (OPTIMIZER, "mp_rank_00_model_states.pt")),
+    *((2, name, Code) for name in ("rank-0.pt", "model.ema.safetensors", OPTIMIZER, "mp_rank_00_model_states.pt")),
+    *((1, name, Code) for name in (OPTIMIZER, "mp_rank_00_model_states.pt")),  # through the universal checkpoint
 ]
 
 
@@ -154,16 +150,41 @@ def test_a_full_disk_leaves_the_checkpoint_before(after, run, arguments, monkeyp
 
 
 def test_other_settings_are_refused_with_their_differences_unless_asked_for(run, arguments):
-    changed, before = (
-        [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"],
-        snapshot(run),
-    )
+    changed = [*arguments, "--output-dir", str(run), "--lr", "0.002", "--set", "loss.mse_reduction=sum"]
+    before = snapshot(run)
     line = refused(*changed)
     assert snapshot(run) == before
     assert "optimizer.params.lr" in line and 'loss.mse_reduction: "mean" -> "sum"' in line
     assert drive([*changed, "--steps", "12", "--resume-with-changes"]) == 0
     rates = [line["lr"] for line in make.lines(run)]
     assert rates[4:] == pytest.approx([0.002 * OptimConfig().rate(step, 12) for step in range(5, 13)])
+
+
+def test_a_changed_schedule_of_the_json_goes_on_at_the_step_reached(arguments, tmp_path):
+    def rates(name: str, last_step: int, *options: str, stop_at: int | None = None) -> list[float]:
+        params = {"total_num_steps": last_step, "warmup_num_steps": 2, "warmup_min_lr": 0, "warmup_max_lr": 0.01}
+        content = {**ZERO1, "scheduler": {"type": "WarmupDecayLR", "params": params}}
+        given = [
+            "--deepspeed_config",
+            make.json_file(tmp_path / "ds.json", content),
+            "--output-dir",
+            f"{tmp_path}/{name}",
+        ]
+        drive([*arguments, *given, *options], stop_at=stop_at)
+        return [line["lr"] for line in make.lines(tmp_path / name)]
+
+    before = rates("changed", 8, stop_at=4)
+    after = rates("straight", 12)  # of which 8 steps are taken
+    assert rates("changed", 12, "--resume-with-changes") == before + after[4:]
+    assert after[-1] > 0.003, "the schedule before would end near 0"
+
+
+def test_a_run_whose_source_is_a_run_goes_on_to_the_bit(stopped, arguments, tmp_path):
+    given = [*arguments, "--start-from", str(stopped), "--set", "student.freeze_image=0", "--output-dir"]
+    assert drive([*given, str(tmp_path / "straight")]) == 0
+    assert drive([*given, str(tmp_path / "resumed")], stop_at=3) == 85
+    assert drive([*given, str(tmp_path / "resumed")]) == 0
+    assert_same(tmp_path / "resumed", tmp_path / "straight")
 
 
 def test_the_best_result_on_other_data_does_not_count(run, arguments, tmp_path):
@@ -212,8 +233,7 @@ def test_resume_by_path_goes_on_elsewhere_and_again_and_another_path_is_refused(
     assert "--resume" in line and "has checkpoints of its own" in line
     assert "no checkpoint there" in refused(*arguments, "--output-dir", tmp_path / "b", "--resume", tmp_path)
     assert drive([*arguments, "--resume", str(run)]) == 0
-    weights = [(folder / "model.safetensors").read_bytes() for folder in (run, tmp_path / "new")]
-    assert weights[0] == weights[1]
+    assert snapshot(run)["model.safetensors"] == snapshot(tmp_path / "new")["model.safetensors"]
 
 
 def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(run, arguments, tmp_path, monkeypatch):
@@ -248,16 +268,15 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp
     assert f"made from {run / 'checkpoint' / 'step4'}: model.best.safetensors" in output
     assert kept.read_bytes() == weights
     assert sorted(path.name for path in (run / "checkpoint").glob("step*")) == ["step4", "step8"]
-    assert weights != (run / "model.ema.safetensors").read_bytes()
-
-    before = snapshot(run)  # the run has ended
+    # The run has ended. Its models are made again from its checkpoints.
+    before = {path: path.read_bytes() for path in run.glob("model*.safetensors")}  # three
     for break_file in (flip, Path.unlink):
-        for name in ("model.safetensors", "model.ema.safetensors", "model.best.safetensors"):
-            break_file(run / name)
+        for path in before:
+            break_file(path)
         assert drive(argv) == 0
         output = capfd.readouterr().out
         assert "is finished, 8 steps" in output and output.count("made from ") == 2
-        assert models(snapshot(run)) == models(before)
+        assert all(path.read_bytes() == content for path, content in before.items())
     shutil.rmtree(run / "checkpoint" / "step4")
     flip(kept)
     assert drive(argv) == 0

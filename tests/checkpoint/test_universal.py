@@ -20,16 +20,12 @@ Layout = tuple[int, str]  # ZeRO stage, precision
 SETTINGS = {"optim.warmup_share": 0.0, "optim.ema_decay": 0.9}
 
 
-def copies(train_engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in collect_weights(train_engine).items()}
-
-
 def whole(train_engine) -> dict:
     """Everything that an update depends on, whole, whatever the layout. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine = train_engine.engine
-    weights = copies(train_engine)
+    weights = {name: value.clone() for name, value in collect_weights(train_engine).items()}
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -44,16 +40,16 @@ def whole(train_engine) -> dict:
     steps = {float(state["step"]) for state in engine.optimizer.state.values()}
     counters = [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.lr_scheduler.last_epoch]
     with train_engine.ema.as_master_weights():
-        averages = copies(train_engine)
+        averages = {name: value.clone() for name, value in collect_weights(train_engine).items()}
     scale = {name: vars(engine.optimizer.loss_scaler).get(name) for name in ("cur_scale", "cur_iter")}
     shared = repr((groups, steps, counters))
     return {"weights": weights, "averages": averages, "moments": moments, "shared": shared, "scale": scale}
 
 
-def trained(folder: Path, layout: Layout, *more: str, **of_json) -> dict:
-    """What the engine holds after the second of four steps, or once it has loaded that; and the losses from there."""
+def trained(folder: Path, layout: Layout, *more: str, saved_at: int = 2) -> dict:
+    """What the engine holds after step `saved_at` of four, or once it has loaded that; and the last two losses."""
     stage, precision = layout
-    content = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **of_json}
+    content = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision]}
     options = {"--deepspeed_config": make.json_file(folder / "ds.json", content), "--output-dir": folder / "run"}
     options |= {"--steps": 4, "--save-every": 2, "--keep": 3, "--log-every": 1}
     held, restore, save = dict[str, object](), RunStart.restore, Checkpoints.save
@@ -64,7 +60,7 @@ def trained(folder: Path, layout: Layout, *more: str, **of_json) -> dict:
             held.update(whole(engine))
 
     def saved(checkpoints, state):
-        if state.step == 2 and not of_json:
+        if state.step == saved_at:
             held.update(whole(checkpoints.engine))
         return save(checkpoints, state)
 
@@ -78,9 +74,9 @@ def trained(folder: Path, layout: Layout, *more: str, **of_json) -> dict:
 def written(source, tmp_path_factory):
     """The options to go on from a run of a layout, trained once, and what it held."""
 
-    def write(layout, **of_json):
+    def write(layout):
         folder = tmp_path_factory.mktemp("written")
-        record = trained(folder, layout, *source, **of_json)
+        record = trained(folder, layout, *source)
         return [*source, "--resume", f"{folder}/run/checkpoint/step2", "--resume-with-changes"], record
 
     return functools.cache(write)
@@ -110,6 +106,15 @@ def test_each_stage_and_precision_goes_on_at_another(written, before, after, fp1
     if before[1] == after[1] == "bf16":
         limit = 0.03 if bf16_is_fast() else 0.3
     assert own["losses"] == pytest.approx(record["losses"], rel=0, abs=limit)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_stage_2_to_3_to_1(written, source, tmp_path):
+    saved = trained(tmp_path / "3", (3, "bf16"), *written((2, "bf16"))[0], saved_at=4)
+    go_on = ["--resume", f"{tmp_path}/3/run/checkpoint/step4", "--resume-with-changes", "--steps", "6"]
+    loaded = trained(tmp_path / "1", (1, "bf16"), *source, *go_on)
+    for kind in ("weights", "averages", "moments"):
+        assert all(torch.equal(loaded[kind][name], value) for name, value in saved[kind].items()), kind
 
 
 def test_what_does_not_fit_is_one_line(written, tmp_path):

@@ -78,7 +78,7 @@ def test_parts_of_the_source_and_other_data_are_evaluated_on(tmp_path):
         build_data(config(source=a), 0)
 
 
-def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path):
+def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path, monkeypatch):
     make.pairs(tmp_path / "a", 20), make.pairs(tmp_path / "b", 7, column="german")
     run = config(source=str(tmp_path / "a"), held_out=4, image_root=str(tmp_path / "a"))
     assert len(build_eval_data(evaluation_data(run, str(tmp_path / "a")), 0, None)[0]["val"]) == 4
@@ -86,6 +86,8 @@ def test_evaluation_of_a_run_on_its_own_and_on_other_data(tmp_path):
     assert (other.image_root, other.val_source) == ("", str(tmp_path / "b"))
     with pytest.raises(UserError, match=r"german.*data\.caption_key"):
         build_eval_data(other, 0, None)
+    monkeypatch.chdir(tmp_path / "b")
+    assert evaluation_data(run, ".").image_root == ""
 
 
 def test_kinds_are_found_by_what_a_folder_holds(tmp_path):
