@@ -133,6 +133,15 @@ def test_the_first_files_may_be_missing_but_not_all(tmp_path):
     assert source.image(0) == b"here"
 
 
+def test_a_long_list_takes_a_third_of_its_text(tmp_path):
+    rows = [(f"images/{n:08}.jpg", f"a red square next to a blue circle {n}") for n in range(1000)]
+    content = "file_name,text\na.png,one\n" + "".join(f"{name},{text}\n" for name, text in rows)
+    source = table(tmp_path, "t.csv", content)
+    for n in np.random.default_rng(0).permutation(1000).tolist():
+        assert (source.name(n + 1), source.captions(n + 1)) == (rows[n][0], [rows[n][1]])
+    assert len(source.rows.buffer) + source.rows.ends.nbytes < len(content) / 3
+
+
 MISTAKES = {  # what a list holds: what the line names
     "a,b\nx,y\n": "line 2",
     "file_name,text\na.png,one,two\n": "line 2: not as many cells",
