@@ -45,7 +45,7 @@ KINDS = {
          "text_overrides": T5},
         ("global",),
     ),
-    "a table of more rows than tokens": ({"text_overrides": {**BERT, "vocab_size": 700}}, ("cmli",)),
+    "a table of more rows than tokens": ({"text_overrides": {**BERT, "vocab_size": 2000}}, ("cmli",)),
     "a distillation": ({}, ("cls_kd",)),
 }  # fmt: skip
 
