@@ -20,7 +20,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.config.source import ModelSource
 from ds_cmli.data.images import View, read_image_file
 from ds_cmli.errors import UserError
-from ds_cmli.evaluate.embed import Evaluator, block, load
+from ds_cmli.evaluate.embed import Embedding, Evaluator, PaddedTexts, load_evaluator, pad_texts
 from ds_cmli.scores import BothWays, Match, match
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -83,7 +83,8 @@ class Model:
         `device`: None means a GPU if there is one, and else the CPU.
         """
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(*load(ModelSource(str(path)), chosen, precision="fp32", batch_size=batch_size))
+        source = ModelSource(str(path))
+        return cls(*load_evaluator(source, chosen, precision="fp32", batch_size=batch_size))
 
     def __repr__(self) -> str:
         encoders = f"{self.config.student.image_model} and {self.config.student.text_model}"
@@ -134,7 +135,7 @@ class Model:
         embedded, bad = self.evaluator.texts(dict(enumerate(texts)), len(texts))
         for number, reason in bad.items():
             raise UserError(f"the text {texts[number]!r} cannot be used: {reason}")
-        return TextEmbeddings(*block([embedded[number] for number in range(len(texts))]), texts)
+        return TextEmbeddings(*pad_texts([embedded[number] for number in range(len(texts))]), texts)
 
     @torch.inference_mode()
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
@@ -143,8 +144,8 @@ class Model:
         Returns for each kind i2t and t2i, fp32 [I, J] each, on the CPU: "global", the cosines of
         class tokens, "cmli", and, if temperatures were trained, "combined", the sum over them.
         """
-        text_features = (texts.cls, texts.tokens, texts.token_mask)
-        image_features = [*zip(images.cls, images.patches, strict=True)]
+        text_features = PaddedTexts(texts.cls, texts.tokens, texts.token_mask)
+        image_features = [*map(Embedding, images.cls, images.patches)]
         parts = []
         for start in range(0, len(image_features), SCORED):
             scores = self.evaluator.scores(image_features[start : start + SCORED], text_features)

@@ -20,8 +20,9 @@ from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
-from ds_cmli.evaluate.metrics import best, prefixed, summary
 from ds_cmli.evaluate.retrieval import evaluate_split
+from ds_cmli.evaluate.summary import Metrics, best_result, prefixed, summary
+from ds_cmli.evaluate.zero_shot import ClassPictures, classify
 from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.metrics import Meter, NullWriter, Writer
@@ -35,6 +36,7 @@ class Run:
 
     config: Config
     data: Data
+    class_pictures: dict[str, ClassPictures]  # the folders of run.zero_shot, by name
     sampler: GlobalBatchSampler  # the order of the training samples, and the position in it
     total_steps: int
     state: TrainState  # all that the next step depends on, besides the engine
@@ -187,6 +189,7 @@ class Run:
             heartbeat=self.poll,
             worker_init=preemption.shield,
         )
+        firsts: dict[str, tuple[str, Metrics]] = {}  # the first name and metrics of each task
         for split, pairs in self.data.evals.items():
             name = split + suffix
             metrics, embedded = evaluate_split(model, pairs)  # collectives
@@ -196,8 +199,16 @@ class Run:
                 self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
             self.writer.log(state.step, prefixed(f"eval/{name}/", metrics))
             self.writer.say(summary(metrics, model.precision, name))
-            if counts:
-                state.best = best(state.best, name, metrics, state.step)
+            firsts.setdefault("retrieval", (name, metrics))
+        for folder, pictures in self.class_pictures.items():
+            name = folder + suffix
+            metrics = classify(model, pictures)  # collectives
+            self.writer.log(state.step, prefixed(f"zero_shot/{name}/", metrics))
+            self.writer.say(summary(metrics, model.precision, name))
+            firsts.setdefault("zero_shot", (name, metrics))
+        if counts:
+            name, metrics = firsts[settings.best_by]
+            state.best = best_result(state.best, name, metrics, state.step)
 
     def poll(self) -> None:
         """Give a sign of life between two batches of an evaluation.

@@ -122,6 +122,7 @@ def train(
     from ds_cmli.checkpoint.start import find_start, run_folder
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.zero_shot import open_class_folders
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, Writer
     from ds_cmli.models.hf import write_config
@@ -132,6 +133,8 @@ def train(
         # --- processes and data
         device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
         data = load_data(config, watchdog.heartbeat)  # collective
+        with distributed.raised_together():  # collective
+            class_pictures = open_class_folders(config)
 
         # --- what there is to go on from
         folder = stack.enter_context(run_folder(config, resume_from))  # collective
@@ -171,6 +174,7 @@ def train(
         run = Run(
             config=config,
             data=data,
+            class_pictures=class_pictures,
             sampler=sampler,
             total_steps=total_steps,
             state=state,

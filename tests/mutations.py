@@ -207,17 +207,17 @@ ROWS = (
     ("memory-ranks", "memory/command.py", MEMORY + "test_what_stays_through_a_step_is_counted_once_and_shared_by_ranks",
      "step = Step(config, ds_config, chosen.world_size)", "step = Step(config, ds_config, 1)"),
     # Evaluation.
-    ("evaluate-ties", "evaluate/metrics.py", EVALUATE + "test_a_tie_is_a_random_order",
-     "above = (~(scores <= best) & ~right)", "above = (~(scores < best) & ~right)"),
-    ("evaluate-ways", "evaluate/metrics.py", EVALUATE + "test_recall_as_by_sorting",
-     "return best, t2i.gather(1, right", "return best, i2t.gather(1, right"),
-    ("evaluate-classes", "evaluate/metrics.py", EVALUATE + "test_accuracies_by_class_weigh_classes_alike",
-     "(right / counts)[counts > 0].mean()", "(right.sum() / counts.sum())"),
-    ("evaluate-centres", "evaluate/metrics.py", EVALUATE + "test_hits_of_phrases",
+    ("evaluate-ties", "evaluate/measures.py", EVALUATE + "test_a_tie_is_a_random_order",
+     "above = (~(scores <= best) & ~is_right)", "above = (~(scores < best) & ~is_right)"),
+    ("evaluate-ways", "evaluate/measures.py", EVALUATE + "test_recall_as_by_sorting",
+     "return best_captions, t2i.gather(1, own", "return best_captions, i2t.gather(1, own"),
+    ("evaluate-classes", "evaluate/measures.py", EVALUATE + "test_accuracies_by_class_weigh_classes_alike",
+     "return {**means, \"mean_per_class\": of_present.mean().item()}",
+     "return {**means, \"mean_per_class\": (hits_of_class.sum() / images_of_class.sum()).item()}"),
+    ("evaluate-centres", "evaluate/measures.py", EVALUATE + "test_hits_of_phrases",
      "y = top + (torch.arange(rows).double() + 0.5)", "y = top + torch.arange(rows).double()"),
     ("evaluate-ranks", "evaluate/zero_shot.py", "evaluate/test_command.py::test_zero_shot_of_two_ranks_is_that_of_one",
-     "every = distributed.gather_objects((torch.cat(hits, 2), torch.cat(targets), lost))",
-     "every = [(torch.cat(hits, 2), torch.cat(targets), lost)]"),
+     "gathered = distributed.gather_objects(own_results)", "gathered = [own_results]"),
 )
 # fmt: on
 MUTANTS = [Mutant(*row) for row in ROWS]

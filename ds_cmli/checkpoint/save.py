@@ -190,7 +190,7 @@ class Checkpoints:
         best = state.best
         lines.append(
             f"best {best['metric']} {best['value']:.3f} at step {best['step']} "
-            f"(mean of both ways; {best['pairs']} pairs, chance {best['chance']:.3f})"
+            f"({best.get('size', 'mean of both ways')}, chance {best['chance']:.3f})"
         )
         return [
             *lines,

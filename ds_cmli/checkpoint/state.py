@@ -27,7 +27,9 @@ class TrainState:
     step: int = 0  # optimizer steps done
     evaluated: bool = False  # whether the evaluation that is due at `step` is done
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict`
-    best: dict[str, Any] = field(default_factory=dict)  # of `evaluate.metrics.best`, and its sha256
+    best: dict[str, Any] = field(
+        default_factory=dict
+    )  # `best_result` of evaluate.summary, and sha256
     worse_in_row: int = 0  # evaluations since the best one
     skipped_in_row: int = 0  # steps skipped because loss or gradients were not finite
     world_size: int = 1

@@ -28,11 +28,9 @@ UNUSED_KEYS = words("""
 """)
 # Schedules of DeepSpeed that set one learning rate for all groups of parameters.
 ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR")
-# What "auto" means of Adam.
-BETAS = (0.9, 0.98)
+BETAS = (0.9, 0.98)  # "auto" of Adam, as the next
 EPS = 1e-6
-# The run and the model whose "auto" values complete a JSON while it is checked.
-TRIAL_STEPS = 1000
+TRIAL_STEPS = 1000  # of the run, and the width of the model, by which a JSON is checked
 TRIAL_WIDTH = 64
 
 
@@ -77,8 +75,6 @@ class DeepSpeedConfig(dict[str, Any]):
         CheckedByDeepSpeed({**trial, **dict.fromkeys(BATCH_KEYS), BATCH_KEYS[1]: 1})
         return out
 
-    # --- derived values
-
     @property
     def stage(self) -> int:
         return self["zero_optimization"]["stage"]
@@ -110,8 +106,6 @@ class DeepSpeedConfig(dict[str, Any]):
             )
         return product, micro, steps
 
-    # --- from the JSON to what DeepSpeed gets
-
     def on(self, fp16: bool, bf16: bool) -> Self:
         """Copy it with the precision decided for a device, if "auto" or a missing fp16 is given.
 
@@ -134,18 +128,13 @@ class DeepSpeedConfig(dict[str, Any]):
         return out
 
     def filled(self, config: Config, world_size: int, total_steps: int) -> Self:
-        """Copy it with a value in the place of each "auto".
-
-        Raises `UserError` if its scheduler would undo the learning rates of `optim`, or if the
-        batch cannot be made up.
-        """
+        """Copy it with a value in the place of each "auto". Raises `UserError`."""
         _check_rates(config.optim, self)
-        sizes_are_automatic = "auto" in self["zero_optimization"].values()
-        width = hidden_size(config.student) if sizes_are_automatic else 0
+        has_automatic_sizes = "auto" in self["zero_optimization"].values()
+        width = hidden_size(config.student) if has_automatic_sizes else 0
         out = self._with_automatic_values(config.optim, total_steps, width)
         batch = self.batch(config.optim.micro_batch, world_size)
-        out.update(zip(BATCH_KEYS, batch, strict=True))
-        return out
+        return type(self)({**out, **dict(zip(BATCH_KEYS, batch, strict=True))})
 
     def _with_automatic_values(self, optim: OptimConfig, total_steps: int, width: int = 0) -> Self:
         """Copy it with all "auto" values filled but those of batch and precision."""

@@ -7,33 +7,21 @@ module imports DeepSpeed, which takes seconds.
 import inspect
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 from deepspeed.comm.config import CommsLoggerConfig
 from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
 from deepspeed.runtime import lr_schedules
-from deepspeed.runtime.constants import GRADIENT_ALLREDUCE_OP_SUPPORTED
+from deepspeed.runtime.activation_checkpointing import config as activation
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import (
-    DeepSpeedZeroOffloadOptimizerConfig,
-    DeepSpeedZeroOffloadParamConfig,
-)
+from deepspeed.runtime.zero import config as zero
 from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WrapValidator,
-    create_model,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WrapValidator, create_model
+from pydantic_core import PydanticCustomError, ValidationError
 
-from ds_cmli.config.messages import choice, setting_of_error
+from ds_cmli.config.messages import choice, setting_of_error, words
 from ds_cmli.errors import UserError, blame, nearest
 from ds_cmli.files import JsonObject, Section
 
@@ -42,6 +30,10 @@ NOTHING: tuple[object, ...] = (None, False, {}, {"enabled": False})
 ADAMS = ("adam", "adamw")
 # What DeepSpeed's universal checkpoint holds of an optimizer: the state of Adam, AdamW and RAdam.
 RESUMABLE_STATE = {"step", "exp_avg", "exp_avg_sq"}
+BOOLEAN_KEYS = words("""
+    disable_python_gc dump_state memory_breakdown prescale_gradients wall_clock_breakdown
+    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+""")
 CHECKED_STEPS = 10  # of a schedule, whose learning rate must have left 0 by then
 
 
@@ -56,26 +48,13 @@ def one_of(values: Collection[object], remedy: str) -> AfterValidator:
     return AfterValidator(refuse_others)
 
 
-def _or_auto(value: object, validate: Callable[[object], object]) -> object:
-    if value == "auto":
-        return value
-    try:
-        return validate(value)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]["msg"]
-        raise PydanticCustomError("or_auto", '{x}, or give "auto"', {"x": problem}) from None
-
-
 Unused = Annotated[Any, one_of(NOTHING, "it has no effect here: remove it")]
-NoSuchBlocks = Annotated[
-    Any,
-    one_of(NOTHING, "blocks are recomputed by PyTorch, which has no such setting: remove it"),
-]
+NoSuchBlocks = Annotated[Any, one_of(NOTHING, "PyTorch recomputes blocks without it: remove it")]
 NVME = "what is swapped to NVMe is in no checkpoint: give 'cpu' or 'none'"
 OffloadDevice = Annotated[str, one_of(("none", "cpu"), NVME)]
 Checked = Annotated[bool, one_of((True,), "a NaN would reach the weights: remove it")]
 Dtype = Literal["fp32", "fp16", "bf16"]
-Auto = WrapValidator(_or_auto)
+Auto = WrapValidator(lambda value, validate: value if value == "auto" else validate(value))
 AutoFlag = Annotated[bool, Auto]
 AutoSize = Annotated[Annotated[int, Field(ge=0, le=2**63 - 1)], Auto]
 AutoPairs = Annotated[Annotated[int, Field(ge=1, le=10**9)], Auto]
@@ -89,15 +68,15 @@ class JsonSection(BaseModel):
     __init__ = BaseModel.__init__  # type: ignore[assignment]
 
 
-class OffloadOptimizer(JsonSection, DeepSpeedZeroOffloadOptimizerConfig):
+class OffloadOptimizer(JsonSection, zero.DeepSpeedZeroOffloadOptimizerConfig):
     device: OffloadDevice = "none"  # type: ignore[assignment]
 
 
-class OffloadParam(JsonSection, DeepSpeedZeroOffloadParamConfig):
+class OffloadParam(JsonSection, zero.DeepSpeedZeroOffloadParamConfig):
     device: OffloadDevice = "none"  # type: ignore[assignment]
 
 
-class ZeroOptimization(JsonSection, DeepSpeedZeroConfig):
+class ZeroOptimization(JsonSection, zero.DeepSpeedZeroConfig):
     stage: Annotated[int, one_of((1, 2, 3), "known: 1, 2, 3")]  # type: ignore[assignment]
     offload_optimizer: OffloadOptimizer | None = None
     offload_param: OffloadParam | None = None
@@ -117,35 +96,23 @@ class BF16(JsonSection, DeepSpeedBF16Config):
     check_grad_overflow: Checked = True
 
 
-class CommsLogger(JsonSection, CommsLoggerConfig):
-    """As DeepSpeed's."""
+def strict_or_none(model: type[BaseModel]) -> tuple[Any, None]:
+    """Return a section, for `create_model`, that is DeepSpeed's model made strict."""
+    return create_model(model.__name__, __base__=(JsonSection, model)) | None, None
 
 
-class TensorBoard(JsonSection, TensorBoardConfig):
-    """As DeepSpeed's."""
-
-
-class WeightsAndBiases(JsonSection, WandbConfig):
-    """As DeepSpeed's."""
-
-
-class CSVMonitor(JsonSection, CSVConfig):
-    """As DeepSpeed's."""
-
-
-class Comet(JsonSection, CometConfig):
-    """As DeepSpeed's."""
-
-
-class ThroughputTimer(JsonSection, DeepSpeedThroughputTimerConfig):
-    """As DeepSpeed's."""
-
-
-# --- sections that DeepSpeed reads key by key
-
-
-class Timers(JsonSection):
-    throughput: ThroughputTimer | None = None
+LogsAndFlags = create_model(  # type: ignore[call-overload]
+    "LogsAndFlags",
+    __base__=JsonSection,
+    **dict.fromkeys(BOOLEAN_KEYS, (bool, False)),
+    comms_logger=strict_or_none(CommsLoggerConfig),
+    tensorboard=strict_or_none(TensorBoardConfig),
+    wandb=strict_or_none(WandbConfig),
+    csv_monitor=strict_or_none(CSVConfig),
+    comet=strict_or_none(CometConfig),
+)
+THROUGHPUT = strict_or_none(DeepSpeedThroughputTimerConfig)
+Timers = create_model("Timers", __base__=JsonSection, throughput=THROUGHPUT)
 
 
 class OptimizerOrScheduler(JsonSection):
@@ -166,13 +133,11 @@ class TorchAutocast(JsonSection):
     lower_precision_safe_modules: list[str] | None = None
 
 
-class ActivationCheckpointing(JsonSection):
-    partition_activations: NoSuchBlocks = None
-    number_checkpoints: NoSuchBlocks = None
-    contiguous_memory_optimization: NoSuchBlocks = None
-    synchronize_checkpoint_boundary: NoSuchBlocks = None
-    profile: NoSuchBlocks = None
-    cpu_checkpointing: NoSuchBlocks = None
+ActivationCheckpointing = create_model(
+    "ActivationCheckpointing",
+    __base__=JsonSection,
+    **dict.fromkeys(activation.ACT_CHKPT_DEFAULT, (NoSuchBlocks, None)),  # type: ignore[call-overload]
+)
 
 
 class CheckpointSection(JsonSection):
@@ -194,7 +159,7 @@ class FlopsProfiler(JsonSection):
     output_file: str | None = None
 
 
-class DeepSpeedJson(JsonSection):
+class DeepSpeedJson(LogsAndFlags):  # type: ignore[misc,valid-type]
     """All keys of a DeepSpeed JSON that have an effect on training."""
 
     train_batch_size: AutoPairs = "auto"  # type: ignore[assignment]
@@ -204,34 +169,19 @@ class DeepSpeedJson(JsonSection):
     optimizer: OptimizerOrScheduler | None = None
     scheduler: OptimizerOrScheduler | None = None
     zero_optimization: ZeroOptimization
-    zero_allow_untested_optimizer: bool = False
-    zero_force_ds_cpu_optimizer: bool = True
     fp16: FP16 | None = None
     bf16: BF16 | None = None
     torch_autocast: TorchAutocast | None = None
     data_types: DataTypes | None = None
     communication_data_type: Dtype | None = None
-    gradient_allreduce_op: Annotated[
-        str, one_of(GRADIENT_ALLREDUCE_OP_SUPPORTED, "give 'mean' or 'sum'")
-    ] = "mean"
+    gradient_allreduce_op: Literal["mean", "sum"] = "mean"
     gradient_predivide_factor: float = Field(1.0, gt=0)
-    prescale_gradients: bool = False
-    activation_checkpointing: ActivationCheckpointing | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None  # type: ignore[valid-type]
     checkpoint: CheckpointSection | None = None
-    disable_python_gc: bool = False
-    # --- logs
-    wall_clock_breakdown: bool = False
-    memory_breakdown: bool = False
-    dump_state: bool = False
     steps_per_print: int | None = Field(None, ge=0)
     log_level: Literal["debug", "info", "warning", "error", "critical"] | None = None
-    timers: Timers | None = None
-    comms_logger: CommsLogger | None = None
+    timers: Timers | None = None  # type: ignore[valid-type]
     flops_profiler: FlopsProfiler | None = None
-    tensorboard: TensorBoard | None = None
-    wandb: WeightsAndBiases | None = None
-    csv_monitor: CSVMonitor | None = None
-    comet: Comet | None = None
 
 
 def check_section(model: type[BaseModel], content: Section, section: str = "") -> None:
@@ -260,14 +210,8 @@ def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
     """Return the keys of a section inside a model."""
     for name in parents:
         annotation = model.model_fields[str(name)].annotation
-        kinds = (annotation, *get_args(annotation))
-        model = next(
-            kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)
-        )
+        model, *_ = get_args(annotation) or (annotation,)  # MODEL, or MODEL | None
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-# --- optimizers and schedules
 
 
 def kind_of(section: str, name: str) -> Any:
@@ -303,8 +247,7 @@ def parameters_model(section: str, kind: Any) -> type[BaseModel]:
 def check_parameters(optimizer: JsonObject, scheduler: JsonObject | None) -> None:
     """Build the optimizer and the schedule of a JSON without "auto" values, and take steps.
 
-    Raises:
-        UserError: a parameter is unknown, of a wrong type, or refused by PyTorch or DeepSpeed.
+    Raises `UserError` for what is unknown, of a wrong type, or refused by PyTorch or DeepSpeed.
     """
     kind = kind_of("optimizer", optimizer["type"])
     _take_step(kind, {"lr": 1e-3}, f"optimizer.type is {optimizer['type']!r}")

@@ -1,6 +1,7 @@
 """One line for each mistake in settings and in DeepSpeed's JSON: setting, value, remedy."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from ds_cmli.errors import UserError, nearest
 
@@ -21,7 +22,7 @@ def words(text: str) -> set[str]:
     return set(text.split())
 
 
-def setting_of_error(location: tuple[int | str, ...], content: object) -> str:
+def setting_of_error(location: tuple[int | str, ...], content: Any) -> str:
     """Return the dotted name of the setting that one of pydantic's errors is about.
 
     pydantic appends names of types to the location of a value that may have several types.
@@ -30,12 +31,8 @@ def setting_of_error(location: tuple[int | str, ...], content: object) -> str:
     for part in location:
         is_key = isinstance(content, Mapping)
         is_index = isinstance(content, list) and isinstance(part, int)
-        if is_key or is_index or part == "[key]":
-            names.append(str(part))
-        if is_key:
-            content = content.get(part)  # type: ignore[attr-defined]
-        elif is_index:
-            content = content[part]  # type: ignore[index]
-        else:
+        if not (is_key or is_index or part == "[key]"):
             break
+        names.append(str(part))
+        content = content.get(part) if is_key else content[part] if is_index else None
     return ".".join(names)

@@ -33,7 +33,8 @@ def expand_home(path: str) -> str:
     return expanded
 
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+# `use_attribute_docstrings`: the text below a field is its description.
+STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 MOST = 10**9  # of counts and factors: products of two of them are finite in fp32
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
@@ -50,68 +51,45 @@ Temperature = Annotated[float, Field(ge=0.01, le=10)]
 
 @dataclass(config=STRICT)
 class StudentConfig:
-    source: Text = Field(
-        "",
-        description=(
-            "A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run "
-            "or an export to start from, which decides other settings (docs/finetune.md); "
-            '"": two encoders.'
-        ),
-    )
-    source_config: dict[str, Any] = Field(
-        default_factory=dict,
-        description="the sizes of its model; filled from `source`",
-    )
-    image_backbone: Name = Field("timm", description='"timm", or a plugin\'s (docs/plugins.md)')
-    image_model: Name = Field("vit_small_patch14_dinov2", description="timm name")
-    image_weights: Name = Field(
-        "demo",
-        description='"demo" (packaged), "hub" (by model name), "random", or a path',
-    )
-    image_overrides: dict[str, Any] = Field(
-        default_factory=dict,
-        description="keyword arguments of timm.create_model",
-    )
-    text_backbone: Name = Field("transformers", description='"transformers", or a plugin\'s')
-    text_model: Name = Field("bert", description="transformers name, or architecture")
-    text_weights: Name = Field("demo", description="as for images")
-    text_overrides: dict[str, Any] = Field(
-        default_factory=dict,
-        description="fields of transformers' config",
-    )
-    layers: Count | None = Field(
-        None,
-        description=(
-            "First layers of each encoder that are kept; null: 6, or all if they are fewer "
-            "or no stack."
-        ),
-    )
-    shared_blocks: Annotated[int, Field(ge=0, le=1000)] = Field(
-        1,
-        description="Transformer blocks over both modalities; with `source`, 0 unless given.",
-    )
-    embed_dim: Annotated[int, Field(ge=1, le=2048)] = Field(
-        256,
-        description="D, the embedding dimension",
-    )
-    dropout: BelowOne = Field(
-        0.1,
-        description="after the text encoder's layers, as in BERT's training",
-    )
-    freeze_image: Number = Field(
-        0,
-        description="first layers that are frozen, with the embeddings below",
-    )
-    freeze_text: Number = Field(0, description="the same of the text encoder")
-    lora: dict[Literal["image", "text"], Names] = Field(
-        default_factory=dict,
-        description=(
-            'LoRA: ends of names of layers that get adapters, as {"text": ["query"]}; the '
-            "rest is frozen."
-        ),
-    )
-    lora_rank: Annotated[int, Field(ge=1, le=1024)] = Field(8, description="of the adapters")
-    lora_alpha: Count = Field(16, description="divided by the rank: the factor of the adapters")
+    source: Text = ""
+    """A CLIP, SigLIP or model of open_clip (a folder, or a name of the hub), a run or an export to
+    start from, which decides other settings (docs/finetune.md); "": two encoders."""
+    source_config: dict[str, Any] = Field(default_factory=dict)
+    """The sizes of its model; filled from `source`."""
+    image_backbone: Name = "timm"
+    """ "timm", or a plugin's (docs/plugins.md)."""
+    image_model: Name = "vit_small_patch14_dinov2"
+    """timm name."""
+    image_weights: Name = "demo"
+    """ "demo" (packaged), "hub" (by model name), "random", or a path."""
+    image_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of timm.create_model."""
+    text_backbone: Name = "transformers"
+    """ "transformers", or a plugin's."""
+    text_model: Name = "bert"
+    """Transformers name, or architecture."""
+    text_weights: Name = "demo"
+    """As for images."""
+    text_overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of transformers' config."""
+    layers: Count | None = None
+    """First layers of each encoder that are kept; null: 6, or all if they are fewer or no stack."""
+    shared_blocks: Annotated[int, Field(ge=0, le=1000)] = 1
+    """Transformer blocks over both modalities; with `source`, 0 unless given."""
+    embed_dim: Annotated[int, Field(ge=1, le=2048)] = 256
+    """D, the embedding dimension."""
+    dropout: BelowOne = 0.1
+    """After the text encoder's layers, as in BERT's training."""
+    freeze_image: Number = 0
+    """First layers that are frozen, with the embeddings below."""
+    freeze_text: Number = 0
+    """The same of the text encoder."""
+    lora: dict[Literal["image", "text"], Names] = Field(default_factory=dict)
+    """LoRA: ends of names of layers with adapters, as {"text": ["query"]}; the rest is frozen."""
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Of the adapters."""
+    lora_alpha: Count = 16
+    """Divided by the rank: the factor of the adapters."""
 
     def __post_init__(self) -> None:
         choice("student.image_backbone", self.image_backbone, IMAGE)
@@ -120,200 +98,116 @@ class StudentConfig:
 
 @dataclass(config=STRICT)
 class TeacherConfig:
-    model: Name = Field("vit_small_patch14_dinov2", description="timm name")
-    weights: Name = Field("demo", description="as the student's")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="as the student's")
-    block: Annotated[int, Field(ge=-1000, le=1000)] = Field(
-        9,
-        description=(
-            "The features are the output of this block, or stage, 0-based; negative: from the last."
-        ),
-    )
+    model: Name = "vit_small_patch14_dinov2"
+    """timm name."""
+    weights: Name = "demo"
+    """As the student's."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """As the student's."""
+    block: Annotated[int, Field(ge=-1000, le=1000)] = 9
+    """The features are the output of this block, or stage, 0-based; negative: from the last."""
 
 
 @dataclass(config=STRICT)
 class DataConfig:
-    source: Name | Names = Field(
-        "demo",
-        description=(
-            '"demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by '
-            "hf://datasets/OWNER/NAME (docs/data.md); or several, each with a share as "
-            "WHAT::0.7."
-        ),
-    )
-    scenes: Literal["names", "sentences"] = Field(
-        "names",
-        description=(
-            'Captions of the demo: "names" of one to four pictures, or "sentences" with '
-            "other words too."
-        ),
-    )
-    val_source: Text = Field(
-        "",
-        description='pairs to evaluate on; "": the validation part of `source`, or a share',
-    )
-    held_out: Positive | None = Field(
-        None,
-        description=(
-            "Without a validation part: below 1 a share of pictures, else how many; null: "
-            "5%, up to 1,000."
-        ),
-    )
-    image_root: Text = Field(
-        "",
-        description='folder of the images that a table or JSON names; "": the list\'s',
-    )
-    image_key: Text = Field("", description='column of the image; "": detected')
-    caption_key: Text = Field(
-        "",
-        description='column, or key in JSON, of the caption; "": detected',
-    )
-    image_size: Annotated[int, Field(ge=1, le=4096)] = Field(84, description="pixels, square")
-    resize: Resize = Field(
-        "crop",
-        description=(
-            '"crop": the central square is resized. "shortest", as CLIP: the shorter side '
-            'is resized, then the square cut out. "squash", as SigLIP: all is resized. '
-            '"_pillow": by Pillow, as open_clip.'
-        ),
-    )
-    interpolation: Interpolation = Field("bicubic", description="of resizing")
-    context_length: Annotated[int, Field(ge=3, le=65536)] = Field(
-        64,
-        description="The longest caption in tokens, with [CLS] and [SEP].",
-    )
-    padding: Literal["longest", "full"] = Field(
-        "longest",
-        description=(
-            'Texts are padded to the batch\'s "longest", or "full" and the padding attended '
-            "to, as SigLIP."
-        ),
-    )
-    tokenizer: Name = Field(
-        "demo",
-        description=(
-            '"demo" (MiniLM\'s), "builtin" (no download), "open_clip" (its BPE), '
-            "transformers name or path."
-        ),
-    )
-    workers: Annotated[int, Field(ge=0, le=256)] = Field(
-        0,
-        description="data loading processes per rank",
-    )
-    shuffle_window: Number | None = Field(
-        None,
-        description=(
-            "Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, "
-            "and of tars with more than 10 million pictures, else all."
-        ),
-    )
-    augmentation: dict[AugmentationName, Share] = Field(
-        default_factory=dict,
-        description=(
-            "Transforms of training pictures: the smallest share of the area that a crop "
-            "keeps, the probability of a flip (captions may name left and right), the "
-            "change of colours."
-        ),
-    )
-    max_bad_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01,
-        description="The run stops if the share of broken images and empty captions exceeds this.",
-    )
+    source: Name | Names = "demo"
+    """ "demo" (scenes); a folder, tars, parquet, CSV or JSON of pairs, also by
+    hf://datasets/OWNER/NAME (docs/data.md); or several, each with a share as WHAT::0.7."""
+    scenes: Literal["names", "sentences"] = "names"
+    """Captions of the demo: "names" of one to four pictures, or "sentences" with other words."""
+    val_source: Text = ""
+    """Pairs to evaluate on; "": the validation part of `source`, or a share."""
+    held_out: Positive | None = None
+    """Pictures without a validation part: below 1 a share, else how many; null: 5%, up to 1,000."""
+    image_root: Text = ""
+    """Folder of the images that a table or JSON names; "": the list's."""
+    image_key: Text = ""
+    """Column of the image; "": detected."""
+    caption_key: Text = ""
+    """Column, or key in JSON, of the caption; "": detected."""
+    image_size: Annotated[int, Field(ge=1, le=4096)] = 84
+    """Pixels, square."""
+    resize: Resize = "crop"
+    """ "crop": the central square is resized. "shortest", as CLIP: the shorter side is resized,
+    then the square cut out. "squash", as SigLIP: all is resized. "_pillow": by Pillow, as
+    open_clip."""
+    interpolation: Interpolation = "bicubic"
+    """Of resizing."""
+    context_length: Annotated[int, Field(ge=3, le=65536)] = 64
+    """The longest caption in tokens, with [CLS] and [SEP]."""
+    padding: Literal["longest", "full"] = "longest"
+    """Texts are padded to the batch's "longest", or "full" and padding attended to, as SigLIP."""
+    tokenizer: Name = "demo"
+    """ "demo" (MiniLM's), "builtin" (no download), "open_clip", transformers name or path."""
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    """Data loading processes per rank."""
+    shuffle_window: Number | None = None
+    """Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, and of tars with
+    more than 10 million pictures, else all."""
+    augmentation: dict[AugmentationName, Share] = Field(default_factory=dict)
+    """Transforms of training pictures: the smallest share of the area that a crop keeps, the
+    probability of a flip (captions may name left and right), the change of colours."""
+    max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """The run stops if the share of broken images and empty captions exceeds this."""
 
 
 @dataclass(config=STRICT)
 class LossConfig:
     weights: dict[str, Positive] = Field(
-        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
-        min_length=1,
-        description=(
-            "Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or"
-            " of a plugin's."
-        ),
+        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
-    mse_reduction: Literal["mean", "sum"] = Field(
-        "mean",
-        description="over H; (7) and (9) are written as sums",
-    )
-    target_image_weight: NotNegative = Field(
-        1.0,
-        description="of patches (7) in the mean (10); 0: off",
-    )
-    target_text_weight: NotNegative = Field(1.0, description="of tokens (9) in it; 0: off")
-    init_temperature: Temperature = Field(0.07, description="of the global loss")
-    cmli_init_temperature: Temperature = Field(
-        0.02,
-        description="of CMLI, whose means of maxima vary less",
-    )
-    init_bias: Annotated[float, Field(ge=-100, le=100)] | None = Field(
-        None,
-        description=(
-            "Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with"
-            " some hundred pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32."
-        ),
-    )
-    cmli_backend: Literal["auto", "cpu", "triton", "torch"] = Field(
-        "auto",
-        description=(
-            'What computes all-pairs scores: C++ ("cpu"), kernels of GPUs ("triton"), or '
-            'PyTorch ("torch").'
-        ),
-    )
+    """Weights of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd; or a plugin's."""
+    mse_reduction: Literal["mean", "sum"] = "mean"
+    """Over H; (7) and (9) are written as sums."""
+    target_image_weight: NotNegative = 1.0
+    """Of patches (7) in the mean (10); 0: off."""
+    target_text_weight: NotNegative = 1.0
+    """Of tokens (9) in it; 0: off."""
+    init_temperature: Temperature = 0.07
+    """Of the global loss."""
+    cmli_init_temperature: Temperature = 0.02
+    """Of CMLI, whose means of maxima vary less."""
+    init_bias: Annotated[float, Field(ge=-100, le=100)] | None = None
+    """Of the sigmoid losses. null: the authors' -10, and -14 of `cmli_sigmoid`; with some hundred
+    pairs or fewer ln(1/negatives) learns faster, as -3.5 of 32."""
+    cmli_backend: Literal["auto", "cpu", "triton", "torch"] = "auto"
+    """All-pairs scores by C++ ("cpu"), kernels of GPUs ("triton"), or PyTorch ("torch")."""
 
     def __post_init__(self) -> None:
         for name in self.weights:
             choice("loss.weights", name, LOSSES)
-        both_are_off = self.target_image_weight == self.target_text_weight == 0
-        remedy = "and loss.target_text_weight too: leave target_cmli out of loss.weights"
-        check(
-            not ("target_cmli" in self.weights and both_are_off),
-            "loss.target_image_weight",
-            self.target_image_weight,
-            remedy,
-        )
+        if "target_cmli" in self.weights:
+            largest = max(self.target_image_weight, self.target_text_weight)
+            remedy = "and loss.target_text_weight too: leave target_cmli out of loss.weights"
+            check(largest > 0, "loss.target_image_weight", self.target_image_weight, remedy)
 
 
 @dataclass(config=STRICT)
 class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
-    lr: Positive = Field(
-        1e-4,
-        description='the learning rate after warmup, where the JSON says "auto"',
-    )
-    weight_decay: NotNegative = Field(0.05, description="not on norms, biases and embeddings")
-    lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(
-        default_factory=dict,
-        description=(
-            'Factors of the learning rate; "rest" is shared blocks, heads and temperatures.'
-        ),
-    )
-    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = Field(
-        1.0,
-        description="The factor of the learning rate per encoder layer downwards.",
-    )
-    warmup_share: BelowOne = Field(0.05, description="the share of all steps with linear warmup")
-    grad_clip: NotNegative = Field(1.0, description="largest gradient norm; 0: off")
-    ema_decay: BelowOne = Field(
-        0.0,
-        description=(
-            "Decay of an average of the weights, evaluated and saved too (0.999: some 1,000"
-            " steps); 0: off."
-        ),
-    )
-    micro_batch: Count = Field(64, description='B, pairs per rank, where the JSON says "auto"')
-    negatives: Literal["micro_batch", "global_batch"] = Field(
-        "global_batch",
-        description=(
-            "What an image is compared with under accumulation; the whole step takes a "
-            "second forward pass."
-        ),
-    )
-    steps: Count | None = Field(300, description="optimizer steps")
-    epochs: Positive | None = Field(
-        None,
-        description="how often the data is seen, instead of `steps`",
-    )
+    lr: Positive = 1e-4
+    """The learning rate after warmup, where the JSON says "auto"."""
+    weight_decay: NotNegative = 0.05
+    """Not on norms, biases and embeddings."""
+    lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
+    """Factors of the learning rate; "rest" is shared blocks, heads and temperatures."""
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
+    """The factor of the learning rate per encoder layer downwards."""
+    warmup_share: BelowOne = 0.05
+    """The share of all steps with linear warmup."""
+    grad_clip: NotNegative = 1.0
+    """Largest gradient norm; 0: off."""
+    ema_decay: BelowOne = 0.0
+    """Decay of averaged weights, evaluated and saved too (0.999: some 1,000 steps); 0: off."""
+    micro_batch: Count = 64
+    """B, pairs per rank, where the JSON says "auto"."""
+    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
+    """What an image is compared with under accumulation; all takes a second forward pass."""
+    steps: Count | None = 300
+    """Optimizer steps."""
+    epochs: Positive | None = None
+    """How often the data is seen, instead of `steps`."""
 
     def __post_init__(self) -> None:
         need = f"optim.epochs is {self.epochs}: give one of the two"
@@ -332,66 +226,46 @@ class OptimConfig:
 
 @dataclass(config=STRICT)
 class RunConfig:
-    preset: Name = Field(
-        "quick",
-        description=(
-            "quick, demo, paper, finetune (usual with `student.source`) or tiny: all that "
-            "is not given."
-        ),
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(
-        0,
-        description="that of weights, data order and scenes",
-    )
-    output_dir: Folder = Field(
-        "",
-        description='the run\'s folder; "": runs/<preset>-<date and time>',
-    )
-    log_every: Count = Field(10, description="steps from one logged step to the next")
-    eval_every: Number = Field(0, description="steps between evaluations; 0: only at the end")
-    eval_batch: Count = Field(50, description="pairs per batch of an evaluation")
-    match_maps: Number = Field(
-        4,
-        description="held-out pairs of each split whose match maps TensorBoard gets",
-    )
-    report_to: Literal["tensorboard", "wandb"] = Field(
-        "tensorboard",
-        description=(
-            'TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights &'
-            " Biases too."
-        ),
-    )
-    save_every: Number = Field(
-        0,
-        description="steps between checkpoints; 0: by time alone, and at the end",
-    )
-    save_minutes: NotNegative = Field(
-        15.0,
-        description="minutes between them; 0: by steps alone, and at the end",
-    )
-    keep: Count = Field(2, description="how many of the newest checkpoints are kept")
-    keep_best: bool = Field(
-        False,
-        description=(
-            "Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors."
-        ),
-    )
-    patience: Number = Field(
-        0,
-        description="evaluations without a better one that end the run; 0: never",
-    )
-    compile: Literal["off", "blocks"] = Field(
-        "off",
-        description="torch.compile of each encoder block",
-    )
-    deterministic: bool = Field(
-        False,
-        description="results are bitwise the same on the same kind of device",
-    )
-    watchdog: NotNegative = Field(
-        120.0,
-        description="seconds until a rank without progress counts as hung; 0: off",
-    )
+    preset: Name = "quick"
+    """ quick, demo, paper, finetune (usual with `student.source`), tiny: all that is not given."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """That of weights, data order and scenes."""
+    output_dir: Folder = ""
+    """The run's folder; "": runs/<preset>-<date and time>."""
+    log_every: Count = 10
+    """Steps from one logged step to the next."""
+    eval_every: Number = 0
+    """Steps between evaluations; 0: only at the end."""
+    eval_batch: Count = 50
+    """Pairs per batch of an evaluation."""
+    match_maps: Number = 4
+    """Held-out pairs of each split whose match maps TensorBoard gets."""
+    report_to: Literal["tensorboard", "wandb"] = "tensorboard"
+    """TensorBoard gets numbers and pictures beside metrics.jsonl; "wandb": Weights & Biases too."""
+    save_every: Number = 0
+    """Steps between checkpoints; 0: by time alone, and at the end."""
+    save_minutes: NotNegative = 15.0
+    """Minutes between them; 0: by steps alone, and at the end."""
+    keep: Count = 2
+    """How many of the newest checkpoints are kept."""
+    zero_shot: Text | Names = ""
+    """Folders of class folders, one or several, classified at each evaluation (--zero-shot)."""
+    best_by: Literal["retrieval", "zero_shot"] = "retrieval"
+    """The best evaluation: by R@1 of the first split, or accuracy in the first of `zero_shot`."""
+    keep_best: bool = False
+    """Keep the best evaluation's checkpoint too, and its weights in model.best.safetensors."""
+    patience: Number = 0
+    """Evaluations without a better one that end the run; 0: never."""
+    compile: Literal["off", "blocks"] = "off"
+    """torch.compile of each encoder block."""
+    deterministic: bool = False
+    """Results are bitwise the same on the same kind of device."""
+    watchdog: NotNegative = 120.0
+    """Seconds until a rank without progress counts as hung; 0: off."""
+
+    def __post_init__(self) -> None:
+        has_folders = self.best_by == "retrieval" or bool(self.zero_shot)
+        check(has_folders, "run.best_by", self.best_by, "give folders of classes by run.zero_shot")
 
 
 @dataclasses.dataclass
@@ -430,7 +304,7 @@ SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.field
 
 def description(section: str, setting: str) -> str:
     """Return what a setting means, for `--help` and docs/settings.md."""
-    return SECTIONS[section].__pydantic_fields__[setting].description
+    return " ".join(SECTIONS[section].__pydantic_fields__[setting].description.split())
 
 
 def check_sections(values: Mapping[str, object]) -> None:

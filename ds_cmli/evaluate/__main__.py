@@ -17,7 +17,9 @@ from ds_cmli.errors import UserError
 from ds_cmli.files import check_writable
 
 option = partial(click.option, show_default=True)
-PRECISIONS, SPLITS = click.Choice(("fp32", "bf16", "fp16")), click.Choice(("val", "test", "all"))
+PRECISIONS = click.Choice(("fp32", "bf16", "fp16"))
+PARTS = click.Choice(("val", "test", "all"))
+TASKS = ("zero_shot", "boxes", "choices")  # options that replace retrieval
 
 
 @click.command()
@@ -31,13 +33,15 @@ PRECISIONS, SPLITS = click.Choice(("fp32", "bf16", "fp16")), click.Choice(("val"
 @option("--json", "json_file", help="Write the metrics to this file too.")
 @option("--data", help="Retrieval on data as in training: 'demo', a folder, ...  [the run's own]")
 @option("--image-root", help="Folder of the images that a list, --boxes or --choices names.")
-@option("--split", type=SPLITS, help="Of --data or --boxes; val: what training holds out.")
+@option("--split", type=PARTS, help="Of --data or --boxes; val: what training holds out.")
 @option("--zero-shot", metavar="FOLDER", help="Classify the pictures of a folder of class folders.")
 @option("--class-names", metavar="FILE", help="A line for each class folder.  [the folders' names]")
 @option("--templates", metavar="FILE", help="Prompts with {}, by line.  [seven of CLIP's]")
 @option("--boxes", metavar="FOLDER", help="The pointing game on Flickr30k Entities.")
 @option("--choices", help='Lines of {"image": FILE, "captions": [RIGHT, WRONG, ...]}.')
-def command(model: str | None, checkpoint: str | None, json_file: str | None, **given: Any) -> None:
+def command(
+    model: str | None, checkpoint: str | None, json_file: str | None, **options: Any
+) -> None:
     """Measure retrieval on held-out pairs, or what --zero-shot, --boxes or --choices ask for.
 
     MODEL is a run's output folder, one of its files of weights, or what training may start from: an
@@ -46,62 +50,77 @@ def command(model: str | None, checkpoint: str | None, json_file: str | None, **
     place = model or checkpoint
     if not place or (model and checkpoint):
         raise UserError(f"MODEL or --checkpoint: {'2 are' if place else 'none is'} given: give one")
-    mode = next((mode for mode in ("zero_shot", "boxes", "choices") if given[mode]), "data")
+    task = next((task for task in TASKS if options[task]), "data")
     if json_file:
         check_writable(json_file)
     source = ModelSource(place)
-    if not source.has_own_data and (given["ema"] or not given[mode]):
+    if not source.has_own_data and (options["ema"] or not options[task]):
         raise UserError(f"{place!r} is no run's folder: of another model, give --data and no --ema")
     map_launcher_environment()
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.embed import load
+    from ds_cmli.evaluate.embed import load_evaluator
 
-    how = {name: given[name] for name in ("precision", "ema", "batch_size", "workers")}
+    loading = {name: options[name] for name in ("precision", "ema", "batch_size", "workers")}
     try:
-        config, evaluator = load(source, distributed.init(), **how)  # collective
-        metrics = _measure(config, evaluator, mode, given)  # collective
+        device = distributed.init()  # collective
+        config, evaluator = load_evaluator(source, device, **loading)
+        metrics = _measure(config, evaluator, task, options)  # collective
         if json_file and distributed.is_main():
             Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     finally:
         distributed.shutdown()
 
 
-def _measure(config: Config, model: Any, mode: str, given: dict[str, Any]) -> dict[str, Any]:
+def _measure(config: Config, model: Any, task: str, options: dict[str, Any]) -> dict[str, Any]:
     """Measure and print. Collective."""
+    from ds_cmli.evaluate import choices, pointing_game, zero_shot
+    from ds_cmli.evaluate.embed import embed
+    from ds_cmli.evaluate.summary import prefixed, summary
+
+    if task == "data":
+        return _measure_retrieval(config, model, options)
+    file = options[task]
+    image_root = options["image_root"]
+    if task == "zero_shot":
+        lists = options["class_names"], options["templates"]
+        pictures = zero_shot.ClassPictures(file, config.data, *lists)
+        metrics = zero_shot.classify(model, pictures)  # collective
+    elif task == "choices":
+        lines = choices.Choices(file, image_root, config.data)
+        metrics = choices.choose(model, lines)  # collective
+    else:
+        task = "entities"
+        folders = file, image_root or file, options["split"] or "val"
+        entities = pointing_game.Entities(*folders, model.tokenizer, config.data)
+        embedded = embed(model, entities)  # collective
+        regions = pointing_game.boxes, model.student.grid
+        metrics = embedded.counts | pointing_game.pointing_game(embedded, *regions)  # collective
+    print_line(summary(metrics, model.precision))
+    return prefixed(f"{task}/", metrics)
+
+
+def _measure_retrieval(config: Config, model: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Measure each split of the data and print its table. Collective."""
     from ds_cmli.data.build import build_eval_data
     from ds_cmli.data.held_out import evaluation_data
-    from ds_cmli.evaluate import pointing_game, zero_shot
-    from ds_cmli.evaluate.embed import embed
-    from ds_cmli.evaluate.metrics import prefixed, summary
     from ds_cmli.evaluate.retrieval import evaluate_split
+    from ds_cmli.evaluate.summary import prefixed, summary
 
-    source, root, split, data = given[mode], given["image_root"], given["split"], config.data
-    if mode == "data":
-        if source:
-            data = evaluation_data(data, source)
-            # A split names a part, or the share that training would hold out.
-            data = replace(data, val_source="") if split else data
-        data = replace(data, image_root=root or data.image_root)
-        evals, lines = build_eval_data(data, config.run.seed, split)
-        print_line(*lines)
-        metrics: dict[str, Any] = {}
-        for name, pairs in evals.items():
-            figures, _ = evaluate_split(model, pairs)  # collective
-            print_line(summary(figures, model.precision, name))
-            metrics |= prefixed(f"eval/{name}/", figures)
-        return metrics
-    if mode == "zero_shot":
-        classes = zero_shot.ClassPictures(source, given["class_names"], given["templates"], data)
-        figures = zero_shot.classify(model, classes)  # collective
-    elif mode == "choices":
-        figures = zero_shot.choose(model, zero_shot.Choices(source, root, data))  # collective
-    else:
-        place = root or source, split or "val"
-        phrases = pointing_game.Entities(source, *place, model.tokenizer, data)
-        own, boxes = embed(model, phrases), pointing_game.boxes  # collective
-        figures = own.counts | pointing_game.pointing_game(own, boxes, model.student.grid)
-    print_line(summary(figures, model.precision))
-    return prefixed({"boxes": "entities"}.get(mode, mode) + "/", figures)
+    data = config.data
+    part = options["split"]
+    if options["data"]:
+        data = evaluation_data(data, options["data"])
+        if part:  # it names a part of the data, or the share that training would hold out
+            data = replace(data, val_source="")
+    data = replace(data, image_root=options["image_root"] or data.image_root)
+    evals, lines = build_eval_data(data, config.run.seed, part)
+    print_line(*lines)
+    metrics: dict[str, Any] = {}
+    for name, pairs in evals.items():
+        of_split, _ = evaluate_split(model, pairs)  # collective
+        print_line(summary(of_split, model.precision, name))
+        metrics |= prefixed(f"eval/{name}/", of_split)
+    return metrics
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,22 +26,36 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import DTYPES, build_models
 from ds_cmli.engine.blocks import cast_buffers
 from ds_cmli.errors import UserError
-from ds_cmli.evaluate.metrics import Metrics
+from ds_cmli.evaluate.summary import Metrics
 from ds_cmli.files import read_json
 from ds_cmli.hardware import one_attention_on_all_gpus
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models import hf
 from ds_cmli.scores import BothWays, both_ways
 
-FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
-Embedding = tuple[Tensor, Tensor]  # class token [H]; patches [N, D] or valid tokens [M, D]
-Broken = dict[int, str]  # why pictures or texts cannot be used, by number
+FILLER = -1  # the number of an item that only pads a rank's items to the number of rank 0's
+Reasons = dict[int, str]  # why pictures or texts cannot be used, by number
+
+
+class Embedding(NamedTuple):
+    """One picture or text, on the CPU, of unit length."""
+
+    cls: Tensor  # [H]
+    parts: Tensor  # [N, D] of patches, or [M, D] of valid tokens
+
+
+class PaddedTexts(NamedTuple):
+    cls: Tensor  # [t, H]
+    tokens: Tensor  # [t, M, D]
+    token_mask: Tensor  # bool [t, M], False for padding
 
 
 @dataclass
-class Files:
+class PictureFiles:
+    """Files of pictures, each with a caption or another label."""
+
     view: View
-    rows: list[tuple[Path, Any]]  # picture and text of each caption
+    rows: list[tuple[Path, Any]]  # picture and caption of each pair
 
     def image(self, row: int) -> Tensor:
         return self.view(read_image_file(self.rows[row][0]))
@@ -50,7 +64,7 @@ class Files:
         return self.rows[row][0].name
 
 
-HeldOut = EvalPairs | Scenes | Files
+HeldOut = EvalPairs | Scenes | PictureFiles
 
 
 @dataclass
@@ -65,7 +79,7 @@ class Evaluator:
     # Called for every batch and block, as often on every rank: it may be collective.
     heartbeat: Callable[[], None] = lambda: None
     worker_init: Callable[[int], None] | None = None
-    trained: bool = True  # whether the temperatures are; else no kinds of scores are combined
+    trained: bool = True  # whether the temperatures are; otherwise no kinds of scores are combined
 
     def __post_init__(self) -> None:
         one_attention_on_all_gpus()  # as in training
@@ -73,110 +87,119 @@ class Evaluator:
         self.precision = str(next(self.module.parameters()).dtype).removeprefix("torch.")
         # 1/temperature of each kind of scores that the losses compare.
         self.scales = score_scales(self.module.scales())  # collective under ZeRO-3
-        both = ["global", "cmli", "combined"] if self.trained else ["global", "cmli"]
-        self.kinds = both if "cmli" in self.scales else ["global"]
+        self.kinds = ["global"]
+        if "cmli" in self.scales:
+            self.kinds += ["cmli", "combined"] if self.trained else ["cmli"]
 
-    def images(self, pictures: Any, numbers: list[int]) -> Iterator[tuple]:
+    def images(
+        self, pictures: Any, numbers: list[int]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, Reasons]]:
         """Embed `pictures.image(number)` of as many numbers on every rank, batch by batch.
 
-        Yields numbers, class tokens [B, H], patches [B, N, D], and `Broken` of the others.
+        Yields the numbers of usable pictures, their class tokens [B, H] and patches [B, N, D], and
+        `Reasons` of the others.
         """
 
-        def collate(batch: list[int]) -> tuple[Tensor, list[int], Broken]:
-            images, broken = [], Broken()
+        def collate(batch: list[int]) -> tuple[Tensor, list[int], Reasons]:
+            images = {number: black(pictures.view.size) for number in batch}
+            reasons = Reasons()
             for number in batch:
-                images.append(black(pictures.view.size))
                 try:
-                    images[-1] = images[-1] if number == FILLER else pictures.image(number)
+                    if number != FILLER:
+                        images[number] = pictures.image(number)
                 except Exception as error:  # decoders raise nearly any for damaged files
-                    broken[number] = described(error)
-            return torch.stack(images), batch, broken
+                    reasons[number] = described(error)
+            return torch.stack([images[number] for number in batch]), batch, reasons
 
         workers = min(self.workers, -(-len(numbers) // self.batch_size))
-        how = collate, workers, self.worker_init
-        for images, batch, broken in loader(numbers, *how, batch_size=self.batch_size):
+        loading = collate, workers, self.worker_init
+        for images, batch, reasons in loader(numbers, *loading, batch_size=self.batch_size):
             self.heartbeat()
             cls, patches = self.student.image_embeddings(images.to(self.device, non_blocking=True))
-            usable = [number != FILLER and number not in broken for number in batch]
-            yield [*compress(batch, usable)], cls[usable], patches[usable], broken
+            usable = [number != FILLER and number not in reasons for number in batch]
+            yield [*compress(batch, usable)], cls[usable], patches[usable], reasons
 
-    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], Broken]:
-        """Embed texts, in as many batches as `count` of them take, the same on every rank."""
-        samples, bad, out = list[Sample](), Broken(), dict[int, Embedding]()
+    def texts(self, texts: Mapping[int, str], count: int) -> tuple[dict[int, Embedding], Reasons]:
+        """Embed texts by number, and return also why others cannot be used.
+
+        count: the largest number of texts of a rank: each takes as many batches.
+        """
+        samples: list[Sample] = []
+        reasons = Reasons()
         for number, text in texts.items():
-            unicode = text.encode(errors="ignore").decode() == text
-            sample = Sample(black(0), self.tokenizer(text if unicode else ""), number, 0)
+            is_unicode = text.encode(errors="ignore").decode() == text
+            sample = Sample(black(0), self.tokenizer(text if is_unicode else ""), number, 0)
             if any(sample.tokens.valid):
                 samples.append(sample)
             else:
-                bad[number] = NO_TOKEN if unicode else "caption that is no Unicode"
+                reasons[number] = NO_TOKEN if is_unicode else "caption that is no Unicode"
         samples += [Sample(black(0), self.tokenizer("a"), FILLER, 0)] * (count - len(samples))
+        embedded: dict[int, Embedding] = {}
         for start in range(0, count, self.batch_size):
             self.heartbeat()
             batch = Collate(self.tokenizer)(samples[start : start + self.batch_size])
-            ids, mask = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
-            cls, tokens = (x.cpu() for x in self.student.text_embeddings(ids, mask))  # sync
+            inputs = batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+            cls, tokens = (x.cpu() for x in self.student.text_embeddings(*inputs))  # CPU-GPU sync
             for row, number in enumerate(batch.index.tolist()):
-                out[number] = cls[row], tokens[row, batch.token_mask[row]]
-        out.pop(FILLER, None)
-        return out, bad
+                embedded[number] = Embedding(cls[row], tokens[row, batch.token_mask[row]])
+        embedded.pop(FILLER, None)
+        return embedded, reasons
 
-    def scores(self, images: Sequence[Embedding], texts: Sequence[Tensor]) -> dict[str, BothWays]:
-        """Each of `kinds` for pictures and a `block` of texts, on the device."""
-        cls, patches = (torch.stack(part).to(self.device) for part in zip(*images, strict=True))
-        text_cls, tokens, token_mask = (part.to(self.device) for part in texts)
+    def scores(self, images: Sequence[Embedding], texts: PaddedTexts) -> dict[str, BothWays]:
+        """Return each of `kinds` for all pictures and texts, fp32 [I, J] each, on the device."""
+        image_cls, patches = (torch.stack(x).to(self.device) for x in zip(*images, strict=True))
+        text_cls, tokens, token_mask = (tensor.to(self.device) for tensor in texts)
         cmli = cmli_scores(patches, tokens, token_mask) if "cmli" in self.kinds else None
-        both = both_ways(cls @ text_cls.t(), cmli, self.scales)
-        return {kind: both[kind] for kind in self.kinds}
+        kinds = both_ways(image_cls @ text_cls.t(), cmli, self.scales)
+        return {kind: kinds[kind] for kind in self.kinds}
 
 
-def load(
-    source: ModelSource,
-    device: torch.device,
-    precision: str | None,
-    ema: bool = False,
-    **batches: Any,
+def load_evaluator(
+    model: ModelSource, device: torch.device, precision: str | None, ema: bool = False, **batch: Any
 ) -> tuple[Config, Evaluator]:
-    """A run, one of its files of weights, or what training starts from; and its settings.
+    """Load a run, one of its files of weights, or what training starts from; and its settings.
 
-    By default in the training's precision. `batches`: as of `Evaluator`. Raises `UserError`.
+    `precision`: None is that of a run's training, and of other models fp32. `batch`: arguments of
+    `Evaluator`. Raises `UserError`.
     """
-    if source.has_own_data:
-        config = load_config(source.path / RUN, "--checkpoint")
-        ds_config = DeepSpeedConfig(read_json(source.path / RUN).get("deepspeed", {}))
+    if model.has_own_data:
+        config = load_config(model.path / RUN, "--checkpoint")
+        ds_config = DeepSpeedConfig(read_json(model.path / RUN).get("deepspeed", {}))
         precision = precision or ds_config.precision
     else:
-        config = evaluation_config(source)
-    words, trained = tokenizer_of(config.data), source.has_own_data or source.is_run
+        config = evaluation_config(model)
+    tokenizer = tokenizer_of(config.data)
+    trained = model.has_own_data or model.is_run
     if trained:
-        file = hf.AVERAGE if ema else source.weights or hf.WEIGHTS
-        model: Any = hf.load_model(source.path, file)
+        file = hf.AVERAGE if ema else model.weights or hf.WEIGHTS
+        module: Any = hf.load_model(model.path, file)
     else:
-        model, _ = build_models(config, words.vocab_size, pad_id=words.pad_id)
+        module, _ = build_models(config, tokenizer.vocab_size, pad_id=tokenizer.pad_id)
     dtype = DTYPES[precision or "fp32"]
-    cast_buffers(model.student.image, dtype)  # as in training, by engine.build
-    for parameter in model.parameters():
+    cast_buffers(module.student.image, dtype)  # as in training, by engine.build
+    for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
-    model = model.to(device).eval()
-    return config, Evaluator(model, words, device, trained=trained, **batches)
+    module = module.to(device).eval()
+    return config, Evaluator(module, tokenizer, device, trained=trained, **batch)
 
 
-def block(texts: Sequence[Embedding]) -> tuple[Tensor, Tensor, Tensor]:
-    """Class tokens [t, H], padded tokens [t, M, D], and bool [t, M], False for the padding."""
+def pad_texts(texts: Sequence[Embedding]) -> PaddedTexts:
+    """Stack texts, and pad their tokens with zeros to the longest one."""
     cls, tokens = zip(*texts, strict=True)
-    length = torch.tensor([len(one) for one in tokens])
-    mask = torch.arange(int(length.max())) < length[:, None]
-    return torch.stack(cls), pad_sequence(list(tokens), batch_first=True), mask
+    lengths = torch.tensor([len(text) for text in tokens])
+    token_mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    return PaddedTexts(torch.stack(cls), pad_sequence(list(tokens), batch_first=True), token_mask)
 
 
-def share(numbers: list[int]) -> list[int]:
-    """This rank's of all numbers, with fillers to be as many as rank 0's."""
-    rank, ranks = distributed.rank(), distributed.world_size()
-    return [*numbers[rank::ranks], FILLER][: len(numbers[::ranks])]
+def share_of_rank(numbers: list[int]) -> list[int]:
+    """Return this rank's share of all numbers, with fillers to be as many as rank 0's."""
+    num_ranks = distributed.world_size()
+    own_numbers = numbers[distributed.rank() :: num_ranks]
+    return [*own_numbers, FILLER][: len(numbers[::num_ranks])]
 
 
 def pictures_of(pairs: HeldOut) -> list[int]:
-    """Each caption's picture, whose number is that of its first caption."""
+    """Return each caption's picture, whose number is that of its first caption."""
     first: dict[object, int] = {}
     return [first.setdefault(image, row) for row, (image, _) in enumerate(pairs.rows)]
 
@@ -195,31 +218,38 @@ class Embedded:
 
 @torch.no_grad()
 def embed(model: Evaluator, pairs: HeldOut) -> Embedded:
-    """Embed every picture and every caption once, on one of the ranks. Collective."""
-    image_of, lost = pictures_of(pairs), list[Bad]()
-    images, own = dict[int, Embedding](), share([*dict.fromkeys(image_of)])
-    for numbers, cls, patches, broken in model.images(pairs, own):
-        images |= zip(numbers, zip(cls.cpu(), patches.cpu(), strict=True), strict=True)  # sync
-        lost += [(pairs.name(number), why) for number, why in broken.items()]
-    here = {*own}  # a caption belongs to the rank of its picture
-    written = {row: pairs.rows[row][1] for row, picture in enumerate(image_of) if picture in here}
-    most = max(distributed.gather_objects(len(written)))  # collective
-    texts, bad = model.texts(written, most)
-    lost += [(pairs.name(row), why) for row, why in bad.items()]
+    """Embed every picture and every caption once, on one of the ranks. Collective.
+
+    A caption belongs to the rank of its picture.
+    """
+    image_of = pictures_of(pairs)
+    own_pictures = share_of_rank([*dict.fromkeys(image_of)])
+    images: dict[int, Embedding] = {}
+    lost: list[Bad] = []
+    for numbers, cls, patches, reasons in model.images(pairs, own_pictures):
+        embeddings = map(Embedding, cls.cpu(), patches.cpu())  # CPU-GPU sync
+        images |= zip(numbers, embeddings, strict=True)
+        lost += [(pairs.name(number), why) for number, why in reasons.items()]
+    is_own = {*own_pictures}
+    own_rows = [row for row, picture in enumerate(image_of) if picture in is_own]
+    most = max(distributed.gather_objects(len(own_rows)))  # collective
+    texts, reasons = model.texts({row: pairs.rows[row][1] for row in own_rows}, most)
+    lost += [(pairs.name(row), why) for row, why in reasons.items()]
     texts = {row: text for row, text in texts.items() if image_of[row] in images}
     images = {number: images[number] for number in sorted({image_of[row] for row in texts})}
     gathered = distributed.gather_objects((list(texts), lost))  # collective
     captions = sorted(row for rows, _ in gathered for row in rows)
-    at_load = list(getattr(pairs, "bad", ()))
-    lost = at_load + [one for _, of_rank in gathered for one in of_rank]
-    pictures = len({image_of[caption] for caption in captions})
-    number = len(image_of) - len(captions) + len(at_load)
-    counts = {"pairs": len(captions), "pictures": pictures, **left_out(number, lost, pictures)}
+    lost_at_load = list(getattr(pairs, "bad", ()))
+    lost = lost_at_load + [bad for _, lost_of_rank in gathered for bad in lost_of_rank]
+    num_pictures = len({image_of[caption] for caption in captions})
+    num_left_out = len(image_of) - len(captions) + len(lost_at_load)
+    counts = {"pairs": len(captions), "pictures": num_pictures}
+    counts |= left_out(num_left_out, lost, num_pictures)
     return Embedded(pairs, image_of, images, texts, captions, counts)
 
 
-def left_out(number: int, lost: list[Bad], used: int) -> Metrics:
-    """How many cannot be used, and the names of some. Raises `UserError` if none can."""
-    if not used:
+def left_out(count: int, lost: list[Bad], num_used: int) -> Metrics:
+    """Return how many cannot be used, and the names of some. Raises `UserError` if none can."""
+    if not num_used:
         raise UserError("no picture can be used, for instance " + ", ".join(told(lost)))
-    return {"left_out": number, "left_out_first": told(lost)} if lost else {}
+    return {"left_out": count, "left_out_first": told(lost)} if lost else {}

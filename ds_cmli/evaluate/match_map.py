@@ -52,15 +52,17 @@ def tile(picture: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def match_maps(
-    own: Embedded, tokenizer: CaptionTokenizer, grid: tuple[int, int], count: int
+    embedded: Embedded, tokenizer: CaptionTokenizer, grid: tuple[int, int], count: int
 ) -> list[np.ndarray]:
     """Those of the first `count` usable pictures with their first captions. Collective."""
-    first = {own.image_of[caption]: caption for caption in reversed(own.captions)}
+    first = {embedded.image_of[caption]: caption for caption in reversed(embedded.captions)}
     mine = {}
     for picture, caption in sorted(first.items())[:count]:
-        if caption in own.texts:
-            text, image = own.pairs.rows[caption][1], own.pairs.image(caption)
-            tokens, patches = own.texts[caption][1], own.images[picture][1]
-            mine[picture] = sheet(image, text, match(tokenizer, text, tokens, patches, grid))
+        if caption in embedded.texts:
+            _, text = embedded.pairs.rows[caption]
+            tokens = embedded.texts[caption].parts
+            patches = embedded.images[picture].parts
+            words = match(tokenizer, text, tokens, patches, grid)
+            mine[picture] = sheet(embedded.pairs.image(caption), text, words)
     every = {k: drawn for maps in distributed.gather_objects(mine) for k, drawn in maps.items()}
     return [np.asarray(every[picture]) for picture in sorted(every)]

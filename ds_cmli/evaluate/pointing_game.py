@@ -24,34 +24,38 @@ from ds_cmli.data.scenes import Scenes, spans_of_tokens
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import UserError, blame
-from ds_cmli.evaluate.embed import Embedded, Files
-from ds_cmli.evaluate.metrics import Metrics, patches_inside, phrase_hits
+from ds_cmli.evaluate.embed import Embedded, PictureFiles
+from ds_cmli.evaluate.measures import patches_inside, phrase_hits
+from ds_cmli.evaluate.summary import Metrics
 
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 PHRASE = re.compile(r"\[/EN#(\d+)\S* ([^\]]*)\]")
 PixelBox = tuple[float, float, float, float]  # left, top, right, bottom
-Pair = tuple[int, int]  # a span of characters; width and height; rows and columns of patches
+Span = tuple[int, int]  # the first character, and the one after the last
+Size = tuple[int, int]  # width and height, or rows and columns
 # The phrase of each valid token, int64 [M], -1 for none, and the patches that show it, bool [F, N].
 Regions = tuple[Tensor, Tensor]
 
 
-def pointing_game(own: Embedded, regions: Callable[..., Regions], grid: Pair) -> Metrics:
+def pointing_game(embedded: Embedded, regions: Callable[..., Regions], grid: Size) -> Metrics:
     """The share of `phrases` whose best patch lies on what they name, and of a random patch.
 
     `visible` is the share that some patch of the central square shows. Collective.
     """
     sums = torch.zeros(4, dtype=torch.float64)
-    for caption, (_, tokens) in own.texts.items():
-        phrase, inside = regions(own.pairs, caption, grid)
-        hits = phrase_hits(own.images[own.image_of[caption]][1], tokens, phrase, inside)
-        chance, visible = inside.double().mean(1).sum(), inside.any(1).sum()
+    for caption, text in embedded.texts.items():
+        phrase, inside = regions(embedded.pairs, caption, grid)
+        patches = embedded.images[embedded.image_of[caption]].parts
+        hits = phrase_hits(patches, text.parts, phrase, inside)
+        chance = inside.double().mean(1).sum()
+        visible = inside.any(1).sum()
         sums += torch.tensor([hits.sum(), chance, visible, len(hits)], dtype=torch.float64)
     hits, chance, visible, phrases = distributed.sum_over_ranks(sums).tolist()  # collective
     shares = {"pointing_game": hits, "chance/pointing_game": chance, "visible": visible}
     return {name: x / max(phrases, 1) for name, x in shares.items()} | {"phrases": int(phrases)}
 
 
-def quarters(scenes: Scenes, row: int, grid: Pair) -> Regions:
+def quarters(scenes: Scenes, row: int, grid: Size) -> Regions:
     """Each token of a scene that names a picture is a phrase of its own, shown in a quarter."""
     sample = scenes.pair(row)
     cells = torch.tensor(sample.cell_picture).view(1, 1, 2, 2).float()
@@ -61,7 +65,7 @@ def quarters(scenes: Scenes, row: int, grid: Pair) -> Regions:
     return torch.where(named, named.cumsum(0) - 1, -1), picture_of_patch == picture[named, None]
 
 
-def boxes(entities: "Entities", row: int, grid: Pair) -> Regions:
+def boxes(entities: "Entities", row: int, grid: Size) -> Regions:
     """The phrases of a caption, and the patches whose centre lies in one of their boxes."""
     phrases, size = entities.phrases[row]
     tokens, part = entities.tokenizer(entities.rows[row][1]), entities.view.part(*size)
@@ -70,7 +74,7 @@ def boxes(entities: "Entities", row: int, grid: Pair) -> Regions:
     return torch.tensor(list(compress(phrase, tokens.valid))), inside
 
 
-class Entities(Files):
+class Entities(PictureFiles):
     """All captions with a box, of the pictures that `folder/SPLIT.txt` lists, or of all."""
 
     def __init__(
@@ -78,7 +82,7 @@ class Entities(Files):
     ) -> None:
         super().__init__(View.of(config), [])
         self.tokenizer = tokenizer
-        self.phrases: list[tuple[list[tuple[Pair, list[PixelBox]]], Pair]] = []  # of each caption
+        self.phrases: list[tuple[list[tuple[Span, list[PixelBox]]], Size]] = []  # of each caption
         root = Path(os.path.expanduser(folder))
         image_folder = Path(os.path.expanduser(images))
         lists = sorted(path.stem for path in root.glob("*.txt"))
@@ -101,7 +105,7 @@ class Entities(Files):
             raise UserError(f"--boxes is {folder!r}, without a phrase with a box: give {wanted}")
 
 
-def parse_sentence(line: str) -> tuple[str, list[tuple[Pair, str]]]:
+def parse_sentence(line: str) -> tuple[str, list[tuple[Span, str]]]:
     """The caption without its markup, and the span and the entity of each phrase."""
     text, *parts = PHRASE.split(line)
     phrases = []
@@ -111,7 +115,7 @@ def parse_sentence(line: str) -> tuple[str, list[tuple[Pair, str]]]:
     return text, phrases
 
 
-def parse_annotation(text: str) -> tuple[Pair, dict[str, list[PixelBox]]]:
+def parse_annotation(text: str) -> tuple[Size, dict[str, list[PixelBox]]]:
     """Width and height of the picture, and the boxes of each entity that has any."""
     root, boxes = ElementTree.fromstring(text), defaultdict(list)
     for item in root.iter("object"):

@@ -1,87 +1,122 @@
 """Recall of retrieval over all ranks, and all metrics of one held-out split.
 
-No rank ever holds a whole row of the score matrix. Each keeps its own pictures and their captions.
-Captions are communicated: each block of them is broadcast from its rank to all others, which score
-it against their own pictures, block by block. K kinds of scores, r pictures, b captions of a block.
+No rank ever holds a whole row of the score matrix. Each keeps its own pictures, and scores them
+against the captions of all ranks, which are gathered block by block.
+
+K kinds of scores, r pictures and t captions of a block, M tokens, H hidden size, D embedding
+dimension.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import Embedded, Evaluator, HeldOut, block, embed
-from ds_cmli.evaluate.metrics import Metrics, best_right, chance, count, mean_recalls, prefixed
+from ds_cmli.evaluate import measures
+from ds_cmli.evaluate.embed import (
+    Embedded,
+    Evaluator,
+    HeldOut,
+    PaddedTexts,
+    embed,
+    pad_texts,
+)
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
+from ds_cmli.evaluate.summary import Metrics, prefixed
 
-PICTURES = 128  # per block, which has as many captions as they have
+MAX_PICTURES = 128  # of a block, which has as many captions as they have
+MAX_GATHERED = 512  # pictures whose captions are on a rank at a time
 
 
 @torch.no_grad()
 def evaluate_split(model: Evaluator, pairs: HeldOut) -> tuple[Metrics, Embedded]:
-    """All metrics of a split, the same on every rank, and this rank's embeddings. Collective.
+    """Return the metrics of a split, the same on every rank, and this rank's embeddings.
 
-    `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `pointing_game` of scenes, and
-    `Embedded.counts`.
+    They are `<score>/<direction>_r<k>`, `<score>/mean_recall`, `chance/...`, `pointing_game` of
+    scenes, and `Embedded.counts`. Collective.
     """
     was_training = model.module.training
     model.module.eval()
-    own = embed(model, pairs)  # collective
+    embedded = embed(model, pairs)  # collective
     model.module.train(was_training)
-    pictures = torch.tensor([own.image_of[caption] for caption in own.captions])
-    out = own.counts | prefixed("chance/", chance(pictures))
-    for kind, values in rank(model, own).items():  # collective
-        out |= prefixed(f"{kind}/", values)
+    pictures = torch.tensor([embedded.image_of[caption] for caption in embedded.captions])
+    metrics = embedded.counts | prefixed("chance/", measures.chance_recalls(pictures))
+    for kind, values in recalls_of_kinds(model, embedded).items():  # collective
+        metrics |= prefixed(f"{kind}/", values)
     if isinstance(pairs, Scenes):
-        game = pointing_game(own, quarters, model.student.grid)  # collective
-        out["pointing_game"] = game["pointing_game"]
-    return out, own
+        game = pointing_game(embedded, quarters, model.student.grid)  # collective
+        metrics["pointing_game"] = game["pointing_game"]
+    return metrics, embedded
 
 
-def rank(model: Evaluator, own: Embedded) -> dict[str, dict[str, float]]:
-    """The recalls of each kind of scores over all ranks' pictures and captions. Collective."""
-    image_of, here, kinds = torch.tensor(own.image_of), list(own.images), len(model.kinds)
-    most = -(-len(image_of.unique()) // distributed.world_size())  # as many blocks on all ranks
-    blocks = [here[start : start + PICTURES] for start in range(0, most, PICTURES)]
-    captions_of = defaultdict[int, list[int]](list)
-    for row in own.texts:
-        captions_of[own.image_of[row]].append(row)
+class CaptionBlock(NamedTuple):
+    """The captions of a block of a rank's pictures."""
 
-    def scores(numbers: list[int], captions: list[int], texts: Sequence) -> tuple[Tensor, ...]:
-        """i2t and t2i, [K, r, b], and whether the caption is one of the picture's. CPU-GPU sync."""
-        ways = model.scores([own.images[number] for number in numbers], texts).values()
-        i2t, t2i = (torch.stack(way).cpu() for way in zip(*ways, strict=True))
-        return i2t, t2i, torch.tensor(numbers)[:, None] == image_of[captions]
+    captions: list[int]
+    scores: Tensor  # [K, 1, t], of each caption with its own picture
+    texts: PaddedTexts
 
-    # The right pairs first, in the blocks with the pictures of their captions: computed as again
-    # below, so that a score is bitwise equal to itself.
-    best = torch.full((kinds, len(image_of), 1), -torch.inf)
-    sent: list[tuple | None] = []  # captions, their scores with their pictures, their embeddings
-    for numbers in blocks:
-        captions = [caption for number in numbers for caption in captions_of[number]]
+
+def recalls_of_kinds(model: Evaluator, embedded: Embedded) -> dict[str, dict[str, float]]:
+    """Return the recalls of each kind of scores over all ranks' pictures and captions. Collective.
+
+    A picture's counts are complete on its rank; a caption's are the sum over all ranks.
+    """
+    image_of = torch.tensor(embedded.image_of)
+    num_kinds = len(model.kinds)
+    num_ranks = distributed.world_size()
+    block_size = max(1, min(MAX_PICTURES, MAX_GATHERED // num_ranks))
+    pictures_of_rank = list(embedded.images)
+    most = -(-len({*embedded.image_of}) // num_ranks)
+    # As many on every rank; the last ones may be empty.
+    blocks = [pictures_of_rank[i : i + block_size] for i in range(0, most, block_size)]
+    captions_of_picture: dict[int, list[int]] = defaultdict(list)
+    for caption in embedded.texts:
+        captions_of_picture[embedded.image_of[caption]].append(caption)
+
+    def score(
+        pictures: list[int], captions: Sequence[int], texts: PaddedTexts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return i2t and t2i, [K, r, t], and which pairs are right, bool [r, t]. CPU-GPU sync."""
+        images = [embedded.images[picture] for picture in pictures]
+        kinds = model.scores(images, texts).values()
+        i2t = torch.stack([kind.i2t for kind in kinds]).cpu()
+        t2i = torch.stack([kind.t2i for kind in kinds]).cpu()
+        return i2t, t2i, torch.tensor(pictures)[:, None] == image_of[captions]
+
+    # The right pairs come first, in the blocks with the pictures of their captions: they are scored
+    # as again below, so that a score is bitwise equal to itself.
+    best_captions = torch.full((num_kinds, len(image_of), 1), -torch.inf)
+    own_blocks: list[CaptionBlock | None] = []  # None: no caption
+    for pictures in blocks:
+        captions = [caption for picture in pictures for caption in captions_of_picture[picture]]
         if not captions:
-            sent.append(None)
+            own_blocks.append(None)
             continue
-        texts = block([own.texts[caption] for caption in captions])
-        best[:, numbers], of_captions = best_right(*scores(numbers, captions, texts))
-        sent.append((captions, of_captions, texts))
+        texts = pad_texts([embedded.texts[caption] for caption in captions])
+        own_scores = score(pictures, captions, texts)
+        best_captions[:, pictures], best_images = measures.best_of_right_pairs(*own_scores)
+        own_blocks.append(CaptionBlock(captions, best_images, texts))
 
-    i2t_counts, t2i_counts = torch.zeros(2, kinds, len(image_of), 3, dtype=torch.float64)
-    for source in range(distributed.world_size()):
-        for mine in sent:
-            part = distributed.broadcast_object(mine, source)  # collective
-            for numbers in blocks:
-                model.heartbeat()
-                if part and numbers:
-                    captions, of_captions, texts = part
-                    i2t, t2i, right = scores(numbers, captions, texts)
-                    i2t_counts[:, numbers] += count(i2t, best[:, numbers], right, 2)
-                    t2i_counts[:, captions] += count(t2i, of_captions, right, 1)
+    i2t_counts, t2i_counts = torch.zeros(2, num_kinds, len(image_of), 3, dtype=torch.float64)
+    for own_block in own_blocks:
+        for block in distributed.gather_objects(own_block):  # collective
+            for pictures in blocks:
+                model.heartbeat()  # collective at times
+                if block is None or not pictures:
+                    continue
+                i2t, t2i, is_right = score(pictures, block.captions, block.texts)
+                best = best_captions[:, pictures]
+                i2t_counts[:, pictures] += measures.count_candidates(i2t, best, is_right, 2)
+                t2i_counts[:, block.captions] += measures.count_candidates(
+                    t2i, block.scores, is_right, 1
+                )
     distributed.sum_over_ranks(i2t_counts)  # collective
     distributed.sum_over_ranks(t2i_counts)  # collective
-    pictures = image_of[own.captions].unique()
-    ways = zip(i2t_counts[:, pictures], t2i_counts[:, own.captions], strict=True)
-    return {kind: mean_recalls(*way) for kind, way in zip(model.kinds, ways, strict=True)}
+    i2t_counts = i2t_counts[:, image_of[embedded.captions].unique()]
+    by_kind = zip(model.kinds, i2t_counts, t2i_counts[:, embedded.captions], strict=True)
+    return {kind: measures.mean_recalls(*counts) for kind, *counts in by_kind}

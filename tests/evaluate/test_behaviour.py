@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.evaluate import metrics
-from ds_cmli.evaluate.embed import Embedded
+from ds_cmli.evaluate import measures
+from ds_cmli.evaluate.embed import Embedded, Embedding
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from ds_cmli.evaluate.zero_shot import ClassPictures
 from ds_cmli.scores import both_ways
@@ -39,7 +39,7 @@ def test_each_direction_takes_its_own_cmli_and_only_what_was_trained(scales, i2t
 def recall(scores: list) -> dict[str, float]:
     """Of scores both ways, of which column n is the caption of picture n."""
     both = torch.tensor(scores)
-    return metrics.recalls(both, both, torch.arange(both.shape[1]))
+    return measures.recalls(both, both, torch.arange(both.shape[1]))
 
 
 def test_a_tie_is_a_random_order():
@@ -69,17 +69,17 @@ def test_recall_as_by_sorting(case):
     image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
     i2t, t2i = draw.normal(size=(2, m, len(image_of)))
     i2t[np.arange(m)[:, None] == image_of] += draw.uniform(0, 2)
-    found = metrics.recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
-    for k in metrics.RECALLS:
+    found = measures.recalls(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
+    for k in measures.RECALLS:
         assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
 
 
 def test_constant_scores_are_worth_chance_and_a_picture_without_a_caption_is_a_candidate_alone():
     image_of = torch.arange(60) // 5
     constant = torch.full((12, 60), 0.5)
-    found = metrics.recalls(constant, constant, image_of)
-    assert found == pytest.approx(metrics.chance(image_of))
-    for k in metrics.RECALLS:
+    found = measures.recalls(constant, constant, image_of)
+    assert found == pytest.approx(measures.chance_recalls(image_of))
+    for k in measures.RECALLS:
         drawn = 1 - math.comb(55, k) / math.comb(60, k)
         assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx((drawn, k / 12))
     # Caption 0 finds picture 2, which has none, before its own.
@@ -89,7 +89,7 @@ def test_constant_scores_are_worth_chance_and_a_picture_without_a_caption_is_a_c
 
 def test_accuracies_by_class_weigh_classes_alike():
     scores = torch.eye(6)[[0, 0, 0, 1, 2]]
-    found = metrics.accuracies(scores, torch.tensor([0, 0, 0, 1, 5]))
+    found = measures.accuracies(scores, torch.tensor([0, 0, 0, 1, 5]))
     assert found["top1"] == pytest.approx(4 / 5) and found["mean_per_class"] == pytest.approx(2 / 3)
     # The wrong class 2 has 1, and of the right one and four others with 0 four more are among the first five.
     assert found["top5"] == pytest.approx((4 + 0.8) / 5)
@@ -98,9 +98,9 @@ def test_accuracies_by_class_weigh_classes_alike():
 def test_hits_of_phrases():
     """Of the patches in four rows and two columns, the first two of the first column lie in the box."""
     patches, tokens = torch.eye(8), torch.eye(8)[[2, 3, 7, 5]]
-    inside = metrics.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 2))
+    inside = measures.patches_inside([(0.0, 0.0, 40.0, 40.0)], (0.0, 0.0, 80.0, 80.0), (4, 2))
     assert inside.nonzero().flatten().tolist() == [0, 2]
-    found = metrics.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), inside.repeat(2, 1))
+    found = measures.phrase_hits(patches, tokens, torch.tensor([0, 1, 1, -1]), inside.repeat(2, 1))
     assert found.tolist() == [True, False]
 
 
@@ -108,8 +108,9 @@ def test_a_token_of_a_scene_hits_in_the_quarter_of_its_picture():
     """Pictures 0 and 1 in the first and the last quarter; each token's best patch is one of 4 x 4."""
     tokens = SimpleNamespace(valid=[False, True, True, True, True, False])
     sample = SimpleNamespace(tokens=tokens, token_picture=[-1, 0, 0, 1, -1, -1], cell_picture=[0, -1, -1, 1])
-    texts = {0: (torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
-    own = Embedded(SimpleNamespace(pair=lambda row: sample), [0], {0: (torch.ones(1), torch.eye(16))}, texts, [0], {})
+    texts = {0: Embedding(torch.ones(1), torch.eye(16)[[5, 2, 10, 0]])}
+    images = {0: Embedding(torch.ones(1), torch.eye(16))}
+    own = Embedded(SimpleNamespace(pair=lambda row: sample), [0], images, texts, [0], {})
     found = pointing_game(own, quarters, (4, 4))
     assert found == {"pointing_game": 2 / 3, "chance/pointing_game": 0.25, "visible": 1.0, "phrases": 3}
 
@@ -119,5 +120,5 @@ def test_names_and_prompts_of_classes(tmp_path):
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
     names.write_text("bird\ncar\n")
     templates.write_text("a {}\n\n{}s\n")
-    pictures = ClassPictures(str(tmp_path), str(names), str(templates), DataConfig())
+    pictures = ClassPictures(str(tmp_path), DataConfig(), str(names), str(templates))
     assert pictures.names == ["bird", "car"] and pictures.templates == ["a {}", "{}s"]

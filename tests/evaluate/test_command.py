@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.__main__ import command
-from ds_cmli.evaluate.metrics import recalls
+from ds_cmli.evaluate.measures import recalls
 from ds_cmli.inference import Model
 from ds_cmli.models.hf import AVERAGE, WEIGHTS
 from tests import make, ranks
@@ -173,3 +173,23 @@ def test_zero_shot_of_two_ranks_is_that_of_one(model, tmp_path):
     for kind, right in by_loops.items():
         assert one[f"zero_shot/{kind}/top1"] == pytest.approx(right), kind
     assert one["zero_shot/combined/top5"] == 1 and one["zero_shot/chance/top1"] == pytest.approx(1 / 3)
+
+
+def test_zero_shot_while_training_is_the_commands_figure_after_it(tmp_path):
+    make.pictures(tmp_path / "pets", *(f"class_{n % 3}/{n}.png" for n in range(6)))
+    run = tmp_path / "run"
+    settings = {"run.zero_shot": str(tmp_path / "pets"), "run.best_by": "zero_shot", "run.keep_best": True}
+    options = {"--output-dir": run, "--steps": 4, "--eval-every": 2}
+    assert make.train(*make.small(options, settings)) == 0
+    logged = make.lines(run, "zero_shot/pets/pictures")
+    assert [line["step"] for line in logged] == [2, 4]
+    _, measured = evaluate(tmp_path, str(run), "--zero-shot", str(tmp_path / "pets"))
+    last = {name.replace("zero_shot/pets/", "zero_shot/"): value for name, value in logged[-1].items()}
+    assert measured.keys() <= last.keys()
+    for name, value in measured.items():
+        assert last[name] == pytest.approx(value, abs=1e-9), name
+    best = json.loads((run / "checkpoint" / "step4" / "state.json").read_text())["best"]
+    accuracies = [line["zero_shot/pets/combined/top1"] for line in logged]
+    assert best["metric"] == "pets combined top-1 accuracy" and best["value"] == pytest.approx(max(accuracies))
+    assert best["step"] == logged[accuracies.index(max(accuracies))]["step"]
+    assert (run / "model.best.safetensors").exists()

@@ -10,8 +10,8 @@ from ds_cmli.data.sources.lists import ListedImages
 from ds_cmli.errors import UserError
 from ds_cmli.evaluate.embed import Evaluator
 from ds_cmli.evaluate.match_map import match_maps
-from ds_cmli.evaluate.metrics import summary
 from ds_cmli.evaluate.retrieval import evaluate_split
+from ds_cmli.evaluate.summary import summary
 from tests import make
 from tests.ranks import run
 
@@ -51,7 +51,7 @@ def test_ranks_share_the_work_and_agree_with_one_process(tmp_path, monkeypatch):
         assert len(drawn) == 5 and all((one == other).all() for one, other in zip(drawn, maps, strict=True))
     assert sorted(file for *_, files in results for file in files) == opened  # each is read once
     # Scored in several blocks: the same again.
-    monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
+    monkeypatch.setattr("ds_cmli.evaluate.retrieval.MAX_PICTURES", 4)
     assert on_rank(0, 1, tmp_path)[0] == pytest.approx(expected, abs=1e-9)
     assert 0 < expected["pointing_game"] < 1
     assert (expected["pairs"], expected["pictures"]) == (11, 11)
