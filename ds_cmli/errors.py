@@ -18,7 +18,8 @@ class UserError(click.ClickException):
 
     def __init__(self, message: str):
         # PyTorch raises a loading process's error again, with that process's traceback in front.
-        super().__init__(_after_traceback(message).split(f"{__name__}.UserError: ", 1)[-1])
+        kind = f"{type(self).__module__}.{type(self).__name__}: "
+        super().__init__(_after_traceback(message).split(kind, 1)[-1])
 
 
 @contextmanager

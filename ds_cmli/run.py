@@ -14,6 +14,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.build import Data
 from ds_cmli.data.pairs import BadSamples, Batch
 from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.data.shard_cache import fetched_bytes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.train_engine import MicroBatchLosses, by_name
@@ -67,7 +68,7 @@ class Run:
         error: Exception | None = None
         try:
             for _ in range(self.engine.accumulation):
-                with self.meter.timed("data"):
+                with self.meter.timed("data"), self.watchdog.counting(fetched_bytes):
                     micro_batches.append(next(batches))
                 self.watchdog.heartbeat()
         except Exception as loading_error:
@@ -159,7 +160,7 @@ class Run:
         """
         ema = self.engine.ema
         try:
-            with self.meter.timed("paused"):
+            with self.meter.timed("paused"), self.watchdog.counting(fetched_bytes):
                 self._evaluate_splits("", counts=ema is None)  # collectives
                 if ema is not None:
                     with ema.as_weights():  # collectives

@@ -132,7 +132,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- processes and data
         device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
-        data = load_data(config, watchdog.heartbeat)  # collective
+        data = load_data(config, watchdog)  # collective
         with distributed.raised_together():  # collective
             class_pictures = open_class_folders(config)
 
@@ -214,16 +214,18 @@ def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "
                 distributed.shutdown()
 
 
-def load_data(config: Config, heartbeat: Callable[[], None]) -> "Data":
+def load_data(config: Config, watchdog: "Watchdog") -> "Data":
     """Fetch what the configuration uses, open its data, and print what it is. Collective."""
     from ds_cmli.data import assets
     from ds_cmli.data.build import build_data
+    from ds_cmli.data.shard_cache import fetched_bytes
     from ds_cmli.distributed import process_group as distributed
 
-    with distributed.raised_together():  # a mistake may be of one node alone
+    # Mistakes are raised together, because one may be of one node alone.
+    with watchdog.counting(fetched_bytes), distributed.raised_together():
         for name in assets.used(config):
             assets.fetch(name)
-        data = build_data(config.data, config.run.seed, heartbeat)
+        data = build_data(config.data, config.run.seed, watchdog.heartbeat)
     print_line(*data.summary)
     return data
 

@@ -146,7 +146,7 @@ ROWS = (
      "valid = [not added and token not in self.special_ids for token, added in tokens]",
      "valid = [True for token, added in tokens]"),
     ("data-held-out", "data/build.py", "data/test_build.py::test_a_share_is_held_out_by_name_whatever_the_order",
-     "source, AllBut(len(source), indices)", "source, range(len(source))"),
+     "source, AllBut(len(source), np.asarray(indices))", "source, range(len(source))"),
     ("data-bad", "data/pairs.py", DATA + "test_a_broken_sample_is_replaced_by_the_next_and_counted",
      "return replace(sample, index=index, bad=bad[0] if bad else None)", "return replace(sample, index=index)"),
     # Models: padding that is seen, a class token among the patches, targets without their norm, a grid on its side.

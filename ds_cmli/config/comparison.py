@@ -8,7 +8,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.files import JsonObject, Section
 
 # Settings of `data` and keys of the DeepSpeed JSON on which no step depends.
-FREE_DATA_SETTINGS = {"workers", "max_bad_share"}
+FREE_DATA_SETTINGS = {"workers", "max_bad_share", "cache", "cache_gb"}
 FREE_KEYS = words("""
     checkpoint comms_logger csv_monitor dump_state flops_profiler log_level memory_breakdown
     steps_per_print tensorboard timers wall_clock_breakdown wandb

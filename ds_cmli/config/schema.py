@@ -144,6 +144,10 @@ class DataConfig:
     shuffle_window: Number | None = None
     """Shards whose samples are shuffled together; 0: all; null: 64 of remote tars, and of tars with
     more than 10 million pictures, else all."""
+    cache: bool = False
+    """Local tars are copied to this node too, as from a slow shared disk."""
+    cache_gb: Positive = 100.0
+    """The size of a node's copies of tars in a storage, in DS_CMLI_CACHE."""
     augmentation: dict[AugmentationName, Share] = Field(default_factory=dict)
     """Transforms of training pictures: the smallest share of the area that a crop keeps, the
     probability of a flip (captions may name left and right), the change of colours."""

@@ -15,6 +15,7 @@ from ds_cmli.data.order import FullOrder, Order, WindowedOrder
 from ds_cmli.data.pairs import Collate, EvalPairs, Images, Share, TrainPairs
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, DemoPictures, Scenes
 from ds_cmli.data.sources import MAX_FULL, is_large, shard_sizes
+from ds_cmli.data.sources.remote import check_cache
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.errors import UserError
 
@@ -69,7 +70,7 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
         if name in held_out:
             held_out_source, indices = held_out[name]
             if held_out_source is source:
-                train[name] = source, AllBut(len(source), indices)
+                train[name] = source, AllBut(len(source), np.asarray(indices))
         weight = weight_of.get(name)
         share = f", {weight:g} of the mixture" if weight else ""
         summary.append(f"data: {name}: {kind}, {_describe(train[name])} to train on{share}")
@@ -95,6 +96,7 @@ def build_data(config: DataConfig, seed: int, heartbeat: Callable[[], None] = la
         pairs[start]  # a folder without its images is an error here, not in a loading process
     order, line = order_of(pairs.images, weights, config.shuffle_window)
     summary.append(line)
+    check_cache([source for source, _ in train.values()], order, config.cache_gb)
     evals = {"val": EvalPairs(Images(held_out), config)}
     return Data(pairs, order, evals, tokenizer, summary, fingerprint)
 
@@ -115,14 +117,15 @@ def order_of(images: Images, weights: list[float] | None, window: int | None) ->
         return FullOrder(lengths, weights), "order: all samples are shuffled together"
     sizes = []
     for source, indices in images.sources:
-        sizes.append(shard_sizes(source))
+        shard_lengths = shard_sizes(source)
         if isinstance(indices, AllBut):
-            shards = np.searchsorted(np.cumsum(sizes[-1]), indices.left_out, side="right")
-            sizes[-1] = sizes[-1] - np.bincount(shards, minlength=len(sizes[-1]))
+            shards = np.searchsorted(np.cumsum(shard_lengths), indices.left_out, side="right")
+            shard_lengths = shard_lengths - np.bincount(shards, minlength=len(shard_lengths))
+        sizes.append(shard_lengths)
     order = WindowedOrder(sizes, window, weights, images.prefetch)
     num_shards = sum(map(len, sizes))
-    shards = f"{min(order.window, num_shards)} of {num_shards:,} shards at a time"
-    return order, f"order: the samples of {shards} are shuffled together (data.shuffle_window)"
+    part = f"{min(order.window, num_shards)} of {num_shards:,} shards at a time"
+    return order, f"order: the samples of {part} are shuffled together (data.shuffle_window)"
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> tuple[Evals, list[str]]:

@@ -16,6 +16,7 @@ from ds_cmli.config.registry import SOURCES
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources import Source
 from ds_cmli.data.sources.arrow import arrow_parts, import_datasets
+from ds_cmli.data.sources.remote import is_url, open_copied, open_remote
 from ds_cmli.data.sources.tars import open_tars
 from ds_cmli.errors import UserError, blame
 from ds_cmli.pretrained import loading
@@ -50,6 +51,8 @@ def open_source(
     name: str, config: DataConfig, heartbeat: Callable[[], None] = lambda: None
 ) -> Opened:
     """Open one source: its kind in a few words, and its parts by split."""
+    if is_url(name):
+        return "tars in a storage", open_remote(name, expand_braces(name), config)
     if name.startswith(HUB_DATASETS):
         return "a data set of the hub", open_hub(name, config, heartbeat)
     path = Path(os.path.expanduser(name))
@@ -60,7 +63,8 @@ def open_source(
         if files and (not named_files or matching == files):
             open_files = resolve_name(entry.implementation)
             if open_files is open_tars:
-                open_files = partial(open_tars, heartbeat=heartbeat)
+                opener = open_copied if config.cache else open_tars
+                open_files = partial(opener, heartbeat=heartbeat)
             return entry.what, open_files(matching or [path], config)
     raise UserError(f"data.source is {name!r}, {_guess(path)}\n{_accepted()}")
 
@@ -88,15 +92,21 @@ def open_hub(
     return open_tars(shards, config, heartbeat)
 
 
-def expand(pattern: str) -> list[Path]:
-    """The files that a name stands for, in order: `{00..19}`, `{a,b}`, `*`, `?` and `[]`."""
-    names = [os.path.expanduser(pattern)]
+def expand_braces(pattern: str) -> list[str]:
+    """Return the names that a pattern stands for, in order: `{00..19}` and `{a,b}`."""
+    names = [pattern]
     while braces := next(filter(None, (re.search(r"\{([^{}]*)\}", name) for name in names)), None):
         choices = braces[1].split(",")
         if span := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
             numbers = range(int(span[1]), int(span[2]) + 1)
             choices = [str(number).zfill(len(span[1])) for number in numbers]
         names = [name.replace(braces[0], choice, 1) for name in names for choice in choices]
+    return names
+
+
+def expand(pattern: str) -> list[Path]:
+    """Return the files that a name stands for, in order: braces, `*`, `?` and `[]`."""
+    names = expand_braces(os.path.expanduser(pattern))
     files = [Path(file) for name in names for file in sorted(glob.glob(name)) or [name]]
     if missing := [file for file in files if not file.is_file()]:
         close = difflib.get_close_matches(str(missing[0]), glob.glob(f"{missing[0].parent}/*"), n=1)
@@ -109,7 +119,7 @@ def expand(pattern: str) -> list[Path]:
 
 def _accepted() -> str:
     kinds = ", ".join(entry.what for entry in SOURCES.values())
-    return f"accepted are 'demo', {HUB_DATASETS}OWNER/NAME, {kinds}"
+    return f"accepted are 'demo', {HUB_DATASETS}OWNER/NAME, URLs of tars, {kinds}"
 
 
 def _guess(path: Path) -> str:

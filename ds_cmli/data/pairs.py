@@ -20,6 +20,7 @@ from ds_cmli import scopes
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import View
 from ds_cmli.data.sampler import Draw
+from ds_cmli.data.shard_cache import LostShard, ShardError
 from ds_cmli.data.sources import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.distributed.process_group import CollectiveFlags
@@ -132,6 +133,8 @@ class Images:
 
     def prefetch(self, indices: Sequence[int] | np.ndarray) -> None:
         """Announce images that are read soon to those sources that fetch them."""
+        if not any(hasattr(source, "prefetch") for source, _ in self.sources):
+            return
         places: dict[int, list[int]] = {}
         for index in map(int, indices):
             number = bisect_right(self.starts, index) - 1
@@ -168,13 +171,19 @@ class TrainPairs(Dataset):
         index, turn = at if isinstance(at, Draw) else Draw(at)
         source = bisect_right(self.images.starts, index)
         first, end = self.images.starts[source - 1 : source + 1]
-        bad, tries = list[Bad](), min(MOST_TRIES, end - first)
-        for step in range(tries):
-            taken = first + (index - first + step) % (end - first)
+        bad: list[Bad] = []
+        tries = min(MOST_TRIES, end - first)
+        offset = 0
+        for _ in range(tries):
+            stand_in = first + (index - first + offset) % (end - first)
             try:
-                sample = self._pair(taken, turn)
+                sample = self._pair(stand_in, turn)
+            except ShardError:
+                raise
             except Exception as error:  # decoders raise nearly any exception for damaged files
-                bad.append((self.images.name(taken), described(error)))
+                bad.append((self.images.name(stand_in), described(error)))
+                # A lost shard is passed over whole.
+                offset += error.num_samples if isinstance(error, LostShard) else 1
             else:
                 return replace(sample, index=index, bad=bad[0] if bad else None)
         where = f"from {bad[0][0]} ({bad[0][1]}) on"
@@ -197,9 +206,12 @@ class EvalPairs:
         self.images, self.view = images, View.of(config)
         self.bad = list[Bad]()  # images whose captions cannot be read, and which are left out
         self.rows: list[tuple[int, str]] = []  # image and text of each caption
+        images.prefetch(range(len(images)))
         for index in range(len(images)):
             try:
                 self.rows += [(index, caption) for caption in images.captions(index)]
+            except ShardError:
+                raise
             except Exception as error:
                 self.bad.append((images.name(index), described(error)))
 

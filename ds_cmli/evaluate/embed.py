@@ -21,6 +21,7 @@ from ds_cmli.config.source import RUN, ModelSource, evaluation_config
 from ds_cmli.data.images import View, black, read_image_file
 from ds_cmli.data.pairs import NO_TOKEN, Bad, Collate, EvalPairs, Sample, described, loader, told
 from ds_cmli.data.scenes import Scenes
+from ds_cmli.data.shard_cache import ShardError
 from ds_cmli.data.tokens import CaptionTokenizer, tokenizer_of
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import DTYPES, build_models
@@ -107,6 +108,8 @@ class Evaluator:
                 try:
                     if number != FILLER:
                         images[number] = pictures.image(number)
+                except ShardError:
+                    raise
                 except Exception as error:  # decoders raise nearly any for damaged files
                     reasons[number] = described(error)
             return torch.stack([images[number] for number in batch]), batch, reasons

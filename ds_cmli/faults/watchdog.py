@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -72,6 +72,8 @@ class Watchdog:
         self.name = f"watchdog/{next(_numbers)}"
         self.step: int | None = None  # optimizer steps done
         self.heartbeats = 0
+        self.progress: Callable[[], object] | None = None
+        self.last_progress: object = None
         self.is_slow = True
         # The line at which a connection to another rank has broken; "": none has.
         self.lost_at = ""
@@ -98,6 +100,15 @@ class Watchdog:
         self.is_slow = True
         yield
         self.is_slow = before
+
+    @contextmanager
+    def counting(self, progress: Callable[[], object]) -> Iterator[None]:
+        """Count each change of what `progress` returns, as of fetched bytes, as progress inside."""
+        self.progress = progress
+        try:
+            yield
+        finally:
+            self.progress = None
 
     def __enter__(self) -> "Watchdog":
         for target in (self._exchange, self._watch) if self.timeout else ():
@@ -126,6 +137,11 @@ class Watchdog:
 
     def _state(self) -> RankState:
         frame = sys._current_frames().get(self.main_thread)
+        progress = self.progress
+        if progress is not None:
+            now = progress()
+            self.heartbeats += now != self.last_progress
+            self.last_progress = now
         return RankState(
             node=this_node(),
             step=self.step or 0,

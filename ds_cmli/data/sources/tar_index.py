@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 
 from ds_cmli.commands import print_line
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.errors import blame
 from ds_cmli.files import cache_folder, locked
 
@@ -202,6 +201,8 @@ def _order_of_rank(length: int) -> Iterator[int]:
 
     So a rank that helps another meets it in the middle of the other's part.
     """
+    from ds_cmli.distributed import process_group as distributed  # with torch
+
     rank = distributed.rank()
     world_size = distributed.world_size()
     bounds = [part * length // world_size for part in range(world_size + 1)]

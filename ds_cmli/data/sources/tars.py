@@ -61,7 +61,7 @@ class Tars:
         self.joined_rows: np.ndarray | None = None
         if len(self) <= MAX_FULL:
             self.joined_rows = join_rows(self.indices, shards)
-        self.open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, by last use
+        self.open = OrderedDict[int, int]()  # shard -> descriptor, by last use
         self.open_rows: dict[int, np.ndarray] = {}  # of open shards, if none are joined
 
     def __len__(self) -> int:
@@ -127,8 +127,13 @@ class Tars:
                 closed, descriptor = self.open.popitem(last=False)
                 os.close(descriptor)
                 self.open_rows.pop(closed, None)
-            if self.joined_rows is None:
-                self.open_rows[shard] = read_rows(self.indices[shard])
-            self.open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            self.open[shard], rows = self._open(shard)
+            if rows is not None:
+                self.open_rows[shard] = rows
         self.open.move_to_end(shard)
         return self.open[shard]
+
+    def _open(self, shard: int) -> tuple[int, np.ndarray | None]:
+        """Return the descriptor of a shard, and its rows unless those of all are joined."""
+        rows = read_rows(self.indices[shard]) if self.joined_rows is None else None
+        return os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC), rows

@@ -1,0 +1,328 @@
+"""Copies of remote shards in a folder of bounded size, fetched before they are read.
+
+The processes of a node share the folder. Readers say by `want` which shards they read soon, and
+wait by `get`; one process of the node fetches (`serve`). They talk through small files in
+`requests/`, so any process can die at any time:
+
+    NAME.want, NAME.wait  a shard is read soon, or a reader waits for it
+    NAME.failed           why there is no copy
+
+fsspec's caching file systems bound no bytes and fetch a file once in each process, so they are not
+used; fsspec itself reads the storages. The fetching process is small: torch is not imported here.
+"""
+
+import errno
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+from filelock import FileLock, Timeout
+from fsspec.callbacks import Callback
+
+from ds_cmli.commands import print_line
+from ds_cmli.data.sources.tar_index import write_index
+from ds_cmli.errors import UserError, blame, one_line
+from ds_cmli.files import cache_folder
+
+NUM_FETCHES = 8  # at the same time on a node
+FIRST_PAUSE = 1.0  # seconds before the second try, doubled before each further one
+MAX_PAUSE = 16.0
+RETRY_SECONDS = 75.0  # in which tries begin, below the time after which a rank counts as hung
+POLL_SECONDS = 0.05
+TOUCH_SECONDS = 5.0  # from one mark of a copy as in use to the next
+IN_USE_SECONDS = 60.0  # after such a mark, while no shard that is only wanted soon replaces it
+FORGET_SECONDS = 60.0  # after which a shard that could not be fetched is tried again
+ALONE_SECONDS = 15.0  # after which a reader fetches itself if no process does
+LINE_SECONDS = 10.0  # from one line about waiting readers to the next
+FETCHING = "from ds_cmli.data.shard_cache import main; main()"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
+FREE_SPACE = "free some space, lower data.cache_gb, or set DS_CMLI_CACHE"
+
+
+class Shard(NamedTuple):
+    """A file of a storage."""
+
+    url: str  # as fsspec takes it
+    size: int | None  # bytes, if known
+
+
+class LostShard(ValueError):
+    """A shard that does not exist or is damaged: its samples are bad ones."""
+
+    def __init__(self, reason: str, num_samples: int = 1):
+        super().__init__(reason)
+        self.num_samples = num_samples  # of the shard
+
+
+class ShardError(UserError):
+    """A shard cannot be fetched for another reason: the run ends, saved, and a later start goes on.
+
+    If its samples counted as bad ones, a start that can fetch it would train on others.
+    """
+
+
+def shards_folder() -> Path:
+    return cache_folder() / "shards"
+
+
+def fetched_bytes() -> int:
+    """Return the bytes of all copies, also of unfinished ones: they grow while shards come."""
+    total = 0
+    for file in [*shards_folder().glob("*.tar"), *shards_folder().glob("*.part")]:
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
+
+
+def index_copy(copy: Path, file: Path) -> None:
+    """Write the index of a copy. Raises `LostShard` if it is damaged."""
+    try:
+        write_index(copy, file)
+    except UserError as error:
+        if not str(error).startswith(str(copy)):  # the index cannot be written
+            raise
+        raise LostShard(str(error).removeprefix(f"{copy} is ")) from None
+
+
+class ShardCache:
+    """The copies of shards in `shards_folder`.
+
+    Args:
+        max_bytes: the size of all copies together; one of unknown size counts when it is there.
+        write_index: called with each new copy's path, before readers see it, and the path of a file
+            to write beside it. Raises `LostShard` if the copy is damaged.
+    """
+
+    def __init__(self, max_bytes: int, write_index: Callable[[Path, Path], None] = index_copy):
+        self.folder = shards_folder()
+        self.requests = self.folder / "requests"
+        self.max_bytes = max_bytes
+        self.write_index = write_index
+        self.touched: dict[Shard, float] = {}
+        self.reserved_bytes = 0  # of shards that are being fetched
+        self.room = threading.Lock()
+        with self._writing():
+            self.requests.mkdir(parents=True, exist_ok=True)
+
+    def path(self, shard: Shard) -> Path:
+        """Return the path of a shard's copy, which may not be there."""
+        digest = sha256(f"{shard.size} {shard.url}".encode(errors="surrogatepass")).hexdigest()
+        return self.folder / f"{digest[:24]}.tar"
+
+    # --- readers
+
+    def want(self, shards: Iterable[Shard]) -> None:
+        """Say that shards are read soon, or still: what was wanted longest ago is dropped first."""
+        now = time.monotonic()
+        for shard in shards:
+            if now - self.touched.get(shard, -TOUCH_SECONDS) < TOUCH_SECONDS:
+                continue
+            self.touched[shard] = now
+            try:
+                os.utime(self.path(shard))
+            except FileNotFoundError:
+                if not self._request(shard, ".failed").exists():
+                    self._ask(shard, ".want")
+
+    def get(self, shard: Shard) -> Path:
+        """Return the path of a shard's copy, after it has been fetched.
+
+        Raises `LostShard` if the shard does not exist or is damaged, else `ShardError` if it cannot
+        be fetched.
+        """
+        copy = self.path(shard)
+        start = time.monotonic()
+        while not copy.exists():
+            self._raise_failure(shard)
+            self._ask(shard, ".wait")
+            time.sleep(POLL_SECONDS)
+            if time.monotonic() - start > ALONE_SECONDS:
+                with suppress(Timeout), self.lock().acquire(timeout=0):
+                    self.make_room(shard, is_awaited=True)
+                    self.fetch(shard)
+        return copy
+
+    def _raise_failure(self, shard: Shard) -> None:
+        file = self._request(shard, ".failed")
+        try:
+            failure = json.loads(file.read_text())
+            age = time.time() - file.stat().st_mtime
+        except (FileNotFoundError, json.JSONDecodeError):  # there is none, or it is being written
+            return
+        if failure["is_lost"]:
+            raise LostShard(failure["reason"])
+        if age < FORGET_SECONDS:
+            raise ShardError(failure["reason"])
+        file.unlink(missing_ok=True)  # of an earlier start
+
+    def _ask(self, shard: Shard, kind: str) -> None:
+        file = self._request(shard, kind)
+        if not file.exists():
+            with self._writing():
+                file.write_text(json.dumps(shard))
+
+    def _request(self, shard: Shard, kind: str) -> Path:
+        return self.requests / f"{self.path(shard).stem}{kind}"
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return blame(f"{self.folder} cannot be written: {FREE_SPACE}")
+
+    # --- the process that fetches
+
+    def lock(self) -> FileLock:
+        """Return the lock that the fetching process of the node holds."""
+        return FileLock(self.folder / "fetching.lock")
+
+    def asked(self) -> Iterator[tuple[Shard, bool]]:
+        """Yield requested shards, and whether a reader waits: these first, then the oldest."""
+        files = []
+        for file in self.requests.glob("*.wa*"):
+            with suppress(FileNotFoundError):
+                files.append((file.suffix == ".want", file.stat().st_mtime_ns, file))
+        for is_early, _, file in sorted(files):
+            with suppress(FileNotFoundError, json.JSONDecodeError):  # it is being written
+                yield Shard(*json.loads(file.read_text())), not is_early
+
+    def make_room(self, shard: Shard, is_awaited: bool) -> bool:
+        """Reserve room for a shard, and return True if there is enough.
+
+        The copies that were wanted longest ago are deleted; those in use only for a shard that a
+        reader waits for. A process that has one open can read it to its end.
+        """
+        with self.room:
+            copies = [(file.stat(), file) for file in self.folder.glob("*.tar")]
+            copies.sort(key=lambda copy: copy[0].st_mtime)
+            used_bytes = self.reserved_bytes + sum(status.st_size for status, _ in copies)
+            excess = used_bytes + (shard.size or 0) - self.max_bytes
+            for status, copy in copies:
+                is_in_use = time.time() - status.st_mtime < IN_USE_SECONDS
+                if excess <= 0 or (is_in_use and not is_awaited):
+                    break
+                copy.unlink()
+                copy.with_suffix(".rows").unlink(missing_ok=True)
+                excess -= status.st_size
+            has_room = excess <= 0 or (is_awaited and not self.reserved_bytes)
+            self.reserved_bytes += (shard.size or 0) * has_room
+            return has_room
+
+    def fetch(self, shard: Shard) -> None:
+        """Fetch a shard for which there is room, or write down why it cannot be fetched."""
+        copy = self.path(shard)
+        part = copy.with_suffix(".part")
+        try:
+            if not copy.exists():
+                download(shard, part)
+                self.write_index(part, copy.with_suffix(".rows"))
+                part.replace(copy)
+        except Exception as error:
+            part.unlink(missing_ok=True)  # first, because the disk may be full
+            reason = one_line(error)
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                reason = f"the disk of {self.folder} is full: {FREE_SPACE}"
+            failure = {"reason": reason, "is_lost": isinstance(error, LostShard)}
+            with self._writing():
+                self._request(shard, ".failed").write_text(json.dumps(failure))
+        finally:
+            with self.room:
+                self.reserved_bytes -= shard.size or 0
+            for kind in (".want", ".wait"):
+                self._request(shard, kind).unlink(missing_ok=True)
+
+
+def download(shard: Shard, file: Path) -> None:
+    """Fetch a shard into a file; what may be a failure of the network is tried again for a while.
+
+    Raises `LostShard` if the shard does not exist, `ShardError` if it cannot be fetched, and
+    `OSError` if the file cannot be written.
+    """
+    options: dict[str, object] = {}
+    if shard.url.startswith(("http://", "https://")):
+        import aiohttp
+
+        # No limit on the whole transfer, but on its silence.
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=20)
+        options = {"client_kwargs": {"timeout": limits}}
+    deadline = time.monotonic() + RETRY_SECONDS
+    pause = FIRST_PAUSE
+    for number in itertools.count(1):
+        try:
+            transfer = Callback()
+            storage, path = fsspec.url_to_fs(shard.url, **options)
+            storage.get_file(path, str(file), callback=transfer)
+            size = file.stat().st_size
+            expected = shard.size if shard.size is not None else transfer.size
+            if expected is not None and size != expected:
+                raise EOFError(f"it has {size:,} bytes and not {expected:,}")
+            return
+        except FileNotFoundError:
+            raise LostShard("no such file") from None
+        except Exception as error:  # each storage has errors of its own
+            if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                raise
+            is_refused = getattr(error, "status", None) in (401, 403)  # by HTTP
+            is_refused = is_refused or isinstance(error, PermissionError)
+            if is_refused or time.monotonic() + pause > deadline:
+                reason = f"{type(error).__name__}: {one_line(error)}"
+                tries = f"cannot be fetched ({number} tries)"
+                raise ShardError(f"{shard.url} {tries}: {reason}") from None
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_PAUSE)
+
+
+def serve(cache: ShardCache, ended: Callable[[], bool]) -> None:
+    """Fetch what readers ask for until `ended`; print a line while readers wait long."""
+    fetching: dict[Shard, Future[None]] = {}
+    pool = ThreadPoolExecutor(NUM_FETCHES)
+    last_line = time.monotonic()
+    while not ended():
+        for shard in [shard for shard, future in fetching.items() if future.done()]:
+            fetching.pop(shard).result()
+        num_awaited = 0
+        for shard, is_awaited in cache.asked():
+            num_awaited += is_awaited
+            is_free = shard not in fetching and len(fetching) < NUM_FETCHES
+            if is_free and cache.make_room(shard, is_awaited):
+                fetching[shard] = pool.submit(cache.fetch, shard)
+        now = time.monotonic()
+        if num_awaited and now - last_line > LINE_SECONDS:
+            print_line(
+                f"data: waiting for {num_awaited} shards, {fetched_bytes() / 1e9:.2f} GB here"
+            )
+        if not num_awaited or now - last_line > LINE_SECONDS:
+            last_line = now
+        time.sleep(POLL_SECONDS)
+
+
+def start_fetching(max_bytes: int) -> None:
+    """Start the process that fetches for a node, if this is its first rank; it ends with that."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        subprocess.Popen(
+            [sys.executable, "-c", FETCHING, str(max_bytes), str(os.getpid())],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a signal to the run's processes must not end it before them
+        )
+
+
+def main() -> None:
+    """Fetch for this node as long as the parent process lives, after the processes before it."""
+    max_bytes, parent = map(int, sys.argv[1:])
+    cache = ShardCache(max_bytes)
+    while os.getppid() == parent:
+        with suppress(Timeout), cache.lock().acquire(timeout=1):
+            # What earlier processes have asked for and not finished.
+            for file in [*cache.requests.iterdir(), *cache.folder.glob("*.part")]:
+                file.unlink(missing_ok=True)
+            serve(cache, lambda: os.getppid() != parent)
+    os._exit(0)  # without waiting for unfinished transfers

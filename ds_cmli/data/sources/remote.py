@@ -1,0 +1,253 @@
+"""WebDataset tars in a storage, or on a slow disk, read from copies on this node.
+
+Before the run only names, sizes and numbers of samples are known; a shard is copied and indexed
+when its turn comes. URLs are fsspec's: `s3://`, `gs://`, `hf://`, `https://`.
+"""
+
+import json
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import numpy as np
+
+from ds_cmli.commands import print_line
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.order import Order, WindowedOrder
+from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, shards_folder, start_fetching
+from ds_cmli.data.sources import Source
+from ds_cmli.data.sources.tar_index import read_footer, read_rows
+from ds_cmli.data.sources.tars import Tars
+from ds_cmli.errors import UserError, blame
+from ds_cmli.files import locked
+
+NUM_REQUESTS = 32  # of sizes at the same time, from a server that lists no folders
+FRESH_SECONDS = 60.0  # in which the ranks of a node take one answer
+MAX_TRIES = 4  # of what is read before the run
+GB = 10**9
+
+
+class Listing(NamedTuple):
+    """The shards of a name, and the numbers of samples in them."""
+
+    shards: list[Shard]
+    counts: list[int]
+
+
+def is_url(name: str) -> bool:
+    """Return whether a name is that of tars in a storage."""
+    return "://" in name and name.endswith(".tar")
+
+
+def open_remote(name: str, urls: list[str], config: DataConfig) -> dict[str, Source]:
+    """Open the tars at the URLs, whose numbers of samples are read from files beside them.
+
+    Raises `UserError` if the storage does not answer, if fsspec's package for it is missing, or if
+    there are no numbers.
+    """
+    with blame(f"data.source is {name!r}, which cannot be read"):
+        listing = list_once(name, urls)
+    content = sha256(json.dumps(listing).encode()).hexdigest()
+    return {"train": CopiedTars(listing, config, {"shards": content}, is_remote=True)}
+
+
+def open_copied(
+    files: list[Path], config: DataConfig, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Source]:
+    """Open local tars, of which copies are read: `data.cache`."""
+    tars = Tars(files, config.caption_key, heartbeat)
+    shards = [Shard(str(file.absolute()), file.stat().st_size) for file in files]
+    listing = Listing(shards, tars.shard_sizes.tolist())
+    return {"train": CopiedTars(listing, config, tars.fingerprint(), is_remote=False)}
+
+
+class CopiedTars(Tars):
+    """Tars of known numbers of samples, of which copies are read.
+
+    All samples of a shard that does not exist or is damaged are bad ones. If a shard has fewer
+    samples than its number, those that lack are bad ones; if it has more, they are left out.
+    """
+
+    def __init__(
+        self,
+        listing: Listing,
+        config: DataConfig,
+        fingerprint: Mapping[str, object],
+        is_remote: bool,
+    ):
+        self.urls = listing.shards
+        self.caption_key = config.caption_key
+        self.content = fingerprint
+        self.is_remote = is_remote
+        self.left_out = 0
+        self.shard_sizes = np.array(listing.counts, np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        self.joined_rows = None
+        self.open = OrderedDict[int, int]()
+        self.open_rows = {}
+        self.cache = ShardCache(int(config.cache_gb * GB))
+        start_fetching(self.cache.max_bytes)
+        self.lost: dict[int, str] = {}  # shard -> reason
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Have the shards of some samples fetched, which are read soon."""
+        numbers = np.searchsorted(self.starts, list(indices), side="right") - 1
+        shards = dict.fromkeys(numbers.tolist())  # in their order, without repeats
+        self.cache.want(self.urls[shard] for shard in shards if shard not in self.lost)
+
+    def name(self, index: int) -> str:
+        shard = self._shard_of(index)
+        return f"{self.urls[shard].url}, sample {index - int(self.starts[shard])}"
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"images": len(self), **self.content}
+
+    def _at(self, index: int) -> tuple[int, np.void]:
+        shard = self._shard_of(index)
+        self._descriptor(shard)
+        rows = self.open_rows[shard]
+        number = index - int(self.starts[shard])
+        if number >= len(rows):
+            count = self.shard_sizes[shard]
+            raise ValueError(f"the shard has {len(rows):,} samples and not {count:,}")
+        return shard, rows[number]
+
+    def _open(self, shard: int) -> tuple[int, np.ndarray]:
+        """Return the descriptor of a shard's copy, and its rows. Raises `LostShard`."""
+        num_samples = int(self.shard_sizes[shard])
+        if shard in self.lost:
+            raise LostShard(self.lost[shard], num_samples)
+        while True:
+            try:
+                copy = self.cache.get(self.urls[shard])
+                index = read_footer(copy.with_suffix(".rows"))
+                if index is not None:
+                    return os.open(copy, os.O_RDONLY | os.O_CLOEXEC), read_rows(index)
+            except FileNotFoundError:  # another shard has just taken its place
+                continue
+            except LostShard as error:
+                self.lost[shard] = str(error)
+                raise LostShard(self.lost[shard], num_samples) from None
+
+
+def check_cache(sources: list[Source], order: Order, cache_gb: float) -> None:
+    """Raise `UserError` if the copies that a node reads at a time do not fit the cache.
+
+    They are the shards of its ranks' lanes, and one that is fetched.
+    """
+    copied = [source for source in sources if isinstance(source, CopiedTars)]
+    sizes = sorted((shard.size or 0 for tars in copied for shard in tars.urls), reverse=True)
+    if isinstance(order, WindowedOrder):
+        # Ranks whose numbers are equal modulo this read the same lanes.
+        num_groups = math.gcd(order.window, int(os.environ.get("WORLD_SIZE", "1")))
+        num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        num_lanes = order.window // num_groups * min(num_ranks, num_groups) * len(order.lines)
+        sizes = sizes[: num_lanes + 1]
+    needed_gb = sum(sizes) / GB
+    if needed_gb > cache_gb:
+        reads = f"a node reads {len(sizes):,} shards at a time, {needed_gb:.3g} GB"
+        raise UserError(
+            f"data.cache_gb is {cache_gb}: {reads}; give as much, or set data.shuffle_window lower"
+        )
+
+
+# --- what is known before the run
+
+
+def list_once(name: str, urls: list[str]) -> Listing:
+    """Return `list_shards`; on a node of several ranks the first asks, and the others read it."""
+    if os.environ.get("LOCAL_WORLD_SIZE", "1") == "1":
+        return list_shards(urls)
+    digest = sha256(name.encode(errors="surrogatepass")).hexdigest()
+    file = shards_folder() / f"{digest[:24]}.listing"
+    with locked(file.parent, "listing.lock", "the list of shards"):
+        if not file.exists() or time.time() - file.stat().st_mtime > FRESH_SECONDS:
+            file.write_text(json.dumps(list_shards(urls)))
+        shards, counts = json.loads(file.read_text())
+    return Listing([Shard(*shard) for shard in shards], counts)
+
+
+def list_shards(urls: list[str]) -> Listing:
+    """Return the shards at the URLs, in which `*` stands for any name, and their sizes.
+
+    Raises `UserError` if none exists, or if their numbers of samples are not given beside them.
+    """
+    storage, _ = fsspec.url_to_fs(urls[0])
+    paths: list[str] = []
+    for url in urls:
+        path = storage._strip_protocol(url)
+        paths += sorted(storage.glob(path)) if "*" in url else [path]
+    sizes = sizes_of(storage, paths)
+    missing = [path for path in paths if sizes[path] is None]
+    if len(missing) == len(paths):
+        raise UserError(f"none of the {len(paths):,} shards exists: {urls[0]}")
+    if missing:
+        some = f"{len(missing):,} of {len(paths):,} shards do not exist, the first {missing[0]}"
+        print_line(f"data: {some}: its samples count as bad")
+    counts = counts_beside(storage, paths)
+    unknown = [path for path in paths if path not in counts and sizes[path] is not None]
+    if unknown:
+        example = '{"00000.tar": 10000, "00001.tar": 9998}'
+        beside = f"{unknown[0].removesuffix('.tar')}_stats.json (img2dataset) nor a sizes.json"
+        raise UserError(f"no number of samples is given by {beside}: write one, as {example}")
+    shards = [Shard(storage.unstrip_protocol(path), sizes[path]) for path in paths]
+    return Listing(shards, [counts.get(path, 0) for path in paths])
+
+
+def sizes_of(storage: Any, paths: list[str]) -> dict[str, int | None]:
+    """Return the size in bytes of each file; None of one that does not exist."""
+    if "http" not in storage.protocol:
+        folders = {path.rpartition("/")[0] for path in paths}
+        entries = [entry for folder in folders for entry in storage.ls(folder, detail=True)]
+        sizes = {entry["name"]: entry["size"] for entry in entries}
+        return {path: sizes.get(path) for path in paths}
+
+    def size_of(path: str) -> int | None:
+        for _ in range(MAX_TRIES):
+            with suppress(FileNotFoundError):  # also if the server did not answer
+                return storage.info(path)["size"]
+        return None
+
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        return dict(zip(paths, pool.map(size_of, paths), strict=True))
+
+
+def counts_beside(storage: Any, paths: list[str]) -> dict[str, int]:
+    """Return the number of samples of those shards of which a file beside them gives it.
+
+    It is webdataset's and open_clip's `sizes.json`, or img2dataset's `NAME_stats.json`.
+    """
+    counts: dict[str, int] = {}
+    folders = {path.rpartition("/")[0] for path in paths}
+    for file, content in read_files(storage, [f"{folder}/sizes.json" for folder in folders]):
+        folder = file.removesuffix("sizes.json")
+        counts |= {folder + name: int(count) for name, count in json.loads(content).items()}
+    stats_of = {f"{path.removesuffix('.tar')}_stats.json": path for path in paths}
+    files = [file for file, path in stats_of.items() if path not in counts]
+    for file, content in read_files(storage, files):
+        counts[stats_of[file]] = int(json.loads(content)["successes"])
+    return counts
+
+
+def read_files(storage: Any, paths: list[str]) -> list[tuple[str, bytes]]:
+    """Return the path and the content of those files that exist."""
+    contents: list[tuple[str, bytes]] = []
+    for number in range(1, MAX_TRIES + 1):
+        answers = storage.cat(paths, on_error="return") if paths else {}
+        paths = []
+        for path, answer in answers.items():
+            if isinstance(answer, bytes):
+                contents.append((path, answer))
+            elif not isinstance(answer, FileNotFoundError):
+                paths.append(path)
+                if number == MAX_TRIES:
+                    raise answer
+    return contents

@@ -1,0 +1,89 @@
+"""Tars in a storage: the same samples as from a disk, on any ranks and workers, whatever fails on the way."""
+
+import json
+import random
+
+import pytest
+
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import shard_cache
+from ds_cmli.data.build import build_data
+from ds_cmli.data.shard_cache import ShardError
+from ds_cmli.errors import UserError
+from profiling.speed import storage_server
+from tests import make
+from tests.data.test_pairs import global_batches, run
+
+ROWS = [8, 9, 10, 11, 12, 13]
+DAMAGE = {
+    "no such file": lambda tar: tar.unlink(),
+    "no whole, uncompressed tar": lambda tar: tar.write_bytes(tar.read_bytes()[:5000]),
+    "the shard has 6 samples and not 11": lambda tar: make.tar(tar, 6, first=300),
+}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Shards with their numbers of samples beside them; a reader fetches them itself, at once."""
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("ds_cmli.data.sources.remote.start_fetching", lambda cache: None)
+    for name, seconds in (("ALONE_SECONDS", 0), ("FIRST_PAUSE", 0.001), ("RETRY_SECONDS", 0.1)):
+        monkeypatch.setattr(shard_cache, name, seconds)
+    for number, count in enumerate(ROWS):
+        make.tar(tmp_path / f"{number}.tar", count, first=100 * number)
+        (tmp_path / f"{number}_stats.json").write_text(json.dumps({"count": 99, "successes": count}))
+    with storage_server.http(tmp_path) as server:
+        yield server
+
+
+def opened(server, name="{url}/{0..5}.tar", **settings):
+    source = name.replace("{url}", server.url)
+    settings = {"held_out": 3, "max_bad_share": 1, "tokenizer": "builtin", "shuffle_window": 2, **settings}
+    return build_data(load_preset("tiny", {"data": {"source": source, **settings}}).data, 5)
+
+
+def test_samples_are_those_of_local_tars_on_any_ranks_and_workers_through_failures(server):
+    server.failures = 0.3
+    remote = opened(server)
+    assert "order: the samples of 2 of 6 shards at a time" in remote.summary[-1]
+    stop = random.Random(1).randint(1, 13)
+    first, state = run(remote, 2, 1, None, stop)
+    rest, _ = run(opened(server), 4, 0, state, 14 - stop)
+    assert global_batches(first + rest) == global_batches(run(remote, 1, 0, None, 14)[0])
+    tars = f"{server.folder}/*.tar"
+    sources = [("{url}/{0..5}.tar", False), (tars, False), (tars, True)]
+    runs = [opened(server, name, val_source=tars, cache=cache) for name, cache in sources]
+    assert run(runs[0], 1, 0, None, 14) == run(runs[1], 1, 0, None, 14) == run(runs[2], 1, 0, None, 14)
+    assert runs[1].fingerprint == runs[2].fingerprint and server.num_failed > 0
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_a_lost_shard_counts_as_bad_samples_and_resumes_exactly(server, reason):
+    DAMAGE[reason](server.folder / "3.tar")
+    data = opened(server)
+    first, state = run(data, 2, 0, None, 4)
+    rest, _ = run(opened(server), 1, 0, state, 6)
+    assert global_batches(first + rest) == global_batches(run(data, 1, 0, None, 10)[0])
+    bad = [sample.bad for sample in map(data.train.__getitem__, range(len(data.train))) if sample.bad]
+    assert 4 <= len(bad) <= 11
+    assert all(f"{server.url}/3.tar, sample " in name and reason in why for name, why in bad)
+
+
+def test_a_storage_that_is_gone_for_good_ends_the_run_and_is_no_bad_sample(server):
+    data = opened(server)
+    server.is_gone = True
+    with pytest.raises(ShardError, match=r"/\d\.tar cannot be fetched \(\d tries\)"):
+        run(data, 1, 0, None, 14)
+
+
+def test_what_cannot_be_opened_and_a_cache_too_small_are_one_line(server):
+    (server.folder / "5_stats.json").unlink()
+    small = {"cache_gb": 1e-5, "val_source": f"{server.folder}/0.tar"}
+    for name, settings, message in (
+        ("s9://bucket/{0..5}.tar", {}, "s9"),
+        ("{url}/x{0..5}.tar", {}, "none of the 6 shards exists"),
+        ("{url}/{0..5}.tar", {}, "no number of samples is given by"),
+        ("{url}/{0..4}.tar", small, "a node reads 3 shards at a time"),
+    ):
+        with pytest.raises(UserError, match=message):
+            opened(server, name, **settings)

@@ -1,0 +1,186 @@
+"""Copies of remote shards: fetched once a node, again after failures, in a bounded folder."""
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec import AbstractFileSystem
+
+from ds_cmli.data import shard_cache
+from ds_cmli.data.shard_cache import LostShard, Shard, ShardCache, fetched_bytes, serve
+from ds_cmli.errors import UserError
+from profiling.speed import storage_server
+
+
+@pytest.fixture(autouse=True)
+def own_folder_and_no_pauses(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
+    monkeypatch.setattr(shard_cache, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 0.1)
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "bucket"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.tar").write_bytes(bytes([number]) * 1000)
+    with storage_server.http(folder) as server:
+        yield server
+
+
+def shards(server, *numbers: int) -> list[Shard]:
+    return [Shard(f"{server.url}/{number}.tar", 1000) for number in numbers]
+
+
+def write_index(copy: Path, file: Path) -> None:
+    if copy.read_bytes()[0] == 6:
+        raise LostShard("damaged")
+    file.write_bytes(b"index")
+
+
+def cache_of(num_shards: int = 8) -> ShardCache:
+    return ShardCache(1000 * num_shards, write_index)
+
+
+@contextmanager
+def fetching(cache: ShardCache):
+    """Fetch in a thread, as the fetching process does."""
+    end = threading.Event()
+    with cache.lock():
+        thread = threading.Thread(target=serve, args=(cache, end.is_set))
+        thread.start()
+        try:
+            yield
+        finally:
+            end.set()
+            thread.join()
+
+
+def test_many_readers_get_a_shard_that_is_fetched_once_with_its_index(tmp_path, server):
+    cache = cache_of()
+    with fetching(cache), ThreadPoolExecutor(6) as readers:
+        paths = list(readers.map(cache_of().get, shards(server, 1, 2, 1, 1, 2, 1)))
+    assert [path.read_bytes()[0] for path in paths] == [1, 2, 1, 1, 2, 1]
+    assert server.fetched == {"1.tar": 1, "2.tar": 1}
+    assert paths[0].with_suffix(".rows").read_bytes() == b"index"
+    assert not list(cache.requests.iterdir())
+
+
+def test_failures_and_transfers_that_are_cut_off_are_tried_again(tmp_path, server):
+    cache = cache_of()
+    server.failures = 0.4
+    with fetching(cache):
+        paths = [cache.get(shard) for shard in shards(server, *range(6))]
+    assert [path.read_bytes() for path in paths] == [bytes([number]) * 1000 for number in range(6)]
+    assert server.num_failed > 0
+
+
+def test_what_does_not_exist_or_is_damaged_is_lost_and_not_tried_again(tmp_path, server):
+    cache = cache_of()
+    with fetching(cache):
+        for _ in range(2):
+            with pytest.raises(LostShard, match="no such file"):
+                cache.get(*shards(server, 9))
+            with pytest.raises(LostShard, match="damaged"):
+                cache.get(*shards(server, 6))
+    assert server.fetched == {"6.tar": 1}
+    assert fetched_bytes() == 0
+
+
+def test_what_cannot_be_fetched_is_a_users_mistake_that_a_later_start_tries_again(tmp_path, server, monkeypatch):
+    cache = cache_of()
+    server.is_gone = True
+    with fetching(cache):
+        with pytest.raises(UserError, match=rf"^{server.url}/1\.tar cannot be fetched \([5-9] tries\): Server"):
+            cache.get(*shards(server, 1))
+        server.is_gone = False
+        with pytest.raises(UserError, match="it has 1,000 bytes and not 999"):  # it was replaced since the start
+            cache.get(Shard(f"{server.url}/2.tar", 999))
+        monkeypatch.setattr(shard_cache, "FORGET_SECONDS", 0)
+        assert cache.get(*shards(server, 1)).exists()
+
+
+def test_the_folder_is_bounded_and_keeps_what_is_in_use(tmp_path, server):
+    cache = cache_of(3)
+    sizes = []
+    with fetching(cache):
+        for number in (0, 1, 2):
+            cache.get(*shards(server, number))
+        old = time.time() - 2 * shard_cache.IN_USE_SECONDS
+        os.utime(cache.path(*shards(server, 1)), (old, old))
+        cache.want(shards(server, 0, 2))
+        cache.want(shards(server, 3))  # in the place of the copy that is not in use
+        time.sleep(0.3)
+        cache.want(shards(server, 4))  # all copies are in use
+        time.sleep(0.3)
+        assert [cache.path(shard).exists() for shard in shards(server, *range(5))] == [True, False, True, True, False]
+        assert len(list(cache.folder.glob("*.rows"))) == 3
+        for number in (4, 5, 0, 7):  # a reader waits
+            assert cache.get(*shards(server, number)).exists()
+            sizes.append(fetched_bytes())
+    assert max(sizes) <= 3000
+
+
+class FullDisk(AbstractFileSystem):
+    """A storage whose copies do not fit the disk."""
+
+    protocol = "fulldisk"
+
+    def get_file(self, path, file, **options):
+        Path(file).write_bytes(b"part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part(tmp_path):
+    fsspec.register_implementation("fulldisk", FullDisk, clobber=True)
+    cache = cache_of()
+    with fetching(cache), pytest.raises(UserError, match=r"shards is full: free some space, lower data\.cache_gb"):
+        cache.get(Shard("fulldisk://bucket/1.tar", None))
+    assert fetched_bytes() == 0
+
+
+def test_a_reader_fetches_itself_where_no_process_does(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(shard_cache, "ALONE_SECONDS", 0)
+    cache = cache_of()
+    assert cache.get(*shards(server, 5)).read_bytes()[0] == 5
+    assert cache.reserved_bytes == 0
+
+
+RANK = """
+import sys
+from ds_cmli.data.shard_cache import Shard, ShardCache, start_fetching
+
+cache = ShardCache(10**6)
+start_fetching(10**6)
+print(cache.get(Shard(sys.argv[1], None)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_fetching_process_ends_with_its_rank_and_forgets_what_a_killed_one_left(tmp_path, server):
+    from tests import make
+
+    make.tar(server.folder / "real.tar", 2)
+    cache = cache_of()
+    (cache.folder / "x.part").touch()
+    (cache.requests / "x.failed").touch()
+    argv = [sys.executable, "-c", RANK, f"{server.url}/real.tar"]
+    rank = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    copy = Path(rank.stdout.readline().strip())
+    assert copy.read_bytes() == (server.folder / "real.tar").read_bytes()
+    assert sorted(file.suffix for file in cache.folder.iterdir()) == ["", ".lock", ".rows", ".tar"]
+    assert not list(cache.requests.iterdir())
+    with pytest.raises(TimeoutError):
+        cache.lock().acquire(timeout=0)
+    rank.kill()
+    rank.communicate()
+    cache.lock().acquire(timeout=3)
