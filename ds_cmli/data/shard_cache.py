@@ -319,10 +319,11 @@ def main() -> None:
     """Fetch for this node as long as the parent process lives, after the processes before it."""
     max_bytes, parent = map(int, sys.argv[1:])
     cache = ShardCache(max_bytes)
-    while os.getppid() == parent:
-        with suppress(Timeout), cache.lock().acquire(timeout=1):
-            # What earlier processes have asked for and not finished.
-            for file in [*cache.requests.iterdir(), *cache.folder.glob("*.part")]:
-                file.unlink(missing_ok=True)
-            serve(cache, lambda: os.getppid() != parent)
+    with suppress(FileNotFoundError):  # the folder has been deleted
+        while os.getppid() == parent:
+            with suppress(Timeout), cache.lock().acquire(timeout=1):
+                # What earlier processes have asked for and not finished.
+                for file in [*cache.requests.iterdir(), *cache.folder.glob("*.part")]:
+                    file.unlink(missing_ok=True)
+                serve(cache, lambda: os.getppid() != parent)
     os._exit(0)  # without waiting for unfinished transfers
