@@ -142,7 +142,7 @@ def of_buffer(num_shards: int, count: int = 400_000) -> np.ndarray:
 @click.option("--latency", default=0.05, show_default=True, help="Seconds of the server.")
 def images(shards: int, samples: int, latency: float) -> None:
     """Print images a second, and a second of this process's CPU, of one epoch each."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name)
         os.environ["DS_CMLI_CACHE"] = str(folder / "cache")
         make_shards(folder, shards, samples)

@@ -41,9 +41,9 @@ SOURCES = {
 STEPS = 10  # of about three epochs
 
 
-def run(data, ranks, workers, state, steps):
+def run(data, ranks, workers, state, steps, batch=8):
     """What each global batch holds, in order, and the sampler's state afterwards."""
-    samplers = [GlobalBatchSampler(data.order, 8 // ranks, rank, ranks, 5) for rank in range(ranks)]
+    samplers = [GlobalBatchSampler(data.order, batch // ranks, rank, ranks, 5) for rank in range(ranks)]
     for sampler in samplers:
         if state:
             sampler.load_state_dict(state)
@@ -75,8 +75,8 @@ def test_samples_captions_and_pixels_resume_on_any_ranks_and_workers(folders, na
             assert first + rest == whole
 
 
-def global_batches(seen):
-    return [sorted(seen[start : start + 8]) for start in range(0, len(seen), 8)]
+def global_batches(seen, batch=8):
+    return [sorted(seen[start : start + batch]) for start in range(0, len(seen), batch)]
 
 
 def test_all_samples_bad_is_an_error(tmp_path):

@@ -87,3 +87,49 @@ def test_what_cannot_be_opened_and_a_cache_too_small_are_one_line(server):
     ):
         with pytest.raises(UserError, match=message):
             opened(server, name, **settings)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A storage of S3's protocol with six tars of 20 samples."""
+    boto3 = pytest.importorskip("boto3")
+    storage = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    storage.start()
+    monkeypatch.setattr(shard_cache, "RETRY_SECONDS", 60)
+    _, port = storage.get_host_and_port()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
+    for name, value in zip(names, ("key", "secret", "us-east-1", f"http://127.0.0.1:{port}"), strict=True):
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    sizes = {}
+    for number in range(6):
+        sizes[f"{number}.tar"] = 20
+        client.upload_file(make.tar(tmp_path / "tar", 20, first=100 * number), "bucket", f"pairs/{number}.tar")
+    client.put_object(Bucket="bucket", Key="pairs/sizes.json", Body=json.dumps(sizes))
+    yield "s3://bucket/pairs/{0..5}.tar"
+    storage.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", [0, 3])
+@pytest.mark.parametrize("weights", [("", ""), ("::0.7", "::0.3")])
+def test_a_bucket_and_a_list_resume_on_any_ranks_workers_and_micro_batches(server, bucket, window, weights):
+    make.pairs(server.folder / "list", 60)
+    augmentation = {"random_resized_crop": 0.5, "color_jitter": 0.4}
+    sources = [bucket + weights[0], str(server.folder / "list") + weights[1]]
+    settings = {"source": sources, "shuffle_window": window, "held_out": 10, "augmentation": augmentation}
+    config = load_preset("tiny", {"data": {**settings, "tokenizer": "builtin"}}).data
+    chance = random.Random(f"{window} {weights}")
+    whole, _ = run(build_data(config, 5), 1, 0, None, 24, 30)
+    seen = []
+    state = None
+    while len(seen) < len(whole):
+        ranks = chance.choice([1, 2, 3, 5])
+        steps = min(chance.randint(1, 6), (len(whole) - len(seen)) // 30)
+        more, state = run(build_data(config, 5), ranks, chance.choice([0, 1, 3]), state, steps, 30)
+        seen += more
+    assert global_batches(seen, 30) == global_batches(whole, 30)
+    first, state = run(build_data(config, 5), 2, 1, None, 2, 30)
+    rest, _ = run(build_data(config, 5), 5, 3, state, 9, 10)  # to the end of the epoch
+    assert sorted(first + rest) == sorted(whole[:150])
