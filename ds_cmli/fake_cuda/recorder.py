@@ -62,7 +62,8 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, device: str = "cuda", gpu: Gpu | None = None):
         super().__init__()
-        self.device, self.gpu = device, gpu
+        self.device = device
+        self.gpu = gpu
         self.phase = "init"
         # Block, bytes (negative: freed; 0: `Event` says what), phase.
         self.log: list[tuple[int, int, str]] = []
@@ -71,10 +72,12 @@ class Recorder(TorchDispatchMode):
         # What is allocated and freed within one segment was temporary. Each phase is a segment, but
         # a forward pass and its losses are one, and backward is divided where checkpointing begins
         # and ends to recompute a forward pass.
-        self.segment, self.recomputing = 0, False
+        self.segment = 0
+        self.recomputing = False
         # Of an operator of IN_PLACE in backward, until the next allocation: its result's place in
         # the log, and its argument's block.
-        self.in_place_at, self.in_place_of = 0, -1
+        self.in_place_at = 0
+        self.in_place_of = -1
         self.scoped: str | None = None  # the category of what is allocated now
         self.pending = PendingFrees()
         # The log's length after the first matrix product in and outside backward, of each stream.
@@ -100,12 +103,13 @@ class Recorder(TorchDispatchMode):
             out = workspaces.returned(func, args, out)
         if func in IN_PLACE:
             held = self._exchange(held, ((),), func)  # already, as the result replaces its argument
-        before = len(self.log)
+        num_changes = len(self.log)
         self._see_results(func, out)
         self._exchange(held, (*inside.after, ()), func)
-        if func in IN_PLACE and before < len(self.log) and self._is_accumulating(grad):
-            known = None if args[0]._is_view() else self.block_of(args[0])
-            self.in_place_at, self.in_place_of = before, -1 if known is None else known
+        if func in IN_PLACE and num_changes < len(self.log) and self._is_accumulating(grad):
+            argument = None if args[0]._is_view() else self.block_of(args[0])
+            self.in_place_at = num_changes
+            self.in_place_of = -1 if argument is None else argument
         if self.gpu is not None and func in workspaces.PRODUCTS:
             place = torch._C._current_graph_task_id() >= 0, Stream.current.stream_id
             self.products.setdefault(place, len(self.log))
@@ -124,22 +128,27 @@ class Recorder(TorchDispatchMode):
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
     def _exchange(self, held: Held, stages: tuple, func: OpOverload) -> Held:
-        """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
+        """Go through the stages of what an operator holds inside; blocks of equal sizes stay.
+
+        The last blocks are matched first: each stays for the last place of its size in the next
+        stage that is before the places of the blocks behind it.
+        """
         for stage in stages:
             sizes = [size for size in stage if size]
-            kept: dict[int, int] = {}  # blocks by their places in this stage
-            place = len(sizes)
+            kept_blocks: dict[int, int] = {}  # by their places in this stage
+            end = len(sizes)  # of the places that are free for blocks further to the front
             for block, size in reversed(held):
-                if size in sizes[:place]:
-                    place -= sizes[place - 1 :: -1].index(size) + 1
-                    kept[place] = block
+                places = [place for place in range(end) if sizes[place] == size]
+                if places:
+                    end = places[-1]
+                    kept_blocks[end] = block
                 else:
                     self._end(block, size)
             held = []
             for place, size in enumerate(sizes):
-                if place not in kept:
-                    kept[place] = self._begin(size, "temporaries", f"{func}, inside")
-                held.append((kept[place], size))
+                if place not in kept_blocks:
+                    kept_blocks[place] = self._begin(size, "temporaries", f"{func}, inside")
+                held.append((kept_blocks[place], size))
         return held
 
     def _see_results(self, func: OpOverload, out: object) -> None:
@@ -157,12 +166,13 @@ class Recorder(TorchDispatchMode):
         if tensor.layout != torch.strided or tensor._is_zerotensor():
             return
         storage = tensor.untyped_storage()
-        known, size = self.live.get(storage._cdata), storage.nbytes()
-        if known is not None:
-            if known.bytes == size:
+        size = storage.nbytes()
+        live = self.live.get(storage._cdata)
+        if live is not None:
+            if live.bytes == size:
                 return
-            self._end(known.block, known.bytes)
-            category = category or self.blocks[known.block].category
+            self._end(live.block, live.bytes)
+            category = category or self.blocks[live.block].category
             del self.live[storage._cdata]
         if size:
             self._follow(storage, self._begin(size, category or self.scoped, op), size)
@@ -174,14 +184,14 @@ class Recorder(TorchDispatchMode):
         self.live[key] = Live(block, size, weak)
 
     def _storage_ended(self, key: int, block: int) -> None:
-        known = self.live.get(key)
-        if known is not None and known.block == block:
+        live = self.live.get(key)
+        if live is not None and live.block == block:
             del self.live[key]
-            self._end(block, known.bytes)
+            self._end(block, live.bytes)
 
     def block_of(self, tensor: Tensor) -> int | None:
-        known = self.live.get(tensor.untyped_storage()._cdata)
-        return None if known is None else known.block
+        live = self.live.get(tensor.untyped_storage()._cdata)
+        return None if live is None else live.block
 
     def empty_cache(self) -> None:
         """Record that the GPU's allocator returns its free segments."""
@@ -190,7 +200,8 @@ class Recorder(TorchDispatchMode):
     def _begin(self, size: int, category: str | None, op: OpOverload | str) -> int:
         for ended, ended_bytes in self.pending.over():
             self._freed(ended, ended_bytes)
-        block, self.in_place_of = len(self.blocks), -1
+        block = len(self.blocks)
+        self.in_place_of = -1
         stream = Stream.current.stream_id if self.gpu is not None else 0
         moment = self.phase, self.segment, self.recomputing
         self.blocks.append(Allocation(str(op), *moment, stream, category))
@@ -204,13 +215,18 @@ class Recorder(TorchDispatchMode):
             self._freed(block, size)
 
     def _freed(self, block: int, size: int) -> None:
-        if block == self.in_place_of and self.log[self.in_place_at][1] == size:
-            new, self.in_place_of = self.log.pop(self.in_place_at)[0], -1
-            for live in list(self.live.values()):
-                storage = live.storage()
-                if live.block == new and storage is not None:
-                    self._follow(storage, block, live.bytes)
-            return
+        if block == self.in_place_of:
+            result, result_bytes, _ = self.log[self.in_place_at]
+            if result_bytes == size:
+                # Autograd has added in place: the result's allocation is undone, and its storage is
+                # that of the block.
+                del self.log[self.in_place_at]
+                self.in_place_of = -1
+                for live in list(self.live.values()):
+                    storage = live.storage()
+                    if live.block == result and storage is not None:
+                        self._follow(storage, block, live.bytes)
+                return
         self.log.append((block, -size, self.phase))
         self.blocks[block].ended = self.segment
 
@@ -239,9 +255,9 @@ class Recorder(TorchDispatchMode):
         out = []
         allocated = set[int]()
         for block, size, phase in self.log:
-            of = self.blocks[block]
+            allocation = self.blocks[block]
             requests_free = not size and block in allocated
             allocated.add(block)
-            event = Event(block, size, categories[block], phase, of.op, of.stream, requests_free)
-            out.append(event)
+            origin = allocation.op, allocation.stream, requests_free
+            out.append(Event(block, size, categories[block], phase, *origin))
         return out

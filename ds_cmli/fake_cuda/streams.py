@@ -19,7 +19,7 @@ class Work:
 
     def __init__(self) -> None:
         self.launched = self.done = 0
-        # What was launched after the first number runs after the other stream's second one.
+        # other -> (since, until): launches after `since` wait for the other's launch `until`.
         self.waits: dict[Work, tuple[int, int]] = {}
 
     def launch(self) -> None:
@@ -27,10 +27,12 @@ class Work:
         self.finish(self.launched - MOST_AHEAD)
 
     def finish(self, number: int) -> None:
+        """Count the launches up to `number` as done, and what they have waited for."""
         if number <= self.done:
             return
         self.done = number
         for other, (since, until) in list(self.waits.items()):
+            # Another wait that has ended here may have taken this one.
             if since < number and other in self.waits:
                 del self.waits[other]
                 other.finish(until)
@@ -87,11 +89,14 @@ class Event:
     """Stands for `torch.cuda.Event`: a place in the work of a stream."""
 
     def __init__(self, *_: object, **__: object):
-        self.work, self.number, self.asked = Work(), 0, 0  # over, until it is recorded
+        self.work = Work()  # over, until the event is recorded
+        self.number = 0
+        self.asked = 0
 
     def record(self, stream: Stream | None = None) -> None:
         self.work = (stream or Stream.current).work
-        self.number, self.asked = self.work.launched, 0
+        self.number = self.work.launched
+        self.asked = 0
 
     def wait(self, stream: Stream | None = None) -> None:
         (stream or Stream.current).wait_event(self)
@@ -124,7 +129,7 @@ class PendingFrees:
         self.uses.setdefault(block, set()).add(stream)
 
     def keeps(self, block: int, size: int) -> bool:
-        """Whether a block that ends here is still read: it is then one of `over` later."""
+        """Return True if a block that ends is still read: it is then one of `over` later."""
         if block not in self.uses:
             return False
         events = [stream.record_event() for stream in self.uses.pop(block)]

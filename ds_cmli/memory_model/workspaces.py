@@ -159,15 +159,18 @@ def _embedding_backward(args: tuple, gpu: Gpu) -> Inside:
     rows are frequent, the sums of ten are added to the table at once, for 16 bits in one of fp32;
     which tables these are was seen."""
     grad, indices, rows = args[:3]
-    n, width = indices.numel(), grad.shape[-1]
+    n = indices.numel()
+    width = grad.shape[-1]
     copies = _copies(indices, grad)
     if n <= 3072:
         return Inside((copies,))
-    numbers, segments = n * INDEX, min(n, rows)
+    numbers = n * INDEX
+    segments = min(n, rows)  # of equal indices
     kept = (*copies, numbers, numbers)
     sorting = (*kept, numbers, *_sorted_pairs(n, rows, gpu))
-    parts = n // 10 + segments
-    starts, partial = segments * INDEX, parts * INDEX
+    parts = n // 10 + segments  # of at most ten equal indices
+    starts = segments * INDEX
+    partial = parts * INDEX
     sums: Stage = (parts * width * 4,)
     few = segments * math.ceil(width / 1024) < 4 * gpu.multiprocessors
     if few and parts >= 4 * segments:
@@ -195,12 +198,15 @@ def attention(
     inputs = query, key, value
     widths, dtypes = {x.shape[-1] for x in inputs}, {x.dtype for x in inputs}
     trained = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    heads, of_keys = query.shape[-3:-2], key.shape[-3:-2] == value.shape[-3:-2]
+    heads = query.shape[-3:-2]
+    alike = key.shape[-3:-2] == value.shape[-3:-2]
     fused = all(x.dim() == 4 and x.stride(-1) == 1 and x.numel() for x in inputs)
     fused &= len(dtypes) == len({x.shape[0] for x in inputs}) == 1
     equal = fused and len({x.shape[1] for x in inputs}) == 1
-    shared = equal or (fused and grouped and of_keys and not heads[0] % key.shape[1])
-    ampere, half, width = gpu.capability >= (8, 0), query.dtype in HALF, query.shape[-1]
+    shared = equal or (fused and grouped and alike and not heads[0] % key.shape[1])
+    ampere = gpu.capability >= (8, 0)
+    half = query.dtype in HALF
+    width = query.shape[-1]
 
     narrow = len(widths) == 1 and width <= 256
     if trained and gpu.capability in SMALL:
@@ -209,7 +215,11 @@ def attention(
     suited = shared and ampere and half and mask is None and narrow and square
     if cuda.flash_sdp_enabled() and suited:
         return FLASH
-    multiple = 8 if half else 4 if ampere else 1
+    multiple = 1  # of elements, at which rows begin
+    if half:
+        multiple = 8
+    elif ampere:
+        multiple = 4
     whole = not any(size % multiple for size in widths) and key.shape[-1] == width
     whole &= not ampere or not any(x.storage_offset() % multiple for x in inputs)
     known = query.dtype in ((torch.float32, *HALF) if ampere else (torch.float32, torch.float16))
@@ -238,10 +248,12 @@ def _flash_backward(args: tuple, gpu: Gpu) -> Inside:
     sums = batch * heads * _ceil_to(rows, 128) * 4
     deterministic = torch.are_deterministic_algorithms_enabled()
     splits = math.ceil(gpu.multiprocessors / (batch * heads)) if deterministic else 1
-    copies, shared = _head_copies(grad, out), key.shape[1] != heads
-    of_heads = 2 * shared * (batch * heads * key.shape[2] * width * key.dtype.itemsize,)
-    whole = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
-    return Inside((copies,), ((*copies, sums, whole, *of_heads),))
+    copies = _head_copies(grad, out)
+    shared_gradients: Stage = ()
+    if key.shape[1] != heads:
+        shared_gradients = 2 * (batch * heads * key.shape[2] * width * key.dtype.itemsize,)
+    query_gradient = splits * sums * _ceil_to(width, 32 if width <= 128 else 64)
+    return Inside((copies,), ((*copies, sums, query_gradient, *shared_gradients),))
 
 
 def _efficient_backward(args: tuple, gpu: Gpu) -> Inside:
@@ -250,31 +262,39 @@ def _efficient_backward(args: tuple, gpu: Gpu) -> Inside:
     gradients in fp32: of the queries always, of keys and values where they do not fit into
     registers. The kernel is the first that fits (kernels/cutlassB.h), which was seen."""
     grad, query, key, value = args[:4]
-    (batch, heads, rows, width), keys, of_values = query.shape, key.shape[2], value.shape[-1]
-    half, together, widest = query.dtype in HALF, batch * heads, max(width, of_values)
-    large, ampere = gpu.shared > 100 * 1024, gpu.capability >= (8, 0)
-    # The kernel's block of queries and of keys, and the most features whose gradients stay in
-    # registers.
-    by_queries, by_keys, kept = 64, 64, 64
+    batch, heads, rows, width = query.shape
+    keys = key.shape[2]
+    value_width = value.shape[-1]
+    dropout = args[9] if len(args) > 9 else 0.0
+    half = query.dtype in HALF
+    num_heads = batch * heads
+    widest = max(width, value_width)
+    large = gpu.shared > 100 * 1024
+    ampere = gpu.capability >= (8, 0)
+    query_block = 64
+    key_block = 64
+    max_kept = 64  # features whose gradients stay in registers
     if widest > 64 and half:
-        narrow = gpu.capability in ((8, 6), (8, 9)) and widest <= 96 and not args[9]
+        narrow = gpu.capability in ((8, 6), (8, 9)) and widest <= 96 and not dropout
         if narrow or widest > 128 or not ampere:
-            by_queries, by_keys, kept = 128, 64, 128
+            query_block = max_kept = 128
         elif large:
-            by_queries, by_keys, kept = 128, 128, 128
+            query_block = key_block = max_kept = 128
     elif widest > 64 and large and ampere:
-        by_queries = 128
-    staged, splits = half and widest > kept, math.ceil(keys / by_keys)
-    if (together >= 256 and keys <= 2 * by_keys) or torch.are_deterministic_algorithms_enabled():
+        query_block = 128
+    staged = half and widest > max_kept
+    splits = math.ceil(keys / key_block)
+    if (num_heads >= 256 and keys <= 2 * key_block) or torch.are_deterministic_algorithms_enabled():
         splits = 1
     if staged:
-        splits = max(1, min(splits, 200 // together))
-    tiles = math.ceil(rows / by_queries) * math.ceil(width / by_keys)
-    elements = tiles * (4 + by_queries * by_keys)  # a lock and a counter, padded, each
+        splits = max(1, min(splits, 200 // num_heads))
+    tiles = math.ceil(rows / query_block) * math.ceil(width / key_block)
+    elements = tiles * (4 + query_block * key_block)  # a lock and a counter, padded, each
     if staged:
-        widths = _ceil_to(width, by_queries) + _ceil_to(of_values, by_queries)
-        elements += splits * by_keys * widths
-    sums, workspace = together * rows * 4, together * _ceil_to(elements, 4) * 4
+        widths = _ceil_to(width, query_block) + _ceil_to(value_width, query_block)
+        elements += splits * key_block * widths
+    sums = num_heads * rows * 4
+    workspace = num_heads * _ceil_to(elements, 4) * 4
     copies = _head_copies(grad)
     held = (*copies, sums, workspace)
     return Inside((copies,), (held,) if half else ((*copies, grad.numel() * 4, sums, sums), held))
@@ -306,7 +326,7 @@ StreamPlace = tuple[bool, int]  # whether in the thread of backward, and the str
 def with_cublas(
     events: list[Event], workspaces: int, first: Mapping[StreamPlace, int]
 ) -> list[Event]:
-    """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
+    """Return `events` with what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
     The program's thread and that of backward each take a workspace for a stream at their first
     matrix product there, once its result has been allocated, and keep it. From PyTorch 2.15 on each
@@ -317,8 +337,8 @@ def with_cublas(
         first: how many events precede the end of a place's first product.
     """
     out: list[Event] = []
-    left = dict(first)
-    block = 0
+    left = dict(first)  # places that have not taken their workspace
+    block = 0  # cuBLAS's blocks have negative numbers
 
     def take(phase: str, stream: int, op: str = "") -> None:
         nonlocal block
