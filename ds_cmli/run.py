@@ -26,7 +26,8 @@ from ds_cmli.evaluate.summary import Metrics, best_result, prefixed, summary
 from ds_cmli.evaluate.zero_shot import ClassPictures, classify
 from ds_cmli.faults import nonfinite, preemption
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.metrics import Meter, NullWriter, Writer
+from ds_cmli.logs.meter import Meter
+from ds_cmli.logs.writer import NullWriter, Writer
 
 MAX_SKIPPED_IN_ROW = 5  # the run ends when more steps in a row are skipped
 
@@ -117,7 +118,7 @@ class Run:
             state.micro_batches += len(step_losses)
             return
         state.skipped_in_row += 1
-        self.writer.say(nonfinite.line(state.step, skipped_samples))
+        self.writer.print(nonfinite.line(state.step, skipped_samples))
         self.writer.log(state.step, {"skipped": skipped_samples})
         if state.skipped_in_row > MAX_SKIPPED_IN_ROW:
             # The weights are those from before the first of these steps.
@@ -199,13 +200,13 @@ class Run:
             for number, picture in enumerate(maps):
                 self.writer.picture(state.step, f"match-maps/{name}/{number}", picture)
             self.writer.log(state.step, prefixed(f"eval/{name}/", metrics))
-            self.writer.say(summary(metrics, model.precision, name))
+            self.writer.print(summary(metrics, model.precision, name))
             firsts.setdefault("retrieval", (name, metrics))
         for folder, pictures in self.class_pictures.items():
             name = folder + suffix
             metrics = classify(model, pictures)  # collectives
             self.writer.log(state.step, prefixed(f"zero_shot/{name}/", metrics))
-            self.writer.say(summary(metrics, model.precision, name))
+            self.writer.print(summary(metrics, model.precision, name))
             firsts.setdefault("zero_shot", (name, metrics))
         if counts:
             name, metrics = firsts[settings.best_by]
@@ -231,4 +232,4 @@ class Run:
         self.state.capture(self.sampler, self.bad)  # CPU-GPU sync
         with self.meter.timed("paused"), self.watchdog.slow():
             line = self.checkpoints.save(self.state)  # collectives
-            self.writer.say(line)
+            self.writer.print(line)

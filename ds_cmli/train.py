@@ -123,8 +123,9 @@ def train(
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.zero_shot import open_class_folders
+    from ds_cmli.logs.meter import Meter
+    from ds_cmli.logs.writer import NullWriter, Writer
     from ds_cmli.memory import out_of_memory
-    from ds_cmli.metrics import Meter, NullWriter, Writer
     from ds_cmli.models.hf import write_config
     from ds_cmli.run import Run
 
@@ -278,16 +279,16 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
     except preemption.Preempted:
         run.save_done()  # collectives
         signal = preemption.requested() or "a signal to another rank"
-        run.writer.say(
+        run.writer.print(
             f"stopped at step {state.step} of {run.total_steps} by {signal}: start again with "
             f"--output-dir {run.checkpoints.folder} to go on"
         )
         run.writer.close()
         return preemption.EXIT_CODE
 
-    run.writer.say(*run.bad.check(run.flags))  # collective
+    run.writer.print(*run.bad.check(run.flags))  # collective
     run.writer.close()
-    run.writer.say(*run.checkpoints.closing_lines(state))
+    run.writer.print(*run.checkpoints.closing_lines(state))
     return 0
 
 

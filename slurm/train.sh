@@ -32,19 +32,33 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 # The run's folder is named after the job, so that a requeued job finds what it has saved.
 options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-[[ " ${options[*]-} " == *" --output-dir"* ]] || options=(--output-dir "runs/slurm-$job" ${options[@]+"${options[@]}"})
+folder=
+for ((i = 0; i < ${#options[@]}; i++)); do
+    case ${options[i]} in
+    --output-dir) folder=${options[i + 1]-} ;;
+    --output-dir=*) folder=${options[i]#*=} ;;
+    esac
+done
+if [[ -z $folder ]]; then
+    folder="runs/slurm-$job"
+    options=(--output-dir "$folder" ${options[@]+"${options[@]}"})
+fi
 
 # The same number of tasks on each node, and of CPUs for each task.
 gpus=${SLURM_GPUS_ON_NODE:-0}
 tasks=$((gpus > 0 ? gpus : ${SLURM_NTASKS_PER_NODE:-1}))
-cpus=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))
+((SLURM_CPUS_ON_NODE >= tasks)) ||
+    die "job $job has $SLURM_CPUS_ON_NODE CPUs for $tasks tasks on a node: give sbatch --cpus-per-gpu=8, or --cpus-per-task=8"
+cpus=$((SLURM_CPUS_ON_NODE / tasks))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$cpus}"
 # In blocks, so that neighbouring ranks get neighbouring cores, as neighbouring GPUs belong to one socket.
 step=(--nodes="$SLURM_NNODES" --ntasks-per-node="$tasks" --cpus-per-task="$cpus" --distribution=block:block)
 ((gpus == 0)) || step+=(--gpus-per-node="$gpus" --gpu-bind=none) # every task sees all GPUs of its node, for NCCL
 # ALL: the tasks get this script's environment even if sbatch passes none to the script. A failed task does not end the
-# others at once, so that they can report which one failed, or save, and that Slurm can notice a node that has failed.
-step+=(--export=ALL --kill-on-bad-exit=0 --wait=600)
+# others at once: they need up to 70 seconds to name a rank that is dead or stopped, and Slurm notices a failed node. Tasks
+# that are left 100 seconds after the first one has ended, such as a stopped one, are killed.
+step+=(--export=ALL --kill-on-bad-exit=0 --wait=100)
+ulimit -S -n "$(ulimit -H -n)" # sockets between ranks, files, loading processes
 # srun would read these and divide GPUs and CPUs again.
 unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND \
     SLURM_NTASKS SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
@@ -54,19 +68,32 @@ address=$(scontrol --oneliner show node "$first" | grep -o ' NodeAddr=[^ ]*')
 export MASTER_ADDR="${MASTER_ADDR:-${address#*=}}"
 
 echo "job $job, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on each of $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)"
+if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ ! -e $folder/checkpoint/latest ]]; then
+    echo "job $job: $folder has no checkpoint of an earlier start, so the training begins at step 0"
+fi
 # Slurm signals the tasks. When it ends the job it signals this shell too, which goes on to wait for them.
 for name in TERM USR1 USR2 INT HUP; do trap : "$name"; done
 srun "${step[@]}" ${of_srun[@]+"${of_srun[@]}"} "${python[@]}" ds_cmli/train.py "${options[@]}"
 code=$?
 
 # 85: saved, to be continued. 128 + the number of USR1 or TERM: stopped before the first step.
-# A job is SIGNALING until every node has answered to the SIGCONT that goes before a signal of the time limit: a quick
-# save may end before. One in another state was cancelled, or Slurm requeues it itself.
-if [[ $code =~ ^(85|138|143)$ && $(squeue --noheader --format=%T --jobs="$job") =~ ^(RUNNING|SIGNALING)$ ]]; then
-    if ((${SLURM_RESTART_COUNT:-0} >= ${DS_CMLI_REQUEUE_MOST:-100})); then
+if [[ $code =~ ^(85|138|143)$ ]]; then
+    about=$(scontrol --oneliner show job "$job")
+    # A job is SIGNALING until every node has answered to the SIGCONT that goes before a signal of the time limit: a quick
+    # save may end before. One in another state was cancelled, or Slurm requeues it itself.
+    if [[ ! $about =~ \ JobState=(RUNNING|SIGNALING)\  ]]; then
+        exit "$code"
+    elif [[ $about =~ \ PreemptTime=[0-9] ]]; then # requeued by the script too, it would be started twice
+        echo "job $job: preempted, to be requeued by Slurm"
+    elif [[ $about =~ \ Requeue=0\  ]]; then
+        die "job $job: saved and not requeued, which --no-requeue or the site forbids: submit it again with --output-dir $folder"
+    elif ((${SLURM_RESTART_COUNT:-0} >= ${DS_CMLI_REQUEUE_MOST:-100})); then
         die "job $job: not requeued after ${SLURM_RESTART_COUNT:-0} restarts, of which DS_CMLI_REQUEUE_MOST sets the number"
+    else
+        echo "job $job: to be requeued" # before it is, which ends this script
+        scontrol requeue "$job"
     fi
-    echo "job $job: to be requeued" # before it is, which ends this script
-    scontrol requeue "$job"
+elif ((code == 86 || code == 137)); then # 137: a task was killed, as one that was stopped is
+    echo "error: job $job: a rank held the others up or was lost, as a line above says: not requeued" >&2
 fi
 exit "$code"

@@ -110,7 +110,7 @@ ROWS = (
     ("faults-launcher", "faults/preemption.py", FAULTS + "preemption.py::test_a_rank_learns_of_its_launchers_end",
      "if psutil.Process().parents()[: len(launchers)] != launchers:", "if False:"),
     ("faults-hung", "faults/diagnosis.py",
-     FAULTS + "watchdog.py::test_a_rank_without_progress_is_named_and_the_job_ends",
+     FAULTS + "watchdog.py::test_the_rank_at_fault_is_named_and_the_job_ends",
      "if min(records[rank].still for rank in busy) <= limit:", "if True:"),
     ("faults-poison", "faults/nonfinite.py",
      FAULTS + "nonfinite.py::test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told",

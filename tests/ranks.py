@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import nullcontext, suppress
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,38 @@ def python(
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
+def forkserver() -> ForkServerContext:
+    """Return the context whose server imports the libraries once for all processes."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as a training sets it before it imports PyTorch
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.drive_train", "ds_cmli.run", LATE])
+    return context
+
+
+def start_function(
+    function: Callable, world: int, output: Path, *arguments: object, **env: str
+) -> list[ForkServerProcess]:
+    """Start `function(rank, *arguments)` of each rank in a process of its own, which writes to the file `output`."""
+    processes = []
+    for rank, environment in enumerate(environments(world, **env)):
+        given = (environment, output, function, rank, arguments)
+        processes.append(forkserver().Process(target=_in_process, args=given))
+        processes[-1].start()
+    return processes
+
+
+def _in_process(env: dict[str, str], output: Path, function: Callable, rank: int, arguments: tuple) -> None:
+    import torch
+
+    os.environ.clear()
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    with open(output, "ab", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    function(rank, *arguments)
+
+
 _pools: list[tuple[ProcessPoolExecutor, int]] = []  # one process for each rank, and its id
 
 
@@ -87,9 +120,7 @@ def run(function: Callable, world: int, *arguments: object, group: bool = True, 
     or takes longer than `timeout` seconds, all processes are ended.
     """
     if len(_pools) < world:
-        context = multiprocessing.get_context("forkserver")  # whose server imports the libraries once for all ranks
-        context.set_forkserver_preload(["tests.drive_train", "ds_cmli.run", LATE])
-        more = [ProcessPoolExecutor(1, context) for _ in range(len(_pools), world)]
+        more = [ProcessPoolExecutor(1, forkserver()) for _ in range(len(_pools), world)]
         started = [pool.submit(os.getpid) for pool in more]
         _pools.extend((pool, pid.result()) for pool, pid in zip(more, started, strict=True))
     call = (function, arguments, group)

@@ -1,8 +1,4 @@
-"""Finds the lowest rank that has met a mistake, so that the mistake is printed once.
-
-Ranks that have a mistake meet in the store through which a launch starts, with or without a process
-group.
-"""
+"""Finds the lowest rank that has met a mistake, in the store through which a launch starts."""
 
 import os
 import time
@@ -15,11 +11,7 @@ MEETING = 5.0  # seconds in which the ranks that have a mistake enter it
 
 
 def lowest_rank() -> int:
-    """Return the lowest rank that has a mistake, as this rank has, in the present launch.
-
-    It is this rank if rank 0 does not come, and 0 if rank 0 has ended. A process that is no rank of
-    a launch returns 0.
-    """
+    """Return the lowest rank that has a mistake, as this one has; 0 outside of a launch."""
     try:
         rank = int(os.environ["RANK"])
         num_ranks = int(os.environ["WORLD_SIZE"])
@@ -36,8 +28,7 @@ def lowest_rank() -> int:
 
     key = f"ds_cmli/mistakes/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # it holds the store
-    has_started = process_group.has_started()
-    entered = {0} if has_started else {rank}
+    is_open = process_group._store.cache_info().currsize > 0  # ranks have met
     try:
         store = dist.TCPStore(
             address,
@@ -45,15 +36,15 @@ def lowest_rank() -> int:
             is_master=rank == 0 and not has_agent,
             wait_for_workers=False,
             multi_tenant=True,
-            timeout=timedelta(seconds=MEETING) if has_started else MAX_START,
+            timeout=timedelta(seconds=MEETING) if is_open else MAX_START,
         )
+        is_open = True
         store.append(key, f"{rank} ")  # type: ignore[attr-defined]
+        entered = {rank}
         end = time.monotonic() + MEETING
-        while time.monotonic() < end:
-            entered = {int(number) for number in store.get(key).split()}
-            if len(entered) == num_ranks or (rank > 0 and 0 in entered):
-                break
+        while time.monotonic() < end and len(entered) < num_ranks and (rank == 0 or min(entered)):
             time.sleep(0.1)
-    except RuntimeError:  # rank 0 is not there, or no longer
-        pass
-    return min(entered)
+            entered = {int(number) for number in store.get(key).split()}
+        return min(entered)
+    except RuntimeError:  # rank 0 is not there, or it has ended and printed its own mistake
+        return 0 if is_open else rank

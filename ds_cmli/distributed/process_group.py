@@ -62,11 +62,6 @@ def _store(rank: int, ranks: int, address: str, port: str) -> dist.Store:
     return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
 
 
-def has_started() -> bool:
-    """Return True if the ranks of this launch have met before."""
-    return _store.cache_info().currsize > 0
-
-
 def shutdown() -> None:
     """End the process group. A process that exits without this may abort."""
     if not dist.is_initialized():
@@ -175,9 +170,8 @@ class CollectiveFlags:
     def max(self, *values: int) -> list[int]:
         """Return the maximum over ranks of each value. Collective.
 
-        It takes ceil(log2 P) messages one after the other, and as many connections per rank; the
-        ring of gloo's all-reduce takes 2 (P - 1) messages. In round k a rank sends what it has seen
-        to the rank 2^k after it, so its result covers twice as many ranks as before.
+        It takes ceil(log2 P) messages in turn, the ring of gloo's all-reduce 2 (P - 1). In round k
+        a rank sends its result to the rank 2^k after it, which then covers twice as many ranks.
         """
         result = torch.tensor(values)
         received = torch.empty_like(result)
@@ -199,33 +193,26 @@ class CollectiveFlags:
 
 
 class SpacedFlag:
-    """A decision of all ranks in a loop of short rounds, asked for once in so many seconds.
-
-    Args:
-        flags: by which ranks decide.
-        seconds: between two of the rounds in which they do, at the pace of the slowest rank.
-    """
+    """A flag in a loop of short rounds, for which ranks ask each other once in `seconds`."""
 
     def __init__(self, flags: CollectiveFlags, seconds: float = 5.0):
         self.flags = flags
         self.seconds = seconds
-        self.rounds = 1  # from one decision to the next
-        self.rounds_left = 1
-        self.decided_at = time.monotonic()
+        self.rounds = self.rounds_left = 1  # from one exchange to the next
+        self.exchanged_at = time.monotonic()
 
     def any(self, flag: bool) -> bool:
-        """Return True if the flag is set on any rank, in the rounds in which ranks decide.
+        """Return True if the flag is set on any rank, in the rounds in which ranks exchange it.
 
-        All ranks call it equally often. Collective in the rounds in which they decide.
+        All ranks call it equally often. Collective in these rounds.
         """
         self.rounds_left -= 1
         if self.rounds_left > 0:
             return False
-        now = time.monotonic()
-        milliseconds = 1000 * (now - self.decided_at) / self.rounds
+        milliseconds = 1000 * (time.monotonic() - self.exchanged_at) / self.rounds
         is_set, slowest = self.flags.max(flag, round(milliseconds))  # collective
         # At most twice as many as before, because the first rounds may be the fastest.
         self.rounds = max(1, min(2 * self.rounds, round(1000 * self.seconds / max(1, slowest))))
         self.rounds_left = self.rounds
-        self.decided_at = now
+        self.exchanged_at = time.monotonic()
         return bool(is_set)

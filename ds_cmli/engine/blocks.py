@@ -1,4 +1,4 @@
-"""Runs the layers of a model as the engine does: recomputed, compiled, under ZeRO-3, in 16 bits.
+"""How the engine runs the layers of a model: recomputed, compiled, under ZeRO-3, in 16 bits.
 
 A block's forward method is replaced and not the module, so that parameter names do not change.
 """

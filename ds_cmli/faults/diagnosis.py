@@ -1,8 +1,7 @@
 """Finds the rank at fault among ranks that train in lockstep, from what each of them publishes.
 
-A rank at fault ends, falls silent, or makes no progress outside of a collective. The others wait
-for it: inside a collective or, on GPUs, in a CPU-GPU sync behind a collective that it has not
-entered.
+The others wait for it: inside a collective or, on GPUs, in a CPU-GPU sync behind a collective that
+it has not entered.
 """
 
 from collections import Counter
@@ -26,16 +25,13 @@ class RankState(NamedTuple):
     step: int  # optimizer steps done
     heartbeats: int
     collectives: int  # entered so far, in all process groups
+    num_changes: int  # of fetched bytes and the like, which are other on each rank
     is_slow: bool  # it builds models, compiles kernels or writes a checkpoint
     waits: bool  # inside a collective
     place: str  # the innermost line of the project's code
     has_lost: bool  # its connection to another rank has broken
     error: str  # its own, which ends it; "": none
     exit_code: int  # of that error
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        return self.heartbeats, self.collectives
 
 
 @dataclass
@@ -46,7 +42,6 @@ class RankRecord:
     turn: int = -1  # number of the publication
     silent: float = 0.0  # seconds since the last publication
     still: float = 0.0  # seconds without progress
-    ended: float = 0.0  # seconds since its own error
 
     def update(self, turn: int, state: RankState | None, seconds: float) -> None:
         """Take what is published now, `seconds` after the last update."""
@@ -55,7 +50,6 @@ class RankRecord:
             # The line changes in an endless loop, too.
             unmoved = self.state is not None and self.state._replace(place=state.place) == state
             self.still = self.still + seconds if unmoved else 0.0
-            self.ended = self.ended + seconds if state.error else 0.0
         self.turn = turn
         self.state = state
 
@@ -74,20 +68,20 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
         records: of all ranks, in their order.
         timeout: seconds without progress after which a rank is at fault.
     """
-    has_lost = any(record.state is not None and record.state.has_lost for record in records)
+    states = [record.state for record in records if record.state is not None]
+    has_lost = any(state.has_lost for state in states)
     for rank, record in enumerate(records):
-        if record.state is not None and record.state.error and (has_lost or record.ended > GRACE):
-            is_printed = record.state.exit_code == 2  # a mistake, by the rank itself
-            line = rank_line(rank, record.state, f"has ended by {record.state.error}")
-            return Fault("" if is_printed else line, record.state.exit_code)
+        state = record.state
+        if state is not None and state.error and (has_lost or record.still > GRACE):
+            is_printed = state.exit_code == 2  # a mistake, by the rank itself
+            line = rank_line(rank, state, f"has ended by {state.error}")
+            return Fault("" if is_printed else line, state.exit_code)
         limit = max_silence(timeout, has_lost)
-        if record.state is not None and record.state.is_slow and not has_lost:
+        if state is not None and state.is_slow and not has_lost:
             limit *= SLOW  # a library that writes a large file may block the other threads
         if record.silent > limit:
             what = f"no progress for {limit:g} s, dead or stopped"
-            return Fault(rank_line(rank, record.state, what), EXIT_CODE)
-
-    states = [record.state for record in records if record.state is not None]
+            return Fault(rank_line(rank, state, what), EXIT_CODE)
     if len(states) < len(records):
         return None
     suspects = _suspects(states)
@@ -96,20 +90,13 @@ def diagnose(records: Sequence[RankRecord], timeout: float) -> Fault | None:
     limit = timeout * (SLOW if any(states[rank].is_slow for rank in busy) else 1)
     if min(records[rank].still for rank in busy) <= limit:
         return None
-    what = f"no progress for {limit:g} s, at "
-    if len(suspects) == len(states) > 1:
-        first_at: dict[str, int] = {}
-        for rank, state in enumerate(states):
-            first_at.setdefault(state.place, rank)
-        places = " and ".join(f"{place} (rank {rank})" for place, rank in first_at.items())
-        return Fault(f"all ranks: {what}{places}; last step {states[0].step}", EXIT_CODE)
     suspect = states[suspects[0]]
-    what += suspect.place
-    if len(suspects) > 1:
-        what += f", with {len(suspects) - 1} more ranks"
+    what = f"no progress for {limit:g} s, at {suspect.place}"
+    if len(suspects) == len(states) > 1:
+        return Fault(f"all ranks: {what}; last step {suspect.step}", EXIT_CODE)
     if suspect.waits:
-        num_at = Counter(states[rank].place for rank in range(len(states)) if rank not in suspects)
-        what += f", while others are at {num_at.most_common(1)[0][0]}"
+        num_at = Counter(state.place for state in states if state.place != suspect.place)
+        what += "".join(f", while others are at {place}" for place, _ in num_at.most_common(1))
     return Fault(rank_line(suspects[0], suspect, what), EXIT_CODE)
 
 
@@ -121,8 +108,7 @@ def max_silence(timeout: float, has_lost: bool) -> float:
 def rank_line(rank: int, state: RankState | None, what: str) -> str:
     """Return the sentence about a rank, which has published nothing if `state` is None."""
     node = "?" if state is None else state.node
-    step = 0 if state is None else state.step
-    return f"rank {rank} on node {node}: {what}; last step {step}"
+    return f"rank {rank} on node {node}: {what}; last step {state.step if state else 0}"
 
 
 def _suspects(states: Sequence[RankState]) -> list[int]:
@@ -130,15 +116,14 @@ def _suspects(states: Sequence[RankState]) -> list[int]:
 
     These are the ranks that are furthest behind: a rank in a CPU-GPU sync seems to compute, but it
     has entered a collective that they have not. Of several, the fewest at one line are at fault,
-    then those that compute. There are two exceptions. If all ranks wait in collectives, one of them
-    has missed a collective and has gone on to another one. If those behind all wait, and no
-    more than half of the ranks compute, these hold them up.
+    then those that compute. If all ranks wait in collectives, one has missed a collective and has
+    gone on. If those behind all wait, and at most half of the ranks compute, these hold them up.
     """
     ranks = range(len(states))
     computing = [rank for rank in ranks if not states[rank].waits]
     furthest = min if computing else max
-    extreme = furthest(state.progress for state in states)
-    suspects = [rank for rank in ranks if states[rank].progress == extreme]
+    progress = [(state.heartbeats, state.collectives) for state in states]
+    suspects = [rank for rank in ranks if progress[rank] == furthest(progress)]
     if 0 < len(computing) <= len(states) / 2 and {*suspects}.isdisjoint(computing):
         suspects = computing
     num_at = Counter(states[rank].place for rank in suspects)

@@ -1,8 +1,7 @@
 """Ends the job when a rank makes no progress; one line names the rank, its node, code and step.
 
-Every rank publishes its state in the process group's store. Rank 0 reads the states of all ranks
-and publishes a verdict, which the others read. So P ranks write P values and read 2 P values per
-interval.
+Every rank publishes its state in the process group's store. Rank 0 reads those of all ranks and
+publishes a verdict, which the others read: P ranks write P values and read 2 P per interval.
 """
 
 import json
@@ -12,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -34,11 +33,12 @@ from ds_cmli.faults.diagnosis import (
     RankState,
     diagnose,
     max_silence,
+    rank_line,
 )
 
 # A thread inside these files waits for other ranks.
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
-PACKAGE = f"{Path(__file__).parent.parent}/"  # it may be installed beside the libraries
+PACKAGE = f"{Path(__file__).parent.parent}/"
 LIBRARY = re.compile("/lib(64)?/python|^<")
 VERDICT = "verdict"  # the key of what rank 0 publishes for all
 _numbers = count()  # each watchdog of this process has keys of its own
@@ -47,11 +47,10 @@ _numbers = count()  # each watchdog of this process has keys of its own
 class Verdict(NamedTuple):
     """What rank 0 publishes for all ranks."""
 
-    turn: int  # number of the publication
-    node: str  # of rank 0
-    step: int  # optimizer steps done by rank 0
-    deputy: int  # the rank that prints if rank 0 is silent: the first one of another node
-    exit_code: int  # with which all ranks end; 0: they go on
+    turn: int = -1  # number of the publication
+    deputy: int = 1  # the rank that prints if rank 0 is silent: the first one of another node
+    exit_code: int = 0  # with which all ranks end; 0: they go on
+    root: Sequence = ()  # the state of rank 0
 
 
 class Watchdog:
@@ -74,6 +73,7 @@ class Watchdog:
         self.heartbeats = 0
         self.progress: Callable[[], object] | None = None
         self.last_progress: object = None
+        self.num_changes = 0  # of what `progress` returns
         self.is_slow = True
         # The line at which a connection to another rank has broken; "": none has.
         self.lost_at = ""
@@ -82,9 +82,8 @@ class Watchdog:
         self.turn = 0  # number of publications
         self.is_store_lost = False
         self.is_ending = threading.Lock()  # taken by the thread that ends the process
-        self.wake = threading.Event()
         self.closed = threading.Event()
-        self.verdict = Verdict(turn=-1, node="?", step=0, deputy=1, exit_code=0)
+        self.verdict = Verdict()
 
     def heartbeat(self, step: int | None = None) -> None:
         """Report progress; `step`, at the beginning of a step: how many are done so far."""
@@ -111,8 +110,10 @@ class Watchdog:
             self.progress = None
 
     def __enter__(self) -> "Watchdog":
-        for target in (self._exchange, self._watch) if self.timeout else ():
-            threading.Thread(target=target, daemon=True).start()
+        targets = (self._exchange, self._watch) if self.timeout else ()
+        self.threads = [threading.Thread(target=target, daemon=True) for target in targets]
+        for thread in self.threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
@@ -123,33 +124,31 @@ class Watchdog:
                     # A launcher ends the other ranks as soon as one has ended.
                     signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 *_, (innermost, _) = walk_tb(error.__traceback__)
-                self.lost_at = _place(innermost)
+                _, self.lost_at = _position(innermost)
                 self.closed.wait(2 * self.timeout + GRACE)
             elif isinstance(error, Exception):
                 self.exit_code = 2 if isinstance(error, click.ClickException) else 1
                 self.error = f"{type(error).__name__}: {one_line(error)}"
-                published = self.turn + 2  # the next publication may have begun before
-                end = time.monotonic() + 2.0
-                while self.turn < published and not self.is_store_lost and time.monotonic() < end:
-                    self.wake.set()
-                    time.sleep(0.05)
+                self.closed.set()
+                self.threads[0].join(2.0)  # it publishes the error
         self.closed.set()
 
     def _state(self) -> RankState:
-        frame = sys._current_frames().get(self.main_thread)
         progress = self.progress
         if progress is not None:
             now = progress()
-            self.heartbeats += now != self.last_progress
+            self.num_changes += now != self.last_progress
             self.last_progress = now
+        waits, place = _position(sys._current_frames().get(self.main_thread))
         return RankState(
             node=this_node(),
             step=self.step or 0,
             heartbeats=self.heartbeats,
             collectives=distributed.num_collectives(),
+            num_changes=self.num_changes,
             is_slow=self.is_slow,
-            waits=bool(self.lost_at) or _waits(frame),
-            place=self.lost_at or _place(frame),
+            waits=waits or bool(self.lost_at),
+            place=self.lost_at or place,
             has_lost=bool(self.lost_at),
             error=self.error,
             exit_code=self.exit_code,
@@ -162,9 +161,11 @@ class Watchdog:
         store = dist.PrefixStore(self.name, store)
         records = [RankRecord() for _ in range(self.num_ranks)]
         try:
-            while not self.closed.is_set():
-                self.wake.wait(self.interval)
-                self.wake.clear()
+            is_closed = False
+            while not is_closed:
+                is_closed = self.closed.wait(self.interval)
+                if is_closed and not self.error:
+                    return
                 store.set(str(self.rank), json.dumps([self.turn, *self._state()]))
                 if self.rank == 0:
                     self._judge(store, records)
@@ -182,17 +183,10 @@ class Watchdog:
         for rank, record in enumerate(records):
             turn, *values = json.loads(published[rank]) if rank in published else [-1]
             record.update(turn, RankState(*values) if values else None, self.interval)
-        own = records[0].state
-        assert own is not None, "it has been published"
-        others = [r for r, x in enumerate(records) if x.state and x.state.node != own.node]
+        elsewhere = [r for r, x in enumerate(records) if x.state and x.state.node != this_node()]
         fault = diagnose(records, self.timeout)
-        self.verdict = Verdict(
-            turn=self.turn,
-            node=own.node,
-            step=own.step,
-            deputy=[*others, 1][0],
-            exit_code=0 if fault is None else fault.exit_code,
-        )
+        exit_code = 0 if fault is None else fault.exit_code
+        self.verdict = Verdict(self.turn, [*elsewhere, 1][0], exit_code, records[0].state or ())
         store.set(VERDICT, json.dumps(self.verdict))
         if fault is not None:
             self._end(fault)
@@ -214,14 +208,14 @@ class Watchdog:
             limit = max_silence(self.timeout, bool(self.lost_at))
             if self.is_store_lost and self.lost_at:
                 what = "its process has ended"
-            elif unanswered > limit:
+            elif unanswered > limit or (unanswered and silent > limit):
                 what = "its store does not answer"
             elif silent > limit and self.rank > 0:
                 what = f"no progress for {limit:g} s, dead or stopped"
             else:
                 continue
             is_deputy = self.rank == min(verdict.deputy, self.num_ranks - 1)
-            line = f"rank 0 on node {verdict.node}: {what}; last step {verdict.step}"
+            line = rank_line(0, RankState(*verdict.root) if verdict.root else None, what)
             self._end(Fault(line if is_deputy else "", EXIT_CODE))
 
     def _end(self, fault: Fault) -> None:
@@ -236,20 +230,17 @@ class Watchdog:
         os._exit(fault.exit_code)
 
 
-def _waits(frame: FrameType | None) -> bool:
-    """Return True if a thread is inside a collective."""
-    while frame is not None:
-        if any(part in frame.f_code.co_filename for part in COLLECTIVES):
-            return True
-        frame = frame.f_back
-    return False
+def _position(frame: FrameType | None) -> tuple[bool, str]:
+    """Return whether a thread is in a collective, and its innermost line of no library.
 
-
-def _place(frame: FrameType | None) -> str:
-    """Return a thread's innermost line that is this package's, or else of no library."""
+    The package may itself be installed beside the libraries.
+    """
+    waits = False
+    place = ""
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(PACKAGE) or LIBRARY.search(file) is None:
-            return f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        waits = waits or any(part in file for part in COLLECTIVES)
+        if not place and (file.startswith(PACKAGE) or LIBRARY.search(file) is None):
+            place = f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
-    return "a library"
+    return waits, place or "a library"

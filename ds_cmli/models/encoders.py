@@ -306,15 +306,15 @@ def text_config(
     config = getattr(config, "text_config", None) or config
     config_class = type(config)
     values = config.to_dict()
-    accepted = values.keys() | config_class.attribute_map.keys() | UNDECLARED
-    for unknown in sorted(fields.keys() - accepted):
+    known = values.keys() | config_class.attribute_map.keys() | UNDECLARED
+    for unknown in sorted(fields.keys() - known):
         raise ValueError(f"text_overrides has {unknown!r}: {nearest(unknown, values)}")
     # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     rates = {key: 0.0 for key in ATTENTION_DROPOUT if key in values}
     rates |= {key: dropout for key in DROPOUT if key in values}
     # Built anew, because some classes compute fields from others: not from computed defaults.
-    published_values = values if published else {}
-    config = config_class(**published_values | rates | {"use_cache": False} | fields)
+    given = values if published else {}
+    config = config_class(**given | rates | {"use_cache": False} | fields)
     depth = config.num_hidden_layers
     if layers is not None and layers > depth:
         raise ValueError(f"it has {depth} layers, and student.layers is {layers}")

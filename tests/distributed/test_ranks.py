@@ -1,5 +1,7 @@
 """Messages between the ranks of a real gloo group, their mistakes, and the gradients of one process."""
 
+import time
+
 import pytest
 import torch
 
@@ -38,6 +40,38 @@ def test_messages_between_ranks():
             "sum": [3.0, 8.0],
             "refused": ["rank 1: no such file", "no such key"],
         }
+
+
+def decisions(rank, world_size):
+    """Flags and numbers of all ranks, and the rounds of messages that one decision takes."""
+    flags = distributed.CollectiveFlags()
+    before = flags.num_rounds
+    maximum = flags.max(rank, 10 - rank)
+    return maximum, flags.num_rounds - before, [flags.any(rank == other, False) for other in range(world_size)]
+
+
+@pytest.mark.parametrize("world, rounds", [(1, 0), (2, 1), (3, 2), (4, 2), (5, 3)])
+def test_all_ranks_decide_alike_in_as_many_rounds_as_the_number_of_ranks_has_bits(world, rounds):
+    expected = ([world - 1, 10], rounds, [[True, False]] * world)
+    assert ranks.run(decisions, world) == [expected] * world
+
+
+def polls(rank, world_size):
+    """In which of the rounds of a loop, which is slower on the second rank, the ranks decide."""
+    poll = distributed.SpacedFlag(distributed.CollectiveFlags(), seconds=0.2)
+    decided = []
+    for number in range(60):
+        time.sleep(0.02 * rank)
+        before = poll.flags.num_rounds
+        is_set = poll.any(rank == 1 and number >= 30)
+        assert is_set == (number >= 30 and poll.flags.num_rounds > before)
+        decided += [number] * (poll.flags.num_rounds - before)
+    return decided
+
+
+def test_a_spaced_flag_is_asked_for_in_few_rounds_and_by_all_ranks_in_the_same():
+    decided, same = ranks.run(polls, 2)
+    assert decided == same and 3 < len(decided) < 20 and decided[-1] >= 30
 
 
 STEPS = 3

@@ -1,92 +1,218 @@
-"""Two real processes over gloo, one of which stops in its own way: how the job ends, when, and the line about it.
+"""Real ranks over gloo, one of which holds the others up: how the job ends, when, and the line about it."""
 
-Run as a script, this file is one of their ranks.
-"""
-
+import itertools
 import os
+import re
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.faults.diagnosis import EXIT_CODE
+from ds_cmli.faults import watchdog
+from ds_cmli.faults.diagnosis import EXIT_CODE, GRACE, RankRecord, RankState, diagnose
 from ds_cmli.faults.watchdog import Watchdog
-from tests.ranks import environments, start
+from tests.make import pairs
+from tests.ranks import start_function, start_ranks, wait_for
 
 TIMEOUT = 3.0  # seconds
-SLACK = 8.0  # seconds; a loaded machine takes its time to end a process
+SLACK = 12.0  # seconds; a loaded machine takes its time to end a process
+ALL = -1  # in place of the victim: all ranks meet their fate
 
 
-def meet(fate: str, step: int, watchdog: Watchdog) -> None:
-    if step == 5:
-        print("FATE", time.time(), flush=True)
-    match fate, step:
-        case "sleeps", 5:
-            time.sleep(30)
-        case "is stopped", 5:
-            os.kill(os.getpid(), signal.SIGSTOP)
-        case "gets on", 0:  # compiles
-            time.sleep(1.5 * TIMEOUT)
-        case "gets on", 3:  # evaluates
-            for _ in range(10):
-                time.sleep(0.15 * TIMEOUT)
+class SlowItem(list):
+    def __getitem__(self, index: int) -> None:
+        time.sleep(60)
+
+
+def wait_and_be_killed() -> None:
+    time.sleep(0.5)  # the others wait in the collective by now
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+HOLD_UP = {
+    "sleeps": lambda: time.sleep(60),
+    "others sync": lambda: time.sleep(60),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "is killed": wait_and_be_killed,
+    "loops": lambda: [None for _ in itertools.repeat(None)],
+    "loads": lambda: next(iter(DataLoader(SlowItem([0]), num_workers=1))),
+    "waits elsewhere": lambda: dist.recv(torch.ones(1), 0),
+}
+
+
+def get_on(step: int, watchdog: Watchdog) -> None:
+    """Compile in the first step, evaluate in the fourth, save in the seventh; longer than the time limit."""
+    with watchdog.slow() if step == 6 else nullcontext():
+        for _ in range({0: 10, 3: 10, 6: 10}.get(step, 0)):
+            time.sleep(0.15 * TIMEOUT)
+            if step == 3:
                 watchdog.heartbeat()
-        case "gets on", 6:  # saves
-            with watchdog.slow():
-                time.sleep(1.5 * TIMEOUT)
 
 
-def train(fate: str, victim: int) -> None:
-    """Ten steps, each of which ends in a collective; the victim meets its fate."""
+def train(rank: int, fate: str, victim: int) -> None:
+    """Take ten steps, each of which ends in a collective; the victim meets its fate in the sixth."""
     distributed.init()
     with Watchdog(TIMEOUT) as watchdog:
         for step in range(10):
             watchdog.heartbeat(step)
             time.sleep(0.1)
-            if distributed.rank() == victim:
-                meet(fate, step, watchdog)
-            distributed.gather_objects(step)
+            if fate == "gets on" and rank == victim:
+                get_on(step, watchdog)
+            elif step == 5 and victim in (rank, ALL):
+                print("FATE", time.time(), flush=True)
+                dist.recv(torch.ones(1), 1 - rank) if victim == ALL else HOLD_UP[fate]()
+            if fate == "others sync":  # in no file of torch.distributed, as in a CPU-GPU sync
+                dist.all_reduce(torch.ones(1), async_op=True).wait()
+            else:
+                dist.all_reduce(torch.ones(1))
     distributed.shutdown()
     print("finished", flush=True)
 
 
-def two_ranks(folder: Path, fate: str, victim: int) -> tuple[list[int], str, float]:
-    """Exit codes, all output, and the seconds from the fate to the end of the other rank."""
-    environment = [env | {"SLURMD_NODENAME": f"node-{r}"} for r, env in enumerate(environments(2))]
-    ranks = [start(["-m", __name__, fate, victim], env, folder / "log") for env in environment]
-    ranks[1 - victim].wait(100)
+def end_of(folder: Path, fate: str, victim: int, world: int = 2) -> tuple[list[int | None], list[str], float]:
+    """Return the exit codes, the lines of output, and the seconds from the fate to the end of another rank."""
+    log = folder / "log"
+    ranks = start_function(train, world, log, fate, victim, SLURMD_NODENAME="node-7")
+    other = ranks[0 if victim else 1]
+    other.join(100)
     end = time.time()
-    if fate == "is stopped":
-        ranks[victim].kill()
-    codes, text = [process.wait(100) for process in ranks], (folder / "log").read_text()
-    return codes, text, end - float(text.split("FATE ")[1].split()[0])
+    for rank in ranks:
+        rank.join(0 if fate == "is stopped" else SLACK)
+        rank.kill()
+        rank.join()
+    text = log.read_text()
+    *_, fate_at = re.findall(r"FATE ([\d.]+)", text) or [end]
+    return [rank.exitcode for rank in ranks], text.splitlines(), end - float(fate_at)
 
 
-HUNG, STOPPED, STORE = "no progress for 3 s, at test_watchdog.py:", "no progress for 3 s, dead or stopped", "its store"
-STOPS = [("sleeps", 1, HUNG), *(pytest.param("is stopped", *row, marks=pytest.mark.slow)
-                                for row in ((1, STOPPED), (0, STORE)))]  # fmt: skip
+def assert_one_error(lines: list[str], beginning: str) -> str:
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert error.startswith(f"error: {beginning}"), "\n".join(lines)
+    assert not [line for line in lines if "Traceback" in line], "\n".join(lines)
+    return error
 
 
-@pytest.mark.parametrize("fate, victim, words", STOPS)
-def test_a_rank_without_progress_is_named_and_the_job_ends(tmp_path, fate, victim, words):
-    codes, output, seconds = two_ranks(tmp_path, fate, victim)
-    assert codes[1 - victim] == EXIT_CODE and codes[victim] in (EXIT_CODE, -9), output
+HERE = f"no progress for {TIMEOUT:g} s, at test_watchdog.py:"
+STOPPED = f"no progress for {TIMEOUT:g} s, dead or stopped"
+KILLED = f"no progress for {TIMEOUT / 2:g} s, dead or stopped"
+CASES = [
+    ("loops", 1, 2, HERE), ("loops", 0, 2, HERE), ("loads", 1, 2, HERE), ("others sync", 1, 2, HERE),
+    ("waits elsewhere", 1, 3, HERE), ("is stopped", 1, 2, STOPPED), ("is stopped", 0, 2, "its store does not answer"),
+    ("is killed", 1, 2, KILLED), ("is killed", 0, 2, "its process has ended"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fate, victim, world, words", CASES)
+def test_the_rank_at_fault_is_named_and_the_job_ends(tmp_path, fate, victim, world, words):
+    codes, lines, seconds = end_of(tmp_path, fate, victim, world)
+    assert codes.pop(victim) in (EXIT_CODE, -signal.SIGKILL) and {*codes} == {EXIT_CODE}, lines
     assert seconds < 2 * TIMEOUT + SLACK
-    (printed,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert printed.startswith(f"error: rank {victim} on node node-{victim}: {words}"), output
-    # A stopped rank publishes nothing more: what it had done may be a moment old.
-    steps = (3, 4, 5) if fate == "is stopped" else (5,)
-    assert printed.endswith(tuple(f"; last step {step}" for step in steps)), output
+    error = assert_one_error(lines, f"rank {victim} on node node-7: {words}")
+    # A rank that is gone publishes nothing more: what it had done may be a moment old.
+    steps = (3, 4, 5) if fate in ("is stopped", "is killed") else (5,)
+    assert error.endswith(tuple(f"; last step {step}" for step in steps))
+
+
+def test_no_rank_is_named_where_none_is_behind(tmp_path):
+    codes, lines, _ = end_of(tmp_path, "all wait", ALL)
+    assert codes == [EXIT_CODE] * 2
+    assert_one_error(lines, f"all ranks: {HERE}")
 
 
 @pytest.mark.slow
 def test_a_rank_that_compiles_evaluates_and_saves_is_left_alone(tmp_path):
-    codes, output, _ = two_ranks(tmp_path, "gets on", 1)
-    assert codes == [0, 0] and output.count("finished") == 2 and "error" not in output, output
+    codes, lines, _ = end_of(tmp_path, "gets on", 1)
+    assert codes == [0, 0] and lines.count("finished") == 2 and not [line for line in lines if "error" in line]
 
 
-if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]))
+STATE = RankState("node-7", 5, 10, 30, 0, is_slow=False, waits=False, place="A", has_lost=False, error="", exit_code=0)
+WAITS = STATE._replace(waits=True, place="B")
+NO_ONE = "all ranks: no progress for 5 s, at B; last step 5"
+
+
+def named(*states: RankState, seconds: int = 10) -> str | None:
+    """Return the line about ranks that stay in these states, with a time limit of 5 s."""
+    records = [RankRecord() for _ in states]
+    for turn in range(seconds + 1):
+        for record, state in zip(records, states, strict=True):
+            record.update(turn, state, 1.0)
+    fault = diagnose(records, 5.0)
+    return None if fault is None else fault.line
+
+
+def one(rank: int, where: str) -> str:
+    return f"rank {rank} on node node-7: no progress for 5 s, at {where}; last step 5"
+
+
+@pytest.mark.parametrize(
+    "states, line",
+    [
+        ([STATE], one(0, "A")),
+        ([WAITS, STATE, WAITS], one(1, "A")),
+        ([WAITS, STATE._replace(heartbeats=11)], one(1, "A")),
+        ([WAITS, STATE, STATE, WAITS], one(1, "A")),
+        # All but one are in a CPU-GPU sync, behind a collective that this one has not entered.
+        ([STATE, STATE._replace(collectives=29, place="C"), STATE], one(1, "C")),
+        # One has missed a collective, and has gone on.
+        ([WAITS, WAITS._replace(place="C"), WAITS], one(1, "C, while others are at B")),
+        ([STATE, STATE, WAITS._replace(collectives=29)], one(2, "B, while others are at A")),
+        ([WAITS, WAITS], NO_ONE),
+        ([WAITS, WAITS._replace(place="C")], NO_ONE),
+        ([STATE._replace(is_slow=True), WAITS], None),
+    ],
+)
+def test_who_is_at_fault_follows_from_what_ranks_have_published(states, line):
+    assert named(*states) == line
+    assert named(*states, seconds=5) is None
+
+
+def test_a_slow_rank_has_ten_times_as_long():
+    assert named(STATE._replace(is_slow=True), WAITS, seconds=50) is None
+    assert named(STATE._replace(is_slow=True), WAITS, seconds=51) is not None
+
+
+@pytest.mark.parametrize("code, line", [(1, "rank 1 on node node-7: has ended by an error; last step 5"), (2, "")])
+def test_an_error_of_one_rank_ends_the_others_with_its_exit_code(code, line):
+    """Their collective does not fail, as over NCCL. A mistake is printed by the rank that has it."""
+    records = [RankRecord(), RankRecord()]
+    for turn in range(20):
+        records[0].update(turn, WAITS, 1.0)
+        records[1].update(0, STATE._replace(error="an error", exit_code=code), 1.0)
+        fault = diagnose(records, 120.0)
+        assert (fault is None) == (turn <= GRACE), "they may meet the same error"
+    assert fault == (line, code)
+
+
+def test_the_line_is_the_packages_also_where_it_is_installed(monkeypatch):
+    package = "/env/lib/python3.12/site-packages/ds_cmli/"
+    monkeypatch.setattr(watchdog, "PACKAGE", package)
+    names: dict = {"sys": sys}
+    exec(compile("def step(): return library(lambda: sys._getframe())", package + "run.py", "exec"), names)
+    exec(compile("def library(f): return f()", "/env/lib/python3.12/site-packages/torch/x.py", "exec"), names)
+    assert watchdog._position(names["step"]()) == (False, "run.py:1 <lambda>")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_training_whose_rank_is_killed_ends_with_one_line(tmp_path, victim):
+    options = ["--preset", "tiny", "--steps", "100000", "--log-every", "1"]
+    options += ["--data", pairs(tmp_path / "pairs", count=63)]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    processes = start_ranks(["ds_cmli/train.py", *options, "--output-dir", tmp_path / "run"], logs)
+    try:
+        wait_for(lambda: "step 5/" in logs[0].read_text(), processes[0], logs[0])
+        processes[victim].kill()
+        assert processes[1 - victim].wait(60) == EXIT_CODE
+    finally:
+        for process in processes:
+            process.kill()
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    assert_one_error(lines, f"rank {victim} on node ")
+    assert not [line for line in lines if "peer" in line or "Exception" in line]

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses import gradient_cache
 from ds_cmli.losses.target_cmli import Features, TargetCMLI, WidthHead, match_patches
 from ds_cmli.models.student import Targets
 from tests import make
@@ -165,15 +164,3 @@ def test_a_wider_teacher_is_reached_by_an_orthonormal_head():
     assert torch.allclose(head(head(PATCHES), back=True), PATCHES, atol=1e-6)
     wide = Targets(head(TEACHER[:, 0]), head(TEACHER))
     assert by_hand(head, wide, mse_reduction="sum") == pytest.approx(by_hand(mse_reduction="sum"), rel=1e-5)
-
-
-def test_the_generators_of_host_and_gpu_are_set_back(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    states = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: torch.tensor([5]))
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: states.append((state.item(), device)))
-    before = gradient_cache.random_states(gpu)
-    drawn = torch.rand(3)
-    gradient_cache.set_random_states(before, gpu)
-    assert torch.equal(torch.rand(3), drawn)
-    assert states == [(5, gpu)]

@@ -15,7 +15,7 @@ case "${0##*/} $*" in
 srun*) echo "$MASTER_ADDR $OMP_NUM_THREADS ${SLURM_NTASKS_PER_NODE-unset} $FLAVOUR"; exit $CODE ;;
 *hostnames*) echo n1; echo n2 ;;
 *"show node n1") echo "NodeName=n1 CPUTot=8 NodeAddr=10.0.0.7 NodeHostName=h" ;;
-squeue*) echo "$STATE" ;;
+*"show job"*) echo "JobId=7 JobState=$STATE $ABOUT Reason=None" ;;
 esac
 """
 JOB = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_NODELIST": "n[1-2]"}
@@ -25,7 +25,7 @@ ARRAY = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
 @pytest.fixture
 def script(tmp_path):
     """A function that runs the script: exit code, output, and the commands that it has called."""
-    for name in ("srun", "scontrol", "squeue"):
+    for name in ("srun", "scontrol"):
         (tmp_path / name).write_text(STUB)
         (tmp_path / name).chmod(0o755)
 
@@ -33,7 +33,7 @@ def script(tmp_path):
         calls = tmp_path / "calls"
         calls.write_text("")
         given = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "CODE": str(code), "STATE": state}
-        given |= {"SLURM_SUBMIT_DIR": str(ROOT), **JOB, **env}
+        given |= {"ABOUT": "Requeue=1", "SLURM_SUBMIT_DIR": str(ROOT), **JOB, **env}
         command = ["bash", str(ROOT / "slurm" / "train.sh"), *options]
         done = subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, timeout=60)
         return done.returncode, done.stdout + done.stderr, calls.read_text().splitlines()
@@ -68,7 +68,7 @@ def test_setup_python_and_options_of_srun(script):
 ENDS = [  # srun's exit code, the job's state, and whether the script requeues it
     (85, "RUNNING", True), (143, "RUNNING", True), (138, "RUNNING", True), (85, "SIGNALING", True),
     (85, "COMPLETING", False), (85, "CANCELLED", False), (0, "RUNNING", False), (2, "RUNNING", False),
-    (1, "RUNNING", False),
+    (1, "RUNNING", False), (86, "RUNNING", False), (85, "RUNNING PreemptTime=2026-12-02T10:13:54", False),
 ]  # fmt: skip
 
 
@@ -78,6 +78,7 @@ def test_what_is_requeued(script, code, state, again):
         ended, output, calls = script(code=code, state=state, DS_CMLI_REQUEUE_MOST="3", SLURM_RESTART_COUNT="2", **env)
         assert ended == code
         assert (f"scontrol requeue {job}" in calls) == again == (f"job {job}: to be requeued\n" in output)
+        assert "the training begins at step 0" in output
 
 
 @pytest.mark.parametrize(
@@ -86,6 +87,8 @@ def test_what_is_requeued(script, code, state, again):
         ({"SLURM_JOB_ID": ""}, "sbatch"),
         ({"SLURM_SUBMIT_DIR": "/"}, "from the project's folder"),
         ({"DS_CMLI_SETUP": "false"}, "DS_CMLI_SETUP"),
+        ({"SLURM_GPUS_ON_NODE": "9"}, "8 CPUs for 9 tasks on a node: give sbatch --cpus-per-gpu=8"),
+        ({"ABOUT": "Requeue=0"}, "saved and not requeued"),
         ({"DS_CMLI_REQUEUE_MOST": "3", "SLURM_RESTART_COUNT": "3"}, "DS_CMLI_REQUEUE_MOST"),
     ],
 )

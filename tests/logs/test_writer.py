@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_cmli import train
 from ds_cmli.config.presets import load_preset
 from ds_cmli.errors import UserError
-from ds_cmli.metrics import Writer
+from ds_cmli.logs.writer import Writer
 from tests.ranks import python
 
 FOUND = {"eval/seen/combined/i2t_r1": 0.5}
@@ -35,7 +36,7 @@ def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, folder, ca
     for step in (1, 2):
         writer.advance()
         writer.log(step, VALUES)
-        writer.since -= 179.7
+        writer.timed_since -= 179.7
     writer.close()
     shown = capsys.readouterr()
     first, second = [line for line in shown.out.splitlines() if "loss" in line]
@@ -71,11 +72,11 @@ def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(fold
 def test_wandb_gets_what_tensorboard_gets_offline(folder):
     """In a process of its own: wandb changes TensorBoard's writer for good."""
     pytest.importorskip("wandb")
-    code = "import sys; from pathlib import Path; from tests.test_metrics import write;"
+    code = "import sys; from pathlib import Path; from tests.logs.test_writer import write;"
     code += "write(Path(sys.argv[1]), [1, 2], 0, 'wandb')"
-    done = python("-c", code, folder, env={**os.environ, "WANDB_MODE": "offline"})
+    done = python("-c", code, folder, env={**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(folder / "x")})
     assert done.returncode == 0 and "warning" not in done.stdout, done.stderr
-    (one,) = (folder / "wandb").glob("offline-run-*")
+    (one,) = (folder / "x" / "wandb").glob("offline-run-*")
     assert one.name.endswith((folder / "wandb" / "run-id").read_text())  # by which the next start goes on
     content = next(one.glob("*.wandb")).read_bytes()
     assert b"loss/total" in content and b"eval/seen/combined/i2t_r1" in content and b"context_length" in content
@@ -92,6 +93,7 @@ def test_a_wandb_that_is_not_installed_is_refused(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_first_line_comes_before_heavy_imports_and_those_are_without_trackers():
     code = """
+import resource
 import sys
 from ds_cmli import commands, libraries, train
 sys.argv = ["train.py", "--preset", "tiny", "--dry-run"]
@@ -104,3 +106,20 @@ print({"mlflow", "wandb"} & {*sys.modules})
     done = python("-c", code, timeout=120)
     first, second, *_, last = done.stdout.splitlines()
     assert first.startswith("ds-cmli ") and "preset tiny" in first and second == last == "set()", done.stderr
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_fills_and_empties_costs_one_warning_and_the_lines_of_that_time(folder, capsys):
+    writer = Writer(folder, 4)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step, max_bytes in ((1, unlimited[0]), (2, 150), (3, 150), (4, unlimited[0])):  # of any file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, unlimited[1]))
+        writer.advance()
+        writer.log(step, VALUES)
+        time.sleep(0.1)  # TensorBoard's file is written by a thread
+    writer.close()
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()] == [1, 4]
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    assert 4 in [event.step for event in events.Scalars("loss/total")]
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1 and "metrics.jsonl cannot be written (File too large)" in warnings[0]
