@@ -31,7 +31,8 @@ def cmli_scores_reference(
     text = text.to(dtype).masked_fill(~token_mask[..., None], 0)
 
     S = torch.einsum("ind,jmd->ijnm", image, text)
-    patch, token = patch_mask[:, None, :], token_mask[None, :, :]  # [I, 1, N], [1, J, M]
+    patch = patch_mask[:, None, :]  # [I, 1, N]
+    token = token_mask[None, :, :]  # [1, J, M]
 
     over_tokens = S.masked_fill(~token[:, :, None, :], -torch.inf)
     best = over_tokens.gather(3, first_maximum(over_tokens, 3)[..., None])[..., 0]  # [I, J, N]
@@ -46,16 +47,22 @@ def cmli_scores_reference(
 
 
 def pair_loss_reference(
-    s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, alike: Tensor | None = None
+    s_i2t: Tensor, s_t2i: Tensor, learned: Tensor, duplicates: Tensor | None = None
 ) -> Tensor:
-    """The loss of `PairLoss` over the scores [B, B] of a whole batch, with 1/temperature [1] or the
-    sigmoid loss's bias too [2]. alike: bool [B, B], other pairs that are no negatives."""
-    own = torch.eye(len(s_i2t), dtype=torch.bool, device=s_i2t.device)
-    alike = torch.zeros_like(own) if alike is None else alike & ~own
+    """Return the loss of `PairLoss` over the scores [B, B] of a whole batch.
+
+    Args:
+        learned: 1/temperature [1]; for the sigmoid loss with the bias [2].
+        duplicates: bool [B, B], other pairs that are no negatives.
+    """
+    positives = torch.eye(len(s_i2t), dtype=torch.bool, device=s_i2t.device)
+    if duplicates is None:
+        duplicates = positives
+    duplicates = duplicates & ~positives
     logits = learned[0] * s_i2t, learned[0] * s_t2i.t()
     if len(learned) == 1:
-        shares = [x.masked_fill(alike, -torch.inf).log_softmax(1).diagonal() for x in logits]
+        shares = [x.masked_fill(duplicates, -torch.inf).log_softmax(1).diagonal() for x in logits]
         return -(shares[0].mean() + shares[1].mean()) / 2
-    sign = (own | alike).to(s_i2t.dtype) * 2 - 1  # symmetric
-    each = [torch.nn.functional.logsigmoid(sign * (x + learned[1])).sum(1).mean() for x in logits]
-    return -(each[0] + each[1]) / 2
+    sign = (positives | duplicates).to(s_i2t.dtype) * 2 - 1  # symmetric
+    losses = [torch.nn.functional.logsigmoid(sign * (x + learned[1])).sum(1).mean() for x in logits]
+    return -(losses[0] + losses[1]) / 2

@@ -55,12 +55,15 @@ def build_models(
         pretrained: False: the student's weights are random, because they will be overwritten.
         pad_id: of the tokenizer, which fills up texts.
     """
-    data, settings, teacher_settings = config.data, config.student, config.teacher
+    data = config.data
+    settings = config.student
+    teacher_settings = config.teacher
     if settings.image_weights == "demo":
         settings = replace(settings, image_weights=str(assets.fetch("vit") / assets.WEIGHTS))
     if settings.text_weights == "demo":
         settings = replace(settings, text_weights=str(assets.fetch("minilm")))
-    source, run, teacher = ModelSource(settings.source), None, None
+    source = ModelSource(settings.source)
+    run = teacher = None
     if pretrained and source.name and source.is_run:
         run = load_model(source.path, source.weights or WEIGHTS, "student.source")
     torch.manual_seed(config.run.seed)

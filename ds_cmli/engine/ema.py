@@ -80,21 +80,19 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Swap averages and master weights.
-
-        A chunk at a time, because there may be no room for a third copy.
-        """
+        """Swap averages and master weights, in chunks: a third copy may have no room."""
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
             rows = max(1, CHUNK * len(torch.atleast_1d(average)) // max(1, average.numel()))
-            ones, others = torch.atleast_1d(average), torch.atleast_1d(master)
-            for one, other in zip(ones.split(rows), others.split(rows), strict=True):
-                kept = one.clone()
-                one.copy_(other)
-                other.copy_(kept)
+            averages = torch.atleast_1d(average).split(rows)
+            masters = torch.atleast_1d(master).split(rows)
+            for average_part, master_part in zip(averages, masters, strict=True):
+                kept = average_part.clone()
+                average_part.copy_(master_part)
+                master_part.copy_(kept)
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """This rank's share of the trained master weights.
+    """Return this rank's share of the trained master weights.
 
     It is on the host if the optimizer is offloaded.
     """
@@ -112,14 +110,15 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 @torch.no_grad()
 def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a trained parameter's master weight to `value`, the whole parameter's value.
+    """Write this rank's share of a trained parameter's master weight.
 
-    This rank's share of it is written.
+    Args:
+        value: the whole parameter's value.
     """
-    optimizer, value = engine.optimizer, value.flatten()
-    if hasattr(
-        parameter, "ds_id"
-    ):  # DeepSpeed's function (0.19.8) fails if the ranks do not divide the size
+    optimizer = engine.optimizer
+    value = value.flatten()
+    if hasattr(parameter, "ds_id"):
+        # DeepSpeed's function (0.19.8) fails if the ranks do not divide the size.
         share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
         start = share.numel() * optimizer._get_param_partition_rank(parameter)
         part = value[start : start + share.numel()]

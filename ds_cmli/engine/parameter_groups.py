@@ -15,7 +15,7 @@ NO_MATRIX = ("bias", "pos", "token")
 
 
 class Place(NamedTuple):
-    """Where a parameter is.
+    """The place of a parameter in the objective.
 
     Layer k of an encoder, counted from 1, has depth k; depth 0 is below the first layer
     (embeddings), and layers + 1 above the last. What an encoder registers between two layers has
@@ -29,12 +29,13 @@ class Place(NamedTuple):
 
 
 def places(objective: nn.Module) -> dict[str, Place]:
-    """The place of each parameter, by its name."""
+    """Return the place of each parameter, by its name."""
     student: Any = objective.student
     out = {name: Place() for name, _ in objective.named_parameters()}
     for part in ENCODERS:
         encoder = getattr(student, part)
-        layers, depth = len(encoder.blocks), 0
+        layers = len(encoder.blocks)
+        depth = 0
         of_layer: dict[nn.Parameter, int] = {}
         for k, block in enumerate(encoder.blocks, 1):
             of_layer |= dict.fromkeys(block.parameters(), k)
@@ -69,7 +70,7 @@ def freeze(objective: nn.Module, student: StudentConfig) -> None:
                 f"student.freeze_{part} is {count}, all layers of the {part} encoder, and "
                 f"student.lora names some: no adapter would be trained: give {count - 1} or less"
             )
-        # Where all layers are frozen, so is what is above them: the whole encoder.
+        # If all layers are frozen, so is what is above them: the whole encoder.
         if count and (depth <= count or count == layers):
             parameter.requires_grad_(False)
 
@@ -77,7 +78,7 @@ def freeze(objective: nn.Module, student: StudentConfig) -> None:
 def parameter_groups(
     objective: nn.Module, weight_decay: float, optim: OptimConfig, lr: float
 ) -> list[dict[str, Any]]:
-    """Groups of the trained parameters for the optimizer, the highest learning rate first.
+    """Group the trained parameters for the optimizer, the highest learning rate first.
 
     Weight decay is for matrices only: norms, biases, temperatures, tokens, embeddings and position
     tables get none. There is a learning rate for each factor of `optim`, which multiplies `lr`.
@@ -111,8 +112,9 @@ def parameter_groups(
 
 
 def counts_line(objective: nn.Module, teacher: nn.Module | None) -> str:
-    """A line for the log: how many parameters there are and how many are trained, by part."""
-    total, trained = Counter[str](), Counter[str]()
+    """Return the log's line of the numbers of parameters and of trained ones, by part."""
+    total = Counter[str]()
+    trained = Counter[str]()
     where = places(objective)
     for name, parameter in objective.named_parameters():
         # The whole size, also under ZeRO-3.
@@ -122,8 +124,8 @@ def counts_line(objective: nn.Module, teacher: nn.Module | None) -> str:
             trained[part] += size * parameter.requires_grad
     shares = []
     for part in [*total][1:]:
-        some = f" ({trained[part] / 1e6:.2f}M trained)" if trained[part] < total[part] else ""
-        shares.append(f"{part} {total[part] / 1e6:.2f}M{some}")
+        note = f" ({trained[part] / 1e6:.2f}M trained)" if trained[part] < total[part] else ""
+        shares.append(f"{part} {total[part] / 1e6:.2f}M{note}")
     frozen = ""
     if teacher is not None:
         frozen = f"; teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M"
