@@ -56,6 +56,7 @@ def karpathy(path):
 def test_karpathys_test_split_has_the_recalls_of_the_models_own_scores(tmp_path, model, photographs):
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--workers", "2"]
     printed, result = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test")
+    assert "dataset.json: 6 images to evaluate on" in printed, "the data is named before it is measured"
     assert "test 18 pairs, 6 pictures, in float32" in printed and "    combined  " in printed
     assert result["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
     loaded, shown = Model.load(model, device="cpu"), range(6, 12)
