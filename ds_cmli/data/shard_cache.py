@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from fsspec.callbacks import Callback
 
 from ds_cmli.commands import print_line
 from ds_cmli.data.sources.tar_index import write_index
-from ds_cmli.errors import UserError, blame, one_line
+from ds_cmli.errors import UserError, one_line
 from ds_cmli.files import cache_folder
 
 NUM_FETCHES = 8  # at the same time on a node
@@ -175,8 +175,13 @@ class ShardCache:
     def _request(self, shard: Shard, kind: str) -> Path:
         return self.requests / f"{self.path(shard).stem}{kind}"
 
-    def _writing(self) -> AbstractContextManager[None]:
-        return blame(f"{self.folder} cannot be written: {FREE_SPACE}")
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            reason = f"{self.folder} cannot be written ({error.strerror})"
+            raise ShardError(f"{reason}: {FREE_SPACE}") from None
 
     # --- the process that fetches
 
@@ -319,7 +324,8 @@ def main() -> None:
     """Fetch for this node as long as the parent process lives, after the processes before it."""
     max_bytes, parent = map(int, sys.argv[1:])
     cache = ShardCache(max_bytes)
-    with suppress(FileNotFoundError):  # the folder has been deleted
+    # The folder has been deleted, or cannot be written: a reader says so.
+    with suppress(FileNotFoundError, ShardError):
         while os.getppid() == parent:
             with suppress(Timeout), cache.lock().acquire(timeout=1):
                 # What earlier processes have asked for and not finished.
