@@ -128,11 +128,7 @@ class Recorder(TorchDispatchMode):
         return frame is None or frame.f_code.co_name == "_engine_run_backward"
 
     def _exchange(self, held: Held, stages: tuple, func: OpOverload) -> Held:
-        """Go through the stages of what an operator holds inside; blocks of equal sizes stay.
-
-        The last blocks are matched first: each stays for the last place of its size in the next
-        stage that is before the places of the blocks behind it.
-        """
+        """Go through the stages of what an operator holds inside; blocks of equal sizes stay."""
         for stage in stages:
             sizes = [size for size in stage if size]
             kept_blocks: dict[int, int] = {}  # by their places in this stage

@@ -36,11 +36,7 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
 
 @click.command(cls=ConfigCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
-    "--world-size",
-    type=click.IntRange(1),
-    default=1,
-    show_default=True,
-    help="Number of ranks.",
+    "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Number of ranks."
 )
 @click.option(
     "--checkpointing",
@@ -48,8 +44,7 @@ UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows onl
     help="Activation checkpointing.  [the JSON's]",
 )
 @click.option(
-    "--gpu",
-    help="GPU that is predicted, as nvidia-smi names it.  [the one here, or RTX 3090 24GB]",
+    "--gpu", help="GPU that is predicted, as nvidia-smi names it.  [the one here, or RTX 3090 24GB]"
 )
 @click.option("--gpu-memory", metavar="SIZE", help="Of a GPU that is not listed: 48GB.")
 @click.option("--sm", metavar="N.N", help="Its compute capability: 8.9.")
@@ -96,13 +91,9 @@ def command(deepspeed_config: str, settings: Sections, **options: Any) -> int:
 def predict(
     config: Config, ds_config: DeepSpeedConfig, chosen: SimpleNamespace
 ) -> tuple[Report, bool]:
-    """Predict and print one setting, or the largest micro-batch that fits.
+    """Print one setting, or the largest micro-batch that fits; return its report, and if it fits.
 
-    Args:
-        chosen: the command's options.
-
-    Returns:
-        The report, and False if it does not fit.
+    `chosen` are the command's options.
     """
     from ds_cmli.memory.largest_batch import find_largest_batch
     from ds_cmli.memory.step_memory import Step, predicted_worst
@@ -120,7 +111,9 @@ def predict(
         print(fit_sentence(found, room))
         print(meant(chosen.fit, room, fitted_gpu or "", gpu, found.report))
         show(found.report)
-        print_tried(found, room)
+        sizes = gigabytes(*found.tried.values())
+        tried = ", ".join(f"{n}: {size} GB" for n, size in zip(found.tried, sizes, strict=True))
+        print(f"tried, micro-batch: on the device: {tried}")
         return found.report, found.micro_batch > 0
     progress = Progress(num_trials=1)
     progress.begin(f"a step of one of {chosen.world_size} ranks, on tensors without data")
@@ -211,19 +204,6 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: Gpu, report: Report) -> str
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
     return f"--fit {fit!r} means {room:,} B of a GPU: {left}"
-
-
-def print_tried(found: "LargestBatch", room: int) -> None:
-    sizes = gigabytes(*found.tried.values())
-    tried = ", ".join(f"{n}: {size} GB" for n, size in zip(found.tried, sizes, strict=True))
-    print(f"tried, micro-batch: on the device: {tried}")
-    if found.micro_batch:
-        size = found.tried[found.micro_batch]
-        answer = f"the largest micro-batch that fits in {room:,} B: {found.micro_batch}"
-        print(f"{answer}, with {size:,} B on the device")
-    else:
-        answer = f"not even one pair per rank fits in {room:,} B"
-        print(f"{answer}: it takes {found.tried[1]:,} B on the device")
 
 
 def write(path: str, setting: str, function: Callable[[], object]) -> None:

@@ -17,12 +17,7 @@ class Progress:
         self.started = time.monotonic()
 
     def begin(self, trial: str, num_left: int = 1) -> None:
-        """Print a line about a trial that begins.
-
-        Args:
-            trial: what is tried.
-            num_left: an estimate of how many trials are left, with this one.
-        """
+        """Print a line about a trial; about `num_left` are left, with this one."""
         number = f"{self.num_begun + 1}"
         if self.num_trials is not None:
             number += f" of {self.num_trials}"

@@ -196,19 +196,10 @@ def plot(report: Report, path: str) -> None:
     colours = [colormaps["tab20"](row) for row in shown]
     axis.stackplot(places, live[shown][:, places], labels=names, colors=colours, linewidth=0)
     (requested,) = gigabytes(report.totals["requested"])
-    axis.set(
-        xlabel="allocations and frees of two steps",
-        ylabel="GB",
-        title=f"Memory of a step, {report.source}: {requested} GB at the peak",
-    )
+    title = f"Memory of a step, {report.source}: {requested} GB at the peak"
+    axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title=title)
     handles, labels = axis.get_legend_handles_labels()
-    axis.legend(
-        handles[::-1],
-        labels[::-1],
-        title="at the peak",
-        loc="center left",
-        bbox_to_anchor=(1, 0.5),
-        frameon=False,
-    )
+    place = {"title": "at the peak", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
+    axis.legend(handles[::-1], labels[::-1], frameon=False, **place)
     with blame(f"--plot {path}"):
         figure.savefig(path)

@@ -138,14 +138,7 @@ def question(ids: Iterable[str], s: Setting) -> str:
     return (
         f"{', '.join(ids)}: from the estimates of GPU memory in a draft of Tim Cares' Master's thesis (2024), for a "
         f"training step with {s.B} image-text pairs on each of {s.P} GPUs. Do they hold, and what does the step need? "
-        f"({sizes(s)})"
-    )
-
-
-def sizes(s: Setting) -> str:
-    return (
-        f"N={s.N} image patches, M={s.M} text positions, hidden size H={s.H}, embedding size D={s.D}, "
-        f"B={s.B} pairs per GPU, P={s.P} GPUs"
+        f"(N={s.N} image patches, M={s.M} text positions, hidden size H={s.H}, embedding size D={s.D})"
     )
 
 

@@ -55,10 +55,7 @@ def num_rows(s: Setting, ids: set[str]) -> int:
 
 
 def rows(
-    s: Setting,
-    ids: set[str],
-    gpu: Gpu | None = None,
-    begin: Callable[[str], None] = lambda _: None,
+    s: Setting, ids: set[str], gpu: Gpu | None = None, begin: Callable[[str], None] = lambda _: None
 ) -> list[Row]:
     """Predict the claims in `ids`, and measure them where time and memory suffice.
 
