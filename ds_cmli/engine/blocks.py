@@ -65,7 +65,8 @@ def read_outside(encoder: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]
         if isinstance(module, nn.MultiheadAttention):
             yield from ((module, parameter) for parameter in module.out_proj.parameters())
         elif isinstance(table := getattr(module, "position_embedding", None), nn.Embedding):
-            yield module, table.weight  # CLIP's and its like read its size
+            # CLIP and its like read the table's size.
+            yield from ((module, parameter) for parameter in table.parameters())
 
 
 def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
