@@ -19,7 +19,8 @@ from torch import Tensor
 
 BLOCK_ROWS = 1024  # at least, from which a weighted epoch takes each source's share
 NEXT_EPOCH_AT = 0.9  # of an epoch, when the next full order is begun
-ROWS_KEY, LANES_KEY = "rows", "lanes"
+ROWS_KEY = "rows"
+LANES_KEY = "lanes"
 
 Numbers = np.ndarray  # int64
 Value = TypeVar("Value")
