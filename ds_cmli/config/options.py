@@ -65,8 +65,8 @@ FLAGS = {
     "--save-minutes": "run.save_minutes",
     "--keep": "run.keep",
 }
-# How they are read, where not as the default's type.
-KINDS: dict[str, dict[str, Any]] = {
+# Attributes of options that are not read as the type of the setting's default.
+ATTRIBUTES: dict[str, dict[str, Any]] = {
     "--losses": {"type": parse_losses, "metavar": "NAME[=WEIGHT],..."},
     "--data": {"multiple": True, "callback": lambda _, __, x: x[0] if len(x) == 1 else [*x]},
     "--epochs": {"type": float},
@@ -74,11 +74,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def of_setting(flag: str, setting: str) -> Callable:
+def setting_option(flag: str, setting: str) -> Callable:
     section, _, key = setting.partition(".")
-    kind = type(getattr(SECTIONS[section](), key))
-    how = KINDS.get(flag, {"type": kind})
-    return option(flag, help=description(section, key), **how)
+    default_type = type(getattr(SECTIONS[section](), key))
+    attributes = ATTRIBUTES.get(flag, {"type": default_type})
+    return option(flag, help=description(section, key), **attributes)
 
 
 INIT_HELP = "Start from the preset's weights, or from random ones, without downloads."
@@ -89,7 +89,7 @@ MEMORY_HELP = "Measure the memory of the first steps, and predict it, into memor
 OPTIONS = (
     option("--set", "settings", type=parse_setting, multiple=True, metavar=SET, help=SET_HELP),
     option("--init", type=click.Choice(["preset", "random"]), default="preset", help=INIT_HELP),
-    *(of_setting(flag, setting) for flag, setting in FLAGS.items()),
+    *(setting_option(flag, setting) for flag, setting in FLAGS.items()),
     plugin_option,
     option("--resume", default="auto", metavar="auto|never|PATH", help=RESUME_HELP),
     option("--resume-with-changes", is_flag=True, help="Resume even if settings differ."),
@@ -113,18 +113,19 @@ class ConfigCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(list(args))
-        rest = super().parse_args(ctx, args)
-        values, settings = ctx.params, Sections()
-        given = [*RANDOM.items()] if values.pop("init") == "random" else []
-        pairs = iter(values.pop("settings"))
+        remaining = super().parse_args(ctx, args)
+        values = ctx.params
+        pairs = [*RANDOM.items()] if values.pop("init") == "random" else []
+        pairs_of_set = iter(values.pop("settings"))
         for parameter in order:
             if parameter.name == "settings":
-                given.append(next(pairs))
+                pairs.append(next(pairs_of_set))
             elif setting := FLAGS.get(parameter.opts[0]):
-                given.append((setting, values[str(parameter.name)]))
-        for place, value in given:  # the last one counts
-            section, _, key = place.partition(".")
+                pairs.append((setting, values[str(parameter.name)]))
+        settings = Sections()
+        for setting, value in pairs:  # the last one counts
+            section, _, key = setting.partition(".")
             settings.setdefault(section, {})[key] = value
         names = {parameter.name for parameter in self.params if parameter.opts[0] in FLAGS}
         ctx.params = {key: values[key] for key in values.keys() - names} | {"settings": settings}
-        return rest
+        return remaining

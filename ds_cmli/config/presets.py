@@ -8,7 +8,7 @@ from ds_cmli.config.source import applied, temperature_loss
 from ds_cmli.errors import UserError
 from ds_cmli.files import Section
 
-# Of the packaged weights that student.text_weights "demo" means.
+# The sizes of the packaged weights that student.text_weights "demo" means.
 MINILM_SIZES: dict[str, object] = {
     "hidden_size": 384,
     "num_hidden_layers": 6,

@@ -90,7 +90,7 @@ def over_pairs(weights: dict[str, float]) -> dict[str, float]:
 
 
 def compares_tokens(names: Iterable[str]) -> bool:
-    """Whether one of the losses uses the all-pairs op."""
+    """Return True if one of the losses uses the all-pairs op."""
     return any(LOSSES[name].scores == "cmli" for name in names)
 
 

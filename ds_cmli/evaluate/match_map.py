@@ -20,41 +20,43 @@ COLUMNS, LETTERS = 6, 16  # tiles in a row, characters above a tile
 def sheet(image: Tensor, text: str, match: Match) -> Image.Image:
     """Draw a caption, its picture, uint8 [3, H, W], and a tile for each word."""
     picture = interpolate(image[None].float(), (TILE, TILE), mode="bilinear", antialias=True)[0]
-    words = zip(match.words, match.similarity, strict=True)
-    tiles = [("", picture), *((word, tile(picture, x, match.grid)) for word, x in words)]
+    tiles = [picture, *(tile(picture, values, match.grid) for values in match.similarity)]
     lines = textwrap.wrap(text, COLUMNS * LETTERS)
     height = len(lines) * LINE - (-len(tiles) // COLUMNS) * (LINE + SIDE)
     out = Image.new("RGB", (COLUMNS * SIDE, height), "white")
-    pen, font = ImageDraw.Draw(out), ImageFont.load_default(LINE - 8)
+    pen = ImageDraw.Draw(out)
+    font = ImageFont.load_default(LINE - 8)
     for number, line in enumerate(lines):
         pen.text((0, number * LINE), line, "black", font)
-    for number, (word, pixels) in enumerate(tiles):
-        x, y = number % COLUMNS * SIDE, len(lines) * LINE + number // COLUMNS * (LINE + SIDE)
+    for number, (word, pixels) in enumerate(zip(["", *match.words], tiles, strict=True)):
+        row, column = divmod(number, COLUMNS)
+        x = column * SIDE
+        y = len(lines) * LINE + row * (LINE + SIDE)
         pen.text((x, y), word[:LETTERS], "black", font)
         out.paste(Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()), (x, y + LINE))
     return out
 
 
 def tile(picture: Tensor, values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The picture in grey, tinted by the square of where a patch's similarity lies in their range.
+    """Return the picture in grey, tinted by the square of a patch's place in the range of values.
 
     [3, H, W], [N] -> [3, H, W], 0 to 255. A frame marks the best patch: the first, if tied.
     """
-    low, high = values.min(), values.max()
+    low, high = values.aminmax()
     share = ((values - low) / (high - low).clamp(min=1e-6)).square().float()
     best = (torch.arange(len(values)) == values.argmax()).float()
-    of_patches = torch.stack([share, best]).view(1, 2, *grid)
-    share, best = interpolate(of_patches, picture.shape[1:], mode="nearest")[0]
+    maps = torch.stack([share, best]).view(1, 2, *grid)
+    share, best = interpolate(maps, picture.shape[1:], mode="nearest")[0]
     tint = torch.tensor(ImageColor.getrgb("#6f4bd8"))[:, None, None] / 255
     paper = 127.5 + 0.5 * picture.mean(0)  # as ink on it, lines stay visible under the tint
-    inside = -max_pool2d(-best[None], 7, 1, 3)
-    return (paper * (1 - 0.9 * share * (1 - tint))).masked_fill(best > inside, 29)
+    without_border = -max_pool2d(-best[None], 7, 1, 3)
+    return (paper * (1 - 0.9 * share * (1 - tint))).masked_fill(best > without_border, 29)
 
 
 def match_maps(
     embedded: Embedded, tokenizer: CaptionTokenizer, grid: tuple[int, int], count: int
 ) -> list[np.ndarray]:
-    """Those of the first `count` usable pictures with their first captions. Collective."""
+    """Draw the first `count` usable pictures of all ranks and their first captions. Collective."""
     first = {embedded.image_of[caption]: caption for caption in reversed(embedded.captions)}
     mine = {}
     for picture, caption in sorted(first.items())[:count]:
@@ -64,5 +66,5 @@ def match_maps(
             patches = embedded.images[picture].parts
             words = match(tokenizer, text, tokens, patches, grid)
             mine[picture] = sheet(embedded.pairs.image(caption), text, words)
-    every = {k: drawn for maps in distributed.gather_objects(mine) for k, drawn in maps.items()}
-    return [np.asarray(every[picture]) for picture in sorted(every)]
+    drawn = {k: sheet for maps in distributed.gather_objects(mine) for k, sheet in maps.items()}
+    return [np.asarray(drawn[picture]) for picture in sorted(drawn)]
