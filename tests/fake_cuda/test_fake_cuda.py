@@ -140,6 +140,17 @@ def test_what_another_stream_may_still_read_is_not_free_yet(recorder):
     del y
 
 
+def test_waits_of_streams_pass_on_to_those_that_wait_for_them(recorder):
+    first, second, third = (torch.cuda.Stream() for _ in range(3))
+    first.work.launch()
+    event = first.record_event()
+    second.wait_stream(first)
+    third.wait_stream(second)
+    assert not event.query()
+    third.synchronize()
+    assert event.query()
+
+
 def test_gradients_add_up_in_place(recorder):
     x = torch.empty(1000, device="cuda", requires_grad=True)
     recorder.phase = "backward"

@@ -89,6 +89,7 @@ MASK = empty(8, 1, 1, 197)
         (A100, fp16, FITTING, (8, 4, 197, 64), {"grouped": True}, "flash"),
         (A100, fp16, FITTING, FITTING, {"value": empty(8, 12, 197, 32, dtype=fp16)}, "efficient"),
         (RTX_3090, fp16, (8, 12, 197, 208), (8, 12, 197, 208), {}, "efficient"),
+        (A100, fp32, FITTING, FITTING, {"value": empty(8 * 12 * 197 * 64 + 1, dtype=fp32)[1:].view(FITTING)}, "math"),
         (T4, fp16, FITTING, FITTING, {}, "efficient"),
         (T4, bf16, FITTING, FITTING, {}, "math"),
     ],
