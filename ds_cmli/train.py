@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
     import torch
 
     from ds_cmli.data.build import Data
+    from ds_cmli.evaluate import zero_shot
     from ds_cmli.faults.watchdog import Watchdog
     from ds_cmli.run import Run
 
@@ -122,7 +123,6 @@ def train(
     from ds_cmli.checkpoint.start import find_start, run_folder
     from ds_cmli.data.pairs import BadSamples
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.zero_shot import open_class_folders
     from ds_cmli.logs.meter import Meter
     from ds_cmli.logs.writer import NullWriter, Writer
     from ds_cmli.memory import out_of_memory
@@ -133,9 +133,7 @@ def train(
     with contextlib.ExitStack() as stack:
         # --- processes and data
         device, watchdog = stack.enter_context(processes(config, goes_on))  # collective
-        data = load_data(config, watchdog)  # collective
-        with distributed.raised_together():  # collective
-            class_pictures = open_class_folders(config)
+        data, class_pictures = load_data(config, watchdog)  # collective
 
         # --- what there is to go on from
         folder = stack.enter_context(run_folder(config, resume_from))  # collective
@@ -215,20 +213,27 @@ def processes(config: Config, goes_on: bool) -> Iterator[tuple["torch.device", "
                 distributed.shutdown()
 
 
-def load_data(config: Config, watchdog: "Watchdog") -> "Data":
-    """Fetch what the configuration uses, open its data, and print what it is. Collective."""
+def load_data(
+    config: Config, watchdog: "Watchdog"
+) -> tuple["Data", dict[str, "zero_shot.ClassPictures"]]:
+    """Fetch what the configuration uses, open its data, and print what it is. Collective.
+
+    Returns the data, and the pictures of run.zero_shot by the names of their folders.
+    """
     from ds_cmli.data import assets
     from ds_cmli.data.build import build_data
     from ds_cmli.data.shard_cache import fetched_bytes
     from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.zero_shot import open_class_folders
 
     # Mistakes are raised together, because one may be of one node alone.
     with watchdog.counting(fetched_bytes), distributed.raised_together():
         for name in assets.used(config):
             assets.fetch(name)
         data = build_data(config.data, config.run.seed, watchdog.heartbeat)
+        class_pictures = open_class_folders(config)
     print_line(*data.summary)
-    return data
+    return data, class_pictures
 
 
 def loop(run: "Run", after_step: Callable[[], None]) -> int:

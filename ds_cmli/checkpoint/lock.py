@@ -28,7 +28,7 @@ from ds_cmli.errors import UserError, blame
 from ds_cmli.files import read_json
 
 LOCK = "run.lock"
-TOUCH_SECONDS = 15.0  # between two touches of the lock
+LOCK_TOUCH_SECONDS = 15.0  # between two touches of the lock
 LEASE_SECONDS = 180.0  # another node's holder has ended after so long; NFS shows a touch 60 s late
 JOB = "DS_CMLI_JOB"  # variable that names the job where another scheduler than Slurm restarts it
 
@@ -84,7 +84,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     released = threading.Event()
 
     def touch_lock(file_number: int) -> None:
-        while not released.wait(TOUCH_SECONDS):
+        while not released.wait(LOCK_TOUCH_SECONDS):
             with suppress(OSError):
                 os.utime(file_number)
         os.close(file_number)

@@ -88,7 +88,7 @@ def test_a_requeued_job_takes_over_from_its_own_earlier_start(tmp_path, monkeypa
 
 
 def test_the_holder_touches_its_own_lock_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "LOCK_TOUCH_SECONDS", 0.05)
     with run_lock(tmp_path):
         os.utime(tmp_path / LOCK, (1, 1))
         end = time.monotonic() + 10
