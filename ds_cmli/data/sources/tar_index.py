@@ -33,6 +33,7 @@ BLOCK_BYTES = tarfile.BLOCKSIZE
 # Of each field: the number of the block at which its member's content begins, and its bytes. Both
 # are 0 if the sample has no such member.
 ROW = np.dtype([(name, "<u4") for field in FIELDS for name in (field, f"{field}_size")])
+NUM_COLUMNS = 2 * len(FIELDS)
 MAX_U4 = 2**32 - 1
 MAGIC = b"cmli-ix2"
 SET_CACHE = "free some space, or set DS_CMLI_CACHE"
@@ -243,7 +244,7 @@ def group_samples(members: list[Member]) -> np.ndarray:
         key = f"{folder}/{stem}"
         sample = last.get(key)
         if sample is None or sample[column]:
-            sample = [0] * len(ROW)
+            sample = [0] * NUM_COLUMNS
             last[key] = sample
             samples.append(sample)
         sample[column] = block
@@ -256,7 +257,7 @@ def group_samples(members: list[Member]) -> np.ndarray:
             file = files.get(os.path.normpath(target))
             sample[column] = file.block if file else 0
             sample[column + 1] = min(file.num_bytes, MAX_U4) if file else 0
-    return np.array(samples, "<u4").reshape(-1, len(ROW)).view(ROW)[:, 0]
+    return np.array(samples, "<u4").reshape(-1, NUM_COLUMNS).view(ROW)[:, 0]
 
 
 def read_by_tarfile(shard: Path) -> Iterator[Member]:
