@@ -93,11 +93,10 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, data, stage, ze
     assert same(everything(straight), everything(train_engine))
 
 
-def on_two_ranks(rank, world_size, data_folder):
+def on_two_ranks(rank, world_size, data_folder, ds_config):
     """Rank 1 alone meets a loss that is not finite."""
     sections = {"data": {"source": data_folder}, "optim": {"ema_decay": 0.9}}
-    zero = {"zero_optimization": {"stage": 2}}
-    train_engine = make.train_engine(torch.device("cpu"), zero, world=world_size, **sections)
+    train_engine = make.train_engine(torch.device("cpu"), ds_config, world=world_size, **sections)
     (batch,) = make.batches(make.data_of(make.config(**sections)), 8, 1, rank, world_size)
     micro_batch(train_engine, batch)  # from here on the average is not the weights
     before = everything(train_engine)
@@ -109,8 +108,15 @@ def on_two_ranks(rank, world_size, data_folder):
     return skipped, untouched, samples, train_engine.skipped
 
 
-def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
-    results = run(on_two_ranks, 2, pairs(tmp_path / "pairs", count=63))
+@pytest.mark.parametrize(
+    "stage, more",
+    [(2, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, {}), (3, {}), (2, OFFLOAD), (1, "bf16")))],
+)
+def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path, stage, more):
+    """With each of DeepSpeed's optimizers."""
+    ds_config = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False}
+    ds_config |= PRECISIONS["bf16"] if more == "bf16" else {"zero_optimization": {"stage": stage, **more}}
+    results = run(on_two_ranks, 2, pairs(tmp_path / "pairs", count=63), ds_config)
     assert results == [(True, True, list(range(1, 16, 2)), False)] * 2
 
 
