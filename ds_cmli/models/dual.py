@@ -104,9 +104,6 @@ class DualText(TextEncoder):
         return self.class_head(cls), self.token_head(tokens)
 
 
-# --- the map of patches and tokens
-
-
 class ValuePath(nn.Module):
     """Maps a patch as an attention pooling does where it attends to this patch alone."""
 
@@ -143,14 +140,10 @@ def copied(part: nn.Module | Tensor | None) -> nn.Module:
 
 
 def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Return a layer with copies of these parameters."""
     outputs, inputs = weight.shape
     layer = nn.Linear(inputs, outputs, bias=bias is not None)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return layer
-
-
-# --- loading a source
 
 
 def build_towers(
@@ -185,7 +178,6 @@ def build_towers(
 
 
 def load_transformers(source: ModelSource) -> Any:
-    """Load a model of transformers, in fp32. Raises `UserError`."""
     with loading(not source.local, source.name), source.blame("its weights cannot be loaded"):
         dual, keys = AutoModel.from_pretrained(
             str(source.path) if source.local else source.name,

@@ -63,9 +63,6 @@ class PixelNorm(nn.Module):
         return ((image.float() * 1e4 - self.mean) / self.std).to(dtype)
 
 
-# --- images, by timm
-
-
 class ImageEncoder(nn.Module):
     """A timm model up to one block (or stage): normalised pixels [B, 3, S, S] -> [B, 1 + N, H].
 
@@ -113,7 +110,6 @@ class ImageEncoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes."""
         return blocks_of_stages(self.model, self.stages)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -150,7 +146,6 @@ def create_timm_model(name: str, image_size: int, weights: str, overrides: Mappi
 
 
 def last_block(stages: list[dict], layers: int | None, block: int | None) -> int:
-    """Return the number of the last block that `layers` and `block` keep of all of them."""
     num_blocks = len(stages)
     plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
     if block is not None:
@@ -166,7 +161,6 @@ def last_block(stages: list[dict], layers: int | None, block: int | None) -> int
 
 
 def cut_timm_model(model: Any, last: int) -> None:
-    """Remove what follows block `last`."""
     model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
     # The pretrained final norm fits only the last block; student and teacher have their own.
     for unused in ("norm", "fc_norm", "head", "head_dist"):
@@ -178,7 +172,6 @@ def cut_timm_model(model: Any, last: int) -> None:
 
 
 def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]:
-    """Return the blocks of a timm model's stages, named as in its `feature_info`."""
     blocks: list[nn.Module] = []
     for number, name in enumerate(stages):
         stage = model.get_submodule(name)
@@ -189,9 +182,6 @@ def blocks_of_stages(model: nn.Module, stages: Iterable[str]) -> list[nn.Module]
         elif next(stage.parameters(), None) is not None and not is_stem:
             blocks.append(stage)
     return blocks
-
-
-# --- texts, by transformers
 
 
 class TextEncoder(nn.Module):
@@ -250,7 +240,6 @@ class TextEncoder(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes."""
         return layers_of(self.model)
 
     def forward(
@@ -337,7 +326,6 @@ def changed_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def create_text_model(config: PreTrainedConfig, name: str, weights: str) -> Any:
-    """Build the model of a configuration with its weights, without a head of its own."""
     model_class = text_model_class(config)
     options: dict[str, Any] = {}
     # Otherwise a pooler is made, whose random weights would change those that follow.
@@ -391,7 +379,6 @@ def max_text_length(model: Any) -> float:
 
 
 def layers_of(model: Any) -> list[nn.Module]:
-    """Return the layers of a text model of transformers."""
     num_layers = model.config.num_hidden_layers
     stacks = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     stacks = [stack for stack in stacks if len(stack) == num_layers]

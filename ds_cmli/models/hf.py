@@ -167,7 +167,6 @@ class CMLIModel(PreTrainedModel):
 
 
 def trained_part(name: str) -> nn.ModuleDict:
-    """Return the parameters of a loss over pairs, under its names."""
     loss = LOSSES[name]
     max_scale = MAX_SIGMOID_SCALE if loss.sigmoid and loss.scores == "global" else MAX_SCALE
     temperature = Temperature(1.0, 0.0 if loss.sigmoid else None, max_scale)

@@ -196,7 +196,6 @@ def build_towers(
 
 
 def random_model(source_config: JsonObject, image_size: int) -> Any:
-    """Return the library's model of a configuration, with random weights."""
     model_cfg = {**source_config["model_cfg"]}
     model_cfg.pop("custom_text", None)
     with TemporaryDirectory() as folder:
@@ -214,7 +213,7 @@ def random_model(source_config: JsonObject, image_size: int) -> Any:
 
 
 def sizes_of(source: ModelSource) -> tuple[int, int]:
-    """Return the side of a source's pictures in pixels, and the length of its texts."""
+    """Return the pixels of a side of its pictures, and the length of its texts."""
     vision = open_clip.CLIPVisionCfg(**source.config["model_cfg"]["vision_cfg"])
     text = open_clip.CLIPTextCfg(**source.config["model_cfg"]["text_cfg"])
     side, _ = to_2tuple(vision.image_size)
