@@ -110,7 +110,7 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Value | None, source: int = 0) -> Value:
-    """The `value` of rank `source` on every rank; the others' is not looked at. Collective."""
+    """Return the `value` of rank `source`, whatever the others give. Collective."""
     values = [value]
     if world_size() > 1:
         dist.broadcast_object_list(values, src=source)  # collective
@@ -118,7 +118,7 @@ def broadcast_object(value: Value | None, source: int = 0) -> Value:
 
 
 def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
-    """Every rank's `value`, in rank order, on every rank. Collective."""
+    """Return every rank's `value`, in rank order, on every rank. Collective."""
     values = [value] * world_size()
     if world_size() > 1:
         dist.all_gather_object(values, value, group=group)  # collective
@@ -127,9 +127,9 @@ def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list
 
 @contextmanager
 def raised_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
-    """Raise on all ranks what some raise inside: the first one's message, as a `UserError`.
+    """Raise on all ranks the error of the first rank that raises inside, as a `UserError`.
 
-    What is none stays as it is on its own rank. Collective.
+    Another exception than a `UserError` is raised unchanged on its own rank. Collective.
     """
     error: Exception | None = None
     try:

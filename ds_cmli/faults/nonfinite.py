@@ -16,7 +16,7 @@ SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The same loss; if it is not finite, all of its gradients become NaN.
+    """Return the same loss; if it is not finite, all of its gradients become NaN.
 
     A loss that is not finite may still have finite gradients, and may occur on one rank only. NaN
     gradients make the optimizer's own check notice it on every rank, without another collective or
@@ -35,28 +35,29 @@ def count_at_lowest_scale(optimizer: Any) -> None:
 def skipped_samples(
     window: list[tuple[Tensor, Tensor]], optimizer: Any, flags: CollectiveFlags
 ) -> list[int]:
-    """The samples of a skipped step, as sorted indices into the training set. Collective.
+    """Return the samples of a skipped step, as sorted indices into the training set.
 
     They are those of the micro-batches whose loss is not finite. If every loss is finite, they are
-    those of the whole step, or none where fp16's loss scale can still be lowered. CPU-GPU sync.
+    those of the whole step, or none if fp16's loss scale can still be lowered. Collective, CPU-GPU
+    sync.
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
         optimizer: DeepSpeed's.
     """
-    own = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
-    every = [batch for of_rank in flags.gather(own) for batch in of_rank]  # collective
-    lost = [sample for samples, finite in every if not finite for sample in samples]
+    local_batches = [(index.tolist(), bool(loss.isfinite())) for index, loss in window]
+    batches = [batch for batches in flags.gather(local_batches) for batch in batches]  # collective
+    bad_samples = [sample for samples, finite in batches if not finite for sample in samples]
     # Of fp16; a dynamic one has a `min_scale`.
     scaler: Any = getattr(optimizer, "loss_scaler", None)
-    if lost or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
-        return sorted(lost)
-    return sorted(sample for samples, _ in every for sample in samples)
+    if bad_samples or (hasattr(scaler, "min_scale") and scaler.cur_scale > scaler.min_scale):
+        return sorted(bad_samples)
+    return sorted(sample for samples, _ in batches for sample in samples)
 
 
 def line(step: int, samples: list[int]) -> str:
-    """The terminal's line about a skipped step."""
+    """Return the terminal's line about a skipped step."""
     shown = ", ".join(map(str, samples[:SHOWN]))
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
-    what = f"loss or gradients are not finite; samples {shown}{more} of the training set"
-    return f"step {step} skipped: {what}"
+    reason = f"loss or gradients are not finite; samples {shown}{more} of the training set"
+    return f"step {step} skipped: {reason}"

@@ -30,34 +30,36 @@ class Preempted(Exception):
 
 
 def requested() -> str | None:
-    """The name of the first signal (or event) that asked the run to end; None if there was none."""
+    """Return the first signal (or event) that asked the run to end, by name, or None."""
     return _requested[0][0] if _requested else None
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, signals ask the run to end; a second INT interrupts it as usual."""
-    before = {}
+    """Let signals inside ask the run to end; a second INT interrupts it as usual."""
+    handlers = {}
     for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
         # Under nohup HUP stays ignored.
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, _note)
+            handlers[number] = signal.signal(number, _note)
     # `torchrun` is the parent of its ranks. Between `deepspeed` and its ranks stands a process that
     # survives it. `srun` ends its tasks itself.
     generations = 2 if "CROSS_RANK" in os.environ else int("TORCHELASTIC_RUN_ID" in os.environ)
-    launchers, ended = psutil.Process().parents()[:generations], threading.Event()
+    launchers = psutil.Process().parents()[:generations]
+    ended = threading.Event()
     threading.Thread(target=_watch_launcher, args=(launchers, ended), daemon=True).start()
     try:
         yield
     finally:
         ended.set()
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         _requested.clear()
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    name, now = signal.Signals(number).name, time.monotonic()
+    name = signal.Signals(number).name
+    now = time.monotonic()
     if number == signal.SIGINT and any(n == name and now - at > SAME_PRESS for n, at in _requested):
         raise KeyboardInterrupt
     _requested.append((name, now))
