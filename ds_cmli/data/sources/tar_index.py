@@ -198,10 +198,7 @@ def _make_missing(
 
 
 def _order_of_rank(length: int) -> Iterator[int]:
-    """Yield the numbers of an equal part of all, then those of the other ranks' parts backwards.
-
-    So a rank that helps another meets it in the middle of the other's part.
-    """
+    # A rank that has made its own part meets the ranks that it helps in the middle of theirs.
     from ds_cmli.distributed import process_group as distributed  # with torch
 
     rank = distributed.rank()

@@ -12,17 +12,8 @@ import numpy as np
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.images import check_size
 from ds_cmli.data.sources import MAX_FULL, Source
-from ds_cmli.data.sources.tar_index import (
-    BLOCK_BYTES,
-    ROW,
-    index_shards,
-    join_rows,
-    read_rows,
-    scan,
-)
+from ds_cmli.data.sources.tar_index import BLOCK_BYTES, index_shards, join_rows, read_rows
 from ds_cmli.errors import UserError
-
-__all__ = ["MAX_OPEN", "ROW", "Tars", "open_tars", "scan"]
 
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's .json, if it has no .txt
 MAX_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files by default
