@@ -83,15 +83,17 @@ class Objective(nn.Module):
         """Return the losses over the pairs of all ranks, by name. Collective."""
         values = {}
         for name, loss in self._over_pairs().items():
+            token_mask = None
             if LOSSES[name].scores == "global":
-                sides = pairs["image_cls"], pairs["text_cls"], None
+                image, text = pairs["image_cls"], pairs["text_cls"]
             else:
-                sides = pairs["patches"], pairs["tokens"], pairs["token_mask"]
+                image, text = pairs["patches"], pairs["tokens"]
+                token_mask = pairs["token_mask"]
             # With gradient caching each micro-batch has added its copy of the scale and the bias.
             copy_size = 1 if loss.temperature.logit_bias is None else 2
             learned = pairs[f"learned/{name}"].view(-1, copy_size).mean(0)
             # `forward`, not the module: ZeRO-3's hooks expect a module to be called by the model.
-            values[name] = loss.forward(*sides, ids=pairs["ids"], learned=learned)
+            values[name] = loss.forward(image, text, token_mask, ids=pairs["ids"], learned=learned)
         return values
 
     @property
