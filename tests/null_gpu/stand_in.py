@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverloadPacket
 from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -49,6 +50,10 @@ class StandIn(TorchFunctionMode):
         if func is Tensor.__getitem__ and isinstance(args[1], list) and any(x is True for x in args[1]):
             # A kernel would count the true ones.
             args = args[0], [place for place, chosen in enumerate(args[1]) if chosen]
+        if isinstance(func, OpOverloadPacket) and str(func).startswith("ds_cmli."):
+            # Its own calls of torch would not come here: this mode is off while it handles one.
+            with self:
+                return torch._C._dispatch_call_boxed(func.default._handle, *args, **kwargs)
         name, given = getattr(func, "__name__", ""), [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         memory = {x.untyped_storage().data_ptr() for x in given if on_gpu(x)}
         result = func(*args, **kwargs)
