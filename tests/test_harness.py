@@ -12,9 +12,9 @@ def test_no_total_and_no_file_is_above_its_limit():
 
 def test_a_long_file_and_a_large_total_are_named():
     lines = {Path("ds_cmli/data/long.py"): 501, Path("docs/long.md"): 900}
-    lines |= {Path(f"tests/test_{number}.py"): 500 for number in range(24)}
+    lines |= {Path(f"tests/test_{number}.py"): 500 for number in range(26)}
     assert house.violations(lines) == [
-        "tests: 12000 lines, at most 11500",
+        "tests: 13000 lines, at most 12500",
         "ds_cmli/data/long.py: 501 lines, at most 500",
     ]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ds_cmli import engine, metrics
+from ds_cmli import engine
 from ds_cmli.cmli import cpu as cpu_kernels
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -17,6 +17,7 @@ from ds_cmli.data.pairs import Batch
 from ds_cmli.engine import plan
 from ds_cmli.errors import UserError
 from ds_cmli.hardware import bf16_is_fast
+from ds_cmli.logs import meter as meter_module
 from profiling.speed.op import cpu_sizes
 from tests import make
 from tests.conftest import ZERO1
@@ -56,11 +57,11 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
 )
 def test_the_flops_of_a_step_are_those_of_its_model(monkeypatch, device, batches, stage, accumulation, section):
     """By hand, three times the forward pass: what checkpointing or gradient caching computes again does not count."""
-    monkeypatch.setattr(metrics, "peak_flops", lambda *_: 1e6)
+    monkeypatch.setattr(meter_module, "peak_flops", lambda *_: 1e6)
     json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **section}
     ours = {"student": {"shared_blocks": 0}, "loss": {"weights": {"cmli": 1.0}}}
     train_engine, micro_batches = make.train_engine(device, json, **ours), batches[:accumulation]
-    meter = metrics.Meter(train_engine)
+    meter = meter_module.Meter(train_engine)
     # PyTorch's counter does not know the attention of CPUs.
     with meter.step(micro_batches), sdpa_kernel(SDPBackend.MATH):
         train_engine.step(micro_batches)
