@@ -207,7 +207,6 @@ def check_section(model: type[BaseModel], content: Section, section: str = "") -
 
 
 def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
-    """Return the keys of a section inside a model."""
     for name in parents:
         annotation = model.model_fields[str(name)].annotation
         model, *_ = get_args(annotation) or (annotation,)  # MODEL, or MODEL | None
@@ -215,7 +214,7 @@ def _keys_of(model: type[BaseModel], parents: list[int | str]) -> list[str]:
 
 
 def kind_of(section: str, name: str) -> Any:
-    """PyTorch's optimizer, or DeepSpeed's schedule, of that name. Raises `UserError`."""
+    """Return PyTorch's optimizer, or DeepSpeed's schedule, of that name. Raises `UserError`."""
     kinds = vars(torch.optim if section == "optimizer" else lr_schedules)
     known = [key for key, kind in kinds.items() if isinstance(kind, type)]
     name = "AdamW" if name.lower() in ADAMS else name
@@ -224,7 +223,7 @@ def kind_of(section: str, name: str) -> Any:
 
 
 def parameters_model(section: str, kind: Any) -> type[BaseModel]:
-    """The parameters of an optimizer or a schedule, with the types of its signature."""
+    """Return the model of an optimizer's or a schedule's parameters, by its signature."""
     hints = get_type_hints(kind.__init__)
     _, *parameters = inspect.signature(kind).parameters.values()  # what is optimized comes first
     fields: dict[str, Any] = {}
@@ -237,6 +236,8 @@ def parameters_model(section: str, kind: Any) -> type[BaseModel]:
         fields[parameter.name] = (hint | None if default is None else hint, None)
     if "lr" in fields:
         fields["lr"] = (Annotated[float, Field(gt=0)], None)
+    if "total_num_steps" in fields:
+        fields["total_num_steps"] = (Annotated[int, Field(ge=1)], None)
     if "warmup_type" in fields:  # of any other DeepSpeed takes "log"
         fields["warmup_type"] = (Literal["log", "linear"], None)
     if kind is torch.optim.AdamW:  # DeepSpeed takes these out before it builds the optimizer

@@ -36,7 +36,7 @@ QUICK: Sections = {
 
 
 def merged(*layers: Mapping[str, Section]) -> Sections:
-    """The settings of all layers; of one that several have, the last."""
+    """Return the settings of all layers; the last layer that has a setting decides it."""
     values: Sections = {}
     for layer in layers:
         for section, settings in layer.items():
@@ -106,7 +106,7 @@ PRESETS: dict[str, Sections] = {
 
 
 def load_preset(name: str | None, overrides: Mapping[str, Section]) -> Config:
-    """The preset's configuration with `overrides`; without a name, that of `run.preset`.
+    """Return the preset's configuration with `overrides`; without a name, that of `run.preset`.
 
     Steps or epochs replace whichever of the two the preset sets. Raises `UserError`.
     """

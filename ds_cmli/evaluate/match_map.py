@@ -13,7 +13,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Embedded
 from ds_cmli.scores import Match, match
 
-TILE, SIDE, LINE = 176, 190, 26  # of a tile, of it with a gap, height of a line of text, in pixels
+TILE, SIDE, LINE = 176, 190, 26  # pixels: a tile, a tile with its gap, the height of a text line
 COLUMNS, LETTERS = 6, 16  # tiles in a row, characters above a tile
 
 
@@ -58,13 +58,14 @@ def match_maps(
 ) -> list[np.ndarray]:
     """Draw the first `count` usable pictures of all ranks and their first captions. Collective."""
     first = {embedded.image_of[caption]: caption for caption in reversed(embedded.captions)}
-    mine = {}
+    own_sheets = {}
     for picture, caption in sorted(first.items())[:count]:
         if caption in embedded.texts:
             _, text = embedded.pairs.rows[caption]
             tokens = embedded.texts[caption].parts
             patches = embedded.images[picture].parts
-            words = match(tokenizer, text, tokens, patches, grid)
-            mine[picture] = sheet(embedded.pairs.image(caption), text, words)
-    drawn = {k: sheet for maps in distributed.gather_objects(mine) for k, sheet in maps.items()}
-    return [np.asarray(drawn[picture]) for picture in sorted(drawn)]
+            image = embedded.pairs.image(caption)
+            own_sheets[picture] = sheet(image, text, match(tokenizer, text, tokens, patches, grid))
+    gathered = distributed.gather_objects(own_sheets)  # collective
+    sheets = {picture: drawn for of_rank in gathered for picture, drawn in of_rank.items()}
+    return [np.asarray(sheets[picture]) for picture in sorted(sheets)]

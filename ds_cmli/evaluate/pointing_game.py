@@ -38,9 +38,9 @@ Regions = tuple[Tensor, Tensor]
 
 
 def pointing_game(embedded: Embedded, regions: Callable[..., Regions], grid: Size) -> Metrics:
-    """The share of `phrases` whose best patch lies on what they name, and of a random patch.
+    """Return the share of `phrases` whose best patch shows what they name, and a random patch's.
 
-    `visible` is the share that some patch of the central square shows. Collective.
+    `visible` is the share of phrases that some patch of the central square shows. Collective.
     """
     sums = torch.zeros(4, dtype=torch.float64)
     for caption, text in embedded.texts.items():
@@ -51,26 +51,29 @@ def pointing_game(embedded: Embedded, regions: Callable[..., Regions], grid: Siz
         visible = inside.any(1).sum()
         sums += torch.tensor([hits.sum(), chance, visible, len(hits)], dtype=torch.float64)
     hits, chance, visible, phrases = distributed.sum_over_ranks(sums).tolist()  # collective
-    shares = {"pointing_game": hits, "chance/pointing_game": chance, "visible": visible}
-    return {name: x / max(phrases, 1) for name, x in shares.items()} | {"phrases": int(phrases)}
+    counts = {"pointing_game": hits, "chance/pointing_game": chance, "visible": visible}
+    return {name: n / max(phrases, 1) for name, n in counts.items()} | {"phrases": int(phrases)}
 
 
 def quarters(scenes: Scenes, row: int, grid: Size) -> Regions:
-    """Each token of a scene that names a picture is a phrase of its own, shown in a quarter."""
+    """Return each token of a scene that names a picture as a phrase, shown in a quarter."""
     sample = scenes.pair(row)
     cells = torch.tensor(sample.cell_picture).view(1, 1, 2, 2).float()
     picture_of_patch = F.interpolate(cells, size=grid, mode="nearest").flatten()
     picture = torch.tensor(list(compress(sample.token_picture, sample.tokens.valid)))  # [M]
-    named = picture >= 0
-    return torch.where(named, named.cumsum(0) - 1, -1), picture_of_patch == picture[named, None]
+    is_phrase = picture >= 0
+    phrase = torch.where(is_phrase, is_phrase.cumsum(0) - 1, -1)
+    return phrase, picture_of_patch == picture[is_phrase, None]
 
 
 def boxes(entities: "Entities", row: int, grid: Size) -> Regions:
-    """The phrases of a caption, and the patches whose centre lies in one of their boxes."""
+    """Return a caption's phrases, and the patches whose centre lies in one of their boxes."""
     phrases, size = entities.phrases[row]
-    tokens, part = entities.tokenizer(entities.rows[row][1]), entities.view.part(*size)
+    _, text = entities.rows[row]
+    tokens = entities.tokenizer(text)
     phrase = spans_of_tokens(tokens, [span for span, _ in phrases])
-    inside = torch.stack([patches_inside(boxes, part, grid) for _, boxes in phrases])
+    view = entities.view.part(*size)
+    inside = torch.stack([patches_inside(boxes, view, grid) for _, boxes in phrases])
     return torch.tensor(list(compress(phrase, tokens.valid))), inside
 
 
@@ -93,20 +96,19 @@ class Entities(PictureFiles):
             raise UserError(f"--split is {split!r}: --boxes has {', '.join(lists)}, and 'all'")
         for name in names:
             with blame(f"--boxes is {folder!r}: picture {name} cannot be read"):
-                annotation = (root / f"Annotations/{name}.xml").read_text("utf-8")
-                size, boxes = parse_annotation(annotation)
+                size, boxes = parse_annotation(root / f"Annotations/{name}.xml")
                 for line in (root / f"Sentences/{name}.txt").read_text("utf-8").splitlines():
                     text, spans = parse_sentence(line)
-                    if known := [(span, boxes[name]) for span, name in spans if name in boxes]:
+                    if phrases := [(span, boxes[name]) for span, name in spans if name in boxes]:
                         self.rows.append((image_folder / f"{name}.jpg", text))
-                        self.phrases.append((known, size))
+                        self.phrases.append((phrases, size))
         if not self.rows:
-            wanted = "Flickr30k Entities' folder, with Annotations/ and Sentences/"
-            raise UserError(f"--boxes is {folder!r}, without a phrase with a box: give {wanted}")
+            remedy = "give Flickr30k Entities' folder, with Annotations/ and Sentences/"
+            raise UserError(f"--boxes is {folder!r}, without a phrase with a box: {remedy}")
 
 
 def parse_sentence(line: str) -> tuple[str, list[tuple[Span, str]]]:
-    """The caption without its markup, and the span and the entity of each phrase."""
+    """Return the caption without its markup, and the span and the entity of each phrase."""
     text, *parts = PHRASE.split(line)
     phrases = []
     for entity, words, after in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
@@ -115,12 +117,13 @@ def parse_sentence(line: str) -> tuple[str, list[tuple[Span, str]]]:
     return text, phrases
 
 
-def parse_annotation(text: str) -> tuple[Size, dict[str, list[PixelBox]]]:
-    """Width and height of the picture, and the boxes of each entity that has any."""
-    root, boxes = ElementTree.fromstring(text), defaultdict(list)
+def parse_annotation(file: Path) -> tuple[Size, dict[str, list[PixelBox]]]:
+    """Return the picture's width and height, and the boxes of each entity that has any."""
+    root = ElementTree.parse(file).getroot()
+    boxes = defaultdict(list)
     for item in root.iter("object"):
         for box in item.iter("bndbox"):
-            x0, y0, x1, y1 = (float(box.findtext(side, "")) for side in SIDES)
+            left, top, right, bottom = (float(box.findtext(side, "")) for side in SIDES)
             for name in item.iter("name"):
-                boxes[str(name.text)].append((x0, y0, x1, y1))
+                boxes[str(name.text)].append((left, top, right, bottom))
     return (int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))), boxes

@@ -17,14 +17,7 @@ from torch import Tensor
 from ds_cmli.data.scenes import Scenes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate import measures
-from ds_cmli.evaluate.embed import (
-    Embedded,
-    Evaluator,
-    HeldOut,
-    PaddedTexts,
-    embed,
-    pad_texts,
-)
+from ds_cmli.evaluate.embed import Embedded, Evaluator, HeldOut, PaddedTexts, embed, pad_texts
 from ds_cmli.evaluate.pointing_game import pointing_game, quarters
 from ds_cmli.evaluate.summary import Metrics, prefixed
 

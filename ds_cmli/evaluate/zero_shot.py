@@ -98,9 +98,8 @@ def classify(model: Evaluator, pictures: ClassPictures) -> Metrics:
     # On the device once, for all pictures.
     prompt_cls, tokens, token_mask = (tensor.to(model.device) for tensor in texts)
     classes_and_templates = len(pictures.names), len(pictures.templates)
-    class_cls = F.normalize(
-        prompt_cls.unflatten(0, classes_and_templates).mean(1), dim=-1
-    )  # [C, H]
+    mean_cls = prompt_cls.unflatten(0, classes_and_templates).mean(1)
+    class_cls = F.normalize(mean_cls, dim=-1)  # [C, H]
 
     def score(cls: Tensor, patches: Tensor) -> Tensor:
         """fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""

@@ -1,13 +1,13 @@
-"""DeepSpeed JSONs by chance: `python -m tests.config.fuzz_json --number 2000 --start 100 --seed 0`.
+"""DeepSpeed JSONs by chance: `python -m tests.config.fuzz_json FOLDER [NUMBER] [TRAININGS] [SEED]`.
 
 A JSON is a valid one with one to three random changes. It is refused in one line, or every value that it gives arrives
 in the configuration with its type. Of the accepted ones some are trained for two steps.
 """
 
-import argparse
 import copy
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -127,26 +127,20 @@ def train_two_steps(content: dict[str, Any], folder: Path) -> str:
     return "trained"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--number", type=int, default=2000)
-    parser.add_argument("--start", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, required=True)
-    chosen = parser.parse_args()
-    draw = random.Random(chosen.seed)
+def main(folder: str, number: str = "2000", start: str = "100", seed: str = "0") -> None:
+    draw = random.Random(int(seed))
     accepted = []
-    for _ in range(chosen.number):
+    for _ in range(int(number)):
         content = draw_json(draw)
         try:
             if read(content) is not None:
                 accepted.append(content)
         except Exception as error:
             print(f"FAILED to read {content}: {type(error).__name__}: {error}", flush=True)
-    print(f"{chosen.number} JSONs: {len(accepted)} accepted, the others refused in one line", flush=True)
-    for number, content in enumerate(draw.sample(accepted, min(chosen.start, len(accepted)))):
-        print(train_two_steps(content, chosen.folder / str(number))[:400], json.dumps(content), flush=True)
+    print(f"{number} JSONs: {len(accepted)} accepted, the others refused in one line", flush=True)
+    for run, content in enumerate(draw.sample(accepted, min(int(start), len(accepted)))):
+        print(train_two_steps(content, Path(folder, str(run)))[:400], json.dumps(content), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
