@@ -7,7 +7,7 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ds_cmli.errors import blame
 from ds_cmli.files import JsonObject
@@ -199,7 +199,11 @@ def plot(report: Report, path: str) -> None:
     title = f"Memory of a step, {report.source}: {requested} GB at the peak"
     axis.set(xlabel="allocations and frees of two steps", ylabel="GB", title=title)
     handles, labels = axis.get_legend_handles_labels()
-    place = {"title": "at the peak", "loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    axis.legend(handles[::-1], labels[::-1], frameon=False, **place)
+    legend: dict[str, Any] = {
+        "title": "at the peak",
+        "loc": "center left",
+        "bbox_to_anchor": (1, 0.5),
+    }
+    axis.legend(handles[::-1], labels[::-1], frameon=False, **legend)
     with blame(f"--plot {path}"):
         figure.savefig(path)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +85,7 @@ class CMLIModel(PreTrainedModel):
     config: CMLIConfig
     main_input_name = "pixel_values"
     # In 16 bits a temperature would be rounded by up to 2%.
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["losses"]
+    _keep_in_fp32_modules_strict = ["losses"]  # noqa: RUF012 (mypy: no ClassVar)
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
