@@ -122,4 +122,4 @@ def test_a_dry_run_prints_the_resolved_configuration_and_ends(tmp_path, alone, c
 def test_help_has_options_with_the_meaning_of_their_settings():
     done = python("ds_cmli/train.py", "--help", timeout=5)
     assert done.returncode == 0 and "--losses" in done.stdout
-    assert "--workers INTEGER data loading processes per rank" in " ".join(done.stdout.split())
+    assert "--workers INTEGER Data loading processes per rank." in " ".join(done.stdout.split())

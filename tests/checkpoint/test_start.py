@@ -250,11 +250,11 @@ def test_never_is_refused_where_there_is_a_run_but_not_once_its_job_is_requeued(
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends(arguments, tmp_path, capfd, monkeypatch):
     values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
 
-    def best(before, split, result, step):
+    def best_result(before, split, result, step):
         now = {"metric": "m", "value": values[step], "step": step, "pairs": 4, "chance": 0.25}
         return before if values[step] <= before.get("value", -1) else now
 
-    monkeypatch.setattr("ds_cmli.run.best", best)
+    monkeypatch.setattr("ds_cmli.run.best_result", best_result)
     run, kept = tmp_path / "run", tmp_path / "run" / "model.best.safetensors"
     argv = [*arguments, "--output-dir", str(run), "--steps=12", "--eval-every=2"]
     argv += ["--save-every=0", "--keep=1", "--set", "run.patience=2", "--set", "run.keep_best=true"]
