@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -224,9 +224,12 @@ def write_models(
     scale = engine.objective.student.lora_scale
     # One after the other, so that one of them is on the host at a time.
     for name in (WEIGHTS, AVERAGE):
-        if name == AVERAGE and engine.ema is None:
-            continue
-        with engine.ema.as_master_weights() if name == AVERAGE else nullcontext():
+        weights_of_name: AbstractContextManager[object] = nullcontext()
+        if name == AVERAGE:
+            if engine.ema is None:
+                continue
+            weights_of_name = engine.ema.as_master_weights()
+        with weights_of_name:
             weights = collect_weights(engine)  # collectives
             if not distributed.is_main():
                 continue

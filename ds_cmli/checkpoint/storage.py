@@ -175,8 +175,8 @@ class CheckpointWriter(TorchCheckpointEngine):
         `error` is then that of the first rank that has one. Collective.
         """
         digests: dict[str, str] = {}
-        for name, future in self._digests.items():
-            self.attempt(lambda name=name, future=future: digests.update({name: future.result()}))
+        futures = self._digests.items()
+        self.attempt(lambda: digests.update((name, future.result()) for name, future in futures))
         self._thread.shutdown()
         gathered = distributed.gather_objects((digests, self.error))  # collective
         self.error = None
