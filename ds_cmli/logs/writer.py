@@ -77,7 +77,8 @@ class Writer:
         self._open_events(step)
         with self._warned("TensorBoard's file"):
             for name, value in values.items():
-                if isinstance(value, int | float):
+                # Chance is constant: in TensorBoard it would be the first seven charts.
+                if isinstance(value, int | float) and "/chance/" not in name:
                     # TensorBoard groups by what precedes the "/".
                     tag = "loss/total" if name == "loss" else name
                     tag = tag if "/" in tag else f"train/{tag}"

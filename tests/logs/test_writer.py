@@ -17,6 +17,7 @@ from ds_cmli.logs.writer import Writer
 from tests.ranks import python
 
 FOUND = {"eval/seen/combined/i2t_r1": 0.5}
+CHANCE = {"eval/seen/chance/i2t_r1": 0.1}
 PICTURE = np.full((20, 30, 3), 7, np.uint8)
 VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pairs_per_s": 10.0, "time/data": 0.041}
 
@@ -54,7 +55,7 @@ def write(folder, steps, first_step=0, report_to="tensorboard"):
     for step in steps:
         writer.advance()
         writer.log(step, VALUES)
-    writer.log(steps[-1], FOUND)
+    writer.log(steps[-1], FOUND | CHANCE)
     writer.picture(steps[-1], "match-maps/seen/0", PICTURE)
     writer.close()
 
@@ -66,6 +67,8 @@ def test_tensorboard_shows_each_step_once_and_that_from_which_a_run_goes_on(fold
     write(folder, [3, 4], first_step=2)
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4]
+    assert FOUND.keys() <= set(events.Tags()["scalars"])
+    assert not CHANCE.keys() & set(events.Tags()["scalars"])
 
 
 @pytest.mark.slow
